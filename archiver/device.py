@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the job knows of one device: its clusters, and how much more it may send."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vmapipe.protocol import blocks
+from vmapipe.protocol.archiver_side import ArchiverSide
+from vmapipe.protocol.errors import RemoteProtocolError
+from vmapipe.protocol.frames import Part
+from vmapipe.protocol.limits import BLOCK_BYTES, CLUSTER_BYTES
+from vmapipe.protocol.messages import ClusterFrame, RunFrame
+from vmapipe.vma.coverage import ClusterSet, mask_fits
+from vmapipe.vma.header import Device
+
+_NOTHING = memoryview(b"")
+
+
+class Mark(NamedTuple):
+    """How far a device had come: its last frame, and the sum of its charges up to there."""
+
+    seq: int
+    charged: int
+
+
+class Run(NamedTuple):
+    """Clusters in the packer's form."""
+
+    first: int
+    count: int
+    masks: bytes
+    payload: memoryview
+
+
+class DeviceState:
+    """One device of a running job. Its window, in bytes, is what may be unwritten.
+
+    Data counts as out of the way when its extent is written, or while it lies
+    in the one extent that is still open: that one is bounded by itself, and
+    waiting for it could wait for ever.
+    """
+
+    def __init__(
+        self, peer: bytes, side: ArchiverSide, device: Device, window_bytes: int
+    ) -> None:
+        self.peer = peer
+        self.device = device
+        self.dev_id = device.dev_id
+        self.queued_extents = 0
+        self.clusters = 0
+        self.zero_bytes = 0
+        self.complete = False
+        self._side = side
+        self._window_bytes = window_bytes
+        self._seen = ClusterSet(device.clusters)
+        self._written = Mark(0, 0)
+        self._granted = 0
+
+    @property
+    def done_bytes(self) -> int:
+        """How much of the device is in the archive, zeroes included."""
+        if self.device.is_vmstate:
+            return self.clusters * CLUSTER_BYTES
+        return min(self.clusters * CLUSTER_BYTES, self.device.size_bytes)
+
+    def mark(self) -> Mark:
+        return Mark(self._side.received_frames, self._side.charged)
+
+    def take(self, message: ClusterFrame | RunFrame) -> Run:
+        """Check a frame against what came before. Raises RemoteProtocolError."""
+        run = self._from_cluster(message) if isinstance(message, ClusterFrame) else Run(*message[2:])
+        end = run.first + run.count
+        if self.device.is_vmstate:
+            if run.first != self.clusters:
+                raise RemoteProtocolError(
+                    "coverage", f"non sequential vmstate write: {run.first}, not {self.clusters}"
+                )
+        else:
+            if end > self.device.clusters:
+                raise RemoteProtocolError(
+                    "coverage", f"cluster number out of range: {end - 1}"
+                )
+            if end == self.device.clusters and run.masks:
+                last = int.from_bytes(run.masks[-2:], "big")
+                if not mask_fits(self.device, last, cut_full=False):
+                    raise RemoteProtocolError("coverage", "data beyond the device's end")
+            double = self._seen.add(run.first, run.count)
+            if double is not None:
+                raise RemoteProtocolError("coverage", f"cluster {double} comes a second time")
+        self.clusters += run.count
+        self.zero_bytes += run.count * CLUSTER_BYTES - len(run.payload)
+        return run
+
+    def _from_cluster(self, frame: ClusterFrame) -> Run:
+        data = frame.data
+        if not data:
+            return Run(frame.cluster_num, 1, b"", _NOTHING)
+        expected = CLUSTER_BYTES
+        if not self.device.is_vmstate:
+            expected = min(expected, self.device.size_bytes - frame.cluster_num * CLUSTER_BYTES)
+        if len(data) != expected:
+            raise RemoteProtocolError(
+                "coverage",
+                f"cluster {frame.cluster_num} has {len(data)} bytes; {max(expected, 0)} must come",
+            )
+        padded = data + bytes(-len(data) % BLOCK_BYTES)
+        masks = blocks.cluster_masks(padded, len(padded))
+        return Run(frame.cluster_num, 1, masks, memoryview(blocks.collect(padded, masks)))
+
+    def written(self, mark: Mark | None) -> None:
+        """One of its queued extents was written; `mark` tells how far that brings it."""
+        self.queued_extents -= 1
+        if mark is not None:
+            self._written = mark
+
+    def grant(self) -> list[Part] | None:
+        """A message with more credit, when there is enough news for one."""
+        disposed = self._written.charged if self.queued_extents else self._side.charged
+        limit = self._window_bytes + disposed
+        # A quarter of the window a message: few messages, and the producer,
+        # whose frames are at most half a window, never runs dry.
+        if limit - self._granted < self._window_bytes // 4 and not self.complete:
+            return None
+        self._granted = limit
+        return self._side.grant(limit, self._written.seq)
+
+    def end(self) -> None:
+        """The producer said END. Raises RemoteProtocolError when clusters are missing."""
+        if not self.device.is_vmstate:
+            missing = next(self._seen.missing(), None)
+            if missing is not None:
+                raise RemoteProtocolError(
+                    "coverage",
+                    f"incomplete: cluster {missing[0]} never came "
+                    f"({self.clusters} of {self.device.clusters} did)",
+                )
+        self.complete = True

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core of one backup job. Pure: messages and facts in, instructions out; no clock, no I/O.
+
+The process around it (main.py) carries out the instructions in order and
+reports back what the store has written. Methods are lazy iterators, because
+one message can make a thousand extents: exhaust each before the next call.
+"""
+
+from __future__ import annotations
+
+import enum
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vmapipe.archiver.device import DeviceState, Mark
+from vmapipe.protocol import limits
+from vmapipe.protocol.archiver_side import ArchiverSide, State
+from vmapipe.protocol.errors import RemoteProtocolError
+from vmapipe.protocol.frames import Part
+from vmapipe.protocol.messages import ClusterFrame, End, Fail, Hello, Ping, RunFrame
+from vmapipe.vma.errors import LimitError
+from vmapipe.vma.header import Config, Device, Header, encode_header
+from vmapipe.vma.layout import MAX_DEVICE_BYTES
+from vmapipe.vma.packer import PackedExtent, Packer
+
+# Data that may be under way or queued for writing, all devices together.
+# More did not make a local backup quicker; less starves a slow output's queue.
+WINDOW_TOTAL_BYTES = 64 << 20
+# One device alone needs no more to keep both processes busy.
+WINDOW_MAX_BYTES = 16 << 20
+# Drawn once at random; it makes our name-based uuids ours.
+_NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
+# Strangers that were refused are remembered so that each is reported once.
+_MAX_STRANGERS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What one archive is to hold.
+
+    `uuid`: 16 bytes, or empty: one made from what the header holds, always the
+    same for the same. `devices`: the names that must come, in the order of their dev_ids; empty:
+    the first `expect` that come. `job`: the id that producers must name; None:
+    whatever the first one names. `in_order`: one device after the other, so
+    that the same disks make the same archive.
+    """
+
+    uuid: bytes
+    ctime_s: int
+    configs: tuple[Config, ...] = ()
+    devices: tuple[str, ...] = ()
+    expect: int = 0
+    job: bytes | None = None
+    in_order: bool = False
+    heartbeat_s: int = 30
+    #: Until all producers have come, in seconds.
+    start_timeout_s: int = 60
+
+
+class Send(NamedTuple):
+    peer: bytes
+    parts: list[Part]
+
+
+class Begin(NamedTuple):
+    header: Header
+    raw_header: bytes
+
+
+class Put(NamedTuple):
+    extent: PackedExtent[Mark]
+
+
+class Finish(NamedTuple):
+    """All extents are out: store the archive under its name."""
+
+
+class Abandon(NamedTuple):
+    """The job failed: leave nothing behind."""
+
+    reason: str
+
+
+class Notice(NamedTuple):
+    """Something worth a line in the log."""
+
+    text: str
+
+
+Instruction = Send | Begin | Put | Finish | Abandon | Notice
+
+
+class Phase(enum.Enum):
+    GATHERING = "waiting for producers"
+    RUNNING = "receiving"
+    FINISHING = "storing"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class _Peer:
+    side: ArchiverSide
+    heard: float
+    device: DeviceState | None = None
+
+
+class Job:
+    """One archive in the making. `now` is any monotonic clock, in seconds."""
+
+    def __init__(self, spec: JobSpec, now: float) -> None:
+        self.phase = Phase.GATHERING
+        self.reason = ""
+        self.devices: list[DeviceState] = []
+        self._spec = spec
+        self._count = len(spec.devices) or spec.expect
+        self._job = spec.job
+        self._peers: dict[bytes, _Peer] = {}
+        self._strangers: set[bytes] = set()
+        self._started = now
+        self.uuid = spec.uuid
+        self._packer: Packer[Mark] | None = None
+
+    # --- facts that come in ---
+
+    def start(self) -> Iterator[Instruction]:
+        """Call it first: an archive of configs only needs no producer."""
+        if not self._count:
+            yield from self._begin()
+
+    def receive(self, peer: bytes, parts: Sequence[Part], now: float) -> Iterator[Instruction]:
+        """A message from `peer`, whoever that is."""
+        state = self._peers.get(peer)
+        if peer in self._strangers or (state and state.side.state is State.CLOSED):
+            return
+        side = state.side if state else ArchiverSide()
+        try:
+            message = side.receive(parts)
+            if state is not None:
+                state.heard = now
+            match message:
+                case ClusterFrame() | RunFrame() if state and state.device:
+                    yield from self._take(state.device, message)
+                case Ping():
+                    yield Send(peer, side.pong())
+                case Hello():
+                    yield from self._greet(peer, side, message, now)
+                case End() if state and state.device:
+                    yield from self._end(state.device)
+                case Fail(reason):
+                    yield from self._failed(peer, reason)
+        except RemoteProtocolError as error:
+            yield Send(peer, side.refuse(error.code, error.reason))
+            yield from self._misbehaved(peer, error)
+
+    def written(self, marks: dict[int, Mark], dev_ids: set[int]) -> Iterator[Instruction]:
+        """An extent that held data of `dev_ids` was written; `marks` are its notes."""
+        for device in self.devices:
+            if device.dev_id in dev_ids:
+                device.written(marks.get(device.dev_id))
+                yield from self._grant(device)
+
+    def stored(self) -> Iterator[Instruction]:
+        """The archive is complete, on disk, under its name."""
+        self.phase = Phase.DONE
+        for peer, state in self._peers.items():
+            yield Send(peer, state.side.done(self.uuid))
+
+    def fail(self, reason: str) -> Iterator[Instruction]:
+        """The output failed, or somebody cancelled. The first reason counts."""
+        if self.phase in (Phase.DONE, Phase.FAILED):
+            return
+        self.phase = Phase.FAILED
+        self.reason = reason
+        yield Abandon(reason)
+        for peer, state in self._peers.items():
+            if state.side.state is not State.CLOSED:
+                yield Send(peer, state.side.abort(reason))
+
+    def tick(self, now: float) -> Iterator[Instruction]:
+        """Time has passed: call it about once a second."""
+        if self.phase is Phase.GATHERING:
+            if now - self._started > self._spec.start_timeout_s:
+                yield from self.fail(
+                    f"{self._missing_producers()} did not come within "
+                    f"{self._spec.start_timeout_s} s"
+                )
+                return
+        elif self.phase not in (Phase.RUNNING, Phase.FINISHING):
+            return
+        for state in self._peers.values():
+            if now - state.heard > self._spec.heartbeat_s:
+                yield from self.fail(
+                    f"the producer of device {state.side.device!r} has been silent for "
+                    f"{self._spec.heartbeat_s} s"
+                )
+                return
+
+    # --- producers come ---
+
+    def _greet(
+        self, peer: bytes, side: ArchiverSide, hello: Hello, now: float
+    ) -> Iterator[Instruction]:
+        if self.phase is not Phase.GATHERING:
+            raise RemoteProtocolError("busy", "the job has all its devices")
+        if self._job is not None and hello.job != self._job:
+            raise RemoteProtocolError("unknown-job", "another job is made here")
+        if self._spec.devices and hello.device not in self._spec.devices:
+            raise RemoteProtocolError(
+                "unknown-device", f"the job has no device {hello.device!r}"
+            )
+        if any(p.side.device == hello.device for p in self._peers.values()):
+            raise RemoteProtocolError("duplicate-device", f"{hello.device!r} is here already")
+        if not 1 <= hello.size <= MAX_DEVICE_BYTES:
+            raise RemoteProtocolError("bad-size", f"a device of {hello.size} bytes")
+        self._job = hello.job
+        self._peers[peer] = _Peer(side, now)
+        if len(self._peers) == self._count:
+            yield from self._begin()
+
+    def _missing_producers(self) -> str:
+        here = {p.side.device for p in self._peers.values()}
+        missing = [name for name in self._spec.devices if name not in here]
+        if missing:
+            return "the producer of device " + ", ".join(repr(name) for name in missing)
+        return f"{self._count - len(here)} of {self._count} producers"
+
+    def _begin(self) -> Iterator[Instruction]:
+        peers = list(self._peers.items())
+        if self._spec.devices:
+            peers.sort(key=lambda item: self._spec.devices.index(item[1].side.device))
+        devices = tuple(
+            Device(index, state.side.device, state.side.size_bytes)
+            for index, (_, state) in enumerate(peers, start=1)
+        )
+        self.uuid = self._spec.uuid or _uuid_of(self._spec, devices)
+        self._packer = Packer(self.uuid)
+        header = Header(self.uuid, self._spec.ctime_s, devices, self._spec.configs)
+        try:
+            raw_header = encode_header(header)
+        except LimitError as error:
+            yield from self.fail(str(error))
+            return
+        self.phase = Phase.RUNNING
+        yield Begin(header, raw_header)
+        window = max(
+            limits.MIN_WINDOW_BYTES,
+            min(WINDOW_MAX_BYTES, WINDOW_TOTAL_BYTES // max(1, len(devices))),
+        )
+        frame_bytes = max(window // 2, limits.charge(1, limits.CLUSTER_BYTES))
+        for (peer, state), device in zip(peers, devices, strict=True):
+            state.device = DeviceState(peer, state.side, device, window)
+            self.devices.append(state.device)
+            first = not self._spec.in_order or device is devices[0]
+            credit = window if first else 0
+            yield Send(
+                peer,
+                state.side.welcome(device.dev_id, credit, frame_bytes, self._spec.heartbeat_s),
+            )
+        yield from self._finish_if_complete()
+
+    # --- data ---
+
+    def _take(
+        self, device: DeviceState, message: ClusterFrame | RunFrame
+    ) -> Iterator[Instruction]:
+        run = device.take(message)
+        if self._packer is not None:
+            for extent in self._packer.add(
+                device.dev_id, run.first, run.count, run.masks, run.payload, device.mark()
+            ):
+                yield self._put(extent)
+        yield from self._grant(device)
+
+    def _put(self, extent: PackedExtent[Mark]) -> Put:
+        held = {cluster[0] for cluster in extent.clusters}
+        for device in self.devices:
+            if device.dev_id in held:
+                device.queued_extents += 1
+        return Put(extent)
+
+    def _grant(self, device: DeviceState) -> Iterator[Instruction]:
+        if self._spec.in_order and not device.complete and device is not self._current():
+            return
+        parts = device.grant()
+        if parts is not None:
+            yield Send(device.peer, parts)
+
+    def _current(self) -> DeviceState | None:
+        return next((device for device in self.devices if not device.complete), None)
+
+    def _end(self, device: DeviceState) -> Iterator[Instruction]:
+        device.end()
+        following = self._current()
+        if self._spec.in_order and following is not None:
+            yield from self._grant(following)
+        yield from self._finish_if_complete()
+
+    def _finish_if_complete(self) -> Iterator[Instruction]:
+        if self._packer and all(device.complete for device in self.devices):
+            for extent in self._packer.flush():
+                yield self._put(extent)
+            self.phase = Phase.FINISHING
+            yield Finish()
+
+    # --- trouble ---
+
+    def _failed(self, peer: bytes, reason: str) -> Iterator[Instruction]:
+        if peer in self._peers:
+            # The reason names the device: the producer wrote it for a reader.
+            yield from self.fail(reason)
+
+    def _misbehaved(self, peer: bytes, error: RemoteProtocolError) -> Iterator[Instruction]:
+        state = self._peers.get(peer)
+        if state is not None:
+            yield from self.fail(f"device {state.side.device!r}: {error}")
+            return
+        if len(self._strangers) < _MAX_STRANGERS:
+            self._strangers.add(peer)
+            yield Notice(f"refused a stranger: {error}")
+
+
+def _uuid_of(spec: JobSpec, devices: tuple[Device, ...]) -> bytes:
+    """The same 16 bytes for the same header contents (a name-based uuid, version 5)."""
+    contents = repr((spec.ctime_s, devices, [(c.name, c.data) for c in spec.configs]))
+    return uuid.uuid5(_NAMESPACE, contents).bytes

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The archiver's socket to its producers. The only file of this room that knows ZeroMQ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import zmq
+
+from vmapipe.protocol import limits
+from vmapipe.protocol.frames import Part
+from vmapipe.runtime.errors import Failure
+
+# How long a closing socket may still deliver its last words.
+_LINGER_MS = 2000
+# Messages a peer may have waiting here before its connection is no longer
+# read: an honest one is bounded by its credit, a hostile one by this.
+_RECEIVE_MARK = 32
+# Answers waiting for a peer that does not read; above it ZeroMQ drops them.
+# Grants are cumulative, so an honest peer never has more than a few hundred.
+_SEND_MARK = 10_000
+# Messages taken in one turn, so that writing and time get theirs.
+_TURN = 64
+
+
+class Link:
+    """ROUTER, bound to one endpoint."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = _LINGER_MS
+        self._socket.rcvhwm = _RECEIVE_MARK
+        self._socket.sndhwm = _SEND_MARK
+        self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES
+        # The socket file is for its owner alone.
+        old_mask = os.umask(0o077)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error
+        finally:
+            os.umask(old_mask)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint as bound: a port of 0 or * has become a real one."""
+        return self._socket.last_endpoint.rstrip(b"\0").decode()
+
+    def watch(self, fd: int) -> None:
+        """Let `wait` also end when `fd` becomes readable."""
+        self._poller.register(fd, zmq.POLLIN)
+
+    def wait(self, timeout_s: float) -> None:
+        self._poller.poll(int(timeout_s * 1000))
+
+    def receive(self) -> Iterator[tuple[bytes, list[Part]]]:
+        """What has come: (peer, parts). Large parts are views of what ZeroMQ received."""
+        for _ in range(_TURN):
+            try:
+                peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            yield peer.bytes, [frame.buffer for frame in frames]
+
+    def send(self, peer: bytes, parts: Sequence[Part]) -> None:
+        """A peer that is gone loses its message; the heartbeat will tell."""
+        self._socket.send_multipart([peer, *parts])
+
+    def close(self) -> None:
+        self._context.destroy(linger=_LINGER_MS)
+        if self._endpoint.startswith("ipc://"):
+            try:
+                os.unlink(self._endpoint.removeprefix("ipc://"))
+            except FileNotFoundError:
+                pass

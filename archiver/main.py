@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe archiver`: one process, one archive."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+
+from vmapipe.archiver.job import JobSpec
+from vmapipe.archiver.options import read_configs, store_for
+from vmapipe.archiver.serve import serve
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cli import (
+    add_child_options,
+    add_plain_tcp_option,
+    check_endpoint,
+    job_id,
+)
+from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.process import run_child
+from vmapipe.vma.layout import MAX_DEVICES
+
+DESCRIPTION = """\
+Receive the disks of one backup from their producers and store them as one VMA
+archive. The archive appears under its name when it is complete and on disk; a
+job that fails leaves nothing behind.
+"""
+
+EPILOG = """\
+example, by hand, in two terminals:
+  vmapipe archiver --listen ipc:///run/backup.sock --expect 1 --output vm.vma
+  vmapipe producer --archiver ipc:///run/backup.sock --disk drive-scsi0=/srv/vm.raw
+"""
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """How an archive is stored: the same words for the archiver and for a backup."""
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="store this file in the archive, by its name or as NAME; may be repeated",
+    )
+    parser.add_argument(
+        "--compress",
+        metavar="zstd[:LEVEL]",
+        help="compress, at level 1 to 19 (default level: 3)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="threads that compress (default: one a core)",
+    )
+    parser.add_argument(
+        "--manifest",
+        metavar="FILE",
+        help="where the digests go (default: ARCHIVE.manifest.json beside a file)",
+    )
+    parser.add_argument("--no-manifest", action="store_true", help="make no digests")
+    parser.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="same disks, same bytes: one disk after the other, a uuid made from the names and "
+        "sizes, the time from SOURCE_DATE_EPOCH",
+    )
+    parser.add_argument(
+        "--uuid", type=job_id, metavar="UUID", help="the archive's uuid (default: a random one)"
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--listen",
+        required=True,
+        metavar="ENDPOINT",
+        help="where producers connect: ipc://PATH, or tcp://ADDRESS:PORT",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="ARCHIVE",
+        help="a new file, - (stdout), a FIFO or device, exec:CMD, fd:N or /dev/fdset/N",
+    )
+    parser.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a device that must come; repeated: all of them, in the archive's order",
+    )
+    parser.add_argument(
+        "--expect",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take the first N devices that come, whatever their names",
+    )
+    parser.add_argument(
+        "--job",
+        type=job_id,
+        metavar="HEX",
+        help="the job's id, 32 hex digits (default: the first producer's)",
+    )
+    parser.add_argument(
+        "--heartbeat",
+        type=int,
+        default=30,
+        metavar="SECONDS",
+        help="a producer that is silent for so long is dead (default: 30)",
+    )
+    parser.add_argument(
+        "--start-timeout",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="all devices must have come by then (default: 60)",
+    )
+    add_output_options(parser)
+    parser.add_argument("--manifest-events", action="store_true", help=argparse.SUPPRESS)
+    add_plain_tcp_option(parser)
+    add_child_options(parser)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "vmapipe archiver") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser)
+    options = parser.parse_args(argv)
+    return run_child(
+        prog, options.parent_fd, lambda cancel, emit: _archive(options, cancel, emit), _print
+    )
+
+
+def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
+    check_endpoint(options.listen, plain_tcp=options.insecure_plain_tcp)
+    if options.device and options.expect:
+        raise UsageError("--device and --expect exclude each other")
+    if not options.device and not options.expect and not options.config:
+        raise UsageError("say which devices come: --device NAME (repeated) or --expect N")
+    if not 0 <= options.expect <= MAX_DEVICES:
+        raise UsageError(f"--expect {options.expect}: an archive holds 1..{MAX_DEVICES} devices")
+    if options.heartbeat < 1 or options.start_timeout < 1:
+        raise UsageError("times are at least 1 second")
+    spec = JobSpec(
+        uuid=options.uuid or (b"" if options.reproducible else uuid.uuid4().bytes),
+        ctime_s=archive_time(reproducible=options.reproducible),
+        configs=read_configs(options.config),
+        devices=tuple(options.device),
+        expect=options.expect,
+        job=options.job,
+        in_order=options.reproducible,
+        heartbeat_s=options.heartbeat,
+        start_timeout_s=options.start_timeout,
+    )
+    serve(spec, options.listen, lambda wake: store_for(options, wake, cancel, emit), cancel, emit)
+
+
+def archive_time(*, reproducible: bool) -> int:
+    """Seconds since 1970: now, or SOURCE_DATE_EPOCH (0 without it) for reproducible archives."""
+    if not reproducible:
+        return int(time.time())
+    text = os.environ.get("SOURCE_DATE_EPOCH", "0")
+    if not text.isdigit() or int(text) >= 1 << 63:
+        raise UsageError(f"SOURCE_DATE_EPOCH={text!r} is no number of seconds")
+    return int(text)
+
+
+def _print(event: Event) -> None:
+    match event["event"]:
+        case "listening":
+            text = f"listening on {event['endpoint']}"
+        case "notice":
+            text = event["text"]
+        case "stored":
+            text = f"stored {event['archive']}: {event['stored_bytes']} bytes"
+        case _:
+            return
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

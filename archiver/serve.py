@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The archiver's loop: carries messages to the job's core and its instructions out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+from vmapipe.archiver import job as core
+from vmapipe.archiver.device import Mark
+from vmapipe.archiver.job import Job, JobSpec, Phase
+from vmapipe.archiver.link import Link
+from vmapipe.archiver.store import Store
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Cancelled, Failure
+from vmapipe.runtime.events import Emit
+
+# Often enough for a bar that moves, seldom enough to cost nothing.
+PROGRESS_S = 0.25
+
+MakeStore = Callable[[Callable[[], None]], Store[Mark]]
+
+
+def serve(
+    spec: JobSpec, endpoint: str, make_store: MakeStore, cancel: Cancel, emit: Emit
+) -> None:
+    """Make one archive. Raises Failure when nothing was stored."""
+    wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    link: Link | None = None
+    try:
+        store = make_store(lambda: os.eventfd_write(wake_fd, 1))
+        try:
+            link = Link(endpoint)
+            link.watch(wake_fd)
+            link.watch(cancel.fd)
+            emit({"event": "listening", "endpoint": link.endpoint})
+            _Server(Job(spec, time.monotonic()), link, store, emit).run(wake_fd, cancel)
+        finally:
+            # Nothing to do where the archive was stored.
+            store.abandon()
+    finally:
+        if link is not None:
+            link.close()
+        os.close(wake_fd)
+
+
+class _Server:
+    def __init__(self, job: Job, link: Link, store: Store[Mark], emit: Emit) -> None:
+        self._job = job
+        self._link = link
+        self._store = store
+        self._emit = emit
+        self._next_progress = 0.0
+
+    def run(self, wake_fd: int, cancel: Cancel) -> None:
+        job = self._job
+        self._carry_out(job.start())
+        while job.phase not in (Phase.DONE, Phase.FAILED):
+            self._link.wait(1.0)
+            for peer, parts in self._link.receive():
+                self._carry_out(job.receive(peer, parts, time.monotonic()))
+            self._hear_store(wake_fd)
+            if cancel.asked:
+                self._carry_out(job.fail(cancel.reason))
+            self._carry_out(job.tick(time.monotonic()))
+            self._progress()
+        if job.phase is Phase.FAILED:
+            if cancel.asked:
+                raise Cancelled(cancel.reason, cancel.signum)
+            raise Failure(job.reason)
+        self._next_progress = 0.0
+        self._progress()
+        self._emit(
+            {
+                "event": "stored",
+                "archive": self._store.description,
+                "uuid": job.uuid.hex(),
+                "stored_bytes": self._store.stored_bytes,
+                "plain_bytes": self._store.plain_bytes,
+            }
+        )
+
+    def _carry_out(self, instructions: Iterator[core.Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case core.Send(peer, parts):
+                    self._link.send(peer, parts)
+                case core.Put(extent):
+                    self._store.put(extent)
+                case core.Begin(header, raw_header):
+                    self._store.begin(header, raw_header)
+                    self._emit(
+                        {
+                            "event": "begun",
+                            "uuid": header.uuid.hex(),
+                            "devices": [
+                                {"dev_id": d.dev_id, "name": d.name, "bytes": d.size_bytes}
+                                for d in header.devices
+                            ],
+                        }
+                    )
+                case core.Finish():
+                    self._store.finish()
+                case core.Abandon():
+                    self._store.abandon()
+                case core.Notice(text):
+                    self._emit({"event": "notice", "text": text})
+
+    def _hear_store(self, wake_fd: int) -> None:
+        try:
+            os.eventfd_read(wake_fd)
+        except BlockingIOError:
+            return
+        for extent in self._store.take_written():
+            held = {cluster[0] for cluster in extent.clusters}
+            self._carry_out(self._job.written(extent.notes, held))
+        if self._store.error is not None:
+            self._carry_out(self._job.fail(str(self._store.error)))
+        elif self._store.committed:
+            self._carry_out(self._job.stored())
+
+    def _progress(self) -> None:
+        now = time.monotonic()
+        if now < self._next_progress or not self._job.devices:
+            return
+        self._next_progress = now + PROGRESS_S
+        self._emit(
+            {
+                "event": "progress",
+                "stored_bytes": self._store.stored_bytes,
+                "plain_bytes": self._store.plain_bytes,
+                "devices": [
+                    {
+                        "name": d.device.name,
+                        "bytes": d.device.size_bytes,
+                        "done_bytes": d.done_bytes,
+                        "zero_bytes": d.zero_bytes,
+                    }
+                    for d in self._job.devices
+                ],
+            }
+        )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe backup`: the command line of a backup job."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vmapipe.archiver.main import add_output_options
+from vmapipe.control.job import BackupJob, Disk
+from vmapipe.control.render import add_report_options, renderer
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cli import size, split_named
+from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.process import run
+
+DESCRIPTION = """\
+Back up disks at rest (raw image files or block devices) into one VMA archive.
+A process of its own reads each disk; another writes the archive, which appears
+under its name only when it is complete and on disk. Holes and zeroes cost
+next to nothing.
+"""
+
+EPILOG = """\
+ARCHIVE is a new file, - (stdout), a FIFO or character device, exec:COMMAND,
+fd:N or /dev/fdset/N. Beside a file, ARCHIVE.manifest.json gets the digests
+with which `vmapipe verify` finds damaged data.
+
+examples:
+  vmapipe backup --disk drive-scsi0=/srv/vm.raw --config qemu-server.conf vm.vma
+  vmapipe backup --disk /dev/vg0/vm --compress zstd vm.vma.zst
+  vmapipe backup --disk /srv/vm.raw - | ssh backup.example 'cat > vm.vma'
+
+exit codes: 0 stored, 1 failed (nothing was stored), 2 wrong use, 130/143 ended by a signal
+"""
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--disk",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH[,format=raw]",
+        help="a disk, and its name in the archive (default: the file's name); may be repeated",
+    )
+    parser.add_argument(
+        "--speed",
+        type=size,
+        default=0,
+        metavar="BYTES/S",
+        help="read at most this much a second, all disks together; K, M, G, T are powers of 1024",
+    )
+    add_output_options(parser)
+    add_report_options(parser)
+    parser.add_argument("archive", metavar="ARCHIVE", help="where the archive goes")
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _backup(options))
+
+
+def _backup(options: argparse.Namespace) -> None:
+    job = BackupJob(
+        disks=tuple(parse_disk(text) for text in options.disk),
+        archive=options.archive,
+        archiver_options=archiver_options(options),
+        speed_bytes_s=options.speed,
+    )
+    cancel = Cancel()
+    cancel.on_signals()
+    # With the archive on stdout, every word goes to stderr.
+    stream = sys.stderr if options.archive in ("-", "fd:1", "/dev/fdset/1") else sys.stdout
+    with renderer("backup", options, stream) as emit:
+        job.run(emit, cancel)
+
+
+def parse_disk(text: str) -> Disk:
+    """`[NAME=]PATH[,format=raw]`. Raises UsageError."""
+    body, comma, option = text.rpartition(",")
+    if comma and option.startswith("format="):
+        image_format = option.removeprefix("format=")
+        if image_format != "raw":
+            raise UsageError(
+                f"{text}: format {image_format!r} cannot be read yet; only raw images and block "
+                f"devices can (convert it: qemu-img convert -O raw)"
+            )
+        text = body
+    return Disk(*split_named(text))
+
+
+def archiver_options(options: argparse.Namespace) -> list[str]:
+    """The options that a backup hands on to its archiver."""
+    words: list[str] = []
+    for config in options.config:
+        words += ["--config", config]
+    if options.compress:
+        words += ["--compress", options.compress]
+    words += ["--threads", str(options.threads)]
+    if options.manifest:
+        words += ["--manifest", options.manifest]
+    if options.no_manifest:
+        words.append("--no-manifest")
+    elif options.json:
+        words.append("--manifest-events")
+    if options.reproducible:
+        words.append("--reproducible")
+    if options.uuid:
+        words += ["--uuid", options.uuid.hex()]
+    return words

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One backup: starts the archiver and a producer a disk, watches them, ends them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.children import Child, Children
+from vmapipe.runtime.errors import Cancelled, Failure, UsageError
+from vmapipe.runtime.events import Emit
+from vmapipe.vma.errors import LimitError
+from vmapipe.vma.header import Device, check_contents
+from vmapipe.vma.layout import MAX_DEVICES
+
+# When one process has failed, the others hear of it from the archiver and end
+# by themselves, and the archiver knows the reason best. It takes milliseconds.
+_VERDICT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A raw image or block device, and its name in the archive."""
+
+    name: str
+    path: str
+
+
+@dataclass
+class BackupJob:
+    """`archive` is an output as the archiver takes it; `speed_bytes_s` 0: no limit."""
+
+    disks: Sequence[Disk]
+    archive: str
+    archiver_options: Sequence[str]
+    speed_bytes_s: int = 0
+    job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
+
+    def run(self, emit: Emit, cancel: Cancel) -> None:
+        """Raises Failure when nothing was stored."""
+        self._check()
+        started = time.monotonic()
+        folder = tempfile.mkdtemp(prefix="vmapipe-")
+        try:
+            with Children() as children:
+                children.watch(cancel.fd)
+                self._start(children, f"ipc://{folder}/archiver.sock")
+                self._watch(children, emit, cancel)
+            emit(
+                {
+                    "event": "done",
+                    "seconds": round(time.monotonic() - started, 3),
+                    "cpu_s": round(sum(child.cpu_s for child in children.all), 3),
+                    "peak_rss_bytes": sum(child.peak_rss_bytes for child in children.all),
+                }
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _check(self) -> None:
+        if len(self.disks) > MAX_DEVICES:
+            raise UsageError(f"too many drives: {len(self.disks)}; the limit is {MAX_DEVICES}")
+        if not self.disks and "--config" not in self.archiver_options:
+            raise UsageError("nothing to back up: name a disk with --disk")
+        devices = tuple(
+            Device(index, disk.name, 1) for index, disk in enumerate(self.disks, start=1)
+        )
+        try:
+            if devices:
+                check_contents(devices, ())
+        except LimitError as error:
+            raise UsageError(str(error)) from error
+        for disk in self.disks:
+            if not disk.name.isprintable():
+                raise UsageError(f"device name {disk.name!r} has unprintable characters")
+
+    def _start(self, children: Children, endpoint: str) -> None:
+        job = self.job_id.hex()
+        words = ["--listen", endpoint, "--output", self.archive, "--job", job]
+        for disk in self.disks:
+            words += ["--device", disk.name]
+        children.start(
+            "the archiver",
+            "vmapipe.archiver.main",
+            [*words, *self.archiver_options],
+            inherited_fds(self.archive),
+        )
+        speed = -(-self.speed_bytes_s // max(1, len(self.disks)))
+        for disk in self.disks:
+            children.start(
+                f"the producer of {disk.name!r}",
+                "vmapipe.producer.main",
+                ["--archiver", endpoint, "--job", job, "--speed", str(speed)]
+                + ["--disk", f"{disk.name}={disk.path}"],
+            )
+
+    def _watch(self, children: Children, emit: Emit, cancel: Cancel) -> None:
+        """Until all have ended well. Raises Failure with the best reason there is."""
+        archiver = children.all[0]
+        first_failed: Child | None = None
+        give_up = float("inf")
+        while any(child.running for child in children.all):
+            for child, event in children.wait(min(1.0, max(0.0, give_up - time.monotonic()))):
+                if event is not None:
+                    if event["event"] != "error":
+                        emit(event)
+                elif child.exit_code and first_failed is None:
+                    first_failed = child
+                    killed = child.exit_code < 0 or child is archiver
+                    give_up = time.monotonic() + (0.0 if killed else _VERDICT_S)
+            if cancel.asked:
+                raise Cancelled(cancel.reason, cancel.signum)
+            if first_failed and (not archiver.running or time.monotonic() >= give_up):
+                break
+        if first_failed is not None:
+            spoke = archiver.exit_code and archiver.error
+            raise Failure((archiver if spoke else first_failed).verdict())
+
+
+def inherited_fds(output: str) -> list[int]:
+    """The descriptor that an output like `fd:7` names, to be handed on."""
+    for prefix in ("fd:", "/dev/fdset/"):
+        number = output.removeprefix(prefix)
+        if number != output and number.isdigit() and int(number) > 2:
+            try:
+                os.fstat(int(number))
+            except OSError as error:
+                raise UsageError(f"{output}: no such descriptor is open here") from error
+            return [int(number)]
+    return []

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe`: one name for every command; each is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+DESCRIPTION = """\
+Back up disks of virtual machines into one VMA archive, the format of Proxmox
+VE, and bring them back. One process reads each disk, one writes the archive.
+
+commands:
+  backup     back up disks into an archive
+  restore    bring an archive's disks back
+  list       tell what an archive holds
+  config     print a configuration stored in an archive
+  verify     check an archive without writing anything
+  producer   read one disk and send it to an archiver (by hand, or elsewhere)
+  archiver   receive disks from producers and store the archive
+
+`vmapipe COMMAND --help` explains each. `vma` speaks the reference tool's grammar.
+"""
+
+EPILOG = """\
+example:
+  vmapipe backup --disk drive-scsi0=/srv/vm.raw --config vm.conf vm.vma.zst --compress zstd
+  vmapipe verify vm.vma.zst
+  vmapipe restore vm.vma.zst restored/
+
+exit codes: 0 done, 1 failed, 2 wrong use, 4 verify found damage, 130/143 ended by a signal
+"""
+
+_COMMANDS = {
+    "backup": "vmapipe.control.backup",
+    "restore": "vmapipe.control.restore",
+    "list": "vmapipe.control.inspect",
+    "config": "vmapipe.control.inspect",
+    "verify": "vmapipe.control.inspect",
+    "producer": "vmapipe.producer.main",
+    "archiver": "vmapipe.archiver.main",
+}
+
+
+def program_version() -> str:
+    try:
+        return version("vmapipe")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vmapipe",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="vmapipe COMMAND [OPTION]...",
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"vmapipe {program_version()}",
+        help="show the version and exit",
+    )
+    parser.add_argument("command", choices=sorted(_COMMANDS), help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    # Only the first word is ours: whatever follows belongs to the command.
+    options = parser.parse_args(arguments[:1])
+    module = importlib.import_module(_COMMANDS[options.command])
+    command: Callable[[Sequence[str], str], int] = getattr(
+        module, f"main_{options.command}", None
+    ) or module.main
+    return command(arguments[1:], f"vmapipe {options.command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a job's events look: a bar on a terminal, lines in a log, JSON lines, or nothing."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+from vmapipe.runtime.events import Emit, Event, encode_line, ignore
+
+# In a log, a line at least so often, however slow the job is.
+_LOG_LINE_S = 10.0
+_LOG_STEP_PERCENT = 10
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="report as JSON lines (docs/operations.md)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="say nothing unless it fails")
+
+
+@contextlib.contextmanager
+def renderer(verb: str, options: argparse.Namespace, stream: TextIO) -> Iterator[Emit]:
+    """What to give a job's events to. `stream` is where words go that nobody reads as data."""
+    if options.json:
+
+        def write_json(event: Event) -> None:
+            stream.write(encode_line({"time": round(time.time(), 3), **event}).decode())
+            stream.flush()
+
+        yield write_json
+    elif options.quiet:
+        yield ignore
+    elif sys.stderr.isatty():
+        bar = Bar(verb, sys.stderr)
+        try:
+            yield bar
+        finally:
+            bar.clear()
+    else:
+        yield Log(verb, stream)
+
+
+def human_bytes(count: float) -> str:
+    """1536 to `1.5 KiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def human_time(seconds: float) -> str:
+    """75 to `1:15`."""
+    whole = int(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours}:{minutes:02}:{whole % 60:02}"
+    return f"{minutes}:{whole % 60:02}"
+
+
+class _Text:
+    """What bar and log have in common: totals, and the words at the end."""
+
+    def __init__(self, verb: str, stream: TextIO) -> None:
+        self.verb = verb
+        self.stream = stream
+        self.started = time.monotonic()
+        self.done_bytes = self.total_bytes = self.zero_bytes = 0
+
+    def take_progress(self, event: Event) -> None:
+        devices = event["devices"]
+        self.done_bytes = sum(d["done_bytes"] for d in devices)
+        self.zero_bytes = sum(d.get("zero_bytes", 0) for d in devices)
+        self.total_bytes = sum(d["bytes"] for d in devices)
+
+    @property
+    def rate(self) -> float:
+        return self.done_bytes / max(0.001, time.monotonic() - self.started)
+
+    @property
+    def percent(self) -> int:
+        return min(100, 100 * self.done_bytes // self.total_bytes) if self.total_bytes else 100
+
+    @property
+    def left(self) -> str:
+        if not self.done_bytes:
+            return "--:--"
+        return human_time(max(0, self.total_bytes - self.done_bytes) / self.rate)
+
+    def summary(self, event: Event) -> str | None:
+        """The line for an event that is worth one in any form."""
+        match event["event"]:
+            case "stored":
+                archive = event["archive"]
+                return (
+                    f"stored {archive}: {human_bytes(event['stored_bytes'])} for "
+                    f"{human_bytes(self.total_bytes)} of disks "
+                    f"({human_bytes(self.zero_bytes)} of them zero)"
+                )
+            case "done":
+                return f"{self.verb} done in {event['seconds']:.1f} s, {human_bytes(self.rate)}/s"
+            case "notice" | "restored" | "checked":
+                return str(event["text"])
+        return None
+
+
+class Bar(_Text):
+    """One line that moves, and above it the lines that stay."""
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] == "progress":
+            self.take_progress(event)
+            self.stream.write("\r\x1b[K" + self._line())
+            self.stream.flush()
+        elif (text := self.summary(event)) is not None:
+            self.clear()
+            self.stream.write(text + "\n")
+
+    def _line(self) -> str:
+        head = f"{self.verb} {self.percent:3d} % "
+        tail = (
+            f" {human_bytes(self.done_bytes)} of {human_bytes(self.total_bytes)}, "
+            f"{human_bytes(self.rate)}/s, {self.left} left"
+        )
+        columns = shutil.get_terminal_size().columns
+        room = min(40, columns - len(head) - len(tail) - 3)
+        if room < 5:
+            return (head + tail)[: columns - 1]
+        filled = room * self.percent // 100
+        return head + "[" + "#" * filled + "." * (room - filled) + "]" + tail
+
+    def clear(self) -> None:
+        self.stream.write("\r\x1b[K")
+        self.stream.flush()
+
+
+class Log(_Text):
+    """A line every 10 %, or every 10 s when that is seldom."""
+
+    def __init__(self, verb: str, stream: TextIO) -> None:
+        super().__init__(verb, stream)
+        self._said_at = self.started
+        self._said_percent = 0
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] == "progress":
+            self.take_progress(event)
+            now = time.monotonic()
+            step = self.percent - self._said_percent >= _LOG_STEP_PERCENT
+            if (step and now - self._said_at >= 1.0) or now - self._said_at >= _LOG_LINE_S:
+                self._said_at, self._said_percent = now, self.percent
+                self._say(
+                    f"{self.verb} {self.percent} % ({human_bytes(self.done_bytes)} of "
+                    f"{human_bytes(self.total_bytes)}, {human_bytes(self.rate)}/s, "
+                    f"{self.left} left)"
+                )
+        elif (text := self.summary(event)) is not None:
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        self.stream.write(text + "\n")
+        self.stream.flush()

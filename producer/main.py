@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe producer`: one process, one disk."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vmapipe.producer.link import Link
+from vmapipe.producer.sender import Sender
+from vmapipe.producer.source import RawSource
+from vmapipe.protocol.limits import CLUSTER_BYTES
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cli import (
+    add_child_options,
+    add_plain_tcp_option,
+    check_endpoint,
+    job_id,
+    size,
+    split_named,
+)
+from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.process import run_child
+
+DESCRIPTION = """\
+Read one disk at rest (a raw image file or a block device) and send its
+clusters to an archiver. Ends with exit code 0 when the archiver has stored the
+whole archive, and with 1 when this device or the job failed.
+"""
+
+EPILOG = """\
+example, by hand, in two terminals:
+  vmapipe archiver --listen ipc:///run/backup.sock --expect 1 --output vm.vma
+  vmapipe producer --archiver ipc:///run/backup.sock --disk drive-scsi0=/srv/vm.raw
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--archiver",
+        required=True,
+        metavar="ENDPOINT",
+        help="where the archiver listens: ipc://PATH, or tcp://HOST:PORT",
+    )
+    parser.add_argument(
+        "--disk",
+        required=True,
+        metavar="[NAME=]PATH",
+        help="the disk, and its name in the archive (default: the file's name)",
+    )
+    parser.add_argument(
+        "--job",
+        type=job_id,
+        default=bytes(16),
+        metavar="HEX",
+        help="the job's id, 32 hex digits (default: zeroes)",
+    )
+    parser.add_argument(
+        "--speed",
+        type=size,
+        default=0,
+        metavar="BYTES/S",
+        help="read at most this much a second; K, M, G, T are 1024 (default: no limit)",
+    )
+    add_plain_tcp_option(parser)
+    add_child_options(parser)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser)
+    options = parser.parse_args(argv)
+    return run_child(
+        prog, options.parent_fd, lambda cancel, emit: _produce(options, cancel, emit), _print
+    )
+
+
+def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
+    check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp)
+    name, path = split_named(options.disk)
+    source = RawSource(name, path)
+    link = Link(options.archiver)
+    try:
+        link.watch(cancel.fd)
+        emit({"event": "reading", "device": name, "path": path, "bytes": source.size_bytes})
+        sender = Sender(source, link, options.job, options.speed, cancel)
+        sender.run()
+        emit(
+            {
+                "event": "sent",
+                "device": name,
+                "bytes": source.size_bytes,
+                "zero_bytes": min(sender.zero_clusters * CLUSTER_BYTES, source.size_bytes),
+            }
+        )
+    finally:
+        link.close()
+        source.close()
+
+
+def _print(event: Event) -> None:
+    match event["event"]:
+        case "reading":
+            text = f"{event['device']}: reading {event['path']}, {event['bytes']} bytes"
+        case _:
+            text = f"{event['device']}: done; the archive is stored"
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a disk's bytes come from: raw files and block devices at rest."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from vmapipe.protocol.limits import CLUSTER_BYTES
+from vmapipe.runtime.errors import Failure, os_error_text
+
+
+class SourceError(Failure):
+    """A disk cannot be read; the text names the device, and the offset where there is one."""
+
+
+class Segment(NamedTuple):
+    """Bytes [start, end) of a disk; both are multiples of 64 KiB, but for the disk's end."""
+
+    start: int
+    end: int
+    is_data: bool
+
+
+class Source(Protocol):
+    """A disk of `size_bytes` bytes that does not change while it is read."""
+
+    name: str
+    size_bytes: int
+
+    def segments(self) -> Iterator[Segment]:
+        """Data and holes, in order, without gaps. A hole reads as zero."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset`. Raises SourceError."""
+
+    def check_unchanged(self) -> None:
+        """Raises SourceError when the disk's size is no longer `size_bytes`."""
+
+    def close(self) -> None: ...
+
+
+class RawSource:
+    """A raw image file or a block device."""
+
+    def __init__(self, name: str, path: str) -> None:
+        self.name = name
+        self.path = path
+        try:
+            # O_NONBLOCK: opening a FIFO by mistake must not hang.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise SourceError(
+                f"disk {name!r}: cannot open {path}: {os_error_text(error)}"
+            ) from error
+        try:
+            self.size_bytes = self._checked_size()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _checked_size(self) -> int:
+        mode = os.fstat(self._fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise SourceError(f"disk {self.name!r}: {self.path} is a folder, not a disk image")
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise SourceError(
+                f"disk {self.name!r}: {self.path} is neither a file nor a block device"
+            )
+        size = self._size_now()
+        if not size:
+            raise SourceError(f"disk {self.name!r}: {self.path} is empty: nothing to back up")
+        if stat.S_ISREG(mode):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return size
+
+    def _size_now(self) -> int:
+        return os.lseek(self._fd, 0, os.SEEK_END)
+
+    def segments(self) -> Iterator[Segment]:
+        at = 0
+        while at < self.size_bytes:
+            data, hole = self._next_data(at)
+            # A cluster that is partly hole is read as a whole.
+            start = max(at, data - data % CLUSTER_BYTES)
+            end = min(self.size_bytes, -(-hole // CLUSTER_BYTES) * CLUSTER_BYTES)
+            if start > at:
+                yield Segment(at, start, is_data=False)
+            if end > start:
+                yield Segment(start, end, is_data=True)
+            at = max(end, start)
+
+    def _next_data(self, at: int) -> tuple[int, int]:
+        """The next data range [start, end) from `at` on; at the end both are the size."""
+        try:
+            data = os.lseek(self._fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return self.size_bytes, self.size_bytes
+            # Block devices and some file systems do not know holes: all is data.
+            return at, self.size_bytes
+        data = min(data, self.size_bytes)
+        return data, min(self.size_bytes, os.lseek(self._fd, data, os.SEEK_HOLE))
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise SourceError(
+                    f"disk {self.name!r}: cannot read {self.path} at offset {offset + done}: "
+                    f"{os_error_text(error)}"
+                ) from error
+            if not got:
+                raise SourceError(
+                    f"disk {self.name!r}: {self.path} ended at offset {offset + done}, but had "
+                    f"{self.size_bytes} bytes: it shrank while it was read"
+                )
+            done += got
+
+    def check_unchanged(self) -> None:
+        size = self._size_now()
+        if size != self.size_bytes:
+            change = "grew" if size > self.size_bytes else "shrank"
+            raise SourceError(
+                f"disk {self.name!r}: {self.path} {change} from {self.size_bytes} to {size} bytes "
+                f"while it was read (offset {min(size, self.size_bytes)}): is it in use?"
+            )
+
+    def close(self) -> None:
+        os.close(self._fd)

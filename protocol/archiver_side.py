@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The archiver's half of the dialogue with one producer: checks order, numbers and credit."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+from vmapipe.protocol import frames, limits
+from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
+from vmapipe.protocol.frames import Part
+from vmapipe.protocol.messages import (
+    Abort,
+    ClusterFrame,
+    Done,
+    End,
+    Fail,
+    Grant,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Refuse,
+    RunFrame,
+    Welcome,
+)
+
+
+class State(enum.Enum):
+    GREETING = "greeting"
+    WAITING = "waiting"
+    RECEIVING = "receiving"
+    ENDED = "ended"
+    CLOSED = "closed"
+
+
+class ArchiverSide:
+    """One session. `receive` raises RemoteProtocolError for what the producer must not send."""
+
+    def __init__(self) -> None:
+        self.state = State.GREETING
+        self.device = ""
+        self.size_bytes = 0
+        self.dev_id = 0
+        self.received_frames = 0
+        self.received_clusters = 0
+        self.charged = 0
+        self._limit = 0
+        self._acked = 0
+        self._frame_bytes = 0
+
+    def receive(self, parts: Sequence[Part]) -> Message:
+        """Take a message: Hello, a frame, End, Fail or Ping."""
+        message = frames.decode(parts)
+        match message:
+            case ClusterFrame() if self.state is State.RECEIVING:
+                self._take(message.seq, message.dev_id, 1, len(message.data))
+            case RunFrame() if self.state is State.RECEIVING:
+                self._take(message.seq, message.dev_id, message.count, message.payload.nbytes)
+            case Ping():
+                pass
+            case Hello() if self.state is State.GREETING:
+                self._greeted(message)
+            case End() if self.state is State.RECEIVING:
+                self._ended(message)
+            case Fail():
+                self.state = State.CLOSED
+            case _:
+                name = type(message).__name__
+                raise RemoteProtocolError("sequence", f"{name} in state {self.state.value}")
+        return message
+
+    def _greeted(self, message: Hello) -> None:
+        self.device = message.device
+        self.size_bytes = message.size
+        self.state = State.WAITING
+
+    def _take(self, seq: int, dev_id: int, clusters: int, data_bytes: int) -> None:
+        if seq != self.received_frames + 1:
+            raise RemoteProtocolError(
+                "sequence", f"frame {seq} where {self.received_frames + 1} must come"
+            )
+        if dev_id != self.dev_id:
+            raise RemoteProtocolError(
+                "wrong-device", f"a frame of device {dev_id} in the session of {self.dev_id}"
+            )
+        cost = limits.charge(clusters, data_bytes)
+        if cost > self._frame_bytes or self.charged + cost > self._limit:
+            raise RemoteProtocolError("credit", f"frame {seq} exceeds the credit")
+        self.charged += cost
+        self.received_frames = seq
+        self.received_clusters += clusters
+
+    def _ended(self, message: End) -> None:
+        counted = (self.received_frames, self.received_clusters)
+        if (message.frames, message.clusters) != counted:
+            raise RemoteProtocolError(
+                "counts",
+                f"{message.frames} frames and {message.clusters} clusters announced, "
+                f"{counted[0]} and {counted[1]} received",
+            )
+        self.state = State.ENDED
+
+    def welcome(
+        self, dev_id: int, credit_bytes: int, frame_bytes: int, heartbeat_s: int
+    ) -> list[Part]:
+        self._must_be(State.WAITING, "welcome")
+        if frame_bytes < limits.MIN_FRAME_CHARGE:
+            raise LocalProtocolError(f"frames of {frame_bytes} bytes do not hold a cluster")
+        welcome = Welcome(limits.VERSION, dev_id, credit_bytes, frame_bytes, heartbeat_s)
+        parts = frames.encode_control(welcome)
+        self.state = State.RECEIVING
+        self.dev_id = dev_id
+        self._limit = credit_bytes
+        self._frame_bytes = frame_bytes
+        return parts
+
+    def grant(self, limit: int, acked: int) -> list[Part] | None:
+        """A grant message, or None when it would tell nothing new. A limit never shrinks."""
+        if self.state not in (State.RECEIVING, State.ENDED):
+            return None
+        if acked > self.received_frames:
+            raise LocalProtocolError(f"frame {acked} acknowledged, {self.received_frames} received")
+        if limit <= self._limit and acked <= self._acked:
+            return None
+        self._limit = max(limit, self._limit)
+        self._acked = max(acked, self._acked)
+        return frames.encode_control(Grant(self._limit, self._acked))
+
+    def done(self, uuid: bytes) -> list[Part]:
+        self._must_be(State.ENDED, "done")
+        self.state = State.CLOSED
+        return frames.encode_control(Done(uuid))
+
+    def refuse(self, code: str, reason: str) -> list[Part]:
+        self.state = State.CLOSED
+        return frames.encode_control(Refuse(code, frames.sayable(reason)))
+
+    def abort(self, reason: str) -> list[Part]:
+        self.state = State.CLOSED
+        return frames.encode_control(Abort(frames.sayable(reason)))
+
+    def pong(self) -> list[Part]:
+        return frames.encode_control(Pong())
+
+    def _must_be(self, state: State, what: str) -> None:
+        if self.state is not state:
+            raise LocalProtocolError(f"{what} in state {self.state.value}")

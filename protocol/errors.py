@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who broke the protocol: this side (our bug) or the other one (a stranger)."""
+
+from __future__ import annotations
+
+
+class ProtocolError(Exception):
+    """Base of the errors of this room."""
+
+    exit_code = 1
+
+
+class LocalProtocolError(ProtocolError):
+    """This side tried something the dialogue does not allow: a defect of the caller."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent something it must not. `code` is a word of docs/wire-protocol.md."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+        super().__init__(f"{reason} [{code}]")

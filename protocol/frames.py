@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages to bytes and back. The only file that knows msgpack.
+
+A message is a list of parts (one ZeroMQ multipart message): one part is a
+control message, two or three are a data message. Nothing is unpacked before
+its size was checked; what does not fit raises RemoteProtocolError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
+
+import msgpack
+
+from vmapipe.protocol import limits
+from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
+from vmapipe.protocol.messages import (
+    Abort,
+    ClusterFrame,
+    Control,
+    Done,
+    End,
+    Fail,
+    Grant,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Refuse,
+    RunFrame,
+    Welcome,
+)
+
+Part = bytes | bytearray | memoryview
+
+_TYPES: dict[str, type[Control]] = {
+    kind.__name__.upper(): kind
+    for kind in (Hello, Welcome, Grant, End, Done, Refuse, Fail, Abort, Ping, Pong)
+}
+_NOTHING = memoryview(b"")
+
+
+def encode_control(message: Control) -> list[Part]:
+    """Raises LocalProtocolError for what the peer would refuse."""
+    kind = type(message).__name__.upper()
+    fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
+    for name, item in fields.items():
+        if not _CHECKS[name](item):
+            raise LocalProtocolError(f"{kind}: {name} cannot be {item!r:.100}")
+    return [msgpack.packb([kind, fields])]
+
+
+def sayable(text: str) -> str:
+    """`text` as a message can carry it: not too long, and bytes that are no text escaped.
+
+    The reason for a failure often names a file; it must not fail in its turn.
+    """
+    clipped = text[: limits.MAX_REASON_CHARS]
+    return clipped.encode("utf-8", "backslashreplace").decode()[: limits.MAX_REASON_CHARS]
+
+
+def encode_cluster(seq: int, dev_id: int, cluster_num: int, data: Part) -> list[Part]:
+    return [msgpack.packb(seq), msgpack.packb([dev_id, cluster_num, data])]
+
+
+def encode_run(
+    seq: int, dev_id: int, first_cluster: int, count: int, masks: bytes, payload: Part
+) -> list[Part]:
+    head: list[Part] = [
+        msgpack.packb(seq),
+        msgpack.packb([dev_id, first_cluster, count, masks]),
+    ]
+    if memoryview(payload).nbytes:
+        head.append(payload)
+    return head
+
+
+def decode(parts: Sequence[Part]) -> Message:
+    """Read one message. Raises RemoteProtocolError for anything else than a message."""
+    if len(parts) == 1:
+        return _decode_control(parts[0])
+    if len(parts) in (2, 3):
+        return _decode_data(parts)
+    raise RemoteProtocolError("malformed", f"a message of {len(parts)} parts")
+
+
+def _unpack(part: Part, max_bytes: int) -> Any:
+    size = memoryview(part).nbytes
+    if size > max_bytes:
+        raise RemoteProtocolError("too-large", f"a part of {size} bytes, at most {max_bytes}")
+    try:
+        return msgpack.unpackb(
+            part,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=limits.MAX_CONTROL_BYTES,
+            max_bin_len=max_bytes,
+            max_array_len=limits.MAX_ARRAY_ITEMS,
+            max_map_len=limits.MAX_MAP_ITEMS,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise RemoteProtocolError("malformed", f"no msgpack: {error}") from error
+
+
+def _decode_control(part: Part) -> Control:
+    value = _unpack(part, limits.MAX_CONTROL_BYTES)
+    if not (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], dict)
+    ):
+        raise RemoteProtocolError("malformed", "a control message that is no [name, {...}]")
+    kind = _TYPES.get(value[0])
+    if kind is None:
+        raise RemoteProtocolError("malformed", f"an unknown message {value[0][:40]!r}")
+    # First of all: another version may have other keys beside this one.
+    version = value[1].get("version") if kind in (Hello, Welcome) else None
+    if _is_uint(version) and version != limits.VERSION:
+        raise RemoteProtocolError(
+            "version", f"version {version} is not spoken here, {limits.VERSION} is"
+        )
+    known: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if field.name in value[1]:
+            known[field.name] = value[1][field.name]
+        elif field.default is dataclasses.MISSING:
+            raise RemoteProtocolError("malformed", f"{value[0]} without {field.name!r}")
+    for name, item in known.items():
+        if not _CHECKS[name](item):
+            raise RemoteProtocolError("malformed", f"{value[0]}: {name!r} makes no sense")
+    return kind(**known)
+
+
+def _decode_data(parts: Sequence[Part]) -> ClusterFrame | RunFrame:
+    seq = _unpack(parts[0], limits.MAX_NUMBER_PART_BYTES)
+    if not _is_uint(seq) or not seq:
+        raise RemoteProtocolError("malformed", "a data message without a number")
+    frame = _unpack(parts[1], limits.MAX_FRAME_PART_BYTES)
+    if not isinstance(frame, list) or not frame:
+        raise RemoteProtocolError("malformed", "a data message without a frame")
+    if not _is_dev_id(frame[0]):
+        raise RemoteProtocolError("malformed", "a frame without a dev_id")
+    if len(frame) == 3 and len(parts) == 2:
+        dev_id, cluster_num, data = frame
+        if not _is_uint(cluster_num) or not isinstance(data, bytes):
+            raise RemoteProtocolError("malformed", "a cluster frame of wrong types")
+        if len(data) > limits.CLUSTER_BYTES:
+            raise RemoteProtocolError("too-large", f"a cluster of {len(data)} bytes")
+        if cluster_num >= limits.MAX_CLUSTERS:
+            raise RemoteProtocolError("malformed", f"cluster {cluster_num}")
+        return ClusterFrame(seq, dev_id, cluster_num, data)
+    if len(frame) == 4:
+        payload = memoryview(parts[2]) if len(parts) == 3 else _NOTHING
+        return _decode_run(seq, frame, payload)
+    raise RemoteProtocolError("malformed", f"a frame of {len(frame)} items")
+
+
+def _decode_run(seq: int, frame: list[Any], payload: memoryview) -> RunFrame:
+    dev_id, first, count, masks = frame
+    if not _is_uint(first) or not _is_uint(count) or not isinstance(masks, bytes):
+        raise RemoteProtocolError("malformed", "a run frame of wrong types")
+    fault = run_fault(first, count, masks, payload.nbytes)
+    if fault is not None:
+        raise RemoteProtocolError(*fault)
+    return RunFrame(seq, dev_id, first, count, masks, payload)
+
+
+def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[str, str] | None:
+    """What is wrong with a run, as (error code, reason)."""
+    for amount, limit, what in (
+        (count, limits.MAX_RUN_CLUSTERS, "clusters"),
+        (len(masks), limits.MAX_MASKS_BYTES, "bytes of masks"),
+        (data_bytes, limits.MAX_PAYLOAD_BYTES, "bytes of data"),
+    ):
+        if amount > limit:
+            return "too-large", f"a run with {amount} {what}, at most {limit}"
+    if first < 0 or count < 1 or first + count > limits.MAX_CLUSTERS:
+        return "malformed", f"a run of clusters {first} + {count}"
+    if masks and len(masks) != 2 * count:
+        return "malformed", f"{len(masks)} bytes of masks for {count} clusters"
+    expected = int.from_bytes(masks, "big").bit_count() * limits.BLOCK_BYTES
+    if data_bytes != expected:
+        return "malformed", f"{data_bytes} bytes of data where the masks say {expected}"
+    return None
+
+
+def _is_uint(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64
+
+
+def _is_uuid(value: object) -> bool:
+    return isinstance(value, bytes) and len(value) == limits.UUID_BYTES
+
+
+def _is_reason(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= limits.MAX_REASON_CHARS and _is_text(value)
+
+
+def _is_name(value: object) -> bool:
+    return (
+        isinstance(value, str)
+        and bool(value)
+        and value.isprintable()
+        and len(value.encode()) <= limits.MAX_NAME_BYTES
+    )
+
+
+def _is_dev_id(value: object) -> bool:
+    return _is_uint(value) and 1 <= value <= limits.MAX_DEV_ID
+
+
+def _is_heartbeat(value: object) -> bool:
+    return _is_uint(value) and 1 <= value <= limits.MAX_HEARTBEAT_S
+
+
+def _is_text(value: str) -> bool:
+    # What comes out of msgpack always is; a file's name need not be.
+    return not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+_CHECKS: dict[str, Callable[[object], bool]] = {
+    "version": _is_uint,
+    "job": _is_uuid,
+    "device": _is_name,
+    "size": _is_uint,
+    "program": _is_reason,
+    "dev_id": _is_dev_id,
+    "credit": _is_uint,
+    "frame_bytes": _is_uint,
+    "heartbeat_s": _is_heartbeat,
+    "limit": _is_uint,
+    "acked": _is_uint,
+    "frames": _is_uint,
+    "clusters": _is_uint,
+    "uuid": _is_uuid,
+    "code": _is_reason,
+    "reason": _is_reason,
+}

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The messages of the dialogue between a producer and the archiver.
+
+docs/wire-protocol.md is the authority; field names here are the keys there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Producer: I have this device for that job. `size` in bytes."""
+
+    version: int
+    job: bytes
+    device: str
+    size: int
+    program: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Archiver: go on. `credit` is the first limit (as in `Grant`), all sizes in bytes.
+
+    `frame_bytes` is the largest charge of one frame; a peer that is silent for
+    `heartbeat_s` seconds is taken for dead.
+    """
+
+    version: int
+    dev_id: int
+    credit: int
+    frame_bytes: int
+    heartbeat_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Archiver: the sum of charges may reach `limit`; frames up to `acked` are written."""
+
+    limit: int
+    acked: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Producer: that was all: so many data messages, so many clusters."""
+
+    frames: int
+    clusters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Archiver: the archive is complete and stored under its name."""
+
+    uuid: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Archiver: no, and why; `code` is a word of the specification. Ends the session."""
+
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Producer: the device cannot be read on; the job fails. Ends the session."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Archiver: the job failed elsewhere or was cancelled. Ends the session."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Producer: are you there?"""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Archiver: yes."""
+
+
+Control = Hello | Welcome | Grant | End | Done | Refuse | Fail | Abort | Ping | Pong
+
+
+class ClusterFrame(NamedTuple):
+    """The RFC's frame: one cluster, as it is on the disk; empty data: all zero."""
+
+    seq: int
+    dev_id: int
+    cluster_num: int
+    data: bytes
+
+
+class RunFrame(NamedTuple):
+    """Consecutive clusters. `masks`: big-endian 16 bits a cluster, or empty: all are zero.
+
+    `payload`: the non-zero 4096-byte blocks, back to back.
+    """
+
+    seq: int
+    dev_id: int
+    first_cluster: int
+    count: int  # type: ignore[assignment]  # it hides tuple.count, which nobody needs here
+    masks: bytes
+    payload: memoryview
+
+
+Message = Control | ClusterFrame | RunFrame

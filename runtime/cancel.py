@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Being told to stop: by a signal, by the death of the parent, or by another thread."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from types import FrameType
+
+from vmapipe.runtime.errors import Cancelled
+
+# How long a process may take to put things in order after its parent died,
+# before it ends at once: removing a partial file takes milliseconds, but a
+# hung disk can hold a thread for ever.
+GRACE_S = 10.0
+
+
+
+class Cancel:
+    """A flag with a descriptor: `fd` becomes readable when a stop was asked for."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.signum = 0
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._lock = threading.Lock()
+
+    @property
+    def fd(self) -> int:
+        return self._read.fileno()
+
+    @property
+    def asked(self) -> bool:
+        return bool(self.reason)
+
+    def ask(self, reason: str, signum: int = 0) -> None:
+        """Ask for a stop; the first reason counts."""
+        with self._lock:
+            if not self.reason:
+                self.reason, self.signum = reason, signum
+        try:
+            self._write.send(b"!")
+        except OSError:
+            pass  # full: it is readable already; closed: nobody waits any more
+
+    def check(self) -> None:
+        """Raises Cancelled when a stop was asked for."""
+        if self.reason:
+            raise Cancelled(self.reason, self.signum)
+
+    def on_signals(self, *, has_parent: bool = False) -> None:
+        """SIGINT, SIGTERM and SIGHUP ask for a stop. Call it in the main thread.
+
+        With a parent, SIGINT is ignored: Ctrl-C reaches the whole group, and
+        the parent stops its children in order.
+        """
+        signal.signal(signal.SIGINT, signal.SIG_IGN if has_parent else self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGHUP, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        # No lock here: the signal may come while the main thread holds it.
+        if not self.reason:
+            self.signum = signum
+            self.reason = f"cancelled by {signal.Signals(signum).name}"
+        try:
+            self._write.send(b"!")
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        self._read.close()
+        self._write.close()
+
+
+class Parent:
+    """A child's end of the socket to its parent: events go up, and its end tells of a death.
+
+    `--parent-fd` names the descriptor. A thread waits for the end of the
+    stream, asks for a stop, and ends the process if the stop does not come.
+    """
+
+    def __init__(self, fd: int, cancel: Cancel) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._cancel = cancel
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch, name="parent-watch", daemon=True).start()
+
+    def send(self, line: bytes) -> None:
+        with self._lock:
+            try:
+                self._socket.sendall(line)
+            except OSError:
+                self._cancel.ask("the parent process is gone")
+
+    def _watch(self) -> None:
+        try:
+            while self._socket.recv(4096):
+                pass
+        except OSError:
+            pass
+        self._cancel.ask("the parent process is gone")
+        threading.Event().wait(GRACE_S)
+        os._exit(1)

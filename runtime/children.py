@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting child processes, hearing their events, and leaving none behind."""
+
+from __future__ import annotations
+
+import os
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import psutil
+
+from vmapipe.runtime.events import Event, LineSplitter
+
+# A child that was told to stop removes its partial file and ends: milliseconds
+# on a healthy machine. After this it is killed.
+STOP_S = 10.0
+_RECEIVE_BYTES = 1 << 16
+
+
+class Child:
+    """One process of ours, `python -m MODULE ARGS --parent-fd N`."""
+
+    def __init__(
+        self, name: str, module: str, args: Sequence[str], pass_fds: Sequence[int] = ()
+    ) -> None:
+        self.name = name
+        self.exit_code: int | None = None
+        self.error = ""
+        self.peak_rss_bytes = 0
+        self.cpu_s = 0.0
+        self._splitter = LineSplitter()
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, *args, "--parent-fd", str(theirs.fileno())],
+                pass_fds=[*pass_fds, theirs.fileno()],
+                stdin=None if 0 in pass_fds else subprocess.DEVNULL,
+            )
+        self._pidfd = os.pidfd_open(self.process.pid)
+        self.socket.setblocking(False)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.exit_code is None
+
+    def read_events(self) -> tuple[list[Event], bool]:
+        """What it said since, and whether it has closed its end (it is ending)."""
+        try:
+            data = self.socket.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return [], False
+        except OSError:
+            data = b""
+        if not data:
+            return [], True
+        events = self._splitter.feed(data)
+        for event in events:
+            if event.get("event") == "error" and not self.error:
+                self.error = str(event.get("text", ""))
+        return events, False
+
+    def reap(self, timeout_s: float) -> bool:
+        """Wait for its end; False when it has not come in time."""
+        if self.exit_code is not None:
+            return True
+        if not select.select([self._pidfd], [], [], timeout_s)[0]:
+            return False
+        # wait4, because it alone tells the child's peak memory.
+        _, status, usage = os.wait4(self.pid, 0)
+        os.close(self._pidfd)
+        self.exit_code = self.process.returncode = os.waitstatus_to_exitcode(status)
+        self.peak_rss_bytes = usage.ru_maxrss * 1024
+        self.cpu_s = usage.ru_utime + usage.ru_stime
+        self.socket.close()
+        return True
+
+    def verdict(self) -> str:
+        """Why it ended, in words, or an empty string when all was well."""
+        if self.exit_code == 0:
+            return ""
+        if self.error:
+            return self.error
+        if self.exit_code is not None and self.exit_code < 0:
+            return f"{self.name} was killed by {signal.Signals(-self.exit_code).name}"
+        return f"{self.name} ended with exit code {self.exit_code}"
+
+
+class Children:
+    """The children of one job: their events as they come, and an end to all of them."""
+
+    def __init__(self) -> None:
+        self.all: list[Child] = []
+        self._selector = selectors.DefaultSelector()
+
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+        self._selector.close()
+
+    def start(
+        self, name: str, module: str, args: Sequence[str], pass_fds: Sequence[int] = ()
+    ) -> Child:
+        child = Child(name, module, args, pass_fds)
+        self.all.append(child)
+        self._selector.register(child.socket, selectors.EVENT_READ, child)
+        return child
+
+    def watch(self, fd: int) -> None:
+        """Also wake up when `fd` (a Cancel's) becomes readable."""
+        self._selector.register(fd, selectors.EVENT_READ, None)
+
+    def wait(self, timeout_s: float) -> list[tuple[Child, Event | None]]:
+        """What happened within `timeout_s`: (child, event), or (child, None) when one has ended."""
+        happened: list[tuple[Child, Event | None]] = []
+        for key, _ in self._selector.select(timeout_s):
+            child = key.data
+            if child is None:
+                continue
+            events, ending = child.read_events()
+            happened += [(child, event) for event in events]
+            if ending:
+                self._selector.unregister(child.socket)
+                if not child.reap(STOP_S):
+                    child.process.kill()
+                    child.reap(STOP_S)
+                happened.append((child, None))
+        return happened
+
+    def stop(self) -> None:
+        """End all that still run: ask, wait, kill. Returns when none is left."""
+        running = [child for child in self.all if child.running]
+        for child in running:
+            self._signal_tree(child, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_S
+        for child in running:
+            if not child.reap(max(0.0, deadline - time.monotonic())):
+                self._signal_tree(child, signal.SIGKILL)
+                child.reap(STOP_S)
+
+    @staticmethod
+    def _signal_tree(child: Child, signum: int) -> None:
+        """The child itself, and with SIGKILL whatever it started (an exec: command)."""
+        try:
+            process = psutil.Process(child.pid)
+            family = process.children(recursive=True) if signum == signal.SIGKILL else []
+            for member in [process, *family]:
+                member.send_signal(signum)
+        except psutil.Error:
+            pass  # it has ended meanwhile

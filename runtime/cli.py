@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command lines of several processes have in common."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from vmapipe.runtime.errors import UsageError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size(text: str) -> int:
+    """`10M` to bytes; the suffixes K, M, G, T are powers of 1024, as in QEMU's monitor."""
+    digits = text.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = digits[-1:] if digits[-1:] in _UNITS else ""
+    number = digits[: len(digits) - len(unit)]
+    try:
+        value = float(number) * _UNITS[unit]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size (like 512K, 10M, 1.5G)") from None
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range")
+    return int(value)
+
+
+def job_id(text: str) -> bytes:
+    """32 hex digits, with or without the dashes of a uuid, to 16 bytes."""
+    try:
+        raw = bytes.fromhex(text.replace("-", ""))
+    except ValueError:
+        raw = b""
+    if len(raw) != 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no uuid (32 hex digits)")
+    return raw
+
+
+def split_named(text: str) -> tuple[str, str]:
+    """`NAME=PATH` or `PATH` to (name, path); the default name is the file's.
+
+    A path that contains `=` before its first slash needs the name in front.
+    """
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name:
+        return os.path.basename(text) or text, text
+    if not name or not path:
+        raise UsageError(f"{text!r} is no NAME=PATH")
+    return name, path
+
+
+def check_endpoint(endpoint: str, *, plain_tcp: bool) -> None:
+    """Raises UsageError unless `endpoint` is one we speak over, safely."""
+    if endpoint.startswith("ipc://"):
+        path = endpoint.removeprefix("ipc://")
+        # sun_path has 108 bytes with its NUL.
+        if not path or len(os.fsencode(path)) > 107:
+            raise UsageError(f"{endpoint}: a socket's path has 1..107 bytes")
+    elif endpoint.startswith("tcp://"):
+        if not plain_tcp:
+            raise UsageError(
+                f"{endpoint}: over TCP, anybody could read and forge the data, and encryption is "
+                "not available yet; use ipc://PATH, or accept the risk on a trusted network with "
+                "--insecure-plain-tcp"
+            )
+    else:
+        raise UsageError(f"{endpoint!r} is no endpoint; use ipc://PATH or tcp://HOST:PORT")
+
+
+def add_plain_tcp_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--insecure-plain-tcp",
+        action="store_true",
+        help="allow tcp:// although whoever is on the network can then read and forge the data",
+    )
+
+
+def add_child_options(parser: argparse.ArgumentParser) -> None:
+    """For processes that a job starts; a user never needs it."""
+    parser.add_argument("--parent-fd", type=int, help=argparse.SUPPRESS)

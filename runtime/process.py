@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frame of every process of ours: one clear line and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+
+from vmapipe.runtime.cancel import Cancel, Parent
+from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, Failure, os_error_text
+from vmapipe.runtime.events import Emit, Event, encode_line
+
+
+def failure_of(error: BaseException) -> tuple[str, int] | None:
+    """The line and exit code for an error a user can cause; None: it is a defect of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        return "cancelled by SIGINT", 130
+    if isinstance(error, BrokenPipeError):
+        return "whoever read our output has closed it", EXIT_FAILED
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{os_error_text(error)}", EXIT_FAILED
+    code = getattr(error, "exit_code", None)
+    if isinstance(error, Exception) and isinstance(code, int):
+        return str(error), code
+    return None
+
+
+def run(program: str, work: Callable[[], None]) -> int:
+    """Run `work`; print the line for what went wrong to stderr; return the exit code."""
+    try:
+        work()
+        sys.stdout.flush()
+    except BaseException as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        text, code = failure
+        with contextlib.suppress(OSError):
+            print(f"{program}: {text}", file=sys.stderr, flush=True)
+        if isinstance(error, BrokenPipeError):
+            # Python flushes stdout once more at its end, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return code
+    return EXIT_OK
+
+
+def run_child(
+    program: str, parent_fd: int | None, work: Callable[[Cancel, Emit], None], by_hand: Emit
+) -> int:
+    """Run one process of a job, with a parent that listens or by hand.
+
+    With a parent its failure travels as an `error` event, so that the parent
+    can say it in the job's words; by hand it goes to stderr.
+    """
+    cancel = Cancel()
+    cancel.on_signals(has_parent=parent_fd is not None)
+    if parent_fd is None:
+        return run(program, lambda: work(cancel, by_hand))
+    parent = Parent(parent_fd, cancel)
+
+    def emit(event: Event) -> None:
+        parent.send(encode_line(event))
+
+    try:
+        work(cancel, emit)
+    except BaseException as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        emit({"event": "error", "text": failure[0]})
+        return failure[1]
+    return EXIT_OK

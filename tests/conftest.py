@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for all tests, and the checks that every test leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from tests import leaks
+from tests.golden_archives import GoldenItem, read_digests, unpack_all
+
+ON_CI = os.environ.get("CI") == "true"
+
+# On CI the same examples every time, and no deadline: its machines stall at will.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
+settings.register_profile("dev", deadline=None, max_examples=100)
+settings.load_profile("ci" if ON_CI else "dev")
+
+
+@pytest.fixture(scope="session")
+def need() -> Callable[..., list[str]]:
+    """The paths of programs: `img, nbd = need("qemu-img", "qemu-nbd")`.
+
+    Where one is absent, the test is skipped; on CI, which has them all, it fails.
+    """
+
+    def find(*programs: str) -> list[str]:
+        # A user's PATH often lacks the folders where mkfs and losetup are.
+        path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+        found = {program: shutil.which(program, path=path) for program in programs}
+        absent = [program for program, place in found.items() if place is None]
+        if absent:
+            reason = f"not installed: {', '.join(absent)}"
+            if ON_CI:
+                pytest.fail(reason)
+            pytest.skip(reason)
+        return [place for place in found.values() if place is not None]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the reference tool's archives, unpacked. Read them only."""
+    folder = tmp_path_factory.mktemp("golden")
+    unpack_all(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_digests() -> dict[str, list[GoldenItem]]:
+    """What every golden archive holds, by the archive's name ("g01-rfc.vma")."""
+    return read_digests()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_process() -> Iterator[None]:
+    before = leaks.child_processes()
+    yield
+    left = leaks.left_after_grace(lambda: leaks.child_processes() - before)
+    if left:
+        report = "\n".join(sorted(map(leaks.describe_process, left)))
+        leaks.kill(left)
+        pytest.fail(f"the test left child processes:\n{report}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_descriptor(_leaves_no_process: None) -> Iterator[None]:
+    before = leaks.open_descriptors()
+    yield
+    left = leaks.left_after_grace(lambda: leaks.new_descriptors(before))
+    if left:
+        report = "\n".join(f"{number}: {target}" for number, target in sorted(left.items()))
+        pytest.fail(f"the test left file descriptors open:\n{report}", pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _leaves_no_orphan() -> Iterator[None]:
+    """Processes whose parents died first escape the check after each test: look once at the end."""
+    run = str(uuid.uuid4())
+    os.environ[leaks.RUN_VARIABLE] = run
+    yield
+    left = leaks.left_after_grace(lambda: leaks.processes_of_run(run))
+    if left:
+        report = "\n".join(f"{leaks.describe_process(p)}, from {test}" for p, test in left.items())
+        leaks.kill(left)
+        pytest.fail(f"the tests left processes:\n{report}", pytrace=False)

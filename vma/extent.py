@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extent header: which clusters follow, and which of their blocks are non-zero."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vmapipe.vma.errors import ExtentError
+from vmapipe.vma.layout import (
+    BLOCK_BYTES,
+    BLOCKS_PER_CLUSTER,
+    EXTENT_HEADER_BYTES,
+    EXTENT_MAGIC,
+    FULL_MASK,
+    MAX_SLOTS,
+)
+
+# magic, reserved, block_count, uuid, md5, 59 x blockinfo
+_EXTENT = struct.Struct(f">4sHH16s16s{MAX_SLOTS}Q")
+_MD5_AT = 24
+_NO_MD5 = bytes(16)
+_MASK_SHIFT = 48
+_DEV_SHIFT = 32
+# Bits 40..47 of a slot are reserved; a reader ignores them, as the reference does.
+_DEV_BITS = 0xFF
+_NUM_BITS = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRun:
+    """Consecutive clusters of one device inside one extent.
+
+    `masks` has one entry a cluster (bit 0: its first block is stored).
+    `data_at` is the position of the first stored block, in bytes, counted from
+    the end of the extent's header.
+    """
+
+    dev_id: int
+    first_cluster: int
+    masks: tuple[int, ...]
+    data_at: int
+
+    @property
+    def count(self) -> int:
+        return len(self.masks)
+
+    @property
+    def data_bytes(self) -> int:
+        return BLOCK_BYTES * sum(mask.bit_count() for mask in self.masks)
+
+    @property
+    def is_full(self) -> bool:
+        return self.masks.count(FULL_MASK) == len(self.masks)
+
+    @property
+    def is_zero(self) -> bool:
+        return self.masks.count(0) == len(self.masks)
+
+
+class Extent(NamedTuple):
+    """A parsed extent header. `offset` is its place in the archive, in bytes."""
+
+    offset: int
+    data_bytes: int
+    runs: tuple[ClusterRun, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return EXTENT_HEADER_BYTES + self.data_bytes
+
+
+def encode_extent_header(uuid: bytes, slots: list[int], block_count: int) -> bytes:
+    """512 bytes. `slots` are blockinfo words (`slot_word`), at most 59."""
+    padded = slots + [0] * (MAX_SLOTS - len(slots))
+    raw = bytearray(_EXTENT.pack(EXTENT_MAGIC, 0, block_count, uuid, _NO_MD5, *padded))
+    raw[_MD5_AT : _MD5_AT + 16] = hashlib.md5(raw, usedforsecurity=False).digest()
+    return bytes(raw)
+
+
+def slot_word(mask: int, dev_id: int, cluster_num: int) -> int:
+    return mask << _MASK_SHIFT | dev_id << _DEV_SHIFT | cluster_num
+
+
+def parse_extent_header(
+    raw: bytes | bytearray | memoryview, uuid: bytes, offset: int = 0
+) -> Extent:
+    """Read the 512 bytes at archive position `offset`. Raises ExtentError."""
+    if len(raw) < EXTENT_HEADER_BYTES:
+        raise ExtentError(
+            f"the archive ends inside an extent header ({len(raw)} of 512 bytes)",
+            offset=offset,
+            reference_text=f"read short extent ({len(raw)} bytes)",
+        )
+    magic, reserved, block_count, extent_uuid, md5, *slots = _EXTENT.unpack_from(raw)
+    if magic != EXTENT_MAGIC or reserved:
+        raise ExtentError(
+            "no extent header where one must be: the archive is damaged",
+            offset=offset,
+            reference_text="wrong vma extent header magic",
+        )
+    if extent_uuid != uuid:
+        raise ExtentError(
+            "the extent belongs to another archive (its uuid differs)",
+            offset=offset,
+            reference_text="wrong vma extent uuid",
+        )
+    body = bytearray(raw[:EXTENT_HEADER_BYTES])
+    body[_MD5_AT : _MD5_AT + 16] = _NO_MD5
+    if hashlib.md5(body, usedforsecurity=False).digest() != md5:
+        raise ExtentError(
+            "the extent header's checksum is wrong: it is damaged",
+            offset=offset,
+            reference_text="wrong vma extent header chechsum",
+        )
+    runs = _runs(slots)
+    blocks = sum(run.data_bytes for run in runs) // BLOCK_BYTES
+    if blocks != block_count:
+        raise ExtentError(
+            f"the extent announces {block_count} blocks, its masks {blocks}",
+            offset=offset,
+            reference_text=(
+                "short vma extent - too many blocks"
+                if blocks > block_count
+                else "vma extent error - missing blocks"
+            ),
+        )
+    return Extent(offset, block_count * BLOCK_BYTES, runs)
+
+
+def _runs(slots: list[int]) -> tuple[ClusterRun, ...]:
+    """Group consecutive clusters: what reads or writes them handles runs, not clusters."""
+    runs: list[ClusterRun] = []
+    masks: list[int] = []
+    first = device = expected = run_at = data_at = 0
+    for word in slots:
+        dev_id = word >> _DEV_SHIFT & _DEV_BITS
+        if not dev_id:
+            continue  # an empty slot; the reference takes them between used ones
+        mask = word >> _MASK_SHIFT
+        num = word & _NUM_BITS
+        if masks and (num != expected or dev_id != device):
+            runs.append(ClusterRun(device, first, tuple(masks), run_at))
+            masks = []
+        if not masks:
+            first, device, run_at = num, dev_id, data_at
+        masks.append(mask)
+        expected = num + 1
+        data_at += mask.bit_count() * BLOCK_BYTES
+    if masks:
+        runs.append(ClusterRun(device, first, tuple(masks), run_at))
+    return tuple(runs)
+
+
+def block_pieces(run: ClusterRun, size_bytes: int) -> list[tuple[int, int, int]]:
+    """What a run stores, as (device offset, data offset, length) in bytes, merged, in order.
+
+    `size_bytes` is the device's end: the last block is cut there. Data offsets
+    count from the end of the extent header.
+    """
+    start = run.first_cluster * BLOCKS_PER_CLUSTER * BLOCK_BYTES
+    if start >= size_bytes:
+        return []
+    if run.is_full:
+        length = run.count * BLOCKS_PER_CLUSTER * BLOCK_BYTES
+        return [(start, run.data_at, min(length, size_bytes - start))]
+    pieces: list[tuple[int, int, int]] = []
+    data_at = run.data_at
+    for index, mask in enumerate(run.masks):
+        cluster_at = start + index * BLOCKS_PER_CLUSTER * BLOCK_BYTES
+        for first, count in mask_runs(mask):
+            at = cluster_at + first * BLOCK_BYTES
+            length = count * BLOCK_BYTES
+            if pieces and pieces[-1][0] + pieces[-1][2] == at:
+                last = pieces[-1]
+                pieces[-1] = (last[0], last[1], last[2] + length)
+            else:
+                pieces.append((at, data_at, length))
+            data_at += length
+    return [(at, data, min(n, size_bytes - at)) for at, data, n in pieces if at < size_bytes]
+
+
+def mask_runs(mask: int) -> list[tuple[int, int]]:
+    """The set bits of a mask as (first bit, count), in order."""
+    if mask == FULL_MASK:
+        return [(0, BLOCKS_PER_CLUSTER)]
+    runs = []
+    bit = 0
+    while mask:
+        skip = (mask & -mask).bit_length() - 1
+        mask >>= skip
+        bit += skip
+        count = (~mask & (mask + 1)).bit_length() - 1
+        runs.append((bit, count))
+        mask >>= count
+        bit += count
+    return runs

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sidecar manifest: digests for a format that has none for its data.
+
+One JSON document with a fixed line discipline (docs/vma-format.md): the first
+line opens it and tells what it belongs to, then one line an extent in the
+archive's order, then the totals. Any JSON reader takes it whole; ours takes it
+line by line, so a manifest of any length costs no memory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.layout import (
+    EXTENT_HEADER_BYTES,
+    HEADER_BYTES,
+    MAX_EXTENT_BYTES,
+    MAX_HEADER_BYTES,
+    UUID_BYTES,
+)
+
+FORMAT = "vmapipe-manifest"
+VERSION = 1
+ALGORITHM = "blake3"
+# 128 bits of BLAKE3 an extent: chance will not match them, and the line stays
+# short. The digests of devices and of the archive are the usual 256 bits.
+EXTENT_DIGEST_BYTES = 16
+DIGEST_BYTES = 32
+# Our longest line is the totals line. All names of 254 devices together fit
+# into the archive's header, 512 KiB; JSON escapes make up to 6 characters of a
+# byte; 512 more a device hold its figures.
+MAX_LINE_BYTES = 6 * MAX_HEADER_BYTES + 255 * 512
+
+
+class ExtentDigest(NamedTuple):
+    """Length in the plain archive and digest of one extent, header included."""
+
+    total_bytes: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTotals:
+    """`digest` is None where the clusters did not come in order."""
+
+    dev_id: int
+    name: str
+    size_bytes: int
+    clusters: int
+    zero_bytes: int
+    digest: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """`archive_bytes` is the plain VMA stream, `file_*` the bytes as stored (compressed or not)."""
+
+    extents: int
+    archive_bytes: int
+    file_bytes: int
+    file_digest: bytes
+    devices: tuple[DeviceTotals, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The first line: which archive, and the digest of its header."""
+
+    uuid: bytes
+    ctime_s: int
+    header: ExtentDigest
+
+
+def opening_line(opening: Opening) -> str:
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "algorithm": ALGORITHM,
+        "uuid": opening.uuid.hex(),
+        "ctime": opening.ctime_s,
+        "header": [opening.header.total_bytes, opening.header.digest.hex()],
+    }
+    return json.dumps(head)[:-1] + ', "extents": [\n'
+
+
+def extent_line(index: int, extent: ExtentDigest) -> str:
+    comma = "," if index else " "
+    return f'{comma}[{extent.total_bytes}, "{extent.digest.hex()}"]\n'
+
+
+def totals_line(totals: Totals) -> str:
+    tail = {
+        "extent_count": totals.extents,
+        "archive": {"bytes": totals.archive_bytes},
+        "file": {"bytes": totals.file_bytes, "digest": totals.file_digest.hex()},
+        "devices": [
+            {
+                "dev_id": d.dev_id,
+                "name": d.name,
+                "bytes": d.size_bytes,
+                "clusters": d.clusters,
+                "zero_bytes": d.zero_bytes,
+                "digest": d.digest.hex() if d.digest is not None else None,
+            }
+            for d in totals.devices
+        ],
+    }
+    return "], " + json.dumps(tail)[1:] + "\n"
+
+
+class ManifestReader:
+    """Feed it the manifest's lines in order; each call tells what the line says.
+
+    Raises ArchiveError for a line that is not, byte for byte, as we write it:
+    a damaged manifest proves nothing, and is reported as such. A line's
+    newline may be left out. `close` tells whether the end was seen.
+    """
+
+    def __init__(self) -> None:
+        self.opening: Opening | None = None
+        self.totals: Totals | None = None
+        self._count = 0
+        self._bytes = 0
+
+    def line(self, text: str) -> Opening | ExtentDigest | Totals:
+        try:
+            if len(text) > MAX_LINE_BYTES:
+                raise ValueError(f"a line of {len(text)} characters")
+            return self._read(text.removesuffix("\n"))
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise ArchiveError(f"the manifest is damaged: {error}") from error
+
+    def close(self) -> Totals:
+        """The manifest has ended. Raises ArchiveError when its last line did not come."""
+        if self.totals is None:
+            raise ArchiveError("the manifest is damaged: it ends too early")
+        return self.totals
+
+    def _read(self, text: str) -> Opening | ExtentDigest | Totals:
+        if self.totals is not None:
+            raise ValueError("text after the end")
+        if self.opening is None:
+            opening = _parse_opening(text)
+            _must_equal(text, opening_line(opening))
+            self._bytes = opening.header.total_bytes
+            self.opening = opening
+            return opening
+        if text.startswith("], "):
+            totals = _parse_totals(json.loads("{" + text[3:]))
+            _must_equal(text, totals_line(totals))
+            if (totals.extents, totals.archive_bytes) != (self._count, self._bytes):
+                raise ValueError(
+                    f"{self._count} extents and {self._bytes} bytes, "
+                    f"{totals.extents} and {totals.archive_bytes} announced"
+                )
+            self.totals = totals
+            return totals
+        extent = _parse_extent(json.loads(text[1:]))
+        _must_equal(text, extent_line(self._count, extent))
+        self._count += 1
+        self._bytes += extent.total_bytes
+        return extent
+
+
+def _must_equal(text: str, written: str) -> None:
+    # What a lenient parser takes for the same (1.0 for 1, a key twice) is damage here.
+    if text != written.removesuffix("\n"):
+        raise ValueError("a line that is not as vmapipe writes it")
+
+
+def _parse_opening(text: str) -> Opening:
+    head = json.loads(text + "]}")
+    if head["format"] != FORMAT:
+        raise ValueError("not a manifest of vmapipe")
+    if head["version"] != VERSION:
+        raise ValueError(f"manifest version {head['version']!r} is not known here")
+    if head["algorithm"] != ALGORITHM:
+        raise ValueError(f"digest algorithm {head['algorithm']!r} is not known here")
+    size, digest = head["header"]
+    if not HEADER_BYTES < size <= MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {size!r} bytes")
+    return Opening(
+        _unhex(head["uuid"], UUID_BYTES),
+        int(head["ctime"]),
+        ExtentDigest(int(size), _unhex(digest, EXTENT_DIGEST_BYTES)),
+    )
+
+
+def _parse_extent(item: Any) -> ExtentDigest:
+    size, digest = item
+    if not isinstance(size, int) or not EXTENT_HEADER_BYTES <= size <= MAX_EXTENT_BYTES:
+        raise ValueError(f"an extent of {size!r} bytes")
+    return ExtentDigest(size, _unhex(digest, EXTENT_DIGEST_BYTES))
+
+
+def _parse_totals(tail: dict[str, Any]) -> Totals:
+    return Totals(
+        extents=int(tail["extent_count"]),
+        archive_bytes=int(tail["archive"]["bytes"]),
+        file_bytes=int(tail["file"]["bytes"]),
+        file_digest=_unhex(tail["file"]["digest"], DIGEST_BYTES),
+        devices=tuple(
+            DeviceTotals(
+                int(d["dev_id"]),
+                str(d["name"]),
+                int(d["bytes"]),
+                int(d["clusters"]),
+                int(d["zero_bytes"]),
+                _unhex(d["digest"], DIGEST_BYTES) if d["digest"] is not None else None,
+            )
+            for d in tail["devices"]
+        ),
+    )
+
+
+def _unhex(text: str, size: int) -> bytes:
+    raw = bytes.fromhex(text)
+    if len(raw) != size:
+        raise ValueError(f"{len(raw)} bytes in hex where {size} must be")
+    return raw

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs clusters into extents: a header and views of the data that was given, no copy."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
+
+from vmapipe.vma.errors import LimitError
+from vmapipe.vma.extent import encode_extent_header
+from vmapipe.vma.layout import (
+    BLOCK_BYTES,
+    CLUSTER_BYTES,
+    EXTENT_HEADER_BYTES,
+    FULL_MASK,
+    MAX_CLUSTERS,
+    MAX_DEVICES,
+    MAX_SLOTS,
+    UUID_BYTES,
+    WRITER_SLOTS,
+)
+
+_FULL = FULL_MASK.to_bytes(2, "big")
+Note = TypeVar("Note")
+# dev_id, first cluster, count, masks and payload, the last two as in `Packer.add`.
+PackedRun: TypeAlias = tuple[int, int, int, bytes, memoryview]
+
+
+class PackedExtent(NamedTuple, Generic[Note]):
+    """One extent, ready to be written: `buffers` in order, `total_bytes` long together.
+
+    `clusters` lists what it holds, so that digests can be kept per device.
+    `notes` has, per dev_id, the last note given with a run that ends in this
+    extent: when the extent is on disk, so is everything up to that note.
+    """
+
+    buffers: list[bytes | memoryview]
+    total_bytes: int
+    clusters: list[PackedRun]
+    notes: dict[int, Note]
+
+
+class Packer(Generic[Note]):
+    """Give it runs of clusters in any order, of any devices; it yields full extents."""
+
+    def __init__(self, uuid: bytes, slots_per_extent: int = WRITER_SLOTS) -> None:
+        if not 1 <= slots_per_extent <= MAX_SLOTS:
+            raise LimitError(f"an extent has 1..{MAX_SLOTS} slots, not {slots_per_extent}")
+        if len(uuid) != UUID_BYTES:
+            raise LimitError(f"an archive's uuid has {UUID_BYTES} bytes, not {len(uuid)}")
+        self._uuid = uuid
+        self._limit = slots_per_extent
+        self._closed = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._slots: list[int] = []
+        self._buffers: list[bytes | memoryview] = [b""]
+        self._data_bytes = 0
+        self._clusters: list[PackedRun] = []
+        self._notes: dict[int, Note] = {}
+
+    def add(
+        self,
+        dev_id: int,
+        first_cluster: int,
+        count: int,
+        masks: bytes,
+        payload: bytes | memoryview,
+        note: Note,
+    ) -> Iterator[PackedExtent[Note]]:
+        """Add `count` consecutive clusters.
+
+        `masks`: one big-endian 16-bit mask a cluster, or empty when all are
+        zero. `payload`: their non-zero blocks, 4096 bytes each, back to back.
+        The payload is kept by reference until its extent is yielded. A lazy
+        iterator, because a run of zero clusters can be a whole disk: exhaust it.
+        Raises LimitError before the first extent, or not at all.
+        """
+        view = memoryview(payload)
+        _check_run(dev_id, first_cluster, count, masks, view)
+        full = bool(masks) and masks == _FULL * count
+        words = b"" if full else masks
+        done = data_at = 0
+        while done < count:
+            take = min(self._limit - len(self._slots), count - done)
+            base = dev_id << 32 | first_cluster + done
+            if full:
+                size = take * CLUSTER_BYTES
+                self._slots.extend(range(FULL_MASK << 48 | base, (FULL_MASK << 48 | base) + take))
+            elif not masks:
+                size = 0
+                self._slots.extend(range(base, base + take))
+            else:
+                part = struct.unpack_from(f">{take}H", words, done * 2)
+                size = BLOCK_BYTES * sum(mask.bit_count() for mask in part)
+                self._slots.extend(mask << 48 | base + i for i, mask in enumerate(part))
+            piece = view[data_at : data_at + size]
+            if size:
+                self._buffers.append(piece)
+                self._data_bytes += size
+            self._clusters.append(
+                (dev_id, first_cluster + done, take, masks[done * 2 : (done + take) * 2], piece)
+            )
+            data_at += size
+            done += take
+            if done == count:
+                self._notes[dev_id] = note
+            if len(self._slots) == self._limit:
+                yield self._close()
+
+    def flush(self) -> Iterator[PackedExtent[Note]]:
+        """The last extent, if it holds anything; an archive without clusters has one empty one.
+
+        So does the reference tool's (an archive of configs only).
+        """
+        if self._slots or not self._closed:
+            yield self._close()
+
+    def _close(self) -> PackedExtent[Note]:
+        self._buffers[0] = encode_extent_header(
+            self._uuid, self._slots, self._data_bytes // BLOCK_BYTES
+        )
+        extent = PackedExtent(
+            self._buffers, EXTENT_HEADER_BYTES + self._data_bytes, self._clusters, self._notes
+        )
+        self._closed += 1
+        self._start()
+        return extent
+
+
+def _check_run(dev_id: int, first: int, count: int, masks: bytes, payload: memoryview) -> None:
+    if not 1 <= dev_id <= MAX_DEVICES:
+        raise LimitError(f"dev_id {dev_id} is not 1..{MAX_DEVICES}")
+    if first < 0 or count < 1 or first + count > MAX_CLUSTERS:
+        raise LimitError(f"cluster number out of range: {first} + {count}")
+    if masks and len(masks) != 2 * count:
+        raise LimitError(f"{len(masks)} bytes of masks for {count} clusters")
+    if payload.itemsize != 1:
+        raise LimitError("the payload is no view of bytes")
+    expected = int.from_bytes(masks, "big").bit_count() * BLOCK_BYTES
+    if payload.nbytes != expected:
+        raise LimitError(f"{payload.nbytes} bytes of data where the masks say {expected}")

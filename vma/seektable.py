@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seek table of a zstd file made of independent frames (zstd's "seekable format" 0.1).
+
+A skippable frame at the end lists every frame's compressed and plain size, so
+that a reader can jump; `zstd -d` skips it.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from vmapipe.vma.errors import ArchiveError, LimitError
+
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_SKIPPABLE_MAGIC = 0x184D2A5E
+_SEEKABLE_MAGIC = 0x8F92EAB1
+_HEAD = struct.Struct("<II")
+_ENTRY = struct.Struct("<II")
+_FOOT = struct.Struct("<IBI")
+FOOTER_BYTES = _FOOT.size
+_CHECKSUM_FLAG = 0x80
+_RESERVED_BITS = 0x7C
+# The format's own limits on the number of frames and on what one holds.
+MAX_FRAMES = 0x8000000
+MAX_FRAME_PLAIN_BYTES = 0x40000000
+
+
+class Frame(NamedTuple):
+    """One independent frame: sizes in bytes."""
+
+    compressed_bytes: int
+    plain_bytes: int
+
+
+def encode_seek_table(frames: list[Frame]) -> bytes:
+    """The skippable frame to append. Our entries carry no checksum: the frames do.
+
+    Raises LimitError.
+    """
+    if len(frames) > MAX_FRAMES:
+        raise LimitError(f"{len(frames)} zstd frames; the limit is {MAX_FRAMES}")
+    for frame in frames:
+        if not 0 < frame.compressed_bytes < 1 << 32 or frame.plain_bytes > MAX_FRAME_PLAIN_BYTES:
+            raise LimitError(f"a seek table cannot hold {frame}")
+    body = b"".join(_ENTRY.pack(*frame) for frame in frames)
+    body += _FOOT.pack(len(frames), 0, _SEEKABLE_MAGIC)
+    return _HEAD.pack(_SKIPPABLE_MAGIC, len(body)) + body
+
+
+def seek_table_bytes(footer: bytes) -> int | None:
+    """Length of the whole skippable frame, from the file's last 9 bytes; None if it has none."""
+    if len(footer) != FOOTER_BYTES:
+        return None
+    count, descriptor, magic = _FOOT.unpack(footer)
+    if magic != _SEEKABLE_MAGIC or descriptor & _RESERVED_BITS or count > MAX_FRAMES:
+        return None
+    entry = _ENTRY.size + (4 if descriptor & _CHECKSUM_FLAG else 0)
+    return int(_HEAD.size + count * entry + FOOTER_BYTES)
+
+
+def parse_seek_table(raw: bytes) -> list[Frame]:
+    """Read the skippable frame (`seek_table_bytes` long). Raises ArchiveError if it lies."""
+    if len(raw) < _HEAD.size + FOOTER_BYTES or seek_table_bytes(raw[-FOOTER_BYTES:]) != len(raw):
+        raise ArchiveError("the zstd seek table is damaged")
+    magic, body_bytes = _HEAD.unpack_from(raw)
+    if magic != _SKIPPABLE_MAGIC or body_bytes != len(raw) - _HEAD.size:
+        raise ArchiveError("the zstd seek table is damaged")
+    count, descriptor, _ = _FOOT.unpack(raw[-FOOTER_BYTES:])
+    step = _ENTRY.size + (4 if descriptor & _CHECKSUM_FLAG else 0)
+    return [Frame(*_ENTRY.unpack_from(raw, _HEAD.size + i * step)) for i in range(count)]
