@@ -8,12 +8,15 @@ from typing import NamedTuple
 from vmapipe.protocol import blocks
 from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.frames import Part
+from vmapipe.protocol.frames import Part, masked_bytes
 from vmapipe.protocol.limits import BLOCK_BYTES, CLUSTER_BYTES
-from vmapipe.protocol.messages import ClusterFrame, RunFrame
+from vmapipe.protocol.messages import ClusterFrame, DataFrame, SharedRun
 from vmapipe.vma.coverage import ClusterSet, mask_fits
 from vmapipe.vma.header import Device
 
+# A producer's memory is a few MiB, and it waits for acknowledgements to use
+# it again: tell it at least so often.
+_ACK_BYTES = 512 * 1024
 _NOTHING = memoryview(b"")
 
 
@@ -28,7 +31,7 @@ class Run(NamedTuple):
     """Clusters in the packer's form."""
 
     first: int
-    count: int
+    clusters: int
     masks: bytes
     payload: memoryview
 
@@ -42,7 +45,12 @@ class DeviceState:
     """
 
     def __init__(
-        self, peer: bytes, side: ArchiverSide, device: Device, window_bytes: int
+        self,
+        peer: bytes,
+        side: ArchiverSide,
+        device: Device,
+        window_bytes: int,
+        shared: memoryview | None,
     ) -> None:
         self.peer = peer
         self.device = device
@@ -53,9 +61,11 @@ class DeviceState:
         self.complete = False
         self._side = side
         self._window_bytes = window_bytes
+        self._shared = shared
         self._seen = ClusterSet(device.clusters)
         self._written = Mark(0, 0)
         self._granted = 0
+        self._acked = 0
 
     @property
     def done_bytes(self) -> int:
@@ -67,10 +77,10 @@ class DeviceState:
     def mark(self) -> Mark:
         return Mark(self._side.received_frames, self._side.charged)
 
-    def take(self, message: ClusterFrame | RunFrame) -> Run:
+    def take(self, message: DataFrame) -> Run:
         """Check a frame against what came before. Raises RemoteProtocolError."""
-        run = self._from_cluster(message) if isinstance(message, ClusterFrame) else Run(*message[2:])
-        end = run.first + run.count
+        run = self._run(message)
+        end = run.first + run.clusters
         if self.device.is_vmstate:
             if run.first != self.clusters:
                 raise RemoteProtocolError(
@@ -85,12 +95,25 @@ class DeviceState:
                 last = int.from_bytes(run.masks[-2:], "big")
                 if not mask_fits(self.device, last, cut_full=False):
                     raise RemoteProtocolError("coverage", "data beyond the device's end")
-            double = self._seen.add(run.first, run.count)
+            double = self._seen.add(run.first, run.clusters)
             if double is not None:
                 raise RemoteProtocolError("coverage", f"cluster {double} comes a second time")
-        self.clusters += run.count
-        self.zero_bytes += run.count * CLUSTER_BYTES - len(run.payload)
+        self.clusters += run.clusters
+        self.zero_bytes += run.clusters * CLUSTER_BYTES - len(run.payload)
         return run
+
+    def _run(self, message: DataFrame) -> Run:
+        if isinstance(message, ClusterFrame):
+            return self._from_cluster(message)
+        first, clusters, masks = message.first_cluster, message.count, message.masks
+        if not isinstance(message, SharedRun):
+            return Run(first, clusters, masks, message.payload)
+        if self._shared is None:
+            raise RemoteProtocolError("sequence", "no memory is shared")
+        end = message.position + masked_bytes(masks)
+        if end > len(self._shared):
+            raise RemoteProtocolError("malformed", f"the shared memory ends before {end}")
+        return Run(first, clusters, masks, self._shared[message.position : end])
 
     def _from_cluster(self, frame: ClusterFrame) -> Run:
         data = frame.data
@@ -120,9 +143,12 @@ class DeviceState:
         limit = self._window_bytes + disposed
         # A quarter of the window a message: few messages, and the producer,
         # whose frames are at most half a window, never runs dry.
-        if limit - self._granted < self._window_bytes // 4 and not self.complete:
+        more = limit - self._granted >= self._window_bytes // 4
+        freed = self._written.charged - self._acked >= _ACK_BYTES
+        if not (more or freed or self.complete):
             return None
         self._granted = limit
+        self._acked = self._written.charged
         return self._side.grant(limit, self._written.seq)
 
     def end(self) -> None:

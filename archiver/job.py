@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,16 @@ from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide, State
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.frames import Part
-from vmapipe.protocol.messages import ClusterFrame, End, Fail, Hello, Ping, RunFrame
+from vmapipe.protocol.messages import (
+    ClusterFrame,
+    DataFrame,
+    End,
+    Fail,
+    Hello,
+    Ping,
+    RunFrame,
+    SharedRun,
+)
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Config, Device, Header, encode_header
 from vmapipe.vma.layout import MAX_DEVICE_BYTES
@@ -29,7 +38,7 @@ from vmapipe.vma.packer import PackedExtent, Packer
 # More did not make a local backup quicker; less starves a slow output's queue.
 WINDOW_TOTAL_BYTES = 64 << 20
 # One device alone needs no more to keep both processes busy.
-WINDOW_MAX_BYTES = 16 << 20
+WINDOW_MAX_BYTES = 8 << 20
 # Drawn once at random; it makes our name-based uuids ours.
 _NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
 # Strangers that were refused are remembered so that each is reported once.
@@ -108,9 +117,18 @@ class _Peer:
 
 
 class Job:
-    """One archive in the making. `now` is any monotonic clock, in seconds."""
+    """One archive in the making. `now` is any monotonic clock, in seconds.
 
-    def __init__(self, spec: JobSpec, now: float) -> None:
+    `map_shared` maps the memory that a producer on this host offers, or
+    returns None where that cannot be done; its data then comes in frames.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        now: float,
+        map_shared: Callable[[str], memoryview | None] = lambda offer: None,
+    ) -> None:
         self.phase = Phase.GATHERING
         self.reason = ""
         self.devices: list[DeviceState] = []
@@ -119,6 +137,7 @@ class Job:
         self._job = spec.job
         self._peers: dict[bytes, _Peer] = {}
         self._strangers: set[bytes] = set()
+        self._map_shared = map_shared
         self._started = now
         self.uuid = spec.uuid
         self._packer: Packer[Mark] | None = None
@@ -141,7 +160,7 @@ class Job:
             if state is not None:
                 state.heard = now
             match message:
-                case ClusterFrame() | RunFrame() if state and state.device:
+                case ClusterFrame() | RunFrame() | SharedRun() if state and state.device:
                     yield from self._take(state.device, message)
                 case Ping():
                     yield Send(peer, side.pong())
@@ -251,25 +270,33 @@ class Job:
         )
         frame_bytes = max(window // 2, limits.charge(1, limits.CLUSTER_BYTES))
         for (peer, state), device in zip(peers, devices, strict=True):
-            state.device = DeviceState(peer, state.side, device, window)
+            offer = state.side.shared_at
+            shared = self._map_shared(offer) if offer else None
+            state.device = DeviceState(peer, state.side, device, window, shared)
             self.devices.append(state.device)
             first = not self._spec.in_order or device is devices[0]
             credit = window if first else 0
             yield Send(
                 peer,
-                state.side.welcome(device.dev_id, credit, frame_bytes, self._spec.heartbeat_s),
+                state.side.welcome(
+                    device.dev_id,
+                    credit,
+                    frame_bytes,
+                    self._spec.heartbeat_s,
+                    shared=shared is not None,
+                ),
             )
         yield from self._finish_if_complete()
 
     # --- data ---
 
     def _take(
-        self, device: DeviceState, message: ClusterFrame | RunFrame
+        self, device: DeviceState, message: DataFrame
     ) -> Iterator[Instruction]:
         run = device.take(message)
         if self._packer is not None:
             for extent in self._packer.add(
-                device.dev_id, run.first, run.count, run.masks, run.payload, device.mark()
+                device.dev_id, run.first, run.clusters, run.masks, run.payload, device.mark()
             ):
                 yield self._put(extent)
         yield from self._grant(device)

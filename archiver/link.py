@@ -29,6 +29,8 @@ class Link:
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
+        #: Whether producers are on this host, so that memory can be shared.
+        self.is_local = endpoint.startswith("ipc://")
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = _LINGER_MS
@@ -50,7 +52,7 @@ class Link:
     @property
     def endpoint(self) -> str:
         """The endpoint as bound: a port of 0 or * has become a real one."""
-        return self._socket.last_endpoint.rstrip(b"\0").decode()
+        return self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def watch(self, fd: int) -> None:
         """Let `wait` also end when `fd` becomes readable."""
@@ -74,7 +76,7 @@ class Link:
 
     def close(self) -> None:
         self._context.destroy(linger=_LINGER_MS)
-        if self._endpoint.startswith("ipc://"):
+        if self.is_local:
             try:
                 os.unlink(self._endpoint.removeprefix("ipc://"))
             except FileNotFoundError:

@@ -11,6 +11,7 @@ from vmapipe.archiver import job as core
 from vmapipe.archiver.device import Mark
 from vmapipe.archiver.job import Job, JobSpec, Phase
 from vmapipe.archiver.link import Link
+from vmapipe.archiver.shared import map_shared, refuse_shared
 from vmapipe.archiver.store import Store
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
@@ -35,7 +36,8 @@ def serve(
             link.watch(wake_fd)
             link.watch(cancel.fd)
             emit({"event": "listening", "endpoint": link.endpoint})
-            _Server(Job(spec, time.monotonic()), link, store, emit).run(wake_fd, cancel)
+            job = Job(spec, time.monotonic(), map_shared if link.is_local else refuse_shared)
+            _Server(job, link, store, emit).run(wake_fd, cancel)
         finally:
             # Nothing to do where the archive was stored.
             store.abandon()

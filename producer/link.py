@@ -20,12 +20,16 @@ class Link:
     """DEALER, connected to one archiver. Closing it in vain delays by 2 s at most."""
 
     def __init__(self, endpoint: str) -> None:
+        #: Whether the archiver is on this host, so that memory can be shared.
+        self.is_local = endpoint.startswith("ipc://")
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = _LINGER_MS
         # Credit bounds what is under way; the mark is an assertion far above it.
         self._socket.sndhwm = 100_000
         self._socket.maxmsgsize = limits.MAX_CONTROL_BYTES
+        # The archiver may bind a moment after we start; 100 ms would be felt.
+        self._socket.reconnect_ivl = 10
         try:
             self._socket.connect(endpoint)
         except BaseException:

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 
 from vmapipe.producer.link import Link
 from vmapipe.producer.pace import Pace
-from vmapipe.producer.runs import Buffers, Run, runs
+from vmapipe.producer.ring import Ring
+from vmapipe.producer.runs import Run, runs
 from vmapipe.producer.source import Source
 from vmapipe.protocol import limits
+from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import Abort, Done, Refuse
 from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.runtime.cancel import Cancel
@@ -35,10 +36,10 @@ class Sender:
         self._source = source
         self._link = link
         self._cancel = cancel
-        self._side = ProducerSide(job, source.name, source.size_bytes, "vmapipe")
-        self._buffers = Buffers(limits.MAX_PAYLOAD_BYTES)
-        # (frame number, buffer) of what the archiver has not acknowledged yet.
-        self._unacked: deque[tuple[int, bytearray]] = deque()
+        self._ring = Ring()
+        # Over a network nobody could open it; and nobody needs to know its name.
+        shared_at = self._ring.shared_at if link.is_local else ""
+        self._side = ProducerSide(job, source.name, source.size_bytes, "vmapipe", shared_at)
         self._heard = self._spoke = time.monotonic()
         self._pace = Pace(speed_bytes_s, self._heard)
         self.zero_clusters = 0
@@ -48,7 +49,9 @@ class Sender:
         try:
             self._say(self._side.hello())
             self._wait_until(lambda: self._side.state is State.SENDING)
-            for run in runs(self._source, self._buffers, self._side.frame_bytes):
+            for run in runs(
+                self._source, self._ring.view, self._take, self._side.frame_bytes
+            ):
                 self._send_run(run)
             self._source.check_unchanged()
             self._say(self._side.end())
@@ -64,16 +67,32 @@ class Sender:
             self._wait_until(lambda: self._side.credit >= run.charge)
         while (pause := self._pace.wait_s(time.monotonic())) > 0:
             self._step(pause)
-        self._say(self._side.run(run.first_cluster, run.count, run.masks, run.payload))
-        self._pace.took(run.count * limits.CLUSTER_BYTES, self._spoke)
-        if run.buffer is not None:
-            self._unacked.append((self._side.sent_frames, run.buffer))
+        self._say(self._frame(run))
+        self._pace.took(run.clusters * limits.CLUSTER_BYTES, self._spoke)
+        if run.length:
+            self._ring.hold(self._side.sent_frames, run.position, run.length)
         if not run.masks:
-            self.zero_clusters += run.count
+            self.zero_clusters += run.clusters
         self._hear()
         self._cancel.check()
 
-    def _say(self, parts: list[bytes | bytearray | memoryview]) -> None:
+    def _frame(self, run: Run) -> list[Part]:
+        if run.length and self._side.shared:
+            return self._side.shared_run(
+                run.first_cluster, run.clusters, run.masks, run.position
+            )
+        payload = self._ring.view[run.position : run.position + run.length]
+        return self._side.run(run.first_cluster, run.clusters, run.masks, payload)
+
+    def _take(self, length: int) -> int:
+        """Room in the ring; waits until the archiver has written enough of it."""
+        self._wait_until(lambda: self._ring.take(length) is not None)
+        position = self._ring.take(length)
+        if position is None:
+            raise RuntimeError("room in the ring has vanished")
+        return position
+
+    def _say(self, parts: list[Part]) -> None:
         self._link.send(parts)
         self._spoke = time.monotonic()
 
@@ -87,11 +106,9 @@ class Sender:
                     raise Refused(f"the job was ended: {reason}")
                 case Done():
                     return
-        while self._unacked and self._unacked[0][0] <= self._side.acked:
-            self._buffers.give_back(self._unacked.popleft()[1])
+        self._ring.release(self._side.acked)
 
     def _wait_until(self, reached: Callable[[], bool]) -> None:
-        self._hear()
         while not reached():
             self._step(self._heartbeat_s / 3)
 

@@ -22,6 +22,7 @@ from vmapipe.protocol.messages import (
     Pong,
     Refuse,
     RunFrame,
+    SharedRun,
     Welcome,
 )
 
@@ -45,6 +46,9 @@ class ArchiverSide:
         self.received_frames = 0
         self.received_clusters = 0
         self.charged = 0
+        #: Where the producer offers to share memory, and whether it was accepted.
+        self.shared_at = ""
+        self.shared = False
         self._limit = 0
         self._acked = 0
         self._frame_bytes = 0
@@ -57,6 +61,9 @@ class ArchiverSide:
                 self._take(message.seq, message.dev_id, 1, len(message.data))
             case RunFrame() if self.state is State.RECEIVING:
                 self._take(message.seq, message.dev_id, message.count, message.payload.nbytes)
+            case SharedRun() if self.state is State.RECEIVING and self.shared:
+                data_bytes = frames.masked_bytes(message.masks)
+                self._take(message.seq, message.dev_id, message.count, data_bytes)
             case Ping():
                 pass
             case Hello() if self.state is State.GREETING:
@@ -73,6 +80,7 @@ class ArchiverSide:
     def _greeted(self, message: Hello) -> None:
         self.device = message.device
         self.size_bytes = message.size
+        self.shared_at = message.shared
         self.state = State.WAITING
 
     def _take(self, seq: int, dev_id: int, clusters: int, data_bytes: int) -> None:
@@ -102,17 +110,24 @@ class ArchiverSide:
         self.state = State.ENDED
 
     def welcome(
-        self, dev_id: int, credit_bytes: int, frame_bytes: int, heartbeat_s: int
+        self,
+        dev_id: int,
+        credit_bytes: int,
+        frame_bytes: int,
+        heartbeat_s: int,
+        *,
+        shared: bool = False,
     ) -> list[Part]:
         self._must_be(State.WAITING, "welcome")
         if frame_bytes < limits.MIN_FRAME_CHARGE:
             raise LocalProtocolError(f"frames of {frame_bytes} bytes do not hold a cluster")
-        welcome = Welcome(limits.VERSION, dev_id, credit_bytes, frame_bytes, heartbeat_s)
+        welcome = Welcome(limits.VERSION, dev_id, credit_bytes, frame_bytes, heartbeat_s, shared)
         parts = frames.encode_control(welcome)
         self.state = State.RECEIVING
         self.dev_id = dev_id
         self._limit = credit_bytes
         self._frame_bytes = frame_bytes
+        self.shared = shared
         return parts
 
     def grant(self, limit: int, acked: int) -> list[Part] | None:

@@ -20,6 +20,7 @@ from vmapipe.protocol.messages import (
     Abort,
     ClusterFrame,
     Control,
+    DataFrame,
     Done,
     End,
     Fail,
@@ -30,6 +31,7 @@ from vmapipe.protocol.messages import (
     Pong,
     Refuse,
     RunFrame,
+    SharedRun,
     Welcome,
 )
 
@@ -75,6 +77,15 @@ def encode_run(
     if memoryview(payload).nbytes:
         head.append(payload)
     return head
+
+
+def encode_shared_run(
+    seq: int, dev_id: int, first_cluster: int, count: int, masks: bytes, position: int
+) -> list[Part]:
+    return [
+        msgpack.packb(seq),
+        msgpack.packb([dev_id, first_cluster, count, masks, position]),
+    ]
 
 
 def decode(parts: Sequence[Part]) -> Message:
@@ -135,7 +146,7 @@ def _decode_control(part: Part) -> Control:
     return kind(**known)
 
 
-def _decode_data(parts: Sequence[Part]) -> ClusterFrame | RunFrame:
+def _decode_data(parts: Sequence[Part]) -> DataFrame:
     seq = _unpack(parts[0], limits.MAX_NUMBER_PART_BYTES)
     if not _is_uint(seq) or not seq:
         raise RemoteProtocolError("malformed", "a data message without a number")
@@ -156,6 +167,8 @@ def _decode_data(parts: Sequence[Part]) -> ClusterFrame | RunFrame:
     if len(frame) == 4:
         payload = memoryview(parts[2]) if len(parts) == 3 else _NOTHING
         return _decode_run(seq, frame, payload)
+    if len(frame) == 5 and len(parts) == 2:
+        return _decode_shared_run(seq, frame)
     raise RemoteProtocolError("malformed", f"a frame of {len(frame)} items")
 
 
@@ -167,6 +180,23 @@ def _decode_run(seq: int, frame: list[Any], payload: memoryview) -> RunFrame:
     if fault is not None:
         raise RemoteProtocolError(*fault)
     return RunFrame(seq, dev_id, first, count, masks, payload)
+
+
+def _decode_shared_run(seq: int, frame: list[Any]) -> SharedRun:
+    dev_id, first, count, masks, position = frame
+    if not (_is_uint(first) and _is_uint(count) and _is_uint(position)):
+        raise RemoteProtocolError("malformed", "a run frame of wrong types")
+    if not isinstance(masks, bytes) or not masks:
+        raise RemoteProtocolError("malformed", "a run in shared memory without masks")
+    fault = run_fault(first, count, masks, masked_bytes(masks))
+    if fault is not None:
+        raise RemoteProtocolError(*fault)
+    return SharedRun(seq, dev_id, first, count, masks, position)
+
+
+def masked_bytes(masks: bytes) -> int:
+    """How much data the masks stand for, in bytes."""
+    return int.from_bytes(masks, "big").bit_count() * limits.BLOCK_BYTES
 
 
 def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[str, str] | None:
@@ -182,7 +212,7 @@ def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[st
         return "malformed", f"a run of clusters {first} + {count}"
     if masks and len(masks) != 2 * count:
         return "malformed", f"{len(masks)} bytes of masks for {count} clusters"
-    expected = int.from_bytes(masks, "big").bit_count() * limits.BLOCK_BYTES
+    expected = masked_bytes(masks)
     if data_bytes != expected:
         return "malformed", f"{data_bytes} bytes of data where the masks say {expected}"
     return None
@@ -228,6 +258,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "device": _is_name,
     "size": _is_uint,
     "program": _is_reason,
+    "shared": lambda v: isinstance(v, bool) or _is_reason(v),
     "dev_id": _is_dev_id,
     "credit": _is_uint,
     "frame_bytes": _is_uint,

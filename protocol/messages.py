@@ -12,13 +12,18 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Producer: I have this device for that job. `size` in bytes."""
+    """Producer: I have this device for that job. `size` in bytes.
+
+    `shared`: where the archiver, if it is on the same host, finds the memory
+    in which the data of `SharedRun` frames will lie; empty: nowhere.
+    """
 
     version: int
     job: bytes
     device: str
     size: int
     program: str = ""
+    shared: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,8 @@ class Welcome:
     """Archiver: go on. `credit` is the first limit (as in `Grant`), all sizes in bytes.
 
     `frame_bytes` is the largest charge of one frame; a peer that is silent for
-    `heartbeat_s` seconds is taken for dead.
+    `heartbeat_s` seconds is taken for dead. `shared`: the producer may send
+    `SharedRun` frames.
     """
 
     version: int
@@ -34,6 +40,7 @@ class Welcome:
     credit: int
     frame_bytes: int
     heartbeat_s: int
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,4 +124,16 @@ class RunFrame(NamedTuple):
     payload: memoryview
 
 
-Message = Control | ClusterFrame | RunFrame
+class SharedRun(NamedTuple):
+    """A `RunFrame` whose payload lies at `position` in the shared memory, in bytes."""
+
+    seq: int
+    dev_id: int
+    first_cluster: int
+    count: int  # type: ignore[assignment]  # as above
+    masks: bytes
+    position: int
+
+
+DataFrame = ClusterFrame | RunFrame | SharedRun
+Message = Control | DataFrame

@@ -34,15 +34,20 @@ class State(enum.Enum):
 class ProducerSide:
     """One session. Methods that send return message parts; `receive` takes them."""
 
-    def __init__(self, job: bytes, device: str, size_bytes: int, program: str = "") -> None:
+    def __init__(
+        self, job: bytes, device: str, size_bytes: int, program: str = "", shared: str = ""
+    ) -> None:
         self.state = State.GREETING
         self.dev_id = 0
         self.acked = 0
         self.frame_bytes = 0
         self.heartbeat_s = 0
+        self.shared = False
         self.sent_frames = 0
         self.sent_clusters = 0
-        self._hello = Hello(limits.VERSION, job, device, size_bytes, frames.sayable(program))
+        self._hello = Hello(
+            limits.VERSION, job, device, size_bytes, frames.sayable(program), shared
+        )
         self._limit = 0
         self._charged = 0
 
@@ -60,8 +65,20 @@ class ProducerSide:
 
         Raises LocalProtocolError for what the archiver would refuse.
         """
+        self._account(first, count, masks, memoryview(payload).nbytes)
+        return frames.encode_run(self.sent_frames, self.dev_id, first, count, masks, payload)
+
+    def shared_run(self, first: int, count: int, masks: bytes, position: int) -> list[Part]:
+        """As `run`, with the payload at `position` in the shared memory (see SharedRun)."""
+        if not self.shared:
+            raise LocalProtocolError("the archiver does not share memory")
+        self._account(first, count, masks, frames.masked_bytes(masks))
+        return frames.encode_shared_run(
+            self.sent_frames, self.dev_id, first, count, masks, position
+        )
+
+    def _account(self, first: int, count: int, masks: bytes, data_bytes: int) -> None:
         self._must_be(State.SENDING)
-        data_bytes = memoryview(payload).nbytes
         fault = frames.run_fault(first, count, masks, data_bytes)
         if fault is not None:
             raise LocalProtocolError(fault[1])
@@ -71,7 +88,6 @@ class ProducerSide:
         self._charged += cost
         self.sent_frames += 1
         self.sent_clusters += count
-        return frames.encode_run(self.sent_frames, self.dev_id, first, count, masks, payload)
 
     def end(self) -> list[Part]:
         self._must_be(State.SENDING)
@@ -114,6 +130,7 @@ class ProducerSide:
         self.dev_id = message.dev_id
         self.frame_bytes = message.frame_bytes
         self.heartbeat_s = message.heartbeat_s
+        self.shared = message.shared
         self._limit = message.credit
         self.state = State.SENDING
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory a disk is read into: a ring, freed in the order of acknowledgement.
+
+It lies in a memory file, so that an archiver on the same host can map it and
+write straight from it: the data is then copied once out of the disk and once
+into the archive. Over a network the same memory is sent.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections import deque
+
+# An archiver's open extent may hold on to 58 clusters (3.6 MiB) without
+# acknowledging them; beside these there must be room for the next piece and
+# for the end of the ring that it did not fit into. More than this was slower:
+# the data no longer stays in the processor's cache.
+RING_BYTES = 8 << 20
+
+
+class Ring:
+    """Pieces are taken in order and freed in order; `take` tells when none is free."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("vmapipe-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._fd, RING_BYTES)
+        # Who maps it must be able to trust its length: a shorter file would
+        # kill the archiver by SIGBUS.
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self._map = mmap.mmap(self._fd, RING_BYTES)
+        self.view = memoryview(self._map)
+        self._head = 0
+        # (frame number, first byte, first byte behind), oldest first.
+        self._held: deque[tuple[int, int, int]] = deque()
+
+    @property
+    def shared_at(self) -> str:
+        """The name under which a process of the same user on this host can open it."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def take(self, length: int) -> int | None:
+        """Where `length` bytes are free, or None. Nothing is held until `hold`."""
+        if not self._held:
+            self._head = 0
+            return 0
+        tail = self._held[0][1]
+        if self._head > tail:
+            if self._head + length <= RING_BYTES:
+                return self._head
+            return 0 if length < tail else None
+        return self._head if self._head + length < tail else None
+
+    def hold(self, seq: int, start: int, length: int) -> None:
+        """The piece belongs to frame `seq` until that is acknowledged."""
+        self._held.append((seq, start, start + length))
+        self._head = start + length
+
+    def release(self, acked: int) -> None:
+        """Frames up to `acked` are no longer needed."""
+        while self._held and self._held[0][0] <= acked:
+            self._held.popleft()
+
+    def close(self) -> None:
+        os.close(self._fd)
+        # The mapping lives on while a message that is still being sent needs it.
