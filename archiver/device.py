@@ -57,7 +57,7 @@ class DeviceState:
         self.dev_id = device.dev_id
         self.queued_extents = 0
         self.clusters = 0
-        self.zero_bytes = 0
+        self.data_bytes = 0
         self.complete = False
         self._side = side
         self._window_bytes = window_bytes
@@ -74,6 +74,12 @@ class DeviceState:
             return self.clusters * CLUSTER_BYTES
         return min(self.clusters * CLUSTER_BYTES, self.device.size_bytes)
 
+    @property
+    def zero_bytes(self) -> int:
+        """How much of that is zero, and takes no room in the archive."""
+        # The last block is stored whole, and may reach beyond the device's end.
+        return max(0, self.done_bytes - self.data_bytes)
+
     def mark(self) -> Mark:
         return Mark(self._side.received_frames, self._side.charged)
 
@@ -88,9 +94,7 @@ class DeviceState:
                 )
         else:
             if end > self.device.clusters:
-                raise RemoteProtocolError(
-                    "coverage", f"cluster number out of range: {end - 1}"
-                )
+                raise RemoteProtocolError("coverage", f"cluster number out of range: {end - 1}")
             if end == self.device.clusters and run.masks:
                 last = int.from_bytes(run.masks[-2:], "big")
                 if not mask_fits(self.device, last, cut_full=False):
@@ -99,7 +103,7 @@ class DeviceState:
             if double is not None:
                 raise RemoteProtocolError("coverage", f"cluster {double} comes a second time")
         self.clusters += run.clusters
-        self.zero_bytes += run.clusters * CLUSTER_BYTES - len(run.payload)
+        self.data_bytes += len(run.payload)
         return run
 
     def _run(self, message: DataFrame) -> Run:

@@ -227,9 +227,7 @@ class Job:
         if self._job is not None and hello.job != self._job:
             raise RemoteProtocolError("unknown-job", "another job is made here")
         if self._spec.devices and hello.device not in self._spec.devices:
-            raise RemoteProtocolError(
-                "unknown-device", f"the job has no device {hello.device!r}"
-            )
+            raise RemoteProtocolError("unknown-device", f"the job has no device {hello.device!r}")
         if any(p.side.device == hello.device for p in self._peers.values()):
             raise RemoteProtocolError("duplicate-device", f"{hello.device!r} is here already")
         if not 1 <= hello.size <= MAX_DEVICE_BYTES:
@@ -290,9 +288,7 @@ class Job:
 
     # --- data ---
 
-    def _take(
-        self, device: DeviceState, message: DataFrame
-    ) -> Iterator[Instruction]:
+    def _take(self, device: DeviceState, message: DataFrame) -> Iterator[Instruction]:
         run = device.take(message)
         if self._packer is not None:
             for extent in self._packer.add(

@@ -23,9 +23,7 @@ PROGRESS_S = 0.25
 MakeStore = Callable[[Callable[[], None]], Store[Mark]]
 
 
-def serve(
-    spec: JobSpec, endpoint: str, make_store: MakeStore, cancel: Cancel, emit: Emit
-) -> None:
+def serve(spec: JobSpec, endpoint: str, make_store: MakeStore, cancel: Cancel, emit: Emit) -> None:
     """Make one archive. Raises Failure when nothing was stored."""
     wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     link: Link | None = None

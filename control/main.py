@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only the first word is ours: whatever follows belongs to the command.
     options = parser.parse_args(arguments[:1])
     module = importlib.import_module(_COMMANDS[options.command])
-    command: Callable[[Sequence[str], str], int] = getattr(
-        module, f"main_{options.command}", None
-    ) or module.main
+    command: Callable[[Sequence[str], str], int] = (
+        getattr(module, f"main_{options.command}", None) or module.main
+    )
     return command(arguments[1:], f"vmapipe {options.command}")
 
 

@@ -62,9 +62,7 @@ def _whole_blocks(length: int) -> int:
     return -(-length // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def _read(
-    source: Source, memory: memoryview, position: int, at: int, length: int
-) -> Run | None:
+def _read(source: Source, memory: memoryview, position: int, at: int, length: int) -> Run | None:
     """One piece of the disk; None when it is all zero."""
     padded = _whole_blocks(length)
     view = memory[position : position + padded]
@@ -79,6 +77,7 @@ def _read(
 
 def _zero_runs(start: int, end: int, longest: int) -> Iterator[Run]:
     """Bytes [start, end), all zero, as runs of at most `longest` clusters."""
+    # The end may lie inside the last cluster; then so does a start that equals it.
     last = -(-end // CLUSTER_BYTES)
-    for first in range(start // CLUSTER_BYTES, last, longest):
+    for first in range(-(-start // CLUSTER_BYTES), last, longest):
         yield Run(first, min(longest, last - first), b"", 0, 0)

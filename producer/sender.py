@@ -49,9 +49,7 @@ class Sender:
         try:
             self._say(self._side.hello())
             self._wait_until(lambda: self._side.state is State.SENDING)
-            for run in runs(
-                self._source, self._ring.view, self._take, self._side.frame_bytes
-            ):
+            for run in runs(self._source, self._ring.view, self._take, self._side.frame_bytes):
                 self._send_run(run)
             self._source.check_unchanged()
             self._say(self._side.end())
@@ -78,9 +76,7 @@ class Sender:
 
     def _frame(self, run: Run) -> list[Part]:
         if run.length and self._side.shared:
-            return self._side.shared_run(
-                run.first_cluster, run.clusters, run.masks, run.position
-            )
+            return self._side.shared_run(run.first_cluster, run.clusters, run.masks, run.position)
         payload = self._ring.view[run.position : run.position + run.length]
         return self._side.run(run.first_cluster, run.clusters, run.masks, payload)
 

@@ -97,7 +97,13 @@ def decode(parts: Sequence[Part]) -> Message:
     raise RemoteProtocolError("malformed", f"a message of {len(parts)} parts")
 
 
-def _unpack(part: Part, max_bytes: int) -> Any:
+def pack(value: Any) -> bytes:
+    """Plain values (numbers, bytes, str, lists of them) for messages that have a file of their own."""
+    return bytes(msgpack.packb(value))
+
+
+def unpack(part: Part, max_bytes: int, max_items: int = limits.MAX_ARRAY_ITEMS) -> Any:
+    """A part's value, if it is at most `max_bytes` long and no array of it has more items."""
     size = memoryview(part).nbytes
     if size > max_bytes:
         raise RemoteProtocolError("too-large", f"a part of {size} bytes, at most {max_bytes}")
@@ -108,7 +114,7 @@ def _unpack(part: Part, max_bytes: int) -> Any:
             strict_map_key=True,
             max_str_len=limits.MAX_CONTROL_BYTES,
             max_bin_len=max_bytes,
-            max_array_len=limits.MAX_ARRAY_ITEMS,
+            max_array_len=max_items,
             max_map_len=limits.MAX_MAP_ITEMS,
             max_ext_len=0,
         )
@@ -117,7 +123,7 @@ def _unpack(part: Part, max_bytes: int) -> Any:
 
 
 def _decode_control(part: Part) -> Control:
-    value = _unpack(part, limits.MAX_CONTROL_BYTES)
+    value = unpack(part, limits.MAX_CONTROL_BYTES)
     if not (
         isinstance(value, list)
         and len(value) == 2
@@ -147,10 +153,10 @@ def _decode_control(part: Part) -> Control:
 
 
 def _decode_data(parts: Sequence[Part]) -> DataFrame:
-    seq = _unpack(parts[0], limits.MAX_NUMBER_PART_BYTES)
+    seq = unpack(parts[0], limits.MAX_NUMBER_PART_BYTES)
     if not _is_uint(seq) or not seq:
         raise RemoteProtocolError("malformed", "a data message without a number")
-    frame = _unpack(parts[1], limits.MAX_FRAME_PART_BYTES)
+    frame = unpack(parts[1], limits.MAX_FRAME_PART_BYTES)
     if not isinstance(frame, list) or not frame:
         raise RemoteProtocolError("malformed", "a data message without a frame")
     if not _is_dev_id(frame[0]):

@@ -17,7 +17,6 @@ from vmapipe.runtime.errors import Cancelled
 GRACE_S = 10.0
 
 
-
 class Cancel:
     """A flag with a descriptor: `fd` becomes readable when a stop was asked for."""
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from vmapipe.runtime.cancel import Cancel, Parent
-from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, Failure, os_error_text
+from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, os_error_text
 from vmapipe.runtime.events import Emit, Event, encode_line
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an archive goes. All outputs share one interface: write, commit, abandon."""
+"""Where an archive goes: a file, a stream, a command. `spec.open_output` is the door."""

@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import itertools
-import tracemalloc
-from collections.abc import Callable
 from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.vma.memory import peak_bytes
 from vmapipe.vma import coverage
 from vmapipe.vma.coverage import ClusterSet
 from vmapipe.vma.layout import MAX_CLUSTERS
@@ -19,15 +18,6 @@ PAGE = 1 << 16
 
 def flat(runs: list[tuple[int, int]]) -> list[int]:
     return [first + i for first, count in runs for i in range(count)]
-
-
-def peak_bytes(work: Callable[[], None]) -> int:
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @st.composite
@@ -61,11 +51,11 @@ def test_a_cluster_set_is_a_set(case: tuple[int, list[tuple[int, int]]]) -> None
 
 
 @pytest.mark.parametrize("size", [1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1])
-@pytest.mark.parametrize("step", [1, 58, 255, 256, 257, PAGE - 1, PAGE, PAGE + 1])
+@pytest.mark.parametrize("step", [29, 58, 255, 256, 257, PAGE - 1, PAGE, PAGE + 1])
 def test_a_disk_that_comes_in_order_is_complete_at_its_last_cluster(size: int, step: int) -> None:
     clusters = ClusterSet(size)
     for first in range(0, size, step):
-        assert next(clusters.missing())[0] == first
+        assert clusters.count == first
         assert clusters.add(first, min(step, size - first)) is None
     assert list(clusters.missing()) == []
     assert clusters.count == size

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core of a job, with producers and a store that exist only in this file."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.vma.archives import disk_image, read_whole, scan
+from vmapipe.archiver.device import Mark
+from vmapipe.archiver.job import (
+    Abandon,
+    Begin,
+    Finish,
+    Instruction,
+    Job,
+    JobSpec,
+    Notice,
+    Phase,
+    Put,
+    Send,
+)
+from vmapipe.producer.ring import Ring
+from vmapipe.producer.runs import READ_BYTES
+from vmapipe.protocol import frames, limits
+from vmapipe.protocol.frames import Part
+from vmapipe.protocol.messages import Abort, Done, Refuse
+from vmapipe.protocol.producer_side import ProducerSide, State
+from vmapipe.vma.header import Config
+from vmapipe.vma.layout import CLUSTER_BYTES
+from vmapipe.vma.packer import PackedExtent
+
+JOB = bytes(range(16))
+UUID = bytes(range(16, 32))
+
+
+def spec(*devices: str, **changes: object) -> JobSpec:
+    return replace(JobSpec(uuid=UUID, ctime_s=1, devices=devices, job=JOB), **changes)  # type: ignore[arg-type]
+
+
+class Store:
+    """Takes what the job puts; says that it is written when the test wants."""
+
+    def __init__(self) -> None:
+        self.archive = bytearray()
+        self.queue: deque[PackedExtent[Mark]] = deque()
+        self.finished = self.abandoned = False
+
+    def write_one(self, job: Job) -> Iterable[Instruction]:
+        extent = self.queue.popleft()
+        self.archive += b"".join(extent.buffers)
+        return job.written(extent.notes, {cluster[0] for cluster in extent.clusters})
+
+
+class World:
+    """Carries messages and instructions between a job, its producers and the store."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.store = Store()
+        self.producers: dict[bytes, Producer] = {}
+        self.notices: list[str] = []
+        self.carry_out(job.start())
+
+    def carry_out(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Send(peer, parts):
+                    if peer in self.producers:
+                        self.producers[peer].hear([bytes(part) for part in parts])
+                case Begin(_, raw_header):
+                    self.store.archive += raw_header
+                case Put(extent):
+                    self.store.queue.append(extent)
+                case Finish():
+                    self.store.finished = True
+                case Abandon():
+                    self.store.abandoned = True
+                case Notice(text):
+                    self.notices.append(text)
+
+    def deliver(self, peer: bytes, parts: list[Part], now: float = 0.0) -> None:
+        self.carry_out(self.job.receive(peer, [bytes(part) for part in parts], now))
+
+    def add(self, name: str, data: bytes, job: bytes = JOB) -> Producer:
+        producer = Producer(name, data, job)
+        self.producers[name.encode()] = producer
+        self.deliver(name.encode(), producer.side.hello())
+        return producer
+
+    def run(self, choose: random.Random) -> None:
+        """Let everybody do one step at a time, in random order, until nothing is left to do."""
+        while True:
+            able = [p for p in self.producers.values() if p.able]
+            steps = [*able, *([self.store] if self.store.queue else [])]
+            if not steps:
+                break
+            step = choose.choice(steps)
+            if isinstance(step, Store):
+                self.carry_out(step.write_one(self.job))
+            else:
+                self.deliver(step.name.encode(), step.next_message())
+        if self.store.finished and not self.store.queue:
+            self.carry_out(self.job.stored())
+
+
+class Producer:
+    """Sends a disk in runs of one cluster, with the memory that a real one has."""
+
+    def __init__(self, name: str, data: bytes, job: bytes) -> None:
+        self.name = name
+        self.data = data
+        self.side = ProducerSide(job, name, len(data) or 1)
+        self.ring = RingModel()
+        self.cluster = 0
+        self.end_of_session: object = None
+
+    def hear(self, parts: list[bytes]) -> None:
+        message = self.side.receive(parts)
+        if isinstance(message, Done | Refuse | Abort):
+            self.end_of_session = message
+        self.ring.release(self.side.acked)
+
+    @property
+    def clusters(self) -> int:
+        return -(-len(self.data) // CLUSTER_BYTES)
+
+    @property
+    def able(self) -> bool:
+        if self.side.state is not State.SENDING:
+            return False
+        if self.cluster == self.clusters:
+            return True
+        # A real producer reads a whole piece at a time before it sends.
+        room = self.ring.take(READ_BYTES) is not None
+        return room and self.side.credit >= limits.charge(1, CLUSTER_BYTES)
+
+    def next_message(self) -> list[Part]:
+        if self.cluster == self.clusters:
+            return self.side.end()
+        data = self.data[self.cluster * CLUSTER_BYTES :][:CLUSTER_BYTES]
+        data += bytes(-len(data) % 4096)
+        masks = ((1 << len(data) // 4096) - 1).to_bytes(2, "big") if any(data) else b""
+        payload = data if masks else b""
+        message = self.side.run(self.cluster, 1, masks, payload)
+        if payload:
+            position = self.ring.take(READ_BYTES)
+            assert position is not None
+            self.ring.hold(self.side.sent_frames, position, len(payload))
+        self.cluster += 1
+        return message
+
+
+class RingModel(Ring):
+    """The ring's book-keeping without its memory."""
+
+    def __init__(self) -> None:
+        self._head = 0
+        self._held = deque()
+
+
+def read_images(raw: bytes) -> dict[str, bytes]:
+    """The disks of an archive that is complete."""
+    head = read_whole(raw)
+    events = scan(raw)
+    return {device.name: disk_image(device, events) for device in head.devices}
+
+
+def disk(seed: int, clusters: int, tail: int = CLUSTER_BYTES) -> bytes:
+    """Clusters of two kinds, zero and not, by chance."""
+    chance = random.Random(seed)
+    pattern = [
+        bytes(CLUSTER_BYTES) if chance.random() < 0.3 else bytes([1 + i % 255]) * CLUSTER_BYTES
+        for i in range(clusters)
+    ]
+    return b"".join(pattern)[: (clusters - 1) * CLUSTER_BYTES + tail]
+
+
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 150), st.integers(1, CLUSTER_BYTES)), min_size=1, max_size=4),
+    seed=st.integers(0, 1 << 32),
+    in_order=st.booleans(),
+)
+def test_a_job_ends_with_every_disk_whatever_the_order_and_the_speed_of_each(
+    sizes: list[tuple[int, int]], seed: int, in_order: bool
+) -> None:
+    disks = {
+        f"disk{index}": disk(seed + index, clusters, tail)
+        for index, (clusters, tail) in enumerate(sizes)
+    }
+    world = World(Job(spec(*disks, in_order=in_order), 0.0))
+    for name in reversed(disks):
+        world.add(name, disks[name])
+    world.run(random.Random(seed))
+    assert world.job.phase is Phase.DONE, world.job.reason
+    assert read_images(bytes(world.store.archive)) == disks
+    assert all(p.end_of_session == Done(UUID) for p in world.producers.values())
+
+
+def test_in_order_the_same_disks_make_the_same_archive() -> None:
+    disks = {"b": disk(1, 70), "a": disk(2, 70)}
+    archives = set()
+    for seed in range(5):
+        world = World(Job(spec("b", "a", in_order=True, uuid=b""), 0.0))
+        order = list(disks)
+        random.Random(seed).shuffle(order)
+        for name in order:
+            world.add(name, disks[name])
+        world.run(random.Random(seed))
+        archives.add(bytes(world.store.archive))
+    assert len(archives) == 1
+
+
+def test_another_disk_size_or_config_makes_another_uuid_in_a_reproducible_archive() -> None:
+    uuids = set()
+    for clusters, config in ((1, b"x"), (2, b"x"), (1, b"y")):
+        job = Job(spec("a", in_order=True, uuid=b"", configs=(Config("c", config),)), 0.0)
+        world = World(job)
+        world.add("a", disk(1, clusters))
+        uuids.add(job.uuid)
+    assert len(uuids) == 3
+
+
+def test_an_archive_of_configs_only_needs_no_producer() -> None:
+    world = World(Job(spec(configs=(Config("vm.conf", b"x"),)), 0.0))
+    assert world.store.finished
+    world.run(random.Random(0))
+    assert world.job.phase is Phase.DONE
+
+
+def test_254_devices_go_through_with_64_MiB_of_credit_together() -> None:
+    disks = {f"disk{index}": disk(index, 3) for index in range(254)}
+    world = World(Job(spec(*disks), 0.0))
+    for name, data in disks.items():
+        world.add(name, data)
+    assert sum(p.side.credit for p in world.producers.values()) <= 64 << 20
+    world.run(random.Random(1))
+    assert world.job.phase is Phase.DONE
+    assert read_images(bytes(world.store.archive)) == disks
+
+
+def refusal(world: World, name: str, job: bytes = JOB, data: bytes = b"x") -> object:
+    return world.add(name, data, job).end_of_session
+
+
+def test_a_stranger_is_refused_with_the_reason_and_the_job_goes_on() -> None:
+    world = World(Job(spec("a", "b"), 0.0))
+    world.add("a", b"x")
+    assert refusal(world, "c") == Refuse("unknown-device", "the job has no device 'c'")
+    assert refusal(world, "b", job=bytes(16)) == Refuse("unknown-job", "another job is made here")
+    world.deliver(b"junk", [b"\xc1\xc1"])
+    world.deliver(b"junk", [b"\xc1\xc1"])
+    assert len(world.notices) == 3, "each is reported once"
+    del world.producers[b"c"], world.producers[b"b"]
+    world.producers[b"b2"] = world.producers[b"a"]
+    late = Producer("b", b"y", JOB)
+    world.producers[b"b2"] = late
+    world.deliver(b"b2", late.side.hello())
+    while late.able:
+        world.deliver(b"b2", late.next_message())
+    first = world.producers[b"a"]
+    while first.able:
+        world.deliver(b"a", first.next_message())
+    assert world.store.finished
+
+
+def test_a_second_producer_of_a_device_is_refused_and_the_first_goes_on() -> None:
+    world = World(Job(spec("a", "b"), 0.0))
+    world.add("a", b"x")
+    twin = Producer("a", b"x", JOB)
+    world.producers[b"twin"] = twin
+    world.deliver(b"twin", twin.side.hello())
+    assert twin.end_of_session == Refuse("duplicate-device", "'a' is here already")
+    assert world.job.phase is Phase.GATHERING
+
+
+def one_device(clusters: int = 3) -> tuple[World, Producer]:
+    world = World(Job(spec("a", "b"), 0.0))
+    producer = world.add("a", disk(1, clusters))
+    world.add("b", b"x")
+    return world, producer
+
+
+def raw_run(producer: Producer, first: int, count: int, masks: bytes, payload: bytes) -> list[Part]:
+    return frames.encode_run(
+        producer.side.sent_frames + 1, producer.side.dev_id, first, count, masks, payload
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "masks", "words"),
+    [
+        (3, 1, b"", "out of range: 3"),
+        (2, 2, b"", "out of range: 3"),
+        (0, 1 << 18, b"", "out of range"),
+        (2, 1, b"\x80\x00", "beyond the device's end"),
+    ],
+)
+def test_a_cluster_beyond_the_end_fails_the_job_and_names_the_device(
+    first: int, count: int, masks: bytes, words: str
+) -> None:
+    world = World(Job(spec("a"), 0.0))
+    producer = world.add("a", disk(1, 3, tail=4096))
+    payload = bytes([1]) * 4096 if masks else b""
+    world.deliver(b"a", raw_run(producer, first, count, masks, payload))
+    assert world.job.phase is Phase.FAILED
+    assert world.store.abandoned
+    assert words in world.job.reason
+    assert "'a'" in world.job.reason
+
+
+def test_a_cluster_sent_twice_fails_the_job() -> None:
+    world, producer = one_device()
+    world.deliver(b"a", producer.side.run(0, 1, b"", b""))
+    world.deliver(b"a", producer.side.run(0, 2, b"", b""))
+    assert "cluster 0 comes a second time" in world.job.reason
+
+
+def test_an_end_before_the_last_cluster_fails_the_job_and_names_the_missing_one() -> None:
+    world, producer = one_device()
+    world.deliver(b"a", producer.side.run(0, 2, b"", b""))
+    world.deliver(b"a", producer.side.end())
+    assert "incomplete: cluster 2 never came" in world.job.reason
+
+
+def test_a_failing_producer_fails_the_job_with_its_own_words() -> None:
+    world, producer = one_device()
+    world.deliver(b"a", producer.side.fail("disk 'a': cannot read /x at offset 5: I/O error"))
+    assert world.job.reason == "disk 'a': cannot read /x at offset 5: I/O error"
+    assert isinstance(world.producers[b"b"].end_of_session, Abort)
+
+
+def test_a_failing_output_tells_every_producer_why() -> None:
+    world, producer = one_device()
+    world.carry_out(world.job.fail("No space left on device"))
+    assert producer.end_of_session == Abort("No space left on device")
+    assert world.store.abandoned
+    world.carry_out(world.job.fail("something else"))
+    assert world.job.reason == "No space left on device"
+
+
+def test_a_silent_producer_fails_the_job_after_the_heartbeat_limit() -> None:
+    world, _ = one_device()
+    world.deliver(b"b", world.producers[b"b"].side.ping(), now=20.0)
+    world.carry_out(world.job.tick(29.0))
+    assert world.job.phase is Phase.RUNNING
+    world.carry_out(world.job.tick(31.0))
+    assert world.job.reason == "the producer of device 'a' has been silent for 30 s"
+
+
+def test_a_producer_that_never_comes_is_named_after_the_start_limit() -> None:
+    world = World(Job(spec("a", "b", "c"), 0.0))
+    world.add("a", b"x")
+    world.deliver(b"a", world.producers[b"a"].side.ping(), now=55.0)
+    world.carry_out(world.job.tick(61.0))
+    assert world.job.reason == "the producer of device 'b', 'c' did not come within 60 s"
+
+
+def test_vmstate_is_taken_in_order_only_and_its_length_is_what_came() -> None:
+    world = World(Job(spec("vmstate"), 0.0))
+    producer = world.add("vmstate", b"x" * 100)
+    world.deliver(b"vmstate", raw_run(producer, 0, 5, b"", b""))
+    producer.side.sent_frames, producer.side.sent_clusters = 1, 5
+    assert world.job.phase is Phase.RUNNING
+    world.deliver(b"vmstate", raw_run(producer, 6, 1, b"", b""))
+    assert "non sequential vmstate write" in world.job.reason
+
+
+def test_too_much_for_one_header_fails_the_job_with_the_limit() -> None:
+    configs = tuple(Config(f"c{index}", bytes(65000)) for index in range(9))
+    world = World(Job(spec("a", configs=configs), 0.0))
+    producer = world.add("a", b"x")
+    assert "the limit is 524288" in world.job.reason
+    assert isinstance(producer.end_of_session, Abort)

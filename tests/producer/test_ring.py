@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ring of memory that pieces are read into."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections import deque
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmapipe.archiver.shared import map_shared
+from vmapipe.producer.ring import RING_BYTES, Ring
+
+
+@pytest.fixture(scope="module")
+def ring() -> Iterator[Ring]:
+    ring = Ring()
+    yield ring
+    ring.close()
+
+
+@given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 1 << 20)), max_size=200))
+def test_no_byte_is_given_out_twice_before_it_is_acknowledged(
+    ring: Ring, steps: list[tuple[bool, int]]
+) -> None:
+    held: deque[tuple[int, range]] = deque()
+    seq = 0
+    for free, length in steps:
+        if free and held:
+            ring.release(held.popleft()[0])
+        position = ring.take(length)
+        if position is None:
+            continue
+        taken = range(position, position + length)
+        assert taken.stop <= RING_BYTES
+        for _, other in held:
+            assert taken.stop <= other.start or other.stop <= taken.start
+        seq += 1
+        ring.hold(seq, position, length)
+        held.append((seq, taken))
+    ring.release(seq)
+
+
+def test_room_for_a_piece_is_left_while_an_open_extent_holds_what_it_can(ring: Ring) -> None:
+    extent, frame, unreported = 58 * 65536, 1 << 20, 512 * 1024
+    for start in range(0, RING_BYTES, 4096 * 37):
+        # Bring the ring to an arbitrary position first.
+        ring.release(1 << 62)
+        ring.take(1)
+        ring.hold(1, 0, max(1, start))
+        ring.release(0)
+        position = ring.take(1)
+        if position is None:
+            continue
+        ring.hold(2, position, 1)
+        ring.release(1)
+        seq = 2
+        total = 0
+        while total < extent + frame + unreported:
+            position = ring.take(65536)
+            assert position is not None, (start, total)
+            seq += 1
+            ring.hold(seq, position, 65536)
+            total += 65536
+        assert ring.take(frame) is not None, start
+    ring.release(1 << 62)
+
+
+def test_an_archiver_maps_the_ring_and_sees_what_is_read_into_it() -> None:
+    ring = Ring()
+    shared = map_shared(ring.shared_at)
+    assert shared is not None
+    ring.view[1000:1003] = b"abc"
+    assert bytes(shared[1000:1003]) == b"abc"
+    assert shared.readonly
+    ring.close()
+    assert bytes(shared[1000:1003]) == b"abc"
+
+
+def test_only_sealed_memory_of_a_process_is_mapped(tmp_path: os.PathLike[str]) -> None:
+    file = os.path.join(tmp_path, "file")
+    with open(file, "wb") as handle:
+        handle.write(b"x" * 4096)
+        assert map_shared(file) is None
+        assert map_shared(f"/proc/{os.getpid()}/fd/{handle.fileno()}") is None
+    unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(unsealed, 4096)
+    offer = f"/proc/{os.getpid()}/fd/{unsealed}"
+    assert map_shared(offer) is None
+    fcntl.fcntl(unsealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    assert map_shared(offer) is not None
+    assert map_shared("../" + offer) is None
+    os.close(unsealed)
+    assert map_shared(offer) is None
+    for odd in ("", "/proc/self/fd/0", "/etc/passwd", "/proc/1/fd/0"):
+        assert map_shared(odd) is None

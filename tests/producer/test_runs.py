@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk cut into runs: put together again it is the same disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmapipe.producer.runs import READ_BYTES, Run, runs
+from vmapipe.producer.source import Segment
+from vmapipe.protocol import limits
+from vmapipe.protocol.blocks import nonzero_pieces
+from vmapipe.protocol.limits import CLUSTER_BYTES
+
+MEMORY = memoryview(bytearray(READ_BYTES))
+
+
+class MemoryDisk:
+    """A disk in memory; `holes` are clusters it knows to be zero without being read."""
+
+    def __init__(self, data: bytes, holes: frozenset[int] = frozenset()) -> None:
+        self.name = "disk"
+        self.data = data
+        self.size_bytes = len(data)
+        self.holes = holes
+        self.read: set[int] = set()
+
+    def segments(self) -> Iterator[Segment]:
+        for at in range(0, self.size_bytes, CLUSTER_BYTES):
+            end = min(self.size_bytes, at + CLUSTER_BYTES)
+            yield Segment(at, end, is_data=at // CLUSTER_BYTES not in self.holes)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        self.read |= set(
+            range(offset // CLUSTER_BYTES, -(-(offset + len(buffer)) // CLUSTER_BYTES))
+        )
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    def check_unchanged(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def put_together(disk: MemoryDisk, frame_bytes: int) -> tuple[bytes, list[Run]]:
+    image = bytearray(disk.size_bytes)
+    seen: list[Run] = []
+    for run in runs(disk, MEMORY, lambda length: 0, frame_bytes):
+        assert run.charge <= frame_bytes
+        seen.append(run)
+        at = 0
+        for offset, length in nonzero_pieces(run.masks):
+            start = run.first_cluster * CLUSTER_BYTES + offset
+            piece = MEMORY[run.position + at : run.position + at + length]
+            image[start : start + length] = piece[: disk.size_bytes - start]
+            at += length
+        assert at == run.length
+    return bytes(image[: disk.size_bytes]), seen
+
+
+@st.composite
+def disks(draw: st.DrawFn) -> MemoryDisk:
+    """A string a cluster: `0` zero, `A` full, `p` one block, `h` a hole, `P` all but one block."""
+    pattern = draw(st.text("0ApPh", min_size=1, max_size=40))
+    tail = draw(st.integers(1, CLUSTER_BYTES))
+    clusters = {
+        "0": bytes(CLUSTER_BYTES),
+        "h": bytes(CLUSTER_BYTES),
+        "A": b"A" * CLUSTER_BYTES,
+        "p": bytes(5 * 4096 + 17) + b"p" + bytes(CLUSTER_BYTES - 5 * 4096 - 18),
+        "P": b"P" * 4096 + bytes(4096) + b"P" * (CLUSTER_BYTES - 8192),
+    }
+    data = b"".join(clusters[letter] for letter in pattern)
+    data = data[: len(data) - CLUSTER_BYTES + tail]
+    holes = frozenset(index for index, letter in enumerate(pattern) if letter == "h")
+    return MemoryDisk(data, holes)
+
+
+@given(disks(), st.sampled_from([limits.charge(1, CLUSTER_BYTES), 200_000, 1 << 20, 8 << 20]))
+def test_the_runs_of_a_disk_put_together_are_the_disk(disk: MemoryDisk, frame_bytes: int) -> None:
+    image, seen = put_together(disk, frame_bytes)
+    assert image == disk.data
+    covered = [run.first_cluster + i for run in seen for i in range(run.clusters)]
+    assert covered == list(range(-(-disk.size_bytes // CLUSTER_BYTES)))
+
+
+@given(disks())
+def test_holes_are_never_read(disk: MemoryDisk) -> None:
+    put_together(disk, 8 << 20)
+    assert not disk.read & disk.holes
+
+
+def test_neighbouring_zero_clusters_become_one_run_whether_holes_or_read() -> None:
+    disk = MemoryDisk(bytes(100 * CLUSTER_BYTES), frozenset(range(30, 60)))
+    _, seen = put_together(disk, 8 << 20)
+    assert [(run.first_cluster, run.clusters, run.masks) for run in seen] == [(0, 100, b"")]
+
+
+def test_a_huge_hole_is_cut_at_the_longest_run_of_the_wire() -> None:
+    class HugeHole(MemoryDisk):
+        def segments(self) -> Iterator[Segment]:
+            yield Segment(0, self.size_bytes, is_data=False)
+
+    disk = HugeHole(b"")
+    clusters = 3 * limits.MAX_RUN_CLUSTERS + 5
+    disk.size_bytes = clusters * CLUSTER_BYTES
+    lengths = [run.clusters for run in runs(disk, MEMORY, lambda length: 0, 16 << 20)]
+    assert lengths == [limits.MAX_RUN_CLUSTERS] * 3 + [5]

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.header import Config, Device, Header, encode_header
+from vmapipe.vma.layout import (
+    HEADER_BYTES,
+    MAX_DEVICE_BYTES,
+    MAX_EXTENT_BYTES,
+    MAX_HEADER_BYTES,
+)
+from vmapipe.vma.manifest import (
+    MAX_LINE_BYTES,
+    DeviceTotals,
+    ExtentDigest,
+    ManifestReader,
+    Opening,
+    Totals,
+    extent_line,
+    opening_line,
+    totals_line,
+)
+
+DIGEST = bytes(range(16))
+LONG_DIGEST = bytes(range(32))
+
+
+class Manifest(NamedTuple):
+    """All that a manifest says."""
+
+    opening: Opening
+    extents: list[ExtentDigest]
+    totals: Totals
+
+    def lines(self) -> list[str]:
+        return [
+            opening_line(self.opening),
+            *(extent_line(index, extent) for index, extent in enumerate(self.extents)),
+            totals_line(self.totals),
+        ]
+
+
+def extent_digests(low: int, high: int) -> st.SearchStrategy[ExtentDigest]:
+    return st.builds(ExtentDigest, st.integers(low, high), st.binary(min_size=16, max_size=16))
+
+
+names = st.one_of(
+    st.text(min_size=1, max_size=30),
+    st.binary(min_size=1, max_size=30).map(lambda raw: raw.decode("utf-8", "surrogateescape")),
+)
+device_totals = st.builds(
+    DeviceTotals,
+    dev_id=st.integers(1, 254),
+    name=names,
+    size_bytes=st.integers(1, MAX_DEVICE_BYTES),
+    clusters=st.integers(0, 1 << 32),
+    zero_bytes=st.integers(0, MAX_DEVICE_BYTES),
+    digest=st.none() | st.binary(min_size=32, max_size=32),
+)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    opening = Opening(
+        uuid=draw(st.binary(min_size=16, max_size=16)),
+        ctime_s=draw(st.integers(-(1 << 63), (1 << 63) - 1)),
+        header=draw(extent_digests(HEADER_BYTES + 1, MAX_HEADER_BYTES)),
+    )
+    extents = draw(st.lists(extent_digests(512, MAX_EXTENT_BYTES), max_size=8))
+    totals = Totals(
+        extents=len(extents),
+        archive_bytes=opening.header.total_bytes + sum(e.total_bytes for e in extents),
+        file_bytes=draw(st.integers(0, 1 << 60)),
+        file_digest=draw(st.binary(min_size=32, max_size=32)),
+        devices=tuple(draw(st.lists(device_totals, max_size=4))),
+    )
+    return Manifest(opening, extents, totals)
+
+
+def small(extents: int = 2) -> Manifest:
+    opening = Opening(bytes(16), 1353949200, ExtentDigest(12800, DIGEST))
+    totals = Totals(
+        extents=extents,
+        archive_bytes=12800 + 512 * extents,
+        file_bytes=999,
+        file_digest=LONG_DIGEST,
+        devices=(DeviceTotals(1, "drive-scsi0", 12345, 1, 0, LONG_DIGEST),),
+    )
+    return Manifest(opening, [ExtentDigest(512, DIGEST)] * extents, totals)
+
+
+def read(lines: list[str]) -> list[Opening | ExtentDigest | Totals]:
+    reader = ManifestReader()
+    said = [reader.line(line) for line in lines]
+    assert reader.close() == said[-1]
+    return said
+
+
+@given(manifests())
+def test_reading_a_written_manifest_gives_it_back(manifest: Manifest) -> None:
+    lines = manifest.lines()
+    assert read(lines) == [manifest.opening, *manifest.extents, manifest.totals]
+    assert all(line.endswith("\n") and line.count("\n") == 1 for line in lines)
+    assert all(line.isascii() for line in lines)
+
+
+@given(manifests())
+@settings(max_examples=50)
+def test_the_whole_manifest_is_one_json_document(manifest: Manifest) -> None:
+    document = json.loads("".join(manifest.lines()))
+    assert document["format"] == "vmapipe-manifest"
+    assert bytes.fromhex(document["uuid"]) == manifest.opening.uuid
+    assert [size for size, _ in document["extents"]] == [e.total_bytes for e in manifest.extents]
+    assert [d["name"] for d in document["devices"]] == [d.name for d in manifest.totals.devices]
+
+
+def test_the_lines_may_come_without_their_newlines() -> None:
+    read([line.removesuffix("\n") for line in small().lines()])
+
+
+def test_the_lines_are_those_of_the_specification() -> None:
+    assert "".join(small().lines()) == (
+        '{"format": "vmapipe-manifest", "version": 1, "algorithm": "blake3", '
+        '"uuid": "00000000000000000000000000000000", "ctime": 1353949200, '
+        '"header": [12800, "000102030405060708090a0b0c0d0e0f"], "extents": [\n'
+        ' [512, "000102030405060708090a0b0c0d0e0f"]\n'
+        ',[512, "000102030405060708090a0b0c0d0e0f"]\n'
+        '], "extent_count": 2, "archive": {"bytes": 13824}, '
+        f'"file": {{"bytes": 999, "digest": "{LONG_DIGEST.hex()}"}}, '
+        '"devices": [{"dev_id": 1, "name": "drive-scsi0", "bytes": 12345, "clusters": 1, '
+        f'"zero_bytes": 0, "digest": "{LONG_DIGEST.hex()}"}}]}}\n'
+    )
+
+
+# --- damage ---
+
+
+@given(manifests(), st.data())
+@settings(max_examples=200)
+def test_one_other_character_anywhere_changes_what_is_said_or_is_refused(
+    manifest: Manifest, data: st.DataObject
+) -> None:
+    lines = manifest.lines()
+    number = data.draw(st.integers(0, len(lines) - 1))
+    line = lines[number].removesuffix("\n")
+    at = data.draw(st.integers(0, len(line) - 1))
+    other = data.draw(st.characters().filter(lambda c: c != line[at]))
+    lines[number] = line[:at] + other + line[at + 1 :]
+    try:
+        assert read(lines) != [manifest.opening, *manifest.extents, manifest.totals]
+    except ArchiveError:
+        pass
+
+
+@given(st.lists(st.text(), max_size=4), st.integers(0, 4))
+def test_any_text_is_refused_and_nothing_worse(texts: list[str], kept: int) -> None:
+    reader = ManifestReader()
+    for line in small().lines()[:kept]:
+        reader.line(line)
+    for text in texts:
+        with pytest.raises(ArchiveError):
+            reader.line(text)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+@given(st.integers(0, 2), st.data())
+@settings(max_examples=200)
+def test_any_json_in_a_lines_place_is_refused_and_nothing_worse(
+    kept: int, data: st.DataObject
+) -> None:
+    lines = small(1).lines()
+    reader = ManifestReader()
+    for line in lines[:kept]:
+        reader.line(line)
+    value = json.loads(("{" + lines[2][3:], lines[0] + "]}", lines[1][1:])[(kept + 1) % 3])
+    if isinstance(value, dict):
+        value[data.draw(st.sampled_from(sorted(value)))] = data.draw(json_values)
+    else:
+        value[data.draw(st.integers(0, 1))] = data.draw(json_values)
+    text = json.dumps(value)
+    line = (text[:-2], "," + text, "], " + text[1:])[kept]
+    with pytest.raises(ArchiveError):
+        reader.line(line)
+
+
+@pytest.mark.parametrize(
+    ("number", "old", "new"),
+    [
+        pytest.param(0, '"version": 1', '"version": 2', id="another version"),
+        pytest.param(0, "blake3", "md5", id="another algorithm"),
+        pytest.param(0, "vmapipe-manifest", "manifest", id="another format"),
+        pytest.param(0, "1353949200", "1353949200.0", id="a time that is no integer"),
+        pytest.param(0, "1353949200", "1e400", id="an endless time"),
+        pytest.param(0, "1353949200", "NaN", id="a time that is no number"),
+        pytest.param(0, "1353949200", "1" * 5000, id="a time of 5000 digits"),
+        pytest.param(0, "12800", "12288", id="a header without a table"),
+        pytest.param(0, "12800", "524289", id="a header too large"),
+        pytest.param(0, "00" * 16, "00" * 15, id="a short uuid"),
+        pytest.param(0, "0001", "00 01", id="a space inside a digest"),
+        pytest.param(0, "0a0b", "0A0B", id="a digest in capitals"),
+        pytest.param(0, '"ctime"', '"x": 1, "ctime"', id="one key more"),
+        pytest.param(0, '"ctime"', '"ctime": 5, "ctime"', id="a key twice"),
+        pytest.param(1, "512", "511", id="an extent too small"),
+        pytest.param(1, "512", "3867137", id="an extent too large"),
+        pytest.param(1, "512", "true", id="a size that is a boolean"),
+        pytest.param(1, "512", "512.0", id="a size that is no integer"),
+        pytest.param(1, "512", "1e999", id="an endless size"),
+        pytest.param(1, "0f", "", id="a short digest"),
+        pytest.param(1, " [", ",[", id="a comma before the first extent"),
+        pytest.param(2, ",[", " [", id="no comma before the second extent"),
+        pytest.param(2, "]", ", 1]", id="an extent of three"),
+        pytest.param(2, "512", "4608", id="another size than the total says"),
+        pytest.param(3, '"extent_count": 2', '"extent_count": 3', id="another count"),
+        pytest.param(3, '"extent_count": 2', '"extent_count": 2.0', id="a count no integer"),
+        pytest.param(3, "13824", "13825", id="another total"),
+        pytest.param(3, "12345", "1e400", id="an endless device"),
+        pytest.param(3, '"dev_id": 1', '"dev_id": "1"', id="a dev_id that is text"),
+        pytest.param(3, '"drive-scsi0"', "null", id="a device without name"),
+        pytest.param(3, "1e1f", "1e", id="a short device digest"),
+        pytest.param(3, "]}", "]} ", id="a space at the end"),
+        pytest.param(3, "\n", "\r\n", id="a carriage return"),
+        pytest.param(3, "\n", "\n\n", id="an empty line"),
+    ],
+)
+def test_a_line_that_is_not_as_it_was_written_is_refused(number: int, old: str, new: str) -> None:
+    lines = small().lines()
+    assert old in lines[number]
+    lines[number] = lines[number].replace(old, new)
+    with pytest.raises(ArchiveError, match="^the manifest is damaged: "):
+        read(lines)
+
+
+def test_nesting_beyond_all_measure_is_refused() -> None:
+    reader = ManifestReader()
+    reader.line(small().lines()[0])
+    with pytest.raises(ArchiveError):
+        reader.line("," + "[" * 100_000)
+
+
+def test_a_missing_extent_line_is_noticed() -> None:
+    lines = small(3).lines()
+    with pytest.raises(ArchiveError, match=r"2 extents and 13824 bytes, 3 and 14336 announced"):
+        read(lines[:3] + lines[4:])
+
+
+def test_text_after_the_end_is_refused() -> None:
+    lines = small().lines()
+    with pytest.raises(ArchiveError, match="text after the end"):
+        read([*lines, lines[-1]])
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_a_manifest_without_its_end_proves_nothing(kept: int) -> None:
+    reader = ManifestReader()
+    for line in small().lines()[:kept]:
+        reader.line(line)
+    with pytest.raises(ArchiveError, match="ends too early"):
+        reader.close()
+
+
+# --- the longest line ---
+
+
+def test_the_totals_of_the_largest_header_are_within_the_limit_of_a_line() -> None:
+    # As many stray bytes in names as a header holds: JSON makes six characters of each.
+    names = [f"{n:03}" + "\udcff" * (2008 if n < 254 else 2000) for n in range(1, 255)]
+    devices = tuple(Device(n, name, MAX_DEVICE_BYTES) for n, name in enumerate(names, 1))
+    largest = encode_header(Header(bytes(16), 0, devices, (Config("c", b""),)))
+    assert MAX_HEADER_BYTES - len(largest) < 1024
+    totals = Totals(
+        extents=1 << 60,
+        archive_bytes=1 << 60,
+        file_bytes=1 << 60,
+        file_digest=LONG_DIGEST,
+        devices=tuple(
+            DeviceTotals(d.dev_id, d.name, d.size_bytes, 1 << 32, d.size_bytes, LONG_DIGEST)
+            for d in devices
+        ),
+    )
+    assert len(totals_line(totals)) <= MAX_LINE_BYTES
+
+
+def test_a_line_above_the_limit_is_refused_unparsed() -> None:
+    reader = ManifestReader()
+    with pytest.raises(ArchiveError, match="characters"):
+        reader.line(" " * (MAX_LINE_BYTES + 1))
