@@ -96,7 +96,16 @@ class BackupJob:
             children.start(
                 f"the producer of {disk.name!r}",
                 "vmapipe.producer.main",
-                ["--archiver", endpoint, "--job", job, "--speed", str(speed), "--disk", f"{disk.name}={disk.path}"],
+                [
+                    "--archiver",
+                    endpoint,
+                    "--job",
+                    job,
+                    "--speed",
+                    str(speed),
+                    "--disk",
+                    f"{disk.name}={disk.path}",
+                ],
             )
 
     def _watch(self, children: Children, emit: Emit, cancel: Cancel) -> None:

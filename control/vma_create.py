@@ -106,6 +106,4 @@ class _Report:
     def images(self) -> None:
         for device in self._last["devices"] if self._last else []:
             size, zero = device["bytes"], device["zero_bytes"]
-            self._print(
-                f"image {device['name']}: size={size} zeros={zero} saved={size - zero}\n"
-            )
+            self._print(f"image {device['name']}: size={size} zeros={zero} saved={size - zero}\n")

@@ -12,14 +12,16 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import psutil
-from typing_extensions import Buffer
 
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 # The largest pipe an unprivileged process may make: fewer, larger reads.
 _PIPE_BYTES = 1 << 20
@@ -41,13 +43,17 @@ class Input(io.RawIOBase):
         self.name = name
         self.position = 0
         self._fd = fd
-        self._halts = halts
+        self._halts = list(halts)
         self._start = b""
         with contextlib.suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def readable(self) -> bool:
         return True
+
+    def also_halt(self, halt: Cancel) -> None:
+        """From now on this one, too, ends a wait."""
+        self._halts.append(halt)
 
     def peek_start(self, length: int) -> bytes:
         """The first bytes, fewer only where there are no more. Before anything is read."""
@@ -59,7 +65,7 @@ class Input(io.RawIOBase):
             self._start += piece[:got]
         return self._start
 
-    def readinto(self, buffer: Buffer) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
         if self._start:
             got = min(len(view), len(self._start))

@@ -46,22 +46,25 @@ class FrameWalk:
 
     def feed(self, data: bytes | memoryview) -> int:
         """Take what comes next; returns how much of it is sound (all, or up to `error`)."""
+        if self.error is not None:
+            return 0
         at = 0
-        while at < len(data) and self.error is None:
+        while at < len(data):
             if self._skip:
                 hop = min(self._skip, len(data) - at)
                 self._skip -= hop
-            else:
-                hop = min(self._need - len(self._held), len(data) - at)
-                self._held += data[at : at + hop]
-            if not self._skip and len(self._held) == self._need:
-                held, self._held = self._held, b""
-                start = self.position + hop - len(held)
-                self._step(held, start)
-                if self.error is not None:
-                    return max(0, at + hop - len(held))
+                at += hop
+                self.position += hop
+                continue
+            hop = min(self._need - len(self._held), len(data) - at)
+            self._held += data[at : at + hop]
             at += hop
             self.position += hop
+            if len(self._held) == self._need:
+                held, self._held = self._held, b""
+                self._step(held, self.position - len(held))
+                if self.error is not None:
+                    return max(0, at - len(held))
         return at
 
     def finish(self) -> None:

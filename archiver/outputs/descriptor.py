@@ -18,8 +18,9 @@ from vmapipe.runtime.cancel import Cancel
 IOV_MAX = 1024
 # How long `abandon` waits for the thread that writes. A call that can be
 # interrupted ends within milliseconds; one that cannot (a dead disk) may last
-# for ever, and a process that is told to stop has 10 s in all.
-ABANDON_WAIT_S = 1.0
+# for ever, and a process that is told to stop has 10 s in all. Longer than
+# what a command gets to end by itself.
+ABANDON_WAIT_S = 3.0
 
 
 class DescriptorOutput:
@@ -51,12 +52,12 @@ class DescriptorOutput:
             self._complete()
             if self._interrupt.abandoned:
                 self._interrupt.check()
-            self._over = True
             self._close()
+            self._over = True
 
     def abandon(self) -> None:
-        self._interrupt.ask()
         self._break_off()
+        self._interrupt.ask()
         if not self._lock.acquire(timeout=ABANDON_WAIT_S):
             self._forsake()
             return
@@ -78,7 +79,7 @@ class DescriptorOutput:
         """Do what a commit does, except for closing. May raise OSError or Failure."""
 
     def _break_off(self) -> None:
-        """Make a call that waits in another thread return. Must not raise."""
+        """First of all, before the thread that writes knows of it. Must not raise."""
 
     def _discard(self) -> None:
         """Take back what can be taken back. The lock is held. May raise OSError."""

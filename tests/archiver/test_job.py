@@ -184,7 +184,9 @@ def disk(seed: int, clusters: int, tail: int = CLUSTER_BYTES) -> bytes:
 
 @settings(max_examples=25)
 @given(
-    sizes=st.lists(st.tuples(st.integers(1, 150), st.integers(1, CLUSTER_BYTES)), min_size=1, max_size=4),
+    sizes=st.lists(
+        st.tuples(st.integers(1, 150), st.integers(1, CLUSTER_BYTES)), min_size=1, max_size=4
+    ),
     seed=st.integers(0, 1 << 32),
     in_order=st.booleans(),
 )

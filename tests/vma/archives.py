@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -86,8 +87,7 @@ def scan(raw: bytes, cuts: Iterable[int] = ()) -> list[Event]:
     """All events of an archive that is fed in the pieces between the cuts."""
     scanner = Scanner()
     events: list[Event] = []
-    edges = [0, *sorted(cuts), len(raw)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise([0, *sorted(cuts), len(raw)]):
         events += scanner.feed(raw[start:end])
     scanner.close()
     return events

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
 import struct
 
 import pytest
@@ -35,7 +36,7 @@ def test_mask_runs_are_the_set_bits_in_maximal_runs(mask: int) -> None:
     runs = mask_runs(mask)
     bits = [bit for first, count in runs for bit in range(first, first + count)]
     assert bits == [bit for bit in range(16) if mask >> bit & 1]
-    for (first, count), (following, _) in zip(runs, runs[1:], strict=False):
+    for (first, count), (following, _) in itertools.pairwise(runs):
         assert first + count < following
 
 
@@ -68,7 +69,7 @@ def test_block_pieces_say_where_each_stored_byte_belongs(
         for by in range(0, length, 4096)
     ]
     assert cut == expected
-    for (disk_at, _, length), (following, _, _) in zip(pieces, pieces[1:], strict=False):
+    for (disk_at, _, length), (following, _, _) in itertools.pairwise(pieces):
         assert disk_at + length < following
 
 

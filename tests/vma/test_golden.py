@@ -24,6 +24,9 @@ from vmapipe.vma.layout import EXTENT_HEADER_BYTES, HEADER_BYTES
 from vmapipe.vma.scanner import HeaderRead, Scanner
 
 ARCHIVES = sorted(path.stem for path in GOLDEN_DIR.glob("*.vma.xz"))
+# Two disks and configs, configs only, an empty config, vmstate: of these every
+# byte of the header is flipped, of the others those that are not zero.
+EVERY_BYTE = ("g02-two-disks-cfg.vma", "g14-cfgonly.vma", "g16-emptycfg.vma", "g20-vmstate.vma")
 
 
 def items_of(raw: bytes, cut: int) -> list[GoldenItem]:
@@ -77,20 +80,26 @@ def test_truncation_at_any_structure_is_noticed_unless_nothing_is_lost(
 ) -> None:
     raw = (golden / name).read_bytes()
     clusters = cluster_count_of(raw)
-    ends = {place + by for place in boundaries(raw) for by in (-1, 0, 1)}
-    for end in sorted(ends & set(range(len(raw)))) + [len(raw) - 1]:
-        cut = raw[:end]
-        try:
-            read_whole(cut)
-        except CoverageError as error:
+    ends = {place + by for place in boundaries(raw) for by in (-1, 0, 1)} - {-1}
+    for end in sorted(ends | {len(raw) - 1}):
+        error = damage_of(raw[:end])
+        if error is None:
+            # Only the empty extent of an archive of configs.
+            assert clusters == 0
+            assert len(raw) - end == EXTENT_HEADER_BYTES
+        elif isinstance(error, CoverageError):
             assert error.cluster_num is not None
-        except ArchiveError as error:
+        else:
             assert error.offset is not None
             assert error.offset <= end
-        else:
-            # Only the empty extent of an archive of configs.
-            assert cluster_count_of(cut) == clusters == 0
-            assert len(raw) - end == EXTENT_HEADER_BYTES
+
+
+def damage_of(raw: bytes) -> ArchiveError | None:
+    try:
+        read_whole(raw)
+    except ArchiveError as error:
+        return error
+    return None
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
@@ -100,6 +109,8 @@ def test_a_flipped_bit_in_any_byte_of_the_header_is_noticed(golden: Path, name: 
     assert isinstance(head, HeaderRead)
     start = bytearray(raw[: len(head.raw) + EXTENT_HEADER_BYTES])
     for at in range(len(head.raw)):
+        if not start[at] and name not in EVERY_BYTE:
+            continue
         # Another bit in each byte: all eight of a byte would take minutes.
         bit = 1 << at % 8
         start[at] ^= bit

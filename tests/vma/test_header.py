@@ -46,9 +46,7 @@ names = (
 @st.composite
 def headers(draw: st.DrawFn) -> Header:
     device_names = draw(st.lists(names, max_size=8, unique=True))
-    config_names = draw(
-        st.lists(names, min_size=0 if device_names else 1, max_size=8, unique=True)
-    )
+    config_names = draw(st.lists(names, min_size=0 if device_names else 1, max_size=8, unique=True))
     ids = draw(
         st.lists(
             st.integers(1, 254),

@@ -104,6 +104,7 @@ def read(lines: list[str]) -> list[Opening | ExtentDigest | Totals]:
 
 
 @given(manifests())
+@settings(max_examples=50)
 def test_reading_a_written_manifest_gives_it_back(manifest: Manifest) -> None:
     lines = manifest.lines()
     assert read(lines) == [manifest.opening, *manifest.extents, manifest.totals]
@@ -143,7 +144,7 @@ def test_the_lines_are_those_of_the_specification() -> None:
 
 
 @given(manifests(), st.data())
-@settings(max_examples=200)
+@settings(max_examples=150)
 def test_one_other_character_anywhere_changes_what_is_said_or_is_refused(
     manifest: Manifest, data: st.DataObject
 ) -> None:
@@ -176,24 +177,37 @@ json_values = st.recursive(
 )
 
 
-@given(st.integers(0, 2), st.data())
-@settings(max_examples=200)
-def test_any_json_in_a_lines_place_is_refused_and_nothing_worse(
-    kept: int, data: st.DataObject
+@given(st.sampled_from(["opening", "extent", "totals"]), st.data())
+@settings(max_examples=150)
+def test_any_json_in_a_lines_place_is_refused_unless_it_is_what_we_write(
+    kind: str, data: st.DataObject
 ) -> None:
-    lines = small(1).lines()
+    opening, extent, totals = small(1).lines()
     reader = ManifestReader()
-    for line in lines[:kept]:
+    for line in {"opening": [], "extent": [opening], "totals": [opening, extent]}[kind]:
         reader.line(line)
-    value = json.loads(("{" + lines[2][3:], lines[0] + "]}", lines[1][1:])[(kept + 1) % 3])
-    if isinstance(value, dict):
-        value[data.draw(st.sampled_from(sorted(value)))] = data.draw(json_values)
-    else:
-        value[data.draw(st.integers(0, 1))] = data.draw(json_values)
-    text = json.dumps(value)
-    line = (text[:-2], "," + text, "], " + text[1:])[kept]
-    with pytest.raises(ArchiveError):
-        reader.line(line)
+    document = json.loads(
+        {"opening": opening + "]}", "extent": extent, "totals": "{" + totals[3:]}[kind]
+    )
+    place = st.integers(0, 1) if kind == "extent" else st.sampled_from(sorted(document))
+    document[data.draw(place)] = data.draw(json_values)
+    text = json.dumps(document)
+    line = {"opening": text[:-2], "extent": " " + text, "totals": "], " + text[1:]}[kind] + "\n"
+    try:
+        said = reader.line(line)
+    except ArchiveError:
+        return
+    assert line == written(said)
+
+
+def written(said: Opening | ExtentDigest | Totals) -> str:
+    match said:
+        case Opening():
+            return opening_line(said)
+        case Totals():
+            return totals_line(said)
+        case _:
+            return extent_line(0, said)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +253,7 @@ def test_a_line_that_is_not_as_it_was_written_is_refused(number: int, old: str, 
     lines = small().lines()
     assert old in lines[number]
     lines[number] = lines[number].replace(old, new)
-    with pytest.raises(ArchiveError, match="^the manifest is damaged: "):
+    with pytest.raises(ArchiveError, match=r"^the manifest is damaged: "):
         read(lines)
 
 

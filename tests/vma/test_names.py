@@ -33,7 +33,7 @@ any_text = st.text(st.characters(codec=None, exclude_categories=())) | st.sample
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_name_is_refused(name: str) -> None:
-    with pytest.raises(HeaderError, match="^config 'x' has "):
+    with pytest.raises(HeaderError, match=r"^config 'x' has "):
         safe_file_name(name, "config 'x'")
 
 

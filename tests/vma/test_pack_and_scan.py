@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.vma.archives import (
     UUID,
+    Event,
     Run,
     clusters_of,
     devices_and_runs,
@@ -77,7 +78,7 @@ def test_reading_just_what_is_wanted_never_reads_past_a_structure(
     devices, runs = made
     raw = pack(header(devices), runs, 7)
     scanner = Scanner()
-    events = []
+    events: list[Event] = []
     at = 0
     while at < len(raw):
         wanted = scanner.wanted_bytes

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an archive's bytes come from: a file, a pipe, a command; plain or compressed.
+
+What it is compressed with is seen from its first bytes, never from its name.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import subprocess
+from collections.abc import Callable, Sequence
+
+from vmapipe.restore.errors import SourceError
+from vmapipe.restore.gzipped import GZIP_MAGIC, GzipStream
+from vmapipe.restore.inputs import Input, ProgramInput
+from vmapipe.restore.lzopped import LZOP_MAGIC, LzopStream
+from vmapipe.restore.zstdframes import is_zstd
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import UsageError, os_error_text
+
+# For small reads (headers); larger ones pass it by.
+_BUFFER_BYTES = 1 << 16
+# lzop's is the longest.
+_MAGIC_BYTES = len(LZOP_MAGIC)
+# More threads than this decompress faster than one reader can take.
+_MAX_THREADS = 4
+_FOREIGN = {
+    b"\xfd7zXZ\0": ("xz", "xz -dc"),
+    b"BZh": ("bzip2", "bzip2 -dc"),
+    b"\x04\x22\x4d\x18": ("lz4", "lz4 -dc"),
+}
+
+
+class PlainFile:
+    """An archive that is not compressed and can be read at any place. Owns `fd`."""
+
+    compression = "none"
+
+    def __init__(self, name: str, path: str | None, fd: int, size_bytes: int) -> None:
+        self.name = name
+        self.path = path
+        self.fd = fd
+        self.size_bytes = size_bytes
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Fewer bytes than asked for only at the file's end. Raises SourceError."""
+        pieces: list[bytes] = []
+        done = 0
+        while done < length:
+            try:
+                piece = os.pread(self.fd, length - done, offset + done)
+            except OSError as error:
+                raise SourceError(
+                    f"cannot read {self.name} at offset {offset + done}: {os_error_text(error)}"
+                ) from error
+            if not piece:
+                break
+            pieces.append(piece)
+            done += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Stream:
+    """An archive that comes in order: a pipe's, or decompressed. Owns `raw`.
+
+    `path` is the file's where there is one; `file_bytes` its size, else 0.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str | None,
+        compression: str,
+        raw: io.RawIOBase,
+        halt: Cancel,
+        file_bytes: int,
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.compression = compression
+        self.file_bytes = file_bytes
+        self._raw = raw
+        self._halt = halt
+        self._reader = io.BufferedReader(raw, _BUFFER_BYTES)
+
+    def read(self, length: int) -> bytes:
+        """Fewer bytes than asked for only at the end, which was then found to be sound.
+
+        Raises SourceError, ArchiveError (compressed data that is damaged), Cancelled.
+        """
+        return self._reader.read(length)
+
+    def stop(self) -> None:
+        """Let another thread's `read` end with Cancelled if it waits for data."""
+        self._halt.ask("the archive is no longer read")
+
+    def close(self) -> None:
+        self._raw.close()
+        self._halt.close()
+
+
+Source = PlainFile | Stream
+
+
+def open_source(archive: str, cancel: Cancel) -> Source:
+    """Open `archive`: a path, `-`, `fd:N`, `/dev/fdset/N` or `exec:COMMAND`.
+
+    Raises SourceError; UsageError for words that make no sense.
+    """
+    if archive.startswith("exec:"):
+        return _open_command(archive, cancel)
+    number = _descriptor_number(archive)
+    if number is not None:
+        return _open_descriptor(archive, number, cancel)
+    return _open_path(archive, cancel)
+
+
+def _open_command(archive: str, cancel: Cancel) -> Source:
+    command = archive.removeprefix("exec:")
+    if not command.strip():
+        raise UsageError("exec: without a command")
+    return _stream(
+        archive,
+        None,
+        0,
+        cancel,
+        lambda halts: ProgramInput(
+            f"the command {command!r}", ["/bin/sh", "-c", command], halts, stdin=subprocess.DEVNULL
+        ),
+    )
+
+
+def _descriptor_number(archive: str) -> int | None:
+    if archive == "-":
+        return 0
+    for prefix in ("fd:", "/dev/fdset/"):
+        if archive.startswith(prefix):
+            number = archive.removeprefix(prefix)
+            if not number.isdecimal():
+                raise UsageError(f"{archive}: {number!r} is no descriptor's number")
+            return int(number)
+    return None
+
+
+def _open_descriptor(archive: str, number: int, cancel: Cancel) -> Source:
+    name = "standard input" if archive == "-" else archive
+    try:
+        fd = os.dup(number)
+    except OSError as error:
+        raise SourceError(f"cannot read {name}: {os_error_text(error)}") from error
+    return _recognise(name, None, fd, cancel)
+
+
+def _open_path(path: str, cancel: Cancel) -> Source:
+    try:
+        # O_NONBLOCK: opening a FIFO would else wait for its writer, deaf to signals.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise SourceError(f"cannot open the archive {path}: {os_error_text(error)}") from error
+    os.set_blocking(fd, True)
+    return _recognise(path, path, fd, cancel)
+
+
+def _recognise(name: str, path: str | None, fd: int, cancel: Cancel) -> Source:
+    """Takes `fd` over, also when it fails."""
+    try:
+        size_bytes = _size_if_seekable(name, fd)
+        source = _open_seekable(name, path, fd, size_bytes) if size_bytes else None
+    except OSError as error:
+        os.close(fd)
+        raise SourceError(f"cannot read {name}: {os_error_text(error)}") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    if source is not None:
+        return source
+    return _stream(name, path, size_bytes, cancel, lambda halts: Input(name, fd, halts))
+
+
+def _size_if_seekable(name: str, fd: int) -> int:
+    """The file's size, or 0 for what is read in order: a pipe, or a file from its middle on."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISDIR(mode):
+        raise SourceError(f"{name} is a folder, not an archive")
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) or os.lseek(fd, 0, os.SEEK_CUR):
+        return 0
+    size_bytes = os.lseek(fd, 0, os.SEEK_END)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return size_bytes
+
+
+def _open_seekable(name: str, path: str | None, fd: int, size_bytes: int) -> Source | None:
+    """None where it has to be read in order after all."""
+    start = os.pread(fd, _MAGIC_BYTES, 0)
+    if not _is_compressed(name, start):
+        return PlainFile(name, path, fd, size_bytes)
+    if not is_zstd(start):
+        return None
+    from vmapipe.restore import zstd  # here, because plain archives need not wait 15 ms for it
+
+    frames = zstd.seekable_frames(fd, size_bytes)
+    if frames is None:
+        return None
+    threads = min(os.cpu_count() or 1, _MAX_THREADS)
+    return Stream(
+        name, path, "zstd", zstd.ZstdFrames(name, fd, frames, threads), Cancel(), size_bytes
+    )
+
+
+def _is_compressed(name: str, start: bytes) -> bool:
+    for magic, (program, command) in _FOREIGN.items():
+        if start.startswith(magic):
+            raise SourceError(
+                f"{name} is compressed with {program}, which is not known here: "
+                f"decompress it on the way, with exec:'{command} FILE'"
+            )
+    return is_zstd(start) or start.startswith((GZIP_MAGIC, LZOP_MAGIC))
+
+
+def _stream(
+    name: str,
+    path: str | None,
+    file_bytes: int,
+    cancel: Cancel,
+    open_input: Callable[[Sequence[Cancel]], Input],
+) -> Stream:
+    """A stream of what `open_input` reads, decompressed if need be."""
+    halt = Cancel()
+    halts = (cancel, halt)
+    source: Input | None = None
+    try:
+        source = open_input(halts)
+        start = source.peek_start(_MAGIC_BYTES)
+        raw: io.RawIOBase
+        if not _is_compressed(name, start):
+            raw, compression = source, "none"
+        elif start.startswith(GZIP_MAGIC):
+            raw, compression = GzipStream(name, source), "gzip"
+        elif start.startswith(LZOP_MAGIC):
+            raw, compression = LzopStream(name, source, halts), "lzo"
+        else:
+            from vmapipe.restore.zstd import ZstdStream  # here for the same reason
+
+            raw, compression = ZstdStream(name, source), "zstd"
+    except BaseException:
+        if source is not None:
+            source.close()
+        halt.close()
+        raise
+    return Stream(name, path, compression, raw, halt, file_bytes)

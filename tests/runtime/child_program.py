@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that a test starts: `python -m tests.runtime.child_program WHAT --parent-fd N`."""
+
+from __future__ import annotations
+
+import select
+import signal
+import sys
+import threading
+
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.events import Emit
+from vmapipe.runtime.process import run_child
+
+
+def work(what: str, cancel: Cancel, emit: Emit) -> None:
+    emit({"event": "started", "what": what})
+    match what:
+        case "ends":
+            return
+        case "fails":
+            raise Failure("the disk is on fire")
+        case "os-error":
+            open("/nonexistent/file")
+        case "waits":
+            select.select([cancel.fd], [], [])
+            cancel.check()
+        case "is-stuck":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            emit({"event": "stuck"})
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    parent_fd = int(sys.argv[3])
+    what = sys.argv[1]
+    sys.exit(run_child("child", parent_fd, lambda c, e: work(what, c, e), print))
