@@ -65,7 +65,8 @@ class _Server:
                 self._carry_out(job.fail(cancel.reason))
             self._carry_out(job.tick(time.monotonic()))
             self._progress()
-        if job.phase is Phase.FAILED:
+        # A stop that comes while the archive gets its name may come too late.
+        if job.phase is Phase.FAILED and not self._store.committed:
             if cancel.asked:
                 raise Cancelled(cancel.reason, cancel.signum)
             raise Failure(job.reason)

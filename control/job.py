@@ -123,6 +123,10 @@ class BackupJob:
                     killed = child.exit_code < 0 or child is archiver
                     give_up = time.monotonic() + (0.0 if killed else _VERDICT_S)
             if cancel.asked:
+                children.stop()
+                if archiver.exit_code == 0:
+                    emit({"event": "notice", "text": f"{cancel.reason}: too late, it is stored"})
+                    return
                 raise Cancelled(cancel.reason, cancel.signum)
             if first_failed and (not archiver.running or time.monotonic() >= give_up):
                 break

@@ -49,7 +49,7 @@ def encode_control(message: Control) -> list[Part]:
     kind = type(message).__name__.upper()
     fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
     for name, item in fields.items():
-        if not _CHECKS[name](item):
+        if not _check(kind, name)(item):
             raise LocalProtocolError(f"{kind}: {name} cannot be {item!r:.100}")
     return [msgpack.packb([kind, fields])]
 
@@ -98,7 +98,7 @@ def decode(parts: Sequence[Part]) -> Message:
 
 
 def pack(value: Any) -> bytes:
-    """Plain values (numbers, bytes, str, lists of them) for messages that have a file of their own."""
+    """Plain values (numbers, bytes, str, lists) for messages that have a file of their own."""
     return bytes(msgpack.packb(value))
 
 
@@ -147,7 +147,7 @@ def _decode_control(part: Part) -> Control:
         elif field.default is dataclasses.MISSING:
             raise RemoteProtocolError("malformed", f"{value[0]} without {field.name!r}")
     for name, item in known.items():
-        if not _CHECKS[name](item):
+        if not _check(value[0], name)(item):
             raise RemoteProtocolError("malformed", f"{value[0]}: {name!r} makes no sense")
     return kind(**known)
 
@@ -258,13 +258,23 @@ def _is_text(value: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in value)
 
 
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _check(kind: str, name: str) -> Callable[[object], bool]:
+    return _CHECKS.get(f"{kind}.{name}") or _CHECKS[name]
+
+
+# By key, or where one key means two things, by message and key.
 _CHECKS: dict[str, Callable[[object], bool]] = {
     "version": _is_uint,
     "job": _is_uuid,
     "device": _is_name,
     "size": _is_uint,
     "program": _is_reason,
-    "shared": lambda v: isinstance(v, bool) or _is_reason(v),
+    "HELLO.shared": _is_reason,
+    "WELCOME.shared": _is_flag,
     "dev_id": _is_dev_id,
     "credit": _is_uint,
     "frame_bytes": _is_uint,

@@ -38,14 +38,23 @@ def encode_seek_table(frames: list[Frame]) -> bytes:
 
     Raises LimitError.
     """
-    if len(frames) > MAX_FRAMES:
-        raise LimitError(f"{len(frames)} zstd frames; the limit is {MAX_FRAMES}")
+    head, foot = seek_table_ends(len(frames))
     for frame in frames:
         if not 0 < frame.compressed_bytes < 1 << 32 or frame.plain_bytes > MAX_FRAME_PLAIN_BYTES:
             raise LimitError(f"a seek table cannot hold {frame}")
-    body = b"".join(_ENTRY.pack(*frame) for frame in frames)
-    body += _FOOT.pack(len(frames), 0, _SEEKABLE_MAGIC)
-    return _HEAD.pack(_SKIPPABLE_MAGIC, len(body)) + body
+    return head + b"".join(_ENTRY.pack(*frame) for frame in frames) + foot
+
+
+def seek_table_ends(frame_count: int) -> tuple[bytes, bytes]:
+    """What stands before and after the entries, for writers of very long tables.
+
+    An entry is two little-endian 32-bit numbers, compressed bytes and plain
+    bytes. Raises LimitError.
+    """
+    if frame_count > MAX_FRAMES:
+        raise LimitError(f"{frame_count} zstd frames; the limit is {MAX_FRAMES}")
+    foot = _FOOT.pack(frame_count, 0, _SEEKABLE_MAGIC)
+    return _HEAD.pack(_SKIPPABLE_MAGIC, frame_count * _ENTRY.size + len(foot)), foot
 
 
 def seek_table_bytes(footer: bytes) -> int | None:

@@ -237,7 +237,7 @@ def test_an_archive_of_configs_only_needs_no_producer() -> None:
     assert world.job.phase is Phase.DONE
 
 
-def test_254_devices_go_through_with_64_MiB_of_credit_together() -> None:
+def test_254_devices_go_through_with_64_mib_of_credit_together() -> None:
     disks = {f"disk{index}": disk(index, 3) for index in range(254)}
     world = World(Job(spec(*disks), 0.0))
     for name, data in disks.items():

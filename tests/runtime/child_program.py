@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import signal
 import sys
@@ -22,7 +23,7 @@ def work(what: str, cancel: Cancel, emit: Emit) -> None:
         case "fails":
             raise Failure("the disk is on fire")
         case "os-error":
-            open("/nonexistent/file")
+            os.stat("/nonexistent/file")
         case "waits":
             select.select([cancel.fd], [], [])
             cancel.check()

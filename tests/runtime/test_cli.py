@@ -54,7 +54,7 @@ def test_half_a_name_is_refused(text: str) -> None:
 
 
 def test_plain_tcp_needs_the_explicit_word() -> None:
-    with pytest.raises(UsageError, match="--insecure-plain-tcp"):
+    with pytest.raises(UsageError, match=r"--insecure-plain-tcp"):
         check_endpoint("tcp://127.0.0.1:7777", plain_tcp=False)
     check_endpoint("tcp://127.0.0.1:7777", plain_tcp=True)
     check_endpoint("ipc:///run/x", plain_tcp=False)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest in the making: digests of the header, the extents, the devices and the file.
+
+What each of them covers, and why: docs/decisions/0004-manifest-digests.md.
+Only this file of the room imports blake3.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from blake3 import blake3
+
+from vmapipe.archiver.manifests import ManifestSink
+from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
+from vmapipe.archiver.outputs.output import Buffers, Output
+from vmapipe.vma.header import Device, Header
+from vmapipe.vma.layout import CLUSTER_BYTES
+from vmapipe.vma.manifest import (
+    EXTENT_DIGEST_BYTES,
+    DeviceTotals,
+    ExtentDigest,
+    Opening,
+    Totals,
+    extent_line,
+    opening_line,
+    totals_line,
+)
+from vmapipe.vma.packer import PackedExtent
+
+# One thread for extents and devices and one for the file, while a third
+# writes: blake3 lets go of the interpreter's lock from 2 KiB on.
+_THREADS = 2
+# Hashing less than this takes less time than waking up another thread.
+_INLINE_BYTES = 64 << 10
+
+
+class Digests:
+    """Hashes what one writer thread hands it, and hands the manifest's lines to `sink`.
+
+    The methods that return a Future look at their buffers until it is done,
+    and must not be called again before. The sink is called from any of our
+    threads, never from two at once.
+    """
+
+    def __init__(self, sink: ManifestSink) -> None:
+        self._sink = sink
+        self._pool = ThreadPoolExecutor(_THREADS, "digests")
+        self._devices: dict[int, _DeviceDigest] = {}
+        self._extents = 0
+        self._archive_bytes = 0
+        self._file = blake3()
+        self._file_bytes = 0
+
+    def begin(self, header: Header, raw_header: bytes) -> None:
+        self._devices = {device.dev_id: _DeviceDigest(device) for device in header.devices}
+        self._archive_bytes = len(raw_header)
+        digest = ExtentDigest(len(raw_header), _short_digest([raw_header]))
+        self._sink.line(opening_line(Opening(header.uuid, header.ctime_s, digest)))
+
+    def extents(self, batch: Sequence[PackedExtent[Any]]) -> Future[None]:
+        """The next extents of the archive, in order."""
+        size_bytes = sum(extent.total_bytes for extent in batch)
+        return self._submit(size_bytes, self._hash_extents, batch)
+
+    def stored(self, buffers: Buffers) -> Future[None]:
+        """The next bytes of the file, in order."""
+        size_bytes = sum(map(len, buffers))
+        self._file_bytes += size_bytes
+        return self._submit(size_bytes, self._hash_stored, buffers)
+
+    def finish(self) -> None:
+        """Write the manifest's last line and commit it. Raises Failure."""
+        self._pool.shutdown()
+        totals = Totals(
+            extents=self._extents,
+            archive_bytes=self._archive_bytes,
+            file_bytes=self._file_bytes,
+            file_digest=self._file.digest(),
+            devices=tuple(device.totals() for device in self._devices.values()),
+        )
+        self._sink.line(totals_line(totals))
+        self._sink.commit()
+
+    def abandon(self) -> None:
+        """Leave no manifest behind, not even a committed one. Never raises."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._sink.abandon()
+
+    def _submit(self, size_bytes: int, work: Any, what: Any) -> Future[None]:
+        if size_bytes > _INLINE_BYTES:
+            return self._pool.submit(work, what)
+        done: Future[None] = Future()
+        work(what)
+        done.set_result(None)
+        return done
+
+    def _hash_extents(self, batch: Sequence[PackedExtent[Any]]) -> None:
+        for extent in batch:
+            digest = ExtentDigest(extent.total_bytes, _short_digest(extent.buffers))
+            self._sink.line(extent_line(self._extents, digest))
+            self._extents += 1
+            self._archive_bytes += extent.total_bytes
+            for dev_id, first, count, masks, data in extent.clusters:
+                self._devices[dev_id].add(first, count, masks, data)
+
+    def _hash_stored(self, buffers: Buffers) -> None:
+        for buffer in buffers:
+            self._file.update(buffer)
+
+
+class _DeviceDigest:
+    """One device's totals, and its digest as long as its clusters come in order."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._next = 0
+        self._clusters = 0
+        self._stored_bytes = 0
+        self._hasher: blake3 | None = blake3()
+
+    def add(self, first: int, count: int, masks: bytes, data: memoryview) -> None:
+        """Clusters in the packer's form: no masks where all are zero."""
+        self._clusters += count
+        self._stored_bytes += len(data)
+        if self._hasher is None:
+            return
+        if first != self._next:
+            self._hasher = None
+            return
+        self._next += count
+        if not masks:
+            self._hasher.update(bytes(2 * count))
+            return
+        at = 0
+        for index in range(0, 2 * count, 2):
+            mask = masks[index : index + 2]
+            stop = at + int.from_bytes(mask, "big").bit_count() * 4096
+            self._hasher.update(mask)
+            self._hasher.update(data[at:stop])
+            at = stop
+
+    def totals(self) -> DeviceTotals:
+        device = self._device
+        complete = device.is_vmstate or self._next == device.clusters
+        return DeviceTotals(
+            dev_id=device.dev_id,
+            name=device.name,
+            size_bytes=device.size_bytes,
+            clusters=self._clusters,
+            zero_bytes=self._clusters * CLUSTER_BYTES - self._stored_bytes,
+            digest=self._hasher.digest() if self._hasher and complete else None,
+        )
+
+
+class DigestedOutput:
+    """Lets `digests` see the bytes that an output gets, and commits the manifest first.
+
+    An archive under its final name then has its manifest beside it. What a
+    crash between the two commits leaves is a manifest without an archive: the
+    next backup of that name replaces it.
+    """
+
+    def __init__(self, inner: Output, digests: Digests) -> None:
+        self._inner = inner
+        self._digests = digests
+        self._committing = threading.Lock()
+        self._committed = False
+
+    @property
+    def description(self) -> str:
+        return self._inner.description
+
+    @property
+    def is_stream(self) -> bool:
+        return self._inner.is_stream
+
+    @property
+    def written_bytes(self) -> int:
+        return self._inner.written_bytes
+
+    def write(self, buffers: Buffers) -> None:
+        hashed = self._digests.stored(buffers)
+        self._inner.write(buffers)
+        hashed.result()
+
+    def commit(self) -> None:
+        with self._committing:
+            self._digests.finish()
+            self._inner.commit()
+            self._committed = True
+
+    def abandon(self) -> None:
+        self._inner.abandon()
+        # A commit that hangs in another thread can no longer give the archive its name.
+        through = self._committing.acquire(timeout=ABANDON_WAIT_S)
+        if not self._committed:
+            self._digests.abandon()
+        if through:
+            self._committing.release()
+
+
+def _short_digest(buffers: Buffers) -> bytes:
+    hasher = blake3()
+    for buffer in buffers:
+        hasher.update(buffer)
+    return hasher.digest(length=EXTENT_DIGEST_BYTES)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the words of the command line to the store and the configs of a job."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Sequence
+
+from vmapipe.archiver.compress import Compression
+from vmapipe.archiver.device import Mark
+from vmapipe.archiver.digests import Digests
+from vmapipe.archiver.manifests import ManifestFile, ManifestLines, ManifestSink, beside
+from vmapipe.archiver.outputs.output import Output
+from vmapipe.archiver.outputs.spec import open_output
+from vmapipe.archiver.store import Store
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cli import split_named
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.events import Emit
+from vmapipe.vma.errors import LimitError
+from vmapipe.vma.header import Config
+from vmapipe.vma.layout import MAX_BLOB_BYTES, MAX_CONFIGS
+
+_COMPRESS = re.compile(r"zstd(?::([0-9]{1,2}))?")
+DEFAULT_LEVEL = 3
+MAX_LEVEL = 19
+# More threads than this only take memory: 4 MiB in and 4 MiB out for each.
+MAX_THREADS = 64
+
+
+def read_configs(texts: Sequence[str]) -> tuple[Config, ...]:
+    """`[NAME=]PATH` each. Raises Failure for what cannot be read or is too large."""
+    if len(texts) > MAX_CONFIGS:
+        raise UsageError(f"too many configs: {len(texts)}; the limit is {MAX_CONFIGS}")
+    configs = []
+    for text in texts:
+        name, path = split_named(text)
+        try:
+            # One byte more than fits tells that it is too large, however large it is.
+            with open(path, "rb") as file:
+                data = file.read(MAX_BLOB_BYTES + 1)
+        except OSError as error:
+            raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error
+        if len(data) > MAX_BLOB_BYTES:
+            raise LimitError(
+                f"config {name!r}: {path} has {os.path.getsize(path)} bytes; the limit is "
+                f"{MAX_BLOB_BYTES}"
+            )
+        configs.append(Config(name, data))
+    return tuple(configs)
+
+
+def compression_of(options: argparse.Namespace) -> Compression | None:
+    """`zstd[:LEVEL]` and the number of threads. Raises UsageError."""
+    if not options.compress:
+        return None
+    match = _COMPRESS.fullmatch(options.compress)
+    level = int(match[1] or DEFAULT_LEVEL) if match else 0
+    if not 1 <= level <= MAX_LEVEL:
+        raise UsageError(f"--compress {options.compress}: use zstd or zstd:1 to zstd:{MAX_LEVEL}")
+    if not 1 <= options.threads <= MAX_THREADS:
+        raise UsageError(f"--threads {options.threads}: use 1 to {MAX_THREADS}")
+    return Compression(level=level, threads=options.threads)
+
+
+def store_for(
+    options: argparse.Namespace, wake: Callable[[], None], cancel: Cancel, emit: Emit
+) -> Store[Mark]:
+    """Open the output and what goes beside it. Raises Failure; nothing is then left."""
+    compression = compression_of(options)
+    if options.manifest and options.no_manifest:
+        raise UsageError("--manifest and --no-manifest exclude each other")
+    output = open_output(options.output, cancel=cancel)
+    try:
+        sink = _manifest_sink(options, output, emit)
+    except BaseException:
+        output.abandon()
+        raise
+    return Store(output, Digests(sink) if sink else None, wake, compression)
+
+
+def _manifest_sink(
+    options: argparse.Namespace, output: Output, emit: Emit
+) -> ManifestSink | None:
+    if options.no_manifest:
+        return None
+    if options.manifest:
+        return ManifestFile(options.manifest, replace=False)
+    if not output.is_stream:
+        return ManifestFile(beside(options.output), replace=True)
+    if options.manifest_events:
+        return ManifestLines(lambda text: emit({"event": "manifest", "text": text}))
+    return None

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sockets between reader and workers. The only file of this room that knows ZeroMQ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import zmq
+
+from vmapipe.protocol.frames import Part
+from vmapipe.protocol.limits import MAX_CONTROL_BYTES
+from vmapipe.protocol.restore_work import MAX_EXTENT_BYTES
+from vmapipe.runtime.errors import Failure
+
+# How long a closing socket may still deliver its last words.
+_LINGER_MS = 2000
+# pyzmq's zero-copy costs a few microseconds a part; a copy of less is cheaper.
+_ZERO_COPY_BYTES = 64 * 1024
+
+
+class ReaderLink:
+    """ROUTER, bound to an ipc endpoint. Workers are known by their names."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = _LINGER_MS
+        # What is under way is bounded by the work handed out, so the marks
+        # must never be met: a ROUTER would lose messages.
+        self._socket.sndhwm = self._socket.rcvhwm = 0
+        self._socket.router_mandatory = True
+        self._socket.maxmsgsize = MAX_CONTROL_BYTES
+        old_mask = os.umask(0o077)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error
+        finally:
+            os.umask(old_mask)
+
+    def wait(self, timeout_s: float, fds: Sequence[int]) -> None:
+        """Until a message or something on one of `fds` is there to be read."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        for fd in fds:
+            poller.register(fd, zmq.POLLIN)
+        poller.poll(int(timeout_s * 1000) + 1 if timeout_s > 0 else 0)
+
+    def receive(self) -> Iterator[tuple[str, list[Part]]]:
+        """What has come, as (worker, parts)."""
+        while True:
+            try:
+                worker, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            yield worker.decode("ascii", "replace"), list(parts)
+
+    def send(self, worker: str, parts: Sequence[Part]) -> None:
+        """Raises Failure when the worker is gone."""
+        try:
+            self._socket.send(worker.encode("ascii"), zmq.SNDMORE)
+            _send(self._socket, parts)
+        except zmq.ZMQError as error:
+            raise Failure(f"{worker} cannot be reached: {error.strerror}") from error
+
+    def close(self, *, in_order: bool) -> None:
+        """`in_order`: what was sent is still delivered, for some seconds at most."""
+        self._context.destroy(linger=_LINGER_MS if in_order else 0)
+
+
+class WorkerLink:
+    """DEALER, connected to the reader."""
+
+    def __init__(self, endpoint: str, name: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = _LINGER_MS
+        self._socket.identity = name.encode("ascii")
+        self._socket.maxmsgsize = MAX_EXTENT_BYTES
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise Failure(f"cannot connect to {endpoint}: {error.strerror}") from error
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def watch(self, fd: int) -> None:
+        """Let `wait` also end when `fd` becomes readable."""
+        self._poller.register(fd, zmq.POLLIN)
+
+    def wait(self, timeout_s: float) -> None:
+        self._poller.poll(int(timeout_s * 1000))
+
+    def receive(self) -> list[Part] | None:
+        """One message, its parts views of what ZeroMQ received; None when there is none."""
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        return [frame.buffer for frame in frames]
+
+    def send(self, parts: Sequence[Part]) -> None:
+        _send(self._socket, parts)
+
+    def close(self, *, in_order: bool) -> None:
+        self._context.destroy(linger=_LINGER_MS if in_order else 0)
+
+
+def _send(socket: zmq.Socket[bytes], parts: Sequence[Part]) -> None:
+    last = len(parts) - 1
+    for index, part in enumerate(parts):
+        socket.send(
+            part,
+            zmq.SNDMORE if index < last else 0,
+            copy=memoryview(part).nbytes < _ZERO_COPY_BYTES,
+        )

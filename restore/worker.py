@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process that writes: takes extents from the reader, or out of the archive itself.
+
+    python -m vmapipe.restore.worker --parent-fd N --endpoint ipc://… --name worker-1
+
+The reader hands on its descriptors and starts several of these; each writes to
+every target, for each cluster comes once and the order does not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import mmap
+import os
+import sys
+from collections.abc import Sequence
+
+from vmapipe.protocol import limits
+from vmapipe.protocol.restore_work import (
+    MAX_EXTENT_BYTES,
+    Done,
+    ExtentWork,
+    Finish,
+    FromReader,
+    RangeWork,
+    Ready,
+    Setup,
+    SyncWork,
+    decode_for_worker,
+    encode,
+)
+from vmapipe.restore.errors import DigestError, SourceError
+from vmapipe.restore.link import WorkerLink
+from vmapipe.restore.writer import Writer
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Cancelled, os_error_text
+from vmapipe.runtime.events import Emit, ignore
+from vmapipe.runtime.process import run_child
+from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.extent import Extent, parse_extent_header
+from vmapipe.vma.layout import CLUSTER_BYTES, EXTENT_HEADER_BYTES
+
+# Only a bound: every reason to go on wakes us at once.
+_WAIT_S = 5.0
+# A message need not name every range of an extent that mixes many disks.
+_MAX_PLACES = 8
+
+
+class Worker:
+    """Does what the reader says until it says Finish."""
+
+    def __init__(self, link: WorkerLink) -> None:
+        self._link = link
+        self._setup: Setup | None = None
+        self._writer = Writer(())
+        self._archive_fd = -1
+        self._buffer = memoryview(b"")
+
+    def run(self, cancel: Cancel) -> None:
+        """Raises Cancelled, TargetError, SourceError, ArchiveError."""
+        self._link.watch(cancel.fd)
+        self._link.send(encode(Ready(limits.VERSION)))
+        while True:
+            cancel.check()
+            parts = self._link.receive()
+            if parts is None:
+                self._link.wait(_WAIT_S)
+                continue
+            work = decode_for_worker(parts)
+            if isinstance(work, Finish):
+                return
+            self._do(work)
+
+    def _do(self, work: FromReader) -> None:
+        match work:
+            case Setup():
+                self._setup = work
+                self._writer = Writer(work.targets)
+                if work.archive_fd >= 0:
+                    self._open_archive(work.archive_fd)
+            case RangeWork(seq):
+                self._do_range(work)
+                self._writer.flush()
+                self._link.send(encode(Done(seq)))
+            case ExtentWork(seq, offset, digest, raw_header, data):
+                extent = self._parse(raw_header, offset)
+                self._check(extent, digest, raw_header, data)
+                self._writer.write(extent, data)
+                self._writer.flush()
+                self._link.send(encode(Done(seq)))
+            case SyncWork(seq, dev_id):
+                self._writer.sync(dev_id)
+                self._link.send(encode(Done(seq)))
+
+    def _open_archive(self, fd: int) -> None:
+        try:
+            # An open file of our own: workers that shared one would confuse
+            # the kernel's reading ahead.
+            self._archive_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._archive_fd = fd
+        buffer = mmap.mmap(-1, MAX_EXTENT_BYTES)
+        with contextlib.suppress(OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        self._buffer = memoryview(buffer)
+
+    def _do_range(self, work: RangeWork) -> None:
+        for index, (offset, size) in enumerate(zip(work.offsets, work.sizes, strict=True)):
+            raw = self._buffer[:size]
+            self._read(raw, offset)
+            extent = self._parse(raw, offset)
+            if extent.total_bytes != size:
+                raise ArchiveError("the archive changes while it is read", offset=offset)
+            if work.digests:
+                self._check(extent, work.digests[index], raw)
+            self._writer.write(extent, raw[EXTENT_HEADER_BYTES:])
+
+    def _read(self, raw: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(raw):
+            try:
+                got = os.preadv(self._archive_fd, [raw[done:]], offset + done)
+            except OSError as error:
+                raise SourceError(
+                    f"cannot read the archive at offset {offset + done}: {os_error_text(error)}"
+                ) from error
+            if not got:
+                raise ArchiveError("the archive is cut while it is read", offset=offset + done)
+            done += got
+
+    def _parse(self, raw: memoryview, offset: int) -> Extent:
+        uuid = self._setup.uuid if self._setup is not None else b""
+        return parse_extent_header(raw, uuid, offset)
+
+    def remove_left_over(self, endpoint: str) -> None:
+        """The reader has died: remove what it would have removed."""
+        socket = endpoint.removeprefix("ipc://")
+        with contextlib.suppress(OSError):
+            os.unlink(socket)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(socket))
+        for target in self._setup.targets if self._setup is not None else ():
+            if target.partial:
+                with contextlib.suppress(OSError):
+                    os.unlink(target.partial)
+
+    def _check(self, extent: Extent, digest: bytes, *parts: memoryview) -> None:
+        if not digest:
+            return
+        from vmapipe.restore.digest import extent_digest  # here: only where there is a manifest
+
+        if extent_digest(*parts) != digest:
+            names = {t.dev_id: t.name for t in self._setup.targets} if self._setup else {}
+            raise damaged_data(extent, names)
+
+
+def damaged_data(extent: Extent, names: dict[int, bytes]) -> DigestError:
+    """An extent whose digest is wrong, in words: which bytes of which devices."""
+    places = []
+    for run in extent.runs[:_MAX_PLACES]:
+        start = run.first_cluster * CLUSTER_BYTES
+        raw = names.get(run.dev_id)
+        label = f"device {run.dev_id}" if raw is None else repr(raw.decode("utf-8", "replace"))
+        places.append(f"{label} bytes {start}..{start + run.count * CLUSTER_BYTES - 1}")
+    if len(extent.runs) > _MAX_PLACES:
+        places.append(f"{len(extent.runs) - _MAX_PLACES} more ranges")
+    return DigestError(
+        f"the data is damaged (its digest is not the manifest's), somewhere in "
+        f"{', '.join(places) or 'an extent without data'}",
+        offset=extent.offset,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vmapipe.restore.worker")
+    parser.add_argument("--parent-fd", type=int, default=None)
+    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--name", required=True)
+    options = parser.parse_args(argv)
+
+    def work(cancel: Cancel, emit: Emit) -> None:
+        _work(options.endpoint, options.name, cancel)
+
+    return run_child(parser.prog, options.parent_fd, work, ignore)
+
+
+def _work(endpoint: str, name: str, cancel: Cancel) -> None:
+    link = WorkerLink(endpoint, name)
+    worker = Worker(link)
+    in_order = False
+    try:
+        worker.run(cancel)
+        in_order = True
+    except Cancelled:
+        if not cancel.signum:
+            worker.remove_left_over(endpoint)
+        raise
+    finally:
+        link.close(in_order=in_order)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

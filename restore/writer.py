@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings extents to their targets: blocks where they belong, zeroes where they are needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from vmapipe.protocol.restore_work import TargetSetup
+from vmapipe.restore.errors import TargetError
+from vmapipe.restore.zeroing import RANGE_BYTES, Zeroer, zero_pages
+from vmapipe.runtime.errors import os_error_text
+from vmapipe.vma.extent import ClusterRun, Extent, block_pieces
+from vmapipe.vma.layout import CLUSTER_BYTES
+
+# Buffered writes of 1 MiB and more into a new file were slower than these.
+_WRITE_BYTES = 256 * 1024
+# A written run of at least this is sent on to the disk at once. Without that
+# the kernel waits until 10 % of all memory is dirty, and the disk idles.
+_EARLY_BYTES = 1 << 20
+# IOV_MAX, what one pwritev takes.
+_MAX_BUFFERS = 1024
+
+
+class Writer:
+    """Writes into the targets of one worker; what belongs to another device is left out."""
+
+    def __init__(self, setups: Iterable[TargetSetup]) -> None:
+        zeroes = zero_pages()
+        self._targets = {setup.dev_id: _Target(setup, zeroes) for setup in setups}
+
+    def write(self, extent: Extent, data: memoryview) -> None:
+        """`data`: the extent's stored blocks. Raises TargetError."""
+        for run in extent.runs:
+            target = self._targets.get(run.dev_id)
+            if target is not None:
+                target.write(run, data)
+
+    def flush(self) -> None:
+        """After this, all that was given is written. Raises TargetError."""
+        for target in self._targets.values():
+            target.flush()
+
+    def sync(self, dev_id: int) -> None:
+        """Bring a target to the disk. Raises TargetError."""
+        self._targets[dev_id].sync()
+
+
+class _Target:
+    def __init__(self, setup: TargetSetup, zeroes: memoryview) -> None:
+        self._fd = setup.fd
+        self._size_bytes = setup.size_bytes
+        self._zeroes = zeroes
+        self._zeroer = Zeroer(setup.fd, zeroes) if setup.write_zeroes else None
+        name = setup.name.decode("utf-8", "backslashreplace")
+        self._label = f"device {name!r}: cannot write to {os.fsdecode(setup.path)}"
+        self._at = 0
+
+    def write(self, run: ClusterRun, data: memoryview) -> None:
+        pieces = block_pieces(run, self._size_bytes)
+        try:
+            if self._zeroer is None:
+                for at, data_at, length in pieces:
+                    self._write_data(at, data[data_at : data_at + length])
+            else:
+                self._write_all(run, pieces, data, self._zeroer)
+        except OSError as error:
+            raise self._failed(error, self._at) from error
+        if run.data_bytes >= _EARLY_BYTES:
+            start = run.first_cluster * CLUSTER_BYTES
+            # Starts writing out what is dirty; see generic_fadvise in the kernel.
+            os.posix_fadvise(
+                self._fd, start, run.count * CLUSTER_BYTES, os.POSIX_FADV_DONTNEED
+            )
+
+    def _write_data(self, at: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            self._at = at + done
+            done += os.pwrite(self._fd, data[done : done + _WRITE_BYTES], at + done)
+
+    def _write_all(
+        self,
+        run: ClusterRun,
+        pieces: list[tuple[int, int, int]],
+        data: memoryview,
+        zeroer: Zeroer,
+    ) -> None:
+        """The whole run, zeroes too: small gaps are written with their neighbours in one go."""
+        at = run.first_cluster * CLUSTER_BYTES
+        end = min(at + run.count * CLUSTER_BYTES, self._size_bytes)
+        start = at
+        buffers: list[memoryview] = []
+        for piece_at, data_at, length in pieces:
+            gap = piece_at - at
+            if gap and buffers and gap < RANGE_BYTES and len(buffers) < _MAX_BUFFERS - 1:
+                buffers.append(self._zeroes[:gap])
+            elif gap or len(buffers) >= _MAX_BUFFERS - 1:
+                self._write_buffers(start, buffers)
+                buffers = []
+                if gap:
+                    self._zero(zeroer, at, gap)
+                start = piece_at
+            elif not buffers:
+                start = piece_at
+            buffers.append(data[data_at : data_at + length])
+            at = piece_at + length
+        self._write_buffers(start, buffers)
+        if at < end:
+            self._zero(zeroer, at, end - at)
+
+    def _zero(self, zeroer: Zeroer, at: int, length: int) -> None:
+        self._at = at
+        zeroer.add(at, length)
+
+    def _write_buffers(self, at: int, buffers: list[memoryview]) -> None:
+        if len(buffers) == 1:
+            self._write_data(at, buffers[0])
+            return
+        while buffers:
+            self._at = at
+            written = os.pwritev(self._fd, buffers, at)
+            at += written
+            while buffers and written >= len(buffers[0]):
+                written -= len(buffers.pop(0))
+            if buffers:
+                buffers[0] = buffers[0][written:]
+
+    def flush(self) -> None:
+        if self._zeroer is not None:
+            try:
+                self._zeroer.flush()
+            except OSError as error:
+                raise self._failed(error, self._zeroer.at) from error
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise TargetError(f"{self._label}: {os_error_text(error)}") from error
+
+    def _failed(self, error: OSError, at: int) -> TargetError:
+        return TargetError(f"{self._label} at offset {at}: {os_error_text(error)}")

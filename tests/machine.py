@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks to back up, and vmapipe's commands run as a user runs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+VMAPIPE = (sys.executable, "-P", "-m", "vmapipe.control.main")
+VMA = (sys.executable, "-P", "-m", "vmapipe.control.vma_tool")
+#: No command of these tests takes longer, however slow the machine.
+LIMIT_S = 90.0
+
+
+def make_disk(path: Path, pattern: str, tail_bytes: int = 65536, seed: int = 1) -> Path:
+    """A disk image, a letter a cluster: `A` random, `0` zeroes, `h` a hole, `p` one block.
+
+    The last cluster has `tail_bytes` bytes.
+    """
+    chance = random.Random(seed)
+    with path.open("wb") as disk:
+        for index, letter in enumerate(pattern):
+            disk.seek(index * 65536)
+            match letter:
+                case "A":
+                    disk.write(chance.randbytes(65536))
+                case "0":
+                    disk.write(bytes(65536))
+                case "p":
+                    disk.seek(7 * 4096 + 5, os.SEEK_CUR)
+                    disk.write(b"p")
+        disk.truncate((len(pattern) - 1) * 65536 + tail_bytes)
+    return path
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run(
+    *words: str | Path, tool: Sequence[str] = VMAPIPE, **more: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command to its end; never raises for its exit code."""
+    options: dict[str, Any] = {"capture_output": True, "timeout": LIMIT_S, **more}
+    if "stdout" in more or "stderr" in more:
+        options.pop("capture_output")
+    return subprocess.run([*tool, *map(str, words)], check=False, **options)
+
+
+def good(*words: str | Path, **more: Any) -> bytes:
+    """Run a command that must succeed; its standard output."""
+    done = run(*words, **more)
+    assert done.returncode == 0, (done.stdout or b"").decode() + (done.stderr or b"").decode()
+    return bytes(done.stdout or b"")
+
+
+def bad(*words: str | Path, code: int = 1, **more: Any) -> str:
+    """Run a command that must fail with `code`, in one line and without a traceback."""
+    done = run(*words, **more)
+    text = done.stderr.decode()
+    assert done.returncode == code, f"exit code {done.returncode}: {text}"
+    assert "Traceback" not in text
+    lines = text.strip().splitlines()
+    if code != 2:
+        assert len(lines) == 1, text
+    return lines[-1]
+
+
+@contextmanager
+def started(*words: str | Path, **more: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that runs while the block does; killed at its end if it still does."""
+    process = subprocess.Popen(
+        [*VMAPIPE, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def next_event(process: subprocess.Popen[bytes], name: str) -> dict[str, Any]:
+    """Read the JSON events of a command until one is called `name`."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        event: dict[str, Any] = json.loads(line)
+        if event["event"] == name:
+            return event
+    raise AssertionError(f"the command ended without an event {name!r}")
+
+
+def children(process: subprocess.Popen[bytes], word: str) -> list[psutil.Process]:
+    """The processes that a command has started and whose command line has `word`."""
+    return [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any(word in part for part in child.cmdline())
+    ]
+
+
+def end_of(process: subprocess.Popen[bytes]) -> tuple[int, str]:
+    """Wait for the end of a command: its exit code, and what it said last on stderr."""
+    _, stderr = process.communicate(timeout=LIMIT_S)
+    text = stderr.decode()
+    assert "Traceback" not in text
+    return process.returncode, text.strip()

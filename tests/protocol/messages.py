@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages of every kind, for tests to draw from."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from vmapipe.protocol import limits
+from vmapipe.protocol.messages import (
+    Abort,
+    ClusterFrame,
+    Control,
+    Done,
+    End,
+    Fail,
+    Grant,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Refuse,
+    RunFrame,
+    SharedRun,
+    Welcome,
+)
+
+UUID = bytes(range(16))
+U64 = (1 << 64) - 1
+FULL_CLUSTER = b"\x5a" * limits.CLUSTER_BYTES
+
+# One valid message of every kind.
+EXAMPLES: dict[str, Message] = {
+    "HELLO": Hello(limits.VERSION, UUID, "drive-scsi0", 3 * 65536, "test", "/proc/7/fd/5"),
+    "WELCOME": Welcome(limits.VERSION, 1, 1 << 24, 1 << 20, 30, shared=True),
+    "GRANT": Grant(1 << 25, 0),
+    "END": End(0, 0),
+    "DONE": Done(UUID),
+    "REFUSE": Refuse("busy", "the job has all its devices"),
+    "FAIL": Fail("read error"),
+    "ABORT": Abort("cancelled"),
+    "PING": Ping(),
+    "PONG": Pong(),
+    "CLUSTER": ClusterFrame(1, 1, 0, FULL_CLUSTER),
+    "RUN": RunFrame(1, 1, 0, 2, b"\0\1\0\0", memoryview(bytes(4096))),
+    "SHARED": SharedRun(1, 1, 0, 2, b"\0\1\0\0", 8192),
+}
+
+uints = st.integers(0, U64)
+uuids = st.binary(min_size=16, max_size=16)
+reasons = st.text(max_size=60)
+names = st.text(
+    st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=40
+)
+controls: st.SearchStrategy[Control] = st.one_of(
+    st.builds(Hello, st.just(limits.VERSION), uuids, names, uints, reasons, reasons),
+    st.builds(
+        Welcome,
+        st.just(limits.VERSION),
+        st.integers(1, 254),
+        uints,
+        uints,
+        st.integers(1, limits.MAX_HEARTBEAT_S),
+        st.booleans(),
+    ),
+    st.builds(Grant, uints, uints),
+    st.builds(End, uints, uints),
+    st.builds(Done, uuids),
+    st.builds(Refuse, reasons, reasons),
+    st.builds(Fail, reasons),
+    st.builds(Abort, reasons),
+    st.just(Ping()),
+    st.just(Pong()),
+)
+cluster_frames = st.builds(
+    ClusterFrame,
+    st.integers(1, U64),
+    st.integers(1, 254),
+    st.integers(0, limits.MAX_CLUSTERS - 1),
+    st.one_of(
+        st.just(b""),
+        st.just(FULL_CLUSTER),
+        st.integers(1, 65536).map(lambda size: b"\x01" * size),
+        st.binary(max_size=50),
+    ),
+)
+
+
+@st.composite
+def run_frames(draw: st.DrawFn) -> RunFrame:
+    if draw(st.booleans()):
+        count = draw(st.integers(1, limits.MAX_RUN_CLUSTERS))
+        masks = b""
+    else:
+        count = draw(st.integers(1, 30))
+        masks = draw(st.binary(min_size=2 * count, max_size=2 * count))
+        while int.from_bytes(masks, "big").bit_count() > 256:
+            masks = masks[: len(masks) // 2] + bytes(len(masks) - len(masks) // 2)
+    return RunFrame(
+        draw(st.integers(1, U64)),
+        draw(st.integers(1, 254)),
+        draw(st.integers(0, limits.MAX_CLUSTERS - count)),
+        count,
+        masks,
+        memoryview(b"\xa5" * (4096 * int.from_bytes(masks, "big").bit_count())),
+    )
+
+
+@st.composite
+def shared_runs(draw: st.DrawFn) -> SharedRun:
+    run = draw(run_frames().filter(lambda frame: frame.masks != b""))
+    return SharedRun(*run[:5], draw(uints))
+
+
+data_frames = cluster_frames | run_frames() | shared_runs()

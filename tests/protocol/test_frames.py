@@ -1,0 +1,580 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.protocol.messages import (
+    EXAMPLES,
+    U64,
+    UUID,
+    controls,
+    data_frames,
+    uints,
+)
+from tests.vma.memory import peak_bytes
+from vmapipe.protocol import limits
+from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
+from vmapipe.protocol.frames import (
+    Part,
+    decode,
+    encode_cluster,
+    encode_control,
+    encode_run,
+    encode_shared_run,
+    run_fault,
+    sayable,
+)
+from vmapipe.protocol.messages import (
+    ClusterFrame,
+    Control,
+    Fail,
+    Hello,
+    Message,
+    Refuse,
+    RunFrame,
+    SharedRun,
+    Welcome,
+)
+
+CONTROLS: list[Control] = [
+    message
+    for message in EXAMPLES.values()
+    if not isinstance(message, ClusterFrame | RunFrame | SharedRun)
+]
+FORMS: list[type[bytes] | type[bytearray] | type[memoryview]] = [bytes, bytearray, memoryview]
+
+
+def encode(message: Message) -> list[Part]:
+    match message:
+        case ClusterFrame():
+            return encode_cluster(*message)
+        case RunFrame():
+            return encode_run(*message)
+        case SharedRun():
+            return encode_shared_run(*message)
+        case _:
+            return encode_control(message)
+
+
+def refusal(*parts: Part) -> RemoteProtocolError:
+    with pytest.raises(RemoteProtocolError) as caught:
+        decode(parts)
+    assert caught.value.code in ("malformed", "too-large", "version")
+    assert f"[{caught.value.code}]" in str(caught.value)
+    return caught.value
+
+
+def control(name: str, **fields: Any) -> bytes:
+    return bytes(msgpack.packb([name, fields]))
+
+
+def data(number: Any, frame: Any, *payload: bytes) -> list[Part]:
+    return [msgpack.packb(number), msgpack.packb(frame), *payload]
+
+
+# --- what goes in comes out ---
+
+
+@given(controls | data_frames)
+def test_decoding_an_encoded_message_gives_it_back(message: Message) -> None:
+    assert decode(encode(message)) == message
+
+
+@given(controls | data_frames, st.sampled_from(FORMS))
+@settings(max_examples=40)
+def test_parts_may_be_any_buffers(
+    message: Message, form: type[bytes] | type[bytearray] | type[memoryview]
+) -> None:
+    assert decode([form(part) for part in encode(message)]) == message
+
+
+def test_the_payload_of_a_run_is_not_copied() -> None:
+    payload = bytearray(4096)
+    parts = encode_run(1, 1, 0, 1, b"\0\1", payload)
+    assert parts[-1] is payload
+    message = decode(parts)
+    assert isinstance(message, RunFrame)
+    assert message.payload.obj is payload
+
+
+def test_a_run_without_data_has_no_third_part_and_may_have_an_empty_one() -> None:
+    parts = encode_run(1, 1, 0, 5, b"", b"")
+    assert len(parts) == 2
+    assert decode([*parts, b""]) == decode(parts)
+
+
+def test_masks_that_are_all_zero_are_a_run_of_zeroes() -> None:
+    message = decode(encode_run(1, 1, 0, 2, bytes(4), b""))
+    assert message == RunFrame(1, 1, 0, 2, bytes(4), memoryview(b""))
+
+
+def test_integers_need_not_be_packed_in_their_shortest_form() -> None:
+    parts = [
+        bytes.fromhex("cf0000000000000001"),
+        bytes.fromhex("dd00000003 ce00000001 cd0000 c400"),
+    ]
+    assert decode(parts) == ClusterFrame(1, 1, 0, b"")
+
+
+# --- control messages ---
+
+
+@pytest.mark.parametrize("message", CONTROLS, ids=lambda m: type(m).__name__)
+def test_unknown_keys_of_a_known_message_are_ignored(message: Control) -> None:
+    name, fields = msgpack.unpackb(encode_control(message)[0])
+    assert decode([control(name, **fields, later=[1, 2], other=None)]) == message
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [(m, f) for m in CONTROLS for f in dataclasses.fields(m)],
+    ids=lambda v: v.name if isinstance(v, dataclasses.Field) else type(v).__name__,
+)
+def test_every_key_is_needed_and_held_to_its_type(
+    message: Control, field: dataclasses.Field[Any]
+) -> None:
+    name, fields = msgpack.unpackb(encode_control(message)[0])
+    own = type(fields[field.name])
+    strangers: list[object] = [None, 1.5, 2.0, [], {}, [1], "x" * 4097, -1, b"1", b""]
+    strangers += [value for value in (True, 1, "1") if type(value) is not own]
+    for stranger in strangers:
+        raw = control(name, **(fields | {field.name: stranger}))
+        assert refusal(raw).code == "malformed", stranger
+    del fields[field.name]
+    if field.default is dataclasses.MISSING:
+        assert refusal(control(name, **fields)).code == "malformed"
+    else:
+        assert decode([control(name, **fields)]) == dataclasses.replace(
+            message, **{field.name: field.default}
+        )
+
+
+@pytest.mark.parametrize("name", ["", "hello", "HELLO ", "QUIT", "x" * 5000, "CLUSTERFRAME"])
+def test_an_unknown_message_is_malformed(name: str) -> None:
+    error = refusal(control(name))
+    assert error.code == "malformed"
+    assert len(error.reason) < 100
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        0,
+        "PING",
+        b"PING",
+        [],
+        ["PING"],
+        ["PING", {}, 1],
+        ["PING", []],
+        ["PING", None],
+        [b"PING", {}],
+        [1, {}],
+        {"PING": {}},
+        [["PING"], {}],
+        [None, {}],
+    ],
+    ids=repr,
+)
+def test_what_is_no_pair_of_name_and_map_is_malformed(value: object) -> None:
+    assert refusal(msgpack.packb(value)).code == "malformed"
+
+
+@pytest.mark.parametrize("version", [0, 2, 3, U64])
+@pytest.mark.parametrize("name", ["HELLO", "WELCOME"])
+def test_another_version_is_named_before_its_other_keys_are_looked_at(
+    name: str, version: int
+) -> None:
+    error = refusal(control(name, version=version))
+    assert error.code == "version"
+    assert str(version) in error.reason
+
+
+@pytest.mark.parametrize("version", [True, -1, "1", None, 1.0])
+def test_a_version_that_is_no_number_is_malformed(version: object) -> None:
+    assert refusal(control("HELLO", version=version)).code == "malformed"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a\nb", "a\0", "\x1b[2J", "\u202e", "x" * 1025, "é" * 513, "\x9b"], ids=ascii
+)
+def test_a_device_name_that_nobody_could_print_is_malformed(name: str) -> None:
+    raw = control("HELLO", version=1, job=UUID, device=name, size=1)
+    assert refusal(raw).code == "malformed"
+
+
+@pytest.mark.parametrize("name", ["x" * 1024, "é" * 512, "a b", "../x", "vmstate"])
+def test_a_device_name_within_the_limit_is_taken(name: str) -> None:
+    message = decode([control("HELLO", version=1, job=UUID, device=name, size=1)])
+    assert isinstance(message, Hello)
+    assert message.device == name
+
+
+def test_a_name_that_is_no_utf8_is_malformed() -> None:
+    raw = control("HELLO", version=1, job=UUID, device="QQ", size=1)
+    for bad in (b"\xff\xfe", b"\xed\xa0", b"\xc0\x80"):
+        assert refusal(raw.replace(b"QQ", bad)).code == "malformed"
+
+
+@pytest.mark.parametrize("heartbeat_s", [0, limits.MAX_HEARTBEAT_S + 1, U64])
+def test_a_heartbeat_that_no_timer_should_wait_for_is_malformed(heartbeat_s: int) -> None:
+    fields = dataclasses.asdict(Welcome(1, 1, 1, 1, 1)) | {"heartbeat_s": heartbeat_s}
+    assert refusal(control("WELCOME", **fields)).code == "malformed"
+
+
+@pytest.mark.parametrize("dev_id", [0, 255, U64])
+def test_a_dev_id_that_no_archive_has_is_malformed(dev_id: int) -> None:
+    fields = dataclasses.asdict(Welcome(1, 1, 1, 1, 1)) | {"dev_id": dev_id}
+    assert refusal(control("WELCOME", **fields)).code == "malformed"
+    assert refusal(*data(1, [dev_id, 0, b""])).code == "malformed"
+
+
+def test_the_longest_reason_is_taken_and_fits_a_control_message() -> None:
+    message = Refuse("malformed", "\U0010ffff" * limits.MAX_REASON_CHARS)
+    assert decode(encode_control(message)) == message
+
+
+def test_a_control_message_above_the_limit_is_too_large() -> None:
+    raw = control("PING", later="x" * (limits.MAX_CONTROL_BYTES - 20))
+    decode([raw])
+    assert refusal(raw + bytes(limits.MAX_CONTROL_BYTES - len(raw) + 1)).code == "too-large"
+
+
+def test_more_keys_than_the_limit_are_malformed() -> None:
+    decode([control("PING", **{f"k{n}": n for n in range(limits.MAX_MAP_ITEMS)})])
+    raw = control("PING", **{f"k{n}": n for n in range(limits.MAX_MAP_ITEMS + 1)})
+    assert refusal(raw).code == "malformed"
+
+
+# --- data messages ---
+
+
+@pytest.mark.parametrize("count", [0, 4, 5, 100])
+def test_a_message_has_one_to_three_parts(count: int) -> None:
+    assert refusal(*[control("PING")] * count).code == "malformed"
+
+
+@pytest.mark.parametrize(
+    "number", [0, -1, True, False, None, 1.0, "1", b"\1", [1], {}, {"a": 1}], ids=repr
+)
+def test_a_data_message_needs_a_number(number: object) -> None:
+    assert refusal(*data(number, [1, 0, b""])).code == "malformed"
+
+
+def test_a_number_part_above_the_limit_is_too_large() -> None:
+    assert refusal(bytes(17), msgpack.packb([1, 0, b""])).code == "too-large"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pytest.param(frame, id=repr(frame))
+        for frame in (
+            None,
+            1,
+            b"",
+            [],
+            [1],
+            [1, 0],
+            [1, 0, 1, b"", 0],
+            [True, 0, b""],
+            [1, True, b""],
+            [1, -1, b""],
+            [1, 0.0, b""],
+            [1, 0, ""],
+            [1, 0, "text"],
+            [1, 0, None],
+            [1, 0, [b""]],
+            [1, 1 << 32, b""],
+            [1, U64, b""],
+            {"a": 1},
+            [[1], 0, b""],
+            [1, 0, 0, b""],
+            [1, 0, True, b""],
+            [1, 0, -1, b""],
+            [1, -1, 1, b""],
+            [1, 0, 1, ""],
+            [1, 0, 1, None],
+            [1, 0, 1.0, b""],
+            [1, 1 << 32, 1, b""],
+            [1, (1 << 32) - 1, 2, b""],
+            [1, U64, 1, b""],
+            [1, 0, 1, b"\0"],
+            [1, 0, 1, b"\0\0\0"],
+            [1, 0, 2, b"\0\0"],
+            [1, 0, 1, b"\0\0\0\0"],
+            [1, 0, 1, b"\0\1", -1],
+            [1, 0, 1, b"\0\1", None],
+            [1, 0, 1, b"\0\1", True],
+            [1, 0, 1, b"\0\1", b""],
+            [1, 0, 2, b"\0\1", 0],
+            [1, 0, 1, b"\0\1", 0, 0],
+        )
+    ],
+)
+def test_a_frame_of_another_form_is_malformed(frame: object) -> None:
+    assert refusal(*data(1, frame)).code == "malformed"
+
+
+def test_a_cluster_frame_with_a_third_part_is_malformed() -> None:
+    assert refusal(*data(1, [1, 0, b""], b"")).code == "malformed"
+
+
+def test_a_run_in_shared_memory_with_a_third_part_is_malformed() -> None:
+    assert refusal(*data(1, [1, 0, 1, b"\0\1", 0], bytes(4096))).code == "malformed"
+
+
+def test_a_run_in_shared_memory_is_held_to_the_limits_of_a_run() -> None:
+    full = b"\xff\xff" * 16
+    decode(data(1, [1, 0, 16, full, U64]))
+    assert refusal(*data(1, [1, 0, 17, full + b"\0\1", 0])).code == "too-large"
+    assert refusal(*data(1, [1, 0, 32769, bytes(65538), 0])).code == "too-large"
+
+
+def test_a_cluster_of_more_than_64_kib_is_too_large() -> None:
+    decode(data(1, [1, 0, bytes(65536)]))
+    assert refusal(*data(1, [1, 0, bytes(65537)])).code == "too-large"
+    assert refusal(*data(1, [1, 0, bytes(65600)])).code == "too-large"
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4097, 8192])
+def test_a_payload_that_the_masks_deny_is_malformed(size: int) -> None:
+    assert refusal(*data(1, [1, 0, 1, b"\0\1"], bytes(size))).code == "malformed"
+
+
+def test_data_without_masks_is_malformed() -> None:
+    assert refusal(*data(1, [1, 0, 1, b""], bytes(4096))).code == "malformed"
+
+
+def test_a_run_may_have_as_much_data_as_the_limit_and_not_more() -> None:
+    most = limits.MAX_PAYLOAD_BYTES // limits.CLUSTER_BYTES
+    decode(data(1, [1, 0, most, b"\xff\xff" * most], bytes(limits.MAX_PAYLOAD_BYTES)))
+    more = data(1, [1, 0, most + 1, b"\xff\xff" * most + b"\0\1"], bytes((1 << 20) + 4096))
+    assert refusal(*more).code == "too-large"
+
+
+def test_a_run_may_have_as_many_clusters_as_the_limit_and_not_more() -> None:
+    decode(data(1, [1, 0, limits.MAX_RUN_CLUSTERS, b""]))
+    assert refusal(*data(1, [1, 0, limits.MAX_RUN_CLUSTERS + 1, b""])).code == "too-large"
+    assert refusal(*data(1, [1, 0, U64, b""])).code == "too-large"
+
+
+def test_a_run_may_have_as_many_masks_as_the_limit_and_not_more() -> None:
+    most = limits.MAX_MASKS_BYTES // 2
+    decode(data(1, [1, 0, most, bytes(2 * most)]))
+    assert refusal(*data(1, [1, 0, most + 1, bytes(2 * most + 2)])).code == "too-large"
+
+
+def test_the_last_cluster_of_the_largest_disk_is_taken() -> None:
+    assert decode(data(1, [254, (1 << 32) - 1, b""])) == ClusterFrame(1, 254, (1 << 32) - 1, b"")
+    message = decode(data(1, [254, (1 << 32) - 7, 7, b""]))
+    assert isinstance(message, RunFrame)
+    assert message.first_cluster + message.count == 1 << 32
+
+
+# --- a hostile peer ---
+
+
+@given(st.lists(st.binary(max_size=80), max_size=4))
+@settings(max_examples=200)
+def test_arbitrary_bytes_are_refused_and_nothing_worse(parts: list[bytes]) -> None:
+    _only_refuses(parts)
+
+
+def _only_refuses(parts: list[Any]) -> None:
+    try:
+        decode(parts)
+    except RemoteProtocolError as error:
+        # Nothing of ours makes a refusal that cannot be sent.
+        encode_control(Refuse(error.code, sayable(error.reason)))
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), U64)
+    | st.floats()
+    | st.text(max_size=10)
+    | st.binary(max_size=10)
+    | st.sampled_from([*EXAMPLES, *(f.name for m in CONTROLS for f in dataclasses.fields(m))])
+    | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=4)),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.dictionaries(st.text(max_size=8) | st.integers(0, 9), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.lists(values, min_size=1, max_size=3), st.integers(0, 1))
+@settings(max_examples=300)
+def test_arbitrary_msgpack_values_are_refused_and_nothing_worse(
+    parts: list[Any], whole: int
+) -> None:
+    packed = [msgpack.packb(part) for part in parts]
+    _only_refuses(packed)
+    _only_refuses([msgpack.packb(1), *packed][: 2 + whole])
+
+
+@given(
+    st.sampled_from(CONTROLS).flatmap(
+        lambda m: st.tuples(
+            st.just(type(m).__name__.upper()),
+            st.fixed_dictionaries({f.name: values | uints for f in dataclasses.fields(m)}),
+        )
+    )
+)
+@settings(max_examples=200)
+def test_a_known_message_with_arbitrary_values_is_refused_and_nothing_worse(
+    message: tuple[str, dict[str, Any]],
+) -> None:
+    _only_refuses([msgpack.packb(message)])
+
+
+@given(
+    st.tuples(uints, st.tuples(uints | values, uints | values, uints | values)),
+    st.binary(max_size=8),
+)
+@settings(max_examples=100)
+def test_a_frame_with_arbitrary_values_is_refused_and_nothing_worse(
+    frame: tuple[int, tuple[Any, ...]], payload: bytes
+) -> None:
+    number, items = frame
+    _only_refuses(data(number, items))
+    _only_refuses(data(number, [*items, payload], payload))
+
+
+@given(st.sampled_from(list(EXAMPLES.values())), st.data())
+@settings(max_examples=200)
+def test_a_flipped_bit_makes_another_message_or_a_refusal(
+    message: Message, draw: st.DataObject
+) -> None:
+    parts = [bytearray(part) for part in encode(message)]
+    part = draw.draw(st.sampled_from(parts[:2]))
+    part[draw.draw(st.integers(0, min(len(part), 90) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
+    _only_refuses(parts)
+
+
+@pytest.mark.parametrize("depth", [10, 511, 512, 1023, 1024, 1025, 60_000])
+@pytest.mark.parametrize("opener", [b"\x91", b"\x81\xa1a"], ids=["arrays", "maps"])
+def test_deep_nesting_is_refused(depth: int, opener: bytes) -> None:
+    nested = opener * (depth // len(opener)) + b"\xc0"
+    refusal(nested)
+    refusal(b"\x92\xa4QUIT" + nested)
+    refusal(b"\x01", nested)
+    refusal(b"\x01", b"\x93" + nested + b"\x00\xc4\x00")
+    refusal(b"\x92\xa5HELLO\x81\xa7version" + nested)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        pytest.param(claim, id=claim.hex())
+        for claim in (
+            bytes.fromhex("dd ffffffff"),  # an array of 4 Gi
+            bytes.fromhex("df ffffffff"),  # a map of 4 Gi
+            bytes.fromhex("c6 ffffffff"),  # 4 GiB of bytes
+            bytes.fromhex("db ffffffff"),  # 4 GiB of text
+            bytes.fromhex("c9 ffffffff 01"),  # 4 GiB of an extension
+            bytes.fromhex("92 a5 48454c4c4f df ffffffff"),
+            bytes.fromhex("93 01 00 c6 ffffffff"),
+            bytes.fromhex("dd 00010000"),
+        )
+    ],
+)
+def test_a_giant_claim_is_refused_before_memory_is_taken(claim: bytes) -> None:
+    def work() -> None:
+        refusal(claim)
+        refusal(b"\x01", claim)
+        refusal(claim, b"\x93\x01\x00\xc4\x00")
+
+    assert peak_bytes(work) < 1 << 20
+
+
+def test_the_costliest_values_within_the_limits_take_little_memory() -> None:
+    # Maps and arrays of one item make the most objects of a byte.
+    bombs = [
+        b"\x92\xa4PING" + b"\xdc\x00\x08" * 4 + b"\x90" * 60_000,
+        b"\x98" + (b"\x98" + b"\x98\x90\x90\x90\x90\x90\x90\x90\x90" * 8) * 8,
+        bytes(msgpack.packb([[[{str(n): {} for n in range(64)}] * 8] * 8] * 8)[:65_000]),
+        bytes(msgpack.packb([[[[{"a": {}, "b": {}}] * 8] * 8] * 8] * 8)),
+    ]
+
+    def work() -> None:
+        for bomb in bombs:
+            refusal(bomb)
+            refusal(b"\x01", bomb)
+
+    assert peak_bytes(work) < 16 << 20
+
+
+def test_a_large_part_is_refused_unread() -> None:
+    large = bytes(8 << 20)
+
+    def work() -> None:
+        for parts in ([large], [large, b""], [b"\x01", large], [b"\x01", large, b""]):
+            assert refusal(*parts).code == "too-large"
+        assert refusal(*data(1, [1, 0, 1, b"\0\1"]), large).code == "too-large"
+
+    assert peak_bytes(work) < 1 << 20
+
+
+# --- this side's own mistakes ---
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Hello(1, b"short", "a", 1),
+        Hello(1, UUID, "", 1),
+        Hello(1, UUID, "a\n", 1),
+        Hello(1, UUID, "\udce9", 1),
+        Hello(1, UUID, "x" * 1025, 1),
+        Hello(1, UUID, "a", -1),
+        Hello(1, UUID, "a", 1 << 64),
+        Hello(1, UUID, "a", True),
+        Hello(1, UUID, "a", 1, "\udce9"),
+        Welcome(1, 0, 1, 1, 1),
+        Welcome(1, 1, 1, 1, 0),
+        Fail("x" * 4097),
+        Fail("\udce9"),
+    ],
+    ids=ascii,
+)
+def test_what_the_peer_would_refuse_is_not_sent(message: Control) -> None:
+    with pytest.raises(LocalProtocolError):
+        encode_control(message)
+
+
+@given(st.text(st.characters(codec=None, exclude_categories=()), max_size=5000))
+@settings(max_examples=50)
+def test_any_text_becomes_sayable(text: str) -> None:
+    said = sayable(text)
+    assert decode(encode_control(Fail(said))) == Fail(said)
+    assert sayable(said) == said
+
+
+def test_a_reason_that_names_an_odd_file_stays_readable() -> None:
+    assert sayable("cannot read caf\udce9.img") == "cannot read caf\\udce9.img"
+    assert len(sayable("\udce9" * 4096)) == limits.MAX_REASON_CHARS
+
+
+@given(st.integers(-2, 1 << 33), st.integers(-2, 1 << 21), st.binary(max_size=9), st.integers(0, 5))
+def test_a_run_without_fault_is_decoded_and_one_with_a_fault_refused(
+    first: int, count: int, masks: bytes, blocks: int
+) -> None:
+    fault = run_fault(first, count, masks, blocks * 4096)
+    if first < 0 or count < 0:
+        assert fault is not None
+        return
+    parts = data(1, [1, first, count, masks], bytes(blocks * 4096))
+    if fault is None:
+        assert isinstance(decode(parts), RunFrame)
+    else:
+        assert refusal(*parts).code == fault[0]
