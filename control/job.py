@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vmapipe.archiver.manifests import beside
+from vmapipe.archiver.outputs.file import remove_leftover
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError
@@ -131,8 +134,26 @@ class BackupJob:
             if first_failed and (not archiver.running or time.monotonic() >= give_up):
                 break
         if first_failed is not None:
+            if archiver.exit_code is not None and archiver.exit_code < 0:
+                self._remove_leftovers()
             spoke = archiver.exit_code and archiver.error
             raise Failure((archiver if spoke else first_failed).verdict())
+
+
+    def _remove_leftovers(self) -> None:
+        """What an archiver that was killed could not remove itself."""
+        if is_path(self.archive) and not os.path.exists(self.archive):
+            manifest = beside(self.archive)
+            remove_leftover(self.archive)
+            remove_leftover(manifest)
+            # It gets its name just before the archive does, and is worth nothing alone.
+            with contextlib.suppress(OSError):
+                os.unlink(manifest)
+
+
+def is_path(output: str) -> bool:
+    """Whether an output is a path, and not one of the other words."""
+    return output != "-" and not output.startswith(("exec:", "fd:", "/dev/fdset/"))
 
 
 def inherited_fds(output: str) -> list[int]:

@@ -24,12 +24,8 @@ class Ring:
     """Pieces are taken in order and freed in order; `take` tells when none is free."""
 
     def __init__(self) -> None:
-        self._fd = os.memfd_create("vmapipe-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._fd, RING_BYTES)
-        # Who maps it must be able to trust its length: a shorter file would
-        # kill the archiver by SIGBUS.
-        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        self._map = mmap.mmap(self._fd, RING_BYTES)
+        self._fd = _sealed_memory()
+        self._map = mmap.mmap(-1 if self._fd is None else self._fd, RING_BYTES)
         self.view = memoryview(self._map)
         self._head = 0
         # (frame number, first byte, first byte behind), oldest first.
@@ -37,8 +33,8 @@ class Ring:
 
     @property
     def shared_at(self) -> str:
-        """The name under which a process of the same user on this host can open it."""
-        return f"/proc/{os.getpid()}/fd/{self._fd}"
+        """Where a process of the same user on this host can open it; empty: nowhere."""
+        return "" if self._fd is None else f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def take(self, length: int) -> int | None:
         """Where `length` bytes are free, or None. Nothing is held until `hold`."""
@@ -63,5 +59,20 @@ class Ring:
             self._held.popleft()
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
         # The mapping lives on while a message that is still being sent needs it.
+
+
+def _sealed_memory() -> int | None:
+    """A memory file of RING_BYTES; None where none is to be had (a limit on file sizes)."""
+    fd = os.memfd_create("vmapipe-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, RING_BYTES)
+        # Who maps it must be able to trust its length: a shorter file would
+        # kill the archiver by SIGBUS.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd

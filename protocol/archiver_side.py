@@ -121,6 +121,8 @@ class ArchiverSide:
         self._must_be(State.WAITING, "welcome")
         if frame_bytes < limits.MIN_FRAME_CHARGE:
             raise LocalProtocolError(f"frames of {frame_bytes} bytes do not hold a cluster")
+        if shared and not self.shared_at:
+            raise LocalProtocolError("the producer offers no memory")
         welcome = Welcome(limits.VERSION, dev_id, credit_bytes, frame_bytes, heartbeat_s, shared)
         parts = frames.encode_control(welcome)
         self.state = State.RECEIVING

@@ -58,6 +58,8 @@ def is_zero(data: Data, length: int) -> bool:
 
 def nonzero_pieces(masks: bytes) -> list[tuple[int, int]]:
     """The non-zero blocks as (offset, length) in bytes, neighbours merged, in order."""
+    if masks and masks == _FULL * (len(masks) // 2):
+        return [(0, len(masks) // 2 * CLUSTER_BYTES)]
     pieces: list[tuple[int, int]] = []
     for cluster in range(len(masks) // 2):
         mask = int.from_bytes(masks[2 * cluster : 2 * cluster + 2], "big")

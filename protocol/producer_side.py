@@ -72,6 +72,8 @@ class ProducerSide:
         """As `run`, with the payload at `position` in the shared memory (see SharedRun)."""
         if not self.shared:
             raise LocalProtocolError("the archiver does not share memory")
+        if not masks:
+            raise LocalProtocolError("a run of zeroes has no data to share")
         self._account(first, count, masks, frames.masked_bytes(masks))
         return frames.encode_shared_run(
             self.sent_frames, self.dev_id, first, count, masks, position
@@ -127,6 +129,8 @@ class ProducerSide:
     def _welcomed(self, message: Welcome) -> None:
         if message.frame_bytes < limits.MIN_FRAME_CHARGE:
             raise RemoteProtocolError("malformed", "frames too small for one cluster")
+        if message.shared and not self._hello.shared:
+            raise RemoteProtocolError("malformed", "memory accepted that was not offered")
         self.dev_id = message.dev_id
         self.frame_bytes = message.frame_bytes
         self.heartbeat_s = message.heartbeat_s

@@ -20,7 +20,7 @@ def open_configs(header: Header, folder: str) -> list[NewFile]:
     files: list[NewFile] = []
     try:
         for path in config_paths(header, folder):
-            files.append(NewFile(path))
+            files.append(NewFile(path))  # noqa: PERF401  those before a failure must be closed
         for file, config in zip(files, header.configs, strict=True):
             _write(file, config.data)
     except BaseException:

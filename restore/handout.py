@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from vmapipe.protocol.frames import Part
@@ -11,11 +11,11 @@ from vmapipe.protocol.restore_work import (
     MAX_RANGE_EXTENTS,
     ExtentWork,
     RangeWork,
+    SyncWork,
     encode,
 )
 from vmapipe.restore.reading import Piece
 from vmapipe.vma.extent import Extent
-from vmapipe.vma.header import Header
 from vmapipe.vma.layout import CLUSTER_BYTES
 
 # A piece of work out of a file: large enough that handing it out costs
@@ -83,7 +83,6 @@ class WorkMaker:
     zeroes are written; `limited`: those with a limit of their own.
     """
 
-    header: Header
     wanted: Collection[int]
     zeroed: Collection[int]
     limited: Collection[int] = ()
@@ -108,6 +107,12 @@ class WorkMaker:
                     batch_bytes = 0
         if batch:
             yield self._work(self._range_of(batch), batch)
+
+    def syncs(self, dev_ids: Iterable[int]) -> Iterator[Work]:
+        """Bring these targets to the disk."""
+        for dev_id in dev_ids:
+            self._seq += 1
+            yield Work(self._seq, encode(SyncWork(self._seq, dev_id)), 0, 0, {})
 
     def _has_work(self, piece: Piece) -> bool:
         if piece.digest:

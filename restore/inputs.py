@@ -113,7 +113,9 @@ class ProgramInput(Input):
 
         Raises SourceError when it cannot be started.
         """
-        self._words: IO[bytes] | None = tempfile.TemporaryFile() if keep_words else None
+        self._words: IO[bytes] | None = None
+        if keep_words:
+            self._words = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
         try:
             self._process = subprocess.Popen(
                 list(argv), stdin=stdin, stdout=subprocess.PIPE, stderr=self._words
@@ -136,8 +138,10 @@ class ProgramInput(Input):
         if self.failed_before:
             raise SourceError(self.failed_before)
         if status:
-            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else (
-                f"ended with exit status {status}"
+            how = (
+                f"was killed by {signal.Signals(-status).name}"
+                if status < 0
+                else (f"ended with exit status {status}")
             )
             raise SourceError(f"{self.name} {how}{self._last_words()}")
 

@@ -32,9 +32,7 @@ class Manifest:
         try:
             self._file: IO[bytes] = open(path, "rb")  # noqa: SIM115  closed by close()
         except OSError as error:
-            raise SourceError(
-                f"cannot open the manifest {path}: {os_error_text(error)}"
-            ) from error
+            raise SourceError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
         try:
             opening = self._line()
         except BaseException:

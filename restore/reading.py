@@ -77,8 +77,9 @@ def _read_header(source: Source) -> tuple[Header, bytes]:
     at = 0
     while True:
         wanted = scanner.wanted_bytes
-        seekable = isinstance(source, PlainFile)
-        data = source.pread(wanted, at) if seekable else source.read(wanted)
+        data = (
+            source.pread(wanted, at) if isinstance(source, PlainFile) else source.read(wanted)
+        )
         if not data:
             scanner.close()
         at += len(data)
@@ -110,9 +111,7 @@ def cut_off(extent: Extent, got: int) -> ExtentError:
     return ExtentError(
         f"the archive ends inside an extent's data ({got} of {extent.data_bytes} bytes)",
         offset=extent.offset,
-        reference_text=(
-            f"short vma extent ({EXTENT_HEADER_BYTES + got} < {extent.total_bytes})"
-        ),
+        reference_text=(f"short vma extent ({EXTENT_HEADER_BYTES + got} < {extent.total_bytes})"),
     )
 
 

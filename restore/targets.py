@@ -196,4 +196,6 @@ def sync_folders(paths: list[str]) -> None:
         except OSError as error:
             # Some file systems know no fsync of a folder.
             if error.errno != errno.EINVAL:
-                raise TargetError(f"cannot sync the folder {folder}: {os_error_text(error)}") from error
+                raise TargetError(
+                    f"cannot sync the folder {folder}: {os_error_text(error)}"
+                ) from error

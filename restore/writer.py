@@ -69,9 +69,7 @@ class _Target:
         if run.data_bytes >= _EARLY_BYTES:
             start = run.first_cluster * CLUSTER_BYTES
             # Starts writing out what is dirty; see generic_fadvise in the kernel.
-            os.posix_fadvise(
-                self._fd, start, run.count * CLUSTER_BYTES, os.POSIX_FADV_DONTNEED
-            )
+            os.posix_fadvise(self._fd, start, run.count * CLUSTER_BYTES, os.POSIX_FADV_DONTNEED)
 
     def _write_data(self, at: int, data: memoryview) -> None:
         done = 0

@@ -11,7 +11,7 @@ import io
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 import zstandard
 
@@ -53,7 +53,9 @@ class ZstdStream(io.RawIOBase):
         self._walk = FrameWalk(name)
         decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
         self._plain = decompressor.stream_reader(
-            _Compressed(raw, self._walk), read_size=_READ_BYTES, read_across_frames=True
+            cast(IO[bytes], _Compressed(raw, self._walk)),  # it calls `read` only
+            read_size=_READ_BYTES,
+            read_across_frames=True,
         )
 
     def readable(self) -> bool:

@@ -62,8 +62,10 @@ class FrameWalk:
             self.position += hop
             if len(self._held) == self._need:
                 held, self._held = self._held, b""
-                self._step(held, self.position - len(held))
-                if self.error is not None:
+                try:
+                    self._step(held, self.position - len(held))
+                except CompressionError as error:
+                    self.error = error
                     return max(0, at - len(held))
         return at
 
@@ -76,8 +78,8 @@ class FrameWalk:
                 f"{self._name} is cut off inside a zstd frame", file_offset=self.position
             )
 
-    def _fail(self, what: str, position: int) -> None:
-        self.error = CompressionError(f"{self._name}: {what}", file_offset=position)
+    def _bad(self, what: str, position: int) -> CompressionError:
+        return CompressionError(f"{self._name}: {what}", file_offset=position)
 
     def _magic(self, held: bytes, position: int) -> None:
         if held == ZSTD_MAGIC:
@@ -86,7 +88,7 @@ class FrameWalk:
             self._step, self._need = self._skippable, 4
         else:
             what = "garbage after the last zstd frame" if self.frames else "no zstd frame"
-            self._fail(what, position)
+            raise self._bad(what, position)
 
     def _skippable(self, held: bytes, position: int) -> None:
         self._skip = int.from_bytes(held, "little")
@@ -97,7 +99,7 @@ class FrameWalk:
         single_segment = flags >> 5 & 1
         self._has_checksum = bool(flags & 4)
         if flags & 8:
-            self._fail("a zstd frame of an unknown kind", position)
+            raise self._bad("a zstd frame of an unknown kind", position)
         size_flag = flags >> 6
         content_size = _CONTENT_SIZE_BYTES[size_flag] or single_segment
         self._skip = (1 - single_segment) + _DICTIONARY_ID_BYTES[flags & 3] + content_size
@@ -107,7 +109,7 @@ class FrameWalk:
         head = int.from_bytes(held, "little")
         kind, size = head >> 1 & 3, head >> 3
         if kind == _RESERVED_BLOCK:
-            self._fail("the zstd data is damaged", position)
+            raise self._bad("the zstd data is damaged", position)
         self._skip = 1 if kind == _RLE_BLOCK else size
         if head & 1:
             self._skip += 4 if self._has_checksum else 0

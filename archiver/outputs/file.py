@@ -13,7 +13,7 @@ from vmapipe.archiver.outputs.errors import OutputFailure, open_failure
 from vmapipe.archiver.outputs.output import Buffers
 from vmapipe.archiver.outputs.writebehind import WriteBehind
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.errors import Failure, UsageError
 
 # What file systems without hard links answer (vfat, exfat, some network and
 # FUSE ones); EMLINK cannot happen to a file with one name, but costs nothing.
@@ -114,6 +114,14 @@ class FileOutput(DescriptorOutput):
             folder_fd, self._folder_fd = self._folder_fd, -1
             os.close(folder_fd)
         super()._close()
+
+
+def remove_leftover(path: str) -> None:
+    """Remove NAME.partial of a writer that was killed, if nobody writes it. Never raises."""
+    with contextlib.suppress(Failure, OSError):
+        if os.path.lexists(path + partial.SUFFIX):
+            # Whoever claims the name removes what is left; and takes its own away again.
+            FileOutput(path, replace=True).abandon()
 
 
 def exists_failure(path: str) -> OutputFailure:

@@ -98,7 +98,7 @@ class World:
         """Let everybody do one step at a time, in random order, until nothing is left to do."""
         while True:
             able = [p for p in self.producers.values() if p.able]
-            steps = [*able, *([self.store] if self.store.queue else [])]
+            steps: list[Producer | Store] = [*able, *([self.store] if self.store.queue else [])]
             if not steps:
                 break
             step = choose.choice(steps)

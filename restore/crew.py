@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker processes of one restore: gives them work, hears them, ends them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from vmapipe.protocol.restore_work import Done, Finish, Ready, Setup, decode_for_reader, encode
+from vmapipe.restore.feed import Feed
+from vmapipe.restore.handout import Roster, Work
+from vmapipe.restore.link import ReaderLink
+from vmapipe.restore.pace import Pace
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.children import STOP_S, Children
+from vmapipe.runtime.errors import Failure
+
+# A Python process starts in a tenth of a second; on a stalled machine later.
+_START_S = 60.0
+# Only a bound: every reason to go on wakes us at once.
+_WAIT_S = 1.0
+# A worker that cannot be reached has ended or is about to, and knows the reason.
+_VERDICT_S = 2.0
+
+
+class Crew:
+    """Raises Failure, from any of its methods, as soon as one worker fails."""
+
+    def __init__(
+        self,
+        link: ReaderLink,
+        children: Children,
+        cancel: Cancel,
+        pace: Pace,
+        done: Callable[[Work], None],
+    ) -> None:
+        """`done` is called for every piece of work that is done."""
+        self.gave_work = False
+        self._link = link
+        self._children = children
+        self._cancel = cancel
+        self._pace = pace
+        self._done = done
+        self._roster = Roster(0)
+        self._setup: Setup | None = None
+        self._give_up = 0.0
+
+    def start(self, count: int, setup: Setup, fds: Sequence[int]) -> None:
+        """Start `count` workers, which inherit the descriptors that `setup` names."""
+        self._setup = setup
+        self._roster = Roster(count)
+        self._give_up = time.monotonic() + _START_S
+        for number in range(1, count + 1):
+            name = f"worker-{number}"
+            self._children.start(
+                f"restore {name}",
+                "vmapipe.restore.worker",
+                ["--endpoint", self._link.endpoint, "--name", name],
+                fds,
+            )
+
+    def carry_out(self, feed: Feed) -> None:
+        """Have all work of `feed` done."""
+        work: Work | None = None
+        while True:
+            if work is None and not feed.ended:
+                work = feed.poll()
+            if work is not None and not work.parts:
+                self._done(work)
+                work = None
+                continue
+            if work is not None and self._give(work):
+                work = None
+                continue
+            if work is None and feed.ended and self._roster.idle:
+                return
+            if work is None and not feed.ended and feed.fd < 0:
+                continue
+            self._hear(self._wait_s(work), [feed.fd] if work is None and feed.fd >= 0 else [])
+
+    def _give(self, work: Work) -> bool:
+        """Whether somebody took it."""
+        now = time.monotonic()
+        worker = self._roster.free_worker(work.cost_bytes)
+        if worker is None or self._pace.wait_s(work.data_bytes, now) > 0:
+            return False
+        try:
+            self._link.send(worker, work.parts)
+        except Failure:
+            self._hear(_VERDICT_S, [])
+            raise
+        self.gave_work = True
+        self._pace.took(work.data_bytes, now)
+        self._roster.gave(worker, work)
+        return True
+
+    def _wait_s(self, work: Work | None) -> float:
+        if work is None:
+            return _WAIT_S
+        pause_s = self._pace.wait_s(work.data_bytes, time.monotonic())
+        return min(_WAIT_S, pause_s) if pause_s > 0 else _WAIT_S
+
+    def _hear(self, timeout_s: float, fds: Sequence[int]) -> None:
+        """Wait for anything to happen, and take it in."""
+        sockets = [child.socket.fileno() for child in self._children.all if child.running]
+        self._link.wait(timeout_s, [self._cancel.fd, *sockets, *fds])
+        self._cancel.check()
+        for worker, parts in self._link.receive():
+            match decode_for_reader(parts):
+                case Ready() if self._setup is not None:
+                    self._link.send(worker, encode(self._setup))
+                    self._roster.joined(worker)
+                case Done(seq):
+                    work = self._roster.done(worker, seq)
+                    if work is None:
+                        raise Failure(f"{worker} answers work {seq}, which it does not have")
+                    self._done(work)
+        self._hear_children()
+
+    def _hear_children(self) -> None:
+        for child, event in self._children.wait(0):
+            if event is None:
+                self._cancel.check()
+                raise Failure(child.verdict() or f"{child.name} ended too early")
+        if not self._roster.workers and time.monotonic() > self._give_up:
+            raise Failure(f"no worker process has started within {_START_S:.0f} s")
+
+    def finish(self) -> None:
+        """All is done: let the workers end by themselves. Who had not even started is ended."""
+        for worker in self._roster.workers:
+            self._link.send(worker, encode(Finish()))
+        ending = [
+            child
+            for child in self._children.all
+            if child.name.removeprefix("restore ") in self._roster.workers
+        ]
+        deadline = time.monotonic() + STOP_S
+        while any(child.running for child in ending) and time.monotonic() < deadline:
+            self._cancel.check()
+            for child, event in self._children.wait(min(_WAIT_S, STOP_S)):
+                if event is None and child.exit_code:
+                    raise Failure(child.verdict())

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One restore: opens the targets, has the archive brought to them, publishes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from vmapipe.protocol.restore_work import Setup
+from vmapipe.restore.crew import Crew
+from vmapipe.restore.feed import Feed, InlineFeed, ThreadFeed
+from vmapipe.restore.handout import Totals, Work, WorkMaker
+from vmapipe.restore.link import ReaderLink
+from vmapipe.restore.manifest import Manifest, manifest_beside
+from vmapipe.restore.opened import OpenTargets
+from vmapipe.restore.pace import Pace
+from vmapipe.restore.plan import Plan
+from vmapipe.restore.reading import Archive, checked_pieces
+from vmapipe.restore.source import PlainFile
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.children import Children
+from vmapipe.runtime.events import Emit
+from vmapipe.vma.coverage import Coverage
+from vmapipe.vma.layout import CLUSTER_BYTES
+
+# More writers than this were not quicker, whatever the storage.
+_MAX_WORKERS = 4
+# A worker takes a tenth of a second to start, in which another writes so much.
+_BYTES_PER_WORKER = 64 << 20
+# Often enough for a bar that moves, seldom enough to cost nothing.
+_PROGRESS_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`workers`: 0 for one a core, at most 4. `manifest`: where it is not beside the archive.
+
+    `check_digests`: compare the data with the manifest, where there is one.
+    """
+
+    workers: int = 0
+    check_digests: bool = True
+    manifest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """One device and where it went (None: it was skipped)."""
+
+    dev_id: int
+    name: str
+    size_bytes: int
+    path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`totals` are of the whole archive; `digests_checked`: the data was compared with a manifest."""
+
+    devices: tuple[Restored, ...]
+    totals: Totals
+    digests_checked: bool
+    seconds: float
+    cpu_s: float
+    peak_rss_bytes: int
+
+
+def restore(
+    archive: Archive, plan: Plan, emit: Emit, cancel: Cancel, options: Options | None = None
+) -> Result:
+    """Bring the devices of an open archive to the plan's targets.
+
+    Raises RestoreError, ArchiveError, PlanError, Cancelled or another Failure;
+    then no new file is left. An existing target may then hold a part of the
+    data, which a `notice` event says.
+    """
+    options = options or Options()
+    manifest_path = options.manifest or manifest_beside(archive.source.path)
+    with ExitStack() as stack:
+        manifest: Manifest | None = None
+        if options.check_digests and manifest_path is not None:
+            manifest = stack.enter_context(Manifest(manifest_path))
+        targets = stack.enter_context(OpenTargets(archive, plan))
+        job = _Job(archive, targets, manifest, emit, cancel)
+        return job.run(options.workers or default_workers())
+
+
+def default_workers() -> int:
+    """One a core that we may use, at most 4."""
+    return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+
+
+class _Job:
+    def __init__(
+        self,
+        archive: Archive,
+        targets: OpenTargets,
+        manifest: Manifest | None,
+        emit: Emit,
+        cancel: Cancel,
+    ) -> None:
+        self._archive = archive
+        self._targets = targets
+        self._manifest = manifest
+        self._emit = emit
+        self._cancel = cancel
+        self._coverage = Coverage(archive.header)
+        self._setups = targets.setups
+        self._limits = targets.limits
+        self._maker = WorkMaker(
+            wanted={setup.dev_id for setup in self._setups},
+            zeroed={setup.dev_id for setup in self._setups if setup.write_zeroes},
+            limited=set(self._limits),
+        )
+        self._started = time.monotonic()
+        self._next_progress = 0.0
+        self._done_bytes = 0
+        self._total_bytes = CLUSTER_BYTES * sum(d.clusters for d in archive.header.devices)
+
+    def run(self, workers: int) -> Result:
+        devices = tuple(
+            Restored(d.dev_id, d.name, d.size_bytes, self._targets.path(d.dev_id))
+            for d in self._archive.header.devices
+        )
+        self._begin(devices)
+        folder = tempfile.mkdtemp(prefix="vmapipe-")
+        try:
+            children = self._bring(f"ipc://{folder}/work.sock", workers)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._targets.publish()
+        result = Result(
+            devices,
+            self._maker.totals,
+            self._manifest is not None,
+            time.monotonic() - self._started,
+            sum(child.cpu_s for child in children.all),
+            sum(child.peak_rss_bytes for child in children.all),
+        )
+        self._end(result)
+        return result
+
+    def _bring(self, endpoint: str, workers: int) -> Children:
+        """Everything is written and on the disk when this returns."""
+        link = ReaderLink(endpoint)
+        crew: Crew | None = None
+        finished = False
+        try:
+            with Children() as children:
+                pace = Pace(self._limits, self._started)
+                crew = Crew(link, children, self._cancel, pace, self._done)
+                self._start(crew, workers)
+                feed = self._feed()
+                try:
+                    crew.carry_out(feed)
+                finally:
+                    feed.close()
+                self._targets.set_vmstate_size(self._coverage)
+                crew.carry_out(InlineFeed(self._maker.syncs(s.dev_id for s in self._setups)))
+                crew.finish()
+                finished = True
+            return children
+        finally:
+            link.close(in_order=finished)
+            if not finished and crew is not None and crew.gave_work:
+                self._warn()
+
+    def _start(self, crew: Crew, workers: int) -> None:
+        source = self._archive.source
+        archive_fd = -1
+        if isinstance(source, PlainFile):
+            archive_fd = source.fd
+            workers = min(workers, 1 + source.size_bytes // _BYTES_PER_WORKER)
+        setup = Setup(self._archive.header.uuid, archive_fd, self._setups)
+        fds = [target.fd for target in self._setups]
+        crew.start(workers, setup, fds if archive_fd < 0 else [*fds, archive_fd])
+
+    def _feed(self) -> Feed:
+        source = self._archive.source
+        works = self._maker.works(checked_pieces(self._archive, self._coverage, self._manifest))
+        if isinstance(source, PlainFile):
+            return InlineFeed(works)
+        return ThreadFeed(works, source.stop)
+
+    def _done(self, work: Work) -> None:
+        self._done_bytes += work.cluster_bytes
+        now = time.monotonic()
+        if now >= self._next_progress:
+            self._next_progress = now + _PROGRESS_S
+            self._progress()
+
+    def _progress(self) -> None:
+        # vmstate may be longer than its estimate: never beyond 100 %.
+        self._emit(
+            {
+                "event": "progress",
+                "done_bytes": min(self._done_bytes, self._total_bytes),
+                "total_bytes": self._total_bytes,
+                "archive_bytes": self._maker.totals.archive_bytes,
+            }
+        )
+
+    def _begin(self, devices: tuple[Restored, ...]) -> None:
+        self._emit(
+            {
+                "event": "restoring",
+                "archive": self._archive.source.name,
+                "uuid": self._archive.header.uuid.hex(),
+                "devices": [
+                    {"name": d.name, "bytes": d.size_bytes, "path": d.path} for d in devices
+                ],
+                "digests_checked": self._manifest is not None,
+            }
+        )
+
+    def _end(self, result: Result) -> None:
+        self._progress()
+        totals = result.totals
+        self._emit(
+            {
+                "event": "restored",
+                "archive": self._archive.source.name,
+                "archive_bytes": totals.archive_bytes,
+                "data_bytes": totals.data_bytes,
+                "zero_bytes": totals.cluster_bytes - totals.data_bytes,
+                "digests_checked": result.digests_checked,
+                "seconds": round(result.seconds, 3),
+                "cpu_s": round(result.cpu_s, 3),
+                "peak_rss_bytes": result.peak_rss_bytes,
+            }
+        )
+
+    def _warn(self) -> None:
+        for path in self._targets.existing_paths():
+            text = f"{path} now holds an incomplete restore"
+            self._emit({"event": "notice", "text": text})

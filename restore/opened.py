@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All targets of one restore: opened together before anything is written, published together."""
+
+from __future__ import annotations
+
+import os
+
+from vmapipe.protocol.restore_work import TargetSetup
+from vmapipe.restore.configs import open_configs, publish_all
+from vmapipe.restore.errors import PlanError
+from vmapipe.restore.plan import Kind, Plan, TargetSpec, check_plan
+from vmapipe.restore.reading import Archive
+from vmapipe.restore.targets import ExistingTarget, NewFile
+from vmapipe.vma.coverage import Coverage
+from vmapipe.vma.header import Device
+from vmapipe.vma.layout import CLUSTER_BYTES
+
+# Where vmstate ends is not known before its end: no file is larger than this.
+_NO_END = (1 << 63) - 1
+
+
+class OpenTargets:
+    """A context manager: what was not published when it ends is gone."""
+
+    def __init__(self, archive: Archive, plan: Plan) -> None:
+        """Opens all of them. Raises RestoreError, PlanError, HeaderError; then none is touched."""
+        self.archive = archive
+        self.plan = plan
+        self.devices: list[Device] = []
+        self._new: dict[int, NewFile] = {}
+        self._existing: dict[int, ExistingTarget] = {}
+        self._configs: list[NewFile] = []
+        check_plan(archive.header, plan)
+        try:
+            for device in archive.header.devices:
+                spec = plan.targets.get(device.dev_id)
+                if spec is not None:
+                    self._open(device, spec)
+            self._check_identities()
+            if plan.configs_folder is not None:
+                self._configs = open_configs(archive.header, plan.configs_folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> OpenTargets:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in (*self._new.values(), *self._configs):
+            file.close()
+        for target in self._existing.values():
+            target.close()
+
+    def _open(self, device: Device, spec: TargetSpec) -> None:
+        self.devices.append(device)
+        if spec.kind is Kind.EXISTING:
+            self._existing[device.dev_id] = ExistingTarget(
+                spec.path, device.name, device.size_bytes
+            )
+        else:
+            file = self._new[device.dev_id] = NewFile(spec.path)
+            if not device.is_vmstate:
+                file.set_size(device.size_bytes)
+
+    def _check_identities(self) -> None:
+        """Two paths may lead to one file, and a target may be the archive itself."""
+        seen: dict[tuple[str, int, int], str] = {}
+        if self.archive.source.path is not None:
+            status = os.stat(self.archive.source.path)
+            seen["file", status.st_dev, status.st_ino] = "the archive itself"
+            seen["block", status.st_rdev, 0] = "the archive itself"
+        for target in self._existing.values():
+            if target.identity in seen:
+                raise PlanError(f"{target.path} and {seen[target.identity]} are one and the same")
+            seen[target.identity] = target.path
+
+    @property
+    def setups(self) -> tuple[TargetSetup, ...]:
+        """What a worker has to know of each."""
+        return tuple(self._setup(device) for device in self.devices)
+
+    def _setup(self, device: Device) -> TargetSetup:
+        spec = self.plan.targets[device.dev_id]
+        new = self._new.get(device.dev_id)
+        target = new if new is not None else self._existing[device.dev_id]
+        return TargetSetup(
+            device.dev_id,
+            target.fd,
+            _NO_END if device.is_vmstate else device.size_bytes,
+            new is None and spec.write_zeroes,
+            device.name.encode("utf-8", "surrogateescape"),
+            os.fsencode(target.path),
+            os.fsencode(target.partial),
+        )
+
+    @property
+    def limits(self) -> dict[int, int]:
+        """Bytes a second, by dev_id, where there is a limit."""
+        specs = self.plan.targets.items()
+        return {dev_id: spec.bytes_per_s for dev_id, spec in specs if spec.bytes_per_s}
+
+    def path(self, dev_id: int) -> str | None:
+        """Where a device goes; None: nowhere."""
+        spec = self.plan.targets.get(dev_id)
+        return None if spec is None else spec.path
+
+    def existing_paths(self) -> list[str]:
+        return [target.path for target in self._existing.values()]
+
+    def set_vmstate_size(self, coverage: Coverage) -> None:
+        """All of the archive was read: vmstate is so long. Raises TargetError."""
+        for device in self.devices:
+            if device.is_vmstate:
+                clusters = coverage.vmstate_clusters(device.dev_id)
+                self._new[device.dev_id].set_size(clusters * CLUSTER_BYTES)
+
+    def publish(self) -> None:
+        """Everything is on the disk: give the new files their names, all or none."""
+        publish_all([*self._new.values(), *self._configs])

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every message in every state of both sides: taken, or refused with the code of the page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from tests.protocol.messages import EXAMPLES, U64, UUID
+from tests.protocol.test_frames import encode
+from vmapipe.protocol import archiver_side, limits, producer_side
+from vmapipe.protocol.archiver_side import ArchiverSide
+from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
+from vmapipe.protocol.messages import (
+    ClusterFrame,
+    End,
+    Grant,
+    Hello,
+    Message,
+    RunFrame,
+    SharedRun,
+    Welcome,
+)
+from vmapipe.protocol.producer_side import ProducerSide
+
+P = producer_side.State
+A = archiver_side.State
+
+# (state, message) -> state after it. All else is refused with "sequence".
+ARCHIVER_TAKES = {
+    (A.GREETING, "HELLO"): A.WAITING,
+    (A.GREETING, "PING"): A.GREETING,
+    (A.GREETING, "FAIL"): A.CLOSED,
+    (A.WAITING, "PING"): A.WAITING,
+    (A.WAITING, "FAIL"): A.CLOSED,
+    (A.RECEIVING, "CLUSTER"): A.RECEIVING,
+    (A.RECEIVING, "RUN"): A.RECEIVING,
+    (A.RECEIVING, "SHARED"): A.RECEIVING,
+    (A.RECEIVING, "PING"): A.RECEIVING,
+    (A.RECEIVING, "END"): A.ENDED,
+    (A.RECEIVING, "FAIL"): A.CLOSED,
+    (A.ENDED, "PING"): A.ENDED,
+    (A.ENDED, "FAIL"): A.CLOSED,
+    # Whoever carries the session should not even ask any more.
+    (A.CLOSED, "PING"): A.CLOSED,
+    (A.CLOSED, "FAIL"): A.CLOSED,
+}
+PRODUCER_TAKES = {
+    (P.GREETING, "WELCOME"): P.SENDING,
+    (P.GREETING, "REFUSE"): P.CLOSED,
+    (P.GREETING, "ABORT"): P.CLOSED,
+    (P.GREETING, "PONG"): P.GREETING,
+    (P.SENDING, "GRANT"): P.SENDING,
+    (P.SENDING, "REFUSE"): P.CLOSED,
+    (P.SENDING, "ABORT"): P.CLOSED,
+    (P.SENDING, "PONG"): P.SENDING,
+    (P.ENDING, "GRANT"): P.ENDING,
+    (P.ENDING, "DONE"): P.CLOSED,
+    (P.ENDING, "REFUSE"): P.CLOSED,
+    (P.ENDING, "ABORT"): P.CLOSED,
+    (P.ENDING, "PONG"): P.ENDING,
+    (P.CLOSED, "REFUSE"): P.CLOSED,
+    (P.CLOSED, "ABORT"): P.CLOSED,
+    (P.CLOSED, "PONG"): P.CLOSED,
+}
+
+
+def archiver_in(state: archiver_side.State) -> ArchiverSide:
+    side = ArchiverSide()
+    if state is A.GREETING:
+        return side
+    side.receive(encode(EXAMPLES["HELLO"]))
+    if state is A.WAITING:
+        return side
+    side.welcome(1, 1 << 20, 1 << 19, 30, shared=True)
+    if state is A.RECEIVING:
+        return side
+    side.receive(encode(End(0, 0)))
+    if state is A.CLOSED:
+        side.done(UUID)
+    return side
+
+
+def producer_in(state: producer_side.State) -> ProducerSide:
+    side = ProducerSide(UUID, "drive-scsi0", 1 << 30, "test", "/proc/7/fd/5")
+    if state is P.GREETING:
+        return side
+    side.receive(encode(EXAMPLES["WELCOME"]))
+    if state is P.SENDING:
+        return side
+    side.end()
+    if state is P.CLOSED:
+        side.receive(encode(EXAMPLES["DONE"]))
+    return side
+
+
+def code_of(side: ArchiverSide | ProducerSide, message: Message) -> str:
+    """The error code with which the message is refused; empty: it was taken."""
+    try:
+        assert side.receive(encode(message)) == message
+    except RemoteProtocolError as error:
+        return error.code
+    return ""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("state", A, ids=lambda state: state.value)
+def test_the_archiver_in_every_state_takes_or_refuses_every_message(
+    state: archiver_side.State, name: str
+) -> None:
+    side = archiver_in(state)
+    assert side.state is state
+    expected = ARCHIVER_TAKES.get((state, name))
+    assert code_of(side, EXAMPLES[name]) == ("" if expected else "sequence")
+    assert side.state is (expected or state)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("state", P, ids=lambda state: state.value)
+def test_the_producer_in_every_state_takes_or_refuses_every_message(
+    state: producer_side.State, name: str
+) -> None:
+    side = producer_in(state)
+    assert side.state is state
+    expected = PRODUCER_TAKES.get((state, name))
+    assert code_of(side, EXAMPLES[name]) == ("" if expected else "sequence")
+    assert side.state is (expected or state)
+
+
+@pytest.mark.parametrize("state", P, ids=lambda state: state.value)
+def test_the_producer_sends_only_what_its_state_allows(state: producer_side.State) -> None:
+    allowed = {"hello": [P.GREETING], "run": [P.SENDING], "shared": [P.SENDING], "end": [P.SENDING]}
+    moves: dict[str, Callable[[ProducerSide], object]] = {
+        "hello": lambda side: side.hello(),
+        "run": lambda side: side.run(0, 1, b"", b""),
+        "shared": lambda side: side.shared_run(0, 1, b"\0\1", 0),
+        "end": lambda side: side.end(),
+    }
+    for name, move in moves.items():
+        side = producer_in(state)
+        if state in allowed[name]:
+            move(side)
+        else:
+            with pytest.raises(LocalProtocolError):
+                move(side)
+    assert producer_in(state).ping()
+    assert producer_in(state).fail("read error")
+
+
+@pytest.mark.parametrize("state", A, ids=lambda state: state.value)
+def test_the_archiver_welcomes_and_ends_only_where_its_state_allows(
+    state: archiver_side.State,
+) -> None:
+    allowed = {"welcome": A.WAITING, "done": A.ENDED}
+    moves: dict[str, Callable[[ArchiverSide], object]] = {
+        "welcome": lambda side: side.welcome(1, 1 << 20, 1 << 19, 30),
+        "done": lambda side: side.done(UUID),
+    }
+    for name, move in moves.items():
+        side = archiver_in(state)
+        if allowed[name] is state:
+            move(side)
+        else:
+            with pytest.raises(LocalProtocolError):
+                move(side)
+    assert archiver_in(state).pong()
+    assert archiver_in(state).refuse("busy", "")
+    assert archiver_in(state).abort("")
+
+
+# --- right in this state, wrong in itself ---
+
+
+def frame(seq: int = 1, dev_id: int = 1, clusters: int = 1) -> RunFrame:
+    return RunFrame(seq, dev_id, 0, clusters, b"", memoryview(b""))
+
+
+@pytest.mark.parametrize("seq", [2, 3, U64])
+def test_a_gap_in_the_numbers_ends_the_session(seq: int) -> None:
+    assert code_of(archiver_in(A.RECEIVING), frame(seq)) == "sequence"
+
+
+@pytest.mark.parametrize("seq", [1, 2, 4])
+def test_a_number_twice_or_skipped_later_ends_the_session(seq: int) -> None:
+    side = archiver_in(A.RECEIVING)
+    assert [code_of(side, frame(number)) for number in (1, 2)] == ["", ""]
+    assert code_of(side, frame(seq)) == "sequence"
+    assert side.received_frames == 2
+
+
+@pytest.mark.parametrize("dev_id", [2, 254])
+def test_a_frame_of_another_device_is_refused(dev_id: int) -> None:
+    frames: list[Message] = [
+        frame(1, dev_id),
+        ClusterFrame(1, dev_id, 0, b""),
+        SharedRun(1, dev_id, 0, 1, b"\0\1", 0),
+    ]
+    for message in frames:
+        assert code_of(archiver_in(A.RECEIVING), message) == "wrong-device"
+
+
+def receiving(credit: int, frame_bytes: int) -> ArchiverSide:
+    side = archiver_in(A.WAITING)
+    side.welcome(1, credit, frame_bytes, 30)
+    return side
+
+
+def test_credit_may_be_used_to_the_last_byte_and_not_beyond() -> None:
+    cluster = ClusterFrame(1, 1, 0, bytes(65536))
+    cost = limits.MIN_FRAME_CHARGE
+    assert code_of(receiving(cost, cost), cluster) == ""
+    assert code_of(receiving(cost - 1, cost), cluster) == "credit"
+    side = receiving(cost, cost)
+    side.receive(encode(cluster))
+    assert code_of(side, frame(2)) == "credit"
+    side.grant(cost + limits.charge(1, 0), 0)
+    assert code_of(side, frame(2)) == ""
+    assert side.charged == cost + 72
+
+
+def test_a_frame_above_the_largest_charge_is_refused_whatever_the_credit() -> None:
+    most = (limits.MIN_FRAME_CHARGE - 64) // 8
+    assert code_of(receiving(U64, limits.MIN_FRAME_CHARGE), frame(clusters=most)) == ""
+    assert code_of(receiving(U64, limits.MIN_FRAME_CHARGE), frame(clusters=most + 1)) == "credit"
+
+
+def test_a_refused_frame_changes_nothing() -> None:
+    side = receiving(72, limits.MIN_FRAME_CHARGE)
+    for message in (frame(2), frame(1, 9), frame(clusters=2)):
+        assert code_of(side, message) != ""
+    assert (side.received_frames, side.received_clusters, side.charged) == (0, 0, 0)
+    assert code_of(side, frame()) == ""
+
+
+@pytest.mark.parametrize("end", [End(0, 0), End(1, 5), End(2, 4), End(0, 5), End(1, 4)])
+def test_the_end_must_count_what_came(end: End) -> None:
+    side = receiving(1 << 20, 1 << 19)
+    side.receive(encode(frame(clusters=5)))
+    assert code_of(side, end) == ("" if end == End(1, 5) else "counts")
+
+
+def test_a_run_in_shared_memory_is_refused_where_none_is_shared() -> None:
+    assert code_of(receiving(1 << 20, 1 << 19), SharedRun(1, 1, 0, 1, b"\0\1", 0)) == "sequence"
+
+
+def test_a_run_in_shared_memory_costs_as_much_as_one_that_is_sent() -> None:
+    side = archiver_in(A.RECEIVING)
+    side.receive(encode(SharedRun(1, 1, 0, 2, b"\0\1\0\3", 0)))
+    assert side.charged == limits.charge(2, 3 * 4096)
+
+
+def test_an_acknowledgement_of_what_was_not_sent_is_refused() -> None:
+    assert code_of(producer_in(P.SENDING), Grant(1, 1)) == "sequence"
+    assert code_of(producer_in(P.ENDING), Grant(1, 1)) == "sequence"
+
+
+def test_a_welcome_whose_frames_hold_no_cluster_is_refused() -> None:
+    small = Welcome(1, 1, 1 << 20, limits.MIN_FRAME_CHARGE - 1, 30)
+    assert code_of(producer_in(P.GREETING), small) == "malformed"
+
+
+def test_a_welcome_that_accepts_memory_which_was_not_offered_is_refused() -> None:
+    side = ProducerSide(UUID, "a", 1)
+    assert code_of(side, EXAMPLES["WELCOME"]) == "malformed"
+    assert side.state is P.GREETING
+
+
+@pytest.mark.parametrize("name", ["HELLO", "WELCOME"])
+def test_another_version_is_refused_as_such(name: str) -> None:
+    message = EXAMPLES[name]
+    assert isinstance(message, Hello | Welcome)
+    other = dataclasses.replace(message, version=2)
+    side = archiver_in(A.GREETING) if name == "HELLO" else producer_in(P.GREETING)
+    assert code_of(side, other) == "version"
+
+
+def test_grants_are_cumulative_and_an_old_one_changes_nothing() -> None:
+    side = producer_in(P.SENDING)
+    for grant in (Grant(1 << 30, 0), Grant(1, 0), Grant(1 << 29, 0)):
+        side.receive(encode(grant))
+        assert side.credit == 1 << 30
