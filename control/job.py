@@ -139,7 +139,6 @@ class BackupJob:
             spoke = archiver.exit_code and archiver.error
             raise Failure((archiver if spoke else first_failed).verdict())
 
-
     def _remove_leftovers(self) -> None:
         """What an archiver that was killed could not remove itself."""
         if is_path(self.archive) and not os.path.exists(self.archive):

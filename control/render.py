@@ -75,10 +75,13 @@ class _Text:
         self.done_bytes = self.total_bytes = self.zero_bytes = 0
 
     def take_progress(self, event: Event) -> None:
-        devices = event["devices"]
-        self.done_bytes = sum(d["done_bytes"] for d in devices)
-        self.zero_bytes = sum(d.get("zero_bytes", 0) for d in devices)
-        self.total_bytes = sum(d["bytes"] for d in devices)
+        if "devices" in event:
+            devices = event["devices"]
+            self.done_bytes = sum(d["done_bytes"] for d in devices)
+            self.zero_bytes = sum(d["zero_bytes"] for d in devices)
+            self.total_bytes = sum(d["bytes"] for d in devices)
+        else:
+            self.done_bytes, self.total_bytes = event["done_bytes"], event["total_bytes"]
 
     @property
     def rate(self) -> float:
@@ -106,7 +109,15 @@ class _Text:
                 )
             case "done":
                 return f"{self.verb} done in {event['seconds']:.1f} s, {human_bytes(self.rate)}/s"
-            case "notice" | "restored" | "checked":
+            case "restored":
+                checked = "every byte checked" if event["digests_checked"] else "no manifest"
+                rate = event["archive_bytes"] / max(0.001, event["seconds"])
+                return (
+                    f"restored {event['archive']}: {human_bytes(event['data_bytes'])} of data and "
+                    f"{human_bytes(event['zero_bytes'])} of zeroes in {event['seconds']:.1f} s, "
+                    f"{human_bytes(rate)}/s ({checked})"
+                )
+            case "notice":
                 return str(event["text"])
         return None
 

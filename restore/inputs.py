@@ -175,6 +175,8 @@ def wait_readable(fd: int, halts: Sequence[Cancel]) -> None:
 
 def wait_exit(process: subprocess.Popen[bytes], halts: Sequence[Cancel]) -> None:
     """Until `process` has ended. Raises Cancelled when a stop is asked for first."""
+    if process.poll() is not None:
+        return
     pidfd = os.pidfd_open(process.pid)
     try:
         wait_readable(pidfd, halts)

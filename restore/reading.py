@@ -77,9 +77,7 @@ def _read_header(source: Source) -> tuple[Header, bytes]:
     at = 0
     while True:
         wanted = scanner.wanted_bytes
-        data = (
-            source.pread(wanted, at) if isinstance(source, PlainFile) else source.read(wanted)
-        )
+        data = source.pread(wanted, at) if isinstance(source, PlainFile) else source.read(wanted)
         if not data:
             scanner.close()
         at += len(data)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe restore`: the command line of a restore."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from vmapipe.control.render import add_report_options, renderer
+from vmapipe.control.words import naming
+from vmapipe.restore.job import Options, restore
+from vmapipe.restore.mapping import parse_map
+from vmapipe.restore.plan import Plan, plan_folder, plan_map
+from vmapipe.restore.reading import open_archive
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.process import run
+from vmapipe.vma.header import Header
+
+DESCRIPTION = """\
+Bring the disks and configs of an archive back into DIR: disk-NAME.raw for each
+disk, the configs by their names, vmstate.bin for the machine's memory. New
+files get their names when all of them are complete and on disk. Where the
+archive has a manifest beside it, every byte is checked on the way.
+"""
+
+EPILOG = """\
+ARCHIVE is a file, - (stdin), a FIFO, exec:COMMAND, fd:N or /dev/fdset/N; plain
+or compressed with zstd, gzip or lzop, which is seen from its content.
+
+examples:
+  vmapipe restore vm.vma restored/
+  vmapipe restore vm.vma restored/ --device drive-scsi0
+  vmapipe restore vm.vma restored/ --device drive-scsi0=/dev/vg0/vm
+  ssh backup.example cat vm.vma.zst | vmapipe restore - restored/
+
+exit codes: 0 restored, 1 failed (no new file is left), 2 wrong use, 130/143 ended by a signal
+"""
+_MAX_WORKERS = 64
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="NAME[=TARGET]",
+        help="restore only this device, to a new file, or onto TARGET (an existing file or block "
+        "device is overwritten); may be repeated",
+    )
+    parser.add_argument(
+        "--map",
+        metavar="FILE",
+        help="say where each device goes in the reference tool's map format; - is stdin",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that write (default: one a core, at most 4)",
+    )
+    parser.add_argument(
+        "--manifest",
+        metavar="FILE",
+        help="check the data with this manifest (default: ARCHIVE.manifest.json if it is there)",
+    )
+    parser.add_argument("--no-manifest", action="store_true", help="do not check the data")
+    parser.add_argument("--no-configs", action="store_true", help="do not write the configs")
+    add_report_options(parser)
+    parser.add_argument("archive", metavar="ARCHIVE", help="where the archive comes from")
+    parser.add_argument("folder", metavar="DIR", help="where the files go; created if need be")
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _restore(options))
+
+
+def _restore(options: argparse.Namespace) -> None:
+    if not 0 <= options.workers <= _MAX_WORKERS:
+        raise UsageError(f"--workers {options.workers}: use 1 to {_MAX_WORKERS}")
+    if options.map and options.device:
+        raise UsageError("--map and --device exclude each other")
+    if options.map == "-" and options.archive == "-":
+        raise UsageError("the map and the archive cannot both come from stdin")
+    cancel = Cancel()
+    cancel.on_signals()
+    with (
+        renderer("restore", options, sys.stdout) as emit,
+        naming(options.archive),
+        open_archive(options.archive, cancel) as archive,
+        target_folder(options.folder),
+    ):
+        restore(
+            archive,
+            _plan(archive.header, options),
+            emit,
+            cancel,
+            Options(
+                workers=options.workers,
+                check_digests=not options.no_manifest,
+                manifest=options.manifest,
+            ),
+        )
+
+
+def _plan(header: Header, options: argparse.Namespace) -> Plan:
+    if options.map:
+        try:
+            lines = sys.stdin if options.map == "-" else open(options.map, encoding="utf-8")
+            with lines:
+                entries = parse_map(lines)
+        except OSError as error:
+            raise Failure(f"unable to read file '{options.map}': {os_error_text(error)}") from error
+        plan = plan_map(header, entries, options.folder)
+        return Plan(plan.targets, None if options.no_configs else options.folder)
+    chosen = []
+    for text in options.device:
+        name, equals, target = text.partition("=")
+        chosen.append((name, target if equals else None))
+    return plan_folder(header, options.folder, chosen, configs=not options.no_configs)
+
+
+@contextlib.contextmanager
+def target_folder(path: str) -> Iterator[None]:
+    """The folder, created if it is not there, and removed again if nothing came into it."""
+    created = False
+    try:
+        os.mkdir(path)
+        created = True
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise UsageError(f"{path} exists and is no folder") from None
+    except OSError as error:
+        raise Failure(f"cannot create the folder {path}: {os_error_text(error)}") from error
+    try:
+        yield
+    except BaseException:
+        if created:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        raise

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vma list`, `config`, `extract` and `verify`: the reference tool's grammar and output."""
+
+from __future__ import annotations
+
+import getopt
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from vmapipe.control.inspect import find_config
+from vmapipe.restore.configs import write_configs
+from vmapipe.restore.errors import RestoreError
+from vmapipe.restore.handout import Totals
+from vmapipe.restore.job import restore
+from vmapipe.restore.manifest import Manifest, manifest_beside
+from vmapipe.restore.mapping import MapEntry, parse_map
+from vmapipe.restore.plan import Plan, device_named, plan_folder, plan_map
+from vmapipe.restore.reading import Archive, checked_pieces, open_archive
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.events import Event
+from vmapipe.vma.coverage import Coverage
+from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.header import Header
+from vmapipe.vma.layout import CLUSTER_BYTES
+from vmapipe.vma.names import printable
+
+
+def show_list(words: Sequence[str]) -> None:
+    """`vma list FILE`"""
+    _, (file,) = _parse(words, "h", 1, "list")
+    with _open(file) as archive:
+        print_content(archive.header)
+
+
+def show_config(words: Sequence[str]) -> None:
+    """`vma config FILE [-c NAME]`"""
+    options, (file,) = _parse(words, "hc:", 1, "config")
+    with _open(file) as archive:
+        name = dict(options).get("-c", "qemu-server.conf")
+        data = find_config(archive.header.configs, name).data
+    sys.stdout.buffer.write(data)
+
+
+def extract(words: Sequence[str]) -> None:
+    """`vma extract FILE [-v] [-d DRIVE,...] [-r MAPFIFO] DIR`"""
+    options, (file, folder) = _parse(words, "hvd:r:", 2, "extract")
+    wanted = [name for o, value in options if o == "-d" for name in value.split(",")]
+    map_file = dict(options).get("-r")
+    with _open(file) as archive:
+        try:
+            os.mkdir(folder, 0o777)
+        except OSError as error:
+            raise Failure(
+                f"unable to create target directory {folder} - {os_error_text(error)}"
+            ) from error
+        header = archive.header
+        for name in wanted:
+            device_named(header, name)
+        # Before the map is asked for: whoever writes it reads the configs first.
+        write_configs(header, folder)
+        plan = _plan(header, folder, wanted, map_file)
+        report = _Report(verbose=("-v", "") in options)
+        cancel = Cancel()
+        cancel.on_signals()
+        try:
+            result = restore(archive, plan, report, cancel)
+        except (ArchiveError, RestoreError) as error:
+            raise _worded("restore failed", error) from error
+        report.end(result.totals)
+
+
+def verify(words: Sequence[str]) -> None:
+    """`vma verify FILE [-v]`: all that can be checked, the data too where there is a manifest."""
+    options, (file,) = _parse(words, "hv", 1, "verify")
+    with _open(file) as archive:
+        report = _Report(verbose=("-v", "") in options)
+        totals = Totals()
+        total_bytes = CLUSTER_BYTES * sum(device.clusters for device in archive.header.devices)
+        beside = manifest_beside(archive.source.path)
+        manifest = Manifest(beside) if beside is not None else None
+        try:
+            for piece in checked_pieces(archive, Coverage(archive.header), manifest):
+                totals.add(piece.extent)
+                report(
+                    {
+                        "event": "progress",
+                        "done_bytes": min(totals.cluster_bytes, total_bytes),
+                        "total_bytes": total_bytes,
+                    }
+                )
+        except (ArchiveError, RestoreError) as error:
+            raise _worded("verify failed", error) from error
+        finally:
+            if manifest is not None:
+                manifest.close()
+        report.end(totals)
+
+
+def print_content(header: Header) -> None:
+    """The list. CTIME comes last and is flushed: qmrestore begins when it sees it."""
+    for config in header.configs:
+        print(f"CFG: size: {len(config.data)} name: {printable(config.name)}")
+    for device in header.devices:
+        if device.is_vmstate:
+            print(f"VMSTATE: dev_id={device.dev_id} memory: {device.size_bytes}")
+        else:
+            name = printable(device.name)
+            print(f"DEV: dev_id={device.dev_id} size: {device.size_bytes} devname: {name}")
+    print(f"CTIME: {time.ctime(header.ctime_s)}", flush=True)
+
+
+def _parse(
+    words: Sequence[str], letters: str, count: int, command: str
+) -> tuple[list[tuple[str, str]], list[str]]:
+    options, arguments = getopt.gnu_getopt(list(words), letters)
+    if len(arguments) != count:
+        raise UsageError(f"{command} takes {count} argument(s), not {len(arguments)}")
+    return options, arguments
+
+
+def _open(file: str) -> Archive:
+    cancel = Cancel()
+    cancel.on_signals()
+    return open_archive(file, cancel)
+
+
+def _plan(header: Header, folder: str, wanted: Sequence[str], map_file: str | None) -> Plan:
+    if map_file is None:
+        chosen: list[tuple[str, str | None]] = [(name, None) for name in wanted]
+        plan = plan_folder(header, folder, chosen, configs=False)
+        for device in header.devices:
+            if device.dev_id in plan.targets and not device.is_vmstate:
+                print(f"DEVINFO {folder}/tmp-disk-{device.name}.raw {device.size_bytes}")
+        sys.stdout.flush()
+        return plan
+    print_content(header)
+    try:
+        with open(map_file, encoding="utf-8", errors="surrogateescape") as lines:
+            entries = parse_map(lines)
+    except OSError as error:
+        raise Failure(f"unable to open {map_file} - {os_error_text(error)}") from error
+    for device in header.devices:
+        if wanted and device.name not in wanted:
+            entries[device.name] = MapEntry(skip=True)
+    return plan_map(header, entries, folder)
+
+
+def _worded(prefix: str, error: ArchiveError | RestoreError) -> Failure:
+    """The reference's words, and ours where they say more."""
+    ours = str(error)
+    words = f"{prefix} - {error.reference_text}"
+    failure = Failure(words if ours == error.reference_text else f"{words} ({ours})")
+    failure.exit_code = error.exit_code
+    return failure
+
+
+class _Report:
+    """Prints what the reference prints with `-v`."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        self._verbose = verbose
+        self._percent = -1
+        self._started = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] != "progress" or not self._verbose or not event["total_bytes"]:
+            return
+        percent = 100 * event["done_bytes"] // event["total_bytes"]
+        if percent != self._percent:
+            self._percent = percent
+            seconds = int(time.monotonic() - self._started)
+            print(
+                f"progress {percent}% (read {event['done_bytes']} bytes, duration {seconds} sec)",
+                flush=True,
+            )
+
+    def end(self, totals: Totals) -> None:
+        if not self._verbose:
+            return
+        read_bytes, sparse_bytes = totals.cluster_bytes, totals.zero_cluster_bytes
+        if not read_bytes:
+            print("vma archive does not contain any data")
+            return
+        print(
+            f"total bytes read {read_bytes}, sparse bytes {sparse_bytes} "
+            f"({100 * sparse_bytes / read_bytes:.3g}%)"
+        )
+        if read_bytes > sparse_bytes:
+            saved = 100 * totals.zero_block_bytes / (read_bytes - sparse_bytes)
+            print(f"space reduction due to 4K zero blocks {saved:.3g}%")

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts an archive's clusters and goes on where `Coverage` stops at the first mistake. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vmapipe.restore.report import Damage
+from vmapipe.vma.coverage import Coverage
+from vmapipe.vma.errors import CoverageError
+from vmapipe.vma.extent import ClusterRun, Extent
+from vmapipe.vma.header import Device, Header
+from vmapipe.vma.layout import CLUSTER_BYTES
+
+# Coverage takes a run that does not cross a multiple of this wholly or not at all.
+_PAGE_CLUSTERS = 1 << 16
+
+
+class Census:
+    """Feed it every extent that was found, then `finish`; both tell what is wrong."""
+
+    def __init__(self, header: Header) -> None:
+        self._devices = {device.dev_id: device for device in header.devices}
+        self._coverage = Coverage(header)
+        self._next_vmstate: dict[int, int] = {}
+
+    def add(self, extent: Extent) -> Iterator[Damage]:
+        """Exhaust it."""
+        for whole in extent.runs:
+            device = self._devices.get(whole.dev_id)
+            if device is not None and device.is_vmstate:
+                yield from self._add_vmstate(device, whole, extent.offset)
+                continue
+            for run in _within_pages(whole):
+                if not self._counted(run):
+                    yield from self._one_by_one(device, run, extent.offset)
+
+    def finish(self) -> Iterator[Damage]:
+        """Everything was fed: what is missing."""
+        device: Device | None = None
+        first = end = 0
+        for next_device, next_first, count in self._coverage.missing():
+            if next_device is not device or next_first != end:
+                yield from _missing(device, first, end)
+                device, first = next_device, next_first
+            end = next_first + count
+        yield from _missing(device, first, end)
+
+    def _counted(self, run: ClusterRun) -> bool:
+        try:
+            self._coverage.add(Extent(0, 0, (run,)))
+        except CoverageError:
+            return False
+        return True
+
+    def _one_by_one(self, device: Device | None, run: ClusterRun, at: int) -> Iterator[Damage]:
+        """A run with something wrong in it: tells which clusters, neighbours together."""
+        wrong = ""
+        first = run.first_cluster
+        for index, mask in enumerate(run.masks):
+            num = run.first_cluster + index
+            single = ClusterRun(run.dev_id, num, (mask,), 0)
+            why = "" if self._counted(single) else _why(device, num, mask)
+            if why != wrong:
+                yield from _wrong(device, run.dev_id, wrong, first, num, at)
+                wrong, first = why, num
+        yield from _wrong(device, run.dev_id, wrong, first, run.first_cluster + run.count, at)
+
+    def _add_vmstate(self, device: Device, run: ClusterRun, at: int) -> Iterator[Damage]:
+        expected = self._next_vmstate.get(device.dev_id, 0)
+        self._next_vmstate[device.dev_id] = max(expected, run.first_cluster + run.count)
+        if run.first_cluster > expected:
+            yield _damage(
+                device, "missing: the stream must be in order", expected, run.first_cluster, at
+            )
+        elif run.first_cluster < expected:
+            yield _damage(
+                device, "out of order", run.first_cluster, run.first_cluster + run.count, at
+            )
+
+
+def _within_pages(run: ClusterRun) -> Iterator[ClusterRun]:
+    cut = _PAGE_CLUSTERS - run.first_cluster % _PAGE_CLUSTERS
+    if run.count <= cut:
+        yield run
+    else:
+        yield ClusterRun(run.dev_id, run.first_cluster, run.masks[:cut], run.data_at)
+        yield ClusterRun(run.dev_id, run.first_cluster + cut, run.masks[cut:], 0)
+
+
+def _why(device: Device | None, num: int, mask: int) -> str:
+    """What is wrong with a cluster that Coverage refuses."""
+    if device is None:
+        return "of a device that the header does not list"
+    if num >= device.clusters:
+        return "beyond the device's end"
+    tail_bytes = device.size_bytes - num * CLUSTER_BYTES
+    if tail_bytes < CLUSTER_BYTES and mask >> -(-tail_bytes // 4096) and mask != 0xFFFF:
+        return "data beyond the device's end"
+    return "there a second time"
+
+
+def _wrong(
+    device: Device | None, dev_id: int, why: str, first: int, end: int, at: int
+) -> Iterator[Damage]:
+    if not why:
+        return
+    if device is None:
+        yield Damage(
+            f"clusters {first}..{end - 1} of device {dev_id}, which the header does not list",
+            archive_offset=at,
+        )
+    else:
+        yield _damage(device, why, first, end, at)
+
+
+def _missing(device: Device | None, first: int, end: int) -> Iterator[Damage]:
+    if device is not None:
+        yield _damage(device, "missing", first, end, None)
+
+
+def _damage(device: Device, why: str, first: int, end: int, at: int | None) -> Damage:
+    start = first * CLUSTER_BYTES
+    length = (end - first) * CLUSTER_BYTES
+    if not device.is_vmstate and start < device.size_bytes:
+        length = min(length, device.size_bytes - start)
+    what = f"cluster {first} is" if end == first + 1 else f"clusters {first}..{end - 1} are"
+    return Damage(f"{what} {why}", device.name, start, length, at)
