@@ -10,15 +10,31 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from vmapipe.control.render import human_bytes
-from vmapipe.control.words import naming
+from vmapipe.control.render import add_report_options, human_bytes, renderer
+from vmapipe.control.words import naming, source_name
 from vmapipe.restore.reading import Archive, open_archive
+from vmapipe.restore.verify import VerifyOptions, verify
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.errors import Damaged, Failure, UsageError
 from vmapipe.runtime.process import run
+from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import Config, Header
 from vmapipe.vma.names import printable
 
+VERIFY_DESCRIPTION = """\
+Check an archive without writing anything: header, checksums, uuid, counts,
+clusters that are missing, double or beyond the end, vmstate's order, trailing
+bytes. The format has no checksum for its data; with the manifest that `vmapipe
+backup` leaves beside an archive, every byte of data is checked, too. Goes on
+after damage, and names every device and range of bytes that is affected.
+"""
+VERIFY_EPILOG = """\
+examples:
+  vmapipe verify vm.vma.zst
+  ssh backup.example cat vm.vma | vmapipe verify --manifest vm.vma.manifest.json -
+
+exit codes: 0 nothing is wrong, 1 it could not be checked, 2 wrong use, 4 damage was found
+"""
 ARCHIVE_HELP = "a file, - (stdin), a FIFO, exec:COMMAND, fd:N; plain or compressed"
 DEFAULT_CONFIG = "qemu-server.conf"
 
@@ -52,6 +68,30 @@ def main_config(argv: Sequence[str], prog: str) -> int:
     parser.add_argument("archive", metavar="ARCHIVE", help=ARCHIVE_HELP)
     options = parser.parse_args(argv)
     return run(prog, lambda: _config(options))
+
+
+def main_verify(argv: Sequence[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=VERIFY_DESCRIPTION,
+        epilog=VERIFY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--manifest", metavar="FILE", help="the manifest (default: ARCHIVE.manifest.json)"
+    )
+    parser.add_argument(
+        "--no-manifest", action="store_true", help="check the structure only: fast, less is found"
+    )
+    parser.add_argument(
+        "--whole-file",
+        action="store_true",
+        help="also compare the digest of the stored file, which reads it once more",
+    )
+    add_report_options(parser)
+    parser.add_argument("archive", metavar="ARCHIVE", help=ARCHIVE_HELP)
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _verify(options))
 
 
 def open_by_name(name: str) -> Archive:
@@ -120,3 +160,27 @@ def find_config(configs: Sequence[Config], name: str | None) -> Config:
         there = ", ".join(printable(config.name) for config in configs) or "none at all"
         raise Failure(f"the archive has no config {wanted!r}; it has {there}")
     return found
+
+
+def _verify(options: argparse.Namespace) -> None:
+    if options.manifest and options.no_manifest:
+        raise UsageError("--manifest and --no-manifest exclude each other")
+    cancel = Cancel()
+    cancel.on_signals()
+    choice = VerifyOptions(
+        manifest=options.manifest,
+        check_digests=not options.no_manifest,
+        file_digest=options.whole_file,
+    )
+    with renderer("verify", options, sys.stdout) as emit:
+        try:
+            report = verify(options.archive, emit, cancel, choice)
+        except ArchiveError as error:
+            raise Damaged(f"{source_name(options.archive)}: {error}") from error
+        emit(report.event())
+    if not report.ok:
+        count = report.damage_count
+        raise Damaged(
+            f"{source_name(options.archive)} is damaged: {count} "
+            f"{'thing is' if count == 1 else 'things are'} wrong with it"
+        )

@@ -117,9 +117,37 @@ class _Text:
                     f"{human_bytes(event['zero_bytes'])} of zeroes in {event['seconds']:.1f} s, "
                     f"{human_bytes(rate)}/s ({checked})"
                 )
+            case "verified":
+                return verified_text(event)
             case "notice":
                 return str(event["text"])
         return None
+
+
+def verified_text(event: Event) -> str:
+    """What verification found, a line each, and what was checked at all."""
+    lines = [_damage_text(find) for find in event["damage"]]
+    if event["damage_count"] > len(lines):
+        lines.append(f"... and {event['damage_count'] - len(lines)} more")
+    size = human_bytes(event["archive_bytes"])
+    speed = human_bytes(event["archive_bytes"] / max(0.001, event["seconds"]))
+    if event["data_checked"]:
+        scope = "structure and every byte of data compared with the manifest"
+    else:
+        scope = "structure only: the data cannot be checked without a manifest"
+    verdict = "nothing is wrong" if event["ok"] else "DAMAGED"
+    lines.append(f"{event['archive']}: {verdict}; {size}, {scope}, {speed}/s")
+    return "\n".join(lines)
+
+
+def _damage_text(find: Event) -> str:
+    text = str(find["text"])
+    if find["device"] is not None and find["offset"] is not None and find["length"] is not None:
+        end = find["offset"] + find["length"] - 1
+        text = f"device {find['device']!r}, bytes {find['offset']}..{end}: {text}"
+    if find["archive_offset"] is not None:
+        text += f" (archive offset {find['archive_offset']})"
+    return text
 
 
 class Bar(_Text):

@@ -10,21 +10,20 @@ import time
 from collections.abc import Sequence
 
 from vmapipe.control.inspect import find_config
+from vmapipe.control.words import reference_words
 from vmapipe.restore.configs import write_configs
 from vmapipe.restore.errors import RestoreError
 from vmapipe.restore.handout import Totals
 from vmapipe.restore.job import restore
-from vmapipe.restore.manifest import Manifest, manifest_beside
 from vmapipe.restore.mapping import MapEntry, parse_map
 from vmapipe.restore.plan import Plan, device_named, plan_folder, plan_map
-from vmapipe.restore.reading import Archive, checked_pieces, open_archive
+from vmapipe.restore.reading import Archive, open_archive
+from vmapipe.restore.verify import verify as check
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Event
-from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import Header
-from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.names import printable
 
 
@@ -75,28 +74,16 @@ def extract(words: Sequence[str]) -> None:
 def verify(words: Sequence[str]) -> None:
     """`vma verify FILE [-v]`: all that can be checked, the data too where there is a manifest."""
     options, (file,) = _parse(words, "hv", 1, "verify")
-    with _open(file) as archive:
-        report = _Report(verbose=("-v", "") in options)
-        totals = Totals()
-        total_bytes = CLUSTER_BYTES * sum(device.clusters for device in archive.header.devices)
-        beside = manifest_beside(archive.source.path)
-        manifest = Manifest(beside) if beside is not None else None
-        try:
-            for piece in checked_pieces(archive, Coverage(archive.header), manifest):
-                totals.add(piece.extent)
-                report(
-                    {
-                        "event": "progress",
-                        "done_bytes": min(totals.cluster_bytes, total_bytes),
-                        "total_bytes": total_bytes,
-                    }
-                )
-        except (ArchiveError, RestoreError) as error:
-            raise _worded("verify failed", error) from error
-        finally:
-            if manifest is not None:
-                manifest.close()
-        report.end(totals)
+    progress = _Report(verbose=("-v", "") in options)
+    cancel = Cancel()
+    cancel.on_signals()
+    try:
+        report = check(file, progress, cancel)
+    except ArchiveError as error:
+        raise Damaged(reference_words(error)) from error
+    if not report.ok:
+        raise Damaged(f"verify failed - {report.damage[0].reference_words}")
+    progress.end(report.totals)
 
 
 def print_content(header: Header) -> None:
@@ -149,10 +136,7 @@ def _plan(header: Header, folder: str, wanted: Sequence[str], map_file: str | No
 
 
 def _worded(prefix: str, error: ArchiveError | RestoreError) -> Failure:
-    """The reference's words, and ours where they say more."""
-    ours = str(error)
-    words = f"{prefix} - {error.reference_text}"
-    failure = Failure(words if ours == error.reference_text else f"{words} ({ours})")
+    failure = Failure(f"{prefix} - {reference_words(error)}")
     failure.exit_code = error.exit_code
     return failure
 

@@ -8,7 +8,8 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from vmapipe.runtime.errors import EXIT_OK, EXIT_USAGE, UsageError
+from vmapipe.control.words import reference_words
+from vmapipe.runtime.errors import EXIT_OK, EXIT_USAGE, Failure, UsageError
 from vmapipe.runtime.process import run
 from vmapipe.vma.errors import ArchiveError
 
@@ -55,10 +56,7 @@ def _carry_out(command: Callable[[Sequence[str]], None], words: Sequence[str]) -
         raise UsageError(f"{error}; `vma -h` tells the grammar") from error
     except ArchiveError as error:
         # Of the header: the reference says these without a prefix.
-        ours = str(error)
-        if ours != error.reference_text:
-            error.args = (f"{error.reference_text} ({ours})",)
-        raise
+        raise Failure(reference_words(error)) from error
 
 
 if __name__ == "__main__":

@@ -6,8 +6,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from vmapipe.restore.errors import RestoreError
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.errors import ArchiveError
+
+
+def source_name(archive: str) -> str:
+    return "standard input" if archive == "-" else archive
 
 
 @contextlib.contextmanager
@@ -16,6 +21,17 @@ def naming(archive: str) -> Iterator[None]:
     try:
         yield
     except ArchiveError as error:
-        failure = Failure(f"{'standard input' if archive == '-' else archive}: {error}")
+        failure = Failure(f"{source_name(archive)}: {error}")
         failure.exit_code = error.exit_code
         raise failure from error
+
+
+def reference_words(error: ArchiveError | RestoreError) -> str:
+    """The words that scripts look for, and ours behind them where they say more."""
+    words = error.reference_text
+    if not isinstance(error, ArchiveError):
+        return words if str(error) == words else f"{words} ({error})"
+    details = [error.text] if error.text != words else []
+    if error.offset is not None:
+        details.append(f"archive offset {error.offset}")
+    return f"{words} ({', '.join(details)})" if details else words

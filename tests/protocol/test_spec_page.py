@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/wire-protocol.md is the authority: its examples and tables are held against the code.
+
+An example is a fenced block marked `wire`. Its first line is the message as a
+person writes it; then each part begins with a line `part N: …`, followed by
+its bytes in hex, where `5a*3` is a byte three times and `|` begins a comment.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.protocol.messages import EXAMPLES
+from tests.protocol.test_frames import encode
+from tests.protocol.test_states import ARCHIVER_TAKES, PRODUCER_TAKES
+from vmapipe.protocol import frames, limits
+from vmapipe.protocol.messages import ClusterFrame, Message, RunFrame, SharedRun
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "wire-protocol.md").read_text(encoding="utf-8")
+KINDS = {name: type(message) for name, message in EXAMPLES.items()}
+
+
+class Example(NamedTuple):
+    """One `wire` block."""
+
+    text: str
+    parts: list[bytes]
+
+
+def unhex(text: str) -> bytes:
+    """`aa*3 0102` to bytes."""
+    out = b""
+    for token in text.split():
+        digits, _, times = token.partition("*")
+        out += bytes.fromhex(digits) * int(times or 1)
+    return out
+
+
+def read_examples() -> Iterator[Example]:
+    for block in re.findall(r"^```wire\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        head, *lines = block.splitlines()
+        parts: list[bytes] = []
+        for line in lines:
+            if line.startswith(f"part {len(parts)}: "):
+                parts.append(b"")
+            else:
+                assert line.startswith("  "), line
+                parts[-1] += unhex(line.partition("|")[0])
+        yield Example(head, parts)
+
+
+EXAMPLES_OF_THE_PAGE = list(read_examples())
+
+
+def literal(text: str) -> Any:
+    """The page's notation as a value: JSON, and h'…' for bytes."""
+    text = re.sub(r"h'([^']*)'", lambda found: repr(unhex(found[1])), text)
+    return ast.literal_eval(re.sub(r"\b(true|false)\b", lambda found: found[0].title(), text))
+
+
+def meant(text: str) -> Message:
+    """What an example's first line says."""
+    name, _, rest = text.partition(" ")
+    if name != "DATA":
+        kind = KINDS[name]
+        assert dataclasses.is_dataclass(kind)
+        message: Message = kind(**literal(rest))
+        return message
+    number, _, rest = rest.partition(" ")
+    array, _, payload = rest.partition(" + ")
+    match literal(array):
+        case [dev_id, cluster_num, data]:
+            return ClusterFrame(int(number), dev_id, cluster_num, data)
+        case [dev_id, first, count, masks]:
+            blocks = memoryview(literal(payload or "h''"))
+            return RunFrame(int(number), dev_id, first, count, masks, blocks)
+        case other:
+            return SharedRun(int(number), *other)
+
+
+def table(first_column: str) -> list[list[str]]:
+    """The rows of all tables whose first column has this title, header rows left out."""
+    rows = []
+    for found in re.finditer(
+        rf"^\| {first_column} \|.*\n\|[ -|]*\n((?:\|.*\n)+)", PAGE, re.MULTILINE
+    ):
+        rows += [[cell.strip() for cell in row[1:-1].split("|")] for row in found[1].splitlines()]
+    return rows
+
+
+@pytest.mark.parametrize("example", EXAMPLES_OF_THE_PAGE, ids=lambda example: example.text[:24])
+def test_an_example_of_the_page_is_what_we_read_and_what_we_write(example: Example) -> None:
+    assert frames.decode(example.parts) == meant(example.text)
+    assert [bytes(part) for part in encode(meant(example.text))] == example.parts
+
+
+def test_every_message_has_an_example() -> None:
+    shown = {type(meant(example.text)) for example in EXAMPLES_OF_THE_PAGE}
+    assert shown == set(KINDS.values())
+
+
+def test_the_fields_of_the_page_are_those_of_the_messages() -> None:
+    sections = re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]
+    described = {}
+    for section in sections:
+        name = section.partition(" ")[0]
+        if name in KINDS:
+            fields = re.search(r"\| field \|.*\n\|[ -|]*\n((?:\|.*\n)+)", section)
+            rows = fields[1].splitlines() if fields else []
+            described[name] = [(row.split("|")[1].strip(), "default" in row) for row in rows]
+    described["PONG"] = described["PING"]
+    for name, kind in KINDS.items():
+        if dataclasses.is_dataclass(kind):
+            assert described[name] == [
+                (field.name, field.default is not dataclasses.MISSING)
+                for field in dataclasses.fields(kind)
+            ]
+
+
+def test_the_limits_of_the_page_are_those_of_the_code() -> None:
+    ours = {name: value for name, value in vars(limits).items() if name.isupper()}
+    assert {name: int(value) for name, value, _ in table("name")} == ours
+    assert all(reason for *_, reason in table("name"))
+
+
+def test_the_charges_of_the_page_are_those_of_the_code() -> None:
+    rows = [[int(cell) for cell in row] for row in table("clusters")]
+    assert rows
+    assert [limits.charge(clusters, data) for clusters, data, _ in rows] == [row[2] for row in rows]
+
+
+def test_the_states_of_the_page_are_those_of_the_code() -> None:
+    ours = [[a.value, message, then.value] for (a, message), then in ARCHIVER_TAKES.items()]
+    ours += [[p.value, message, then.value] for (p, message), then in PRODUCER_TAKES.items()]
+    # On the page a closed session ignores everything.
+    assert sorted(table("state")) == sorted(row for row in ours if row[0] != "closed")
+
+
+def test_every_error_code_in_the_code_stands_on_the_page() -> None:
+    listed = {code for code, _ in table("code")}
+    sources = [*(ROOT / "protocol").glob("*.py"), *(ROOT / "archiver").glob("*.py")]
+    text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+    used = set(re.findall(r'RemoteProtocolError\(\s*"([^"]*)"', text))
+    used |= set(re.findall(r'return "([a-z-]+)", f?"', text))
+    assert {"malformed", "too-large", "credit", "counts"} <= used
+    assert used - listed == set()
