@@ -18,7 +18,7 @@ from vmapipe.archiver.manifests import ManifestSink
 from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
 from vmapipe.archiver.outputs.output import Buffers, Output
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import CLUSTER_BYTES
+from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES
 from vmapipe.vma.manifest import (
     EXTENT_DIGEST_BYTES,
     DeviceTotals,
@@ -120,16 +120,15 @@ class _DeviceDigest:
         self._next = 0
         self._clusters = 0
         self._stored_bytes = 0
-        self._hasher: blake3 | None = blake3()
+        self._in_order = True
+        self._hasher = blake3()
 
     def add(self, first: int, count: int, masks: bytes, data: memoryview) -> None:
         """Clusters in the packer's form: no masks where all are zero."""
         self._clusters += count
         self._stored_bytes += len(data)
-        if self._hasher is None:
-            return
-        if first != self._next:
-            self._hasher = None
+        self._in_order = self._in_order and first == self._next
+        if not self._in_order:
             return
         self._next += count
         if not masks:
@@ -138,21 +137,24 @@ class _DeviceDigest:
         at = 0
         for index in range(0, 2 * count, 2):
             mask = masks[index : index + 2]
-            stop = at + int.from_bytes(mask, "big").bit_count() * 4096
+            stop = at + int.from_bytes(mask, "big").bit_count() * BLOCK_BYTES
             self._hasher.update(mask)
             self._hasher.update(data[at:stop])
             at = stop
 
+    def digest(self) -> bytes | None:
+        complete = self._device.is_vmstate or self._next == self._device.clusters
+        return self._hasher.digest() if self._in_order and complete else None
+
     def totals(self) -> DeviceTotals:
         device = self._device
-        complete = device.is_vmstate or self._next == device.clusters
         return DeviceTotals(
             dev_id=device.dev_id,
             name=device.name,
             size_bytes=device.size_bytes,
             clusters=self._clusters,
             zero_bytes=self._clusters * CLUSTER_BYTES - self._stored_bytes,
-            digest=self._hasher.digest() if self._hasher and complete else None,
+            digest=self.digest(),
         )
 
 

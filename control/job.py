@@ -16,7 +16,7 @@ from vmapipe.archiver.manifests import beside
 from vmapipe.archiver.outputs.file import remove_leftover
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
-from vmapipe.runtime.errors import Cancelled, Failure, UsageError
+from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.events import Emit
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, check_contents
@@ -79,9 +79,6 @@ class BackupJob:
                 check_contents(devices, ())
         except LimitError as error:
             raise UsageError(str(error)) from error
-        for disk in self.disks:
-            if not disk.name.isprintable():
-                raise UsageError(f"device name {disk.name!r} has unprintable characters")
 
     def _start(self, children: Children, endpoint: str) -> None:
         job = self.job_id.hex()
@@ -137,7 +134,8 @@ class BackupJob:
             if archiver.exit_code is not None and archiver.exit_code < 0:
                 self._remove_leftovers()
             spoke = archiver.exit_code and archiver.error
-            raise Failure((archiver if spoke else first_failed).verdict())
+            told = archiver if spoke else first_failed
+            raise (UsageError if told.exit_code == EXIT_USAGE else Failure)(told.verdict())
 
     def _remove_leftovers(self) -> None:
         """What an archiver that was killed could not remove itself."""

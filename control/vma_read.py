@@ -82,7 +82,10 @@ def verify(words: Sequence[str]) -> None:
     except ArchiveError as error:
         raise Damaged(reference_words(error)) from error
     if not report.ok:
-        raise Damaged(f"verify failed - {report.damage[0].reference_words}")
+        first = report.damage[0]
+        words = first.reference_text or first.text
+        detail = str(first).removeprefix(words).strip()
+        raise Damaged(f"verify failed - {words}" + (f" ({detail})" if detail else ""))
     progress.end(report.totals)
 
 

@@ -10,10 +10,27 @@ from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import CLUSTER_BYTES
+from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK
 
 # Coverage takes a run that does not cross a multiple of this wholly or not at all.
 _PAGE_CLUSTERS = 1 << 16
+
+_UNKNOWN = "of a device that the header does not list"
+_BEYOND = "beyond the device's end"
+_DATA_BEYOND = "reaching beyond the device's end with data"
+_TWICE = "there a second time"
+_MISSING = "missing"
+_MISSING_VMSTATE = "missing: this stream must be in order"
+_OUT_OF_ORDER = "out of order"
+_REFERENCE_WORDS = {
+    _UNKNOWN: "got wrong dev id {name}",
+    _BEYOND: "got wrong block address - write beyond end",
+    _DATA_BEYOND: "got wrong block address - write beyond end",
+    _TWICE: "found duplicated cluster {cluster} for stream {name}",
+    _MISSING: "detected missing cluster {cluster} for stream {name}",
+    _MISSING_VMSTATE: "found out of order vmstate data",
+    _OUT_OF_ORDER: "found out of order vmstate data",
+}
 
 
 class Census:
@@ -41,10 +58,12 @@ class Census:
         first = end = 0
         for next_device, next_first, count in self._coverage.missing():
             if next_device is not device or next_first != end:
-                yield from _missing(device, first, end)
+                if device is not None:
+                    yield from _wrong(device, device.dev_id, _MISSING, first, end, None)
                 device, first = next_device, next_first
             end = next_first + count
-        yield from _missing(device, first, end)
+        if device is not None:
+            yield from _wrong(device, device.dev_id, _MISSING, first, end, None)
 
     def _counted(self, run: ClusterRun) -> bool:
         try:
@@ -67,16 +86,13 @@ class Census:
         yield from _wrong(device, run.dev_id, wrong, first, run.first_cluster + run.count, at)
 
     def _add_vmstate(self, device: Device, run: ClusterRun, at: int) -> Iterator[Damage]:
+        first, end = run.first_cluster, run.first_cluster + run.count
         expected = self._next_vmstate.get(device.dev_id, 0)
-        self._next_vmstate[device.dev_id] = max(expected, run.first_cluster + run.count)
-        if run.first_cluster > expected:
-            yield _damage(
-                device, "missing: the stream must be in order", expected, run.first_cluster, at
-            )
-        elif run.first_cluster < expected:
-            yield _damage(
-                device, "out of order", run.first_cluster, run.first_cluster + run.count, at
-            )
+        self._next_vmstate[device.dev_id] = max(expected, end)
+        if first > expected:
+            yield from _wrong(device, device.dev_id, _MISSING_VMSTATE, expected, first, at)
+        elif first < expected:
+            yield from _wrong(device, device.dev_id, _OUT_OF_ORDER, first, end, at)
 
 
 def _within_pages(run: ClusterRun) -> Iterator[ClusterRun]:
@@ -91,38 +107,30 @@ def _within_pages(run: ClusterRun) -> Iterator[ClusterRun]:
 def _why(device: Device | None, num: int, mask: int) -> str:
     """What is wrong with a cluster that Coverage refuses."""
     if device is None:
-        return "of a device that the header does not list"
+        return _UNKNOWN
     if num >= device.clusters:
-        return "beyond the device's end"
+        return _BEYOND
     tail_bytes = device.size_bytes - num * CLUSTER_BYTES
-    if tail_bytes < CLUSTER_BYTES and mask >> -(-tail_bytes // 4096) and mask != 0xFFFF:
-        return "data beyond the device's end"
-    return "there a second time"
+    reaches_out = tail_bytes < CLUSTER_BYTES and mask >> -(-tail_bytes // BLOCK_BYTES)
+    # A full mask is cut at the end, as the reference tool does.
+    return _DATA_BEYOND if reaches_out and mask != FULL_MASK else _TWICE
 
 
 def _wrong(
-    device: Device | None, dev_id: int, why: str, first: int, end: int, at: int
+    device: Device | None, dev_id: int, why: str, first: int, end: int, at: int | None
 ) -> Iterator[Damage]:
+    """Clusters [first, end) and what is wrong with them (empty: nothing is)."""
     if not why:
         return
+    name = str(dev_id) if device is None else device.name
+    what = f"cluster {first} is" if end == first + 1 else f"clusters {first}..{end - 1} are"
+    words = _REFERENCE_WORDS[why].format(cluster=first, name=name)
     if device is None:
-        yield Damage(
-            f"clusters {first}..{end - 1} of device {dev_id}, which the header does not list",
-            archive_offset=at,
-        )
-    else:
-        yield _damage(device, why, first, end, at)
-
-
-def _missing(device: Device | None, first: int, end: int) -> Iterator[Damage]:
-    if device is not None:
-        yield _damage(device, "missing", first, end, None)
-
-
-def _damage(device: Device, why: str, first: int, end: int, at: int | None) -> Damage:
+        text = f"{what} {why} ({dev_id})"
+        yield Damage(text, archive_offset=at, reference_text=words)
+        return
     start = first * CLUSTER_BYTES
     length = (end - first) * CLUSTER_BYTES
     if not device.is_vmstate and start < device.size_bytes:
         length = min(length, device.size_bytes - start)
-    what = f"cluster {first} is" if end == first + 1 else f"clusters {first}..{end - 1} are"
-    return Damage(f"{what} {why}", device.name, start, length, at)
+    yield Damage(f"{what} {why}", name, start, length, at, words)

@@ -14,8 +14,6 @@ from vmapipe.restore.inputs import Input
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-GZIP_MAGIC = b"\x1f\x8b"
-
 
 class GzipStream(io.RawIOBase):
     """Owns `raw`. Zero bytes after the last member are padding, as for gzip itself."""

@@ -6,13 +6,13 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 
 from vmapipe.restore.errors import SourceError
 from vmapipe.restore.inputs import Input, ProgramInput
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
-LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
 # As much as a pipe holds.
 _PIECE_BYTES = 1 << 16
 
@@ -20,7 +20,7 @@ _PIECE_BYTES = 1 << 16
 class LzopStream(ProgramInput):
     """Owns `raw`, which a thread feeds to lzop."""
 
-    def __init__(self, name: str, raw: Input, halts: tuple[Cancel, ...]) -> None:
+    def __init__(self, name: str, raw: Input, halts: Sequence[Cancel]) -> None:
         lzop = shutil.which("lzop")
         if lzop is None:
             raise SourceError(

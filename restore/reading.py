@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from vmapipe.restore.digest import extent_digest
 from vmapipe.restore.errors import DigestError
 from vmapipe.restore.manifest import Manifest
 from vmapipe.restore.source import PlainFile, Source, open_source
@@ -140,6 +139,8 @@ def checked_pieces(
 
 def check_opening(archive: Archive, manifest: Manifest) -> None:
     """Raises ArchiveError when the manifest belongs to another archive, DigestError for damage."""
+    from vmapipe.restore.digest import extent_digest  # here: only where there is a manifest
+
     opening = manifest.opening
     if opening.uuid != archive.header.uuid:
         raise ArchiveError(

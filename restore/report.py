@@ -19,6 +19,7 @@ class Damage:
 
     `device`, `offset`, `length`: what is lost or not to be trusted, in bytes of
     that device, where it is known. `archive_offset`: where in the plain archive.
+    `reference_text`: what the reference tool says of it, where it has words.
     """
 
     text: str
@@ -26,6 +27,12 @@ class Damage:
     offset: int | None = None
     length: int | None = None
     archive_offset: int | None = None
+    reference_text: str | None = None
+
+    @property
+    def reference_words(self) -> str:
+        """The reference tool's words, or ours where it has none."""
+        return str(self) if self.reference_text is None else self.reference_text
 
     def __str__(self) -> str:
         words = self.text

@@ -13,17 +13,17 @@ import subprocess
 from collections.abc import Callable, Sequence
 
 from vmapipe.restore.errors import SourceError
-from vmapipe.restore.gzipped import GZIP_MAGIC, GzipStream
 from vmapipe.restore.inputs import Input, ProgramInput
-from vmapipe.restore.lzopped import LZOP_MAGIC, LzopStream
 from vmapipe.restore.zstdframes import is_zstd
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 
 # For small reads (headers); larger ones pass it by.
 _BUFFER_BYTES = 1 << 16
+_GZIP_MAGIC = b"\x1f\x8b"
+_LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
 # lzop's is the longest.
-_MAGIC_BYTES = len(LZOP_MAGIC)
+_MAGIC_BYTES = len(_LZOP_MAGIC)
 # More threads than this decompress faster than one reader can take.
 _MAX_THREADS = 4
 _FOREIGN = {
@@ -201,7 +201,7 @@ def _open_seekable(name: str, path: str | None, fd: int, size_bytes: int) -> Sou
         return PlainFile(name, path, fd, size_bytes)
     if not is_zstd(start):
         return None
-    from vmapipe.restore import zstd  # here, because plain archives need not wait 15 ms for it
+    from vmapipe.restore import zstd  # here: plain archives need not wait 15 ms for it
 
     frames = zstd.seekable_frames(fd, size_bytes)
     if frames is None:
@@ -219,7 +219,7 @@ def _is_compressed(name: str, start: bytes) -> bool:
                 f"{name} is compressed with {program}, which is not known here: "
                 f"decompress it on the way, with exec:'{command} FILE'"
             )
-    return is_zstd(start) or start.startswith((GZIP_MAGIC, LZOP_MAGIC))
+    return is_zstd(start) or start.startswith((_GZIP_MAGIC, _LZOP_MAGIC))
 
 
 def _stream(
@@ -236,20 +236,32 @@ def _stream(
     try:
         source = open_input(halts)
         start = source.peek_start(_MAGIC_BYTES)
-        raw: io.RawIOBase
-        if not _is_compressed(name, start):
-            raw, compression = source, "none"
-        elif start.startswith(GZIP_MAGIC):
-            raw, compression = GzipStream(name, source), "gzip"
-        elif start.startswith(LZOP_MAGIC):
-            raw, compression = LzopStream(name, source, halts), "lzo"
-        else:
-            from vmapipe.restore.zstd import ZstdStream  # here for the same reason
-
-            raw, compression = ZstdStream(name, source), "zstd"
+        raw, compression = _decompressed(name, source, start, halts)
     except BaseException:
         if source is not None:
             source.close()
         halt.close()
         raise
     return Stream(name, path, compression, raw, halt, file_bytes)
+
+
+def _decompressed(
+    name: str, source: Input, start: bytes, halts: Sequence[Cancel]
+) -> tuple[io.RawIOBase, str]:
+    """Plain bytes of what begins with `start`, and the name of its compression.
+
+    Imports only what it needs: a restore's time begins with its imports.
+    """
+    if not _is_compressed(name, start):
+        return source, "none"
+    if start.startswith(_GZIP_MAGIC):
+        from vmapipe.restore.gzipped import GzipStream
+
+        return GzipStream(name, source), "gzip"
+    if start.startswith(_LZOP_MAGIC):
+        from vmapipe.restore.lzopped import LzopStream
+
+        return LzopStream(name, source, halts), "lzo"
+    from vmapipe.restore.zstd import ZstdStream
+
+    return ZstdStream(name, source), "zstd"

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
 
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -18,6 +21,8 @@ _AT_FDCWD = -100
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
+    import ctypes  # here: few restores need it
+
     libc = ctypes.CDLL(None, use_errno=True)
     # off64_t on every architecture, unlike off_t.
     libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -34,8 +39,7 @@ def _libc() -> ctypes.CDLL:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2); sizes in bytes. Raises OSError."""
     if _libc().fallocate64(fd, mode, offset, length):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise _os_error()
 
 
 def rename_noreplace(source: str, target: str) -> None:
@@ -43,5 +47,11 @@ def rename_noreplace(source: str, target: str) -> None:
     if _libc().renameat2(
         _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE
     ):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), source, None, target)
+        raise _os_error()
+
+
+def _os_error() -> OSError:
+    import ctypes
+
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))

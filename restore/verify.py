@@ -21,7 +21,7 @@ from vmapipe.restore.survey import Gap, survey
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.events import Emit
-from vmapipe.vma.errors import ArchiveError, NotAnArchiveError
+from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import Extent
 from vmapipe.vma.header import Header
 from vmapipe.vma.layout import CLUSTER_BYTES
@@ -50,21 +50,16 @@ class VerifyOptions:
 def verify(name: str, emit: Emit, cancel: Cancel, options: VerifyOptions | None = None) -> Report:
     """Check the archive `name` (as for `open_source`).
 
-    What is wrong with it is in the report. Raises NotAnArchiveError where it
-    is none, SourceError where it cannot be read, Cancelled.
+    What is wrong with it is in the report. Raises ArchiveError where there is
+    no beginning (it is no archive, or its header is damaged), SourceError where
+    it cannot be read, Cancelled.
     """
     options = options or VerifyOptions()
     report = Report(name)
     started = time.monotonic()
-    try:
-        with open_archive(name, cancel) as archive:
-            report.compression = archive.source.compression
-            _Verification(archive, report, options, emit, cancel).run()
-    except NotAnArchiveError:
-        raise
-    except ArchiveError as error:
-        # Of the header, or of compressed data where it stands: there is no way on.
-        report.add([_damage_of(error)])
+    with open_archive(name, cancel) as archive:
+        report.compression = archive.source.compression
+        _Verification(archive, report, options, emit, cancel).run()
     report.seconds = time.monotonic() - started
     return report
 
@@ -72,7 +67,7 @@ def verify(name: str, emit: Emit, cancel: Cancel, options: VerifyOptions | None 
 def _damage_of(error: ArchiveError) -> Damage:
     if isinstance(error, CompressionError):
         return Damage(f"{error}; what follows could not be checked")
-    return Damage(error.text, archive_offset=error.offset)
+    return Damage(error.text, archive_offset=error.offset, reference_text=error.reference_text)
 
 
 class _Verification:
@@ -114,7 +109,8 @@ class _Verification:
         report = self._report
         if isinstance(find, Gap):
             text = f"{find.error.text}; {find.length} bytes of the archive hold no extent"
-            report.add([Damage(text, archive_offset=find.offset)])
+            words = find.error.reference_text
+            report.add([Damage(text, archive_offset=find.offset, reference_text=words)])
             report.totals.archive_bytes = find.offset + find.length
         else:
             report.totals.add(find.extent)

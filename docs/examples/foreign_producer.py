@@ -66,7 +66,7 @@ with open(path, "rb") as disk:
         charged += 64 + 8 + len(data)
         while limit < charged or socket.poll(0):
             message, fields = hear()
-            limit = fields.get("limit", limit)
+            limit = max(limit, fields.get("limit", 0))
         send(number + 1, [dev_id, number, data])
 send(["END", {"frames": clusters, "clusters": clusters}])
 while message != "DONE":

@@ -48,6 +48,7 @@ def as_numbers(masks: bytes) -> list[int]:
 
 
 @given(disks(), st.sampled_from([bytes, bytearray, memoryview]), st.integers(0, 3))
+@settings(max_examples=60)
 def test_the_masks_tell_which_blocks_are_not_zero(
     disk: bytearray, form: type[bytes] | type[bytearray] | type[memoryview], behind: int
 ) -> None:
@@ -59,6 +60,7 @@ def test_the_masks_tell_which_blocks_are_not_zero(
 
 
 @given(disks(), st.sampled_from([bytes, bytearray, memoryview]))
+@settings(max_examples=60)
 def test_what_is_collected_are_the_blocks_that_are_not_zero(
     disk: bytearray, form: type[bytes] | type[bytearray] | type[memoryview]
 ) -> None:
@@ -92,13 +94,15 @@ def test_blocks_that_lie_together_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize(
-    "length", [0, 1, BLOCK, MIB - 1, MIB, MIB + 1, 2 * MIB, 2 * MIB + BLOCK, 3 * MIB + 12345]
+    "length", [0, 1, BLOCK, CLUSTER - 1, CLUSTER, CLUSTER + 1, 3 * CLUSTER + BLOCK, MIB + 12345]
 )
 def test_one_byte_anywhere_makes_a_piece_not_zero(length: int) -> None:
     data = bytearray(length)
     assert is_zero(data, length)
     assert is_zero(bytes(data), length)
-    for at in {0, length // 2, length - 1, MIB - 1, MIB, 2 * MIB} & set(range(length)):
+    for at in {0, length // 2, length - 1, CLUSTER - 1, CLUSTER, 2 * CLUSTER, MIB} & set(
+        range(length)
+    ):
         data[at] = 1
         assert not is_zero(data, length)
         assert is_zero(data, at)

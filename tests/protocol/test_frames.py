@@ -382,7 +382,7 @@ def test_the_last_cluster_of_the_largest_disk_is_taken() -> None:
 
 
 @given(st.lists(st.binary(max_size=80), max_size=4))
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_arbitrary_bytes_are_refused_and_nothing_worse(parts: list[bytes]) -> None:
     _only_refuses(parts)
 
@@ -413,7 +413,7 @@ values = st.recursive(
 
 
 @given(st.lists(values, min_size=1, max_size=3), st.integers(0, 1))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_arbitrary_msgpack_values_are_refused_and_nothing_worse(
     parts: list[Any], whole: int
 ) -> None:
@@ -430,7 +430,7 @@ def test_arbitrary_msgpack_values_are_refused_and_nothing_worse(
         )
     )
 )
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_a_known_message_with_arbitrary_values_is_refused_and_nothing_worse(
     message: tuple[str, dict[str, Any]],
 ) -> None:
@@ -451,7 +451,7 @@ def test_a_frame_with_arbitrary_values_is_refused_and_nothing_worse(
 
 
 @given(st.sampled_from(list(EXAMPLES.values())), st.data())
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_a_flipped_bit_makes_another_message_or_a_refusal(
     message: Message, draw: st.DataObject
 ) -> None:

@@ -90,7 +90,7 @@ def table(first_column: str) -> list[list[str]]:
     """The rows of all tables whose first column has this title, header rows left out."""
     rows = []
     for found in re.finditer(
-        rf"^\| {first_column} \|.*\n\|[ -|]*\n((?:\|.*\n)+)", PAGE, re.MULTILINE
+        rf"^\| {first_column} \|.*\n\|[-| ]*\n((?:\|.*\n)+)", PAGE, re.MULTILINE
     ):
         rows += [[cell.strip() for cell in row[1:-1].split("|")] for row in found[1].splitlines()]
     return rows
@@ -113,7 +113,7 @@ def test_the_fields_of_the_page_are_those_of_the_messages() -> None:
     for section in sections:
         name = section.partition(" ")[0]
         if name in KINDS:
-            fields = re.search(r"\| field \|.*\n\|[ -|]*\n((?:\|.*\n)+)", section)
+            fields = re.search(r"\| field \|.*\n\|[-| ]*\n((?:\|.*\n)+)", section)
             rows = fields[1].splitlines() if fields else []
             described[name] = [(row.split("|")[1].strip(), "default" in row) for row in rows]
     described["PONG"] = described["PING"]

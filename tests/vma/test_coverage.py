@@ -31,7 +31,7 @@ def refusal(state: Coverage, *runs: tuple[int, int, tuple[int, ...]]) -> Coverag
 
 
 @given(devices_and_runs())
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_every_cluster_once_in_any_order_is_complete(
     made: tuple[tuple[Device, ...], list[Run]],
 ) -> None:
@@ -43,7 +43,7 @@ def test_every_cluster_once_in_any_order_is_complete(
 
 
 @given(devices_and_runs())
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_one_missing_cluster_is_named(made: tuple[tuple[Device, ...], list[Run]]) -> None:
     devices, runs = made
     state = coverage(*devices)
@@ -61,7 +61,7 @@ def test_one_missing_cluster_is_named(made: tuple[tuple[Device, ...], list[Run]]
 
 
 @given(devices_and_runs())
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_a_cluster_that_comes_twice_is_named(made: tuple[tuple[Device, ...], list[Run]]) -> None:
     devices, runs = made
     state = coverage(*devices)

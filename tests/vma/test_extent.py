@@ -73,6 +73,25 @@ def test_block_pieces_say_where_each_stored_byte_belongs(
         assert disk_at + length < following
 
 
+@pytest.mark.parametrize(
+    ("run_masks", "is_full", "is_zero", "data_bytes"),
+    [
+        ((FULL_MASK,), True, False, CLUSTER_BYTES),
+        ((FULL_MASK, FULL_MASK), True, False, 2 * CLUSTER_BYTES),
+        ((FULL_MASK, 0x7FFF), False, False, 31 * 4096),
+        ((FULL_MASK, 0), False, False, CLUSTER_BYTES),
+        ((0, 0), False, True, 0),
+        ((0, 1), False, False, 4096),
+    ],
+)
+def test_a_run_knows_whether_it_is_full_or_zero(
+    run_masks: tuple[int, ...], is_full: bool, is_zero: bool, data_bytes: int
+) -> None:
+    run = ClusterRun(1, 0, run_masks, 0)
+    assert run.count == len(run_masks)
+    assert (run.is_full, run.is_zero, run.data_bytes) == (is_full, is_zero, data_bytes)
+
+
 @pytest.mark.parametrize("run_masks", [(FULL_MASK,), (FULL_MASK, 1), (1,), (0,)])
 def test_a_run_beyond_the_devices_end_has_no_pieces(run_masks: tuple[int, ...]) -> None:
     run = ClusterRun(1, 5, run_masks, 0)

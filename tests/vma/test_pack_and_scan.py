@@ -34,6 +34,7 @@ from vmapipe.vma.scanner import HeaderRead, Scanner
 
 
 @given(devices_and_runs(), st.integers(1, 59), st.data())
+@settings(max_examples=60)
 def test_scanning_what_was_packed_gives_the_same_clusters_in_the_same_order(
     made: tuple[tuple[Device, ...], list[Run]], slots: int, data: st.DataObject
 ) -> None:
@@ -49,6 +50,7 @@ def test_scanning_what_was_packed_gives_the_same_clusters_in_the_same_order(
 
 
 @given(devices_and_runs(), st.data())
+@settings(max_examples=40)
 def test_any_split_of_the_bytes_gives_the_same_events(
     made: tuple[tuple[Device, ...], list[Run]], data: st.DataObject
 ) -> None:
@@ -71,7 +73,7 @@ def test_one_byte_at_a_time_gives_the_same_events() -> None:
 
 
 @given(devices_and_runs())
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_reading_just_what_is_wanted_never_reads_past_a_structure(
     made: tuple[tuple[Device, ...], list[Run]],
 ) -> None:
@@ -91,6 +93,7 @@ def test_reading_just_what_is_wanted_never_reads_past_a_structure(
 
 
 @given(devices_and_runs(), st.integers(1, 59))
+@settings(max_examples=40)
 def test_the_disks_come_out_complete_and_as_they_went_in(
     made: tuple[tuple[Device, ...], list[Run]], slots: int
 ) -> None:
@@ -110,7 +113,7 @@ def test_the_disks_come_out_complete_and_as_they_went_in(
 
 
 @given(devices_and_runs(), st.integers(1, 59))
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_every_extent_but_the_last_is_full(
     made: tuple[tuple[Device, ...], list[Run]], slots: int
 ) -> None:

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's mistakes: one clear line, the right exit code, nothing half-made."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.machine import VMA, VMAPIPE, bad, good, make_disk, run
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return make_disk(tmp_path / "disk.raw", "Ap0")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
+    "missing disk": (lambda d: ["--disk", "a=/nonexistent"], 1, "disk 'a': cannot open /nonexist"),
+    "a folder": (lambda d: ["--disk", f"a={d.parent}"], 1, "is a folder"),
+    "two of one name": (
+        lambda d: ["--disk", f"a={d}", "--disk", f"a={d}"],
+        2,
+        "two devices have the name 'a'",
+    ),
+    "control character": (lambda d: ["--disk", f"a\nb={d}"], 2, "is not safe"),
+    "no disk": (lambda d: [], 2, "name a disk with --disk"),
+    "missing config": (
+        lambda d: ["--disk", f"a={d}", "--config", "/nonexistent"],
+        1,
+        "unable to read file '/nonexistent'",
+    ),
+    "large config": (
+        lambda d: ["--disk", f"a={d}", "--config", str(d)],
+        1,
+        "the limit is 65535",
+    ),
+    "unknown format": (lambda d: ["--disk", f"a={d},format=qcow2"], 2, "qcow2"),
+    "bad level": (lambda d: ["--disk", f"a={d}", "--compress", "zstd:99"], 2, "zstd:1 to zstd:19"),
+    "bad compressor": (lambda d: ["--disk", f"a={d}", "--compress", "xz"], 2, "use zstd"),
+    "bad speed": (lambda d: ["--disk", f"a={d}", "--speed", "fast"], 2, "is no size"),
+    "manifest and none": (
+        lambda d: ["--disk", f"a={d}", "--manifest", "x", "--no-manifest"],
+        2,
+        "exclude each other",
+    ),
+    "bad descriptor name": (lambda d: ["--disk", f"a={d}", "--uuid", "x"], 2, "is no uuid"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_leaves_nothing(disk: Path, out: Path, mistake: str) -> None:
+    words, code, text = MISTAKES[mistake]
+    assert text in bad("backup", *words(disk), out / "vm.vma", code=code)
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("archive", "text"),
+    [
+        ("/nonexistent/folder/vm.vma", "/nonexistent/folder/vm.vma"),
+        ("fd:99", "no such descriptor"),
+        ("fd:x", "fd:"),
+        ("exec:", "exec"),
+    ],
+)
+def test_an_archive_that_cannot_be_made_is_named(disk: Path, archive: str, text: str) -> None:
+    done = run("backup", "--disk", f"a={disk}", archive)
+    assert done.returncode in (1, 2)
+    assert text in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_an_unreadable_disk_is_named(disk: Path, out: Path, tmp_path: Path) -> None:
+    # Root reads anything: a link that leads to itself is unreadable for everybody.
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    text = bad("backup", "--disk", f"a={loop}", out / "vm.vma")
+    assert str(loop) in text
+    assert "symbolic links" in text
+
+
+@pytest.mark.parametrize("tool", [VMAPIPE, VMA], ids=["vmapipe", "vma"])
+def test_help_goes_to_stdout_and_wrong_use_to_stderr_with_exit_code_2(tool: tuple[str]) -> None:
+    helped = run("-h", tool=tool)
+    assert (helped.returncode, helped.stderr) == (0, b"")
+    assert b"verify" in helped.stdout
+    for words in ([], ["nonsense"], ["verify"]):
+        done = run(*words, tool=tool)
+        assert done.returncode == 2, words
+        assert done.stdout == b""
+        assert done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["backup", "restore", "list", "config", "verify", "producer", "archiver"],
+)
+def test_every_command_explains_itself(command: str) -> None:
+    text = good(command, "--help").decode()
+    assert f"vmapipe {command}" in text
+    assert "example" in text
+
+
+def test_a_closed_stdout_is_no_traceback(tmp_path: Path, golden: Path) -> None:
+    archive = golden / "g02-two-disks-cfg.vma"
+    with open("/dev/full", "wb") as full:
+        done = run("list", archive, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+    assert b"No space left" in done.stderr
