@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import zstandard
 
+from vmapipe.archiver.outputs.errors import OutputFailure
 from vmapipe.archiver.outputs.output import Buffers, Output
 from vmapipe.runtime.errors import UsageError
 from vmapipe.vma.seektable import seek_table_ends
@@ -61,6 +62,7 @@ class ZstdOutput:
         self._frames: deque[Future[tuple[bytes, int]]] = deque()
         self._table = array.array("I")
         self._thread = threading.local()
+        self._over = False
         self._pool = ThreadPoolExecutor(compression.threads, "zstd")
 
     @property
@@ -76,6 +78,7 @@ class ZstdOutput:
         return self._inner.written_bytes
 
     def write(self, buffers: Buffers) -> None:
+        self._check()
         # A copy, for the buffers belong to others again when we return.
         for buffer in buffers:
             self._plain += buffer
@@ -83,6 +86,7 @@ class ZstdOutput:
             self._close_frame()
 
     def commit(self) -> None:
+        self._check()
         if self._plain:
             self._close_frame()
         while self._frames:
@@ -93,10 +97,16 @@ class ZstdOutput:
         head, foot = seek_table_ends(len(self._table) // 2)
         self._inner.write([head, memoryview(self._table).cast("B"), foot])
         self._inner.commit()
+        self._over = True
 
     def abandon(self) -> None:
+        self._over = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._inner.abandon()
+
+    def _check(self) -> None:
+        if self._over:
+            raise OutputFailure(f"{self.description} takes no more: it is complete or given up")
 
     def _close_frame(self) -> None:
         plain, self._plain = self._plain, bytearray()

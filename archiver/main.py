@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
+from vmapipe.archiver.arguments import add_output_options
 from vmapipe.archiver.job import JobSpec
 from vmapipe.archiver.options import read_configs, store_for
 from vmapipe.archiver.serve import serve
@@ -36,44 +37,6 @@ example, by hand, in two terminals:
   vmapipe archiver --listen ipc:///run/backup.sock --expect 1 --output vm.vma
   vmapipe producer --archiver ipc:///run/backup.sock --disk drive-scsi0=/srv/vm.raw
 """
-
-
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """How an archive is stored: the same words for the archiver and for a backup."""
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="[NAME=]PATH",
-        help="store this file in the archive, by its name or as NAME; may be repeated",
-    )
-    parser.add_argument(
-        "--compress",
-        metavar="zstd[:LEVEL]",
-        help="compress, at level 1 to 19 (default level: 3)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="threads that compress (default: one a core)",
-    )
-    parser.add_argument(
-        "--manifest",
-        metavar="FILE",
-        help="where the digests go (default: ARCHIVE.manifest.json beside a file)",
-    )
-    parser.add_argument("--no-manifest", action="store_true", help="make no digests")
-    parser.add_argument(
-        "--reproducible",
-        action="store_true",
-        help="same disks, same bytes: one disk after the other, a uuid made from the names and "
-        "sizes, the time from SOURCE_DATE_EPOCH",
-    )
-    parser.add_argument(
-        "--uuid", type=job_id, metavar="UUID", help="the archive's uuid (default: a random one)"
-    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -7,10 +7,10 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from vmapipe.archiver.compress import Compression
 from vmapipe.archiver.device import Mark
-from vmapipe.archiver.digests import Digests
 from vmapipe.archiver.manifests import ManifestFile, ManifestLines, ManifestSink, beside
 from vmapipe.archiver.outputs.output import Output
 from vmapipe.archiver.outputs.spec import open_output
@@ -22,6 +22,9 @@ from vmapipe.runtime.events import Emit
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Config
 from vmapipe.vma.layout import MAX_BLOB_BYTES, MAX_CONFIGS
+
+if TYPE_CHECKING:
+    from vmapipe.archiver.digests import Digests
 
 _COMPRESS = re.compile(r"zstd(?::([0-9]{1,2}))?")
 DEFAULT_LEVEL = 3
@@ -78,12 +81,19 @@ def store_for(
     except BaseException:
         output.abandon()
         raise
-    return Store(output, Digests(sink) if sink else None, wake, compression)
+    return Store(output, _digests(sink), wake, compression)
 
 
-def _manifest_sink(
-    options: argparse.Namespace, output: Output, emit: Emit
-) -> ManifestSink | None:
+def _digests(sink: ManifestSink | None) -> Digests | None:
+    if sink is None:
+        return None
+    # Imported here: an archive without a manifest starts sooner without blake3.
+    from vmapipe.archiver.digests import Digests
+
+    return Digests(sink)
+
+
+def _manifest_sink(options: argparse.Namespace, output: Output, emit: Emit) -> ManifestSink | None:
     if options.no_manifest:
         return None
     if options.manifest:

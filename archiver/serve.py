@@ -63,14 +63,12 @@ class _Server:
             self._hear_store(wake_fd)
             if cancel.asked:
                 self._carry_out(job.fail(cancel.reason))
-            self._carry_out(job.tick(time.monotonic()))
-            self._progress()
+            self._pass_time(time.monotonic())
         # A stop that comes while the archive gets its name may come too late.
         if job.phase is Phase.FAILED and not self._store.committed:
             if cancel.asked:
                 raise Cancelled(cancel.reason, cancel.signum)
             raise Failure(job.reason)
-        self._next_progress = 0.0
         self._progress()
         self._emit(
             {
@@ -121,11 +119,15 @@ class _Server:
         elif self._store.committed:
             self._carry_out(self._job.stored())
 
+    def _pass_time(self, now: float) -> None:
+        if now >= self._next_progress:
+            self._next_progress = now + PROGRESS_S
+            self._carry_out(self._job.tick(now))
+            self._progress()
+
     def _progress(self) -> None:
-        now = time.monotonic()
-        if now < self._next_progress or not self._job.devices:
+        if not self._job.devices:
             return
-        self._next_progress = now + PROGRESS_S
         self._emit(
             {
                 "event": "progress",

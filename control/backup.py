@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vmapipe.archiver.main import add_output_options
+from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.job import BackupJob, Disk
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel

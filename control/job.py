@@ -12,8 +12,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vmapipe.archiver.manifests import beside
-from vmapipe.archiver.outputs.file import remove_leftover
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
@@ -139,6 +137,10 @@ class BackupJob:
 
     def _remove_leftovers(self) -> None:
         """What an archiver that was killed could not remove itself."""
+        # Imported here: it is seldom needed, and a backup starts sooner without.
+        from vmapipe.archiver.manifests import beside
+        from vmapipe.archiver.outputs.file import remove_leftover
+
         if is_path(self.archive) and not os.path.exists(self.archive):
             manifest = beside(self.archive)
             remove_leftover(self.archive)

@@ -114,8 +114,9 @@ def _restore(options: argparse.Namespace) -> None:
 def _plan(header: Header, options: argparse.Namespace) -> Plan:
     if options.map:
         try:
-            lines = sys.stdin if options.map == "-" else open(options.map, encoding="utf-8")
-            with lines:
+            # closefd: stdin is not ours to close.
+            place = 0 if options.map == "-" else options.map
+            with open(place, encoding="utf-8", closefd=place != 0) as lines:
                 entries = parse_map(lines)
         except OSError as error:
             raise Failure(f"unable to read file '{options.map}': {os_error_text(error)}") from error

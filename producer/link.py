@@ -57,10 +57,10 @@ class Link:
 
     def receive(self) -> list[bytes] | None:
         """One message, or None when there is none."""
-        try:
-            return self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
+        # Asking first is quicker than an exception for "nothing there".
+        if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             return None
+        return self._socket.recv_multipart(zmq.NOBLOCK)
 
     def close(self) -> None:
         self._context.destroy(linger=_LINGER_MS)

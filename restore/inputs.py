@@ -141,7 +141,10 @@ class ProgramInput(Input):
                 if status < 0
                 else (f"ended with exit status {status}")
             )
-            raise SourceError(f"{self.name} {how}{self._last_words()}")
+            raise self._failure(f"{how}{self._last_words()}")
+
+    def _failure(self, how: str) -> Exception:
+        return SourceError(f"{self.name} {how}")
 
     def _last_words(self) -> str:
         if self._words is None:

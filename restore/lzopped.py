@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Sequence
 
-from vmapipe.restore.errors import SourceError
+from vmapipe.restore.errors import CompressionError, SourceError
 from vmapipe.restore.inputs import Input, ProgramInput
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
@@ -32,9 +32,7 @@ class LzopStream(ProgramInput):
         raw.also_halt(self._halt)
         stdin, self._to_lzop = os.pipe2(os.O_CLOEXEC)
         try:
-            super().__init__(
-                f"lzop, reading {name},", [lzop, "-dc"], halts, stdin=stdin, keep_words=True
-            )
+            super().__init__(name, [lzop, "-dc"], halts, stdin=stdin, keep_words=True)
         except BaseException:
             os.close(self._to_lzop)
             self._halt.close()
@@ -56,6 +54,13 @@ class LzopStream(ProgramInput):
             self.failed_before = str(error)
         finally:
             os.close(self._to_lzop)
+
+    def _failure(self, how: str) -> Exception:
+        # lzop's own words are about anything; where it stopped is within what a pipe holds.
+        return CompressionError(
+            f"{self.name}: the lzo data is damaged or cut off: lzop {how}",
+            file_offset=self._raw.position,
+        )
 
     def close(self) -> None:
         if self.closed:

@@ -13,8 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-import psutil
-
 from vmapipe.runtime.events import Event, LineSplitter
 
 # A child that was told to stop removes its partial file and ends: milliseconds
@@ -152,6 +150,8 @@ class Children:
     @staticmethod
     def _signal_tree(child: Child, signum: int) -> None:
         """The child itself, and with SIGKILL whatever it started (an exec: command)."""
+        import psutil
+
         try:
             process = psutil.Process(child.pid)
             family = process.children(recursive=True) if signum == signal.SIGKILL else []

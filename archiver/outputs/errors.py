@@ -61,8 +61,8 @@ def _way_out(number: int) -> str:
 def size_text(size_bytes: int) -> str:
     """For people: three digits and a decimal unit, as disks are sold in."""
     size = float(size_bytes)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if size < 999.5:  # what is more would be rounded to 1e+03
             return f"{size:.3g} {unit}"
         size /= 1000
-    return f"{size:.3g} TB"
+    return f"{size:.3g} PB"

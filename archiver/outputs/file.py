@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 
 from vmapipe.archiver.outputs import partial
 from vmapipe.archiver.outputs.descriptor import DescriptorOutput
@@ -48,11 +49,12 @@ class FileOutput(DescriptorOutput):
             raise
         super().__init__(fd, path, cancel)
         self._write_behind = WriteBehind(fd)
-        # Only now: with the lock in hand nobody else can give a file this name
-        # as long as they use vmapipe.
-        if not replace and self._name_is_taken():
+        # Only now: while we have the lock, no other vmapipe gives a file this name.
+        try:
+            self._check_name()
+        except BaseException:
             self.abandon()
-            raise exists_failure(path)
+            raise
 
     def write(self, buffers: Buffers) -> None:
         super().write(buffers)
@@ -79,20 +81,24 @@ class FileOutput(DescriptorOutput):
             if error.errno not in _NO_LINKS:
                 raise
             # The moment between the look and the rename is open to others.
-            if self._name_is_taken():
-                raise exists_failure(self._path) from error
+            self._check_name()
             os.rename(self._partial, self._name, src_dir_fd=folder, dst_dir_fd=folder)
             return
         # With both names the archive is complete; a .partial that stays is in nobody's way.
         with contextlib.suppress(OSError):
             os.unlink(self._partial, dir_fd=folder)
 
-    def _name_is_taken(self) -> bool:
+    def _check_name(self) -> None:
+        """Raises OutputFailure when something has the name that may not be replaced."""
         try:
-            os.stat(self._name, dir_fd=self._folder_fd, follow_symlinks=False)
+            status = os.stat(self._name, dir_fd=self._folder_fd, follow_symlinks=False)
         except FileNotFoundError:
-            return False
-        return True
+            return
+        if not self._replace:
+            raise exists_failure(self._path)
+        if not stat.S_ISREG(status.st_mode):
+            text = f"{self._path} is no file, and in the way of one: remove it"
+            raise OutputFailure(text, target=self._path, errno=errno.EEXIST)
 
     def _discard(self) -> None:
         # The name first: once .partial is gone, the next backup may begin.

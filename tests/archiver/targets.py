@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+import zstandard
+
 from vmapipe.archiver.compress import Compression, ZstdOutput
 from vmapipe.archiver.digests import DigestedOutput, Digests
 from vmapipe.archiver.manifests import ManifestLines
@@ -18,6 +20,7 @@ from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.memory import MemoryOutput
 from vmapipe.archiver.outputs.output import Output
 from vmapipe.archiver.outputs.spec import open_output
+from vmapipe.runtime.cancel import Cancel
 
 # Nothing here takes so long; only a hang meets it.
 LIMIT_S = 20.0
@@ -56,9 +59,9 @@ class Reader:
 
 
 class Target(Protocol):
-    """`asleep`: the far end takes nothing until `received` is asked for."""
+    """`asleep`: the far end takes nothing until it is woken or its data asked for."""
 
-    def open(self, *, asleep: bool = False) -> Output: ...
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output: ...
     def received(self) -> bytes: ...
     def left(self) -> bytes:
         """What an abandoned archive has left for good: nothing, for what can be taken back."""
@@ -70,7 +73,7 @@ class FileTarget:
         self._folder.mkdir()
         self._replace = replace
 
-    def open(self, *, asleep: bool = False) -> Output:
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output:
         path = self._folder / "vm.vma"
         return FileOutput(str(path), replace=True) if self._replace else open_output(str(path))
 
@@ -94,6 +97,10 @@ class ReaderTarget:
         if not asleep:
             self.reader.start()
 
+    def wake(self) -> None:
+        assert self.reader is not None
+        self.reader.start()
+
     def received(self) -> bytes:
         assert self.reader is not None
         return self.reader.data()
@@ -108,10 +115,10 @@ class PipeTarget(ReaderTarget):
         super().__init__()
         self._spec = spec
 
-    def open(self, *, asleep: bool = False) -> Output:
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output:
         theirs, ours = os.pipe()
         self._read(lambda: theirs, asleep=asleep)
-        return open_output(self._spec.format(ours))
+        return open_output(self._spec.format(ours), cancel=cancel)
 
 
 class FifoTarget(ReaderTarget):
@@ -120,20 +127,20 @@ class FifoTarget(ReaderTarget):
         self._path = folder / "fifo"
         os.mkfifo(self._path)
 
-    def open(self, *, asleep: bool = False) -> Output:
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output:
         self._read(lambda: os.open(self._path, os.O_RDONLY), asleep=asleep)
-        return open_output(str(self._path))
+        return open_output(str(self._path), cancel=cancel)
 
 
 class SocketPairTarget(ReaderTarget):
     def __init__(self, folder: Path) -> None:
         super().__init__()
 
-    def open(self, *, asleep: bool = False) -> Output:
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output:
         theirs, ours = socket.socketpair()
         number = theirs.detach()
         self._read(lambda: number, asleep=asleep)
-        return open_output(f"fd:{ours.detach()}")
+        return open_output(f"fd:{ours.detach()}", cancel=cancel)
 
 
 class UnixSocketTarget(ReaderTarget):
@@ -141,7 +148,7 @@ class UnixSocketTarget(ReaderTarget):
         super().__init__()
         self._path = str(folder / "socket")
 
-    def open(self, *, asleep: bool = False) -> Output:
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._path)
         listener.listen()
@@ -151,16 +158,16 @@ class UnixSocketTarget(ReaderTarget):
                 return listener.accept()[0].detach()
 
         self._read(accept, asleep=asleep)
-        return open_output(self._path)
+        return open_output(self._path, cancel=cancel)
 
 
 class CommandTarget:
     def __init__(self, folder: Path) -> None:
         self._file = folder / "received"
 
-    def open(self, *, asleep: bool = False) -> Output:
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output:
         if asleep:
-            return open_output("exec:sleep 1000")
+            return open_output("exec:sleep 1000", cancel=cancel)
         return open_output(f"exec:cat > {self._file}")
 
     def received(self) -> bytes:
@@ -178,7 +185,7 @@ class OpenFileTarget:
         self._path.write_bytes(b"before")
         self._flags = os.O_WRONLY | (os.O_APPEND if append else 0)
 
-    def open(self, *, asleep: bool = False) -> Output:
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output:
         fd = os.open(self._path, self._flags)
         if not self._flags & os.O_APPEND:
             os.lseek(fd, 0, os.SEEK_END)
@@ -197,7 +204,7 @@ class MemoryTarget:
     def __init__(self, folder: Path) -> None:
         self._output = MemoryOutput()
 
-    def open(self, *, asleep: bool = False) -> Output:
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output:
         return self._output
 
     def received(self) -> bytes:
@@ -210,14 +217,14 @@ class MemoryTarget:
 class DigestedTarget(FileTarget):
     """A file with digests around it."""
 
-    def open(self, *, asleep: bool = False) -> Output:
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output:
         return DigestedOutput(super().open(), Digests(ManifestLines(lambda line: None)))
 
 
 class ZstdTarget(FileTarget):
     """A compressed file; `received` is what it means."""
 
-    def open(self, *, asleep: bool = False) -> Output:
+    def open(self, *, asleep: bool = False, cancel: Cancel | None = None) -> Output:
         return ZstdOutput(super().open(), Compression(threads=2))
 
     def received(self) -> bytes:
@@ -226,8 +233,6 @@ class ZstdTarget(FileTarget):
 
 def decompressed(raw: bytes) -> bytes:
     """All frames of a zstd file, the skippable ones skipped."""
-    import zstandard  # noqa: PLC0415  only here
-
     with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as reader:
         return reader.read()
 
@@ -252,14 +257,14 @@ BLOCKING_KINDS = ("pipe", "fdset", "FIFO", "socket pair", "Unix socket", "comman
 
 
 @contextlib.contextmanager
-def in_thread(work: Callable[[], None]) -> Iterator[list[BaseException]]:
+def in_thread(work: Callable[[], None]) -> Iterator[list[Exception]]:
     """Run `work` beside the block; its error, if any, is in the list afterwards."""
-    errors: list[BaseException] = []
+    errors: list[Exception] = []
 
     def run() -> None:
         try:
             work()
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, the test looks at it
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)

@@ -155,11 +155,11 @@ def test_a_disk_that_shrinks_in_mid_backup_fails_the_job_with_device_and_offset(
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize("existing", ["vm.vma", "folder"])
-def test_nothing_is_ever_overwritten(disk: Path, out: Path, existing: str) -> None:
+@pytest.mark.parametrize(("existing", "code"), [("vm.vma", 1), ("folder", 2)])
+def test_nothing_is_ever_overwritten(disk: Path, out: Path, existing: str, code: int) -> None:
     (out / "folder").mkdir()
     (out / "vm.vma").write_bytes(b"precious")
-    text = bad("backup", "--disk", f"a={disk}", out / existing)
+    text = bad("backup", "--disk", f"a={disk}", out / existing, code=code)
     assert str(out / existing) in text
     assert (out / "vm.vma").read_bytes() == b"precious"
 

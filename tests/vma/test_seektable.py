@@ -48,6 +48,12 @@ def test_a_table_with_checksums_is_read() -> None:
     assert parse_seek_table(raw) == [Frame(11, 22)] * 2
 
 
+def test_the_unused_bits_of_the_descriptor_mean_nothing() -> None:
+    raw = bytearray(encode_seek_table([Frame(11, 22)]))
+    raw[-5] = 0x03
+    assert parse_seek_table(bytes(raw)) == [Frame(11, 22)]
+
+
 @pytest.mark.parametrize(
     "footer",
     [

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an archive is stored: the same options for the archiver and for a backup.
+
+Apart from the rest of the archiver, because a backup's coordinator needs no
+more of it, and starts sooner without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from vmapipe.runtime.cli import job_id
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """How an archive is stored: the same words for the archiver and for a backup."""
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="store this file in the archive, by its name or as NAME; may be repeated",
+    )
+    parser.add_argument(
+        "--compress",
+        metavar="zstd[:LEVEL]",
+        help="compress, at level 1 to 19 (default level: 3)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="threads that compress (default: one a core)",
+    )
+    parser.add_argument(
+        "--manifest",
+        metavar="FILE",
+        help="where the digests go (default: ARCHIVE.manifest.json beside a file)",
+    )
+    parser.add_argument("--no-manifest", action="store_true", help="make no digests")
+    parser.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="same disks, same bytes: one disk after the other, a uuid made from the names and "
+        "sizes, the time from SOURCE_DATE_EPOCH",
+    )
+    parser.add_argument(
+        "--uuid", type=job_id, metavar="UUID", help="the archive's uuid (default: a random one)"
+    )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of the NBD protocol under the names that its document gives them.
+
+Source of everything in this package: the NBD protocol document, proto.md. All
+numbers travel in network byte order.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+Bytes = bytes | bytearray | memoryview
+
+# --- Newstyle negotiation, Fixed newstyle negotiation ---
+
+INIT_PASSWD: Final = 0x4E42444D41474943  # "NBDMAGIC"
+IHAVEOPT: Final = 0x49484156454F5054  # "IHAVEOPT"
+CLISERV_MAGIC: Final = 0x00420281861253  # the oldstyle negotiation's second magic
+REP_MAGIC: Final = 0x3E889045565A9
+# What follows the transmission flags after NBD_OPT_EXPORT_NAME without NBD_FLAG_C_NO_ZEROES.
+ZEROES_BYTES: Final = 124
+
+# --- Handshake flags, Client flags ---
+
+NBD_FLAG_FIXED_NEWSTYLE: Final = 1 << 0
+NBD_FLAG_NO_ZEROES: Final = 1 << 1
+NBD_FLAG_C_FIXED_NEWSTYLE: Final = 1 << 0
+NBD_FLAG_C_NO_ZEROES: Final = 1 << 1
+
+# --- Transmission flags ---
+
+NBD_FLAG_HAS_FLAGS: Final = 1 << 0
+NBD_FLAG_READ_ONLY: Final = 1 << 1
+NBD_FLAG_SEND_FLUSH: Final = 1 << 2
+NBD_FLAG_SEND_FUA: Final = 1 << 3
+NBD_FLAG_ROTATIONAL: Final = 1 << 4
+NBD_FLAG_SEND_TRIM: Final = 1 << 5
+NBD_FLAG_SEND_WRITE_ZEROES: Final = 1 << 6
+NBD_FLAG_SEND_DF: Final = 1 << 7
+NBD_FLAG_CAN_MULTI_CONN: Final = 1 << 8
+NBD_FLAG_SEND_CACHE: Final = 1 << 10
+NBD_FLAG_SEND_FAST_ZERO: Final = 1 << 11
+# Bit 9, NBD_FLAG_SEND_RESIZE, belongs to an experimental extension that is not spoken here.
+KNOWN_TRANSMISSION_FLAGS: Final = 0x0DFF
+
+# --- Option types ---
+
+NBD_OPT_EXPORT_NAME: Final = 1
+NBD_OPT_ABORT: Final = 2
+NBD_OPT_LIST: Final = 3
+NBD_OPT_PEEK_EXPORT: Final = 4  # withdrawn
+NBD_OPT_STARTTLS: Final = 5
+NBD_OPT_INFO: Final = 6
+NBD_OPT_GO: Final = 7
+NBD_OPT_STRUCTURED_REPLY: Final = 8
+NBD_OPT_LIST_META_CONTEXT: Final = 9
+NBD_OPT_SET_META_CONTEXT: Final = 10
+NBD_OPT_EXTENDED_HEADERS: Final = 11  # not spoken here
+
+# --- Option reply types ---
+
+NBD_REP_ACK: Final = 1
+NBD_REP_SERVER: Final = 2
+NBD_REP_INFO: Final = 3
+NBD_REP_META_CONTEXT: Final = 4
+NBD_REP_FLAG_ERROR: Final = 1 << 31
+NBD_REP_ERR_UNSUP: Final = NBD_REP_FLAG_ERROR + 1
+NBD_REP_ERR_POLICY: Final = NBD_REP_FLAG_ERROR + 2
+NBD_REP_ERR_INVALID: Final = NBD_REP_FLAG_ERROR + 3
+NBD_REP_ERR_PLATFORM: Final = NBD_REP_FLAG_ERROR + 4
+NBD_REP_ERR_TLS_REQD: Final = NBD_REP_FLAG_ERROR + 5
+NBD_REP_ERR_UNKNOWN: Final = NBD_REP_FLAG_ERROR + 6
+NBD_REP_ERR_SHUTDOWN: Final = NBD_REP_FLAG_ERROR + 7
+NBD_REP_ERR_BLOCK_SIZE_REQD: Final = NBD_REP_FLAG_ERROR + 8
+NBD_REP_ERR_TOO_BIG: Final = NBD_REP_FLAG_ERROR + 9
+
+# The information types of NBD_REP_INFO.
+NBD_INFO_EXPORT: Final = 0
+NBD_INFO_NAME: Final = 1
+NBD_INFO_DESCRIPTION: Final = 2
+NBD_INFO_BLOCK_SIZE: Final = 3
+
+# --- Metadata querying ---
+
+BASE_ALLOCATION: Final = "base:allocation"
+NBD_STATE_HOLE: Final = 1 << 0
+NBD_STATE_ZERO: Final = 1 << 1
+
+# --- Request types, Command flags ---
+
+NBD_REQUEST_MAGIC: Final = 0x25609513
+NBD_CMD_READ: Final = 0
+NBD_CMD_WRITE: Final = 1
+NBD_CMD_DISC: Final = 2
+NBD_CMD_FLUSH: Final = 3
+NBD_CMD_TRIM: Final = 4
+NBD_CMD_CACHE: Final = 5
+NBD_CMD_WRITE_ZEROES: Final = 6
+NBD_CMD_BLOCK_STATUS: Final = 7
+
+NBD_CMD_FLAG_FUA: Final = 1 << 0
+NBD_CMD_FLAG_NO_HOLE: Final = 1 << 1
+NBD_CMD_FLAG_DF: Final = 1 << 2
+NBD_CMD_FLAG_REQ_ONE: Final = 1 << 3
+NBD_CMD_FLAG_FAST_ZERO: Final = 1 << 4
+
+# --- Simple reply message, Structured reply flags, Structured reply types ---
+
+NBD_SIMPLE_REPLY_MAGIC: Final = 0x67446698
+NBD_STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
+NBD_REPLY_FLAG_DONE: Final = 1 << 0
+NBD_REPLY_TYPE_NONE: Final = 0
+NBD_REPLY_TYPE_OFFSET_DATA: Final = 1
+NBD_REPLY_TYPE_OFFSET_HOLE: Final = 2
+NBD_REPLY_TYPE_BLOCK_STATUS: Final = 5
+NBD_REPLY_TYPE_FLAG_ERROR: Final = 1 << 15
+NBD_REPLY_TYPE_ERROR: Final = NBD_REPLY_TYPE_FLAG_ERROR + 1
+NBD_REPLY_TYPE_ERROR_OFFSET: Final = NBD_REPLY_TYPE_FLAG_ERROR + 2
+
+# --- Error values ---
+
+NBD_SUCCESS: Final = 0
+NBD_EPERM: Final = 1
+NBD_EIO: Final = 5
+NBD_ENOMEM: Final = 12
+NBD_EINVAL: Final = 22
+NBD_ENOSPC: Final = 28
+NBD_EOVERFLOW: Final = 75
+NBD_ENOTSUP: Final = 95
+NBD_ESHUTDOWN: Final = 108
+
+
+def _names(prefix: str) -> dict[int, str]:
+    return {number: name for name, number in globals().items() if name.startswith(prefix)}
+
+
+OPTION_NAMES: Final = _names("NBD_OPT_")
+REPLY_ERROR_NAMES: Final = _names("NBD_REP_ERR_")
+COMMAND_NAMES: Final = {
+    number: name for number, name in _names("NBD_CMD_").items() if "_FLAG_" not in name
+}
+ERROR_NAMES: Final = _names("NBD_E")
