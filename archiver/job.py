@@ -38,7 +38,7 @@ from vmapipe.vma.packer import PackedExtent, Packer
 # More did not make a local backup quicker; less starves a slow output's queue.
 WINDOW_TOTAL_BYTES = 64 << 20
 # One device alone needs no more to keep both processes busy.
-WINDOW_MAX_BYTES = 8 << 20
+WINDOW_MAX_BYTES = 12 << 20
 # Drawn once at random; it makes our name-based uuids ours.
 _NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
 # Strangers that were refused are remembered so that each is reported once.

@@ -17,7 +17,7 @@ from collections import deque
 # acknowledging them; beside these there must be room for the next piece and
 # for the end of the ring that it did not fit into. More than this was slower:
 # the data no longer stays in the processor's cache.
-RING_BYTES = 8 << 20
+RING_BYTES = 12 << 20
 
 
 class Ring:

@@ -49,7 +49,7 @@ class Sender:
         try:
             self._say(self._side.hello())
             self._wait_until(lambda: self._side.state is State.SENDING)
-            for run in runs(self._source, self._ring.view, self._take, self._side.frame_bytes):
+            for run in runs(self._source, self._ring.view, self._take, self._frame_bytes):
                 self._send_run(run)
             self._source.check_unchanged()
             self._say(self._side.end())
@@ -59,6 +59,14 @@ class Sender:
         except Failure as failure:
             self._say(self._side.fail(str(failure)))
             raise
+
+    @property
+    def _frame_bytes(self) -> int:
+        """The largest frame: with a speed limit, several a second, so that it holds evenly."""
+        allowed = self._side.frame_bytes
+        if self._pace.bytes_per_s:
+            allowed = min(allowed, self._pace.bytes_per_s // 8)
+        return max(limits.MIN_FRAME_CHARGE, allowed)
 
     def _send_run(self, run: Run) -> None:
         if self._side.credit < run.charge:

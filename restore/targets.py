@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -16,6 +17,8 @@ from vmapipe.vma.layout import TARGET_SLACK_BYTES
 
 # A disk holds all that the machine knows: not for other users, unless its owner says so.
 _MODE = 0o600
+# linux/fs.h
+_BLKROGET = 0x125E
 # What a file system says that has no files without a name, or no links.
 _NO_UNNAMED = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 _NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -136,15 +139,24 @@ class ExistingTarget:
         self.path = path
         self.fd = _open_existing(path)
         try:
-            self._check_size(device_name, size_bytes)
             status = os.fstat(self.fd)
+            is_block = stat.S_ISBLK(status.st_mode)
+            if is_block:
+                self._check_writable()
+            self._check_size(device_name, size_bytes)
         except BaseException:
             os.close(self.fd)
             raise
-        is_block = stat.S_ISBLK(status.st_mode)
         self.identity = (
             ("block", status.st_rdev, 0) if is_block else ("file", status.st_dev, status.st_ino)
         )
+
+    def _check_writable(self) -> None:
+        """The kernel lets a read-only block device be opened, and refuses every write."""
+        read_only = bytearray(4)
+        fcntl.ioctl(self.fd, _BLKROGET, read_only)
+        if any(read_only):
+            raise TargetError(f"{self.path} is a read-only block device")
 
     def _check_size(self, device_name: str, size_bytes: int) -> None:
         there = os.lseek(self.fd, 0, os.SEEK_END)

@@ -64,26 +64,27 @@ class Session:
     structured: bool = False
     no_zeroes: bool = False
     meta_contexts: tuple[MetaContext, ...] = ()
+    #: The longest NBD_CMD_READ and NBD_CMD_WRITE, in bytes.
+    max_data_bytes: int = field(init=False, repr=False, compare=False)
     _valid_flags: dict[int, int] = field(init=False, repr=False, compare=False)
     _denied: frozenset[int] = field(init=False, repr=False, compare=False)
-    _max_data_bytes: int = field(init=False, repr=False, compare=False)
+    _unaligned_bits: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_valid_flags", self._find_valid_flags())
-        read_only = self.flags & NBD_FLAG_READ_ONLY
-        object.__setattr__(self, "_denied", _CHANGING if read_only else frozenset())
-        limit = min(self.export.block_sizes.maximum, MAX_PAYLOAD_BYTES)
-        object.__setattr__(self, "_max_data_bytes", limit)
+        sizes = self.export.block_sizes
+        derived = {
+            "max_data_bytes": min(sizes.maximum, MAX_PAYLOAD_BYTES),
+            "_valid_flags": self._find_valid_flags(),
+            "_denied": _CHANGING if self.flags & NBD_FLAG_READ_ONLY else frozenset(),
+            "_unaligned_bits": sizes.minimum - 1,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @property
     def allocation_id(self) -> int | None:
         """The id of base:allocation in block status chunks, if it was selected."""
         return next((ctx.id for ctx in self.meta_contexts if ctx.name == BASE_ALLOCATION), None)
-
-    @property
-    def max_data_bytes(self) -> int:
-        """The longest NBD_CMD_READ and NBD_CMD_WRITE."""
-        return self._max_data_bytes
 
     def fault_of(self, request: Request) -> int:
         """NBD_SUCCESS for a request that may be carried out, else the error to answer.
@@ -96,12 +97,12 @@ class Session:
         flags, kind, _, offset, length = request
         if kind in self._denied:
             return NBD_EPERM
-        bits = self.export.block_sizes.minimum - 1
-        if flags & ~self._valid_flags.get(kind, -1) or (offset | length) & bits:
+        valid = self._valid_flags.get(kind)
+        if valid is None or flags & ~valid or (offset | length) & self._unaligned_bits:
             return NBD_EINVAL
-        if kind in _WITHOUT_RANGE or kind not in self._valid_flags:
-            return NBD_EINVAL if offset | length or kind not in _WITHOUT_RANGE else NBD_SUCCESS
-        if not length or (length > self._max_data_bytes and kind in _WITH_DATA):
+        if kind in _WITHOUT_RANGE:
+            return NBD_EINVAL if offset | length else NBD_SUCCESS
+        if not length or (length > self.max_data_bytes and kind in _WITH_DATA):
             return NBD_EINVAL
         if offset + length > self.export.size_bytes:
             return NBD_ENOSPC if kind in _FILLING else NBD_EINVAL

@@ -264,7 +264,7 @@ def test_a_file_that_was_taken_for_a_leftover_before_its_lock_is_made_again(
     archive: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flock = fcntl.flock
-    removed = []
+    removed: list[int] = []
 
     def remove_first(fd: int, operation: int) -> None:
         if not removed:

@@ -331,9 +331,10 @@ def test_a_run_in_shared_memory_with_a_third_part_is_malformed() -> None:
 
 
 def test_a_run_in_shared_memory_is_held_to_the_limits_of_a_run() -> None:
-    full = b"\xff\xff" * 16
-    decode(data(1, [1, 0, 16, full, U64]))
-    assert refusal(*data(1, [1, 0, 17, full + b"\0\1", 0])).code == "too-large"
+    most = limits.MAX_PAYLOAD_BYTES // limits.CLUSTER_BYTES
+    full = b"\xff\xff" * most
+    decode(data(1, [1, 0, most, full, U64]))
+    assert refusal(*data(1, [1, 0, most + 1, full + b"\0\1", 0])).code == "too-large"
     assert refusal(*data(1, [1, 0, 32769, bytes(65538), 0])).code == "too-large"
 
 
@@ -355,7 +356,9 @@ def test_data_without_masks_is_malformed() -> None:
 def test_a_run_may_have_as_much_data_as_the_limit_and_not_more() -> None:
     most = limits.MAX_PAYLOAD_BYTES // limits.CLUSTER_BYTES
     decode(data(1, [1, 0, most, b"\xff\xff" * most], bytes(limits.MAX_PAYLOAD_BYTES)))
-    more = data(1, [1, 0, most + 1, b"\xff\xff" * most + b"\0\1"], bytes((1 << 20) + 4096))
+    more = data(
+        1, [1, 0, most + 1, b"\xff\xff" * most + b"\0\1"], bytes(limits.MAX_PAYLOAD_BYTES + 4096)
+    )
     assert refusal(*more).code == "too-large"
 
 

@@ -262,7 +262,7 @@ def test_damaged_lzo_data_is_an_error_with_what_lzop_says(
     flipped[len(data) // 2] ^= 1
     for damaged in (data[: len(data) // 2], data + b"garbage", bytes(flipped)):
         text = failure_of(store(damaged), CompressionError)
-        assert "the lzo data is damaged or cut off: lzop ended with exit status 1: lzop" in text
+        assert "the lzo data is damaged or cut off: lzop ended with exit status" in text
 
 
 def test_a_missing_lzop_is_named(
