@@ -59,6 +59,8 @@ class Sender:
         except Failure as failure:
             self._say(self._side.fail(str(failure)))
             raise
+        finally:
+            self._ring.close()
 
     @property
     def _frame_bytes(self) -> int:

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.nbd.constants import (
     IHAVEOPT,
     NBD_INFO_BLOCK_SIZE,
-    NBD_INFO_DESCRIPTION,
     NBD_INFO_EXPORT,
-    NBD_INFO_NAME,
     NBD_REP_ERR_INVALID,
     NBD_REP_ERR_TOO_BIG,
     REP_MAGIC,
@@ -87,11 +85,11 @@ def encode_server_entry(name: str, description: str) -> bytes:
 
 
 def encode_infos(
-    size_bytes: int, flags: int, texts: Iterable[tuple[int, str]], sizes: BlockSizes | None
+    size_bytes: int, flags: int, texts: Mapping[int, str], sizes: BlockSizes | None
 ) -> list[bytes]:
-    """The data of one NBD_REP_INFO each; `texts` are NBD_INFO_ numbers and strings."""
+    """The data of one NBD_REP_INFO each; `texts`: strings by their NBD_INFO_ number."""
     infos = [INFO_EXPORT.pack(NBD_INFO_EXPORT, size_bytes, flags)]
-    infos += [U16.pack(kind) + text.encode() for kind, text in texts]
+    infos += [U16.pack(kind) + text.encode() for kind, text in texts.items()]
     if sizes is not None:
         infos.append(INFO_BLOCK_SIZE.pack(NBD_INFO_BLOCK_SIZE, *sizes))
     return infos

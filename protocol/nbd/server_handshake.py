@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's side of the handshake (proto.md, Fixed newstyle negotiation, Option types)."""
+"""The server's side of the handshake (proto.md, Newstyle and Fixed newstyle negotiation)."""
 
 from __future__ import annotations
 
@@ -7,44 +7,28 @@ from collections.abc import Callable, Iterable
 
 from vmapipe.protocol.errors import LocalProtocolError
 from vmapipe.protocol.nbd.constants import (
-    BASE_ALLOCATION,
     IHAVEOPT,
     INIT_PASSWD,
     NBD_FLAG_C_FIXED_NEWSTYLE,
     NBD_FLAG_C_NO_ZEROES,
     NBD_FLAG_FIXED_NEWSTYLE,
     NBD_FLAG_NO_ZEROES,
-    NBD_FLAG_SEND_DF,
-    NBD_INFO_BLOCK_SIZE,
-    NBD_INFO_DESCRIPTION,
-    NBD_INFO_NAME,
     NBD_OPT_ABORT,
     NBD_OPT_EXPORT_NAME,
-    NBD_OPT_GO,
-    NBD_OPT_INFO,
     NBD_OPT_LIST,
-    NBD_OPT_LIST_META_CONTEXT,
-    NBD_OPT_SET_META_CONTEXT,
     NBD_OPT_STARTTLS,
     NBD_OPT_STRUCTURED_REPLY,
     NBD_REP_ACK,
     NBD_REP_ERR_INVALID,
-    NBD_REP_ERR_POLICY,
     NBD_REP_ERR_SHUTDOWN,
     NBD_REP_ERR_TOO_BIG,
-    NBD_REP_ERR_UNKNOWN,
     NBD_REP_ERR_UNSUP,
-    NBD_REP_INFO,
-    NBD_REP_META_CONTEXT,
-    NBD_REP_SERVER,
-    ZEROES_BYTES,
     Bytes,
 )
 from vmapipe.protocol.nbd.errors import NbdProtocolError
 from vmapipe.protocol.nbd.export import Export
 from vmapipe.protocol.nbd.intake import Intake
 from vmapipe.protocol.nbd.limits import (
-    MAX_LIST_BYTES,
     MAX_OPTION_BYTES,
     MAX_OPTIONS,
     MAX_SKIPPED_BYTES,
@@ -52,74 +36,50 @@ from vmapipe.protocol.nbd.limits import (
 )
 from vmapipe.protocol.nbd.option import (
     CLIENT_FLAGS,
-    EXPORT_NAME_REPLY,
     GREETING,
     OPTION,
-    U32,
     OptionFault,
-    encode_infos,
     encode_option_reply,
-    encode_server_entry,
-    parse_info_query,
-    parse_meta_query,
-    parse_string,
 )
-from vmapipe.protocol.nbd.session import MetaContext, Session
+from vmapipe.protocol.nbd.server_options import ServerOptions
+from vmapipe.protocol.nbd.session import Session
 
-_ALLOCATION_ID = 1
-_NO_DATA = frozenset({NBD_OPT_LIST, NBD_OPT_STARTTLS, NBD_OPT_STRUCTURED_REPLY})
+_WITHOUT_DATA = frozenset({NBD_OPT_LIST, NBD_OPT_STARTTLS, NBD_OPT_STRUCTURED_REPLY})
 
 
 class NbdServerHandshake:
-    """Send `greeting()`, then feed what comes and send what `feed` returns, while `wanted_bytes`.
+    """Send `greeting()`; then, while `wanted_bytes`, feed what comes and send what `feed` returns.
 
-    Then either `session` is there, and the transmission phase has begun, or the
-    client has left with NBD_OPT_ABORT and the connection is to be closed.
+    After that either `session` is there and the transmission phase has begun,
+    or the client has left with NBD_OPT_ABORT and the connection is to be closed.
 
-    The empty name stands for the only export, if there is just one.
+    The empty name stands for the only export, where there is just one.
     `structured`: offer structured replies, and with them metadata contexts.
-    `listable`: answer NBD_OPT_LIST.
+    `listable`: answer NBD_OPT_LIST. Raises LocalProtocolError when two exports
+    have the same name.
     """
 
     def __init__(
         self, exports: Iterable[Export], *, structured: bool = True, listable: bool = True
     ) -> None:
         self.session: Session | None = None
-        #: What was fed beyond the end of the handshake: the first bytes of the transmission phase.
+        #: What was fed beyond the handshake's end: the beginning of the transmission phase.
         self.unread = b""
-        #: True: every option but NBD_OPT_ABORT is answered NBD_REP_ERR_SHUTDOWN.
+        #: While true, every option but NBD_OPT_ABORT is answered NBD_REP_ERR_SHUTDOWN.
         self.shutting_down = False
-        self._exports = {export.name: export for export in exports}
-        if len(self._exports) == 1:
-            self._exports.setdefault("", *self._exports.values())
-        self._may_be_structured = structured
-        self._listable = listable
-        self._structured = False
-        self._fixed = self._no_zeroes = False
-        self._contexts: tuple[MetaContext, ...] = ()
-        self._contexts_of = ""
-        self._options = 0
-        self._listed_bytes = 0
+        self._options = ServerOptions(exports, structured=structured, listable=listable)
+        self._fixed = False
         self._option = 0
-        self._option_fault: OptionFault | None = None
+        self._option_count = 0
+        # What is wrong with the option, as far as its header tells.
+        self._fault: OptionFault | None = None
         self._intake = Intake(CLIENT_FLAGS.size)
-        # Takes the structure that is complete; None: the handshake is over.
-        self._next: Callable[[bytes], bytes] | None = self._client_flags
-        self._answers: dict[int, Callable[[bytes], bytes]] = {
-            NBD_OPT_EXPORT_NAME: self._export_name,
-            NBD_OPT_ABORT: self._abort,
-            NBD_OPT_LIST: self._list,
-            NBD_OPT_INFO: self._info,
-            NBD_OPT_GO: self._go,
-        }
-        if structured:
-            self._answers[NBD_OPT_STRUCTURED_REPLY] = self._structured_reply
-            self._answers[NBD_OPT_LIST_META_CONTEXT] = self._list_meta_context
-            self._answers[NBD_OPT_SET_META_CONTEXT] = self._set_meta_context
+        # Takes the structure that is complete and returns what to send; None: the end.
+        self._next: Callable[[bytes], bytes] | None = self._take_client_flags
 
     @property
     def wanted_bytes(self) -> int:
-        """Bytes that belong to the handshake for certain; 0: it is over."""
+        """So many bytes at least are still the handshake's; 0: it is over."""
         return self._intake.missing_bytes if self._next else 0
 
     def greeting(self) -> bytes:
@@ -146,65 +106,75 @@ class NbdServerHandshake:
             self._next = None
             error.unsent = b"".join(out)
             raise
-        self.unread = bytes(rest) if self.session else b""
+        if self.session:
+            self.unread = bytes(rest)
         return b"".join(out)
 
-    # --- what comes ---
-
-    def _client_flags(self, raw: bytes) -> bytes:
+    def _take_client_flags(self, raw: bytes) -> bytes:
         (flags,) = CLIENT_FLAGS.unpack(raw)
         if flags & ~(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES):
             raise NbdProtocolError(f"unknown client flags {flags:#x}")
         self._fixed = bool(flags & NBD_FLAG_C_FIXED_NEWSTYLE)
-        self._no_zeroes = bool(flags & NBD_FLAG_C_NO_ZEROES)
+        self._options.no_zeroes = bool(flags & NBD_FLAG_C_NO_ZEROES)
         self._expect_option()
         return b""
 
     def _expect_option(self) -> None:
         self._intake.expect(OPTION.size)
-        self._next = self._option_head
+        self._next = self._take_option
 
-    def _option_head(self, raw: bytes) -> bytes:
+    def _take_option(self, raw: bytes) -> bytes:
+        """An option's header. The limits are checked here, before its data comes."""
         magic, self._option, length = OPTION.unpack(raw)
         if magic != IHAVEOPT:
             raise NbdProtocolError(f"no option where one must be (magic {magic:#x})")
-        self._options += 1
-        if self._options > MAX_OPTIONS:
+        self._option_count += 1
+        if self._option_count > MAX_OPTIONS:
             raise NbdProtocolError(f"more than {MAX_OPTIONS} options")
         if self._option == NBD_OPT_EXPORT_NAME:
-            if length > MAX_STRING_BYTES:  # this option knows no error reply
+            if length > MAX_STRING_BYTES:
                 raise NbdProtocolError(f"an export name of {length} bytes")
         elif not self._fixed:
             raise NbdProtocolError(f"option {self._option} without fixed newstyle")
         if length > MAX_SKIPPED_BYTES:
             raise NbdProtocolError(f"an option of {length} bytes")
-        self._option_fault = self._fault_of_option(length)
-        self._intake.expect(length, keep=self._option_fault is None)
-        self._next = self._option_data
+        self._options.begin(self._option)
+        self._fault = self._fault_of_header(length)
+        # "a server SHOULD ignore any data" of NBD_OPT_ABORT
+        keep = self._fault is None and self._option != NBD_OPT_ABORT
+        self._intake.expect(length, keep=keep)
+        self._next = self._take_data
         return b""
 
-    def _fault_of_option(self, length: int) -> OptionFault | None:
-        """What can be said without the option's data, which is then not kept."""
-        if self._option == NBD_OPT_ABORT:
-            return None if length <= MAX_OPTION_BYTES else OptionFault(NBD_REP_ACK, "")
-        if self._option in _NO_DATA and length:
+    def _fault_of_header(self, length: int) -> OptionFault | None:
+        option = self._option
+        if option == NBD_OPT_ABORT:
+            return None
+        if self.shutting_down:
+            return OptionFault(NBD_REP_ERR_SHUTDOWN, "the server is shutting down")
+        if option in _WITHOUT_DATA and length:
             return OptionFault(NBD_REP_ERR_INVALID, "this option has no data")
-        if self._option not in self._answers:
+        if option not in self._options.known:
             return OptionFault(NBD_REP_ERR_UNSUP, "this option is not supported")
         if length > MAX_OPTION_BYTES:
             return OptionFault(NBD_REP_ERR_TOO_BIG, f"more than {MAX_OPTION_BYTES} bytes")
         return None
 
-    def _option_data(self, data: bytes) -> bytes:
+    def _take_data(self, data: bytes) -> bytes:
+        option = self._option
+        if option == NBD_OPT_ABORT:
+            self._next = None
+            return encode_option_reply(option, NBD_REP_ACK)
         self._expect_option()
-        fault = self._option_fault
         try:
-            if fault:
-                raise fault
-            if self.shutting_down and self._option not in (NBD_OPT_ABORT, NBD_OPT_EXPORT_NAME):
-                raise OptionFault(NBD_REP_ERR_SHUTDOWN, "the server is shutting down")
-            return self._answers[self._option](data)
-        except OptionFault as error:
-            if self._option == NBD_OPT_EXPORT_NAME:
-                raise NbdProtocolError(f"an export that cannot be served: {error}") from None
-            return self._reply(error.reply_type, error.message.encode())
+            if self._fault:
+                raise self._fault
+            answer = self._options.answer(option, data)
+        except OptionFault as fault:
+            if option == NBD_OPT_EXPORT_NAME:  # it knows no error reply
+                raise NbdProtocolError(f"NBD_OPT_EXPORT_NAME: {fault.message}") from None
+            return encode_option_reply(option, fault.reply_type, fault.message.encode())
+        self.session = self._options.session
+        if self.session:
+            self._next = None
+        return answer

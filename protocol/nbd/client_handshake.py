@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client's side of the handshake (proto.md, Newstyle and Fixed newstyle negotiation)."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import NoReturn
+
+from vmapipe.protocol.errors import LocalProtocolError
+from vmapipe.protocol.nbd.client_options import ExportInfo, parse_context, parse_listed
+from vmapipe.protocol.nbd.constants import (
+    BASE_ALLOCATION,
+    CLISERV_MAGIC,
+    IHAVEOPT,
+    INIT_PASSWD,
+    NBD_FLAG_C_FIXED_NEWSTYLE,
+    NBD_FLAG_C_NO_ZEROES,
+    NBD_FLAG_FIXED_NEWSTYLE,
+    NBD_FLAG_NO_ZEROES,
+    NBD_INFO_BLOCK_SIZE,
+    NBD_INFO_DESCRIPTION,
+    NBD_INFO_NAME,
+    NBD_OPT_ABORT,
+    NBD_OPT_EXPORT_NAME,
+    NBD_OPT_GO,
+    NBD_OPT_INFO,
+    NBD_OPT_LIST,
+    NBD_OPT_LIST_META_CONTEXT,
+    NBD_OPT_SET_META_CONTEXT,
+    NBD_OPT_STRUCTURED_REPLY,
+    NBD_REP_ACK,
+    NBD_REP_ERR_SHUTDOWN,
+    NBD_REP_ERR_TLS_REQD,
+    NBD_REP_ERR_UNSUP,
+    NBD_REP_FLAG_ERROR,
+    NBD_REP_INFO,
+    NBD_REP_META_CONTEXT,
+    NBD_REP_SERVER,
+    OPTION_NAMES,
+    REP_MAGIC,
+    ZEROES_BYTES,
+    Bytes,
+)
+from vmapipe.protocol.nbd.errors import NbdProtocolError, NbdRefusedError
+from vmapipe.protocol.nbd.export import Export, ListedExport, string_fault
+from vmapipe.protocol.nbd.intake import Intake
+from vmapipe.protocol.nbd.limits import MAX_ANSWERS_BYTES, MAX_OPTION_REPLY_BYTES
+from vmapipe.protocol.nbd.option import (
+    CLIENT_FLAGS,
+    EXPORT_NAME_REPLY,
+    GREETING,
+    OPTION_REPLY,
+    InfoQuery,
+    MetaQuery,
+    encode_info_query,
+    encode_meta_query,
+    encode_option,
+)
+from vmapipe.protocol.nbd.session import MetaContext, Session
+
+_WANTED_INFOS = (NBD_INFO_NAME, NBD_INFO_DESCRIPTION, NBD_INFO_BLOCK_SIZE)
+_META_OPTIONS = frozenset({NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT})
+# Without these one can do: the client goes on.
+_OPTIONAL = frozenset({NBD_OPT_STRUCTURED_REPLY, *_META_OPTIONS})
+# After these it cannot.
+_FINAL = frozenset({NBD_REP_ERR_SHUTDOWN, NBD_REP_ERR_TLS_REQD})
+
+
+class Goal(enum.Enum):
+    """What a connection is for."""
+
+    TRANSMISSION = NBD_OPT_GO
+    #: Learn about one export, and leave.
+    INFORMATION = NBD_OPT_INFO
+    #: Learn which exports there are, and leave.
+    LIST = NBD_OPT_LIST
+
+
+class NbdClientHandshake:
+    """While `wanted_bytes`, feed what comes and send what `feed` returns.
+
+    Then, according to the goal: `session` is there and the transmission phase
+    has begun (NBD_OPT_GO, or NBD_OPT_EXPORT_NAME with servers that do not know
+    it); or `export` and `offered_contexts`; or `listed`. In the latter two
+    cases the connection is to be closed.
+
+    `structured`: ask for structured replies; `allocation`: with them, for
+    base:allocation. A server may have neither: see the session.
+    """
+
+    def __init__(
+        self,
+        name: str = "",
+        *,
+        goal: Goal = Goal.TRANSMISSION,
+        structured: bool = True,
+        allocation: bool = True,
+    ) -> None:
+        fault = string_fault(name)
+        if fault:
+            raise LocalProtocolError(fault)
+        self.session: Session | None = None
+        self.export: Export | None = None
+        self.listed: list[ListedExport] = []
+        self.offered_contexts: tuple[str, ...] = ()
+        #: What was fed beyond the handshake's end: the beginning of the transmission phase.
+        self.unread = b""
+        self._name = name
+        self._goal = goal
+        self._ask_structured = structured and goal is not Goal.LIST
+        self._ask_allocation = allocation
+        self._structured = self._fixed = self._no_zeroes = False
+        self._contexts: list[MetaContext] = []
+        self._info = ExportInfo(name)
+        self._option = 0
+        self._reply_type = 0
+        self._answers_bytes = 0
+        self._intake = Intake(GREETING.size)
+        # Takes the structure that is complete and returns what to send; None: the end.
+        self._next: Callable[[bytes], bytes] | None = self._take_greeting
+
+    @property
+    def wanted_bytes(self) -> int:
+        """So many bytes at least are still the handshake's; 0: it is over."""
+        return self._intake.missing_bytes if self._next else 0
+
+    def feed(self, data: Bytes) -> bytes:
+        """Take bytes as they come, cut anywhere; returns what is to be sent.
+
+        More than `wanted_bytes` is no loss: see `unread`. Raises
+        NbdProtocolError and NbdRefusedError.
+        """
+        if self._next is None:
+            raise LocalProtocolError("the handshake is over")
+        rest = memoryview(data)
+        out = []
+        try:
+            while self._next:
+                rest = self._intake.add(rest)
+                if self._intake.missing_bytes:
+                    break
+                out.append(self._next(self._intake.take()))
+        except (NbdProtocolError, NbdRefusedError) as error:
+            self._next = None
+            error.unsent = b"".join(out) + error.unsent
+            raise
+        if self.session:
+            self.unread = bytes(rest)
+        return b"".join(out)
+
+    def eof(self) -> NoReturn:
+        """The server has closed the connection while `wanted_bytes`: raises what that means."""
+        self._next = None
+        if self._option == NBD_OPT_EXPORT_NAME:
+            raise NbdRefusedError(NBD_OPT_EXPORT_NAME, None, "it may have no export of that name")
+        raise NbdProtocolError("the server closed the connection during the handshake")
+
+    # --- what the server sends ---
+
+    def _take_greeting(self, raw: bytes) -> bytes:
+        password, magic, flags = GREETING.unpack(raw)
+        if password == INIT_PASSWD and magic == CLISERV_MAGIC:
+            raise NbdProtocolError("the server speaks the oldstyle protocol of before 2011")
+        if (password, magic) != (INIT_PASSWD, IHAVEOPT):
+            raise NbdProtocolError("this is no NBD server")
+        self._fixed = bool(flags & NBD_FLAG_FIXED_NEWSTYLE)
+        self._no_zeroes = bool(flags & NBD_FLAG_NO_ZEROES)
+        answer = NBD_FLAG_C_FIXED_NEWSTYLE if self._fixed else 0
+        answer |= NBD_FLAG_C_NO_ZEROES if self._no_zeroes else 0
+        return CLIENT_FLAGS.pack(answer) + self._first_option()
+
+    def _take_reply(self, raw: bytes) -> bytes:
+        """An answer's header. The limits are checked here, before its data comes."""
+        magic, option, self._reply_type, length = OPTION_REPLY.unpack(raw)
+        if magic != REP_MAGIC:
+            raise NbdProtocolError(f"no option reply where one must be (magic {magic:#x})")
+        if option != self._option:
+            raise NbdProtocolError(f"an answer to option {option}, not to {self._option}")
+        if length > MAX_OPTION_REPLY_BYTES:
+            raise NbdProtocolError(f"an option reply of {length} bytes")
+        self._answers_bytes += OPTION_REPLY.size + length
+        if self._answers_bytes > MAX_ANSWERS_BYTES:
+            raise NbdProtocolError(f"more than {MAX_ANSWERS_BYTES} bytes of option replies")
+        self._intake.expect(length)
+        self._next = self._take_reply_data
+        return b""
+
+    def _take_reply_data(self, data: bytes) -> bytes:
+        self._intake.expect(OPTION_REPLY.size)
+        self._next = self._take_reply
+        match self._option, self._reply_type:
+            case _, kind if kind & NBD_REP_FLAG_ERROR:
+                return self._failed(kind, data.decode(errors="replace"))
+            case _, kind if kind == NBD_REP_ACK:
+                if data:
+                    raise NbdProtocolError("an acknowledgement with data")
+                return self._acknowledged()
+            case option, kind if option == NBD_OPT_LIST and kind == NBD_REP_SERVER:
+                self.listed.append(parse_listed(data))
+            case option, kind if option in _META_OPTIONS and kind == NBD_REP_META_CONTEXT:
+                self._contexts.append(parse_context(data))
+            case option, kind if option == self._goal.value and kind == NBD_REP_INFO:
+                self._info.take(data)
+            case _, kind:
+                raise NbdProtocolError(f"{self._option_name()} is answered by reply type {kind}")
+        return b""
+
+    def _take_export(self, raw: bytes) -> bytes:
+        size_bytes, flags = EXPORT_NAME_REPLY.unpack_from(raw)
+        self._info.set_export(size_bytes, flags)
+        return self._enter()
+
+    # --- what follows ---
+
+    def _first_option(self) -> bytes:
+        if not self._fixed:
+            if self._goal is not Goal.TRANSMISSION:
+                raise NbdRefusedError(self._goal.value, NBD_REP_ERR_UNSUP)
+            return self._ask_export_name()
+        if self._ask_structured:
+            return self._ask(NBD_OPT_STRUCTURED_REPLY)
+        return self._ask_goal()
+
+    def _acknowledged(self) -> bytes:
+        if self._option == NBD_OPT_STRUCTURED_REPLY:
+            self._structured = True
+            return self._ask_contexts() if self._ask_allocation else self._ask_goal()
+        if self._option in _META_OPTIONS:
+            self._check_contexts()
+            return self._ask_goal()
+        if self._option == NBD_OPT_GO:
+            return self._enter()
+        if self._option == NBD_OPT_INFO:
+            self.export = self._info.build(structured=self._structured)
+        return self._leave()
+
+    def _failed(self, reply_type: int, message: str) -> bytes:
+        if reply_type not in _FINAL:
+            if self._option in _OPTIONAL:
+                self._contexts.clear()  # "the client MUST disregard any context replies"
+                return self._ask_goal()
+            if self._option == NBD_OPT_GO and reply_type == NBD_REP_ERR_UNSUP:
+                return self._ask_export_name()
+        raise NbdRefusedError(self._option, reply_type, message, unsent=self._leave())
+
+    def _check_contexts(self) -> None:
+        names = [context.name for context in self._contexts]
+        if self._option == NBD_OPT_LIST_META_CONTEXT:
+            self.offered_contexts = tuple(names)
+        elif names not in ([], [BASE_ALLOCATION]):
+            raise NbdProtocolError("metadata contexts that were not asked for")
+
+    def _enter(self) -> bytes:
+        """The transmission phase begins."""
+        self.export = self._info.build(structured=self._structured)
+        self._next = None
+        self.session = Session(
+            self.export, self.export.flags, self._structured, self._no_zeroes, (*self._contexts,)
+        )
+        return b""
+
+    # --- what the client sends ---
+
+    def _ask(self, option: int, data: bytes = b"") -> bytes:
+        self._option = option
+        self._intake.expect(OPTION_REPLY.size)
+        self._next = self._take_reply
+        return encode_option(option, data)
+
+    def _ask_contexts(self) -> bytes:
+        if self._goal is Goal.INFORMATION:
+            return self._ask(
+                NBD_OPT_LIST_META_CONTEXT, encode_meta_query(MetaQuery(self._name, ()))
+            )
+        query = MetaQuery(self._name, (BASE_ALLOCATION,))
+        return self._ask(NBD_OPT_SET_META_CONTEXT, encode_meta_query(query))
+
+    def _ask_goal(self) -> bytes:
+        if self._goal is Goal.LIST:
+            return self._ask(NBD_OPT_LIST)
+        return self._ask(self._goal.value, encode_info_query(InfoQuery(self._name, _WANTED_INFOS)))
+
+    def _ask_export_name(self) -> bytes:
+        self._option = NBD_OPT_EXPORT_NAME
+        zeroes_bytes = 0 if self._no_zeroes else ZEROES_BYTES
+        self._intake.expect(EXPORT_NAME_REPLY.size + zeroes_bytes)
+        self._next = self._take_export
+        return encode_option(NBD_OPT_EXPORT_NAME, self._name.encode())
+
+    def _leave(self) -> bytes:
+        """Soft disconnect. The answer need not be waited for."""
+        self._next = None
+        return encode_option(NBD_OPT_ABORT)
+
+    def _option_name(self) -> str:
+        return OPTION_NAMES.get(self._option, str(self._option))

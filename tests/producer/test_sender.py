@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One session, with a link and a clock that the test holds in its hands."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from tests.producer.test_runs import MemoryDisk
+from vmapipe.producer import sender as module
+from vmapipe.producer.link import Link
+from vmapipe.producer.sender import Refused, Sender
+from vmapipe.producer.source import SourceError
+from vmapipe.protocol import limits
+from vmapipe.protocol.archiver_side import ArchiverSide
+from vmapipe.protocol.frames import Part
+from vmapipe.protocol.messages import Fail, Hello, Message, Ping
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Cancelled, Failure
+
+JOB = bytes(16)
+CLUSTER = 65536
+
+
+class Archiver:
+    """The far end of a link, in memory; time passes only while the producer waits."""
+
+    is_local = False
+
+    def __init__(self, *, answers: bool = True, window: int = 1 << 20) -> None:
+        self.now = 0.0
+        self.heard: list[Message] = []
+        self.side = ArchiverSide()
+        self._answers = answers
+        self._window = window
+        self._mail: deque[list[bytes]] = deque()
+
+    def send(self, parts: Sequence[Part]) -> None:
+        message = self.side.receive([bytes(part) for part in parts])
+        self.heard.append(message)
+        if not self._answers:
+            return
+        match message:
+            case Hello():
+                frame = max(limits.MIN_FRAME_CHARGE, self._window // 2)
+                self.post(self.side.welcome(1, self._window, frame, 9))
+            case Ping():
+                self.post(self.side.pong())
+            case _:
+                limit = self.side.charged + self._window
+                self.post(self.side.grant(limit, self.side.received_frames))
+                if self.side.state.value == "ended":
+                    self.post(self.side.done(bytes(16)))
+
+    def post(self, parts: list[Part] | None) -> None:
+        if parts is not None:
+            self._mail.append([bytes(part) for part in parts])
+
+    def receive(self) -> list[bytes] | None:
+        return self._mail.popleft() if self._mail else None
+
+    def wait(self, timeout_s: float) -> None:
+        if not self._mail:
+            self.now += max(timeout_s, 0.001)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Archiver]]:
+    """Put the archiver whose clock counts into the list."""
+    holder: list[Archiver] = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: holder[0].now))
+    yield holder
+
+
+def sender(
+    disk: MemoryDisk, archiver: Archiver, clock: list[Archiver], speed: int = 0
+) -> tuple[Sender, Cancel]:
+    clock.append(archiver)
+    cancel = Cancel()
+    return Sender(disk, cast(Link, archiver), JOB, speed, cancel), cancel
+
+
+def test_a_whole_disk_goes_through_the_smallest_window(clock: list[Archiver]) -> None:
+    disk = MemoryDisk(b"A" * (40 * CLUSTER) + bytes(9 * CLUSTER) + b"B" * 100)
+    archiver = Archiver(window=limits.MIN_WINDOW_BYTES)
+    producer, cancel = sender(disk, archiver, clock)
+    producer.run()
+    assert archiver.side.received_clusters == 50
+    assert producer.zero_clusters == 9
+    cancel.close()
+
+
+def test_a_silent_archiver_ends_the_producer_after_the_limit_and_is_named(
+    clock: list[Archiver],
+) -> None:
+    archiver = Archiver(answers=False)
+    producer, cancel = sender(MemoryDisk(b"A"), archiver, clock)
+    with pytest.raises(Failure, match=r"'disk': the archiver has been silent for 30 s"):
+        producer.run()
+    assert 30 < archiver.now < 41
+    assert sum(isinstance(message, Ping) for message in archiver.heard) == 3
+    cancel.close()
+
+
+def test_waiting_for_other_producers_is_not_taken_for_silence(clock: list[Archiver]) -> None:
+    class Late(Archiver):
+        def send(self, parts: Sequence[Part]) -> None:
+            self._answers = not isinstance(self.side.state.value, str) or bool(self.heard)
+            super().send(parts)
+
+        def wait(self, timeout_s: float) -> None:
+            super().wait(timeout_s)
+            if self.now > 300 and self.side.state.value == "waiting":
+                self.post(self.side.welcome(1, 1 << 20, 1 << 19, 9))
+
+    archiver = Late()
+    producer, cancel = sender(MemoryDisk(b"A"), archiver, clock)
+    producer.run()
+    assert archiver.now > 300
+    cancel.close()
+
+
+def test_a_read_error_is_told_to_the_archiver_in_the_same_words(clock: list[Archiver]) -> None:
+    class Broken(MemoryDisk):
+        def read_into(self, buffer: memoryview, offset: int) -> None:
+            if offset >= 20 * CLUSTER:
+                raise SourceError(f"disk 'disk': cannot read x at offset {offset}: broken")
+            super().read_into(buffer, offset)
+
+    archiver = Archiver()
+    producer, cancel = sender(Broken(b"A" * 64 * CLUSTER), archiver, clock)
+    with pytest.raises(SourceError, match="broken") as caught:
+        producer.run()
+    assert archiver.heard[-1] == Fail(str(caught.value))
+    cancel.close()
+
+
+def test_a_refusal_ends_the_producer_with_the_reason(clock: list[Archiver]) -> None:
+    archiver = Archiver(answers=False)
+    archiver.post(ArchiverSide().refuse("unknown-device", "no such device"))
+    producer, cancel = sender(MemoryDisk(b"A"), archiver, clock)
+    with pytest.raises(Refused, match=r"refused 'disk': no such device \[unknown-device\]"):
+        producer.run()
+    assert not any(isinstance(message, Fail) for message in archiver.heard)
+    cancel.close()
+
+
+def test_a_stop_is_told_to_the_archiver(clock: list[Archiver]) -> None:
+    archiver = Archiver()
+    producer, cancel = sender(MemoryDisk(b"A" * 64 * CLUSTER), archiver, clock)
+    cancel.ask("cancelled by SIGTERM", 15)
+    with pytest.raises(Cancelled) as caught:
+        producer.run()
+    assert caught.value.exit_code == 143
+    assert archiver.heard[-1] == Fail("cancelled by SIGTERM")
+    cancel.close()
+
+
+@pytest.mark.parametrize("speed", [256 << 10, 1 << 20, 8 << 20])
+def test_the_speed_limit_holds_within_5_per_cent(clock: list[Archiver], speed: int) -> None:
+    archiver = Archiver(window=8 << 20)
+    disk = MemoryDisk(b"A" * (5 * speed))
+    producer, cancel = sender(disk, archiver, clock, speed)
+    producer.run()
+    # The last piece is not waited for.
+    assert archiver.now == pytest.approx(5, rel=0.05)
+    cancel.close()

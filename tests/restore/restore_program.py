@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A restore in a process of its own, to be killed: `python -m … ARCHIVE FOLDER unnamed|partial`.
+
+Its events go to standard output, one JSON line each.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from vmapipe.restore import targets
+from vmapipe.restore.job import restore
+from vmapipe.restore.plan import plan_folder
+from vmapipe.restore.reading import open_archive
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.events import Event, encode_line
+from vmapipe.runtime.process import run
+
+
+def refuse(folder: str) -> int:
+    raise OSError("no unnamed files here")
+
+
+def tell(event: Event) -> None:
+    sys.stdout.buffer.write(encode_line(event))
+    sys.stdout.buffer.flush()
+
+
+def work() -> None:
+    archive_name, folder, way = sys.argv[1:]
+    if way == "partial":
+        targets.open_unnamed = refuse
+    cancel = Cancel()
+    cancel.on_signals()
+    with open_archive(archive_name, cancel) as archive:
+        restore(archive, plan_folder(archive.header, folder), tell, cancel)
+
+
+if __name__ == "__main__":
+    sys.exit(run("restore", work))
