@@ -12,9 +12,17 @@ import enum
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from vmapipe.archiver.device import DeviceState, Mark
+from vmapipe.archiver.instructions import (
+    Abandon,
+    Begin,
+    Finish,
+    Instruction,
+    Notice,
+    Put,
+    Send,
+)
 from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide, State
 from vmapipe.protocol.errors import RemoteProtocolError
@@ -66,39 +74,6 @@ class JobSpec:
     heartbeat_s: int = 30
     #: Until all producers have come, in seconds.
     start_timeout_s: int = 60
-
-
-class Send(NamedTuple):
-    peer: bytes
-    parts: list[Part]
-
-
-class Begin(NamedTuple):
-    header: Header
-    raw_header: bytes
-
-
-class Put(NamedTuple):
-    extent: PackedExtent[Mark]
-
-
-class Finish(NamedTuple):
-    """All extents are out: store the archive under its name."""
-
-
-class Abandon(NamedTuple):
-    """The job failed: leave nothing behind."""
-
-    reason: str
-
-
-class Notice(NamedTuple):
-    """Something worth a line in the log."""
-
-    text: str
-
-
-Instruction = Send | Begin | Put | Finish | Abandon | Notice
 
 
 class Phase(enum.Enum):

@@ -20,6 +20,7 @@ from vmapipe.runtime.cli import (
     add_plain_tcp_option,
     check_endpoint,
     job_id,
+    make_parser,
 )
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
@@ -93,12 +94,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "vmapipe archiver") -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
     add_options(parser)
     options = parser.parse_args(argv)
     return run_child(

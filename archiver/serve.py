@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
-from vmapipe.archiver import job as core
+from vmapipe.archiver import instructions as core
 from vmapipe.archiver.device import Mark
 from vmapipe.archiver.job import Job, JobSpec, Phase
 from vmapipe.archiver.link import Link

@@ -11,7 +11,7 @@ from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.job import BackupJob, Disk
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import size, split_named
+from vmapipe.runtime.cli import make_parser, size, split_named
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.process import run
 
@@ -37,12 +37,7 @@ exit codes: 0 stored, 1 failed (nothing was stored), 2 wrong use, 130/143 ended 
 
 
 def main(argv: Sequence[str], prog: str) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
     parser.add_argument(
         "--disk",
         action="append",

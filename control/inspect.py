@@ -15,6 +15,7 @@ from vmapipe.control.words import naming, source_name
 from vmapipe.restore.reading import Archive, open_archive
 from vmapipe.restore.verify import VerifyOptions, verify
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.errors import Damaged, Failure, UsageError
 from vmapipe.runtime.process import run
 from vmapipe.vma.errors import ArchiveError
@@ -40,11 +41,10 @@ DEFAULT_CONFIG = "qemu-server.conf"
 
 
 def main_list(argv: Sequence[str], prog: str) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Tell what an archive holds: its devices with their sizes, and its configs.",
-        epilog="example:\n  vmapipe list vm.vma.zst",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        prog,
+        "Tell what an archive holds: its devices with their sizes, and its configs.",
+        "example:\n  vmapipe list vm.vma.zst",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("archive", metavar="ARCHIVE", help=ARCHIVE_HELP)
@@ -53,11 +53,10 @@ def main_list(argv: Sequence[str], prog: str) -> int:
 
 
 def main_config(argv: Sequence[str], prog: str) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Print a configuration stored in an archive, byte for byte.",
-        epilog="example:\n  vmapipe config vm.vma --name qemu-server.fw",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        prog,
+        "Print a configuration stored in an archive, byte for byte.",
+        "example:\n  vmapipe config vm.vma --name qemu-server.fw",
     )
     parser.add_argument(
         "--name",
@@ -71,12 +70,7 @@ def main_config(argv: Sequence[str], prog: str) -> int:
 
 
 def main_verify(argv: Sequence[str], prog: str) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=VERIFY_DESCRIPTION,
-        epilog=VERIFY_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(prog, VERIFY_DESCRIPTION, VERIFY_EPILOG)
     parser.add_argument(
         "--manifest", metavar="FILE", help="the manifest (default: ARCHIVE.manifest.json)"
     )

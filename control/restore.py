@@ -16,6 +16,7 @@ from vmapipe.restore.mapping import parse_map
 from vmapipe.restore.plan import Plan, plan_folder, plan_map
 from vmapipe.restore.reading import open_archive
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.process import run
 from vmapipe.vma.header import Header
@@ -43,12 +44,7 @@ _MAX_WORKERS = 64
 
 
 def main(argv: Sequence[str], prog: str) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
     parser.add_argument(
         "--device",
         action="append",

@@ -101,6 +101,8 @@ def pieces(archive: Archive) -> Iterator[Piece]:
             raise cut_off(extent, got)
         yield Piece(extent, raw_header, data)
         at += extent.total_bytes
+    if isinstance(source, PlainFile) and at < source.size_bytes:
+        raise ArchiveError("the archive was cut while it was read", offset=at)
 
 
 def cut_off(extent: Extent, got: int) -> ExtentError:

@@ -11,6 +11,16 @@ from vmapipe.runtime.errors import UsageError
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
+def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser whose texts keep their line breaks."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def size(text: str) -> int:
     """`10M` to bytes; the suffixes K, M, G, T are powers of 1024, as in QEMU's monitor."""
     digits = text.strip().upper().removesuffix("IB").removesuffix("B")

@@ -123,7 +123,7 @@ class NbdClientHandshake:
     @property
     def wanted_bytes(self) -> int:
         """So many bytes at least are still the handshake's; 0: it is over."""
-        return self._intake.missing_bytes if self._next else 0
+        return self._intake.missing_bytes if self._next is not None else 0
 
     def feed(self, data: Bytes) -> bytes:
         """Take bytes as they come, cut anywhere; returns what is to be sent.
@@ -136,7 +136,7 @@ class NbdClientHandshake:
         rest = memoryview(data)
         out = []
         try:
-            while self._next:
+            while self._next is not None:
                 rest = self._intake.add(rest)
                 if self._intake.missing_bytes:
                     break

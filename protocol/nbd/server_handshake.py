@@ -80,7 +80,7 @@ class NbdServerHandshake:
     @property
     def wanted_bytes(self) -> int:
         """So many bytes at least are still the handshake's; 0: it is over."""
-        return self._intake.missing_bytes if self._next else 0
+        return self._intake.missing_bytes if self._next is not None else 0
 
     def greeting(self) -> bytes:
         """The server speaks first."""
@@ -97,7 +97,7 @@ class NbdServerHandshake:
         rest = memoryview(data)
         out = []
         try:
-            while self._next:
+            while self._next is not None:
                 rest = self._intake.add(rest)
                 if self._intake.missing_bytes:
                     break

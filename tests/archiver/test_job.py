@@ -14,18 +14,16 @@ from hypothesis import strategies as st
 
 from tests.vma.archives import disk_image, read_whole, scan
 from vmapipe.archiver.device import Mark
-from vmapipe.archiver.job import (
+from vmapipe.archiver.instructions import (
     Abandon,
     Begin,
     Finish,
     Instruction,
-    Job,
-    JobSpec,
     Notice,
-    Phase,
     Put,
     Send,
 )
+from vmapipe.archiver.job import Job, JobSpec, Phase
 from vmapipe.producer.ring import Ring
 from vmapipe.producer.runs import READ_BYTES
 from vmapipe.protocol import frames, limits

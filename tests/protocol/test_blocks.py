@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmapipe.protocol.blocks import cluster_masks, collect, is_zero, nonzero_pieces
+from vmapipe.protocol.blocks import cluster_masks, collect, compact, is_zero, nonzero_pieces
 
 BLOCK = 4096
 CLUSTER = 65536
@@ -68,6 +68,16 @@ def test_what_is_collected_are_the_blocks_that_are_not_zero(
     blocks = [data[at : at + BLOCK] for at in range(0, len(data), BLOCK)]
     masks = cluster_masks(data, len(data))
     assert bytes(collect(data, masks)) == b"".join(block for block in blocks if any(block))
+
+
+@given(disks())
+@settings(max_examples=60)
+def test_compacting_moves_the_blocks_that_are_not_zero_to_the_front(disk: bytearray) -> None:
+    masks = cluster_masks(disk, len(disk))
+    blocks = bytes(collect(bytes(disk), masks))
+    length = compact(memoryview(disk), masks)
+    assert length == len(blocks)
+    assert disk[:length] == blocks
 
 
 @given(st.binary(max_size=40).filter(lambda raw: len(raw) % 2 == 0))

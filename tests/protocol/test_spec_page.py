@@ -131,6 +131,11 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     assert all(reason for *_, reason in table("name"))
 
 
+def test_the_largest_part_of_the_page_is_that_of_the_code() -> None:
+    sizes = [size for name, size in vars(limits).items() if re.match("MAX_.*_BYTES$", name)]
+    assert f"No part is larger than\n  {max(sizes)} bytes" in PAGE
+
+
 def test_the_charges_of_the_page_are_those_of_the_code() -> None:
     rows = [[int(cell) for cell in row] for row in table("clusters")]
     assert rows

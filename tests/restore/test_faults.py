@@ -147,7 +147,7 @@ def test_a_signal_ends_reader_and_workers_and_nothing_is_left(
             assert workers
             process.send_signal(signum)
             _, stderr = process.communicate(timeout=LIMIT_S)
-        gone, alive = psutil.wait_procs(workers, LIMIT_S)
+        _, alive = psutil.wait_procs(workers, LIMIT_S)
         assert alive == []
     if signum == signal.SIGKILL:
         assert process.returncode == -signum
@@ -248,7 +248,7 @@ def test_an_archive_that_changes_while_it_is_read_is_an_error(tmp_path: Path, ou
         if event["event"] == "restoring":
             os.truncate(path, HALF + 600)
 
-    with pytest.raises(Exception, match=r"cut while it is read|ends inside") as caught:
+    with pytest.raises(Exception, match=r"cut while it (is|was) read") as caught:
         restored(path, lambda header: plan_folder(header, str(out)), hear=hear)
     assert getattr(caught.value, "exit_code", 0) == 1
     assert contents(out) == {}

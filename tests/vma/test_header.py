@@ -392,6 +392,7 @@ def test_a_wrong_checksum_is_refused_in_the_references_words() -> None:
         pytest.param(HEADER_BYTES + 1, b"\0\0", id="a name without its NUL"),
         pytest.param(HEADER_BYTES + 1, b"\x01\0\0", id="an empty name"),
         pytest.param(HEADER_BYTES + 5, b"\0", id="a NUL inside a name"),
+        pytest.param(HEADER_BYTES + 18, b"\0", id="a name that ends in two NUL"),
         pytest.param(HEADER_BYTES + 19, b"x", id="a name that does not end in NUL"),
         pytest.param(HEADER_BYTES + 20, b"\xff\xff", id="data longer than the table"),
     ],
@@ -428,6 +429,20 @@ def test_blobs_that_overlap_are_refused_before_they_cost_memory() -> None:
         assert "overlaps" in refusal(lie).text
 
     assert peak_bytes(work) < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "offset"),
+    [
+        pytest.param(DEVICES_AT + 32, u32(45), HEADER_BYTES, id="outside the table"),
+        pytest.param(HEADER_BYTES + 20, b"\xff\xff", HEADER_BYTES + 20, id="cut off"),
+        pytest.param(HEADER_BYTES + 19, b"x", HEADER_BYTES + 1, id="no name"),
+        pytest.param(DEVICES_AT + 40, b"\xff" * 8, DEVICES_AT + 32, id="a giant device"),
+        pytest.param(BLOB_BYTES_AT, u32(513), BLOB_AT_AT, id="no table"),
+    ],
+)
+def test_a_lie_is_refused_with_its_place(at: int, value: bytes, offset: int) -> None:
+    assert refusal(changed(at, value)).offset == offset
 
 
 def test_all_names_in_one_long_blob_cost_its_memory_once() -> None:
