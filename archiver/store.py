@@ -143,7 +143,7 @@ class Store(Generic[Note]):
         self._output.abandon()
         if self._thread.is_alive():
             self._thread.join(_END_WAIT_S)
-        self._end(StoreState.FAILED, OutputFailure("the archive was abandoned"))
+        self._end(StoreState.FAILED, _abandoned())
 
     # --- the writer thread ---
 
@@ -151,7 +151,8 @@ class Store(Generic[Note]):
         try:
             self._work()
         except Exception as error:  # noqa: BLE001  a defect, too, must reach the main loop
-            self._end(StoreState.FAILED, error)
+            # After `abandon`, errors are only how the output lets go of us.
+            self._end(StoreState.FAILED, _abandoned() if self._stopping else error)
             self._report()
             self._output.abandon()
             self._drop_queue()
@@ -221,3 +222,7 @@ class Store(Generic[Note]):
         # After `abandon` nobody listens; what the callback wakes may be gone.
         if not self._stopping:
             self._on_progress()
+
+
+def _abandoned() -> OutputFailure:
+    return OutputFailure("the archive was abandoned")

@@ -6,14 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vmapipe.restore.report import Damage
-from vmapipe.vma.coverage import Coverage
+from vmapipe.vma.coverage import PAGE_CLUSTERS, Coverage
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK
-
-# Coverage takes a run that does not cross a multiple of this wholly or not at all.
-_PAGE_CLUSTERS = 1 << 16
 
 _UNKNOWN = "of a device that the header does not list"
 _BEYOND = "beyond the device's end"
@@ -96,7 +93,8 @@ class Census:
 
 
 def _within_pages(run: ClusterRun) -> Iterator[ClusterRun]:
-    cut = _PAGE_CLUSTERS - run.first_cluster % _PAGE_CLUSTERS
+    """Coverage counts such a run wholly or not at all."""
+    cut = PAGE_CLUSTERS - run.first_cluster % PAGE_CLUSTERS
     if run.count <= cut:
         yield run
     else:

@@ -16,7 +16,7 @@ from vmapipe.vma.names import printable
 # Clusters a page of the set covers: 4 GiB of disk in 8 KiB of bitmap. A page
 # that is full shrinks to one entry, so a disk that arrives in order costs a
 # few bytes a GiB whatever its size.
-_PAGE = 1 << 16
+PAGE_CLUSTERS = _PAGE = 1 << 16
 # A page with at most so many clusters lists them, 2 bytes each: an archive
 # whose clusters lie far apart must not cost 8 KiB for each of them.
 _FEW = 256
@@ -32,7 +32,11 @@ class ClusterSet:
         self._pages: dict[int, _Page | None] = {}
 
     def add(self, first: int, count: int) -> int | None:
-        """Add a run; return the first cluster that was in already (then nothing is promised)."""
+        """Add a run; return the first cluster that was in already.
+
+        Then nothing is promised of a run that crosses a multiple of
+        PAGE_CLUSTERS; any other was not added at all.
+        """
         end = first + count
         if not 0 <= first <= end <= self.size:
             raise ValueError(f"clusters {first} + {count} in a set of {self.size}")
@@ -87,14 +91,18 @@ class _Page:
         self._bits: bytearray | None = None
 
     def add(self, first: int, stop: int) -> int | None:
-        """Add [first, stop); return the first that was in already."""
-        self.used += stop - first
-        if self._bits is None and self.used <= _FEW:
-            return self._list(first, stop)
-        if self._bits is None:
+        """Add [first, stop), or return the first that was in already and add none."""
+        used = self.used + stop - first
+        if self._bits is None and used > _FEW:
             self._bits = self.bits()
             self._few = array("H")
-        return _set_bits(self._bits, first, stop)
+        if self._bits is None:
+            double = self._list(first, stop)
+        else:
+            double = _set_bits(self._bits, first, stop)
+        if double is None:
+            self.used = used
+        return double
 
     def _list(self, first: int, stop: int) -> int | None:
         at = bisect_left(self._few, first)

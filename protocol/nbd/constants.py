@@ -130,13 +130,15 @@ NBD_ENOTSUP: Final = 95
 NBD_ESHUTDOWN: Final = 108
 
 
-def _names(prefix: str) -> dict[int, str]:
-    return {number: name for name, number in globals().items() if name.startswith(prefix)}
+def _names(prefix: str, but: str = "-") -> dict[int, str]:
+    return {
+        number: name
+        for name, number in globals().items()
+        if name.startswith(prefix) and but not in name
+    }
 
 
 OPTION_NAMES: Final = _names("NBD_OPT_")
 REPLY_ERROR_NAMES: Final = _names("NBD_REP_ERR_")
-COMMAND_NAMES: Final = {
-    number: name for number, name in _names("NBD_CMD_").items() if "_FLAG_" not in name
-}
+COMMAND_NAMES: Final = _names("NBD_CMD_", but="_FLAG_")
 ERROR_NAMES: Final = _names("NBD_E")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs with planned faults; one that never fired fails the test."""
+"""Outputs with planned faults, of which each must come, and outputs whose reader is asleep."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from vmapipe.archiver.outputs.descriptor import DescriptorOutput
 from vmapipe.archiver.outputs.memory import Fault, MemoryOutput
 
 
@@ -22,3 +24,17 @@ def memory() -> Iterator[Callable[..., MemoryOutput]]:
     yield make
     unfired = [fault for output in made for fault in output.unfired]
     assert unfired == [], "planned, but never happened"
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when an output begins to wait for its reader."""
+    event = threading.Event()
+    wait_writable = DescriptorOutput._wait_writable
+
+    def wait(output: DescriptorOutput) -> None:
+        event.set()
+        wait_writable(output)
+
+    monkeypatch.setattr(DescriptorOutput, "_wait_writable", wait)
+    return event

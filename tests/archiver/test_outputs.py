@@ -19,7 +19,7 @@ from tests.archiver.targets import (
     Target,
     in_thread,
 )
-from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S, DescriptorOutput
+from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 
@@ -127,20 +127,6 @@ def test_a_description_says_where_the_archive_goes(target: Target) -> None:
     assert output.description
     output.abandon()
     target.left()
-
-
-@pytest.fixture
-def stuck(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set when an output begins to wait for its reader."""
-    event = threading.Event()
-    wait_writable = DescriptorOutput._wait_writable
-
-    def wait(output: DescriptorOutput) -> None:
-        event.set()
-        wait_writable(output)
-
-    monkeypatch.setattr(DescriptorOutput, "_wait_writable", wait)
-    return event
 
 
 def test_a_write_that_waits_for_its_reader_ends_when_the_archive_is_abandoned(

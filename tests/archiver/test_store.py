@@ -198,8 +198,8 @@ def test_what_is_put_after_an_error_is_dropped(memory: Callable[..., MemoryOutpu
 def test_a_defect_of_ours_fails_the_job_as_well(memory: Callable[..., MemoryOutput]) -> None:
     loop = Loop(memory())
     loop.put(DENSE)
-    broken: Any = DENSE.extents[0]._replace(buffers=["no bytes"])
-    loop.store.put(broken)
+    no_bytes: Any = ["no bytes"]
+    loop.store.put(DENSE.extents[0]._replace(buffers=no_bytes))
     loop.until_over()
     assert loop.store.state is StoreState.FAILED
     assert isinstance(loop.store.error, TypeError)
@@ -263,7 +263,7 @@ def test_a_store_that_was_abandoned_wakes_nobody(memory: Callable[..., MemoryOut
 @pytest.mark.parametrize("compression", [None, Compression(threads=2)])
 @pytest.mark.parametrize("digested", [False, True])
 def test_a_full_pipe_does_not_hold_up_an_abandon(
-    spec: str, compression: Compression | None, digested: bool
+    spec: str, compression: Compression | None, digested: bool, stuck: threading.Event
 ) -> None:
     theirs, ours = os.pipe()
     if "{}" not in spec:
@@ -277,7 +277,7 @@ def test_a_full_pipe_does_not_hold_up_an_abandon(
     loop.store.begin(made.header, made.raw_header)
     for extent in made.extents:
         loop.store.put(extent._replace(buffers=[noise]))
-    loop.until(lambda: loop.store.stored_bytes > 0)
+    assert stuck.wait(LIMIT_S)
     started = time.monotonic()
     loop.store.abandon()
     assert time.monotonic() - started < ABANDON_WAIT_S

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable
@@ -24,7 +25,6 @@ from tests.restore.support import (
     one_frame,
     skippable,
 )
-from vmapipe.restore import lzopped, source
 from vmapipe.restore.errors import CompressionError, SourceError
 from vmapipe.restore.source import PlainFile, Source, Stream, open_source
 from vmapipe.restore.zstd import ZstdFrames
@@ -126,7 +126,7 @@ def test_a_descriptor_in_the_middle_of_a_file_is_read_from_there_on(
 
 
 def test_stdin_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source.os, "dup", lambda number: os.open("/", os.O_RDONLY))
+    monkeypatch.setattr(os, "dup", lambda number: os.open("/", os.O_RDONLY))
     assert failure_of("-") == "standard input is a folder, not an archive"
 
 
@@ -270,7 +270,7 @@ def test_a_missing_lzop_is_named(
 ) -> None:
     (program,) = need("lzop")
     path = store(lzop(program, RAW))
-    monkeypatch.setattr(lzopped.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "the program lzop is not installed" in failure_of(path)
 
 

@@ -101,7 +101,7 @@ def test_a_file_system_without_links_renames(
         raise OSError(errno.EINVAL, "what is that")
 
     monkeypatch.setattr(targets, "open_unnamed", refuse)
-    monkeypatch.setattr(targets.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     if rename == "plain":
         monkeypatch.setattr(targets, "rename_noreplace", refuse_noreplace)
     file = NewFile(str(tmp_path / "a"))
