@@ -15,7 +15,6 @@ from typing import Any
 from blake3 import blake3
 
 from vmapipe.archiver.manifests import ManifestSink
-from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
 from vmapipe.archiver.outputs.output import Buffers, Output
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES
@@ -36,6 +35,8 @@ from vmapipe.vma.packer import PackedExtent
 _THREADS = 2
 # Hashing less than this takes less time than waking up another thread.
 _INLINE_BYTES = 64 << 10
+# The output has waited for its commit before; what is left is a few calls.
+_SETTLE_S = 0.5
 
 
 class Digests:
@@ -198,7 +199,7 @@ class DigestedOutput:
     def abandon(self) -> None:
         self._inner.abandon()
         # A commit that hangs in another thread can no longer give the archive its name.
-        through = self._committing.acquire(timeout=ABANDON_WAIT_S)
+        through = self._committing.acquire(timeout=_SETTLE_S)
         if not self._committed:
             self._digests.abandon()
         if through:

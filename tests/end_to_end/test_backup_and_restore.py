@@ -258,7 +258,7 @@ def test_processes_started_by_hand_make_the_same_archive(
     same_disks({name: disks[name] for name in ("odd", "sparse")}, tmp_path / "out")
 
 
-def test_the_producer_of_thirty_lines_in_the_docs_feeds_the_real_archiver(
+def test_the_producer_in_the_docs_feeds_the_real_archiver(
     disks: dict[str, Path], tmp_path: Path
 ) -> None:
     endpoint, job = f"ipc://{tmp_path / 'socket'}", "00112233445566778899aabbccddeeff"

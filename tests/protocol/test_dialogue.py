@@ -308,6 +308,17 @@ def test_a_payload_counts_in_bytes_whatever_its_items_are() -> None:
     assert before - producer.credit == 64 + 8 + 4096 == archiver.charged
 
 
+def test_the_producer_may_use_its_credit_to_the_last_byte() -> None:
+    producer, archiver = ProducerSide(UUID, "a", 1 << 30), ArchiverSide()
+    archiver.receive(producer.hello())
+    cost = limits.MIN_FRAME_CHARGE
+    producer.receive(archiver.welcome(1, cost, cost, 30))
+    archiver.receive(producer.run(0, 1, b"\xff\xff", bytes(65536)))
+    assert producer.credit == 0
+    with pytest.raises(LocalProtocolError, match="exceeds the credit 0"):
+        producer.run(1, 1, b"", b"")
+
+
 def test_frames_that_hold_no_cluster_are_not_offered() -> None:
     archiver = ArchiverSide()
     archiver.receive(ProducerSide(UUID, "a", 1).hello())

@@ -43,7 +43,7 @@ def test_mask_runs_are_the_set_bits_in_maximal_runs(mask: int) -> None:
 @given(
     st.lists(masks, min_size=1, max_size=8).map(tuple),
     st.integers(0, 4),
-    st.integers(1, 12 * CLUSTER_BYTES),
+    st.integers(1, 12 * CLUSTER_BYTES) | st.integers(1, 12 * 16).map(lambda n: n * 4096),
     st.integers(0, 50).map(lambda blocks: blocks * 4096),
 )
 @settings(max_examples=200)
@@ -97,6 +97,11 @@ def test_a_run_beyond_the_devices_end_has_no_pieces(run_masks: tuple[int, ...]) 
     run = ClusterRun(1, 5, run_masks, 0)
     assert block_pieces(run, 5 * CLUSTER_BYTES) == []
     assert block_pieces(run, 1) == []
+
+
+def test_a_block_that_begins_at_the_devices_end_is_no_piece() -> None:
+    run = ClusterRun(1, 0, (0b101,), 0)
+    assert block_pieces(run, 2 * 4096) == [(0, 0, 4096)]
 
 
 def test_a_full_last_cluster_is_cut_at_the_devices_end() -> None:

@@ -144,7 +144,7 @@ def test_the_lines_are_those_of_the_specification() -> None:
 
 
 @given(manifests(), st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_one_other_character_anywhere_changes_what_is_said_or_is_refused(
     manifest: Manifest, data: st.DataObject
 ) -> None:
@@ -178,7 +178,7 @@ json_values = st.recursive(
 
 
 @given(st.sampled_from(["opening", "extent", "totals"]), st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_any_json_in_a_lines_place_is_refused_unless_it_is_what_we_write(
     kind: str, data: st.DataObject
 ) -> None:
@@ -255,6 +255,19 @@ def test_a_line_that_is_not_as_it_was_written_is_refused(number: int, old: str, 
     lines[number] = lines[number].replace(old, new)
     with pytest.raises(ArchiveError, match=r"^the manifest is damaged: "):
         read(lines)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"version": 1', '"version": 2', "manifest version 2 is not known here"),
+        ("blake3", "md5", "digest algorithm 'md5' is not known here"),
+        ("vmapipe-manifest", "manifest", "not a manifest of vmapipe"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_called_so(old: str, new: str, words: str) -> None:
+    with pytest.raises(ArchiveError, match=words):
+        ManifestReader().line(small().lines()[0].replace(old, new))
 
 
 def test_nesting_beyond_all_measure_is_refused() -> None:

@@ -38,7 +38,8 @@ def test_a_hostile_name_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qemu-server.conf", "...", "a b", "-rf", "é" * 127, "x" * 255, "caf\udce9", "a\\b"]
+    "name",
+    ["qemu-server.conf", "...", "a b", "-rf", "é" * 127, "x" * 255, "caf\udce9", "a\\b", "a\xa0b"],
 )
 def test_a_harmless_name_stays_as_it_is(name: str) -> None:
     assert safe_file_name(name, "config") == name

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever goes wrong, the user sees one line and the right exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+
+import pytest
+
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
+from vmapipe.runtime.process import failure_of, run
+from vmapipe.vma.errors import HeaderError, LimitError
+
+
+def failing(error: BaseException) -> int:
+    def work() -> None:
+        raise error
+
+    return run("vmapipe test", work)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (Failure("it broke"), 1, "it broke"),
+        (UsageError("no such thing"), 2, "no such thing"),
+        (Damaged("3 things"), 4, "3 things"),
+        (Cancelled("cancelled by SIGTERM", 15), 143, "cancelled by SIGTERM"),
+        (LimitError("too many drives"), 1, "too many drives"),
+        (HeaderError("bad", offset=7), 1, "bad (archive offset 7)"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/x"), 1, "/x: No such file"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (KeyboardInterrupt(), 130, "cancelled by SIGINT"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_what_a_user_can_cause_is_one_line_and_an_exit_code(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(error) == code
+    assert capsys.readouterr().err == f"vmapipe test: {line}\n"
+
+
+def test_a_defect_of_ours_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        failing(ZeroDivisionError())
+    assert failure_of(ValueError("x")) is None
+
+
+def test_work_that_ends_well_is_exit_code_0() -> None:
+    assert run("vmapipe test", lambda: None) == 0
+
+
+def test_the_first_reason_to_stop_counts_and_wakes_whoever_waits() -> None:
+    cancel = Cancel()
+    try:
+        assert not cancel.asked
+        cancel.check()
+        waiter = threading.Thread(target=lambda: os.read(cancel.fd, 1))
+        waiter.start()
+        cancel.ask("first", signal.SIGTERM)
+        cancel.ask("second")
+        waiter.join(10)
+        assert not waiter.is_alive()
+        with pytest.raises(Cancelled, match="first") as caught:
+            cancel.check()
+        assert caught.value.exit_code == 143
+    finally:
+        cancel.close()
