@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What travels between the reader of a restore and its workers, and what it looks like.
 
-A message is a list of parts. The first is a msgpack array [name, field, ...],
-the fields in the order of the class below; an `ExtentWork` has the extent
-itself, header and data, as further parts. Both ends are processes of one job
-on one host; what comes is checked all the same, before it is believed.
+A message is one part, a msgpack array [name, field, ...], the fields in the
+order of the class below. The data itself lies in the archive's file, or in
+memory that reader and workers share. Both ends are processes of one job on one
+host; what comes is checked all the same, before it is believed.
 """
 
 from __future__ import annotations
@@ -58,10 +58,15 @@ class TargetSetup(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """Reader: your archive's uuid, its descriptor (-1: it comes in messages), your targets."""
+    """Reader: your archive's uuid, and your targets; you have inherited the descriptors.
+
+    The data is either in `archive_fd`, the archive's file, or comes through
+    `memory_fd`, shared memory. The other one is -1.
+    """
 
     uuid: bytes
     archive_fd: int
+    memory_fd: int
     targets: tuple[TargetSetup, ...]
 
 
@@ -79,13 +84,17 @@ class RangeWork(NamedTuple):
 
 
 class ExtentWork(NamedTuple):
-    """Reader: this extent, which stood at `offset`; `digest` is empty where none is known."""
+    """Reader: this extent, which stood at `offset`. Its data is in the shared memory.
+
+    `digest` is empty where none is known. `position`: of the data, in bytes;
+    whose it is says the header. The memory is the worker's until it is done.
+    """
 
     seq: int
     offset: int
     digest: bytes
-    raw_header: memoryview
-    data: memoryview
+    raw_header: bytes
+    position: int
 
 
 class SyncWork(NamedTuple):
@@ -111,8 +120,9 @@ FromWorker = Ready | Done
 
 def encode(message: FromReader | FromWorker) -> list[Part]:
     match message:
-        case Setup(uuid, archive_fd, targets):
-            return [pack(["SETUP", uuid, archive_fd, [list(target) for target in targets]])]
+        case Setup(uuid, archive_fd, memory_fd, targets):
+            listed = [list(target) for target in targets]
+            return [pack(["SETUP", uuid, archive_fd, memory_fd, listed])]
         case RangeWork(seq, offsets, sizes, digests):
             count = len(offsets)
             return [
@@ -126,8 +136,6 @@ def encode(message: FromReader | FromWorker) -> list[Part]:
                     ]
                 )
             ]
-        case ExtentWork(seq, offset, digest, raw_header, data):
-            return [pack(["EXTENT", seq, offset, digest]), raw_header, data]
         case _:
             return [pack([type(message).__name__.removesuffix("Work").upper(), *message])]
 
@@ -136,12 +144,25 @@ def decode_for_worker(parts: Sequence[Part]) -> FromReader:
     """What the reader sent. Raises RemoteProtocolError for anything else."""
     name, fields = _head(parts, MAX_SETUP_BYTES)
     match name, fields:
-        case "SETUP", [bytes() as uuid, int() as fd, list() as targets] if len(uuid) == 16:
-            return Setup(uuid, fd, tuple(_target(item) for item in targets))
+        case "SETUP", [bytes() as uuid, int() as fd, int() as memory_fd, list() as targets] if (
+            len(uuid) == limits.UUID_BYTES
+        ):
+            return Setup(uuid, fd, memory_fd, tuple(_target(item) for item in targets))
         case "RANGE", [int() as seq, bytes() as offsets, bytes() as sizes, bytes() as digests]:
             return _range(seq, offsets, sizes, digests)
-        case "EXTENT", [int() as seq, int() as offset, bytes() as digest] if len(parts) == 3:
-            return _extent(seq, offset, digest, memoryview(parts[1]), memoryview(parts[2]))
+        case "EXTENT", [
+            int() as seq,
+            int() as offset,
+            bytes() as digest,
+            bytes() as raw_header,
+            int() as position,
+        ] if (
+            len(raw_header) == EXTENT_HEADER_BYTES
+            and len(digest) in (0, DIGEST_BYTES)
+            and offset >= 0
+            and position >= 0
+        ):
+            return ExtentWork(seq, offset, digest, raw_header, position)
         case "SYNC", [int() as seq, int() as dev_id]:
             return SyncWork(seq, dev_id)
         case "FINISH", []:
@@ -163,11 +184,9 @@ def decode_for_reader(parts: Sequence[Part]) -> FromWorker:
 
 
 def _head(parts: Sequence[Part], max_bytes: int) -> tuple[str, list[Any]]:
-    value = unpack(parts[0], max_bytes, _MAX_ITEMS) if parts else None
+    value = unpack(parts[0], max_bytes, _MAX_ITEMS) if len(parts) == 1 else None
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
         raise RemoteProtocolError("malformed", "a message that is no [name, ...]")
-    if len(parts) > 1 and value[0] != "EXTENT":
-        raise RemoteProtocolError("malformed", f"{value[0]!r:.40} with {len(parts)} parts")
     return value[0], value[1:]
 
 
@@ -201,17 +220,3 @@ def _range(seq: int, offsets: bytes, sizes: bytes, digests: bytes) -> RangeWork:
         all_sizes,
         tuple(digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)),
     )
-
-
-def _extent(
-    seq: int, offset: int, digest: bytes, raw_header: memoryview, data: memoryview
-) -> ExtentWork:
-    size = raw_header.nbytes + data.nbytes
-    if (
-        raw_header.nbytes != EXTENT_HEADER_BYTES
-        or size > MAX_EXTENT_BYTES
-        or len(digest) not in (0, DIGEST_BYTES)
-        or offset < 0
-    ):
-        raise RemoteProtocolError("malformed", f"an extent of {size} bytes")
-    return ExtentWork(seq, offset, digest, raw_header, data)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from vmapipe.protocol.frames import Part
 from vmapipe.protocol.restore_work import Done, Finish, Ready, Setup, decode_for_reader, encode
 from vmapipe.restore.feed import Feed
 from vmapipe.restore.handout import Roster, Work
@@ -41,14 +42,13 @@ class Crew:
         self._cancel = cancel
         self._pace = pace
         self._done = done
-        self._roster = Roster(0)
+        self._roster = Roster()
         self._setup: Setup | None = None
         self._give_up = 0.0
 
     def start(self, count: int, setup: Setup, fds: Sequence[int]) -> None:
         """Start `count` workers, which inherit the descriptors that `setup` names."""
         self._setup = setup
-        self._roster = Roster(count)
         self._give_up = time.monotonic() + _START_S
         for number in range(1, count + 1):
             name = f"worker-{number}"
@@ -81,14 +81,10 @@ class Crew:
     def _give(self, work: Work) -> bool:
         """Whether somebody took it."""
         now = time.monotonic()
-        worker = self._roster.free_worker(work.cost_bytes)
+        worker = self._roster.free_worker(work)
         if worker is None or self._pace.wait_s(work.data_bytes, now) > 0:
             return False
-        try:
-            self._link.send(worker, work.parts)
-        except Failure:
-            self._hear(_VERDICT_S, [])
-            raise
+        self._send(worker, work.parts)
         self.gave_work = True
         self._pace.took(work.data_bytes, now)
         self._roster.gave(worker, work)
@@ -108,17 +104,24 @@ class Crew:
         for worker, parts in self._link.receive():
             match decode_for_reader(parts):
                 case Ready() if self._setup is not None:
-                    self._link.send(worker, encode(self._setup))
+                    self._send(worker, encode(self._setup))
                     self._roster.joined(worker)
                 case Done(seq):
                     work = self._roster.done(worker, seq)
                     if work is None:
                         raise Failure(f"{worker} answers work {seq}, which it does not have")
                     self._done(work)
-        self._hear_children()
+        self._hear_children(0)
 
-    def _hear_children(self) -> None:
-        for child, event in self._children.wait(0):
+    def _send(self, worker: str, parts: Sequence[Part]) -> None:
+        try:
+            self._link.send(worker, parts)
+        except Failure:
+            self._hear_children(_VERDICT_S)
+            raise
+
+    def _hear_children(self, timeout_s: float) -> None:
+        for child, event in self._children.wait(timeout_s):
             if event is None:
                 self._cancel.check()
                 raise Failure(child.verdict() or f"{child.name} ended too early")
@@ -128,7 +131,7 @@ class Crew:
     def finish(self) -> None:
         """All is done: let the workers end by themselves. Who had not even started is ended."""
         for worker in self._roster.workers:
-            self._link.send(worker, encode(Finish()))
+            self._send(worker, encode(Finish()))
         ending = [
             child
             for child in self._children.all

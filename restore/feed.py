@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 
 from vmapipe.restore.handout import Work
 
-# Read ahead of the workers: two extents. More would not make a pipe faster.
-_AHEAD_BYTES = 8 << 20
-# Pieces without data; a bound for archives that hold nothing but zeroes.
-_AHEAD_WORKS = 1024
+# Read ahead of the workers. The memory of data is bounded by its slots; this
+# is for archives that hold nothing but zeroes.
+_AHEAD_WORKS = 256
 # A thread that was told to stop ends at its next read; a hung disk may keep it.
 _JOIN_S = 5.0
 
@@ -40,14 +39,13 @@ class InlineFeed:
 class ThreadFeed:
     """For a pipe: a thread reads, `fd` becomes readable when there is something to poll."""
 
-    def __init__(self, works: Iterator[Work], stop: Callable[[], None]) -> None:
-        """`stop` makes the thread's read end, if it waits."""
+    def __init__(self, works: Iterator[Work], *stops: Callable[[], None]) -> None:
+        """`stops` make the thread end whatever it waits for."""
         self.ended = False
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._works = works
-        self._stop = stop
+        self._stops = stops
         self._queue: deque[Work] = deque()
-        self._queued_bytes = 0
         self._exhausted = False
         self._closed = False
         self._error: BaseException | None = None
@@ -60,7 +58,6 @@ class ThreadFeed:
         with self._changed:
             if self._queue:
                 work = self._queue.popleft()
-                self._queued_bytes -= work.cost_bytes
                 self._changed.notify()
                 return work
             if self._error is not None:
@@ -78,7 +75,8 @@ class ThreadFeed:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._stop()
+        for stop in self._stops:
+            stop()
         self._thread.join(_JOIN_S)
         os.close(self.fd)
 
@@ -97,19 +95,11 @@ class ThreadFeed:
     def _put(self, work: Work) -> bool:
         """False when nobody wants any more."""
         with self._changed:
-            while (
-                not self._closed
-                and self._queue
-                and (
-                    self._queued_bytes + work.cost_bytes > _AHEAD_BYTES
-                    or len(self._queue) >= _AHEAD_WORKS
-                )
-            ):
+            while not self._closed and len(self._queue) >= _AHEAD_WORKS:
                 self._changed.wait()
             if self._closed:
                 return False
             self._queue.append(work)
-            self._queued_bytes += work.cost_bytes
             os.eventfd_write(self.fd, 1)
             return True
 

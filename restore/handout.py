@@ -21,12 +21,11 @@ from vmapipe.vma.layout import CLUSTER_BYTES
 # A piece of work out of a file: large enough that handing it out costs
 # nothing, small enough that several workers end at about the same time.
 _RANGE_BYTES = 8 << 20
-# What workers may hold of an archive that comes in messages, all together;
-# below the second figure a worker could not hold two extents.
-CREDIT_BYTES = 32 << 20
-_MIN_WORKER_CREDIT_BYTES = 8 << 20
 # Out of a file: one piece being written, the next one waiting.
 _RANGES_AHEAD = 2
+# Extents whose data came along are bounded by their memory (`slots`); those
+# that are all zero by this, and make some hundred KiB of messages.
+_EXTENTS_AHEAD = 64
 
 
 @dataclass(slots=True)
@@ -64,15 +63,17 @@ class Totals:
 class Work:
     """One message to a worker. `parts` is empty where there is nothing to do.
 
-    `cost_bytes`: of memory that it takes while under way; `cluster_bytes`: of
-    the devices it covers, for progress; `data_bytes`: per limited device.
+    `ahead`: how many like it one worker may have; `cluster_bytes`: of the
+    devices it covers, for progress; `data_bytes`: per limited device; `slot`:
+    what is free when it is done, or -1.
     """
 
     seq: int
     parts: list[Part]
-    cost_bytes: int
+    ahead: int
     cluster_bytes: int
     data_bytes: dict[int, int]
+    slot: int = -1
 
 
 @dataclass
@@ -80,12 +81,14 @@ class WorkMaker:
     """Makes work out of pieces. `totals` counts all pieces, wanted or not.
 
     `wanted`: the devices that are restored; `zeroed`: those of them where
-    zeroes are written; `limited`: those with a limit of their own.
+    zeroes are written; `limited`: those with a limit of their own;
+    `from_stream`: the data comes along, extent by extent, in slots.
     """
 
     wanted: Collection[int]
     zeroed: Collection[int]
     limited: Collection[int] = ()
+    from_stream: bool = False
     totals: Totals = field(default_factory=Totals)
     _seq: int = 0
 
@@ -95,9 +98,10 @@ class WorkMaker:
         for piece in pieces:
             self.totals.add(piece.extent)
             if not self._has_work(piece):
-                yield self._work([], [piece])
-            elif piece.data is not None:
-                yield self._work(self._message_of(piece), [piece], piece.extent.total_bytes)
+                yield self._work([], [piece], slot=piece.slot)
+            elif self.from_stream:
+                parts = self._message_of(piece)
+                yield self._work(parts, [piece], _EXTENTS_AHEAD, piece.slot)
             else:
                 batch.append(piece)
                 batch_bytes += piece.extent.total_bytes
@@ -112,7 +116,7 @@ class WorkMaker:
         """Bring these targets to the disk."""
         for dev_id in dev_ids:
             self._seq += 1
-            yield Work(self._seq, encode(SyncWork(self._seq, dev_id)), 0, 0, {})
+            yield Work(self._seq, encode(SyncWork(self._seq, dev_id)), _RANGES_AHEAD, 0, {})
 
     def _has_work(self, piece: Piece) -> bool:
         if piece.digest:
@@ -128,8 +132,8 @@ class WorkMaker:
                 self._seq + 1,
                 piece.extent.offset,
                 piece.digest,
-                memoryview(piece.raw_header),
-                memoryview(piece.data or b""),
+                piece.raw_header,
+                max(piece.slot, 0),
             )
         )
 
@@ -143,7 +147,9 @@ class WorkMaker:
             )
         )
 
-    def _work(self, parts: list[Part], batch: list[Piece], cost_bytes: int = 0) -> Work:
+    def _work(
+        self, parts: list[Part], batch: list[Piece], ahead: int = _RANGES_AHEAD, slot: int = -1
+    ) -> Work:
         self._seq += 1
         runs = [run for piece in batch for run in piece.extent.runs]
         data_bytes: dict[int, int] = {}
@@ -151,14 +157,13 @@ class WorkMaker:
             if run.dev_id in self.limited:
                 data_bytes[run.dev_id] = data_bytes.get(run.dev_id, 0) + run.data_bytes
         cluster_bytes = CLUSTER_BYTES * sum(run.count for run in runs)
-        return Work(self._seq, parts, cost_bytes, cluster_bytes, data_bytes)
+        return Work(self._seq, parts, ahead, cluster_bytes, data_bytes, slot)
 
 
 class Roster:
     """Which worker has which work; decides who gets the next piece."""
 
-    def __init__(self, worker_count: int) -> None:
-        self._credit = max(_MIN_WORKER_CREDIT_BYTES, CREDIT_BYTES // max(1, worker_count))
+    def __init__(self) -> None:
         self._held: dict[str, dict[int, Work]] = {}
 
     def joined(self, worker: str) -> None:
@@ -173,15 +178,12 @@ class Roster:
         """Whether nothing is under way."""
         return not any(self._held.values())
 
-    def free_worker(self, cost_bytes: int) -> str | None:
-        """Who takes a piece of this cost now: the one with least to do, or nobody."""
+    def free_worker(self, work: Work) -> str | None:
+        """Who takes this work now: the one with least to do, or nobody."""
         worker = min(self._held, key=lambda w: len(self._held[w]), default=None)
-        if worker is None:
+        if worker is None or len(self._held[worker]) >= work.ahead:
             return None
-        held = self._held[worker].values()
-        taken = sum(work.cost_bytes for work in held)
-        fits = taken + cost_bytes <= self._credit if cost_bytes else len(held) < _RANGES_AHEAD
-        return worker if fits or not held else None
+        return worker
 
     def gave(self, worker: str, work: Work) -> None:
         self._held[worker][work.seq] = work

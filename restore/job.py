@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from vmapipe.protocol.restore_work import Setup
@@ -20,6 +20,7 @@ from vmapipe.restore.opened import OpenTargets
 from vmapipe.restore.pace import Pace
 from vmapipe.restore.plan import Plan
 from vmapipe.restore.reading import Archive, checked_pieces
+from vmapipe.restore.slots import Slots
 from vmapipe.restore.source import PlainFile
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Children
@@ -115,7 +116,9 @@ class _Job:
             wanted={setup.dev_id for setup in self._setups},
             zeroed={setup.dev_id for setup in self._setups if setup.write_zeroes},
             limited=set(self._limits),
+            from_stream=not isinstance(archive.source, PlainFile),
         )
+        self._slots: Slots | None = None
         self._started = time.monotonic()
         self._next_progress = 0.0
         self._done_bytes = 0
@@ -150,15 +153,18 @@ class _Job:
         crew: Crew | None = None
         finished = False
         try:
-            with Children() as children:
+            with ExitStack() as stack:
+                source = self._archive.source
+                if isinstance(source, PlainFile):
+                    workers = min(workers, 1 + source.size_bytes // _BYTES_PER_WORKER)
+                else:
+                    self._slots = stack.enter_context(closing(Slots(workers)))
+                children = stack.enter_context(Children())
                 pace = Pace(self._limits, self._started)
                 crew = Crew(link, children, self._cancel, pace, self._done)
                 self._start(crew, workers)
-                feed = self._feed()
-                try:
+                with closing(self._feed()) as feed:
                     crew.carry_out(feed)
-                finally:
-                    feed.close()
                 self._targets.set_vmstate_size(self._coverage)
                 crew.carry_out(InlineFeed(self._maker.syncs(s.dev_id for s in self._setups)))
                 crew.finish()
@@ -171,22 +177,24 @@ class _Job:
 
     def _start(self, crew: Crew, workers: int) -> None:
         source = self._archive.source
-        archive_fd = -1
-        if isinstance(source, PlainFile):
-            archive_fd = source.fd
-            workers = min(workers, 1 + source.size_bytes // _BYTES_PER_WORKER)
-        setup = Setup(self._archive.header.uuid, archive_fd, self._setups)
-        fds = [target.fd for target in self._setups]
-        crew.start(workers, setup, fds if archive_fd < 0 else [*fds, archive_fd])
+        archive_fd = source.fd if isinstance(source, PlainFile) else -1
+        memory_fd = self._slots.fd if self._slots is not None else -1
+        setup = Setup(self._archive.header.uuid, archive_fd, memory_fd, self._setups)
+        fds = [archive_fd, memory_fd, *(target.fd for target in self._setups)]
+        crew.start(workers, setup, [fd for fd in fds if fd >= 0])
 
     def _feed(self) -> Feed:
         source = self._archive.source
-        works = self._maker.works(checked_pieces(self._archive, self._coverage, self._manifest))
-        if isinstance(source, PlainFile):
+        slots = self._slots
+        pieces = checked_pieces(self._archive, self._coverage, self._manifest, slots)
+        works = self._maker.works(pieces)
+        if isinstance(source, PlainFile) or slots is None:
             return InlineFeed(works)
-        return ThreadFeed(works, source.stop)
+        return ThreadFeed(works, source.stop, slots.stop)
 
     def _done(self, work: Work) -> None:
+        if self._slots is not None and work.slot >= 0:
+            self._slots.give(work.slot)
         self._done_bytes += work.cluster_bytes
         now = time.monotonic()
         if now >= self._next_progress:

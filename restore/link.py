@@ -10,13 +10,11 @@ import zmq
 
 from vmapipe.protocol.frames import Part
 from vmapipe.protocol.limits import MAX_CONTROL_BYTES
-from vmapipe.protocol.restore_work import MAX_EXTENT_BYTES
+from vmapipe.protocol.restore_work import MAX_SETUP_BYTES
 from vmapipe.runtime.errors import Failure
 
 # How long a closing socket may still deliver its last words.
 _LINGER_MS = 2000
-# pyzmq's zero-copy costs a few microseconds a part; a copy of less is cheaper.
-_ZERO_COPY_BYTES = 64 * 1024
 
 
 class ReaderLink:
@@ -61,8 +59,7 @@ class ReaderLink:
     def send(self, worker: str, parts: Sequence[Part]) -> None:
         """Raises Failure when the worker is gone."""
         try:
-            self._socket.send(worker.encode("ascii"), zmq.SNDMORE)
-            _send(self._socket, parts)
+            self._socket.send_multipart([worker.encode("ascii"), *parts])
         except zmq.ZMQError as error:
             raise Failure(f"{worker} cannot be reached: {error.strerror}") from error
 
@@ -79,7 +76,7 @@ class WorkerLink:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = _LINGER_MS
         self._socket.identity = name.encode("ascii")
-        self._socket.maxmsgsize = MAX_EXTENT_BYTES
+        self._socket.maxmsgsize = MAX_SETUP_BYTES
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -96,25 +93,14 @@ class WorkerLink:
         self._poller.poll(int(timeout_s * 1000))
 
     def receive(self) -> list[Part] | None:
-        """One message, its parts views of what ZeroMQ received; None when there is none."""
+        """One message; None when there is none."""
         try:
-            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            return list(self._socket.recv_multipart(zmq.NOBLOCK))
         except zmq.Again:
             return None
-        return [frame.buffer for frame in frames]
 
     def send(self, parts: Sequence[Part]) -> None:
-        _send(self._socket, parts)
+        self._socket.send_multipart(parts)
 
     def close(self, *, in_order: bool) -> None:
         self._context.destroy(linger=_LINGER_MS if in_order else 0)
-
-
-def _send(socket: zmq.Socket[bytes], parts: Sequence[Part]) -> None:
-    last = len(parts) - 1
-    for index, part in enumerate(parts):
-        socket.send(
-            part,
-            zmq.SNDMORE if index < last else 0,
-            copy=memoryview(part).nbytes < _ZERO_COPY_BYTES,
-        )

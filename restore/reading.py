@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from vmapipe.restore.errors import DigestError
 from vmapipe.restore.manifest import Manifest
+from vmapipe.restore.slots import Slots
 from vmapipe.restore.source import PlainFile, Source, open_source
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.coverage import Coverage
@@ -24,12 +25,17 @@ from vmapipe.vma.scanner import HeaderRead, Scanner
 
 
 class Piece(NamedTuple):
-    """One extent. `data` is None where it stays in the file; `digest` empty where none is known."""
+    """One extent. `digest` is empty where none is known.
+
+    `data` is None where it stays in the file or went into a slot; `slot` is
+    the slot's position, -1 where there is none.
+    """
 
     extent: Extent
     raw_header: bytes
     data: bytes | None
     digest: bytes = b""
+    slot: int = -1
 
 
 class Archive:
@@ -85,21 +91,27 @@ def _read_header(source: Source) -> tuple[Header, bytes]:
                 return event
 
 
-def pieces(archive: Archive) -> Iterator[Piece]:
-    """Every extent in order. Raises ArchiveError at the first that is damaged or cut off."""
+def pieces(archive: Archive, slots: Slots | None) -> Iterator[Piece]:
+    """Every extent in order. A stream's data goes into `slots`, which it needs.
+
+    Raises ArchiveError at the first that is damaged or cut off.
+    """
     source = archive.source
     at = archive.header.header_bytes
     while raw_header := archive.read(EXTENT_HEADER_BYTES, at):
         extent = parse_extent_header(raw_header, archive.header.uuid, at)
-        data: bytes | None = None
+        slot = -1
+        got = extent.data_bytes
         if isinstance(source, PlainFile):
-            got = min(extent.data_bytes, source.size_bytes - at - EXTENT_HEADER_BYTES)
-        else:
-            data = source.read(extent.data_bytes) if extent.data_bytes else b""
-            got = len(data)
+            got = min(got, source.size_bytes - at - EXTENT_HEADER_BYTES)
+        elif got:
+            if slots is None:
+                raise RuntimeError("a stream's data needs slots")
+            slot = slots.take()
+            got = source.readinto(slots.view(slot, got))
         if got < extent.data_bytes:
             raise cut_off(extent, got)
-        yield Piece(extent, raw_header, data)
+        yield Piece(extent, raw_header, None, slot=slot)
         at += extent.total_bytes
     if isinstance(source, PlainFile) and at < source.size_bytes:
         raise ArchiveError("the archive was cut while it was read", offset=at)
@@ -115,9 +127,12 @@ def cut_off(extent: Extent, got: int) -> ExtentError:
 
 
 def checked_pieces(
-    archive: Archive, coverage: Coverage, manifest: Manifest | None
+    archive: Archive,
+    coverage: Coverage,
+    manifest: Manifest | None = None,
+    slots: Slots | None = None,
 ) -> Iterator[Piece]:
-    """The pieces, each with its digest, each checked against the archive's header.
+    """The `pieces`, each with its digest, each checked against the archive's header.
 
     Raises ArchiveError, also at the end when clusters are missing or the
     manifest lists more.
@@ -125,7 +140,7 @@ def checked_pieces(
     if manifest is not None:
         check_opening(archive, manifest)
     archive_bytes = archive.header.header_bytes
-    for piece in pieces(archive):
+    for piece in pieces(archive, slots):
         coverage.add(piece.extent)
         archive_bytes += piece.extent.total_bytes
         if manifest is None:

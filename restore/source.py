@@ -95,6 +95,13 @@ class Stream:
         """
         return self._reader.read(length)
 
+    def readinto(self, view: memoryview) -> int:
+        """Fill `view`; what is returned is less than its length only at the end. As `read`."""
+        done = 0
+        while done < len(view) and (got := self._reader.readinto(view[done:])):
+            done += got
+        return done
+
     def stop(self) -> None:
         """Let another thread's `read` end with Cancelled if it waits for data."""
         self._halt.ask("the archive is no longer read")

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from vmapipe.protocol import limits
+from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.restore_work import (
     MAX_EXTENT_BYTES,
     Done,
@@ -32,6 +33,7 @@ from vmapipe.protocol.restore_work import (
 )
 from vmapipe.restore.errors import DigestError, SourceError
 from vmapipe.restore.link import WorkerLink
+from vmapipe.restore.slots import map_slots
 from vmapipe.restore.writer import Writer
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, os_error_text
@@ -56,6 +58,7 @@ class Worker:
         self._writer = Writer(())
         self._archive_fd = -1
         self._buffer = memoryview(b"")
+        self._slots = memoryview(b"")
 
     def run(self, cancel: Cancel) -> None:
         """Raises Cancelled, TargetError, SourceError, ArchiveError."""
@@ -79,14 +82,14 @@ class Worker:
                 self._writer = Writer(work.targets)
                 if work.archive_fd >= 0:
                     self._open_archive(work.archive_fd)
+                else:
+                    self._slots = map_slots(work.memory_fd)
             case RangeWork(seq):
                 self._do_range(work)
                 self._writer.flush()
                 self._link.send(encode(Done(seq)))
-            case ExtentWork(seq, offset, digest, raw_header, data):
-                extent = self._parse(raw_header, offset)
-                self._check(extent, digest, raw_header, data)
-                self._writer.write(extent, data)
+            case ExtentWork(seq):
+                self._do_extent(work)
                 self._writer.flush()
                 self._link.send(encode(Done(seq)))
             case SyncWork(seq, dev_id):
@@ -104,6 +107,14 @@ class Worker:
         with contextlib.suppress(OSError):
             buffer.madvise(mmap.MADV_HUGEPAGE)
         self._buffer = memoryview(buffer)
+
+    def _do_extent(self, work: ExtentWork) -> None:
+        extent = self._parse(work.raw_header, work.offset)
+        data = self._slots[work.position : work.position + extent.data_bytes]
+        if len(data) < extent.data_bytes:
+            raise RemoteProtocolError("malformed", "an extent outside the shared memory")
+        self._check(extent, work.digest, work.raw_header, data)
+        self._writer.write(extent, data)
 
     def _do_range(self, work: RangeWork) -> None:
         for index, (offset, size) in enumerate(zip(work.offsets, work.sizes, strict=True)):
@@ -129,7 +140,7 @@ class Worker:
                 raise ArchiveError("the archive is cut while it is read", offset=offset + done)
             done += got
 
-    def _parse(self, raw: memoryview, offset: int) -> Extent:
+    def _parse(self, raw: bytes | memoryview, offset: int) -> Extent:
         uuid = self._setup.uuid if self._setup is not None else b""
         return parse_extent_header(raw, uuid, offset)
 
@@ -145,7 +156,7 @@ class Worker:
                 with contextlib.suppress(OSError):
                     os.unlink(target.partial)
 
-    def _check(self, extent: Extent, digest: bytes, *parts: memoryview) -> None:
+    def _check(self, extent: Extent, digest: bytes, *parts: bytes | memoryview) -> None:
         if not digest:
             return
         from vmapipe.restore.digest import extent_digest  # here: only where there is a manifest

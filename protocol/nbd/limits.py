@@ -27,7 +27,7 @@ MAX_LIST_BYTES: Final = 1024 * 1024
 MAX_OPTION_REPLY_BYTES: Final = 16 * 1024
 # All answers that a client takes in one handshake. More than MAX_LIST_BYTES,
 # so that a client of ours can list any server of ours.
-MAX_ANSWERS_BYTES: Final = 4 * 1024 * 1024
+MAX_ANSWERS_BYTES: Final = 2 * 1024 * 1024
 
 # proto.md, Block size constraints: what a client should not exceed, and what a
 # server should not take for an attack.
