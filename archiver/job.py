@@ -158,6 +158,8 @@ class Job:
 
     def stored(self) -> Iterator[Instruction]:
         """The archive is complete, on disk, under its name."""
+        if self.phase is not Phase.FINISHING:
+            return  # it was given up in the meantime, and nobody waits for DONE
         self.phase = Phase.DONE
         for peer, state in self._peers.items():
             yield Send(peer, state.side.done(self.uuid))
@@ -182,13 +184,16 @@ class Job:
                     f"{self._spec.start_timeout_s} s"
                 )
                 return
-        elif self.phase not in (Phase.RUNNING, Phase.FINISHING):
+            # A producer does not know our limit yet.
+            limit_s = max(limits.GREETING_HEARTBEAT_S, self._spec.heartbeat_s)
+        elif self.phase in (Phase.RUNNING, Phase.FINISHING):
+            limit_s = self._spec.heartbeat_s
+        else:
             return
         for state in self._peers.values():
-            if now - state.heard > self._spec.heartbeat_s:
+            if now - state.heard > limit_s:
                 yield from self.fail(
-                    f"the producer of device {state.side.device!r} has been silent for "
-                    f"{self._spec.heartbeat_s} s"
+                    f"the producer of device {state.side.device!r} has been silent for {limit_s} s"
                 )
                 return
 
@@ -210,6 +215,9 @@ class Job:
         self._job = hello.job
         self._peers[peer] = _Peer(side, now)
         if len(self._peers) == self._count:
+            # From now on a shorter limit may hold: it counts from here.
+            for state in self._peers.values():
+                state.heard = now
             yield from self._begin()
 
     def _missing_producers(self) -> str:

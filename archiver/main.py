@@ -24,7 +24,7 @@ from vmapipe.runtime.cli import (
 )
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
-from vmapipe.runtime.process import run_child
+from vmapipe.runtime.process import one_line, run_child
 from vmapipe.vma.layout import MAX_DEVICES
 
 DESCRIPTION = """\
@@ -141,7 +141,7 @@ def _print(event: Event) -> None:
         case "listening":
             text = f"listening on {event['endpoint']}"
         case "notice":
-            text = event["text"]
+            text = one_line(event["text"])
         case "stored":
             text = f"stored {event['archive']}: {event['stored_bytes']} bytes"
         case _:

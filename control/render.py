@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
+from vmapipe.runtime.process import one_line
 
 # In a log, a line at least so often, however slow the job is.
 _LOG_LINE_S = 10.0
@@ -120,7 +121,7 @@ class _Text:
             case "verified":
                 return verified_text(event)
             case "notice":
-                return str(event["text"])
+                return one_line(str(event["text"]))
         return None
 
 

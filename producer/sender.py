@@ -12,15 +12,12 @@ from vmapipe.producer.ring import Ring
 from vmapipe.producer.runs import Run, runs
 from vmapipe.producer.source import Source
 from vmapipe.protocol import limits
+from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import Abort, Done, Refuse
 from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
-
-# Until the archiver has said its own limit. It answers a PING at once, even
-# while it waits for other producers.
-GREETING_HEARTBEAT_S = 30
 
 
 class Refused(Failure):
@@ -56,7 +53,7 @@ class Sender:
             self._wait_until(lambda: self._side.state is State.CLOSED)
         except Refused:
             raise
-        except Failure as failure:
+        except (Failure, ProtocolError) as failure:
             self._say(self._side.fail(str(failure)))
             raise
         finally:
@@ -120,7 +117,7 @@ class Sender:
 
     @property
     def _heartbeat_s(self) -> float:
-        return self._side.heartbeat_s or GREETING_HEARTBEAT_S
+        return self._side.heartbeat_s or limits.GREETING_HEARTBEAT_S
 
     def _step(self, longest_s: float) -> None:
         """Wait for an answer for at most `longest_s`; keep the session alive meanwhile."""

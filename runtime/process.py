@@ -28,6 +28,11 @@ def failure_of(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def one_line(text: str) -> str:
+    """For a terminal or a log: what a stranger wrote cannot move the cursor or begin a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def run(program: str, work: Callable[[], None]) -> int:
     """Run `work`; print the line for what went wrong to stderr; return the exit code."""
     try:
@@ -39,7 +44,7 @@ def run(program: str, work: Callable[[], None]) -> int:
             raise
         text, code = failure
         with contextlib.suppress(OSError):
-            print(f"{program}: {text}", file=sys.stderr, flush=True)
+            print(f"{program}: {one_line(text)}", file=sys.stderr, flush=True)
         if isinstance(error, BrokenPipeError):
             # Python flushes stdout once more at its end, and would complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

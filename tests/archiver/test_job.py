@@ -355,6 +355,33 @@ def test_a_silent_producer_fails_the_job_after_the_heartbeat_limit() -> None:
     assert world.job.reason == "the producer of device 'a' has been silent for 30 s"
 
 
+def test_before_the_welcome_a_producer_may_be_silent_for_30_s_whatever_the_limit() -> None:
+    world = World(Job(spec("a", "b", heartbeat_s=3), 0.0))
+    first = world.add("a", b"x")
+    world.carry_out(world.job.tick(25.0))
+    assert world.job.phase is Phase.GATHERING
+    second = Producer("b", b"y", JOB)
+    world.producers[b"b"] = second
+    world.deliver(b"b", second.side.hello(), now=25.0)
+    world.carry_out(world.job.tick(27.0))
+    assert world.job.phase is Phase.RUNNING
+    world.deliver(b"b", second.side.ping(), now=27.0)
+    world.carry_out(world.job.tick(29.0))
+    assert world.job.reason == "the producer of device 'a' has been silent for 3 s"
+    assert isinstance(first.end_of_session, Abort)
+
+
+def test_a_failure_while_the_archive_is_stored_is_not_turned_into_success() -> None:
+    world = World(Job(spec("a"), 0.0))
+    producer = world.add("a", b"x")
+    while producer.able:
+        world.deliver(b"a", producer.next_message())
+    assert world.store.finished
+    world.deliver(b"a", producer.side.fail("cancelled"))
+    world.carry_out(world.job.stored())
+    assert world.job.phase is Phase.FAILED
+
+
 def test_a_producer_that_never_comes_is_named_after_the_start_limit() -> None:
     world = World(Job(spec("a", "b", "c"), 0.0))
     world.add("a", b"x")

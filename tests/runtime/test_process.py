@@ -34,6 +34,7 @@ def failing(error: BaseException) -> int:
         (HeaderError("bad", offset=7), 1, "bad (archive offset 7)"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/x"), 1, "/x: No such file"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (Failure("x\x1b[2Jy\nz"), 1, "x\\x1b[2Jy\\nz"),
         (KeyboardInterrupt(), 130, "cancelled by SIGINT"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
