@@ -2,24 +2,22 @@
 """The manifest in the making: digests of the header, the extents, the devices and the file.
 
 What each of them covers, and why: docs/decisions/0004-manifest-digests.md.
-Only this file of the room imports blake3.
+Only this file of the room imports xxhash.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from blake3 import blake3
+from xxhash import xxh3_128
 
 from vmapipe.archiver.manifests import ManifestSink
 from vmapipe.archiver.outputs.output import Buffers, Output
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES
 from vmapipe.vma.manifest import (
-    EXTENT_DIGEST_BYTES,
     DeviceTotals,
     ExtentDigest,
     Opening,
@@ -30,52 +28,45 @@ from vmapipe.vma.manifest import (
 )
 from vmapipe.vma.packer import PackedExtent
 
-# One thread for extents and devices and one for the file, while a third
-# writes: blake3 lets go of the interpreter's lock from 2 KiB on.
-_THREADS = 2
-# Hashing less than this takes less time than waking up another thread.
-_INLINE_BYTES = 64 << 10
 # The output has waited for its commit before; what is left is a few calls.
 _SETTLE_S = 0.5
 
 
 class Digests:
-    """Hashes what one writer thread hands it, and hands the manifest's lines to `sink`.
-
-    The methods that return a Future look at their buffers until it is done,
-    and must not be called again before. The sink is called from any of our
-    threads, never from two at once.
-    """
+    """Hashes what one thread hands it, in order, and hands the manifest's lines to `sink`."""
 
     def __init__(self, sink: ManifestSink) -> None:
         self._sink = sink
-        self._pool = ThreadPoolExecutor(_THREADS, "digests")
         self._devices: dict[int, _DeviceDigest] = {}
         self._extents = 0
         self._archive_bytes = 0
-        self._file = blake3()
+        self._file = xxh3_128()
         self._file_bytes = 0
 
     def begin(self, header: Header, raw_header: bytes) -> None:
         self._devices = {device.dev_id: _DeviceDigest(device) for device in header.devices}
         self._archive_bytes = len(raw_header)
-        digest = ExtentDigest(len(raw_header), _short_digest([raw_header]))
+        digest = ExtentDigest(len(raw_header), _digest([raw_header]))
         self._sink.line(opening_line(Opening(header.uuid, header.ctime_s, digest)))
 
-    def extents(self, batch: Sequence[PackedExtent[Any]]) -> Future[None]:
+    def extents(self, batch: Sequence[PackedExtent[Any]]) -> None:
         """The next extents of the archive, in order."""
-        size_bytes = sum(extent.total_bytes for extent in batch)
-        return self._submit(size_bytes, self._hash_extents, batch)
+        for extent in batch:
+            digest = ExtentDigest(extent.total_bytes, _digest(extent.buffers))
+            self._sink.line(extent_line(self._extents, digest))
+            self._extents += 1
+            self._archive_bytes += extent.total_bytes
+            for dev_id, first, count, masks, data in extent.clusters:
+                self._devices[dev_id].add(first, count, masks, data)
 
-    def stored(self, buffers: Buffers) -> Future[None]:
+    def stored(self, buffers: Buffers) -> None:
         """The next bytes of the file, in order."""
-        size_bytes = sum(map(len, buffers))
-        self._file_bytes += size_bytes
-        return self._submit(size_bytes, self._hash_stored, buffers)
+        for buffer in buffers:
+            self._file_bytes += len(buffer)
+            self._file.update(buffer)
 
     def finish(self) -> None:
         """Write the manifest's last line and commit it. Raises Failure."""
-        self._pool.shutdown()
         totals = Totals(
             extents=self._extents,
             archive_bytes=self._archive_bytes,
@@ -88,29 +79,7 @@ class Digests:
 
     def abandon(self) -> None:
         """Leave no manifest behind, not even a committed one. Never raises."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
         self._sink.abandon()
-
-    def _submit(self, size_bytes: int, work: Any, what: Any) -> Future[None]:
-        if size_bytes > _INLINE_BYTES:
-            return self._pool.submit(work, what)
-        done: Future[None] = Future()
-        work(what)
-        done.set_result(None)
-        return done
-
-    def _hash_extents(self, batch: Sequence[PackedExtent[Any]]) -> None:
-        for extent in batch:
-            digest = ExtentDigest(extent.total_bytes, _short_digest(extent.buffers))
-            self._sink.line(extent_line(self._extents, digest))
-            self._extents += 1
-            self._archive_bytes += extent.total_bytes
-            for dev_id, first, count, masks, data in extent.clusters:
-                self._devices[dev_id].add(first, count, masks, data)
-
-    def _hash_stored(self, buffers: Buffers) -> None:
-        for buffer in buffers:
-            self._file.update(buffer)
 
 
 class _DeviceDigest:
@@ -122,7 +91,7 @@ class _DeviceDigest:
         self._clusters = 0
         self._stored_bytes = 0
         self._in_order = True
-        self._hasher = blake3()
+        self._hasher = xxh3_128()
 
     def add(self, first: int, count: int, masks: bytes, data: memoryview) -> None:
         """Clusters in the packer's form: no masks where all are zero."""
@@ -186,9 +155,8 @@ class DigestedOutput:
         return self._inner.written_bytes
 
     def write(self, buffers: Buffers) -> None:
-        hashed = self._digests.stored(buffers)
+        self._digests.stored(buffers)
         self._inner.write(buffers)
-        hashed.result()
 
     def commit(self) -> None:
         with self._committing:
@@ -206,8 +174,8 @@ class DigestedOutput:
             self._committing.release()
 
 
-def _short_digest(buffers: Buffers) -> bytes:
-    hasher = blake3()
+def _digest(buffers: Buffers) -> bytes:
+    hasher = xxh3_128()
     for buffer in buffers:
         hasher.update(buffer)
-    return hasher.digest(length=EXTENT_DIGEST_BYTES)
+    return hasher.digest()

@@ -87,7 +87,7 @@ def store_for(
 def _digests(sink: ManifestSink | None) -> Digests | None:
     if sink is None:
         return None
-    # Imported here: an archive without a manifest starts sooner without blake3.
+    # Imported here: an archive without a manifest starts sooner without xxhash.
     from vmapipe.archiver.digests import Digests
 
     return Digests(sink)

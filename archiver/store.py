@@ -196,10 +196,9 @@ class Store(Generic[Note]):
         self.plain_bytes += len(begin.raw_header)
 
     def _write_extents(self, batch: list[PackedExtent[Note]]) -> None:
-        hashed = self._digests.extents(batch) if self._digests is not None else None
+        if self._digests is not None:
+            self._digests.extents(batch)
         self._output.write([buffer for extent in batch for buffer in extent.buffers])
-        if hashed is not None:
-            hashed.result()
         self.plain_bytes += sum(extent.total_bytes for extent in batch)
         self._written.extend(batch)
         self._report()

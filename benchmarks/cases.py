@@ -132,7 +132,7 @@ def _verify(kind: str, folder: Path) -> Case:
         Command("vmapipe", vmapipe("verify", "--quiet", archive)),
         [
             Command("cat", f"cat {archive} >/dev/null"),
-            Command("b3sum", ["b3sum", str(archive)], needs="b3sum"),
+            Command("xxhsum -H2", ["xxhsum", "-H2", str(archive)], needs="xxhsum"),
             Command("sha256sum", ["sha256sum", str(archive)]),
             Command(
                 "vmapipe --no-manifest", vmapipe("verify", "--quiet", "--no-manifest", archive)

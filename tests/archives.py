@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from blake3 import blake3
+from xxhash import xxh3_128
 
 from vmapipe.vma.header import Config, Device, Header, encode_header
 from vmapipe.vma.layout import (
@@ -19,7 +19,6 @@ from vmapipe.vma.layout import (
     cluster_count,
 )
 from vmapipe.vma.manifest import (
-    EXTENT_DIGEST_BYTES,
     DeviceTotals,
     ExtentDigest,
     Opening,
@@ -148,12 +147,12 @@ def manifest(raw: bytes, stored: bytes | None = None) -> bytes:
     devices = tuple(
         DeviceTotals(d.dev_id, d.name, d.size_bytes, d.clusters, 0, None) for d in header.devices
     )
-    totals = Totals(len(lines) - 1, len(raw), len(file), blake3(file).digest(), devices)
+    totals = Totals(len(lines) - 1, len(raw), len(file), xxh3_128(file).digest(), devices)
     return "".join([*lines, totals_line(totals)]).encode("ascii")
 
 
 def _digest(data: bytes) -> bytes:
-    return blake3(data).digest(length=EXTENT_DIGEST_BYTES)
+    return xxh3_128(data).digest()
 
 
 def resealed(raw: bytes, offset: int) -> bytes:

@@ -22,7 +22,7 @@ PURE_ROOMS = ("protocol", "vma")
 ONLY_IN = {
     "zmq": {"archiver/link.py", "control/link.py", "producer/link.py", "restore/link.py"},
     "msgpack": {"protocol/frames.py"},
-    "blake3": {"archiver/digests.py", "restore/digest.py"},
+    "xxhash": {"archiver/digests.py", "restore/digest.py"},
     "zstandard": {"archiver/compress.py", "restore/zstd.py"},
     "dissect": set[str](),  # for tests: another project's reader, under another licence
 }

@@ -24,11 +24,10 @@ from vmapipe.vma.layout import (
 
 FORMAT = "vmapipe-manifest"
 VERSION = 1
-ALGORITHM = "blake3"
-# 128 bits of BLAKE3 an extent: chance will not match them, and the line stays
-# short. The digests of devices and of the archive are the usual 256 bits.
-EXTENT_DIGEST_BYTES = 16
-DIGEST_BYTES = 32
+# Against damage, which it is quick enough to find at any disk's speed; not
+# against forgery: docs/decisions/0004-manifest-digests.md.
+ALGORITHM = "xxh3-128"
+DIGEST_BYTES = 16
 # Our longest line is the totals line. All names of 254 devices together fit
 # into the archive's header, 512 KiB; JSON escapes make up to 6 characters of a
 # byte; 512 more a device hold its figures.
@@ -185,7 +184,7 @@ def _parse_opening(text: str) -> Opening:
     return Opening(
         _unhex(head["uuid"], UUID_BYTES),
         int(head["ctime"]),
-        ExtentDigest(int(size), _unhex(digest, EXTENT_DIGEST_BYTES)),
+        ExtentDigest(int(size), _unhex(digest, DIGEST_BYTES)),
     )
 
 
@@ -193,7 +192,7 @@ def _parse_extent(item: Any) -> ExtentDigest:
     size, digest = item
     if not isinstance(size, int) or not EXTENT_HEADER_BYTES <= size <= MAX_EXTENT_BYTES:
         raise ValueError(f"an extent of {size!r} bytes")
-    return ExtentDigest(size, _unhex(digest, EXTENT_DIGEST_BYTES))
+    return ExtentDigest(size, _unhex(digest, DIGEST_BYTES))
 
 
 def _parse_totals(tail: dict[str, Any]) -> Totals:

@@ -68,8 +68,8 @@ class DiskServer:
                     self._transmit(connection, session)
             except NbdProtocolError as error:
                 self.faults.append(str(error))
-            except EOFError:
-                pass  # the client has gone without a word
+            except (EOFError, ConnectionError):
+                pass  # gone without a word, or without waiting for one: NBD_OPT_ABORT
 
     def _shake_hands(self, connection: socket.socket) -> Session | None:
         handshake = NbdServerHandshake(self._exports, structured=self._structured)
