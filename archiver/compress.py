@@ -12,19 +12,15 @@ import sys
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import zstandard
 
+from vmapipe.archiver.compression import MAX_LEVEL, Compression
 from vmapipe.archiver.outputs.errors import OutputFailure
 from vmapipe.archiver.outputs.output import Buffers, Output
 from vmapipe.runtime.errors import UsageError
 from vmapipe.vma.seektable import seek_table_ends
 
-DEFAULT_LEVEL = 3
-# zstd has 22; from 20 on a frame takes more than 100 MiB of memory to make,
-# which is a poor trade for a few per cent.
-MAX_LEVEL = 19
 # A frame is closed at the end of the write that brings it to this length. A
 # dense extent (3.6 MiB) is then a frame of its own, and jumping to any extent
 # costs one such frame. Measured at level 3: 2 MiB frames are 0.9 % larger than
@@ -33,13 +29,6 @@ FRAME_BYTES = 3 << 20
 # Frames that wait for a thread or to be written, beyond one for each thread:
 # enough that no thread stands still while a frame is being written.
 _SPARE_FRAMES = 2
-
-
-class Compression(NamedTuple):
-    """`level` 1..19, `threads` >= 1."""
-
-    level: int = DEFAULT_LEVEL
-    threads: int = 1
 
 
 class ZstdOutput:

@@ -65,7 +65,7 @@ class Link:
         """What has come: (peer, parts). Large parts are views of what ZeroMQ received."""
         for _ in range(_TURN):
             # Asking first is quicker than an exception for "nothing there".
-            if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+            if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 return
             peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             yield peer.bytes, [frame.buffer for frame in frames]

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from vmapipe.archiver.compress import Compression
+from vmapipe.archiver.compression import parse_compression
 from vmapipe.archiver.device import Mark
 from vmapipe.archiver.manifests import ManifestFile, ManifestLines, ManifestSink, beside
 from vmapipe.archiver.outputs.output import Output
@@ -25,12 +24,6 @@ from vmapipe.vma.layout import MAX_BLOB_BYTES, MAX_CONFIGS
 
 if TYPE_CHECKING:
     from vmapipe.archiver.digests import Digests
-
-_COMPRESS = re.compile(r"zstd(?::([0-9]{1,2}))?")
-DEFAULT_LEVEL = 3
-MAX_LEVEL = 19
-# More threads than this only take memory: 4 MiB in and 4 MiB out for each.
-MAX_THREADS = 64
 
 
 def read_configs(texts: Sequence[str]) -> tuple[Config, ...]:
@@ -55,24 +48,13 @@ def read_configs(texts: Sequence[str]) -> tuple[Config, ...]:
     return tuple(configs)
 
 
-def compression_of(options: argparse.Namespace) -> Compression | None:
-    """`zstd[:LEVEL]` and the number of threads. Raises UsageError."""
-    if not options.compress:
-        return None
-    match = _COMPRESS.fullmatch(options.compress)
-    level = int(match[1] or DEFAULT_LEVEL) if match else 0
-    if not 1 <= level <= MAX_LEVEL:
-        raise UsageError(f"--compress {options.compress}: use zstd or zstd:1 to zstd:{MAX_LEVEL}")
-    if not 1 <= options.threads <= MAX_THREADS:
-        raise UsageError(f"--threads {options.threads}: use 1 to {MAX_THREADS}")
-    return Compression(level=level, threads=options.threads)
-
-
 def store_for(
     options: argparse.Namespace, wake: Callable[[], None], cancel: Cancel, emit: Emit
 ) -> Store[Mark]:
     """Open the output and what goes beside it. Raises Failure; nothing is then left."""
-    compression = compression_of(options)
+    compression = None
+    if options.compress:
+        compression = parse_compression(options.compress, options.threads)
     if options.manifest and options.no_manifest:
         raise UsageError("--manifest and --no-manifest exclude each other")
     output = open_output(options.output, cancel=cancel)

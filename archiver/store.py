@@ -9,15 +9,17 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from vmapipe.archiver.compress import Compression, ZstdOutput
-from vmapipe.archiver.digests import DigestedOutput, Digests
+from vmapipe.archiver.compression import Compression
 from vmapipe.archiver.outputs.descriptor import IOV_MAX
 from vmapipe.archiver.outputs.errors import OutputFailure
 from vmapipe.archiver.outputs.output import Output
 from vmapipe.vma.header import Header
 from vmapipe.vma.packer import PackedExtent
+
+if TYPE_CHECKING:
+    from vmapipe.archiver.digests import Digests
 
 Note = TypeVar("Note")
 
@@ -70,9 +72,14 @@ class Store(Generic[Note]):
         compression: Compression | None = None,
     ) -> None:
         # The digest of the file is that of its bytes as stored: below the compression.
+        # Both libraries are imported only where they are used: a process starts sooner.
         if digests is not None:
+            from vmapipe.archiver.digests import DigestedOutput
+
             output = DigestedOutput(output, digests)
         if compression is not None:
+            from vmapipe.archiver.compress import ZstdOutput
+
             output = ZstdOutput(output, compression)
         self.state = StoreState.RUNNING
         self.error: Exception | None = None

@@ -58,7 +58,7 @@ class Link:
     def receive(self) -> list[bytes] | None:
         """One message, or None when there is none."""
         # Asking first is quicker than an exception for "nothing there".
-        if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             return None
         return self._socket.recv_multipart(zmq.NOBLOCK)
 

@@ -13,7 +13,8 @@ from typing import Protocol
 
 import zstandard
 
-from vmapipe.archiver.compress import Compression, ZstdOutput
+from vmapipe.archiver.compress import ZstdOutput
+from vmapipe.archiver.compression import Compression
 from vmapipe.archiver.digests import DigestedOutput, Digests
 from vmapipe.archiver.manifests import ManifestLines
 from vmapipe.archiver.outputs.file import FileOutput

@@ -14,7 +14,8 @@ import zstandard
 
 from tests.archiver.targets import LIMIT_S, decompressed, in_thread
 from vmapipe.archiver import compress
-from vmapipe.archiver.compress import FRAME_BYTES, Compression, ZstdOutput
+from vmapipe.archiver.compress import FRAME_BYTES, ZstdOutput
+from vmapipe.archiver.compression import Compression
 from vmapipe.archiver.outputs.memory import Fault, MemoryOutput
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.vma.seektable import FOOTER_BYTES, parse_seek_table, seek_table_bytes

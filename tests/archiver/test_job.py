@@ -359,7 +359,6 @@ def test_before_the_welcome_a_producer_may_be_silent_for_30_s_whatever_the_limit
     world = World(Job(spec("a", "b", heartbeat_s=3), 0.0))
     first = world.add("a", b"x")
     world.carry_out(world.job.tick(25.0))
-    assert world.job.phase is Phase.GATHERING
     second = Producer("b", b"y", JOB)
     world.producers[b"b"] = second
     world.deliver(b"b", second.side.hello(), now=25.0)

@@ -19,7 +19,7 @@ import pytest
 
 from tests.archiver.extents import Archive, archive, dense, device, disk, sparse
 from tests.archiver.targets import LIMIT_S, decompressed
-from vmapipe.archiver.compress import Compression
+from vmapipe.archiver.compression import Compression
 from vmapipe.archiver.digests import Digests
 from vmapipe.archiver.manifests import ManifestFile, ManifestLines, beside
 from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
