@@ -29,6 +29,27 @@ _STOP_S = 2.0
 _MAX_WORDS = 300
 
 
+class Wait:
+    """Call it to wait until `fd` has data or has ended; Cancelled when a stop is asked for first."""
+
+    def __init__(self, fd: int, halts: Sequence[Cancel]) -> None:
+        self.halts: list[Cancel] = []
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+        for halt in halts:
+            self.add(halt)
+
+    def add(self, halt: Cancel) -> None:
+        self._poll.register(halt.fd, select.POLLIN)
+        self.halts.append(halt)
+
+    def __call__(self) -> None:
+        # A regular file is always ready: one system call, a microsecond.
+        self._poll.poll()
+        for halt in self.halts:
+            halt.check()
+
+
 class Input(io.RawIOBase):
     """Reads `fd` (which it owns) to its end. `position` counts the bytes handed out.
 
@@ -41,7 +62,7 @@ class Input(io.RawIOBase):
         self.name = name
         self.position = 0
         self._fd = fd
-        self._halts = list(halts)
+        self._wait = Wait(fd, halts)
         self._start = b""
         with contextlib.suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
@@ -51,7 +72,7 @@ class Input(io.RawIOBase):
 
     def also_halt(self, halt: Cancel) -> None:
         """From now on this one, too, ends a wait."""
-        self._halts.append(halt)
+        self._wait.add(halt)
 
     def peek_start(self, length: int) -> bytes:
         """The first bytes, fewer only where there are no more. Before anything is read."""
@@ -75,7 +96,7 @@ class Input(io.RawIOBase):
         return got
 
     def _read_fd(self, view: memoryview) -> int:
-        wait_readable(self._fd, self._halts)
+        self._wait()
         try:
             got = os.readv(self._fd, [view])
         except OSError as error:
@@ -131,7 +152,7 @@ class ProgramInput(Input):
         super().__init__(name, fd, halts)
 
     def _ended(self) -> None:
-        wait_exit(self._process, self._halts)
+        self._wait_exit()
         status = self._process.returncode
         if self.failed_before:
             raise SourceError(self.failed_before)
@@ -145,6 +166,15 @@ class ProgramInput(Input):
 
     def _failure(self, how: str) -> Exception:
         return SourceError(f"{self.name} {how}")
+
+    def _wait_exit(self) -> None:
+        if self._process.poll() is None:
+            pidfd = os.pidfd_open(self._process.pid)
+            try:
+                Wait(pidfd, self._wait.halts)()
+            finally:
+                os.close(pidfd)
+            self._process.wait()
 
     def _last_words(self) -> str:
         if self._words is None:
@@ -160,30 +190,6 @@ class ProgramInput(Input):
         stop_program(self._process)
         if self._words is not None:
             self._words.close()
-
-
-def wait_readable(fd: int, halts: Sequence[Cancel]) -> None:
-    """Until `fd` has data or has ended. Raises Cancelled when a stop is asked for first."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    for halt in halts:
-        poll.register(halt.fd, select.POLLIN)
-    # A regular file is always ready: one system call, a microsecond.
-    poll.poll()
-    for halt in halts:
-        halt.check()
-
-
-def wait_exit(process: subprocess.Popen[bytes], halts: Sequence[Cancel]) -> None:
-    """Until `process` has ended. Raises Cancelled when a stop is asked for first."""
-    if process.poll() is not None:
-        return
-    pidfd = os.pidfd_open(process.pid)
-    try:
-        wait_readable(pidfd, halts)
-    finally:
-        os.close(pidfd)
-    process.wait()
 
 
 def stop_program(process: subprocess.Popen[bytes]) -> None:

@@ -121,7 +121,7 @@ class ZstdFrames(io.RawIOBase):
         self._file_at = 0
         self._pool = ThreadPoolExecutor(threads, "zstd")
         self._limit = 2 * threads
-        self._ahead: deque[Future[bytearray]] = deque()
+        self._ahead: deque[Future[bytes]] = deque()
         self._current = memoryview(b"")
 
     def readable(self) -> bool:
@@ -148,36 +148,30 @@ class ZstdFrames(io.RawIOBase):
             self._ahead.append(self._pool.submit(self._decompress, self._file_at, frame))
             self._file_at += frame.compressed_bytes
 
-    def _decompress(self, file_at: int, frame: Frame) -> bytearray:
+    def _decompress(self, file_at: int, frame: Frame) -> bytes:
         try:
             data = os.pread(self._fd, frame.compressed_bytes, file_at)
         except OSError as error:
             raise SourceError(
                 f"cannot read {self._name} at offset {file_at}: {os_error_text(error)}"
             ) from error
-        walk = FrameWalk(self._name, file_at)
-        walk.feed(data)
-        walk.finish()
-        # One byte more than announced: too much must show as well as too little.
-        plain = bytearray(frame.plain_bytes + 1)
-        view = memoryview(plain)
-        got = 0
-        decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
         try:
-            with decompressor.stream_reader(data, read_across_frames=True) as reader:
-                while piece := reader.readinto(view[got:]):
-                    got += piece
+            # Before it is believed: it says how much memory to take.
+            announced = zstandard.frame_content_size(data)
+            plain = b""
+            if announced in (-1, frame.plain_bytes):
+                plain = zstandard.ZstdDecompressor().decompress(
+                    data, max_output_size=frame.plain_bytes, allow_extra_data=False
+                )
         except zstandard.ZstdError as error:
             raise CompressionError(
                 f"{self._name}: the zstd data is damaged: {error}", file_offset=file_at
             ) from error
-        if got != frame.plain_bytes:
+        if len(plain) != frame.plain_bytes:
             raise CompressionError(
                 f"{self._name}: a zstd frame is not as long as its seek table says",
                 file_offset=file_at,
             )
-        view.release()
-        del plain[got:]
         return plain
 
     def close(self) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from hypothesis import strategies as st
 
@@ -102,15 +102,3 @@ def pieces(raw: bytes, cuts: Iterable[int]) -> Iterator[bytes]:
 
 def cuts_of(total: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, max(total, 1)), max_size=12)
-
-
-def feed_all(
-    feed: Callable[[bytes], bytes], wanted: Callable[[], int], parts: Iterable[bytes]
-) -> bytes:
-    """What a handshake sends for these pieces; stops when it is over."""
-    out = b""
-    for part in parts:
-        if not wanted():
-            break
-        out += feed(part)
-    return out

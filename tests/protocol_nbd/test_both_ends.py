@@ -109,7 +109,6 @@ def content(seed: int = 1) -> bytes:
     )
 
 
-SMALL = st.integers(0, SIZE + 10)
 COMMANDS = st.tuples(
     st.sampled_from(
         [

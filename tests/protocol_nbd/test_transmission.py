@@ -255,6 +255,11 @@ def test_an_unknown_kind_of_error_is_an_error() -> None:
     assert events == [Failure(1, c.NBD_EIO, "no"), Done(1, c.NBD_EIO)]
 
 
+def test_an_error_chunk_may_be_as_long_as_its_limit() -> None:
+    payload = b"\0\0\0\5\0\0" + bytes(limits.MAX_ERROR_CHUNK_BYTES - 6)
+    assert events_of(asking(STRUCTURED), chunk(0x8007, payload))[-1] == Done(1, c.NBD_EIO)
+
+
 def test_unknown_reply_flags_are_ignored() -> None:
     assert events_of(asking(STRUCTURED), chunk(2, bytes(8) + b"\0\0\x10\0", 0xFFFF))[-1] == Done(
         1, 0
