@@ -42,11 +42,9 @@ from vmapipe.vma.header import Config, Device, Header, encode_header
 from vmapipe.vma.layout import MAX_DEVICE_BYTES
 from vmapipe.vma.packer import PackedExtent, Packer
 
-# Data that may be under way or queued for writing, all devices together.
-# More did not make a local backup quicker; less starves a slow output's queue.
-WINDOW_TOTAL_BYTES = 64 << 20
-# One device alone needs no more to keep both processes busy.
-WINDOW_MAX_BYTES = 12 << 20
+# Data that may be under way or queued for writing, all devices together: room
+# for a few of the largest frames. More did not make a local backup quicker.
+WINDOW_TOTAL_BYTES = 16 << 20
 # Drawn once at random; it makes our name-based uuids ours.
 _NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
 # Strangers that were refused are remembered so that each is reported once.
@@ -245,10 +243,7 @@ class Job:
             return
         self.phase = Phase.RUNNING
         yield Begin(header, raw_header)
-        window = max(
-            limits.MIN_WINDOW_BYTES,
-            min(WINDOW_MAX_BYTES, WINDOW_TOTAL_BYTES // max(1, len(devices))),
-        )
+        window = max(limits.MIN_WINDOW_BYTES, WINDOW_TOTAL_BYTES // max(1, len(devices)))
         frame_bytes = max(window // 2, limits.charge(1, limits.CLUSTER_BYTES))
         for (peer, state), device in zip(peers, devices, strict=True):
             offer = state.side.shared_at

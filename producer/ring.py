@@ -13,11 +13,15 @@ import mmap
 import os
 from collections import deque
 
+from vmapipe.protocol import limits
+
 # An archiver's open extent may hold on to 58 clusters (3.6 MiB) without
-# acknowledging them; beside these there must be room for the next piece and
-# for the end of the ring that it did not fit into. More than this was slower:
-# the data no longer stays in the processor's cache.
-RING_BYTES = 12 << 20
+# acknowledging them, and to half a megabyte of acknowledgements; rounded up.
+_HELD_BACK_BYTES = 9 << 19
+# Beside that there must be room for a piece that reaches into the open extent,
+# for the next one, and for the end of the ring that it did not fit into.
+_PIECES = 3
+RING_BYTES = _HELD_BACK_BYTES + _PIECES * limits.MAX_PAYLOAD_BYTES
 
 
 class Ring:
@@ -27,6 +31,7 @@ class Ring:
         self._fd = _sealed_memory()
         self._map = mmap.mmap(-1 if self._fd is None else self._fd, RING_BYTES)
         self.view = memoryview(self._map)
+        self._size = RING_BYTES
         self._head = 0
         # (frame number, first byte, first byte behind), oldest first.
         self._held: deque[tuple[int, int, int]] = deque()
@@ -36,6 +41,10 @@ class Ring:
         """Where a process of the same user on this host can open it; empty: nowhere."""
         return "" if self._fd is None else f"/proc/{os.getpid()}/fd/{self._fd}"
 
+    def fit(self, piece_bytes: int) -> None:
+        """Use only as much as pieces of this size need: what is touched is memory, and cache."""
+        self._size = min(RING_BYTES, _HELD_BACK_BYTES + _PIECES * piece_bytes)
+
     def take(self, length: int) -> int | None:
         """Where `length` bytes are free, or None. Nothing is held until `hold`."""
         if not self._held:
@@ -43,7 +52,7 @@ class Ring:
             return 0
         tail = self._held[0][1]
         if self._head > tail:
-            if self._head + length <= RING_BYTES:
+            if self._head + length <= self._size:
                 return self._head
             return 0 if length < tail else None
         return self._head if self._head + length < tail else None

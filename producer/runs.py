@@ -10,10 +10,6 @@ from vmapipe.producer.source import Source
 from vmapipe.protocol import blocks, limits
 from vmapipe.protocol.limits import BLOCK_BYTES, CLUSTER_BYTES
 
-# One read, and at most one frame. Larger ones were no quicker, and the data
-# of several should stay in the processor's cache until the archiver has it.
-READ_BYTES = limits.MAX_PAYLOAD_BYTES
-
 
 class Run(NamedTuple):
     """What becomes one frame: its data is `length` bytes at `position` of the memory."""
@@ -38,9 +34,8 @@ def runs(
     used again for the next one unless the run before was kept. Neighbouring
     zero clusters, holes or read ones, become one run without data.
     """
+    step = piece_bytes(frame_bytes)
     room = frame_bytes - limits.CHARGE_PER_FRAME
-    fitting = room // (CLUSTER_BYTES + limits.CHARGE_PER_CLUSTER)
-    step = min(READ_BYTES, fitting * CLUSTER_BYTES)
     longest_zero = min(limits.MAX_RUN_CLUSTERS, room // limits.CHARGE_PER_CLUSTER)
     zero_from = zero_to = 0
     for segment in source.segments():
@@ -56,6 +51,15 @@ def runs(
                 zero_from = at + length
             zero_to = at + length
     yield from _zero_runs(zero_from, zero_to, longest_zero)
+
+
+def piece_bytes(frame_bytes: int) -> int:
+    """How much is read at once, where a frame may charge `frame_bytes`: half of that.
+
+    So that a window holds several, and one is on its way while the next is read.
+    """
+    clusters = min(limits.MAX_PAYLOAD_BYTES, frame_bytes // 2) // CLUSTER_BYTES
+    return max(1, clusters) * CLUSTER_BYTES
 
 
 def _whole_blocks(length: int) -> int:

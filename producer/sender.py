@@ -9,7 +9,7 @@ from collections.abc import Callable
 from vmapipe.producer.link import Link
 from vmapipe.producer.pace import Pace
 from vmapipe.producer.ring import Ring
-from vmapipe.producer.runs import Run, runs
+from vmapipe.producer.runs import Run, piece_bytes, runs
 from vmapipe.producer.source import Source
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import ProtocolError
@@ -46,6 +46,7 @@ class Sender:
         try:
             self._say(self._side.hello())
             self._wait_until(lambda: self._side.state is State.SENDING)
+            self._ring.fit(piece_bytes(self._frame_bytes))
             for run in runs(self._source, self._ring.view, self._take, self._frame_bytes):
                 self._send_run(run)
             self._source.check_unchanged()

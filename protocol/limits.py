@@ -13,12 +13,12 @@ MAX_CLUSTERS = 1 << 32
 
 # A run carries at most this much data: larger messages were not quicker, and
 # each costs a buffer on both sides.
-MAX_PAYLOAD_BYTES = 32 * CLUSTER_BYTES
+MAX_PAYLOAD_BYTES = 64 * CLUSTER_BYTES
 # A run of zero clusters has no data, but the archive needs 8 bytes a cluster:
 # this many make 8 MiB of archive out of one message.
 MAX_RUN_CLUSTERS = 1 << 20
 # Masks of a run that has data: 32768 clusters, 2 GiB of disk, are far more
-# than 32 clusters of data need.
+# than 64 clusters of data need.
 MAX_MASKS_BYTES = 64 * 1024
 # What one message counts against the credit beside its data: see `charge`.
 CHARGE_PER_FRAME = 64

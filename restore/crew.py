@@ -63,6 +63,7 @@ class Crew:
         """Have all work of `feed` done."""
         work: Work | None = None
         while True:
+            self._cancel.check()
             if work is None and not feed.ended:
                 work = feed.poll()
             if work is not None and not work.parts:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 
@@ -16,7 +17,8 @@ from vmapipe.vma.layout import CLUSTER_BYTES
 # Buffered writes of 1 MiB and more into a new file were slower than these.
 _WRITE_BYTES = 256 * 1024
 # A written run of at least this is sent on to the disk at once. Without that
-# the kernel waits until 10 % of all memory is dirty, and the disk idles.
+# the kernel waits until 10 % of all memory is dirty, and the disk idles: 2 GiB
+# into a new file took 1.8 s instead of 1.15 s, its fsync included.
 _EARLY_BYTES = 1 << 20
 # IOV_MAX, what one pwritev takes.
 _MAX_BUFFERS = 1024
@@ -68,8 +70,9 @@ class _Target:
             raise self._failed(error, self._at) from error
         if run.data_bytes >= _EARLY_BYTES:
             start = run.first_cluster * CLUSTER_BYTES
-            # Starts writing out what is dirty; see generic_fadvise in the kernel.
-            os.posix_fadvise(self._fd, start, run.count * CLUSTER_BYTES, os.POSIX_FADV_DONTNEED)
+            # Linux begins to write out what is dirty in a range that is not needed again.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._fd, start, run.count * CLUSTER_BYTES, os.POSIX_FADV_DONTNEED)
 
     def _write_data(self, at: int, data: memoryview) -> None:
         done = 0

@@ -25,10 +25,10 @@ from vmapipe.archiver.instructions import (
 )
 from vmapipe.archiver.job import Job, JobSpec, Phase
 from vmapipe.producer.ring import Ring
-from vmapipe.producer.runs import READ_BYTES
+from vmapipe.producer.runs import piece_bytes
 from vmapipe.protocol import frames, limits
 from vmapipe.protocol.frames import Part
-from vmapipe.protocol.messages import Abort, Done, Refuse
+from vmapipe.protocol.messages import Abort, Done, Refuse, Welcome
 from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.vma.header import Config
 from vmapipe.vma.layout import CLUSTER_BYTES
@@ -121,9 +121,15 @@ class Producer:
 
     def hear(self, parts: list[bytes]) -> None:
         message = self.side.receive(parts)
+        if isinstance(message, Welcome):
+            self.ring.fit(self.piece)
         if isinstance(message, Done | Refuse | Abort):
             self.end_of_session = message
         self.ring.release(self.side.acked)
+
+    @property
+    def piece(self) -> int:
+        return piece_bytes(self.side.frame_bytes)
 
     @property
     def clusters(self) -> int:
@@ -136,7 +142,7 @@ class Producer:
         if self.cluster == self.clusters:
             return True
         # A real producer reads a whole piece at a time before it sends.
-        room = self.ring.take(READ_BYTES) is not None
+        room = self.ring.take(self.piece) is not None
         return room and self.side.credit >= limits.charge(1, CLUSTER_BYTES)
 
     def next_message(self) -> list[Part]:
@@ -148,7 +154,7 @@ class Producer:
         payload = data if masks else b""
         message = self.side.run(self.cluster, 1, masks, payload)
         if payload:
-            position = self.ring.take(READ_BYTES)
+            position = self.ring.take(self.piece)
             assert position is not None
             self.ring.hold(self.side.sent_frames, position, len(payload))
         self.cluster += 1
@@ -235,12 +241,12 @@ def test_an_archive_of_configs_only_needs_no_producer() -> None:
     assert world.job.phase is Phase.DONE
 
 
-def test_254_devices_go_through_with_64_mib_of_credit_together() -> None:
+def test_254_devices_go_through_with_the_smallest_windows() -> None:
     disks = {f"disk{index}": disk(index, 3) for index in range(254)}
     world = World(Job(spec(*disks), 0.0))
     for name, data in disks.items():
         world.add(name, data)
-    assert sum(p.side.credit for p in world.producers.values()) <= 64 << 20
+    assert sum(p.side.credit for p in world.producers.values()) <= 254 * limits.MIN_WINDOW_BYTES
     world.run(random.Random(1))
     assert world.job.phase is Phase.DONE
     assert read_images(bytes(world.store.archive)) == disks

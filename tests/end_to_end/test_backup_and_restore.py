@@ -236,9 +236,7 @@ def test_the_manifest_of_a_piped_archive_comes_with_the_events(
     assert "every byte of data" in text
 
 
-def test_the_program_xxhsum_prints_the_digest_of_the_manifest(
-    archive: Path, need: Need
-) -> None:
+def test_the_program_xxhsum_prints_the_digest_of_the_manifest(archive: Path, need: Need) -> None:
     (xxhsum,) = need("xxhsum")
     printed = subprocess.run([xxhsum, "-H2", archive], capture_output=True, check=True).stdout
     manifest = json.loads(archive.with_name("vm.vma.manifest.json").read_text())

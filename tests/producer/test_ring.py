@@ -45,29 +45,40 @@ def test_no_byte_is_given_out_twice_before_it_is_acknowledged(
     ring.release(seq)
 
 
-def test_room_for_a_piece_is_left_while_an_open_extent_holds_what_it_can(ring: Ring) -> None:
-    extent, frame, unreported = 58 * 65536, 1 << 20, 512 * 1024
-    for start in range(0, RING_BYTES, 4096 * 37):
-        # Bring the ring to an arbitrary position first.
+@pytest.mark.parametrize("piece", [1 << 16, 1 << 18, 1 << 20, 2 << 20, 4 << 20])
+def test_room_for_a_piece_is_left_while_an_archiver_holds_back_what_it_may(piece: int) -> None:
+    ring = Ring()
+    ring.fit(piece)
+    held_back = 58 * 65536 + piece + 512 * 1024
+    size = 4 * 65536 * (RING_BYTES // (4 * 65536))
+    for start in range(0, size, 4096 * 37):
         ring.release(1 << 62)
-        ring.take(1)
-        ring.hold(1, 0, max(1, start))
-        ring.release(0)
-        position = ring.take(1)
-        if position is None:
+        # Bring the ring to an arbitrary position first.
+        if not _at(ring, start):
             continue
-        ring.hold(2, position, 1)
-        ring.release(1)
-        seq = 2
         total = 0
-        while total < extent + frame + unreported:
+        while total < held_back:
             position = ring.take(65536)
             assert position is not None, (start, total)
-            seq += 1
-            ring.hold(seq, position, 65536)
+            ring.hold(3, position, 65536)
             total += 65536
-        assert ring.take(frame) is not None, start
+        assert ring.take(piece) is not None, start
     ring.release(1 << 62)
+    ring.close()
+
+
+def _at(ring: Ring, start: int) -> bool:
+    """Nothing is held but a byte at `start`; False where the ring ends before that."""
+    first = ring.take(max(1, start))
+    if first is None or first + start >= RING_BYTES:
+        return False
+    ring.hold(1, first, max(1, start))
+    position = ring.take(1)
+    if position is None:
+        return False
+    ring.hold(2, position, 1)
+    ring.release(1)
+    return True
 
 
 def test_an_archiver_maps_the_ring_and_sees_what_is_read_into_it() -> None:

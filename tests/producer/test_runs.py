@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.producer.runs import READ_BYTES, Run, runs
+from vmapipe.producer.runs import Run, runs
 from vmapipe.producer.source import Segment
 from vmapipe.protocol import limits
 from vmapipe.protocol.blocks import nonzero_pieces
 from vmapipe.protocol.limits import CLUSTER_BYTES
 
-MEMORY = memoryview(bytearray(READ_BYTES))
+MEMORY = memoryview(bytearray(limits.MAX_PAYLOAD_BYTES))
 
 
 class MemoryDisk:

@@ -73,7 +73,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Archiver]]:
     """Put the archiver whose clock counts into the list."""
     holder: list[Archiver] = []
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: holder[0].now))
-    yield holder
+    return holder
 
 
 def sender(

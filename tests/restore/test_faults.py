@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -48,8 +49,6 @@ def half_a_pipe(data: bytes) -> Iterator[str]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     # As large as our reader will make it, so that it all fits in.
-    import fcntl
-
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 1 << 20)
     assert os.write(writing, data) == len(data)
     try:
@@ -103,6 +102,18 @@ def test_a_stop_before_the_beginning_writes_nothing(tmp_path: Path, out: Path) -
         restored(path, lambda header: plan_folder(header, str(out)), cancel=cancel)
     cancel.close()
     assert contents(out) == {}
+
+
+def test_a_stop_is_heard_where_there_is_nothing_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "vm.vma"
+    path.write_bytes(RAW)
+    with a_cancel() as cancel:
+
+        def hear(event: Event) -> None:
+            cancel.ask("enough")
+
+        with pytest.raises(Cancelled, match="enough"):
+            restored(path, lambda header: Plan(), hear=hear, cancel=cancel)
 
 
 @contextmanager
