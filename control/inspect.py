@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from vmapipe.control.render import add_report_options, human_bytes, renderer
 from vmapipe.control.words import naming, source_name
-from vmapipe.restore.reading import Archive, open_archive
-from vmapipe.restore.verify import VerifyOptions, verify
+from vmapipe.restore.archive.reading import Archive, open_archive
+from vmapipe.restore.checks.verify import VerifyOptions, verify
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.errors import Damaged, Failure, UsageError

@@ -52,7 +52,7 @@ class BackupJob:
             with Children() as children:
                 children.watch(cancel.fd)
                 self._start(children, f"ipc://{folder}/archiver.sock")
-                self._watch(children, emit, cancel)
+                self._watch(children, emit, cancel, folder)
             emit(
                 {
                     "event": "done",
@@ -106,7 +106,7 @@ class BackupJob:
                 ],
             )
 
-    def _watch(self, children: Children, emit: Emit, cancel: Cancel) -> None:
+    def _watch(self, children: Children, emit: Emit, cancel: Cancel, folder: str) -> None:
         """Until all have ended well. Raises Failure with the best reason there is."""
         archiver = children.all[0]
         first_failed: Child | None = None
@@ -114,6 +114,10 @@ class BackupJob:
         while any(child.running for child in children.all):
             for child, event in children.wait(min(1.0, max(0.0, give_up - time.monotonic()))):
                 if event is not None:
+                    if event["event"] == "begun":
+                        # All are connected: nobody needs the socket's name any more, and
+                        # if this process is killed from now on, no folder is left.
+                        shutil.rmtree(folder, ignore_errors=True)
                     if event["event"] != "error":
                         emit(event)
                 elif child.exit_code and first_failed is None:

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.control.words import naming
+from vmapipe.restore.archive.reading import open_archive
 from vmapipe.restore.job import Options, restore
 from vmapipe.restore.mapping import parse_map
 from vmapipe.restore.plan import Plan, plan_folder, plan_map
-from vmapipe.restore.reading import open_archive
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text

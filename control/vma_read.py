@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 from vmapipe.control.inspect import find_config
 from vmapipe.control.words import reference_words
-from vmapipe.restore.configs import write_configs
+from vmapipe.restore.archive.reading import Archive, open_archive
+from vmapipe.restore.checks.verify import verify as check
+from vmapipe.restore.crew.handout import Totals
 from vmapipe.restore.errors import RestoreError
-from vmapipe.restore.handout import Totals
 from vmapipe.restore.job import restore
 from vmapipe.restore.mapping import MapEntry, parse_map
 from vmapipe.restore.plan import Plan, device_named, plan_folder, plan_map
-from vmapipe.restore.reading import Archive, open_archive
-from vmapipe.restore.verify import verify as check
+from vmapipe.restore.targets.configs import write_configs
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Event

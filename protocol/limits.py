@@ -49,6 +49,7 @@ def charge(clusters: int, data_bytes: int) -> int:
     """What a frame takes from the credit, in bytes: what it may cost the archiver to hold."""
     return CHARGE_PER_FRAME + CHARGE_PER_CLUSTER * clusters + data_bytes
 
+
 # Until WELCOME has told the archiver's own limit, a peer that is silent for so
 # long is dead: long enough for a loaded machine, short enough to be noticed.
 GREETING_HEARTBEAT_S = 30

@@ -11,17 +11,17 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from vmapipe.protocol.restore_work import Setup
-from vmapipe.restore.crew import Crew
-from vmapipe.restore.feed import Feed, InlineFeed, ThreadFeed
-from vmapipe.restore.handout import Totals, Work, WorkMaker
-from vmapipe.restore.link import ReaderLink
-from vmapipe.restore.manifest import Manifest, manifest_beside
-from vmapipe.restore.opened import OpenTargets
-from vmapipe.restore.pace import Pace
+from vmapipe.restore.archive.reading import Archive, checked_pieces
+from vmapipe.restore.archive.source import PlainFile
+from vmapipe.restore.checks.manifest import Manifest, manifest_beside
+from vmapipe.restore.crew.crew import Crew
+from vmapipe.restore.crew.feed import Feed, InlineFeed, ThreadFeed
+from vmapipe.restore.crew.handout import Totals, Work, WorkMaker
+from vmapipe.restore.crew.link import ReaderLink
+from vmapipe.restore.crew.pace import Pace
+from vmapipe.restore.crew.slots import Slots
 from vmapipe.restore.plan import Plan
-from vmapipe.restore.reading import Archive, checked_pieces
-from vmapipe.restore.slots import Slots
-from vmapipe.restore.source import PlainFile
+from vmapipe.restore.targets.opened import OpenTargets
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Children
 from vmapipe.runtime.events import Emit

@@ -31,11 +31,20 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def slow_backup(disk: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
+def temporary(tmp_path: Path) -> Path:
+    """Where the job puts its sockets."""
+    folder = tmp_path / "t"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def slow_backup(disk: Path, out: Path, temporary: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A backup of two disks that runs for hours: it is never waited for."""
     with started(
         *("backup", "--json", "--speed", "64K"),
         *("--disk", f"a={disk}", "--disk", f"b={disk}", out / "vm.vma"),
+        env={**os.environ, "TMPDIR": str(temporary)},
     ) as process:
         next_event(process, "begun")
         yield process
@@ -77,13 +86,14 @@ def test_a_signal_ends_the_job_with_its_exit_code_and_nothing_is_left(
 
 
 def test_a_killed_coordinator_leaves_no_process_and_no_file(
-    slow_backup: subprocess.Popen[bytes], out: Path
+    slow_backup: subprocess.Popen[bytes], out: Path, temporary: Path
 ) -> None:
     everybody = psutil.Process(slow_backup.pid).children(recursive=True)
     assert len(everybody) == 3
     slow_backup.kill()
     assert all_gone(everybody)
     assert list(out.iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
 def test_all_processes_killed_at_once_leave_nothing_that_stops_the_next_backup(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -69,7 +69,7 @@ class Archiver:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Archiver]]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[Archiver]:
     """Put the archiver whose clock counts into the list."""
     holder: list[Archiver] = []
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: holder[0].now))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 
-from vmapipe.restore import targets
+from vmapipe.restore.archive.reading import open_archive
 from vmapipe.restore.job import restore
 from vmapipe.restore.plan import plan_folder
-from vmapipe.restore.reading import open_archive
+from vmapipe.restore.targets import targets
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Event, encode_line
 from vmapipe.runtime.process import run

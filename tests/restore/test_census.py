@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.restore.census import Census
-from vmapipe.restore.report import Damage
+from vmapipe.restore.checks.census import Census
+from vmapipe.restore.checks.report import Damage
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.layout import CLUSTER_BYTES

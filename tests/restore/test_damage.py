@@ -22,10 +22,10 @@ from tests.restore.support import (
     restored_to,
 )
 from tests.vma.archives import with_md5
+from vmapipe.restore.archive.reading import checked_pieces
 from vmapipe.restore.errors import CompressionError
 from vmapipe.restore.job import Options
 from vmapipe.restore.plan import Kind, Plan, TargetSpec, plan_folder
-from vmapipe.restore.reading import checked_pieces
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Event
 from vmapipe.vma.coverage import Coverage

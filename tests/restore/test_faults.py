@@ -60,7 +60,7 @@ def half_a_pipe(data: bytes) -> Iterator[str]:
 
 def workers_of(pid: int) -> list[psutil.Process]:
     found = psutil.Process(pid).children()
-    return [process for process in found if "vmapipe.restore.worker" in process.cmdline()]
+    return [process for process in found if "vmapipe.restore.crew.worker" in process.cmdline()]
 
 
 PIECE = RAW[: extents_of(RAW)[3].offset + 700]

@@ -18,11 +18,11 @@ from vmapipe.protocol.restore_work import (
     SyncWork,
     decode_for_worker,
 )
-from vmapipe.restore.feed import InlineFeed, ThreadFeed
-from vmapipe.restore.handout import Roster, Work, WorkMaker
-from vmapipe.restore.pace import Pace
-from vmapipe.restore.reading import Piece
-from vmapipe.restore.slots import Slots, map_slots
+from vmapipe.restore.archive.reading import Piece
+from vmapipe.restore.crew.feed import InlineFeed, ThreadFeed
+from vmapipe.restore.crew.handout import Roster, Work, WorkMaker
+from vmapipe.restore.crew.pace import Pace
+from vmapipe.restore.crew.slots import Slots, map_slots
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.layout import CLUSTER_BYTES

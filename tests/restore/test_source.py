@@ -25,9 +25,9 @@ from tests.restore.support import (
     one_frame,
     skippable,
 )
+from vmapipe.restore.archive.source import PlainFile, Source, Stream, open_source
+from vmapipe.restore.archive.zstd import ZstdFrames
 from vmapipe.restore.errors import CompressionError, SourceError
-from vmapipe.restore.source import PlainFile, Source, Stream, open_source
-from vmapipe.restore.zstd import ZstdFrames
 from vmapipe.runtime.errors import Cancelled, UsageError
 from vmapipe.vma.seektable import Frame, encode_seek_table
 

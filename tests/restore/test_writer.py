@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from tests.archives import UUID, ClusterAt, archive, in_order
 from vmapipe.protocol.restore_work import TargetSetup
-from vmapipe.restore import zeroing
+from vmapipe.restore.crew.writer import Writer
 from vmapipe.restore.errors import TargetError
-from vmapipe.restore.syscalls import fallocate
-from vmapipe.restore.writer import Writer
-from vmapipe.restore.zeroing import RANGE_BYTES, Zeroer, zero_pages
+from vmapipe.restore.targets import zeroing
+from vmapipe.restore.targets.syscalls import fallocate
+from vmapipe.restore.targets.zeroing import RANGE_BYTES, Zeroer, zero_pages
 from vmapipe.vma.extent import encode_extent_header, parse_extent_header, slot_word
 from vmapipe.vma.layout import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES
 from vmapipe.vma.scanner import ExtentRead, Scanner

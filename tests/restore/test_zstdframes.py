@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.restore.support import CHANCE, one_frame, skippable
+from vmapipe.restore.archive.zstdframes import FrameWalk, is_zstd
 from vmapipe.restore.errors import CompressionError
-from vmapipe.restore.zstdframes import FrameWalk, is_zstd
 
 DATA = CHANCE.randbytes(200_000) + bytes(300_000)
 FRAMES = [

@@ -11,13 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from vmapipe.restore.census import Census
-from vmapipe.restore.digest import extent_digest, file_digest
+from vmapipe.restore.archive.reading import Archive, Piece, check_opening, open_archive
+from vmapipe.restore.checks.census import Census
+from vmapipe.restore.checks.digest import extent_digest, file_digest
+from vmapipe.restore.checks.manifest import Manifest, manifest_beside
+from vmapipe.restore.checks.report import Damage, Report
+from vmapipe.restore.checks.survey import Gap, survey
 from vmapipe.restore.errors import CompressionError, DigestError, SourceError
-from vmapipe.restore.manifest import Manifest, manifest_beside
-from vmapipe.restore.reading import Archive, Piece, check_opening, open_archive
-from vmapipe.restore.report import Damage, Report
-from vmapipe.restore.survey import Gap, survey
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.events import Emit

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from vmapipe.protocol.restore_work import TargetSetup
 from vmapipe.restore.errors import TargetError
-from vmapipe.restore.zeroing import RANGE_BYTES, Zeroer, zero_pages
+from vmapipe.restore.targets.zeroing import RANGE_BYTES, Zeroer, zero_pages
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.extent import ClusterRun, Extent, block_pieces
 from vmapipe.vma.layout import CLUSTER_BYTES

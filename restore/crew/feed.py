@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from vmapipe.restore.handout import Work
+from vmapipe.restore.crew.handout import Work
 
 # Read ahead of the workers. The memory of data is bounded by its slots; this
 # is for archives that hold nothing but zeroes.

@@ -11,7 +11,7 @@ import secrets
 import stat
 
 from vmapipe.restore.errors import TargetError
-from vmapipe.restore.syscalls import rename_noreplace
+from vmapipe.restore.targets.syscalls import rename_noreplace
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.layout import TARGET_SLACK_BYTES
 

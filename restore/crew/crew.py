@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 from vmapipe.protocol.frames import Part
 from vmapipe.protocol.restore_work import Done, Finish, Ready, Setup, decode_for_reader, encode
-from vmapipe.restore.feed import Feed
-from vmapipe.restore.handout import Roster, Work
-from vmapipe.restore.link import ReaderLink
-from vmapipe.restore.pace import Pace
+from vmapipe.restore.crew.feed import Feed
+from vmapipe.restore.crew.handout import Roster, Work
+from vmapipe.restore.crew.link import ReaderLink
+from vmapipe.restore.crew.pace import Pace
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import STOP_S, Children
 from vmapipe.runtime.errors import Failure
@@ -54,7 +54,7 @@ class Crew:
             name = f"worker-{number}"
             self._children.start(
                 f"restore {name}",
-                "vmapipe.restore.worker",
+                "vmapipe.restore.crew.worker",
                 ["--endpoint", self._link.endpoint, "--name", name],
                 fds,
             )
@@ -107,6 +107,8 @@ class Crew:
                 case Ready() if self._setup is not None:
                     self._send(worker, encode(self._setup))
                     self._roster.joined(worker)
+                    if len(self._roster.workers) == len(self._children.all):
+                        self._link.remove_folder()
                 case Done(seq):
                     work = self._roster.done(worker, seq)
                     if work is None:

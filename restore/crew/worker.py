@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process that writes: takes extents from the reader, or out of the archive itself.
 
-    python -m vmapipe.restore.worker --parent-fd N --endpoint ipc://… --name worker-1
+    python -m vmapipe.restore.crew.worker --parent-fd N --endpoint ipc://… --name worker-1
 
 The reader hands on its descriptors and starts several of these; each writes to
 every target, for each cluster comes once and the order does not matter.
@@ -31,10 +31,10 @@ from vmapipe.protocol.restore_work import (
     decode_for_worker,
     encode,
 )
+from vmapipe.restore.crew.link import WorkerLink
+from vmapipe.restore.crew.slots import map_slots
+from vmapipe.restore.crew.writer import Writer
 from vmapipe.restore.errors import DigestError, SourceError
-from vmapipe.restore.link import WorkerLink
-from vmapipe.restore.slots import map_slots
-from vmapipe.restore.writer import Writer
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, os_error_text
 from vmapipe.runtime.events import Emit, ignore
@@ -159,7 +159,9 @@ class Worker:
     def _check(self, extent: Extent, digest: bytes, *parts: bytes | memoryview) -> None:
         if not digest:
             return
-        from vmapipe.restore.digest import extent_digest  # here: only where there is a manifest
+        from vmapipe.restore.checks.digest import (
+            extent_digest,  # here: only where there is a manifest
+        )
 
         if extent_digest(*parts) != digest:
             names = {t.dev_id: t.name for t in self._setup.targets} if self._setup else {}
@@ -184,7 +186,7 @@ def damaged_data(extent: Extent, names: dict[int, bytes]) -> DigestError:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="vmapipe.restore.worker")
+    parser = argparse.ArgumentParser(prog="vmapipe.restore.crew.worker")
     parser.add_argument("--parent-fd", type=int, default=None)
     parser.add_argument("--endpoint", required=True)
     parser.add_argument("--name", required=True)

@@ -8,8 +8,8 @@ import shutil
 import threading
 from collections.abc import Sequence
 
+from vmapipe.restore.archive.inputs import Input, ProgramInput
 from vmapipe.restore.errors import CompressionError, SourceError
-from vmapipe.restore.inputs import Input, ProgramInput
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from vmapipe.restore.reading import Archive, Piece, cut_off
-from vmapipe.restore.source import PlainFile
+from vmapipe.restore.archive.reading import Archive, Piece, cut_off
+from vmapipe.restore.archive.source import PlainFile
 from vmapipe.vma.errors import ArchiveError, ExtentError
 from vmapipe.vma.extent import Extent, parse_extent_header
 from vmapipe.vma.layout import EXTENT_HEADER_BYTES, EXTENT_MAGIC

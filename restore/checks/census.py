@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vmapipe.restore.report import Damage
+from vmapipe.restore.checks.report import Damage
 from vmapipe.vma.coverage import PAGE_CLUSTERS, Coverage
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.extent import ClusterRun, Extent

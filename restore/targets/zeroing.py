@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 
-from vmapipe.restore.syscalls import (
+from vmapipe.restore.targets.syscalls import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,

@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 
 from vmapipe.protocol.restore_work import TargetSetup
-from vmapipe.restore.configs import open_configs, publish_all
+from vmapipe.restore.archive.reading import Archive
 from vmapipe.restore.errors import PlanError
 from vmapipe.restore.plan import Kind, Plan, TargetSpec, check_plan
-from vmapipe.restore.reading import Archive
-from vmapipe.restore.targets import ExistingTarget, NewFile
+from vmapipe.restore.targets.configs import open_configs, publish_all
+from vmapipe.restore.targets.targets import ExistingTarget, NewFile
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.header import Device
 from vmapipe.vma.layout import CLUSTER_BYTES

@@ -12,9 +12,9 @@ import stat
 import subprocess
 from collections.abc import Callable, Sequence
 
+from vmapipe.restore.archive.inputs import Input, ProgramInput
+from vmapipe.restore.archive.zstdframes import is_zstd
 from vmapipe.restore.errors import SourceError
-from vmapipe.restore.inputs import Input, ProgramInput
-from vmapipe.restore.zstdframes import is_zstd
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 
@@ -208,7 +208,7 @@ def _open_seekable(name: str, path: str | None, fd: int, size_bytes: int) -> Sou
         return PlainFile(name, path, fd, size_bytes)
     if not is_zstd(start):
         return None
-    from vmapipe.restore import zstd  # here: plain archives need not wait 15 ms for it
+    from vmapipe.restore.archive import zstd  # here: plain archives need not wait 15 ms for it
 
     frames = zstd.seekable_frames(fd, size_bytes)
     if frames is None:
@@ -262,13 +262,13 @@ def _decompressed(
     if not _is_compressed(name, start):
         return source, "none"
     if start.startswith(_GZIP_MAGIC):
-        from vmapipe.restore.gzipped import GzipStream
+        from vmapipe.restore.archive.gzipped import GzipStream
 
         return GzipStream(name, source), "gzip"
     if start.startswith(_LZOP_MAGIC):
-        from vmapipe.restore.lzopped import LzopStream
+        from vmapipe.restore.archive.lzopped import LzopStream
 
         return LzopStream(name, source, halts), "lzo"
-    from vmapipe.restore.zstd import ZstdStream
+    from vmapipe.restore.archive.zstd import ZstdStream
 
     return ZstdStream(name, source), "zstd"

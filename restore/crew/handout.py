@@ -14,7 +14,7 @@ from vmapipe.protocol.restore_work import (
     SyncWork,
     encode,
 )
-from vmapipe.restore.reading import Piece
+from vmapipe.restore.archive.reading import Piece
 from vmapipe.vma.extent import Extent
 from vmapipe.vma.layout import CLUSTER_BYTES
 

@@ -8,8 +8,8 @@ import io
 import zlib
 from typing import TYPE_CHECKING
 
+from vmapipe.restore.archive.inputs import Input
 from vmapipe.restore.errors import CompressionError
-from vmapipe.restore.inputs import Input
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

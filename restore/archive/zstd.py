@@ -15,9 +15,9 @@ from typing import IO, TYPE_CHECKING, cast
 
 import zstandard
 
+from vmapipe.restore.archive.inputs import Input
+from vmapipe.restore.archive.zstdframes import FrameWalk
 from vmapipe.restore.errors import CompressionError, SourceError
-from vmapipe.restore.inputs import Input
-from vmapipe.restore.zstdframes import FrameWalk
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import (

@@ -7,7 +7,7 @@ import os
 
 from vmapipe.restore.errors import TargetError
 from vmapipe.restore.plan import Plan, check_plan, config_paths
-from vmapipe.restore.targets import NewFile, sync_folders
+from vmapipe.restore.targets.targets import NewFile, sync_folders
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.header import Header
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 
 import zmq
@@ -38,6 +39,13 @@ class ReaderLink:
             raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error
         finally:
             os.umask(old_mask)
+
+    def remove_folder(self) -> None:
+        """All are connected: nobody needs the socket's name any more.
+
+        If this process is killed from now on, no folder is left.
+        """
+        shutil.rmtree(os.path.dirname(self.endpoint.removeprefix("ipc://")), ignore_errors=True)
 
     def wait(self, timeout_s: float, fds: Sequence[int]) -> None:
         """Until a message or something on one of `fds` is there to be read."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from vmapipe.restore.archive.source import PlainFile, Source, open_source
+from vmapipe.restore.checks.manifest import Manifest
+from vmapipe.restore.crew.slots import Slots
 from vmapipe.restore.errors import DigestError
-from vmapipe.restore.manifest import Manifest
-from vmapipe.restore.slots import Slots
-from vmapipe.restore.source import PlainFile, Source, open_source
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.errors import ArchiveError, ExtentError
@@ -156,7 +156,7 @@ def checked_pieces(
 
 def check_opening(archive: Archive, manifest: Manifest) -> None:
     """Raises ArchiveError when the manifest belongs to another archive, DigestError for damage."""
-    from vmapipe.restore.digest import extent_digest  # here: only where there is a manifest
+    from vmapipe.restore.checks.digest import extent_digest  # here: only where there is a manifest
 
     opening = manifest.opening
     if opening.uuid != archive.header.uuid:
