@@ -7,7 +7,6 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 DESCRIPTION = """\
 Back up disks of virtual machines into one VMA archive, the format of Proxmox
@@ -46,6 +45,9 @@ _COMMANDS = {
 
 
 def program_version() -> str:
+    # Imported here: it takes as long as all the rest of a start.
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("vmapipe")
     except PackageNotFoundError:
@@ -60,18 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="vmapipe COMMAND [OPTION]...",
     )
-    parser.add_argument(
-        "--version",
-        action="version",
-        version=f"vmapipe {program_version()}",
-        help="show the version and exit",
-    )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
     parser.add_argument("command", choices=sorted(_COMMANDS), help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
+    if arguments[0] == "--version":
+        print(f"vmapipe {program_version()}")
+        return 0
     # Only the first word is ours: whatever follows belongs to the command.
     options = parser.parse_args(arguments[:1])
     module = importlib.import_module(_COMMANDS[options.command])
