@@ -63,18 +63,23 @@ def run_once(command: Command) -> tuple[float, float]:
         command.makes.with_name(command.makes.name + ".manifest.json").unlink(missing_ok=True)
     # What the run before has left to be written is not this one's work.
     os.sync()
+    # A user's Python keeps compiled modules; some build environments forbid it.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     before = os.times()
     started = time.perf_counter()
     done = subprocess.run(
-        command.words, shell=isinstance(command.words, str), capture_output=True, text=True
+        command.words,
+        shell=isinstance(command.words, str),
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     seconds = time.perf_counter() - started
     after = os.times()
     if done.returncode:
         raise SystemExit(f"{command.name} failed:\n{done.stdout}{done.stderr}")
-    cpu = (
-        after.children_user - before.children_user + after.children_system - before.children_system
-    )
+    cpu = after.children_user - before.children_user
+    cpu += after.children_system - before.children_system
     return seconds, cpu
 
 
