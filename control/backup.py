@@ -90,14 +90,13 @@ def parse_disk(text: str) -> Disk:
 
 def archiver_options(options: argparse.Namespace) -> list[str]:
     """The options that a backup hands on to its archiver."""
-    words: list[str] = []
-    for config in options.config:
-        words += ["--config", config]
+    # With "=", because a name may begin with a dash.
+    words = [f"--config={config}" for config in options.config]
     if options.compress:
-        words += ["--compress", options.compress]
-    words += ["--threads", str(options.threads)]
+        words.append(f"--compress={options.compress}")
+    words.append(f"--threads={options.threads}")
     if options.manifest:
-        words += ["--manifest", options.manifest]
+        words.append(f"--manifest={options.manifest}")
     if options.no_manifest:
         words.append("--no-manifest")
     elif options.json:
@@ -105,5 +104,5 @@ def archiver_options(options: argparse.Namespace) -> list[str]:
     if options.reproducible:
         words.append("--reproducible")
     if options.uuid:
-        words += ["--uuid", options.uuid.hex()]
+        words.append(f"--uuid={options.uuid.hex()}")
     return words

@@ -67,7 +67,7 @@ class BackupJob:
     def _check(self) -> None:
         if len(self.disks) > MAX_DEVICES:
             raise UsageError(f"too many drives: {len(self.disks)}; the limit is {MAX_DEVICES}")
-        if not self.disks and "--config" not in self.archiver_options:
+        if not self.disks and not any("--config" in word for word in self.archiver_options):
             raise UsageError("nothing to back up: name a disk with --disk")
         devices = tuple(
             Device(index, disk.name, 1) for index, disk in enumerate(self.disks, start=1)
@@ -80,9 +80,9 @@ class BackupJob:
 
     def _start(self, children: Children, endpoint: str) -> None:
         job = self.job_id.hex()
-        words = ["--listen", endpoint, "--output", self.archive, "--job", job]
-        for disk in self.disks:
-            words += ["--device", disk.name]
+        # With "=", because a name may begin with a dash.
+        words = [f"--listen={endpoint}", f"--output={self.archive}", f"--job={job}"]
+        words += [f"--device={disk.name}" for disk in self.disks]
         children.start(
             "the archiver",
             "vmapipe.archiver.main",
@@ -91,19 +91,11 @@ class BackupJob:
         )
         speed = -(-self.speed_bytes_s // max(1, len(self.disks)))
         for disk in self.disks:
+            words = [f"--archiver={endpoint}", f"--job={job}", f"--speed={speed}"]
             children.start(
                 f"the producer of {disk.name!r}",
                 "vmapipe.producer.main",
-                [
-                    "--archiver",
-                    endpoint,
-                    "--job",
-                    job,
-                    "--speed",
-                    str(speed),
-                    "--disk",
-                    f"{disk.name}={disk.path}",
-                ],
+                [*words, f"--name={disk.name}", f"--disk={disk.path}"],
             )
 
     def _watch(self, children: Children, emit: Emit, cancel: Cancel, folder: str) -> None:

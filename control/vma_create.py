@@ -79,7 +79,7 @@ def _config_options(paths: Sequence[str]) -> list[str]:
             raise Failure(f"Unable to read file: {path}: {error.strerror}") from error
         if too_large:
             raise Failure(f"Unable to append config data {path}: more than {MAX_BLOB_BYTES} bytes")
-        words += ["--config", f"{os.path.basename(path)}={path}"]
+        words.append(f"--config={os.path.basename(path)}={path}")
     return words
 
 

@@ -51,6 +51,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the disk, and its name in the archive (default: the file's name)",
     )
     parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help="the disk's name in the archive; --disk is then a path and nothing else",
+    )
+    parser.add_argument(
         "--job",
         type=job_id,
         default=bytes(16),
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> i
 
 def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp)
-    name, path = split_named(options.disk)
+    name, path = (options.name, options.disk) if options.name else split_named(options.disk)
     source = RawSource(name, path)
     link = Link(options.archiver)
     try:

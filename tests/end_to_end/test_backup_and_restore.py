@@ -310,6 +310,17 @@ def test_a_device_is_restored_onto_an_existing_target_over_its_old_data(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["-x", "--json", "a b", "Übung,1", "it's"])
+def test_odd_but_legal_names_and_paths_come_back(tmp_path: Path, name: str) -> None:
+    disk = make_disk(tmp_path / f"{name}=x,y", "Ap")
+    for index, words in enumerate((f"--disk={name}={disk}", f"--disk={disk}")):
+        archive = tmp_path / f"{index}.vma"
+        good("backup", words, f"--config={name}={__file__}", archive)
+        good("restore", archive, tmp_path / str(index))
+    assert sha256(tmp_path / "0" / f"disk-{name}.raw") == sha256(disk)
+    assert sha256(tmp_path / "1" / f"disk-{name}=x,y.raw") == sha256(disk)
+
+
 def test_the_limit_of_254_devices_is_taken_and_one_more_is_refused(tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "disk", "p")
     words = [word for index in range(255) for word in ("--disk", f"d{index}={disk}")]
