@@ -45,6 +45,9 @@ from vmapipe.vma.packer import PackedExtent, Packer
 # Data that may be under way or queued for writing, all devices together: room
 # for a few of the largest frames. More did not make a local backup quicker.
 WINDOW_TOTAL_BYTES = 16 << 20
+# `tick` comes several times a second. After a longer gap this process itself
+# was stopped (Ctrl-Z, a stalled machine), and nobody else's silence counts.
+_STOPPED_S = 5.0
 # Drawn once at random; it makes our name-based uuids ours.
 _NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
 # Strangers that were refused are remembered so that each is reported once.
@@ -111,7 +114,7 @@ class Job:
         self._peers: dict[bytes, _Peer] = {}
         self._strangers: set[bytes] = set()
         self._map_shared = map_shared
-        self._started = now
+        self._started = self._ticked = now
         self.uuid = spec.uuid
         self._packer: Packer[Mark] | None = None
 
@@ -175,6 +178,11 @@ class Job:
 
     def tick(self, now: float) -> Iterator[Instruction]:
         """Time has passed: call it about once a second."""
+        gap, self._ticked = now - self._ticked, now
+        if gap > _STOPPED_S:
+            self._started += gap
+            for state in self._peers.values():
+                state.heard += gap
         if self.phase is Phase.GATHERING:
             if now - self._started > self._spec.start_timeout_s:
                 yield from self.fail(

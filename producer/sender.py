@@ -19,6 +19,9 @@ from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
+# Beyond what a loaded machine may oversleep: then we were stopped (Ctrl-Z).
+_STOPPED_S = 5.0
+
 
 class Refused(Failure):
     """The archiver said no, or the job failed elsewhere."""
@@ -122,10 +125,15 @@ class Sender:
 
     def _step(self, longest_s: float) -> None:
         """Wait for an answer for at most `longest_s`; keep the session alive meanwhile."""
-        self._link.wait(min(longest_s, self._heartbeat_s / 3))
+        longest_s = min(longest_s, self._heartbeat_s / 3)
+        before = time.monotonic()
+        self._link.wait(longest_s)
         self._cancel.check()
         self._hear()
         now = time.monotonic()
+        if now - before > longest_s + _STOPPED_S:
+            # This process itself was stopped: nobody else's silence counts.
+            self._heard = now
         if now - self._heard > self._heartbeat_s:
             raise Failure(
                 f"device {self._source.name!r}: the archiver has been silent for "

@@ -355,22 +355,39 @@ def test_a_failing_output_tells_every_producer_why() -> None:
 def test_a_silent_producer_fails_the_job_after_the_heartbeat_limit() -> None:
     world, _ = one_device()
     world.deliver(b"b", world.producers[b"b"].side.ping(), now=20.0)
-    world.carry_out(world.job.tick(29.0))
-    assert world.job.phase is Phase.RUNNING
-    world.carry_out(world.job.tick(31.0))
+    assert ticks_until_the_end(world, 0.0) == 31
     assert world.job.reason == "the producer of device 'a' has been silent for 30 s"
+
+
+def ticks_until_the_end(world: World, start: float) -> int:
+    """A tick a second; the second at which the job has failed."""
+    for second in range(200):
+        world.carry_out(world.job.tick(start + second))
+        if world.job.phase is Phase.FAILED:
+            return second
+    pytest.fail("the job goes on for ever")
+
+
+def test_while_the_archiver_itself_was_stopped_nobodys_silence_counts() -> None:
+    world, _ = one_device()
+    world.carry_out(world.job.tick(1.0))
+    world.carry_out(world.job.tick(1000.0))
+    assert world.job.phase is Phase.RUNNING
+    # Of the 30 s, one had passed before.
+    assert ticks_until_the_end(world, 1000.0) == 30
 
 
 def test_before_the_welcome_a_producer_may_be_silent_for_30_s_whatever_the_limit() -> None:
     world = World(Job(spec("a", "b", heartbeat_s=3), 0.0))
     first = world.add("a", b"x")
-    world.carry_out(world.job.tick(25.0))
-    second = Producer("b", b"y", JOB)
-    world.producers[b"b"] = second
-    world.deliver(b"b", second.side.hello(), now=25.0)
+    for second in range(25):
+        world.carry_out(world.job.tick(float(second)))
+    second_one = Producer("b", b"y", JOB)
+    world.producers[b"b"] = second_one
+    world.deliver(b"b", second_one.side.hello(), now=25.0)
     world.carry_out(world.job.tick(27.0))
     assert world.job.phase is Phase.RUNNING
-    world.deliver(b"b", second.side.ping(), now=27.0)
+    world.deliver(b"b", second_one.side.ping(), now=27.0)
     world.carry_out(world.job.tick(29.0))
     assert world.job.reason == "the producer of device 'a' has been silent for 3 s"
     assert isinstance(first.end_of_session, Abort)
@@ -390,7 +407,10 @@ def test_a_failure_while_the_archive_is_stored_is_not_turned_into_success() -> N
 def test_a_producer_that_never_comes_is_named_after_the_start_limit() -> None:
     world = World(Job(spec("a", "b", "c"), 0.0))
     world.add("a", b"x")
-    world.deliver(b"a", world.producers[b"a"].side.ping(), now=55.0)
+    for now in range(0, 60, 10):
+        world.deliver(b"a", world.producers[b"a"].side.ping(), now=float(now))
+        for second in range(0, 10, 4):
+            world.carry_out(world.job.tick(float(now + second)))
     world.carry_out(world.job.tick(61.0))
     assert world.job.reason == "the producer of device 'b', 'c' did not come within 60 s"
 

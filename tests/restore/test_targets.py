@@ -160,7 +160,7 @@ def test_what_is_no_disk_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_may_not_be_written_is_refused() -> None:
     # Not even root may write to a program that runs.
-    with pytest.raises(TargetError, match="cannot write to .*: Text file busy"):
+    with pytest.raises(TargetError, match=r"cannot write to .*: Text file busy"):
         ExistingTarget(os.path.realpath("/proc/self/exe"), "d", 512)
 
 
