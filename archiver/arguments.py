@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from vmapipe.archiver.compression import MAX_THREADS
 from vmapipe.runtime.cli import job_id
 
 
@@ -30,7 +31,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
         type=int,
-        default=os.cpu_count() or 1,
+        default=min(os.cpu_count() or 1, MAX_THREADS),
         metavar="N",
         help="threads that compress (default: one a core)",
     )

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import stat
 from collections.abc import Iterator, Sequence
 
 import zmq
@@ -24,6 +26,23 @@ _SEND_MARK = 10_000
 _TURN = 64
 
 
+def _make_way(path: str) -> None:
+    """ZeroMQ removes whatever has the socket's name: let that be a dead socket and nothing else."""
+    try:
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return  # nothing there; or bind will say what is wrong
+    if not is_socket:
+        raise Failure(f"cannot listen on ipc://{path}: a file of that name exists")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise Failure(f"cannot listen on ipc://{path}: another process listens there")
+
+
 class Link:
     """ROUTER, bound to one endpoint."""
 
@@ -31,6 +50,8 @@ class Link:
         self._endpoint = endpoint
         #: Whether producers are on this host, so that memory can be shared.
         self.is_local = endpoint.startswith("ipc://")
+        if self.is_local:
+            _make_way(endpoint.removeprefix("ipc://"))
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = _LINGER_MS

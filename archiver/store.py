@@ -86,6 +86,7 @@ class Store(Generic[Note]):
         #: Bytes of the plain archive that the output has taken.
         self.plain_bytes = 0
         self._output = output
+        self._compressed = compression is not None
         self._digests = digests
         self._on_progress = on_progress
         self._put_bytes = 0
@@ -186,8 +187,11 @@ class Store(Generic[Note]):
         """What can be written together with `extent`, and the item after that if there is one."""
         batch = [extent]
         size_bytes, buffers = extent.total_bytes, len(extent.buffers)
+        # What is gathered depends on timing, and a compressor cuts its frames between
+        # writes: alone, the same disks give the same bytes.
+        most = 0 if self._compressed else GATHER_BYTES
         with contextlib.suppress(queue.Empty):
-            while size_bytes < GATHER_BYTES and buffers < IOV_MAX:
+            while size_bytes < most and buffers < IOV_MAX:
                 item = self._queue.get_nowait()
                 if not isinstance(item, PackedExtent):
                     return batch, item

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import stat
 import sys
 from collections.abc import Sequence
 
 from vmapipe.archiver.arguments import add_output_options
-from vmapipe.control.job import BackupJob, Disk
+from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import make_parser, size, split_named
-from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.process import run
 
 DESCRIPTION = """\
@@ -60,18 +62,40 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _backup(options: argparse.Namespace) -> None:
+    # First of all, before we open descriptors of our own.
+    pass_fds = [*inherited_fds(options.archive), *open_configs(options)]
     job = BackupJob(
         disks=tuple(parse_disk(text) for text in options.disk),
         archive=options.archive,
         archiver_options=archiver_options(options),
         speed_bytes_s=options.speed,
+        pass_fds=pass_fds,
     )
     cancel = Cancel()
     cancel.on_signals()
     # With the archive on stdout, every word goes to stderr.
-    stream = sys.stderr if options.archive in ("-", "fd:1", "/dev/fdset/1") else sys.stdout
+    stream = sys.stderr if goes_to_stdout(options.archive) else sys.stdout
     with renderer("backup", options, stream) as emit:
         job.run(emit, cancel)
+
+
+def open_configs(options: argparse.Namespace) -> list[int]:
+    """Descriptors of configs that are pipes (stdin, a shell's `<(…)`), which only we can read.
+
+    Rewrites their words in `options.config` to name the descriptor.
+    """
+    fds = []
+    for index, text in enumerate(options.config):
+        name, path = split_named(text)
+        try:
+            if not stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith("/dev/"):
+                continue
+            fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error
+        fds.append(fd)
+        options.config[index] = f"{name}=/dev/fd/{fd}"
+    return fds
 
 
 def parse_disk(text: str) -> Disk:

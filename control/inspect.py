@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
+from vmapipe.control.job import inherited_fds
 from vmapipe.control.render import add_report_options, human_bytes, renderer
 from vmapipe.control.words import naming, source_name
 from vmapipe.restore.archive.reading import Archive, open_archive
@@ -90,6 +91,7 @@ def main_verify(argv: Sequence[str], prog: str) -> int:
 
 def open_by_name(name: str) -> Archive:
     """The archive, or a Failure that names it."""
+    inherited_fds(name)
     cancel = Cancel()
     cancel.on_signals()
     with naming(name):
@@ -159,6 +161,7 @@ def find_config(configs: Sequence[Config], name: str | None) -> Config:
 def _verify(options: argparse.Namespace) -> None:
     if options.manifest and options.no_manifest:
         raise UsageError("--manifest and --no-manifest exclude each other")
+    inherited_fds(options.archive)
     cancel = Cancel()
     cancel.on_signals()
     choice = VerifyOptions(

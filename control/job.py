@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,8 +18,9 @@ from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.events import Emit
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, check_contents
-from vmapipe.vma.layout import MAX_DEVICES
+from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
 
+_DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/)([0-9]{1,9})")
 # When one process has failed, the others hear of it from the archiver and end
 # by themselves, and the archiver knows the reason best. It takes milliseconds.
 _VERDICT_S = 2.0
@@ -41,6 +42,8 @@ class BackupJob:
     archive: str
     archiver_options: Sequence[str]
     speed_bytes_s: int = 0
+    #: Descriptors that the archiver inherits: its output, configs that are no files.
+    pass_fds: Sequence[int] = ()
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
 
     def run(self, emit: Emit, cancel: Cancel) -> None:
@@ -49,10 +52,14 @@ class BackupJob:
         started = time.monotonic()
         folder = tempfile.mkdtemp(prefix="vmapipe-")
         try:
-            with Children() as children:
-                children.watch(cancel.fd)
-                self._start(children, f"ipc://{folder}/archiver.sock")
-                self._watch(children, emit, cancel, folder)
+            children = Children()
+            try:
+                with children:
+                    children.watch(cancel.fd)
+                    self._start(children, f"ipc://{folder}/archiver.sock")
+                    self._watch(children, emit, cancel, folder)
+            finally:
+                self._remove_leftovers(children)
             emit(
                 {
                     "event": "done",
@@ -69,6 +76,10 @@ class BackupJob:
             raise UsageError(f"too many drives: {len(self.disks)}; the limit is {MAX_DEVICES}")
         if not self.disks and not any("--config" in word for word in self.archiver_options):
             raise UsageError("nothing to back up: name a disk with --disk")
+        if any(disk.name == VMSTATE_NAME for disk in self.disks):
+            raise UsageError(
+                f"the name {VMSTATE_NAME!r} is the memory's; give the disk another one"
+            )
         devices = tuple(
             Device(index, disk.name, 1) for index, disk in enumerate(self.disks, start=1)
         )
@@ -87,7 +98,7 @@ class BackupJob:
             "the archiver",
             "vmapipe.archiver.main",
             [*words, *self.archiver_options],
-            inherited_fds(self.archive),
+            self.pass_fds,
         )
         speed = -(-self.speed_bytes_s // max(1, len(self.disks)))
         for disk in self.disks:
@@ -124,26 +135,26 @@ class BackupJob:
                 raise Cancelled(cancel.reason, cancel.signum)
             if first_failed and (not archiver.running or time.monotonic() >= give_up):
                 break
-        if first_failed is not None:
-            if archiver.exit_code is not None and archiver.exit_code < 0:
-                self._remove_leftovers()
+        if first_failed is not None and archiver.exit_code == 0:
+            # It was stored before the other one failed.
+            emit({"event": "notice", "text": f"{first_failed.verdict()}, after all was stored"})
+        elif first_failed is not None:
             spoke = archiver.exit_code and archiver.error
             told = archiver if spoke else first_failed
             raise (UsageError if told.exit_code == EXIT_USAGE else Failure)(told.verdict())
 
-    def _remove_leftovers(self) -> None:
+    def _remove_leftovers(self, children: Children) -> None:
         """What an archiver that was killed could not remove itself."""
+        killed = children.all and (children.all[0].exit_code or 0) < 0
+        if not killed or not is_path(self.archive):
+            return
         # Imported here: it is seldom needed, and a backup starts sooner without.
         from vmapipe.archiver.manifests import beside
         from vmapipe.archiver.outputs.file import remove_leftover
 
-        if is_path(self.archive) and not os.path.exists(self.archive):
-            manifest = beside(self.archive)
-            remove_leftover(self.archive)
-            remove_leftover(manifest)
-            # It gets its name just before the archive does, and is worth nothing alone.
-            with contextlib.suppress(OSError):
-                os.unlink(manifest)
+        named = [w.removeprefix("--manifest=") for w in self.archiver_options if "--manifest=" in w]
+        for path in (self.archive, beside(self.archive), *named):
+            remove_leftover(path)
 
 
 def is_path(output: str) -> bool:
@@ -151,14 +162,28 @@ def is_path(output: str) -> bool:
     return output != "-" and not output.startswith(("exec:", "fd:", "/dev/fdset/"))
 
 
+def goes_to_stdout(output: str) -> bool:
+    """Whether the archive goes where our words would go; they must then go elsewhere."""
+    match = _DESCRIPTOR.fullmatch(output)
+    if output == "-" or (match and int(match[1]) == 1):
+        return True
+    try:
+        return is_path(output) and os.path.samestat(os.stat(output), os.fstat(1))
+    except OSError:
+        return False
+
+
 def inherited_fds(output: str) -> list[int]:
-    """The descriptor that an output like `fd:7` names, to be handed on."""
-    for prefix in ("fd:", "/dev/fdset/"):
-        number = output.removeprefix(prefix)
-        if number != output and number.isdigit() and int(number) > 2:
-            try:
-                os.fstat(int(number))
-            except OSError as error:
-                raise UsageError(f"{output}: no such descriptor is open here") from error
-            return [int(number)]
-    return []
+    """The descriptor that a word like `fd:7` names, to be handed on.
+
+    Call it before anything else is opened, or a number that the caller did not
+    open may be one of ours. Raises UsageError.
+    """
+    match = _DESCRIPTOR.fullmatch(output)
+    if not match:
+        return []
+    try:
+        os.fstat(int(match[1]))
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"{output}: no such descriptor is open here") from error
+    return [int(match[1])] if int(match[1]) > 2 else []

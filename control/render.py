@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -35,17 +36,31 @@ def renderer(verb: str, options: argparse.Namespace, stream: TextIO) -> Iterator
             stream.write(encode_line({"time": round(time.time(), 3), **event}).decode())
             stream.flush()
 
-        yield write_json
+        yield _going_on(write_json, stream)
     elif options.quiet:
         yield ignore
     elif sys.stderr.isatty():
         bar = Bar(verb, sys.stderr)
         try:
-            yield bar
+            yield _going_on(bar, sys.stderr)
         finally:
-            bar.clear()
+            with contextlib.suppress(OSError):
+                bar.clear()
     else:
-        yield Log(verb, stream)
+        yield _going_on(Log(verb, stream), stream)
+
+
+def _going_on(report: Emit, stream: TextIO) -> Emit:
+    """Whoever read our reports may go away: that is no reason to give up a backup."""
+
+    def careful(event: Event) -> None:
+        try:
+            report(event)
+        except OSError:
+            # What is still in the buffer goes nowhere, and so does all that follows.
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
+
+    return careful
 
 
 def human_bytes(count: float) -> str:

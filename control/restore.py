@@ -9,13 +9,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from vmapipe.control.job import inherited_fds
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.control.words import naming
 from vmapipe.restore.archive.reading import open_archive
 from vmapipe.restore.job import Options, restore
 from vmapipe.restore.mapping import parse_map
 from vmapipe.restore.plan import Plan, plan_folder, plan_map
-from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cancel import Cancel, interruptible
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.process import run
@@ -86,6 +87,7 @@ def _restore(options: argparse.Namespace) -> None:
         raise UsageError("--map and --device exclude each other")
     if options.map == "-" and options.archive == "-":
         raise UsageError("the map and the archive cannot both come from stdin")
+    inherited_fds(options.archive)
     cancel = Cancel()
     cancel.on_signals()
     with (
@@ -112,7 +114,11 @@ def _plan(header: Header, options: argparse.Namespace) -> Plan:
         try:
             # closefd: stdin is not ours to close.
             place = 0 if options.map == "-" else options.map
-            with open(place, encoding="utf-8", closefd=place != 0) as lines:
+            own = place != 0
+            with (
+                interruptible(),
+                open(place, encoding="utf-8", errors="surrogateescape", closefd=own) as lines,
+            ):
                 entries = parse_map(lines)
         except OSError as error:
             raise Failure(f"unable to read file '{options.map}': {os_error_text(error)}") from error

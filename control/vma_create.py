@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from vmapipe.control.job import BackupJob, Disk
+from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import Event
@@ -29,13 +29,15 @@ def create(words: Sequence[str]) -> None:
     if archive.startswith("/dev/fdname/"):
         raise UsageError(f"{archive}: only QEMU's own monitor knows descriptors by name; use fd:N")
     verbose = ("-v", "") in options
-    stream = sys.stderr if archive in ("-", "/dev/fdset/1") else sys.stdout
+    pass_fds = inherited_fds(archive)
+    stream = sys.stderr if goes_to_stdout(archive) else sys.stdout
     cancel = Cancel()
     cancel.on_signals()
     job = BackupJob(
         disks=disks,
         archive=archive,
         archiver_options=["--no-manifest", *_config_options(configs)],
+        pass_fds=pass_fds,
     )
     report = _Report(print_to=stream.write if verbose else _nowhere)
     job.run(report, cancel)

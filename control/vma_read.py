@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getopt
 import os
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 from vmapipe.control.inspect import find_config
+from vmapipe.control.job import inherited_fds
 from vmapipe.control.words import reference_words
 from vmapipe.restore.archive.reading import Archive, open_archive
 from vmapipe.restore.checks.verify import verify as check
@@ -19,7 +21,7 @@ from vmapipe.restore.job import restore
 from vmapipe.restore.mapping import MapEntry, parse_map
 from vmapipe.restore.plan import Plan, device_named, plan_folder, plan_map
 from vmapipe.restore.targets.configs import write_configs
-from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cancel import Cancel, interruptible
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Event
 from vmapipe.vma.errors import ArchiveError
@@ -55,20 +57,32 @@ def extract(words: Sequence[str]) -> None:
             raise Failure(
                 f"unable to create target directory {folder} - {os_error_text(error)}"
             ) from error
-        header = archive.header
-        for name in wanted:
-            device_named(header, name)
-        # Before the map is asked for: whoever writes it reads the configs first.
-        write_configs(header, folder)
-        plan = _plan(header, folder, wanted, map_file)
         report = _Report(verbose=("-v", "") in options)
-        cancel = Cancel()
-        cancel.on_signals()
+        written: list[str] = []
         try:
+            for name in wanted:
+                device_named(archive.header, name)
+            # Before the map is asked for: whoever writes it reads the configs first.
+            written = write_configs(archive.header, folder)
+            plan = _plan(archive.header, folder, wanted, map_file)
+            cancel = Cancel()
+            cancel.on_signals()
             result = restore(archive, plan, report, cancel)
-        except (ArchiveError, RestoreError) as error:
-            raise _worded("restore failed", error) from error
+        except BaseException as error:
+            _take_back(written, folder)
+            if isinstance(error, ArchiveError | RestoreError):
+                raise _worded("restore failed", error) from error
+            raise
         report.end(result.totals)
+
+
+def _take_back(written: Sequence[str], folder: str) -> None:
+    """A restore that failed leaves nothing: not the configs, and not the folder it made."""
+    for path in written:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 def verify(words: Sequence[str]) -> None:
@@ -112,6 +126,7 @@ def _parse(
 
 
 def _open(file: str) -> Archive:
+    inherited_fds(file)
     cancel = Cancel()
     cancel.on_signals()
     return open_archive(file, cancel)
@@ -128,7 +143,7 @@ def _plan(header: Header, folder: str, wanted: Sequence[str], map_file: str | No
         return plan
     print_content(header)
     try:
-        with open(map_file, encoding="utf-8", errors="surrogateescape") as lines:
+        with interruptible(), open(map_file, encoding="utf-8", errors="surrogateescape") as lines:
             entries = parse_map(lines)
     except OSError as error:
         raise Failure(f"unable to open {map_file} - {os_error_text(error)}") from error

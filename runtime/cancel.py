@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 from vmapipe.runtime.errors import Cancelled
@@ -56,9 +59,13 @@ class Cancel:
         With a parent, SIGINT is ignored: Ctrl-C reaches the whole group, and
         the parent stops its children in order.
         """
-        signal.signal(signal.SIGINT, signal.SIG_IGN if has_parent else self._handle)
         signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGHUP, self._handle)
+        for signum in (signal.SIGINT, signal.SIGHUP):
+            # What is ignored (nohup, a shell's background job) stays ignored.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self._handle)
+        if has_parent:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         # No lock here: the signal may come while the main thread holds it.
@@ -75,6 +82,24 @@ class Cancel:
         self._write.close()
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """For a wait that no descriptor can end (opening a FIFO): a signal raises Cancelled here."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Cancelled(f"cancelled by {signal.Signals(signum).name}", signum)
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for signum, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(signum, interrupt)
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 class Parent:
     """A child's end of the socket to its parent: events go up, and its end tells of a death.
 
@@ -88,8 +113,12 @@ class Parent:
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="parent-watch", daemon=True).start()
 
-    def send(self, line: bytes) -> None:
+    def send(self, line: bytes, *, droppable: bool = False) -> None:
+        """`droppable`: rather lose it than wait for a parent whose reader has stopped reading."""
         with self._lock:
+            # Writable means that three quarters of the buffer are free: the line fits.
+            if droppable and not select.select([], [self._socket], [], 0)[1]:
+                return
             try:
                 self._socket.sendall(line)
             except OSError:

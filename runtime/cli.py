@@ -49,11 +49,19 @@ def job_id(text: str) -> bytes:
 def split_named(text: str) -> tuple[str, str]:
     """`NAME=PATH` or `PATH` to (name, path); the default name is the file's.
 
-    A path that contains `=` before its first slash needs the name in front.
+    Where there are several `=`, the first one before something that exists counts.
     """
     name, equals, path = text.partition("=")
     if not equals or "/" in name:
         return os.path.basename(text) or text, text
+    # A name or a path may contain "=": what exists decides.
+    parts = text.split("=")
+    for index in range(1, len(parts)):
+        there = "=".join(parts[index:])
+        if os.path.lexists(there):
+            return "=".join(parts[:index]), there
+    if os.path.lexists(text):
+        return text, text
     if not name or not path:
         raise UsageError(f"{text!r} is no NAME=PATH")
     return name, path

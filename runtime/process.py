@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -35,6 +36,10 @@ def one_line(text: str) -> str:
 
 def run(program: str, work: Callable[[], None]) -> int:
     """Run `work`; print the line for what went wrong to stderr; return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that a terminal's encoding does not have must not end the work.
+            stream.reconfigure(errors="backslashreplace")
     try:
         work()
         sys.stdout.flush()
@@ -67,7 +72,7 @@ def run_child(
     parent = Parent(parent_fd, cancel)
 
     def emit(event: Event) -> None:
-        parent.send(encode_line(event))
+        parent.send(encode_line(event), droppable=event["event"] == "progress")
 
     try:
         work(cancel, emit)

@@ -26,9 +26,9 @@ from vmapipe.archiver.outputs.writebehind import WriteBehind
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 
-# Whoever is to read a FIFO is started just before or after us; a minute covers
-# a slow ssh login, and still ends before somebody wonders.
-READER_WAIT_S = 60.0
+# Whoever is to read a FIFO is started just before or after us. Less than the 30 s
+# after which waiting producers take a silent archiver for dead.
+READER_WAIT_S = 20.0
 # Nobody notices a tenth of a second at the start of a backup.
 _POLL_S = 0.1
 # As large as the kernel allows anyone by default: a sixteenth of the wake-ups

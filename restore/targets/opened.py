@@ -7,6 +7,7 @@ import os
 
 from vmapipe.protocol.restore_work import TargetSetup
 from vmapipe.restore.archive.reading import Archive
+from vmapipe.restore.archive.source import PlainFile
 from vmapipe.restore.errors import PlanError
 from vmapipe.restore.plan import Kind, Plan, TargetSpec, check_plan
 from vmapipe.restore.targets.configs import open_configs, publish_all
@@ -69,8 +70,13 @@ class OpenTargets:
     def _check_identities(self) -> None:
         """Two paths may lead to one file, and a target may be the archive itself."""
         seen: dict[tuple[str, int, int], str] = {}
-        if self.archive.source.path is not None:
-            status = os.stat(self.archive.source.path)
+        source = self.archive.source
+        status = None
+        if isinstance(source, PlainFile):
+            status = os.fstat(source.fd)
+        elif source.path is not None:
+            status = os.stat(source.path)
+        if status is not None:
             seen["file", status.st_dev, status.st_ino] = "the archive itself"
             seen["block", status.st_rdev, 0] = "the archive itself"
         for target in self._existing.values():
