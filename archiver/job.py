@@ -182,7 +182,8 @@ class Job:
         if gap > _STOPPED_S:
             self._started += gap
             for state in self._peers.values():
-                state.heard += gap
+                # Who has spoken since then is not heard from the future.
+                state.heard = min(now, state.heard + gap)
         if self.phase is Phase.GATHERING:
             if now - self._started > self._spec.start_timeout_s:
                 yield from self.fail(

@@ -377,6 +377,14 @@ def test_while_the_archiver_itself_was_stopped_nobodys_silence_counts() -> None:
     assert ticks_until_the_end(world, 1000.0) == 30
 
 
+def test_who_spoke_right_after_the_stop_is_noticed_as_soon_as_anybody_when_it_dies() -> None:
+    world, producer = one_device()
+    world.carry_out(world.job.tick(1.0))
+    world.deliver(b"a", producer.side.ping(), now=1000.0)
+    world.deliver(b"b", world.producers[b"b"].side.ping(), now=1000.0)
+    assert ticks_until_the_end(world, 1000.0) == 31
+
+
 def test_before_the_welcome_a_producer_may_be_silent_for_30_s_whatever_the_limit() -> None:
     world = World(Job(spec("a", "b", heartbeat_s=3), 0.0))
     first = world.add("a", b"x")
