@@ -38,6 +38,17 @@ exit codes: 0 stored, 1 failed (nothing was stored), 2 wrong use, 130/143 ended 
 """
 
 
+# Images whose bytes are not the disk's.
+_MAGICS = {
+    b"QFI\xfb": "qcow2",
+    b"KDMV": "vmdk",
+    b"vhdxfile": "vhdx",
+    b"conectix": "vpc",
+    b"<<< ": "vdi",
+    b"QED\0": "qed",
+}
+
+
 def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
     parser.add_argument(
@@ -108,8 +119,25 @@ def parse_disk(text: str) -> Disk:
                 f"{text}: format {image_format!r} cannot be read yet; only raw images and block "
                 f"devices can (convert it: qemu-img convert -O raw)"
             )
-        text = body
-    return Disk(*split_named(text))
+        return Disk(*split_named(body))
+    disk = Disk(*split_named(text))
+    image_format = _looks_like(disk.path)
+    if image_format:
+        raise UsageError(
+            f"{disk.path} looks like a {image_format} image, which cannot be read yet (convert it: "
+            f"qemu-img convert -O raw); if its raw bytes are wanted, say {text},format=raw"
+        )
+    return disk
+
+
+def _looks_like(path: str) -> str:
+    """The format of an image that is not raw, by its first bytes; empty: raw, or unreadable."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            start = file.read(8)
+    except OSError:
+        return ""  # the producer will say what is wrong
+    return next((name for magic, name in _MAGICS.items() if start.startswith(magic)), "")
 
 
 def archiver_options(options: argparse.Namespace) -> list[str]:

@@ -8,6 +8,8 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from vmapipe.runtime.process import keep_standard_descriptors
+
 DESCRIPTION = """\
 Back up disks of virtual machines into one VMA archive, the format of Proxmox
 VE, and bring them back. One process reads each disk, one writes the archive.
@@ -55,6 +57,7 @@ def program_version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    keep_standard_descriptors()
     parser = argparse.ArgumentParser(
         prog="vmapipe",
         description=DESCRIPTION,

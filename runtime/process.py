@@ -29,6 +29,23 @@ def failure_of(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def keep_standard_descriptors() -> None:
+    """Call it first: with 0, 1 or 2 closed, something we open would take that number.
+
+    What takes it instead can be neither read nor written, so that an archive
+    that was to go there fails; our words go nowhere.
+    """
+    for fd, wrong_way in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, wrong_way), True)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for good
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for good
+
+
 def one_line(text: str) -> str:
     """For a terminal or a log: what a stranger wrote cannot move the cursor or begin a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -171,3 +171,26 @@ def test_odd_environments_are_no_traceback(tmp_path: Path, disk: Path) -> None:
 def test_a_disk_cannot_have_the_name_of_the_memory(tmp_path: Path, disk: Path) -> None:
     text = bad("backup", "--disk", f"vmstate={disk}", tmp_path / "x.vma", code=2)
     assert "'vmstate' is the memory's" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("backup --quiet --disk d={disk} - >&-", 2), ("verify - <&-", 1), ("restore - out <&-", 1)],
+)
+def test_a_closed_standard_descriptor_fails_the_command_and_hangs_nothing(
+    disk: Path, tmp_path: Path, words: str, code: int
+) -> None:
+    line = " ".join([*VMAPIPE, words.format(disk=disk)])
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, timeout=LIMIT_S)
+    assert done.returncode == code, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_an_image_that_is_not_raw_is_not_backed_up_as_if_it_were(
+    tmp_path: Path, disk: Path
+) -> None:
+    image = tmp_path / "vm.qcow2"
+    image.write_bytes(b"QFI\xfb" + bytes(65536))
+    text = bad("backup", "--disk", f"d={image}", tmp_path / "x.vma", code=2)
+    assert "looks like a qcow2 image" in text
+    good("backup", "--disk", f"d={image},format=raw", tmp_path / "x.vma")
