@@ -16,7 +16,7 @@ from vmapipe.restore.archive.reading import open_archive
 from vmapipe.restore.job import Options, restore
 from vmapipe.restore.mapping import parse_map
 from vmapipe.restore.plan import Plan, plan_folder, plan_map
-from vmapipe.runtime.cancel import Cancel, interruptible
+from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.process import run
@@ -98,7 +98,7 @@ def _restore(options: argparse.Namespace) -> None:
     ):
         restore(
             archive,
-            _plan(archive.header, options),
+            _plan(archive.header, options, cancel),
             emit,
             cancel,
             Options(
@@ -109,17 +109,10 @@ def _restore(options: argparse.Namespace) -> None:
         )
 
 
-def _plan(header: Header, options: argparse.Namespace) -> Plan:
+def _plan(header: Header, options: argparse.Namespace, cancel: Cancel) -> Plan:
     if options.map:
         try:
-            # closefd: stdin is not ours to close.
-            place = 0 if options.map == "-" else options.map
-            own = place != 0
-            with (
-                interruptible(),
-                open(place, encoding="utf-8", errors="surrogateescape", closefd=own) as lines,
-            ):
-                entries = parse_map(lines)
+            entries = parse_map(awaited_lines(0 if options.map == "-" else options.map, cancel))
         except OSError as error:
             raise Failure(f"unable to read file '{options.map}': {os_error_text(error)}") from error
         plan = plan_map(header, entries, options.folder)

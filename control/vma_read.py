@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from vmapipe.control.inspect import find_config
 from vmapipe.control.job import inherited_fds
 from vmapipe.control.words import reference_words
-from vmapipe.restore.archive.reading import Archive, open_archive
+from vmapipe.restore.archive.reading import open_archive
 from vmapipe.restore.checks.verify import verify as check
 from vmapipe.restore.crew.handout import Totals
 from vmapipe.restore.errors import RestoreError
@@ -21,7 +21,7 @@ from vmapipe.restore.job import restore
 from vmapipe.restore.mapping import MapEntry, parse_map
 from vmapipe.restore.plan import Plan, device_named, plan_folder, plan_map
 from vmapipe.restore.targets.configs import write_configs
-from vmapipe.runtime.cancel import Cancel, interruptible
+from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Event
 from vmapipe.vma.errors import ArchiveError
@@ -32,14 +32,14 @@ from vmapipe.vma.names import printable
 def show_list(words: Sequence[str]) -> None:
     """`vma list FILE`"""
     _, (file,) = _parse(words, "h", 1, "list")
-    with _open(file) as archive:
+    with open_archive(file, _stoppable(file)) as archive:
         print_content(archive.header)
 
 
 def show_config(words: Sequence[str]) -> None:
     """`vma config FILE [-c NAME]`"""
     options, (file,) = _parse(words, "hc:", 1, "config")
-    with _open(file) as archive:
+    with open_archive(file, _stoppable(file)) as archive:
         name = dict(options).get("-c", "qemu-server.conf")
         data = find_config(archive.header.configs, name).data
     sys.stdout.buffer.write(data)
@@ -50,7 +50,8 @@ def extract(words: Sequence[str]) -> None:
     options, (file, folder) = _parse(words, "hvd:r:", 2, "extract")
     wanted = [name for o, value in options if o == "-d" for name in value.split(",")]
     map_file = dict(options).get("-r")
-    with _open(file) as archive:
+    cancel = _stoppable(file)
+    with open_archive(file, cancel) as archive:
         try:
             os.mkdir(folder, 0o777)
         except OSError as error:
@@ -64,9 +65,7 @@ def extract(words: Sequence[str]) -> None:
                 device_named(archive.header, name)
             # Before the map is asked for: whoever writes it reads the configs first.
             written = write_configs(archive.header, folder)
-            plan = _plan(archive.header, folder, wanted, map_file)
-            cancel = Cancel()
-            cancel.on_signals()
+            plan = _plan(archive.header, folder, wanted, map_file, cancel)
             result = restore(archive, plan, report, cancel)
         except BaseException as error:
             _take_back(written, folder)
@@ -125,14 +124,17 @@ def _parse(
     return options, arguments
 
 
-def _open(file: str) -> Archive:
+def _stoppable(file: str) -> Cancel:
+    """Signals stop us from here on; `file` is looked at before we open anything ourselves."""
     inherited_fds(file)
     cancel = Cancel()
     cancel.on_signals()
-    return open_archive(file, cancel)
+    return cancel
 
 
-def _plan(header: Header, folder: str, wanted: Sequence[str], map_file: str | None) -> Plan:
+def _plan(
+    header: Header, folder: str, wanted: Sequence[str], map_file: str | None, cancel: Cancel
+) -> Plan:
     if map_file is None:
         chosen: list[tuple[str, str | None]] = [(name, None) for name in wanted]
         plan = plan_folder(header, folder, chosen, configs=False)
@@ -143,8 +145,7 @@ def _plan(header: Header, folder: str, wanted: Sequence[str], map_file: str | No
         return plan
     print_content(header)
     try:
-        with interruptible(), open(map_file, encoding="utf-8", errors="surrogateescape") as lines:
-            entries = parse_map(lines)
+        entries = parse_map(awaited_lines(map_file, cancel))
     except OSError as error:
         raise Failure(f"unable to open {map_file} - {os_error_text(error)}") from error
     for device in header.devices:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -12,12 +11,17 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from vmapipe.runtime.errors import Cancelled
+from vmapipe.runtime.errors import Cancelled, Failure
 
 # How long a process may take to put things in order after its parent died,
 # before it ends at once: removing a partial file takes milliseconds, but a
 # hung disk can hold a thread for ever.
 GRACE_S = 10.0
+
+# Lists that a person or a script writes, a line a disk: far more than any is.
+MAX_AWAITED_BYTES = 4 << 20
+_READ_BYTES = 1 << 16
+_AWAIT_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class Cancel:
@@ -82,22 +86,39 @@ class Cancel:
         self._write.close()
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """For a wait that no descriptor can end (opening a FIFO): a signal raises Cancelled here."""
+def awaited_lines(source: str | int, cancel: Cancel) -> Iterator[str]:
+    """The lines of a file or pipe, by path or descriptor; a stop ends the wait for its writer.
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Cancelled(f"cancelled by {signal.Signals(signum).name}", signum)
-
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    Raises OSError, Cancelled, and Failure for more than MAX_AWAITED_BYTES.
+    """
+    # A FIFO is opened without waiting for its writer, and becomes readable when
+    # that has written or left: a stop that comes just before cannot be missed.
+    fd = source if isinstance(source, int) else os.open(source, _AWAIT_FLAGS)
     try:
-        for signum, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(signum, interrupt)
-        yield
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        poller.register(cancel.fd, select.POLLIN)
+        left, held = MAX_AWAITED_BYTES, b""
+        while True:
+            poller.poll()
+            cancel.check()
+            piece = os.read(fd, _READ_BYTES)
+            left -= len(piece)
+            if left < 0:
+                raise Failure(f"more than {MAX_AWAITED_BYTES} bytes: this is not what was expected")
+            *lines, held = (held + piece).split(b"\n")
+            yield from (_text(line + b"\n") for line in lines)
+            if not piece:
+                if held:
+                    yield _text(held)
+                return
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        if fd != source:
+            os.close(fd)
+
+
+def _text(line: bytes) -> str:
+    return line.decode(errors="surrogateescape").replace("\r\n", "\n")
 
 
 class Parent:
