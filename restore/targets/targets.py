@@ -11,8 +11,8 @@ import secrets
 import stat
 
 from vmapipe.restore.errors import TargetError
-from vmapipe.restore.targets.syscalls import rename_noreplace
 from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.syscalls import rename_noreplace
 from vmapipe.vma.layout import TARGET_SLACK_BYTES
 
 # A disk holds all that the machine knows: not for other users, unless its owner says so.

@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 
-from vmapipe.restore.targets.syscalls import (
+from vmapipe.runtime.syscalls import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,

@@ -19,8 +19,8 @@ from vmapipe.protocol.restore_work import TargetSetup
 from vmapipe.restore.crew.writer import Writer
 from vmapipe.restore.errors import TargetError
 from vmapipe.restore.targets import zeroing
-from vmapipe.restore.targets.syscalls import fallocate
 from vmapipe.restore.targets.zeroing import RANGE_BYTES, Zeroer, zero_pages
+from vmapipe.runtime.syscalls import fallocate
 from vmapipe.vma.extent import encode_extent_header, parse_extent_header, slot_word
 from vmapipe.vma.layout import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES
 from vmapipe.vma.scanner import ExtentRead, Scanner

@@ -22,12 +22,13 @@ _SCAN_BYTES = 4096
 class Copy:
     """One run of clusters that somebody is copying right now."""
 
-    __slots__ = ("by_guest", "clusters", "first")
+    __slots__ = ("by_guest", "clusters", "finished", "first")
 
     def __init__(self, first: int, clusters: int, *, by_guest: bool) -> None:
         self.first = first
         self.clusters = clusters
         self.by_guest = by_guest
+        self.finished = False
 
     def overlaps(self, first: int, clusters: int) -> bool:
         return self.first < first + clusters and first < self.first + self.clusters
@@ -63,7 +64,7 @@ class CopyBeforeWrite:
         The caller owes `copied` for each of the copies, also when reading the
         old data fails (the job has then failed, and the guest goes on).
         """
-        if self._is_done(first, clusters):
+        if self.is_copied(first, clusters):
             return None
         waits = [copy for copy in self._copying if copy.overlaps(first, clusters)]
         copies = []
@@ -86,15 +87,15 @@ class CopyBeforeWrite:
         if num is None:
             self._cursor = self.clusters
             return None
-        end = num + 1
-        while end < min(self.clusters, num + most) and not self._is_taken(end, self._copying):
-            end += 1
+        end = self._next_done(num, min(self.clusters, num + most))
+        end = min([end, *(copy.first for copy in self._copying if copy.first > num)])
         self._cursor = end
         return self._begin(num, end - num, by_guest=False)
 
     def copied(self, copy: Copy) -> None:
         """The old data of these clusters is safe: whoever waits for them may write."""
         self._copying.remove(copy)
+        copy.finished = True
         _set_bits(self._bits, copy.first, copy.clusters)
         self.done += copy.clusters
         if copy.by_guest:
@@ -105,7 +106,8 @@ class CopyBeforeWrite:
         self._copying.append(copy)
         return copy
 
-    def _is_done(self, first: int, clusters: int) -> bool:
+    def is_copied(self, first: int, clusters: int) -> bool:
+        """Whether all of these are: a guest may then write to them at once."""
         low, high = first // 8, (first + clusters - 1) // 8
         span = int.from_bytes(self._bits[low : high + 1], "little")
         wanted = ((1 << clusters) - 1) << (first - low * 8)
@@ -116,6 +118,20 @@ class CopyBeforeWrite:
         return bool(self._bits[num // 8] >> num % 8 & 1) or any(
             copy.overlaps(num, 1) for copy in copying
         )
+
+    def _next_done(self, num: int, end: int) -> int:
+        """The first cluster from `num` on that is done, or `end`."""
+        while num < end:
+            if num % 8 == 0:
+                piece = self._bits[num // 8 : min(num // 8 + _SCAN_BYTES, -(-end // 8))]
+                none = len(piece) - len(piece.lstrip(b"\0"))
+                if none:
+                    num += 8 * none
+                    continue
+            if self._bits[num // 8] >> num % 8 & 1:
+                return num
+            num += 1
+        return end
 
     def _next_todo(self, num: int) -> int | None:
         while num < self.clusters:

@@ -21,7 +21,7 @@ _AT_FDCWD = -100
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
-    import ctypes  # here: few restores need it
+    import ctypes  # here: few processes need it
 
     libc = ctypes.CDLL(None, use_errno=True)
     # off64_t on every architecture, unlike off_t.

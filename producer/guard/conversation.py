@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard's control socket: who comes to it, and what they may ask for.
+
+One thread a connection. A backup process that dies closes its connection, and
+with that its backup is over here too: the disk serves on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from vmapipe.producer.guard.copyjob import CopyJob
+from vmapipe.producer.guard.disk import GuardedDisk
+from vmapipe.producer.guard.peer import Peer, close_all
+from vmapipe.protocol.errors import ProtocolError
+from vmapipe.protocol.guarding import (
+    Attach,
+    Attached,
+    Begin,
+    Begun,
+    Claim,
+    Copied,
+    Held,
+    Hold,
+    Refused,
+    Release,
+)
+from vmapipe.runtime.errors import Failure, os_error_text
+
+# A coordinator that holds the writes has so long to say go: longer would be
+# felt in a guest.
+_BEGIN_S = 5.0
+# Whoever connects says who he is at once.
+_GREETING_S = 10.0
+
+
+class Conversations:
+    """Serves the control socket `listener`, which it owns, until `close`."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        disks: Mapping[str, GuardedDisk],
+        report: Callable[[str], None],
+    ) -> None:
+        self._listener = listener
+        self._disks = disks
+        self._report = report
+        threading.Thread(target=self._accept, name="guard-control", daemon=True).start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                if self._listener.fileno() < 0:
+                    return
+                time.sleep(0.1)
+                continue
+            threading.Thread(
+                target=self._serve, args=(sock,), name="guard-peer", daemon=True
+            ).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        peer = Peer(sock)
+        try:
+            received = peer.receive(_GREETING_S)
+            if received is None:
+                return
+            message, fds = received
+            match message:
+                case Attach():
+                    self._back_up(message, fds, peer)
+                case Hold():
+                    close_all(fds)
+                    self._hold(message, peer)
+                case _:
+                    close_all(fds)
+                    raise Failure(f"{type(message).__name__} comes too early")
+        except (Failure, ProtocolError) as error:
+            peer.send(Refused(str(error)))
+        except TimeoutError:
+            peer.send(Refused("nothing was heard for too long"))
+        finally:
+            peer.close()
+            sock.close()
+
+    def _back_up(self, attach: Attach, fds: list[int], peer: Peer) -> None:
+        """Raises Failure, RemoteProtocolError."""
+        try:
+            disk = self._disks.get(attach.disk)
+            if disk is None:
+                raise Failure(f"there is no disk {attach.disk!r} here")
+            try:
+                job = disk.attach(attach, peer, fds)
+            except (OSError, ValueError) as error:
+                raise Failure(f"the offered memory cannot be used: {error}") from error
+        except Failure:
+            close_all(fds)
+            raise
+        try:
+            reading = disk.image.open_again()
+            peer.send(Attached(disk.image.size_bytes), [reading])
+            close_all([reading])
+            self._report(f"{attach.disk}: a backup is attached")
+            while (received := peer.receive()) is not None:
+                message, more = received
+                close_all(more)
+                with disk.lock:
+                    _obey(job, message)
+        except OSError as error:
+            raise Failure(f"disk {attach.disk!r}: {os_error_text(error)}") from error
+        finally:
+            disk.detach(job)
+            copied = "complete" if job.core.complete else "ended early"
+            self._report(f"{attach.disk}: the backup is over ({copied})")
+
+    def _hold(self, hold: Hold, peer: Peer) -> None:
+        """Raises Failure, TimeoutError."""
+        held: list[GuardedDisk] = []
+        try:
+            for name in hold.disks:
+                disk = self._disks.get(name)
+                if disk is None:
+                    raise Failure(f"there is no disk {name!r} here")
+                disk.hold()
+                held.append(disk)
+            peer.send(Held())
+            received = peer.receive(_BEGIN_S)
+            if received is None:
+                return
+            message, fds = received
+            close_all(fds)
+            if not isinstance(message, Begin):
+                raise Failure(f"{type(message).__name__} in place of Begin")
+            for disk in held:
+                disk.begin(hold.job)
+        finally:
+            for disk in held:
+                disk.let_go()
+        peer.send(Begun())
+
+
+def _obey(job: CopyJob, message: object) -> None:
+    """With the disk's lock held. Raises Failure."""
+    match message:
+        case Claim(most):
+            job.claim(most)
+        case Copied():
+            job.copied()
+        case Release(slots):
+            job.release(slots)
+        case _:
+            raise Failure(f"{type(message).__name__} is not for a backup that is attached")

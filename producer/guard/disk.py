@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk that is served to a guest, and may be backed up meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from vmapipe.producer.guard.copyjob import CopyJob, JobOver
+from vmapipe.producer.guard.image import Image
+from vmapipe.producer.guard.peer import Peer
+from vmapipe.protocol.guarding import MAX_SAVED_CLUSTERS, Attach
+from vmapipe.protocol.limits import CLUSTER_BYTES
+from vmapipe.runtime.errors import Failure
+
+# A guest notices a second, and none minds: by then the writes that are under
+# way have ended, or the disk is so slow that the backup should not begin.
+_HOLD_S = 5.0
+
+
+class GuardedDisk:
+    """The `Backend` of an export: reads pass; a write first waits for what has to be saved."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self._changed = threading.Condition(threading.Lock())
+        self._writes = 0
+        self._held = False
+        self._job: CopyJob | None = None
+
+    # --- for the guest ---
+
+    def try_read(self, target: memoryview, offset: int) -> bool:
+        return self.image.try_read(target, offset)
+
+    def read(self, target: memoryview, offset: int) -> None:
+        self.image.read(target, offset)
+
+    def try_write(self, data: memoryview, offset: int) -> bool:
+        with self._changed:
+            if not self._may_write(offset, len(data)):
+                return False
+            self._writes += 1
+        try:
+            self.image.write(data, offset)
+        finally:
+            self._written()
+        return True
+
+    def write(self, data: memoryview, offset: int) -> None:
+        self._change(offset, len(data), lambda: self.image.write(data, offset))
+
+    def write_zeroes(self, offset: int, length: int, *, may_hole: bool, fast_only: bool) -> None:
+        self._change(
+            offset,
+            length,
+            lambda: self.image.write_zeroes(offset, length, may_hole=may_hole, fast_only=fast_only),
+        )
+
+    def trim(self, offset: int, length: int) -> None:
+        self._change(offset, length, lambda: self.image.trim(offset, length))
+
+    def flush(self) -> None:
+        self.image.flush()
+
+    def cache(self, offset: int, length: int) -> None:
+        self.image.cache(offset, length)
+
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        return self.image.extents(offset, length)
+
+    # --- for a backup ---
+
+    def attach(self, attach: Attach, peer: Peer, fds: Sequence[int]) -> CopyJob:
+        """A backup wants to begin. Takes over the descriptors. Raises Failure, OSError, ValueError."""
+        with self._changed:
+            if self._job is not None:
+                raise Failure(f"disk {self.image.name!r}: a backup of it is running already")
+            self._job = CopyJob(attach, self.image, peer, self._changed, fds)
+            return self._job
+
+    def detach(self, job: CopyJob) -> None:
+        """It has ended, well or not."""
+        with self._changed:
+            job.end()
+            if self._job is job:
+                self._job = None
+
+    def hold(self) -> None:
+        """No write begins from now on, and none is under way any more. Raises Failure."""
+        deadline = time.monotonic() + _HOLD_S
+        with self._changed:
+            if self._held:
+                raise Failure(f"disk {self.image.name!r}: its writes are being held already")
+            self._held = True
+            while self._writes:
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    self._held = False
+                    self._changed.notify_all()
+                    raise Failure(
+                        f"disk {self.image.name!r}: the guest's writes have not come to an end "
+                        f"within {_HOLD_S:.0f} s; {self.image.path} may be too busy or hung"
+                    )
+
+    def begin(self, job_id: bytes) -> None:
+        """This is the instant. Raises Failure."""
+        with self._changed:
+            job = self._job
+            if not self._held or job is None or job.over or job.begun or job.job_id != job_id:
+                raise Failure(f"disk {self.image.name!r}: no backup of this job is ready to begin")
+            job.begin()
+
+    def let_go(self) -> None:
+        with self._changed:
+            self._held = False
+            self._changed.notify_all()
+
+    @property
+    def lock(self) -> threading.Condition:
+        """What guards the job's state."""
+        return self._changed
+
+    # --- inside ---
+
+    def _may_write(self, offset: int, length: int) -> bool:
+        """With the lock held: whether nothing has to be waited for, or saved."""
+        if self._held:
+            return False
+        job = self._job
+        if job is None or not job.begun or job.over:
+            return True
+        first = offset // CLUSTER_BYTES
+        return job.core.is_copied(first, (offset + length - 1) // CLUSTER_BYTES - first + 1)
+
+    def _written(self) -> None:
+        with self._changed:
+            self._writes -= 1
+            if self._held and not self._writes:
+                self._changed.notify_all()
+
+    def _change(self, offset: int, length: int, change: Callable[[], None]) -> None:
+        """Carry out a write of the guest when all is saved that it changes."""
+        self._admit(offset, length)
+        try:
+            change()
+        finally:
+            self._written()
+
+    def _admit(self, offset: int, length: int) -> None:
+        while True:
+            with self._changed:
+                while self._held:
+                    self._changed.wait()  # whoever holds lets go within seconds
+                if self._may_write(offset, length):
+                    self._writes += 1
+                    return
+                job = self._job
+            if job is not None:
+                try:
+                    self._save(job, offset, length)
+                except JobOver:
+                    pass
+
+    def _save(self, job: CopyJob, offset: int, length: int) -> None:
+        """Raises JobOver."""
+        deadline = time.monotonic() + job.guest_wait_s
+        first, end = offset // CLUSTER_BYTES, -(-(offset + length) // CLUSTER_BYTES)
+        # Piece by piece, so that a huge range does not claim all of its clusters at once.
+        for at in range(first, end, MAX_SAVED_CLUSTERS):
+            with self._changed:
+                if job.over:
+                    raise JobOver
+                plan = job.core.before_write(at, min(MAX_SAVED_CLUSTERS, end - at))
+            if plan is not None:
+                job.save(plan, deadline)

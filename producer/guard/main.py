@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that serves disks to guests. `vmapipe monitor` starts one for each disk."""
+
+from __future__ import annotations
+
+import argparse
+import select
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from vmapipe.producer.guard.conversation import Conversations
+from vmapipe.producer.guard.disk import GuardedDisk
+from vmapipe.producer.guard.image import Image
+from vmapipe.producer.nbd.server import Offer, Server
+from vmapipe.protocol.nbd.constants import (
+    NBD_FLAG_CAN_MULTI_CONN,
+    NBD_FLAG_SEND_CACHE,
+    NBD_FLAG_SEND_DF,
+    NBD_FLAG_SEND_FAST_ZERO,
+    NBD_FLAG_SEND_FLUSH,
+    NBD_FLAG_SEND_FUA,
+    NBD_FLAG_SEND_TRIM,
+    NBD_FLAG_SEND_WRITE_ZEROES,
+)
+from vmapipe.protocol.nbd.export import Export
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cli import add_child_options, make_parser
+from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.process import run_child
+
+DESCRIPTION = """\
+Serve raw images or block devices over NBD on sockets that were opened by
+whoever starts this (see `vmapipe monitor`), and let backups attach to them.
+"""
+
+# All connections to a disk write to the same file, so that one's flush is all's.
+_FLAGS = (
+    NBD_FLAG_SEND_FLUSH
+    | NBD_FLAG_SEND_FUA
+    | NBD_FLAG_SEND_TRIM
+    | NBD_FLAG_SEND_WRITE_ZEROES
+    | NBD_FLAG_SEND_FAST_ZERO
+    | NBD_FLAG_SEND_CACHE
+    | NBD_FLAG_SEND_DF
+    | NBD_FLAG_CAN_MULTI_CONN
+)
+# A thread that computes gives way to one that has a request to answer after
+# this; the default of 5 ms is what a guest would feel.
+_SWITCH_S = 0.0005
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "vmapipe guard") -> int:
+    parser = make_parser(prog, DESCRIPTION, "")
+    parser.add_argument(
+        "--disk", action="append", required=True, metavar="NAME", help="the name of a disk to own"
+    )
+    parser.add_argument(
+        "--path", action="append", required=True, metavar="PATH", help="where it is, one a --disk"
+    )
+    parser.add_argument(
+        "--serve",
+        action="append",
+        default=[],
+        metavar="FD=NAME",
+        help="offer a disk on a listening socket; several on one when FD comes again",
+    )
+    parser.add_argument(
+        "--control", type=int, required=True, metavar="FD", help="where backups connect to"
+    )
+    add_child_options(parser)
+    options = parser.parse_args(argv)
+    return run_child(
+        prog, options.parent_fd, lambda cancel, emit: _guard(options, cancel, emit), _print
+    )
+
+
+def _guard(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
+    sys.setswitchinterval(_SWITCH_S)
+
+    def report(text: str) -> None:
+        emit({"event": "notice", "text": text})
+
+    disks: dict[str, GuardedDisk] = {}
+    servers: list[Server] = []
+    try:
+        for name, path in zip(options.disk, options.path, strict=True):
+            disks[name] = GuardedDisk(Image(name, path))
+            size = disks[name].image.size_bytes
+            emit({"event": "serving", "disk": name, "path": path, "bytes": size})
+        servers = _servers(options.serve, disks, report)
+        conversations = Conversations(socket.socket(fileno=options.control), disks, report)
+        for server in servers:
+            server.start()
+        emit({"event": "ready"})
+        select.select([cancel.fd], [], [])
+        conversations.close()
+        for server in servers:
+            server.stop()
+    finally:
+        for disk in disks.values():
+            disk.image.close()
+
+
+def _servers(
+    words: Sequence[str], disks: dict[str, GuardedDisk], report: Callable[[str], None]
+) -> list[Server]:
+    names_by_fd: dict[int, list[str]] = {}
+    for word in words:
+        fd, _, name = word.partition("=")
+        names_by_fd.setdefault(int(fd), []).append(name)
+    return [
+        Server([socket.socket(fileno=fd)], [_offer(name, disks[name]) for name in names], report)
+        for fd, names in names_by_fd.items()
+    ]
+
+
+def _offer(name: str, disk: GuardedDisk) -> Offer:
+    size = disk.image.size_bytes
+    return Offer(Export(name, size, _FLAGS, f"vmapipe: {name}", allocation=True), disk)
+
+
+def _print(event: Event) -> None:
+    text = event.get("text") or f"{event['event']} {event.get('disk', '')}"
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard's end of a connection to a backup process: packets, and nothing that waits for it."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+from vmapipe.protocol.guarding import MAX_PACKET_BYTES, FromGuard, ToGuard, decode_for_guard, encode
+
+_MAX_FDS = 4
+
+
+class Peer:
+    """One backup process. Whatever it does, `send` returns at once."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._outbox: deque[bytes] = deque()
+        self._changed = threading.Condition()
+        self._courier: threading.Thread | None = None
+        self._closed = False
+
+    @property
+    def backlog(self) -> int:
+        """Messages that it has not taken yet."""
+        return len(self._outbox)
+
+    def send(self, message: FromGuard, fds: Sequence[int] = ()) -> None:
+        """Now if it can be, else by a thread, in order. A peer that is gone is no error here."""
+        packet = encode(message)
+        with self._changed:
+            if self._closed:
+                return
+            if not self._outbox:
+                try:
+                    if fds:
+                        socket.send_fds(self._socket, [packet], fds)
+                    else:
+                        self._socket.send(packet, socket.MSG_DONTWAIT)
+                    return
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    return
+            self._outbox.append(packet)
+            if self._courier is None:
+                self._courier = threading.Thread(
+                    target=self._deliver, name="guard-courier", daemon=True
+                )
+                self._courier.start()
+            self._changed.notify()
+
+    def _deliver(self) -> None:
+        while True:
+            with self._changed:
+                while not self._outbox and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                packet = self._outbox[0]
+            try:
+                self._socket.send(packet)
+            except OSError:
+                self.close()
+                return
+            with self._changed:
+                self._outbox.popleft()
+
+    def receive(self, timeout_s: float | None = None) -> tuple[ToGuard, list[int]] | None:
+        """One message and its descriptors; None: the peer is gone.
+
+        Raises RemoteProtocolError, and TimeoutError.
+        """
+        if timeout_s is not None:
+            poller = select.poll()
+            poller.register(self._socket, select.POLLIN)
+            if not poller.poll(timeout_s * 1000):
+                raise TimeoutError
+        try:
+            packet, fds = self._receive()
+        except OSError:
+            return None
+        if not packet:
+            return None
+        try:
+            return decode_for_guard(packet), fds
+        except BaseException:
+            close_all(fds)
+            raise
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        space = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+        packet, control, _, _ = self._socket.recvmsg(
+            MAX_PACKET_BYTES, space, socket.MSG_CMSG_CLOEXEC
+        )
+        fds = array.array("i")
+        for level, kind, data in control:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        return packet, list(fds)
+
+    def close(self) -> None:
+        """Ends the connection; a thread in `receive` wakes up."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
