@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from vmapipe.protocol import limits
+
 # How much may be caught up after a pause, as time: short, so that the limit
 # holds over any second, and long enough for a megabyte at 8 MiB/s.
 _BURST_S = 0.125
@@ -14,6 +16,12 @@ class Pace:
     def __init__(self, bytes_per_s: int, now: float) -> None:
         self.bytes_per_s = bytes_per_s
         self._due = now
+
+    def frame_bytes(self, allowed: int) -> int:
+        """The largest frame: with a limit several a second, so that it holds evenly."""
+        if self.bytes_per_s:
+            allowed = min(allowed, self.bytes_per_s // 8)
+        return max(limits.MIN_FRAME_CHARGE, allowed)
 
     def wait_s(self, now: float) -> float:
         return max(0.0, self._due - now) if self.bytes_per_s else 0.0

@@ -25,11 +25,15 @@ RING_BYTES = _HELD_BACK_BYTES + _PIECES * limits.MAX_PAYLOAD_BYTES
 
 
 class Ring:
-    """Pieces are taken in order and freed in order; `take` tells when none is free."""
+    """Pieces are taken in order and freed in order; `take` tells when none is free.
 
-    def __init__(self) -> None:
-        self._fd = _sealed_memory()
-        self._map = mmap.mmap(-1 if self._fd is None else self._fd, RING_BYTES)
+    `beside_bytes` of the same memory lie behind the ring, for others to use.
+    """
+
+    def __init__(self, beside_bytes: int = 0) -> None:
+        size = RING_BYTES + beside_bytes
+        self._fd = _sealed_memory(size)
+        self._map = mmap.mmap(-1 if self._fd is None else self._fd, size)
         self.view = memoryview(self._map)
         self._size = RING_BYTES
         self._head = 0
@@ -40,6 +44,11 @@ class Ring:
     def shared_at(self) -> str:
         """Where a process of the same user on this host can open it; empty: nowhere."""
         return "" if self._fd is None else f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    @property
+    def fd(self) -> int | None:
+        """The memory file; None where there is none."""
+        return self._fd
 
     def fit(self, piece_bytes: int) -> None:
         """Use only as much as pieces of this size need: what is touched is memory, and cache."""
@@ -73,11 +82,11 @@ class Ring:
         # The mapping lives on while a message that is still being sent needs it.
 
 
-def _sealed_memory() -> int | None:
-    """A memory file of RING_BYTES; None where none is to be had (a limit on file sizes)."""
+def _sealed_memory(size: int) -> int | None:
+    """A memory file; None where none is to be had (a limit on file sizes)."""
     fd = os.memfd_create("vmapipe-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, RING_BYTES)
+        os.ftruncate(fd, size)
         # Who maps it must be able to trust its length: a shorter file would
         # kill the archiver by SIGBUS.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)

@@ -13,6 +13,7 @@ ends belong to one administrator; what comes is checked all the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vmapipe.protocol import limits
@@ -30,6 +31,8 @@ MAX_PACKET_BYTES = 64 * 1024
 # An hour, as for every other wait.
 MAX_WAIT_S = 3600
 _MAX_ITEMS = 1024
+
+Check = Callable[[Any], bool]
 
 
 class Attach(NamedTuple):
@@ -141,78 +144,86 @@ def encode(message: ToGuard | FromGuard) -> bytes:
 
 def decode_for_guard(packet: bytes) -> ToGuard:
     """Raises RemoteProtocolError for anything that is no message to a guard."""
-    name, fields = _head(packet)
-    match name, fields:
-        case "CLAIM", [int() as most] if 1 <= most <= MAX_CLAIM_CLUSTERS:
-            return Claim(most)
-        case "COPIED", []:
-            return Copied()
-        case "RELEASE", [list() as slots] if _are_slots(slots):
-            return Release(tuple(slots))
-        case "BEGIN", []:
-            return Begin()
-        case "HOLD", [int() as version, bytes() as job, list() as disks] if len(
-            job
-        ) == limits.UUID_BYTES and all(isinstance(disk, str) for disk in disks):
-            return Hold(_version(version), job, tuple(disks))
-        case "ATTACH", [
-            int() as version,
-            bytes() as job,
-            str() as disk,
-            int() as at,
-            int() as memory_slots,
-            int() as spool_slots,
-            int() as wait_s,
-        ] if (
-            len(job) == limits.UUID_BYTES
-            and at >= 0
-            and 0 < memory_slots <= MAX_SLOTS
-            and 0 <= spool_slots <= MAX_SLOTS
-            and 0 < wait_s <= MAX_WAIT_S
-        ):
-            return Attach(_version(version), job, disk, at, memory_slots, spool_slots, wait_s)
-    raise RemoteProtocolError("malformed", f"no message to a guard: {name!r:.40}")
+    message: ToGuard = _decode(packet, _TO_GUARD)
+    return message
 
 
 def decode_from_guard(packet: bytes) -> FromGuard:
     """Raises RemoteProtocolError for anything that is no message of a guard."""
-    name, fields = _head(packet)
-    match name, fields:
-        case "SAVED", [int() as first, list() as slots] if (
-            first >= 0 and 0 < len(slots) <= MAX_SAVED_CLUSTERS and _are_slots(slots)
-        ):
-            return Saved(first, tuple(slots))
-        case "SAVEDHOLE", [int() as first, int() as clusters] if first >= 0 and clusters > 0:
-            return SavedHole(first, clusters)
-        case "CLAIMED", [int() as first, int() as clusters] if first >= 0 and clusters >= 0:
-            return Claimed(first, clusters)
-        case "WAITING", [int() as writes] if writes >= 0:
-            return Waiting(writes)
-        case "ATTACHED", [int() as size] if size > 0:
-            return Attached(size)
-        case "REFUSED", [str() as reason]:
-            return Refused(reason)
-        case "FAILED", [str() as reason]:
-            return Failed(reason)
-        case "HELD", []:
-            return Held()
-        case "BEGUN", []:
-            return Begun()
-    raise RemoteProtocolError("malformed", f"no message of a guard: {name!r:.40}")
+    message: FromGuard = _decode(packet, _FROM_GUARD)
+    return message
 
 
-def _head(packet: bytes) -> tuple[str, list[Any]]:
+def _number(low: int, high: int) -> Check:
+    return lambda item: isinstance(item, int) and low <= item <= high
+
+
+def _are_slots(item: object) -> bool:
+    return isinstance(item, list) and all(
+        isinstance(slot, int) and 0 <= slot < 2 * MAX_SLOTS for slot in item
+    )
+
+
+def _are_texts(item: object) -> bool:
+    return isinstance(item, list) and all(isinstance(text, str) for text in item)
+
+
+def _is_text(item: object) -> bool:
+    return isinstance(item, str)
+
+
+def _is_job(item: object) -> bool:
+    return isinstance(item, bytes) and len(item) == limits.UUID_BYTES
+
+
+_IS_VERSION = _number(limits.VERSION, limits.VERSION)
+_IS_CLUSTER = _number(0, limits.MAX_CLUSTERS)
+_IS_OFFSET = _number(0, 1 << 62)
+
+_TO_GUARD: dict[str, tuple[Callable[..., Any], tuple[Check, ...]]] = {
+    "ATTACH": (
+        Attach,
+        (
+            _IS_VERSION,
+            _is_job,
+            _is_text,
+            _IS_OFFSET,
+            _number(1, MAX_SLOTS),
+            _number(0, MAX_SLOTS),
+            _number(1, MAX_WAIT_S),
+        ),
+    ),
+    "HOLD": (Hold, (_IS_VERSION, _is_job, _are_texts)),
+    "BEGIN": (Begin, ()),
+    "CLAIM": (Claim, (_number(1, MAX_CLAIM_CLUSTERS),)),
+    "COPIED": (Copied, ()),
+    "RELEASE": (Release, (_are_slots,)),
+}
+_FROM_GUARD: dict[str, tuple[Callable[..., Any], tuple[Check, ...]]] = {
+    "ATTACHED": (Attached, (_number(1, 1 << 62),)),
+    "REFUSED": (Refused, (_is_text,)),
+    "HELD": (Held, ()),
+    "BEGUN": (Begun, ()),
+    "CLAIMED": (Claimed, (_IS_CLUSTER, _IS_CLUSTER)),
+    "SAVED": (
+        Saved,
+        (_IS_CLUSTER, lambda item: _are_slots(item) and 0 < len(item) <= MAX_SAVED_CLUSTERS),
+    ),
+    "SAVEDHOLE": (SavedHole, (_IS_CLUSTER, _IS_CLUSTER)),
+    "WAITING": (Waiting, (_number(0, 1 << 32),)),
+    "FAILED": (Failed, (_is_text,)),
+}
+
+
+def _decode(packet: bytes, known: dict[str, tuple[Callable[..., Any], tuple[Check, ...]]]) -> Any:
     value = unpack(packet, MAX_PACKET_BYTES, _MAX_ITEMS)
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
         raise RemoteProtocolError("malformed", "a message that is no [name, ...]")
-    return value[0], value[1:]
-
-
-def _version(version: int) -> int:
-    if version != limits.VERSION:
-        raise RemoteProtocolError("version", f"a peer of version {version}")
-    return version
-
-
-def _are_slots(items: list[Any]) -> bool:
-    return all(isinstance(slot, int) and 0 <= slot < 2 * MAX_SLOTS for slot in items)
+    name, *fields = value
+    kind, checks = known.get(name, (None, ()))
+    if kind is None or len(fields) != len(checks):
+        raise RemoteProtocolError("malformed", f"no message of these: {name!r:.40}")
+    for index, (field, check) in enumerate(zip(fields, checks, strict=True)):
+        if not check(field):
+            raise RemoteProtocolError("malformed", f"{name}: field {index} cannot be {field!r:.40}")
+    return kind(*(tuple(field) if isinstance(field, list) else field for field in fields))

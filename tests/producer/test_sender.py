@@ -11,9 +11,10 @@ from typing import cast
 import pytest
 
 from tests.producer.test_runs import MemoryDisk
-from vmapipe.producer import sender as module
+from vmapipe.producer import sender, session
 from vmapipe.producer.link import Link
-from vmapipe.producer.sender import Refused, Sender
+from vmapipe.producer.sender import Sender
+from vmapipe.producer.session import Refused
 from vmapipe.producer.source import SourceError
 from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide
@@ -72,7 +73,8 @@ class Archiver:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[Archiver]:
     """Put the archiver whose clock counts into the list."""
     holder: list[Archiver] = []
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: holder[0].now))
+    for module in (sender, session):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: holder[0].now))
     return holder
 
 
