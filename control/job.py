@@ -12,10 +12,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vmapipe.control.instant import begin_together
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
-from vmapipe.runtime.events import Emit
+from vmapipe.runtime.events import Emit, Event
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, check_contents
 from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
@@ -28,10 +29,15 @@ _VERDICT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A raw image or block device, and its name in the archive."""
+    """A raw image or block device, and its name in the archive.
+
+    `guard`: the control socket of the process that serves it to a guest; empty:
+    the disk is at rest.
+    """
 
     name: str
     path: str
+    guard: str = ""
 
 
 @dataclass
@@ -44,6 +50,8 @@ class BackupJob:
     speed_bytes_s: int = 0
     #: Descriptors that the archiver inherits: its output, configs that are no files.
     pass_fds: Sequence[int] = ()
+    #: For the producers of disks in use.
+    buffer_options: Sequence[str] = ()
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
 
     def run(self, emit: Emit, cancel: Cancel) -> None:
@@ -103,26 +111,21 @@ class BackupJob:
         speed = -(-self.speed_bytes_s // max(1, len(self.disks)))
         for disk in self.disks:
             words = [f"--archiver={endpoint}", f"--job={job}", f"--speed={speed}"]
-            children.start(
-                f"the producer of {disk.name!r}",
-                "vmapipe.producer.main",
-                [*words, f"--name={disk.name}", f"--disk={disk.path}"],
-            )
+            words += [f"--name={disk.name}", f"--disk={disk.path}"]
+            if disk.guard:
+                words += [f"--guard={disk.guard}", *self.buffer_options]
+            children.start(f"the producer of {disk.name!r}", "vmapipe.producer.main", words)
 
     def _watch(self, children: Children, emit: Emit, cancel: Cancel, folder: str) -> None:
         """Until all have ended well. Raises Failure with the best reason there is."""
         archiver = children.all[0]
         first_failed: Child | None = None
         give_up = float("inf")
+        unattached = {disk.name for disk in self.disks if disk.guard}
         while any(child.running for child in children.all):
             for child, event in children.wait(min(1.0, max(0.0, give_up - time.monotonic()))):
                 if event is not None:
-                    if event["event"] == "begun":
-                        # All are connected: nobody needs the socket's name any more, and
-                        # if this process is killed from now on, no folder is left.
-                        shutil.rmtree(folder, ignore_errors=True)
-                    if event["event"] != "error":
-                        emit(event)
+                    self._take(event, unattached, emit, folder)
                 elif child.exit_code and first_failed is None:
                     first_failed = child
                     killed = child.exit_code < 0 or child is archiver
@@ -142,6 +145,27 @@ class BackupJob:
             spoke = archiver.exit_code and archiver.error
             told = archiver if spoke else first_failed
             raise (UsageError if told.exit_code == EXIT_USAGE else Failure)(told.verdict())
+
+    def _take(self, event: Event, unattached: set[str], emit: Emit, folder: str) -> None:
+        """What a child has told. Raises Failure."""
+        if event["event"] == "begun":
+            # All are connected: nobody needs the socket's name any more, and
+            # if this process is killed from now on, no folder is left.
+            shutil.rmtree(folder, ignore_errors=True)
+        if event["event"] == "attached":
+            unattached.discard(event["device"])
+            if not unattached:
+                self._begin(emit)
+        elif event["event"] != "error":
+            emit(event)
+
+    def _begin(self, emit: Emit) -> None:
+        """All disks in use are ready: choose the instant. Raises Failure."""
+        guards: dict[str, list[str]] = {}
+        for disk in self.disks:
+            if disk.guard:
+                guards.setdefault(disk.guard, []).append(disk.name)
+        emit({"event": "instant", "held_s": round(begin_together(guards, self.job_id), 4)})
 
     def _remove_leftovers(self, children: Children) -> None:
         """What an archiver that was killed could not remove itself."""

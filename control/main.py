@@ -20,6 +20,7 @@ commands:
   list       tell what an archive holds
   config     print a configuration stored in an archive
   verify     check an archive without writing anything
+  monitor    serve disks to guests, so that they can be backed up while in use
   producer   read one disk and send it to an archiver (by hand, or elsewhere)
   archiver   receive disks from producers and store the archive
 
@@ -41,6 +42,7 @@ _COMMANDS = {
     "list": "vmapipe.control.inspect",
     "config": "vmapipe.control.inspect",
     "verify": "vmapipe.control.inspect",
+    "monitor": "vmapipe.control.monitor.main",
     "producer": "vmapipe.producer.main",
     "archiver": "vmapipe.archiver.main",
 }

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
@@ -125,19 +125,23 @@ class _Text:
                 )
             case "done":
                 return f"{self.verb} done in {event['seconds']:.1f} s, {human_bytes(self.rate)}/s"
-            case "restored":
-                checked = "every byte checked" if event["digests_checked"] else "no manifest"
-                rate = event["archive_bytes"] / max(0.001, event["seconds"])
-                return (
-                    f"restored {event['archive']}: {human_bytes(event['data_bytes'])} of data and "
-                    f"{human_bytes(event['zero_bytes'])} of zeroes in {event['seconds']:.1f} s, "
-                    f"{human_bytes(rate)}/s ({checked})"
-                )
-            case "verified":
-                return verified_text(event)
-            case "notice":
-                return one_line(str(event["text"]))
-        return None
+        words = _WORDS.get(event["event"])
+        return None if words is None else words(event)
+
+
+def _restored_text(event: Event) -> str:
+    checked = "every byte checked" if event["digests_checked"] else "no manifest"
+    rate = event["archive_bytes"] / max(0.001, event["seconds"])
+    return (
+        f"restored {event['archive']}: {human_bytes(event['data_bytes'])} of data and "
+        f"{human_bytes(event['zero_bytes'])} of zeroes in {event['seconds']:.1f} s, "
+        f"{human_bytes(rate)}/s ({checked})"
+    )
+
+
+def _serving_text(event: Event) -> str:
+    size = human_bytes(event["bytes"])
+    return f"serving {one_line(event['disk'])}: {one_line(event['path'])}, {size}"
 
 
 def verified_text(event: Event) -> str:
@@ -164,6 +168,17 @@ def _damage_text(find: Event) -> str:
     if find["archive_offset"] is not None:
         text += f" (archive offset {find['archive_offset']})"
     return text
+
+
+# The lines of events that need no totals.
+_WORDS: dict[str, Callable[[Event], str]] = {
+    "restored": _restored_text,
+    "verified": verified_text,
+    "instant": lambda e: f"all disks held for {1000 * e['held_s']:.0f} ms: this is the instant",
+    "serving": _serving_text,
+    "ready": lambda e: f"ready; backups ask {e['listen']}",
+    "notice": lambda e: one_line(str(e["text"])),
+}
 
 
 class Bar(_Text):

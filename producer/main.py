@@ -8,11 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from vmapipe.producer.link import Link
+from vmapipe.producer.live import Buffering, LiveSender
 from vmapipe.producer.sender import Sender
 from vmapipe.producer.source import RawSource
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
+    add_buffer_options,
     add_child_options,
     add_plain_tcp_option,
     check_endpoint,
@@ -25,8 +27,8 @@ from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run_child
 
 DESCRIPTION = """\
-Read one disk at rest (a raw image file or a block device) and send its
-clusters to an archiver. Ends with exit code 0 when the archiver has stored the
+Read one disk at rest (a raw image file or a block device), or one that a
+monitor serves to a guest, and send its clusters to an archiver. Ends with exit code 0 when the archiver has stored the
 whole archive, and with 1 when this device or the job failed.
 """
 
@@ -50,6 +52,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]PATH",
         help="the disk, and its name in the archive (default: the file's name)",
     )
+    parser.add_argument(
+        "--guard",
+        metavar="SOCKET",
+        help="the disk is served by a monitor, whose control socket this is; --disk is its name",
+    )
+    add_buffer_options(parser)
     parser.add_argument(
         "--name",
         metavar="NAME",
@@ -84,31 +92,65 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> i
 
 def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp)
-    name, path = (options.name, options.disk) if options.name else split_named(options.disk)
-    source = RawSource(name, path)
     link = Link(options.archiver)
     try:
         link.watch(cancel.fd)
-        emit({"event": "reading", "device": name, "path": path, "bytes": source.size_bytes})
-        sender = Sender(source, link, options.job, options.speed, cancel)
-        sender.run()
+        if options.guard:
+            name = options.name or options.disk
+            size_bytes, zero_clusters = _send_live(name, options, link, cancel, emit)
+        else:
+            name, path = (options.name, options.disk) if options.name else split_named(options.disk)
+            size_bytes, zero_clusters = _send_at_rest(name, path, options, link, cancel, emit)
         emit(
             {
                 "event": "sent",
                 "device": name,
-                "bytes": source.size_bytes,
-                "zero_bytes": min(sender.zero_clusters * CLUSTER_BYTES, source.size_bytes),
+                "bytes": size_bytes,
+                "zero_bytes": min(zero_clusters * CLUSTER_BYTES, size_bytes),
             }
         )
     finally:
         link.close()
+
+
+def _send_at_rest(
+    name: str, path: str, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
+) -> tuple[int, int]:
+    source = RawSource(name, path)
+    try:
+        emit({"event": "reading", "device": name, "path": path, "bytes": source.size_bytes})
+        sender = Sender(source, link, options.job, options.speed, cancel)
+        sender.run()
+    finally:
         source.close()
+    return source.size_bytes, sender.zero_clusters
+
+
+def _send_live(
+    name: str, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
+) -> tuple[int, int]:
+    buffering = Buffering(options.buffer, options.spool, options.spool_size, options.guest_wait)
+    sender = LiveSender(name, options.guard, options.job, buffering, link, cancel)
+    try:
+        path = options.guard
+        emit({"event": "reading", "device": name, "path": path, "bytes": sender.size_bytes})
+        sender.run(options.speed, emit)
+    finally:
+        sender.close()
+    return sender.size_bytes, sender.zero_clusters
 
 
 def _print(event: Event) -> None:
     match event["event"]:
         case "reading":
             text = f"{event['device']}: reading {event['path']}, {event['bytes']} bytes"
+        case "attached":
+            text = f"{event['device']}: attached to its guard; waiting for the instant"
+        case "buffer":
+            text = (
+                f"{event['device']}: old data waits: {event['memory_bytes']} bytes in memory, "
+                f"{event['spool_bytes']} in the spool file; {event['waiting_writes']} writes wait"
+            )
         case _:
             text = f"{event['device']}: done; the archive is stored"
     print(text, file=sys.stderr, flush=True)

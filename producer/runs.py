@@ -44,7 +44,7 @@ def runs(
             continue
         for at in range(segment.start, segment.end, step):
             length = min(step, segment.end - at)
-            run = _read(source, memory, take(_whole_blocks(length)), at, length)
+            run = _read(source, memory, take(whole_blocks(length)), at, length)
             if run is not None:
                 yield from _zero_runs(zero_from, at, longest_zero)
                 yield run
@@ -62,21 +62,28 @@ def piece_bytes(frame_bytes: int) -> int:
     return max(1, clusters) * CLUSTER_BYTES
 
 
-def _whole_blocks(length: int) -> int:
-    return -(-length // BLOCK_BYTES) * BLOCK_BYTES
-
-
 def _read(source: Source, memory: memoryview, position: int, at: int, length: int) -> Run | None:
     """One piece of the disk; None when it is all zero."""
-    padded = _whole_blocks(length)
+    source.read_into(memory[position : position + length], at)
+    run = packed(memory, position, at // CLUSTER_BYTES, length)
+    return run if run.masks else None
+
+
+def packed(memory: memoryview, position: int, first_cluster: int, length: int) -> Run:
+    """The run of `length` bytes that were read to `position`; its zero blocks are taken out there.
+
+    The memory must have room for whole blocks.
+    """
+    padded = whole_blocks(length)
     view = memory[position : position + padded]
-    source.read_into(view[:length], at)
     view[length:] = bytes(padded - length)
     masks = blocks.cluster_masks(view, padded)
-    if not masks:
-        return None
-    stored = blocks.compact(view, masks)
-    return Run(at // CLUSTER_BYTES, -(-length // CLUSTER_BYTES), masks, position, stored)
+    stored = blocks.compact(view, masks) if masks else 0
+    return Run(first_cluster, -(-length // CLUSTER_BYTES), masks, position, stored)
+
+
+def whole_blocks(length: int) -> int:
+    return -(-length // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _zero_runs(start: int, end: int, longest: int) -> Iterator[Run]:

@@ -98,7 +98,12 @@ class Claimed(NamedTuple):
 
 
 class Copied(NamedTuple):
-    """Producer: I have read what I claimed."""
+    """Producer: I have read so many of the clusters that I claimed, the first ones.
+
+    The others can be claimed again.
+    """
+
+    clusters: int
 
 
 class Saved(NamedTuple):
@@ -196,7 +201,7 @@ _TO_GUARD: dict[str, tuple[Callable[..., Any], tuple[Check, ...]]] = {
     "HOLD": (Hold, (_IS_VERSION, _is_job, _are_texts)),
     "BEGIN": (Begin, ()),
     "CLAIM": (Claim, (_number(1, MAX_CLAIM_CLUSTERS),)),
-    "COPIED": (Copied, ()),
+    "COPIED": (Copied, (_number(1, MAX_CLAIM_CLUSTERS),)),
     "RELEASE": (Release, (_are_slots,)),
 }
 _FROM_GUARD: dict[str, tuple[Callable[..., Any], tuple[Check, ...]]] = {

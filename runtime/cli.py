@@ -10,6 +10,12 @@ from vmapipe.runtime.errors import UsageError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
+# An archiver holds up to 3.6 MiB of a disk's data back until its extent is full;
+# less than twice that would let guests wait for nothing.
+MIN_BUFFER_BYTES = 8 << 20
+# Beside the ring (16.5 MiB) it has to fit into what an archiver maps (256 MiB).
+MAX_BUFFER_BYTES = 192 << 20
+
 
 def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser whose texts keep their line breaks."""
@@ -33,6 +39,23 @@ def size(text: str) -> int:
     if not 0 <= value < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r} is out of range")
     return int(value)
+
+
+def buffer_size(text: str) -> int:
+    """A size within what a buffer for old data may have."""
+    value = size(text)
+    if not MIN_BUFFER_BYTES <= value <= MAX_BUFFER_BYTES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not between {MIN_BUFFER_BYTES >> 20}M and {MAX_BUFFER_BYTES >> 20}M"
+        )
+    return value
+
+
+def wait_time(text: str) -> int:
+    """Whole seconds, up to an hour."""
+    if not text.isdecimal() or not 1 <= int(text) <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 1 to 3600")
+    return int(text)
 
 
 def job_id(text: str) -> bytes:
@@ -90,6 +113,40 @@ def add_plain_tcp_option(parser: argparse.ArgumentParser) -> None:
         "--insecure-plain-tcp",
         action="store_true",
         help="allow tcp:// although whoever is on the network can then read and forge the data",
+    )
+
+
+def add_buffer_options(parser: argparse.ArgumentParser) -> None:
+    """Where old data waits for a slow archiver while a disk is in use."""
+    parser.add_argument(
+        "--buffer",
+        type=buffer_size,
+        default=64 << 20,
+        metavar="SIZE",
+        help="memory for old data of each live disk that a slow archiver has not taken yet "
+        "(default: 64M)",
+    )
+    parser.add_argument(
+        "--spool",
+        default="",
+        metavar="DIR",
+        help="when that is full, use a nameless file in this folder, too",
+    )
+    parser.add_argument(
+        "--spool-size",
+        type=size,
+        default=4 << 30,
+        metavar="SIZE",
+        help="its largest size, each live disk (default: 4G)",
+    )
+    parser.add_argument(
+        "--guest-wait",
+        type=wait_time,
+        # Linux guests give a SCSI disk 30 s.
+        default=20,
+        metavar="SECONDS",
+        help="when both are full the guest's writes wait; one that has waited so long ends the "
+        "backup, and goes on (default: 20)",
     )
 
 

@@ -89,7 +89,7 @@ def run_child(
     parent = Parent(parent_fd, cancel)
 
     def emit(event: Event) -> None:
-        parent.send(encode_line(event), droppable=event["event"] == "progress")
+        parent.send(encode_line(event), droppable=event["event"] in ("progress", "buffer"))
 
     try:
         work(cancel, emit)

@@ -92,6 +92,12 @@ class CopyBeforeWrite:
         self._cursor = end
         return self._begin(num, end - num, by_guest=False)
 
+    def shorten(self, copy: Copy, clusters: int) -> None:
+        """Only the first `clusters` of it will be copied; the others are to do again."""
+        if clusters < copy.clusters:
+            copy.clusters = clusters
+            self._cursor = min(self._cursor, copy.first + clusters)
+
     def copied(self, copy: Copy) -> None:
         """The old data of these clusters is safe: whoever waits for them may write."""
         self._copying.remove(copy)

@@ -155,8 +155,8 @@ def _obey(job: CopyJob, message: object) -> None:
     match message:
         case Claim(most):
             job.claim(most)
-        case Copied():
-            job.copied()
+        case Copied(clusters):
+            job.copied(clusters)
         case Release(slots):
             job.release(slots)
         case _:

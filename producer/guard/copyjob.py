@@ -95,10 +95,11 @@ class CopyJob:
             Claimed(self._claim.first, self._claim.clusters) if self._claim else Claimed(0, 0)
         )
 
-    def copied(self) -> None:
+    def copied(self, clusters: int) -> None:
         """Raises Failure."""
-        if self._claim is None:
+        if self._claim is None or clusters > self._claim.clusters:
             raise Failure("the backup process copied what it had not claimed")
+        self.core.shorten(self._claim, clusters)
         self.core.copied(self._claim)
         self._claim = None
         self._changed.notify_all()

@@ -11,7 +11,8 @@ from typing import cast
 import pytest
 
 from tests.producer.test_runs import MemoryDisk
-from vmapipe.producer import sender, session
+from vmapipe.producer import sender as sender_module
+from vmapipe.producer import session as session_module
 from vmapipe.producer.link import Link
 from vmapipe.producer.sender import Sender
 from vmapipe.producer.session import Refused
@@ -73,7 +74,7 @@ class Archiver:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[Archiver]:
     """Put the archiver whose clock counts into the list."""
     holder: list[Archiver] = []
-    for module in (sender, session):
+    for module in (sender_module, session_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: holder[0].now))
     return holder
 

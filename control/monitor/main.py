@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe monitor`: the command line, and the socket that backups ask."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import selectors
+import socket
+import sys
+from collections.abc import Sequence
+
+from vmapipe.control.monitor.guards import Guards, ServedDisk, check_disks
+from vmapipe.control.monitor.qmp import QmpServer
+from vmapipe.control.monitor.sockets import Listener, listen_unix
+from vmapipe.control.render import add_report_options, renderer
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cli import add_plain_tcp_option, make_parser, split_named
+from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.process import run
+
+DESCRIPTION = """\
+Serve raw images or block devices to guests over NBD, so that they can be backed
+up while the guests write to them: `vmapipe backup --monitor SOCKET ARCHIVE`.
+Runs until it is ended by a signal; what guests are doing is finished first.
+"""
+
+EPILOG = """\
+example, with QEMU as the guest:
+  vmapipe monitor --listen /run/vm/monitor.sock \\
+      --disk sda=/srv/vm.raw --export sda=/run/vm/sda.sock
+  qemu-system-x86_64 -drive \\
+      file=nbd+unix:///sda?socket=/run/vm/sda.sock,format=raw,if=virtio
+  vmapipe backup --monitor /run/vm/monitor.sock vm.vma
+
+Give QEMU reconnect-delay=60 (-blockdev driver=nbd,…), and a monitor that is
+started anew is not noticed by the guest.
+
+exit codes: 0 never, 1 failed, 2 wrong use, 130/143 ended by a signal
+"""
+
+_POLL_S = 1.0
+_MAX_CLIENTS = 64
+_RECEIVE_BYTES = 1 << 16
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "--listen",
+        required=True,
+        metavar="SOCKET",
+        help="the monitor's own socket, which speaks QMP (only its owner can connect)",
+    )
+    parser.add_argument(
+        "--disk",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a raw image or block device, and its name; may be repeated",
+    )
+    parser.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        metavar="NAME=SOCKET",
+        help="serve this disk on a Unix socket, or on tcp://HOST:PORT; may be repeated, "
+        "and several disks may share a socket",
+    )
+    parser.add_argument(
+        "--socket-mode",
+        type=_octal,
+        default=0o600,
+        metavar="OCTAL",
+        help="permissions of the exports' sockets: whoever may connect may write (default: 600)",
+    )
+    add_plain_tcp_option(parser)
+    add_report_options(parser)
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _serve(options))
+
+
+def _octal(text: str) -> int:
+    try:
+        value = int(text, 8)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 0o777:
+        raise argparse.ArgumentTypeError(f"{text!r} is no mode like 660")
+    return value
+
+
+def _serve(options: argparse.Namespace) -> None:
+    disks = parse_disks(options.disk, options.export)
+    cancel = Cancel()
+    cancel.on_signals()
+    with (
+        renderer("serve", options, sys.stdout) as emit,
+        Guards(disks, options.socket_mode, emit, insecure_tcp=options.insecure_plain_tcp) as guards,
+    ):
+        guards.start(cancel)
+        with Clients(listen_unix(options.listen, 0o600, socket.SOCK_STREAM), guards) as clients:
+            emit({"event": "ready", "listen": options.listen, "disks": guards.describe()})
+            while True:
+                clients.serve(cancel, _POLL_S)
+                cancel.check()
+                guards.watch(0)
+
+
+def parse_disks(disks: Sequence[str], exports: Sequence[str]) -> list[ServedDisk]:
+    """Raises UsageError."""
+    served = [ServedDisk(*split_named(text)) for text in disks]
+    check_disks(served)
+    for text in exports:
+        # The disks' names are known, and may have a "=" in them.
+        owner = next((disk for disk in served if text.startswith(f"{disk.name}=")), None)
+        if owner is None:
+            raise UsageError(f"--export {text}: no --disk has this name")
+        owner.exports.append(text.removeprefix(f"{owner.name}="))
+    for disk in served:
+        if not disk.exports:
+            raise UsageError(f"disk {disk.name!r} has no --export {disk.name}=SOCKET")
+    return served
+
+
+class Clients:
+    """Who speaks QMP to us. Answers are short and made at once."""
+
+    def __init__(self, listener: Listener, guards: Guards) -> None:
+        from vmapipe.control.main import program_version
+
+        self._listener = listener
+        self._commands = {"query-disks": lambda arguments: guards.describe()}
+        self._version = program_version()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener.socket, selectors.EVENT_READ)
+        self._sessions: dict[socket.socket, QmpServer] = {}
+
+    def __enter__(self) -> Clients:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for sock in list(self._sessions):
+            self._drop(sock)
+        self._selector.close()
+        self._listener.close()
+
+    def serve(self, cancel: Cancel, timeout_s: float) -> None:
+        """Whatever comes within `timeout_s`."""
+        if cancel.fd not in {key.fd for key in self._selector.get_map().values()}:
+            self._selector.register(cancel.fd, selectors.EVENT_READ)
+        for key, _ in self._selector.select(timeout_s):
+            if key.fileobj is self._listener.socket:
+                self._accept()
+            elif isinstance(key.fileobj, socket.socket):
+                self._hear(key.fileobj)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = self._listener.socket.accept()
+            if len(self._sessions) >= _MAX_CLIENTS:
+                sock.close()
+                return
+            # A client that does not read its answers is dropped, not waited for.
+            sock.setblocking(False)
+            session = QmpServer(self._commands, self._version)
+            self._sessions[sock] = session
+            self._selector.register(sock, selectors.EVENT_READ)
+            self._send(sock, session.greeting())
+
+    def _hear(self, sock: socket.socket) -> None:
+        try:
+            data = sock.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        session = self._sessions[sock]
+        if not data:
+            self._drop(sock)
+            return
+        self._send(sock, session.feed(data))
+        if session.closed and sock in self._sessions:
+            self._drop(sock)
+
+    def _send(self, sock: socket.socket, data: bytes) -> None:
+        try:
+            if data and sock.send(data) < len(data):
+                self._drop(sock)
+        except OSError:
+            self._drop(sock)
+
+    def _drop(self, sock: socket.socket) -> None:
+        self._selector.unregister(sock)
+        del self._sessions[sock]
+        sock.close()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Listening sockets: made safely, found again after a crash, removed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import stat
+
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+
+_BACKLOG = 128
+# sun_path has 108 bytes with its NUL.
+_MAX_PATH_BYTES = 107
+
+
+class Listener:
+    """A listening socket, and its name in the file system (empty: none)."""
+
+    def __init__(self, sock: socket.socket, path: str) -> None:
+        self.socket = sock
+        self.path = path
+        self._identity = _identity(path) if path else None
+
+    @property
+    def fd(self) -> int:
+        return self.socket.fileno()
+
+    def close(self) -> None:
+        """The name goes too, unless somebody else has taken it meanwhile."""
+        self.socket.close()
+        if self.path and _identity(self.path) == self._identity:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+
+def listen(address: str, mode: int, *, insecure_tcp: bool = False) -> Listener:
+    """A path, or tcp://HOST:PORT. Raises Failure, UsageError."""
+    if address.startswith("tcp://"):
+        return Listener(_listen_tcp(address, insecure_tcp=insecure_tcp), "")
+    return listen_unix(address, mode, socket.SOCK_STREAM)
+
+
+def listen_unix(path: str, mode: int, kind: socket.SocketKind) -> Listener:
+    """Takes over the name of a socket that nobody listens on any more. Raises Failure."""
+    if not 0 < len(os.fsencode(path)) <= _MAX_PATH_BYTES:
+        raise UsageError(f"{path!r}: a socket's path has 1..{_MAX_PATH_BYTES} bytes")
+    _remove_stale(path, kind)
+    sock = socket.socket(socket.AF_UNIX, kind)
+    # The mode has to hold from the first moment: a chmod afterwards would come late.
+    before = os.umask(0o777 & ~mode)
+    try:
+        sock.bind(path)
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise Failure(f"cannot listen on {path}: {os_error_text(error)}") from error
+    finally:
+        os.umask(before)
+    return Listener(sock, path)
+
+
+def _remove_stale(path: str, kind: socket.SocketKind) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise Failure(f"cannot listen on {path}: it exists, and is no socket")
+    except OSError:
+        return  # not there, or bind will say what is wrong
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            # Its owner died without removing it.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        except OSError:
+            pass  # somebody is there, and busy, or of another kind
+    raise Failure(f"cannot listen on {path}: another process does")
+
+
+def _listen_tcp(address: str, *, insecure_tcp: bool) -> socket.socket:
+    host, colon, port = address.removeprefix("tcp://").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise UsageError(f"{address!r} is no tcp://HOST:PORT")
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise Failure(f"cannot listen on {address}: {os_error_text(error)}") from error
+    if not insecure_tcp and not ipaddress.ip_address(found[4][0]).is_loopback:
+        raise UsageError(
+            f"{address}: whoever reaches it can read and write the disk, without a password; "
+            "use a Unix socket or a loopback address (and ssh -L), or accept the risk with "
+            "--insecure-plain-tcp"
+        )
+    sock = socket.socket(found[0], socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(found[4])
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise Failure(f"cannot listen on {address}: {os_error_text(error)}") from error
+    return sock
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producer's end of the connection to a guard: claims, and what was saved for it."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from collections.abc import Sequence
+
+from vmapipe.protocol.guarding import (
+    MAX_PACKET_BYTES,
+    Attach,
+    Attached,
+    Claim,
+    Copied,
+    Failed,
+    FromGuard,
+    Refused,
+    Release,
+    ToGuard,
+    decode_from_guard,
+    encode,
+)
+from vmapipe.runtime.errors import Failure, os_error_text
+
+# A guard answers at once; only one that was stopped or hangs does not.
+_ANSWER_S = 10.0
+
+
+class Guarded:
+    """An attached backup. Every method raises Failure when the guard says no or is gone."""
+
+    def __init__(self, name: str, path: str, attach: Attach, fds: Sequence[int]) -> None:
+        self._name = name
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.settimeout(_ANSWER_S)
+            try:
+                self._socket.connect(path)
+                socket.send_fds(self._socket, [encode(attach)], fds)
+                message, received = self._packet()
+            except OSError as error:
+                raise Failure(
+                    f"disk {name!r}: cannot reach its guard at {path}: {os_error_text(error)}; "
+                    "is the monitor still running?"
+                ) from error
+            if not isinstance(message, Attached) or len(received) != 1:
+                raise Failure(f"disk {name!r}: its guard answers out of turn")
+            # Blocking again, because with a timeout MSG_DONTWAIT would wait; but not for ever.
+            self._socket.settimeout(None)
+            limit = struct.pack("ll", int(_ANSWER_S), 0)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            #: Of the disk, in bytes, and a descriptor to read it by.
+            self.size_bytes = message.size_bytes
+            self.disk_fd = received[0]
+        except BaseException:
+            self._socket.close()
+            raise
+
+    @property
+    def fd(self) -> int:
+        """Readable when there is a message."""
+        return self._socket.fileno()
+
+    def receive(self) -> FromGuard | None:
+        """A message, or None when there is none now."""
+        try:
+            return self._packet(socket.MSG_DONTWAIT)[0]
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise self._gone() from error
+
+    def claim(self, most: int) -> None:
+        self._send(Claim(most))
+
+    def copied(self, clusters: int) -> None:
+        self._send(Copied(clusters))
+
+    def release(self, slots: Sequence[int]) -> None:
+        self._send(Release(tuple(slots)))
+
+    def close(self) -> None:
+        os.close(self.disk_fd)
+        self._socket.close()
+
+    def _send(self, message: ToGuard) -> None:
+        try:
+            self._socket.send(encode(message))
+        except OSError as error:
+            raise self._gone() from error
+
+    def _packet(self, flags: int = 0) -> tuple[FromGuard, list[int]]:
+        space = socket.CMSG_SPACE(array.array("i").itemsize)
+        packet, control, _, _ = self._socket.recvmsg(
+            MAX_PACKET_BYTES, space, flags | socket.MSG_CMSG_CLOEXEC
+        )
+        if not packet:
+            raise self._gone()
+        fds = array.array("i")
+        for level, kind, data in control:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(data)
+        message = decode_from_guard(packet)
+        if isinstance(message, Refused | Failed):
+            raise Failure(message.reason)
+        return message, list(fds)
+
+    def _gone(self) -> Failure:
+        return Failure(
+            f"disk {self._name!r}: its guard is gone or does not answer; "
+            "if the monitor was ended, start it and the backup again"
+        )
