@@ -110,12 +110,13 @@ def _servers(
         fd, _, name = word.partition("=")
         names_by_fd.setdefault(int(fd), []).append(name)
     return [
-        Server([socket.socket(fileno=fd)], [_offer(name, disks[name]) for name in names], report)
+        Server([socket.socket(fileno=fd)], [offer(name, disks[name]) for name in names], report)
         for fd, names in names_by_fd.items()
     ]
 
 
-def _offer(name: str, disk: GuardedDisk) -> Offer:
+def offer(name: str, disk: GuardedDisk) -> Offer:
+    """The export of a disk, under its name."""
     size = disk.image.size_bytes
     return Offer(Export(name, size, _FLAGS, f"vmapipe: {name}", allocation=True), disk)
 

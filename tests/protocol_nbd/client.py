@@ -71,9 +71,18 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._socket.sendall(self._codec.disconnect())
+            if self._socket.fileno() >= 0:
+                self._socket.sendall(self._codec.disconnect())
         finally:
             self._socket.close()
+
+    def send_raw(self, data: Bytes) -> None:
+        """Whatever one likes."""
+        self._socket.sendall(data)
+
+    def abandon(self) -> None:
+        """Gone without a word."""
+        self._socket.close()
 
     def command(self, kind: int, offset: int = 0, length: int = 0, flags: int = 0) -> None:
         """One request without data, to its end. Raises OSError with the NBD error number."""

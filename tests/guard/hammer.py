@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests that write, a backup that runs, and the disk as it was at the instant.
+
+All in one process but with the product's own server, guard and sockets, so
+that a run takes some 30 ms and there can be thousands of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.protocol_nbd.client import Client
+from vmapipe.producer.guard.conversation import Conversations
+from vmapipe.producer.guard.disk import GuardedDisk
+from vmapipe.producer.guard.image import Image
+from vmapipe.producer.guard.main import offer
+from vmapipe.producer.guarded import Guarded
+from vmapipe.producer.nbd.server import Server
+from vmapipe.producer.ring import RING_BYTES, Ring
+from vmapipe.protocol import limits
+from vmapipe.protocol.guarding import (
+    MAX_PACKET_BYTES,
+    Attach,
+    Begin,
+    Begun,
+    Claimed,
+    FromGuard,
+    Held,
+    Hold,
+    Saved,
+    SavedHole,
+    ToGuard,
+    Waiting,
+    decode_from_guard,
+    encode,
+)
+from vmapipe.protocol.nbd.constants import (
+    NBD_CMD_FLAG_FUA,
+    NBD_CMD_FLAG_NO_HOLE,
+    NBD_CMD_FLUSH,
+    NBD_CMD_TRIM,
+    NBD_CMD_WRITE_ZEROES,
+)
+
+CLUSTER = limits.CLUSTER_BYTES
+JOB = bytes(range(16))
+LIMIT_S = 60.0
+
+
+@dataclass
+class Place:
+    """A guard in this process: its image, its NBD socket and its control socket."""
+
+    image: Path
+    disk: GuardedDisk
+    nbd: Path
+    control: Path
+
+
+@contextmanager
+def guarding(folder: Path, image: Path, name: str = "d") -> Iterator[Place]:
+    nbd, control = folder / f"{name}.nbd", folder / f"{name}.control"
+    listeners = []
+    for path, kind in ((nbd, socket.SOCK_STREAM), (control, socket.SOCK_SEQPACKET)):
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, kind)
+        listener.bind(str(path))
+        listener.listen()
+        listeners.append(listener)
+    disk = GuardedDisk(Image(name, str(image)))
+    server = Server([listeners[0]], [offer(name, disk)])
+    conversations = Conversations(listeners[1], {name: disk}, lambda text: None)
+    server.start()
+    try:
+        yield Place(image, disk, nbd, control)
+    finally:
+        server.stop()
+        conversations.close()
+        disk.image.close()
+
+
+class Backup:
+    """The backup half of one disk: takes clusters in any order, and each only once."""
+
+    def __init__(self, place: Place, slots: int, chance: random.Random, name: str = "d") -> None:
+        self._chance = chance
+        self._ring = Ring(slots * CLUSTER)
+        assert self._ring.fd is not None
+        attach = Attach(limits.VERSION, JOB, name, RING_BYTES, slots, 0, 30)
+        self.guard = Guarded(name, str(place.control), attach, [self._ring.fd])
+        self.content = bytearray(b"?" * self.guard.size_bytes)
+        self.clusters = -(-self.guard.size_bytes // CLUSTER)
+        self.seen: set[int] = set()
+        self.saved_clusters = self.waits = 0
+        self._may_claim = False
+        self._kept: list[int] = []
+
+    def run(self) -> None:
+        """To the end, as fast or slow as chance has it."""
+        while len(self.seen) < self.clusters:
+            message = self.guard.receive()
+            if message is not None:
+                self._take(message)
+            elif self._kept:
+                self._release()
+            elif self._may_claim:
+                # Guests are busy meanwhile: a slow backup has more to save.
+                select.select([self.guard.fd], [], [], self._chance.choice((0, 0.001, 0.004)))
+                self.guard.claim(self._chance.choice((1, 1, 2, 2, 7, 64)))
+                self._may_claim = False
+            else:
+                ready, _, _ = select.select([self.guard.fd], [], [], LIMIT_S)
+                assert ready, "the guard says nothing"
+
+    def _take(self, message: FromGuard) -> None:
+        match message:
+            case Begun():
+                self._may_claim = True
+            case Claimed(first, clusters):
+                if clusters:
+                    self._read(first, self._chance.randint(1, clusters))
+                    self._may_claim = True
+            case Saved(first, slots):
+                self._take_slots(first, slots)
+            case SavedHole(first, clusters):
+                self.saved_clusters += clusters
+                for cluster in range(first, first + clusters):
+                    self._put(cluster, bytes(CLUSTER))
+            case Waiting(writes):
+                self.waits += bool(writes)
+            case _:
+                raise AssertionError(message)
+
+    def close(self) -> None:
+        self.guard.close()
+        self._ring.close()
+
+    def _read(self, first: int, clusters: int) -> None:
+        data = os.pread(self.guard.disk_fd, clusters * CLUSTER, first * CLUSTER)
+        self.guard.copied(clusters)
+        for index in range(clusters):
+            self._put(first + index, data[index * CLUSTER :][:CLUSTER])
+
+    def _take_slots(self, first: int, slots: tuple[int, ...]) -> None:
+        self.saved_clusters += len(slots)
+        for index, slot in enumerate(slots):
+            start = RING_BYTES + slot * CLUSTER
+            self._put(first + index, self._ring.view[start : start + CLUSTER])
+        self._kept += slots
+        if self._chance.random() < 0.5:
+            self._release()
+
+    def _release(self) -> None:
+        kept, self._kept = self._kept, []
+        self._chance.shuffle(kept)
+        self.guard.release(kept)
+
+    def _put(self, cluster: int, data: bytes | memoryview) -> None:
+        assert cluster not in self.seen, f"cluster {cluster} came twice"
+        self.seen.add(cluster)
+        start = cluster * CLUSTER
+        end = min(len(self.content), start + CLUSTER)
+        self.content[start:end] = data[: end - start]
+
+
+class Guest(threading.Thread):
+    """One connection that changes the disk until it is told to stop."""
+
+    def __init__(self, place: Place, seed: int, size_bytes: int, name: str = "d") -> None:
+        super().__init__(daemon=True)
+        self.stop = threading.Event()
+        self.busy = threading.Event()
+        self.operations = 0
+        self.fault: BaseException | None = None
+        self._chance = random.Random(seed)
+        self._size = size_bytes
+        self._client = Client(place.nbd, name)
+
+    def run(self) -> None:
+        try:
+            with self._client as client:
+                while not self.stop.is_set():
+                    self._change(client)
+                    self.operations += 1
+                    self.busy.set()
+        except BaseException as error:  # noqa: BLE001  reported by the test
+            self.fault = error
+            self.busy.set()
+
+    def _change(self, client: Client) -> None:
+        chance = self._chance
+        length = min(self._size, chance.choice((1, 512, 4096, 65536, chance.randint(1, 300_000))))
+        offset = chance.randint(0, self._size - length)
+        if chance.random() < 0.3:
+            offset -= offset % 4096
+        match chance.random():
+            case number if number < 0.75:
+                flags = NBD_CMD_FLAG_FUA if chance.random() < 0.05 else 0
+                client.write(offset, chance.randbytes(length), flags)
+            case number if number < 0.85:
+                flags = NBD_CMD_FLAG_NO_HOLE if chance.random() < 0.5 else 0
+                client.command(NBD_CMD_WRITE_ZEROES, offset, length, flags)
+            case number if number < 0.95:
+                client.command(NBD_CMD_TRIM, offset, length)
+            case _:
+                client.command(NBD_CMD_FLUSH)
+
+
+def begin(places: dict[str, Place], folder: Path, job: bytes = JOB) -> dict[str, bytes]:
+    """Find the instant as a coordinator does; returns what the disks held at it."""
+    held: list[socket.socket] = []
+    try:
+        for name, place in places.items():
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            held.append(sock)
+            sock.settimeout(LIMIT_S)
+            sock.connect(str(place.control))
+            _say(sock, Hold(limits.VERSION, job, (name,)))
+        for sock in held:
+            assert decode_from_guard(sock.recv(MAX_PACKET_BYTES)) == Held()
+        copies = {}
+        for name, place in places.items():
+            copy = folder / f"{name}.instant"
+            shutil.copyfile(place.image, copy)
+            copies[name] = copy.read_bytes()
+        for sock in held:
+            _say(sock, Begin())
+        for sock in held:
+            assert decode_from_guard(sock.recv(MAX_PACKET_BYTES)) == Begun()
+        return copies
+    finally:
+        for sock in held:
+            sock.close()
+
+
+def _say(sock: socket.socket, message: ToGuard) -> None:
+    sock.send(encode(message))
+
+
+def make_image(path: Path, chance: random.Random) -> int:
+    """Data, zeroes and holes; any size."""
+    largest = chance.choice((1000, 2 * CLUSTER, 40 * CLUSTER, 60 * CLUSTER))
+    size = chance.randint(1, largest)
+    with path.open("wb") as file:
+        at = 0
+        while at < size:
+            length = min(size - at, chance.randint(1, 6 * CLUSTER))
+            if chance.random() < 0.6:
+                file.seek(at)
+                file.write(chance.randbytes(length))
+            at += length
+        file.truncate(size)
+    return size
