@@ -84,8 +84,9 @@ class Guarded:
         self._send(Release(tuple(slots)))
 
     def close(self) -> None:
-        os.close(self.disk_fd)
-        self._socket.close()
+        if self._socket.fileno() >= 0:
+            os.close(self.disk_fd)
+            self._socket.close()
 
     def _send(self, message: ToGuard) -> None:
         try:

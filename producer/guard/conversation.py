@@ -36,6 +36,8 @@ from vmapipe.runtime.errors import Failure, os_error_text
 _BEGIN_S = 5.0
 # Whoever connects says who he is at once.
 _GREETING_S = 10.0
+# Conversations end as soon as their connection does, unless a disk hangs.
+_CLOSE_S = 5.0
 
 
 class Conversations:
@@ -50,12 +52,22 @@ class Conversations:
         self._listener = listener
         self._disks = disks
         self._report = report
+        self._lock = threading.Lock()
+        self._peers: dict[threading.Thread, Peer] = {}
         threading.Thread(target=self._accept, name="guard-control", daemon=True).start()
 
     def close(self) -> None:
+        """Whoever is connected is disconnected: a backup that is attached has failed."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        with self._lock:
+            peers = dict(self._peers)
+        for peer in peers.values():
+            peer.close()
+        deadline = time.monotonic() + _CLOSE_S
+        for thread in peers:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept(self) -> None:
         while True:
@@ -66,12 +78,15 @@ class Conversations:
                     return
                 time.sleep(0.1)
                 continue
-            threading.Thread(
-                target=self._serve, args=(sock,), name="guard-peer", daemon=True
-            ).start()
+            peer = Peer(sock)
+            thread = threading.Thread(
+                target=self._serve, args=(sock, peer), name="guard-peer", daemon=True
+            )
+            with self._lock:
+                self._peers[thread] = peer
+            thread.start()
 
-    def _serve(self, sock: socket.socket) -> None:
-        peer = Peer(sock)
+    def _serve(self, sock: socket.socket, peer: Peer) -> None:
         try:
             received = peer.receive(_GREETING_S)
             if received is None:
@@ -93,6 +108,8 @@ class Conversations:
         finally:
             peer.close()
             sock.close()
+            with self._lock:
+                del self._peers[threading.current_thread()]
 
     def _back_up(self, attach: Attach, fds: list[int], peer: Peer) -> None:
         """Raises Failure, RemoteProtocolError."""

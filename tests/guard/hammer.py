@@ -91,12 +91,18 @@ def guarding(folder: Path, image: Path, name: str = "d") -> Iterator[Place]:
 class Backup:
     """The backup half of one disk: takes clusters in any order, and each only once."""
 
-    def __init__(self, place: Place, slots: int, chance: random.Random, name: str = "d") -> None:
+    def __init__(
+        self, place: Place, slots: int, chance: random.Random, guest_wait_s: int = 30
+    ) -> None:
         self._chance = chance
         self._ring = Ring(slots * CLUSTER)
         assert self._ring.fd is not None
-        attach = Attach(limits.VERSION, JOB, name, RING_BYTES, slots, 0, 30)
-        self.guard = Guarded(name, str(place.control), attach, [self._ring.fd])
+        attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, slots, 0, guest_wait_s)
+        try:
+            self.guard = Guarded("d", str(place.control), attach, [self._ring.fd])
+        except BaseException:
+            self._ring.close()
+            raise
         self.content = bytearray(b"?" * self.guard.size_bytes)
         self.clusters = -(-self.guard.size_bytes // CLUSTER)
         self.seen: set[int] = set()
@@ -109,19 +115,21 @@ class Backup:
         while len(self.seen) < self.clusters:
             message = self.guard.receive()
             if message is not None:
-                self._take(message)
+                self.take(message)
             elif self._kept:
-                self._release()
+                self.release()
             elif self._may_claim:
                 # Guests are busy meanwhile: a slow backup has more to save.
                 select.select([self.guard.fd], [], [], self._chance.choice((0, 0.001, 0.004)))
                 self.guard.claim(self._chance.choice((1, 1, 2, 2, 7, 64)))
                 self._may_claim = False
             else:
-                ready, _, _ = select.select([self.guard.fd], [], [], LIMIT_S)
-                assert ready, "the guard says nothing"
+                assert self.wait_readable(), "the guard says nothing"
 
-    def _take(self, message: FromGuard) -> None:
+    def wait_readable(self) -> bool:
+        return bool(select.select([self.guard.fd], [], [], LIMIT_S)[0])
+
+    def take(self, message: FromGuard) -> None:
         match message:
             case Begun():
                 self._may_claim = True
@@ -143,6 +151,7 @@ class Backup:
     def close(self) -> None:
         self.guard.close()
         self._ring.close()
+        del self._ring  # and with it the mapping, which has a descriptor of its own
 
     def _read(self, first: int, clusters: int) -> None:
         data = os.pread(self.guard.disk_fd, clusters * CLUSTER, first * CLUSTER)
@@ -157,9 +166,10 @@ class Backup:
             self._put(first + index, self._ring.view[start : start + CLUSTER])
         self._kept += slots
         if self._chance.random() < 0.5:
-            self._release()
+            self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give back all slots that were read."""
         kept, self._kept = self._kept, []
         self._chance.shuffle(kept)
         self.guard.release(kept)

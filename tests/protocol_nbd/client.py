@@ -76,6 +76,28 @@ class Client:
         finally:
             self._socket.close()
 
+    def begin_write(self, offset: int, data: Bytes) -> None:
+        """A write that is not waited for: `wait` does that."""
+        self._send(NBD_CMD_WRITE, offset, len(data), 0, data)
+
+    def wait(self) -> None:
+        """Until nothing is under way any more."""
+        self._wait()
+
+    def read_past(self, offset: int, length: int) -> bytearray:
+        """Read while other requests are under way, and wait for this one only."""
+        content = bytearray(b"?" * length)
+        before = self._codec.in_flight
+        self._read_into(memoryview(content), offset)
+        while self._codec.in_flight > before:
+            self._receive()
+        return content
+
+    @property
+    def under_way(self) -> int:
+        """Requests that are not answered yet."""
+        return self._codec.in_flight
+
     def send_raw(self, data: Bytes) -> None:
         """Whatever one likes."""
         self._socket.sendall(data)

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who waits for whom at a guarded disk, one step at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.guard.hammer import CLUSTER, JOB, LIMIT_S, Backup, Place, begin, guarding
+from tests.machine import make_disk
+from tests.protocol_nbd.client import Client
+from vmapipe.producer.guard import conversation, disk
+from vmapipe.producer.guarded import Guarded
+from vmapipe.producer.ring import RING_BYTES, Ring
+from vmapipe.protocol import limits
+from vmapipe.protocol.errors import RemoteProtocolError
+from vmapipe.protocol.guarding import (
+    Attach,
+    Claimed,
+    Copied,
+    Failed,
+    FromGuard,
+    Hold,
+    Refused,
+    Saved,
+    decode_for_guard,
+    decode_from_guard,
+    encode,
+)
+from vmapipe.protocol.nbd.constants import NBD_CMD_FLUSH, NBD_CMD_TRIM
+from vmapipe.runtime.errors import Failure
+
+CLUSTERS = 40
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    with guarding(tmp_path, make_disk(tmp_path / "image", "A" * CLUSTERS)) as place:
+        yield place
+
+
+@pytest.fixture
+def backup(place: Place, tmp_path: Path) -> Iterator[Backup]:
+    """Attached and begun, and nothing done yet."""
+    backup = Backup(place, 16, random.Random(1))
+    begin({"d": place}, tmp_path)
+    next_message(backup)  # Begun
+    yield backup
+    backup.close()
+
+
+def next_message(backup: Backup) -> FromGuard:
+    while (message := backup.guard.receive()) is None:
+        assert backup.wait_readable(), "the guard says nothing"
+    return message
+
+
+def in_thread(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def claim(backup: Backup, clusters: int) -> Claimed:
+    backup.guard.claim(clusters)
+    message = next_message(backup)
+    assert isinstance(message, Claimed)
+    return message
+
+
+def test_a_write_waits_for_the_cluster_that_is_being_read_and_nothing_else_does(
+    place: Place, backup: Backup
+) -> None:
+    assert claim(backup, 4) == Claimed(0, 4)
+    with Client(place.nbd, "d") as first, Client(place.nbd, "d") as second:
+        waiting = in_thread(lambda: first.write(2 * CLUSTER, b"new"))
+        # Reads pass, of the very same cluster too, and writes elsewhere pass.
+        assert second.read(2 * CLUSTER, 3) != b"new"
+        second.write(10 * CLUSTER, b"elsewhere")
+        second.command(NBD_CMD_FLUSH)
+        assert waiting.is_alive()
+        backup.guard.copied(4)
+        waiting.join(LIMIT_S)
+        assert second.read(2 * CLUSTER, 3) == b"new"
+
+
+def test_what_was_claimed_and_not_read_can_be_claimed_again(backup: Backup) -> None:
+    assert claim(backup, 8) == Claimed(0, 8)
+    backup.guard.copied(3)
+    assert claim(backup, 8) == Claimed(3, 8)
+
+
+def test_reads_behind_a_waiting_write_on_the_same_connection_do_not_wait(
+    place: Place, backup: Backup
+) -> None:
+    claim(backup, 4)
+    with Client(place.nbd, "d") as client:
+        client.begin_write(CLUSTER, b"new")
+        assert client.read_past(30 * CLUSTER, 5) == place.image.read_bytes()[30 * CLUSTER :][:5]
+        assert client.under_way == 1
+        backup.guard.copied(4)
+        client.wait()
+
+
+def test_a_write_of_one_byte_across_two_clusters_saves_both(place: Place, backup: Backup) -> None:
+    with Client(place.nbd, "d") as client:
+        client.write(8 * CLUSTER - 1, b"ab")
+    message = next_message(backup)
+    assert isinstance(message, Saved)
+    assert (message.first, len(message.slots)) == (7, 2)
+
+
+def test_a_trim_of_everything_saves_everything_before(place: Place, backup: Backup) -> None:
+    before = place.image.read_bytes()
+    with Client(place.nbd, "d") as client:
+        trim = in_thread(lambda: client.command(NBD_CMD_TRIM, 0, CLUSTERS * CLUSTER))
+        while len(backup.seen) < CLUSTERS:
+            backup.take(next_message(backup))
+            backup.release()
+        trim.join(LIMIT_S)
+        assert not any(client.read(0, CLUSTERS * CLUSTER))
+    assert bytes(backup.content) == before
+
+
+def test_a_backup_that_dies_lets_waiting_writes_go(place: Place, backup: Backup) -> None:
+    claim(backup, 40)
+    with Client(place.nbd, "d") as client:
+        waiting = in_thread(lambda: client.write(0, b"new"))
+        assert waiting.is_alive()
+        backup.guard.close()
+        waiting.join(LIMIT_S)
+        assert not waiting.is_alive()
+        assert client.read(0, 3) == b"new"
+
+
+def test_a_backup_that_says_nothing_lets_a_write_go_after_its_time(
+    place: Place, tmp_path: Path
+) -> None:
+    backup = Backup(place, 16, random.Random(1), guest_wait_s=1)
+    try:
+        begin({"d": place}, tmp_path)
+        next_message(backup)
+        claim(backup, 40)
+        with Client(place.nbd, "d") as client:
+            client.write(0, b"new")  # nobody ever reads the claimed clusters
+            assert client.read(0, 3) == b"new"
+        with pytest.raises(Failure, match="has waited 1 s for another copy of the same clusters"):
+            next_message(backup)
+    finally:
+        backup.close()
+
+
+def test_old_data_that_cannot_be_read_fails_the_backup_and_not_the_write(
+    place: Place, backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(target: memoryview, offset: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Client(place.nbd, "d") as client:
+        monkeypatch.setattr(place.disk.image, "read", broken)
+        client.write(5 * CLUSTER, b"new")
+        monkeypatch.undo()
+        assert client.read(5 * CLUSTER, 3) == b"new"
+    with pytest.raises(Failure, match=f"'d': cannot read .* at offset {5 * CLUSTER}"):
+        next_message(backup)
+
+
+def test_a_second_backup_is_refused_and_one_after_the_first_is_not(place: Place) -> None:
+    first = Backup(place, 16, random.Random(1))
+    with pytest.raises(Failure, match="a backup of it is running already"):
+        Backup(place, 16, random.Random(1))
+    first.close()
+    deadline = threading.Event()
+    for _ in range(100):  # the guard notices the end in its own time
+        try:
+            Backup(place, 16, random.Random(1)).close()
+            return
+        except Failure:
+            deadline.wait(0.05)
+    pytest.fail("the disk is never free again")
+
+
+def test_writes_that_are_held_go_on_when_nobody_says_begin(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation, "_BEGIN_S", 0.2)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.connect(str(place.control))
+        sock.send(encode(Hold(limits.VERSION, JOB, ("d",))))
+        sock.recv(1000)  # Held
+        with Client(place.nbd, "d") as client:
+            client.write(0, b"new")
+        assert isinstance(decode_from_guard(sock.recv(1000)), Refused)
+
+
+def test_a_write_that_does_not_end_keeps_a_backup_from_beginning(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_HOLD_S", 0.2)
+    begun, go_on = threading.Event(), threading.Event()
+    write = place.disk.image.write
+
+    def slow(data: memoryview, offset: int) -> None:
+        begun.set()
+        assert go_on.wait(LIMIT_S)
+        write(data, offset)
+
+    monkeypatch.setattr(place.disk.image, "write", slow)
+    with Client(place.nbd, "d") as client:
+        writing = in_thread(lambda: client.write(0, b"new"))
+        assert begun.wait(LIMIT_S)
+        with pytest.raises(Failure, match="have not come to an end"):
+            place.disk.hold()
+        go_on.set()
+        writing.join(LIMIT_S)
+        client.write(9, b"and on it goes")
+
+
+def test_memory_that_could_be_cut_is_not_used(place: Place) -> None:
+    fd = os.memfd_create("unsealed")
+    os.ftruncate(fd, RING_BYTES + 16 * CLUSTER)
+    attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, 16, 0, 20)
+    try:
+        with pytest.raises(Failure, match="memory that could be cut"):
+            Guarded("d", str(place.control), attach, [fd])
+    finally:
+        os.close(fd)
+
+
+def test_slots_that_do_not_fit_the_memory_are_refused(place: Place) -> None:
+    ring = Ring(CLUSTER)
+    assert ring.fd is not None
+    attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, 1000, 0, 20)
+    with pytest.raises(Failure, match="the offered memory cannot be used"):
+        Guarded("d", str(place.control), attach, [ring.fd])
+    ring.close()
+
+
+@pytest.mark.parametrize("packet", [b"", b"\x00", b"junk" * 1000, encode(Copied(1)), b"\xc1"])
+def test_strangers_at_the_control_socket_are_refused_and_nothing_else_happens(
+    place: Place, packet: bytes
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(LIMIT_S)
+        sock.connect(str(place.control))
+        sock.send(packet)
+        answer = sock.recv(1000)
+        assert not answer or isinstance(decode_from_guard(answer), Refused)
+    with Client(place.nbd, "d") as client:
+        client.write(0, b"fine")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Attach(limits.VERSION, JOB, "d", 0, 1, 0, 1),
+        Hold(limits.VERSION, JOB, ("a", "b")),
+        Copied(7),
+    ],
+)
+def test_messages_come_back_as_they_were(message: object) -> None:
+    assert decode_for_guard(encode(message)) == message  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("message", [Saved(3, (1, 2)), Failed("why"), Claimed(0, 0)])
+def test_answers_come_back_as_they_were(message: FromGuard) -> None:
+    assert decode_from_guard(encode(message)) == message
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Attach(limits.VERSION + 1, JOB, "d", 0, 1, 0, 1),
+        Attach(limits.VERSION, b"short", "d", 0, 1, 0, 1),
+        Attach(limits.VERSION, JOB, "d", 0, 0, 0, 1),
+        Attach(limits.VERSION, JOB, "d", 0, 1 << 40, 0, 1),
+        Saved(1, (0,)),
+    ],
+)
+def test_messages_that_make_no_sense_are_refused(message: object) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode_for_guard(encode(message))  # type: ignore[arg-type]
