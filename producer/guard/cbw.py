@@ -78,6 +78,10 @@ class CopyBeforeWrite:
                 start = None
         return BeforeWrite(copies, waits)
 
+    def is_being_copied(self, first: int, clusters: int) -> bool:
+        """Whether somebody is copying one of these right now."""
+        return any(copy.overlaps(first, clusters) for copy in self._copying)
+
     def next_background(self, most: int) -> Copy | None:
         """The next run of at most `most` clusters for the background reader; None: none is left.
 
@@ -91,6 +95,12 @@ class CopyBeforeWrite:
         end = min([end, *(copy.first for copy in self._copying if copy.first > num)])
         self._cursor = end
         return self._begin(num, end - num, by_guest=False)
+
+    def abandon(self, copy: Copy) -> None:
+        """It is not made after all: whoever waits for it has to ask again."""
+        self._copying.remove(copy)
+        copy.finished = True
+        self._cursor = min(self._cursor, copy.first)
 
     def shorten(self, copy: Copy, clusters: int) -> None:
         """Only the first `clusters` of it will be copied; the others are to do again."""

@@ -28,11 +28,14 @@ from vmapipe.protocol.guarding import (
     SavedHole,
     Waiting,
 )
-from vmapipe.protocol.limits import BLOCK_BYTES, CLUSTER_BYTES
+from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.errors import Failure, os_error_text
 
 # Messages about holes take no slot, so this bounds them.
 _MAX_BACKLOG = 1024
+
+
+SlottedCopy = tuple[Copy, list[int]]
 
 
 class JobOver(Exception):
@@ -116,6 +119,20 @@ class CopyJob:
                 self._free_spool.append(slot)
         self._changed.notify_all()
 
+    def plan_at_once(self, first: int, clusters: int) -> list[SlottedCopy] | None:
+        """Begin the copies that a write needs, if none of it has to wait for anything.
+
+        `save_at_once` comes next, without the lock.
+        """
+        if clusters > MAX_SAVED_CLUSTERS or len(self._free_memory) < clusters:
+            return None
+        if self._peer.backlog or self.core.is_being_copied(first, clusters):
+            return None
+        plan = self.core.before_write(first, clusters)
+        self._users += 1
+        copies = plan.copies if plan else []
+        return [(copy, self._pop_slots(copy.clusters)) for copy in copies]
+
     def end(self) -> None:
         """The guests' writes need not care any more."""
         self.over = True
@@ -152,6 +169,34 @@ class CopyJob:
             with self._changed:
                 self._users -= 1
                 self._close_spool()
+
+    def save_at_once(self, copies: Sequence[SlottedCopy]) -> bool:
+        """Carry out `plan_at_once` from the page cache; False: undone, because it cannot."""
+        try:
+            done = all(self._fill_at_once(copy.first, slots) for copy, slots in copies)
+        except OSError:
+            done = False  # who tries again and waits will say what is wrong
+        with self._changed:
+            self._users -= 1
+            for copy, slots in copies:
+                if done:
+                    self._peer.send(Saved(copy.first, tuple(slots)))
+                    self.core.copied(copy)
+                else:
+                    self.core.abandon(copy)
+                    self.release(slots)
+            self._changed.notify_all()
+            self._close_spool()
+        return done
+
+    def _fill_at_once(self, first: int, slots: Sequence[int]) -> bool:
+        at = first * CLUSTER_BYTES
+        for slot in slots:
+            view = self._slot(slot, min(CLUSTER_BYTES, self._image.size_bytes - at))
+            if not self._image.try_read(view, at):
+                return False
+            at += CLUSTER_BYTES
+        return True
 
     def fail(self, reason: str) -> None:
         with self._changed:
@@ -202,11 +247,20 @@ class CopyJob:
                     self._waiting -= 1
                     if not self._waiting:
                         self._peer.send(Waiting(0))
-            free = self._free_memory
-            taken = [free.pop() for _ in range(min(count, len(free)))]
-            taken += [self._free_spool.pop() for _ in range(count - len(taken))]
-            self._in_use.update(taken)
-            return taken
+            return self._pop_slots(count)
+
+    def _pop_slots(self, count: int) -> list[int]:
+        """With the lock held; there are so many."""
+        free = self._free_memory
+        taken = [free.pop() for _ in range(min(count, len(free)))]
+        taken += [self._free_spool.pop() for _ in range(count - len(taken))]
+        self._in_use.update(taken)
+        return taken
+
+    def _slot(self, slot: int, length: int) -> memoryview:
+        """So many bytes of a slot in memory."""
+        start = self._memory_at + slot * CLUSTER_BYTES
+        return self._memory[start : start + length]
 
     def _wait(self, deadline: float, what: str) -> None:
         """With the lock held. Raises JobOver."""
@@ -235,12 +289,7 @@ class CopyJob:
                 self._free_spool.clear()
                 self._in_use.remove(slot)
             slot = self._take_slots(1, deadline)[0]
-        start = self._memory_at + slot * CLUSTER_BYTES
-        view = self._memory[start : start + CLUSTER_BYTES]
-        self._image.read(view[:length], offset)
-        # The producer looks at whole blocks.
-        padding = -length % BLOCK_BYTES
-        view[length : length + padding] = bytes(padding)
+        self._image.read(self._slot(slot, length), offset)
         return slot
 
     def _spool(self, slot: int, data: memoryview) -> bool:

@@ -38,10 +38,8 @@ class GuardedDisk:
         self.image.read(target, offset)
 
     def try_write(self, data: memoryview, offset: int) -> bool:
-        with self._changed:
-            if not self._may_write(offset, len(data)):
-                return False
-            self._writes += 1
+        if not self._admit_at_once(offset, len(data)):
+            return False
         try:
             self.image.write(data, offset)
         finally:
@@ -146,6 +144,25 @@ class GuardedDisk:
             change()
         finally:
             self._written()
+
+    def _admit_at_once(self, offset: int, length: int) -> bool:
+        """As `_admit`, where nothing has to be waited for; else False."""
+        first, end = offset // CLUSTER_BYTES, -(-(offset + length) // CLUSTER_BYTES)
+        with self._changed:
+            if self._may_write(offset, length):
+                self._writes += 1
+                return True
+            job = self._job
+            if job is None or self._held:
+                return False
+            copies = job.plan_at_once(first, end - first)
+        if copies is None or not job.save_at_once(copies):
+            return False
+        with self._changed:
+            if not self._may_write(offset, length):
+                return False
+            self._writes += 1
+        return True
 
     def _admit(self, offset: int, length: int) -> None:
         while True:

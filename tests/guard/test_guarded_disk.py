@@ -160,11 +160,12 @@ def test_a_backup_that_says_nothing_lets_a_write_go_after_its_time(
 def test_old_data_that_cannot_be_read_fails_the_backup_and_not_the_write(
     place: Place, backup: Backup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(target: memoryview, offset: int) -> None:
+    def broken(target: memoryview, offset: int) -> bool:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with Client(place.nbd, "d") as client:
         monkeypatch.setattr(place.disk.image, "read", broken)
+        monkeypatch.setattr(place.disk.image, "try_read", broken)
         client.write(5 * CLUSTER, b"new")
         monkeypatch.undo()
         assert client.read(5 * CLUSTER, 3) == b"new"
