@@ -36,7 +36,7 @@ example, with QEMU as the guest:
 Give QEMU reconnect-delay=60 (-blockdev driver=nbd,…), and a monitor that is
 started anew is not noticed by the guest.
 
-exit codes: 0 never, 1 failed, 2 wrong use, 130/143 ended by a signal
+exit codes: 0 ended by a signal, as it should be, 1 failed, 2 wrong use
 """
 
 _POLL_S = 1.0
@@ -101,10 +101,10 @@ def _serve(options: argparse.Namespace) -> None:
         guards.start(cancel)
         with Clients(listen_unix(options.listen, 0o600, socket.SOCK_STREAM), guards) as clients:
             emit({"event": "ready", "listen": options.listen, "disks": guards.describe()})
-            while True:
+            while not cancel.asked:
                 clients.serve(cancel, _POLL_S)
-                cancel.check()
                 guards.watch(0)
+        emit({"event": "notice", "text": f"{cancel.reason}: what guests are doing is finished"})
 
 
 def parse_disks(disks: Sequence[str], exports: Sequence[str]) -> list[ServedDisk]:
