@@ -92,14 +92,22 @@ class Backup:
     """The backup half of one disk: takes clusters in any order, and each only once."""
 
     def __init__(
-        self, place: Place, slots: int, chance: random.Random, guest_wait_s: int = 30
+        self,
+        place: Place,
+        slots: int,
+        chance: random.Random,
+        guest_wait_s: int = 30,
+        spool: tuple[int, int] | None = None,
     ) -> None:
+        """`spool`: a descriptor and its slots."""
         self._chance = chance
         self._ring = Ring(slots * CLUSTER)
         assert self._ring.fd is not None
-        attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, slots, 0, guest_wait_s)
+        spool_fd, spool_slots = spool or (-1, 0)
+        attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, slots, spool_slots, guest_wait_s)
+        fds = [self._ring.fd] + ([spool_fd] if spool_slots else [])
         try:
-            self.guard = Guarded("d", str(place.control), attach, [self._ring.fd])
+            self.guard = Guarded("d", str(place.control), attach, fds)
         except BaseException:
             self._ring.close()
             raise

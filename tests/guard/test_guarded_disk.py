@@ -30,6 +30,7 @@ from vmapipe.protocol.guarding import (
     Hold,
     Refused,
     Saved,
+    Waiting,
     decode_for_guard,
     decode_from_guard,
     encode,
@@ -66,6 +67,11 @@ def in_thread(work: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
+
+
+def write_everywhere(client: Client) -> None:
+    for cluster in range(CLUSTERS):
+        client.write(cluster * CLUSTER, b"new")
 
 
 def claim(backup: Backup, clusters: int) -> Claimed:
@@ -171,6 +177,33 @@ def test_old_data_that_cannot_be_read_fails_the_backup_and_not_the_write(
         assert client.read(5 * CLUSTER, 3) == b"new"
     with pytest.raises(Failure, match=f"'d': cannot read .* at offset {5 * CLUSTER}"):
         next_message(backup)
+
+
+def test_a_spool_file_that_is_full_makes_writes_wait_for_memory(
+    place: Place, tmp_path: Path
+) -> None:
+    before = place.image.read_bytes()
+    full = os.open("/dev/full", os.O_RDWR)
+    backup = Backup(place, 16, random.Random(1), spool=(full, 100))
+    os.close(full)
+    try:
+        begin({"d": place}, tmp_path)
+        next_message(backup)
+        with Client(place.nbd, "d") as client:
+            writing = in_thread(lambda: write_everywhere(client))
+            kept = [next_message(backup) for _ in range(16)]
+            assert all(isinstance(message, Saved) for message in kept)
+            assert next_message(backup) == Waiting(1), "the 17th found neither memory nor spool"
+            for message in kept:
+                backup.take(message)
+            while len(backup.seen) < CLUSTERS:
+                backup.release()
+                backup.take(next_message(backup))
+            writing.join(LIMIT_S)
+            assert client.read(39 * CLUSTER, 3) == b"new"
+        assert bytes(backup.content) == before
+    finally:
+        backup.close()
 
 
 def test_a_second_backup_is_refused_and_one_after_the_first_is_not(place: Place) -> None:
