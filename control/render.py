@@ -89,6 +89,8 @@ class _Text:
         self.stream = stream
         self.started = time.monotonic()
         self.done_bytes = self.total_bytes = self.zero_bytes = 0
+        # By device, how hard a slow archiver presses on the guest: an index of _PRESSURE.
+        self._pressure: dict[str, int] = {}
 
     def take_progress(self, event: Event) -> None:
         if "devices" in event:
@@ -125,8 +127,24 @@ class _Text:
                 )
             case "done":
                 return f"{self.verb} done in {event['seconds']:.1f} s, {human_bytes(self.rate)}/s"
+            case "buffer":
+                return self._pressure_text(event)
         words = _WORDS.get(event["event"])
         return None if words is None else words(event)
+
+    def _pressure_text(self, event: Event) -> str | None:
+        """A line when it gets worse; that it got better is no news."""
+        now = 2 if event["waiting_writes"] else 1 if event["spool_bytes"] else 0
+        before = self._pressure.get(event["device"], 0)
+        self._pressure[event["device"]] = max(now, before)
+        return f"{one_line(event['device'])}: {_PRESSURE[now]}" if now > before else None
+
+
+_PRESSURE = (
+    "",
+    "the archiver is slow: old data goes to the spool file",
+    "the archiver is slow and the buffers are full: writes of the guest wait",
+)
 
 
 def _restored_text(event: Event) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -165,6 +166,7 @@ class LiveSender:
 def _open_spool(folder: str) -> int:
     """A file without a name: whatever happens, nothing is left of it. Raises Failure."""
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.dup(file.fileno())
     except OSError as error:
         raise Failure(f"cannot make a spool file in {folder}: {os_error_text(error)}") from error

@@ -434,6 +434,44 @@ def test_a_backup_without_a_monitor_says_so(tmp_path: Path) -> None:
     assert "is it running?" in words
 
 
+def test_a_disk_can_be_served_over_tcp_on_this_host_when_asked_for(
+    tmp_path: Path, need: Any
+) -> None:
+    (qemu_img,) = need("qemu-img")
+    image = make_disk(tmp_path / "d.raw", "A0h" * 5)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with serving(tmp_path, "--export", f"d=tcp://127.0.0.1:{port}", d=image):
+        done = subprocess.run(
+            [qemu_img, "compare", "-f", "raw", "-F", "raw", image, f"nbd://127.0.0.1:{port}/d"],
+            capture_output=True,
+            timeout=LIMIT_S,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_log_says_when_a_slow_archiver_makes_the_guest_wait(tmp_path: Path) -> None:
+    image = make_disk(tmp_path / "d.raw", "A" * 400)
+    options = ("--buffer", "8M", "--speed", "64K")
+    with (
+        serving(tmp_path, d=image) as served,
+        started("backup", "--monitor", served.monitor, *options, tmp_path / "vm.vma") as process,
+    ):
+        assert process.stdout is not None
+        assert b"this is the instant" in process.stdout.readline()
+        archiver = stop_archiver(process)
+        with Client(served.socket("d"), "d") as client:
+            writing = threading.Thread(
+                target=lambda: [client.write(n * CLUSTER, b"x") for n in range(400)]  # type: ignore[func-returns-value]
+            )
+            writing.start()
+            line = process.stdout.readline()
+            assert b"d: the archiver is slow and the buffers are full" in line
+            archiver.resume()
+            writing.join(LIMIT_S)
+            assert not writing.is_alive()
+
+
 def test_only_the_named_disks_are_backed_up(tmp_path: Path) -> None:
     disks = {
         name: make_disk(tmp_path / f"{name}.raw", "A" * 3, seed=n) for n, name in enumerate("abc")
