@@ -7,10 +7,6 @@ while, it never fails because of a backup. Whatever goes wrong ends the backup.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import mmap
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -18,6 +14,7 @@ from collections.abc import Sequence
 from vmapipe.producer.guard.cbw import BeforeWrite, Copy, CopyBeforeWrite
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.guard.peer import Peer
+from vmapipe.producer.guard.slots import Slots
 from vmapipe.protocol.guarding import (
     MAX_SAVED_CLUSTERS,
     Attach,
@@ -64,22 +61,9 @@ class CopyJob:
         self._peer = peer
         self._changed = changed
         self.guest_wait_s = attach.guest_wait_s
-        self._memory = _map(fds[0], attach.memory_at + attach.memory_slots * CLUSTER_BYTES)
-        self._spool_fd = fds[1] if len(fds) > 1 else None
-        os.close(fds[0])
-        for fd in fds[2:]:
-            os.close(fd)
+        self._slots = Slots(attach, fds)
+        # Threads that may be reading into slots.
         self._users = 0
-        self._memory_at = attach.memory_at
-        self._memory_slots = attach.memory_slots
-        # Last in, first out: what was used last is in the processor's cache,
-        # and memory that is never needed is never touched.
-        self._free_memory = list(range(attach.memory_slots))[::-1]
-        first = attach.memory_slots
-        spool_slots = attach.spool_slots if self._spool_fd is not None else 0
-        self._free_spool = list(range(first, first + spool_slots))[::-1]
-        self._spool_broken = False
-        self._in_use: set[int] = set()
         self._waiting = 0
         self._claim: Copy | None = None
 
@@ -109,14 +93,7 @@ class CopyJob:
 
     def release(self, slots: Sequence[int]) -> None:
         """Raises Failure."""
-        for slot in slots:
-            if slot not in self._in_use:
-                raise Failure(f"the backup process releases slot {slot}, which it does not hold")
-            self._in_use.remove(slot)
-            if slot < self._memory_slots:
-                self._free_memory.append(slot)
-            elif not self._spool_broken:
-                self._free_spool.append(slot)
+        self._slots.give_back(slots)
         self._changed.notify_all()
 
     def plan_at_once(self, first: int, clusters: int) -> list[SlottedCopy] | None:
@@ -124,26 +101,29 @@ class CopyJob:
 
         `save_at_once` comes next, without the lock.
         """
-        if clusters > MAX_SAVED_CLUSTERS or len(self._free_memory) < clusters:
+        if clusters > MAX_SAVED_CLUSTERS or self._slots.free_in_memory < clusters:
             return None
         if self._peer.backlog or self.core.is_being_copied(first, clusters):
             return None
         plan = self.core.before_write(first, clusters)
         self._users += 1
         copies = plan.copies if plan else []
-        return [(copy, self._pop_slots(copy.clusters)) for copy in copies]
+        return [(copy, self._slots.take(copy.clusters)) for copy in copies]
 
     def end(self) -> None:
         """The guests' writes need not care any more."""
         self.over = True
         self._changed.notify_all()
-        self._close_spool()
+        self._close_slots()
 
-    def _close_spool(self) -> None:
-        """As soon as nobody writes to it any more."""
-        if self.over and not self._users and self._spool_fd is not None:
-            os.close(self._spool_fd)
-            self._spool_fd = None
+    def _leave(self) -> None:
+        """One user less; the last one of a job that is over closes the slots."""
+        self._users -= 1
+        self._close_slots()
+
+    def _close_slots(self) -> None:
+        if self.over and not self._users:
+            self._slots.close()
 
     # --- called without it, by the thread of a guest's write ---
 
@@ -167,8 +147,7 @@ class CopyJob:
             raise JobOver from error
         finally:
             with self._changed:
-                self._users -= 1
-                self._close_spool()
+                self._leave()
 
     def save_at_once(self, copies: Sequence[SlottedCopy]) -> bool:
         """Carry out `plan_at_once` from the page cache; False: undone, because it cannot."""
@@ -177,22 +156,21 @@ class CopyJob:
         except OSError:
             done = False  # who tries again and waits will say what is wrong
         with self._changed:
-            self._users -= 1
             for copy, slots in copies:
                 if done:
                     self._peer.send(Saved(copy.first, tuple(slots)))
                     self.core.copied(copy)
                 else:
                     self.core.abandon(copy)
-                    self.release(slots)
+                    self._slots.give_back(slots)
             self._changed.notify_all()
-            self._close_spool()
+            self._leave()
         return done
 
     def _fill_at_once(self, first: int, slots: Sequence[int]) -> bool:
         at = first * CLUSTER_BYTES
         for slot in slots:
-            view = self._slot(slot, min(CLUSTER_BYTES, self._image.size_bytes - at))
+            view = self._slots.view(slot, min(CLUSTER_BYTES, self._image.size_bytes - at))
             if not self._image.try_read(view, at):
                 return False
             at += CLUSTER_BYTES
@@ -221,9 +199,9 @@ class CopyJob:
         at = first * CLUSTER_BYTES
         length = min(clusters * CLUSTER_BYTES, self._image.size_bytes - at)
         if self._image.is_hole(at, length):
-            with self._changed:
-                while self._peer.backlog > _MAX_BACKLOG:
-                    self._wait(deadline, "the backup process to read its messages")
+            if not self._peer.wait_for_room(_MAX_BACKLOG, deadline - time.monotonic()):
+                with self._changed:
+                    self._wait(0.0, "the backup process to read its messages")
             self._peer.send(SavedHole(first, clusters))
             return
         slots = self._take_slots(clusters, deadline)
@@ -237,30 +215,15 @@ class CopyJob:
     def _take_slots(self, count: int, deadline: float) -> list[int]:
         """All at once, so that none waits for more while it holds some."""
         with self._changed:
-            while len(self._free_memory) + len(self._free_spool) < count:
+            while self._slots.free < count:
                 self._waiting += 1
+                self._peer.send(Waiting(self._waiting))
                 try:
-                    if self._waiting == 1:
-                        self._peer.send(Waiting(1))
                     self._wait(deadline, "room for the old data: the archiver is too slow")
                 finally:
                     self._waiting -= 1
-                    if not self._waiting:
-                        self._peer.send(Waiting(0))
-            return self._pop_slots(count)
-
-    def _pop_slots(self, count: int) -> list[int]:
-        """With the lock held; there are so many."""
-        free = self._free_memory
-        taken = [free.pop() for _ in range(min(count, len(free)))]
-        taken += [self._free_spool.pop() for _ in range(count - len(taken))]
-        self._in_use.update(taken)
-        return taken
-
-    def _slot(self, slot: int, length: int) -> memoryview:
-        """So many bytes of a slot in memory."""
-        start = self._memory_at + slot * CLUSTER_BYTES
-        return self._memory[start : start + length]
+                    self._peer.send(Waiting(self._waiting))
+            return self._slots.take(count)
 
     def _wait(self, deadline: float, what: str) -> None:
         """With the lock held. Raises JobOver."""
@@ -279,33 +242,15 @@ class CopyJob:
 
     def _fill(self, slot: int, offset: int, length: int, deadline: float) -> int:
         """Old data into a slot, which may become another one if the spool is broken."""
-        if slot >= self._memory_slots:
+        if self._slots.is_spooled(slot):
             data = memoryview(bytearray(CLUSTER_BYTES))
             self._image.read(data[:length], offset)
-            if self._spool(slot, data):
+            if self._slots.spool(slot, data):
                 return slot
             with self._changed:
-                self._spool_broken = True
-                self._free_spool.clear()
-                self._in_use.remove(slot)
+                self._slots.give_back([slot])
+                self._slots.give_up_spool()
             slot = self._take_slots(1, deadline)[0]
-        self._image.read(self._slot(slot, length), offset)
+            return self._fill(slot, offset, length, deadline)
+        self._image.read(self._slots.view(slot, length), offset)
         return slot
-
-    def _spool(self, slot: int, data: memoryview) -> bool:
-        at = (slot - self._memory_slots) * CLUSTER_BYTES
-        if self._spool_fd is None:
-            return False
-        with contextlib.suppress(OSError):
-            while data:
-                done = os.pwrite(self._spool_fd, data, at)
-                data, at = data[done:], at + done
-            return True
-        return False
-
-
-def _map(fd: int, size: int) -> memoryview:
-    """Raises OSError, ValueError, and Failure for memory that could vanish under us."""
-    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-        raise Failure("the backup process offers memory that could be cut")
-    return memoryview(mmap.mmap(fd, size))

@@ -32,6 +32,13 @@ class Peer:
         """Messages that it has not taken yet."""
         return len(self._outbox)
 
+    def wait_for_room(self, backlog: int, timeout_s: float) -> bool:
+        """Until it has taken all but so many messages; False: it has not, in that time."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._closed or len(self._outbox) <= backlog, max(0.0, timeout_s)
+            )
+
     def send(self, message: FromGuard, fds: Sequence[int] = ()) -> None:
         """Now if it can be, else by a thread, in order. A peer that is gone is no error here."""
         packet = encode(message)
@@ -55,7 +62,7 @@ class Peer:
                     target=self._deliver, name="guard-courier", daemon=True
                 )
                 self._courier.start()
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _deliver(self) -> None:
         while True:
@@ -72,6 +79,7 @@ class Peer:
                 return
             with self._changed:
                 self._outbox.popleft()
+                self._changed.notify_all()
 
     def receive(self, timeout_s: float | None = None) -> tuple[ToGuard, list[int]] | None:
         """One message and its descriptors; None: the peer is gone.
