@@ -37,6 +37,7 @@ examples:
   vmapipe restore vm.vma restored/
   vmapipe restore vm.vma restored/ --device drive-scsi0
   vmapipe restore vm.vma restored/ --device drive-scsi0=/dev/vg0/vm
+  vmapipe restore vm.vma restored/ --device drive-scsi0=vm.qcow2,format=qcow2
   ssh backup.example cat vm.vma.zst | vmapipe restore - restored/
 
 exit codes: 0 restored, 1 failed (no new file is left), 2 wrong use, 130/143 ended by a signal
@@ -50,9 +51,10 @@ def main(argv: Sequence[str], prog: str) -> int:
         "--device",
         action="append",
         default=[],
-        metavar="NAME[=TARGET]",
+        metavar="NAME[=TARGET[,format=FORMAT]]",
         help="restore only this device, to a new file, or onto TARGET (an existing file or block "
-        "device is overwritten); may be repeated",
+        "device is overwritten; with a FORMAT like qcow2 a new image of it is made); may be "
+        "repeated",
     )
     parser.add_argument(
         "--map",

@@ -45,7 +45,8 @@ class TargetSetup(NamedTuple):
 
     `write_zeroes`: the target may hold old data, so zeroes have to be written.
     `name` and `path` are for messages, as the file system's bytes. `partial`:
-    the temporary file to remove when the reader has died (empty: none).
+    the temporary file to remove when the reader has died (empty: none). `nbd`:
+    the socket of a server to write to, in place of `fd` (empty: none).
     """
 
     dev_id: int
@@ -55,6 +56,7 @@ class TargetSetup(NamedTuple):
     name: bytes
     path: bytes
     partial: bytes
+    nbd: bytes = b""
 
 
 class Setup(NamedTuple):
@@ -196,10 +198,10 @@ def _target(item: object) -> TargetSetup:
             1 <= dev_id <= limits.MAX_DEV_ID and 0 <= fd < _MAX_FD and size >= 0
         ):
             match words:
-                case [bytes() as name, bytes() as path, bytes() as partial] if (
-                    max(len(name), len(path), len(partial)) <= _MAX_NAME_BYTES
+                case [bytes() as name, bytes() as path, bytes() as partial, bytes() as nbd] if (
+                    max(len(name), len(path), len(partial), len(nbd)) <= _MAX_NAME_BYTES
                 ):
-                    return TargetSetup(dev_id, fd, size, zeroes, name, path, partial)
+                    return TargetSetup(dev_id, fd, size, zeroes, name, path, partial, nbd)
     raise RemoteProtocolError("malformed", "a target that makes no sense")
 
 

@@ -13,6 +13,9 @@ from vmapipe.restore.mapping import MapEntry
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.names import printable, safe_file_name
 
+# What QEMU can make, and write to.
+IMAGE_FORMATS = ("raw", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc")
+
 
 class Kind(enum.Enum):
     """NEW: a file that must not exist yet. EXISTING: a file or block device that must."""
@@ -27,12 +30,14 @@ class TargetSpec:
 
     `write_zeroes`: an existing target may hold old data; else it reads as zero
     already, as a new file always does. `bytes_per_s`: 0, or a limit.
+    `image_format`: of a new file, as QEMU calls it.
     """
 
     path: str
     kind: Kind
     write_zeroes: bool = True
     bytes_per_s: int = 0
+    image_format: str = "raw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +78,39 @@ def plan_folder(
     """Restore to new files in `folder`: all devices, or those `chosen`, as (name, target).
 
     A target that exists is overwritten in place, zeroes included; one that
-    does not becomes a new file; None: a new file in the folder. Raises
-    PlanError, HeaderError.
+    does not becomes a new file; None: a new file in the folder. A target may
+    end in `,format=FORMAT`: then it has to be a new file. Raises PlanError,
+    HeaderError.
     """
     targets = {}
     if not chosen:
         for device in header.devices:
             targets[device.dev_id] = TargetSpec(disk_path(folder, device), Kind.NEW)
-    for name, path in chosen:
+    for name, target in chosen:
         device = device_named(header, name)
         if device.dev_id in targets:
             raise PlanError(f"device {name!r} was named twice")
-        if path is None:
+        if target is None:
             targets[device.dev_id] = TargetSpec(disk_path(folder, device), Kind.NEW)
         else:
-            kind = Kind.EXISTING if exists(path) else Kind.NEW
-            targets[device.dev_id] = TargetSpec(path, kind)
+            path, image_format = split_format(target)
+            if image_format != "raw" and device.is_vmstate:
+                raise PlanError("vmstate is no disk: it can only be restored as it is")
+            is_new = image_format != "raw" or not exists(path)
+            targets[device.dev_id] = TargetSpec(
+                path, Kind.NEW if is_new else Kind.EXISTING, image_format=image_format
+            )
     return Plan(targets, folder if configs else None)
+
+
+def split_format(target: str) -> tuple[str, str]:
+    """`PATH,format=FORMAT` or `PATH` to (path, format). Raises PlanError."""
+    path, comma, image_format = target.rpartition(",format=")
+    if not comma:
+        return target, "raw"
+    if image_format not in IMAGE_FORMATS:
+        raise PlanError(f"{target}: format {image_format!r} is none of {', '.join(IMAGE_FORMATS)}")
+    return path, image_format
 
 
 def plan_map(header: Header, entries: Mapping[str, MapEntry], folder: str) -> Plan:

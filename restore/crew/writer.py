@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from vmapipe.protocol.restore_work import TargetSetup
 from vmapipe.restore.errors import TargetError
@@ -13,6 +14,9 @@ from vmapipe.restore.targets.zeroing import RANGE_BYTES, Zeroer, zero_pages
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.extent import ClusterRun, Extent, block_pieces
 from vmapipe.vma.layout import CLUSTER_BYTES
+
+if TYPE_CHECKING:
+    from vmapipe.restore.crew.nbdtarget import NbdTarget
 
 # Buffered writes of 1 MiB and more into a new file were slower than these.
 _WRITE_BYTES = 256 * 1024
@@ -29,7 +33,10 @@ class Writer:
 
     def __init__(self, setups: Iterable[TargetSetup]) -> None:
         zeroes = zero_pages()
-        self._targets = {setup.dev_id: _Target(setup, zeroes) for setup in setups}
+        self._targets: dict[int, _Target | NbdTarget] = {
+            setup.dev_id: _nbd_target(setup) if setup.nbd else _Target(setup, zeroes)
+            for setup in setups
+        }
 
     def write(self, extent: Extent, data: memoryview) -> None:
         """`data`: the extent's stored blocks. Raises TargetError."""
@@ -46,6 +53,13 @@ class Writer:
     def sync(self, dev_id: int) -> None:
         """Bring a target to the disk. Raises TargetError."""
         self._targets[dev_id].sync()
+
+
+def _nbd_target(setup: TargetSetup) -> NbdTarget:
+    # Imported here: few restores need it.
+    from vmapipe.restore.crew.nbdtarget import NbdTarget
+
+    return NbdTarget(setup)
 
 
 class _Target:

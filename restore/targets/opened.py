@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from vmapipe.protocol.restore_work import TargetSetup
 from vmapipe.restore.archive.reading import Archive
@@ -15,6 +16,9 @@ from vmapipe.restore.targets.targets import ExistingTarget, NewFile
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.header import Device
 from vmapipe.vma.layout import CLUSTER_BYTES
+
+if TYPE_CHECKING:
+    from vmapipe.restore.targets.image import NewImage
 
 # Where vmstate ends is not known before its end: no file is larger than this.
 _NO_END = (1 << 63) - 1
@@ -29,6 +33,7 @@ class OpenTargets:
         self.plan = plan
         self.devices: list[Device] = []
         self._new: dict[int, NewFile] = {}
+        self._images: dict[int, NewImage] = {}
         self._existing: dict[int, ExistingTarget] = {}
         self._configs: list[NewFile] = []
         check_plan(archive.header, plan)
@@ -62,6 +67,12 @@ class OpenTargets:
             self._existing[device.dev_id] = ExistingTarget(
                 spec.path, device.name, device.size_bytes
             )
+        elif spec.image_format != "raw":
+            # Imported here: few restores need it.
+            from vmapipe.restore.targets.image import NewImage
+
+            image = NewImage(spec.path, spec.image_format, device.size_bytes)
+            self._new[device.dev_id] = self._images[device.dev_id] = image
         else:
             file = self._new[device.dev_id] = NewFile(spec.path)
             if not device.is_vmstate:
@@ -101,6 +112,7 @@ class OpenTargets:
             device.name.encode("utf-8", "surrogateescape"),
             os.fsencode(target.path),
             os.fsencode(target.partial),
+            os.fsencode(self._images[device.dev_id].nbd) if device.dev_id in self._images else b"",
         )
 
     @property
@@ -126,4 +138,6 @@ class OpenTargets:
 
     def publish(self) -> None:
         """Everything is on the disk: give the new files their names, all or none."""
+        for image in self._images.values():
+            image.finish()
         publish_all([*self._new.values(), *self._configs])

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs qemu-storage-daemon, which opens images of every format that QEMU knows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
+
+# It starts in some 20 ms; an image on a network may take longer to open.
+_START_S = 30.0
+# At its end it writes what it has cached: metadata, not data.
+_STOP_S = 60.0
+_POLL_S = 0.005
+
+
+class StorageDaemon:
+    """One daemon with one socket, `socket`, in a folder that only we can enter.
+
+    `words` are its options, in which SOCKET stands for that socket's path.
+    """
+
+    def __init__(self, what: str, words: Sequence[str], cancel: Cancel | None = None) -> None:
+        """Returns when it listens. Raises Failure: it is missing, or cannot open an image."""
+        program = shutil.which("qemu-storage-daemon")
+        if program is None:
+            raise Failure(
+                f"{what}: images that are not raw need qemu-storage-daemon "
+                "(Debian: qemu-system-common), which is not installed"
+            )
+        self._what = what
+        self._folder = tempfile.mkdtemp(prefix="vmapipe-storage-")
+        self.socket = os.path.join(self._folder, "daemon.sock")
+        self._process: subprocess.Popen[str] | None = None
+        try:
+            command = [program, *(word.replace("SOCKET", self.socket) for word in words)]
+            self._process = subprocess.Popen(
+                [*_dying_with_us(), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+            self._wait_until_it_listens(self._process, cancel)
+        except BaseException:
+            self.close()
+            raise
+
+    def stop(self) -> None:
+        """Let it write what it has and end. Raises Failure when it does not, or complains."""
+        process = self._process
+        if process is None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            _, said = process.communicate(timeout=_STOP_S)
+        except subprocess.TimeoutExpired:
+            raise Failure(
+                f"{self._what}: qemu-storage-daemon does not end within {_STOP_S:.0f} s"
+            ) from None
+        if process.returncode not in (0, -signal.SIGTERM):
+            raise Failure(f"{self._what}: {_last_line(said) or process.returncode}")
+        self._process = None
+        self.close()
+
+    def close(self) -> None:
+        """Whatever it is doing, it is gone afterwards."""
+        if self._process is not None:
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.communicate(timeout=_STOP_S)
+            self._process = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _wait_until_it_listens(self, process: subprocess.Popen[str], cancel: Cancel | None) -> None:
+        deadline = time.monotonic() + _START_S
+        while True:
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(self.socket)
+                    return
+                except OSError:
+                    pass  # not yet
+            if cancel is not None:
+                cancel.check()
+            try:
+                process.wait(_POLL_S)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > deadline:
+                    raise Failure(
+                        f"{self._what}: qemu-storage-daemon is not ready after {_START_S:.0f} s"
+                    ) from None
+                continue
+            _, said = process.communicate()
+            self._process = None
+            raise Failure(f"{self._what}: {_last_line(said)}")
+
+
+def _dying_with_us() -> list[str]:
+    """So that it ends even when we are killed. util-linux has it on every Debian."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line]
+    return lines[-1].removeprefix("qemu-storage-daemon: ") if lines else "it ended without a word"
