@@ -31,6 +31,7 @@ class NewImage(NewFile):
             self._daemon = StorageDaemon(
                 path,
                 [
+                    "qemu-storage-daemon",
                     *("--blockdev", f"driver=file,node-name=file,filename={place}"),
                     *("--blockdev", f"driver={image_format},node-name=image,file=file"),
                     *("--nbd-server", "addr.type=unix,addr.path=SOCKET"),

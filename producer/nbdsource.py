@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk that an NBD server holds: images of every format, by way of qemu-nbd."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from vmapipe.producer.source import Segment, SourceError
+from vmapipe.protocol.errors import ProtocolError
+from vmapipe.protocol.limits import CLUSTER_BYTES
+from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
+from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
+from vmapipe.protocol.nbd.constants import NBD_CMD_BLOCK_STATUS, NBD_CMD_READ, NBD_STATE_ZERO
+from vmapipe.protocol.nbd.events import Done, Event, Failure, Hole, Status
+from vmapipe.protocol.nbd.request import encode_request
+from vmapipe.protocol.nbd.session import Session
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.storage_daemon import StorageDaemon
+
+EXPORT = "disk"
+# QEMU's server works on 16 requests of a connection at once; 256 KiB each were
+# the quickest of 64 KiB to 1 MiB.
+_IN_FLIGHT = 16
+_READ_BYTES = 256 * 1024
+# Whether there is data in so much is asked at once.
+_STATUS_BYTES = 1 << 30
+# A server that says nothing for so long hangs with its disk.
+_TIMEOUT_S = 120.0
+
+
+class NbdSource:
+    """A `Source`: the disk of one export, which nobody changes while it is read."""
+
+    def __init__(self, name: str, path: str) -> None:
+        """`path`: the server's Unix socket. Raises SourceError."""
+        self.name = name
+        self._offset = 0
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._session = self._connect(path)
+        except (OSError, ProtocolError) as error:
+            self._socket.close()
+            raise self._error(error) from error
+        self.size_bytes = self._session.export.size_bytes
+        self._codec = NbdClientTransmission(self._session)
+        if not self.size_bytes:
+            self._socket.close()
+            raise SourceError(f"disk {name!r}: it is empty: nothing to back up")
+
+    def _connect(self, path: str) -> Session:
+        self._socket.settimeout(_TIMEOUT_S)
+        self._socket.connect(path)
+        handshake = NbdClientHandshake(EXPORT)
+        while handshake.wanted_bytes:
+            data = self._socket.recv(handshake.wanted_bytes)
+            if not data:
+                handshake.eof()
+            self._socket.sendall(handshake.feed(data))
+        if handshake.session is None:
+            raise RuntimeError("a handshake that ended without a session")
+        return handshake.session
+
+    def segments(self) -> Iterator[Segment]:
+        """By what the server says of zeroes; a cluster that is partly data is read as a whole."""
+        at = 0  # all before it was told
+        for first, last in self._data_extents():
+            start = max(at, first - first % CLUSTER_BYTES)
+            end = min(self.size_bytes, -(-last // CLUSTER_BYTES) * CLUSTER_BYTES)
+            if end <= at:
+                continue
+            if start > at:
+                yield Segment(at, start, is_data=False)
+            yield Segment(start, end, is_data=True)
+            at = end
+        if at < self.size_bytes:
+            yield Segment(at, self.size_bytes, is_data=False)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Several requests are under way at once; data goes from the socket into place."""
+        self._offset = ahead = offset
+        end = offset + len(buffer)
+        while ahead < end or self._codec.in_flight:
+            while ahead < end and self._codec.in_flight < _IN_FLIGHT:
+                length = min(_READ_BYTES, end - ahead)
+                self._request(NBD_CMD_READ, ahead, length)
+                ahead += length
+            self._check(self._receive(buffer, offset))
+
+    def check_unchanged(self) -> None:
+        """An export's size cannot change."""
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _data_extents(self) -> Iterator[tuple[int, int]]:
+        """Bytes [start, end) that may not be zero, in order."""
+        if self._session.allocation_id is None:
+            yield 0, self.size_bytes
+            return
+        at = 0
+        while at < self.size_bytes:
+            length = min(_STATUS_BYTES, self.size_bytes - at)
+            self._offset = at
+            self._request(NBD_CMD_BLOCK_STATUS, at, length)
+            extents: list[tuple[int, int]] = []
+            while self._codec.in_flight:
+                events = self._receive(memoryview(b""), 0)
+                self._check(events)
+                extents += [
+                    extent
+                    for event in events
+                    if isinstance(event, Status)
+                    for extent in event.extents()
+                ]
+            if not extents:
+                raise SourceError(f"disk {self.name!r}: the server tells nothing of offset {at}")
+            for extent_bytes, flags in extents:
+                end = min(self.size_bytes, at + extent_bytes)
+                if not flags & NBD_STATE_ZERO:
+                    yield at, end
+                at = end
+
+    def _request(self, kind: int, offset: int, length: int) -> None:
+        try:
+            self._socket.sendall(encode_request(self._codec.request(kind, offset, length)))
+        except (OSError, ProtocolError) as error:
+            raise self._error(error) from error
+
+    def _receive(self, buffer: memoryview, base: int) -> list[Event]:
+        """One message, or a piece of one. `buffer` takes the export's bytes from `base` on."""
+        try:
+            payload = self._codec.payload
+            if payload is not None:
+                start = payload.offset - base
+                got = self._socket.recv_into(buffer[start : start + payload.length])
+                events = self._codec.took(got)
+            else:
+                head = self._socket.recv(self._codec.wanted_bytes)
+                got = len(head)
+                events = list(self._codec.feed(head))
+        except (OSError, ProtocolError) as error:
+            raise self._error(error) from error
+        if not got:
+            raise SourceError(
+                f"disk {self.name!r}: its server has ended, at offset {self._offset} or behind"
+            )
+        for event in events:
+            if isinstance(event, Hole):
+                start = event.offset - base
+                buffer[start : start + event.length] = bytes(event.length)
+        return events
+
+    def _check(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if isinstance(event, Done) and event.error:
+                said = [e.message for e in events if isinstance(e, Failure) and e.message]
+                raise SourceError(
+                    f"disk {self.name!r}: cannot read near offset {self._offset}: "
+                    f"{(said or [os.strerror(event.error)])[0]}"
+                )
+
+    def _error(self, error: Exception) -> SourceError:
+        text = os_error_text(error) if isinstance(error, OSError) else str(error)
+        return SourceError(f"disk {self.name!r}: cannot read near offset {self._offset}: {text}")
+
+
+class HowToRead(NamedTuple):
+    """`snapshot`: an internal one, by name; empty: none. `offset`: of the disk, in bytes."""
+
+    image_format: str
+    snapshot: str = ""
+    offset: int = 0
+
+
+class ImageSource(NbdSource):
+    """An image of any format that qemu-nbd opens, read only. `path`: a file, or a URI of QEMU's."""
+
+    def __init__(self, name: str, path: str, how: HowToRead, cancel: Cancel) -> None:
+        """Raises SourceError, Failure, Cancelled."""
+        words = ["qemu-nbd", "--read-only", "--persistent", "--socket=SOCKET"]
+        # Ours, and the one that looked whether it listens.
+        words += [f"--export-name={EXPORT}", "--shared=2", f"--format={how.image_format}"]
+        if how.snapshot:
+            words.append(f"--load-snapshot=snapshot.name={how.snapshot}")
+        if how.offset:
+            words.append(f"--offset={how.offset}")
+        self._daemon = StorageDaemon(f"disk {name!r}", [*words, "--", path], cancel)
+        try:
+            super().__init__(name, self._daemon.socket)
+        except SourceError as error:
+            # It listens before it looks at the image, and then ends.
+            said = self._daemon.last_words()
+            raise SourceError(f"disk {name!r}: {said}" if said else str(error)) from error
+        except BaseException:
+            self._daemon.close()
+            raise
+
+    def close(self) -> None:
+        super().close()
+        self._daemon.close()

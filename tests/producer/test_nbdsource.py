@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of other formats, read through the real qemu-nbd; and servers that fail."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.machine import LIMIT_S, make_disk
+from vmapipe.producer.nbdsource import HowToRead, ImageSource, NbdSource
+from vmapipe.producer.source import Segment, SourceError
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
+
+Need = Callable[..., list[str]]
+CLUSTER = 65536
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return make_disk(tmp_path / "disk.raw", "AA0hhhhpAh" * 20, tail_bytes=65024)
+
+
+@contextmanager
+def opened(path: Path | str, how: HowToRead) -> Iterator[ImageSource]:
+    cancel = Cancel()
+    try:
+        source = ImageSource("d", str(path), how, cancel)
+        try:
+            yield source
+        finally:
+            source.close()
+    finally:
+        cancel.close()
+
+
+def content(source: NbdSource) -> bytes:
+    """All of it, as a backup reads it: by segments, in pieces of 1 MiB."""
+    whole = memoryview(bytearray(source.size_bytes))
+    at = 0
+    for start, end, is_data in source.segments():
+        assert start == at, "a gap, or an overlap"
+        assert start % CLUSTER == 0
+        for piece in range(start, end, 1 << 20) if is_data else ():
+            source.read_into(whole[piece : min(end, piece + (1 << 20))], piece)
+        at = end
+    assert at == source.size_bytes
+    return bytes(whole)
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc"])
+def test_every_format_reads_as_the_disk_it_was_made_from(
+    tmp_path: Path, disk: Path, need: Need, image_format: str
+) -> None:
+    qemu_img, _ = need("qemu-img", "qemu-nbd")
+    image = tmp_path / "image"
+    subprocess.run(
+        [qemu_img, "convert", "-O", image_format, str(disk), str(image)],
+        check=True,
+        timeout=LIMIT_S,
+    )
+    with opened(image, HowToRead(image_format)) as source:
+        read = content(source)
+    wanted = disk.read_bytes()
+    assert read[: len(wanted)] == wanted
+    assert not any(read[len(wanted) :]), "what the format rounds up is zero"
+
+
+def test_holes_of_an_image_are_not_read(tmp_path: Path, need: Need) -> None:
+    qemu_img, qemu_io, _ = need("qemu-img", "qemu-io", "qemu-nbd")
+    image = str(tmp_path / "image.qcow2")
+    subprocess.run([qemu_img, "create", "-q", "-f", "qcow2", image, "1T"], check=True)
+    subprocess.run([qemu_io, "-f", "qcow2", "-c", "write 512G 1M", image], check=True)
+    with opened(image, HowToRead("qcow2")) as source:
+        segments = list(source.segments())
+    half = 512 << 30
+    assert segments == [
+        Segment(0, half, is_data=False),
+        Segment(half, half + (1 << 20), is_data=True),
+        Segment(half + (1 << 20), 1 << 40, is_data=False),
+    ]
+
+
+def test_an_internal_snapshot_is_read_by_its_name(tmp_path: Path, disk: Path, need: Need) -> None:
+    qemu_img, qemu_io, _ = need("qemu-img", "qemu-io", "qemu-nbd")
+    image = str(tmp_path / "image.qcow2")
+    subprocess.run([qemu_img, "convert", "-O", "qcow2", str(disk), image], check=True)
+    subprocess.run([qemu_img, "snapshot", "-c", "monday", image], check=True)
+    subprocess.run([qemu_io, "-f", "qcow2", "-c", "write -P 7 0 5M", image], check=True)
+    with opened(image, HowToRead("qcow2", snapshot="monday")) as source:
+        assert content(source) == disk.read_bytes()
+    with opened(image, HowToRead("qcow2")) as source:
+        assert content(source)[: 5 << 20] == bytes([7]) * (5 << 20)
+
+
+def test_a_disk_that_begins_later_in_a_raw_file(disk: Path, need: Need) -> None:
+    need("qemu-nbd")
+    with opened(disk, HowToRead("raw", offset=12 * 512)) as source:
+        assert content(source) == disk.read_bytes()[12 * 512 :]
+
+
+def test_a_uri_is_read_from_where_it_points_to(tmp_path: Path, disk: Path, need: Need) -> None:
+    nbdkit, _ = need("nbdkit", "qemu-nbd")
+    socket = tmp_path / "other.sock"
+    with subprocess.Popen([nbdkit, "-f", "-U", socket, "file", disk]) as server:
+        try:
+            while not socket.exists():
+                assert server.poll() is None
+            with opened(f"nbd+unix:///?socket={socket}", HowToRead("raw")) as source:
+                assert content(source) == disk.read_bytes()
+        finally:
+            server.terminate()
+
+
+@pytest.mark.parametrize(
+    ("image_format", "words"),
+    [("qcow2", "Image is not in qcow2 format"), ("floppy", "Unknown driver 'floppy'")],
+)
+def test_a_wrong_format_is_said_in_qemus_words(
+    disk: Path, need: Need, image_format: str, words: str
+) -> None:
+    need("qemu-nbd")
+    with (
+        pytest.raises(Failure, match=f"^disk 'd': .*{words}"),
+        opened(disk, HowToRead(image_format)),
+    ):
+        pass
+
+
+def test_a_missing_image_is_said_in_qemus_words(tmp_path: Path, need: Need) -> None:
+    need("qemu-nbd")
+    how = HowToRead("qcow2")
+    with pytest.raises(Failure, match="No such file"), opened(tmp_path / "none", how):
+        pass
+
+
+def test_a_server_that_dies_is_an_error_with_device_and_offset(disk: Path, need: Need) -> None:
+    need("qemu-nbd")
+    with opened(disk, HowToRead("raw")) as source:
+        for child in psutil.Process().children():
+            child.kill()
+        with pytest.raises(SourceError, match=r"^disk 'd': .* offset 65536"):
+            source.read_into(memoryview(bytearray(1 << 20)), 65536)
+
+
+def test_a_read_error_of_the_server_is_an_error_with_device_and_offset(
+    tmp_path: Path, disk: Path, need: Need
+) -> None:
+    (nbdkit,) = need("nbdkit")
+    socket = tmp_path / "bad.sock"
+    words = [nbdkit, "-f", "-U", str(socket), "-e", "disk", "--filter=error", "file", str(disk)]
+    with subprocess.Popen([*words, "error-pread=EIO", "error-pread-rate=100%"]) as server:
+        try:
+            while not socket.exists():
+                assert server.poll() is None
+            source = NbdSource("d", str(socket))
+            with pytest.raises(SourceError, match="disk 'd': cannot read near offset 131072"):
+                source.read_into(memoryview(bytearray(300_000)), 131072)
+            source.close()
+        finally:
+            server.terminate()
+
+
+def test_without_qemu_nbd_the_message_names_the_package(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    how = HowToRead("qcow2")
+    with pytest.raises(Failure, match=r"need qemu-nbd \(Debian: qemu-utils\)"), opened(disk, how):
+        pass
