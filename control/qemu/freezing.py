@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps a guest's file systems frozen for the moment in which a backup begins.
+
+    python -m vmapipe.control.qemu.freezing --parent-fd N --agent SOCKET
+
+A process of its own, because a guest that stays frozen hangs: it thaws when it
+is told to, when its parent dies, when anything fails, and after a bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import select
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.children import Child, Children
+from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.events import Emit, Event, ignore
+from vmapipe.runtime.process import run_child
+
+# An agent that is alive answers a ping at once; a guest under load takes longer.
+_SYNC_S = 10.0
+# Freezing writes out all that is dirty.
+_FREEZE_S = 60.0
+_THAW_S = 10.0
+# Beginning a backup takes some 20 ms. A guest that is frozen for longer than
+# this begins to fail; a database's clients time out.
+_FROZEN_S = 10.0
+_THAW_ATTEMPTS = 3
+_MAX_ANSWER_BYTES = 1 << 20
+# Marks the beginning of an answer (qemu-ga's guest-sync-delimited).
+_DELIMITER = b"\xff"
+
+
+class GuestAgent:
+    """A connection to qemu-ga. Every method raises Failure."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._rest = b""
+        try:
+            self._socket.settimeout(_SYNC_S)
+            self._socket.connect(path)
+            self._sync()
+        except OSError as error:
+            self._socket.close()
+            raise self._silent(error) from error
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def execute(self, command: str, timeout_s: float) -> Any:
+        try:
+            self._send(command, {})
+            answer = self._answer(timeout_s)
+        except OSError as error:
+            raise self._silent(error) from error
+        if "error" in answer:
+            described = answer["error"]
+            text = described.get("desc", "") if isinstance(described, dict) else ""
+            raise Failure(f"the guest agent at {self._path} refuses {command}: {text}")
+        return answer.get("return")
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _sync(self) -> None:
+        """Skip whatever an earlier client has left: ours is the answer with our number."""
+        number = time.monotonic_ns() & 0x7FFFFFFF
+        self._socket.sendall(_DELIMITER)
+        self._send("guest-sync-delimited", {"id": number})
+        deadline = time.monotonic() + _SYNC_S
+        while True:
+            answer = self._answer(deadline - time.monotonic())
+            if answer.get("return") == number:
+                return
+
+    def _send(self, command: str, arguments: dict[str, Any]) -> None:
+        request = {"execute": command, **({"arguments": arguments} if arguments else {})}
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+
+    def _answer(self, timeout_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._rest:
+            left = deadline - time.monotonic()
+            if left <= 0 or len(self._rest) > _MAX_ANSWER_BYTES:
+                raise TimeoutError("it does not answer")
+            self._socket.settimeout(left)
+            data = self._socket.recv(65536)
+            if not data:
+                raise ConnectionError("it has closed the connection")
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        try:
+            value = json.loads(line.rpartition(_DELIMITER)[2])
+        except ValueError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def _silent(self, error: OSError) -> Failure:
+        return Failure(
+            f"the guest agent at {self._path}: {os_error_text(error)}; is qemu-guest-agent running "
+            "in the guest? Without --freeze the backup is as after a power cut"
+        )
+
+
+@contextmanager
+def frozen(agent: str, emit: Emit) -> Iterator[None]:
+    """The guest's file systems are frozen while the block runs. Raises Failure."""
+    with Children() as children:
+        child = children.start(
+            "the guest's freezer", "vmapipe.control.qemu.freezing", [f"--agent={agent}"]
+        )
+        _until(children, child, "frozen", _SYNC_S + _FREEZE_S + _THAW_S, ignore)
+        yield
+        child.process.terminate()
+        _until(children, child, "thawed", _THAW_ATTEMPTS * (_SYNC_S + _THAW_S), emit)
+
+
+def _until(children: Children, child: Child, name: str, limit_s: float, emit: Emit) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        for _, event in children.wait(0.2):
+            if event is None:
+                raise Failure(child.verdict() or f"{child.name} ended too early")
+            if event["event"] == name:
+                emit(event)
+                return
+    raise Failure(f"{child.name} is not done after {limit_s:.0f} s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vmapipe.control.qemu.freezing")
+    parser.add_argument("--parent-fd", type=int, default=None)
+    parser.add_argument("--agent", required=True, metavar="SOCKET")
+    options = parser.parse_args(argv)
+
+    def work(cancel: Cancel, emit: Emit) -> None:
+        _freeze(options.agent, cancel, emit)
+
+    return run_child(parser.prog, options.parent_fd, work, _print)
+
+
+def _freeze(path: str, cancel: Cancel, emit: Emit) -> None:
+    agent = GuestAgent(path)
+    started = time.monotonic()
+    try:
+        try:
+            count = agent.execute("guest-fsfreeze-freeze", _FREEZE_S)
+            emit({"event": "frozen", "file_systems": count})
+            asked = bool(select.select([cancel.fd], [], [], _FROZEN_S)[0])
+        finally:
+            agent.close()
+    finally:
+        # Also when freezing has failed: it may have done so half-way.
+        _thaw(path)
+    if not asked:
+        raise Failure(
+            f"the guest's file systems were frozen for {_FROZEN_S:.0f} s and the backup had not "
+            "begun: they were thawed"
+        )
+    emit({"event": "thawed", "seconds": round(time.monotonic() - started, 3)})
+
+
+def _thaw(path: str) -> None:
+    """Raises Failure when the guest cannot be thawed, however often it is tried."""
+    for attempt in range(1, _THAW_ATTEMPTS + 1):
+        try:
+            # A connection of its own: the other one may be in the middle of something.
+            agent = GuestAgent(path)
+            try:
+                agent.execute("guest-fsfreeze-thaw", _THAW_S)
+                return
+            finally:
+                agent.close()
+        except Failure as error:
+            if attempt == _THAW_ATTEMPTS:
+                raise Failure(
+                    f"THE GUEST MAY STILL BE FROZEN: {error}. Thaw it by hand: send "
+                    f'{{"execute": "guest-fsfreeze-thaw"}} to {path}'
+                ) from error
+
+
+def _print(event: Event) -> None:
+    print(event["event"], file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
