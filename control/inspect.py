@@ -79,6 +79,11 @@ def main_verify(argv: Sequence[str], prog: str) -> int:
         "--no-manifest", action="store_true", help="check the structure only: fast, less is found"
     )
     parser.add_argument(
+        "--require-manifest",
+        action="store_true",
+        help="fail when there is no manifest, and the data cannot be checked (for cron)",
+    )
+    parser.add_argument(
         "--whole-file",
         action="store_true",
         help="also compare the digest of the stored file, which reads it once more",
@@ -161,6 +166,8 @@ def find_config(configs: Sequence[Config], name: str | None) -> Config:
 def _verify(options: argparse.Namespace) -> None:
     if options.manifest and options.no_manifest:
         raise UsageError("--manifest and --no-manifest exclude each other")
+    if options.no_manifest and options.require_manifest:
+        raise UsageError("--require-manifest and --no-manifest exclude each other")
     inherited_fds(options.archive)
     cancel = Cancel()
     cancel.on_signals()
@@ -175,6 +182,11 @@ def _verify(options: argparse.Namespace) -> None:
         except ArchiveError as error:
             raise Damaged(f"{source_name(options.archive)}: {error}") from error
         emit(report.event())
+    if options.require_manifest and not report.event()["data_checked"]:
+        raise Failure(
+            f"{source_name(options.archive)}: the data was not checked, because there is no "
+            "manifest of it; name one with --manifest"
+        )
     if not report.ok:
         count = report.damage_count
         raise Damaged(

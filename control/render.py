@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
-from vmapipe.runtime.process import one_line
+from vmapipe.runtime.process import failure_of, one_line
 
 # In a log, a line at least so often, however slow the job is.
 _LOG_LINE_S = 10.0
@@ -36,7 +36,14 @@ def renderer(verb: str, options: argparse.Namespace, stream: TextIO) -> Iterator
             stream.write(encode_line({"time": round(time.time(), 3), **event}).decode())
             stream.flush()
 
-        yield _going_on(write_json, stream)
+        report = _going_on(write_json, stream)
+        try:
+            yield report
+        except BaseException as error:
+            failure = failure_of(error)
+            if failure is not None:
+                report({"event": "failed", "text": failure[0], "exit_code": failure[1]})
+            raise
     elif options.quiet:
         yield ignore
     elif sys.stderr.isatty():

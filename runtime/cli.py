@@ -98,6 +98,10 @@ def check_endpoint(endpoint: str, *, plain_tcp: bool) -> None:
         if not path or len(os.fsencode(path)) > 107:
             raise UsageError(f"{endpoint}: a socket's path has 1..107 bytes")
     elif endpoint.startswith("tcp://"):
+        port = endpoint.rpartition(":")[2]
+        # ZeroMQ takes larger numbers, and leaves out what does not fit.
+        if port != "*" and not (port.isdecimal() and int(port) <= 65535):
+            raise UsageError(f"{endpoint!r}: no port; use tcp://HOST:PORT with 1 to 65535")
         if not plain_tcp:
             raise UsageError(
                 f"{endpoint}: over TCP, anybody could read and forge the data, and encryption is "

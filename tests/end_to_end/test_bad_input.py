@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -118,3 +119,20 @@ def test_a_closed_stdout_is_no_traceback(tmp_path: Path, golden: Path) -> None:
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr
     assert b"No space left" in done.stderr
+
+
+def test_a_failure_is_the_last_json_event(tmp_path: Path) -> None:
+    done = run("verify", "--json", tmp_path / "none.vma")
+    event = json.loads(done.stdout.splitlines()[-1])
+    assert event["event"] == "failed"
+    assert event["exit_code"] == done.returncode
+    assert "none.vma" in event["text"]
+
+
+def test_a_check_for_cron_fails_where_the_data_cannot_be_checked(tmp_path: Path) -> None:
+    disk, archive = make_disk(tmp_path / "d.raw", "A"), tmp_path / "vm.vma"
+    good("backup", "--no-manifest", "--disk", f"d={disk}", archive)
+    good("verify", archive)
+    assert "no manifest" in bad("verify", "--require-manifest", archive).replace("there is ", "")
+    good("backup", "--disk", f"d={disk}", tmp_path / "with.vma")
+    good("verify", "--require-manifest", tmp_path / "with.vma")

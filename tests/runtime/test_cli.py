@@ -58,6 +58,14 @@ def test_plain_tcp_needs_the_explicit_word() -> None:
         check_endpoint("tcp://127.0.0.1:7777", plain_tcp=False)
     check_endpoint("tcp://127.0.0.1:7777", plain_tcp=True)
     check_endpoint("ipc:///run/x", plain_tcp=False)
-    for wrong in ("inproc://x", "/run/x", "ipc://", "ipc://" + "x" * 108):
+    for wrong in (
+        "tcp://h",
+        "tcp://h:x",
+        "tcp://h:99999",
+        "inproc://x",
+        "/run/x",
+        "ipc://",
+        "ipc://" + "x" * 108,
+    ):
         with pytest.raises(UsageError):
             check_endpoint(wrong, plain_tcp=True)
