@@ -178,9 +178,16 @@ class CopyJob:
 
     def fail(self, reason: str) -> None:
         with self._changed:
-            if not self.over:
-                self._peer.send(Failed(reason))
+            self._fail(reason)
+
+    def _fail(self, reason: str) -> None:
+        """With the lock held."""
+        if not self.over:
+            self._peer.send(Failed(reason))
             self.end()
+            if not self._peer.backlog:
+                # Even if it never reads that: the disk is free for the next backup.
+                self._peer.close()
 
     def _save(self, plan: BeforeWrite, deadline: float) -> None:
         for copy in plan.copies:
@@ -228,15 +235,11 @@ class CopyJob:
     def _wait(self, deadline: float, what: str) -> None:
         """With the lock held. Raises JobOver."""
         if not self.over and not self._changed.wait(max(0.0, deadline - time.monotonic())):
-            # Not `fail`: the lock is held.
-            self._peer.send(
-                Failed(
-                    f"disk {self._image.name!r}: a write of the guest has waited "
-                    f"{self.guest_wait_s} s for {what}; the guest goes on, the backup does not "
-                    "(allow more with --guest-wait, or more --buffer or --spool)"
-                )
+            self._fail(
+                f"disk {self._image.name!r}: a write of the guest has waited "
+                f"{self.guest_wait_s} s for {what}; the guest goes on, the backup does not "
+                "(allow more with --guest-wait, or more --buffer or --spool)"
             )
-            self.end()
         if self.over:
             raise JobOver
 

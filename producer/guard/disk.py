@@ -18,6 +18,11 @@ from vmapipe.runtime.errors import Failure
 # way have ended, or the disk is so slow that the backup should not begin.
 _HOLD_S = 5.0
 
+# A trim of more than this is left out while its clusters are not copied: a
+# guest's mkfs or fstrim trims gigabytes at once, which would have to be saved
+# before it is answered.
+_TRIM_BYTES = 64 << 20
+
 
 class GuardedDisk:
     """The `Backend` of an export: reads pass; a write first waits for what has to be saved."""
@@ -57,6 +62,8 @@ class GuardedDisk:
         )
 
     def trim(self, offset: int, length: int) -> None:
+        if length > _TRIM_BYTES and not self._is_free(offset, length):
+            return  # it is only a hint, and saving all of it would take too long
         self._change(offset, length, lambda: self.image.trim(offset, length))
 
     def flush(self) -> None:
@@ -130,6 +137,10 @@ class GuardedDisk:
             return True
         first = offset // CLUSTER_BYTES
         return job.core.is_copied(first, (offset + length - 1) // CLUSTER_BYTES - first + 1)
+
+    def _is_free(self, offset: int, length: int) -> bool:
+        with self._changed:
+            return self._may_write(offset, length)
 
     def _written(self) -> None:
         with self._changed:

@@ -39,6 +39,8 @@ from vmapipe.protocol.nbd.constants import NBD_CMD_FLUSH, NBD_CMD_TRIM
 from vmapipe.runtime.errors import Failure
 
 CLUSTERS = 40
+# More than is saved before a trim.
+LARGE = 65 << 20
 
 
 @pytest.fixture
@@ -67,6 +69,17 @@ def in_thread(work: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
+
+
+def attach_when_free(place: Place) -> Backup:
+    """The guard notices the end of a backup in its own time."""
+    pause = threading.Event()
+    for _ in range(200):
+        try:
+            return Backup(place, 16, random.Random(1))
+        except Failure:
+            pause.wait(0.02)
+    pytest.fail("the disk is never free again")
 
 
 def write_everywhere(client: Client) -> None:
@@ -133,6 +146,46 @@ def test_a_trim_of_everything_saves_everything_before(place: Place, backup: Back
         trim.join(LIMIT_S)
         assert not any(client.read(0, CLUSTERS * CLUSTER))
     assert bytes(backup.content) == before
+
+
+def test_a_huge_trim_is_left_out_while_it_would_have_to_be_saved(
+    tmp_path: Path,
+) -> None:
+    image = tmp_path / "large"
+    with image.open("wb") as file:
+        file.write(b"data")
+        file.truncate(LARGE)
+    with guarding(tmp_path, image) as place:
+        backup = Backup(place, 16, random.Random(1))
+        try:
+            begin({"d": place}, tmp_path)
+            next_message(backup)
+            with Client(place.nbd, "d") as client:
+                client.command(NBD_CMD_TRIM, 0, LARGE)
+                assert client.read(0, 4) == b"data"
+                assert backup.guard.receive() is None, "and nothing was saved for it"
+                backup.close()
+                client.command(NBD_CMD_TRIM, 0, LARGE)
+                while client.read(0, 4) == b"data":  # the guard notices the end in its own time
+                    client.command(NBD_CMD_TRIM, 0, LARGE)
+        finally:
+            if hasattr(backup, "_ring"):
+                backup.close()
+
+
+def test_a_disk_is_free_when_its_backup_has_failed_even_if_nobody_heard_of_it(
+    place: Place, tmp_path: Path
+) -> None:
+    deaf = Backup(place, 16, random.Random(1), guest_wait_s=1)
+    try:
+        begin({"d": place}, tmp_path)
+        next_message(deaf)
+        claim(deaf, 40)
+        with Client(place.nbd, "d") as client:
+            client.write(0, b"new")
+        attach_when_free(place).close()
+    finally:
+        deaf.close()
 
 
 def test_a_backup_that_dies_lets_waiting_writes_go(place: Place, backup: Backup) -> None:
@@ -211,14 +264,7 @@ def test_a_second_backup_is_refused_and_one_after_the_first_is_not(place: Place)
     with pytest.raises(Failure, match="a backup of it is running already"):
         Backup(place, 16, random.Random(1))
     first.close()
-    deadline = threading.Event()
-    for _ in range(100):  # the guard notices the end in its own time
-        try:
-            Backup(place, 16, random.Random(1)).close()
-            return
-        except Failure:
-            deadline.wait(0.05)
-    pytest.fail("the disk is never free again")
+    attach_when_free(place).close()
 
 
 def test_writes_that_are_held_go_on_when_nobody_says_begin(
