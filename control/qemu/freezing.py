@@ -22,18 +22,20 @@ from typing import Any
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.events import Emit, Event, ignore
+from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run_child
 
 # An agent that is alive answers a ping at once; a guest under load takes longer.
 _SYNC_S = 10.0
-# Freezing writes out all that is dirty.
-_FREEZE_S = 60.0
+# Freezing writes out all that is dirty. Less than what producers wait for the
+# instant (60 s).
+_FREEZE_S = 30.0
 _THAW_S = 10.0
 # Beginning a backup takes some 20 ms. A guest that is frozen for longer than
 # this begins to fail; a database's clients time out.
 _FROZEN_S = 10.0
 _THAW_ATTEMPTS = 3
+_THAW_LIMIT_S = _THAW_ATTEMPTS * (_SYNC_S + _THAW_S) + 5.0
 _MAX_ANSWER_BYTES = 1 << 20
 # Marks the beginning of an answer (qemu-ga's guest-sync-delimited).
 _DELIMITER = b"\xff"
@@ -42,8 +44,10 @@ _DELIMITER = b"\xff"
 class GuestAgent:
     """A connection to qemu-ga. Every method raises Failure."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, cancel: Cancel | None = None) -> None:
+        """With `cancel`, a stop ends every wait: Cancelled."""
         self._path = path
+        self._cancel = cancel
         self._socket = socket.socket(socket.AF_UNIX)
         self._rest = b""
         try:
@@ -93,7 +97,7 @@ class GuestAgent:
             left = deadline - time.monotonic()
             if left <= 0 or len(self._rest) > _MAX_ANSWER_BYTES:
                 raise TimeoutError("it does not answer")
-            self._socket.settimeout(left)
+            self._wait(left)
             data = self._socket.recv(65536)
             if not data:
                 raise ConnectionError("it has closed the connection")
@@ -105,6 +109,15 @@ class GuestAgent:
             return {}
         return value if isinstance(value, dict) else {}
 
+    def _wait(self, timeout_s: float) -> None:
+        """Until something has come. Raises TimeoutError, Cancelled."""
+        watched = [self._socket.fileno()] + ([self._cancel.fd] if self._cancel else [])
+        ready, _, _ = select.select(watched, [], [], timeout_s)
+        if self._cancel is not None:
+            self._cancel.check()
+        if not ready:
+            raise TimeoutError("it does not answer")
+
     def _silent(self, error: OSError) -> Failure:
         return Failure(
             f"the guest agent at {self._path}: {os_error_text(error)}; is qemu-guest-agent running "
@@ -113,27 +126,39 @@ class GuestAgent:
 
 
 @contextmanager
-def frozen(agent: str, emit: Emit) -> Iterator[None]:
-    """The guest's file systems are frozen while the block runs. Raises Failure."""
+def frozen(agent: str, emit: Emit, cancel: Cancel) -> Iterator[None]:
+    """The guest's file systems are frozen while the block runs. Raises Failure, Cancelled."""
     with Children() as children:
+        children.watch(cancel.fd)
         child = children.start(
             "the guest's freezer", "vmapipe.control.qemu.freezing", [f"--agent={agent}"]
         )
-        _until(children, child, "frozen", _SYNC_S + _FREEZE_S + _THAW_S, ignore)
-        yield
+        try:
+            for _ in _until(children, child, "frozen", _SYNC_S + _FREEZE_S + _THAW_S):
+                cancel.check()
+            yield
+        except BaseException:
+            # It must not be killed before it has thawed.
+            child.process.terminate()
+            child.reap(_THAW_LIMIT_S)
+            raise
         child.process.terminate()
-        _until(children, child, "thawed", _THAW_ATTEMPTS * (_SYNC_S + _THAW_S), emit)
+        for event in _until(children, child, "thawed", _THAW_LIMIT_S):
+            if event is not None:
+                emit(event)
 
 
-def _until(children: Children, child: Child, name: str, limit_s: float, emit: Emit) -> None:
+def _until(children: Children, child: Child, name: str, limit_s: float) -> Iterator[Event | None]:
+    """Ends with the event `name`; None: somebody has to look whether to go on. Raises Failure."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
-        for _, event in children.wait(0.2):
+        for who, event in children.wait(0.2):
             if event is None:
-                raise Failure(child.verdict() or f"{child.name} ended too early")
+                raise Failure(who.verdict() or f"{who.name} ended too early")
             if event["event"] == name:
-                emit(event)
+                yield event
                 return
+        yield None
     raise Failure(f"{child.name} is not done after {limit_s:.0f} s")
 
 
@@ -150,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _freeze(path: str, cancel: Cancel, emit: Emit) -> None:
-    agent = GuestAgent(path)
+    agent = GuestAgent(path, cancel)
     started = time.monotonic()
     try:
         try:

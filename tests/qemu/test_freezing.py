@@ -20,7 +20,8 @@ import pytest
 
 from tests.machine import LIMIT_S
 from vmapipe.control.qemu.freezing import frozen
-from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Event
 
 
@@ -35,6 +36,8 @@ class Agent(threading.Thread):
         self.thawed = threading.Event()
         #: Answers that are not as they should be, by command.
         self.answers: dict[str, Any] = {}
+        #: A command that is never answered.
+        self.silent = ""
         #: What an earlier client has left in the channel.
         self.left_over = b""
         self._listener = socket.socket(socket.AF_UNIX)
@@ -63,6 +66,8 @@ class Agent(threading.Thread):
         prefix = b""
         if command == "guest-sync-delimited":
             answer, prefix = {"return": request["arguments"]["id"]}, b"\xff"
+        if command == self.silent:
+            return
         if command == "guest-fsfreeze-freeze":
             self._frozen = True
         if command == "guest-fsfreeze-thaw" and command not in self.answers:
@@ -84,6 +89,13 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
     agent.close()
 
 
+@pytest.fixture
+def cancel() -> Iterator[Cancel]:
+    cancel = Cancel()
+    yield cancel
+    cancel.close()
+
+
 def begin_and_fail(agent: Agent) -> None:
     assert agent.is_frozen()
     raise Failure("the disk is full")
@@ -93,26 +105,27 @@ def nothing(event: Event) -> None:
     pass
 
 
-def test_the_guest_is_frozen_in_the_block_and_thawed_after_it(agent: Agent) -> None:
+def test_the_guest_is_frozen_in_the_block_and_thawed_after_it(agent: Agent, cancel: Cancel) -> None:
     events: list[Event] = []
-    with frozen(str(agent.path), events.append):
+    with frozen(str(agent.path), events.append, cancel):
         assert agent.is_frozen()
     assert not agent.is_frozen()
     assert events[0]["event"] == "thawed"
 
 
-def test_whatever_fails_in_the_block_the_guest_is_thawed(agent: Agent) -> None:
-    with pytest.raises(Failure, match="the disk is full"), frozen(str(agent.path), nothing):
+def test_whatever_fails_in_the_block_the_guest_is_thawed(agent: Agent, cancel: Cancel) -> None:
+    with pytest.raises(Failure, match="the disk is full"), frozen(str(agent.path), nothing, cancel):
         begin_and_fail(agent)
     assert agent.thawed.wait(LIMIT_S)
     assert not agent.is_frozen()
 
 
-def test_a_coordinator_that_is_killed_leaves_no_guest_frozen(agent: Agent) -> None:
+def test_a_coordinator_that_is_killed_leaves_no_guest_frozen(agent: Agent, cancel: Cancel) -> None:
     program = (
         "import os, signal\n"
         "from vmapipe.control.qemu.freezing import frozen\n"
-        f"with frozen({str(agent.path)!r}, print):\n"
+        "from vmapipe.runtime.cancel import Cancel\n"
+        f"with frozen({str(agent.path)!r}, print, Cancel()):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], timeout=LIMIT_S)
@@ -122,37 +135,48 @@ def test_a_coordinator_that_is_killed_leaves_no_guest_frozen(agent: Agent) -> No
 
 
 def test_an_agent_that_refuses_is_named_with_its_reason_and_thawed_all_the_same(
-    agent: Agent,
+    agent: Agent, cancel: Cancel
 ) -> None:
     refusal = {"error": {"class": "GenericError", "desc": "no such thing"}}
     agent.answers["guest-fsfreeze-freeze"] = refusal
     with (
         pytest.raises(Failure, match="refuses guest-fsfreeze-freeze: no such thing"),
-        frozen(str(agent.path), nothing),
+        frozen(str(agent.path), nothing, cancel),
     ):
         pytest.fail("the block must not run")
     assert agent.thawed.wait(LIMIT_S)
 
 
-def test_answers_to_an_earlier_client_are_passed_over(agent: Agent) -> None:
+def test_a_freeze_that_takes_long_can_be_cancelled(agent: Agent, cancel: Cancel) -> None:
+    agent.silent = "guest-fsfreeze-freeze"
+    threading.Timer(0.3, cancel.ask, ("enough",)).start()
+    with (
+        pytest.raises(Cancelled),
+        frozen(str(agent.path), nothing, cancel),
+    ):
+        pytest.fail("the block must not run")
+    assert agent.thawed.wait(LIMIT_S)
+
+
+def test_answers_to_an_earlier_client_are_passed_over(agent: Agent, cancel: Cancel) -> None:
     agent.left_over = b'{"return": 17}\n{"return": {"half": '
-    with frozen(str(agent.path), nothing):
+    with frozen(str(agent.path), nothing, cancel):
         assert agent.is_frozen()
 
 
-def test_without_an_agent_the_message_says_what_to_do(tmp_path: Path) -> None:
+def test_without_an_agent_the_message_says_what_to_do(tmp_path: Path, cancel: Cancel) -> None:
     with (
         pytest.raises(Failure, match="is qemu-guest-agent running in the guest"),
-        frozen(str(tmp_path / "none.sock"), nothing),
+        frozen(str(tmp_path / "none.sock"), nothing, cancel),
     ):
         pytest.fail("the block must not run")
 
 
-def test_a_guest_that_cannot_be_thawed_is_cried_out(agent: Agent) -> None:
+def test_a_guest_that_cannot_be_thawed_is_cried_out(agent: Agent, cancel: Cancel) -> None:
     agent.answers["guest-fsfreeze-thaw"] = {"error": {"class": "GenericError", "desc": "stuck"}}
     with (
         pytest.raises(Failure, match=r"THE GUEST MAY STILL BE FROZEN.*stuck.*Thaw it by hand"),
-        frozen(str(agent.path), nothing),
+        frozen(str(agent.path), nothing, cancel),
     ):
         pass
     assert agent.commands.count("guest-fsfreeze-thaw") == 3

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that are not raw, from one format through an archive to another."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.machine import LIMIT_S, VMA, bad, good, make_disk, run, sha256
+
+Need = Callable[..., list[str]]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return make_disk(tmp_path / "disk.raw", "AA0hhhhpAh" * 20, tail_bytes=65024)
+
+
+@pytest.fixture
+def qcow2(tmp_path: Path, disk: Path, need: Need) -> Path:
+    qemu_img, _ = need("qemu-img", "qemu-nbd")
+    image = tmp_path / "disk.qcow2"
+    words = [qemu_img, "convert", "-O", "qcow2", str(disk), str(image)]
+    subprocess.run(words, check=True, timeout=LIMIT_S)
+    return image
+
+
+def test_a_qcow2_and_a_raw_image_go_into_one_archive_and_come_back_the_other_way_round(
+    tmp_path: Path, disk: Path, qcow2: Path, need: Need
+) -> None:
+    qemu_img, _ = need("qemu-img", "qemu-storage-daemon")
+    archive = tmp_path / "vm.vma"
+    good("backup", "--disk", f"a={qcow2},format=qcow2", "--disk", f"b={disk}", archive)
+    good("verify", archive)
+    back = tmp_path / "b.qcow2"
+    good(
+        "restore", archive, tmp_path / "out", "--device", "a", "--device", f"b={back},format=qcow2"
+    )
+    assert sha256(tmp_path / "out" / "disk-a.raw") == sha256(disk)
+    words = [qemu_img, "compare", "-f", "raw", "-F", "qcow2", str(disk), str(back)]
+    assert subprocess.run(words, capture_output=True, timeout=LIMIT_S).returncode == 0
+
+
+def test_the_drop_in_takes_a_format_as_the_reference_tool_does(
+    tmp_path: Path, disk: Path, qcow2: Path
+) -> None:
+    done = run("create", tmp_path / "vm.vma", "-d", f"format=qcow2:d={qcow2}", tool=VMA)
+    assert done.returncode == 0, done.stderr
+    good("restore", tmp_path / "vm.vma", tmp_path / "out")
+    assert sha256(tmp_path / "out" / "disk-d.raw") == sha256(disk)
+
+
+def test_a_qcow2_without_its_format_is_refused_with_the_words_to_add(
+    tmp_path: Path, qcow2: Path
+) -> None:
+    words = bad("backup", "--disk", f"d={qcow2}", tmp_path / "vm.vma", code=2)
+    assert f"say d={qcow2},format=qcow2" in words
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (",format=", "is no format"),
+        (",format=qcow2,format=raw", "format comes twice"),
+        (",snapshot=x", "say the format, too"),
+        (",format=raw,offset=much", "is no size"),
+    ],
+)
+def test_wrong_words_behind_a_path_are_one_clear_line(
+    tmp_path: Path, disk: Path, more: str, text: str
+) -> None:
+    assert text in bad("backup", "--disk", f"d={disk}{more}", tmp_path / "vm.vma", code=2)
+
+
+def test_an_image_that_is_not_what_it_is_said_to_be_fails_in_qemus_words(
+    tmp_path: Path, disk: Path, need: Need
+) -> None:
+    need("qemu-nbd")
+    words = bad("backup", "--disk", f"d={disk},format=qcow2", tmp_path / "vm.vma")
+    assert "disk 'd': " in words
+    assert "not in qcow2 format" in words
+    assert not (tmp_path / "vm.vma").exists()
+
+
+def test_an_image_in_use_by_a_program_that_writes_to_it_is_refused(
+    tmp_path: Path, qcow2: Path, need: Need
+) -> None:
+    (qemu_nbd,) = need("qemu-nbd")
+    socket = tmp_path / "writer.sock"
+    words = [qemu_nbd, "-t", "-k", str(socket), "-f", "qcow2", str(qcow2)]
+    with subprocess.Popen(words) as writer:
+        try:
+            while not socket.exists():
+                assert writer.poll() is None
+            said = bad("backup", "--disk", f"d={qcow2},format=qcow2", tmp_path / "vm.vma")
+            assert "another process using the image" in said
+        finally:
+            writer.terminate()
