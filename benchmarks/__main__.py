@@ -7,12 +7,14 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.cases import all_cases, make_images
+from benchmarks import guard
+from benchmarks.cases import all_cases, image_paths, make_images
 from benchmarks.measure import Case, Timing, ratios, run_case
 
 
@@ -27,16 +29,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="vmapipe-bench-", dir=options.folder) as name:
         folder = Path(name)
         print(f"{machine()}; images of {options.size} MiB in {folder}, page cache warm")
-        images = make_images(folder, options.size)
-        figures = {}
-        for case in all_cases(folder, images):
-            wanted = options.only in case.name
-            # The archives of the later cases are made here.
-            if wanted or " to a file" in case.name:
-                timings = run_case(case, options.pairs if wanted else 1, seed=1)
-                if wanted:
-                    report(case, timings)
-                    figures[case.name] = {n: t.seconds for n, t in timings.items()}
+        figures: dict[str, object] = {}
+        cases = all_cases(folder, image_paths(folder), options.size)
+        if any(options.only in case.name for case in cases):
+            make_images(folder, options.size)
+            for case in cases:
+                wanted = options.only in case.name
+                # The archives of the later cases are made here.
+                if wanted or " to a file" in case.name:
+                    timings = run_case(case, options.pairs if wanted else 1, seed=1)
+                    if wanted:
+                        report(case, timings)
+                        figures[case.name] = {n: t.seconds for n, t in timings.items()}
+            for leftover in folder.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for result in guard.run_guard(folder, options.size, options.pairs, options.only):
+            guard.report(result)
+            figures[result.title] = {n: [f._asdict() for f in r] for n, r in result.felt.items()}
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "cases": figures}, indent=1))
     return 0

@@ -14,9 +14,13 @@ MIB = 1 << 20
 VMAPIPE = (sys.executable, "-P", "-m", "vmapipe.control.main")
 
 
-def make_images(folder: Path, size_mib: int) -> dict[str, Path]:
+def image_paths(folder: Path) -> dict[str, Path]:
+    return {name: folder / f"{name}.raw" for name in ("dense", "sparse")}
+
+
+def make_images(folder: Path, size_mib: int) -> None:
     """`dense`: random bytes. `sparse`: a quarter of them, in pieces of 1 MiB, the rest holes."""
-    images = {name: folder / f"{name}.raw" for name in ("dense", "sparse")}
+    images = image_paths(folder)
     chance = random.Random(1)
     with images["dense"].open("wb") as dense, images["sparse"].open("wb") as sparse:
         sparse.truncate(size_mib * MIB)
@@ -27,19 +31,27 @@ def make_images(folder: Path, size_mib: int) -> dict[str, Path]:
                 sparse.seek(index * MIB)
                 sparse.write(piece)
     os.sync()
-    return images
+
+
+def make_image(path: Path, size_mib: int) -> Path:
+    """Random bytes."""
+    chance = random.Random(2)
+    with path.open("wb") as image:
+        for _ in range(size_mib):
+            image.write(chance.randbytes(MIB))
+    return path
 
 
 def vmapipe(*words: str | Path) -> list[str]:
     return [*VMAPIPE, *map(str, words)]
 
 
-def all_cases(folder: Path, images: dict[str, Path]) -> list[Case]:
+def all_cases(folder: Path, images: dict[str, Path], size_mib: int) -> list[Case]:
     return [
         case
         for kind, image in images.items()
         for case in (
-            _backup_to_nothing(kind, image),
+            _backup_to_nothing(kind, image, size_mib),
             _backup_to_pipe(kind, image),
             _backup_to_file(kind, image, folder),
             _restore(kind, image, folder),
@@ -52,8 +64,8 @@ def _backup(image: Path, target: str | Path, *more: str) -> list[str]:
     return vmapipe("backup", "--quiet", "--disk", f"drive-scsi0={image}", *more, target)
 
 
-def _backup_to_nothing(kind: str, image: Path) -> Case:
-    null = f"driver=null-co,size={image.stat().st_size}"
+def _backup_to_nothing(kind: str, image: Path, size_mib: int) -> Case:
+    null = f"driver=null-co,size={size_mib * MIB}"
     return Case(
         f"backup {kind} to nothing",
         Command("vmapipe", _backup(image, "/dev/null")),

@@ -128,7 +128,7 @@ def add_buffer_options(parser: argparse.ArgumentParser) -> None:
         default=64 << 20,
         metavar="SIZE",
         help="memory for old data of each live disk that a slow archiver has not taken yet "
-        "(default: 64M)",
+        "(8M to 192M; default: 64M)",
     )
     parser.add_argument(
         "--spool",

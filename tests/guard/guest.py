@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small Linux that boots under QEMU within seconds and does what its script says.
+
+No KVM, no installed system, no privileges: Debian's cloud kernel, and an
+initramfs that is written here, of busybox, the virtio modules and one script.
+The script speaks with the test over the serial console, a line at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import selectors
+import stat
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+#: A boot takes 3 s on an idle machine; the rest is for one that is not.
+LIMIT_S = 90.0
+#: What the guest says to the test starts with this; the kernel's own words do not.
+MARK = "@ "
+# In the order in which they need each other: what is loaded too early fails silently.
+_MODULES = (
+    "virtio/virtio_ring",
+    "virtio/virtio",
+    "virtio/virtio_pci_legacy_dev",
+    "virtio/virtio_pci_modern_dev",
+    "virtio/virtio_pci",
+    "block/virtio_blk",
+)
+# In front of every script. The guest has nothing but what is made here.
+_PROLOGUE = """\
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
+stty -echo
+for module in %s; do
+    insmod /modules/$module.ko || echo "@ failed: insmod $module"
+done
+say() { echo "@ $*"; }
+# The test goes on only when it reads what it expects, so a script may just end.
+trap 'say failed: the script ended; poweroff -f' EXIT
+set -e
+"""
+
+
+class Kernel(NamedTuple):
+    """A kernel and the folder of its drivers."""
+
+    image: Path
+    drivers: Path
+
+
+def find_kernel() -> Kernel | None:
+    """Debian 12's cloud kernel: as scripts/setup has unpacked it, or installed."""
+    unpacked = Path(__file__).parent.parent.parent / ".venv" / "kernel"
+    for root in (unpacked, Path("/")):
+        for image in sorted((root / "boot").glob("vmlinuz-*-cloud-amd64"), reverse=True):
+            version = image.name.removeprefix("vmlinuz-")
+            drivers = root / "lib/modules" / version / "kernel/drivers"
+            # Later Debians compress their modules, which busybox's insmod cannot read.
+            if os.access(image, os.R_OK) and (drivers / f"{_MODULES[-1]}.ko").is_file():
+                return Kernel(image, drivers)
+    return None
+
+
+def make_initramfs(kernel: Kernel, busybox: Path, script: str) -> bytes:
+    """The same arguments, the same bytes."""
+    names = [Path(module).name for module in _MODULES]
+    archive = _Cpio()
+    for folder in ("bin", "dev", "mnt", "modules", "proc", "sys", "tmp"):
+        archive.add(folder, stat.S_IFDIR | 0o755)
+    archive.add("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
+    for module, name in zip(_MODULES, names, strict=True):
+        driver = (kernel.drivers / f"{module}.ko").read_bytes()
+        archive.add(f"modules/{name}.ko", stat.S_IFREG | 0o644, driver)
+    text = _PROLOGUE % " ".join(names) + script
+    archive.add("init", stat.S_IFREG | 0o755, text.encode())
+    # The lowest level: the guest unpacks it on an emulated processor.
+    return gzip.compress(archive.finish(), compresslevel=1, mtime=0)
+
+
+class _Cpio:
+    """The "newc" format of Documentation/driver-api/early-userspace/buffer-format.rst."""
+
+    def __init__(self) -> None:
+        self._out = io.BytesIO()
+        self._inode = 0
+
+    def add(self, name: str, mode: int, data: bytes = b"") -> None:
+        self._inode += 1
+        path = name.encode() + b"\0"
+        links = 2 if stat.S_ISDIR(mode) else 1
+        fields = (self._inode, mode, 0, 0, links, 0, len(data), 0, 0, 0, 0, len(path), 0)
+        self._out.write(b"070701" + b"".join(b"%08X" % field for field in fields) + path)
+        self._pad()
+        self._out.write(data)
+        self._pad()
+
+    def finish(self) -> bytes:
+        self.add("TRAILER!!!", 0)
+        return self._out.getvalue()
+
+    def _pad(self) -> None:
+        self._out.write(bytes(-self._out.tell() % 4))
+
+
+class Guest:
+    """The console of a running guest."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        self.process = process
+        self.console: list[str] = []
+        self._unread = b""
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(process.stdout, selectors.EVENT_READ)
+
+    def close(self) -> None:
+        self._selector.close()
+
+    def hear(self, what: str, limit_s: float = LIMIT_S) -> list[str]:
+        """What the script says up to the line `what`, without that."""
+        deadline = time.monotonic() + limit_s
+        said: list[str] = []
+        while True:
+            line = self._line(deadline)
+            if line is None:
+                raise AssertionError(f"the guest never said {what!r}:\n{self._last_words()}")
+            self.console.append(line)
+            if line.startswith(MARK + "failed"):
+                raise AssertionError(f"{line}:\n{self._last_words()}")
+            if line == MARK + what:
+                return said
+            if line.startswith(MARK):
+                said.append(line.removeprefix(MARK))
+
+    def tell(self, line: str) -> None:
+        """A line for the script's `read`."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def _line(self, deadline: float) -> str | None:
+        assert self.process.stdout is not None
+        while b"\n" not in self._unread:
+            if not self._selector.select(max(0.0, deadline - time.monotonic())):
+                return None
+            data = os.read(self.process.stdout.fileno(), 65536)
+            if not data:
+                return None
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line.decode(errors="replace").rstrip("\r")
+
+    def _last_words(self) -> str:
+        return "\n".join(self.console[-30:])
+
+
+@contextlib.contextmanager
+def booted(
+    qemu: str, kernel: Kernel, initramfs: Path, options: Sequence[str] = ()
+) -> Iterator[Guest]:
+    """A guest that runs `initramfs`; ended, if it has not ended itself, with the block.
+
+    `options` are its disks.
+    """
+    words = [
+        *(qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "128"),
+        *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
+        *("-kernel", str(kernel.image), "-initrd", str(initramfs)),
+        # Without a stable clock the kernel spends half a second to measure one.
+        *("-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable"),
+        *options,
+    ]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        guest = Guest(process)
+        try:
+            yield guest
+        finally:
+            guest.close()
+            process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate()
+
+
+def virtio_disk(socket: Path, export: str) -> list[str]:
+    """QEMU's options for a virtio disk that is an NBD export."""
+    node = f"driver=nbd,node-name=vda,server.type=unix,server.path={socket},export={export}"
+    return [
+        *("-blockdev", f"{node},reconnect-delay=60"),
+        *("-device", "virtio-blk-pci,drive=vda"),
+    ]
