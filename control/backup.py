@@ -7,19 +7,28 @@ import argparse
 import os
 import stat
 import sys
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vmapipe.archiver.arguments import add_output_options
+from vmapipe.control.diskwords import parse_disk
 from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds
+from vmapipe.control.proxmox import JobLog, archive_name, rename_configs, write_notes
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import add_buffer_options, make_parser, size, split_named
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run
+
+if TYPE_CHECKING:
+    from vmapipe.control.qemu.machine import RunningMachine
 
 DESCRIPTION = """\
 Back up disks into one VMA archive: disks at rest (raw image files or block
-devices), or those that a monitor serves to a running guest, all at one instant.
+devices), those of a running QEMU, or those that a monitor serves to a running
+guest; disks in use all at one instant.
 A process of its own reads each disk; another writes the archive, which appears
 under its name only when it is complete and on disk. Holes and zeroes cost
 next to nothing.
@@ -33,22 +42,13 @@ with which `vmapipe verify` finds damaged data.
 examples:
   vmapipe backup --disk drive-scsi0=/srv/vm.raw --config qemu-server.conf vm.vma
   vmapipe backup --disk /dev/vg0/vm --compress zstd vm.vma.zst
+  vmapipe backup --qmp /run/vm/qmp.sock --config vm.conf vm.vma
   vmapipe backup --monitor /run/vm/monitor.sock --config vm.conf vm.vma
+  vmapipe backup --qmp /run/vm/qmp.sock --vmid 100 --config 100.conf /var/lib/vz/dump
   vmapipe backup --disk /srv/vm.raw - | ssh backup.example 'cat > vm.vma'
 
 exit codes: 0 stored, 1 failed (nothing was stored), 2 wrong use, 130/143 ended by a signal
 """
-
-
-# Images whose bytes are not the disk's.
-_MAGICS = {
-    b"QFI\xfb": "qcow2",
-    b"KDMV": "vmdk",
-    b"vhdxfile": "vhdx",
-    b"conectix": "vpc",
-    b"<<< ": "vdi",
-    b"QED\0": "qed",
-}
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -57,14 +57,28 @@ def main(argv: Sequence[str], prog: str) -> int:
         "--disk",
         action="append",
         default=[],
-        metavar="[NAME=]PATH[,format=raw]",
-        help="a disk, and its name in the archive (default: the file's name); may be repeated",
+        metavar="[NAME=]PATH[,format=FORMAT]",
+        help="a disk, and its name in the archive (default: the file's name); images that are not "
+        "raw need their format (qcow2, vmdk, vhdx, vdi, ...), and ,snapshot=NAME or ,offset=BYTES "
+        "may follow; may be repeated",
     )
     parser.add_argument(
         "--monitor",
         metavar="SOCKET",
         help="back up the disks of this monitor while they are in use; --disk NAME then chooses "
         "some of them",
+    )
+    parser.add_argument(
+        "--qmp",
+        metavar="SOCKET",
+        help="back up the disks of the running QEMU whose QMP monitor this is; --disk NAME then "
+        "chooses some of them, by their name in the archive, device, node or id",
+    )
+    parser.add_argument(
+        "--agent",
+        metavar="SOCKET",
+        help="freeze the guest's file systems for the instant, through this guest agent "
+        "(with --qmp or --monitor); they are thawed whatever happens",
     )
     add_buffer_options(parser)
     parser.add_argument(
@@ -75,6 +89,16 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="read at most this much a second, all disks together; K, M, G, T are powers of 1024 "
         "(what a guest's writes save is not slowed down)",
     )
+    parser.add_argument(
+        "--vmid",
+        type=int,
+        metavar="N",
+        help="name everything as Proxmox VE's vzdump does for this machine, so that qmrestore "
+        "takes it: ARCHIVE is then a folder, and a log is written beside the archive",
+    )
+    parser.add_argument(
+        "--notes", default="", metavar="TEXT", help="with --vmid: notes beside the archive"
+    )
     add_output_options(parser)
     add_report_options(parser)
     parser.add_argument("archive", metavar="ARCHIVE", help="where the archive goes")
@@ -83,31 +107,96 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _backup(options: argparse.Namespace) -> None:
+    if options.agent and options.qmp is None and options.monitor is None:
+        raise UsageError("--agent needs --qmp or --monitor: a disk at rest needs no freezing")
+    if options.notes and options.vmid is None:
+        raise UsageError("--notes needs --vmid: only Proxmox VE's archives have a place for them")
+    if options.vmid is not None:
+        name = archive_name(options.vmid, time.time(), options.compress)
+        options.archive = os.path.join(options.archive, name)
     # First of all, before we open descriptors of our own.
     pass_fds = [*inherited_fds(options.archive), *open_configs(options)]
-    job = BackupJob(
-        disks=choose_disks(options),
-        archive=options.archive,
-        archiver_options=archiver_options(options),
-        speed_bytes_s=options.speed,
-        pass_fds=pass_fds,
-        buffer_options=[
-            f"--buffer={options.buffer}",
-            f"--spool={options.spool}",
-            f"--spool-size={options.spool_size}",
-            f"--guest-wait={options.guest_wait}",
-        ],
-    )
+    machine = open_machine(options)
+    try:
+        disks = choose_disks(options, machine)
+        if options.vmid is not None:
+            configs = rename_configs(options.config, options.vmid, [disk.name for disk in disks])
+            options.config = [text for text, _ in configs]
+            pass_fds += [fd for _, fd in configs if fd >= 0]
+        job = BackupJob(
+            disks=disks,
+            archive=options.archive,
+            archiver_options=archiver_options(options),
+            speed_bytes_s=options.speed,
+            pass_fds=pass_fds,
+            buffer_options=buffer_options(options),
+            machine=machine,
+            agent=options.agent or "",
+        )
+        _run_job(job, options)
+    finally:
+        if machine:
+            machine.end()
+
+
+def _run_job(job: BackupJob, options: argparse.Namespace) -> None:
     cancel = Cancel()
     cancel.on_signals()
     # With the archive on stdout, every word goes to stderr.
     stream = sys.stderr if goes_to_stdout(options.archive) else sys.stdout
     with renderer("backup", options, stream) as emit:
-        job.run(emit, cancel)
+        if options.vmid is None:
+            job.run(emit, cancel)
+            return
+        with JobLog(f"{options.archive.partition('.vma')[0]}.log", options.vmid) as log:
+            job.run(both(emit, log), cancel)
+        if options.notes:
+            write_notes(options.archive, options.notes)
 
 
-def choose_disks(options: argparse.Namespace) -> tuple[Disk, ...]:
+def both(first: Emit, second: Emit) -> Emit:
+    """Tell each event to both."""
+
+    def emit(event: Event) -> None:
+        first(event)
+        second(event)
+
+    return emit
+
+
+def buffer_options(options: argparse.Namespace) -> list[str]:
+    return [
+        f"--buffer={options.buffer}",
+        f"--spool={options.spool}",
+        f"--spool-size={options.spool_size}",
+        f"--guest-wait={options.guest_wait}",
+    ]
+
+
+def open_machine(options: argparse.Namespace) -> RunningMachine | None:
     """Raises UsageError, Failure."""
+    if options.qmp is None:
+        return None
+    if options.monitor is not None:
+        raise UsageError("--qmp and --monitor are two ways to disks in use: choose one")
+    if options.spool:
+        raise UsageError(
+            "--spool has no use with --qmp: QEMU sends as fast as we take, so it would fill up; "
+            "use --buffer and --speed"
+        )
+    # Imported here: it takes as long as all the rest of a start.
+    from vmapipe.control.qemu.machine import RunningMachine
+
+    return RunningMachine(options.qmp, options.guest_wait)
+
+
+def choose_disks(
+    options: argparse.Namespace, machine: RunningMachine | None = None
+) -> tuple[Disk, ...]:
+    """Raises UsageError, Failure."""
+    if machine:
+        found = machine.choose(options.disk)
+        return tuple(Disk(disk.name, "", size_bytes=disk.size_bytes) for disk in found)
     if options.monitor is None:
         return tuple(parse_disk(text) for text in options.disk)
     # Imported here: a backup of disks at rest starts sooner without.
@@ -139,37 +228,6 @@ def open_configs(options: argparse.Namespace) -> list[int]:
         fds.append(fd)
         options.config[index] = f"{name}=/dev/fd/{fd}"
     return fds
-
-
-def parse_disk(text: str) -> Disk:
-    """`[NAME=]PATH[,format=raw]`. Raises UsageError."""
-    body, comma, option = text.rpartition(",")
-    if comma and option.startswith("format="):
-        image_format = option.removeprefix("format=")
-        if image_format != "raw":
-            raise UsageError(
-                f"{text}: format {image_format!r} cannot be read yet; only raw images and block "
-                f"devices can (convert it: qemu-img convert -O raw)"
-            )
-        return Disk(*split_named(body))
-    disk = Disk(*split_named(text))
-    image_format = _looks_like(disk.path)
-    if image_format:
-        raise UsageError(
-            f"{disk.path} looks like a {image_format} image, which cannot be read yet (convert it: "
-            f"qemu-img convert -O raw); if its raw bytes are wanted, say {text},format=raw"
-        )
-    return disk
-
-
-def _looks_like(path: str) -> str:
-    """The format of an image that is not raw, by its first bytes; empty: raw, or unreadable."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            start = file.read(8)
-    except OSError:
-        return ""  # the producer will say what is wrong
-    return next((name for magic, name in _MAGICS.items() if start.startswith(magic)), "")
 
 
 def archiver_options(options: argparse.Namespace) -> list[str]:

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vmapipe.control.instant import begin_together
 from vmapipe.runtime.cancel import Cancel
@@ -20,6 +21,9 @@ from vmapipe.runtime.events import Emit, Event
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, check_contents
 from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
+
+if TYPE_CHECKING:
+    from vmapipe.control.qemu.machine import RunningMachine
 
 _DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/)([0-9]{1,9})")
 # When one process has failed, the others hear of it from the archiver and end
@@ -32,12 +36,16 @@ class Disk:
     """A raw image or block device, and its name in the archive.
 
     `guard`: the control socket of the process that serves it to a guest; empty:
-    the disk is at rest.
+    the disk is at rest, or a running QEMU's.
     """
 
     name: str
     path: str
     guard: str = ""
+    #: The producer's options for an image that is not simply raw.
+    reading: tuple[str, ...] = ()
+    #: Of a running QEMU's disk.
+    size_bytes: int = 0
 
 
 @dataclass
@@ -52,6 +60,10 @@ class BackupJob:
     pass_fds: Sequence[int] = ()
     #: For the producers of disks in use.
     buffer_options: Sequence[str] = ()
+    #: The QEMU whose disks these are, all of them.
+    machine: RunningMachine | None = None
+    #: The guest agent's socket, if file systems are to be frozen for the instant.
+    agent: str = ""
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
 
     def run(self, emit: Emit, cancel: Cancel) -> None:
@@ -64,8 +76,11 @@ class BackupJob:
             try:
                 with children:
                     children.watch(cancel.fd)
-                    self._start(children, f"ipc://{folder}/archiver.sock")
-                    self._watch(children, emit, cancel, folder)
+                    try:
+                        self._start(children, f"ipc://{folder}/archiver.sock")
+                        self._watch(children, emit, cancel, folder)
+                    finally:
+                        self._let_go(emit)
             finally:
                 self._remove_leftovers(children)
             emit(
@@ -99,6 +114,9 @@ class BackupJob:
 
     def _start(self, children: Children, endpoint: str) -> None:
         job = self.job_id.hex()
+        speed = -(-self.speed_bytes_s // max(1, len(self.disks)))
+        if self.machine:
+            self.machine.prepare(speed)
         # With "=", because a name may begin with a dash.
         words = [f"--listen={endpoint}", f"--output={self.archive}", f"--job={job}"]
         words += [f"--device={disk.name}" for disk in self.disks]
@@ -108,29 +126,48 @@ class BackupJob:
             [*words, *self.archiver_options],
             self.pass_fds,
         )
-        speed = -(-self.speed_bytes_s // max(1, len(self.disks)))
-        for disk in self.disks:
-            words = [f"--archiver={endpoint}", f"--job={job}", f"--speed={speed}"]
-            words += [f"--name={disk.name}", f"--disk={disk.path}"]
-            if disk.guard:
-                words += [f"--guard={disk.guard}", *self.buffer_options]
-            children.start(f"the producer of {disk.name!r}", "vmapipe.producer.main", words)
+        for index, disk in enumerate(self.disks):
+            words = [f"--archiver={endpoint}", f"--job={job}", f"--name={disk.name}"]
+            more, fds = self._words_of(index, disk)
+            words += [f"--speed={speed}", *more]
+            children.start(f"the producer of {disk.name!r}", "vmapipe.producer.main", words, fds)
+        if self.machine:
+            self.machine.protect(children.all[1:])
+            children.watch(self.machine.fd)
+
+    def _words_of(self, index: int, disk: Disk) -> tuple[list[str], list[int]]:
+        """Where a producer gets its disk from, and the descriptors that it needs for that."""
+        if self.machine:
+            fd = self.machine.sink_fd(index)
+            words = [f"--disk={disk.name}", f"--sink-fd={fd}", f"--size={disk.size_bytes}"]
+            return [*words, *self.buffer_options], [fd]
+        words = [f"--disk={disk.path}", *disk.reading]
+        if disk.guard:
+            words += [f"--guard={disk.guard}", *self.buffer_options]
+        return words, []
 
     def _watch(self, children: Children, emit: Emit, cancel: Cancel, folder: str) -> None:
         """Until all have ended well. Raises Failure with the best reason there is."""
         archiver = children.all[0]
         first_failed: Child | None = None
         give_up = float("inf")
-        unattached = {disk.name for disk in self.disks if disk.guard}
+        unattached = {disk.name for disk in self.disks if disk.guard or self.machine}
         while any(child.running for child in children.all):
             for child, event in children.wait(min(1.0, max(0.0, give_up - time.monotonic()))):
                 if event is not None:
-                    self._take(event, unattached, emit, folder)
-                elif child.exit_code and first_failed is None:
+                    self._take(event, unattached, emit, cancel)
+                    if event["event"] == "begun":
+                        # All are connected: nobody needs the socket's name any more, and
+                        # if this process is killed from now on, no folder is left.
+                        shutil.rmtree(folder, ignore_errors=True)
+                if first_failed is None and _has_failed(child, event):
                     first_failed = child
-                    killed = child.exit_code < 0 or child is archiver
+                    killed = (child.exit_code or 0) < 0 or child is archiver
                     give_up = time.monotonic() + (0.0 if killed else _VERDICT_S)
+            if self.machine:
+                self.machine.look()
             if cancel.asked:
+                self._let_go(emit)
                 children.stop()
                 if archiver.exit_code == 0:
                     emit({"event": "notice", "text": f"{cancel.reason}: too late, it is stored"})
@@ -146,26 +183,42 @@ class BackupJob:
             told = archiver if spoke else first_failed
             raise (UsageError if told.exit_code == EXIT_USAGE else Failure)(told.verdict())
 
-    def _take(self, event: Event, unattached: set[str], emit: Emit, folder: str) -> None:
+    def _take(self, event: Event, unattached: set[str], emit: Emit, cancel: Cancel) -> None:
         """What a child has told. Raises Failure."""
-        if event["event"] == "begun":
-            # All are connected: nobody needs the socket's name any more, and
-            # if this process is killed from now on, no folder is left.
-            shutil.rmtree(folder, ignore_errors=True)
         if event["event"] == "attached":
             unattached.discard(event["device"])
             if not unattached:
-                self._begin(emit)
-        elif event["event"] != "error":
+                self._begin(emit, cancel)
+        elif event["event"] not in ("draining", "error"):
             emit(event)
 
-    def _begin(self, emit: Emit) -> None:
+    def _begin(self, emit: Emit, cancel: Cancel) -> None:
         """All disks in use are ready: choose the instant. Raises Failure."""
+        if self.agent:
+            # Imported here: it takes as long as all the rest of a start.
+            from vmapipe.control.qemu.freezing import frozen
+
+            with frozen(self.agent, emit, cancel):
+                held_s = self._choose_instant()
+        else:
+            held_s = self._choose_instant()
+        emit({"event": "instant", "held_s": round(held_s, 4)})
+
+    def _choose_instant(self) -> float:
+        """Returns for how long disks, or the machine, were held."""
+        if self.machine:
+            return self.machine.begin()
         guards: dict[str, list[str]] = {}
         for disk in self.disks:
             if disk.guard:
                 guards.setdefault(disk.guard, []).append(disk.name)
-        emit({"event": "instant", "held_s": round(begin_together(guards, self.job_id), 4)})
+        return begin_together(guards, self.job_id)
+
+    def _let_go(self, emit: Emit) -> None:
+        """QEMU is rid of us, while the producers still serve it."""
+        text = self.machine.end() if self.machine else ""
+        if text:
+            emit({"event": "notice", "text": text})
 
     def _remove_leftovers(self, children: Children) -> None:
         """What an archiver that was killed could not remove itself."""
@@ -179,6 +232,14 @@ class BackupJob:
         named = [w.removeprefix("--manifest=") for w in self.archiver_options if "--manifest=" in w]
         for path in (self.archive, beside(self.archive), *named):
             remove_leftover(path)
+
+
+def _has_failed(child: Child, event: Event | None) -> bool:
+    """It has ended badly, or has nothing left to do but to keep QEMU content."""
+    if event is not None and event["event"] == "draining":
+        child.error = child.error or str(event["text"])
+        return True
+    return event is None and bool(child.exit_code)
 
 
 def is_path(output: str) -> bool:

@@ -21,6 +21,7 @@ commands:
   config     print a configuration stored in an archive
   verify     check an archive without writing anything
   monitor    serve disks to guests, so that they can be backed up while in use
+  cleanup    remove what a crashed backup has left in a running QEMU
   producer   read one disk and send it to an archiver (by hand, or elsewhere)
   archiver   receive disks from producers and store the archive
 
@@ -43,6 +44,7 @@ _COMMANDS = {
     "config": "vmapipe.control.inspect",
     "verify": "vmapipe.control.inspect",
     "monitor": "vmapipe.control.monitor.main",
+    "cleanup": "vmapipe.control.qemu.cleanup",
     "producer": "vmapipe.producer.main",
     "archiver": "vmapipe.archiver.main",
 }

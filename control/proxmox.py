@@ -13,7 +13,8 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.cli import split_named
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Event
 
 CONFIG_NAME = "qemu-server.conf"
@@ -25,6 +26,8 @@ MIN_VMID, MAX_VMID = 100, 999_999_999
 _LEFT_OUT = re.compile(r"#vzdump#|#qmdump#|lock:|parent:|unused\d+:")
 _SECTION = re.compile(r"\[.*\]\s*")
 _DISK_KEY = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate)\d+")
+# A blob of an archive has 65535 bytes at most; what is longer is refused there.
+MAX_CONFIG_CHARS = 1 << 20
 _EXTENSION_FORMATS = {"raw": "raw", "qcow2": "qcow2", "vmdk": "vmdk"}
 
 
@@ -69,6 +72,40 @@ def _volume(volume: str) -> tuple[str, str]:
     if not colon or volume.startswith("/"):
         return "", "raw"
     return storage, _EXTENSION_FORMATS.get(rest.rpartition(".")[2], "raw")
+
+
+def rename_configs(
+    configs: Sequence[str], vmid: int, devices: Sequence[str]
+) -> list[tuple[str, int]]:
+    """`[NAME=]PATH` options as (option, descriptor): the machine's own under the archive's names.
+
+    Its configuration gets its map lines, in a memory file whose descriptor is to
+    be inherited; -1 where nothing is. Raises Failure.
+    """
+    renamed = []
+    for text in configs:
+        name, path = split_named(text)
+        if name == os.path.basename(path):
+            name = config_name(path, vmid)
+        if name != CONFIG_NAME:
+            renamed.append((f"{name}={path}", -1))
+            continue
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                stored = stored_config(file.read(MAX_CONFIG_CHARS), devices)
+        except OSError as error:
+            raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error
+        fd = os.memfd_create(CONFIG_NAME, 0)
+        os.write(fd, stored.encode("utf-8", "surrogateescape"))
+        os.lseek(fd, 0, os.SEEK_SET)
+        renamed.append((f"{name}=/dev/fd/{fd}", fd))
+    return renamed
+
+
+def write_notes(archive: str, notes: str) -> None:
+    """`.notes` beside the archive, which Proxmox VE shows. Raises OSError."""
+    with open(f"{archive}.notes", "x", encoding="utf-8") as file:
+        file.write(notes + "\n")
 
 
 class JobLog:

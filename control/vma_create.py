@@ -54,16 +54,10 @@ def _device(text: str) -> Disk:
     prefix, colon, rest = text.partition(":")
     if not colon or not prefix.startswith("format="):
         raise UsageError(f"No format specified for device: '{text}'")
-    image_format = prefix.removeprefix("format=")
-    if image_format != "raw":
-        raise UsageError(
-            f"{text}: format {image_format!r} cannot be read yet; only raw images and block "
-            "devices can (convert it: qemu-img convert -O raw)"
-        )
     name, equals, path = rest.partition("=")
     if not equals or not name or not path:
         raise UsageError(f"no DEVNAME=PATH in device: '{text}'")
-    return Disk(name, path)
+    return Disk(name, path, reading=(f"--format={prefix.removeprefix('format=')}",))
 
 
 def _legacy(text: str, index: int) -> Disk:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from vmapipe.producer.link import Link
 from vmapipe.producer.live import Buffering, LiveSender
 from vmapipe.producer.sender import Sender
-from vmapipe.producer.source import RawSource
+from vmapipe.producer.sink.sending import SinkOptions, SinkSender
+from vmapipe.producer.source import RawSource, Source
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
@@ -23,13 +24,16 @@ from vmapipe.runtime.cli import (
     size,
     split_named,
 )
+from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run_child
 
 DESCRIPTION = """\
-Read one disk at rest (a raw image file or a block device), or one that a
-monitor serves to a guest, and send its clusters to an archiver. Ends with exit code 0 when the archiver has stored the
-whole archive, and with 1 when this device or the job failed.
+Send the clusters of one disk to an archiver: of a disk at rest (a raw image
+file or a block device), of one that a monitor serves to a guest, or of one that
+QEMU's backup job writes to a socket of ours. Ends with exit code 0 when the
+archiver has stored the whole archive, and with 1 when this device or the job
+failed.
 """
 
 EPILOG = """\
@@ -53,10 +57,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the disk, and its name in the archive (default: the file's name)",
     )
     parser.add_argument(
+        "--format",
+        default="raw",
+        metavar="FORMAT",
+        help="the image's format as QEMU calls it; all but raw files are read through qemu-nbd",
+    )
+    parser.add_argument(
+        "--snapshot", default="", metavar="NAME", help="read this internal snapshot of the image"
+    )
+    parser.add_argument(
+        "--offset", type=size, default=0, metavar="BYTES", help="where the disk begins in the file"
+    )
+    parser.add_argument(
         "--guard",
         metavar="SOCKET",
         help="the disk is served by a monitor, whose control socket this is; --disk is its name",
     )
+    parser.add_argument(
+        "--sink-fd",
+        type=int,
+        metavar="N",
+        help="the disk comes over NBD, to the listening socket with this descriptor; --disk is "
+        "its name, --size its size",
+    )
+    parser.add_argument("--size", type=size, default=0, metavar="BYTES", help="see --sink-fd")
     add_buffer_options(parser)
     parser.add_argument(
         "--name",
@@ -98,6 +122,9 @@ def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         if options.guard:
             name = options.name or options.disk
             size_bytes, zero_clusters = _send_live(name, options, link, cancel, emit)
+        elif options.sink_fd is not None:
+            name = options.name or options.disk
+            size_bytes, zero_clusters = _send_arriving(name, options, link, cancel, emit)
         else:
             name, path = (options.name, options.disk) if options.name else split_named(options.disk)
             size_bytes, zero_clusters = _send_at_rest(name, path, options, link, cancel, emit)
@@ -116,7 +143,7 @@ def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
 def _send_at_rest(
     name: str, path: str, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
 ) -> tuple[int, int]:
-    source = RawSource(name, path)
+    source = _open_source(name, path, options, cancel)
     try:
         emit({"event": "reading", "device": name, "path": path, "bytes": source.size_bytes})
         sender = Sender(source, link, options.job, options.speed, cancel)
@@ -124,6 +151,17 @@ def _send_at_rest(
     finally:
         source.close()
     return source.size_bytes, sender.zero_clusters
+
+
+def _open_source(name: str, path: str, options: argparse.Namespace, cancel: Cancel) -> Source:
+    """Raises SourceError, Failure."""
+    if options.format == "raw" and not (options.snapshot or options.offset or "://" in path):
+        return RawSource(name, path)
+    # Imported here: few backups need it.
+    from vmapipe.producer.nbdsource import HowToRead, ImageSource
+
+    how = HowToRead(options.format, options.snapshot, options.offset)
+    return ImageSource(name, path, how, cancel)
 
 
 def _send_live(
@@ -140,12 +178,31 @@ def _send_live(
     return sender.size_bytes, sender.zero_clusters
 
 
+def _send_arriving(
+    name: str, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
+) -> tuple[int, int]:
+    if not options.size:
+        raise UsageError("--sink-fd needs --size")
+    settings = SinkOptions(options.sink_fd, options.size, options.buffer, options.guest_wait)
+    sender = SinkSender(name, settings, options.job, link, cancel)
+    try:
+        emit({"event": "reading", "device": name, "path": "QEMU", "bytes": options.size})
+        sender.run(emit)
+    finally:
+        sender.close()
+    return options.size, sender.zero_clusters
+
+
 def _print(event: Event) -> None:
     match event["event"]:
         case "reading":
             text = f"{event['device']}: reading {event['path']}, {event['bytes']} bytes"
         case "attached":
-            text = f"{event['device']}: attached to its guard; waiting for the instant"
+            text = f"{event['device']}: attached; waiting for the instant"
+        case "draining":
+            text = f"{event['text']}; what still comes is acknowledged and dropped"
+        case "notice":
+            text = event["text"]
         case "buffer":
             text = (
                 f"{event['device']}: old data waits: {event['memory_bytes']} bytes in memory, "

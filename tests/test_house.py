@@ -24,6 +24,7 @@ ONLY_IN = {
     "msgpack": {"protocol/frames.py"},
     "xxhash": {"archiver/digests.py", "restore/checks/digest.py"},
     "zstandard": {"archiver/compress.py", "restore/archive/zstd.py"},
+    "qemu": {"control/qemu/qmp_link.py"},
     "dissect": set[str](),  # for tests: another project's reader, under another licence
 }
 

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--disk` of a disk at rest: its name, its path, and how to read it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+from vmapipe.control.job import Disk
+from vmapipe.runtime.cli import size, split_named
+from vmapipe.runtime.errors import UsageError
+
+# What may follow an image's path, and what a format's name looks like.
+_READING = ("format", "snapshot", "offset")
+_WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
+# Images whose bytes are not the disk's.
+_MAGICS = {
+    b"QFI\xfb": "qcow2",
+    b"KDMV": "vmdk",
+    b"vhdxfile": "vhdx",
+    b"conectix": "vpc",
+    b"<<< ": "vdi",
+    b"QED\0": "qed",
+}
+
+
+def parse_disk(text: str) -> Disk:
+    """`[NAME=]PATH[,format=FORMAT][,snapshot=NAME][,offset=BYTES]`. Raises UsageError."""
+    body, found = text, dict[str, str]()
+    while True:
+        rest, comma, last = body.rpartition(",")
+        key, equals, value = last.partition("=")
+        if not comma or not equals or key not in _READING:
+            break
+        body = rest
+        if key in found:
+            raise UsageError(f"{text}: {key} comes twice")
+        found[key] = value
+    disk = Disk(*split_named(body))
+    if "format" in found:
+        if not _WORD.fullmatch(found["format"]):
+            raise UsageError(f"{text}: {found['format']!r} is no format")
+        return Disk(disk.name, disk.path, reading=_reading_words(text, found))
+    if found:
+        raise UsageError(f"{text}: say the format, too: {body},format=qcow2,…")
+    if "://" in disk.path:
+        raise UsageError(f"{text}: say what is there: {text},format=raw (or qcow2, …)")
+    image_format = _looks_like(disk.path)
+    if image_format:
+        raise UsageError(
+            f"{disk.path} looks like a {image_format} image: say {text},format={image_format} "
+            f"(or {text},format=raw if its raw bytes are wanted)"
+        )
+    return disk
+
+
+def _reading_words(text: str, found: dict[str, str]) -> tuple[str, ...]:
+    words = [f"--format={found['format']}"]
+    if "snapshot" in found:
+        words.append(f"--snapshot={found['snapshot']}")
+    if "offset" in found:
+        try:
+            words.append(f"--offset={size(found['offset'])}")
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{text}: {error}") from error
+    return tuple(words)
+
+
+def _looks_like(path: str) -> str:
+    """The format of an image that is not raw, by its first bytes; empty: raw, or unreadable."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            start = file.read(8)
+    except OSError:
+        return ""  # the producer will say what is wrong
+    return next((name for magic, name in _MAGICS.items() if start.startswith(magic)), "")

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes a backup's jobs and nodes out of QEMU, in the order that costs a guest nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+from vmapipe.control.qemu.plan import Left, left_of
+from vmapipe.control.qemu.qmp import Command, Qmp, QmpRefused
+from vmapipe.runtime.errors import Failure
+
+# A job ends when its requests have: milliseconds with a sink that answers at
+# once; a slow disk may have to be read first.
+CLEAN_S = 30.0
+# A target that QEMU has to connect to again is served within milliseconds of its
+# next request. Where nobody listened for long, QEMU tries again every 16 s.
+_SERVED_S = 20.0
+_LOOK_S = 0.02
+
+
+def look(qmp: Qmp, prefix: str) -> Left:
+    """Raises QmpGone."""
+    jobs = qmp.execute(Command("query-jobs", {}))
+    nodes = qmp.execute(Command("query-named-block-nodes", {"flat": True}))
+    return left_of(jobs, nodes, prefix)
+
+
+def clean(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float = CLEAN_S) -> None:
+    """Until nothing named `prefix` is left. Raises QmpGone, and Failure when it takes too long.
+
+    `served`: whether a job's target is connected. A job must not be cancelled
+    while its target is not: the guest's write that waits for it would fail.
+    """
+    left = look(qmp, prefix)
+    _connect_again(qmp, left, served)
+    deadline = time.monotonic() + limit_s
+    refused = ""
+    while not left.nothing:
+        for command in left.undo():
+            try:
+                qmp.execute(command)
+            except QmpRefused as error:
+                refused = f": {error}"  # it ended meanwhile, or is in use for a moment: look again
+        left = look(qmp, prefix)
+        if left.nothing:
+            return
+        if time.monotonic() > deadline:
+            names = ", ".join(dict.fromkeys(name for kind in left for name in kind))
+            raise Failure(f"QEMU still has {names} after {limit_s:.0f} s{refused}")
+        time.sleep(_LOOK_S)
+
+
+def _connect_again(qmp: Qmp, left: Left, served: Callable[[str], bool]) -> None:
+    waiting = [job for job in left.active if not served(job)]
+    if not waiting:
+        return
+    for command in left.unthrottle():
+        with contextlib.suppress(QmpRefused):
+            qmp.execute(command)
+    until = time.monotonic() + _SERVED_S
+    while any(not served(job) for job in waiting) and time.monotonic() < until:
+        time.sleep(_LOOK_S)

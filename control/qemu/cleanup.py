@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe cleanup`: removes what a crashed backup has left in a running QEMU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vmapipe.control.qemu.leftovers import remove_leftovers
+from vmapipe.control.qemu.qmp_link import QmpLink
+from vmapipe.runtime.cli import make_parser
+from vmapipe.runtime.process import run
+
+DESCRIPTION = """\
+Remove the jobs and nodes of ours from a running QEMU, that a backup has left
+there which was killed together with its guardian. The next backup does the same
+by itself. A backup that still runs is left alone, and so is everything in QEMU
+whose name does not begin with `vmapipe-`.
+"""
+
+EPILOG = """\
+exit codes: 0 nothing of ours is there any more, 1 a backup runs, or QEMU is not to be reached
+"""
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "--qmp", required=True, metavar="SOCKET", help="the monitor's Unix socket (QEMU: -qmp)"
+    )
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _clean_up(options.qmp))
+
+
+def _clean_up(path: str) -> None:
+    link = QmpLink(path)
+    try:
+        removed = remove_leftovers(link)
+    finally:
+        link.close()
+    print(f"removed {', '.join(removed)}" if removed else "there was nothing to remove")

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target in place of a dead sink: takes QEMU's requests, acknowledges and drops them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+from vmapipe.producer.nbd.server import Offer, Server
+from vmapipe.producer.sink.export import sink_export
+
+
+class Dropping:
+    """The `Backend` of one disk, and its server. Nothing is accepted until `start`."""
+
+    def __init__(self, listener: socket.socket, size_bytes: int) -> None:
+        #: Whether QEMU has sent something.
+        self.served = False
+        self._started = False
+        self._server = Server([listener], [Offer(sink_export(size_bytes), self)])
+
+    @property
+    def clients(self) -> int:
+        return self._server.clients
+
+    def start(self) -> None:
+        if not self._started:
+            self._started = True
+            self._server.start()
+
+    def stop(self) -> None:
+        """Shuts the listening socket down, for all that hold it."""
+        self._server.stop()
+
+    def try_read(self, target: memoryview, offset: int) -> bool:
+        target[:] = bytes(len(target))
+        return True
+
+    def read(self, target: memoryview, offset: int) -> None:
+        target[:] = bytes(len(target))
+
+    def try_write(self, data: memoryview, offset: int) -> bool:
+        self.served = True
+        return True
+
+    def write(self, data: memoryview, offset: int) -> None:
+        self.served = True
+
+    def write_zeroes(self, offset: int, length: int, *, may_hole: bool, fast_only: bool) -> None:
+        self.served = True
+
+    def trim(self, offset: int, length: int) -> None: ...
+
+    def flush(self) -> None:
+        self.served = True
+
+    def cache(self, offset: int, length: int) -> None: ...
+
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        yield length, 0

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that stays when all others of a backup are gone, so that no guest's write fails.
+
+It holds the sinks' listening sockets and waits. When a producer dies, or stands
+still, it serves QEMU in its place. When the coordinator dies, or says so, it ends the producers,
+serves all of QEMU's connections, and only when they stand it cancels the jobs
+and removes the nodes. Everything that it needs is loaded at its start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+from vmapipe.control.qemu.cleaning import clean
+from vmapipe.control.qemu.dropping import Dropping
+from vmapipe.control.qemu.plain import PlainQmp
+from vmapipe.control.qemu.plan import index_of, run_prefix
+from vmapipe.control.qemu.qmp import QmpGone
+from vmapipe.runtime.errors import Failure
+
+READY = b"ready"
+WATCH = b"watch "
+TAKE_OVER = b"take over"
+BYE = b"bye"
+MAX_MESSAGE_BYTES = 64
+
+# A producer that was stopped (Ctrl-Z, SIGSTOP) answers nobody, and the guest
+# waits; looked at so often, and ended when it stands still this many times.
+_LOOK_MS = 1000
+_STOPPED_LOOKS = 5
+# A monitor that is taken by another client may become free: tried this often.
+_RETRY_S = 0.5
+# Nothing listens at the monitor's path and nobody is connected to us: QEMU is gone.
+_GONE_S = 2.0
+# Without a monitor the jobs still end by themselves, all dropped. Whoever waits
+# longer than this waits for something else than QEMU.
+_PATIENCE_S = 3600.0
+
+
+class Guardian:
+    """Of one backup. `producers` are told later, one pidfd a sink."""
+
+    def __init__(
+        self, qmp: str, run: str, folder: str, sinks: Sequence[Dropping], control: socket.socket
+    ) -> None:
+        self._qmp = qmp
+        self._run = run
+        self._folder = folder
+        self._sinks = sinks
+        self._control = control
+        # By pidfd: the sink's number, and for how many looks it has stood still.
+        self._producers: dict[int, int] = {}
+        self._stopped: dict[int, int] = {}
+
+    def watch(self) -> bool:
+        """Until it is over: True when this process has to take over."""
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        self._say(READY)
+        while True:
+            for fd, _ in poller.poll(_LOOK_MS) or self._end_stopped():
+                if fd != self._control.fileno():
+                    poller.unregister(fd)
+                    self._serve_for(fd)
+                    continue
+                message, pidfds = self._hear()
+                if message.startswith(WATCH) and pidfds:
+                    self._producers[pidfds[0]] = int(message.removeprefix(WATCH))
+                    poller.register(pidfds[0], select.POLLIN)
+                else:
+                    # Asked to, or the coordinator is dead.
+                    return message != BYE
+
+    def _end_stopped(self) -> tuple[tuple[int, int], ...]:
+        """Nothing has happened for a while: rather no producer than one that stands still."""
+        for pidfd in self._producers:
+            looks = self._stopped.get(pidfd, 0) + 1 if is_stopped(pidfd) else 0
+            self._stopped[pidfd] = looks
+            if looks >= _STOPPED_LOOKS:
+                _kill(pidfd)
+        return ()
+
+    def take_over(self) -> bool:
+        """Whether QEMU is clean, or gone, at the end."""
+        for pidfd in self._producers:
+            # One that lives would answer beside us, and one that hangs would not.
+            _kill(pidfd)
+        for sink in self._sinks:
+            sink.start()
+        is_clean = self._clean()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return is_clean
+
+    def _clean(self) -> bool:
+        started = time.monotonic()
+        alone_since = started
+        while time.monotonic() - started < _PATIENCE_S:
+            try:
+                qmp = PlainQmp(self._qmp)
+                try:
+                    clean(qmp, run_prefix(self._run), self._is_served)
+                    return True
+                finally:
+                    qmp.close()
+            except QmpGone:
+                if any(sink.clients for sink in self._sinks) or self._has_monitor():
+                    alone_since = time.monotonic()
+                if time.monotonic() - alone_since > _GONE_S:
+                    return True
+            except (Failure, LookupError, TypeError, ValueError):
+                pass  # something else uses them: as long as we are here, nothing fails
+            time.sleep(_RETRY_S)
+        return False
+
+    def _is_served(self, job: str) -> bool:
+        index = index_of(job)
+        return not 0 <= index < len(self._sinks) or self._sinks[index].served
+
+    def _has_monitor(self) -> bool:
+        """Whether somebody listens there, busy or not."""
+        return listens(self._qmp)
+
+    def _serve_for(self, pidfd: int) -> None:
+        self._sinks[self._producers[pidfd]].start()
+
+    def _hear(self) -> tuple[bytes, list[int]]:
+        try:
+            message, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 1)
+        except OSError:
+            return b"", []
+        return message, fds
+
+    def _say(self, message: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._control.send(message)
+
+
+def is_stopped(pidfd: int) -> bool:
+    try:
+        with open(f"/proc/self/fdinfo/{pidfd}") as file:
+            pid = next(line.split()[1] for line in file if line.startswith("Pid:"))
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "Tt"
+    except (OSError, LookupError, StopIteration):
+        return False
+
+
+def _kill(pidfd: int) -> None:
+    with contextlib.suppress(OSError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def listens(path: str) -> bool:
+    """Whether a process listens on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return True  # its queue is full
+        except OSError:
+            return False
+        return True
+
+
+def _stay() -> None:
+    """Whatever ends a backup must not end its guardian; SIGKILL can."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(signum, signal.SIG_IGN)
+    # When memory runs out others go first; only root may ask for that.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("-900")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vmapipe guardian", description=__doc__)
+    for word in ("--qmp", "--run", "--folder"):
+        parser.add_argument(word, required=True)
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--sink", action="append", default=[], metavar="FD=BYTES")
+    options = parser.parse_args(argv)
+    _stay()
+    sinks = []
+    for word in options.sink:
+        fd, _, size = word.partition("=")
+        sinks.append(Dropping(socket.socket(fileno=int(fd)), int(size)))
+    control = socket.socket(fileno=options.control_fd)
+    guardian = Guardian(options.qmp, options.run, options.folder, sinks, control)
+    is_clean = not guardian.watch() or guardian.take_over()
+    # At once: threads may still serve a client that has nothing left to say.
+    os._exit(0 if is_clean else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running QEMU during one backup: its jobs begun, watched and ended, its guest unharmed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+
+from vmapipe.control.monitor.sockets import listen_unix
+from vmapipe.control.qemu.cleaning import clean
+from vmapipe.control.qemu.disks import Machine, MachineDisk, choose_disks
+from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket
+from vmapipe.control.qemu.leftovers import remove_leftovers
+from vmapipe.control.qemu.plan import (
+    Settings,
+    Target,
+    begin,
+    features_of,
+    name_of,
+    run_prefix,
+)
+from vmapipe.control.qemu.qmp import Command, QmpGone, QmpRefused
+from vmapipe.control.qemu.qmp_link import QmpLink
+from vmapipe.producer.sink.export import EXPORT_NAME
+from vmapipe.runtime.children import Child
+from vmapipe.runtime.errors import Failure
+
+# Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
+_JOB_EVENTS = frozenset({"BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR"})
+# With sinks that answer, jobs end within a tenth of a second. One that does not
+# (its process hangs) makes a guest wait: the guardian ends it, and cleans up itself.
+_CLEAN_S = 5.0
+
+
+class RunningMachine:
+    """In this order: `choose`, `prepare`, `protect`, `begin`, `look` …, `end`.
+
+    All but `end` raise Failure.
+    """
+
+    def __init__(self, qmp: str, guest_wait_s: int) -> None:
+        self._path = qmp
+        self._guest_wait_s = guest_wait_s
+        self._link = QmpLink(qmp)
+        # Also in a node's name, of which QEMU takes 31 characters.
+        self._run = secrets.token_hex(4)
+        self._disks: tuple[MachineDisk, ...] = ()
+        self._speed_bytes_s = 0
+        self._folder = ""
+        self._sinks: list[SinkSocket] = []
+        self._guardian: Guardianship | None = None
+        self._producers: list[Child] = []
+        self._is_clean = self._link_closed = False
+
+    @property
+    def fd(self) -> int:
+        """Readable when `look` has something to see."""
+        return self._link.fd
+
+    def choose(self, wanted: Sequence[str]) -> tuple[MachineDisk, ...]:
+        """What a crashed backup has left is removed first."""
+        remove_leftovers(self._link)
+        ask = self._ask
+        machine = Machine(
+            ask("query-block"), ask("query-named-block-nodes"), ask("query-block-jobs")
+        )
+        self._disks = choose_disks(machine, wanted)
+        return self._disks
+
+    def prepare(self, speed_bytes_s: int) -> None:
+        """The sockets of the sinks, and their guardian. `speed_bytes_s` is each disk's."""
+        self._speed_bytes_s = speed_bytes_s
+        self._folder = tempfile.mkdtemp(prefix="vmapipe-sinks-")
+        for index, disk in enumerate(self._disks):
+            path = os.path.join(self._folder, f"{index}.sock")
+            listener = listen_unix(path, 0o600, socket.SOCK_STREAM).socket
+            self._sinks.append(SinkSocket(listener, path, disk.size_bytes))
+        self._give_to_qemu()
+        self._guardian = Guardianship(self._path, self._run, self._folder, self._sinks)
+        # From here on until the guardian is told otherwise it answers for QEMU.
+
+    def sink_fd(self, index: int) -> int:
+        """The listening socket for the producer of this disk."""
+        return self._sinks[index].listener.fileno()
+
+    def protect(self, producers: Sequence[Child]) -> None:
+        """Who serves the sinks, in the order of the disks."""
+        self._producers = list(producers)
+        if self._guardian is None:
+            raise RuntimeError("there is no guardian")
+        for index, child in enumerate(producers):
+            self._guardian.watch(index, child.pid)
+        for sink in self._sinks:
+            sink.listener.close()
+
+    def begin(self) -> float:
+        """All producers listen: this is the instant. For how long QEMU held the disks, in s."""
+        targets = [
+            Target(disk, sink.path, EXPORT_NAME)
+            for disk, sink in zip(self._disks, self._sinks, strict=True)
+        ]
+        settings = Settings(self._run, self._speed_bytes_s, self._guest_wait_s)
+        *adds, transaction = begin(targets, settings, features_of(self._ask("query-qmp-schema")))
+        try:
+            for command in adds:
+                self._link.execute(command)
+            started = time.monotonic()
+            self._link.execute(transaction)
+        except QmpRefused as error:
+            raise Failure(f"QEMU refuses the backup: {error}{_hint(str(error))}") from error
+        return time.monotonic() - started
+
+    def look(self) -> None:
+        """Take in what QEMU has said: jobs that have ended well are removed, a failure raises."""
+        if self._is_clean or self._link_closed:
+            return
+        if self._guardian is not None and not self._guardian.is_alive:
+            raise Failure(
+                "the guardian, which protects the guest's writes, was killed; without it the "
+                "backup does not go on"
+            )
+        if any(event.get("event") in _JOB_EVENTS for event in self._link.events()):
+            self._look_at_jobs()
+
+    def _look_at_jobs(self) -> None:
+        jobs = {job["id"]: job for job in self._ask("query-jobs")}
+        done = 0
+        for index, disk in enumerate(self._disks):
+            job = jobs.get(name_of(self._run, index))
+            if job is None:
+                raise Failure(f"disk {disk.name!r}: somebody has removed QEMU's backup job")
+            if job.get("error"):
+                raise Failure(f"disk {disk.name!r}: QEMU's backup job failed: {job['error']}")
+            done += job["status"] == "concluded"
+        if done == len(self._disks):
+            self._clean()
+
+    def _clean(self) -> None:
+        clean(self._link, run_prefix(self._run), lambda job: True, _CLEAN_S)
+        self._is_clean = True
+
+    def end(self) -> str:
+        """Nothing of ours is in QEMU afterwards; if it is, the text says so. Never raises.
+
+        Call it while the producers still serve: QEMU's requests have to be
+        answered until its jobs have ended.
+        """
+        text = ""
+        if self._guardian is not None and not self._is_clean:
+            text = self._end_jobs()
+        elif self._guardian is not None:
+            self._guardian.dismiss()
+        self._guardian = None
+        self._close_link()
+        for sink in self._sinks:
+            sink.listener.close()
+        if self._folder and not text:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return text
+
+    def _end_jobs(self) -> str:
+        guardian = self._guardian
+        if guardian is None:
+            return ""
+        if all(child.running for child in self._producers):
+            with contextlib.suppress(Failure):
+                self._clean()
+                guardian.dismiss()
+                return ""
+        # A target is gone, or QEMU does not answer us: the guardian knows the
+        # order that spares the guest. The monitor serves one client at a time.
+        self._close_link()
+        if guardian.take_over():
+            return ""
+        return (
+            f"jobs and nodes named {run_prefix(self._run)}… may still be in QEMU; the guardian "
+            f"goes on trying, and `vmapipe cleanup --qmp {self._path}` removes them later"
+        )
+
+    def _close_link(self) -> None:
+        if not self._link_closed:
+            self._link_closed = True
+            self._link.close()
+
+    def _give_to_qemu(self) -> None:
+        """Another user's QEMU, when we are root, has to reach the sockets."""
+        owner = os.stat(self._path).st_uid
+        if owner != os.geteuid() == 0:
+            for path in (self._folder, *(sink.path for sink in self._sinks)):
+                os.chown(path, owner, -1)
+
+    def _ask(self, name: str) -> list[dict[str, object]]:
+        answer = self._link.execute(Command(name, {}))
+        if not isinstance(answer, list):
+            raise QmpGone(f"{self._path}: the answer to {name} makes no sense")
+        return answer
+
+
+def _hint(text: str) -> str:
+    """A way out, for what QEMU is known to say."""
+    if "ailed to connect" in text:
+        return (
+            "; QEMU must be able to reach our socket: is it confined (AppArmor, SELinux, a "
+            "container)? TMPDIR chooses the folder"
+        )
+    if "different sizes" in text:
+        return "; the disk was resized just now: start the backup again"
+    if "in use" in text or "busy" in text:
+        return "; another block job works on the disk: wait for its end, or cancel it"
+    return ""

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sends a disk as QEMU's backup job delivers it, and keeps QEMU content whatever happens."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections import deque
+from typing import NamedTuple
+
+from vmapipe.producer.link import Link
+from vmapipe.producer.nbd.server import Offer, Server
+from vmapipe.producer.ring import RING_BYTES, Ring
+from vmapipe.producer.runs import Run, packed, piece_bytes, whole_blocks
+from vmapipe.producer.session import Refused, Session
+from vmapipe.producer.sink.export import sink_export
+from vmapipe.producer.sink.sink import MAX_PIECE_CLUSTERS, Arrived, Sink
+from vmapipe.protocol import limits
+from vmapipe.protocol.errors import ProtocolError
+from vmapipe.protocol.limits import CLUSTER_BYTES
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.events import Emit
+
+# QEMU comes within a second and stays; an interrupted connection it opens again
+# at once. Twice its reconnect-delay without it: it does not come any more.
+_ABSENCE_S = 60.0
+# How often it is looked for; also for how long a finished job may wait in vain.
+_LOOK_S = 0.05
+# How often the state of the buffer is told, at most.
+_TELL_S = 0.25
+# Asked to end while QEMU writes, we give its jobs so long to be cancelled: the
+# coordinator needs a second; after STOP_S (10 s) it would kill us.
+_LEAVE_S = 8.0
+# A thread that computes gives way to one that has QEMU to answer after this;
+# the default of 5 ms is what a guest would feel.
+_SWITCH_S = 0.0005
+
+
+class SinkOptions(NamedTuple):
+    """`listener_fd`: a listening socket. Sizes in bytes."""
+
+    listener_fd: int
+    size_bytes: int
+    memory_bytes: int
+    guest_wait_s: int
+
+
+class SinkSender:
+    """One disk, from HELLO to DONE, and on until QEMU has left."""
+
+    def __init__(
+        self, name: str, options: SinkOptions, job: bytes, link: Link, cancel: Cancel
+    ) -> None:
+        self._name = name
+        self._options = options
+        self._link = link  # to be woken by what arrives
+        self._cancel = cancel
+        self._ring = Ring(options.memory_bytes)
+        self._session = Session(name, options.size_bytes, link, job, self._ring, cancel)
+        self._listener = socket.socket(fileno=options.listener_fd)
+        # Sent runs, (frame, where their data lies), oldest first.
+        self._sent: deque[tuple[int, int]] = deque()
+        self._absent_since = time.monotonic()
+        self._told = (0, 0)
+        self._tell_at = 0.0
+
+    @property
+    def zero_clusters(self) -> int:
+        return self._session.zero_clusters
+
+    def run(self, emit: Emit) -> None:
+        """Raises Failure, after QEMU could leave in peace."""
+        sys.setswitchinterval(_SWITCH_S)
+        self._session.greet()
+        sink = self._new_sink()
+        self._link.watch(sink.fd)
+        server = self._serve(sink, emit)
+        emit({"event": "attached", "device": self._name})
+        try:
+            self._send_all(sink, server, emit)
+            self._session.end()
+        except (Failure, ProtocolError) as failure:
+            sink.fail(str(failure))
+            if not isinstance(failure, Refused):
+                self._session.fail(str(failure))
+            emit({"event": "draining", "device": self._name, "text": str(failure)})
+            self._drain(server)
+            raise
+        self._see_off(server)
+
+    def close(self) -> None:
+        self._ring.close()
+
+    def _new_sink(self) -> Sink:
+        frame_clusters = piece_bytes(self._session.frame_bytes) // CLUSTER_BYTES
+        return Sink(
+            self._name,
+            self._options.size_bytes,
+            self._ring.view,
+            range(RING_BYTES, RING_BYTES + self._options.memory_bytes),
+            min(MAX_PIECE_CLUSTERS, frame_clusters),
+            self._options.guest_wait_s,
+        )
+
+    def _serve(self, sink: Sink, emit: Emit) -> Server:
+        """Never stopped: that would shut the socket down, and its other holder needs it."""
+        server = Server(
+            [self._listener],
+            [Offer(sink_export(self._options.size_bytes), sink)],
+            lambda text: emit({"event": "notice", "text": text}),
+        )
+        server.start()
+        return server
+
+    def _send_all(self, sink: Sink, server: Server, emit: Emit) -> None:
+        session = self._session
+        while session.sent_clusters < sink.clusters:
+            arrived = sink.next()
+            if arrived is not None and self._send(sink, arrived):
+                session.hear()
+                session.keep_alive(time.monotonic())
+            elif session.sent_clusters < sink.clusters:
+                session.step(_TELL_S)
+            self._release(sink)
+            self._tell(sink, emit)
+            self._check(sink, server)
+
+    def _check(self, sink: Sink, server: Server) -> None:
+        """Raises Failure."""
+        self._cancel.check()
+        if sink.failure:
+            raise Failure(sink.failure)
+        now = time.monotonic()
+        if server.clients or not sink.missing:
+            self._absent_since = now
+        elif now - self._absent_since > _ABSENCE_S:
+            raise Failure(
+                f"disk {self._name!r}: {sink.missing} of {sink.clusters} clusters have not come, "
+                f"and QEMU has not been seen for {_ABSENCE_S:.0f} s"
+            )
+
+    def _send(self, sink: Sink, arrived: Arrived) -> bool:
+        """One frame; False when the credit does not suffice."""
+        session = self._session
+        if arrived.position < 0:
+            room = min(session.frame_bytes, session.credit) - limits.CHARGE_PER_FRAME
+            count = min(arrived.clusters, room // limits.CHARGE_PER_CLUSTER)
+            if count > 0:
+                session.send(Run(arrived.first, count, b"", 0, 0))
+                sink.sent(count)
+            return count > 0
+        first, count, position, length = arrived
+        if session.credit < limits.charge(count, whole_blocks(length)):
+            return False
+        run = packed(self._ring.view, position, first, length)
+        session.send(run)
+        sink.sent(count)
+        if run.length:
+            self._sent.append((session.sent_frames, position))
+        else:
+            sink.give_back([position])
+        return True
+
+    def _release(self, sink: Sink) -> None:
+        free = []
+        while self._sent and self._sent[0][0] <= self._session.acked:
+            free.append(self._sent.popleft()[1])
+        if free:
+            sink.give_back(free)
+
+    def _tell(self, sink: Sink, emit: Emit) -> None:
+        """Where data waits, when that has changed."""
+        state = (sink.used_bytes, sink.waiting_writes)
+        now = time.monotonic()
+        if state == self._told or now < self._tell_at:
+            return
+        self._told, self._tell_at = state, now + _TELL_S
+        emit(
+            {
+                "event": "buffer",
+                "device": self._name,
+                "memory_bytes": state[0],
+                "spool_bytes": 0,
+                "waiting_writes": state[1],
+            }
+        )
+
+    def _see_off(self, server: Server) -> None:
+        """Everything is stored; QEMU lets go of us when its job is dismissed."""
+        while server.clients and not self._cancel.asked:
+            time.sleep(_LOOK_S)
+
+    def _drain(self, server: Server) -> None:
+        """Acknowledge and drop until our parent ends us: it first ends QEMU's jobs."""
+        until = float("inf")
+        while time.monotonic() < until:
+            if self._cancel.asked:
+                if not server.clients or not self._cancel.signum:
+                    return  # QEMU has left; or our parent is dead: the guardian takes over
+                until = min(until, time.monotonic() + _LEAVE_S)
+            time.sleep(_LOOK_S)

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands behind the export that QEMU's backup job writes to.
+
+Two rules. A request never fails and never waits for long, because a guest's
+write may stand behind it: when something is wrong, the backup ends and the sink
+takes, acknowledges and drops. And a cluster counts once, however often it comes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from vmapipe.producer.runs import whole_blocks
+from vmapipe.producer.sink.arrivals import Arrivals
+from vmapipe.producer.sink.parts import Parts, TooManyParts, is_whole, pieces
+from vmapipe.producer.sink.room import Room
+from vmapipe.producer.sink.turns import Turns
+from vmapipe.protocol.limits import CLUSTER_BYTES, MAX_RUN_CLUSTERS
+
+# QEMU sends up to a megabyte at once: so much lies together and makes one frame.
+MAX_PIECE_CLUSTERS = 16
+# Zeroes take no room in the memory, so their number is bounded here: neighbours
+# are one, so this many are far apart.
+_MAX_WAITING = 4096
+# The longest range whose clusters are looked at with the lock held.
+_RANGE_CLUSTERS = 1 << 14
+
+
+class Arrived(NamedTuple):
+    """A run of clusters that waits to be sent. `position` -1: they are all zero."""
+
+    first: int
+    clusters: int
+    position: int
+    length: int
+
+
+class Sink:
+    """The `Backend` on one side, a queue of `Arrived` on the other.
+
+    What has arrived lies in `memory`, in the range `room`. `piece_clusters`: the
+    longest run with data.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size_bytes: int,
+        memory: memoryview,
+        room: range,
+        piece_clusters: int,
+        guest_wait_s: float,
+    ) -> None:
+        #: Why the backup has failed; empty: it has not. Everything is dropped then.
+        self.failure = ""
+        #: Becomes readable when something has arrived after `next` had nothing.
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._name = name
+        self._size_bytes = size_bytes
+        self._memory = memory
+        self._guest_wait_s = guest_wait_s
+        self._changed = threading.Condition(threading.Lock())
+        self._arrivals = Arrivals(-(-size_bytes // CLUSTER_BYTES))
+        self._parts = Parts(size_bytes)
+        self._room = Room(room.start, len(room))
+        self._piece_clusters = piece_clusters
+        self._queue: deque[Arrived] = deque()
+        self._sleeping = self._woken = False
+        self._turns = Turns(self._changed)
+
+    # --- for the sender ---
+
+    @property
+    def missing(self) -> int:
+        """Clusters that have not come yet."""
+        return self._arrivals.missing
+
+    @property
+    def waiting_writes(self) -> int:
+        """Writes that wait for room."""
+        return len(self._turns)
+
+    @property
+    def clusters(self) -> int:
+        return self._arrivals.clusters
+
+    @property
+    def used_bytes(self) -> int:
+        return self._room.used
+
+    def next(self) -> Arrived | None:
+        """What to send next; it stays first until `sent`. None: nothing; `fd` will tell."""
+        with self._changed:
+            if self._woken:
+                os.eventfd_read(self.fd)
+                self._woken = False
+            self._sleeping = not self._queue
+            return self._queue[0] if self._queue else None
+
+    def sent(self, clusters: int) -> None:
+        """So many of the first run's clusters are sent; less than all only of zeroes."""
+        with self._changed:
+            if self.failure:
+                return
+            first, count, _, _ = self._queue.popleft()
+            if clusters < count:
+                self._queue.appendleft(Arrived(first + clusters, count - clusters, -1, 0))
+            if self._turns:
+                self._changed.notify_all()
+
+    def give_back(self, positions: list[int]) -> None:
+        """The memory of these runs is free again."""
+        with self._changed:
+            for position in positions:
+                self._room.give_back(position)
+            if self._turns:
+                self._changed.notify_all()
+
+    def fail(self, reason: str) -> None:
+        """From now on everything is acknowledged and dropped; nobody waits any more."""
+        with self._changed:
+            self._fail(reason)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    # --- the Backend ---
+
+    def try_read(self, target: memoryview, offset: int) -> bool:
+        target[:] = bytes(len(target))  # nobody needs to read here
+        return True
+
+    def read(self, target: memoryview, offset: int) -> None:
+        target[:] = bytes(len(target))
+
+    def try_write(self, data: memoryview, offset: int) -> bool:
+        length = len(data)
+        first, count = offset // CLUSTER_BYTES, -(-length // CLUSTER_BYTES)
+        with self._changed:
+            if self.failure:
+                return True
+            if (
+                not is_whole(offset, length, self._size_bytes)
+                or count > self._piece_clusters
+                or self._turns
+            ):
+                return False
+            here = self._arrivals.how_many(first, count)
+            if here:
+                return here == count
+            position = self._room.take(whole_blocks(length))
+            if position is None:
+                return False
+            self._arrivals.add(first, count)
+            self._parts.forget(first, count)
+        self._memory[position : position + length] = data
+        self._put(Arrived(first, count, position, length))
+        return True
+
+    def write(self, data: memoryview, offset: int) -> None:
+        deadline = time.monotonic() + self._guest_wait_s
+        for at, length in pieces(offset, len(data), self._size_bytes, self._piece_clusters):
+            piece = data[at - offset : at - offset + length]
+            if is_whole(at, length, self._size_bytes):
+                self._take_in(piece, at, deadline)
+            else:
+                self._take_part(piece, at, deadline)
+
+    def write_zeroes(self, offset: int, length: int, *, may_hole: bool, fast_only: bool) -> None:
+        deadline = time.monotonic() + self._guest_wait_s
+        for at, size in pieces(offset, length, self._size_bytes, _RANGE_CLUSTERS):
+            if is_whole(at, size, self._size_bytes):
+                self._take_zeroes(at // CLUSTER_BYTES, -(-size // CLUSTER_BYTES), deadline)
+            else:
+                self._take_part(bytes(size), at, deadline)
+
+    def trim(self, offset: int, length: int) -> None:
+        """Says nothing about content."""
+
+    def flush(self) -> None:
+        """Data is safe when the archive is stored, and the coordinator knows when that is."""
+
+    def cache(self, offset: int, length: int) -> None: ...
+
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        yield length, 0
+
+    # --- inside ---
+
+    def _take_in(self, data: memoryview | bytes, offset: int, deadline: float) -> None:
+        """Whole clusters. Waits for room; returns at once when the backup is over."""
+        first = offset // CLUSTER_BYTES
+        while data:
+            with self._changed:
+                runs = self._arrivals.new(first, -(-len(data) // CLUSTER_BYTES))
+                run = None if self.failure else next(runs, None)
+                if run is None:
+                    return
+                start = (run[0] - first) * CLUSTER_BYTES
+                piece = data[start : start + run[1] * CLUSTER_BYTES]
+                # Claimed before the wait: the same cluster may come again meanwhile.
+                self._arrivals.add(*run)
+                self._parts.forget(*run)
+                position = self._wait_for_room(whole_blocks(len(piece)), deadline)
+            if position is None:
+                return
+            self._memory[position : position + len(piece)] = piece
+            self._put(Arrived(run[0], run[1], position, len(piece)))
+            data, first = data[start + len(piece) :], run[0] + run[1]
+
+    def _take_part(self, data: memoryview | bytes, offset: int, deadline: float) -> None:
+        with self._changed:
+            cluster = offset // CLUSTER_BYTES
+            if self.failure or self._arrivals.has(cluster):
+                return
+            try:
+                whole = self._parts.add(offset, data)
+            except TooManyParts:
+                self._fail(
+                    f"disk {self._name!r}: QEMU sends its clusters in pieces, and too many at "
+                    "once; please report its version"
+                )
+                return
+        if whole is not None:
+            self._take_in(whole, cluster * CLUSTER_BYTES, deadline)
+
+    def _take_zeroes(self, first: int, count: int, deadline: float) -> None:
+        with self._changed:
+            if not self._wait(lambda: len(self._queue) < _MAX_WAITING, deadline):
+                return
+            for run in list(self._arrivals.new(first, count)):
+                self._arrivals.add(*run)
+                self._parts.forget(*run)
+                self._queue_zeroes(*run)
+            self._wake()
+
+    def _queue_zeroes(self, first: int, count: int) -> None:
+        # The sender may be at work with the first one: only others grow.
+        if len(self._queue) > 1 and self._queue[-1].position < 0:
+            last = self._queue[-1]
+            together = last.clusters + count
+            if last.first + last.clusters == first and together <= MAX_RUN_CLUSTERS:
+                self._queue[-1] = Arrived(last.first, together, -1, 0)
+                return
+        self._queue.append(Arrived(first, count, -1, 0))
+
+    def _put(self, arrived: Arrived) -> None:
+        with self._changed:
+            if not self.failure:
+                self._queue.append(arrived)
+                self._wake()
+
+    def _wake(self) -> None:
+        if self._sleeping:
+            self._sleeping = False
+            self._woken = True
+            os.eventfd_write(self.fd, 1)
+
+    def _wait_for_room(self, length: int, deadline: float) -> int | None:
+        """With the lock held. None: the backup is over."""
+        taken: list[int] = []
+
+        def take() -> bool:
+            position = self._room.take(length)
+            if position is not None:
+                taken.append(position)
+            return position is not None
+
+        return taken[0] if self._wait(take, deadline) else None
+
+    def _wait(self, reached: Callable[[], bool], deadline: float) -> bool:
+        """With the lock held; in the order of coming. False: the backup is over."""
+        if self.failure:
+            return False
+        if not self._turns and reached():
+            return True
+        self._wake()  # so that it is told that a write waits
+        try:
+            return self._turns.wait(reached, lambda: bool(self.failure), deadline)
+        except TimeoutError:
+            self._fail(
+                f"disk {self._name!r}: a write has waited {self._guest_wait_s:.0f} s for "
+                "the archiver to take older data; the guest goes on, the backup does not "
+                "(allow more with --guest-wait, or more --buffer)"
+            )
+            return False
+
+    def _fail(self, reason: str) -> None:
+        if not self.failure:
+            self.failure = reason
+            self._queue.clear()
+        self._changed.notify_all()
+        self._sleeping = True  # even if it waits for something else: credit
+        self._wake()

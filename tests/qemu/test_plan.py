@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is decided from QEMU's answers, without a QEMU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmapipe.control.qemu.disks import Machine, MachineDisk, choose_disks
+from vmapipe.control.qemu.plan import (
+    MAX_WORKERS,
+    Features,
+    Settings,
+    Target,
+    begin,
+    features_of,
+    index_of,
+    left_of,
+    left_targets,
+    name_of,
+    run_prefix,
+)
+from vmapipe.runtime.errors import Failure, UsageError
+
+GIB = 1 << 30
+
+
+def inserted(node: str, size: int = GIB, **more: Any) -> dict[str, Any]:
+    image = {"virtual-size": size, "filename": f"/srv/{node}.qcow2"}
+    return {"node-name": node, "ro": False, "drv": "qcow2", "image": image, **more}
+
+
+SCSI = {"device": "drive-scsi0", "qdev": "scsi0", "inserted": inserted("n0")}
+VIRTIO = {
+    "device": "",
+    "qdev": "/machine/peripheral/virtio1/virtio-backend",
+    "inserted": inserted("n1", 3 * GIB),
+}
+ANONYMOUS = {
+    "device": "virtio0",
+    "qdev": "/machine/peripheral-anon/device[0]/virtio-backend",
+    "inserted": inserted("#block123"),
+}
+NODE_ONLY = {
+    "device": "",
+    "qdev": "/machine/peripheral-anon/device[1]/virtio-backend",
+    "inserted": inserted("disk"),
+}
+FIRMWARE = {"device": "drive-efidisk0", "inserted": inserted("#block7", 540672)}
+CDROM = {
+    "device": "drive-ide2",
+    "qdev": "ide2",
+    "removable": True,
+    "inserted": inserted("c", ro=True),
+}
+EMPTY = {"device": "ide1-cd0", "qdev": "/machine/unattached/device[23]", "removable": True}
+
+
+def machine(*blocks: dict[str, Any], jobs: Any = (), nodes: Any = ()) -> Machine:
+    return Machine(blocks, nodes, jobs)
+
+
+def names(*blocks: dict[str, Any], wanted: tuple[str, ...] = ()) -> list[str]:
+    return [disk.name for disk in choose_disks(machine(*blocks), wanted)]
+
+
+def test_disks_are_called_as_proxmox_calls_them() -> None:
+    assert names(SCSI, VIRTIO) == ["drive-scsi0", "drive-virtio1"]
+
+
+def test_a_disk_without_an_id_has_the_name_of_its_drive_or_node() -> None:
+    assert names(ANONYMOUS, NODE_ONLY, FIRMWARE) == ["virtio0", "disk", "drive-efidisk0"]
+
+
+def test_commands_use_the_drive_where_there_is_one_and_else_the_node() -> None:
+    disks = choose_disks(machine(SCSI, VIRTIO), ())
+    assert disks == (
+        MachineDisk("drive-scsi0", "drive-scsi0", GIB),
+        MachineDisk("drive-virtio1", "n1", 3 * GIB),
+    )
+
+
+def test_media_that_cannot_change_are_left_out() -> None:
+    assert names(CDROM, SCSI, EMPTY) == ["drive-scsi0"]
+
+
+@pytest.mark.parametrize("word", ["drive-virtio1", "virtio1", "n1", VIRTIO["qdev"]])
+def test_a_disk_can_be_asked_for_by_any_of_its_names(word: str) -> None:
+    assert names(SCSI, VIRTIO, wanted=(word, word, "virtio1")) == ["drive-virtio1"]
+
+
+def test_a_node_of_no_device_can_be_asked_for() -> None:
+    node = inserted("bare", 5 << 20)
+    found = choose_disks(machine(SCSI, nodes=[node, inserted("n0")]), ("bare", "n0"))
+    assert [(disk.name, disk.device) for disk in found] == [
+        ("bare", "bare"),
+        ("drive-scsi0", "drive-scsi0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "wanted", "text"),
+    [
+        ([SCSI], ["sda"], "the machine has no disk 'sda', but drive-scsi0"),
+        ([], ["sda"], "the machine has no disk 'sda'"),
+        ([EMPTY], ["ide1-cd0"], "disk 'ide1-cd0': no medium is in it"),
+        ([CDROM], ["ide2"], "disk 'drive-ide2': it is read-only"),
+        ([EMPTY, CDROM], [], "nothing to back up: .* drive-ide2: it is read-only"),
+        ([], [], "nothing to back up"),
+        ([{"device": "x", "inserted": inserted("n", 0)}], ["x"], "disk 'x': it is empty"),
+        (
+            [{"device": "x", "inserted": inserted("n", drv="mirror_top")}],
+            [],
+            "disk 'x': a block job is running on it .*'m1'",
+        ),
+        (
+            [{"device": "m1", "inserted": inserted("n")}],
+            [],
+            r"disk 'm1': a block job \(mirror 'm1'\) is running on it; wait",
+        ),
+    ],
+)
+def test_what_cannot_be_backed_up_is_refused_with_the_reason(
+    blocks: list[dict[str, Any]], wanted: list[str], text: str
+) -> None:
+    jobs = [{"device": "m1", "type": "mirror"}]
+    with pytest.raises(Failure, match=text):
+        choose_disks(machine(*blocks, jobs=jobs), wanted)
+
+
+def test_an_unknown_disk_is_wrong_use() -> None:
+    with pytest.raises(UsageError):
+        choose_disks(machine(SCSI), ("sda",))
+
+
+# --- the commands ---
+
+TARGETS = [
+    Target(MachineDisk("drive-scsi0", "drive-scsi0", GIB), "/t/0.sock", "disk"),
+    Target(MachineDisk("drive-virtio1", "n1", GIB), "/t/1.sock", "disk"),
+]
+OLD = Features(frozenset({"x-perf"}), frozenset({"max-workers", "max-chunk"}))
+SETTINGS = Settings("01234567", 4096, 20)
+
+
+def test_all_jobs_begin_in_one_transaction_after_their_targets() -> None:
+    *adds, last = begin(TARGETS, SETTINGS, OLD)
+    assert [command.name for command in adds] == ["blockdev-add", "blockdev-add"]
+    first = adds[0].arguments
+    assert first["node-name"] == "vmapipe-01234567-0"
+    assert len(first["node-name"]) <= 31
+    assert first["server"] == {"type": "unix", "path": "/t/0.sock"}
+    assert first["reconnect-delay"] == 30
+    assert last.name == "transaction"
+    assert [action["type"] for action in last.arguments["actions"]] == ["blockdev-backup"] * 2
+    data = last.arguments["actions"][1]["data"]
+    assert data["device"] == "n1"
+    assert data["target"] == data["job-id"] == "vmapipe-01234567-1"
+    assert (data["sync"], data["speed"], data["auto-dismiss"]) == ("full", 4096, False)
+
+
+def test_members_are_used_only_where_the_schema_has_them() -> None:
+    old = begin(TARGETS, SETTINGS, OLD)[-1].arguments["actions"][0]["data"]
+    assert old["x-perf"] == {"max-workers": MAX_WORKERS}
+    assert not {"on-cbw-error", "cbw-timeout"} & set(old)
+    none = begin(TARGETS, SETTINGS, Features(frozenset(), frozenset()))
+    assert "x-perf" not in none[-1].arguments["actions"][0]["data"]
+    members = frozenset({"x-perf", "on-cbw-error", "cbw-timeout"})
+    new = begin(TARGETS, SETTINGS, Features(members, frozenset()))[-1]
+    data = new.arguments["actions"][0]["data"]
+    assert (data["on-cbw-error"], data["cbw-timeout"]) == ("break-snapshot", 25)
+
+
+def test_features_are_read_from_the_schema() -> None:
+    schema: list[dict[str, Any]] = [
+        {"name": "blockdev-backup", "meta-type": "command", "arg-type": "11"},
+        {
+            "name": "11",
+            "meta-type": "object",
+            "members": [{"name": "x-perf", "type": "97"}, {"name": "device", "type": "str"}],
+        },
+        {"name": "97", "meta-type": "object", "members": [{"name": "max-chunk", "type": "int"}]},
+    ]
+    assert features_of(schema) == Features(
+        frozenset({"x-perf", "device"}), frozenset({"max-chunk"})
+    )
+    assert features_of([]) == Features(frozenset(), frozenset())
+
+
+# --- the undoing: against a model of QEMU ---
+
+STATUSES = ["created", "running", "paused", "ready", "standby", "waiting", "pending", "aborting"]
+
+
+class Model:
+    """What QEMU does with the commands that undo."""
+
+    def __init__(self, jobs: dict[str, str], nodes: set[str]) -> None:
+        self.jobs, self.nodes = jobs, nodes
+
+    def state(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        return (
+            [{"id": name, "status": status} for name, status in self.jobs.items()],
+            [{"node-name": name} for name in self.nodes],
+        )
+
+    def execute(self, name: str, arguments: Any) -> None:
+        match name:
+            case "job-cancel":
+                assert self.jobs[arguments["id"]] != "concluded"
+                self.jobs[arguments["id"]] = "aborting"
+            case "job-dismiss":
+                assert self.jobs.pop(arguments["id"]) == "concluded"
+            case "blockdev-del":
+                assert arguments["node-name"] not in self.jobs, "a job needs it"
+                self.nodes.remove(arguments["node-name"])
+
+    def go_on(self) -> None:
+        for name, status in self.jobs.items():
+            if status in ("waiting", "pending", "aborting"):
+                self.jobs[name] = "concluded"
+
+
+@given(
+    st.dictionaries(st.integers(0, 9), st.sampled_from([*STATUSES, "concluded"])),
+    st.sets(st.integers(0, 9)),
+)
+def test_from_any_state_undoing_ends_with_nothing_of_ours_and_all_of_others(
+    jobs: dict[int, str], nodes: set[int]
+) -> None:
+    ours = {name_of("01234567", n): status for n, status in jobs.items()}
+    model = Model(
+        {**ours, "mirror0": "running", "vmapipe-89abcdef-0": "running"},
+        {*(name_of("01234567", n) for n in nodes), "disk", "vmapipe-89abcdef-0"},
+    )
+    prefix = run_prefix("01234567")
+    for _ in range(5):
+        for name, arguments in left_of(*model.state(), prefix).undo():
+            model.execute(name, arguments)
+        model.go_on()
+    assert left_of(*model.state(), prefix).nothing
+    assert model.jobs == {"mirror0": "running", "vmapipe-89abcdef-0": "running"}
+    assert model.nodes == {"disk", "vmapipe-89abcdef-0"}
+
+
+def test_names_tell_their_disk() -> None:
+    assert index_of(name_of("01234567", 12)) == 12
+    assert [index_of(word) for word in ("disk-3", "vmapipe-x", "")] == [-1, -1, -1]
+
+
+def test_the_targets_of_a_crashed_run_tell_where_they_look_for_their_sink() -> None:
+    nodes: list[dict[str, Any]] = [
+        {
+            "node-name": "vmapipe-01234567-0",
+            "file": "nbd+unix:///disk?socket=/tmp/vmapipe-sinks-x/0.sock",
+            "image": {"virtual-size": 512},
+        },
+        {"node-name": "other", "file": "nbd+unix:///disk?socket=/tmp/y"},
+        {"node-name": "#block1", "file": "/srv/a.raw"},
+    ]
+    (target,) = left_targets(nodes)
+    assert target == ("vmapipe-01234567-0", "/tmp/vmapipe-sinks-x/0.sock", 512)
+
+
+def test_a_job_is_made_to_send_something_before_it_is_cancelled() -> None:
+    left = left_of([{"id": "vmapipe-1-0", "status": "running"}], [], "vmapipe-")
+    assert left.unthrottle() == [
+        ("block-job-set-speed", {"device": "vmapipe-1-0", "speed": 0}),
+    ]
