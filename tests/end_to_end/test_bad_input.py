@@ -45,7 +45,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
         1,
         "the limit is 65535",
     ),
-    "unknown format": (lambda d: ["--disk", f"a={d},format=qcow2"], 2, "qcow2"),
+    "unknown format": (lambda d: ["--disk", f"a={d},format=no.such"], 2, "is no format"),
     "bad level": (lambda d: ["--disk", f"a={d}", "--compress", "zstd:99"], 2, "zstd:1 to zstd:19"),
     "bad compressor": (lambda d: ["--disk", f"a={d}", "--compress", "xz"], 2, "use zstd"),
     "bad speed": (lambda d: ["--disk", f"a={d}", "--speed", "fast"], 2, "is no size"),
