@@ -109,6 +109,11 @@ def main(argv: Sequence[str], prog: str) -> int:
 def _backup(options: argparse.Namespace) -> None:
     if options.agent and options.qmp is None and options.monitor is None:
         raise UsageError("--agent needs --qmp or --monitor: a disk at rest needs no freezing")
+    if options.reproducible and (options.qmp or options.monitor):
+        raise UsageError(
+            "--reproducible is for disks at rest: it takes one disk after the other, and the guest "
+            "would wait for its turn"
+        )
     if options.notes and options.vmid is None:
         raise UsageError("--notes needs --vmid: only Proxmox VE's archives have a place for them")
     if options.vmid is not None:

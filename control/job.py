@@ -99,18 +99,7 @@ class BackupJob:
             raise UsageError(f"too many drives: {len(self.disks)}; the limit is {MAX_DEVICES}")
         if not self.disks and not any("--config" in word for word in self.archiver_options):
             raise UsageError("nothing to back up: name a disk with --disk")
-        if any(disk.name == VMSTATE_NAME for disk in self.disks):
-            raise UsageError(
-                f"the name {VMSTATE_NAME!r} is the memory's; give the disk another one"
-            )
-        devices = tuple(
-            Device(index, disk.name, 1) for index, disk in enumerate(self.disks, start=1)
-        )
-        try:
-            if devices:
-                check_contents(devices, ())
-        except LimitError as error:
-            raise UsageError(str(error)) from error
+        check_names([disk.name for disk in self.disks])
 
     def _start(self, children: Children, endpoint: str) -> None:
         job = self.job_id.hex()
@@ -240,6 +229,20 @@ def _has_failed(child: Child, event: Event | None) -> bool:
         child.error = child.error or str(event["text"])
         return True
     return event is None and bool(child.exit_code)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises UsageError for disks that no archive could hold together."""
+    if VMSTATE_NAME in names:
+        raise UsageError(f"the name {VMSTATE_NAME!r} is the memory's; give the disk another one")
+    if len(names) > MAX_DEVICES:
+        raise UsageError(f"too many drives: {len(names)}; the limit is {MAX_DEVICES}")
+    devices = tuple(Device(index, name, 1) for index, name in enumerate(names, start=1))
+    try:
+        if devices:
+            check_contents(devices, ())
+    except LimitError as error:
+        raise UsageError(str(error)) from error
 
 
 def is_path(output: str) -> bool:

@@ -19,6 +19,7 @@ from vmapipe.protocol.limits import CLUSTER_BYTES
 # A guest that writes to what is being read waits for it: a megabyte is read
 # within the time of a few of its own requests, even from a disk that turns.
 _PIECE_CLUSTERS = 16
+_ASK_AGAIN_S = 0.25
 
 
 class Background:
@@ -38,13 +39,16 @@ class Background:
         self._longest_hole = min(MAX_CLAIM_CLUSTERS, room // limits.CHARGE_PER_CLUSTER)
         self._least_credit = limits.charge(self.piece, self.piece * CLUSTER_BYTES)
         ring.fit(self.piece * CLUSTER_BYTES)
-        self._asked = False
-        self._left = True
+        #: A claim is under way: what it needs is not to be used for anything else.
+        self.asked = False
+        self._ask_at = 0.0
         self._next = 0
 
     def ask(self) -> bool:
         """Claim the next piece, if it could be read at once; whether that was done."""
-        if self._asked or not self._left or self._session.credit < self._least_credit:
+        if self.asked or self._session.credit < self._least_credit:
+            return False
+        if time.monotonic() < self._ask_at:
             return False
         if self._ring.take(self.piece * CLUSTER_BYTES) is None or self.pause_s() > 0:
             return False
@@ -52,20 +56,21 @@ class Background:
         hole = (self._data_from(self._next * CLUSTER_BYTES) // CLUSTER_BYTES) - self._next
         if self._session.credit < limits.charge(self._longest_hole, 0):
             hole = 0
-        self._asked = True
+        self.asked = True
         self._guard.claim(max(self.piece, min(hole, self._longest_hole)))
         return True
 
     def pause_s(self) -> float:
         """So long until the speed limit allows more."""
-        return self._pace.wait_s(time.monotonic()) if self._left and not self._asked else 0.0
+        return 0.0 if self.asked else self._pace.wait_s(time.monotonic())
 
     def take(self, claimed: Claimed) -> None:
         """Read and send what was claimed. Raises Failure."""
-        self._asked = False
+        self.asked = False
         first, clusters = claimed
-        self._left = clusters > 0
-        if not self._left:
+        if not clusters:
+            # Guests are copying the last ones, and may yet leave one to us.
+            self._ask_at = time.monotonic() + _ASK_AGAIN_S
             return
         at, end = first * CLUSTER_BYTES, (first + clusters) * CLUSTER_BYTES
         data = self._data_from(at)

@@ -118,7 +118,12 @@ class LiveSender:
         while session.sent_clusters < clusters:
             self._listen()
             # What guests' writes saved comes first: it takes room that others wait for.
-            did = saved.send(session, background.piece) if saved else background.ask()
+            # Not while a claim is under way: it was asked for with the credit and the
+            # room that there were then.
+            if saved and not background.asked:
+                did = saved.send(session, background.piece)
+            else:
+                did = background.ask()
             if did:
                 session.hear()
                 session.keep_alive(time.monotonic())

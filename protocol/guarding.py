@@ -25,7 +25,7 @@ MAX_SAVED_CLUSTERS = 16
 # Clusters that a producer may claim at once; more than a frame of data holds
 # makes sense for holes only: 4 GiB.
 MAX_CLAIM_CLUSTERS = 1 << 16
-# 64 TiB of spool; a number that no list of free slots need fear comes first.
+# 64 GiB; the lists of free slots are made in full, and stay small enough.
 MAX_SLOTS = 1 << 20
 MAX_PACKET_BYTES = 64 * 1024
 # An hour, as for every other wait.

@@ -15,6 +15,8 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 MIN_BUFFER_BYTES = 8 << 20
 # Beside the ring (16.5 MiB) it has to fit into what an archiver maps (256 MiB).
 MAX_BUFFER_BYTES = 192 << 20
+# What a guard takes (protocol.guarding.MAX_SLOTS clusters).
+MAX_SPOOL_BYTES = 64 << 30
 
 
 def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -48,6 +50,14 @@ def buffer_size(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not between {MIN_BUFFER_BYTES >> 20}M and {MAX_BUFFER_BYTES >> 20}M"
         )
+    return value
+
+
+def spool_size(text: str) -> int:
+    """A size that a spool file may have."""
+    value = size(text)
+    if value > MAX_SPOOL_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_SPOOL_BYTES >> 30}G")
     return value
 
 
@@ -138,10 +148,10 @@ def add_buffer_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--spool-size",
-        type=size,
+        type=spool_size,
         default=4 << 30,
         metavar="SIZE",
-        help="its largest size, each live disk (default: 4G)",
+        help="its largest size, each live disk (at most 64G; default: 4G)",
     )
     parser.add_argument(
         "--guest-wait",

@@ -35,6 +35,11 @@ def guarded_disks(monitor: str) -> list[GuardedDisk]:
                 for command in ("qmp_capabilities", "query-disks"):
                     sock.sendall(json.dumps({"execute": command}).encode() + b"\n")
                     answer = _read(lines.readline(_MAX_ANSWER_BYTES))
+    except TimeoutError as error:
+        raise Failure(
+            f"{monitor}: nobody greets us within {_ANSWER_S:.0f} s; is this the monitor's socket "
+            "(--listen), and not an export's?"
+        ) from error
     except OSError as error:
         raise Failure(
             f"cannot ask the monitor at {monitor}: {os_error_text(error)}; is it running?"
@@ -53,6 +58,8 @@ def guarded_disks(monitor: str) -> list[GuardedDisk]:
 
 
 def _read(line: bytes) -> Any:
+    if not line:
+        raise Failure("the monitor closed the connection; it may have too many clients")
     try:
         value = json.loads(line)
     except ValueError as error:

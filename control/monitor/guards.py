@@ -11,16 +11,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vmapipe.control.job import check_names
 from vmapipe.control.monitor.sockets import Listener, listen, listen_unix
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import Emit
 
-# A guard that dies is started again: its guests' connections come back to the
-# same socket. One that keeps dying is not helped by that.
-_MAX_RESTARTS = 5
-_RESTARTS_WITHIN_S = 60.0
+# A guard that dies is started again, for ever: its guests' connections come back
+# to the same socket, and the disks beside it are not to suffer. One that keeps
+# dying (its image is gone) is tried less and less often.
+_DELAYS_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+_FORGET_S = 120.0
 # Opening an image takes milliseconds, and longer when a disk has to spin up.
 _START_S = 60.0
 
@@ -44,6 +46,7 @@ class _Guard:
     listeners: list[tuple[Listener, list[str]]]
     child: Child | None = None
     deaths: list[float] = field(default_factory=list)
+    start_at: float = 0.0
 
 
 class Guards:
@@ -99,19 +102,23 @@ class Guards:
                     waiting.discard(child)
 
     def watch(self, timeout_s: float) -> None:
-        """What happens within `timeout_s`. Raises Failure when a guard cannot be kept alive."""
+        """What happens within `timeout_s`; a guard that has ended is started again."""
         for child, event in self._children.wait(timeout_s):
             if event is not None:
                 self._take(child, event)
                 continue
             guard = next(guard for guard in self._guards if guard.child is child)
+            guard.child = None
             now = time.monotonic()
-            guard.deaths = [at for at in guard.deaths if now - at < _RESTARTS_WITHIN_S] + [now]
-            if len(guard.deaths) > _MAX_RESTARTS:
-                raise Failure(f"{child.verdict()}, for the {len(guard.deaths)}th time: giving up")
+            guard.deaths = [at for at in guard.deaths if now - at < _FORGET_S] + [now]
+            delay = _DELAYS_S[min(len(guard.deaths), len(_DELAYS_S)) - 1]
+            guard.start_at = now + delay
             why = child.verdict() or f"{child.name} has ended"
-            self._emit({"event": "notice", "text": f"{why}; it is started again"})
-            self._start(guard)
+            when = f"in {delay:.0f} s" if delay else "at once"
+            self._emit({"event": "notice", "text": f"{why}; it is started again {when}"})
+        for guard in self._guards:
+            if guard.child is None and time.monotonic() >= guard.start_at:
+                self._start(guard)
 
     def describe(self) -> list[dict[str, object]]:
         """The answer to `query-disks`."""
@@ -121,6 +128,7 @@ class Guards:
                 "path": disk.path,
                 "size": disk.size_bytes,
                 "exports": disk.exports,
+                "served": guard.child is not None,
                 "guard": guard.control.path,
             }
             for guard in self._guards
@@ -181,6 +189,8 @@ def check_disks(disks: Sequence[ServedDisk]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two disks are called {name!r}")
+    # What no archive could hold could never be backed up.
+    check_names(names)
     paths = [os.path.realpath(disk.path) for disk in disks]
     for disk, path in zip(disks, paths, strict=True):
         if paths.count(path) > 1:

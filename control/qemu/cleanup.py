@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vmapipe.control.qemu.leftovers import remove_leftovers
-from vmapipe.control.qemu.qmp_link import QmpLink
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.process import run
 
@@ -32,6 +30,10 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _clean_up(path: str) -> None:
+    # Imported here: where the library is missing, that is one clear line.
+    from vmapipe.control.qemu.leftovers import remove_leftovers
+    from vmapipe.control.qemu.qmp_link import QmpLink
+
     link = QmpLink(path)
     try:
         removed = remove_leftovers(link)

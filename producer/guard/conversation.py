@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from vmapipe.producer.guard.copyjob import CopyJob
-from vmapipe.producer.guard.disk import GuardedDisk
+from vmapipe.producer.guard.disk import HOLD_S, GuardedDisk
 from vmapipe.producer.guard.peer import Peer, close_all
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.guarding import (
@@ -151,6 +151,10 @@ class Conversations:
                     raise Failure(f"there is no disk {name!r} here")
                 disk.hold()
                 held.append(disk)
+            # All at once, and one limit for all: guests wait meanwhile.
+            deadline = time.monotonic() + HOLD_S
+            for disk in held:
+                disk.wait_until_held(deadline)
             peer.send(Held())
             received = peer.receive(_BEGIN_S)
             if received is None:

@@ -149,6 +149,12 @@ class CopyJob:
             with self._changed:
                 self._leave()
 
+    def check(self, deadline: float) -> None:
+        """A request that takes too long although it never waits for long. Raises JobOver."""
+        with self._changed:
+            if time.monotonic() > deadline:
+                self._wait(0.0, "all of its old data to be saved")
+
     def save_at_once(self, copies: Sequence[SlottedCopy]) -> bool:
         """Carry out `plan_at_once` from the page cache; False: undone, because it cannot."""
         try:

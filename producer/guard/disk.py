@@ -16,7 +16,7 @@ from vmapipe.runtime.errors import Failure
 
 # A guest notices a second, and none minds: by then the writes that are under
 # way have ended, or the disk is so slow that the backup should not begin.
-_HOLD_S = 5.0
+HOLD_S = 5.0
 
 # A trim of more than this is left out while its clusters are not copied: a
 # guest's mkfs or fstrim trims gigabytes at once, which would have to be saved
@@ -93,19 +93,20 @@ class GuardedDisk:
                 self._job = None
 
     def hold(self) -> None:
-        """No write begins from now on, and none is under way any more. Raises Failure."""
-        deadline = time.monotonic() + _HOLD_S
+        """No write begins from now on. Raises Failure."""
         with self._changed:
             if self._held:
                 raise Failure(f"disk {self.image.name!r}: its writes are being held already")
             self._held = True
+
+    def wait_until_held(self, deadline: float) -> None:
+        """None is under way any more. Raises Failure; then it is still to be let go."""
+        with self._changed:
             while self._writes:
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    self._held = False
-                    self._changed.notify_all()
                     raise Failure(
                         f"disk {self.image.name!r}: the guest's writes have not come to an end "
-                        f"within {_HOLD_S:.0f} s; {self.image.path} may be too busy or hung"
+                        f"within {HOLD_S:.0f} s; {self.image.path} may be too busy or hung"
                     )
 
     def begin(self, job_id: bytes) -> None:
@@ -176,6 +177,7 @@ class GuardedDisk:
         return True
 
     def _admit(self, offset: int, length: int) -> None:
+        started = time.monotonic()
         while True:
             with self._changed:
                 while self._held:
@@ -186,13 +188,12 @@ class GuardedDisk:
                 job = self._job
             if job is not None:
                 try:
-                    self._save(job, offset, length)
+                    self._save(job, offset, length, started + job.guest_wait_s)
                 except JobOver:
                     pass
 
-    def _save(self, job: CopyJob, offset: int, length: int) -> None:
+    def _save(self, job: CopyJob, offset: int, length: int, deadline: float) -> None:
         """Raises JobOver."""
-        deadline = time.monotonic() + job.guest_wait_s
         first, end = offset // CLUSTER_BYTES, -(-(offset + length) // CLUSTER_BYTES)
         # Piece by piece, so that a huge range does not claim all of its clusters at once.
         for at in range(first, end, MAX_SAVED_CLUSTERS):
@@ -202,3 +203,4 @@ class GuardedDisk:
                 plan = job.core.before_write(at, min(MAX_SAVED_CLUSTERS, end - at))
             if plan is not None:
                 job.save(plan, deadline)
+                job.check(deadline)

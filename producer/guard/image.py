@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import stat
+import time
 from collections.abc import Iterator
 
 from vmapipe.producer.guard.lock import lock_for_writing
@@ -25,6 +26,9 @@ _ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
 # The file system, or the device, cannot; EINVAL: not at these bounds.
 _CANNOT = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV}
 _ZEROES_BYTES = 1 << 20
+# Longer than a guard takes to end (nbd.server.DRAIN_S), and to write out what it has.
+_LOCK_S = 8.0
+_LOCK_AGAIN_S = 0.1
 
 
 class Image:
@@ -47,18 +51,28 @@ class Image:
         mode = os.fstat(self.fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise Failure(f"disk {self.name!r}: {path} is neither a file nor a block device")
-        try:
-            lock_for_writing(self.fd)
-        except BlockingIOError:
+        if not self._lock():
             raise Failure(
                 f"disk {self.name!r}: {path} is in use by another program (a running QEMU, "
                 "or another monitor): two writers would destroy it"
-            ) from None
+            )
         self.size_bytes = os.lseek(self.fd, 0, os.SEEK_END)
         if not self.size_bytes:
             raise Failure(f"disk {self.name!r}: {path} is empty: nothing to serve")
         # 1 MiB that costs one page: it is never written to.
         self._zeroes = memoryview(mmap.mmap(-1, _ZEROES_BYTES, prot=mmap.PROT_READ))
+
+    def _lock(self) -> bool:
+        """Waits a little: a guard whose monitor was killed has it while it ends."""
+        deadline = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                lock_for_writing(self.fd)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_LOCK_AGAIN_S)
 
     def try_read(self, target: memoryview, offset: int) -> bool:
         """Read what the page cache holds; False when the device would have to be asked."""

@@ -7,12 +7,13 @@ import argparse
 import select
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from vmapipe.producer.guard.conversation import Conversations
 from vmapipe.producer.guard.disk import GuardedDisk
 from vmapipe.producer.guard.image import Image
-from vmapipe.producer.nbd.server import Offer, Server
+from vmapipe.producer.nbd.server import DRAIN_S, Offer, Server
 from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_CAN_MULTI_CONN,
     NBD_FLAG_SEND_CACHE,
@@ -96,7 +97,10 @@ def _guard(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         select.select([cancel.fd], [], [])
         conversations.close()
         for server in servers:
-            server.stop()
+            server.close_intake()
+        deadline = time.monotonic() + DRAIN_S
+        for server in servers:
+            server.finish(deadline)
     finally:
         for disk in disks.values():
             disk.image.close()

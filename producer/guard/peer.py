@@ -55,6 +55,8 @@ class Peer:
                 except BlockingIOError:
                     pass
                 except OSError:
+                    # Whatever it is: a message that is lost would be waited for.
+                    self.close()
                     return
             self._outbox.append(packet)
             if self._courier is None:

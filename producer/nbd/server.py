@@ -23,8 +23,9 @@ _HANDSHAKE_S = 30.0
 # Each costs two threads' stacks and 2 MiB of buffers when busy; nbdcopy and
 # QEMU use up to 16 and 1.
 MAX_CLIENTS = 128
-# What is under way when we are asked to end gets so long.
-_DRAIN_S = 10.0
+# What is under way when we are asked to end gets so long: less than our parent
+# waits for us (10 s), so that the image is still closed in order.
+DRAIN_S = 5.0
 
 
 class Offer(NamedTuple):
@@ -66,9 +67,13 @@ class Server:
 
     def stop(self) -> None:
         """No new clients and requests; what is under way is finished, within a bound."""
+        self.close_intake()
+        self.finish(time.monotonic() + DRAIN_S)
+
+    def close_intake(self) -> None:
+        """The first half of `stop`."""
         with self._lock:
             self._stopping = True
-            threads = list(self._sockets)
             connections = list(self._connections.values())
         for listener in self._listeners:
             with contextlib.suppress(OSError):
@@ -76,7 +81,11 @@ class Server:
             listener.close()
         for connection in connections:
             connection.stop()
-        deadline = time.monotonic() + _DRAIN_S
+
+    def finish(self, deadline: float) -> None:
+        """The second half: whoever is not done then (a client that does not read) is cut off."""
+        with self._lock:
+            threads = list(self._sockets)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         with self._lock:
@@ -106,6 +115,7 @@ class Server:
                 thread.start()
             else:
                 sock.close()
+                self._report(f"a client was turned away: there are {MAX_CLIENTS} already")
 
     def _serve(self, sock: socket.socket) -> None:
         thread = threading.current_thread()
@@ -138,6 +148,8 @@ class Server:
         if sock.family != socket.AF_UNIX:
             # Requests and replies are small, and the next waits for them.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A host that has vanished is found out in the end.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.settimeout(_HANDSHAKE_S)
         sock.sendall(handshake.greeting())
         while handshake.wanted_bytes:

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from tests.guard.hammer import CLUSTER, JOB, LIMIT_S, Backup, Place, begin, guarding
 from tests.machine import make_disk
 from tests.protocol_nbd.client import Client
-from vmapipe.producer.guard import conversation, disk
+from vmapipe.producer.guard import conversation
 from vmapipe.producer.guarded import Guarded
 from vmapipe.producer.ring import RING_BYTES, Ring
 from vmapipe.protocol import limits
@@ -35,7 +36,7 @@ from vmapipe.protocol.guarding import (
     decode_from_guard,
     encode,
 )
-from vmapipe.protocol.nbd.constants import NBD_CMD_FLUSH, NBD_CMD_TRIM
+from vmapipe.protocol.nbd.constants import NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES
 from vmapipe.runtime.errors import Failure
 
 CLUSTERS = 40
@@ -216,6 +217,35 @@ def test_a_backup_that_says_nothing_lets_a_write_go_after_its_time(
         backup.close()
 
 
+def test_a_huge_request_that_never_waits_for_long_has_its_limit_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with guarding(tmp_path, make_disk(tmp_path / "large", "A" * 400)) as place:
+        read = place.disk.image.read
+
+        def slow(target: memoryview, offset: int) -> None:
+            threading.Event().wait(0.02)
+            read(target, offset)
+
+        monkeypatch.setattr(place.disk.image, "read", slow)
+        backup = Backup(place, 500, random.Random(1), guest_wait_s=1)
+        try:
+            begin({"d": place}, tmp_path)
+            next_message(backup)
+            with Client(place.nbd, "d") as client:
+                started = time.monotonic()
+                client.command(NBD_CMD_WRITE_ZEROES, 0, 400 * CLUSTER)  # 8 s of reading
+                assert time.monotonic() - started < 5
+            while True:
+                try:
+                    next_message(backup)
+                except Failure as error:
+                    assert "has waited 1 s for all of its old data" in str(error)  # noqa: PT017
+                    break
+        finally:
+            backup.close()
+
+
 def test_old_data_that_cannot_be_read_fails_the_backup_and_not_the_write(
     place: Place, backup: Backup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +313,6 @@ def test_writes_that_are_held_go_on_when_nobody_says_begin(
 def test_a_write_that_does_not_end_keeps_a_backup_from_beginning(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "_HOLD_S", 0.2)
     begun, go_on = threading.Event(), threading.Event()
     write = place.disk.image.write
 
@@ -296,8 +325,10 @@ def test_a_write_that_does_not_end_keeps_a_backup_from_beginning(
     with Client(place.nbd, "d") as client:
         writing = in_thread(lambda: client.write(0, b"new"))
         assert begun.wait(LIMIT_S)
+        place.disk.hold()
         with pytest.raises(Failure, match="have not come to an end"):
-            place.disk.hold()
+            place.disk.wait_until_held(time.monotonic() + 0.2)
+        place.disk.let_go()
         go_on.set()
         writing.join(LIMIT_S)
         client.write(9, b"and on it goes")

@@ -344,6 +344,24 @@ def test_a_guard_that_is_killed_is_started_again_and_serves(tmp_path: Path) -> N
         good("backup", "--monitor", served.monitor, tmp_path / "vm.vma")
 
 
+def test_a_disk_that_is_gone_for_a_while_harms_no_other_and_comes_back(tmp_path: Path) -> None:
+    disks = {name: make_disk(tmp_path / f"{name}.raw", "A" * 5) for name in "ab"}
+    with serving(tmp_path, **disks) as served, Client(served.socket("b"), "b") as other:
+        disks["a"].rename(tmp_path / "elsewhere")
+        guards = children(served.process, "producer.guard.main")
+        next(guard for guard in guards if "--disk=a" in guard.cmdline()).kill()
+        for when in ("at once", "in 1 s", "in 2 s"):
+            notice = next_event(served.process, "notice")
+            while "started again" not in notice["text"]:
+                notice = next_event(served.process, "notice")
+            assert notice["text"].endswith(when)
+            other.write(0, b"goes on")
+        (tmp_path / "elsewhere").rename(disks["a"])
+        assert next_event(served.process, "serving")["disk"] == "a"
+        with Client(served.socket("a"), "a") as client:
+            client.write(0, b"back")
+
+
 def test_a_client_that_dies_in_the_middle_of_a_write_harms_nobody(tmp_path: Path) -> None:
     image = make_disk(tmp_path / "d.raw", "A" * 50)
     before = sha256(image)
@@ -391,6 +409,10 @@ def test_an_image_that_another_program_writes_to_is_not_served(tmp_path: Path, n
         (("--disk", "d=IMAGE", "--disk", "d=IMAGE"), "two disks are called 'd'"),
         (("--disk", "d=IMAGE", "--disk", "e=IMAGE"), "is served twice"),
         (
+            ("--disk", "vmstate=IMAGE", "--export", "vmstate=S"),
+            "the name 'vmstate' is the memory's",
+        ),
+        (
             ("--disk", "d=IMAGE", "--export", "d=tcp://0.0.0.0:10809"),
             "whoever reaches it can read and write the disk",
         ),
@@ -426,6 +448,28 @@ def test_a_socket_that_a_crash_left_is_taken_over_and_any_other_file_is_not(
         *("--export", f"d={tmp_path / 'd.sock'}"),
     )
     assert "it exists, and is no socket" in words
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--reproducible",), "--reproducible is for disks at rest"),
+        (("--spool-size", "65G"), "'65G' is more than 64G"),
+        (("--buffer", "7M"), "'7M' is not between 8M and 192M"),
+    ],
+)
+def test_options_that_a_disk_in_use_cannot_have_are_refused(
+    tmp_path: Path, words: tuple[str, ...], text: str
+) -> None:
+    monitor = tmp_path / "nobody.sock"
+    assert text in bad("backup", "--monitor", monitor, *words, tmp_path / "vm.vma", code=2)
+
+
+def test_an_exports_socket_is_not_taken_for_the_monitors(tmp_path: Path) -> None:
+    image = make_disk(tmp_path / "d.raw", "A")
+    with serving(tmp_path, d=image) as served:
+        words = bad("backup", "--monitor", served.socket("d"), tmp_path / "vm.vma")
+    assert "is this the monitor's socket (--listen), and not an export's?" in words
 
 
 def test_a_backup_without_a_monitor_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In which order a live producer does things, with a guard and an archiver in its hands."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any, cast
+
+from vmapipe.producer.background import Background
+from vmapipe.producer.guarded import Guarded
+from vmapipe.producer.live import LiveSender
+from vmapipe.producer.pace import Pace
+from vmapipe.producer.ring import Ring
+from vmapipe.producer.runs import Run
+from vmapipe.producer.saved import SavedData
+from vmapipe.producer.session import Session
+from vmapipe.protocol.guarding import Claimed, FromGuard, Saved
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.events import ignore
+
+CLUSTER = 65536
+CLUSTERS = 64
+# What one piece of 16 clusters needs, and not enough for a second one.
+ONE_PIECE = 1_100_000
+
+
+class Archiver:
+    """A session that counts credit as the real one does; waiting brings more."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.credit = ONE_PIECE
+        self.frame_bytes = 8 << 20
+        self.sent: list[Run] = []
+        self.spoke = 0.0
+        self._guard = guard
+
+    @property
+    def sent_clusters(self) -> int:
+        return sum(run.clusters for run in self.sent)
+
+    @property
+    def sent_frames(self) -> int:
+        return len(self.sent)
+
+    @property
+    def acked(self) -> int:
+        return len(self.sent)
+
+    def send(self, run: Run) -> None:
+        assert run.charge <= self.credit, "more than the archiver allows"
+        self.credit -= run.charge
+        self.sent.append(run)
+
+    def hear(self) -> None:
+        pass
+
+    def keep_alive(self, now: float) -> None:
+        pass
+
+    def step(self, longest_s: float) -> None:
+        """Either the guard has something to say, or the archiver gives credit."""
+        if not self._guard.has_more():
+            self.credit = ONE_PIECE
+
+
+class Guard:
+    """Answers each claim only after it has told what a guest's write saved meanwhile."""
+
+    def __init__(self, disk: Path) -> None:
+        self.size_bytes = CLUSTERS * CLUSTER
+        self.disk_fd = os.open(disk, os.O_RDONLY)
+        self.claims = 0
+        self._mail: deque[FromGuard | None] = deque()
+        self._next = 0
+
+    def has_more(self) -> bool:
+        return bool(self._mail)
+
+    def receive(self) -> FromGuard | None:
+        return self._mail.popleft() if self._mail else None
+
+    def claim(self, most: int) -> None:
+        if self._next == CLUSTERS:
+            self._mail += [Claimed(0, 0), None]
+            return
+        self.claims += 1
+        saved = Saved(self._next + 16, tuple(range(16)))
+        # None: nothing more can be read now, so the producer goes on with something else.
+        self._mail += [saved, None, Claimed(self._next, 16), None]
+        self._next += 32
+
+    def copied(self, clusters: int) -> None:
+        assert clusters == 16
+
+    def release(self, slots: tuple[int, ...]) -> None:
+        pass
+
+
+def test_what_a_claim_was_asked_for_with_is_still_there_when_it_is_answered(
+    tmp_path: Path,
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(os.urandom(CLUSTERS * CLUSTER))
+    guard = Guard(disk)
+    archiver = Archiver(guard)
+    ring = Ring(16 * CLUSTER)
+    ring.view[-16 * CLUSTER :] = os.urandom(16 * CLUSTER)
+    sender: Any = object.__new__(LiveSender)
+    session, guarded = cast(Session, archiver), cast(Guarded, guard)
+    cancel = Cancel()
+    sender._name, sender.size_bytes = "d", guard.size_bytes
+    sender._session, sender._guard, sender._cancel = session, guarded, cancel
+    sender._saved = SavedData(guard.size_bytes, 16, -1, ring, guarded)
+    sender._background = Background("d", ring, guarded, Pace(0, 0.0), session)
+    sender._waiting_writes, sender._told, sender._tell_at = 0, (0, 0, 0), 0.0
+    sender._send_all(sender._background, ignore)
+    assert archiver.sent_clusters == CLUSTERS
+    assert guard.claims == 2
+    os.close(guard.disk_fd)
+    ring.close()
+    cancel.close()
+    del sender._saved, sender._background, ring
