@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from vmapipe.runtime.errors import Failure, os_error_text
 
 _ANSWER_S = 10.0
+# How an NBD server begins.
+_NBD_GREETING = b"NBDMAGIC"
 _MAX_ANSWER_BYTES = 1 << 20
 
 
@@ -27,6 +29,10 @@ def guarded_disks(monitor: str) -> list[GuardedDisk]:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(_ANSWER_S)
             sock.connect(monitor)
+            if sock.recv(len(_NBD_GREETING), socket.MSG_PEEK) == _NBD_GREETING:
+                raise Failure(
+                    f"{monitor} is an export's socket; --monitor wants the monitor's own (--listen)"
+                )
             with sock.makefile("rb") as lines:
                 greeting = _read(lines.readline(_MAX_ANSWER_BYTES))
                 if "QMP" not in greeting:
@@ -37,8 +43,7 @@ def guarded_disks(monitor: str) -> list[GuardedDisk]:
                     answer = _read(lines.readline(_MAX_ANSWER_BYTES))
     except TimeoutError as error:
         raise Failure(
-            f"{monitor}: nobody greets us within {_ANSWER_S:.0f} s; is this the monitor's socket "
-            "(--listen), and not an export's?"
+            f"{monitor}: nobody greets us within {_ANSWER_S:.0f} s; is this a monitor's socket?"
         ) from error
     except OSError as error:
         raise Failure(

@@ -469,7 +469,7 @@ def test_an_exports_socket_is_not_taken_for_the_monitors(tmp_path: Path) -> None
     image = make_disk(tmp_path / "d.raw", "A")
     with serving(tmp_path, d=image) as served:
         words = bad("backup", "--monitor", served.socket("d"), tmp_path / "vm.vma")
-    assert "is this the monitor's socket (--listen), and not an export's?" in words
+    assert "is an export's socket; --monitor wants the monitor's own (--listen)" in words
 
 
 def test_a_backup_without_a_monitor_says_so(tmp_path: Path) -> None:
