@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import struct
 from collections.abc import Sequence
 
+from vmapipe.producer.descriptors import receive_fds
 from vmapipe.protocol.guarding import (
     MAX_PACKET_BYTES,
     Attach,
@@ -95,20 +95,13 @@ class Guarded:
             raise self._gone() from error
 
     def _packet(self, flags: int = 0) -> tuple[FromGuard, list[int]]:
-        space = socket.CMSG_SPACE(array.array("i").itemsize)
-        packet, control, _, _ = self._socket.recvmsg(
-            MAX_PACKET_BYTES, space, flags | socket.MSG_CMSG_CLOEXEC
-        )
+        packet, fds = receive_fds(self._socket, MAX_PACKET_BYTES, 1, flags)
         if not packet:
             raise self._gone()
-        fds = array.array("i")
-        for level, kind, data in control:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(data)
         message = decode_from_guard(packet)
         if isinstance(message, Refused | Failed):
             raise Failure(message.reason)
-        return message, list(fds)
+        return message, fds
 
     def _gone(self) -> Failure:
         return Failure(

@@ -8,6 +8,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
+from vmapipe.producer import telling
 from vmapipe.producer.background import Background
 from vmapipe.producer.guarded import Guarded
 from vmapipe.producer.link import Link
@@ -25,8 +26,6 @@ from vmapipe.runtime.events import Emit
 
 # From a producer being ready to the instant that the coordinator chooses.
 _BEGIN_S = 60.0
-# How often the state of the buffer is told, at most.
-_TELL_S = 0.25
 
 
 class Buffering(NamedTuple):
@@ -74,8 +73,6 @@ class LiveSender:
         self._background: Background | None = None
         self._begun = False
         self._waiting_writes = 0
-        self._told = (0, 0, 0)
-        self._tell_at = 0.0
         link.watch(self._guard.fd)
 
     @property
@@ -115,6 +112,7 @@ class LiveSender:
     def _send_all(self, background: Background, emit: Emit) -> None:
         session, saved = self._session, self._saved
         clusters = -(-self.size_bytes // CLUSTER_BYTES)
+        teller = telling.Teller(self._name, emit)
         while session.sent_clusters < clusters:
             self._listen()
             # What guests' writes saved comes first: it takes room that others wait for.
@@ -128,9 +126,10 @@ class LiveSender:
                 session.hear()
                 session.keep_alive(time.monotonic())
             elif session.sent_clusters < clusters:
-                session.step(background.pause_s() or _TELL_S)
+                session.step(background.pause_s() or telling.TELL_S)
             saved.release(session.acked)
-            self._tell(emit)
+            memory, spool = saved.used_memory * CLUSTER_BYTES, saved.used_spool * CLUSTER_BYTES
+            teller.tell(telling.Waiting(memory, spool, self._waiting_writes))
             self._cancel.check()
 
     def _listen(self) -> None:
@@ -149,23 +148,6 @@ class LiveSender:
                 self._waiting_writes = writes
             case _:
                 raise RemoteProtocolError("sequence", f"{type(message).__name__} from the guard")
-
-    def _tell(self, emit: Emit) -> None:
-        """Where old data waits, when that has changed."""
-        state = (self._saved.used_memory, self._saved.used_spool, self._waiting_writes)
-        now = time.monotonic()
-        if state == self._told or now < self._tell_at:
-            return
-        self._told, self._tell_at = state, now + _TELL_S
-        emit(
-            {
-                "event": "buffer",
-                "device": self._name,
-                "memory_bytes": state[0] * CLUSTER_BYTES,
-                "spool_bytes": state[1] * CLUSTER_BYTES,
-                "waiting_writes": state[2],
-            }
-        )
 
 
 def _open_spool(folder: str) -> int:

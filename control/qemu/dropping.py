@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 
 from vmapipe.producer.nbd.server import Offer, Server
-from vmapipe.producer.sink.export import sink_export
+from vmapipe.producer.sink.export import TakesOnly, sink_export
 
 
-class Dropping:
+class Dropping(TakesOnly):
     """The `Backend` of one disk, and its server. Nothing is accepted until `start`."""
 
     def __init__(self, listener: socket.socket, size_bytes: int) -> None:
@@ -32,13 +31,6 @@ class Dropping:
         """Shuts the listening socket down, for all that hold it."""
         self._server.stop()
 
-    def try_read(self, target: memoryview, offset: int) -> bool:
-        target[:] = bytes(len(target))
-        return True
-
-    def read(self, target: memoryview, offset: int) -> None:
-        target[:] = bytes(len(target))
-
     def try_write(self, data: memoryview, offset: int) -> bool:
         self.served = True
         return True
@@ -49,12 +41,5 @@ class Dropping:
     def write_zeroes(self, offset: int, length: int, *, may_hole: bool, fast_only: bool) -> None:
         self.served = True
 
-    def trim(self, offset: int, length: int) -> None: ...
-
     def flush(self) -> None:
         self.served = True
-
-    def cache(self, offset: int, length: int) -> None: ...
-
-    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        yield length, 0

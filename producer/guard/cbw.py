@@ -14,20 +14,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# How much of the bitmap is looked at in one step when searching for work:
-# 4 KiB of it stand for 2 GiB of disk.
-_SCAN_BYTES = 4096
+from vmapipe.producer.clusterbits import ClusterBits
 
 
 class Copy:
     """One run of clusters that somebody is copying right now."""
 
-    __slots__ = ("by_guest", "clusters", "finished", "first")
+    __slots__ = ("clusters", "finished", "first")
 
-    def __init__(self, first: int, clusters: int, *, by_guest: bool) -> None:
+    def __init__(self, first: int, clusters: int) -> None:
         self.first = first
         self.clusters = clusters
-        self.by_guest = by_guest
         self.finished = False
 
     def overlaps(self, first: int, clusters: int) -> bool:
@@ -46,13 +43,15 @@ class CopyBeforeWrite:
 
     def __init__(self, clusters: int) -> None:
         self.clusters = clusters
-        #: Clusters that are copied; by whom they were, for the statistics.
-        self.done = 0
-        self.done_by_guest = 0
-        self._bits = bytearray(-(-clusters // 8))
+        self._done = ClusterBits(clusters)
         self._copying: list[Copy] = []
         # Everything below is done or being copied.
         self._cursor = 0
+
+    @property
+    def done(self) -> int:
+        """How many clusters are copied."""
+        return self._done.count
 
     @property
     def complete(self) -> bool:
@@ -74,7 +73,7 @@ class CopyBeforeWrite:
             if todo and start is None:
                 start = num
             elif not todo and start is not None:
-                copies.append(self._begin(start, num - start, by_guest=True))
+                copies.append(self._begin(start, num - start))
                 start = None
         return BeforeWrite(copies, waits)
 
@@ -91,10 +90,10 @@ class CopyBeforeWrite:
         if num is None:
             self._cursor = self.clusters
             return None
-        end = self._next_done(num, min(self.clusters, num + most))
+        end = self._done.next_here(num, min(self.clusters, num + most))
         end = min([end, *(copy.first for copy in self._copying if copy.first > num)])
         self._cursor = end
-        return self._begin(num, end - num, by_guest=False)
+        return self._begin(num, end - num)
 
     def abandon(self, copy: Copy) -> None:
         """It is not made after all: whoever waits for it has to ask again."""
@@ -112,60 +111,24 @@ class CopyBeforeWrite:
         """The old data of these clusters is safe: whoever waits for them may write."""
         self._copying.remove(copy)
         copy.finished = True
-        _set_bits(self._bits, copy.first, copy.clusters)
-        self.done += copy.clusters
-        if copy.by_guest:
-            self.done_by_guest += copy.clusters
+        self._done.add(copy.first, copy.clusters)
 
-    def _begin(self, first: int, clusters: int, *, by_guest: bool) -> Copy:
-        copy = Copy(first, clusters, by_guest=by_guest)
+    def _begin(self, first: int, clusters: int) -> Copy:
+        copy = Copy(first, clusters)
         self._copying.append(copy)
         return copy
 
     def is_copied(self, first: int, clusters: int) -> bool:
         """Whether all of these are: a guest may then write to them at once."""
-        low, high = first // 8, (first + clusters - 1) // 8
-        span = int.from_bytes(self._bits[low : high + 1], "little")
-        wanted = ((1 << clusters) - 1) << (first - low * 8)
-        return span & wanted == wanted
+        return self._done.has_all(first, clusters)
 
     def _is_taken(self, num: int, copying: list[Copy]) -> bool:
         """Done, or being copied by one of `copying`."""
-        return bool(self._bits[num // 8] >> num % 8 & 1) or any(
-            copy.overlaps(num, 1) for copy in copying
-        )
-
-    def _next_done(self, num: int, end: int) -> int:
-        """The first cluster from `num` on that is done, or `end`."""
-        while num < end:
-            if num % 8 == 0:
-                piece = self._bits[num // 8 : min(num // 8 + _SCAN_BYTES, -(-end // 8))]
-                none = len(piece) - len(piece.lstrip(b"\0"))
-                if none:
-                    num += 8 * none
-                    continue
-            if self._bits[num // 8] >> num % 8 & 1:
-                return num
-            num += 1
-        return end
+        return self._done.has(num) or any(copy.overlaps(num, 1) for copy in copying)
 
     def _next_todo(self, num: int) -> int | None:
-        while num < self.clusters:
-            if num % 8 == 0:
-                # Whole bytes of clusters that are done are passed over at once.
-                piece = self._bits[num // 8 : num // 8 + _SCAN_BYTES]
-                full = len(piece) - len(piece.lstrip(b"\xff"))
-                if full:
-                    num += 8 * full
-                    continue
+        while (num := self._done.next_missing(num, self.clusters)) < self.clusters:
             if not self._is_taken(num, self._copying):
                 return num
             num += 1
         return None
-
-
-def _set_bits(bits: bytearray, first: int, count: int) -> None:
-    low, high = first // 8, (first + count - 1) // 8
-    span = int.from_bytes(bits[low : high + 1], "little")
-    span |= ((1 << count) - 1) << (first - low * 8)
-    bits[low : high + 1] = span.to_bytes(high + 1 - low, "little")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from vmapipe.producer.guard.conversation import Conversations
 from vmapipe.producer.guard.disk import GuardedDisk
 from vmapipe.producer.guard.image import Image
-from vmapipe.producer.nbd.server import DRAIN_S, Offer, Server
+from vmapipe.producer.nbd.server import DRAIN_S, Offer, Server, answer_promptly
 from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_CAN_MULTI_CONN,
     NBD_FLAG_SEND_CACHE,
@@ -46,9 +46,6 @@ _FLAGS = (
     | NBD_FLAG_SEND_DF
     | NBD_FLAG_CAN_MULTI_CONN
 )
-# A thread that computes gives way to one that has a request to answer after
-# this; the default of 5 ms is what a guest would feel.
-_SWITCH_S = 0.0005
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "vmapipe guard") -> int:
@@ -77,7 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe guard") -> int:
 
 
 def _guard(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
-    sys.setswitchinterval(_SWITCH_S)
+    answer_promptly()
 
     def report(text: str) -> None:
         emit({"event": "notice", "text": text})

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import os
 import select
@@ -12,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
+from vmapipe.producer.descriptors import receive_fds
 from vmapipe.protocol.guarding import MAX_PACKET_BYTES, FromGuard, ToGuard, decode_for_guard, encode
 
 _MAX_FDS = 4
@@ -94,7 +94,7 @@ class Peer:
             if not poller.poll(timeout_s * 1000):
                 raise TimeoutError
         try:
-            packet, fds = self._receive()
+            packet, fds = receive_fds(self._socket, MAX_PACKET_BYTES, _MAX_FDS)
         except OSError:
             return None
         if not packet:
@@ -104,17 +104,6 @@ class Peer:
         except BaseException:
             close_all(fds)
             raise
-
-    def _receive(self) -> tuple[bytes, list[int]]:
-        space = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
-        packet, control, _, _ = self._socket.recvmsg(
-            MAX_PACKET_BYTES, space, socket.MSG_CMSG_CLOEXEC
-        )
-        fds = array.array("i")
-        for level, kind, data in control:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-        return packet, list(fds)
 
     def close(self) -> None:
         """Ends the connection; a thread in `receive` wakes up."""

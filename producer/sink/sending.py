@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 import socket
-import sys
 import time
 from collections import deque
 from typing import NamedTuple
 
 from vmapipe.producer.link import Link
-from vmapipe.producer.nbd.server import Offer, Server
+from vmapipe.producer.nbd.server import Offer, Server, answer_promptly
 from vmapipe.producer.ring import RING_BYTES, Ring
 from vmapipe.producer.runs import Run, packed, piece_bytes, whole_blocks
 from vmapipe.producer.session import Refused, Session
 from vmapipe.producer.sink.export import sink_export
 from vmapipe.producer.sink.sink import MAX_PIECE_CLUSTERS, Arrived, Sink
+from vmapipe.producer.telling import TELL_S, Teller, Waiting
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.limits import CLUSTER_BYTES
@@ -28,14 +28,9 @@ from vmapipe.runtime.events import Emit
 _ABSENCE_S = 60.0
 # How often it is looked for; also for how long a finished job may wait in vain.
 _LOOK_S = 0.05
-# How often the state of the buffer is told, at most.
-_TELL_S = 0.25
 # Asked to end while QEMU writes, we give its jobs so long to be cancelled: the
 # coordinator needs a second; after STOP_S (10 s) it would kill us.
 _LEAVE_S = 8.0
-# A thread that computes gives way to one that has QEMU to answer after this;
-# the default of 5 ms is what a guest would feel.
-_SWITCH_S = 0.0005
 
 
 class SinkOptions(NamedTuple):
@@ -63,8 +58,6 @@ class SinkSender:
         # Sent runs, (frame, where their data lies), oldest first.
         self._sent: deque[tuple[int, int]] = deque()
         self._absent_since = time.monotonic()
-        self._told = (0, 0)
-        self._tell_at = 0.0
 
     @property
     def zero_clusters(self) -> int:
@@ -72,7 +65,7 @@ class SinkSender:
 
     def run(self, emit: Emit) -> None:
         """Raises Failure, after QEMU could leave in peace."""
-        sys.setswitchinterval(_SWITCH_S)
+        answer_promptly()
         self._session.greet()
         sink = self._new_sink()
         self._link.watch(sink.fd)
@@ -116,15 +109,16 @@ class SinkSender:
 
     def _send_all(self, sink: Sink, server: Server, emit: Emit) -> None:
         session = self._session
+        teller = Teller(self._name, emit)
         while session.sent_clusters < sink.clusters:
             arrived = sink.next()
             if arrived is not None and self._send(sink, arrived):
                 session.hear()
                 session.keep_alive(time.monotonic())
             elif session.sent_clusters < sink.clusters:
-                session.step(_TELL_S)
+                session.step(TELL_S)
             self._release(sink)
-            self._tell(sink, emit)
+            teller.tell(Waiting(sink.used_bytes, 0, sink.waiting_writes))
             self._check(sink, server)
 
     def _check(self, sink: Sink, server: Server) -> None:
@@ -169,23 +163,6 @@ class SinkSender:
             free.append(self._sent.popleft()[1])
         if free:
             sink.give_back(free)
-
-    def _tell(self, sink: Sink, emit: Emit) -> None:
-        """Where data waits, when that has changed."""
-        state = (sink.used_bytes, sink.waiting_writes)
-        now = time.monotonic()
-        if state == self._told or now < self._tell_at:
-            return
-        self._told, self._tell_at = state, now + _TELL_S
-        emit(
-            {
-                "event": "buffer",
-                "device": self._name,
-                "memory_bytes": state[0],
-                "spool_bytes": 0,
-                "waiting_writes": state[1],
-            }
-        )
 
     def _see_off(self, server: Server) -> None:
         """Everything is stored; QEMU lets go of us when its job is dismissed."""

@@ -12,11 +12,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
+from vmapipe.producer.clusterbits import ClusterBits
 from vmapipe.producer.runs import whole_blocks
-from vmapipe.producer.sink.arrivals import Arrivals
+from vmapipe.producer.sink.export import TakesOnly
 from vmapipe.producer.sink.parts import Parts, TooManyParts, is_whole, pieces
 from vmapipe.producer.sink.room import Room
 from vmapipe.producer.sink.turns import Turns
@@ -40,7 +41,7 @@ class Arrived(NamedTuple):
     length: int
 
 
-class Sink:
+class Sink(TakesOnly):
     """The `Backend` on one side, a queue of `Arrived` on the other.
 
     What has arrived lies in `memory`, in the range `room`. `piece_clusters`: the
@@ -65,7 +66,7 @@ class Sink:
         self._memory = memory
         self._guest_wait_s = guest_wait_s
         self._changed = threading.Condition(threading.Lock())
-        self._arrivals = Arrivals(-(-size_bytes // CLUSTER_BYTES))
+        self._arrivals = ClusterBits(-(-size_bytes // CLUSTER_BYTES))
         self._parts = Parts(size_bytes)
         self._room = Room(room.start, len(room))
         self._piece_clusters = piece_clusters
@@ -131,13 +132,6 @@ class Sink:
 
     # --- the Backend ---
 
-    def try_read(self, target: memoryview, offset: int) -> bool:
-        target[:] = bytes(len(target))  # nobody needs to read here
-        return True
-
-    def read(self, target: memoryview, offset: int) -> None:
-        target[:] = bytes(len(target))
-
     def try_write(self, data: memoryview, offset: int) -> bool:
         length = len(data)
         first, count = offset // CLUSTER_BYTES, -(-length // CLUSTER_BYTES)
@@ -179,16 +173,8 @@ class Sink:
             else:
                 self._take_part(bytes(size), at, deadline)
 
-    def trim(self, offset: int, length: int) -> None:
-        """Says nothing about content."""
-
     def flush(self) -> None:
         """Data is safe when the archive is stored, and the coordinator knows when that is."""
-
-    def cache(self, offset: int, length: int) -> None: ...
-
-    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        yield length, 0
 
     # --- inside ---
 

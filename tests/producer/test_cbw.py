@@ -148,7 +148,8 @@ def test_a_write_over_clusters_of_every_state_copies_only_what_nobody_has() -> N
 def test_a_large_disk_costs_one_bit_a_cluster_and_what_is_done_is_passed_over_quickly() -> None:
     clusters = 1 << 26  # 4 TiB
     core = CopyBeforeWrite(clusters)
-    core._bits[:] = b"\xff" * (len(core._bits) - 1) + b"\x7f"
+    bits = core._done._bits
+    bits[:] = b"\xff" * (len(bits) - 1) + b"\x7f"
     last = core.next_background(32)
     assert last is not None
     assert (last.first, last.clusters) == (clusters - 1, 1)

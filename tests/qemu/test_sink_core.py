@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmapipe.producer.clusterbits import ClusterBits
 from vmapipe.producer.runs import packed
-from vmapipe.producer.sink.arrivals import Arrivals
 from vmapipe.producer.sink.parts import MAX_PARTIAL_CLUSTERS
 from vmapipe.producer.sink.room import Room
 from vmapipe.producer.sink.sink import Sink
@@ -203,7 +203,7 @@ def test_the_last_cluster_has_room_for_whole_blocks(target: Target) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 40))))
 def test_arrivals_know_what_is_new(ranges: list[tuple[int, int]]) -> None:
-    arrivals, model = Arrivals(140), set[int]()
+    arrivals, model = ClusterBits(140), set[int]()
     for first, count in ranges:
         wanted = set(range(first, first + count))
         runs = list(arrivals.new(first, count))

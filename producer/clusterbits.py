@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which clusters have arrived: the first one counts, a second one is passed over."""
+"""Which clusters of a disk are done: copied, or arrived; each counts once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+# How much is looked at in one step when searching: 4 KiB stand for 2 GiB of disk.
+_SCAN_BYTES = 4096
 
-class Arrivals:
+
+class ClusterBits:
     """One bit a cluster (2 MiB a TiB). Pure."""
 
     def __init__(self, clusters: int) -> None:
         self.clusters = clusters
-        #: How many have arrived.
+        #: How many are here.
         self.count = 0
         self._bits = bytearray(-(-clusters // 8))
 
@@ -21,6 +24,10 @@ class Arrivals:
 
     def has(self, cluster: int) -> bool:
         return bool(self._bits[cluster // 8] >> cluster % 8 & 1)
+
+    def has_all(self, first: int, count: int) -> bool:
+        wanted = _ones(first, count)
+        return self._span(first, count) & wanted == wanted
 
     def how_many(self, first: int, count: int) -> int:
         """How many of these are here already."""
@@ -48,6 +55,28 @@ class Arrivals:
             elif not is_new and start is not None:
                 yield start, cluster - start
                 start = None
+
+    def next_here(self, cluster: int, end: int) -> int:
+        """The first one from `cluster` on that is here, or `end`."""
+        return self._next(cluster, end, b"\0", is_here=True)
+
+    def next_missing(self, cluster: int, end: int) -> int:
+        """The first one from `cluster` on that is not here, or `end`."""
+        return self._next(cluster, end, b"\xff", is_here=False)
+
+    def _next(self, cluster: int, end: int, dull: bytes, *, is_here: bool) -> int:
+        """`dull`: a byte of eight clusters that are none of these; many are passed over at once."""
+        while cluster < end:
+            if cluster % 8 == 0:
+                piece = self._bits[cluster // 8 : min(cluster // 8 + _SCAN_BYTES, -(-end // 8))]
+                passed = len(piece) - len(piece.lstrip(dull))
+                if passed:
+                    cluster += 8 * passed
+                    continue
+            if self.has(cluster) == is_here:
+                return cluster
+            cluster += 1
+        return end
 
     def _span(self, first: int, count: int) -> int:
         return int.from_bytes(self._bits[first // 8 : (first + count - 1) // 8 + 1], "little")
