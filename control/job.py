@@ -144,11 +144,11 @@ class BackupJob:
         while any(child.running for child in children.all):
             for child, event in children.wait(min(1.0, max(0.0, give_up - time.monotonic()))):
                 if event is not None:
-                    self._take(event, unattached, emit, cancel)
                     if event["event"] == "begun":
                         # All are connected: nobody needs the socket's name any more, and
-                        # if this process is killed from now on, no folder is left.
+                        # whoever kills this process once it has said so leaves no folder.
                         shutil.rmtree(folder, ignore_errors=True)
+                    self._take(event, unattached, emit, cancel)
                 if first_failed is None and _has_failed(child, event):
                     first_failed = child
                     killed = (child.exit_code or 0) < 0 or child is archiver
