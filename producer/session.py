@@ -37,7 +37,7 @@ class Session:
         # Over a network nobody could open it; and nobody needs to know its name.
         shared_at = ring.shared_at if link.is_local else ""
         self._side = ProducerSide(job, name, size_bytes, "vmapipe", shared_at)
-        self._heard = self.spoke = time.monotonic()
+        self._heard = self._pinged = self.spoke = time.monotonic()
         self.zero_clusters = 0
 
     @property
@@ -126,11 +126,14 @@ class Session:
         self.keep_alive(now)
 
     def keep_alive(self, now: float) -> None:
-        """Say something if nothing was said for long. Raises Failure when the archiver is silent."""
+        """Ask for a sign of life in time. Raises Failure when the archiver is silent."""
         if now - self._heard > self._heartbeat_s:
             raise Failure(
                 f"device {self._name!r}: the archiver has been silent for "
                 f"{self._heartbeat_s:.0f} s; is it still running?"
             )
-        if now - self.spoke >= self._heartbeat_s / 3 and self._side.state is not State.CLOSED:
+        # An archiver has no need to answer data: who only sends would hear nothing for ever.
+        silence_s = now - min(self.spoke, max(self._heard, self._pinged))
+        if silence_s >= self._heartbeat_s / 3 and self._side.state is not State.CLOSED:
+            self._pinged = now
             self._say(self._side.ping())

@@ -109,6 +109,23 @@ def test_a_silent_archiver_ends_the_producer_after_the_limit_and_is_named(
     cancel.close()
 
 
+def test_a_producer_that_sends_all_the_time_asks_an_archiver_that_has_nothing_to_say(
+    clock: list[Archiver],
+) -> None:
+    class Terse(Archiver):
+        def post(self, parts: list[Part] | None) -> None:
+            # So much credit that there is never a reason for more.
+            if parts is not None and (self.side.state.value == "closed" or b"GRANT" not in parts[0]):
+                super().post(parts)
+
+    archiver = Terse(window=64 << 20)
+    # A cluster every two seconds, for two minutes; the limit is nine seconds.
+    producer, cancel = sender(MemoryDisk(b"A" * (60 * CLUSTER)), archiver, clock, CLUSTER // 2)
+    producer.run()
+    assert archiver.now > 100
+    cancel.close()
+
+
 def test_waiting_for_other_producers_is_not_taken_for_silence(clock: list[Archiver]) -> None:
     class Late(Archiver):
         def send(self, parts: Sequence[Part]) -> None:
