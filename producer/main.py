@@ -28,10 +28,13 @@ from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run_child
 
+#: What the wire calls a machine's memory.
+VMSTATE = "vmstate"
+
 DESCRIPTION = """\
 Send the clusters of one disk to an archiver: of a disk at rest (a raw image
 file or a block device), of one that a monitor serves to a guest, or of one that
-QEMU's backup job writes to a socket of ours. Ends with exit code 0 when the
+QEMU's backup job writes to a socket of ours; or a machine's memory. Ends with exit code 0 when the
 archiver has stored the whole archive, and with 1 when this device or the job
 failed.
 """
@@ -52,7 +55,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--disk",
-        required=True,
         metavar="[NAME=]PATH",
         help="the disk, and its name in the archive (default: the file's name)",
     )
@@ -80,7 +82,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the disk comes over NBD, to the listening socket with this descriptor; --disk is "
         "its name, --size its size",
     )
-    parser.add_argument("--size", type=size, default=0, metavar="BYTES", help="see --sink-fd")
+    parser.add_argument(
+        "--stream-fd",
+        type=int,
+        metavar="N",
+        help="send a machine's memory: QEMU's migration stream, from the pipe with this "
+        "descriptor, as the device `vmstate`; --size is an estimate",
+    )
+    parser.add_argument(
+        "--verdict-fd",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="the stream is complete only when a byte comes from this pipe after its end",
+    )
+    parser.add_argument(
+        "--size",
+        type=size,
+        default=0,
+        metavar="BYTES",
+        help="see --sink-fd and --stream-fd",
+    )
     add_buffer_options(parser)
     parser.add_argument(
         "--name",
@@ -115,11 +137,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> i
 
 
 def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
+    if (options.disk is None) == (options.stream_fd is None):
+        raise UsageError("say what to send: --disk or --stream-fd")
     check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp)
     link = Link(options.archiver)
     try:
         link.watch(cancel.fd)
-        if options.guard:
+        if options.stream_fd is not None:
+            name = VMSTATE
+            size_bytes, zero_clusters = _send_stream(options, link, cancel, emit)
+        elif options.guard:
             name = options.name or options.disk
             size_bytes, zero_clusters = _send_live(name, options, link, cancel, emit)
         elif options.sink_fd is not None:
@@ -191,6 +218,26 @@ def _send_arriving(
     finally:
         sender.close()
     return options.size, sender.zero_clusters
+
+
+def _send_stream(
+    options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
+) -> tuple[int, int]:
+    if not options.size:
+        raise UsageError("--stream-fd needs --size: an estimate, such as the machine's memory")
+    # Imported here: few backups need it.
+    from vmapipe.producer.stream.sending import StreamOptions, StreamSender
+
+    settings = StreamOptions(
+        options.stream_fd, options.verdict_fd, options.size, options.buffer, options.guest_wait
+    )
+    sender = StreamSender(VMSTATE, settings, options.job, link, cancel)
+    try:
+        emit({"event": "reading", "device": VMSTATE, "path": "QEMU", "bytes": options.size})
+        sender.run(emit)
+    finally:
+        sender.close()
+    return sender.size_bytes, sender.zero_clusters
 
 
 def _print(event: Event) -> None:
