@@ -115,7 +115,9 @@ def test_a_producer_that_sends_all_the_time_asks_an_archiver_that_has_nothing_to
     class Terse(Archiver):
         def post(self, parts: list[Part] | None) -> None:
             # So much credit that there is never a reason for more.
-            if parts is not None and (self.side.state.value == "closed" or b"GRANT" not in parts[0]):
+            if parts is not None and (
+                self.side.state.value == "closed" or b"GRANT" not in parts[0]
+            ):
                 super().post(parts)
 
     archiver = Terse(window=64 << 20)
