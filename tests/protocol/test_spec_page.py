@@ -44,8 +44,8 @@ def unhex(text: str) -> bytes:
     return out
 
 
-def read_examples() -> Iterator[Example]:
-    for block in re.findall(r"^```wire\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+def read_examples(mark: str) -> Iterator[Example]:
+    for block in re.findall(rf"^```{mark}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
         head, *lines = block.splitlines()
         parts: list[bytes] = []
         for line in lines:
@@ -57,7 +57,7 @@ def read_examples() -> Iterator[Example]:
         yield Example(head, parts)
 
 
-EXAMPLES_OF_THE_PAGE = list(read_examples())
+EXAMPLES_OF_THE_PAGE = list(read_examples("wire"))
 
 
 def literal(text: str) -> Any:

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages about jobs, of every kind, for tests to draw from."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from tests.protocol.messages import U64, names, reasons, uuids
+from vmapipe.protocol import jobs, limits
+
+uints = st.integers(0, U64)
+numbers = st.lists(uints, max_size=5).map(tuple)
+contents = st.binary(max_size=50)
+config_names = names.filter(lambda name: "/" not in name)
+opens = st.builds(
+    jobs.Open,
+    st.just(limits.VERSION),
+    uuids,
+    reasons,
+    st.lists(names, max_size=5).map(tuple),
+    st.lists(st.tuples(config_names, contents), max_size=3).map(tuple),
+    reasons,
+    st.booleans(),
+    st.just(b"") | uuids,
+    reasons,
+)
+of_coordinators: st.SearchStrategy[jobs.FromCoordinator] = st.one_of(
+    opens, st.builds(jobs.Beat, uuids), st.builds(jobs.Cancel, uuids, reasons)
+)
+of_services: st.SearchStrategy[jobs.FromService] = st.one_of(
+    st.builds(jobs.Opened, st.just(limits.VERSION), st.integers(1, limits.MAX_HEARTBEAT_S)),
+    st.builds(jobs.Begun, uuids, numbers),
+    st.builds(jobs.Progress, uints, uints, numbers, numbers),
+    st.builds(jobs.Notice, reasons),
+    st.builds(jobs.Stored, reasons, uuids, uints, uints),
+    st.builds(jobs.Failed, reasons),
+    st.builds(jobs.Refused, reasons, reasons),
+    st.just(jobs.Alive()),
+)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Section 14 of docs/wire-protocol.md is held against the code, as test_spec_page.py does the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from tests.protocol.test_spec_page import PAGE, Example, literal, read_examples, table
+from vmapipe.protocol import jobs
+
+KINDS: dict[str, Any] = {jobs.wire_name(kind): kind for kind in jobs.KINDS}
+EXAMPLES = list(read_examples("job"))
+
+
+def meant(text: str) -> Any:
+    name, _, fields = text.partition(" ")
+    values = {
+        key: tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        if isinstance(value, list)
+        else value
+        for key, value in literal(fields).items()
+    }
+    return KINDS[name](**values)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.text[:16])
+def test_an_example_of_the_page_is_what_we_read_and_what_we_write(example: Example) -> None:
+    message = meant(example.text)
+    assert [bytes(part) for part in jobs.encode(message)] == example.parts
+    read = jobs.read_of_coordinator(*jobs.unpack_control(example.parts))
+    assert (read or jobs.decode_of_service(example.parts)) == message
+
+
+def test_every_message_about_jobs_has_an_example() -> None:
+    assert {type(meant(example.text)) for example in EXAMPLES} == set(jobs.KINDS)
+
+
+def test_the_fields_of_the_page_are_those_of_the_messages() -> None:
+    for name, kind in KINDS.items():
+        rows = table(f"field of {name}")
+        ours = [(f.name, f.default is not dataclasses.MISSING) for f in dataclasses.fields(kind)]
+        if name != "REFUSE":
+            assert [(field, "default" in text) for field, _, text in rows] == ours
+
+
+def test_the_limits_of_the_page_are_those_of_the_code() -> None:
+    ours = {key: value for key, value in vars(jobs).items() if re.fullmatch("MAX_[A-Z_]+", key)}
+    assert {name: int(value) for name, value, _ in table("name for jobs")} == ours
+
+
+def test_the_section_names_what_a_service_does_not_take_as_a_name() -> None:
+    assert "does not\nend in `.partial` or `.manifest.json`" in PAGE
