@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import re
+
 from vmapipe.protocol.limits import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES
 
-# Compared through copies of this size: memoryviews compare item by item,
-# bytes at memory speed, and 64 KiB stay in the processor's cache.
-_ZERO_CLUSTER = bytes(CLUSTER_BYTES)
-_ZERO_BLOCK = bytes(BLOCK_BYTES)
+# Bytearrays, because they compare themselves with any buffer, in place and with
+# memcmp: 40 GB/s. Bytes would need a copy (22 GB/s), and memoryviews compare
+# item by item. 64 KiB stay in the processor's cache.
+_ZEROES = (bytearray(CLUSTER_BYTES), bytearray(BLOCK_BYTES))
 _FULL = b"\xff\xff"
+_ZERO_BYTES = re.compile(rb"\0+")
+_ONES = re.compile("1+")
 
 
 Data = bytes | bytearray | memoryview
@@ -21,57 +25,63 @@ def cluster_masks(data: Data, length: int) -> bytes:
     Bit 0 is a cluster's first block. `length` is a multiple of 4096 (pad a
     partial block with zeroes). Empty when all of it is zero.
     """
-    # One look at the first byte of every block settles most disks: where it
-    # is not zero, neither is the block.
-    sample = bytes(data[0:length:BLOCK_BYTES])
-    clusters = -(-length // CLUSTER_BYTES)
-    if 0 not in sample:
-        masks = _FULL * (length // CLUSTER_BYTES)
-        if length % CLUSTER_BYTES:
-            blocks = length % CLUSTER_BYTES // BLOCK_BYTES
-            masks += ((1 << blocks) - 1).to_bytes(2, "big")
-        return masks
-    if not any(sample) and is_zero(data, length):
-        return b""
     view = memoryview(data)
-    out = bytearray()
-    for cluster in range(clusters):
-        mask = 0
-        base = cluster * BLOCKS_PER_CLUSTER
-        for bit, first_byte in enumerate(sample[base : base + BLOCKS_PER_CLUSTER]):
-            at = (base + bit) * BLOCK_BYTES
-            if first_byte or bytes(view[at : at + BLOCK_BYTES]) != _ZERO_BLOCK:
-                mask |= 1 << bit
-        out += mask.to_bytes(2, "big")
-    return bytes(out) if any(out) else b""
+    # One look at the first byte of every block settles most of them: where it
+    # is not zero, neither is the block.
+    sample = bytes(view[0:length:BLOCK_BYTES])
+    marks = bytearray(b"1" * len(sample))
+    _mark_zero_blocks(marks, view, [maybe.span() for maybe in _ZERO_BYTES.finditer(sample)])
+    bits = int(marks[::-1] or b"0", 2)
+    return _swapped(bits.to_bytes(-(-length // CLUSTER_BYTES) * 2, "little")) if bits else b""
+
+
+def _mark_zero_blocks(marks: bytearray, view: memoryview, todo: list[tuple[int, int]]) -> None:
+    """Put "0" where a block is zero, in the ranges [first, stop) of blocks that `todo` has."""
+    zero_block = _ZEROES[-1]
+    while todo:
+        first, stop = todo.pop()
+        if stop - first <= BLOCKS_PER_CLUSTER:
+            for block in range(first, stop):
+                if zero_block == view[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]:
+                    marks[block] = 0x30
+        elif is_zero(view[first * BLOCK_BYTES :], (stop - first) * BLOCK_BYTES):
+            marks[first:stop] = b"0" * (stop - first)
+        else:
+            # The comparison ended at the first difference: looking again costs little.
+            middle = (first + stop) // 2
+            todo += (first, middle), (middle, stop)
 
 
 def is_zero(data: Data, length: int) -> bool:
     """Whether the first `length` bytes are all zero."""
     view = memoryview(data)[:length]
-    whole = length - length % CLUSTER_BYTES
-    return all(
-        bytes(view[at : at + CLUSTER_BYTES]) == _ZERO_CLUSTER
-        for at in range(0, whole, CLUSTER_BYTES)
-    ) and bytes(view[whole:]) == bytes(length - whole)
+    at = 0
+    for zeroes in _ZEROES:
+        size = len(zeroes)
+        while at + size <= length:
+            if zeroes != view[at : at + size]:
+                return False
+            at += size
+    return not any(view[at:])
+
+
+def _swapped(words: bytes) -> bytes:
+    """16-bit words with their two bytes the other way round."""
+    out = bytearray(len(words))
+    out[0::2], out[1::2] = words[1::2], words[0::2]
+    return bytes(out)
 
 
 def nonzero_pieces(masks: bytes) -> list[tuple[int, int]]:
     """The non-zero blocks as (offset, length) in bytes, neighbours merged, in order."""
     if masks and masks == _FULL * (len(masks) // 2):
         return [(0, len(masks) // 2 * CLUSTER_BYTES)]
-    pieces: list[tuple[int, int]] = []
-    for cluster in range(len(masks) // 2):
-        mask = int.from_bytes(masks[2 * cluster : 2 * cluster + 2], "big")
-        for bit in range(BLOCKS_PER_CLUSTER):
-            if not mask >> bit & 1:
-                continue
-            at = cluster * CLUSTER_BYTES + bit * BLOCK_BYTES
-            if pieces and pieces[-1][0] + pieces[-1][1] == at:
-                pieces[-1] = (pieces[-1][0], pieces[-1][1] + BLOCK_BYTES)
-            else:
-                pieces.append((at, BLOCK_BYTES))
-    return pieces
+    bits = int.from_bytes(_swapped(masks), "little")
+    # The lowest bit first. One pass over a text is quicker than shifts of a long number.
+    return [
+        (ones.start() * BLOCK_BYTES, (ones.end() - ones.start()) * BLOCK_BYTES)
+        for ones in _ONES.finditer(f"{bits:b}"[::-1])
+    ]
 
 
 def collect(data: Data, masks: bytes) -> bytes | memoryview:
