@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.diskwords import parse_disk
@@ -17,10 +17,17 @@ from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds
 from vmapipe.control.proxmox import JobLog, archive_name, rename_configs, write_notes
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import add_buffer_options, make_parser, size, split_named
+from vmapipe.runtime.cli import (
+    add_buffer_options,
+    add_child_options,
+    make_parser,
+    size,
+    split_named,
+)
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.events import Emit, Event
-from vmapipe.runtime.process import run
+from vmapipe.runtime.events import Emit, Event, ignore
+from vmapipe.runtime.orders import Orders
+from vmapipe.runtime.process import run, run_child
 
 if TYPE_CHECKING:
     from vmapipe.control.qemu.machine import RunningMachine
@@ -101,12 +108,30 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     add_output_options(parser)
     add_report_options(parser)
+    add_child_options(parser)
     parser.add_argument("archive", metavar="ARCHIVE", help="where the archive goes")
     options = parser.parse_args(argv)
-    return run(prog, lambda: _backup(options))
+    if options.parent_fd is None:
+        return run(prog, lambda: _backup(options))
+    orders = Orders()
+    return run_child(
+        prog,
+        options.parent_fd,
+        lambda cancel, emit: _backup(options, Surroundings(emit, cancel, orders)),
+        ignore,
+        orders.put,
+    )
 
 
-def _backup(options: argparse.Namespace) -> None:
+class Surroundings(NamedTuple):
+    """Who is told what happens, who may end it, and who may change its speed."""
+
+    emit: Emit
+    cancel: Cancel
+    orders: Orders
+
+
+def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> None:
     if options.agent and options.qmp is None and options.monitor is None:
         raise UsageError("--agent needs --qmp or --monitor: a disk at rest needs no freezing")
     if options.reproducible and (options.qmp or options.monitor):
@@ -138,25 +163,33 @@ def _backup(options: argparse.Namespace) -> None:
             machine=machine,
             agent=options.agent or "",
         )
-        _run_job(job, options)
+        if parent is None:
+            _run_by_hand(job, options)
+        else:
+            _run_job(job, options, parent)
     finally:
         if machine:
             machine.end()
 
 
-def _run_job(job: BackupJob, options: argparse.Namespace) -> None:
+def _run_by_hand(job: BackupJob, options: argparse.Namespace) -> None:
     cancel = Cancel()
     cancel.on_signals()
     # With the archive on stdout, every word goes to stderr.
     stream = sys.stderr if goes_to_stdout(options.archive) else sys.stdout
     with renderer("backup", options, stream) as emit:
-        if options.vmid is None:
-            job.run(emit, cancel)
-            return
-        with JobLog(f"{options.archive.partition('.vma')[0]}.log", options.vmid) as log:
-            job.run(both(emit, log), cancel)
-        if options.notes:
-            write_notes(options.archive, options.notes)
+        _run_job(job, options, Surroundings(emit, cancel, Orders()))
+
+
+def _run_job(job: BackupJob, options: argparse.Namespace, around: Surroundings) -> None:
+    emit, cancel, orders = around
+    if options.vmid is None:
+        job.run(emit, cancel, orders)
+        return
+    with JobLog(f"{options.archive.partition('.vma')[0]}.log", options.vmid) as log:
+        job.run(both(emit, log), cancel, orders)
+    if options.notes:
+        write_notes(options.archive, options.notes)
 
 
 def both(first: Emit, second: Emit) -> Emit:
@@ -253,3 +286,7 @@ def archiver_options(options: argparse.Namespace) -> list[str]:
     if options.uuid:
         words.append(f"--uuid={options.uuid.hex()}")
     return words
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], "vmapipe backup"))

@@ -18,6 +18,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.orders import Orders, ordered_speed, speed_order
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, check_contents
 from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
@@ -66,8 +67,9 @@ class BackupJob:
     agent: str = ""
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
 
-    def run(self, emit: Emit, cancel: Cancel) -> None:
-        """Raises Failure when nothing was stored."""
+    def run(self, emit: Emit, cancel: Cancel, orders: Orders | None = None) -> None:
+        """Raises Failure when nothing was stored. `orders` may change the speed meanwhile."""
+        orders = orders or Orders()
         self._check()
         started = time.monotonic()
         folder = tempfile.mkdtemp(prefix="vmapipe-")
@@ -76,9 +78,10 @@ class BackupJob:
             try:
                 with children:
                     children.watch(cancel.fd)
+                    children.watch(orders.fd)
                     try:
                         self._start(children, f"ipc://{folder}/archiver.sock")
-                        self._watch(children, emit, cancel, folder)
+                        self._watch(children, emit, cancel, folder, orders)
                     finally:
                         self._let_go(emit)
             finally:
@@ -103,7 +106,7 @@ class BackupJob:
 
     def _start(self, children: Children, endpoint: str) -> None:
         job = self.job_id.hex()
-        speed = -(-self.speed_bytes_s // max(1, len(self.disks)))
+        speed = self._share(self.speed_bytes_s)
         if self.machine:
             self.machine.prepare(speed)
         # With "=", because a name may begin with a dash.
@@ -135,7 +138,9 @@ class BackupJob:
             words += [f"--guard={disk.guard}", *self.buffer_options]
         return words, []
 
-    def _watch(self, children: Children, emit: Emit, cancel: Cancel, folder: str) -> None:
+    def _watch(
+        self, children: Children, emit: Emit, cancel: Cancel, folder: str, orders: Orders
+    ) -> None:
         """Until all have ended well. Raises Failure with the best reason there is."""
         archiver = children.all[0]
         first_failed: Child | None = None
@@ -153,6 +158,8 @@ class BackupJob:
                     first_failed = child
                     killed = (child.exit_code or 0) < 0 or child is archiver
                     give_up = time.monotonic() + (0.0 if killed else _VERDICT_S)
+            for order in orders.take():
+                self._obey(order, children, emit)
             if self.machine:
                 self.machine.look()
             if cancel.asked:
@@ -180,6 +187,21 @@ class BackupJob:
                 self._begin(emit, cancel)
         elif event["event"] not in ("draining", "error"):
             emit(event)
+
+    def _obey(self, order: Event, children: Children, emit: Emit) -> None:
+        """While it runs: another speed, of all disks together."""
+        speed = ordered_speed(order)
+        if speed is None:
+            return
+        share = self._share(speed)
+        if self.machine:
+            self.machine.set_speed(share)
+        for child in children.all[1:]:
+            child.tell(speed_order(share))
+        emit({"event": "speed", "bytes_per_s": speed})
+
+    def _share(self, speed_bytes_s: int) -> int:
+        return -(-speed_bytes_s // max(1, len(self.disks)))
 
     def _begin(self, emit: Emit, cancel: Cancel) -> None:
         """All disks in use are ready: choose the instant. Raises Failure."""

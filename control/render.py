@@ -203,6 +203,11 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "serving": _serving_text,
     "ready": lambda e: f"ready; backups ask {e['listen']}",
     "notice": lambda e: one_line(str(e["text"])),
+    "speed": lambda e: (
+        f"the speed limit is now {human_bytes(e['bytes_per_s'])}/s"
+        if e["bytes_per_s"]
+        else "there is no speed limit any more"
+    ),
 }
 
 

@@ -31,26 +31,35 @@ class Background:
         self._guard = guard
         self._pace = pace
         self._session = session
-        frame_bytes = pace.frame_bytes(session.frame_bytes)
+        # The limit may change meanwhile: the ring has room for the largest pieces.
+        ring.fit(min(_PIECE_CLUSTERS * CLUSTER_BYTES, piece_bytes(session.frame_bytes)))
         #: The largest frame, in clusters.
-        self.piece = min(_PIECE_CLUSTERS, piece_bytes(frame_bytes) // CLUSTER_BYTES)
-        # A hole is one frame, however long, as long as its charge is allowed.
-        room = frame_bytes - limits.CHARGE_PER_FRAME
-        self._longest_hole = min(MAX_CLAIM_CLUSTERS, room // limits.CHARGE_PER_CLUSTER)
-        self._least_credit = limits.charge(self.piece, self.piece * CLUSTER_BYTES)
-        ring.fit(self.piece * CLUSTER_BYTES)
+        self.piece = 1
+        self._fit_pieces()
         #: A claim is under way: what it needs is not to be used for anything else.
         self.asked = False
         self._ask_at = 0.0
         self._next = 0
 
+    def _fit_pieces(self) -> None:
+        """To the speed limit, so that it holds evenly."""
+        frame_bytes = self._pace.frame_bytes(self._session.frame_bytes)
+        self._fitted_to = self._pace.bytes_per_s
+        self.piece = min(_PIECE_CLUSTERS, piece_bytes(frame_bytes) // CLUSTER_BYTES)
+        # A hole is one frame, however long, as long as its charge is allowed.
+        room = frame_bytes - limits.CHARGE_PER_FRAME
+        self._longest_hole = min(MAX_CLAIM_CLUSTERS, room // limits.CHARGE_PER_CLUSTER)
+        self._least_credit = limits.charge(self.piece, self.piece * CLUSTER_BYTES)
+
     def ask(self) -> bool:
         """Claim the next piece, if it could be read at once; whether that was done."""
-        if self.asked or self._session.credit < self._least_credit:
+        if self.asked or self.pause_s() > 0 or time.monotonic() < self._ask_at:
             return False
-        if time.monotonic() < self._ask_at:
+        if self._pace.bytes_per_s != self._fitted_to:
+            self._fit_pieces()
+        if self._session.credit < self._least_credit:
             return False
-        if self._ring.take(self.piece * CLUSTER_BYTES) is None or self.pause_s() > 0:
+        if self._ring.take(self.piece * CLUSTER_BYTES) is None:
             return False
         # The claim may begin behind `_next`, where guests were quicker.
         hole = (self._data_from(self._next * CLUSTER_BYTES) // CLUSTER_BYTES) - self._next

@@ -79,13 +79,12 @@ class LiveSender:
     def zero_clusters(self) -> int:
         return self._session.zero_clusters
 
-    def run(self, speed_bytes_s: int, emit: Emit) -> None:
+    def run(self, pace: Pace, emit: Emit) -> None:
         """Raises Failure, and tells the archiver why."""
         try:
             self._session.greet()
             emit({"event": "attached", "device": self._name})
             self._wait_for_instant()
-            pace = Pace(speed_bytes_s, time.monotonic())
             self._background = Background(self._name, self._ring, self._guard, pace, self._session)
             self._send_all(self._background, emit)
             self._session.end()

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 from vmapipe.producer.link import Link
 from vmapipe.producer.live import Buffering, LiveSender
+from vmapipe.producer.pace import Pace
 from vmapipe.producer.sender import Sender
 from vmapipe.producer.sink.sending import SinkOptions, SinkSender
 from vmapipe.producer.source import RawSource, Source
@@ -131,8 +133,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> i
     parser = make_parser(prog, DESCRIPTION, EPILOG)
     add_options(parser)
     options = parser.parse_args(argv)
+    options.pace = Pace(options.speed, time.monotonic())
     return run_child(
-        prog, options.parent_fd, lambda cancel, emit: _produce(options, cancel, emit), _print
+        prog,
+        options.parent_fd,
+        lambda cancel, emit: _produce(options, cancel, emit),
+        _print,
+        options.pace.hear,
     )
 
 
@@ -173,7 +180,7 @@ def _send_at_rest(
     source = _open_source(name, path, options, cancel)
     try:
         emit({"event": "reading", "device": name, "path": path, "bytes": source.size_bytes})
-        sender = Sender(source, link, options.job, options.speed, cancel)
+        sender = Sender(source, link, options.job, options.pace, cancel)
         sender.run()
     finally:
         source.close()
@@ -199,7 +206,7 @@ def _send_live(
     try:
         path = options.guard
         emit({"event": "reading", "device": name, "path": path, "bytes": sender.size_bytes})
-        sender.run(options.speed, emit)
+        sender.run(options.pace, emit)
     finally:
         sender.close()
     return sender.size_bytes, sender.zero_clusters

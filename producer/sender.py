@@ -20,14 +20,12 @@ from vmapipe.runtime.errors import Failure
 class Sender:
     """One disk, from HELLO to DONE."""
 
-    def __init__(
-        self, source: Source, link: Link, job: bytes, speed_bytes_s: int, cancel: Cancel
-    ) -> None:
+    def __init__(self, source: Source, link: Link, job: bytes, pace: Pace, cancel: Cancel) -> None:
         self._source = source
         self._cancel = cancel
         self._ring = Ring()
         self._session = Session(source.name, source.size_bytes, link, job, self._ring, cancel)
-        self._pace = Pace(speed_bytes_s, time.monotonic())
+        self._pace = pace
 
     @property
     def zero_clusters(self) -> int:

@@ -8,10 +8,11 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from vmapipe.runtime.errors import Cancelled, Failure
+from vmapipe.runtime.events import Event, LineSplitter, ignore
 
 # How long a process may take to put things in order after its parent died,
 # before it ends at once: removing a partial file takes milliseconds, but a
@@ -122,15 +123,17 @@ def _text(line: bytes) -> str:
 
 
 class Parent:
-    """A child's end of the socket to its parent: events go up, and its end tells of a death.
+    """A child's end of the socket to its parent: events go up, orders come down.
 
-    `--parent-fd` names the descriptor. A thread waits for the end of the
-    stream, asks for a stop, and ends the process if the stop does not come.
+    `--parent-fd` names the descriptor. A thread gives the orders to `hear`; at
+    the end of the stream, which is the parent's death, it asks for a stop, and
+    ends the process if the stop does not come.
     """
 
-    def __init__(self, fd: int, cancel: Cancel) -> None:
+    def __init__(self, fd: int, cancel: Cancel, hear: Callable[[Event], None] = ignore) -> None:
         self._socket = socket.socket(fileno=fd)
         self._cancel = cancel
+        self._hear = hear
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="parent-watch", daemon=True).start()
 
@@ -146,11 +149,13 @@ class Parent:
                 self._cancel.ask("the parent process is gone")
 
     def _watch(self) -> None:
+        splitter = LineSplitter()
         try:
-            while self._socket.recv(4096):
-                pass
-        except OSError:
-            pass
+            while data := self._socket.recv(4096):
+                for order in splitter.feed(data):
+                    self._hear(order)
+        except (OSError, ValueError):
+            pass  # what is no line of ours does not come from a parent of ours
         self._cancel.ask("the parent process is gone")
         threading.Event().wait(GRACE_S)
         os._exit(1)

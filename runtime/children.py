@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import selectors
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vmapipe.runtime.events import Event, LineSplitter
+from vmapipe.runtime.events import Event, LineSplitter, encode_line
 
 # A child that was told to stop removes its partial file and ends: milliseconds
 # on a healthy machine. After this it is killed.
@@ -66,6 +67,11 @@ class Child:
             if event.get("event") == "error" and not self.error:
                 self.error = str(event.get("text", ""))
         return events, False
+
+    def tell(self, order: Event) -> None:
+        """Down to the child. Lost where it has ended, or has not listened for thousands of them."""
+        with contextlib.suppress(OSError):
+            self.socket.send(encode_line(order))
 
     def reap(self, timeout_s: float) -> bool:
         """Wait for its end; False when it has not come in time."""

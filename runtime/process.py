@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from vmapipe.runtime.cancel import Cancel, Parent
 from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, os_error_text
-from vmapipe.runtime.events import Emit, Event, encode_line
+from vmapipe.runtime.events import Emit, Event, encode_line, ignore
 
 
 def failure_of(error: BaseException) -> tuple[str, int] | None:
@@ -75,18 +75,23 @@ def run(program: str, work: Callable[[], None]) -> int:
 
 
 def run_child(
-    program: str, parent_fd: int | None, work: Callable[[Cancel, Emit], None], by_hand: Emit
+    program: str,
+    parent_fd: int | None,
+    work: Callable[[Cancel, Emit], None],
+    by_hand: Emit,
+    hear: Callable[[Event], None] = ignore,
 ) -> int:
     """Run one process of a job, with a parent that listens or by hand.
 
     With a parent its failure travels as an `error` event, so that the parent
-    can say it in the job's words; by hand it goes to stderr.
+    can say it in the job's words; by hand it goes to stderr. What the parent
+    orders is given to `hear`, in a thread of its own.
     """
     cancel = Cancel()
     cancel.on_signals(has_parent=parent_fd is not None)
     if parent_fd is None:
         return run(program, lambda: work(cancel, by_hand))
-    parent = Parent(parent_fd, cancel)
+    parent = Parent(parent_fd, cancel, hear)
 
     def emit(event: Event) -> None:
         parent.send(encode_line(event), droppable=event["event"] in ("progress", "buffer"))

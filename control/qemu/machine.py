@@ -56,7 +56,7 @@ class RunningMachine:
         self._sinks: list[SinkSocket] = []
         self._guardian: Guardianship | None = None
         self._producers: list[Child] = []
-        self._is_clean = self._link_closed = False
+        self._has_begun = self._is_clean = self._link_closed = False
 
     @property
     def fd(self) -> int:
@@ -114,7 +114,19 @@ class RunningMachine:
             self._link.execute(transaction)
         except QmpRefused as error:
             raise Failure(f"QEMU refuses the backup: {error}{_hint(str(error))}") from error
+        self._has_begun = True
         return time.monotonic() - started
+
+    def set_speed(self, bytes_per_s: int) -> None:
+        """Of each disk, from now on; 0: no limit."""
+        self._speed_bytes_s = bytes_per_s
+        if not self._has_begun or self._is_clean or self._link_closed:
+            return
+        for index in range(len(self._disks)):
+            arguments = {"device": name_of(self._run, index), "speed": bytes_per_s}
+            # A job that has ended needs no limit.
+            with contextlib.suppress(QmpRefused):
+                self._link.execute(Command("block-job-set-speed", arguments))
 
     def look(self) -> None:
         """Take in what QEMU has said: jobs that have ended well are removed, a failure raises."""

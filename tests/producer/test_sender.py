@@ -14,6 +14,7 @@ from tests.producer.test_runs import MemoryDisk
 from vmapipe.producer import sender as sender_module
 from vmapipe.producer import session as session_module
 from vmapipe.producer.link import Link
+from vmapipe.producer.pace import Pace
 from vmapipe.producer.sender import Sender
 from vmapipe.producer.session import Refused
 from vmapipe.producer.source import SourceError
@@ -84,7 +85,7 @@ def sender(
 ) -> tuple[Sender, Cancel]:
     clock.append(archiver)
     cancel = Cancel()
-    return Sender(disk, cast(Link, archiver), JOB, speed, cancel), cancel
+    return Sender(disk, cast(Link, archiver), JOB, Pace(speed, 0.0), cancel), cancel
 
 
 def test_a_whole_disk_goes_through_the_smallest_window(clock: list[Archiver]) -> None:

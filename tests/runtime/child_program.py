@@ -12,10 +12,11 @@ import threading
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.orders import Orders, ordered_speed
 from vmapipe.runtime.process import run_child
 
 
-def work(what: str, cancel: Cancel, emit: Emit) -> None:
+def work(what: str, cancel: Cancel, emit: Emit, orders: Orders) -> None:
     emit({"event": "started", "what": what})
     match what:
         case "ends":
@@ -27,6 +28,13 @@ def work(what: str, cancel: Cancel, emit: Emit) -> None:
         case "waits":
             select.select([cancel.fd], [], [])
             cancel.check()
+        case "obeys":
+            speed = None
+            while speed != 0:
+                select.select([orders.fd], [], [])
+                for order in orders.take():
+                    speed = ordered_speed(order)
+                    emit({"event": "obeyed", "speed": speed})
         case "is-stuck":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             emit({"event": "stuck"})
@@ -36,4 +44,7 @@ def work(what: str, cancel: Cancel, emit: Emit) -> None:
 if __name__ == "__main__":
     parent_fd = int(sys.argv[3])
     what = sys.argv[1]
-    sys.exit(run_child("child", parent_fd, lambda c, e: work(what, c, e), print))
+    orders = Orders()
+    sys.exit(
+        run_child("child", parent_fd, lambda c, e: work(what, c, e, orders), print, orders.put)
+    )

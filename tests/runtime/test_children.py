@@ -17,6 +17,7 @@ import pytest
 from vmapipe.runtime import children as module
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.events import Event, LineSplitter, encode_line
+from vmapipe.runtime.orders import speed_order
 
 PROGRAM = "tests.runtime.child_program"
 LIMIT_S = 20.0
@@ -153,3 +154,21 @@ def test_no_descriptor_of_one_child_reaches_another() -> None:
         # Its end of the pair to the parent, and the pair of its Cancel.
         assert len(sockets) <= 3
     assert isinstance(two.socket, socket.socket)
+
+
+def test_what_a_parent_orders_reaches_a_child_that_works() -> None:
+    with Children() as children:
+        child = children.start("it", PROGRAM, ["obeys"])
+        wait_for(children, "started")
+        for speed in (5, 0):
+            child.tell(speed_order(speed))
+        seen = events_until_end(children)
+    assert [event["speed"] for event in seen if event["event"] == "obeyed"] == [5, 0]
+    assert child.exit_code == 0
+
+
+def test_an_order_to_a_child_that_has_ended_is_no_error() -> None:
+    with Children() as children:
+        child = children.start("it", PROGRAM, ["ends"])
+        events_until_end(children)
+        child.tell(speed_order(1))

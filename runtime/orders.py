@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a parent says to a child that works: lines the other way down the same socket pair."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+
+from vmapipe.runtime.events import Event
+
+
+class Orders:
+    """Put in by any thread, taken out by the one that works: `fd` is readable when there are some.
+
+    An order is a dict with the key `order` (a word) and fields, as events are.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()
+        self._orders: deque[Event] = deque()
+
+    def put(self, order: Event) -> None:
+        with self._lock:
+            self._orders.append(order)
+        os.eventfd_write(self.fd, 1)
+
+    def take(self) -> list[Event]:
+        """What has come since, in order."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+        with self._lock:
+            taken = list(self._orders)
+            self._orders.clear()
+        return taken
+
+
+def speed_order(bytes_per_s: int) -> Event:
+    """Read at most so much from now on, 0: without a limit."""
+    return {"order": "speed", "bytes_per_s": bytes_per_s}
+
+
+def ordered_speed(order: Event) -> int | None:
+    """The limit in bytes a second, if this is such an order."""
+    if order.get("order") != "speed":
+        return None
+    return int(order["bytes_per_s"])
