@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.diskwords import parse_disk
 from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds
+from vmapipe.control.jobs.server import JobServer
 from vmapipe.control.proxmox import JobLog, archive_name, rename_configs, write_notes
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
@@ -162,6 +163,7 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
             buffer_options=buffer_options(options),
             machine=machine,
             agent=options.agent or "",
+            in_turn=options.reproducible,
         )
         if parent is None:
             _run_by_hand(job, options)
@@ -182,14 +184,18 @@ def _run_by_hand(job: BackupJob, options: argparse.Namespace) -> None:
 
 
 def _run_job(job: BackupJob, options: argparse.Namespace, around: Surroundings) -> None:
-    emit, cancel, orders = around
-    if options.vmid is None:
-        job.run(emit, cancel, orders)
-        return
-    with JobLog(f"{options.archive.partition('.vma')[0]}.log", options.vmid) as log:
-        job.run(both(emit, log), cancel, orders)
-    if options.notes:
-        write_notes(options.archive, options.notes)
+    report, cancel, orders = around
+    with JobServer(job.job_id.hex(), options.archive, cancel, orders) as job.server:
+        emit = both(report, job.server.take)
+        if job.server.notice:
+            emit({"event": "notice", "text": job.server.notice})
+        if options.vmid is None:
+            job.run(emit, cancel, orders)
+            return
+        with JobLog(f"{options.archive.partition('.vma')[0]}.log", options.vmid) as log:
+            job.run(both(emit, log), cancel, orders)
+        if options.notes:
+            write_notes(options.archive, options.notes)
 
 
 def both(first: Emit, second: Emit) -> Emit:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vmapipe.control.instant import begin_together
+from vmapipe.control.jobs.shares import Shares
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
@@ -24,6 +25,7 @@ from vmapipe.vma.header import Device, check_contents
 from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
 
 if TYPE_CHECKING:
+    from vmapipe.control.jobs.server import JobServer
     from vmapipe.control.qemu.machine import RunningMachine
 
 _DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/)([0-9]{1,9})")
@@ -65,12 +67,19 @@ class BackupJob:
     machine: RunningMachine | None = None
     #: The guest agent's socket, if file systems are to be frozen for the instant.
     agent: str = ""
+    #: Disks are read one after the other.
+    in_turn: bool = False
+    #: Who is asked about the job from outside.
+    server: JobServer | None = None
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
 
     def run(self, emit: Emit, cancel: Cancel, orders: Orders | None = None) -> None:
         """Raises Failure when nothing was stored. `orders` may change the speed meanwhile."""
         orders = orders or Orders()
         self._check()
+        self._shares = Shares(
+            self.speed_bytes_s, [disk.name for disk in self.disks], in_turn=self.in_turn
+        )
         started = time.monotonic()
         folder = tempfile.mkdtemp(prefix="vmapipe-")
         try:
@@ -81,6 +90,9 @@ class BackupJob:
                     children.watch(orders.fd)
                     try:
                         self._start(children, f"ipc://{folder}/archiver.sock")
+                        if self.server:
+                            self.server.begin(self.speed_bytes_s, children.pids)
+                            children.watch(self.server.fd)
                         self._watch(children, emit, cancel, folder, orders)
                     finally:
                         self._let_go(emit)
@@ -106,7 +118,7 @@ class BackupJob:
 
     def _start(self, children: Children, endpoint: str) -> None:
         job = self.job_id.hex()
-        speed = self._share(self.speed_bytes_s)
+        speed = self._shares.share
         if self.machine:
             self.machine.prepare(speed)
         # With "=", because a name may begin with a dash.
@@ -153,15 +165,12 @@ class BackupJob:
                         # All are connected: nobody needs the socket's name any more, and
                         # whoever kills this process once it has said so leaves no folder.
                         shutil.rmtree(folder, ignore_errors=True)
-                    self._take(event, unattached, emit, cancel)
+                    self._take(event, unattached, emit, cancel, children)
                 if first_failed is None and _has_failed(child, event):
                     first_failed = child
                     killed = (child.exit_code or 0) < 0 or child is archiver
                     give_up = time.monotonic() + (0.0 if killed else _VERDICT_S)
-            for order in orders.take():
-                self._obey(order, children, emit)
-            if self.machine:
-                self.machine.look()
+            self._attend(children, orders, emit)
             if cancel.asked:
                 self._let_go(emit)
                 children.stop()
@@ -179,7 +188,14 @@ class BackupJob:
             told = archiver if spoke else first_failed
             raise (UsageError if told.exit_code == EXIT_USAGE else Failure)(told.verdict())
 
-    def _take(self, event: Event, unattached: set[str], emit: Emit, cancel: Cancel) -> None:
+    def _take(
+        self,
+        event: Event,
+        unattached: set[str],
+        emit: Emit,
+        cancel: Cancel,
+        children: Children,
+    ) -> None:
         """What a child has told. Raises Failure."""
         if event["event"] == "attached":
             unattached.discard(event["device"])
@@ -187,21 +203,43 @@ class BackupJob:
                 self._begin(emit, cancel)
         elif event["event"] not in ("draining", "error"):
             emit(event)
+            if event["event"] == "progress":
+                self._share_again(event, children)
+
+    def _attend(self, children: Children, orders: Orders, emit: Emit) -> None:
+        """Whoever else has something to say: QEMU, and who asks or steers us. Raises Failure."""
+        for order in orders.take():
+            self._obey(order, children, emit)
+        if self.machine:
+            self.machine.look()
+        if self.server:
+            self.server.serve()
 
     def _obey(self, order: Event, children: Children, emit: Emit) -> None:
         """While it runs: another speed, of all disks together."""
         speed = ordered_speed(order)
         if speed is None:
             return
-        share = self._share(speed)
+        self._shares.bytes_per_s = speed
+        self._tell_share(children)
+        emit({"event": "speed", "bytes_per_s": speed})
+
+    def _share_again(self, progress: Event, children: Children) -> None:
+        """Disks that are done leave their share to the others."""
+        changed = [
+            self._shares.done(device["name"])
+            for device in progress["devices"]
+            if device["done_bytes"] == device["bytes"]
+        ]
+        if any(changed):
+            self._tell_share(children)
+
+    def _tell_share(self, children: Children) -> None:
+        share = self._shares.share
         if self.machine:
             self.machine.set_speed(share)
         for child in children.all[1:]:
             child.tell(speed_order(share))
-        emit({"event": "speed", "bytes_per_s": speed})
-
-    def _share(self, speed_bytes_s: int) -> int:
-        return -(-speed_bytes_s // max(1, len(self.disks)))
 
     def _begin(self, emit: Emit, cancel: Cancel) -> None:
         """All disks in use are ready: choose the instant. Raises Failure."""

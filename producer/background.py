@@ -38,6 +38,8 @@ class Background:
         self._fit_pieces()
         #: A claim is under way: what it needs is not to be used for anything else.
         self.asked = False
+        #: From the disk, not counting holes.
+        self.read_bytes = 0
         self._ask_at = 0.0
         self._next = 0
 
@@ -101,6 +103,7 @@ class Background:
             raise RuntimeError("room in the ring has vanished")
         target = self._ring.view[position : position + length]
         read_exactly(self._guard.disk_fd, target, at, f"disk {self._name!r}")
+        self.read_bytes += length
         return packed(self._ring.view, position, first, length)
 
     def _data_from(self, at: int) -> int:

@@ -125,11 +125,17 @@ class LiveSender:
                 session.hear()
                 session.keep_alive(time.monotonic())
             elif session.sent_clusters < clusters:
-                session.step(background.pause_s() or telling.TELL_S)
+                session.step(min(background.pause_s() or telling.TELL_S, telling.TELL_S))
             saved.release(session.acked)
             memory, spool = saved.used_memory * CLUSTER_BYTES, saved.used_spool * CLUSTER_BYTES
             teller.tell(telling.Waiting(memory, spool, self._waiting_writes))
+            teller.tell_transfer(self._transfer(background))
             self._cancel.check()
+        teller.tell_transfer(self._transfer(background), last=True)
+
+    def _transfer(self, background: Background) -> telling.Transfer:
+        sent_bytes = self._session.sent_bytes
+        return telling.Transfer(background.read_bytes, sent_bytes, self._saved.saved_clusters)
 
     def _listen(self) -> None:
         while (message := self._guard.receive()) is not None:

@@ -181,7 +181,7 @@ def _send_at_rest(
     try:
         emit({"event": "reading", "device": name, "path": path, "bytes": source.size_bytes})
         sender = Sender(source, link, options.job, options.pace, cancel)
-        sender.run()
+        sender.run(emit)
     finally:
         source.close()
     return source.size_bytes, sender.zero_clusters
@@ -262,6 +262,8 @@ def _print(event: Event) -> None:
                 f"{event['device']}: old data waits: {event['memory_bytes']} bytes in memory, "
                 f"{event['spool_bytes']} in the spool file; {event['waiting_writes']} writes wait"
             )
+        case "transfer":
+            return
         case _:
             text = f"{event['device']}: done; the archive is stored"
     print(text, file=sys.stderr, flush=True)

@@ -26,15 +26,20 @@ class Run(NamedTuple):
 
 
 def runs(
-    source: Source, memory: memoryview, take: Callable[[int], int], frame_bytes: int
+    source: Source,
+    memory: memoryview,
+    take: Callable[[int], int],
+    frame_bytes: int,
+    step: Callable[[], int] | None = None,
 ) -> Iterator[Run]:
     """The whole disk in order, each run's charge at most `frame_bytes`.
 
     `take(length)` tells where in `memory` a piece may be read to; it may be
-    used again for the next one unless the run before was kept. Neighbouring
+    used again for the next one unless the run before was kept. `step`, asked
+    each time, may make pieces smaller than `frame_bytes` allows. Neighbouring
     zero clusters, holes or read ones, become one run without data.
     """
-    step = piece_bytes(frame_bytes)
+    largest = piece_bytes(frame_bytes)
     room = frame_bytes - limits.CHARGE_PER_FRAME
     longest_zero = min(limits.MAX_RUN_CLUSTERS, room // limits.CHARGE_PER_CLUSTER)
     zero_from = zero_to = 0
@@ -42,14 +47,16 @@ def runs(
         if not segment.is_data:
             zero_to = segment.end
             continue
-        for at in range(segment.start, segment.end, step):
-            length = min(step, segment.end - at)
+        at = segment.start
+        while at < segment.end:
+            length = min(step() if step else largest, segment.end - at)
             run = _read(source, memory, take(whole_blocks(length)), at, length)
             if run is not None:
                 yield from _zero_runs(zero_from, at, longest_zero)
                 yield run
                 zero_from = at + length
-            zero_to = at + length
+            at += length
+            zero_to = at
     yield from _zero_runs(zero_from, zero_to, longest_zero)
 
 

@@ -27,6 +27,8 @@ class SavedData:
         self, size_bytes: int, memory_slots: int, spool_fd: int, ring: Ring, guard: Guarded
     ) -> None:
         self.used_memory = self.used_spool = 0
+        #: All that have ever come.
+        self.saved_clusters = 0
         self._size_bytes = size_bytes
         self._memory_slots = memory_slots
         self._spool_fd = spool_fd
@@ -47,6 +49,7 @@ class SavedData:
             spooled = sum(slot >= self._memory_slots for slot in message.slots)
             self.used_spool += spooled
             self.used_memory += len(message.slots) - spooled
+            self.saved_clusters += len(message.slots)
 
     def send(self, session: Session, most_clusters: int) -> bool:
         """Send one frame of at most so many clusters; False when credit or room is missing."""

@@ -11,10 +11,11 @@ from vmapipe.producer.ring import Ring
 from vmapipe.producer.runs import Run, piece_bytes, runs
 from vmapipe.producer.session import Refused, Session
 from vmapipe.producer.source import Source
+from vmapipe.producer.telling import Teller, Transfer
 from vmapipe.protocol.errors import ProtocolError
-from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.events import Emit
 
 
 class Sender:
@@ -26,19 +27,24 @@ class Sender:
         self._ring = Ring()
         self._session = Session(source.name, source.size_bytes, link, job, self._ring, cancel)
         self._pace = pace
+        self._read_bytes = 0
 
     @property
     def zero_clusters(self) -> int:
         return self._session.zero_clusters
 
-    def run(self) -> None:
+    def run(self, emit: Emit) -> None:
         """Send the whole disk. Raises Failure, and tells the archiver why."""
         try:
             self._session.greet()
-            frame_bytes = self._pace.frame_bytes(self._session.frame_bytes)
-            self._ring.fit(piece_bytes(frame_bytes))
-            for run in runs(self._source, self._ring.view, self._take, frame_bytes):
+            teller = Teller(self._source.name, emit)
+            frame_bytes = self._session.frame_bytes
+            for run in runs(
+                self._source, self._ring.view, self._take, frame_bytes, self._next_piece_bytes
+            ):
                 self._send(run)
+                teller.tell_transfer(self._transfer)
+            teller.tell_transfer(self._transfer, last=True)
             self._source.check_unchanged()
             self._session.end()
         except Refused:
@@ -53,19 +59,30 @@ class Sender:
         session = self._session
         if session.credit < run.charge:
             session.wait_until(lambda: session.credit >= run.charge)
-        while (pause := self._pace.wait_s(time.monotonic())) > 0:
-            session.step(pause)
         session.send(run)
-        self._pace.took(run.clusters * CLUSTER_BYTES, session.spoke)
         if run.length:
             self._ring.hold(session.sent_frames, run.position, run.length)
         session.hear()
         self._cancel.check()
 
     def _take(self, length: int) -> int:
-        """Room in the ring; waits until the archiver has written enough of it."""
+        """Room in the ring; waits for the speed limit, and until the archiver has written enough."""
+        while (pause := self._pace.wait_s(time.monotonic())) > 0:
+            self._session.step(pause)
         self._session.wait_until(lambda: self._ring.take(length) is not None)
         position = self._ring.take(length)
         if position is None:
             raise RuntimeError("room in the ring has vanished")
+        # Holes are not counted: nobody reads them.
+        self._pace.took(length, time.monotonic())
+        self._read_bytes += length
         return position
+
+    def _next_piece_bytes(self) -> int:
+        piece = piece_bytes(self._pace.frame_bytes(self._session.frame_bytes))
+        self._ring.fit(piece)
+        return piece
+
+    @property
+    def _transfer(self) -> Transfer:
+        return Transfer(self._read_bytes, self._session.sent_bytes, 0)

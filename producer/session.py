@@ -39,6 +39,8 @@ class Session:
         self._side = ProducerSide(job, name, size_bytes, "vmapipe", shared_at)
         self._heard = self._pinged = self.spoke = time.monotonic()
         self.zero_clusters = 0
+        #: Of data; what says only that something is zero has none.
+        self.sent_bytes = 0
 
     @property
     def credit(self) -> int:
@@ -70,6 +72,7 @@ class Session:
     def send(self, run: Run) -> None:
         """The credit must suffice. The run's memory is held until it is acknowledged."""
         self._say(self._frame(run))
+        self.sent_bytes += run.length
         if not run.masks:
             self.zero_clusters += run.clusters
 

@@ -122,8 +122,13 @@ class Children:
         return child
 
     def watch(self, fd: int) -> None:
-        """Also wake up when `fd` (a Cancel's) becomes readable."""
-        self._selector.register(fd, selectors.EVENT_READ, None)
+        """Also wake up when `fd` (a Cancel's) becomes readable; -1 is none."""
+        if fd >= 0:
+            self._selector.register(fd, selectors.EVENT_READ, None)
+
+    def pids(self) -> list[tuple[str, int]]:
+        """Of those that run, each by its name."""
+        return [(child.name, child.pid) for child in self.all if child.running]
 
     def wait(self, timeout_s: float) -> list[tuple[Child, Event | None]]:
         """What happened within `timeout_s`: (child, event), or (child, None) when one has ended."""

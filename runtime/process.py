@@ -13,6 +13,9 @@ from vmapipe.runtime.cancel import Cancel, Parent
 from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, os_error_text
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
 
+# The next one of its kind says as much and more.
+_DROPPABLE = frozenset({"progress", "buffer", "transfer"})
+
 
 def failure_of(error: BaseException) -> tuple[str, int] | None:
     """The line and exit code for an error a user can cause; None: it is a defect of ours."""
@@ -94,7 +97,7 @@ def run_child(
     parent = Parent(parent_fd, cancel, hear)
 
     def emit(event: Event) -> None:
-        parent.send(encode_line(event), droppable=event["event"] in ("progress", "buffer"))
+        parent.send(encode_line(event), droppable=event["event"] in _DROPPABLE)
 
     try:
         work(cancel, emit)

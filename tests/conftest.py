@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,14 @@ def need() -> Callable[..., list[str]]:
         return [place for place in found.values() if place is not None]
 
     return find
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_runtime_folder() -> Iterator[None]:
+    """The sockets of the tests' backups are not where the machine's own are."""
+    with tempfile.TemporaryDirectory(prefix="vmapipe-test-") as folder:
+        os.environ["VMAPIPE_RUNTIME_DIR"] = folder
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import selectors
 import socket
 import sys
 from collections.abc import Sequence
 
+from vmapipe.control.monitor.clients import Clients
 from vmapipe.control.monitor.guards import Guards, ServedDisk, check_disks
-from vmapipe.control.monitor.qmp import QmpServer
-from vmapipe.control.monitor.sockets import Listener, listen_unix
+from vmapipe.control.monitor.sockets import listen_unix
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import add_plain_tcp_option, make_parser, split_named
@@ -40,8 +38,6 @@ exit codes: 0 ended by a signal, as it should be, 1 failed, 2 wrong use
 """
 
 _POLL_S = 1.0
-_MAX_CLIENTS = 64
-_RECEIVE_BYTES = 1 << 16
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -99,10 +95,13 @@ def _serve(options: argparse.Namespace) -> None:
         Guards(disks, options.socket_mode, emit, insecure_tcp=options.insecure_plain_tcp) as guards,
     ):
         guards.start(cancel)
-        with Clients(listen_unix(options.listen, 0o600, socket.SOCK_STREAM), guards) as clients:
+        commands = {"query-disks": lambda arguments: guards.describe()}
+        listener = listen_unix(options.listen, 0o600, socket.SOCK_STREAM)
+        with Clients(listener, commands) as clients:
+            clients.watch(cancel)
             emit({"event": "ready", "listen": options.listen, "disks": guards.describe()})
             while not cancel.asked:
-                clients.serve(cancel, _POLL_S)
+                clients.serve(_POLL_S)
                 guards.watch(0)
         emit({"event": "notice", "text": f"{cancel.reason}: what guests are doing is finished"})
 
@@ -121,76 +120,3 @@ def parse_disks(disks: Sequence[str], exports: Sequence[str]) -> list[ServedDisk
         if not disk.exports:
             raise UsageError(f"disk {disk.name!r} has no --export {disk.name}=SOCKET")
     return served
-
-
-class Clients:
-    """Who speaks QMP to us. Answers are short and made at once."""
-
-    def __init__(self, listener: Listener, guards: Guards) -> None:
-        from vmapipe.control.main import program_version
-
-        self._listener = listener
-        self._commands = {"query-disks": lambda arguments: guards.describe()}
-        self._version = program_version()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener.socket, selectors.EVENT_READ)
-        self._sessions: dict[socket.socket, QmpServer] = {}
-
-    def __enter__(self) -> Clients:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for sock in list(self._sessions):
-            self._drop(sock)
-        self._selector.close()
-        self._listener.close()
-
-    def serve(self, cancel: Cancel, timeout_s: float) -> None:
-        """Whatever comes within `timeout_s`."""
-        if cancel.fd not in {key.fd for key in self._selector.get_map().values()}:
-            self._selector.register(cancel.fd, selectors.EVENT_READ)
-        for key, _ in self._selector.select(timeout_s):
-            if key.fileobj is self._listener.socket:
-                self._accept()
-            elif isinstance(key.fileobj, socket.socket):
-                self._hear(key.fileobj)
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            sock, _ = self._listener.socket.accept()
-            if len(self._sessions) >= _MAX_CLIENTS:
-                sock.close()
-                return
-            # A client that does not read its answers is dropped, not waited for.
-            sock.setblocking(False)
-            session = QmpServer(self._commands, self._version)
-            self._sessions[sock] = session
-            self._selector.register(sock, selectors.EVENT_READ)
-            self._send(sock, session.greeting())
-
-    def _hear(self, sock: socket.socket) -> None:
-        try:
-            data = sock.recv(_RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        session = self._sessions[sock]
-        if not data:
-            self._drop(sock)
-            return
-        self._send(sock, session.feed(data))
-        if session.closed and sock in self._sessions:
-            self._drop(sock)
-
-    def _send(self, sock: socket.socket, data: bytes) -> None:
-        try:
-            if data and sock.send(data) < len(data):
-                self._drop(sock)
-        except OSError:
-            self._drop(sock)
-
-    def _drop(self, sock: socket.socket) -> None:
-        self._selector.unregister(sock)
-        del self._sessions[sock]
-        sock.close()

@@ -15,7 +15,7 @@ from vmapipe.producer.runs import Run, packed, piece_bytes, whole_blocks
 from vmapipe.producer.session import Refused, Session
 from vmapipe.producer.sink.export import sink_export
 from vmapipe.producer.sink.sink import MAX_PIECE_CLUSTERS, Arrived, Sink
-from vmapipe.producer.telling import TELL_S, Teller, Waiting
+from vmapipe.producer.telling import TELL_S, Teller, Transfer, Waiting
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.limits import CLUSTER_BYTES
@@ -119,7 +119,13 @@ class SinkSender:
                 session.step(TELL_S)
             self._release(sink)
             teller.tell(Waiting(sink.used_bytes, 0, sink.waiting_writes))
+            teller.tell_transfer(self._transfer(sink))
             self._check(sink, server)
+        teller.tell_transfer(self._transfer(sink), last=True)
+
+    def _transfer(self, sink: Sink) -> Transfer:
+        """QEMU reads, and does not tell what it copied before a write."""
+        return Transfer(sink.taken_bytes, self._session.sent_bytes, 0)
 
     def _check(self, sink: Sink, server: Server) -> None:
         """Raises Failure."""

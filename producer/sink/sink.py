@@ -59,6 +59,8 @@ class Sink(TakesOnly):
     ) -> None:
         #: Why the backup has failed; empty: it has not. Everything is dropped then.
         self.failure = ""
+        #: Of data that has come, each cluster once.
+        self.taken_bytes = 0
         #: Becomes readable when something has arrived after `next` had nothing.
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._name = name
@@ -239,6 +241,7 @@ class Sink(TakesOnly):
         with self._changed:
             if not self.failure:
                 self._queue.append(arrived)
+                self.taken_bytes += arrived.length
                 self._wake()
 
     def _wake(self) -> None:

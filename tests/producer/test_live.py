@@ -37,6 +37,10 @@ class Archiver:
         self._guard = guard
 
     @property
+    def sent_bytes(self) -> int:
+        return sum(run.length for run in self.sent)
+
+    @property
     def sent_clusters(self) -> int:
         return sum(run.clusters for run in self.sent)
 
@@ -114,7 +118,7 @@ def test_what_a_claim_was_asked_for_with_is_still_there_when_it_is_answered(
     sender._session, sender._guard, sender._cancel = session, guarded, cancel
     sender._saved = SavedData(guard.size_bytes, 16, -1, ring, guarded)
     sender._background = Background("d", ring, guarded, Pace(0, 0.0), session)
-    sender._waiting_writes, sender._told, sender._tell_at = 0, (0, 0, 0), 0.0
+    sender._waiting_writes = 0
     sender._send_all(sender._background, ignore)
     assert archiver.sent_clusters == CLUSTERS
     assert guard.claims == 2

@@ -24,6 +24,8 @@ from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import Fail, Hello, Message, Ping
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
+from vmapipe.runtime.events import Event, ignore
+from vmapipe.runtime.orders import speed_order
 
 JOB = bytes(16)
 CLUSTER = 65536
@@ -92,7 +94,7 @@ def test_a_whole_disk_goes_through_the_smallest_window(clock: list[Archiver]) ->
     disk = MemoryDisk(b"A" * (40 * CLUSTER) + bytes(9 * CLUSTER) + b"B" * 100)
     archiver = Archiver(window=limits.MIN_WINDOW_BYTES)
     producer, cancel = sender(disk, archiver, clock)
-    producer.run()
+    producer.run(ignore)
     assert archiver.side.received_clusters == 50
     assert producer.zero_clusters == 9
     cancel.close()
@@ -104,7 +106,7 @@ def test_a_silent_archiver_ends_the_producer_after_the_limit_and_is_named(
     archiver = Archiver(answers=False)
     producer, cancel = sender(MemoryDisk(b"A"), archiver, clock)
     with pytest.raises(Failure, match=r"'disk': the archiver has been silent for 30 s"):
-        producer.run()
+        producer.run(ignore)
     assert 30 < archiver.now < 41
     assert sum(isinstance(message, Ping) for message in archiver.heard) == 3
     cancel.close()
@@ -124,7 +126,7 @@ def test_a_producer_that_sends_all_the_time_asks_an_archiver_that_has_nothing_to
     archiver = Terse(window=64 << 20)
     # A cluster every two seconds, for two minutes; the limit is nine seconds.
     producer, cancel = sender(MemoryDisk(b"A" * (60 * CLUSTER)), archiver, clock, CLUSTER // 2)
-    producer.run()
+    producer.run(ignore)
     assert archiver.now > 100
     cancel.close()
 
@@ -143,7 +145,7 @@ def test_waiting_for_other_producers_is_not_taken_for_silence(clock: list[Archiv
 
     archiver = Late()
     producer, cancel = sender(MemoryDisk(b"A"), archiver, clock)
-    producer.run()
+    producer.run(ignore)
     assert archiver.now > 300
     cancel.close()
 
@@ -158,7 +160,7 @@ def test_a_read_error_is_told_to_the_archiver_in_the_same_words(clock: list[Arch
     archiver = Archiver()
     producer, cancel = sender(Broken(b"A" * 64 * CLUSTER), archiver, clock)
     with pytest.raises(SourceError, match="broken") as caught:
-        producer.run()
+        producer.run(ignore)
     assert archiver.heard[-1] == Fail(str(caught.value))
     cancel.close()
 
@@ -168,7 +170,7 @@ def test_a_refusal_ends_the_producer_with_the_reason(clock: list[Archiver]) -> N
     archiver.post(ArchiverSide().refuse("unknown-device", "no such device"))
     producer, cancel = sender(MemoryDisk(b"A"), archiver, clock)
     with pytest.raises(Refused, match=r"refused 'disk': no such device \[unknown-device\]"):
-        producer.run()
+        producer.run(ignore)
     assert not any(isinstance(message, Fail) for message in archiver.heard)
     cancel.close()
 
@@ -178,7 +180,7 @@ def test_a_stop_is_told_to_the_archiver(clock: list[Archiver]) -> None:
     producer, cancel = sender(MemoryDisk(b"A" * 64 * CLUSTER), archiver, clock)
     cancel.ask("cancelled by SIGTERM", 15)
     with pytest.raises(Cancelled) as caught:
-        producer.run()
+        producer.run(ignore)
     assert caught.value.exit_code == 143
     assert archiver.heard[-1] == Fail("cancelled by SIGTERM")
     cancel.close()
@@ -189,7 +191,62 @@ def test_the_speed_limit_holds_within_5_per_cent(clock: list[Archiver], speed: i
     archiver = Archiver(window=8 << 20)
     disk = MemoryDisk(b"A" * (5 * speed))
     producer, cancel = sender(disk, archiver, clock, speed)
-    producer.run()
+    producer.run(ignore)
     # The last piece is not waited for.
     assert archiver.now == pytest.approx(5, rel=0.05)
+    cancel.close()
+
+
+def test_a_limit_that_changes_holds_from_then_on(clock: list[Archiver]) -> None:
+    """4 s at 1 MiB/s, then 8 MiB/s, then none: the rest goes at once."""
+    at = {4: 8 << 20, 6: 0}
+
+    class Timed(Archiver):
+        def wait(self, timeout_s: float) -> None:
+            super().wait(timeout_s)
+            for when in [when for when in at if self.now >= when]:
+                read.append(disk.read_bytes)
+                pace.hear(speed_order(at.pop(when)))
+
+    class Counted(MemoryDisk):
+        read_bytes = 0
+
+        def read_into(self, buffer: memoryview, offset: int) -> None:
+            self.read_bytes += len(buffer)
+            super().read_into(buffer, offset)
+
+    read: list[int] = []
+    disk = Counted(b"A" * (64 << 20))
+    archiver = Timed(window=8 << 20)
+    clock.append(archiver)
+    cancel = Cancel()
+    pace = Pace(1 << 20, 0.0)
+    Sender(disk, cast(Link, archiver), JOB, pace, cancel).run(ignore)
+    assert read == [
+        pytest.approx(4 << 20, rel=0.05),
+        pytest.approx((4 << 20) + (16 << 20), rel=0.05),
+    ]
+    assert archiver.now < 6.5
+    cancel.close()
+
+
+def test_holes_are_not_counted_against_the_limit(clock: list[Archiver]) -> None:
+    archiver = Archiver(window=8 << 20)
+    disk = MemoryDisk(b"A" * (100 * CLUSTER), holes=frozenset(range(1, 100)))
+    producer, cancel = sender(disk, archiver, clock, CLUSTER)
+    producer.run(ignore)
+    assert archiver.now < 1
+    assert producer.zero_clusters == 99
+    cancel.close()
+
+
+def test_what_was_read_and_sent_is_told_at_the_end_whatever_was_told_before(
+    clock: list[Archiver],
+) -> None:
+    told: list[Event] = []
+    disk = MemoryDisk(b"A" * (40 * CLUSTER) + bytes(9 * CLUSTER))
+    producer, cancel = sender(disk, Archiver(), clock)
+    producer.run(told.append)
+    last = {"event": "transfer", "device": "disk", "saved_bytes": 0}
+    assert told[-1] == {**last, "read_bytes": 49 * CLUSTER, "sent_bytes": 40 * CLUSTER}
     cancel.close()

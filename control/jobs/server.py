@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The socket of one running backup: who connects asks how it goes, changes it, ends it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vmapipe.control.jobs.folder import listen
+from vmapipe.control.jobs.state import JobState
+from vmapipe.control.monitor.clients import Clients
+from vmapipe.control.monitor.qmp import QmpError
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.events import Event
+from vmapipe.runtime.orders import Orders, speed_order
+
+# What `vma` and QEMU say, so that scripts know it.
+CANCELLED = "backup canceled"
+
+
+class JobServer:
+    """Speaks QMP. Its owner calls `serve` when `fd` is readable, and gives it the events.
+
+    Without a socket (the folder cannot be made) nobody can ask: `notice` says why.
+    """
+
+    def __init__(self, job: str, archive: str, cancel: Cancel, orders: Orders) -> None:
+        self.state = JobState(job, archive, time.time())
+        self.notice = ""
+        self._cancel = cancel
+        self._orders = orders
+        self._processes: Callable[[], list[tuple[str, int]]] = list
+        self._clients: Clients | None = None
+        try:
+            listener = listen(job)
+        except Failure as error:
+            self.notice = f"`vmapipe status` will not see this backup: {error}"
+            return
+        commands = {
+            "query-backup": lambda arguments: self.state.backup_status(),
+            "query-job": lambda arguments: self._details(),
+            "backup-cancel": self._on_cancel,
+            "backup_cancel": self._on_cancel,
+            "backup-set-speed": self._on_speed,
+        }
+        self._clients = Clients(listener, commands)
+
+    def __enter__(self) -> JobServer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._clients is not None:
+            self._clients.close()
+
+    @property
+    def fd(self) -> int:
+        """-1: there is none."""
+        return self._clients.fd if self._clients else -1
+
+    def begin(self, speed_bytes_s: int, processes: Callable[[], list[tuple[str, int]]]) -> None:
+        """It runs now: with this limit, and these processes, each a name and a pid."""
+        self.state.speed_bytes_s = speed_bytes_s
+        self._processes = processes
+
+    def serve(self) -> None:
+        """Answer whoever has asked; never waits."""
+        if self._clients is not None:
+            self._clients.serve(0)
+
+    def take(self, event: Event) -> None:
+        self.state.take(event, time.time())
+
+    def _details(self) -> dict[str, Any]:
+        details = self.state.details(time.time())
+        processes = [("the coordinator", os.getpid()), *self._processes()]
+        usage = [found for name, pid in processes if (found := _usage(name, pid))]
+        return {**details, "processes": usage}
+
+    def _on_cancel(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        self._cancel.ask(CANCELLED)
+        return {}
+
+    def _on_speed(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        speed = arguments.get("speed")
+        if not isinstance(speed, int) or isinstance(speed, bool) or not 0 <= speed < 1 << 63:
+            raise QmpError("Parameter 'speed' expects a number of bytes a second, 0 for no limit")
+        # Obeyed by the job's own loop, which is the one that called us.
+        self._orders.put(speed_order(speed))
+        self.state.speed_bytes_s = speed
+        return {}
+
+
+def _usage(name: str, pid: int) -> dict[str, Any] | None:
+    # Imported here: a backup starts sooner without, and most are never asked.
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            times, memory = process.cpu_times(), process.memory_info()
+    except psutil.Error:
+        return None  # it has ended just now
+    cpu_s = round(times.user + times.system, 2)
+    return {"name": name, "pid": pid, "cpu_s": cpu_s, "rss_bytes": memory.rss}

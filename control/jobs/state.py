@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of one backup: its events in, the answers to who asks out. Pure."""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from vmapipe.runtime.events import Event
+
+# The rate "now" is that of so long: it follows a change soon, and does not jump.
+_RATE_S = 10.0
+
+# By event, the fields that a device's state takes over as they are.
+_DEVICE_FIELDS = {
+    "transfer": ("read_bytes", "sent_bytes", "saved_bytes"),
+    "buffer": ("memory_bytes", "spool_bytes", "waiting_writes"),
+}
+
+
+def _new_device(name: str, size_bytes: int) -> dict[str, Any]:
+    counts = dict.fromkeys(("done_bytes", "zero_bytes"), 0)
+    for fields in _DEVICE_FIELDS.values():
+        counts |= dict.fromkeys(fields, 0)
+    return {"name": name, "bytes": size_bytes, **counts}
+
+
+@dataclass
+class JobState:
+    """`now` is seconds since 1970 everywhere. `job` is the job's id, in hex."""
+
+    job: str
+    archive: str
+    started: float
+    #: The archive's, in hex; empty until its header is written.
+    uuid: str = ""
+    #: active, done or error, as in QEMU's BackupStatus.
+    status: str = "active"
+    errmsg: str = ""
+    ended: float = 0.0
+    speed_bytes_s: int = 0
+    stored_bytes: int = 0
+    plain_bytes: int = 0
+    devices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: (when, bytes done), of the last seconds.
+    _history: deque[tuple[float, int]] = field(default_factory=deque)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(device["bytes"] for device in self.devices.values())
+
+    @property
+    def done_bytes(self) -> int:
+        return sum(device["done_bytes"] for device in self.devices.values())
+
+    @property
+    def zero_bytes(self) -> int:
+        return sum(device["zero_bytes"] for device in self.devices.values())
+
+    def take(self, event: Event, now: float) -> None:
+        match event["event"]:
+            case "begun":
+                self.uuid = event["uuid"]
+                for device in event["devices"]:
+                    self.devices[device["name"]] = _new_device(device["name"], device["bytes"])
+            case "progress":
+                self._take_progress(event, now)
+            case "stored":
+                self.uuid, self.stored_bytes = event["uuid"], event["stored_bytes"]
+                self.plain_bytes = event["plain_bytes"]
+            case "speed":
+                self.speed_bytes_s = event["bytes_per_s"]
+            case "done":
+                self.status, self.ended = "done", now
+            case "transfer" | "buffer":
+                device = self.devices.get(event["device"])
+                if device is not None:
+                    device |= {key: event[key] for key in _DEVICE_FIELDS[event["event"]]}
+
+    def fail(self, text: str, now: float) -> None:
+        """It has ended without an archive; the first reason counts."""
+        if self.status == "active":
+            self.status, self.errmsg, self.ended = "error", text, now
+
+    def _take_progress(self, event: Event, now: float) -> None:
+        self.stored_bytes, self.plain_bytes = event["stored_bytes"], event["plain_bytes"]
+        for told in event["devices"]:
+            device = self.devices.setdefault(told["name"], _new_device(told["name"], told["bytes"]))
+            device |= {key: told[key] for key in ("done_bytes", "zero_bytes")}
+        self._history.append((now, self.done_bytes))
+        while len(self._history) > 1 and now - self._history[0][0] > _RATE_S:
+            self._history.popleft()
+
+    def rate_bytes_s(self, now: float) -> float:
+        """Of the last seconds; of all of it once it has ended."""
+        if self.ended or not self._history:
+            since, before, until = self.started, 0, self.ended or now
+        else:
+            (since, before), until = self._history[0], now
+        return (self.done_bytes - before) / max(0.001, until - since)
+
+    def backup_status(self) -> dict[str, Any]:
+        """BackupStatus, as `query-backup` answers it."""
+        status: dict[str, Any] = {
+            "status": self.status,
+            "total": self.total_bytes,
+            "transferred": self.done_bytes,
+            "zero-bytes": self.zero_bytes,
+            "start-time": int(self.started),
+            "backupfile": self.archive,
+            "backup-file": self.archive,
+            "uuid": str(uuid.UUID(self.uuid or self.job)),
+            "finishing": self.status == "active" and 0 < self.total_bytes == self.done_bytes,
+        }
+        if self.errmsg:
+            status["errmsg"] = self.errmsg
+        if self.ended:
+            status["end-time"] = int(self.ended)
+        return status
+
+    def details(self, now: float) -> dict[str, Any]:
+        """All that is known, in the words of the JSON events."""
+        rate = self.rate_bytes_s(now)
+        left = self.total_bytes - self.done_bytes
+        return {
+            "job": self.job,
+            "uuid": self.uuid,
+            "archive": self.archive,
+            "status": self.status,
+            "errmsg": self.errmsg,
+            "started": round(self.started, 3),
+            "seconds": round((self.ended or now) - self.started, 3),
+            "total_bytes": self.total_bytes,
+            "done_bytes": self.done_bytes,
+            "zero_bytes": self.zero_bytes,
+            "stored_bytes": self.stored_bytes,
+            "plain_bytes": self.plain_bytes,
+            "speed_bytes_s": self.speed_bytes_s,
+            "rate_bytes_s": round(rate),
+            "left_s": round(left / rate) if rate and self.devices else None,
+            "devices": list(self.devices.values()),
+        }

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder with the sockets of running backups."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from vmapipe.control.jobs.folder import listen, runtime_folder, sockets
+from vmapipe.runtime.errors import Failure
+
+JOB, OTHER = "1" * 32, "2" * 32
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VMAPIPE_RUNTIME_DIR", str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_a_job_is_found_by_its_id_while_it_listens_and_leaves_nothing(folder: Path) -> None:
+    listener = listen(JOB)
+    assert sockets() == {JOB: str(folder / f"{JOB}.sock")}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / f"{JOB}.sock").stat().st_mode & 0o777 == 0o600
+    listener.close()
+    assert sockets() == {}
+    assert list(folder.iterdir()) == []
+
+
+def test_the_socket_of_a_killed_job_is_removed_by_the_next_one(folder: Path) -> None:
+    folder.mkdir(0o700)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(folder / f"{OTHER}.sock"))
+    listener = listen(JOB)
+    assert [path.name for path in folder.iterdir()] == [f"{JOB}.sock"]
+    listener.close()
+
+
+def test_what_is_no_socket_of_a_job_is_left_alone(folder: Path) -> None:
+    folder.mkdir(0o700)
+    (folder / "notes").write_text("mine")
+    assert sockets() == {}
+    assert (folder / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_folder_that_others_can_write_to_is_refused(folder: Path, mode: int) -> None:
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(Failure, match="no folder that only its owner"):
+        listen(JOB)
+
+
+def test_a_link_in_place_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    folder.symlink_to(tmp_path)
+    with pytest.raises(Failure, match="no folder that only its owner"):
+        listen(JOB)
+
+
+def test_a_path_that_is_too_long_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VMAPIPE_RUNTIME_DIR", str(tmp_path / ("x" * 100)))
+    with pytest.raises(Failure, match=r"a socket's path has 1\.\.107 bytes"):
+        listen(JOB)
+
+
+def test_each_user_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VMAPIPE_RUNTIME_DIR")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert runtime_folder() == "/run/vmapipe"
+    monkeypatch.setattr(os, "geteuid", lambda: 7)
+    assert runtime_folder() == "/run/user/7/vmapipe"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert runtime_folder().endswith("/vmapipe-7")
