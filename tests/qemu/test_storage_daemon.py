@@ -21,7 +21,10 @@ import pytest
 from tests.machine import LIMIT_S, bad, children, end_of, good, next_event, started
 from tests.qemu.hammer import CLUSTER, Hammer
 from tests.qemu.storage_daemon import StorageDaemon, storage_daemon
+from vmapipe.control.jobs.client import JobClient
+from vmapipe.control.jobs.folder import sockets
 from vmapipe.control.qemu.plain import PlainQmp
+from vmapipe.control.qemu.qmp import Command
 
 Need = Callable[..., list[str]]
 SIZES = {"a": 192 * CLUSTER + 512, "b": 128 * CLUSTER}
@@ -212,6 +215,20 @@ def test_a_cancelled_backup_leaves_the_guest_and_qemu_as_they_were(
     assert daemon.ours() == []
     assert list(out.iterdir()) == []
     assert list(temporary.iterdir()) == []
+
+
+def test_a_limit_that_is_changed_while_it_runs_reaches_qemus_jobs(
+    daemon: StorageDaemon, contents: dict[str, bytes], out: Path, tmp_path: Path
+) -> None:
+    with slow_backup(daemon, out) as backup:
+        (path,) = sockets().values()
+        with JobClient(path) as job, contextlib.closing(PlainQmp(str(daemon.second))) as qemu:
+            job.execute("backup-set-speed", speed=6 << 20)
+            jobs = qemu.execute(Command("query-block-jobs", {}))
+            assert {found["speed"] for found in jobs} == {3 << 20}
+            job.execute("backup-set-speed", speed=0)
+        assert end_of(backup)[0] == 0
+    assert restored(out / "vm.vma", tmp_path / "restored") == contents
 
 
 def test_a_terminated_process_group_costs_the_guest_nothing(
