@@ -89,6 +89,7 @@ class Phase(enum.Enum):
 class _Peer:
     side: ArchiverSide
     heard: float
+    client: str
     device: DeviceState | None = None
 
 
@@ -125,8 +126,10 @@ class Job:
         if not self._count:
             yield from self._begin()
 
-    def receive(self, peer: bytes, parts: Sequence[Part], now: float) -> Iterator[Instruction]:
-        """A message from `peer`, whoever that is."""
+    def receive(
+        self, peer: bytes, parts: Sequence[Part], now: float, client: str = ""
+    ) -> Iterator[Instruction]:
+        """A message from `peer`, whoever that is; `client` if it has proved to be that."""
         state = self._peers.get(peer)
         if peer in self._strangers or (state and state.side.state is State.CLOSED):
             return
@@ -141,7 +144,7 @@ class Job:
                 case Ping():
                     yield Send(peer, side.pong())
                 case Hello():
-                    yield from self._greet(peer, side, message, now)
+                    yield from self._greet(peer, _Peer(side, now, client), message)
                 case End() if state and state.device:
                     yield from self._end(state.device)
                 case Fail(reason):
@@ -176,6 +179,15 @@ class Job:
             if state.side.state is not State.CLOSED:
                 yield Send(peer, state.side.abort(reason))
 
+    def revoke(self, client: str) -> Iterator[Instruction]:
+        """A client may no longer come: what it was sending is given up."""
+        for state in self._peers.values():
+            if client and state.client == client:
+                yield from self.fail(
+                    f"device {state.side.device!r}: the key of client {client!r} was revoked"
+                )
+                return
+
     def tick(self, now: float) -> Iterator[Instruction]:
         """Time has passed: call it about once a second."""
         gap, self._ticked = now - self._ticked, now
@@ -206,9 +218,7 @@ class Job:
 
     # --- producers come ---
 
-    def _greet(
-        self, peer: bytes, side: ArchiverSide, hello: Hello, now: float
-    ) -> Iterator[Instruction]:
+    def _greet(self, peer: bytes, newcomer: _Peer, hello: Hello) -> Iterator[Instruction]:
         if self.phase is not Phase.GATHERING:
             raise RemoteProtocolError("busy", "the job has all its devices")
         if self._job is not None and hello.job != self._job:
@@ -220,11 +230,11 @@ class Job:
         if not 1 <= hello.size <= MAX_DEVICE_BYTES:
             raise RemoteProtocolError("bad-size", f"a device of {hello.size} bytes")
         self._job = hello.job
-        self._peers[peer] = _Peer(side, now)
+        self._peers[peer] = newcomer
         if len(self._peers) == self._count:
             # From now on a shorter limit may hold: it counts from here.
             for state in self._peers.values():
-                state.heard = now
+                state.heard = newcomer.heard
             yield from self._begin()
 
     def _missing_producers(self) -> str:

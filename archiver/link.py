@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The archiver's socket to its producers. The only file of this room that knows ZeroMQ."""
+"""The archiver's socket to its producers. With gate.py the only one of this room that knows ZeroMQ."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 
 import zmq
 
+from vmapipe.archiver.gate import Gate
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import Part
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.keys import ServerKeys
 
 # How long a closing socket may still deliver its last words.
 _LINGER_MS = 2000
@@ -24,6 +26,12 @@ _RECEIVE_MARK = 32
 _SEND_MARK = 10_000
 # Messages taken in one turn, so that writing and time get theirs.
 _TURN = 64
+# Who has connected must have proved who it is by then. Honest ones need a few
+# milliseconds and four messages.
+_HANDSHAKE_MS = 10_000
+# A connection that is dead (a cable, a stopped peer) is noticed and closed: three
+# beats, so that one lost on the way is none.
+_HEARTBEAT_MS = 3000
 
 
 def _make_way(path: str) -> None:
@@ -44,9 +52,9 @@ def _make_way(path: str) -> None:
 
 
 class Link:
-    """ROUTER, bound to one endpoint."""
+    """ROUTER, bound to one endpoint. With `keys` only the clients on their list come in."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, keys: ServerKeys | None = None) -> None:
         self._endpoint = endpoint
         #: Whether producers are on this host, so that memory can be shared.
         self.is_local = endpoint.startswith("ipc://")
@@ -58,6 +66,14 @@ class Link:
         self._socket.rcvhwm = _RECEIVE_MARK
         self._socket.sndhwm = _SEND_MARK
         self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES
+        self._socket.handshake_ivl = _HANDSHAKE_MS
+        if not self.is_local:
+            self._socket.heartbeat_ivl = _HEARTBEAT_MS
+            self._socket.heartbeat_timeout = 3 * _HEARTBEAT_MS
+            self._socket.ipv6 = "[" in endpoint
+        self._gate = Gate(self._context, keys) if keys else None
+        if self._gate:
+            self._gate.secure(self._socket)
         # The socket file is for its owner alone.
         old_mask = os.umask(0o077)
         try:
@@ -69,6 +85,8 @@ class Link:
             os.umask(old_mask)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        if self._gate:
+            self._poller.register(self._gate.socket, zmq.POLLIN)
 
     @property
     def endpoint(self) -> str:
@@ -81,19 +99,34 @@ class Link:
 
     def wait(self, timeout_s: float) -> None:
         self._poller.poll(int(timeout_s * 1000))
+        if self._gate:
+            self._gate.answer()
 
-    def receive(self) -> Iterator[tuple[bytes, list[Part]]]:
-        """What has come: (peer, parts). Large parts are views of what ZeroMQ received."""
+    def receive(self) -> Iterator[tuple[bytes, str, list[Part]]]:
+        """What has come: (peer, client, parts). Large parts are views of what ZeroMQ received.
+
+        `client` is the name of whoever has proved to be it; empty where nobody has to.
+        """
         for _ in range(_TURN):
             # Asking first is quicker than an exception for "nothing there".
             if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 return
             peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            yield peer.bytes, [frame.buffer for frame in frames]
+            client = self._gate.name_of(peer) if self._gate else ""
+            if client is not None:
+                yield peer.bytes, client, [frame.buffer for frame in frames]
 
     def send(self, peer: bytes, parts: Sequence[Part]) -> None:
         """A peer that is gone loses its message; the heartbeat will tell."""
         self._socket.send_multipart([peer, *parts])
+
+    def revoked(self, now: float) -> list[str]:
+        """Clients that are no longer on the list; nothing more comes from them. Each once."""
+        return self._gate.revoked(now) if self._gate else []
+
+    def take_notices(self) -> list[str]:
+        """What is worth a line in the log, once."""
+        return self._gate.take_notices() if self._gate else []
 
     def close(self) -> None:
         self._context.destroy(linger=_LINGER_MS)

@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from vmapipe.archiver.arguments import add_output_options
 from vmapipe.archiver.job import JobSpec
 from vmapipe.archiver.options import read_configs, store_for
-from vmapipe.archiver.serve import serve
+from vmapipe.archiver.serve import Listen, serve
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
     add_child_options,
-    add_plain_tcp_option,
+    add_tcp_options,
     check_endpoint,
     job_id,
     make_parser,
 )
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.keys import read_server_keys
 from vmapipe.runtime.process import one_line, run_child
 from vmapipe.vma.layout import MAX_DEVICES
 
@@ -89,7 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_output_options(parser)
     parser.add_argument("--manifest-events", action="store_true", help=argparse.SUPPRESS)
-    add_plain_tcp_option(parser)
+    add_tcp_options(parser, "its key pair, and clients/NAME.pub for each client that may come")
     add_child_options(parser)
 
 
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe archiver") -> i
 
 
 def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
-    check_endpoint(options.listen, plain_tcp=options.insecure_plain_tcp)
+    check_endpoint(options.listen, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
     if options.device and options.expect:
         raise UsageError("--device and --expect exclude each other")
     if not options.device and not options.expect and not options.config:
@@ -123,7 +124,8 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         heartbeat_s=options.heartbeat,
         start_timeout_s=options.start_timeout,
     )
-    serve(spec, options.listen, lambda wake: store_for(options, wake, cancel, emit), cancel, emit)
+    at = Listen(options.listen, read_server_keys(options.keys) if options.keys else None)
+    serve(spec, at, lambda wake: store_for(options, wake, cancel, emit), cancel, emit)
 
 
 def archive_time(*, reproducible: bool) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from vmapipe.archiver import instructions as core
 from vmapipe.archiver.device import Mark
@@ -16,6 +17,7 @@ from vmapipe.archiver.store import Store
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.keys import ServerKeys
 
 # Often enough for a bar that moves, seldom enough to cost nothing.
 PROGRESS_S = 0.25
@@ -23,14 +25,21 @@ PROGRESS_S = 0.25
 MakeStore = Callable[[Callable[[], None]], Store[Mark]]
 
 
-def serve(spec: JobSpec, endpoint: str, make_store: MakeStore, cancel: Cancel, emit: Emit) -> None:
+class Listen(NamedTuple):
+    """Where producers connect, and for TCP the keys of those that may."""
+
+    endpoint: str
+    keys: ServerKeys | None = None
+
+
+def serve(spec: JobSpec, at: Listen, make_store: MakeStore, cancel: Cancel, emit: Emit) -> None:
     """Make one archive. Raises Failure when nothing was stored."""
     wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     link: Link | None = None
     try:
         store = make_store(lambda: os.eventfd_write(wake_fd, 1))
         try:
-            link = Link(endpoint)
+            link = Link(at.endpoint, at.keys)
             link.watch(wake_fd)
             link.watch(cancel.fd)
             emit({"event": "listening", "endpoint": link.endpoint})
@@ -58,8 +67,9 @@ class _Server:
         self._carry_out(job.start())
         while job.phase not in (Phase.DONE, Phase.FAILED):
             self._link.wait(1.0)
-            for peer, parts in self._link.receive():
-                self._carry_out(job.receive(peer, parts, time.monotonic()))
+            for peer, client, parts in self._link.receive():
+                self._carry_out(job.receive(peer, parts, time.monotonic(), client))
+            self._look_at_gate(time.monotonic())
             self._hear_store(wake_fd)
             if cancel.asked:
                 self._carry_out(job.fail(cancel.reason))
@@ -79,6 +89,12 @@ class _Server:
                 "plain_bytes": self._store.plain_bytes,
             }
         )
+
+    def _look_at_gate(self, now: float) -> None:
+        for client in self._link.revoked(now):
+            self._carry_out(self._job.revoke(client))
+        for text in self._link.take_notices():
+            self._emit({"event": "notice", "text": text})
 
     def _carry_out(self, instructions: Iterator[core.Instruction]) -> None:
         for instruction in instructions:

@@ -24,6 +24,7 @@ commands:
   cleanup    remove what a crashed backup has left in a running QEMU
   producer   read one disk and send it to an archiver (by hand, or elsewhere)
   archiver   receive disks from producers and store the archive
+  keygen     make the keys with which producers and archivers know each other
 
 `vmapipe COMMAND --help` explains each. `vma` speaks the reference tool's grammar.
 """
@@ -47,6 +48,7 @@ _COMMANDS = {
     "cleanup": "vmapipe.control.qemu.cleanup",
     "producer": "vmapipe.producer.main",
     "archiver": "vmapipe.archiver.main",
+    "keygen": "vmapipe.control.keygen",
 }
 
 

@@ -4,56 +4,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import Part
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.keys import ClientKeys
 
 # How long a closing socket may still deliver its last words.
 _LINGER_MS = 2000
 # pyzmq's zero-copy costs a few microseconds a part; a copy of less is cheaper.
 _ZERO_COPY_BYTES = 64 * 1024
+# The archiver may bind a moment after we start; 100 ms would be felt. One that
+# is not there is asked ever more seldom.
+_RECONNECT_MS = 10
+_RECONNECT_MAX_MS = 1000
+# A connection that is dead (a cable, a stopped peer) is noticed and opened anew:
+# three beats, so that one lost on the way is none.
+_HEARTBEAT_MS = 3000
+# The system would wait for minutes, ever longer, for an answer that the cable's
+# return does not bring sooner.
+_CONNECT_MS = 3000
+# A server that cannot read what we send, because its key is another one, just
+# hangs up. So may one that ends at that moment; but not so often.
+_HANG_UPS = 3
+
+_EVENTS = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 
 
 class Link:
-    """DEALER, connected to one archiver. Closing it in vain delays by 2 s at most."""
+    """DEALER, connected to one archiver. Closing it in vain delays by 2 s at most.
 
-    def __init__(self, endpoint: str) -> None:
+    With `keys` it talks to nobody but the owner of the server key among them.
+    """
+
+    def __init__(self, endpoint: str, keys: ClientKeys | None = None) -> None:
         #: Whether the archiver is on this host, so that memory can be shared.
         self.is_local = endpoint.startswith("ipc://")
+        self.endpoint = endpoint
+        self._keys = keys
+        self._hang_ups = 0
+        self._linger_ms = _LINGER_MS
+        self._was_up = False
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.linger = _LINGER_MS
-        # Credit bounds what is under way; the mark is an assertion far above it.
-        self._socket.sndhwm = 100_000
-        self._socket.maxmsgsize = limits.MAX_CONTROL_BYTES
-        # The archiver may bind a moment after we start; 100 ms would be felt.
-        self._socket.reconnect_ivl = 10
-        try:
-            self._socket.connect(endpoint)
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
         self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._open()
 
     def watch(self, fd: int) -> None:
         """Let `wait` also end when `fd` becomes readable."""
         self._poller.register(fd, zmq.POLLIN)
 
     def wait(self, timeout_s: float) -> None:
+        """Raises Failure when the archiver will not have us, or is not the one that we know."""
         self._poller.poll(int(timeout_s * 1000) + 1 if timeout_s > 0 else 0)
+        while self._monitor.poll(0):
+            self._take(parse_monitor_message(self._monitor.recv_multipart())["event"])
 
     def send(self, parts: Sequence[Part]) -> None:
         """The memory of a large part must not change before it is acknowledged."""
         last = len(parts) - 1
-        for index, part in enumerate(parts):
-            self._socket.send(
-                part,
-                zmq.SNDMORE if index < last else 0,
-                copy=len(part) < _ZERO_COPY_BYTES,
-            )
+        try:
+            for index, part in enumerate(parts):
+                self._socket.send(
+                    part,
+                    zmq.NOBLOCK | (zmq.SNDMORE if index < last else 0),
+                    copy=len(part) < _ZERO_COPY_BYTES,
+                )
+        except zmq.Again:
+            # libzmq has given the connection up for good: `wait` tells why.
+            pass
 
     def receive(self) -> list[bytes] | None:
         """One message, or None when there is none."""
@@ -63,4 +91,56 @@ class Link:
         return self._socket.recv_multipart(zmq.NOBLOCK)
 
     def close(self) -> None:
-        self._context.destroy(linger=_LINGER_MS)
+        self._context.destroy(linger=self._linger_ms)
+
+    def _open(self) -> None:
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = _LINGER_MS
+        # Credit bounds what is under way; a mark would only be met by losing something.
+        self._socket.sndhwm = 0
+        self._socket.maxmsgsize = limits.MAX_CONTROL_BYTES
+        self._socket.reconnect_ivl = _RECONNECT_MS
+        self._socket.reconnect_ivl_max = _RECONNECT_MAX_MS
+        if not self.is_local:
+            self._socket.heartbeat_ivl = _HEARTBEAT_MS
+            self._socket.heartbeat_timeout = 3 * _HEARTBEAT_MS
+            self._socket.connect_timeout = _CONNECT_MS
+            self._socket.ipv6 = "[" in self.endpoint
+        if self._keys:
+            self._socket.curve_serverkey = self._keys.server.encode()
+            self._socket.curve_publickey = self._keys.pair.public.encode()
+            self._socket.curve_secretkey = self._keys.pair.secret.encode()
+        self._monitor = self._socket.get_monitor_socket(_EVENTS)
+        self._monitor.linger = 0
+        try:
+            self._socket.connect(self.endpoint)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def _take(self, event: int) -> None:
+        match event:
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._was_up = True
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._give_up(
+                    "the archiver does not know our key; its administrator has to put our "
+                    "client.pub into the folder clients of its keys"
+                )
+            # Later the same comes of a bad network.
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if not self._was_up:
+                wanted = "CURVE (--keys)" if self._keys else "plain ZeroMQ (--insecure-plain-tcp)"
+                self._give_up(f"whoever answers there does not speak {wanted}")
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._keys and not self._was_up:
+                self._hang_ups += 1
+                if self._hang_ups >= _HANG_UPS:
+                    self._give_up(
+                        "whoever answers there hangs up; is its key the one in our server.pub, and "
+                        "was it started with --keys?"
+                    )
+
+    def _give_up(self, reason: str) -> NoReturn:
+        self._linger_ms = 0  # nobody will take our last words
+        raise Failure(f"{self.endpoint}: {reason}")

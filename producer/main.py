@@ -19,7 +19,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
     add_buffer_options,
     add_child_options,
-    add_plain_tcp_option,
+    add_tcp_options,
     check_endpoint,
     job_id,
     make_parser,
@@ -28,6 +28,7 @@ from vmapipe.runtime.cli import (
 )
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.process import run_child
 
 #: What the wire calls a machine's memory.
@@ -125,7 +126,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES/S",
         help="read at most this much a second; K, M, G, T are 1024 (default: no limit)",
     )
-    add_plain_tcp_option(parser)
+    add_tcp_options(parser, "its key pair, and the archiver's server.pub")
     add_child_options(parser)
 
 
@@ -146,8 +147,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> i
 def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     if (options.disk is None) == (options.stream_fd is None):
         raise UsageError("say what to send: --disk or --stream-fd")
-    check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp)
-    link = Link(options.archiver)
+    check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
+    link = Link(options.archiver, read_client_keys(options.keys) if options.keys else None)
     try:
         link.watch(cancel.fd)
         if options.stream_fd is not None:

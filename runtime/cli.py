@@ -100,8 +100,12 @@ def split_named(text: str) -> tuple[str, str]:
     return name, path
 
 
-def check_endpoint(endpoint: str, *, plain_tcp: bool) -> None:
+def check_endpoint(endpoint: str, *, plain_tcp: bool, keys: str | None = None) -> None:
     """Raises UsageError unless `endpoint` is one we speak over, safely."""
+    if keys is not None and (plain_tcp or not endpoint.startswith("tcp://")):
+        raise UsageError(
+            "--keys is for tcp://, without --insecure-plain-tcp: ipc:// has its folder's rights"
+        )
     if endpoint.startswith("ipc://"):
         path = endpoint.removeprefix("ipc://")
         # sun_path has 108 bytes with its NUL.
@@ -112,14 +116,22 @@ def check_endpoint(endpoint: str, *, plain_tcp: bool) -> None:
         # ZeroMQ takes larger numbers, and leaves out what does not fit.
         if port != "*" and not (port.isdecimal() and int(port) <= 65535):
             raise UsageError(f"{endpoint!r}: no port; use tcp://HOST:PORT with 1 to 65535")
-        if not plain_tcp:
+        if not plain_tcp and keys is None:
             raise UsageError(
-                f"{endpoint}: over TCP, anybody could read and forge the data, and encryption is "
-                "not available yet; use ipc://PATH, or accept the risk on a trusted network with "
+                f"{endpoint}: over TCP, anybody could read and forge the data; use --keys DIR "
+                "(`vmapipe keygen` makes them), or accept the risk on a trusted network with "
                 "--insecure-plain-tcp"
             )
     else:
         raise UsageError(f"{endpoint!r} is no endpoint; use ipc://PATH or tcp://HOST:PORT")
+
+
+def add_tcp_options(parser: argparse.ArgumentParser, in_folder: str) -> None:
+    """How tcp:// is spoken; `in_folder` tells what the folder of keys holds."""
+    parser.add_argument(
+        "--keys", metavar="DIR", help=f"for tcp://, encrypted: the folder with {in_folder}"
+    )
+    add_plain_tcp_option(parser)
 
 
 def add_plain_tcp_option(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe keygen`: key pairs for archivers and their clients."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from vmapipe.runtime.cli import make_parser
+from vmapipe.runtime.keys import write_pair
+from vmapipe.runtime.process import run
+
+DESCRIPTION = """\
+Make a pair of keys, so that an archiver and its clients know each other over
+TCP (docs/security.md). Secret keys never leave the host they were made on, and
+are never overwritten.
+"""
+
+EPILOG = """\
+example, for an archiver and one client of it:
+  backup# vmapipe keygen /etc/vmapipe/keys                    # server.key, server.pub, clients/
+  host1#  vmapipe keygen --client /etc/vmapipe/keys           # client.key, client.pub
+  host1#  scp backup:/etc/vmapipe/keys/server.pub /etc/vmapipe/keys/
+  host1#  scp /etc/vmapipe/keys/client.pub backup:/etc/vmapipe/keys/clients/host1.pub
+"""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "vmapipe keygen") -> int:
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
+    parser.add_argument("folder", metavar="DIR", help="where; it is made if it does not exist")
+    parser.add_argument(
+        "--client",
+        action="store_true",
+        help="for one who sends to an archiver (default: for the archiver)",
+    )
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _make(options.folder, client=options.client))
+
+
+def _make(folder: str, *, client: bool) -> None:
+    # Imported here: refused options need no ZeroMQ.
+    from vmapipe.control.link import new_pair
+
+    role = "client" if client else "server"
+    write_pair(folder, role, new_pair())
+    print(f"{folder}/{role}.key (secret)")
+    print(f"{folder}/{role}.pub")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
