@@ -35,7 +35,7 @@ def hear():
     while (now := time.monotonic()) < deadline:
         if now - spoke >= heartbeat_s / 3:
             send(["PING", {}])
-        if socket.poll(heartbeat_s * 1000 // 3):
+        if socket.poll(heartbeat_s * 1000 // 3 + 1):
             message, fields = msgpack.unpackb(socket.recv())
             if message in ("REFUSE", "ABORT"):
                 sys.exit(f"{message}: {fields['reason']}")

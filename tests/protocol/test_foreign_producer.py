@@ -138,7 +138,7 @@ def test_it_sends_nothing_beyond_its_credit_and_gives_up_when_no_answer_comes(
     archiver: Archiver, tmp_path: Path
 ) -> None:
     archiver.window = 3 * limits.MIN_FRAME_CHARGE - 1
-    archiver.heartbeat_s = 1
+    archiver.heartbeat_s = 2
     archiver.grants = archiver.answers = False
     archiver.start(disk(tmp_path, 10 * 65536))
     archiver.serve(lambda: False)
