@@ -83,7 +83,7 @@ class BackupJob:
         started = time.monotonic()
         folder = tempfile.mkdtemp(prefix="vmapipe-")
         try:
-            children = Children()
+            children = Children(fork=True)
             try:
                 with children:
                     children.watch(cancel.fd)

@@ -9,10 +9,8 @@ import time
 from collections.abc import Sequence
 
 from vmapipe.producer.link import Link
-from vmapipe.producer.live import Buffering, LiveSender
 from vmapipe.producer.pace import Pace
 from vmapipe.producer.sender import Sender
-from vmapipe.producer.sink.sending import SinkOptions, SinkSender
 from vmapipe.producer.source import RawSource, Source
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
@@ -202,6 +200,9 @@ def _open_source(name: str, path: str, options: argparse.Namespace, cancel: Canc
 def _send_live(
     name: str, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
 ) -> tuple[int, int]:
+    # Imported here, as other kinds of disks are: a backup's time begins with its imports.
+    from vmapipe.producer.live import Buffering, LiveSender
+
     buffering = Buffering(options.buffer, options.spool, options.spool_size, options.guest_wait)
     sender = LiveSender(name, options.guard, options.job, buffering, link, cancel)
     try:
@@ -218,6 +219,8 @@ def _send_arriving(
 ) -> tuple[int, int]:
     if not options.size:
         raise UsageError("--sink-fd needs --size")
+    from vmapipe.producer.sink.sending import SinkOptions, SinkSender
+
     settings = SinkOptions(options.sink_fd, options.size, options.buffer, options.guest_wait)
     sender = SinkSender(name, settings, options.job, link, cancel)
     try:

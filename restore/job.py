@@ -14,7 +14,7 @@ from vmapipe.protocol.restore_work import Setup
 from vmapipe.restore.archive.reading import Archive, checked_pieces
 from vmapipe.restore.archive.source import PlainFile
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
-from vmapipe.restore.crew.crew import Crew
+from vmapipe.restore.crew.crew import Crew, start_workers
 from vmapipe.restore.crew.feed import Feed, InlineFeed, ThreadFeed
 from vmapipe.restore.crew.handout import Totals, Work, WorkMaker
 from vmapipe.restore.crew.link import ReaderLink
@@ -149,7 +149,7 @@ class _Job:
 
     def _bring(self, endpoint: str, workers: int) -> Children:
         """Everything is written and on the disk when this returns."""
-        link = ReaderLink(endpoint)
+        link: ReaderLink | None = None
         crew: Crew | None = None
         finished = False
         try:
@@ -159,10 +159,14 @@ class _Job:
                     workers = min(workers, 1 + source.size_bytes // _BYTES_PER_WORKER)
                 else:
                     self._slots = stack.enter_context(closing(Slots(workers)))
-                children = stack.enter_context(Children())
+                children = stack.enter_context(Children(fork=True))
+                setup, fds = self._setup()
+                # Before the socket: ZeroMQ has threads, and a copy of us would not have them.
+                start_workers(children, workers, endpoint, fds)
+                link = ReaderLink(endpoint)
                 pace = Pace(self._limits, self._started)
                 crew = Crew(link, children, self._cancel, pace, self._done)
-                self._start(crew, workers)
+                crew.welcome(setup)
                 with closing(self._feed()) as feed:
                     crew.carry_out(feed)
                 self._targets.set_vmstate_size(self._coverage)
@@ -171,17 +175,19 @@ class _Job:
                 finished = True
             return children
         finally:
-            link.close(in_order=finished)
+            if link is not None:
+                link.close(in_order=finished)
             if not finished and crew is not None and crew.gave_work:
                 self._warn()
 
-    def _start(self, crew: Crew, workers: int) -> None:
+    def _setup(self) -> tuple[Setup, list[int]]:
+        """What each worker has to know, and the descriptors that it needs for that."""
         source = self._archive.source
         archive_fd = source.fd if isinstance(source, PlainFile) else -1
         memory_fd = self._slots.fd if self._slots is not None else -1
         setup = Setup(self._archive.header.uuid, archive_fd, memory_fd, self._setups)
         fds = [archive_fd, memory_fd, *(target.fd for target in self._setups)]
-        crew.start(workers, setup, [fd for fd in fds if fd >= 0])
+        return setup, [fd for fd in fds if fd >= 0]
 
     def _feed(self) -> Feed:
         source = self._archive.source

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from vmapipe.runtime.events import Event, LineSplitter, encode_line
+from vmapipe.runtime.forking import can_fork, fork_module
 
 # A child that was told to stop removes its partial file and ends: milliseconds
 # on a healthy machine. After this it is killed.
@@ -23,10 +24,19 @@ _RECEIVE_BYTES = 1 << 16
 
 
 class Child:
-    """One process of ours, `python -m MODULE ARGS --parent-fd N`."""
+    """One process of ours, `python -m MODULE ARGS --parent-fd N`.
+
+    `fork`: as a copy of this process if that can be, else with an interpreter of its own.
+    """
 
     def __init__(
-        self, name: str, module: str, args: Sequence[str], pass_fds: Sequence[int] = ()
+        self,
+        name: str,
+        module: str,
+        args: Sequence[str],
+        pass_fds: Sequence[int] = (),
+        *,
+        fork: bool = False,
     ) -> None:
         self.name = name
         self.exit_code: int | None = None
@@ -35,18 +45,21 @@ class Child:
         self.cpu_s = 0.0
         self._splitter = LineSplitter()
         self.socket, theirs = socket.socketpair()
+        self._program: subprocess.Popen[bytes] | None = None
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *args, "--parent-fd", str(theirs.fileno())],
-                pass_fds=[*pass_fds, theirs.fileno()],
-                stdin=None if 0 in pass_fds else subprocess.DEVNULL,
-            )
-        self._pidfd = os.pidfd_open(self.process.pid)
+            words = [*args, "--parent-fd", str(theirs.fileno())]
+            fds = [*pass_fds, theirs.fileno()]
+            if fork and can_fork():
+                self.pid = fork_module(module, words, fds)
+            else:
+                self._program = subprocess.Popen(
+                    [sys.executable, "-P", "-m", module, *words],
+                    pass_fds=fds,
+                    stdin=None if 0 in fds else subprocess.DEVNULL,
+                )
+                self.pid = self._program.pid
+        self._pidfd = os.pidfd_open(self.pid)
         self.socket.setblocking(False)
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
 
     @property
     def running(self) -> bool:
@@ -82,11 +95,19 @@ class Child:
         # wait4, because it alone tells the child's peak memory.
         _, status, usage = os.wait4(self.pid, 0)
         os.close(self._pidfd)
-        self.exit_code = self.process.returncode = os.waitstatus_to_exitcode(status)
+        self.exit_code = os.waitstatus_to_exitcode(status)
+        if self._program is not None:
+            self._program.returncode = self.exit_code
         self.peak_rss_bytes = usage.ru_maxrss * 1024
         self.cpu_s = usage.ru_utime + usage.ru_stime
         self.socket.close()
         return True
+
+    def send_signal(self, signum: int) -> None:
+        """Nothing happens to one that has ended."""
+        if self.exit_code is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signum)
 
     def verdict(self) -> str:
         """Why it ended, in words, or an empty string when all was well."""
@@ -100,9 +121,13 @@ class Child:
 
 
 class Children:
-    """The children of one job: their events as they come, and an end to all of them."""
+    """The children of one job: their events as they come, and an end to all of them.
 
-    def __init__(self) -> None:
+    `fork`: see Child.
+    """
+
+    def __init__(self, *, fork: bool = False) -> None:
+        self._fork = fork
         self.all: list[Child] = []
         self._selector = selectors.DefaultSelector()
 
@@ -116,7 +141,7 @@ class Children:
     def start(
         self, name: str, module: str, args: Sequence[str], pass_fds: Sequence[int] = ()
     ) -> Child:
-        child = Child(name, module, args, pass_fds)
+        child = Child(name, module, args, pass_fds, fork=self._fork)
         self.all.append(child)
         self._selector.register(child.socket, selectors.EVENT_READ, child)
         return child
@@ -142,7 +167,7 @@ class Children:
             if ending:
                 self._selector.unregister(child.socket)
                 if not child.reap(STOP_S):
-                    child.process.kill()
+                    child.send_signal(signal.SIGKILL)
                     child.reap(STOP_S)
                 happened.append((child, None))
         return happened

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import select
+import signal
 import socket
 import sys
 import time
@@ -139,10 +140,10 @@ def frozen(agent: str, emit: Emit, cancel: Cancel) -> Iterator[None]:
             yield
         except BaseException:
             # It must not be killed before it has thawed.
-            child.process.terminate()
+            child.send_signal(signal.SIGTERM)
             child.reap(_THAW_LIMIT_S)
             raise
-        child.process.terminate()
+        child.send_signal(signal.SIGTERM)
         for event in _until(children, child, "thawed", _THAW_LIMIT_S):
             if event is not None:
                 emit(event)

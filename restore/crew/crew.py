@@ -24,6 +24,14 @@ _WAIT_S = 1.0
 _VERDICT_S = 2.0
 
 
+def start_workers(children: Children, count: int, endpoint: str, fds: Sequence[int]) -> None:
+    """Start `count` workers, which inherit `fds`; they wait for who listens at `endpoint`."""
+    for number in range(1, count + 1):
+        name = f"worker-{number}"
+        words = ["--endpoint", endpoint, "--name", name]
+        children.start(f"restore {name}", "vmapipe.restore.crew.worker", words, fds)
+
+
 class Crew:
     """Raises Failure, from any of its methods, as soon as one worker fails."""
 
@@ -46,18 +54,10 @@ class Crew:
         self._setup: Setup | None = None
         self._give_up = 0.0
 
-    def start(self, count: int, setup: Setup, fds: Sequence[int]) -> None:
-        """Start `count` workers, which inherit the descriptors that `setup` names."""
+    def welcome(self, setup: Setup) -> None:
+        """The workers were started and are about to report: `setup` is for each of them."""
         self._setup = setup
         self._give_up = time.monotonic() + _START_S
-        for number in range(1, count + 1):
-            name = f"worker-{number}"
-            self._children.start(
-                f"restore {name}",
-                "vmapipe.restore.crew.worker",
-                ["--endpoint", self._link.endpoint, "--name", name],
-                fds,
-            )
 
     def carry_out(self, feed: Feed) -> None:
         """Have all work of `feed` done."""
@@ -120,7 +120,9 @@ class Crew:
         try:
             self._link.send(worker, parts)
         except Failure:
-            self._hear_children(_VERDICT_S)
+            deadline = time.monotonic() + _VERDICT_S
+            while (left_s := deadline - time.monotonic()) > 0:
+                self._hear_children(left_s)
             raise
 
     def _hear_children(self, timeout_s: float) -> None:

@@ -85,6 +85,8 @@ class WorkerLink:
         self._socket.linger = _LINGER_MS
         self._socket.identity = name.encode("ascii")
         self._socket.maxmsgsize = MAX_SETUP_BYTES
+        # The reader binds a moment after it has started us; 100 ms would be felt.
+        self._socket.reconnect_ivl = 10
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:

@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
@@ -41,10 +42,13 @@ def work(what: str, cancel: Cancel, emit: Emit, orders: Orders) -> None:
             threading.Event().wait()
 
 
-if __name__ == "__main__":
-    parent_fd = int(sys.argv[3])
-    what = sys.argv[1]
+def main(argv: Sequence[str]) -> int:
+    what, _, parent_fd = argv
     orders = Orders()
-    sys.exit(
-        run_child("child", parent_fd, lambda c, e: work(what, c, e, orders), print, orders.put)
+    return run_child(
+        "child", int(parent_fd), lambda c, e: work(what, c, e, orders), print, orders.put
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

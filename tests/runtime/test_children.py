@@ -28,6 +28,12 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
+@pytest.fixture(params=[False, True], ids=["exec", "fork"])
+def fork(request: pytest.FixtureRequest) -> bool:
+    """Both ways to start a child; with threads of an earlier test both are the first."""
+    return bool(request.param)
+
+
 def events_until_end(children: Children) -> list[Event]:
     seen: list[Event] = []
     deadline = time.monotonic() + LIMIT_S
@@ -46,8 +52,8 @@ def wait_for(children: Children, name: str) -> None:
     pytest.fail(f"no event {name}")
 
 
-def test_a_child_that_ends_well_has_no_verdict_and_its_usage_is_known() -> None:
-    with Children() as children:
+def test_a_child_that_ends_well_has_no_verdict_and_its_usage_is_known(fork: bool) -> None:
+    with Children(fork=fork) as children:
         child = children.start("it", PROGRAM, ["ends"])
         assert [event["event"] for event in events_until_end(children)] == ["started"]
     assert child.exit_code == 0
@@ -60,35 +66,36 @@ def test_a_child_that_ends_well_has_no_verdict_and_its_usage_is_known() -> None:
     ("what", "verdict"),
     [("fails", "the disk is on fire"), ("os-error", "/nonexistent/file: No such file")],
 )
-def test_a_childs_failure_comes_as_its_own_words(what: str, verdict: str) -> None:
-    with Children() as children:
+def test_a_childs_failure_comes_as_its_own_words(fork: bool, what: str, verdict: str) -> None:
+    with Children(fork=fork) as children:
         child = children.start("it", PROGRAM, [what])
         events_until_end(children)
     assert child.exit_code == 1
     assert child.verdict().startswith(verdict)
 
 
-def test_a_child_that_is_killed_is_reported_with_the_signal() -> None:
-    with Children() as children:
+def test_a_child_that_is_killed_is_reported_with_the_signal(fork: bool) -> None:
+    with Children(fork=fork) as children:
         child = children.start("the producer of 'a'", PROGRAM, ["waits"])
         wait_for(children, "started")
-        child.process.kill()
+        child.send_signal(signal.SIGKILL)
         events_until_end(children)
     assert child.verdict() == "the producer of 'a' was killed by SIGKILL"
 
 
-def test_leaving_the_block_ends_a_child_that_waits() -> None:
-    with Children() as children:
+def test_leaving_the_block_ends_a_child_that_waits(fork: bool) -> None:
+    with Children(fork=fork) as children:
         child = children.start("it", PROGRAM, ["waits"])
         wait_for(children, "started")
     assert child.exit_code == 128 + signal.SIGTERM
 
 
 def test_leaving_the_block_kills_a_child_that_does_not_listen(
+    fork: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "STOP_S", 0.2)
-    with Children() as children:
+    with Children(fork=fork) as children:
         child = children.start("it", PROGRAM, ["is-stuck"])
         wait_for(children, "stuck")
     assert child.exit_code == -signal.SIGKILL
@@ -122,8 +129,8 @@ def test_a_child_ends_when_its_parent_is_killed() -> None:
         parent.stdin.close()
 
 
-def test_a_child_that_ends_at_once_is_not_missed() -> None:
-    child = Child("it", PROGRAM, ["ends"])
+def test_a_child_that_ends_at_once_is_not_missed(fork: bool) -> None:
+    child = Child("it", PROGRAM, ["ends"], fork=fork)
     try:
         assert child.reap(LIMIT_S)
         assert child.exit_code == 0
@@ -139,8 +146,8 @@ def test_events_survive_any_cut_of_the_stream() -> None:
         assert splitter.feed(stream[:cut]) + splitter.feed(stream[cut:]) == events
 
 
-def test_no_descriptor_of_one_child_reaches_another() -> None:
-    with Children() as children:
+def test_no_descriptor_of_one_child_reaches_another(fork: bool) -> None:
+    with Children(fork=fork) as children:
         children.start("one", PROGRAM, ["waits"])
         two = children.start("two", PROGRAM, ["waits"])
         wait_for(children, "started")
