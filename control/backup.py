@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.diskwords import parse_disk
-from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds
+from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds, is_path
 from vmapipe.control.jobs.server import JobServer
 from vmapipe.control.proxmox import JobLog, archive_name, rename_configs, write_notes
 from vmapipe.control.render import add_report_options, renderer
@@ -185,7 +185,7 @@ def _run_by_hand(job: BackupJob, options: argparse.Namespace) -> None:
 
 def _run_job(job: BackupJob, options: argparse.Namespace, around: Surroundings) -> None:
     report, cancel, orders = around
-    with JobServer(job.job_id.hex(), options.archive, cancel, orders) as job.server:
+    with JobServer(job.job_id.hex(), _full_name(options.archive), cancel, orders) as job.server:
         emit = both(report, job.server.take)
         if job.server.notice:
             emit({"event": "notice", "text": job.server.notice})
@@ -196,6 +196,11 @@ def _run_job(job: BackupJob, options: argparse.Namespace, around: Surroundings) 
             job.run(both(emit, log), cancel, orders)
         if options.notes:
             write_notes(options.archive, options.notes)
+
+
+def _full_name(archive: str) -> str:
+    """As somebody in another folder would call it."""
+    return os.path.abspath(archive) if is_path(archive) else archive
 
 
 def both(first: Emit, second: Emit) -> Emit:

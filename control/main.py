@@ -20,6 +20,9 @@ commands:
   list       tell what an archive holds
   config     print a configuration stored in an archive
   verify     check an archive without writing anything
+  status     tell how running backups get on
+  speed      change a running backup's speed limit
+  cancel     end a running backup
   monitor    serve disks to guests, so that they can be backed up while in use
   cleanup    remove what a crashed backup has left in a running QEMU
   producer   read one disk and send it to an archiver (by hand, or elsewhere)
@@ -44,6 +47,9 @@ _COMMANDS = {
     "list": "vmapipe.control.inspect",
     "config": "vmapipe.control.inspect",
     "verify": "vmapipe.control.inspect",
+    "status": "vmapipe.control.jobs.commands",
+    "speed": "vmapipe.control.jobs.commands",
+    "cancel": "vmapipe.control.jobs.commands",
     "monitor": "vmapipe.control.monitor.main",
     "cleanup": "vmapipe.control.qemu.cleanup",
     "producer": "vmapipe.producer.main",

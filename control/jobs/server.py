@@ -101,7 +101,8 @@ def _usage(name: str, pid: int) -> dict[str, Any] | None:
         process = psutil.Process(pid)
         with process.oneshot():
             times, memory = process.cpu_times(), process.memory_info()
+            age_s = round(time.time() - process.create_time(), 2)
     except psutil.Error:
         return None  # it has ended just now
     cpu_s = round(times.user + times.system, 2)
-    return {"name": name, "pid": pid, "cpu_s": cpu_s, "rss_bytes": memory.rss}
+    return {"name": name, "pid": pid, "age_s": age_s, "cpu_s": cpu_s, "rss_bytes": memory.rss}
