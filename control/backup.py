@@ -15,6 +15,7 @@ from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.diskwords import parse_disk
 from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds, is_path
 from vmapipe.control.jobs.server import JobServer
+from vmapipe.control.priorities import add_priority_options, buffer_of_each, priorities
 from vmapipe.control.proxmox import JobLog, archive_name, rename_configs, write_notes
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
@@ -89,6 +90,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         "(with --qmp or --monitor); they are thawed whatever happens",
     )
     add_buffer_options(parser)
+    add_priority_options(parser)
     parser.add_argument(
         "--speed",
         type=size,
@@ -160,10 +162,11 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
             archiver_options=archiver_options(options),
             speed_bytes_s=options.speed,
             pass_fds=pass_fds,
-            buffer_options=buffer_options(options),
+            buffer_options=buffer_options(options, len(disks)),
             machine=machine,
             agent=options.agent or "",
             in_turn=options.reproducible,
+            priorities=priorities(options),
         )
         if parent is None:
             _run_by_hand(job, options)
@@ -213,9 +216,10 @@ def both(first: Emit, second: Emit) -> Emit:
     return emit
 
 
-def buffer_options(options: argparse.Namespace) -> list[str]:
+def buffer_options(options: argparse.Namespace, disks: int) -> list[str]:
+    """Of each of so many live disks. Raises UsageError."""
     return [
-        f"--buffer={options.buffer}",
+        f"--buffer={buffer_of_each(options.buffer, options.buffer_total, disks)}",
         f"--spool={options.spool}",
         f"--spool-size={options.spool_size}",
         f"--guest-wait={options.guest_wait}",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from vmapipe.control.instant import begin_together
 from vmapipe.control.jobs.shares import Shares
+from vmapipe.control.priorities import AS_INHERITED, Priorities
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
@@ -69,6 +70,7 @@ class BackupJob:
     agent: str = ""
     #: Disks are read one after the other.
     in_turn: bool = False
+    priorities: Priorities = AS_INHERITED
     #: Who is asked about the job from outside.
     server: JobServer | None = None
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
@@ -77,6 +79,7 @@ class BackupJob:
         """Raises Failure when nothing was stored. `orders` may change the speed meanwhile."""
         orders = orders or Orders()
         self._check()
+        self._read_bytes: dict[str, int] = {}
         self._shares = Shares(
             self.speed_bytes_s, [disk.name for disk in self.disks], in_turn=self.in_turn
         )
@@ -102,6 +105,8 @@ class BackupJob:
                 {
                     "event": "done",
                     "seconds": round(time.monotonic() - started, 3),
+                    "read_bytes": sum(self._read_bytes.values()),
+                    "speed_bytes_s": self._shares.bytes_per_s,
                     "cpu_s": round(sum(child.cpu_s for child in children.all), 3),
                     "peak_rss_bytes": sum(child.peak_rss_bytes for child in children.all),
                 }
@@ -124,17 +129,20 @@ class BackupJob:
         # With "=", because a name may begin with a dash.
         words = [f"--listen={endpoint}", f"--output={self.archive}", f"--job={job}"]
         words += [f"--device={disk.name}" for disk in self.disks]
-        children.start(
+        archiver = children.start(
             "the archiver",
             "vmapipe.archiver.main",
             [*words, *self.archiver_options],
             self.pass_fds,
         )
+        self.priorities.apply(archiver.pid, guest_waits=False)
         for index, disk in enumerate(self.disks):
             words = [f"--archiver={endpoint}", f"--job={job}", f"--name={disk.name}"]
             more, fds = self._words_of(index, disk)
             words += [f"--speed={speed}", *more]
-            children.start(f"the producer of {disk.name!r}", "vmapipe.producer.main", words, fds)
+            name = f"the producer of {disk.name!r}"
+            child = children.start(name, "vmapipe.producer.main", words, fds)
+            self.priorities.apply(child.pid, guest_waits=bool(disk.guard or self.machine))
         if self.machine:
             self.machine.protect(children.all[1:])
             children.watch(self.machine.fd)
@@ -205,6 +213,8 @@ class BackupJob:
             emit(event)
             if event["event"] == "progress":
                 self._share_again(event, children)
+            elif event["event"] == "transfer":
+                self._read_bytes[event["device"]] = event["read_bytes"]
 
     def _attend(self, children: Children, orders: Orders, emit: Emit) -> None:
         """Whoever else has something to say: QEMU, and who asks or steers us. Raises Failure."""

@@ -133,11 +133,19 @@ class _Text:
                     f"({human_bytes(self.zero_bytes)} of them zero)"
                 )
             case "done":
-                return f"{self.verb} done in {event['seconds']:.1f} s, {human_bytes(self.rate)}/s"
+                return f"{self.verb} done in {event['seconds']:.1f} s, {self._rate_text(event)}"
             case "buffer":
                 return self._pressure_text(event)
         words = _WORDS.get(event["event"])
         return None if words is None else words(event)
+
+    def _rate_text(self, event: Event) -> str:
+        limit = event.get("speed_bytes_s")
+        if not limit:
+            return f"{human_bytes(self.rate)}/s"
+        # The limit is one on reading, which holes need none of.
+        read = event["read_bytes"] / max(0.001, event["seconds"])
+        return f"{human_bytes(read)}/s read (limit {human_bytes(limit)}/s)"
 
     def _pressure_text(self, event: Event) -> str | None:
         """A line when it gets worse; that it got better is no news."""
