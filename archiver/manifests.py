@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a manifest goes: a file beside the archive, a named file, or whoever listens."""
+"""Where a manifest goes: beside the archive, to a named place, or to whoever listens."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vmapipe.archiver.outputs.file import FileOutput
+from vmapipe.archiver.outputs.output import Output
+
+if TYPE_CHECKING:
+    from vmapipe.archiver.outputs.object import ObjectOutput
 
 SUFFIX = ".manifest.json"
 # Lines of 40 bytes are not worth a system call each.
@@ -28,16 +32,11 @@ class ManifestSink(Protocol):
         """Leave nothing behind, after a commit too. Never raises."""
 
 
-class ManifestFile:
-    """A file, committed like an archive. `replace`: one that exists is stale.
+class _ManifestOutput:
+    """Lines into an output, which is committed like an archive."""
 
-    That is so beside an archive that does not exist yet. A file that the user
-    named is not replaced.
-    """
-
-    def __init__(self, path: str, *, replace: bool) -> None:
-        self._path = path
-        self._output = FileOutput(path, replace=replace)
+    def __init__(self, output: Output) -> None:
+        self._output = output
         self._lines: list[bytes] = []
         self._length = 0
         self._committed = False
@@ -58,12 +57,51 @@ class ManifestFile:
         self._output.abandon()
         if self._committed:
             self._committed = False
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+            self._remove()
+
+    def _remove(self) -> None:
+        """Take it back after its commit. Never raises."""
+        raise NotImplementedError
 
     def _flush(self) -> None:
         lines, self._lines, self._length = self._lines, [], 0
         self._output.write([b"".join(lines)])
+
+
+class ManifestFile(_ManifestOutput):
+    """A file. `replace`: one that exists is stale.
+
+    That is so beside an archive that does not exist yet. A file that the user
+    named is not replaced.
+    """
+
+    def __init__(self, path: str, *, replace: bool) -> None:
+        super().__init__(FileOutput(path, replace=replace))
+        self._path = path
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+
+class ManifestObject(_ManifestOutput):
+    """An object of a store; `replace` as for a file.
+
+    `check` is called before the commit: the manifest of somebody who has made the
+    same archive meanwhile is not stale, and no lock keeps two writers apart.
+    """
+
+    def __init__(self, output: ObjectOutput, check: Callable[[], None]) -> None:
+        super().__init__(output)
+        self._object = output
+        self._check = check
+
+    def commit(self) -> None:
+        self._check()
+        super().commit()
+
+    def _remove(self) -> None:
+        self._object.remove()
 
 
 class ManifestLines:
@@ -83,5 +121,5 @@ class ManifestLines:
 
 
 def beside(archive: str) -> str:
-    """The path of an archive's manifest."""
+    """The path of an archive's manifest, or its object's name."""
     return archive + SUFFIX

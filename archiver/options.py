@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 from vmapipe.archiver.compression import parse_compression
 from vmapipe.archiver.device import Mark
-from vmapipe.archiver.manifests import ManifestFile, ManifestLines, ManifestSink, beside
+from vmapipe.archiver.manifests import (
+    ManifestFile,
+    ManifestLines,
+    ManifestObject,
+    ManifestSink,
+    beside,
+)
 from vmapipe.archiver.outputs.output import Output
 from vmapipe.archiver.outputs.spec import open_output
 from vmapipe.archiver.store import Store
@@ -18,6 +24,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import split_named
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.objectnames import is_object
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Config
 from vmapipe.vma.layout import MAX_BLOB_BYTES, MAX_CONFIGS
@@ -57,9 +64,9 @@ def store_for(
         compression = parse_compression(options.compress, options.threads)
     if options.manifest and options.no_manifest:
         raise UsageError("--manifest and --no-manifest exclude each other")
-    output = open_output(options.output, cancel=cancel)
+    output = open_output(options.output, cancel=cancel, emit=emit)
     try:
-        sink = _manifest_sink(options, output, emit)
+        sink = _manifest_sink(options, output, cancel, emit)
     except BaseException:
         output.abandon()
         raise
@@ -75,13 +82,25 @@ def _digests(sink: ManifestSink | None) -> Digests | None:
     return Digests(sink)
 
 
-def _manifest_sink(options: argparse.Namespace, output: Output, emit: Emit) -> ManifestSink | None:
+def _manifest_sink(
+    options: argparse.Namespace, output: Output, cancel: Cancel, emit: Emit
+) -> ManifestSink | None:
     if options.no_manifest:
         return None
-    if options.manifest:
-        return ManifestFile(options.manifest, replace=False)
-    if not output.is_stream:
-        return ManifestFile(beside(options.output), replace=True)
+    if options.manifest or not output.is_stream:
+        name = options.manifest or beside(options.output)
+        if is_object(name):
+            return _manifest_object(name, not options.manifest, output, cancel, emit)
+        return ManifestFile(name, replace=not options.manifest)
     if options.manifest_events:
         return ManifestLines(lambda text: emit({"event": "manifest", "text": text}))
     return None
+
+
+def _manifest_object(
+    name: str, replace: bool, output: Output, cancel: Cancel, emit: Emit
+) -> ManifestSink:
+    from vmapipe.archiver.outputs.object import ObjectOutput
+
+    check = output.check_free if isinstance(output, ObjectOutput) else lambda: None
+    return ManifestObject(ObjectOutput(name, cancel=cancel, emit=emit, replace=replace), check)

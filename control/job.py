@@ -20,6 +20,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.objectnames import SCHEME
 from vmapipe.runtime.orders import Orders, ordered_speed, speed_order
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, check_contents
@@ -74,6 +75,8 @@ class BackupJob:
     #: Who is asked about the job from outside.
     server: JobServer | None = None
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
+    #: Uploads to object stores that the archiver has begun: name and id.
+    uploads: list[tuple[str, str]] = field(default_factory=list)
 
     def run(self, emit: Emit, cancel: Cancel, orders: Orders | None = None) -> None:
         """Raises Failure when nothing was stored. `orders` may change the speed meanwhile."""
@@ -209,6 +212,8 @@ class BackupJob:
             unattached.discard(event["device"])
             if not unattached:
                 self._begin(emit, cancel)
+        elif event["event"] == "upload":
+            self.uploads.append((event["archive"], event["upload"]))
         elif event["event"] not in ("draining", "error"):
             emit(event)
             if event["event"] == "progress":
@@ -282,7 +287,13 @@ class BackupJob:
     def _remove_leftovers(self, children: Children) -> None:
         """What an archiver that was killed could not remove itself."""
         killed = children.all and (children.all[0].exit_code or 0) < 0
-        if not killed or not is_path(self.archive):
+        if not killed:
+            return
+        for name, upload in self.uploads:
+            from vmapipe.archiver.outputs.leftuploads import abort_upload
+
+            abort_upload(name, upload)
+        if not is_path(self.archive):
             return
         # Imported here: it is seldom needed, and a backup starts sooner without.
         from vmapipe.archiver.manifests import beside
@@ -317,7 +328,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def is_path(output: str) -> bool:
     """Whether an output is a path, and not one of the other words."""
-    return output != "-" and not output.startswith(("exec:", "fd:", "/dev/fdset/"))
+    return output != "-" and not output.startswith(("exec:", "fd:", "/dev/fdset/", SCHEME))
 
 
 def goes_to_stdout(output: str) -> bool:

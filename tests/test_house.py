@@ -31,6 +31,7 @@ ONLY_IN = {
     "xxhash": {"archiver/digests.py", "restore/checks/digest.py"},
     "zstandard": {"archiver/compress.py", "restore/archive/zstd.py"},
     "qemu": {"control/qemu/qmp_link.py"},
+    "botocore": {"runtime/objectstore.py"},
     "dissect": set[str](),  # for tests: another project's reader, under another licence
 }
 

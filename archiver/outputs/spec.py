@@ -20,17 +20,20 @@ from vmapipe.archiver.outputs.stream import (
 )
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.events import Emit, ignore
+from vmapipe.runtime.objectnames import is_object
 
 _STDOUT = 1
 # Digits alone, so that int() cannot be surprised by "+1", "1_0" or a thousand of them.
 _DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/)([0-9]{1,9})")
 
 
-def open_output(spec: str, *, cancel: Cancel | None = None) -> Output:
-    """Open what `spec` names.
+def open_output(spec: str, *, cancel: Cancel | None = None, emit: Emit = ignore) -> Output:
+    """Open what `spec` names; `emit` hears what there is to say of it.
 
     `-`: standard output. `exec:COMMAND`: a command's standard input. `fd:N` or
     `/dev/fdset/N`: descriptor N, which the caller opened; it is ours then.
+    `s3://BUCKET/KEY`: an object of a store, which must not exist.
     Anything else is a path: of a FIFO (waits for its reader), a character
     device or a listening Unix socket, or else of a file that must not exist.
     Raises UsageError, OutputFailure, or Cancelled while waiting.
@@ -42,6 +45,11 @@ def open_output(spec: str, *, cancel: Cancel | None = None) -> Output:
     if match := _DESCRIPTOR.fullmatch(spec):
         number = int(match[1])
         return open_inherited(number, spec, cancel, close=number > 2)
+    if is_object(spec):
+        # Imported here: few archives go there.
+        from vmapipe.archiver.outputs.object import ObjectOutput
+
+        return ObjectOutput(spec, cancel=cancel, emit=emit)
     if spec.startswith("fd:"):
         raise UsageError(f"{spec!r}: after fd: comes the number of an open descriptor")
     if not spec or "\0" in spec:

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An object of an S3 store: parts go up while the archive is made; it appears when it is complete.
+
+Requests are made by threads of their own, so that neither a stop nor an
+`abandon` waits for a store that does not answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import uuid
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from typing import TypeVar
+
+from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
+from vmapipe.archiver.outputs.errors import OutputFailure, size_text
+from vmapipe.archiver.outputs.file import exists_failure
+from vmapipe.archiver.outputs.interrupt import Interrupt
+from vmapipe.archiver.outputs.leftuploads import abort, abort_left_over, in_a_while
+from vmapipe.archiver.outputs.output import Buffers
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.daemons import DaemonPool
+from vmapipe.runtime.events import Emit, ignore
+from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
+
+# An upload has 10,000 parts of at least 5 MiB, and nobody knows its length in advance. The parts
+# double after every thousand: an archive of 31 GiB goes in parts of 16 MiB, and the last step,
+# of 512 MiB, ends at 2.4 TiB.
+PART_BYTES = 16 << 20
+MAX_PARTS = 10_000
+_PARTS_A_STEP = 1000
+_MAX_DOUBLINGS = 5
+# Parts on their way at the same time have this together, or are one: enough to fill a line of
+# 1 Gbit/s at an answer time of half a second.
+_AHEAD_BYTES = 64 << 20
+_MAX_AHEAD = 4
+# What a store says that knows no If-None-Match.
+_NO_CONDITIONS = ("NotImplemented", "501")
+Result = TypeVar("Result")
+
+
+def part_bytes(number: int, first_bytes: int) -> int:
+    """The length of part `number`, the first being 1."""
+    doublings = max(0, (number - 1) // _PARTS_A_STEP - 1)
+    return first_bytes << min(doublings, _MAX_DOUBLINGS)
+
+
+class ObjectOutput:
+    """See `Output`. `replace`: an object that exists now may be replaced, and no other.
+
+    `upload` is the id of the upload under way, told as an event as soon as there
+    is one, for whoever has to clean up after this process was killed.
+    """
+
+    is_stream = False
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        cancel: Cancel | None = None,
+        emit: Emit = ignore,
+        replace: bool = False,
+        first_part_bytes: int = PART_BYTES,
+    ) -> None:
+        self.description = name
+        self.written_bytes = 0
+        self.upload = ""
+        self._emit = emit
+        self._first_part_bytes = first_part_bytes
+        self._store = StoredObject(name)
+        self._mark = uuid.uuid4().hex
+        self._condition = {"IfNoneMatch": "*"}
+        self._total_bytes = 0
+        self._part = bytearray()
+        self._etags: list[str] = []
+        self._sending: deque[tuple[Future[str], int]] = deque()
+        self._began: Future[None] | None = None
+        self._number = 0
+        self._lock = threading.Lock()
+        self._over = False
+        self._interrupt = Interrupt(cancel)
+        self._pool = DaemonPool(_MAX_AHEAD + 1, "s3")
+        try:
+            found = self._wait(self._pool.submit(self._store.head))
+            if found is not None and not replace:
+                raise exists_failure(name)
+            if found is not None:
+                self._condition = {"IfMatch": found.etag}
+            elif not replace:
+                self._wait(self._pool.submit(lambda: abort_left_over(self._store, self._notice)))
+        except BaseException as error:
+            self.abandon()
+            if isinstance(error, StoreError):
+                raise self._failure(error) from error
+            raise
+
+    def write(self, buffers: Buffers) -> None:
+        with self._working():
+            for buffer in buffers:
+                self._add(memoryview(buffer))
+
+    def check_free(self) -> None:
+        """Raises OutputFailure when somebody else has made the object meanwhile."""
+        if self._wait(self._pool.submit(self._store.head)) is not None:
+            raise exists_failure(self.description)
+
+    def commit(self) -> None:
+        with self._working():
+            if self._number:
+                self._send_part()
+                while self._sending:
+                    self._take_oldest()
+            if "IfNoneMatch" in self._condition:
+                # A store that does not know conditions passes over them.
+                self.check_free()
+            self._began = self._pool.submit(self._publish)
+            self._wait(self._began)
+            self.written_bytes = self._total_bytes
+            self._interrupt.check()
+            self._end()
+            self._store.close()
+
+    def abandon(self) -> None:
+        self._interrupt.ask()
+        # Whoever holds the lock waits for nothing but us, and lets go of it at once.
+        if self._lock.acquire(timeout=ABANDON_WAIT_S):
+            try:
+                self._discard_once()
+            finally:
+                self._lock.release()
+
+    def remove(self) -> None:
+        """Take a committed object back, if it is still the one that was committed. Never raises."""
+        in_a_while(self._remove_ours)
+
+    # --- the thread that writes ---
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        with self._lock:
+            if self._over:
+                raise OutputFailure(f"{self.description} takes no more: it is complete or given up")
+            try:
+                yield
+            except StoreError as error:
+                raise self._failure(error) from error
+            finally:
+                if self._interrupt.abandoned:
+                    self._discard_once()
+
+    def _failure(self, error: StoreError) -> OutputFailure:
+        if isinstance(error, ConflictError):
+            return exists_failure(self.description)
+        sent = self.written_bytes
+        text = f"{error}, after {size_text(sent)}" if sent else str(error)
+        return OutputFailure(text, target=self.description, written_bytes=sent)
+
+    def _add(self, data: memoryview) -> None:
+        while data:
+            room = part_bytes(self._number + 1, self._first_part_bytes) - len(self._part)
+            if not room:
+                self._send_part()
+                continue
+            self._part += data[:room]
+            self._total_bytes += len(data[:room])
+            data = data[room:]
+        self._interrupt.check()
+
+    def _send_part(self) -> None:
+        if self._number == MAX_PARTS:
+            raise OutputFailure(
+                f"{self.description} is larger than an upload of {MAX_PARTS} parts can be: "
+                f"{size_text(self._total_bytes)}; compress it, or make one archive a disk",
+                target=self.description,
+            )
+        if not self.upload:
+            self.upload = self._wait(self._pool.submit(lambda: self._store.begin(self._mark)))
+            self._emit({"event": "upload", "archive": self.description, "upload": self.upload})
+        data, self._part = self._part, bytearray()
+        self._number += 1
+        upload, number = self.upload, self._number
+        most = max(1, min(_MAX_AHEAD, _AHEAD_BYTES // len(data) if data else 1))
+        while len(self._sending) >= most:
+            self._take_oldest()
+        future = self._pool.submit(lambda: self._store.put_part(upload, number, data))
+        self._sending.append((future, len(data)))
+
+    def _take_oldest(self) -> None:
+        future, length = self._sending[0]
+        self._etags.append(self._wait(future))
+        self._sending.popleft()
+        self.written_bytes += length
+
+    def _wait(self, future: Future[Result]) -> Result:
+        """Its result; raises Cancelled or OutputFailure when the work is to end first."""
+        ended = os.eventfd(0, os.EFD_CLOEXEC)
+        # Ours is closed before the future may end: each has its own.
+        theirs = os.dup(ended)
+
+        def tell(_: Future[Result]) -> None:
+            os.eventfd_write(theirs, 1)
+            os.close(theirs)
+
+        try:
+            future.add_done_callback(tell)
+            if not future.done():
+                self._interrupt.wait(None, ended)
+            self._interrupt.check()
+            return future.result()
+        finally:
+            os.close(ended)
+
+    # --- threads of the pool ---
+
+    def _publish(self) -> None:
+        try:
+            self._make(self._condition)
+        except StoreError as error:
+            # An answer that was lost: what was then tried again met our own object.
+            with contextlib.suppress(StoreError):
+                if self._is_there():
+                    return
+            if error.code not in _NO_CONDITIONS:
+                raise
+            # What was there was seen just now; there is no better way in such a store.
+            self._make({})
+        if not self._is_there():
+            raise StoreError(
+                f"{self.description} is not what was written: its size or its mark is another one"
+            )
+
+    def _make(self, condition: Mapping[str, str]) -> None:
+        if self.upload:
+            self._store.complete(self.upload, self._etags, condition)
+        else:
+            self._store.put(self._part, self._mark, condition)
+
+    def _is_there(self) -> bool:
+        found = self._store.head()
+        return found is not None and (found.mark, found.size_bytes) == (
+            self._mark,
+            self._total_bytes,
+        )
+
+    def _notice(self, text: str) -> None:
+        self._emit({"event": "notice", "text": text})
+
+    # --- giving up ---
+
+    def _discard_once(self) -> None:
+        if self._over:
+            return
+        sending: list[Future[object]] = [future for future, _ in self._sending]  # type: ignore[misc]
+        if self._began is not None:
+            sending.append(self._began)  # type: ignore[arg-type]
+        self._end()
+        # Before parts that still go up have ended, and once more after that: a
+        # part that arrives after its upload was aborted may stay with the store.
+        in_a_while(lambda: self._clean_up(sending))
+
+    def _clean_up(self, sending: list[Future[object]]) -> None:
+        under_way = [future for future in sending if not future.done()]
+        if self.upload:
+            abort(self._store, self.upload)
+            if under_way:
+                wait_for(under_way)
+                abort(self._store, self.upload)
+        if self._began is not None:
+            self._remove_ours()
+        self._store.close()
+
+    def _remove_ours(self) -> None:
+        with contextlib.suppress(StoreError):
+            found = self._store.head()
+            if found is not None and found.mark == self._mark:
+                self._store.remove()
+        self._store.close()
+
+    def _end(self) -> None:
+        self._over = True
+        self._sending.clear()
+        self._part = bytearray()
+        self._pool.close()
+        self._interrupt.close()

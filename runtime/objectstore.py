@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One object of an S3 store: its parts, its ranges, its uploads. Only this file imports botocore.
+
+Credentials, region and endpoint come from where every S3 tool looks for them:
+the environment (AWS_…) and ~/.aws. Why botocore: docs/decisions/0009-object-store.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple, TypeVar
+
+from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.objectnames import SCHEME, split_name
+
+ALLOW_HTTP = "AWS_ALLOW_HTTP"
+# A healthy store answers within a second; one that completes an upload of
+# thousands of parts may take a minute.
+CONNECT_S, READ_S = 10, 120
+# With waits of 1, 2, 4, 8 and 16 s at most between them: a store that restarts is survived, one
+# that is down is told within a minute. AWS_MAX_ATTEMPTS and ~/.aws/config have another number.
+ATTEMPTS = 6
+# What marks an object as ours, so that an answer that was lost can be asked for again.
+_MARK = "vmapipe-upload"
+_CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+_WAY_OUT = {
+    "NoSuchBucket": "create the bucket, or mend its name",
+    "AccessDenied": "these credentials may not do that",
+    "403": "these credentials may not do that, or are wrong",
+    "InvalidAccessKeyId": "mend AWS_ACCESS_KEY_ID or ~/.aws/credentials",
+    "SignatureDoesNotMatch": "mend AWS_SECRET_ACCESS_KEY or ~/.aws/credentials",
+    "RequestTimeTooSkewed": "set this machine's clock",
+}
+Result = TypeVar("Result")
+
+
+class StoreError(Failure):
+    """The store cannot be reached or refuses; `code` is its own word for why, if it said one."""
+
+    def __init__(self, text: str, code: str = "") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class ConflictError(StoreError):
+    """The object is not as the request asked for: it exists already, or was replaced."""
+
+
+class ObjectInfo(NamedTuple):
+    """`mark`: of the upload that made the object, if it was one of ours."""
+
+    size_bytes: int
+    etag: str
+    mark: str
+
+
+class StoredObject:
+    """Requests about one object, each tried several times. They block; any thread may make them.
+
+    All raise StoreError with the object's name. `connections`: how many
+    requests at the same time.
+    """
+
+    def __init__(self, name: str, connections: int = 8) -> None:
+        self.name = name
+        self.bucket, self.key = split_name(name)
+        self._client = _client(name, connections)
+        self._where = {"Bucket": self.bucket, "Key": self.key}
+
+    def head(self) -> ObjectInfo | None:
+        """None where there is no such object."""
+        try:
+            found = self._ask("look at", self._client.head_object)
+        except StoreError as error:
+            if error.code in ("404", "NoSuchKey", "NotFound"):
+                return None
+            raise
+        mark = {k.lower(): v for k, v in found.get("Metadata", {}).items()}.get(_MARK, "")
+        return ObjectInfo(found["ContentLength"], found.get("ETag", ""), mark)
+
+    def read(self, length: int, offset: int, etag: str) -> bytes:
+        """All of these bytes, which must be there. Raises ConflictError when the object was replaced."""
+        at = f" at offset {offset}"
+        ask = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        if etag:
+            ask["IfMatch"] = etag
+        for attempt in range(ATTEMPTS):
+            body = self._ask("read", self._client.get_object, place=at, **ask)["Body"]
+            problem = "more bytes came than were asked for"
+            try:
+                data: bytes = body.read(length + 1)
+                if len(data) == length:
+                    return data
+                if len(data) < length:
+                    problem = f"{len(data)} of {length} bytes came"
+            # The library knows an answer that was cut by half a dozen names, its own and others'.
+            except Exception as error:  # noqa: BLE001
+                problem = _reason(error)
+            finally:
+                body.close()
+            time.sleep(random.uniform(0, min(1 << attempt, 16)) / 4)
+        raise StoreError(f"cannot read {self.name}{at}: {problem}, {ATTEMPTS} times")
+
+    # --- writing ---
+
+    def put(self, data: bytes | bytearray, mark: str, condition: Mapping[str, str]) -> None:
+        """The whole object in one request. Raises ConflictError."""
+        self._ask(
+            "write",
+            self._client.put_object,
+            Body=data,
+            ContentMD5=_md5(data),
+            Metadata={_MARK: mark},
+            **condition,
+        )
+
+    def begin(self, mark: str) -> str:
+        """Begin an upload in parts; returns its id."""
+        begun = self._ask("write", self._client.create_multipart_upload, Metadata={_MARK: mark})
+        return str(begun["UploadId"])
+
+    def put_part(self, upload: str, number: int, data: bytes | bytearray) -> str:
+        """Returns what `complete` wants to know of the part."""
+        done = self._ask(
+            "write",
+            self._client.upload_part,
+            place=f", part {number}",
+            UploadId=upload,
+            PartNumber=number,
+            Body=data,
+            ContentMD5=_md5(data),
+        )
+        return str(done.get("ETag", ""))
+
+    def complete(self, upload: str, etags: Sequence[str], condition: Mapping[str, str]) -> None:
+        """All parts are there: now the object is. Raises ConflictError."""
+        parts = [{"PartNumber": n, "ETag": etag} for n, etag in enumerate(etags, start=1)]
+        self._ask(
+            "complete",
+            self._client.complete_multipart_upload,
+            UploadId=upload,
+            MultipartUpload={"Parts": parts},
+            **condition,
+        )
+
+    def abort(self, upload: str) -> None:
+        """Give the upload and its parts up; no error where there is none."""
+        try:
+            self._ask("abort the upload of", self._client.abort_multipart_upload, UploadId=upload)
+        except StoreError as error:
+            if error.code not in ("NoSuchUpload", "404"):
+                raise
+
+    def remove(self) -> None:
+        self._ask("remove", self._client.delete_object)
+
+    def uploads_beside(self, endings: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+        """Uploads under way in the object's folder: (key, id, seconds since its last part).
+
+        Only of keys with one of these endings.
+        """
+        folder = self.key.rpartition("/")[0]
+        prefix = f"{folder}/" if folder else ""
+        ask: dict[str, Any] = {"Prefix": prefix, "Delimiter": "/"}
+        found = self._ask(
+            "list the uploads beside", self._client.list_multipart_uploads, key="", **ask
+        )
+        for upload in found.get("Uploads", ()):
+            key, number = str(upload["Key"]), str(upload["UploadId"])
+            if not key.endswith(tuple(endings)):
+                continue
+            times: list[datetime] = [upload["Initiated"]]
+            parts = self._ask(
+                "list the parts of", self._client.list_parts, key=key, UploadId=number
+            )
+            # The first thousand only: where there are more, it is young or large, and is left.
+            if parts.get("IsTruncated"):
+                continue
+            times += [part["LastModified"] for part in parts.get("Parts", ())]
+            yield key, number, time.time() - max(times).timestamp()
+
+    def sibling(self, key: str) -> StoredObject:
+        """Another object of the same bucket."""
+        return StoredObject(f"{SCHEME}{self.bucket}/{key}")
+
+    def close(self) -> None:
+        """Give the connections back; the next request makes new ones."""
+        self._client.close()
+
+    def _ask(
+        self,
+        verb: str,
+        request: Callable[..., Result],
+        *,
+        place: str = "",
+        key: str | None = None,
+        **parameters: Any,
+    ) -> Result:
+        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+
+        where = dict(self._where) if key is None else {"Bucket": self.bucket}
+        if key:
+            where["Key"] = key
+        try:
+            return request(**where, **parameters)
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            words = error.response.get("Error", {}).get("Message") or "no reason given"
+            tried = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
+            often = f", {tried + 1} times" if tried else ""
+            out = f"; {_WAY_OUT[code]}" if code in _WAY_OUT else ""
+            kind = ConflictError if code in _CONFLICTS else StoreError
+            text = f"cannot {verb} {self.name}{place}: {code}: {words}{often}{out}"
+            raise kind(text, code) from error
+        except (BotoCoreError, HTTPClientError) as error:
+            raise StoreError(f"cannot {verb} {self.name}{place}: {_reason(error)}") from error
+
+
+def _client(name: str, connections: int) -> Any:
+    """Raises UsageError where the library or the permission for plain http is missing."""
+    try:
+        import botocore.session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+    except ImportError as error:
+        raise UsageError(f"{name}: s3:// needs botocore: pip install 'vmapipe[s3]'") from error
+    try:
+        session = botocore.session.get_session()
+        session.register_component("data_loader", _loader())
+        words: dict[str, Any] = {
+            "connect_timeout": CONNECT_S,
+            "read_timeout": READ_S,
+            "max_pool_connections": connections,
+            # Checksums in trailers are refused by many stores that are not Amazon's: each part
+            # has its MD5 in its header instead, which all of them check.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        }
+        if session.get_config_variable("max_attempts") is None:
+            words["retries"] = {"mode": "standard", "total_max_attempts": ATTEMPTS}
+        region = (
+            os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
+        )
+
+        def make() -> Any:
+            return session.create_client("s3", region_name=region, config=Config(**words))
+
+        client = make()
+        endpoint = str(client.meta.endpoint_url)
+        style = (session.get_scoped_config().get("s3") or {}).get("addressing_style")
+        if not style and "amazonaws.com" not in endpoint:
+            # Few who run a store of their own have a name in the DNS for each bucket.
+            words["s3"] = {"addressing_style": "path"}
+            client = make()
+    except (BotoCoreError, ValueError) as error:
+        raise UsageError(f"{name}: {error}") from error
+    if endpoint.startswith("http:") and os.environ.get(ALLOW_HTTP, "").lower() not in ("1", "true"):
+        raise UsageError(
+            f"{name}: over {endpoint} anybody on the way could read and change the data; use an "
+            f"https:// endpoint, or accept the risk with {ALLOW_HTTP}=true"
+        )
+    return client
+
+
+@functools.cache
+def _loader() -> Any:
+    """Of the library's description of S3: reading it takes 0.1 s, and once is enough."""
+    import botocore.session
+
+    return botocore.session.get_session().get_component("data_loader")
+
+
+def _md5(data: bytes | bytearray) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _reason(error: BaseException) -> str:
+    from botocore.exceptions import NoCredentialsError, PartialCredentialsError
+
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return (
+            "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or write "
+            "~/.aws/credentials"
+        )
+    return " ".join(str(error).split()) or type(error).__name__
