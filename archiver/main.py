@@ -52,7 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="ARCHIVE",
-        help="a new file, - (stdout), a FIFO or device, exec:CMD, fd:N or /dev/fdset/N",
+        help="a new file, - (stdout), a FIFO or device, exec:CMD, fd:N, /dev/fdset/N "
+        "or s3://BUCKET/KEY",
     )
     parser.add_argument(
         "--device",

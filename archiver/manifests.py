@@ -87,17 +87,17 @@ class ManifestFile(_ManifestOutput):
 class ManifestObject(_ManifestOutput):
     """An object of a store; `replace` as for a file.
 
-    `check` is called before the commit: the manifest of somebody who has made the
-    same archive meanwhile is not stale, and no lock keeps two writers apart.
+    `prepare` is called before the commit: it sees to it that the archive can follow at once, and
+    that nobody has made the same one meanwhile, whose manifest would not be stale.
     """
 
-    def __init__(self, output: ObjectOutput, check: Callable[[], None]) -> None:
+    def __init__(self, output: ObjectOutput, prepare: Callable[[], None]) -> None:
         super().__init__(output)
         self._object = output
-        self._check = check
+        self._prepare = prepare
 
     def commit(self) -> None:
-        self._check()
+        self._prepare()
         super().commit()
 
     def _remove(self) -> None:

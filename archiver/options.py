@@ -102,5 +102,5 @@ def _manifest_object(
 ) -> ManifestSink:
     from vmapipe.archiver.outputs.object import ObjectOutput
 
-    check = output.check_free if isinstance(output, ObjectOutput) else lambda: None
-    return ManifestObject(ObjectOutput(name, cancel=cancel, emit=emit, replace=replace), check)
+    prepare = output.prepare if isinstance(output, ObjectOutput) else lambda: None
+    return ManifestObject(ObjectOutput(name, cancel=cancel, emit=emit, replace=replace), prepare)

@@ -28,6 +28,7 @@ from vmapipe.runtime.cli import (
 )
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit, Event, ignore
+from vmapipe.runtime.objectnames import is_object
 from vmapipe.runtime.orders import Orders
 from vmapipe.runtime.process import run, run_child
 
@@ -45,8 +46,9 @@ next to nothing.
 
 EPILOG = """\
 ARCHIVE is a new file, - (stdout), a FIFO or character device, exec:COMMAND,
-fd:N or /dev/fdset/N. Beside a file, ARCHIVE.manifest.json gets the digests
-with which `vmapipe verify` finds damaged data.
+fd:N, /dev/fdset/N or s3://BUCKET/KEY (credentials as for any S3 tool: AWS_... or
+~/.aws). Beside a file or object, ARCHIVE.manifest.json gets the digests with
+which `vmapipe verify` finds damaged data.
 
 examples:
   vmapipe backup --disk drive-scsi0=/srv/vm.raw --config qemu-server.conf vm.vma
@@ -144,6 +146,10 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
         )
     if options.notes and options.vmid is None:
         raise UsageError("--notes needs --vmid: only Proxmox VE's archives have a place for them")
+    if options.vmid is not None and is_object(options.archive):
+        raise UsageError(
+            "--vmid makes a log and notes beside the archive: ARCHIVE is a folder then"
+        )
     if options.vmid is not None:
         name = archive_name(options.vmid, time.time(), options.compress)
         options.archive = os.path.join(options.archive, name)

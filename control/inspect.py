@@ -37,7 +37,7 @@ examples:
 
 exit codes: 0 nothing is wrong, 1 it could not be checked, 2 wrong use, 4 damage was found
 """
-ARCHIVE_HELP = "a file, - (stdin), a FIFO, exec:COMMAND, fd:N; plain or compressed"
+ARCHIVE_HELP = "a file, - (stdin), a FIFO, exec:COMMAND, fd:N, s3://BUCKET/KEY; plain or compressed"
 DEFAULT_CONFIG = "qemu-server.conf"
 
 

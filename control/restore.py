@@ -30,8 +30,8 @@ archive has a manifest beside it, every byte is checked on the way.
 """
 
 EPILOG = """\
-ARCHIVE is a file, - (stdin), a FIFO, exec:COMMAND, fd:N or /dev/fdset/N; plain
-or compressed with zstd, gzip or lzop, which is seen from its content.
+ARCHIVE is a file, - (stdin), a FIFO, exec:COMMAND, fd:N, /dev/fdset/N or
+s3://BUCKET/KEY; plain or compressed with zstd, gzip or lzop, which is seen from its content.
 
 examples:
   vmapipe restore vm.vma restored/

@@ -80,11 +80,13 @@ def restore(
     data, which a `notice` event says.
     """
     options = options or Options()
-    manifest_path = options.manifest or manifest_beside(archive.source.path)
+    manifest_path: str | None = None
+    if options.check_digests:
+        manifest_path = options.manifest or manifest_beside(archive.source, cancel)
     with ExitStack() as stack:
         manifest: Manifest | None = None
-        if options.check_digests and manifest_path is not None:
-            manifest = stack.enter_context(Manifest(manifest_path))
+        if manifest_path is not None:
+            manifest = stack.enter_context(Manifest(manifest_path, cancel))
         targets = stack.enter_context(OpenTargets(archive, plan))
         job = _Job(archive, targets, manifest, emit, cancel)
         return job.run(options.workers or default_workers())

@@ -2,7 +2,7 @@
 """One object of an S3 store: its parts, its ranges, its uploads. Only this file imports botocore.
 
 Credentials, region and endpoint come from where every S3 tool looks for them:
-the environment (AWS_…) and ~/.aws. Why botocore: docs/decisions/0009-object-store.md.
+the environment (AWS_…) and ~/.aws. Why botocore: docs/decisions/0010-object-store.md.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class StoredObject:
         ask = {"Range": f"bytes={offset}-{offset + length - 1}"}
         if etag:
             ask["IfMatch"] = etag
+        problem = ""
         for attempt in range(ATTEMPTS):
             body = self._ask("read", self._client.get_object, place=at, **ask)["Body"]
             problem = "more bytes came than were asked for"

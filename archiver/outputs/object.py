@@ -110,12 +110,15 @@ class ObjectOutput:
         if self._wait(self._pool.submit(self._store.head)) is not None:
             raise exists_failure(self.description)
 
+    def prepare(self) -> None:
+        """All that a commit needs but the last request. Raises OutputFailure."""
+        with self._working():
+            self._send_rest()
+            self.check_free()
+
     def commit(self) -> None:
         with self._working():
-            if self._number:
-                self._send_part()
-                while self._sending:
-                    self._take_oldest()
+            self._send_rest()
             if "IfNoneMatch" in self._condition:
                 # A store that does not know conditions passes over them.
                 self.check_free()
@@ -190,6 +193,13 @@ class ObjectOutput:
             self._take_oldest()
         future = self._pool.submit(lambda: self._store.put_part(upload, number, data))
         self._sending.append((future, len(data)))
+
+    def _send_rest(self) -> None:
+        # An archive that is not as long as a part goes in one request, at the commit.
+        if self._number and self._part:
+            self._send_part()
+        while self._sending:
+            self._take_oldest()
 
     def _take_oldest(self) -> None:
         future, length = self._sending[0]

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an archive's bytes come from: a file, a pipe, a command; plain or compressed.
-
-What it is compressed with is seen from its first bytes, never from its name.
-"""
+"""Where an archive's bytes come from: a file, a pipe, a command, a store; plain or compressed."""
 
 from __future__ import annotations
 
@@ -12,25 +9,18 @@ import stat
 import subprocess
 from collections.abc import Callable, Sequence
 
+from vmapipe.restore.archive.compressed import MAGIC_BYTES, decompressed, is_compressed
 from vmapipe.restore.archive.inputs import Input, ProgramInput
 from vmapipe.restore.archive.zstdframes import is_zstd
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
+from vmapipe.runtime.objectnames import is_object
 
 # For small reads (headers); larger ones pass it by.
 _BUFFER_BYTES = 1 << 16
-_GZIP_MAGIC = b"\x1f\x8b"
-_LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
-# lzop's is the longest.
-_MAGIC_BYTES = len(_LZOP_MAGIC)
 # More threads than this decompress faster than one reader can take.
 _MAX_THREADS = 4
-_FOREIGN = {
-    b"\xfd7zXZ\0": ("xz", "xz -dc"),
-    b"BZh": ("bzip2", "bzip2 -dc"),
-    b"\x04\x22\x4d\x18": ("lz4", "lz4 -dc"),
-}
 
 
 class PlainFile:
@@ -115,12 +105,14 @@ Source = PlainFile | Stream
 
 
 def open_source(archive: str, cancel: Cancel) -> Source:
-    """Open `archive`: a path, `-`, `fd:N`, `/dev/fdset/N` or `exec:COMMAND`.
+    """Open `archive`: a path, `-`, `fd:N`, `/dev/fdset/N`, `exec:COMMAND` or `s3://BUCKET/KEY`.
 
     Raises SourceError; UsageError for words that make no sense.
     """
     if archive.startswith("exec:"):
         return _open_command(archive, cancel)
+    if is_object(archive):
+        return _open_object(archive, cancel)
     number = _descriptor_number(archive)
     if number is not None:
         return _open_descriptor(archive, number, cancel)
@@ -139,6 +131,28 @@ def _open_command(archive: str, cancel: Cancel) -> Source:
         lambda halts: ProgramInput(
             f"the command {command!r}", ["/bin/sh", "-c", command], halts, stdin=subprocess.DEVNULL
         ),
+    )
+
+
+def _open_object(archive: str, cancel: Cancel) -> Source:
+    from vmapipe.restore.archive.ahead import interruptible
+    from vmapipe.restore.archive.object import ObjectInput, RemoteObject
+
+    remote = RemoteObject(archive, (cancel,))
+    try:
+        start = interruptible(lambda: remote.pread(MAGIC_BYTES, 0), (cancel,))
+        source = None
+        if is_compressed(archive, start) and is_zstd(start):
+            source = _open_frames(
+                archive, None, remote.pread, remote.size_bytes, remote.close, cancel
+            )
+    except BaseException:
+        remote.close()
+        raise
+    if source is not None:
+        return source
+    return _stream(
+        archive, None, remote.size_bytes, cancel, lambda halts: ObjectInput(remote, halts)
     )
 
 
@@ -177,7 +191,7 @@ def _recognise(name: str, path: str | None, fd: int, cancel: Cancel) -> Source:
     """Takes `fd` over, also when it fails."""
     try:
         size_bytes = _size_if_seekable(name, fd)
-        source = _open_seekable(name, path, fd, size_bytes) if size_bytes else None
+        source = _open_seekable(name, path, fd, size_bytes, cancel) if size_bytes else None
     except OSError as error:
         os.close(fd)
         raise SourceError(f"cannot read {name}: {os_error_text(error)}") from error
@@ -201,32 +215,43 @@ def _size_if_seekable(name: str, fd: int) -> int:
     return size_bytes
 
 
-def _open_seekable(name: str, path: str | None, fd: int, size_bytes: int) -> Source | None:
+def _open_seekable(
+    name: str, path: str | None, fd: int, size_bytes: int, cancel: Cancel
+) -> Source | None:
     """None where it has to be read in order after all."""
-    start = os.pread(fd, _MAGIC_BYTES, 0)
-    if not _is_compressed(name, start):
+    start = os.pread(fd, MAGIC_BYTES, 0)
+    if not is_compressed(name, start):
         return PlainFile(name, path, fd, size_bytes)
     if not is_zstd(start):
         return None
-    from vmapipe.restore.archive import zstd  # here: plain archives need not wait 15 ms for it
-
-    frames = zstd.seekable_frames(fd, size_bytes)
-    if frames is None:
-        return None
-    threads = min(os.cpu_count() or 1, _MAX_THREADS)
-    return Stream(
-        name, path, "zstd", zstd.ZstdFrames(name, fd, frames, threads), Cancel(), size_bytes
+    return _open_frames(
+        name,
+        path,
+        PlainFile(name, path, fd, size_bytes).pread,
+        size_bytes,
+        lambda: os.close(fd),
+        cancel,
     )
 
 
-def _is_compressed(name: str, start: bytes) -> bool:
-    for magic, (program, command) in _FOREIGN.items():
-        if start.startswith(magic):
-            raise SourceError(
-                f"{name} is compressed with {program}, which is not known here: "
-                f"decompress it on the way, with exec:'{command} FILE'"
-            )
-    return is_zstd(start) or start.startswith((_GZIP_MAGIC, _LZOP_MAGIC))
+def _open_frames(
+    name: str,
+    path: str | None,
+    pread: Callable[[int, int], bytes],
+    size_bytes: int,
+    release: Callable[[], None],
+    cancel: Cancel,
+) -> Source | None:
+    """A zstd file by its seek table; None where it has none that can be used."""
+    from vmapipe.restore.archive import zstd  # here: plain archives need not wait 15 ms for it
+
+    frames = zstd.seekable_frames(pread, size_bytes, (cancel,))
+    if frames is None:
+        return None
+    threads = min(os.cpu_count() or 1, _MAX_THREADS)
+    halt = Cancel()
+    raw = zstd.ZstdFrames(name, pread, frames, threads, release, (cancel, halt))
+    return Stream(name, path, "zstd", raw, halt, size_bytes)
 
 
 def _stream(
@@ -242,33 +267,11 @@ def _stream(
     source: Input | None = None
     try:
         source = open_input(halts)
-        start = source.peek_start(_MAGIC_BYTES)
-        raw, compression = _decompressed(name, source, start, halts)
+        start = source.peek_start(MAGIC_BYTES)
+        raw, compression = decompressed(name, source, start, halts)
     except BaseException:
         if source is not None:
             source.close()
         halt.close()
         raise
     return Stream(name, path, compression, raw, halt, file_bytes)
-
-
-def _decompressed(
-    name: str, source: Input, start: bytes, halts: Sequence[Cancel]
-) -> tuple[io.RawIOBase, str]:
-    """Plain bytes of what begins with `start`, and the name of its compression.
-
-    Imports only what it needs: a restore's time begins with its imports.
-    """
-    if not _is_compressed(name, start):
-        return source, "none"
-    if start.startswith(_GZIP_MAGIC):
-        from vmapipe.restore.archive.gzipped import GzipStream
-
-        return GzipStream(name, source), "gzip"
-    if start.startswith(_LZOP_MAGIC):
-        from vmapipe.restore.archive.lzopped import LzopStream
-
-        return LzopStream(name, source, halts), "lzo"
-    from vmapipe.restore.archive.zstd import ZstdStream
-
-    return ZstdStream(name, source), "zstd"

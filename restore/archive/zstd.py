@@ -7,18 +7,19 @@ one) is read frame by frame, several threads ahead of the reader.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, cast
 
 import zstandard
 
-from vmapipe.restore.archive.inputs import Input
+from vmapipe.restore.archive.ahead import Ahead, interruptible
+from vmapipe.restore.archive.inputs import Input, Wait
 from vmapipe.restore.archive.zstdframes import FrameWalk
-from vmapipe.restore.errors import CompressionError, SourceError
-from vmapipe.runtime.errors import os_error_text
+from vmapipe.restore.errors import CompressionError
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import (
     FOOTER_BYTES,
@@ -30,6 +31,8 @@ from vmapipe.vma.seektable import (
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+# (length, offset): fewer bytes only at the end. Raises SourceError.
+Pread = Callable[[int, int], bytes]
 # What `zstd -d` takes without being asked. A window is memory that a stranger
 # makes us allocate.
 _MAX_WINDOW_BYTES = 128 << 20
@@ -91,18 +94,22 @@ class _Compressed:
         return data[: self._walk.feed(data)]
 
 
-def seekable_frames(fd: int, file_bytes: int) -> list[Frame] | None:
+def seekable_frames(pread: Pread, file_bytes: int, halts: Sequence[Cancel]) -> list[Frame] | None:
     """The frames of a zstd file with a seek table that can be true and used, else None.
 
     Without one the file is still a good zstd file: nothing depends on it.
     """
     if file_bytes < FOOTER_BYTES:
         return None
-    table_bytes = seek_table_bytes(os.pread(fd, FOOTER_BYTES, file_bytes - FOOTER_BYTES))
+
+    def last(length: int) -> bytes:
+        return interruptible(lambda: pread(length, file_bytes - length), halts)
+
+    table_bytes = seek_table_bytes(last(FOOTER_BYTES))
     if table_bytes is None or not FOOTER_BYTES < table_bytes <= min(file_bytes, _MAX_TABLE_BYTES):
         return None
     try:
-        frames = parse_seek_table(os.pread(fd, table_bytes, file_bytes - table_bytes))
+        frames = parse_seek_table(last(table_bytes))
     except ArchiveError:
         return None
     fits = sum(frame.compressed_bytes for frame in frames) == file_bytes - table_bytes
@@ -111,17 +118,28 @@ def seekable_frames(fd: int, file_bytes: int) -> list[Frame] | None:
 
 
 class ZstdFrames(io.RawIOBase):
-    """Reads a zstd file by its seek table, frames ahead in `threads` threads; owns `fd`."""
+    """Reads a zstd file by its seek table, frames ahead in `threads` threads.
 
-    def __init__(self, name: str, fd: int, frames: list[Frame], threads: int) -> None:
+    `pread` (length, offset) reads the file, in these threads; `release` is called when they have
+    ended. A stop that one of `halts` asks for ends a wait for them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pread: Pread,
+        frames: list[Frame],
+        threads: int,
+        release: Callable[[], None],
+        halts: Sequence[Cancel],
+    ) -> None:
         super().__init__()
         self._name = name
-        self._fd = fd
-        self._frames = iter(frames)
-        self._file_at = 0
-        self._pool = ThreadPoolExecutor(threads, "zstd")
-        self._limit = 2 * threads
-        self._ahead: deque[Future[bytes]] = deque()
+        self._pread = pread
+        self._release = release
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        wait = Wait(self._wake_fd, halts)
+        self._ahead = Ahead(self._jobs(frames), threads, 2 * threads, self._wake_fd, wait)
         self._current = memoryview(b"")
 
     def readable(self) -> bool:
@@ -130,31 +148,23 @@ class ZstdFrames(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
         while not self._current:
-            self._look_ahead()
-            if not self._ahead:
+            piece = self._ahead.next()
+            if piece is None:
                 return 0
-            self._current = memoryview(self._ahead.popleft().result())
-            self._look_ahead()
+            self._current = memoryview(piece)
         got = min(len(view), len(self._current))
         view[:got] = self._current[:got]
         self._current = self._current[got:]
         return got
 
-    def _look_ahead(self) -> None:
-        while len(self._ahead) < self._limit:
-            frame = next(self._frames, None)
-            if frame is None:
-                return
-            self._ahead.append(self._pool.submit(self._decompress, self._file_at, frame))
-            self._file_at += frame.compressed_bytes
+    def _jobs(self, frames: list[Frame]) -> Iterator[Callable[[], bytes]]:
+        file_at = 0
+        for frame in frames:
+            yield functools.partial(self._decompress, file_at, frame)
+            file_at += frame.compressed_bytes
 
     def _decompress(self, file_at: int, frame: Frame) -> bytes:
-        try:
-            data = os.pread(self._fd, frame.compressed_bytes, file_at)
-        except OSError as error:
-            raise SourceError(
-                f"cannot read {self._name} at offset {file_at}: {os_error_text(error)}"
-            ) from error
+        data = self._pread(frame.compressed_bytes, file_at)
         try:
             # Before it is believed: it says how much memory to take.
             announced = zstandard.frame_content_size(data)
@@ -176,6 +186,8 @@ class ZstdFrames(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            self._pool.shutdown(cancel_futures=True)
-            os.close(self._fd)
+            # What a thread still reads stays open to the end of the process.
+            if self._ahead.close():
+                self._release()
+            os.close(self._wake_fd)
         super().close()

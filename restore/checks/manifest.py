@@ -3,34 +3,54 @@
 
 from __future__ import annotations
 
+import io
 import os
 from typing import IO
 
+from vmapipe.restore.archive.source import Source
 from vmapipe.restore.errors import SourceError
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.objectnames import is_object
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.manifest import MAX_LINE_BYTES, ExtentDigest, ManifestReader, Opening, Totals
 
 SUFFIX = ".manifest.json"
 
 
-def manifest_beside(archive_path: str | None) -> str | None:
-    """The manifest of this archive, if there is one."""
-    if archive_path is None:
+def manifest_beside(source: Source, cancel: Cancel) -> str | None:
+    """The manifest of this archive, if there is one. Raises SourceError, Cancelled."""
+    if is_object(source.name):
+        from vmapipe.restore.archive.object import object_exists
+
+        name = source.name + SUFFIX
+        return name if object_exists(name, (cancel,)) else None
+    if source.path is None:
         return None
-    path = archive_path + SUFFIX
+    path = source.path + SUFFIX
     return path if os.path.exists(path) else None
+
+
+def _open(path: str, cancel: Cancel) -> IO[bytes] | io.BufferedReader:
+    if not is_object(path):
+        return open(path, "rb")
+    from vmapipe.restore.archive.object import ObjectInput, RemoteObject
+
+    return io.BufferedReader(ObjectInput(RemoteObject(path, (cancel,)), (cancel,)))
 
 
 class Manifest:
     """An open manifest. A context manager."""
 
-    def __init__(self, path: str) -> None:
-        """Raises SourceError where it cannot be read, ArchiveError where it is damaged."""
+    def __init__(self, path: str, cancel: Cancel) -> None:
+        """`path` may be an object's name.
+
+        Raises SourceError where it cannot be read, ArchiveError where it is damaged.
+        """
         self.path = path
         self._reader = ManifestReader()
         try:
-            self._file: IO[bytes] = open(path, "rb")  # noqa: SIM115  closed by close()
+            self._file = _open(path, cancel)
         except OSError as error:
             raise SourceError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
         try:

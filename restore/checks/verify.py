@@ -119,12 +119,14 @@ class _Verification:
 
     def _open_digests(self) -> _Digests:
         options = self._options
-        path = options.manifest or manifest_beside(self._archive.source.path)
+        path: str | None = None
+        if options.check_digests:
+            path = options.manifest or manifest_beside(self._archive.source, self._cancel)
         manifest: Manifest | None = None
-        if options.check_digests and path is not None:
+        if path is not None:
             self._report.manifest = path
             try:
-                manifest = Manifest(path)
+                manifest = Manifest(path, self._cancel)
                 check_opening(self._archive, manifest)
             except DigestError as error:
                 self._report.add([_damage_of(error)])

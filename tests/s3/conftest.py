@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One store for all tests of a run, a folder of its own in it for each; and a proxy with faults."""
+"""One store for all tests of this folder, emptied before each; and a proxy with faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.s3.server import BUCKET, S3Server, environment_for, running
 Need = Callable[..., list[str]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def s3_server(need: Need, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     # A Python package brings the program, beside the interpreter.
     beside = Path(sys.executable).parent / "weed"

@@ -111,7 +111,7 @@ def running(weed: str, folder: Path) -> Iterator[S3Server]:
 def _started(
     weed: str, folder: Path, config: Path, ports: list[int]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    words = [f"-s3.port.lance={ports[-1]}", "-s3.port.iceberg=0"]
+    words = [f"-s3.port.lance={ports[-1]}", "-s3.port.iceberg=0", "-s3.autoCreateBucket=false"]
     for index, service in enumerate(_SERVICES):
         words.append(f"-{service}.port={ports[2 * index]}")
         words.append(f"-{service}.port.grpc={ports[2 * index + 1]}")

@@ -198,9 +198,13 @@ def test_a_fault_that_stays_fails_with_its_place_and_nothing_is_left(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     proxy.plan(where, what, times=100)
     output = small_parts()
-    with pytest.raises(OutputFailure, match=words) as caught:
+
+    def work() -> None:
         output.write([DATA])
         output.commit()
+
+    with pytest.raises(OutputFailure, match=words) as caught:
+        work()
     assert NAME in str(caught.value)
     output.abandon()
     assert s3.objects() == {}
