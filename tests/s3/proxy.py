@@ -123,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             return self._hang_up()
         body = self.rfile.read(length)
+        if len(body) < length:  # the client was killed
+            return self._hang_up()
         if what == "stall":
             self.proxy.released.wait(_LIMIT_S)
             return self._hang_up()
