@@ -1,74 +1,172 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks`: make images, run all cases, print a table."""
+"""`python -m benchmarks`: makes images, runs ours and the peers, writes what came out."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
-import platform
 import shutil
-import statistics
+import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
 
-from benchmarks import guard
-from benchmarks.cases import all_cases, image_paths, make_images
-from benchmarks.measure import Case, Timing, ratios, run_case
+from benchmarks import guard, memory
+from benchmarks.cases import bound_cases
+from benchmarks.extras import extra_cases
+from benchmarks.measure import Case, Result, remove, run_case
+from benchmarks.place import Place, make_images
+from benchmarks.report import Report, file_system, machine, spread, verdict, write_into
+
+PAGE = Path("docs/benchmarking.md")
+FIGURES = Path("docs/benchmarks")
+# What has no bound waits for what has: it is left out when so much time is over.
+_EXTRAS_UNTIL_S = 480.0
+# On one core, and without a bound: a median of three.
+_FEWER_PAIRS = 3
+_MIB = 1 << 20
 
 
 def main() -> int:
+    options = _options()
+    with (
+        tempfile.TemporaryDirectory(prefix="vmapipe-bench-", dir=options.folder) as disk,
+        tempfile.TemporaryDirectory(prefix="vmapipe-bench-", dir="/dev/shm") as shm,
+    ):
+        place = Place(Path(disk), Path(shm), options.size, options.reference)
+        _check_room(place)
+        report = Report(_facts(place, options.pairs))
+        print(report.facts, flush=True)
+        _Run(place, options.pairs, options.only, report).all()
+    text = report.markdown()
+    if options.write:
+        FIGURES.mkdir(exist_ok=True)
+        (FIGURES / "bounds.json").write_text(json.dumps(report.json(), indent=1) + "\n")
+        (FIGURES / "bounds.svg").write_text(report.svg())
+        write_into(PAGE, text)
+        print(f"written: {PAGE}, {FIGURES}/bounds.json, {FIGURES}/bounds.svg")
+    else:
+        print(f"\n{text}")
+    if options.json:
+        options.json.write_text(json.dumps(report.json(), indent=1) + "\n")
+    return 1 if report.failures else 0
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--size", type=int, default=4096, metavar="MIB", help="default: 4096")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each command (default: 5)")
     parser.add_argument("--only", default="", metavar="WORD", help="cases whose name has the word")
     parser.add_argument("--folder", type=Path, help="where images and archives go (default: temp)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="vmapipe-bench-", dir=options.folder) as name:
-        folder = Path(name)
-        print(f"{machine()}; images of {options.size} MiB in {folder}, page cache warm")
-        figures: dict[str, object] = {}
-        cases = all_cases(folder, image_paths(folder), options.size)
-        if any(options.only in case.name for case in cases):
-            make_images(folder, options.size)
-            for case in cases:
-                wanted = options.only in case.name
-                # The archives of the later cases are made here.
-                if wanted or " to a file" in case.name:
-                    timings = run_case(case, options.pairs if wanted else 1, seed=1)
-                    if wanted:
-                        report(case, timings)
-                        figures[case.name] = {n: t.seconds for n, t in timings.items()}
-            for leftover in folder.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        for result in guard.run_guard(folder, options.size, options.pairs, options.only):
-            guard.report(result)
-            figures[result.title] = {n: [f._asdict() for f in r] for n, r in result.felt.items()}
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "cases": figures}, indent=1))
-    return 0
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE}")
+    parser.add_argument(
+        "--reference",
+        metavar="PROGRAM",
+        default=os.environ.get("VMA_REFERENCE"),
+        help="the C tool, if you have it (default: $VMA_REFERENCE)",
+    )
+    return parser.parse_args()
 
 
-def machine() -> str:
-    with open("/proc/cpuinfo") as info:
-        model = next((line.split(":")[1].strip() for line in info if "model name" in line), "?")
-    return f"{os.cpu_count()} x {model}, Linux {platform.release()}, Python {platform.python_version()}"
+class _Run:
+    def __init__(self, place: Place, pairs: int, only: str, report: Report) -> None:
+        self._place = place
+        self._pairs = pairs
+        self._only = only
+        self._report = report
+        self._started = time.monotonic()
+
+    def all(self) -> None:
+        make_images(self._place)
+        print(f"images made after {self._seconds():.0f} s", flush=True)
+        for case in bound_cases(self._place):
+            if self._only in case.name:
+                self._case(case, self._pairs)
+        if self._only in "memory":
+            try:
+                self._report.memory = memory.measure(self._place)
+            except (SystemExit, OSError, subprocess.SubprocessError) as error:
+                self._failed("memory", error)
+        for case in extra_cases(self._place):
+            if self._only not in case.name:
+                continue
+            if self._seconds() > _EXTRAS_UNTIL_S:
+                self._report.left_out.append(case.name)
+                continue
+            self._case(case, min(self._pairs, _FEWER_PAIRS))
+        self._guard()
+
+    def _case(self, case: Case, pairs: int) -> None:
+        """A case that fails is told, and does not end the run."""
+        try:
+            if case.before is not None:
+                case.before()
+            result = run_case(case, pairs)
+            self._report.results.append(result)
+            _say(result, "")
+            if case.pinned and len(os.sched_getaffinity(0)) > 1:
+                alone = run_case(case, min(pairs, _FEWER_PAIRS), pinned=True)
+                self._report.pinned[case.name] = alone
+                _say(alone, ", on one core")
+        except (SystemExit, OSError, subprocess.SubprocessError) as error:
+            self._failed(case.name, error)
+        finally:
+            for path in case.leaves:
+                remove(path)
+        print(f"  ({self._seconds():.0f} s)", flush=True)
+
+    def _guard(self) -> None:
+        if self._seconds() > _EXTRAS_UNTIL_S:
+            self._report.left_out.append("what a guest feels")
+            return
+        place = self._place
+        try:
+            for felt in guard.run_guard(place.disk, place.size_mib, _FEWER_PAIRS, self._only):
+                guard.report(felt)
+                self._report.guard.append(felt)
+        except (SystemExit, OSError, subprocess.SubprocessError) as error:
+            self._failed("what a guest feels", error)
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        lines = str(error).strip().splitlines() or [traceback.format_exc()]
+        self._report.failures[name] = " ".join(lines[:2] + lines[-1:])
+        print(f"{name}: FAILED: {error}", flush=True)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
 
 
-def report(case: Case, timings: dict[str, Timing]) -> None:
-    print(f"\n{case.name}" + (f"  ({case.goal})" if case.goal else ""))
-    ours = timings[case.ours.name]
-    for name, timing in timings.items():
-        line = f"  {name:<24} {timing.median_s:7.2f} s  (cpu {timing.cpu_s:5.2f} s)"
-        if timing is not ours:
-            pairs = ratios(ours, timing)
-            line += (
-                f"   vmapipe takes {statistics.median(pairs):5.2f} x"
-                f"  ({min(pairs):.2f} .. {max(pairs):.2f})"
+def _say(result: Result, where: str) -> None:
+    print(f"{result.case.name}{where}")
+    for name, timing in result.timings.items():
+        print(f"  {name:<34} {timing.median_s:7.2f} s  (cpu {timing.median_cpu_s:5.2f} s)")
+    bound, ratios = result.case.bound, result.bound_ratios()
+    if bound is not None and ratios:
+        print(f"  {bound.words}: {spread(ratios)}: {verdict(ratios, bound.limit)}", flush=True)
+
+
+def _facts(place: Place, pairs: int) -> str:
+    today = datetime.datetime.now(datetime.UTC).date()
+    load = os.getloadavg()[0]
+    return (
+        f"{machine()}; load average {load:.1f} at the beginning; {today}. Images of "
+        f"{place.size_mib} MiB on {file_system(place.disk)}, all in the page cache; {pairs} pairs, "
+        f"{min(pairs, _FEWER_PAIRS)} on one core."
+    )
+
+
+def _check_room(place: Place) -> None:
+    for folder, images in ((place.disk, 6), (place.memory, 1)):
+        wanted = images * place.size_mib * _MIB
+        if shutil.disk_usage(folder).free < wanted:
+            raise SystemExit(
+                f"{folder}: less than {wanted >> 30} GiB are free; try --size or --folder"
             )
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.cases import VMAPIPE, make_image
+from benchmarks.images import dense
+from benchmarks.place import VMAPIPE
 from benchmarks.servers import Served, all_servers, wait_for_event
 from benchmarks.servers import vmapipe as start_vmapipe
 
 # Long enough for a stable median, short enough that what else the machine does
 # meets all servers of a round alike.
-_RUN_S = 3
+_RUN_S = 2
 # What a backup may read; a disk of a server's own speed would be read in no time.
 _SPEED = "200M"
 # All servers' images together stay in the page cache.
@@ -159,7 +160,7 @@ def _copies(folder: Path, size_mib: int, count: int) -> Iterator[list[Path]]:
     that made them, and the speed of small writes to them depends on it: several
     times between an image made by `dd bs=1M` and one made by `cp`.
     """
-    base = make_image(folder / "guard-base.raw", size_mib)
+    base = dense(folder / "guard-base.raw", size_mib)
     images = [folder / f"guard-{number}.raw" for number in range(count)]
     try:
         for image in images:
@@ -202,12 +203,16 @@ def _fio(server: Served, load: Load, folder: Path, seconds: int) -> Felt:
 # --- the report ---
 
 
-def report(result: Result) -> None:
-    print(f"\n{result.title}" + (f"  ({result.goal})" if result.goal else ""))
-    for name, runs in result.felt.items():
-        print(f"  {name:<12} {_figures(runs)}{_ratio(result, name)}")
+def text(result: Result) -> str:
+    lines = [f"\n{result.title}" + (f"  ({result.goal})" if result.goal else "")]
+    lines += [f"  {n:<12} {_figures(runs)}{_ratio(result, n)}" for n, runs in result.felt.items()]
     if result.goal:
-        print(f"  {_verdict(result)}", flush=True)
+        lines.append(f"  {_verdict(result)}")
+    return "\n".join(lines) + "\n"
+
+
+def report(result: Result) -> None:
+    print(text(result), end="", flush=True)
 
 
 def _figures(runs: Sequence[Felt]) -> str:

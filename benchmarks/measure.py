@@ -9,14 +9,19 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+# A command of ours that takes longer hangs; the slowest here takes half a minute.
+LIMIT_S = 300.0
+OURS = "vmapipe"
 
 
 @dataclass(frozen=True)
 class Command:
-    """`words` is one command, or a shell line when it is a single string with a pipe.
+    """`words` is one command, or a shell line when it is a single string.
 
     `makes` is removed before each run, outside the measured time. `needs`: a
     program without which the command is left out.
@@ -32,48 +37,99 @@ class Command:
         return self.needs is None or shutil.which(self.needs) is not None
 
 
-@dataclass
+@dataclass(frozen=True)
+class Bound:
+    """The median of the pairs `command` / `peer` is to be at most `limit`.
+
+    `per_core`: the peer's time counts divided by the cores that we may use.
+    `words`: the bound as a person says it.
+    """
+
+    words: str
+    command: str
+    peer: str
+    limit: float
+    per_core: bool = False
+
+
+@dataclass(frozen=True)
 class Case:
-    """One kind of work: ours first, then the peers. The ratio is ours / peer."""
+    """One kind of work: ours first, then the peers.
+
+    `before` makes what the case needs, and `leaves` is removed at its end; both
+    are outside the measured time. `pinned`: also on one core (what waits for a disk is not).
+    """
 
     name: str
-    ours: Command
-    peers: Sequence[Command]
-    goal: str = ""
+    commands: Sequence[Command]
+    bound: Bound | None = None
+    pinned: bool = True
+    #: Read before each run, so that all of it is in the page cache.
+    warm: Sequence[Path] = ()
+    before: Callable[[], object] | None = None
+    leaves: Sequence[Path] = ()
+    #: The first round does not count, unless it would cost too much for what it tells.
+    warm_up: bool = True
 
 
 @dataclass
 class Timing:
-    """Wall seconds of every run; cpu and memory of the last one's whole process tree."""
+    """Of every run: wall seconds, and CPU seconds of all its processes."""
 
     seconds: list[float] = field(default_factory=list)
-    cpu_s: float = 0.0
+    cpu_s: list[float] = field(default_factory=list)
 
     @property
     def median_s(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def median_cpu_s(self) -> float:
+        return statistics.median(self.cpu_s)
 
-def run_once(command: Command) -> tuple[float, float]:
+
+@dataclass
+class Result:
+    """What one case gave: a timing a command. `cores`: how many could be used."""
+
+    case: Case
+    cores: int
+    timings: dict[str, Timing]
+
+    def ratios(self, command: str, peer: str) -> list[float]:
+        """Run by run: what slows the machine slows both."""
+        pairs = zip(self.timings[command].seconds, self.timings[peer].seconds, strict=True)
+        return [ours / theirs for ours, theirs in pairs]
+
+    def bound_ratios(self) -> list[float]:
+        """What the case's bound speaks of; empty where its peer is not here."""
+        bound = self.case.bound
+        if bound is None or bound.peer not in self.timings:
+            return []
+        factor = self.cores if bound.per_core else 1
+        return [ratio * factor for ratio in self.ratios(bound.command, bound.peer)]
+
+
+def remove(path: Path) -> None:
+    """A file with its manifest, or a folder; nothing when it is not there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+        return
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + ".manifest.json").unlink(missing_ok=True)
+
+
+def run_once(command: Command, warm: Sequence[Path] = ()) -> tuple[float, float]:
     """Wall and CPU seconds. Raises SystemExit when the command fails: its time would mean nothing."""
     if command.makes is not None:
-        if command.makes.is_dir():
-            shutil.rmtree(command.makes)
-        command.makes.unlink(missing_ok=True)
-        command.makes.with_name(command.makes.name + ".manifest.json").unlink(missing_ok=True)
+        remove(command.makes)
+    for path in warm:
+        read(path)
     # What the run before has left to be written is not this one's work.
     os.sync()
-    # A user's Python keeps compiled modules; some build environments forbid it.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     before = os.times()
     started = time.perf_counter()
-    done = subprocess.run(
-        command.words,
-        shell=isinstance(command.words, str),
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = run_quietly(command.words)
     seconds = time.perf_counter() - started
     after = os.times()
     if done.returncode:
@@ -83,22 +139,50 @@ def run_once(command: Command) -> tuple[float, float]:
     return seconds, cpu
 
 
-def run_case(case: Case, pairs: int, seed: int) -> dict[str, Timing]:
-    """A B A B ..., each round in an order of its own, after one round that does not count."""
-    commands = [case.ours, *(peer for peer in case.peers if peer.possible)]
+def run_quietly(words: Sequence[str] | str) -> subprocess.CompletedProcess[str]:
+    shell = isinstance(words, str)
+    return subprocess.run(
+        words, shell=shell, capture_output=True, text=True, env=environment(), timeout=LIMIT_S
+    )
+
+
+def environment() -> dict[str, str]:
+    """A user's Python keeps compiled modules; some build environments forbid it."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
+
+def read(path: Path) -> None:
+    """Bring a file into the page cache."""
+    buffer = bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+@contextmanager
+def pinned_to_one_core(wanted: bool) -> Iterator[int]:
+    """Whatever is started in the block runs on one core; gives the number of cores."""
+    cores = os.sched_getaffinity(0)
+    if wanted:
+        os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield 1 if wanted else len(cores)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def run_case(case: Case, pairs: int, *, pinned: bool = False, seed: int = 1) -> Result:
+    """A B A B ..., each round in an order of its own."""
+    commands = [command for command in case.commands if command.possible]
     timings = {command.name: Timing() for command in commands}
     chance = random.Random(seed)
-    for turn in range(pairs + 1):
-        order = list(commands)
-        chance.shuffle(order)
-        for command in order:
-            seconds, cpu = run_once(command)
-            if turn:
-                timings[command.name].seconds.append(seconds)
-                timings[command.name].cpu_s = cpu
-    return timings
-
-
-def ratios(ours: Timing, peer: Timing) -> list[float]:
-    """Ours / peer, run by run: what slows the machine slows both."""
-    return [a / b for a, b in zip(ours.seconds, peer.seconds, strict=True)]
+    with pinned_to_one_core(pinned) as cores:
+        for turn in range(-1 if case.warm_up else 0, pairs):
+            order = list(commands)
+            chance.shuffle(order)
+            for command in order:
+                seconds, cpu = run_once(command, case.warm)
+                if turn >= 0:
+                    timings[command.name].seconds.append(seconds)
+                    timings[command.name].cpu_s.append(cpu)
+    return Result(case, cores, timings)

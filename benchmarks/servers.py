@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.cases import VMAPIPE
+from benchmarks.place import VMAPIPE
 
 _START_S = 30.0
 _POLL_S = 0.02
