@@ -24,6 +24,9 @@ _RECEIVE_MARK = 32
 # Answers waiting for a peer that does not read; above it ZeroMQ drops them.
 # Grants are cumulative, so an honest peer never has more than a few hundred.
 _SEND_MARK = 10_000
+# What encryption adds to a message (RFC 26: a name, a nonce, a tag, flags; 33
+# bytes), rounded up: ZeroMQ closes a connection whose message is larger than allowed.
+_CURVE_BYTES = 64
 # Messages taken in one turn, so that writing and time get theirs.
 _TURN = 64
 # Who has connected must have proved who it is by then. Honest ones need a few
@@ -65,7 +68,7 @@ class Link:
         self._socket.linger = _LINGER_MS
         self._socket.rcvhwm = _RECEIVE_MARK
         self._socket.sndhwm = _SEND_MARK
-        self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES
+        self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES + _CURVE_BYTES
         self._socket.handshake_ivl = _HANDSHAKE_MS
         if not self.is_local:
             self._socket.heartbeat_ivl = _HEARTBEAT_MS
