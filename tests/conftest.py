@@ -61,6 +61,18 @@ def _own_runtime_folder() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the backups of one test have their sockets; it is not there yet.
+
+    Its path is short whatever the test is called: a socket's has 107 bytes at most.
+    """
+    with tempfile.TemporaryDirectory(prefix="vmapipe-test-") as folder:
+        path = Path(folder) / "run"
+        monkeypatch.setenv("VMAPIPE_RUNTIME_DIR", str(path))
+        yield path
+
+
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the reference tool's archives, unpacked. Read them only."""

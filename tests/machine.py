@@ -9,7 +9,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,16 @@ def children(process: subprocess.Popen[bytes], word: str) -> list[psutil.Process
         for child in psutil.Process(process.pid).children(recursive=True)
         if any(word in part for part in child.cmdline())
     ]
+
+
+def eventually(reached: Callable[[], bool]) -> bool:
+    """Whether it comes to be, within the time that any command may take."""
+    deadline_s = time.monotonic() + LIMIT_S
+    while not reached():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def end_of(process: subprocess.Popen[bytes]) -> tuple[int, str]:

@@ -19,10 +19,7 @@ from vmapipe.control.jobs.commands import matching
 from vmapipe.control.jobs.table import job_lines
 from vmapipe.runtime.errors import Failure
 
-
-@pytest.fixture(autouse=True)
-def _own_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VMAPIPE_RUNTIME_DIR", str(tmp_path / "run"))
+pytestmark = pytest.mark.usefixtures("runtime_folder")
 
 
 @contextlib.contextmanager

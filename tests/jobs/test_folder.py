@@ -16,9 +16,8 @@ JOB, OTHER = "1" * 32, "2" * 32
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VMAPIPE_RUNTIME_DIR", str(tmp_path / "run"))
-    return tmp_path / "run"
+def folder(runtime_folder: Path) -> Path:
+    return runtime_folder
 
 
 def test_a_job_is_found_by_its_id_while_it_listens_and_leaves_nothing(folder: Path) -> None:

@@ -19,9 +19,8 @@ DISK_BYTES = 128 * 65536
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VMAPIPE_RUNTIME_DIR", str(tmp_path / "run"))
-    return tmp_path / "run"
+def folder(runtime_folder: Path) -> Path:
+    return runtime_folder
 
 
 @pytest.fixture
