@@ -23,6 +23,7 @@ from vmapipe.archiver.instructions import (
     Put,
     Send,
 )
+from vmapipe.archiver.peers import Lost, Peer, Peers, check_newcomer
 from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide, State
 from vmapipe.protocol.errors import RemoteProtocolError
@@ -34,12 +35,12 @@ from vmapipe.protocol.messages import (
     Fail,
     Hello,
     Ping,
+    Resume,
     RunFrame,
     SharedRun,
 )
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Config, Device, Header, encode_header
-from vmapipe.vma.layout import MAX_DEVICE_BYTES
 from vmapipe.vma.packer import PackedExtent, Packer
 
 # Data that may be under way or queued for writing, all devices together: room
@@ -50,8 +51,8 @@ WINDOW_TOTAL_BYTES = 16 << 20
 _STOPPED_S = 5.0
 # Drawn once at random; it makes our name-based uuids ours.
 _NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
-# Strangers that were refused are remembered so that each is reported once.
-_MAX_STRANGERS = 1024
+# Strangers that are told of: a log that one of them can fill is no log.
+_MAX_TOLD = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ class JobSpec:
     job: bytes | None = None
     in_order: bool = False
     heartbeat_s: int = 30
+    #: So long a producer's lost connection is waited for, in seconds.
+    reconnect_s: int = 60
     #: Until all producers have come, in seconds.
     start_timeout_s: int = 60
 
@@ -83,14 +86,6 @@ class Phase(enum.Enum):
     FINISHING = "storing"
     DONE = "done"
     FAILED = "failed"
-
-
-@dataclass(slots=True)
-class _Peer:
-    side: ArchiverSide
-    heard: float
-    client: str
-    device: DeviceState | None = None
 
 
 class Job:
@@ -112,8 +107,9 @@ class Job:
         self._spec = spec
         self._count = len(spec.devices) or spec.expect
         self._job = spec.job
-        self._peers: dict[bytes, _Peer] = {}
-        self._strangers: set[bytes] = set()
+        self._peers = Peers()
+        #: Messages of those that do not belong here.
+        self.refused = 0
         self._map_shared = map_shared
         self._started = self._ticked = now
         self.uuid = spec.uuid
@@ -130,9 +126,9 @@ class Job:
         self, peer: bytes, parts: Sequence[Part], now: float, client: str = ""
     ) -> Iterator[Instruction]:
         """A message from `peer`, whoever that is; `client` if it has proved to be that."""
-        state = self._peers.get(peer)
-        if peer in self._strangers or (state and state.side.state is State.CLOSED):
+        if self._peers.is_ignored(peer):
             return
+        state = self._peers.get(peer)
         side = state.side if state else ArchiverSide()
         try:
             message = side.receive(parts)
@@ -144,7 +140,11 @@ class Job:
                 case Ping():
                     yield Send(peer, side.pong())
                 case Hello():
-                    yield from self._greet(peer, _Peer(side, now, client), message)
+                    yield from self._greet(
+                        peer, Peer(side, now, client, attempt=message.attempt), message
+                    )
+                case Resume():
+                    yield from self._resume(peer, message, client, now)
                 case End() if state and state.device:
                     yield from self._end(state.device)
                 case Fail(reason):
@@ -165,7 +165,7 @@ class Job:
         if self.phase is not Phase.FINISHING:
             return  # it was given up in the meantime, and nobody waits for DONE
         self.phase = Phase.DONE
-        for peer, state in self._peers.items():
+        for peer, state in self._peers:
             yield Send(peer, state.side.done(self.uuid))
 
     def fail(self, reason: str) -> Iterator[Instruction]:
@@ -175,13 +175,20 @@ class Job:
         self.phase = Phase.FAILED
         self.reason = reason
         yield Abandon(reason)
-        for peer, state in self._peers.items():
+        for peer, state in self._peers:
             if state.side.state is not State.CLOSED:
                 yield Send(peer, state.side.abort(reason))
 
+    @property
+    def over(self) -> bool:
+        """Nobody is to be told anything any more."""
+        if self.phase is not Phase.DONE:
+            return self.phase is Phase.FAILED
+        return all(peer.side.state is State.CLOSED for peer in self._peers.all)
+
     def revoke(self, client: str) -> Iterator[Instruction]:
         """A client may no longer come: what it was sending is given up."""
-        for state in self._peers.values():
+        for state in self._peers.all:
             if client and state.client == client:
                 yield from self.fail(
                     f"device {state.side.device!r}: the key of client {client!r} was revoked"
@@ -193,59 +200,81 @@ class Job:
         gap, self._ticked = now - self._ticked, now
         if gap > _STOPPED_S:
             self._started += gap
-            for state in self._peers.values():
+            for state in self._peers.all:
                 # Who has spoken since then is not heard from the future.
                 state.heard = min(now, state.heard + gap)
-        if self.phase is Phase.GATHERING:
-            if now - self._started > self._spec.start_timeout_s:
-                yield from self.fail(
-                    f"{self._missing_producers()} did not come within "
-                    f"{self._spec.start_timeout_s} s"
-                )
-                return
-            # A producer does not know our limit yet.
-            limit_s = max(limits.GREETING_HEARTBEAT_S, self._spec.heartbeat_s)
-        elif self.phase in (Phase.RUNNING, Phase.FINISHING):
-            limit_s = self._spec.heartbeat_s
-        else:
-            return
-        for state in self._peers.values():
-            if now - state.heard > limit_s:
-                yield from self.fail(
-                    f"the producer of device {state.side.device!r} has been silent for {limit_s} s"
-                )
-                return
+        gathering = self.phase is Phase.GATHERING
+        if gathering and now - self._started > self._spec.start_timeout_s:
+            yield from self.fail(
+                f"{self._missing_producers()} did not come within {self._spec.start_timeout_s} s"
+            )
+        for state in self._peers.all:
+            missed = state.miss(now - state.heard, self._spec.heartbeat_s, gathering=gathering)
+            if isinstance(missed, Lost):
+                yield from self.fail(missed.reason)
+            elif missed:
+                yield Notice(missed)
 
     # --- producers come ---
 
-    def _greet(self, peer: bytes, newcomer: _Peer, hello: Hello) -> Iterator[Instruction]:
-        if self.phase is not Phase.GATHERING:
-            raise RemoteProtocolError("busy", "the job has all its devices")
+    def _greet(self, peer: bytes, newcomer: Peer, hello: Hello) -> Iterator[Instruction]:
         if self._job is not None and hello.job != self._job:
             raise RemoteProtocolError("unknown-job", "another job is made here")
-        if self._spec.devices and hello.device not in self._spec.devices:
-            raise RemoteProtocolError("unknown-device", f"the job has no device {hello.device!r}")
-        if any(p.side.device == hello.device for p in self._peers.values()):
-            raise RemoteProtocolError("duplicate-device", f"{hello.device!r} is here already")
-        if not 1 <= hello.size <= MAX_DEVICE_BYTES:
-            raise RemoteProtocolError("bad-size", f"a device of {hello.size} bytes")
+        before = self._peers.of_session(hello.session, newcomer.client)
+        if before is not None:
+            yield from self._greet_again(peer, before, hello, newcomer.heard)
+            return
+        gathering = self.phase is Phase.GATHERING
+        check_newcomer(hello, self._peers, self._spec.devices, gathering=gathering)
         self._job = hello.job
-        self._peers[peer] = newcomer
+        self._peers.add(peer, newcomer)
         if len(self._peers) == self._count:
             # From now on a shorter limit may hold: it counts from here.
-            for state in self._peers.values():
+            for state in self._peers.all:
                 state.heard = newcomer.heard
             yield from self._begin()
 
+    def _greet_again(
+        self, peer: bytes, before: bytes, hello: Hello, now: float
+    ) -> Iterator[Instruction]:
+        """Its connection was lost before WELCOME came."""
+        moved = self._peers.move(before, peer, hello.attempt, now)
+        if moved is None:
+            return
+        side = moved[0].side
+        if (side.device, side.size_bytes) != (hello.device, hello.size):
+            raise RemoteProtocolError("sequence", "HELLO again, and it says something else")
+        if side.state is not State.WAITING:
+            yield Send(peer, side.welcome_again())
+
+    def _resume(
+        self, peer: bytes, message: Resume, client: str, now: float
+    ) -> Iterator[Instruction]:
+        before = self._peers.of_session(message.session, client)
+        if before is None or message.job != self._job:
+            raise RemoteProtocolError(
+                "unknown-session",
+                "this archiver has no such session; if it was started again, what it had "
+                "received is lost: begin the backup anew",
+            )
+        moved = self._peers.move(before, peer, message.attempt, now)
+        if moved is None:
+            return
+        state, silence_s = moved
+        yield Send(peer, state.side.resumed())
+        if state.side.state is State.TOLD:
+            yield Send(peer, state.side.done(self.uuid))
+        yield Notice(f"device {state.side.device!r}: connected again after {silence_s:.0f} s")
+
     def _missing_producers(self) -> str:
-        here = {p.side.device for p in self._peers.values()}
+        here = {p.side.device for p in self._peers.all}
         missing = [name for name in self._spec.devices if name not in here]
         if missing:
             return "the producer of device " + ", ".join(repr(name) for name in missing)
         return f"{self._count - len(here)} of {self._count} producers"
 
     def _begin(self) -> Iterator[Instruction]:
-        peers = list(self._peers.items())
+        peers = list(self._peers)
         if self._spec.devices:
             peers.sort(key=lambda item: self._spec.devices.index(item[1].side.device))
         devices = tuple(
@@ -279,6 +308,7 @@ class Job:
                     frame_bytes,
                     self._spec.heartbeat_s,
                     shared=shared is not None,
+                    reconnect_s=self._spec.reconnect_s,
                 ),
             )
         yield from self._finish_if_complete()
@@ -328,7 +358,7 @@ class Job:
     # --- trouble ---
 
     def _failed(self, peer: bytes, reason: str) -> Iterator[Instruction]:
-        if peer in self._peers:
+        if self._peers.get(peer):
             # The reason names the device: the producer wrote it for a reader.
             yield from self.fail(reason)
 
@@ -337,9 +367,12 @@ class Job:
         if state is not None:
             yield from self.fail(f"device {state.side.device!r}: {error}")
             return
-        if len(self._strangers) < _MAX_STRANGERS:
-            self._strangers.add(peer)
+        self._peers.ignore(peer)
+        self.refused += 1
+        if self.refused <= _MAX_TOLD:
             yield Notice(f"refused a stranger: {error}")
+        if self.refused == _MAX_TOLD:
+            yield Notice("more strangers are refused without a word")
 
 
 def _uuid_of(spec: JobSpec, devices: tuple[Device, ...]) -> bytes:

@@ -14,6 +14,7 @@ from vmapipe.archiver.arguments import add_output_options
 from vmapipe.archiver.job import JobSpec
 from vmapipe.archiver.options import read_configs, store_for
 from vmapipe.archiver.serve import Listen, serve
+from vmapipe.protocol.limits import MAX_RECONNECT_S
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
     add_child_options,
@@ -83,6 +84,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a producer that is silent for so long is dead (default: 30)",
     )
     parser.add_argument(
+        "--reconnect-limit",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="a producer whose connection is lost may come back within this time and go on "
+        "(default: 60)",
+    )
+    parser.add_argument(
         "--start-timeout",
         type=int,
         default=60,
@@ -114,6 +123,8 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         raise UsageError(f"--expect {options.expect}: an archive holds 1..{MAX_DEVICES} devices")
     if options.heartbeat < 1 or options.start_timeout < 1:
         raise UsageError("times are at least 1 second")
+    if not 0 <= options.reconnect_limit <= MAX_RECONNECT_S:
+        raise UsageError(f"--reconnect-limit is from 0 to {MAX_RECONNECT_S} seconds")
     spec = JobSpec(
         uuid=options.uuid or (b"" if options.reproducible else uuid.uuid4().bytes),
         ctime_s=archive_time(reproducible=options.reproducible),
@@ -123,6 +134,7 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         job=options.job,
         in_order=options.reproducible,
         heartbeat_s=options.heartbeat,
+        reconnect_s=options.reconnect_limit,
         start_timeout_s=options.start_timeout,
     )
     at = Listen(options.listen, read_server_keys(options.keys) if options.keys else None)

@@ -61,11 +61,12 @@ class _Server:
         self._store = store
         self._emit = emit
         self._next_progress = 0.0
+        self._told = False
 
     def run(self, wake_fd: int, cancel: Cancel) -> None:
         job = self._job
         self._carry_out(job.start())
-        while job.phase not in (Phase.DONE, Phase.FAILED):
+        while not job.over and not (cancel.asked and job.phase is Phase.DONE):
             self._link.wait(1.0)
             for peer, client, parts in self._link.receive():
                 self._carry_out(job.receive(peer, parts, time.monotonic(), client))
@@ -79,16 +80,22 @@ class _Server:
             if cancel.asked:
                 raise Cancelled(cancel.reason, cancel.signum)
             raise Failure(job.reason)
-        self._progress()
-        self._emit(
-            {
-                "event": "stored",
-                "archive": self._store.description,
-                "uuid": job.uuid.hex(),
-                "stored_bytes": self._store.stored_bytes,
-                "plain_bytes": self._store.plain_bytes,
-            }
-        )
+        self._tell_stored()
+
+    def _tell_stored(self) -> None:
+        """At once, although a producer whose connection was lost may still have to hear of it."""
+        if not self._told:
+            self._told = True
+            self._progress()
+            self._emit(
+                {
+                    "event": "stored",
+                    "archive": self._store.description,
+                    "uuid": self._job.uuid.hex(),
+                    "stored_bytes": self._store.stored_bytes,
+                    "plain_bytes": self._store.plain_bytes,
+                }
+            )
 
     def _look_at_gate(self, now: float) -> None:
         for client in self._link.revoked(now):
@@ -134,12 +141,14 @@ class _Server:
             self._carry_out(self._job.fail(str(self._store.error)))
         elif self._store.committed:
             self._carry_out(self._job.stored())
+            self._tell_stored()
 
     def _pass_time(self, now: float) -> None:
         if now >= self._next_progress:
             self._next_progress = now + PROGRESS_S
             self._carry_out(self._job.tick(now))
-            self._progress()
+            if not self._told:
+                self._progress()
 
     def _progress(self) -> None:
         if not self._job.devices:

@@ -18,10 +18,12 @@ from vmapipe.runtime.keys import ClientKeys
 _LINGER_MS = 2000
 # pyzmq's zero-copy costs a few microseconds a part; a copy of less is cheaper.
 _ZERO_COPY_BYTES = 64 * 1024
-# The archiver may bind a moment after we start; 100 ms would be felt. One that
-# is not there is asked ever more seldom.
+# The archiver may bind a moment after we start; 100 ms would be felt.
 _RECONNECT_MS = 10
-_RECONNECT_MAX_MS = 1000
+# Over a network whoever uses this class says when, and what is said first: left
+# to itself, libzmq would send the next frame to somebody who does not know us.
+# Not -1, with which it throws away what has come and nobody has read: last words.
+_NEVER_MS = 24 * 3600 * 1000
 # A connection that is dead (a cable, a stopped peer) is noticed and opened anew:
 # three beats, so that one lost on the way is none.
 _HEARTBEAT_MS = 3000
@@ -33,7 +35,8 @@ _CONNECT_MS = 3000
 _HANG_UPS = 3
 
 _EVENTS = (
-    zmq.EVENT_DISCONNECTED
+    zmq.EVENT_CLOSED
+    | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -55,6 +58,8 @@ class Link:
         self._hang_ups = 0
         self._linger_ms = _LINGER_MS
         self._was_up = False
+        #: There is no connection any more, or it could not be made: only `reconnect` helps.
+        self.lost = False
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._open()
@@ -80,8 +85,8 @@ class Link:
                     copy=len(part) < _ZERO_COPY_BYTES,
                 )
         except zmq.Again:
-            # libzmq has given the connection up for good: `wait` tells why.
-            pass
+            # libzmq has given the connection up for good: `wait` may tell why.
+            self.lost = not self.is_local
 
     def receive(self) -> list[bytes] | None:
         """One message, or None when there is none."""
@@ -89,6 +94,16 @@ class Link:
         if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             return None
         return self._socket.recv_multipart(zmq.NOBLOCK)
+
+    def reconnect(self) -> None:
+        """A new connection; what was not sent yet over the old one is never sent."""
+        self._poller.unregister(self._socket)
+        self._poller.unregister(self._monitor)
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=0)
+        self.lost = False
+        self._open()
 
     def close(self) -> None:
         self._context.destroy(linger=self._linger_ms)
@@ -99,8 +114,7 @@ class Link:
         # Credit bounds what is under way; a mark would only be met by losing something.
         self._socket.sndhwm = 0
         self._socket.maxmsgsize = limits.MAX_CONTROL_BYTES
-        self._socket.reconnect_ivl = _RECONNECT_MS
-        self._socket.reconnect_ivl_max = _RECONNECT_MAX_MS
+        self._socket.reconnect_ivl = _RECONNECT_MS if self.is_local else _NEVER_MS
         if not self.is_local:
             self._socket.heartbeat_ivl = _HEARTBEAT_MS
             self._socket.heartbeat_timeout = 3 * _HEARTBEAT_MS
@@ -129,11 +143,18 @@ class Link:
                     "the archiver does not know our key; its administrator has to put our "
                     "client.pub into the folder clients of its keys"
                 )
+            case zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED:
+                self.lost = not self.is_local
             # Later the same comes of a bad network.
-            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if not self._was_up:
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if self._was_up:
+                self.lost = True
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 wanted = "CURVE (--keys)" if self._keys else "plain ZeroMQ (--insecure-plain-tcp)"
                 self._give_up(f"whoever answers there does not speak {wanted}")
-            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._keys and not self._was_up:
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._was_up or not self._keys:
+                self.lost = not self.is_local
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self.lost = True
                 self._hang_ups += 1
                 if self._hang_ups >= _HANG_UPS:
                     self._give_up(

@@ -3,21 +3,30 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
+from vmapipe.producer.kept import Kept
 from vmapipe.producer.link import Link
 from vmapipe.producer.ring import Ring
 from vmapipe.producer.runs import Run
 from vmapipe.protocol import limits
+from vmapipe.protocol.errors import connection_lost
 from vmapipe.protocol.frames import Part
-from vmapipe.protocol.messages import Abort, Done, Refuse
+from vmapipe.protocol.messages import Abort, Done, Refuse, Resumed
 from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
 # Beyond what a loaded machine may oversleep: then we were stopped (Ctrl-Z).
 _STOPPED_S = 5.0
+# Who has not answered on a new connection by then is asked on another one: a
+# connection that is dead is noticed after 9 s (link.py).
+_ASK_AGAIN_S = 10.0
+# A connection that cannot be made is tried again, ever more seldom: a cable that
+# is back is to be noticed, an archiver that is gone not to be hammered.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 
 
 class Refused(Failure):
@@ -36,7 +45,14 @@ class Session:
         self._ring = ring
         # Over a network nobody could open it; and nobody needs to know its name.
         shared_at = ring.shared_at if link.is_local else ""
-        self._side = ProducerSide(job, name, size_bytes, "vmapipe", shared_at)
+        # On one host a connection ends only with a process, and then there is nobody to go on with.
+        session = b"" if link.is_local else os.urandom(limits.UUID_BYTES)
+        self._side = ProducerSide(job, name, size_bytes, "vmapipe", shared_at, session)
+        self._kept = Kept()
+        #: Nobody has answered on the new connection yet; since when that exists.
+        self._away = False
+        self._asked_at = 0.0
+        self._pause_s = _FIRST_PAUSE_S
         self._heard = self._pinged = self.spoke = time.monotonic()
         self.zero_clusters = 0
         #: Of data; what says only that something is zero has none.
@@ -44,7 +60,7 @@ class Session:
 
     @property
     def credit(self) -> int:
-        return self._side.credit
+        return 0 if self._away else self._side.credit
 
     @property
     def frame_bytes(self) -> int:
@@ -71,7 +87,10 @@ class Session:
 
     def send(self, run: Run) -> None:
         """The credit must suffice. The run's memory is held until it is acknowledged."""
-        self._say(self._frame(run))
+        parts = self._frame(run)
+        if self._side.reconnect_s:
+            self._kept.add(self._side.sent_frames, parts)
+        self._say(parts)
         self.sent_bytes += run.length
         if not run.masks:
             self.zero_clusters += run.clusters
@@ -80,8 +99,11 @@ class Session:
         """All is sent; until it is stored. Raises Failure."""
         self._say(self._side.end())
         self.wait_until(lambda: self._side.state is State.CLOSED)
+        if self._side.reconnect_s:
+            self._say(self._side.bye())
 
     def fail(self, reason: str) -> None:
+        self._away = False  # it is worth a try
         self._say(self._side.fail(reason))
 
     def _frame(self, run: Run) -> list[Part]:
@@ -91,7 +113,9 @@ class Session:
         return self._side.run(run.first_cluster, run.clusters, run.masks, payload)
 
     def _say(self, parts: list[Part]) -> None:
-        self._link.send(parts)
+        # While nobody answers, what is kept is sent again later, and the rest is worth nothing.
+        if not self._away:
+            self._link.send(parts)
         self.spoke = time.monotonic()
 
     def hear(self) -> None:
@@ -103,8 +127,11 @@ class Session:
                     raise Refused(f"the archiver refused {self._name!r}: {reason} [{code}]")
                 case Abort(reason):
                     raise Refused(f"the job was ended: {reason}")
+                case Resumed(received, _, _, ended):
+                    self._go_on(received, ended=ended)
                 case Done():
                     return
+        self._kept.release(self._side.acked)
         self._ring.release(self._side.acked)
 
     def wait_until(self, reached: Callable[[], bool]) -> None:
@@ -117,8 +144,10 @@ class Session:
 
     def step(self, longest_s: float) -> None:
         """Wait for anything for at most `longest_s`; keep the session alive meanwhile."""
-        longest_s = min(longest_s, self._heartbeat_s / 3)
         before = time.monotonic()
+        longest_s = min(longest_s, self._heartbeat_s / 3)
+        if self._link.lost:
+            longest_s = min(longest_s, max(0.0, self._asked_at + self._pause_s - before))
         self._link.wait(longest_s)
         self._cancel.check()
         self.hear()
@@ -129,14 +158,51 @@ class Session:
         self.keep_alive(now)
 
     def keep_alive(self, now: float) -> None:
-        """Ask for a sign of life in time. Raises Failure when the archiver is silent."""
-        if now - self._heard > self._heartbeat_s:
-            raise Failure(
-                f"device {self._name!r}: the archiver has been silent for "
-                f"{self._heartbeat_s:.0f} s; is it still running?"
-            )
+        """Ask for a sign of life in time. Raises Failure when the archiver is silent for too long."""
+        silence_s, reconnect_s = now - self._heard, self._side.reconnect_s
+        if silence_s > max(self._heartbeat_s, reconnect_s):
+            raise Failure(self._silent_words())
+        if self._side.state is State.CLOSED:
+            return
+        asked_s = now - self._asked_at
+        if (
+            (self._link.lost and asked_s >= self._pause_s)
+            or (reconnect_s and silence_s > self._heartbeat_s and not self._away)
+            or (self._away and asked_s > _ASK_AGAIN_S)
+        ):
+            self._reconnect(now)
         # An archiver has no need to answer data: who only sends would hear nothing for ever.
         silence_s = now - min(self.spoke, max(self._heard, self._pinged))
-        if silence_s >= self._heartbeat_s / 3 and self._side.state is not State.CLOSED:
+        if silence_s >= self._heartbeat_s / 3:
             self._pinged = now
             self._say(self._side.ping())
+
+    def _silent_words(self) -> str:
+        if self._side.reconnect_s:
+            return connection_lost(self._name, max(self._heartbeat_s, self._side.reconnect_s))
+        return (
+            f"device {self._name!r}: the archiver has been silent for "
+            f"{self._heartbeat_s:.0f} s; is it still running?"
+        )
+
+    def _reconnect(self, now: float) -> None:
+        """On a new connection, say who we are, and send nothing until the archiver knows us."""
+        greeting = self._side.state is State.GREETING
+        if self._link.is_local or not (greeting or self._side.reconnect_s):
+            return
+        self._link.reconnect()
+        self._asked_at = now
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        if greeting:
+            self._link.send(self._side.hello())
+        else:
+            self._away = True
+            self._link.send(self._side.resume())
+
+    def _go_on(self, received: int, *, ended: bool) -> None:
+        self._away = False
+        self._pause_s = _FIRST_PAUSE_S
+        for parts in self._kept.behind(received):
+            self._say(parts)
+        if self._side.state is State.ENDING and not ended:
+            self._say(self._side.end_again())

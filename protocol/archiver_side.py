@@ -11,6 +11,7 @@ from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
 from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import (
     Abort,
+    Bye,
     ClusterFrame,
     Done,
     End,
@@ -21,6 +22,8 @@ from vmapipe.protocol.messages import (
     Ping,
     Pong,
     Refuse,
+    Resume,
+    Resumed,
     RunFrame,
     SharedRun,
     Welcome,
@@ -32,6 +35,7 @@ class State(enum.Enum):
     WAITING = "waiting"
     RECEIVING = "receiving"
     ENDED = "ended"
+    TOLD = "told"
     CLOSED = "closed"
 
 
@@ -49,12 +53,19 @@ class ArchiverSide:
         #: Where the producer offers to share memory, and whether it was accepted.
         self.shared_at = ""
         self.shared = False
+        #: By which the producer is known again; empty: it cannot be.
+        self.session = b""
+        self.reconnect_s = 0
         self._limit = 0
         self._acked = 0
         self._frame_bytes = 0
+        self._heartbeat_s = 0
 
     def receive(self, parts: Sequence[Part]) -> Message:
-        """Take a message: Hello, a frame, End, Fail or Ping."""
+        """Take a message: Hello, Resume, a frame, End, Fail, Ping or Bye.
+
+        A Resume is for the job: another object has that session.
+        """
         message = frames.decode(parts)
         match message:
             case ClusterFrame() if self.state is State.RECEIVING:
@@ -68,6 +79,10 @@ class ArchiverSide:
                 pass
             case Hello() if self.state is State.GREETING:
                 self._greeted(message)
+            case Resume() if self.state is State.GREETING:
+                pass
+            case Bye() if self.state is State.TOLD:
+                self.state = State.CLOSED
             case End() if self.state is State.RECEIVING:
                 self._ended(message)
             case Fail():
@@ -81,6 +96,7 @@ class ArchiverSide:
         self.device = message.device
         self.size_bytes = message.size
         self.shared_at = message.shared
+        self.session = message.session
         self.state = State.WAITING
 
     def _take(self, seq: int, dev_id: int, clusters: int, data_bytes: int) -> None:
@@ -117,20 +133,51 @@ class ArchiverSide:
         heartbeat_s: int,
         *,
         shared: bool = False,
+        reconnect_s: int = 0,
     ) -> list[Part]:
+        """`reconnect_s` is for a session that can be resumed."""
         self._must_be(State.WAITING, "welcome")
         if frame_bytes < limits.MIN_FRAME_CHARGE:
             raise LocalProtocolError(f"frames of {frame_bytes} bytes do not hold a cluster")
         if shared and not self.shared_at:
             raise LocalProtocolError("the producer offers no memory")
-        welcome = Welcome(limits.VERSION, dev_id, credit_bytes, frame_bytes, heartbeat_s, shared)
-        parts = frames.encode_control(welcome)
+        self.reconnect_s = reconnect_s if self.session else 0
+        self._heartbeat_s = heartbeat_s
+        parts = self._welcome(dev_id, credit_bytes, frame_bytes, shared=shared)
         self.state = State.RECEIVING
         self.dev_id = dev_id
         self._limit = credit_bytes
         self._frame_bytes = frame_bytes
         self.shared = shared
         return parts
+
+    def _welcome(
+        self, dev_id: int, credit_bytes: int, frame_bytes: int, *, shared: bool
+    ) -> list[Part]:
+        return frames.encode_control(
+            Welcome(
+                limits.VERSION,
+                dev_id,
+                credit_bytes,
+                frame_bytes,
+                self._heartbeat_s,
+                shared,
+                self.reconnect_s,
+            )
+        )
+
+    def welcome_again(self) -> list[Part]:
+        """To a producer that has not heard the first one, and has sent nothing yet."""
+        if self.state is not State.RECEIVING or self.received_frames:
+            raise RemoteProtocolError("sequence", "HELLO again in a session that has begun")
+        return self._welcome(self.dev_id, self._limit, self._frame_bytes, shared=self.shared)
+
+    def resumed(self) -> list[Part]:
+        """The answer to the Resume of this session. Raises RemoteProtocolError."""
+        if not self.reconnect_s or self.state not in (State.RECEIVING, State.ENDED, State.TOLD):
+            raise RemoteProtocolError("sequence", f"RESUME in state {self.state.value}")
+        ended = self.state is not State.RECEIVING
+        return frames.encode_control(Resumed(self.received_frames, self._limit, self._acked, ended))
 
     def grant(self, limit: int, acked: int) -> list[Part] | None:
         """A grant message, or None when it would tell nothing new. A limit never shrinks."""
@@ -145,8 +192,10 @@ class ArchiverSide:
         return frames.encode_control(Grant(self._limit, self._acked))
 
     def done(self, uuid: bytes) -> list[Part]:
-        self._must_be(State.ENDED, "done")
-        self.state = State.CLOSED
+        """Again, where the first one was lost with its connection."""
+        if self.state is not State.TOLD:
+            self._must_be(State.ENDED, "done")
+        self.state = State.TOLD if self.reconnect_s else State.CLOSED
         return frames.encode_control(Done(uuid))
 
     def refuse(self, code: str, reason: str) -> list[Part]:

@@ -21,3 +21,8 @@ class RemoteProtocolError(ProtocolError):
         self.code = code
         self.reason = reason
         super().__init__(f"{reason} [{code}]")
+
+
+def connection_lost(device: str, limit_s: float) -> str:
+    """What both sides say when a connection did not come back: the same words."""
+    return f"device {device!r}: the connection was lost for {limit_s:.0f} s"

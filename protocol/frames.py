@@ -18,6 +18,7 @@ from vmapipe.protocol import limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
 from vmapipe.protocol.messages import (
     Abort,
+    Bye,
     ClusterFrame,
     Control,
     DataFrame,
@@ -30,6 +31,8 @@ from vmapipe.protocol.messages import (
     Ping,
     Pong,
     Refuse,
+    Resume,
+    Resumed,
     RunFrame,
     SharedRun,
     Welcome,
@@ -39,7 +42,10 @@ Part = bytes | bytearray | memoryview
 
 _TYPES: dict[str, type[Control]] = {
     kind.__name__.upper(): kind
-    for kind in (Hello, Welcome, Grant, End, Done, Refuse, Fail, Abort, Ping, Pong)
+    for kind in (
+        *(Hello, Welcome, Grant, End, Done, Refuse, Fail, Abort, Ping, Pong),
+        *(Resume, Resumed, Bye),
+    )
 }
 _NOTHING = memoryview(b"")
 
@@ -135,7 +141,7 @@ def _decode_control(part: Part) -> Control:
     if kind is None:
         raise RemoteProtocolError("malformed", f"an unknown message {value[0][:40]!r}")
     # First of all: another version may have other keys beside this one.
-    version = value[1].get("version") if kind in (Hello, Welcome) else None
+    version = value[1].get("version") if kind in (Hello, Welcome, Resume) else None
     if _is_uint(version) and version != limits.VERSION:
         raise RemoteProtocolError(
             "version", f"version {version} is not spoken here, {limits.VERSION} is"
@@ -232,6 +238,10 @@ def _is_uuid(value: object) -> bool:
     return isinstance(value, bytes) and len(value) == limits.UUID_BYTES
 
 
+def _is_session(value: object) -> bool:
+    return value == b"" or _is_uuid(value)
+
+
 def _is_reason(value: object) -> bool:
     return isinstance(value, str) and len(value) <= limits.MAX_REASON_CHARS and _is_text(value)
 
@@ -251,6 +261,10 @@ def _is_dev_id(value: object) -> bool:
 
 def _is_heartbeat(value: object) -> bool:
     return _is_uint(value) and 1 <= value <= limits.MAX_HEARTBEAT_S
+
+
+def _is_reconnect(value: object) -> bool:
+    return _is_uint(value) and value <= limits.MAX_RECONNECT_S
 
 
 def _is_text(value: str) -> bool:
@@ -275,6 +289,12 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "program": _is_reason,
     "HELLO.shared": _is_reason,
     "WELCOME.shared": _is_flag,
+    "HELLO.session": _is_session,
+    "session": _is_uuid,
+    "reconnect_s": _is_reconnect,
+    "attempt": _is_uint,
+    "received": _is_uint,
+    "ended": _is_flag,
     "dev_id": _is_dev_id,
     "credit": _is_uint,
     "frame_bytes": _is_uint,

@@ -43,6 +43,8 @@ MAX_MAP_ITEMS = 64
 UUID_BYTES = 16
 # An hour of silence is no heartbeat any more; every timer can hold it.
 MAX_HEARTBEAT_S = 3600
+# A day: nobody waits longer for a cable, and a guest's old data waits meanwhile.
+MAX_RECONNECT_S = 86400
 
 
 def charge(clusters: int, data_bytes: int) -> int:

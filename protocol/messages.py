@@ -16,6 +16,10 @@ class Hello:
 
     `shared`: where the archiver, if it is on the same host, finds the memory
     in which the data of `SharedRun` frames will lie; empty: nowhere.
+    `session`: 16 random bytes of the producer's, by which it is known again
+    after its connection was lost; empty: it cannot go on then. `attempt` is
+    greater for each new connection, in `Resume` too, so that what was late on
+    an old one is known as such.
     """
 
     version: int
@@ -24,6 +28,8 @@ class Hello:
     size: int
     program: str = ""
     shared: str = ""
+    session: bytes = b""
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,8 @@ class Welcome:
 
     `frame_bytes` is the largest charge of one frame; a peer that is silent for
     `heartbeat_s` seconds is taken for dead. `shared`: the producer may send
-    `SharedRun` frames.
+    `SharedRun` frames. `reconnect_s`: so long a lost connection is waited for;
+    0: it is the end.
     """
 
     version: int
@@ -41,6 +48,7 @@ class Welcome:
     frame_bytes: int
     heartbeat_s: int
     shared: bool = False
+    reconnect_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,31 @@ class Grant:
 
     limit: int
     acked: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Producer, on a new connection: I am the one who began this session."""
+
+    version: int
+    job: bytes
+    session: bytes
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Archiver: go on behind frame `received`. The others as in `Grant`; `ended`: END has come."""
+
+    received: int
+    limit: int
+    acked: int
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """Producer: I have heard that it is done. Ends a session that could be resumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +131,21 @@ class Pong:
     """Archiver: yes."""
 
 
-Control = Hello | Welcome | Grant | End | Done | Refuse | Fail | Abort | Ping | Pong
+Control = (
+    Hello
+    | Welcome
+    | Grant
+    | End
+    | Done
+    | Refuse
+    | Fail
+    | Abort
+    | Ping
+    | Pong
+    | Resume
+    | Resumed
+    | Bye
+)
 
 
 class ClusterFrame(NamedTuple):

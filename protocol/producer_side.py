@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
 from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import (
     Abort,
+    Bye,
     Control,
     Done,
     End,
@@ -20,6 +22,8 @@ from vmapipe.protocol.messages import (
     Ping,
     Pong,
     Refuse,
+    Resume,
+    Resumed,
     Welcome,
 )
 
@@ -35,8 +39,15 @@ class ProducerSide:
     """One session. Methods that send return message parts; `receive` takes them."""
 
     def __init__(
-        self, job: bytes, device: str, size_bytes: int, program: str = "", shared: str = ""
+        self,
+        job: bytes,
+        device: str,
+        size_bytes: int,
+        program: str = "",
+        shared: str = "",
+        session: bytes = b"",
     ) -> None:
+        """`session`: 16 random bytes, or empty: a lost connection is the end."""
         self.state = State.GREETING
         self.dev_id = 0
         self.acked = 0
@@ -46,8 +57,12 @@ class ProducerSide:
         self.sent_frames = 0
         self.sent_clusters = 0
         self._hello = Hello(
-            limits.VERSION, job, device, size_bytes, frames.sayable(program), shared
+            limits.VERSION, job, device, size_bytes, frames.sayable(program), shared, session
         )
+        #: So long a lost connection may be; 0: it is the end.
+        self.reconnect_s = 0
+        self._asked = False
+        self._attempts = 0
         self._limit = 0
         self._charged = 0
 
@@ -57,8 +72,11 @@ class ProducerSide:
         return self._limit - self._charged
 
     def hello(self) -> list[Part]:
+        """Again on each new connection, until WELCOME comes."""
         self._must_be(State.GREETING)
-        return frames.encode_control(self._hello)
+        hello = dataclasses.replace(self._hello, attempt=self._attempts)
+        self._attempts += 1
+        return frames.encode_control(hello)
 
     def run(self, first: int, count: int, masks: bytes, payload: Part) -> list[Part]:
         """Consecutive clusters (see RunFrame); its charge must be within `credit`.
@@ -100,6 +118,25 @@ class ProducerSide:
         self.state = State.CLOSED
         return frames.encode_control(Fail(frames.sayable(reason)))
 
+    def end_again(self) -> list[Part]:
+        """Where RESUMED says that it was lost."""
+        self._must_be(State.ENDING)
+        return frames.encode_control(End(self.sent_frames, self.sent_clusters))
+
+    def resume(self) -> list[Part]:
+        """The first words on a new connection, once WELCOME has come."""
+        if not self.reconnect_s or self.state not in (State.SENDING, State.ENDING):
+            raise LocalProtocolError(f"nothing to resume in state {self.state.value}")
+        self._asked = True
+        hello, attempt = self._hello, self._attempts
+        self._attempts += 1
+        return frames.encode_control(Resume(limits.VERSION, hello.job, hello.session, attempt))
+
+    def bye(self) -> list[Part]:
+        """After DONE, where `reconnect_s` is not 0."""
+        self._must_be(State.CLOSED)
+        return frames.encode_control(Bye())
+
     def ping(self) -> list[Part]:
         return frames.encode_control(Ping())
 
@@ -114,6 +151,8 @@ class ProducerSide:
                     raise RemoteProtocolError("sequence", "an acknowledgement of unsent frames")
                 self._limit = max(self._limit, message.limit)
                 self.acked = max(self.acked, message.acked)
+            case Resumed() if self._asked and self.state in (State.SENDING, State.ENDING):
+                self._resumed(message)
             case Done() if self.state is State.ENDING:
                 self.acked = self.sent_frames
                 self.state = State.CLOSED
@@ -135,8 +174,19 @@ class ProducerSide:
         self.frame_bytes = message.frame_bytes
         self.heartbeat_s = message.heartbeat_s
         self.shared = message.shared
+        self.reconnect_s = message.reconnect_s if self._hello.session else 0
         self._limit = message.credit
         self.state = State.SENDING
+
+    def _resumed(self, message: Resumed) -> None:
+        if not self.acked <= message.acked <= message.received <= self.sent_frames:
+            raise RemoteProtocolError("sequence", "resumed behind frames that were never sent")
+        all_sent = self.state is State.ENDING and message.received == self.sent_frames
+        if message.ended and not all_sent:
+            raise RemoteProtocolError("sequence", "an end that was never sent")
+        self._asked = False
+        self._limit = max(self._limit, message.limit)
+        self.acked = message.acked
 
     def _must_be(self, state: State) -> None:
         if self.state is not state:

@@ -7,7 +7,6 @@ import contextlib
 import re
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,46 +15,7 @@ import pytest
 
 from tests.machine import bad, end_of, good, make_disk, run, started
 from tests.network.keys import enrol, make_client, make_server
-
-
-class Place:
-    """An archiver that waits for one producer over TCP, with keys."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder = folder
-        self.server = make_server(folder / "server")
-        self.client = make_client(folder / "client", self.server, "host1")
-        self.disk = make_disk(folder / "disk.raw", "A0hAp" * 8)
-        self.archive = folder / "vm.vma"
-        self.archiver = stack.enter_context(
-            started(
-                *("archiver", "--listen", "tcp://127.0.0.1:*", "--keys", self.server),
-                *("--expect", "1", "--output", self.archive),
-            )
-        )
-        self.said: list[str] = []
-        self.endpoint = self.line("listening on").rpartition(" ")[2]
-
-    def line(self, words: str) -> str:
-        """What the archiver says next, with these words in it."""
-        assert self.archiver.stderr is not None
-        for raw in self.archiver.stderr:
-            line = raw.decode().rstrip("\n")
-            self.said.append(line)
-            if words in line:
-                return line
-        raise AssertionError(f"the archiver ended without {words!r}: {self.said}")
-
-    def producer(self, keys: Path | None, *more: str) -> tuple[str | Path, ...]:
-        with_keys = ("--keys", keys) if keys else ("--insecure-plain-tcp",)
-        return ("producer", "--archiver", self.endpoint, *with_keys, "--disk", self.disk, *more)
-
-    def honest_job_succeeds(self) -> None:
-        good(*self.producer(self.client))
-        code, text = end_of(self.archiver)
-        self.said += text.splitlines()
-        assert code == 0, self.said
-        good("verify", self.archive, "--require-manifest")
+from tests.network.place import Place, until
 
 
 @pytest.fixture
@@ -64,11 +24,9 @@ def place(tmp_path: Path) -> Iterator[Place]:
         yield Place(tmp_path, stack)
 
 
-def wait_for_data(place: Place) -> None:
-    """Until the archiver has begun: then its producer is in the midst of it."""
-    while not any(file.stat().st_size for file in place.folder.glob("*.partial")):
-        assert place.archiver.poll() is None
-        time.sleep(0.01)
+def has_data(place: Place) -> bool:
+    """The archiver has begun: its producer is in the midst of it."""
+    return any(file.stat().st_size for file in place.folder.glob("*.partial"))
 
 
 def failing(done: subprocess.CompletedProcess[bytes]) -> str:
@@ -127,7 +85,7 @@ def test_a_client_that_is_taken_off_the_list_does_not_come_in_again(place: Place
 
 def test_a_client_whose_key_is_revoked_while_it_sends_is_cut_off(place: Place) -> None:
     with started(*place.producer(place.client, "--speed", "64K")) as producer:
-        wait_for_data(place)
+        until(lambda: has_data(place), place.archiver)
         (place.server / "clients" / "host1.pub").unlink()
         words = "device 'disk.raw': the key of client 'host1' was revoked"
         code, text = end_of(producer)

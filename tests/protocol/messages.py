@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from vmapipe.protocol import limits
 from vmapipe.protocol.messages import (
     Abort,
+    Bye,
     ClusterFrame,
     Control,
     Done,
@@ -19,6 +20,8 @@ from vmapipe.protocol.messages import (
     Ping,
     Pong,
     Refuse,
+    Resume,
+    Resumed,
     RunFrame,
     SharedRun,
     Welcome,
@@ -30,8 +33,8 @@ FULL_CLUSTER = b"\x5a" * limits.CLUSTER_BYTES
 
 # One valid message of every kind.
 EXAMPLES: dict[str, Message] = {
-    "HELLO": Hello(limits.VERSION, UUID, "drive-scsi0", 3 * 65536, "test", "/proc/7/fd/5"),
-    "WELCOME": Welcome(limits.VERSION, 1, 1 << 24, 1 << 20, 30, shared=True),
+    "HELLO": Hello(limits.VERSION, UUID, "drive-scsi0", 3 * 65536, "test", "/proc/7/fd/5", UUID, 0),
+    "WELCOME": Welcome(limits.VERSION, 1, 1 << 24, 1 << 20, 30, shared=True, reconnect_s=60),
     "GRANT": Grant(1 << 25, 0),
     "END": End(0, 0),
     "DONE": Done(UUID),
@@ -40,6 +43,9 @@ EXAMPLES: dict[str, Message] = {
     "ABORT": Abort("cancelled"),
     "PING": Ping(),
     "PONG": Pong(),
+    "RESUME": Resume(limits.VERSION, UUID, UUID, 1),
+    "RESUMED": Resumed(0, 1 << 25, 0, ended=False),
+    "BYE": Bye(),
     "CLUSTER": ClusterFrame(1, 1, 0, FULL_CLUSTER),
     "RUN": RunFrame(1, 1, 0, 2, b"\0\1\0\0", memoryview(bytes(4096))),
     "SHARED": SharedRun(1, 1, 0, 2, b"\0\1\0\0", 8192),
@@ -52,7 +58,17 @@ names = st.text(
     st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=40
 )
 controls: st.SearchStrategy[Control] = st.one_of(
-    st.builds(Hello, st.just(limits.VERSION), uuids, names, uints, reasons, reasons),
+    st.builds(
+        Hello,
+        st.just(limits.VERSION),
+        uuids,
+        names,
+        uints,
+        reasons,
+        reasons,
+        st.just(b"") | uuids,
+        uints,
+    ),
     st.builds(
         Welcome,
         st.just(limits.VERSION),
@@ -61,7 +77,11 @@ controls: st.SearchStrategy[Control] = st.one_of(
         uints,
         st.integers(1, limits.MAX_HEARTBEAT_S),
         st.booleans(),
+        st.integers(0, limits.MAX_RECONNECT_S),
     ),
+    st.builds(Resume, st.just(limits.VERSION), uuids, uuids, uints),
+    st.builds(Resumed, uints, uints, uints, st.booleans()),
+    st.just(Bye()),
     st.builds(Grant, uints, uints),
     st.builds(End, uints, uints),
     st.builds(Done, uuids),

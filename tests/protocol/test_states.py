@@ -19,6 +19,8 @@ from vmapipe.protocol.messages import (
     Grant,
     Hello,
     Message,
+    Resume,
+    Resumed,
     RunFrame,
     SharedRun,
     Welcome,
@@ -33,6 +35,7 @@ ARCHIVER_TAKES = {
     (A.GREETING, "HELLO"): A.WAITING,
     (A.GREETING, "PING"): A.GREETING,
     (A.GREETING, "FAIL"): A.CLOSED,
+    (A.GREETING, "RESUME"): A.GREETING,
     (A.WAITING, "PING"): A.WAITING,
     (A.WAITING, "FAIL"): A.CLOSED,
     (A.RECEIVING, "CLUSTER"): A.RECEIVING,
@@ -43,6 +46,9 @@ ARCHIVER_TAKES = {
     (A.RECEIVING, "FAIL"): A.CLOSED,
     (A.ENDED, "PING"): A.ENDED,
     (A.ENDED, "FAIL"): A.CLOSED,
+    (A.TOLD, "PING"): A.TOLD,
+    (A.TOLD, "BYE"): A.CLOSED,
+    (A.TOLD, "FAIL"): A.CLOSED,
     # Whoever carries the session should not even ask any more.
     (A.CLOSED, "PING"): A.CLOSED,
     (A.CLOSED, "FAIL"): A.CLOSED,
@@ -56,11 +62,13 @@ PRODUCER_TAKES = {
     (P.SENDING, "REFUSE"): P.CLOSED,
     (P.SENDING, "ABORT"): P.CLOSED,
     (P.SENDING, "PONG"): P.SENDING,
+    (P.SENDING, "RESUMED"): P.SENDING,
     (P.ENDING, "GRANT"): P.ENDING,
     (P.ENDING, "DONE"): P.CLOSED,
     (P.ENDING, "REFUSE"): P.CLOSED,
     (P.ENDING, "ABORT"): P.CLOSED,
     (P.ENDING, "PONG"): P.ENDING,
+    (P.ENDING, "RESUMED"): P.ENDING,
     (P.CLOSED, "REFUSE"): P.CLOSED,
     (P.CLOSED, "ABORT"): P.CLOSED,
     (P.CLOSED, "PONG"): P.CLOSED,
@@ -74,20 +82,24 @@ def archiver_in(state: archiver_side.State) -> ArchiverSide:
     side.receive(encode(EXAMPLES["HELLO"]))
     if state is A.WAITING:
         return side
-    side.welcome(1, 1 << 20, 1 << 19, 30, shared=True)
+    side.welcome(1, 1 << 20, 1 << 19, 30, shared=True, reconnect_s=60)
     if state is A.RECEIVING:
         return side
     side.receive(encode(End(0, 0)))
+    if state is A.ENDED:
+        return side
+    side.done(UUID)
     if state is A.CLOSED:
-        side.done(UUID)
+        side.receive(encode(EXAMPLES["BYE"]))
     return side
 
 
 def producer_in(state: producer_side.State) -> ProducerSide:
-    side = ProducerSide(UUID, "drive-scsi0", 1 << 30, "test", "/proc/7/fd/5")
+    side = ProducerSide(UUID, "drive-scsi0", 1 << 30, "test", "/proc/7/fd/5", UUID)
     if state is P.GREETING:
         return side
     side.receive(encode(EXAMPLES["WELCOME"]))
+    side.resume()  # so that RESUMED belongs there
     if state is P.SENDING:
         return side
     side.end()
@@ -153,14 +165,14 @@ def test_the_producer_sends_only_what_its_state_allows(state: producer_side.Stat
 def test_the_archiver_welcomes_and_ends_only_where_its_state_allows(
     state: archiver_side.State,
 ) -> None:
-    allowed = {"welcome": A.WAITING, "done": A.ENDED}
+    allowed = {"welcome": [A.WAITING], "done": [A.ENDED, A.TOLD]}
     moves: dict[str, Callable[[ArchiverSide], object]] = {
         "welcome": lambda side: side.welcome(1, 1 << 20, 1 << 19, 30),
         "done": lambda side: side.done(UUID),
     }
     for name, move in moves.items():
         side = archiver_in(state)
-        if allowed[name] is state:
+        if state in allowed[name]:
             move(side)
         else:
             with pytest.raises(LocalProtocolError):
@@ -168,6 +180,70 @@ def test_the_archiver_welcomes_and_ends_only_where_its_state_allows(
     assert archiver_in(state).pong()
     assert archiver_in(state).refuse("busy", "")
     assert archiver_in(state).abort("")
+
+
+# --- after a lost connection ---
+
+
+def test_resumed_is_refused_where_nobody_has_asked() -> None:
+    side = ProducerSide(UUID, "a", 1 << 30, session=UUID)
+    side.receive(encode(Welcome(1, 1, 1 << 20, 1 << 19, 30, reconnect_s=60)))
+    assert code_of(side, EXAMPLES["RESUMED"]) == "sequence"
+    side.resume()
+    assert code_of(side, EXAMPLES["RESUMED"]) == ""
+    assert code_of(side, EXAMPLES["RESUMED"]) == "sequence"
+
+
+@pytest.mark.parametrize("session", [b"", UUID])
+@pytest.mark.parametrize("reconnect_s", [0, 60])
+def test_a_session_can_be_resumed_only_where_both_sides_said_so(
+    session: bytes, reconnect_s: int
+) -> None:
+    producer = ProducerSide(UUID, "a", 1 << 30, session=session)
+    archiver = ArchiverSide()
+    archiver.receive(producer.hello())
+    producer.receive(archiver.welcome(1, 1 << 20, 1 << 19, 30, reconnect_s=reconnect_s))
+    if session and reconnect_s:
+        producer.resume()
+        producer.receive(archiver.resumed())
+    else:
+        with pytest.raises(LocalProtocolError):
+            producer.resume()
+        with pytest.raises(RemoteProtocolError):
+            archiver.resumed()
+    producer.end()
+    archiver.receive(encode(End(0, 0)))
+    producer.receive(archiver.done(UUID))
+    assert archiver.state is (A.TOLD if session and reconnect_s else A.CLOSED)
+
+
+@pytest.mark.parametrize(
+    "resumed",
+    [
+        Resumed(3, 1 << 20, 0, ended=False),  # received: more than was sent
+        Resumed(1, 1 << 20, 2, ended=False),  # acknowledged and not received
+        Resumed(2, 1 << 20, 0, ended=False),  # acknowledged was more before
+        Resumed(2, 1 << 20, 2, ended=True),  # nobody said END
+    ],
+)
+def test_a_resumed_that_cannot_be_is_refused(resumed: Resumed) -> None:
+    side = ProducerSide(UUID, "a", 1 << 30, session=UUID)
+    side.receive(encode(Welcome(1, 1, 1 << 20, 1 << 19, 30, reconnect_s=60)))
+    for number in range(2):
+        side.run(number, 1, b"", b"")
+    side.receive(encode(Grant(1 << 20, 1)))
+    side.resume()
+    assert code_of(side, resumed) == "sequence"
+    assert side.acked == 1
+
+
+def test_resumed_brings_the_credit_and_the_acknowledgements_that_were_lost() -> None:
+    side = ProducerSide(UUID, "a", 1 << 30, session=UUID)
+    side.receive(encode(Welcome(1, 1, 1 << 20, 1 << 19, 30, reconnect_s=60)))
+    side.run(0, 1, b"", b"")
+    side.resume()
+    side.receive(encode(Resumed(1, 1 << 22, 1, ended=False)))
+    assert (side.credit, side.acked) == ((1 << 22) - limits.charge(1, 0), 1)
 
 
 # --- right in this state, wrong in itself ---
@@ -267,12 +343,12 @@ def test_a_welcome_that_accepts_memory_which_was_not_offered_is_refused() -> Non
     assert side.state is P.GREETING
 
 
-@pytest.mark.parametrize("name", ["HELLO", "WELCOME"])
+@pytest.mark.parametrize("name", ["HELLO", "WELCOME", "RESUME"])
 def test_another_version_is_refused_as_such(name: str) -> None:
     message = EXAMPLES[name]
-    assert isinstance(message, Hello | Welcome)
+    assert isinstance(message, Hello | Welcome | Resume)
     other = dataclasses.replace(message, version=2)
-    side = archiver_in(A.GREETING) if name == "HELLO" else producer_in(P.GREETING)
+    side = producer_in(P.GREETING) if name == "WELCOME" else archiver_in(A.GREETING)
     assert code_of(side, other) == "version"
 
 

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job and its producers over connections that a test breaks: real cores, no sockets, no clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+
+from tests.vma.archives import disk_image, read_whole, scan
+from vmapipe.archiver.device import Mark
+from vmapipe.archiver.instructions import Abandon, Begin, Finish, Instruction, Notice, Put, Send
+from vmapipe.archiver.job import Job, JobSpec
+from vmapipe.producer.kept import Kept
+from vmapipe.protocol import limits
+from vmapipe.protocol.frames import Part
+from vmapipe.protocol.messages import Done, Message, Resumed
+from vmapipe.protocol.producer_side import ProducerSide, State
+from vmapipe.vma.layout import CLUSTER_BYTES
+from vmapipe.vma.packer import PackedExtent
+
+JOB, UUID = bytes(range(16)), bytes(range(16, 32))
+
+
+def spec(*devices: str, **changes: object) -> JobSpec:
+    return replace(JobSpec(uuid=UUID, ctime_s=1, devices=devices, job=JOB), **changes)  # type: ignore[arg-type]
+
+
+class Producer:
+    """As producer/session.py does it: frames are kept until they are acknowledged."""
+
+    def __init__(self, name: str, data: bytes, session: bytes) -> None:
+        self.name = name
+        self.data = data
+        self.side = ProducerSide(JOB, name, len(data), session=session)
+        self.kept = Kept()
+        self.away = False
+        self.cluster = 0
+        self.to_archiver: deque[list[bytes]] = deque()
+        self.from_archiver: deque[list[bytes]] = deque()
+        self.connection = b""
+        self.heard: Message | None = None
+
+    def connect(self, connection: bytes) -> None:
+        """A new one: what was under way in both directions is lost."""
+        self.connection = connection
+        self.to_archiver.clear()
+        self.from_archiver.clear()
+        if self.side.state is State.GREETING:
+            self.say(self.side.hello())
+        elif self.side.state is not State.CLOSED:
+            self.away = False
+            self.say(self.side.resume())
+            self.away = True
+
+    def say(self, parts: list[Part]) -> None:
+        if not self.away:
+            self.to_archiver.append([bytes(part) for part in parts])
+
+    def step(self) -> bool:
+        """Send the next thing; whether there was one."""
+        if self.side.state is not State.SENDING or self.away:
+            return False
+        at = self.cluster * CLUSTER_BYTES
+        if at >= len(self.data):
+            self.say(self.side.end())
+            return True
+        data = self.data[at : at + CLUSTER_BYTES]
+        data += bytes(-len(data) % 4096)
+        masks = ((1 << len(data) // 4096) - 1).to_bytes(2, "big") if any(data) else b""
+        if self.side.credit < limits.charge(1, len(data)):
+            return False
+        parts = self.side.run(self.cluster, 1, masks, data if masks else b"")
+        self.kept.add(self.side.sent_frames, parts)
+        self.say(parts)
+        self.cluster += 1
+        return True
+
+    def hear(self) -> None:
+        message = self.side.receive(self.from_archiver.popleft())
+        match message:
+            case Resumed(received, _, _, ended):
+                self.away = False
+                for parts in self.kept.behind(received):
+                    self.say(parts)
+                if self.side.state is State.ENDING and not ended:
+                    self.say(self.side.end_again())
+            case Done():
+                self.say(self.side.bye())
+        self.kept.release(self.side.acked)
+        self.heard = message
+
+
+class World:
+    """One job, its store, and the connections between."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.producers: list[Producer] = []
+        self.archive = bytearray()
+        self.queue: deque[PackedExtent[Mark]] = deque()
+        self.notices: list[str] = []
+        self.finished = self.abandoned = False
+        self.replies: dict[bytes, deque[list[bytes]]] = {}
+        self._connections = 0
+
+    def connect(self, producer: Producer) -> None:
+        self._connections += 1
+        producer.connect(b"%d" % self._connections)
+
+    def carry_out(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Send(peer, parts):
+                    message = [bytes(part) for part in parts]
+                    self.replies.setdefault(peer, deque()).append(message)
+                    for producer in self.producers:
+                        if producer.connection == peer:
+                            producer.from_archiver.append(message)
+                case Begin(_, raw_header):
+                    self.archive += raw_header
+                case Put(extent):
+                    self.queue.append(extent)
+                case Finish():
+                    self.finished = True
+                case Abandon():
+                    self.abandoned = True
+                case Notice(text):
+                    self.notices.append(text)
+
+    def deliver(self, peer: bytes, parts: list[bytes], now: float = 0.0, client: str = "") -> None:
+        self.carry_out(self.job.receive(peer, parts, now, client))
+
+    def write(self) -> None:
+        extent = self.queue.popleft()
+        self.archive += b"".join(bytes(part) for part in extent.buffers)
+        self.carry_out(self.job.written(extent.notes, {each[0] for each in extent.clusters}))
+        self.store_if_ready()
+
+    def store_if_ready(self) -> None:
+        if self.finished and not self.queue:
+            self.carry_out(self.job.stored())
+
+    def images(self) -> dict[str, bytes]:
+        raw = bytes(self.archive)
+        events = scan(raw)
+        return {d.name: disk_image(d, events) for d in read_whole(raw).devices}
