@@ -29,8 +29,10 @@ class Place:
     def start_archiver(self, endpoint: str, *more: str) -> None:
         self.archiver = self._stack.enter_context(
             started(
-                *("archiver", "--listen", endpoint, "--keys", self.server),
-                *("--expect", "1", "--output", self.archive, *more),
+                *("archiver", "--listen", endpoint, "--keys", self.server, "--expect", "1"),
+                "--output",
+                self.archive,
+                *more,
             )
         )
         self.endpoint = self.line("listening on").rpartition(" ")[2]

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.machine import make_disk
-from tests.network.test_strangers import Place
+from tests.network.place import Place
 from vmapipe.archiver import job
 from vmapipe.protocol import limits
 
