@@ -38,7 +38,8 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--manifest",
         metavar="FILE",
-        help="where the digests go (default: ARCHIVE.manifest.json beside a file)",
+        help="where the digests go, a file or any other place that an archive could go to "
+        "(default: ARCHIVE.manifest.json beside a file)",
     )
     parser.add_argument("--no-manifest", action="store_true", help="make no digests")
     parser.add_argument(

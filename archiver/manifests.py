@@ -32,8 +32,8 @@ class ManifestSink(Protocol):
         """Leave nothing behind, after a commit too. Never raises."""
 
 
-class _ManifestOutput:
-    """Lines into an output, which is committed like an archive."""
+class ManifestOutput:
+    """Lines into an output, which is committed like an archive: a stream's cannot be taken back."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -60,15 +60,14 @@ class _ManifestOutput:
             self._remove()
 
     def _remove(self) -> None:
-        """Take it back after its commit. Never raises."""
-        raise NotImplementedError
+        """Take it back after its commit, if that can be. Never raises."""
 
     def _flush(self) -> None:
         lines, self._lines, self._length = self._lines, [], 0
         self._output.write([b"".join(lines)])
 
 
-class ManifestFile(_ManifestOutput):
+class ManifestFile(ManifestOutput):
     """A file. `replace`: one that exists is stale.
 
     That is so beside an archive that does not exist yet. A file that the user
@@ -84,7 +83,7 @@ class ManifestFile(_ManifestOutput):
             os.unlink(self._path)
 
 
-class ManifestObject(_ManifestOutput):
+class ManifestObject(ManifestOutput):
     """An object of a store; `replace` as for a file.
 
     `prepare` is called before the commit: it sees to it that the archive can follow at once, and

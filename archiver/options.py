@@ -14,11 +14,12 @@ from vmapipe.archiver.manifests import (
     ManifestFile,
     ManifestLines,
     ManifestObject,
+    ManifestOutput,
     ManifestSink,
     beside,
 )
 from vmapipe.archiver.outputs.output import Output
-from vmapipe.archiver.outputs.spec import open_output
+from vmapipe.archiver.outputs.spec import is_stream, open_output
 from vmapipe.archiver.store import Store
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import split_named
@@ -91,6 +92,8 @@ def _manifest_sink(
         name = options.manifest or beside(options.output)
         if is_object(name):
             return _manifest_object(name, not options.manifest, output, cancel, emit)
+        if options.manifest and is_stream(name):
+            return ManifestOutput(open_output(name, cancel=cancel))
         return ManifestFile(name, replace=not options.manifest)
     if options.manifest_events:
         return ManifestLines(lambda text: emit({"event": "manifest", "text": text}))

@@ -154,7 +154,8 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
         name = archive_name(options.vmid, time.time(), options.compress)
         options.archive = os.path.join(options.archive, name)
     # First of all, before we open descriptors of our own.
-    pass_fds = [*inherited_fds(options.archive), *open_configs(options)]
+    pass_fds = [*inherited_fds(options.archive), *inherited_fds(options.manifest or "")]
+    pass_fds += open_configs(options)
     machine = open_machine(options)
     try:
         disks = choose_disks(options, machine)

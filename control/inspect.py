@@ -73,7 +73,9 @@ def main_config(argv: Sequence[str], prog: str) -> int:
 def main_verify(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, VERIFY_DESCRIPTION, VERIFY_EPILOG)
     parser.add_argument(
-        "--manifest", metavar="FILE", help="the manifest (default: ARCHIVE.manifest.json)"
+        "--manifest",
+        metavar="FILE",
+        help="the manifest (default: ARCHIVE.manifest.json); exec:COMMAND and s3:// work, too",
     )
     parser.add_argument(
         "--no-manifest", action="store_true", help="check the structure only: fast, less is found"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vmapipe.control.jobs.server import JobServer
     from vmapipe.control.qemu.machine import RunningMachine
 
-_DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/)([0-9]{1,9})")
+_DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/|/dev/fd/)([0-9]{1,9})")
 # When one process has failed, the others hear of it from the archiver and end
 # by themselves, and the archiver knows the reason best. It takes milliseconds.
 _VERDICT_S = 2.0
@@ -293,14 +293,13 @@ class BackupJob:
             from vmapipe.archiver.outputs.leftuploads import abort_upload
 
             abort_upload(name, upload)
-        if not is_path(self.archive):
-            return
         # Imported here: it is seldom needed, and a backup starts sooner without.
         from vmapipe.archiver.manifests import beside
         from vmapipe.archiver.outputs.file import remove_leftover
 
         named = [w.removeprefix("--manifest=") for w in self.archiver_options if "--manifest=" in w]
-        for path in (self.archive, beside(self.archive), *named):
+        ours = [self.archive, beside(self.archive)] if is_path(self.archive) else []
+        for path in (*ours, *filter(is_path, named)):
             remove_leftover(path)
 
 
@@ -328,7 +327,8 @@ def check_names(names: Sequence[str]) -> None:
 
 def is_path(output: str) -> bool:
     """Whether an output is a path, and not one of the other words."""
-    return output != "-" and not output.startswith(("exec:", "fd:", "/dev/fdset/", SCHEME))
+    other = ("exec:", "fd:", "/dev/fdset/", "/dev/fd/", SCHEME)
+    return output != "-" and not output.startswith(other)
 
 
 def goes_to_stdout(output: str) -> bool:
@@ -343,7 +343,7 @@ def goes_to_stdout(output: str) -> bool:
 
 
 def inherited_fds(output: str) -> list[int]:
-    """The descriptor that a word like `fd:7` names, to be handed on.
+    """The descriptor that a word like `fd:7`, or a shell's `>(…)`, names, to be handed on.
 
     Call it before anything else is opened, or a number that the caller did not
     open may be one of ours. Raises UsageError.

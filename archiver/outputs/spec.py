@@ -25,14 +25,15 @@ from vmapipe.runtime.objectnames import is_object
 
 _STDOUT = 1
 # Digits alone, so that int() cannot be surprised by "+1", "1_0" or a thousand of them.
-_DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/)([0-9]{1,9})")
+_DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/|/dev/fd/)([0-9]{1,9})")
 
 
 def open_output(spec: str, *, cancel: Cancel | None = None, emit: Emit = ignore) -> Output:
     """Open what `spec` names; `emit` hears what there is to say of it.
 
     `-`: standard output. `exec:COMMAND`: a command's standard input. `fd:N` or
-    `/dev/fdset/N`: descriptor N, which the caller opened; it is ours then.
+    `/dev/fdset/N`: descriptor N, which the caller opened; it is ours then. So
+    is `/dev/fd/N`, which is what a shell makes of `>(COMMAND)`.
     `s3://BUCKET/KEY`: an object of a store, which must not exist.
     Anything else is a path: of a FIFO (waits for its reader), a character
     device or a listening Unix socket, or else of a file that must not exist.
@@ -55,6 +56,17 @@ def open_output(spec: str, *, cancel: Cancel | None = None, emit: Emit = ignore)
     if not spec or "\0" in spec:
         raise UsageError(f"{spec!r} is no name for an archive")
     return _open_path(spec, cancel)
+
+
+def is_stream(spec: str) -> bool:
+    """Whether what `spec` names has no name of its own: a descriptor, a command, a FIFO, a device."""
+    if spec == "-" or spec.startswith("exec:") or _DESCRIPTOR.fullmatch(spec):
+        return True
+    try:
+        mode = os.stat(spec).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)
 
 
 def _open_path(path: str, cancel: Cancel | None) -> Output:

@@ -120,17 +120,16 @@ def open_source(archive: str, cancel: Cancel) -> Source:
 
 
 def _open_command(archive: str, cancel: Cancel) -> Source:
-    command = archive.removeprefix("exec:")
+    return _stream(archive, None, 0, cancel, lambda halts: command_input(archive, halts))
+
+
+def command_input(word: str, halts: Sequence[Cancel]) -> Input:
+    """What the command of `exec:COMMAND` prints. Raises SourceError, UsageError."""
+    command = word.removeprefix("exec:")
     if not command.strip():
         raise UsageError("exec: without a command")
-    return _stream(
-        archive,
-        None,
-        0,
-        cancel,
-        lambda halts: ProgramInput(
-            f"the command {command!r}", ["/bin/sh", "-c", command], halts, stdin=subprocess.DEVNULL
-        ),
+    return ProgramInput(
+        f"the command {command!r}", ["/bin/sh", "-c", command], halts, stdin=subprocess.DEVNULL
     )
 
 

@@ -7,7 +7,7 @@ import io
 import os
 from typing import IO
 
-from vmapipe.restore.archive.source import Source
+from vmapipe.restore.archive.source import Source, command_input
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
@@ -32,6 +32,8 @@ def manifest_beside(source: Source, cancel: Cancel) -> str | None:
 
 
 def _open(path: str, cancel: Cancel) -> IO[bytes] | io.BufferedReader:
+    if path.startswith("exec:"):
+        return io.BufferedReader(command_input(path, (cancel,)))
     if not is_object(path):
         return open(path, "rb")
     from vmapipe.restore.archive.object import ObjectInput, RemoteObject
