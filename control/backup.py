@@ -54,6 +54,7 @@ examples:
   vmapipe backup --disk drive-scsi0=/srv/vm.raw --config qemu-server.conf vm.vma
   vmapipe backup --disk /dev/vg0/vm --compress zstd vm.vma.zst
   vmapipe backup --qmp /run/vm/qmp.sock --config vm.conf vm.vma
+  vmapipe backup --qmp /run/vm/qmp.sock --state --config vm.conf vm.vma
   vmapipe backup --monitor /run/vm/monitor.sock --config vm.conf vm.vma
   vmapipe backup --qmp /run/vm/qmp.sock --vmid 100 --config 100.conf /var/lib/vz/dump
   vmapipe backup --disk /srv/vm.raw - | ssh backup.example 'cat > vm.vma'
@@ -84,6 +85,12 @@ def main(argv: Sequence[str], prog: str) -> int:
         metavar="SOCKET",
         help="back up the disks of the running QEMU whose QMP monitor this is; --disk NAME then "
         "chooses some of them, by their name in the archive, device, node or id",
+    )
+    parser.add_argument(
+        "--state",
+        action="store_true",
+        help="with --qmp: the machine's memory and devices, too, of the same instant as the disks; "
+        "docs/operations.md tells how to let the machine go on from there",
     )
     parser.add_argument(
         "--agent",
@@ -139,6 +146,13 @@ class Surroundings(NamedTuple):
 def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> None:
     if options.agent and options.qmp is None and options.monitor is None:
         raise UsageError("--agent needs --qmp or --monitor: a disk at rest needs no freezing")
+    if options.state and options.qmp is None:
+        raise UsageError("--state needs --qmp: only QEMU can save a machine's memory")
+    if options.state and options.agent:
+        raise UsageError(
+            "--state needs no --agent: what is in the guest's memory is saved with it, and the "
+            "restored guest would still be frozen"
+        )
     if options.reproducible and (options.qmp or options.monitor):
         raise UsageError(
             "--reproducible is for disks at rest: it takes one disk after the other, and the guest "
@@ -171,6 +185,7 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
             pass_fds=pass_fds,
             buffer_options=buffer_options(options, len(disks)),
             machine=machine,
+            with_memory=options.state,
             agent=options.agent or "",
             in_turn=options.reproducible,
             priorities=priorities(options),
@@ -247,7 +262,7 @@ def open_machine(options: argparse.Namespace) -> RunningMachine | None:
     # Imported here: it takes as long as all the rest of a start.
     from vmapipe.control.qemu.machine import RunningMachine
 
-    return RunningMachine(options.qmp, options.guest_wait)
+    return RunningMachine(options.qmp, options.guest_wait, with_memory=options.state)
 
 
 def choose_disks(

@@ -12,6 +12,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import ProtocolError
@@ -31,6 +32,16 @@ from vmapipe.runtime.errors import Failure, os_error_text
 
 # A guard gives up holding after 5 s; a little longer, so that it says why.
 _ANSWER_S = 6.0
+
+
+class Instant(NamedTuple):
+    """For how long a guest's writes, or the guest itself, stood still for the instant.
+
+    `how` its memory was saved; empty: it was not.
+    """
+
+    how: str
+    seconds: float
 
 
 def begin_together(guards: Mapping[str, Sequence[str]], job: bytes) -> float:

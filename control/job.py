@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vmapipe.control.instant import begin_together
+from vmapipe.control.instant import Instant, begin_together
 from vmapipe.control.jobs.shares import Shares
 from vmapipe.control.priorities import AS_INHERITED, Priorities
 from vmapipe.runtime.cancel import Cancel
@@ -67,6 +67,8 @@ class BackupJob:
     buffer_options: Sequence[str] = ()
     #: The QEMU whose disks these are, all of them.
     machine: RunningMachine | None = None
+    #: Its memory, too.
+    with_memory: bool = False
     #: The guest agent's socket, if file systems are to be frozen for the instant.
     agent: str = ""
     #: Disks are read one after the other.
@@ -118,7 +120,7 @@ class BackupJob:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _check(self) -> None:
-        if len(self.disks) > MAX_DEVICES:
+        if len(self._names()) > MAX_DEVICES:
             raise UsageError(f"too many drives: {len(self.disks)}; the limit is {MAX_DEVICES}")
         if not self.disks and not any("--config" in word for word in self.archiver_options):
             raise UsageError("nothing to back up: name a disk with --disk")
@@ -131,7 +133,7 @@ class BackupJob:
             self.machine.prepare(speed)
         # With "=", because a name may begin with a dash.
         words = [f"--listen={endpoint}", f"--output={self.archive}", f"--job={job}"]
-        words += [f"--device={disk.name}" for disk in self.disks]
+        words += [f"--device={name}" for name in self._names()]
         archiver = children.start(
             "the archiver",
             "vmapipe.archiver.main",
@@ -146,6 +148,12 @@ class BackupJob:
             name = f"the producer of {disk.name!r}"
             child = children.start(name, "vmapipe.producer.main", words, fds)
             self.priorities.apply(child.pid, guest_waits=bool(disk.guard or self.machine))
+        if self.machine and self.with_memory:
+            words = [f"--archiver={endpoint}", f"--job={job}", *self.buffer_options]
+            more, fds = self.machine.stream_words()
+            name = "the producer of the machine's memory"
+            child = children.start(name, "vmapipe.producer.main", [*words, *more], fds)
+            self.priorities.apply(child.pid, guest_waits=True)
         if self.machine:
             self.machine.protect(children.all[1:])
             children.watch(self.machine.fd)
@@ -168,7 +176,9 @@ class BackupJob:
         archiver = children.all[0]
         first_failed: Child | None = None
         give_up = float("inf")
-        unattached = {disk.name for disk in self.disks if disk.guard or self.machine}
+        unattached = {disk.name for disk in self.disks if disk.guard}
+        if self.machine:
+            unattached = set(self._names())
         while any(child.running for child in children.all):
             for child, event in children.wait(min(1.0, max(0.0, give_up - time.monotonic()))):
                 if event is not None:
@@ -227,6 +237,7 @@ class BackupJob:
             self._obey(order, children, emit)
         if self.machine:
             self.machine.look()
+            _tell_instant(self.machine.held(), emit)
         if self.server:
             self.server.serve()
 
@@ -256,6 +267,10 @@ class BackupJob:
         for child in children.all[1:]:
             child.tell(speed_order(share))
 
+    def _names(self) -> list[str]:
+        """Of all devices of the archive."""
+        return [disk.name for disk in self.disks] + [VMSTATE_NAME] * self.with_memory
+
     def _begin(self, emit: Emit, cancel: Cancel) -> None:
         """All disks in use are ready: choose the instant. Raises Failure."""
         if self.agent:
@@ -263,20 +278,20 @@ class BackupJob:
             from vmapipe.control.qemu.freezing import frozen
 
             with frozen(self.agent, emit, cancel):
-                held_s = self._choose_instant()
+                held = self._choose_instant()
         else:
-            held_s = self._choose_instant()
-        emit({"event": "instant", "held_s": round(held_s, 4)})
+            held = self._choose_instant()
+        _tell_instant(held, emit)
 
-    def _choose_instant(self) -> float:
-        """Returns for how long disks, or the machine, were held."""
+    def _choose_instant(self) -> Instant | None:
+        """For how long disks, or the machine, were held; None: it will be known later."""
         if self.machine:
             return self.machine.begin()
         guards: dict[str, list[str]] = {}
         for disk in self.disks:
             if disk.guard:
                 guards.setdefault(disk.guard, []).append(disk.name)
-        return begin_together(guards, self.job_id)
+        return Instant("", begin_together(guards, self.job_id))
 
     def _let_go(self, emit: Emit) -> None:
         """QEMU is rid of us, while the producers still serve it."""
@@ -301,6 +316,12 @@ class BackupJob:
         ours = [self.archive, beside(self.archive)] if is_path(self.archive) else []
         for path in (*ours, *filter(is_path, named)):
             remove_leftover(path)
+
+
+def _tell_instant(held: Instant | None, emit: Emit) -> None:
+    if held is not None:
+        memory = {"memory": held.how} if held.how else {}
+        emit({"event": "instant", "held_s": round(held.seconds, 4), **memory})
 
 
 def _has_failed(child: Child, event: Event | None) -> bool:

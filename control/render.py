@@ -172,6 +172,13 @@ def _restored_text(event: Event) -> str:
     )
 
 
+def _instant_text(event: Event) -> str:
+    held = f"held for {1000 * event['held_s']:.0f} ms: this is the instant"
+    if "memory" in event:
+        return f"the machine was {held} ({event['memory']})"
+    return f"all disks {held}"
+
+
 def _serving_text(event: Event) -> str:
     size = human_bytes(event["bytes"])
     return f"serving {one_line(event['disk'])}: {one_line(event['path'])}, {size}"
@@ -207,7 +214,7 @@ def _damage_text(find: Event) -> str:
 _WORDS: dict[str, Callable[[Event], str]] = {
     "restored": _restored_text,
     "verified": verified_text,
-    "instant": lambda e: f"all disks held for {1000 * e['held_s']:.0f} ms: this is the instant",
+    "instant": _instant_text,
     "serving": _serving_text,
     "ready": lambda e: f"ready; backups ask {e['listen']}",
     "notice": lambda e: one_line(str(e["text"])),

@@ -98,7 +98,8 @@ def next_event(process: subprocess.Popen[bytes], name: str) -> dict[str, Any]:
         event: dict[str, Any] = json.loads(line)
         if event["event"] == name:
             return event
-    raise AssertionError(f"the command ended without an event {name!r}")
+    _, said = process.communicate(timeout=LIMIT_S)
+    raise AssertionError(f"the command ended without an event {name!r}: {said.decode()}")
 
 
 def children(process: subprocess.Popen[bytes], word: str) -> list[psutil.Process]:

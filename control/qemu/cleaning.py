@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from vmapipe.control.qemu.plan import Left, left_of
 from vmapipe.control.qemu.qmp import Command, Qmp, QmpRefused
+from vmapipe.control.qemu.settling import settle
 from vmapipe.runtime.errors import Failure
 
 # A job ends when its requests have: milliseconds with a sink that answers at
@@ -31,8 +32,10 @@ def clean(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float =
     """Until nothing named `prefix` is left. Raises QmpGone, and Failure when it takes too long.
 
     `served`: whether a job's target is connected. A job must not be cancelled
-    while its target is not: the guest's write that waits for it would fail.
+    while its target is not: the guest's write that waits for it would fail. The
+    memory's stream, if there is one, has to be read meanwhile.
     """
+    settle(qmp, prefix, limit_s)
     left = look(qmp, prefix)
     _connect_again(qmp, left, served)
     deadline = time.monotonic() + limit_s

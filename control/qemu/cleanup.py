@@ -10,7 +10,7 @@ from vmapipe.runtime.process import run
 
 DESCRIPTION = """\
 Remove the jobs and nodes of ours from a running QEMU, that a backup has left
-there which was killed together with its guardian. The next backup does the same
+there which was killed together with its guardian, and let its guest go on. The next backup does the same
 by itself. A backup that still runs is left alone, and so is everything in QEMU
 whose name does not begin with `vmapipe-`.
 """
@@ -31,10 +31,9 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def _clean_up(path: str) -> None:
     # Imported here: where the library is missing, that is one clear line.
-    from vmapipe.control.qemu.leftovers import remove_leftovers
-    from vmapipe.control.qemu.qmp_link import QmpLink
+    from vmapipe.control.qemu.leftovers import connect, remove_leftovers
 
-    link = QmpLink(path)
+    link = connect(path)
     try:
         removed = remove_leftovers(link)
     finally:

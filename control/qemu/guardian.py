@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that stays when all others of a backup are gone, so that no guest's write fails.
 
-It holds the sinks' listening sockets and waits. When a producer dies, or stands
+It holds the sinks' listening sockets and the memory's stream, and waits. When a producer dies, or stands
 still, it serves QEMU in its place. When the coordinator dies, or says so, it ends the producers,
-serves all of QEMU's connections, and only when they stand it cancels the jobs
-and removes the nodes. Everything that it needs is loaded at its start.
+serves all of QEMU's connections, lets the guest go on, and only when they stand
+it cancels the jobs and removes the nodes. Everything that it needs is loaded at its start.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 
 from vmapipe.control.qemu.cleaning import clean
+from vmapipe.control.qemu.draining import Draining
 from vmapipe.control.qemu.dropping import Dropping
 from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.plan import index_of, run_prefix
@@ -47,17 +48,24 @@ _PATIENCE_S = 3600.0
 
 
 class Guardian:
-    """Of one backup. `producers` are told later, one pidfd a sink."""
+    """Of one backup. `producers` are told later, one pidfd a target."""
 
     def __init__(
-        self, qmp: str, run: str, folder: str, sinks: Sequence[Dropping], control: socket.socket
+        self,
+        qmp: str,
+        run: str,
+        folder: str,
+        targets: Sequence[Dropping | Draining],
+        control: socket.socket,
     ) -> None:
         self._qmp = qmp
         self._run = run
         self._folder = folder
-        self._sinks = sinks
+        # What each producer serves, in their order: sinks, and maybe the memory's stream.
+        self._targets = targets
+        self._sinks = [target for target in targets if isinstance(target, Dropping)]
         self._control = control
-        # By pidfd: the sink's number, and for how many looks it has stood still.
+        # By pidfd: the target's number, and for how many looks it has stood still.
         self._producers: dict[int, int] = {}
         self._stopped: dict[int, int] = {}
 
@@ -94,8 +102,8 @@ class Guardian:
         for pidfd in self._producers:
             # One that lives would answer beside us, and one that hangs would not.
             _kill(pidfd)
-        for sink in self._sinks:
-            sink.start()
+        for target in self._targets:
+            target.start()
         is_clean = self._clean()
         shutil.rmtree(self._folder, ignore_errors=True)
         return is_clean
@@ -130,7 +138,7 @@ class Guardian:
         return listens(self._qmp)
 
     def _serve_for(self, pidfd: int) -> None:
-        self._sinks[self._producers[pidfd]].start()
+        self._targets[self._producers[pidfd]].start()
 
     def _hear(self) -> tuple[bytes, list[int]]:
         try:
@@ -187,14 +195,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(word, required=True)
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--sink", action="append", default=[], metavar="FD=BYTES")
+    parser.add_argument("--stream", type=int, metavar="FD")
     options = parser.parse_args(argv)
     _stay()
-    sinks = []
+    targets: list[Dropping | Draining] = []
     for word in options.sink:
         fd, _, size = word.partition("=")
-        sinks.append(Dropping(socket.socket(fileno=int(fd)), int(size)))
+        targets.append(Dropping(socket.socket(fileno=int(fd)), int(size)))
+    if options.stream is not None:
+        targets.append(Draining(options.stream))
     control = socket.socket(fileno=options.control_fd)
-    guardian = Guardian(options.qmp, options.run, options.folder, sinks, control)
+    guardian = Guardian(options.qmp, options.run, options.folder, targets, control)
     is_clean = not guardian.watch() or guardian.take_over()
     # At once: threads may still serve a client that has nothing left to say.
     os._exit(0 if is_clean else 1)

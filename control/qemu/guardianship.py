@@ -31,17 +31,24 @@ class SinkSocket(NamedTuple):
 class Guardianship:
     """Raises Failure when there is no guardian: no backup without one."""
 
-    def __init__(self, qmp: str, run: str, folder: str, sinks: Sequence[SinkSocket]) -> None:
+    def __init__(
+        self, qmp: str, run: str, folder: str, sinks: Sequence[SinkSocket], stream_fd: int = -1
+    ) -> None:
+        """`stream_fd`: what the machine's memory is read from; -1: it is not saved."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         words = ["--qmp", os.path.abspath(qmp), "--run", run, "--folder", folder]
         words += [f"--sink={sink.listener.fileno()}={sink.size_bytes}" for sink in sinks]
+        fds = [sink.listener.fileno() for sink in sinks]
+        if stream_fd >= 0:
+            words.append(f"--stream={stream_fd}")
+            fds.append(stream_fd)
         with theirs:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "vmapipe.control.qemu.guardian", *words),
                     *("--control-fd", str(theirs.fileno())),
                 ],
-                pass_fds=[theirs.fileno(), *(sink.listener.fileno() for sink in sinks)],
+                pass_fds=[theirs.fileno(), *fds],
                 # It may outlive us: nobody must wait for the end of our output,
                 # and no terminal's signal is meant for it.
                 stdin=subprocess.DEVNULL,

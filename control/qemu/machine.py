@@ -12,11 +12,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from vmapipe.control.instant import Instant
 from vmapipe.control.monitor.sockets import listen_unix
 from vmapipe.control.qemu.cleaning import clean
 from vmapipe.control.qemu.disks import Machine, MachineDisk, choose_disks
 from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket
-from vmapipe.control.qemu.leftovers import remove_leftovers
+from vmapipe.control.qemu.leftovers import connect, remove_leftovers
 from vmapipe.control.qemu.plan import (
     Settings,
     Target,
@@ -26,13 +27,15 @@ from vmapipe.control.qemu.plan import (
     run_prefix,
 )
 from vmapipe.control.qemu.qmp import Command, QmpGone, QmpRefused
-from vmapipe.control.qemu.qmp_link import QmpLink
+from vmapipe.control.qemu.saving import Jobs, Saving
 from vmapipe.producer.sink.export import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
 
 # Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
 _JOB_EVENTS = frozenset({"BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR"})
+# How quick the disks' jobs are as long as the guest stands still for its memory.
+_SLOW_BYTES_S = 4096
 # With sinks that answer, jobs end within a tenth of a second. One that does not
 # (its process hangs) makes a guest wait: the guardian ends it, and cleans up itself.
 _CLEAN_S = 5.0
@@ -44,10 +47,12 @@ class RunningMachine:
     All but `end` raise Failure.
     """
 
-    def __init__(self, qmp: str, guest_wait_s: int) -> None:
+    def __init__(self, qmp: str, guest_wait_s: int, *, with_memory: bool = False) -> None:
         self._path = qmp
         self._guest_wait_s = guest_wait_s
-        self._link = QmpLink(qmp)
+        self._with_memory = with_memory
+        self._saving: Saving | None = None
+        self._link = connect(qmp)
         # Also in a node's name, of which QEMU takes 31 characters.
         self._run = secrets.token_hex(4)
         self._disks: tuple[MachineDisk, ...] = ()
@@ -56,7 +61,7 @@ class RunningMachine:
         self._sinks: list[SinkSocket] = []
         self._guardian: Guardianship | None = None
         self._producers: list[Child] = []
-        self._has_begun = self._is_clean = self._link_closed = False
+        self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
 
     @property
     def fd(self) -> int:
@@ -82,15 +87,27 @@ class RunningMachine:
             listener = listen_unix(path, 0o600, socket.SOCK_STREAM).socket
             self._sinks.append(SinkSocket(listener, path, disk.size_bytes))
         self._give_to_qemu()
-        self._guardian = Guardianship(self._path, self._run, self._folder, self._sinks)
+        stream_fd = -1
+        if self._with_memory:
+            self._saving = Saving(self._link, self._run, self._folder, self._guest_wait_s)
+            stream_fd = self._saving.stream_fd
+        self._guardian = Guardianship(self._path, self._run, self._folder, self._sinks, stream_fd)
         # From here on until the guardian is told otherwise it answers for QEMU.
 
     def sink_fd(self, index: int) -> int:
         """The listening socket for the producer of this disk."""
         return self._sinks[index].listener.fileno()
 
+    def stream_words(self) -> tuple[list[str], list[int]]:
+        """For the producer of the memory: options, and descriptors that it inherits."""
+        if self._saving is None:
+            raise RuntimeError("the memory is not saved")
+        fds = [self._saving.stream_fd, self._saving.verdict_fd]
+        size_bytes = self._saving.estimate_bytes()
+        return [f"--stream-fd={fds[0]}", f"--verdict-fd={fds[1]}", f"--size={size_bytes}"], fds
+
     def protect(self, producers: Sequence[Child]) -> None:
-        """Who serves the sinks, in the order of the disks."""
+        """Who serves the sinks, in the order of the disks; at the end the memory's, if any."""
         self._producers = list(producers)
         if self._guardian is None:
             raise RuntimeError("there is no guardian")
@@ -98,15 +115,21 @@ class RunningMachine:
             self._guardian.watch(index, child.pid)
         for sink in self._sinks:
             sink.listener.close()
+        if self._saving is not None:
+            self._saving.started()
 
-    def begin(self) -> float:
-        """All producers listen: this is the instant. For how long QEMU held the disks, in s."""
+    def begin(self) -> Instant | None:
+        """All producers listen: this is the instant. None: `look` will find it, in `held`."""
         targets = [
             Target(disk, sink.path, EXPORT_NAME)
             for disk, sink in zip(self._disks, self._sinks, strict=True)
         ]
-        settings = Settings(self._run, self._speed_bytes_s, self._guest_wait_s)
+        speed = _SLOW_BYTES_S if self._saving else self._speed_bytes_s
+        settings = Settings(self._run, speed, self._guest_wait_s)
         *adds, transaction = begin(targets, settings, features_of(self._ask("query-qmp-schema")))
+        if self._saving is not None:
+            self._saving.begin(Jobs(adds, transaction))
+            return self.held()
         try:
             for command in adds:
                 self._link.execute(command)
@@ -115,7 +138,16 @@ class RunningMachine:
         except QmpRefused as error:
             raise Failure(f"QEMU refuses the backup: {error}{_hint(str(error))}") from error
         self._has_begun = True
-        return time.monotonic() - started
+        return Instant("", time.monotonic() - started)
+
+    def held(self) -> Instant | None:
+        """The instant, once: when it is known that it was."""
+        if self._has_begun or self._saving is None or self._saving.held is None:
+            return None
+        self._has_begun = True
+        self.set_speed(self._speed_bytes_s)
+        self._look_at_jobs()  # short ones may have ended
+        return self._saving.held
 
     def set_speed(self, bytes_per_s: int) -> None:
         """Of each disk, from now on; 0: no limit."""
@@ -137,8 +169,15 @@ class RunningMachine:
                 "the guardian, which protects the guest's writes, was killed; without it the "
                 "backup does not go on"
             )
-        if any(event.get("event") in _JOB_EVENTS for event in self._link.events()):
+        events = self._link.events()
+        if self._saving is not None:
+            for event in events:
+                self._saving.hear(event)
+            self._saving.look()
+        if self._has_begun and any(event.get("event") in _JOB_EVENTS for event in events):
             self._look_at_jobs()
+        if self._jobs_ended and (self._saving is None or self._saving.is_done):
+            self._clean()
 
     def _look_at_jobs(self) -> None:
         jobs = {job["id"]: job for job in self._ask("query-jobs")}
@@ -150,8 +189,7 @@ class RunningMachine:
             if job.get("error"):
                 raise Failure(f"disk {disk.name!r}: QEMU's backup job failed: {job['error']}")
             done += job["status"] == "concluded"
-        if done == len(self._disks):
-            self._clean()
+        self._jobs_ended = done == len(self._disks)
 
     def _clean(self) -> None:
         clean(self._link, run_prefix(self._run), lambda job: True, _CLEAN_S)
@@ -172,6 +210,8 @@ class RunningMachine:
         self._close_link()
         for sink in self._sinks:
             sink.listener.close()
+        if self._saving is not None:
+            self._saving.close()
         if self._folder and not text:
             shutil.rmtree(self._folder, ignore_errors=True)
         return text
@@ -180,7 +220,11 @@ class RunningMachine:
         guardian = self._guardian
         if guardian is None:
             return ""
-        if all(child.running for child in self._producers):
+        # While the memory is being saved the guest may wait for whoever reads it: the
+        # guardian does so at once.
+        saving = self._saving is not None and self._saving.has_begun and not self._saving.is_done
+        can_wait = not (saving and guardian.is_alive)
+        if can_wait and all(child.running for child in self._producers):
             with contextlib.suppress(Failure):
                 self._clean()
                 guardian.dismiss()

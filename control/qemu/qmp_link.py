@@ -65,6 +65,11 @@ class QmpLink:
         late = QmpGone(f"{self.path}: QEMU has not answered {command.name} for {ANSWER_S:.0f} s")
         return self._run(self._execute(command), ANSWER_S, late)
 
+    def give_fd(self, fd: int, name: str) -> None:
+        """QEMU gets a copy of a descriptor, under this name. Raises QmpRefused, QmpGone."""
+        late = QmpGone(f"{self.path}: QEMU has not answered getfd for {ANSWER_S:.0f} s")
+        self._run(self._give_fd(fd, name), ANSWER_S, late)
+
     def events(self) -> list[dict[str, Any]]:
         """What has come since, in order. Raises QmpGone, after the last."""
         with contextlib.suppress(BlockingIOError):
@@ -112,6 +117,13 @@ class QmpLink:
             raise QmpRefused(str(error)) from error
         except (OSError, EOFError, QMPError) as error:
             raise hung_up(self.path) from error
+
+    async def _give_fd(self, fd: int, name: str) -> None:
+        try:
+            self._client.send_fd_scm(fd)
+        except (OSError, EOFError, QMPError) as error:
+            raise hung_up(self.path) from error
+        await self._execute(Command("getfd", {"fdname": name}))
 
     async def _disconnect(self) -> None:
         # What it raises is why the connection ended before; nobody waits for that.

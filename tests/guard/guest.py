@@ -132,17 +132,36 @@ class Guest:
         """What the script says up to the line `what`, without that."""
         deadline = time.monotonic() + limit_s
         said: list[str] = []
+        while (line := self._word(deadline, f"{what!r}")) != what:
+            said.append(line)
+        return said
+
+    def hear_next(self, limit_s: float = LIMIT_S) -> str:
+        """What the script says next."""
+        return self._word(time.monotonic() + limit_s, "anything")
+
+    def has_said(self) -> list[str]:
+        """What nobody has heard yet, without waiting for more."""
+        said = []
+        while (line := self._line(time.monotonic())) is not None:
+            if (word := self._heard(line)) is not None:
+                said.append(word)
+        return said
+
+    def _word(self, deadline: float, what: str) -> str:
         while True:
             line = self._line(deadline)
             if line is None:
-                raise AssertionError(f"the guest never said {what!r}:\n{self._last_words()}")
-            self.console.append(line)
-            if line.startswith(MARK + "failed"):
-                raise AssertionError(f"{line}:\n{self._last_words()}")
-            if line == MARK + what:
-                return said
-            if line.startswith(MARK):
-                said.append(line.removeprefix(MARK))
+                raise AssertionError(f"the guest never said {what}:\n{self._last_words()}")
+            if (word := self._heard(line)) is not None:
+                return word
+
+    def _heard(self, line: str) -> str | None:
+        """The script's word in a line of the console; None: it is none of the script's."""
+        self.console.append(line)
+        if line.startswith(MARK + "failed"):
+            raise AssertionError(f"{line}:\n{self._last_words()}")
+        return line.removeprefix(MARK) if line.startswith(MARK) else None
 
     def tell(self, line: str) -> None:
         """A line for the script's `read`."""

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is decided about saving a machine's memory, and how it is undone. Pure.
+
+As long as anything of it is to be undone, QEMU itself holds a note: an object
+that does nothing but carry a text. Whoever comes later, after any crash, reads
+there what was changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from vmapipe.control.qemu.disks import Answer
+from vmapipe.control.qemu.plan import PREFIX, run_prefix
+from vmapipe.control.qemu.qmp import Command
+
+#: In the folder of the sinks' sockets: what QEMU writes the memory to.
+STREAM_NAME = "memory.fifo"
+#: QEMU's name for the descriptor of it.
+FD_NAME = "vmapipe-memory"
+BACKGROUND = "background-snapshot"
+#: The run states in which a machine's memory can be saved, and a backup goes on from.
+RUNNING = "running"
+STANDING = frozenset({"paused", "prelaunch"})
+#: In which we leave a machine for a moment; nobody else may go on from it meanwhile.
+STOPPED, MIGRATED = "paused", "postmigrate"
+
+# QEMU's default would take half a minute for 4 GiB; the archiver's pace decides.
+_BANDWIDTH_BYTES_S = 1 << 40
+# With it QEMU tells at once when it is done. All other capabilities are for
+# migrations to another QEMU: some would spoil the stream, some it is refused with.
+_EVENTS = "events"
+# A guest that changes its memory faster than the archive takes it never comes
+# to an end; by then the archive would hold more than this many times the memory.
+_MOST_ROUNDS = 4
+_MOVING = frozenset({"setup", "active", "device", "pre-switchover", "wait-unplug"})
+_ENDING = frozenset({"cancelling"})
+
+
+class Note(NamedTuple):
+    """`resume`: found in this run state, the guest is to go on; empty: it runs, or is to stay.
+
+    `is_live`: by a live migration, which can be cancelled; a background snapshot
+    must come to its end. `capabilities` were on, `bandwidth_bytes_s` was set before.
+    """
+
+    folder: str
+    is_live: bool
+    resume: str
+    capabilities: tuple[str, ...]
+    bandwidth_bytes_s: int
+
+    def encode(self) -> str:
+        return json.dumps(self._asdict(), separators=(",", ":"))
+
+
+def decode_note(text: str) -> Note:
+    """Raises ValueError."""
+    match json.loads(text):
+        case {
+            "folder": str(folder),
+            "is_live": bool(is_live),
+            "resume": "" | "paused" | "postmigrate" as resume,
+            "capabilities": [*capabilities],
+            "bandwidth_bytes_s": int(bandwidth),
+        } if folder.startswith("/") and all(isinstance(name, str) for name in capabilities):
+            return Note(folder, is_live, resume, tuple(capabilities), bandwidth)
+    raise ValueError("this is no note of ours")
+
+
+def note_name(run: str) -> str:
+    return f"{run_prefix(run)}memory"
+
+
+def notes_in(objects: Iterable[Answer], prefix: str) -> list[str]:
+    """The names of notes, from the answer to qom-list of /objects."""
+    names = (str(found.get("name", "")) for found in objects)
+    return [n for n in names if n.startswith(prefix or PREFIX) and n.endswith("-memory")]
+
+
+def write_note(name: str, note: Note) -> Command:
+    text = note.encode()
+    return Command("object-add", {"qom-type": "authz-simple", "id": name, "identity": text})
+
+
+def rewrite_note(name: str, note: Note) -> Command:
+    path = f"/objects/{name}"
+    return Command("qom-set", {"path": path, "property": "identity", "value": note.encode()})
+
+
+def read_note(name: str) -> Command:
+    return Command("qom-get", {"path": f"/objects/{name}", "property": "identity"})
+
+
+def switched_on(capabilities: Iterable[Answer]) -> tuple[str, ...]:
+    """From the answer to query-migrate-capabilities."""
+    return tuple(str(c["capability"]) for c in capabilities if c.get("state"))
+
+
+def quick() -> Command:
+    return Command("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH_BYTES_S})
+
+
+def to_save(before: Sequence[str], *, background: bool) -> Command:
+    """The capabilities that saving needs, where `before` were on."""
+    states = {**dict.fromkeys(before, False), _EVENTS: True, BACKGROUND: background}
+    return _set_capabilities(states)
+
+
+def settings_back(note: Note) -> list[Command]:
+    states = {_EVENTS: False, BACKGROUND: False, **dict.fromkeys(note.capabilities, True)}
+    bandwidth = {"max-bandwidth": note.bandwidth_bytes_s}
+    return [_set_capabilities(states), Command("migrate-set-parameters", bandwidth)]
+
+
+def _set_capabilities(states: dict[str, bool]) -> Command:
+    changes = [{"capability": name, "state": state} for name, state in states.items()]
+    return Command("migrate-set-capabilities", {"capabilities": changes})
+
+
+def migrate() -> Command:
+    return Command("migrate", {"uri": f"fd:{FD_NAME}"})
+
+
+def activate(node: str, socket: str) -> tuple[Command, Command]:
+    """A migration that is complete leaves the disks to the other side; this takes one back.
+
+    An export does that when it is made, and nobody connects to it.
+    """
+    name = f"{PREFIX}activate"
+    address = {"type": "unix", "path": socket}
+    words = {"type": "vhost-user-blk", "id": name, "node-name": node, "addr": address}
+    return Command("block-export-add", words), Command("block-export-del", {"id": name})
+
+
+class Progress(NamedTuple):
+    """From the answer to query-migrate."""
+
+    status: str
+    sent_bytes: int
+    memory_bytes: int
+    why: str
+
+    @property
+    def is_moving(self) -> bool:
+        return self.status in _MOVING | _ENDING
+
+    @property
+    def is_complete(self) -> bool:
+        return self.status == "completed"
+
+    @property
+    def is_endless(self) -> bool:
+        return self.sent_bytes > _MOST_ROUNDS * self.memory_bytes > 0
+
+    @property
+    def can_be_cancelled(self) -> bool:
+        return self.status in _MOVING
+
+
+def progress_of(answer: Answer) -> Progress:
+    ram: Any = answer.get("ram") or {}
+    sent, total = int(ram.get("transferred", 0)), int(ram.get("total", 0))
+    why = str(answer.get("error-desc") or answer.get("status") or "it was not begun")
+    return Progress(str(answer.get("status", "")), sent, total, why)
+
+
+def undo(name: str, note: Note, progress: Progress, run_state: str) -> list[Command]:
+    """What can be done now; look again afterwards. The guest first, the note last."""
+    if progress.is_moving:
+        # A background snapshot that is cancelled, or whose stream breaks, leaves
+        # the guest's memory write-protected in QEMU 7.2: it is read to its end.
+        return [Command("migrate_cancel", {})] if note.is_live and progress.can_be_cancelled else []
+    go_on = [Command("cont", {})] if note.resume and run_state == note.resume else []
+    delete = Command("object-del", {"id": name})
+    return [*go_on, *settings_back(note), Command("closefd", {"fdname": FD_NAME}), delete]

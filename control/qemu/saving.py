@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves a machine's memory at the instant at which its disks' backup begins.
+
+A running guest by QEMU's background snapshot: it is stopped, the disks' jobs
+begin, QEMU copies the devices' state and write-protects the memory, and the guest
+runs on while its memory is written out. Where that cannot be, by a live
+migration into the same pipe: when it is complete QEMU has stopped the guest, the
+jobs begin, and the guest goes on. A guest that stands still is saved the second
+way, and stays where it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from vmapipe.control.instant import Instant
+from vmapipe.control.qemu import memory
+from vmapipe.control.qemu.memory import MIGRATED, RUNNING, STANDING, STOPPED, STREAM_NAME, Note
+from vmapipe.control.qemu.qmp import ANSWER_S, Command, QmpRefused
+from vmapipe.control.qemu.qmp_link import QmpLink
+from vmapipe.runtime.errors import Failure
+
+# As much as the kernel gives everybody: fewer wake-ups.
+_PIPE_BYTES = 1 << 20
+_F_SETPIPE_SZ = 1031
+# A busy QEMU is not asked more often than this how far it is.
+_ASK_S = 0.1
+_LOOK_S = 0.02
+
+
+class Jobs(NamedTuple):
+    """What begins the disks' backup: the targets, and all jobs in one transaction.
+
+    The jobs should be slow until the guest runs again: what they have under way
+    then would have to end first.
+    """
+
+    targets: Sequence[Command]
+    transaction: Command
+
+
+class Saving:
+    """Of one backup. In this order: `begin`, then `look` until `is_done`. Both raise Failure."""
+
+    def __init__(self, link: QmpLink, run: str, folder: str, guest_wait_s: int) -> None:
+        self.is_done = False
+        #: Set as soon as it is known.
+        self.held: Instant | None = None
+        self._link = link
+        self._name = memory.note_name(run)
+        self._folder = folder
+        self._guest_wait_s = guest_wait_s
+        self._note: Note | None = None
+        self._jobs: Jobs | None = None
+        self._was_running = False
+        self._ask_at = 0.0
+        self._stopped_at = 0.0
+        path = os.path.join(folder, STREAM_NAME)
+        os.mkfifo(path, 0o600)
+        # QEMU gets an end that reads as well as it writes: the stream cannot break,
+        # whoever dies; at worst it stands still until somebody reads again.
+        self._qemu_fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.stream_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self._qemu_fd, _F_SETPIPE_SZ, _PIPE_BYTES)
+        self.verdict_fd, self._verdict = os.pipe()
+
+    @property
+    def has_begun(self) -> bool:
+        """There is something to undo in QEMU."""
+        return self._note is not None
+
+    def estimate_bytes(self) -> int:
+        sizes = self._ask("query-memory-size-summary")
+        return max(1, int(sizes.get("base-memory", 0)) + int(sizes.get("plugged-memory", 0)))
+
+    def started(self) -> None:
+        """Producer and guardian have their ends of the pipes."""
+        _close(self.stream_fd, self.verdict_fd)
+        self.stream_fd = self.verdict_fd = -1
+
+    def close(self) -> None:
+        self.started()
+        _close(self._qemu_fd, self._verdict)
+        self._qemu_fd = self._verdict = -1
+
+    def begin(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        state = str(self._ask("query-status").get("status", ""))
+        if memory.progress_of(self._ask("query-migrate")).is_moving:
+            raise Failure("the machine is being migrated: wait for the end of that")
+        if state != RUNNING and state not in STANDING:
+            raise Failure(
+                f"the machine's run state is {state!r}: its memory can be saved when it is running "
+                "or paused (without --state its disks can be backed up all the same)"
+            )
+        self._was_running = state == RUNNING
+        on = memory.switched_on(self._link.execute(Command("query-migrate-capabilities", {})))
+        bandwidth = int(self._ask("query-migrate-parameters").get("max-bandwidth", 0))
+        self._note = Note(self._folder, not self._was_running, "", on, bandwidth)
+        self._execute(memory.write_note(self._name, self._note))
+        self._execute(memory.quick())
+        if self._was_running and self._background_works(on):
+            self._save_in_background(jobs)
+        else:
+            self._execute(memory.to_save(on, background=False))
+            self._rewrite(is_live=True, resume=MIGRATED if self._was_running else "")
+            self._give_stream()
+            self._execute(memory.migrate())
+
+    def look(self) -> None:
+        """How far is it? Asked now and then, and when QEMU has said something."""
+        if self._note is None or self.is_done or time.monotonic() < self._ask_at:
+            return
+        progress = memory.progress_of(self._ask("query-migrate"))
+        self._ask_at = time.monotonic() + _ASK_S
+        if progress.is_complete:
+            self._finish()
+        elif not progress.is_moving:
+            raise Failure(f"QEMU could not save the machine's memory: {progress.why}")
+        elif self._note.is_live and progress.is_endless:
+            raise Failure(
+                "the guest changes its memory faster than the archive takes it: back it up at a "
+                "quieter time, or paused, or without --state"
+            )
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """One of QEMU's events."""
+        name = event.get("event")
+        if name == "STOP" and self.held is None:
+            self._stopped_at = _time_of(event)
+        if name in ("MIGRATION", "STOP"):
+            self._ask_at = 0.0
+
+    # --- by background snapshot ---
+
+    def _background_works(self, on: Sequence[str]) -> bool:
+        """Refused where QEMU has none, the kernel or a permission is missing, or memory is shared."""
+        try:
+            self._link.execute(memory.to_save(on, background=True))
+        except QmpRefused:
+            return False
+        return True
+
+    def _save_in_background(self, jobs: Jobs) -> None:
+        for command in jobs.targets:
+            self._execute(command)
+        self._give_stream()
+        self._rewrite(resume=STOPPED)
+        try:
+            self._execute(Command("stop", {}))
+            self._execute(jobs.transaction)
+            self._execute(memory.migrate())
+        except Failure:
+            # The sooner the better; whoever cleans up would do it, too.
+            with contextlib.suppress(Failure):
+                self._link.execute(Command("cont", {}))
+            raise
+        self._wait_for_guest()
+        self._rewrite(resume="")
+
+    def _wait_for_guest(self) -> None:
+        """QEMU lets it go on by itself."""
+        deadline = time.monotonic() + self._guest_wait_s + ANSWER_S
+        while self.held is None:
+            select.select([self._link.fd], [], [], _LOOK_S)
+            for event in self._link.events():
+                self.hear(event)
+                if event.get("event") == "RESUME":
+                    seconds = _time_of(event) - self._stopped_at
+                    self.held = Instant(memory.BACKGROUND, seconds)
+            progress = memory.progress_of(self._ask("query-migrate"))
+            if self.held is None and not progress.is_moving and not progress.is_complete:
+                raise Failure(f"QEMU could not save the machine's memory: {progress.why}")
+            if time.monotonic() > deadline:
+                raise Failure("the guest does not go on after its memory was write-protected")
+
+    # --- by migration ---
+
+    def _finish(self) -> None:
+        if self._note is not None and self._note.is_live:
+            self._begin_jobs()
+        # The stream's end alone could be QEMU's death.
+        with contextlib.suppress(OSError):  # its producer is dead: others say so
+            os.write(self._verdict, b"!")
+        if self._note is not None:
+            for command in memory.settings_back(self._note):
+                self._execute(command)
+        self._execute(Command("object-del", {"id": self._name}))
+        self.is_done = True
+
+    def _begin_jobs(self) -> None:
+        """The guest stands still since its memory is complete: this is the instant."""
+        if self._jobs is None:
+            raise RuntimeError("nothing has begun")
+        for block in self._link.execute(Command("query-block", {})):
+            node = (block.get("inserted") or {}).get("node-name", "")
+            add, delete = memory.activate(node, os.path.join(self._folder, "activate.sock"))
+            # Where such exports are not built in, the transaction may do without.
+            with contextlib.suppress(QmpRefused):
+                self._link.execute(add)
+                self._link.execute(delete)
+        for command in (*self._jobs.targets, self._jobs.transaction):
+            self._execute(command)
+        if not self._was_running:
+            self.held = Instant("the guest stood still", 0.0)
+        else:
+            self._execute(Command("cont", {}))
+            self.held = Instant("live migration", time.time() - self._stopped_at)
+        self._rewrite(resume="")
+
+    # --- both ---
+
+    def _give_stream(self) -> None:
+        """QEMU has it then, and nobody else holds an end that writes."""
+        self._link.give_fd(self._qemu_fd, memory.FD_NAME)
+        _close(self._qemu_fd)
+        self._qemu_fd = -1
+
+    def _rewrite(self, **changes: Any) -> None:
+        if self._note is not None:
+            self._note = self._note._replace(**changes)
+            self._execute(memory.rewrite_note(self._name, self._note))
+
+    def _execute(self, command: Command) -> None:
+        try:
+            self._link.execute(command)
+        except QmpRefused as error:
+            raise Failure(f"QEMU refuses the backup: {command.name}: {error}") from error
+
+    def _ask(self, name: str) -> dict[str, Any]:
+        answer = self._link.execute(Command(name, {}))
+        return answer if isinstance(answer, dict) else {}
+
+
+def _time_of(event: dict[str, Any]) -> float:
+    """QEMU's clock is the host's, as time.time()."""
+    stamp = event.get("timestamp") or {}
+    return float(stamp.get("seconds", 0)) + float(stamp.get("microseconds", 0)) / 1e6
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
