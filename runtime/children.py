@@ -146,6 +146,11 @@ class Children:
         self._selector.register(child.socket, selectors.EVENT_READ, child)
         return child
 
+    @property
+    def fd(self) -> int:
+        """Readable when `wait` has something to tell, for those who wait for other things, too."""
+        return self._selector.fileno()
+
     def watch(self, fd: int) -> None:
         """Also wake up when `fd` (a Cancel's) becomes readable; -1 is none."""
         if fd >= 0:

@@ -46,7 +46,7 @@ class JobServer:
             "backup_cancel": self._on_cancel,
             "backup-set-speed": self._on_speed,
         }
-        self._clients = Clients(listener, commands)
+        self._clients = Clients(listener, lambda client: commands)
 
     def __enter__(self) -> JobServer:
         return self

@@ -1,30 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clients of a QMP server, in the loop of the process that serves them."""
+"""The clients of a QMP server: who is connected, what they send, what they are told.
+
+Nobody is waited for. What a client does not read is kept for it up to a bound,
+then it is dropped; one that says nothing gives way to others.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from vmapipe.control.monitor.qmp import Command, QmpServer
+from vmapipe.control.monitor.qmp import Command, QmpError, QmpServer
 from vmapipe.control.monitor.sockets import Listener
-from vmapipe.runtime.cancel import Cancel
+from vmapipe.producer.descriptors import receive_fds
 
-_MAX_CLIENTS = 64
+MAX_CLIENTS = 64
+# Some thousand events: a client that is that far behind does not read at all.
+MAX_UNREAD_BYTES = 1 << 20
+# A client negotiates at once; a port scan never does.
+_NEGOTIATE_S = 30.0
+# When all places are taken, whoever has said nothing for so long gives up his.
+_IDLE_S = 60.0
 _RECEIVE_BYTES = 1 << 16
+# Linux passes 253 in one message; `add-fd` needs one.
+_MAX_FDS = 16
+
+
+class Client:
+    """One connection. `fds` are descriptors that came with its commands, oldest first."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.fds: list[int] = []
+        self.server = QmpServer({}, "")
+        self.unread = b""
+        self.connected = self.heard = time.monotonic()
+
+    def take_fd(self) -> int:
+        """The descriptor that came with a command; it is the caller's then. Raises QmpError."""
+        if not self.fds:
+            raise QmpError("No file descriptor supplied via SCM_RIGHTS")
+        return self.fds.pop(0)
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+        self.socket.close()
 
 
 class Clients:
-    """Who speaks QMP to us. Answers are short and made at once. Owns the listener."""
+    """Serves `listener`, which it owns. `commands` makes the table of commands of one client."""
 
-    def __init__(self, listener: Listener, commands: Mapping[str, Command]) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        commands: Callable[[Client], Mapping[str, Command]],
+        left: Callable[[Client], None] = lambda client: None,
+    ) -> None:
+        """`left` hears of each client that is not connected any more."""
         self._listener = listener
         self._commands = commands
+        self._left = left
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener.socket, selectors.EVENT_READ)
-        self._sessions: dict[socket.socket, QmpServer] = {}
+        self._clients: dict[socket.socket, Client] = {}
 
     def __enter__(self) -> Clients:
         return self
@@ -39,62 +84,118 @@ class Clients:
         return fd
 
     def close(self) -> None:
-        for sock in list(self._sessions):
-            self._drop(sock)
+        for client in list(self._clients.values()):
+            self._drop(client)
         self._selector.close()
         self._listener.close()
 
-    def watch(self, cancel: Cancel) -> None:
-        """Let `serve` also end when a stop is asked for."""
-        self._selector.register(cancel.fd, selectors.EVENT_READ)
+    def watch(self, fd: int) -> None:
+        """Let `serve` also end when `fd` becomes readable."""
+        self._selector.register(fd, selectors.EVENT_READ)
 
     def serve(self, timeout_s: float) -> None:
         """Whatever comes within `timeout_s`."""
-        for key, _ in self._selector.select(timeout_s):
+        for key, ready in self._selector.select(timeout_s):
             if key.fileobj is self._listener.socket:
                 self._accept()
-            elif isinstance(key.fileobj, socket.socket):
-                self._hear(key.fileobj)
+            elif isinstance(key.data, Client):
+                if ready & selectors.EVENT_READ:
+                    self._hear(key.data)
+                if ready & selectors.EVENT_WRITE:
+                    self._send(key.data, b"")
+        self._end_silent()
+
+    def go_on(self) -> None:
+        """Answers that were waited for may have come."""
+        for client in list(self._clients.values()):
+            self._send(client, client.server.go_on())
+
+    def tell(self, name: str, data: Mapping[str, Any]) -> None:
+        """An event, to everybody who has negotiated."""
+        now = time.time()
+        for client in list(self._clients.values()):
+            self._send(client, client.server.event(name, data, now))
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             sock, _ = self._listener.socket.accept()
-            if len(self._sessions) >= _MAX_CLIENTS:
+            if len(self._clients) >= MAX_CLIENTS and not self._make_room():
                 sock.close()
                 return
-            # A client that does not read its answers is dropped, not waited for.
             sock.setblocking(False)
+            client = Client(sock)
             # Imported here: it takes as long as all the rest of a backup's start.
             from vmapipe.control.main import program_version
 
-            session = QmpServer(self._commands, program_version())
-            self._sessions[sock] = session
-            self._selector.register(sock, selectors.EVENT_READ)
-            self._send(sock, session.greeting())
+            client.server = QmpServer(self._commands(client), program_version())
+            self._clients[sock] = client
+            self._selector.register(sock, selectors.EVENT_READ, client)
+            self._send(client, client.server.greeting())
 
-    def _hear(self, sock: socket.socket) -> None:
+    def _make_room(self) -> bool:
+        quietest = min(self._clients.values(), key=lambda client: client.heard)
+        if time.monotonic() - quietest.heard < _IDLE_S:
+            return False
+        self._drop(quietest)
+        return True
+
+    def _end_silent(self) -> None:
+        now = time.monotonic()
+        for client in list(self._clients.values()):
+            if not client.server.negotiated and now - client.connected > _NEGOTIATE_S:
+                self._drop(client)
+
+    def _hear(self, client: Client) -> None:
         try:
-            data = sock.recv(_RECEIVE_BYTES)
+            data, fds = receive_fds(client.socket, _RECEIVE_BYTES, _MAX_FDS)
         except BlockingIOError:
             return
         except OSError:
-            data = b""
-        session = self._sessions[sock]
+            data, fds = b"", []
+        client.fds += fds
+        while len(client.fds) > _MAX_FDS:
+            os.close(client.fds.pop(0))
         if not data:
-            self._drop(sock)
+            self._drop(client)
             return
-        self._send(sock, session.feed(data))
-        if session.closed and sock in self._sessions:
-            self._drop(sock)
+        client.heard = time.monotonic()
+        self._send(client, client.server.feed(data))
+        if client.server.closed:
+            self._drop(client)
 
-    def _send(self, sock: socket.socket, data: bytes) -> None:
+    def _send(self, client: Client, data: bytes) -> None:
+        """What the client does not read now goes out when it does."""
+        if client.socket not in self._clients:
+            return
+        client.unread += data
         try:
-            if data and sock.send(data) < len(data):
-                self._drop(sock)
+            if client.unread:
+                client.unread = client.unread[client.socket.send(client.unread) :]
+        except BlockingIOError:
+            pass
         except OSError:
-            self._drop(sock)
+            self._drop(client)
+            return
+        if len(client.unread) > MAX_UNREAD_BYTES:
+            self._drop(client)
+            return
+        self._watch_for(client)
 
-    def _drop(self, sock: socket.socket) -> None:
-        self._selector.unregister(sock)
-        del self._sessions[sock]
-        sock.close()
+    def _watch_for(self, client: Client) -> None:
+        wanted = selectors.EVENT_READ if client.server.takes_more else 0
+        wanted |= selectors.EVENT_WRITE if client.unread else 0
+        known = self._selector.get_map().get(client.socket)
+        if known is not None and known.events == wanted:
+            return
+        if known is not None:
+            self._selector.unregister(client.socket)
+        if wanted:
+            self._selector.register(client.socket, wanted, client)
+
+    def _drop(self, client: Client) -> None:
+        if self._clients.pop(client.socket, None) is None:
+            return
+        if client.socket in self._selector.get_map():
+            self._selector.unregister(client.socket)
+        client.close()
+        self._left(client)

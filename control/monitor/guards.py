@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vmapipe.control.job import check_names
-from vmapipe.control.monitor.sockets import Listener, listen, listen_unix
+from vmapipe.control.monitor.sockets import Listener, listen, listen_unix, private_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import Failure, UsageError
@@ -53,11 +52,18 @@ class Guards:
     """Owns sockets and processes of all disks. Use it in a `with`."""
 
     def __init__(
-        self, disks: Sequence[ServedDisk], mode: int, emit: Emit, *, insecure_tcp: bool
+        self,
+        disks: Sequence[ServedDisk],
+        mode: int,
+        emit: Emit,
+        *,
+        folder: str,
+        insecure_tcp: bool,
     ) -> None:
+        """`folder`, for the guards' own sockets, is made, and taken over after a crash."""
         self.disks = disks
         self._emit = emit
-        self._folder = tempfile.mkdtemp(prefix="vmapipe-monitor-")
+        self._folder = private_folder(folder)
         self._children = Children()
         self._guards: list[_Guard] = []
         try:
@@ -80,7 +86,8 @@ class Guards:
             for listener, _ in guard.listeners:
                 listener.close()
             guard.control.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(self._folder)
 
     def start(self, cancel: Cancel) -> None:
         """All of them; returns when all disks are served. Raises Failure."""
@@ -120,6 +127,11 @@ class Guards:
             if guard.child is None and time.monotonic() >= guard.start_at:
                 self._start(guard)
 
+    @property
+    def fd(self) -> int:
+        """Readable when `watch` has something to see."""
+        return self._children.fd
+
     def describe(self) -> list[dict[str, object]]:
         """The answer to `query-disks`."""
         return [
@@ -129,7 +141,7 @@ class Guards:
                 "size": disk.size_bytes,
                 "exports": disk.exports,
                 "served": guard.child is not None,
-                "guard": guard.control.path,
+                "guard": os.path.abspath(guard.control.path),
             }
             for guard in self._guards
             for disk in guard.disks
@@ -146,7 +158,7 @@ class Guards:
     def _prepare(
         self, number: int, disks: list[ServedDisk], mode: int, *, insecure_tcp: bool
     ) -> _Guard:
-        path = os.path.join(self._folder, f"guard-{number}.sock")
+        path = os.path.join(self._folder, str(number))
         guard = _Guard(disks, listen_unix(path, 0o600, socket.SOCK_SEQPACKET), [])
         try:
             for address in sorted({export for disk in disks for export in disk.exports}):

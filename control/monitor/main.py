@@ -8,19 +8,32 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from vmapipe.control.monitor.clients import Clients
+from vmapipe.control.monitor.asking import Asking
+from vmapipe.control.monitor.commands import Commands, Disks
+from vmapipe.control.monitor.disks import MachineDisks, ServedDisks
 from vmapipe.control.monitor.guards import Guards, ServedDisk, check_disks
-from vmapipe.control.monitor.sockets import listen_unix
+from vmapipe.control.monitor.jobs import Jobs
+from vmapipe.control.monitor.service import serve
+from vmapipe.control.monitor.sockets import Listener, listen_unix
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import add_plain_tcp_option, make_parser, split_named
+from vmapipe.runtime.cli import (
+    add_buffer_options,
+    add_plain_tcp_option,
+    make_parser,
+    split_named,
+)
 from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.events import Emit
 from vmapipe.runtime.process import run
 
 DESCRIPTION = """\
 Serve raw images or block devices to guests over NBD, so that they can be backed
-up while the guests write to them: `vmapipe backup --monitor SOCKET ARCHIVE`.
-Runs until it is ended by a signal; what guests are doing is finished first.
+up while the guests write to them; or stand beside a running QEMU (--qmp). Its
+socket speaks QMP with the commands backup, query-backup and backup-cancel
+(docs/monitor.md), and `vmapipe backup --monitor SOCKET ARCHIVE` uses it.
+Runs until it is ended by a signal or by quit; what guests are doing is finished
+first, and a backup that runs is cancelled.
 """
 
 EPILOG = """\
@@ -31,13 +44,17 @@ example, with QEMU as the guest:
       file=nbd+unix:///sda?socket=/run/vm/sda.sock,format=raw,if=virtio
   vmapipe backup --monitor /run/vm/monitor.sock vm.vma
 
+the same by QMP, and beside a QEMU that has its disks itself:
+  vmapipe monitor --listen /run/vm/backup.sock --qmp /run/vm/qmp.sock
+  qmp-shell /run/vm/backup.sock
+  (QEMU) backup backup-file=/srv/vm.vma speed=104857600
+  (QEMU) query-backup
+
 Give QEMU reconnect-delay=60 (-blockdev driver=nbd,…), and a monitor that is
 started anew is not noticed by the guest.
 
 exit codes: 0 ended by a signal, as it should be, 1 failed, 2 wrong use
 """
-
-_POLL_S = 1.0
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -64,12 +81,24 @@ def main(argv: Sequence[str], prog: str) -> int:
         "and several disks may share a socket",
     )
     parser.add_argument(
+        "--qmp",
+        metavar="SOCKET",
+        help="back up the disks of the running QEMU whose QMP monitor this is; it is used only "
+        "while a backup runs, and for the moment of a question",
+    )
+    parser.add_argument(
+        "--agent",
+        metavar="SOCKET",
+        help="freeze the guest's file systems for the instant of each backup, through this agent",
+    )
+    parser.add_argument(
         "--socket-mode",
         type=_octal,
         default=0o600,
         metavar="OCTAL",
         help="permissions of the exports' sockets: whoever may connect may write (default: 600)",
     )
+    add_buffer_options(parser)
     add_plain_tcp_option(parser)
     add_report_options(parser)
     options = parser.parse_args(argv)
@@ -87,23 +116,70 @@ def _octal(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    disks = parse_disks(options.disk, options.export)
+    if options.qmp is None:
+        disks = parse_disks(options.disk, options.export)
+    elif options.disk or options.export:
+        raise UsageError("--qmp is for disks that a QEMU has; --disk and --export are for others")
+    elif options.spool:
+        raise UsageError("--spool has no use with --qmp: use --buffer")
+    else:
+        disks = []
     cancel = Cancel()
     cancel.on_signals()
-    with (
-        renderer("serve", options, sys.stdout) as emit,
-        Guards(disks, options.socket_mode, emit, insecure_tcp=options.insecure_plain_tcp) as guards,
-    ):
-        guards.start(cancel)
-        commands = {"query-disks": lambda arguments: guards.describe()}
+    with renderer("serve", options, sys.stdout) as emit:
+        # First of all: whoever serves there already has the disks, too.
         listener = listen_unix(options.listen, 0o600, socket.SOCK_STREAM)
-        with Clients(listener, commands) as clients:
-            clients.watch(cancel)
-            emit({"event": "ready", "listen": options.listen, "disks": guards.describe()})
-            while not cancel.asked:
-                clients.serve(_POLL_S)
-                guards.watch(0)
+        try:
+            if options.qmp is None:
+                _serve_disks(disks, options, listener, cancel, emit)
+            else:
+                _serve_machine(options, listener, cancel, emit)
+        finally:
+            listener.close()
         emit({"event": "notice", "text": f"{cancel.reason}: what guests are doing is finished"})
+
+
+def _serve_disks(
+    disks: list[ServedDisk],
+    options: argparse.Namespace,
+    listener: Listener,
+    cancel: Cancel,
+    emit: Emit,
+) -> None:
+    with Guards(
+        disks,
+        options.socket_mode,
+        emit,
+        folder=f"{options.listen}.guards",
+        insecure_tcp=options.insecure_plain_tcp,
+    ) as guards:
+        guards.start(cancel)
+        jobs = Jobs()
+        commands = _commands(ServedDisks(guards, options.listen), jobs, options, cancel)
+        emit({"event": "ready", "listen": options.listen, "disks": guards.describe()})
+        serve(listener, jobs, commands, cancel, {guards.fd: lambda: guards.watch(0)})
+
+
+def _serve_machine(
+    options: argparse.Namespace, listener: Listener, cancel: Cancel, emit: Emit
+) -> None:
+    asking = Asking(options.qmp)
+    jobs = Jobs()
+    commands = _commands(MachineDisks(options.qmp, asking, jobs), jobs, options, cancel)
+    emit({"event": "ready", "listen": options.listen, "disks": []})
+    serve(listener, jobs, commands, cancel, {asking.fd: asking.look})
+
+
+def _commands(disks: Disks, jobs: Jobs, options: argparse.Namespace, cancel: Cancel) -> Commands:
+    words = [
+        f"--buffer={options.buffer}",
+        f"--spool={options.spool}",
+        f"--spool-size={options.spool_size}",
+        f"--guest-wait={options.guest_wait}",
+    ]
+    if options.agent:
+        words.append(f"--agent={options.agent}")
+    return Commands(disks, jobs, words, lambda: cancel.ask("ended by a client's quit"))
 
 
 def parse_disks(disks: Sequence[str], exports: Sequence[str]) -> list[ServedDisk]:

@@ -2,17 +2,35 @@
 """The server's side of a QMP conversation: bytes in, bytes out.
 
 QEMU's docs/interop/qmp-spec.rst: a greeting, `qmp_capabilities`, then commands
-and answers as JSON, here one a line.
+and answers as JSON, ours one a line. Commands of one client are carried out one
+after the other, so that what follows one whose answer takes time waits for it.
 """
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vmapipe.control.monitor.requests import Request, Requests
+
 # A command is some hundred bytes; what is longer is no command.
 MAX_LINE_BYTES = 64 * 1024
+# Of commands that wait for the answer to the one before; the client's next ones
+# stay in its socket.
+_MAX_WAITING_BYTES = 64 * 1024
+_MEMBERS = frozenset({"execute", "arguments", "id"})
+
+_DEFECTS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 Command = Callable[[dict[str, Any]], Any]
 
@@ -25,56 +43,135 @@ class QmpError(Exception):
         super().__init__(text)
 
 
+class Later:
+    """What a command returns whose answer takes time; the first answer counts."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self._value: Any = None
+        self._error: QmpError | None = None
+        self._hooks: list[Callable[[], None]] = []
+
+    def answer(self, value: Any) -> None:
+        self._settle(value, None)
+
+    def refuse(self, error: QmpError) -> None:
+        self._settle(None, error)
+
+    def then(self, hook: Callable[[], None]) -> None:
+        """Call it when the answer is there."""
+        if self.done:
+            hook()
+        else:
+            self._hooks.append(hook)
+
+    def result(self) -> Any:
+        """Raises QmpError."""
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def _settle(self, value: Any, error: QmpError | None) -> None:
+        if self.done:
+            return
+        self.done, self._value, self._error = True, value, error
+        for hook in self._hooks:
+            hook()
+
+
 class QmpServer:
     """One client. `closed`: it has broken the protocol beyond repair."""
 
     def __init__(self, commands: Mapping[str, Command], version: str) -> None:
         self.closed = False
+        self.negotiated = False
         self._commands = commands
         self._version = version
-        self._negotiated = False
-        self._rest = b""
+        self._incoming = Requests()
+        self._requests: deque[Request] = deque()
+        self._awaited: tuple[Later, Any] | None = None
+
+    @property
+    def takes_more(self) -> bool:
+        """False: leave what the client sends where it is; it has commands enough waiting."""
+        waiting = sum(request.size for request in self._requests)
+        return self._awaited is None or waiting < _MAX_WAITING_BYTES
 
     def greeting(self) -> bytes:
-        return _line({"QMP": {"version": self._describe_version(), "capabilities": []}})
+        return _line({"QMP": {"version": self.describe_version(), "capabilities": []}})
 
     def feed(self, data: bytes) -> bytes:
         """Take what has come; returns what is to be sent."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        out = b"".join(self._answer(line) for line in lines if line.strip())
-        if len(self._rest) > MAX_LINE_BYTES:
+        self._requests += self._incoming.feed(data)
+        out = self.go_on()
+        if self._incoming.held_bytes > MAX_LINE_BYTES:
             self.closed = True
             out += _error("GenericError", "a line that is too long", None)
         return out
 
-    def _answer(self, line: bytes) -> bytes:
-        try:
-            request = json.loads(line)
-        except (ValueError, RecursionError):
-            return _error("GenericError", "this is no JSON", None)
-        if not isinstance(request, dict):
-            return _error("GenericError", "a command is a JSON object", None)
+    def go_on(self) -> bytes:
+        """An awaited answer may have come; returns what is to be sent."""
+        out = b""
+        while True:
+            if self._awaited is not None:
+                awaited, identity = self._awaited
+                if not awaited.done:
+                    return out
+                self._awaited = None
+                out += self._result(awaited.result, identity)
+            elif self._requests:
+                out += self._answer(self._requests.popleft())
+            else:
+                return out
+
+    def event(self, name: str, data: Mapping[str, Any], time_s: float) -> bytes:
+        """As it is to be sent; nothing to a client that has not negotiated yet."""
+        if not self.negotiated:
+            return b""
+        seconds, microseconds = divmod(round(time_s * 1_000_000), 1_000_000)
+        stamp = {"seconds": seconds, "microseconds": microseconds}
+        return _line({"event": name, "data": dict(data), "timestamp": stamp})
+
+    def _answer(self, incoming: Request) -> bytes:
+        request = incoming.value
+        if request is None:
+            return _error("GenericError", incoming.problem, None)
         identity = request.get("id")
         name, arguments = request.get("execute"), request.get("arguments", {})
         if not isinstance(name, str) or not isinstance(arguments, dict):
             return _error("GenericError", "'execute' must name a command", identity)
+        if unknown := sorted(request.keys() - _MEMBERS):
+            text = f"QMP input member '{unknown[0]}' is unexpected"
+            return _error("GenericError", text, identity)
+        return self._result(lambda: self._execute(name, arguments), identity)
+
+    def _result(self, work: Callable[[], Any], identity: Any) -> bytes:
         try:
-            return _line(_with_id({"return": self._execute(name, arguments)}, identity))
+            value = work()
         except QmpError as error:
             return _error(error.kind, str(error), identity)
+        except _DEFECTS as error:
+            # Guests' disks depend on this process: a mistake of ours ends one command.
+            return _error("GenericError", f"a defect of vmapipe: {error!r}", identity)
+        if isinstance(value, Later):
+            self._awaited = (value, identity)
+            return b""
+        return _line(_with_id({"return": value}, identity))
 
     def _execute(self, name: str, arguments: dict[str, Any]) -> Any:
         if name == "qmp_capabilities":
-            if self._negotiated:
+            if self.negotiated:
                 raise QmpError("capabilities negotiation is already complete", "CommandNotFound")
-            self._negotiated = True
+            if enable := arguments.get("enable"):
+                raise QmpError(f"there is no capability to enable, but {enable!r} was asked for")
+            self.negotiated = True
             return {}
-        if not self._negotiated:
+        if not self.negotiated:
             raise QmpError(
                 "expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
             )
         if name == "query-version":
-            return self._describe_version()
+            return self.describe_version()
         if name == "query-commands":
             return [{"name": known} for known in sorted([*self._commands, *_OWN])]
         command = self._commands.get(name)
@@ -82,7 +179,7 @@ class QmpServer:
             raise QmpError(f"the command {name} has not been found", "CommandNotFound")
         return command(arguments)
 
-    def _describe_version(self) -> dict[str, Any]:
+    def describe_version(self) -> dict[str, Any]:
         numbers = [int(part) for part in self._version.split(".")[:3] if part.isdecimal()]
         major, minor, micro = [*numbers, 0, 0, 0][:3]
         return {

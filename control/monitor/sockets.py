@@ -4,16 +4,22 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import ipaddress
 import os
 import socket
 import stat
+import time
+from collections.abc import Iterator
 
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 
 _BACKLOG = 128
 # sun_path has 108 bytes with its NUL.
 _MAX_PATH_BYTES = 107
+# A turn takes a millisecond; somebody else's lock on the folder may last for ever.
+_TURN_S = 5.0
+_TURN_LOOK_S = 0.01
 
 
 class Listener:
@@ -47,6 +53,49 @@ def listen_unix(path: str, mode: int, kind: socket.SocketKind) -> Listener:
     """Takes over the name of a socket that nobody listens on any more. Raises Failure."""
     if not 0 < len(os.fsencode(path)) <= _MAX_PATH_BYTES:
         raise UsageError(f"{path!r}: a socket's path has 1..{_MAX_PATH_BYTES} bytes")
+    with _alone_in(os.path.dirname(path) or "."):
+        return _listen_unix(path, mode, kind)
+
+
+def private_folder(path: str) -> str:
+    """A folder that only we can enter: a new one, or the one that a crash has left. Raises Failure."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        status = os.lstat(path)
+    except OSError as error:
+        raise Failure(f"cannot make the folder {path}: {os_error_text(error)}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise Failure(f"{path} exists, and is no folder that only we can enter: remove it")
+    return path
+
+
+@contextlib.contextmanager
+def _alone_in(folder: str) -> Iterator[None]:
+    """Two that find the same left-over in the same moment take turns. Raises Failure."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        yield  # we may make names here, and not read them: then without a turn
+        return
+    except OSError as error:
+        raise Failure(f"cannot listen in {folder}: {os_error_text(error)}") from error
+    try:
+        deadline = time.monotonic() + _TURN_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Failure(f"cannot listen in {folder}: another process locks it") from None
+                time.sleep(_TURN_LOOK_S)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _listen_unix(path: str, mode: int, kind: socket.SocketKind) -> Listener:
     _remove_stale(path, kind)
     sock = socket.socket(socket.AF_UNIX, kind)
     # The mode has to hold from the first moment: a chmod afterwards would come late.

@@ -33,6 +33,23 @@ class MachineDisk(NamedTuple):
     size_bytes: int
 
 
+class Names(NamedTuple):
+    """Of a disk: its name in the archive, and all that it may be asked for by."""
+
+    name: str
+    words: frozenset[str]
+
+
+def names_of(block: Answer) -> Names:
+    """From an entry of query-block."""
+    device, qdev = block.get("device", ""), block.get("qdev", "")
+    node = (block.get("inserted") or {}).get("node-name", "")
+    match = _DEVICE.fullmatch(qdev)
+    name = _drive_name(match[1]) if match else device or node or qdev
+    words = {name, device, node, qdev, match[1] if match else ""}
+    return Names(name, frozenset(words - {""}))
+
+
 class _Found(NamedTuple):
     """`skipped`, `refused`: why not, when nobody asked for it; `words`: what it may be asked by."""
 
@@ -72,10 +89,7 @@ def _named(word: str, found: Sequence[_Found]) -> _Found:
 def _found_block(block: Answer, machine: Machine) -> _Found:
     inserted = block.get("inserted") or {}
     device, node = block.get("device", ""), inserted.get("node-name", "")
-    qdev = block.get("qdev", "")
-    match = _DEVICE.fullmatch(qdev)
-    name = _drive_name(match[1]) if match else device or node or qdev
-    words = {name, device, node, qdev, match[1] if match else ""} - {""}
+    name, words = names_of(block)
     # The name where there is one: QEMU's commands know it as well as the node's.
     size = (inserted.get("image") or {}).get("virtual-size", 0)
     disk = MachineDisk(name, device or node, size)
@@ -87,7 +101,7 @@ def _found_block(block: Answer, machine: Machine) -> _Found:
     elif not size:
         skipped = "it is empty"
     refused = _job_on(inserted, {device, node}, machine.jobs)
-    return _Found(disk, frozenset(words), skipped, refused)
+    return _Found(disk, words, skipped, refused)
 
 
 def _found_node(node: Answer, machine: Machine) -> _Found:

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.control.monitor.qmp import MAX_LINE_BYTES, QmpError, QmpServer
+from vmapipe.control.monitor.qmp import MAX_LINE_BYTES, Later, QmpError, QmpServer
 
 
 def refuse(arguments: dict[str, Any]) -> Any:
@@ -80,7 +80,62 @@ def test_junk_is_answered_and_the_next_command_works(junk: bytes) -> None:
     qmp = server()
     for answer in answers(qmp.feed(junk.replace(b"\n", b" ") + b"\n")):
         assert answer["error"]["class"] in ("GenericError", "CommandNotFound")
-    assert answers(qmp.feed(b'{"execute": "query-disks"}\n')) == [{"return": ["a"]}]
+    # What may still have become JSON is known to be none now.
+    *late, answer = answers(qmp.feed(b'{"execute": "query-disks"}\n'))
+    assert [error["error"]["desc"] for error in late] in ([], ["this is no JSON"])
+    assert answer == {"return": ["a"]}
+
+
+def test_a_command_needs_no_line_end_and_may_have_several() -> None:
+    qmp = server()
+    assert answers(qmp.feed(b'{"execute": "query-disks"}')) == [{"return": ["a"]}]
+    pretty = b'{\n  "execute": "query-disks",\n  "id": "}{"\n}{"execute": "query-disks"}'
+    assert answers(qmp.feed(pretty)) == [{"return": ["a"], "id": "}{"}, {"return": ["a"]}]
+
+
+def test_members_that_a_command_does_not_have_are_refused() -> None:
+    (answer,) = answers(server().feed(b'{"execute": "query-disks", "why": 1}\n'))
+    assert answer["error"]["desc"] == "QMP input member 'why' is unexpected"
+
+
+def test_what_follows_a_command_whose_answer_takes_time_waits_for_it() -> None:
+    later = Later()
+    qmp = QmpServer({"wait": lambda arguments: later, "ask": lambda arguments: 1}, "1")
+    qmp.feed(b'{"execute": "qmp_capabilities"}')
+    assert qmp.feed(b'{"execute": "wait", "id": 1}{"execute": "ask", "id": 2}') == b""
+    assert qmp.go_on() == b""
+    later.answer("done")
+    later.answer("twice")
+    assert answers(qmp.go_on()) == [{"return": "done", "id": 1}, {"return": 1, "id": 2}]
+
+
+def test_a_client_whose_commands_wait_is_not_read_from_without_end() -> None:
+    later = Later()
+    qmp = QmpServer({"wait": lambda arguments: later}, "1")
+    qmp.feed(b'{"execute": "qmp_capabilities"}{"execute": "wait"}')
+    rounds = 0
+    while qmp.takes_more:
+        assert qmp.feed(b'{"execute": "query-version"}' * 100) == b""
+        rounds += 1
+    assert 1 < rounds < 1000
+    later.refuse(QmpError("no"))
+    assert len(answers(qmp.go_on())) > 100
+    assert qmp.takes_more
+
+
+def test_events_go_to_whoever_has_negotiated() -> None:
+    assert server(negotiated=False).event("X", {}, 1.5) == b""
+    (event,) = answers(server().event("X", {"a": 1}, 1.5))
+    stamp = {"seconds": 1, "microseconds": 500_000}
+    assert event == {"event": "X", "data": {"a": 1}, "timestamp": stamp}
+
+
+def test_a_defect_in_a_command_ends_that_command_and_nothing_else() -> None:
+    qmp = QmpServer({"broken": lambda arguments: arguments["absent"]}, "1")
+    qmp.feed(b'{"execute": "qmp_capabilities"}')
+    broken, good = answers(qmp.feed(b'{"execute": "broken"}{"execute": "query-version"}'))
+    assert "a defect of vmapipe" in broken["error"]["desc"]
+    assert "return" in good
 
 
 def test_json_that_is_nested_too_deeply_is_no_command() -> None:

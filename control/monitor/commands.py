@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of a monitor, and what they have in common for its two kinds of disks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from vmapipe.control.monitor.arguments import Arguments
+from vmapipe.control.monitor.backups import EVENTS
+from vmapipe.control.monitor.clients import Client
+from vmapipe.control.monitor.devices import Device, check_devices
+from vmapipe.control.monitor.fdsets import FdSets
+from vmapipe.control.monitor.human import Human
+from vmapipe.control.monitor.jobs import Jobs, Request
+from vmapipe.control.monitor.qmp import Command, Later, QmpError
+from vmapipe.control.proxmox import FIREWALL_NAME
+from vmapipe.runtime.cli import split_named
+from vmapipe.runtime.errors import UsageError
+
+FORMATS = ("vma",)
+# Members that only Proxmox VE's command has: who knows them wants its answer.
+_PROXMOX = ("firewall-file", "max-workers", "fleecing")
+
+
+class Disks(Protocol):
+    """The disks of a monitor: those that it serves itself, or a QEMU's."""
+
+    #: The options by which `vmapipe backup` finds them.
+    words: Sequence[str]
+    takes_state: bool
+
+    def look_up(self, then: Callable[[list[Device] | QmpError], None]) -> None:
+        """Before a backup: which there are now. Raises QmpError."""
+
+    def commands(self) -> Mapping[str, Command]:
+        """Those that tell about the disks."""
+
+
+class Commands:
+    """`options` are handed on to each backup; `leave` ends the monitor."""
+
+    def __init__(
+        self, disks: Disks, jobs: Jobs, options: Sequence[str], leave: Callable[[], None]
+    ) -> None:
+        self.fdsets = FdSets()
+        self._disks = disks
+        self._jobs = jobs
+        self._options = options
+        self._leave = leave
+
+    def table(self, client: Client) -> Mapping[str, Command]:
+        """The commands of one client."""
+        table: dict[str, Command] = {
+            "backup": lambda arguments: self._backup(Arguments(arguments)),
+            "backup-cancel": self._cancel,
+            "backup-set-speed": self._set_speed,
+            "query-backup": lambda arguments: _nothing_else(arguments, self._jobs.status()),
+            "query-events": lambda arguments: _nothing_else(
+                arguments, [{"name": name} for name in EVENTS]
+            ),
+            "quit": self._quit,
+            **self._disks.commands(),
+            **self.fdsets.commands(client),
+        }
+        table |= {
+            name.replace("-", "_"): table[name]
+            for name in ("backup-cancel", "backup-set-speed", "query-backup")
+        }
+
+        def execute(name: str, arguments: dict[str, Any]) -> Any:
+            if name == "query-version":
+                return client.server.describe_version()
+            return table[name](arguments)
+
+        human = Human(execute)
+        table["human-monitor-command"] = lambda arguments: _human(human, Arguments(arguments))
+        return table
+
+    def _backup(self, arguments: Arguments) -> Any:
+        """Answered with the archive's uuid when the instant that it shows is behind us."""
+        as_proxmox = arguments.has(*_PROXMOX)
+        file = arguments.need_text("backup-file", "backupfile", "backup_file")
+        image_format = arguments.text("format") or FORMATS[0]
+        if image_format not in FORMATS:
+            raise QmpError(f"no backup driver for format '{image_format}'")
+        words = self._config_words(arguments)
+        devlist = arguments.text("devlist")
+        speed = arguments.size("speed") or 0
+        with_state = arguments.flag("state")
+        # How many clusters QEMU copies at once is ours to choose: a guest's writes wait for them.
+        arguments.number("max-workers", "max_workers")
+        if arguments.flag("fleecing"):
+            raise QmpError(
+                "fleecing is not needed: old data waits in memory and in the monitor's --spool"
+            )
+        arguments.end()
+        if with_state and not self._disks.takes_state:
+            raise QmpError(
+                "there is no state to save: this monitor serves disks and runs no machine; "
+                "state needs a monitor with --qmp"
+            )
+        words += [*self._options, f"--speed={speed}"]
+        if with_state:
+            words.append("--state")
+        return self._begin(file, devlist, words, with_state=with_state, as_proxmox=as_proxmox)
+
+    def _begin(
+        self,
+        file: str,
+        devlist: str | None,
+        words: list[str],
+        *,
+        with_state: bool,
+        as_proxmox: bool,
+    ) -> Later:
+        """Raises QmpError."""
+        output, fds = self._output(file)
+        try:
+            started = self._jobs.begin(file, with_state=with_state)
+        except BaseException:
+            _close(fds)
+            raise
+
+        def go_on(found: list[Device] | QmpError) -> None:
+            try:
+                if isinstance(found, QmpError):
+                    raise found
+                names = [f"--disk={name}" for name in check_devices(found, devlist)]
+            except QmpError as error:
+                _close(fds)
+                self._jobs.give_up(error)
+                return
+            self._jobs.start(Request(file, [*self._disks.words, *names, *words, output], fds))
+
+        try:
+            self._disks.look_up(go_on)
+        except QmpError as error:
+            _close(fds)
+            self._jobs.give_up(error)
+        return _in_an_object(started) if as_proxmox else started
+
+    def _output(self, file: str) -> tuple[str, list[int]]:
+        """The archive as `vmapipe backup` takes it, and descriptors for it. Raises QmpError."""
+        fd = self.fdsets.open(file)
+        if fd is not None:
+            return f"fd:{fd}", [fd]
+        if file in ("", "-") or file.startswith("fd:") or "\0" in file:
+            raise QmpError(
+                f"'{file}' is no place for an archive here: name a file, or hand a descriptor in "
+                "by add-fd and name it /dev/fdset/N"
+            )
+        return (f"./{file}" if file.startswith("-") else file), []
+
+    @staticmethod
+    def _config_words(arguments: Arguments) -> list[str]:
+        """Raises QmpError for what cannot be read."""
+        config = arguments.text("config-file", "config-filename", "config_filename", "config_file")
+        firewall = arguments.text("firewall-file", "firewall_file")
+        words = [] if config is None else [_config_word(os.path.basename(config), config)]
+        return words + ([] if firewall is None else [_config_word(FIREWALL_NAME, firewall)])
+
+    def _cancel(self, arguments: dict[str, Any]) -> Any:
+        """Succeeds when nothing runs, too."""
+        Arguments(arguments).end()
+        return self._jobs.cancel()
+
+    def _set_speed(self, members: dict[str, Any]) -> Any:
+        arguments = Arguments(members)
+        speed = arguments.size("speed")
+        arguments.end()
+        if speed is None:
+            raise QmpError("Parameter 'speed' is missing")
+        if not self._jobs.busy:
+            raise QmpError("no backup is running", "DeviceNotActive")
+        self._jobs.set_speed(speed)
+        return {}
+
+    def _quit(self, arguments: dict[str, Any]) -> Any:
+        Arguments(arguments).end()
+        self._leave()
+        return {}
+
+
+def _human(human: Human, arguments: Arguments) -> Any:
+    line = arguments.need_text("command-line")
+    arguments.number("cpu-index")
+    arguments.end()
+    return human.command(line)
+
+
+def _nothing_else(arguments: dict[str, Any], answer: Any) -> Any:
+    Arguments(arguments).end()
+    return answer
+
+
+def _config_word(name: str, path: str) -> str:
+    """Raises QmpError for a file that cannot be read, or not be named on a command line."""
+    word = f"{name}={path}"
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb"):
+            is_meant = split_named(word) == (name, path)
+    except (OSError, ValueError, UsageError) as error:
+        raise QmpError(f"unable to read file '{path}'") from error
+    if not is_meant:
+        raise QmpError(f"unable to read file '{path}'")
+    return f"--config={word}"
+
+
+def _in_an_object(started: Later) -> Later:
+    """As Proxmox VE's command answers."""
+    outer = Later()
+
+    def answer() -> None:
+        try:
+            outer.answer({"UUID": started.result()})
+        except QmpError as error:
+            outer.refuse(error)
+
+    started.then(answer)
+    return outer
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

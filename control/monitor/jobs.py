@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out a monitor's backups: each is a process of its own, `vmapipe backup`.
+
+So nothing of a backup happens in the process that owns the guards, and whatever
+becomes of a backup, they do not notice.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from vmapipe.control.monitor.backups import Accepted, Backups, Moment, Outcome, Rejected, Told
+from vmapipe.control.monitor.qmp import Later, QmpError
+from vmapipe.runtime.children import Child, Children
+from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.orders import speed_order
+
+# A backup that is told to stop gives its own processes 10 s, and a QEMU that is
+# slow to end its jobs 60 s. After that it is killed: then its guardian goes on.
+_STOP_S = 90.0
+_NAME = "the backup process"
+
+
+class Request(NamedTuple):
+    """`file` as the client spelled it; `words` and descriptors for the process."""
+
+    file: str
+    words: Sequence[str]
+    fds: Sequence[int] = ()
+
+
+class Jobs:
+    """One backup at a time. `fd` is readable when `look` has something."""
+
+    def __init__(self) -> None:
+        #: Who hears QMP events.
+        self.tell: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None
+        self._backups = Backups()
+        self._children = Children()
+        self._child: Child | None = None
+        self._started: Later | None = None
+        self._over: list[Later] = []
+        self._kill_at = float("inf")
+
+    @property
+    def fd(self) -> int:
+        return self._children.fd
+
+    @property
+    def busy(self) -> bool:
+        return self._backups.busy
+
+    def status(self) -> dict[str, Any]:
+        return self._backups.status()
+
+    def begin(self, file: str, *, with_state: bool) -> Later:
+        """From now on no other can begin; `start` or `give_up` follow. Raises QmpError."""
+        self._backups.begin(file, with_state=with_state)
+        self._started = Later()
+        return self._started
+
+    def start(self, request: Request) -> None:
+        """The request's descriptors are closed here. Never raises."""
+        try:
+            if self._backups.canceled:
+                self.give_up(QmpError("backup canceled"))
+                return
+            self._child = self._children.start(
+                _NAME, "vmapipe.control.backup", request.words, request.fds
+            )
+        except (OSError, ValueError) as error:
+            # No memory for it, too many descriptors; a name that no file can have.
+            why = os_error_text(error) if isinstance(error, OSError) else str(error)
+            self.give_up(QmpError(f"cannot start {_NAME}: {why}"))
+        finally:
+            for fd in request.fds:
+                os.close(fd)
+
+    def give_up(self, error: QmpError) -> None:
+        self._carry_out(self._backups.refuse(error))
+        self._settle()
+
+    def cancel(self) -> Later:
+        """Answered when nothing runs any more: at once, if nothing does."""
+        over = Later()
+        if not self.busy:
+            over.answer({})
+            return over
+        self._over.append(over)
+        self._backups.cancel()
+        self._stop()
+        return over
+
+    def set_speed(self, bytes_per_s: int) -> None:
+        """Of the one that runs."""
+        if self._child is not None:
+            self._child.tell(speed_order(bytes_per_s))
+
+    def look(self) -> None:
+        """What the backup has told since. Never raises for what it tells."""
+        child = self._child
+        if child is None:
+            return
+        if time.monotonic() > self._kill_at:
+            child.send_signal(signal.SIGKILL)
+        try:
+            happened = self._children.wait(0)
+            for _, event in happened:
+                if event is not None:
+                    self._carry_out(self._backups.hear(event, _now()))
+        except (AttributeError, LookupError, TypeError, ValueError):
+            # It is not what it was, or has gone mad: it must not take us with it.
+            child.error = child.error or f"{_NAME} tells what makes no sense"
+            child.send_signal(signal.SIGKILL)
+            return
+        if not child.running:
+            self._child, self._kill_at = None, float("inf")
+            self._children.all.remove(child)
+            self._carry_out(self._backups.end(child.verdict(), _now()))
+            self._settle()
+
+    def close(self) -> None:
+        """End the one that runs, in order, within a bound."""
+        if self._child is not None:
+            self._backups.cancel()
+            self._stop()
+        while self._child is not None:
+            select.select([self.fd], [], [], 1.0)
+            self.look()
+        with self._children:
+            pass  # none is left; what it holds is closed
+
+    def _stop(self) -> None:
+        if self._child is not None and self._child.running:
+            self._child.send_signal(signal.SIGTERM)
+            self._kill_at = min(self._kill_at, time.monotonic() + _STOP_S)
+
+    def _settle(self) -> None:
+        """Nothing runs any more."""
+        waiting, self._over = self._over, []
+        for over in waiting:
+            over.answer({})
+
+    def _carry_out(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            match outcome:
+                case Told(name, data):
+                    self.tell(name, data)
+                case Accepted(uuid) if self._started:
+                    self._started.answer(uuid)
+                case Rejected(error) if self._started:
+                    self._started.refuse(error)
+
+
+def _now() -> Moment:
+    return Moment(time.time(), time.monotonic())
