@@ -26,6 +26,7 @@ from vmapipe.runtime.cli import (
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import read_server_keys
+from vmapipe.runtime.priority import stand_back
 from vmapipe.runtime.process import one_line, run_child
 from vmapipe.vma.layout import MAX_DEVICES
 
@@ -98,6 +99,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="all devices must have come by then (default: 60)",
     )
+    parser.add_argument(
+        "--stand-back",
+        action="store_true",
+        help="let everything else on this host have the processors first (guests, for instance)",
+    )
     add_output_options(parser)
     parser.add_argument("--manifest-events", action="store_true", help=argparse.SUPPRESS)
     add_tcp_options(parser, "its key pair, and clients/NAME.pub for each client that may come")
@@ -125,6 +131,8 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         raise UsageError("times are at least 1 second")
     if not 0 <= options.reconnect_limit <= MAX_RECONNECT_S:
         raise UsageError(f"--reconnect-limit is from 0 to {MAX_RECONNECT_S} seconds")
+    if options.stand_back:
+        stand_back()
     spec = JobSpec(
         uuid=options.uuid or (b"" if options.reproducible else uuid.uuid4().bytes),
         ctime_s=archive_time(reproducible=options.reproducible),

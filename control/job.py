@@ -134,6 +134,8 @@ class BackupJob:
         # With "=", because a name may begin with a dash.
         words = [f"--listen={endpoint}", f"--output={self.archive}", f"--job={job}"]
         words += [f"--device={name}" for name in self._names()]
+        if any(disk.guard for disk in self.disks):
+            words.append("--stand-back")
         archiver = children.start(
             "the archiver",
             "vmapipe.archiver.main",

@@ -27,6 +27,7 @@ from vmapipe.runtime.cli import (
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import read_client_keys
+from vmapipe.runtime.priority import stand_back
 from vmapipe.runtime.process import run_child
 
 #: What the wire calls a machine's memory.
@@ -146,6 +147,8 @@ def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     if (options.disk is None) == (options.stream_fd is None):
         raise UsageError("say what to send: --disk or --stream-fd")
     check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
+    if options.guard:
+        stand_back()  # before ZeroMQ has threads of its own
     link = Link(options.archiver, read_client_keys(options.keys) if options.keys else None)
     try:
         link.watch(cancel.fd)

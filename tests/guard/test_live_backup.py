@@ -294,6 +294,27 @@ def test_whatever_dies_of_a_backup_the_guest_sees_no_error_and_the_next_one_work
         assert not list(tmp_path.glob("*.partial*"))
 
 
+def test_the_processes_of_a_backup_stand_back_and_who_holds_writes_does_not(
+    tmp_path: Path,
+) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    with (
+        serving(tmp_path, d=make_disk(tmp_path / "disk.raw", "A" * 64)) as served,
+        backing_up(served, tmp_path / "vm.vma", "--speed", "1M") as process,
+    ):
+        for word in ("vmapipe.archiver.main", "vmapipe.producer.main"):
+            (member,) = children(process, word)
+            threads = [os.getpriority(os.PRIO_PROCESS, t.id) for t in member.threads()]
+            # The first one listens for the coordinator, and does nothing else.
+            assert threads.count(max(5, own)) >= 3, word
+            assert os.getpriority(os.PRIO_PROCESS, member.pid) == max(5, own)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == own
+        (guard,) = children(served.process, "producer.guard.main")
+        assert os.getpriority(os.PRIO_PROCESS, guard.pid) == own
+        process.terminate()
+        process.communicate(timeout=LIMIT_S)
+
+
 def test_a_second_backup_at_the_same_time_is_refused_and_the_first_goes_on(
     tmp_path: Path,
 ) -> None:
