@@ -37,7 +37,7 @@ _HANDSHAKE_MS = 10_000
 _HEARTBEAT_MS = 3000
 
 
-def _make_way(path: str) -> None:
+def make_way(path: str) -> None:
     """ZeroMQ removes whatever has the socket's name: let that be a dead socket and nothing else."""
     try:
         is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
@@ -62,7 +62,7 @@ class Link:
         #: Whether producers are on this host, so that memory can be shared.
         self.is_local = endpoint.startswith("ipc://")
         if self.is_local:
-            _make_way(endpoint.removeprefix("ipc://"))
+            make_way(endpoint.removeprefix("ipc://"))
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = _LINGER_MS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmapipe archiver`: one process, one archive."""
+"""`vmapipe archiver`: one process, one archive; or a service that starts such processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vmapipe.archiver.arguments import add_output_options
 from vmapipe.archiver.job import JobSpec
 from vmapipe.archiver.options import read_configs, store_for
 from vmapipe.archiver.serve import Listen, serve
+from vmapipe.archiver.service.arguments import add_service_options
 from vmapipe.protocol.limits import MAX_RECONNECT_S
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
@@ -27,19 +28,24 @@ from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import read_server_keys
 from vmapipe.runtime.priority import stand_back
-from vmapipe.runtime.process import one_line, run_child
+from vmapipe.runtime.process import one_line, run, run_child
 from vmapipe.vma.layout import MAX_DEVICES
 
 DESCRIPTION = """\
 Receive the disks of one backup from their producers and store them as one VMA
-archive. The archive appears under its name when it is complete and on disk; a
-job that fails leaves nothing behind.
+archive; or, with --directory, be a service that does so for any number of
+backups of other hosts. An archive appears under its name when it is complete
+and on disk; a job that fails leaves nothing behind.
 """
 
 EPILOG = """\
 example, by hand, in two terminals:
   vmapipe archiver --listen ipc:///run/backup.sock --expect 1 --output vm.vma
   vmapipe producer --archiver ipc:///run/backup.sock --disk drive-scsi0=/srv/vm.raw
+
+a service, and a backup from another host (docs/operations.md):
+  vmapipe archiver --listen tcp://0.0.0.0:7777 --directory /srv/backup --keys /etc/vmapipe/keys
+  vmapipe backup --archiver tcp://backup:7777 --keys /etc/vmapipe/keys --disk /srv/vm.raw vm.vma
 """
 
 
@@ -52,7 +58,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        required=True,
         metavar="ARCHIVE",
         help="a new file, - (stdout), a FIFO or device, exec:CMD, fd:N, /dev/fdset/N "
         "or s3://BUCKET/KEY",
@@ -106,6 +111,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_output_options(parser)
     parser.add_argument("--manifest-events", action="store_true", help=argparse.SUPPRESS)
+    # For the archivers of a service, whose producers only seem to be on this host.
+    parser.add_argument("--from-afar", action="store_true", help=argparse.SUPPRESS)
+    add_service_options(parser)
     add_tcp_options(parser, "its key pair, and clients/NAME.pub for each client that may come")
     add_child_options(parser)
 
@@ -114,12 +122,26 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe archiver") -> i
     parser = make_parser(prog, DESCRIPTION, EPILOG)
     add_options(parser)
     options = parser.parse_args(argv)
+    if options.directory is not None:
+        return run(prog, lambda: _serve_jobs(options))
     return run_child(
         prog, options.parent_fd, lambda cancel, emit: _archive(options, cancel, emit), _print
     )
 
 
+def _serve_jobs(options: argparse.Namespace) -> None:
+    check_endpoint(options.listen, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
+    # Imported here: the archiver of one job starts sooner without.
+    from vmapipe.archiver.service.main import serve_jobs
+
+    cancel = Cancel()
+    cancel.on_signals()
+    serve_jobs(options, cancel)
+
+
 def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
+    if options.output is None:
+        raise UsageError("say where the archive goes: --output; or be a service: --directory")
     check_endpoint(options.listen, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
     if options.device and options.expect:
         raise UsageError("--device and --expect exclude each other")
@@ -145,7 +167,8 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         reconnect_s=options.reconnect_limit,
         start_timeout_s=options.start_timeout,
     )
-    at = Listen(options.listen, read_server_keys(options.keys) if options.keys else None)
+    keys = read_server_keys(options.keys) if options.keys else None
+    at = Listen(options.listen, keys, from_afar=options.from_afar)
     serve(spec, at, lambda wake: store_for(options, wake, cancel, emit), cancel, emit)
 
 

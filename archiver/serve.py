@@ -30,6 +30,8 @@ class Listen(NamedTuple):
 
     endpoint: str
     keys: ServerKeys | None = None
+    #: Whether what comes over ipc:// may come from elsewhere: no memory is shared then.
+    from_afar: bool = False
 
 
 def serve(spec: JobSpec, at: Listen, make_store: MakeStore, cancel: Cancel, emit: Emit) -> None:
@@ -43,7 +45,8 @@ def serve(spec: JobSpec, at: Listen, make_store: MakeStore, cancel: Cancel, emit
             link.watch(wake_fd)
             link.watch(cancel.fd)
             emit({"event": "listening", "endpoint": link.endpoint})
-            job = Job(spec, time.monotonic(), map_shared if link.is_local else refuse_shared)
+            shares = link.is_local and not at.from_afar
+            job = Job(spec, time.monotonic(), map_shared if shares else refuse_shared)
             _Server(job, link, store, emit).run(wake_fd, cancel)
         finally:
             # Nothing to do where the archive was stored.

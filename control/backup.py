@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.diskwords import parse_disk
+from vmapipe.control.elsewhere import service_of
 from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds, is_path
 from vmapipe.control.jobs.server import JobServer
 from vmapipe.control.priorities import add_priority_options, buffer_of_each, priorities
@@ -22,6 +23,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
     add_buffer_options,
     add_child_options,
+    add_tcp_options,
     make_parser,
     size,
     split_named,
@@ -58,6 +60,8 @@ examples:
   vmapipe backup --monitor /run/vm/monitor.sock --config vm.conf vm.vma
   vmapipe backup --qmp /run/vm/qmp.sock --vmid 100 --config 100.conf /var/lib/vz/dump
   vmapipe backup --disk /srv/vm.raw - | ssh backup.example 'cat > vm.vma'
+  vmapipe backup --archiver tcp://backup.example:7777 --keys /etc/vmapipe/keys \
+                 --disk /srv/vm.raw vm.vma
 
 exit codes: 0 stored, 1 failed (nothing was stored), 2 wrong use, 130/143 ended by a signal
 """
@@ -118,6 +122,13 @@ def main(argv: Sequence[str], prog: str) -> int:
     parser.add_argument(
         "--notes", default="", metavar="TEXT", help="with --vmid: notes beside the archive"
     )
+    parser.add_argument(
+        "--archiver",
+        metavar="ENDPOINT",
+        help="store the archive at this service (tcp://HOST:PORT) and not on this host: ARCHIVE is "
+        "then its name there, a plain one, and --threads the service's own",
+    )
+    add_tcp_options(parser, "our key pair, and the archiver's server.pub")
     add_output_options(parser)
     add_report_options(parser)
     add_child_options(parser)
@@ -160,6 +171,7 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
         )
     if options.notes and options.vmid is None:
         raise UsageError("--notes needs --vmid: only Proxmox VE's archives have a place for them")
+    service = service_of(options)
     if options.vmid is not None and is_object(options.archive):
         raise UsageError(
             "--vmid makes a log and notes beside the archive: ARCHIVE is a folder then"
@@ -168,8 +180,8 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
         name = archive_name(options.vmid, time.time(), options.compress)
         options.archive = os.path.join(options.archive, name)
     # First of all, before we open descriptors of our own.
-    pass_fds = [*inherited_fds(options.archive), *inherited_fds(options.manifest or "")]
-    pass_fds += open_configs(options)
+    pass_fds = [*([] if service else inherited_fds(options.archive))]
+    pass_fds += [*inherited_fds(options.manifest or ""), *open_configs(options)]
     machine = open_machine(options)
     try:
         disks = choose_disks(options, machine)
@@ -186,6 +198,7 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
             buffer_options=buffer_options(options, len(disks)),
             machine=machine,
             with_memory=options.state,
+            service=service,
             agent=options.agent or "",
             in_turn=options.reproducible,
             priorities=priorities(options),
@@ -203,14 +216,16 @@ def _run_by_hand(job: BackupJob, options: argparse.Namespace) -> None:
     cancel = Cancel()
     cancel.on_signals()
     # With the archive on stdout, every word goes to stderr.
-    stream = sys.stderr if goes_to_stdout(options.archive) else sys.stdout
+    to_stdout = not job.service and goes_to_stdout(options.archive)
+    stream = sys.stderr if to_stdout else sys.stdout
     with renderer("backup", options, stream) as emit:
         _run_job(job, options, Surroundings(emit, cancel, Orders()))
 
 
 def _run_job(job: BackupJob, options: argparse.Namespace, around: Surroundings) -> None:
     report, cancel, orders = around
-    with JobServer(job.job_id.hex(), _full_name(options.archive), cancel, orders) as job.server:
+    archive = job.service.name_of(job.archive) if job.service else _full_name(job.archive)
+    with JobServer(job.job_id.hex(), archive, cancel, orders) as job.server:
         emit = both(report, job.server.take)
         if job.server.notice:
             emit({"event": "notice", "text": job.server.notice})
@@ -311,12 +326,13 @@ def archiver_options(options: argparse.Namespace) -> list[str]:
     words = [f"--config={config}" for config in options.config]
     if options.compress:
         words.append(f"--compress={options.compress}")
-    words.append(f"--threads={options.threads}")
+    if not options.archiver:
+        words.append(f"--threads={options.threads}")
     if options.manifest:
         words.append(f"--manifest={options.manifest}")
     if options.no_manifest:
         words.append("--no-manifest")
-    elif options.json:
+    elif options.json and not options.archiver:
         words.append("--manifest-events")
     if options.reproducible:
         words.append("--reproducible")

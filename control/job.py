@@ -27,6 +27,7 @@ from vmapipe.vma.header import Device, check_contents
 from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
 
 if TYPE_CHECKING:
+    from vmapipe.control.elsewhere import Service
     from vmapipe.control.jobs.server import JobServer
     from vmapipe.control.qemu.machine import RunningMachine
 
@@ -69,6 +70,8 @@ class BackupJob:
     machine: RunningMachine | None = None
     #: Its memory, too.
     with_memory: bool = False
+    #: The archiver, if that is a service elsewhere; `archive` is a name there.
+    service: Service | None = None
     #: The guest agent's socket, if file systems are to be frozen for the instant.
     agent: str = ""
     #: Disks are read one after the other.
@@ -97,7 +100,8 @@ class BackupJob:
                     children.watch(cancel.fd)
                     children.watch(orders.fd)
                     try:
-                        self._start(children, f"ipc://{folder}/archiver.sock")
+                        self._start_archiver(children, folder, emit, cancel)
+                        self._start_producers(children, folder)
                         if self.server:
                             self.server.begin(self.speed_bytes_s, children.pids)
                             children.watch(self.server.fd)
@@ -126,32 +130,45 @@ class BackupJob:
             raise UsageError("nothing to back up: name a disk with --disk")
         check_names([disk.name for disk in self.disks])
 
-    def _start(self, children: Children, endpoint: str) -> None:
-        job = self.job_id.hex()
+    def _start_archiver(self, children: Children, folder: str, emit: Emit, cancel: Cancel) -> None:
+        if self.service:
+            module = "vmapipe.control.remote"
+            words = [f"--archiver={self.service.endpoint}", *self.service.link_options]
+        else:
+            module = "vmapipe.archiver.main"
+            words = [f"--listen={_socket_in(folder)}"]
+            if any(disk.guard for disk in self.disks):
+                words.append("--stand-back")
+        # With "=", because a name may begin with a dash.
+        words += [f"--output={self.archive}", f"--job={self.job_id.hex()}"]
+        words += [f"--device={name}" for name in self._names()]
+        words += self.archiver_options
+        archiver = children.start("the archiver", module, words, self.pass_fds)
+        self.priorities.apply(archiver.pid, guest_waits=False)
+        if self.service:
+            # Imported here: most archives are made on this host.
+            from vmapipe.control.elsewhere import await_opened
+
+            await_opened(children, archiver, emit, cancel)
+
+    def _start_producers(self, children: Children, folder: str) -> None:
         speed = self._shares.share
         if self.machine:
             self.machine.prepare(speed)
-        # With "=", because a name may begin with a dash.
-        words = [f"--listen={endpoint}", f"--output={self.archive}", f"--job={job}"]
-        words += [f"--device={name}" for name in self._names()]
-        if any(disk.guard for disk in self.disks):
-            words.append("--stand-back")
-        archiver = children.start(
-            "the archiver",
-            "vmapipe.archiver.main",
-            [*words, *self.archiver_options],
-            self.pass_fds,
-        )
-        self.priorities.apply(archiver.pid, guest_waits=False)
+        if self.service:
+            common = [f"--archiver={self.service.endpoint}", *self.service.link_options]
+        else:
+            common = [f"--archiver={_socket_in(folder)}"]
+        common.append(f"--job={self.job_id.hex()}")
         for index, disk in enumerate(self.disks):
-            words = [f"--archiver={endpoint}", f"--job={job}", f"--name={disk.name}"]
+            words = [*common, f"--name={disk.name}"]
             more, fds = self._words_of(index, disk)
             words += [f"--speed={speed}", *more]
             name = f"the producer of {disk.name!r}"
             child = children.start(name, "vmapipe.producer.main", words, fds)
             self.priorities.apply(child.pid, guest_waits=bool(disk.guard or self.machine))
         if self.machine and self.with_memory:
-            words = [f"--archiver={endpoint}", f"--job={job}", *self.buffer_options]
+            words = [*common, *self.buffer_options]
             more, fds = self.machine.stream_words()
             name = "the producer of the machine's memory"
             child = children.start(name, "vmapipe.producer.main", [*words, *more], fds)
@@ -304,7 +321,7 @@ class BackupJob:
     def _remove_leftovers(self, children: Children) -> None:
         """What an archiver that was killed could not remove itself."""
         killed = children.all and (children.all[0].exit_code or 0) < 0
-        if not killed:
+        if not killed or self.service:
             return
         for name, upload in self.uploads:
             from vmapipe.archiver.outputs.leftuploads import abort_upload
@@ -324,6 +341,10 @@ def _tell_instant(held: Instant | None, emit: Emit) -> None:
     if held is not None:
         memory = {"memory": held.how} if held.how else {}
         emit({"event": "instant", "held_s": round(held.seconds, 4), **memory})
+
+
+def _socket_in(folder: str) -> str:
+    return f"ipc://{folder}/archiver.sock"
 
 
 def _has_failed(child: Child, event: Event | None) -> bool:

@@ -68,6 +68,9 @@ class Link:
         """Let `wait` also end when `fd` becomes readable."""
         self._poller.register(fd, zmq.POLLIN)
 
+    def unwatch(self, fd: int) -> None:
+        self._poller.unregister(fd)
+
     def wait(self, timeout_s: float) -> None:
         """Raises Failure when the archiver will not have us, or is not the one that we know."""
         self._poller.poll(int(timeout_s * 1000) + 1 if timeout_s > 0 else 0)

@@ -23,6 +23,7 @@ ONLY_IN = {
     "zmq": {
         "archiver/gate.py",
         "archiver/link.py",
+        "archiver/service/link.py",
         "control/link.py",
         "producer/link.py",
         "restore/crew/link.py",

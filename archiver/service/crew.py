@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The archivers of a service: a process for each job, its folder, its events, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vmapipe.archiver.manifests import beside
+from vmapipe.archiver.outputs.file import remove_leftover
+from vmapipe.archiver.service.instructions import Start
+from vmapipe.archiver.service.workfolder import WorkFolder
+from vmapipe.runtime.children import STOP_S, Child
+from vmapipe.runtime.events import Event
+
+# An archiver that has closed its end is looked at so often until it is gone.
+REAP_S = 0.02
+
+
+@dataclass(slots=True)
+class _Member:
+    child: Child
+    folder: str
+    path: str
+    #: When it closed its end of the socket; it must be gone soon afterwards.
+    ending: float | None = None
+    gone: bool = False
+
+
+class Crew:
+    """`watch` and `unwatch`: what to do with a descriptor that tells of something."""
+
+    def __init__(
+        self, options: list[str], watch: Callable[[int], None], unwatch: Callable[[int], None]
+    ) -> None:
+        self._options = options
+        self._watch = watch
+        self._unwatch = unwatch
+        self._members: dict[bytes, _Member] = {}
+        # Whoever can open a job's socket can write its archive.
+        self._folder = WorkFolder()
+        self._count = 0
+
+    @property
+    def in_a_hurry(self) -> bool:
+        """Whether somebody's end is awaited."""
+        return any(m.ending is not None and not m.gone for m in self._members.values())
+
+    def start(self, order: Start) -> None:
+        """Raises OSError; nothing is then left."""
+        self._count += 1
+        folder = os.path.join(self._folder.path, str(self._count))
+        os.mkdir(folder, 0o700)
+        try:
+            words = self._words(order, folder)
+            child = Child(f"the archiver of {order.request.name!r}", "vmapipe.archiver.main", words)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._members[order.job] = _Member(child, folder, order.path)
+        self._watch(child.socket.fileno())
+
+    def _words(self, order: Start, folder: str) -> list[str]:
+        request = order.request
+        # With "=", because a name may begin with a dash.
+        words = [f"--listen={_endpoint(folder)}", f"--output={order.path}"]
+        words += [f"--job={order.job.hex()}", *(f"--device={name}" for name in request.devices)]
+        if request.uuid:
+            words.append(f"--uuid={request.uuid.hex()}")
+        if request.compress:
+            words.append(f"--compress={request.compress}")
+        if not request.manifest:
+            words.append("--no-manifest")
+        for index, (name, data) in enumerate(request.configs):
+            path = os.path.join(folder, str(index))
+            with open(path, "xb", opener=_private) as file:
+                file.write(data)
+            words.append(f"--config={name}={path}")
+        return [*words, *self._options]
+
+    def endpoint_of(self, job: bytes) -> str:
+        return _endpoint(self._members[job].folder)
+
+    def events(self) -> Iterator[tuple[bytes, Event | None]]:
+        """What has happened: (job, event), or (job, None) when its archiver is gone."""
+        now = time.monotonic()
+        for job, member in list(self._members.items()):
+            if member.ending is None:
+                try:
+                    events, ending = member.child.read_events()
+                except ValueError:  # no event line; it was no archiver of ours that wrote it
+                    events, ending = [], True
+                    member.child.send_signal(signal.SIGKILL)
+                for event in events:
+                    if event["event"] == "listening":
+                        self._remove_configs(member)
+                    yield job, event
+                if ending:
+                    self._unwatch(member.child.socket.fileno())
+                    member.ending = now
+            if member.ending is not None and not member.gone:
+                member.gone = member.child.reap(0.0)
+                if member.gone:
+                    if (member.child.exit_code or 0) < 0:
+                        _remove_leftovers(member.path)
+                    yield job, None
+                elif now - member.ending > STOP_S:
+                    member.child.send_signal(signal.SIGKILL)
+
+    def verdict(self, job: bytes) -> str:
+        return self._members[job].child.verdict()
+
+    def usage(self, job: bytes) -> Event:
+        child = self._members[job].child
+        return {"cpu_s": round(child.cpu_s, 3), "peak_rss_bytes": child.peak_rss_bytes}
+
+    def signal(self, job: bytes, signum: int) -> None:
+        child = self._members[job].child
+        if child.running:
+            child.send_signal(signum)
+
+    def release(self, job: bytes) -> None:
+        member = self._members.pop(job, None)
+        if member is not None:
+            shutil.rmtree(member.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """End all that still run."""
+        running = [m for m in self._members.values() if m.child.running]
+        for member in running:
+            member.child.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + STOP_S
+        for member in running:
+            if not member.child.reap(max(0.0, deadline - time.monotonic())):
+                member.child.send_signal(signal.SIGKILL)
+                member.child.reap(STOP_S)
+                _remove_leftovers(member.path)
+        self._folder.remove()
+
+    @staticmethod
+    def _remove_configs(member: _Member) -> None:
+        """They are in the archiver's memory now; they may hold secrets."""
+        for entry in os.listdir(member.folder):
+            if entry.isdecimal():
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(member.folder, entry))
+
+
+def _endpoint(folder: str) -> str:
+    return f"ipc://{folder}/archiver.sock"
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _remove_leftovers(path: str) -> None:
+    """What an archiver that was killed could not remove itself."""
+    remove_leftover(path)
+    remove_leftover(beside(path))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe archiver --directory DIR`: the command line of the service."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from vmapipe.archiver.compression import MAX_THREADS
+from vmapipe.archiver.service.admission import Limits
+from vmapipe.archiver.service.crew import Crew
+from vmapipe.archiver.service.front import Front
+from vmapipe.archiver.service.link import FrontLink
+from vmapipe.archiver.service.places import Places, Rules
+from vmapipe.archiver.service.serve import Service
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.events import Event, encode_line
+from vmapipe.runtime.keys import read_server_keys
+from vmapipe.runtime.notify import notify
+from vmapipe.runtime.process import one_line
+
+
+def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
+    """Raises Failure when it cannot begin; afterwards it ends when a stop is asked for."""
+    _check(options)
+    emit = _say_json if options.json else _say
+    keys = read_server_keys(options.keys) if options.keys else None
+    usual = Rules(quota_bytes=options.quota, max_jobs=options.client_jobs)
+    rules = Path(options.keys, "clients") if options.keys else None
+    places = Places(options.directory, usual, rules, per_client=options.per_client)
+    bounds = Limits(options.max_jobs, options.min_free, options.min_memory, options.client_timeout)
+    _allow_descriptors()
+    link = FrontLink(options.listen, keys)
+    try:
+        crew = Crew(_archiver_options(options, link), link.watch, link.unwatch)
+        try:
+            front = Front(bounds, places, time.monotonic())
+            emit({"event": "ready", "listen": link.endpoint, "directory": options.directory})
+            notify("READY=1", "STATUS=0 jobs are running")
+            Service(front, link, crew, emit).run(cancel, options.stop_timeout)
+        finally:
+            crew.close()
+    finally:
+        link.close()
+    emit({"event": "notice", "text": "stopped"})
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.output or options.device or options.expect or options.config or options.job:
+        raise UsageError(
+            "--directory makes a service, and its clients say what goes into an archive: without "
+            "--output, --device, --expect, --config, --job"
+        )
+    if options.per_client and not options.keys:
+        raise UsageError("--per-client needs --keys: clients are told apart by their keys")
+    if options.quota and not options.per_client:
+        raise UsageError("--quota needs --per-client: it counts what is in a client's folder")
+    if not 1 <= options.threads <= MAX_THREADS:
+        raise UsageError(f"--threads {options.threads}: use 1 to {MAX_THREADS}")
+    if options.max_jobs < 1 or options.client_jobs < 0:
+        raise UsageError("--max-jobs is at least 1, --client-jobs at least 0")
+
+
+def _archiver_options(options: argparse.Namespace, link: FrontLink) -> list[str]:
+    """What every job's archiver is told."""
+    words = [f"--threads={options.threads}", f"--heartbeat={options.heartbeat}"]
+    words.append(f"--reconnect-limit={options.reconnect_limit}")
+    words.append(f"--start-timeout={options.start_timeout}")
+    return words if link.is_local else [*words, "--from-afar"]
+
+
+def _allow_descriptors() -> None:
+    """Each connection takes some: as many as we may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _say_json(event: Event) -> None:
+    _write(sys.stdout, encode_line({"time": round(time.time(), 3), **event}).decode())
+
+
+def _say(event: Event) -> None:
+    of = f" of client {event['client']}" if event.get("client") else ""
+    match event["event"]:
+        case "ready":
+            text = f"listening on {event['listen']}, archives go to {event['directory']}"
+        case "job-opened":
+            text = f"{event['archive']}: opened{of}, {len(event['devices'])} devices"
+        case "job-stored":
+            text = f"{event['archive']}: stored{of}, {event['stored_bytes']} bytes in {event['seconds']} s"
+        case "job-failed":
+            text = f"{event['archive']}: failed{of}: {event['text']}"
+        case "job-refused":
+            text = f"{event['archive']}: refused{of}: {event['text']} [{event['code']}]"
+        case "job-notice":
+            text = f"{event['archive']}: {event['text']}"
+        case _:
+            text = str(event["text"])
+    _write(sys.stderr, one_line(text) + "\n")
+
+
+def _write(stream: TextIO, line: str) -> None:
+    # A log whose reader is gone is no reason to give up backups.
+    with contextlib.suppress(OSError):
+        stream.write(line)
+        stream.flush()

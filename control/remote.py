@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The archiver of a backup when that is elsewhere: opens a job at a service, and watches it.
+
+A process like the archiver of this host, with the same events and exit codes,
+so that the coordinator need not know the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from vmapipe.archiver.options import read_configs
+from vmapipe.producer.link import Link
+from vmapipe.protocol import frames, jobs, limits
+from vmapipe.protocol.errors import ProtocolError
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.cli import add_child_options, add_tcp_options, job_id, make_parser
+from vmapipe.runtime.errors import Cancelled, Failure
+from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.keys import read_client_keys
+from vmapipe.runtime.process import run_child
+
+# After CANCEL the service has so long to say how the job ended: its archiver
+# removes a partial file. Below the time that our parent gives us (children.STOP_S).
+_VERDICT_S = 8.0
+# A lost connection is tried anew so often.
+_PAUSE_S = 1.0
+# See producer/session.py: after a longer sleep we ourselves were stopped.
+_STOPPED_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "vmapipe backup --archiver") -> int:
+    """Started by the coordinator; the options are those of an archiver, as far as a client has them."""
+    parser = make_parser(prog, __doc__ or "", "")
+    parser.add_argument("--archiver", required=True, metavar="ENDPOINT")
+    parser.add_argument("--output", required=True, metavar="NAME")
+    parser.add_argument("--job", required=True, type=job_id, metavar="HEX")
+    parser.add_argument("--device", action="append", default=[], metavar="NAME")
+    parser.add_argument("--config", action="append", default=[], metavar="[NAME=]PATH")
+    parser.add_argument("--compress", default="", metavar="zstd[:LEVEL]")
+    parser.add_argument("--no-manifest", action="store_true")
+    parser.add_argument("--uuid", type=job_id, default=b"", metavar="UUID")
+    add_tcp_options(parser, "its key pair, and the archiver's server.pub")
+    add_child_options(parser)
+    options = parser.parse_args(argv)
+    return run_child(
+        prog, options.parent_fd, lambda cancel, emit: _conduct(options, cancel, emit), _print
+    )
+
+
+def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
+    request = jobs.Open(
+        limits.VERSION,
+        options.job,
+        options.output,
+        tuple(options.device),
+        tuple((config.name, config.data) for config in read_configs(options.config)),
+        options.compress,
+        manifest=not options.no_manifest,
+        uuid=options.uuid,
+        program="vmapipe",
+    )
+    try:
+        opening = jobs.encode(request)
+    except ProtocolError as error:
+        raise Failure(f"cannot be asked of {options.archiver}: {error}") from error
+    link = Link(options.archiver, read_client_keys(options.keys) if options.keys else None)
+    try:
+        link.watch(cancel.fd)
+        RemoteJob(options, link, cancel, emit).run(opening)
+    finally:
+        link.close()
+
+
+class RemoteJob:
+    """One job at a service, from OPEN to its end."""
+
+    def __init__(self, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit) -> None:
+        self._at = options.archiver
+        self._job = options.job
+        self._devices = options.device
+        self._link = link
+        self._cancel = cancel
+        self._emit = emit
+        self._opened: jobs.Opened | None = None
+        self._begun: jobs.Begun | None = None
+        self._opening: list[frames.Part] = []
+        self._heard = self._spoke = self._connected = time.monotonic()
+
+    def run(self, opening: list[frames.Part]) -> None:
+        """Raises Failure when nothing was stored, as far as we know."""
+        self._opening = opening
+        self._say(opening)
+        deadline = float("inf")
+        while True:
+            before = time.monotonic()
+            wait_s = min(self._heartbeat_s / 3, max(0.0, deadline - before))
+            if self._link.lost:
+                wait_s = min(wait_s, max(0.0, self._connected + _PAUSE_S - before))
+            self._link.wait(wait_s)
+            for message in self._messages():
+                if self._take(message):
+                    return
+            now = time.monotonic()
+            if now - before > wait_s + _STOPPED_S:
+                # This process itself was stopped: nobody else's silence counts.
+                self._heard = now
+            if self._cancel.asked and deadline == float("inf"):
+                deadline = now + _VERDICT_S
+                self._link.unwatch(self._cancel.fd)
+                self._say_who_we_are()
+            if now >= deadline:
+                self._cancel.check()
+            if self._link.lost and now >= self._connected + _PAUSE_S:
+                self._connected = now
+                self._link.reconnect()
+                self._say_who_we_are()
+            self._keep_alive(now)
+
+    @property
+    def _heartbeat_s(self) -> int:
+        return self._opened.heartbeat_s if self._opened else limits.GREETING_HEARTBEAT_S
+
+    def _messages(self) -> Iterator[jobs.FromService]:
+        while (parts := self._link.receive()) is not None:
+            self._heard = time.monotonic()
+            try:
+                yield jobs.decode_of_service(parts)
+            except ProtocolError as error:
+                raise Failure(f"{self._at}: this is no archiver of ours: {error}") from error
+
+    def _take(self, message: jobs.FromService) -> bool:
+        """Whether it was the last one. Raises Failure."""
+        match message:
+            case jobs.Opened() if self._opened is None:
+                self._opened = message
+                self._emit({"event": "listening", "endpoint": self._at})
+            case jobs.Begun() if self._begun is None and len(message.sizes) == len(self._devices):
+                self._begun = message
+                self._emit(self._begun_event(message))
+            case jobs.Progress() if self._begun is not None:
+                self._emit(self._progress_event(message, self._begun))
+            case jobs.Notice(text):
+                self._emit({"event": "notice", "text": f"{self._at}: {text}"})
+            case jobs.Stored():
+                self._emit(
+                    {
+                        "event": "stored",
+                        "archive": f"{self._at}/{message.archive}",
+                        "uuid": message.uuid.hex(),
+                        "stored_bytes": message.stored,
+                        "plain_bytes": message.plain,
+                    }
+                )
+                return True
+            case jobs.Failed(reason):
+                if self._cancel.asked:
+                    raise Cancelled(self._cancel.reason, self._cancel.signum)
+                raise Failure(f"the archiver at {self._at}: {reason}")
+            case jobs.Refused(code, reason):
+                raise Failure(f"the archiver at {self._at} refused: {reason} [{code}]")
+        return False
+
+    def _begun_event(self, begun: jobs.Begun) -> Event:
+        devices = [
+            {"dev_id": index, "name": name, "bytes": size}
+            for index, (name, size) in enumerate(zip(self._devices, begun.sizes, strict=True), 1)
+        ]
+        return {"event": "begun", "uuid": begun.uuid.hex(), "devices": devices}
+
+    def _progress_event(self, progress: jobs.Progress, begun: jobs.Begun) -> Event:
+        devices = [
+            {"name": name, "bytes": size, "done_bytes": done, "zero_bytes": zero}
+            for name, size, done, zero in zip(
+                # What does not fit together is not shown.
+                self._devices,
+                begun.sizes,
+                progress.done,
+                progress.zero,
+                strict=False,
+            )
+        ]
+        return {
+            "event": "progress",
+            "stored_bytes": progress.stored,
+            "plain_bytes": progress.plain,
+            "devices": devices,
+        }
+
+    def _say(self, parts: list[frames.Part]) -> None:
+        self._link.send(parts)
+        self._spoke = time.monotonic()
+
+    def _keep_alive(self, now: float) -> None:
+        if now - self._heard > self._heartbeat_s:
+            if self._opened is None:
+                raise Failure(
+                    f"{self._at}: no answer within {self._heartbeat_s} s; is an archiver running "
+                    "there, as a service?"
+                )
+            raise Failure(
+                f"the archiver at {self._at} has been silent for {self._heartbeat_s} s; is it "
+                "still running?"
+            )
+        if now - self._spoke >= self._heartbeat_s / 3:
+            self._say_who_we_are()
+
+    def _say_who_we_are(self) -> None:
+        """What was said before a connection was lost may be lost, too: the service knows a repetition."""
+        if self._cancel.asked:
+            self._say(jobs.encode(jobs.Cancel(self._job, self._cancel.reason)))
+        elif self._opened is None:
+            self._say(self._opening)
+        else:
+            self._say(jobs.encode(jobs.Beat(self._job)))
+
+
+def _print(event: Event) -> None:
+    """By hand nobody starts it; what goes wrong is said by its end."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe archiver --directory`, run as a user runs it, for as long as a `with` lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.machine import LIMIT_S, VMAPIPE, children, next_event, started
+
+
+class Served:
+    """A service: where it listens, where its archives go, and how one comes to it."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], endpoint: str, folder: Path, link: tuple[str, ...]
+    ) -> None:
+        self.process = process
+        self.endpoint = endpoint
+        self.folder = folder
+        self.link = link
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Options of a backup that goes here."""
+        return ("--archiver", self.endpoint, *self.link)
+
+    def stored(self) -> set[str]:
+        """Every file below the folder."""
+        return {str(f.relative_to(self.folder)) for f in self.folder.rglob("*") if f.is_file()}
+
+    def archivers(self) -> list[psutil.Process]:
+        return children(self.process, "vmapipe.archiver.main")
+
+    def rss_peak_bytes(self) -> int:
+        """The most memory that the front process ever had."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError("no VmHWM")
+
+    def next_event(self, name: str) -> dict[str, Any]:
+        return next_event(self.process, name)
+
+    def stop(self, signum: signal.Signals = signal.SIGTERM) -> list[dict[str, Any]]:
+        """Ends it; what it has logged meanwhile. It must end well."""
+        self.process.send_signal(signum)
+        stdout, stderr = self.process.communicate(timeout=LIMIT_S)
+        assert stderr == b"", stderr.decode()
+        assert self.process.returncode == 0
+        return [json.loads(line) for line in stdout.splitlines()]
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path,
+    *options: str,
+    keys: tuple[Path, Path] | None = None,
+    **more: Any,
+) -> Iterator[Served]:
+    """`keys`: the service's folder of keys, and a client's. Killed at the end if it still runs."""
+    folder.mkdir(exist_ok=True)
+    server = ("--keys", str(keys[0])) if keys else ("--insecure-plain-tcp",)
+    link = ("--keys", str(keys[1])) if keys else ("--insecure-plain-tcp",)
+    words = ("--listen", "tcp://127.0.0.1:*", "--directory", str(folder), "--json", *server)
+    with started("archiver", *words, *options, **more) as process:
+        ready = next_event(process, "ready")
+        yield Served(process, ready["listen"], folder, link)
+
+
+def make_keys(folder: Path, *clients: str) -> tuple[Path, dict[str, Path]]:
+    """A service's keys, and those of some clients that it lets in."""
+    server = folder / "server"
+    run_keygen(server)
+    made = {}
+    for name in clients:
+        made[name] = folder / f"client-{name}"
+        run_keygen("--client", made[name])
+        (made[name] / "server.pub").write_bytes((server / "server.pub").read_bytes())
+        key = (made[name] / "client.pub").read_bytes()
+        (server / "clients" / f"{name}.pub").write_bytes(key)
+    return server, made
+
+
+def run_keygen(*words: str | Path) -> None:
+    subprocess.run([*VMAPIPE, "keygen", *map(str, words)], check=True, stdout=subprocess.DEVNULL)

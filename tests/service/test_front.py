@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core of the service: whose job is whose, what is refused, and what a death leaves."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.service.world import World
+from vmapipe.archiver.service.admission import JOB_MEMORY_BYTES, Limits
+from vmapipe.archiver.service.front import DRAIN_S, STOP_S
+from vmapipe.archiver.service.jobs import SLACK_BYTES, START_S, Room
+from vmapipe.protocol import frames, jobs, limits
+from vmapipe.protocol.messages import Abort, Grant, Ping, Welcome
+
+HEARTBEAT_S = 20
+BOUNDS = Limits(max_jobs=3, min_free_bytes=1000, min_memory_bytes=1000, heartbeat_s=HEARTBEAT_S)
+
+
+@pytest.fixture
+def world() -> World:
+    return World(BOUNDS)
+
+
+def refusal(world: World, peer: bytes) -> str:
+    heard = world.heard_by(peer)
+    assert len(heard) == 1
+    assert isinstance(heard[0], jobs.Refused)
+    return heard[0].code
+
+
+def beat(world: World, peer: bytes, job: bytes, client: str = "") -> None:
+    world.say(peer, client, jobs.encode(jobs.Beat(job)))
+
+
+def test_a_job_is_opened_fed_and_stored(world: World) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    assert world.heard_by(b"c") == []
+    world.ready(job)
+    assert world.heard_by(b"c") == [jobs.Opened(limits.VERSION, HEARTBEAT_S)]
+    world.hello(b"p", "", job)
+    assert world.attached == {b"p": job}
+    assert world.forwarded == [b"p"]
+    world.store(job)
+    (stored,) = world.heard_by(b"c")
+    assert isinstance(stored, jobs.Stored)
+    assert stored.archive == "vm.vma"
+    world.pass_time(DRAIN_S + 2)
+    assert world.attached == {}
+    assert world.unreleased == set()
+
+
+def test_a_producer_before_opened_or_after_the_end_is_refused(world: World) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.hello(b"early", "", job)
+    assert refusal(world, b"early") == "unknown-job"
+    world.ready(job)
+    world.store(job)
+    world.hello(b"late", "", job)
+    assert refusal(world, b"late") == "unknown-job"
+
+
+def test_a_job_is_unknown_to_every_other_client(world: World) -> None:
+    job = world.open(b"c", "alice", "vm.vma")
+    world.ready(job)
+    world.heard_by(b"c")
+    world.hello(b"p1", "bob", job)
+    assert refusal(world, b"p1") == "unknown-job"
+    beat(world, b"p2", job, "bob")
+    assert refusal(world, b"p2") == "unknown-job"
+    world.say(b"p3", "bob", jobs.encode(jobs.Cancel(job, "mine now")))
+    assert refusal(world, b"p3") == "unknown-job"
+    world.open(b"p4", "bob", "other.vma", job)
+    assert refusal(world, b"p4") == "unknown-job"
+    assert not world.stopping
+    assert world.heard_by(b"c") == []
+
+
+def test_a_producers_peer_that_is_another_client_all_at_once_is_not_heard(world: World) -> None:
+    job = world.open(b"c", "alice", "vm.vma")
+    world.ready(job)
+    world.hello(b"p", "alice", job)
+    world.say(b"p", "bob", frames.encode_control(Ping()))
+    assert world.forwarded == [b"p"]
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".x", "x.partial", "x.manifest.json"])
+def test_a_name_that_is_none_is_refused(world: World, name: str) -> None:
+    world.open(b"c", "", name)
+    assert refusal(world, b"c") == "bad-name"
+    assert not world.archivers
+
+
+def test_nothing_that_exists_or_is_being_made_is_made_again(world: World) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.open(b"d", "", "vm.vma")
+    assert refusal(world, b"d") == "exists"
+    world.ready(job)
+    world.store(job)
+    world.open(b"e", "", "vm.vma")
+    assert refusal(world, b"e") == "exists"
+
+
+def test_each_limit_refuses_with_its_code(world: World) -> None:
+    world.client_jobs = 1
+    first = world.open(b"c", "alice", "1.vma")
+    world.open(b"d", "alice", "2.vma")
+    assert refusal(world, b"d") == "too-many-jobs"
+    world.client_jobs = 0
+    world.open(b"e", "alice", "2.vma")
+    world.open(b"f", "bob", "3.vma")
+    world.open(b"g", "bob", "4.vma")
+    assert refusal(world, b"g") == "too-many-jobs"
+    world.end(first, "it failed")
+    world.room_left = Room(999, 1 << 40)
+    world.open(b"h", "bob", "4.vma")
+    assert refusal(world, b"h") == "no-space"
+    # Two archivers are starting and have not taken their memory yet.
+    world.room_left = Room(1000, 1000 + 3 * JOB_MEMORY_BYTES - 1)
+    world.open(b"i", "bob", "4.vma")
+    assert refusal(world, b"i") == "no-memory"
+    world.room_left = Room(1000, 1000 + 3 * JOB_MEMORY_BYTES)
+    world.quota_bytes, world.used["bob"] = 500, 500
+    world.open(b"j", "bob", "4.vma")
+    assert refusal(world, b"j") == "quota"
+    world.open(b"k", "bob", "refused")
+    assert refusal(world, b"k") == "bad-contents"
+    world.front.stop("later")
+    world.open(b"l", "alice", "5.vma")
+    assert refusal(world, b"l") == "stopping"
+    assert [event["code"] for event in world.log if event["event"] == "job-refused"][
+        -1
+    ] == "stopping"
+
+
+def test_a_client_above_its_quota_loses_its_youngest_job_first(world: World) -> None:
+    world.quota_bytes = 100
+    old = world.open(b"c", "alice", "1.vma")
+    young = world.open(b"d", "alice", "2.vma")
+    other = world.open(b"e", "bob", "3.vma")
+    for job in (old, young, other):
+        world.ready(job)
+    world.used["alice"] = 101
+    world.pass_time(1)
+    assert world.stopping == {young}
+    world.end(young, "cancelled by SIGTERM")
+    (failed,) = [m for m in world.heard_by(b"d") if isinstance(m, jobs.Failed)]
+    assert failed.reason == "the client's quota of 100 bytes is used up"
+    world.used["alice"] = 60
+    world.pass_time(5)
+    assert world.stopping == {young}
+
+
+def test_a_silent_coordinator_ends_its_job_and_a_beat_keeps_it(world: World) -> None:
+    silent = world.open(b"c", "", "1.vma")
+    alive = world.open(b"d", "", "2.vma")
+    world.ready(silent)
+    world.ready(alive)
+    for _ in range(HEARTBEAT_S + 2):
+        world.pass_time(1)
+        beat(world, b"d", alive)
+    assert world.stopping == {silent}
+    world.end(silent, "cancelled by SIGTERM")
+    (failed,) = [event for event in world.log if event["event"] == "job-failed"]
+    assert failed["text"] == f"its coordinator has been silent for {HEARTBEAT_S} s"
+
+
+def test_a_machine_that_was_stopped_takes_nobody_for_dead(world: World) -> None:
+    job = world.open(b"c", "", "1.vma")
+    world.ready(job)
+    world.now += 10 * HEARTBEAT_S
+    world.pass_time(1)
+    assert not world.stopping
+
+
+def test_a_coordinator_that_comes_back_is_told_again_what_holds(world: World) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.ready(job)
+    sizes = [{"bytes": 65536}, {"bytes": 1}]
+    begun = {"event": "begun", "uuid": "00" * 16, "devices": sizes}
+    world.carry_out(world.front.told(job, begun))
+    beat(world, b"c2", job)
+    opened, told = jobs.Opened(limits.VERSION, HEARTBEAT_S), jobs.Begun(bytes(16), (65536, 1))
+    assert world.heard_by(b"c2") == [jobs.Alive(), opened, told]
+    beat(world, b"c2", job)
+    assert world.heard_by(b"c2") == [jobs.Alive()]
+    world.store(job)
+    beat(world, b"c3", job)
+    assert isinstance(world.heard_by(b"c3")[-1], jobs.Stored)
+
+
+def test_opening_a_job_twice_is_opening_it_once(world: World) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.open(b"c", "", "vm.vma", job)
+    assert world.archivers == {job}
+    world.ready(job)
+    assert world.heard_by(b"c") == [jobs.Alive(), jobs.Opened(limits.VERSION, HEARTBEAT_S)]
+
+
+def test_a_service_that_was_started_again_knows_no_job(world: World) -> None:
+    beat(world, b"c", bytes(16))
+    assert refusal(world, b"c") == "unknown-job"
+    world.say(b"p", "", frames.encode_control(Ping()))
+    assert refusal(world, b"p") == "unknown-job"
+
+
+def test_cancel_stops_the_job_and_an_archive_that_was_stored_all_the_same_is_told(
+    world: World,
+) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.ready(job)
+    world.say(b"c", "", jobs.encode(jobs.Cancel(job, "cancelled by SIGINT")))
+    assert world.stopping == {job}
+    world.store(job)
+    assert isinstance(world.heard_by(b"c")[-1], jobs.Stored)
+
+
+def test_an_archiver_that_is_killed_fails_its_job_and_its_producers_hear_why(world: World) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    other = world.open(b"d", "", "other.vma")
+    world.ready(job)
+    world.ready(other)
+    world.hello(b"p", "", job)
+    world.hello(b"q", "", other)
+    world.end(job, "the archiver was killed by SIGKILL")
+    assert world.heard_by(b"p") == [Abort("the archiver was killed by SIGKILL")]
+    assert world.heard_by(b"c")[-1] == jobs.Failed("the archiver was killed by SIGKILL")
+    assert world.heard_by(b"q") == []
+
+
+def test_an_archiver_that_cannot_begin_is_a_refusal(world: World) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.end(job, "cannot create /vm.vma: Permission denied")
+    assert refusal(world, b"c") == "failed"
+
+
+def test_an_archiver_that_hangs_is_asked_and_then_killed(world: World) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.pass_time(START_S + 2)
+    assert world.stopping == {job}
+    world.stopping.clear()
+    world.pass_time(STOP_S + 2)
+    assert world.stopping == {job}
+
+
+def test_strangers_are_answered_once_each_and_do_not_flood_the_log(world: World) -> None:
+    for number in range(500):
+        peer = number.to_bytes(4, "big")
+        for _ in range(3):
+            world.say(peer, "", [b"GET / HTTP/1.0"])
+    assert len(world.said) == 500
+    assert len(world.log) == 1
+    world.pass_time(100)
+    assert [event["text"] for event in world.log[1:]] == ["499 more strangers were refused"]
+
+
+def test_old_connections_of_a_jobs_producers_make_room_for_new_ones(world: World) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.ready(job)
+    most = world.front.jobs[job].most_producers
+    for number in range(most + 5):
+        world.now += 0.1
+        world.hello(number.to_bytes(4, "big"), "", job)
+    assert len(world.attached) == most
+    assert (0).to_bytes(4, "big") not in world.attached
+
+
+def test_a_revoked_client_loses_its_jobs_and_nobody_else_does(world: World) -> None:
+    job = world.open(b"c", "alice", "1.vma")
+    other = world.open(b"d", "bob", "2.vma")
+    world.ready(job)
+    world.ready(other)
+    world.carry_out(world.front.revoke("alice", world.now))
+    assert world.stopping == {job}
+
+
+def test_what_a_producer_may_have_under_way_is_what_its_archiver_grants_and_a_bit(
+    world: World,
+) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.ready(job)
+    world.hello(b"p", "", job)
+
+    def flood() -> int:
+        """Bytes that go through until no more do."""
+        before = len(world.forwarded)
+        for _ in range(40):
+            world.say(b"p", "", [b"\x01", bytes(1 << 20)])
+        return (len(world.forwarded) - before) * ((1 << 20) + 1)
+
+    def told(message: Welcome | Grant) -> None:
+        world.carry_out(world.front.answer(b"p", frames.encode_control(message)))
+
+    told(Welcome(limits.VERSION, 1, 8 << 20, 4 << 20, 30))
+    assert SLACK_BYTES - (2 << 20) < flood() <= SLACK_BYTES
+    assert flood() == 0
+    told(Grant((8 << 20) + (5 << 20), 0))
+    assert (3 << 20) < flood() <= (6 << 20)
+    assert world.front.producers[b"p"].dropped
+
+
+def test_control_messages_without_an_answer_are_bounded(world: World) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.ready(job)
+    world.hello(b"p", "", job)
+    for _ in range(5000):
+        world.say(b"p", "", frames.encode_control(Ping()))
+    assert len(world.forwarded) <= 1000

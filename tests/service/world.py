@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A service's core with a world around it that does what it is told, and keeps count."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+from vmapipe.archiver.service import instructions as core
+from vmapipe.archiver.service.admission import Limits
+from vmapipe.archiver.service.front import Front
+from vmapipe.archiver.service.jobs import Place, Room
+from vmapipe.protocol import frames, jobs, limits
+from vmapipe.protocol.errors import RemoteProtocolError
+from vmapipe.protocol.frames import Part
+from vmapipe.protocol.messages import Hello, Message
+from vmapipe.runtime.events import Event
+
+MANY = 1 << 40
+
+
+class World:
+    """Facts, clock and processes. `said` is what peers were sent, decoded."""
+
+    def __init__(self, bounds: Limits) -> None:
+        self.now = 0.0
+        self.front = Front(bounds, self, self.now)
+        self.room_left = Room(MANY, MANY)
+        self.stored: set[str] = set()
+        self.client_jobs = 0
+        self.quota_bytes = 0
+        self.used: dict[str, int] = {}
+        #: Jobs whose archiver runs, and those that were asked to stop.
+        self.archivers: set[bytes] = set()
+        self.stopping: set[bytes] = set()
+        self.unreleased: set[bytes] = set()
+        self.attached: dict[bytes, bytes] = {}
+        self.forwarded: list[bytes] = []
+        self.said: list[tuple[bytes, object]] = []
+        self.log: list[Event] = []
+
+    # --- facts ---
+
+    def place(self, client: str, request: jobs.Open) -> Place:
+        if request.name == "refused":
+            raise RemoteProtocolError("bad-contents", "such a thing cannot be archived")
+        path = f"/{client}/{request.name}"
+        return Place(
+            path,
+            exists=path in self.stored,
+            max_jobs=self.client_jobs,
+            quota_bytes=self.quota_bytes,
+            used_bytes=self.used.get(client, 0),
+        )
+
+    def room(self) -> Room:
+        return self.room_left
+
+    def used_bytes(self, client: str) -> int:
+        return self.used.get(client, 0)
+
+    # --- what happens ---
+
+    def say(self, peer: bytes, client: str, parts: list[Part]) -> None:
+        self.carry_out(self.front.receive(peer, client, parts, self.now))
+
+    def open(self, peer: bytes, client: str, name: str, job: bytes | None = None) -> bytes:
+        job = job or uuid.uuid4().bytes
+        request = jobs.Open(limits.VERSION, job, name, ("a", "b"))
+        self.say(peer, client, jobs.encode(request))
+        return job
+
+    def hello(self, peer: bytes, client: str, job: bytes) -> None:
+        hello = Hello(limits.VERSION, job, "a", 65536)
+        self.say(peer, client, frames.encode_control(hello))
+
+    def ready(self, job: bytes) -> None:
+        self.carry_out(self.front.listening(job))
+
+    def store(self, job: bytes) -> None:
+        """The job's archiver ends well."""
+        self.stored.add(self.front.jobs[job].place.path)
+        uuid_hex = job.hex()
+        event = {"event": "stored", "uuid": uuid_hex, "stored_bytes": 1, "plain_bytes": 1}
+        self.carry_out(self.front.told(job, event))
+        self.end(job, "")
+
+    def end(self, job: bytes, words: str) -> None:
+        self.archivers.remove(job)
+        self.carry_out(self.front.ended(job, words, {}, self.now))
+
+    def pass_time(self, seconds: float) -> None:
+        """In steps, as the loop does; a longer one would look like a stopped machine."""
+        while seconds > 0:
+            self.now += min(seconds, 1.0)
+            seconds -= 1.0
+            self.carry_out(self.front.tick(self.now))
+
+    def carry_out(self, instructions: Iterator[core.Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case core.Start(job):
+                    assert job not in self.unreleased
+                    self.archivers.add(job)
+                    self.unreleased.add(job)
+                case core.Stop(job) | core.Kill(job):
+                    assert job in self.archivers
+                    self.stopping.add(job)
+                case core.Release(job):
+                    assert job not in self.archivers
+                    self.unreleased.remove(job)
+                case core.Attach(peer, job):
+                    assert peer not in self.attached
+                    self.attached[peer] = job
+                case core.Detach(peer):
+                    del self.attached[peer]
+                case core.Forward(peer):
+                    assert peer in self.attached
+                    self.forwarded.append(peer)
+                case core.Send(peer, parts):
+                    self.said.append((peer, read(parts)))
+                case core.Log(event):
+                    self.log.append(event)
+
+    def heard_by(self, peer: bytes) -> list[object]:
+        """What it was sent since this was asked last."""
+        heard = [message for other, message in self.said if other == peer]
+        self.said = [item for item in self.said if item[0] != peer]
+        return heard
+
+
+def read(parts: list[Part]) -> jobs.FromService | Message:
+    try:
+        return jobs.decode_of_service(parts)
+    except RemoteProtocolError:
+        return frames.decode(parts)
