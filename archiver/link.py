@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The archiver's socket to its producers. With gate.py the only one of this room that knows ZeroMQ."""
+"""The archiver's socket to its producers. With gate.py and connections.py all of this room that knows ZeroMQ."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import zmq
 
+from vmapipe.archiver.connections import Connections
 from vmapipe.archiver.gate import Gate
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import Part
@@ -77,6 +78,8 @@ class Link:
         self._gate = Gate(self._context, keys) if keys else None
         if self._gate:
             self._gate.secure(self._socket)
+        # On one host only its owner can open the socket's folder.
+        self._connections = None if self.is_local else Connections(self._socket)
         # The socket file is for its owner alone.
         old_mask = os.umask(0o077)
         try:
@@ -90,6 +93,8 @@ class Link:
         self._poller.register(self._socket, zmq.POLLIN)
         if self._gate:
             self._poller.register(self._gate.socket, zmq.POLLIN)
+        if self._connections:
+            self._poller.register(self._connections.monitor, zmq.POLLIN)
 
     @property
     def endpoint(self) -> str:
@@ -104,6 +109,8 @@ class Link:
         self._poller.poll(int(timeout_s * 1000))
         if self._gate:
             self._gate.answer()
+        if self._connections:
+            self._connections.look()
 
     def receive(self) -> Iterator[tuple[bytes, str, list[Part]]]:
         """What has come: (peer, client, parts). Large parts are views of what ZeroMQ received.
@@ -115,6 +122,8 @@ class Link:
             if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 return
             peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            if self._connections:
+                self._connections.heard(peer)
             client = self._gate.name_of(peer) if self._gate else ""
             if client is not None:
                 yield peer.bytes, client, [frame.buffer for frame in frames]
@@ -129,7 +138,8 @@ class Link:
 
     def take_notices(self) -> list[str]:
         """What is worth a line in the log, once."""
-        return self._gate.take_notices() if self._gate else []
+        watchers = [watcher for watcher in (self._gate, self._connections) if watcher]
+        return [text for watcher in watchers for text in watcher.take_notices()]
 
     def close(self) -> None:
         self._context.destroy(linger=_LINGER_MS)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who floods an archiver, or clings to it, is counted and shut out; the honest job is unharmed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+
+from tests.machine import end_of, good, make_disk, started
+from tests.network.place import Place, until
+from vmapipe.archiver.connections import MAX_UNPROVEN, Connections
+from vmapipe.producer.link import Link
+from vmapipe.protocol import frames
+from vmapipe.protocol.messages import Hello
+from vmapipe.runtime.keys import read_client_keys
+
+MIB = 1 << 20
+GREETING = b"\xff\0\0\0\0\0\0\0\1\x7f\3\1CURVE".ljust(64, b"\0")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    with ExitStack() as stack:
+        yield Place(tmp_path, stack)
+
+
+def address(place: Place) -> tuple[str, int]:
+    host, port = place.endpoint.removeprefix("tcp://").split(":")
+    return host, int(port)
+
+
+def fds_of(place: Place) -> int:
+    return psutil.Process(place.archiver.pid).num_fds()
+
+
+def test_a_flood_of_connections_leaves_descriptors_for_the_archive(place: Place) -> None:
+    """They are held open and say nothing, or half of a greeting."""
+    with ExitStack() as stack:
+        before = fds_of(place)
+        for number in range(2 * MAX_UNPROVEN):
+            connection = socket.create_connection(address(place), timeout=30)
+            stack.callback(connection.close)
+            with contextlib.suppress(OSError):  # closed already
+                connection.send(GREETING[: number % 64])
+        place.line("the oldest are closed")
+        until(lambda: fds_of(place) <= before + MAX_UNPROVEN + 8, place.archiver)
+        good(*place.producer(place.client))
+    place.archive_is_good()
+
+
+def test_junk_is_counted_and_does_not_fill_the_log(place: Place) -> None:
+    chance = random.Random(7)
+    for _ in range(30):
+        with socket.create_connection(address(place), timeout=30) as connection:
+            with contextlib.suppress(OSError):  # it is closed as soon as it has said too much
+                connection.sendall(chance.randbytes(64))
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(4096):
+                    pass
+    place.line("refused 10 connections")
+    place.honest_job_succeeds()
+    assert len([line for line in place.said if "refused" in line]) == 2
+
+
+def test_a_giant_claim_costs_nothing(place: Place) -> None:
+    """A frame that says that it has a terabyte: nobody makes room for it."""
+    claim = GREETING + b"\2" + (1 << 40).to_bytes(8, "big") + b"x" * 1000
+    with socket.create_connection(address(place), timeout=30) as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall(claim)
+            while connection.recv(4096):
+                pass
+        assert psutil.Process(place.archiver.pid).memory_info().rss < 200 * MIB
+    place.honest_job_succeeds()
+
+
+@pytest.mark.slow
+def test_who_does_not_finish_the_handshake_is_closed_after_ten_seconds(place: Place) -> None:
+    with socket.create_connection(address(place), timeout=30) as connection:
+        deadline = time.monotonic() + 30
+        with contextlib.suppress(OSError):
+            for byte in GREETING:
+                connection.send(bytes([byte]))
+                time.sleep(1)
+        assert time.monotonic() < deadline
+    place.honest_job_succeeds()
+
+
+def test_a_listed_client_that_says_nonsense_harms_only_itself(place: Place) -> None:
+    """Messages without end, of every wrong kind, beside an honest job."""
+    make_disk(place.disk, "A" * 100)
+    keys = read_client_keys(str(place.client))
+    with started(*place.producer(place.client, "--speed", "8M")) as producer:
+        until(lambda: bool(list(place.folder.glob("*.partial"))), place.archiver)
+        chance = random.Random(3)
+        for number in range(40):
+            link = Link(place.endpoint, keys)
+            try:
+                for _ in range(50):
+                    link.send(
+                        [chance.randbytes(chance.randrange(1, 200)) for _ in range(1 + number % 4)]
+                    )
+                link.send(frames.encode_control(Hello(1, os.urandom(16), "x", 1 << 62)))
+                link.send([bytes(65_000)])  # larger ones start a thread of pyzmq that stays
+                answer = None
+                while answer is None:
+                    link.wait(30)
+                    answer = link.receive()
+                assert b"REFUSE" in answer[0]
+            finally:
+                link.close()
+        assert end_of(producer)[0] == 0
+    place.archive_is_good()
+    told = [line for line in place.said if "stranger" in line]
+    assert 1 <= len(told) <= 101
+
+
+def test_the_oldest_stranger_goes_first_and_who_has_proved_itself_stays() -> None:
+    context = zmq.Context()
+    try:
+        router, dealer = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+        connections = Connections(router, most_unproven=3)
+        router.bind("tcp://127.0.0.1:*")
+        endpoint = router.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        dealer.connect(endpoint)
+        dealer.send(b"honest")
+        look_until(connections, 1)
+        connections.heard(router.recv_multipart(copy=False)[0])
+        port = int(endpoint.rpartition(":")[2])
+        with ExitStack() as stack:
+            strangers = []
+            for number in range(5):
+                new = socket.create_connection(("127.0.0.1", port), timeout=30)
+                strangers.append(stack.enter_context(new))
+                look_until(connections, min(number + 2, 4))
+            for closed in strangers[:2]:
+                while closed.recv(64):
+                    pass
+            assert connections.refused == 2
+            dealer.send(b"still here")
+            assert router.recv_multipart()[1] == b"still here"
+        look_until(connections, 1)
+        assert connections.take_notices()[1:] == [
+            "refused 1 connection: no known key, or none of our words"
+        ]
+    finally:
+        context.destroy(linger=0)
+
+
+def look_until(connections: Connections, count: int) -> None:
+    """Until so many are open, and nothing more is about to happen to them."""
+    while connections.count != count or connections.monitor.poll(100):
+        assert connections.monitor.poll(30_000)
+        connections.look()
