@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -65,6 +67,17 @@ class Place:
         good("restore", self.archive, self.folder / "restored")
         (restored,) = (self.folder / "restored").iterdir()
         assert sha256(restored) == sha256(self.disk)
+
+    def throw(self, junk: bytes) -> None:
+        """Send it to the archiver's port, and wait until the connection is closed."""
+        host, port = self.endpoint.removeprefix("tcp://").split(":")
+        connection = socket.create_connection((host, int(port)), timeout=LIMIT_S)
+        # It is closed as soon as it has said too much.
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(junk)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
 
     def nothing_is_stored(self) -> None:
         assert not list(self.folder.glob("vm.vma*"))
