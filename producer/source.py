@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+from vmapipe.producer.reading import PairReader, ReadFailed, ShortRead
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.errors import Failure, os_error_text
 
@@ -58,6 +59,7 @@ class RawSource:
             ) from error
         try:
             self.size_bytes = self._checked_size()
+            self._reader = PairReader(self._fd)
         except BaseException:
             os.close(self._fd)
             raise
@@ -106,21 +108,18 @@ class RawSource:
         return data, min(self.size_bytes, os.lseek(self._fd, data, os.SEEK_HOLE))
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
-            try:
-                got = os.preadv(self._fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise SourceError(
-                    f"disk {self.name!r}: cannot read {self.path} at offset {offset + done}: "
-                    f"{os_error_text(error)}"
-                ) from error
-            if not got:
-                raise SourceError(
-                    f"disk {self.name!r}: {self.path} ended at offset {offset + done}, but had "
-                    f"{self.size_bytes} bytes: it shrank while it was read"
-                )
-            done += got
+        try:
+            self._reader.read_into(buffer, offset)
+        except ReadFailed as failed:
+            raise SourceError(
+                f"disk {self.name!r}: cannot read {self.path} at offset {failed.offset}: "
+                f"{os_error_text(failed.error)}"
+            ) from failed.error
+        except ShortRead as short:
+            raise SourceError(
+                f"disk {self.name!r}: {self.path} ended at offset {short.offset}, but had "
+                f"{self.size_bytes} bytes: it shrank while it was read"
+            ) from short
 
     def check_unchanged(self) -> None:
         size = self._size_now()
@@ -132,4 +131,5 @@ class RawSource:
             )
 
     def close(self) -> None:
+        self._reader.close()
         os.close(self._fd)
