@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.diskwords import parse_disk
 from vmapipe.control.elsewhere import service_of
-from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds, is_path
+from vmapipe.control.job import BackupJob, Disk
 from vmapipe.control.jobs.server import JobServer
+from vmapipe.control.outputwords import goes_to_stdout, inherited_fds, is_path
 from vmapipe.control.priorities import add_priority_options, buffer_of_each, priorities
 from vmapipe.control.proxmox import JobLog, archive_name, rename_configs, write_notes
 from vmapipe.control.render import add_report_options, renderer

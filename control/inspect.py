@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from vmapipe.control.job import inherited_fds
+from vmapipe.control.outputwords import inherited_fds
 from vmapipe.control.render import add_report_options, human_bytes, renderer
 from vmapipe.control.words import naming, source_name
 from vmapipe.restore.archive.reading import Archive, open_archive

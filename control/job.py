@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import tempfile
 import time
@@ -15,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from vmapipe.control.instant import Instant, begin_together
 from vmapipe.control.jobs.shares import Shares
+from vmapipe.control.outputwords import is_path
 from vmapipe.control.priorities import AS_INHERITED, Priorities
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.events import Emit, Event
-from vmapipe.runtime.objectnames import SCHEME
 from vmapipe.runtime.orders import Orders, ordered_speed, speed_order
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, check_contents
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from vmapipe.control.jobs.server import JobServer
     from vmapipe.control.qemu.machine import RunningMachine
 
-_DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/|/dev/fd/)([0-9]{1,9})")
 # When one process has failed, the others hear of it from the archiver and end
 # by themselves, and the archiver knows the reason best. It takes milliseconds.
 _VERDICT_S = 2.0
@@ -367,36 +364,3 @@ def check_names(names: Sequence[str]) -> None:
             check_contents(devices, ())
     except LimitError as error:
         raise UsageError(str(error)) from error
-
-
-def is_path(output: str) -> bool:
-    """Whether an output is a path, and not one of the other words."""
-    other = ("exec:", "fd:", "/dev/fdset/", "/dev/fd/", SCHEME)
-    return output != "-" and not output.startswith(other)
-
-
-def goes_to_stdout(output: str) -> bool:
-    """Whether the archive goes where our words would go; they must then go elsewhere."""
-    match = _DESCRIPTOR.fullmatch(output)
-    if output == "-" or (match and int(match[1]) == 1):
-        return True
-    try:
-        return is_path(output) and os.path.samestat(os.stat(output), os.fstat(1))
-    except OSError:
-        return False
-
-
-def inherited_fds(output: str) -> list[int]:
-    """The descriptor that a word like `fd:7`, or a shell's `>(…)`, names, to be handed on.
-
-    Call it before anything else is opened, or a number that the caller did not
-    open may be one of ours. Raises UsageError.
-    """
-    match = _DESCRIPTOR.fullmatch(output)
-    if not match:
-        return []
-    try:
-        os.fstat(int(match[1]))
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"{output}: no such descriptor is open here") from error
-    return [int(match[1])] if int(match[1]) > 2 else []

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from vmapipe.control.job import inherited_fds
+from vmapipe.control.outputwords import inherited_fds
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.control.words import naming
 from vmapipe.restore.archive.reading import open_archive

@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from vmapipe.control.job import BackupJob, Disk, goes_to_stdout, inherited_fds
+from vmapipe.control.job import BackupJob, Disk
+from vmapipe.control.outputwords import goes_to_stdout, inherited_fds
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import Event

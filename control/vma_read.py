@@ -11,11 +11,11 @@ import time
 from collections.abc import Sequence
 
 from vmapipe.control.inspect import find_config
-from vmapipe.control.job import inherited_fds
+from vmapipe.control.outputwords import inherited_fds
 from vmapipe.control.words import reference_words
 from vmapipe.restore.archive.reading import open_archive
+from vmapipe.restore.archive.totals import Totals
 from vmapipe.restore.checks.verify import verify as check
-from vmapipe.restore.crew.handout import Totals
 from vmapipe.restore.errors import RestoreError
 from vmapipe.restore.job import restore
 from vmapipe.restore.mapping import MapEntry, parse_map

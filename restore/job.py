@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from vmapipe.protocol.restore_work import Setup
 from vmapipe.restore.archive.reading import Archive, checked_pieces
 from vmapipe.restore.archive.source import PlainFile
+from vmapipe.restore.archive.totals import Totals
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
 from vmapipe.restore.crew.crew import Crew, start_workers
 from vmapipe.restore.crew.feed import Feed, InlineFeed, ThreadFeed
-from vmapipe.restore.crew.handout import Totals, Work, WorkMaker
+from vmapipe.restore.crew.handout import Work, WorkMaker
 from vmapipe.restore.crew.link import ReaderLink
 from vmapipe.restore.crew.pace import Pace
 from vmapipe.restore.crew.slots import Slots

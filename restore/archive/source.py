@@ -51,6 +51,21 @@ class PlainFile:
             done += len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill `view`; less than its length only at the file's end. Raises SourceError."""
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise SourceError(
+                    f"cannot read {self.name} at offset {offset + done}: {os_error_text(error)}"
+                ) from error
+            if not got:
+                break
+            done += got
+        return done
+
     def close(self) -> None:
         os.close(self.fd)
 

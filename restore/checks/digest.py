@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 from xxhash import xxh3_128
 
 # One read of a whole file's digest: more at once is not quicker.
 _FILE_PIECE_BYTES = 1 << 20
+# An extent in one go: with smaller pieces, threads wait for each other (Python's lock).
+_PIECE_BYTES = 4 << 20
+_buffers = threading.local()
 
 
 def extent_digest(*parts: bytes | memoryview) -> bytes:
@@ -17,6 +21,22 @@ def extent_digest(*parts: bytes | memoryview) -> bytes:
     hasher = xxh3_128()
     for part in parts:
         hasher.update(part)
+    return hasher.digest()
+
+
+def read_digest(read_into: Callable[[memoryview, int], int], offset: int, length: int) -> bytes:
+    """XXH3-128 of `length` bytes at `offset`, or of those that are there.
+
+    Every thread has one buffer and keeps it: fresh memory for each extent
+    would cost more than the reading.
+    """
+    view: memoryview | None = getattr(_buffers, "view", None)
+    if view is None:
+        view = _buffers.view = memoryview(bytearray(_PIECE_BYTES))
+    hasher = xxh3_128()
+    for at in range(0, length, _PIECE_BYTES):
+        piece = view[: min(_PIECE_BYTES, length - at)]
+        hasher.update(piece[: read_into(piece, offset + at)])
     return hasher.digest()
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vmapipe.restore.crew.handout import Totals
+from vmapipe.restore.archive.totals import Totals
 from vmapipe.runtime.events import Event
 
 # More than a person reads; the rest is only counted.

@@ -12,8 +12,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from vmapipe.restore.archive.reading import Archive, Piece, check_opening, open_archive
+from vmapipe.restore.archive.source import PlainFile
 from vmapipe.restore.checks.census import Census
-from vmapipe.restore.checks.digest import extent_digest, file_digest
+from vmapipe.restore.checks.digest import extent_digest, file_digest, read_digest
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
 from vmapipe.restore.checks.report import Damage, Report
 from vmapipe.restore.checks.survey import Gap, survey
@@ -234,7 +235,10 @@ class _Digests:
         if piece.data is not None:
             return extent_digest(piece.raw_header, piece.data)
         extent = piece.extent
-        return extent_digest(self._archive.read(extent.total_bytes, extent.offset))
+        source = self._archive.source
+        if not isinstance(source, PlainFile):
+            raise RuntimeError("a stream's extent without its data")
+        return read_digest(source.read_into, extent.offset, extent.total_bytes)
 
     def _take_oldest(self) -> Iterator[Damage]:
         extent, expected, future = self._ahead.popleft()
