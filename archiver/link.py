@@ -33,9 +33,11 @@ _TURN = 64
 # Who has connected must have proved who it is by then. Honest ones need a few
 # milliseconds and four messages.
 _HANDSHAKE_MS = 10_000
-# A connection that is dead (a cable, a stopped peer) is noticed and closed: three
-# beats, so that one lost on the way is none.
-_HEARTBEAT_MS = 3000
+# Producers hear by these that the connection is alive (producer/link.py).
+HEARTBEAT_MS = 3000
+# A connection that is dead takes a descriptor and nothing else. Behind a slow
+# network the largest frame may take minutes, and no beat overtakes it.
+DEAD_MS = 300_000
 
 
 def make_way(path: str) -> None:
@@ -72,8 +74,8 @@ class Link:
         self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES + _CURVE_BYTES
         self._socket.handshake_ivl = _HANDSHAKE_MS
         if not self.is_local:
-            self._socket.heartbeat_ivl = _HEARTBEAT_MS
-            self._socket.heartbeat_timeout = 3 * _HEARTBEAT_MS
+            self._socket.heartbeat_ivl = HEARTBEAT_MS
+            self._socket.heartbeat_timeout = DEAD_MS
             self._socket.ipv6 = "[" in endpoint
         self._gate = Gate(self._context, keys) if keys else None
         if self._gate:

@@ -165,10 +165,8 @@ class Session:
         if self._side.state is State.CLOSED:
             return
         asked_s = now - self._asked_at
-        if (
-            (self._link.lost and asked_s >= self._pause_s)
-            or (reconnect_s and silence_s > self._heartbeat_s and not self._away)
-            or (self._away and asked_s > _ASK_AGAIN_S)
+        if (self._link.lost and asked_s >= self._pause_s) or (
+            self._away and asked_s > _ASK_AGAIN_S
         ):
             self._reconnect(now)
         # An archiver has no need to answer data: who only sends would hear nothing for ever.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import zmq
 
 from vmapipe.archiver.gate import Gate
-from vmapipe.archiver.link import make_way
+from vmapipe.archiver.link import DEAD_MS, HEARTBEAT_MS, make_way
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import Part
 from vmapipe.runtime.errors import Failure
@@ -33,8 +33,6 @@ _TURN = 64
 _IO_THREADS = 2
 # A connection must have proved who it is by then.
 _HANDSHAKE_MS = 10_000
-# A connection that is dead (a cable, a stopped peer) is noticed and closed.
-_HEARTBEAT_MS = 3000
 # CURVE adds 33 bytes to a part (nonce, flags, authenticator), and ZeroMQ counts them.
 _CURVE_BYTES = 64
 # Sockets of one context; the descriptors that a process may have are a closer bound.
@@ -61,8 +59,8 @@ class FrontLink:
         self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES + _CURVE_BYTES
         self._socket.handshake_ivl = _HANDSHAKE_MS
         if not self.is_local:
-            self._socket.heartbeat_ivl = _HEARTBEAT_MS
-            self._socket.heartbeat_timeout = 3 * _HEARTBEAT_MS
+            self._socket.heartbeat_ivl = HEARTBEAT_MS
+            self._socket.heartbeat_timeout = DEAD_MS
             self._socket.ipv6 = "[" in endpoint
         self._gate = Gate(self._context, keys) if keys else None
         if self._gate:

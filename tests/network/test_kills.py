@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kill -9` of either process in every state of the dialogue: the other one ends, and says why."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.machine import end_of, good, make_disk, started
+from tests.network.cable import Cable, cable_to
+from tests.network.place import Place, until
+from vmapipe.protocol.archiver_side import State
+
+LOST = "device 'a': the connection was lost for 2 s"
+SILENT = "device 'a': the archiver has been silent for 30 s; is it still running?"
+
+# (the state of the session as the archiver sees it, who is killed): the exit code
+# and the last words of the other one, and whether the archive is there.
+EXPECTED: dict[tuple[State, str], tuple[int, str, bool]] = {
+    (State.GREETING, "producer"): (1, "1 of 1 producers did not come within 4 s", False),
+    (State.GREETING, "archiver"): (1, SILENT, False),
+    (State.WAITING, "producer"): (1, "1 of 2 producers did not come within 4 s", False),
+    (State.WAITING, "archiver"): (1, SILENT, False),
+    (State.RECEIVING, "producer"): (1, LOST, False),
+    (State.RECEIVING, "archiver"): (1, LOST, False),
+    (State.ENDED, "producer"): (1, LOST, False),
+    (State.ENDED, "archiver"): (1, LOST, False),
+    # All is stored, and nobody can tell the producer so.
+    (State.TOLD, "producer"): (0, f"{LOST}, after all was stored", True),
+    (State.TOLD, "archiver"): (1, LOST, True),
+}
+# A producer that was not welcomed yet does not know the archiver's own limit, and
+# an archiver waits for producers longer than for a lost connection.
+SLOW = {case for case in EXPECTED if case[0] in (State.GREETING, State.WAITING)}
+
+
+def test_every_state_is_here() -> None:
+    states = set(State) - {State.CLOSED}
+    assert set(EXPECTED) == {(state, who) for state in states for who in ("producer", "archiver")}
+
+
+class Scene:
+    """A session of the device `a`, over a cable, held in the state that a test asks for."""
+
+    def __init__(self, folder: Path, stack: ExitStack, state: State) -> None:
+        self._stack = stack
+        two = state in (State.WAITING, State.ENDED)
+        words = ("--heartbeat", "1", "--reconnect-limit", "2", "--start-timeout", "4")
+        self.place = Place(folder, stack, *words, "--expect", "2" if two else "1")
+        make_disk(self.place.disk, "A" * 64)
+        self.cable = stack.enter_context(cable_to(self.place.endpoint))
+        getattr(self, f"_{state.value}")()
+
+    def _start(self, name: str, cable: Cable | None, *more: str) -> subprocess.Popen[bytes]:
+        at = cable.endpoint if cable else ""
+        words = self.place.producer(self.place.client, "--name", name, *more, at=at)
+        return self._stack.enter_context(started(*words))
+
+    def _greeting(self) -> None:
+        self.cable.cut = True
+        self.producer = self._start("a", self.cable)
+        assert self.producer.stderr is not None
+        assert b"reading" in self.producer.stderr.readline()
+
+    def _waiting(self) -> None:
+        self.producer = self._start("a", self.cable)
+        self._until_quiet(900)  # CURVE's handshake has 868 bytes; the rest is HELLO
+
+    def _receiving(self) -> None:
+        self.cable.bytes_s = 1 << 20
+        self.producer = self._start("a", self.cable)
+        until(lambda: self.cable.carried_bytes > 1 << 19, self.producer)
+
+    def _ended(self) -> None:
+        """The other device goes on."""
+        self.producer = self._start("a", self.cable)
+        self._start("b", None, "--speed", "64K")
+        self._until_quiet(64 * 65536)
+
+    def _told(self) -> None:
+        self.cable.bytes_s = 4 << 20
+        self.producer = self._start("a", self.cable)
+        until(lambda: self.cable.carried_bytes > 1 << 20, self.producer)
+        self.cable.bytes_s, self.cable.backwards = 0.0, False
+        self.place.line("stored")
+
+    def _until_quiet(self, least_bytes: int) -> None:
+        """All that was to be said has been, but for heartbeats."""
+        until(lambda: self.cable.carried_bytes > least_bytes, self.producer)
+        before = -1
+        while self.cable.carried_bytes > before + 1000:
+            before = self.cable.carried_bytes
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, state: State) -> Iterator[Scene]:
+    with ExitStack() as stack:
+        yield Scene(tmp_path, stack, state)
+
+
+@pytest.mark.parametrize(
+    ("state", "victim"),
+    [
+        pytest.param(
+            *case, marks=pytest.mark.slow if case in SLOW else (), id="-".join(map(str, case))
+        )
+        for case in EXPECTED
+    ],
+)
+def test_the_other_one_ends_with_the_right_words(scene: Scene, state: State, victim: str) -> None:
+    code, words, is_stored = EXPECTED[state, victim]
+    if victim == "producer":
+        scene.producer.kill()
+        left, program = scene.place.archiver, "archiver"
+    else:
+        scene.place.archiver.kill()
+        left, program = scene.producer, "producer"
+    ended = end_of(left)
+    last = ended[1].splitlines()[-1]
+    assert (ended[0], last) == (code, words if code == 0 else f"vmapipe {program}: {words}")
+    assert scene.place.archive.exists() == is_stored
+    if is_stored:
+        good("verify", scene.place.archive)
