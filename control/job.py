@@ -134,7 +134,7 @@ class BackupJob:
         else:
             module = "vmapipe.archiver.main"
             words = [f"--listen={_socket_in(folder)}"]
-            if any(disk.guard for disk in self.disks):
+            if self.priorities.nice is None and any(disk.guard for disk in self.disks):
                 words.append("--stand-back")
         # With "=", because a name may begin with a dash.
         words += [f"--output={self.archive}", f"--job={self.job_id.hex()}"]
@@ -358,6 +358,10 @@ def check_names(names: Sequence[str]) -> None:
         raise UsageError(f"the name {VMSTATE_NAME!r} is the memory's; give the disk another one")
     if len(names) > MAX_DEVICES:
         raise UsageError(f"too many drives: {len(names)}; the limit is {MAX_DEVICES}")
+    for name in names:
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            # Archives keep such names; the protocol of producers is UTF-8.
+            raise UsageError(f"device name {name!r} is no UTF-8 text; give another: NAME=PATH")
     devices = tuple(Device(index, name, 1) for index, name in enumerate(names, start=1))
     try:
         if devices:

@@ -61,7 +61,7 @@ def add_priority_options(parser: argparse.ArgumentParser) -> None:
         type=_nice,
         metavar="N",
         help="CPU priority, 19 (lowest) to -20; of disks in use only the archiver's: a guest's "
-        "write may have to wait for the others",
+        "write may have to wait for the others (default of --monitor: 5 for both)",
     )
     group.add_argument(
         "--ionice",
