@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import argparse
 import os
-import stat
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from vmapipe.archiver.arguments import add_output_options
+from vmapipe.control.attending import (
+    Attended,
+    Surroundings,
+    add_attending_options,
+    attended,
+)
 from vmapipe.control.diskwords import parse_disk
-from vmapipe.control.elsewhere import service_of
+from vmapipe.control.elsewhere import Service, service_of
+from vmapipe.control.handingon import archiver_options, buffer_options, open_configs
 from vmapipe.control.job import BackupJob, Disk
-from vmapipe.control.jobs.server import JobServer
 from vmapipe.control.outputwords import goes_to_stdout, inherited_fds, is_path
-from vmapipe.control.priorities import add_priority_options, buffer_of_each, priorities
-from vmapipe.control.proxmox import JobLog, archive_name, rename_configs, write_notes
+from vmapipe.control.priorities import add_priority_options, priorities
+from vmapipe.control.proxmox import archive_name, rename_configs
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
@@ -27,10 +32,9 @@ from vmapipe.runtime.cli import (
     add_tcp_options,
     make_parser,
     size,
-    split_named,
 )
-from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.events import Emit, Event, ignore
+from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.events import ignore
 from vmapipe.runtime.objectnames import is_object
 from vmapipe.runtime.orders import Orders
 from vmapipe.runtime.process import run, run_child
@@ -132,6 +136,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_tcp_options(parser, "our key pair, and the archiver's server.pub")
     add_output_options(parser)
     add_report_options(parser)
+    add_attending_options(parser)
     add_child_options(parser)
     parser.add_argument("archive", metavar="ARCHIVE", help="where the archive goes")
     options = parser.parse_args(argv)
@@ -147,15 +152,39 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
 
 
-class Surroundings(NamedTuple):
-    """Who is told what happens, who may end it, and who may change its speed."""
-
-    emit: Emit
-    cancel: Cancel
-    orders: Orders
-
-
 def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> None:
+    service = service_of(options)
+    _check(options)
+    if options.vmid is not None:
+        name = archive_name(options.vmid, time.time(), options.compress)
+        options.archive = os.path.join(options.archive, name)
+    # First of all, before we open descriptors of our own.
+    pass_fds = [*([] if service else inherited_fds(options.archive))]
+    pass_fds += [*inherited_fds(options.manifest or ""), *open_configs(options)]
+    place = service.name_of(options.archive) if service else _full_name(options.archive)
+    if parent is not None:
+        with attended(options, place, parent) as around:
+            _run_job(options, service, pass_fds, around)
+        return
+    cancel = Cancel()
+    cancel.on_signals()
+    # With the archive on stdout, every word goes to stderr.
+    to_stdout = not service and goes_to_stdout(options.archive)
+    stream = sys.stderr if to_stdout else sys.stdout
+    with (
+        renderer("backup", options, stream) as emit,
+        attended(options, place, Surroundings(emit, cancel, Orders())) as around,
+    ):
+        _run_job(options, service, pass_fds, around)
+
+
+def _full_name(archive: str) -> str:
+    """As somebody in another folder would call it."""
+    return os.path.abspath(archive) if is_path(archive) else archive
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises UsageError."""
     if options.agent and options.qmp is None and options.monitor is None:
         raise UsageError("--agent needs --qmp or --monitor: a disk at rest needs no freezing")
     if options.state and options.qmp is None:
@@ -172,24 +201,22 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
         )
     if options.notes and options.vmid is None:
         raise UsageError("--notes needs --vmid: only Proxmox VE's archives have a place for them")
-    service = service_of(options)
     if options.vmid is not None and is_object(options.archive):
         raise UsageError(
             "--vmid makes a log and notes beside the archive: ARCHIVE is a folder then"
         )
-    if options.vmid is not None:
-        name = archive_name(options.vmid, time.time(), options.compress)
-        options.archive = os.path.join(options.archive, name)
-    # First of all, before we open descriptors of our own.
-    pass_fds = [*([] if service else inherited_fds(options.archive))]
-    pass_fds += [*inherited_fds(options.manifest or ""), *open_configs(options)]
+
+
+def _run_job(
+    options: argparse.Namespace, service: Service | None, pass_fds: list[int], around: Attended
+) -> None:
     machine = open_machine(options)
     try:
         disks = choose_disks(options, machine)
         if options.vmid is not None:
             configs = rename_configs(options.config, options.vmid, [disk.name for disk in disks])
             options.config = [text for text, _ in configs]
-            pass_fds += [fd for _, fd in configs if fd >= 0]
+            pass_fds = pass_fds + [fd for _, fd in configs if fd >= 0]
         job = BackupJob(
             disks=disks,
             archive=options.archive,
@@ -203,65 +230,13 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
             agent=options.agent or "",
             in_turn=options.reproducible,
             priorities=priorities(options),
+            server=around.server,
+            job_id=around.job_id,
         )
-        if parent is None:
-            _run_by_hand(job, options)
-        else:
-            _run_job(job, options, parent)
+        job.run(around.emit, around.cancel, around.orders)
     finally:
         if machine:
             machine.end()
-
-
-def _run_by_hand(job: BackupJob, options: argparse.Namespace) -> None:
-    cancel = Cancel()
-    cancel.on_signals()
-    # With the archive on stdout, every word goes to stderr.
-    to_stdout = not job.service and goes_to_stdout(options.archive)
-    stream = sys.stderr if to_stdout else sys.stdout
-    with renderer("backup", options, stream) as emit:
-        _run_job(job, options, Surroundings(emit, cancel, Orders()))
-
-
-def _run_job(job: BackupJob, options: argparse.Namespace, around: Surroundings) -> None:
-    report, cancel, orders = around
-    archive = job.service.name_of(job.archive) if job.service else _full_name(job.archive)
-    with JobServer(job.job_id.hex(), archive, cancel, orders) as job.server:
-        emit = both(report, job.server.take)
-        if job.server.notice:
-            emit({"event": "notice", "text": job.server.notice})
-        if options.vmid is None:
-            job.run(emit, cancel, orders)
-            return
-        with JobLog(f"{options.archive.partition('.vma')[0]}.log", options.vmid) as log:
-            job.run(both(emit, log), cancel, orders)
-        if options.notes:
-            write_notes(options.archive, options.notes)
-
-
-def _full_name(archive: str) -> str:
-    """As somebody in another folder would call it."""
-    return os.path.abspath(archive) if is_path(archive) else archive
-
-
-def both(first: Emit, second: Emit) -> Emit:
-    """Tell each event to both."""
-
-    def emit(event: Event) -> None:
-        first(event)
-        second(event)
-
-    return emit
-
-
-def buffer_options(options: argparse.Namespace, disks: int) -> list[str]:
-    """Of each of so many live disks. Raises UsageError."""
-    return [
-        f"--buffer={buffer_of_each(options.buffer, options.buffer_total, disks)}",
-        f"--spool={options.spool}",
-        f"--spool-size={options.spool_size}",
-        f"--guest-wait={options.guest_wait}",
-    ]
 
 
 def open_machine(options: argparse.Namespace) -> RunningMachine | None:
@@ -300,46 +275,6 @@ def choose_disks(
             raise UsageError(f"the monitor at {options.monitor} has no disk {name!r}, but {known}")
     wanted = dict.fromkeys(options.disk or served)
     return tuple(Disk(name, "", served[name].guard) for name in wanted)
-
-
-def open_configs(options: argparse.Namespace) -> list[int]:
-    """Descriptors of configs that are pipes (stdin, a shell's `<(…)`), which only we can read.
-
-    Rewrites their words in `options.config` to name the descriptor.
-    """
-    fds = []
-    for index, text in enumerate(options.config):
-        name, path = split_named(text)
-        try:
-            if not stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith("/dev/"):
-                continue
-            fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error
-        fds.append(fd)
-        options.config[index] = f"{name}=/dev/fd/{fd}"
-    return fds
-
-
-def archiver_options(options: argparse.Namespace) -> list[str]:
-    """The options that a backup hands on to its archiver."""
-    # With "=", because a name may begin with a dash.
-    words = [f"--config={config}" for config in options.config]
-    if options.compress:
-        words.append(f"--compress={options.compress}")
-    if not options.archiver:
-        words.append(f"--threads={options.threads}")
-    if options.manifest:
-        words.append(f"--manifest={options.manifest}")
-    if options.no_manifest:
-        words.append("--no-manifest")
-    elif options.json and not options.archiver:
-        words.append("--manifest-events")
-    if options.reproducible:
-        words.append("--reproducible")
-    if options.uuid:
-        words.append(f"--uuid={options.uuid.hex()}")
-    return words
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Proxmox VE's tools expect of a backup beside its format: names, notes, map lines, a log.
+"""What Proxmox VE's tools expect of a backup beside its format: names, notes, map lines.
 
 Behaviour as of vzdump and qmrestore (pve-manager, qemu-server): an archive is
 found by its name, and the stored configuration says which disk belongs where.
@@ -11,11 +11,9 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 from vmapipe.runtime.cli import split_named
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.events import Event
 
 CONFIG_NAME = "qemu-server.conf"
 FIREWALL_NAME = "qemu-server.fw"
@@ -106,63 +104,3 @@ def write_notes(archive: str, notes: str) -> None:
     """`.notes` beside the archive, which Proxmox VE shows. Raises OSError."""
     with open(f"{archive}.notes", "x", encoding="utf-8") as file:
         file.write(notes + "\n")
-
-
-class JobLog:
-    """`.log` beside the archive, in the form of vzdump's: time, level, text."""
-
-    def __init__(self, path: str, vmid: int) -> None:
-        """Raises OSError."""
-        self._vmid = vmid
-        self._started = time.monotonic()
-        self._file = open(path, "x", encoding="utf-8")  # noqa: SIM115  closed by __exit__
-        self._percent = -1
-        self._say("INFO", f"Starting Backup of VM {vmid} (qemu)")
-
-    def __enter__(self) -> JobLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
-            seconds = int(time.monotonic() - self._started)
-            took = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-            self._say("INFO", f"Finished Backup of VM {self._vmid} ({took})")
-        else:
-            self._say("ERROR", f"Backup of VM {self._vmid} failed - {error}")
-        self._file.close()
-
-    def __call__(self, event: Event) -> None:
-        """Take in what the job tells."""
-        match event["event"]:
-            case "reading":
-                name = event["device"].removeprefix("drive-")
-                self._say("INFO", f"include disk '{name}' {event['path']} {event['bytes']} bytes")
-            case "instant":
-                self._say("INFO", f"all disks held for {1000 * event['held_s']:.0f} ms")
-            case "progress":
-                self._progress(event)
-            case "stored":
-                self._say("INFO", f"archive file size: {event['stored_bytes']} bytes")
-            case "notice":
-                self._say("INFO", str(event["text"]))
-
-    def _progress(self, event: Event) -> None:
-        done = sum(device["done_bytes"] for device in event["devices"])
-        total = sum(device["bytes"] for device in event["devices"])
-        percent = 100 * done // total if total else 100
-        # vzdump tells more at the beginning and less in the middle; a line a
-        # percent at most says as much and keeps the log short.
-        if percent > self._percent:
-            self._percent = percent
-            seconds = int(time.monotonic() - self._started)
-            self._say("INFO", f"{percent}% ({done} of {total} bytes) in {seconds}s")
-
-    def _say(self, level: str, text: str) -> None:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime())
-        self._file.write(f"{stamp} {level}: {text}\n")
-        self._file.flush()

@@ -42,6 +42,8 @@ class JobState:
     ended: float = 0.0
     speed_bytes_s: int = 0
     stored_bytes: int = 0
+    cpu_s: float = 0.0
+    peak_rss_bytes: int = 0
     plain_bytes: int = 0
     devices: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: (when, bytes done), of the last seconds.
@@ -74,6 +76,7 @@ class JobState:
                 self.speed_bytes_s = event["bytes_per_s"]
             case "done":
                 self.status, self.ended = "done", now
+                self.cpu_s, self.peak_rss_bytes = event["cpu_s"], event["peak_rss_bytes"]
             case "transfer" | "buffer":
                 device = self.devices.get(event["device"])
                 if device is not None:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-from vmapipe.control.proxmox import JobLog, archive_name, config_name, stored_config
-from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.control.proxmox import archive_name, config_name, stored_config
+from vmapipe.runtime.errors import UsageError
 
 CONF = """\
 boot: order=scsi0
@@ -64,24 +63,3 @@ def test_the_configs_of_a_machine_get_the_names_that_archives_use() -> None:
     assert config_name("/etc/pve/qemu-server/100.conf", 100) == "qemu-server.conf"
     assert config_name("/etc/pve/firewall/100.fw", 100) == "qemu-server.fw"
     assert config_name("notes.txt", 100) == "notes.txt"
-
-
-def test_the_log_reads_like_vzdumps(tmp_path: Path) -> None:
-    device = {"name": "drive-scsi0", "done_bytes": 50, "zero_bytes": 0, "bytes": 100}
-    with JobLog(str(tmp_path / "log"), 100) as log:
-        log({"event": "reading", "device": "drive-scsi0", "path": "/x", "bytes": 100})
-        log({"event": "progress", "devices": [device]})
-        log({"event": "progress", "devices": [device]})
-    lines = (tmp_path / "log").read_text().splitlines()
-    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO: "
-    assert re.fullmatch(stamp + r"Starting Backup of VM 100 \(qemu\)", lines[0])
-    assert re.fullmatch(stamp + "include disk 'scsi0' /x 100 bytes", lines[1])
-    assert re.fullmatch(stamp + r"50% \(50 of 100 bytes\) in 0s", lines[2])
-    assert re.fullmatch(stamp + r"Finished Backup of VM 100 \(00:00:00\)", lines[3])
-
-
-def test_the_log_of_a_failed_job_says_why(tmp_path: Path) -> None:
-    with pytest.raises(Failure), JobLog(str(tmp_path / "log"), 100):
-        raise Failure("the disk is full")
-    last = (tmp_path / "log").read_text().splitlines()[-1]
-    assert last.endswith("ERROR: Backup of VM 100 failed - the disk is full")

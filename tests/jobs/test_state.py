@@ -60,7 +60,7 @@ def test_when_all_is_read_it_is_finishing_and_then_done_with_all_transferred() -
     state.take(progress(1000, 3000), 103.0)
     assert state.backup_status()["finishing"]
     state.take({"event": "stored", "uuid": ARCHIVE, "stored_bytes": 9, "plain_bytes": 9}, 104.0)
-    state.take({"event": "done", "seconds": 4.0}, 104.5)
+    state.take({"event": "done", "cpu_s": 1.0, "peak_rss_bytes": 9}, 104.5)
     status = state.backup_status()
     assert (status["status"], status["finishing"], status["end-time"]) == ("done", False, 104)
     assert status["transferred"] == status["total"] == 4000

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program of the user's at the phases of a backup, called as vzdump calls its hook script."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import IO
+
+from vmapipe.control.jobs.state import JobState
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
+from vmapipe.runtime.events import Emit, Event, ignore
+
+# Of a hook's words so much goes into the report, from the end.
+_MAX_WORDS_BYTES = 16 << 10
+# Between being asked to end and being killed.
+_END_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    phase: str
+    process: subprocess.Popen[bytes]
+    words: IO[bytes]
+    deadline: float
+
+
+@dataclass
+class Hooks:
+    """`program` empty: there is none. `emit` is told what hooks say, and which of them failed."""
+
+    program: str
+    timeout_s: int
+    mode: str
+    vmid: str
+    state: JobState
+    cancel: Cancel
+    #: More variables: DUMPDIR, LOGFILE, … as vzdump has them.
+    environment: Mapping[str, str] = field(default_factory=dict)
+    emit: Emit = ignore
+    _running: _Running | None = None
+
+    def check(self) -> None:
+        """Raises UsageError, before anything has begun."""
+        if self.program and shutil.which(self.program) is None:
+            raise UsageError(f"--hook {self.program}: no program of this name can be run")
+
+    @contextlib.contextmanager
+    def job(self) -> Iterator[None]:
+        """job-start, then log-end and job-end; or job-abort. Raises Failure."""
+        try:
+            self._must("job-start")
+        except BaseException as error:
+            self.state.fail(str(error), time.time())
+            self._may("job-abort")
+            raise
+        try:
+            yield
+        finally:
+            self._may("log-end")
+            self._may("job-end")
+
+    @contextlib.contextmanager
+    def backup(self) -> Iterator[None]:
+        """backup-start, then backup-end or backup-abort. Raises Failure."""
+        try:
+            self._must("backup-start")
+            yield
+        except BaseException as error:
+            self.state.fail(str(error), time.time())
+            self._see_off()
+            self._may("backup-abort")
+            raise
+        self._see_off()
+        self._may("backup-end")
+
+    def take(self, event: Event) -> None:
+        """At the instant its hook is started; the backup goes on meanwhile."""
+        if event["event"] == "instant" and self.program:
+            try:
+                self._running = self._start("snapshot-taken")
+            except Failure as failure:
+                self.emit({"event": "notice", "text": str(failure)})
+        elif self._running is not None and self._has_ended(self._running, 0.0):
+            self._see_off()
+
+    def _must(self, phase: str) -> None:
+        """Raises Failure, Cancelled."""
+        if self.program:
+            self._finish(self._start(phase), self.cancel)
+
+    def _may(self, phase: str) -> None:
+        """A failure is told, and changes nothing: the archive is stored, or is not."""
+        if self.program:
+            with self._told():
+                self._finish(self._start(phase), None)
+
+    def _see_off(self) -> None:
+        """The one that was started at the instant."""
+        running, self._running = self._running, None
+        if running is not None:
+            with self._told():
+                self._finish(running, None)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Failure as failure:
+            self.emit({"event": "notice", "text": str(failure)})
+
+    def _start(self, phase: str) -> _Running:
+        words = [self.program, phase]
+        if not phase.startswith("job-"):
+            words += [self.mode, self.vmid]
+        setpriv = shutil.which("setpriv")
+        if setpriv:  # of util-linux: the hook is to end with us, even if we are killed
+            words = [setpriv, "--pdeathsig", "KILL", *words]
+        said = tempfile.TemporaryFile()  # noqa: SIM115  closed by _finish
+        try:
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                # Standard output may be the archive.
+                stdout=said,
+                stderr=said,
+                env={**os.environ, **self._variables(phase)},
+                start_new_session=True,
+            )
+        except OSError as error:
+            said.close()
+            raise Failure(f"hook {phase}: {self.program}: {os_error_text(error)}") from error
+        return _Running(phase, process, said, time.monotonic() + self.timeout_s)
+
+    def _variables(self, phase: str) -> dict[str, str]:
+        state = self.state
+        seconds = round((state.ended or time.time()) - state.started)
+        variables = {
+            **self.environment,
+            "VMTYPE": "qemu",
+            "VMAPIPE_PHASE": phase,
+            "VMAPIPE_JOB": state.job,
+            "VMAPIPE_UUID": state.uuid,
+            "VMAPIPE_ARCHIVE": state.archive,
+            "VMAPIPE_STATUS": state.status,
+            "VMAPIPE_ERROR": state.errmsg,
+            "VMAPIPE_TOTAL_BYTES": str(state.total_bytes),
+            "VMAPIPE_STORED_BYTES": str(state.stored_bytes),
+            "VMAPIPE_SECONDS": str(seconds),
+        }
+        if phase == "backup-end":
+            variables["TARGET"] = state.archive
+        if phase != "log-end":
+            variables.pop("LOGFILE", None)
+        # What an error's text must not have in an environment.
+        return {name: value.replace("\0", "") for name, value in variables.items()}
+
+    def _has_ended(self, running: _Running, timeout_s: float, *fds: int) -> bool:
+        pidfd = os.pidfd_open(running.process.pid)
+        try:
+            return pidfd in select.select([pidfd, *fds], [], [], timeout_s)[0]
+        finally:
+            os.close(pidfd)
+
+    def _finish(self, running: _Running, cancel: Cancel | None) -> None:
+        """Raises Failure, Cancelled; nothing of it runs on, but what it has put into a session."""
+        phase, process = running.phase, running.process
+        fds = [cancel.fd] if cancel else []
+        with running.words:
+            in_time = self._has_ended(running, max(0.0, running.deadline - time.monotonic()), *fds)
+            if not in_time:
+                self._end(running)
+            code = process.wait()
+            self._repeat(running)
+        if cancel and cancel.asked:
+            raise Cancelled(cancel.reason, cancel.signum)
+        if not in_time:
+            raise Failure(f"hook {phase}: not done within {self.timeout_s} s, so it was ended")
+        if code:
+            how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+            raise Failure(f"hook {phase} failed: {how}")
+
+    def _end(self, running: _Running) -> None:
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.process.pid, signum)
+            if self._has_ended(running, _END_S):
+                return
+
+    def _repeat(self, running: _Running) -> None:
+        """What it has said goes into the report."""
+        size = running.words.seek(0, os.SEEK_END)
+        running.words.seek(max(0, size - _MAX_WORDS_BYTES))
+        for line in running.words.read().decode(errors="replace").splitlines():
+            self.emit({"event": "notice", "text": f"hook {running.phase}: {line}"})

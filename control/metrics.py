@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the last backup went, as a text file for Prometheus' node_exporter. Pure but for `write`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+
+from vmapipe.control.jobs.state import JobState
+from vmapipe.runtime.errors import Failure, os_error_text
+
+SUFFIX = ".prom"
+_LAST_SUCCESS = "vmapipe_backup_last_success_timestamp_seconds"
+_OLD_SUCCESS = re.compile(rf"^{_LAST_SUCCESS}\{{[^\n]*\}} ([0-9.e+]+)$", re.MULTILINE)
+# Far more than such a file has.
+_MAX_OLD_BYTES = 1 << 20
+
+_HELP = {
+    "vmapipe_backup_success": "Whether the last backup was stored (1) or failed (0).",
+    "vmapipe_backup_last_run_timestamp_seconds": "When the last backup ended, well or not.",
+    _LAST_SUCCESS: "When a backup was last stored.",
+    "vmapipe_backup_duration_seconds": "How long the last backup took.",
+    "vmapipe_backup_archive_bytes": "Size of the last archive as stored; 0 if it failed.",
+    "vmapipe_backup_cpu_seconds": "Processor time of all processes of the last backup.",
+    "vmapipe_backup_peak_memory_bytes": "Largest resident memory of all its processes together.",
+    "vmapipe_backup_disk_size_bytes": "Size of a disk.",
+    "vmapipe_backup_disk_done_bytes": "How much of a disk the last backup took.",
+    "vmapipe_backup_disk_zero_bytes": "How much of that is zero.",
+    "vmapipe_backup_disk_read_bytes": "How much was read from the disk.",
+    "vmapipe_backup_disk_saved_bytes": "How much was saved before the guest overwrote it.",
+}
+_DISK_FIELDS = {
+    "vmapipe_backup_disk_size_bytes": "bytes",
+    "vmapipe_backup_disk_done_bytes": "done_bytes",
+    "vmapipe_backup_disk_zero_bytes": "zero_bytes",
+    "vmapipe_backup_disk_read_bytes": "read_bytes",
+    "vmapipe_backup_disk_saved_bytes": "saved_bytes",
+}
+
+
+def render(backup: str, state: JobState, last_success: float) -> str:
+    """`backup` tells this file's metrics from those of others. `last_success` 0: never."""
+    stored = state.status == "done"
+    values: dict[str, float] = {
+        "vmapipe_backup_success": int(stored),
+        "vmapipe_backup_last_run_timestamp_seconds": round(state.ended, 3),
+        "vmapipe_backup_duration_seconds": round(state.ended - state.started, 3),
+        "vmapipe_backup_archive_bytes": state.stored_bytes if stored else 0,
+        "vmapipe_backup_cpu_seconds": state.cpu_s,
+        "vmapipe_backup_peak_memory_bytes": state.peak_rss_bytes,
+    }
+    if stored or last_success:
+        values[_LAST_SUCCESS] = round(state.ended if stored else last_success, 3)
+    lines = []
+    for name, text in _HELP.items():
+        samples: list[tuple[Mapping[str, str], float]] = []
+        if name in values:
+            samples.append(({"backup": backup}, values[name]))
+        elif name in _DISK_FIELDS:
+            samples += [
+                ({"backup": backup, "disk": disk["name"]}, disk[_DISK_FIELDS[name]])
+                for disk in state.devices.values()
+            ]
+        if samples:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
+            lines += [f"{name}{{{_labels(labels)}}} {value}" for labels, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ",".join(f'{key}="{_escaped(value)}"' for key, value in labels.items())
+
+
+def _escaped(text: str) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def write(path: str, state: JobState) -> None:
+    """All of it or nothing: the exporter may read at any moment. Raises Failure."""
+    backup = os.path.basename(path).removesuffix(SUFFIX)
+    folder = os.path.dirname(path) or "."
+    try:
+        # Not called *.prom before it is whole.
+        fd, partial = tempfile.mkstemp(prefix=f".{backup}.", dir=folder)
+        try:
+            with open(fd, "w", encoding="utf-8") as file:
+                file.write(render(backup, state, _old_success(path)))
+                os.fchmod(fd, 0o644)  # the exporter is another user
+            os.rename(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise
+    except OSError as error:
+        raise Failure(f"cannot write the metrics {path}: {os_error_text(error)}") from error
+
+
+def _old_success(path: str) -> float:
+    """When it last went well, from the file that is there; 0: not known."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            found = _OLD_SUCCESS.search(file.read(_MAX_OLD_BYTES))
+        return float(found[1]) if found else 0.0
+    except (OSError, ValueError):
+        return 0.0

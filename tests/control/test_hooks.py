@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks of real backups: a shell script that writes down how it was called."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.guard.serving import serving
+from tests.machine import bad, end_of, good, make_disk, run, started
+
+LIMIT_S = 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return make_disk(tmp_path / "disk", "A0h")
+
+
+def hook(tmp_path: Path, more: str = "") -> Path:
+    """Writes each call to the file `calls`; `more` runs afterwards, with $1 the phase."""
+    script = tmp_path / "hook"
+    line = f"{tmp_path}/calls"
+    script.write_text(f'#!/bin/sh\necho "$#:$*" >> {line}\n{more}\n')
+    script.chmod(0o755)
+    return script
+
+
+def calls(tmp_path: Path) -> list[str]:
+    return (tmp_path / "calls").read_text().splitlines()
+
+
+ENDED = ["3:log-end stop ", "1:job-end"]
+
+
+def test_a_good_backup_calls_the_phases_in_vzdumps_order(tmp_path: Path, disk: Path) -> None:
+    good("backup", "--hook", hook(tmp_path), "--disk", f"d={disk}", tmp_path / "vm.vma")
+    begun = ["1:job-start", "3:backup-start stop "]
+    assert calls(tmp_path) == [*begun, "3:backup-end stop ", *ENDED]
+
+
+def test_a_disk_in_use_also_has_its_instant_and_the_vmid_is_handed_on(
+    tmp_path: Path, disk: Path
+) -> None:
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    with serving(tmp_path, d=disk) as served:
+        words = ("--monitor", served.monitor, "--vmid", "100", dump)
+        good("backup", "--hook", hook(tmp_path), *words)
+    names = ["job-start", "backup-start", "snapshot-taken", "backup-end", "log-end", "job-end"]
+    assert [call.split(":")[1].split()[0] for call in calls(tmp_path)] == names
+    assert calls(tmp_path)[2] == "3:snapshot-taken snapshot 100"
+
+
+def test_the_environment_says_what_vzdumps_says_and_more(tmp_path: Path, disk: Path) -> None:
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    script = hook(tmp_path, f"env > {tmp_path}/env-$1")
+    good("backup", "--hook", script, "--vmid", "100", "--disk", f"drive-scsi0={disk}", dump)
+
+    def environment(phase: str) -> dict[str, str]:
+        lines = (tmp_path / f"env-{phase}").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+    start, end, last = map(environment, ("backup-start", "backup-end", "log-end"))
+    (archive,) = dump.glob("*.vma")
+    assert start["VMTYPE"] == "qemu"
+    assert start["DUMPDIR"] == str(dump)
+    assert "TARGET" not in start
+    assert "LOGFILE" not in start
+    assert end["TARGET"] == end["VMAPIPE_ARCHIVE"] == str(archive)
+    assert end["VMAPIPE_STATUS"] == "done"
+    assert end["VMAPIPE_STORED_BYTES"] == str(archive.stat().st_size)
+    assert end["VMAPIPE_TOTAL_BYTES"] == str(3 * 65536)
+    assert last["LOGFILE"] == str(archive.with_suffix(".log"))
+    assert "Finished Backup of VM 100" in Path(last["LOGFILE"]).read_text()
+
+
+@pytest.mark.parametrize("phase", ["job-start", "backup-start"])
+def test_a_hook_that_fails_before_the_backup_ends_it(
+    tmp_path: Path, disk: Path, phase: str
+) -> None:
+    script = hook(tmp_path, f'echo no room; [ "$1" != {phase} ]')
+    done = run("backup", "--hook", script, "--disk", f"d={disk}", tmp_path / "vm.vma")
+    assert done.returncode == 1
+    assert done.stderr.decode() == f"vmapipe backup: hook {phase} failed: exit code 1\n"
+    assert f"hook {phase}: no room" in done.stdout.decode()
+    assert not list(tmp_path.glob("vm.vma*"))
+    aborted = ["1:job-abort"] if phase == "job-start" else ["3:backup-abort stop ", *ENDED]
+    assert calls(tmp_path)[-len(aborted) :] == aborted
+
+
+def test_a_hook_that_fails_at_the_end_is_told_and_the_archive_is_there(
+    tmp_path: Path, disk: Path
+) -> None:
+    script = hook(tmp_path, '[ "$1" != backup-end ]')
+    out = good("backup", "--hook", script, "--disk", f"d={disk}", tmp_path / "vm.vma")
+    assert b"hook backup-end failed: exit code 1" in out
+    assert (tmp_path / "vm.vma").exists()
+
+
+def test_a_failed_backup_calls_backup_abort_with_its_reason(tmp_path: Path) -> None:
+    script = hook(tmp_path, f'echo "$VMAPIPE_ERROR" > {tmp_path}/why-$1')
+    words = ("--disk", f"d={tmp_path / 'none'}", tmp_path / "vm.vma")
+    bad("backup", "--quiet", "--hook", script, *words)
+    assert "No such file or directory" in (tmp_path / "why-backup-abort").read_text()
+    assert calls(tmp_path)[-3:] == ["3:backup-abort stop ", *ENDED]
+
+
+def test_a_hook_that_takes_too_long_is_ended_with_all_it_started(
+    tmp_path: Path, disk: Path
+) -> None:
+    script = hook(tmp_path, f"sleep 600 & echo $! > {tmp_path}/pid; wait")
+    words = ("--hook-timeout", "1", "--disk", f"d={disk}", tmp_path / "vm.vma")
+    text = bad("backup", "--hook", script, *words)
+    assert "hook job-start: not done within 1 s, so it was ended" in text
+    pid = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_cancelled_backup_does_not_wait_for_its_hook(tmp_path: Path, disk: Path) -> None:
+    os.mkfifo(tmp_path / "ready")
+    script = hook(tmp_path, f'[ "$1" = job-start ] && echo > {tmp_path}/ready && exec sleep 600')
+    words = ("--hook", script, "--disk", f"d={disk}", tmp_path / "vm.vma")
+    with started("backup", *words) as backup:
+        (tmp_path / "ready").read_text()
+        backup.send_signal(signal.SIGTERM)
+        assert end_of(backup) == (143, "vmapipe backup: cancelled by SIGTERM")
+
+
+def test_a_hook_ends_with_a_coordinator_that_is_killed(tmp_path: Path, disk: Path) -> None:
+    os.mkfifo(tmp_path / "ready")
+    script = hook(tmp_path, f"echo $$ > {tmp_path}/ready; exec sleep 600")
+    words = ("--hook", script, "--disk", f"d={disk}", tmp_path / "vm.vma")
+    with started("backup", *words) as backup:
+        process = psutil.Process(int((tmp_path / "ready").read_text()))
+        backup.kill()
+        assert psutil.wait_procs([process], timeout=LIMIT_S)[1] == []
+
+
+def test_words_of_a_hook_never_go_into_an_archive_on_standard_output(
+    tmp_path: Path, disk: Path
+) -> None:
+    script = hook(tmp_path, "echo CHATTER")
+    done = run("backup", "--hook", script, "--disk", f"d={disk}", "-")
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"VMA\0")
+    assert b"CHATTER" not in done.stdout
+    assert b"hook backup-start: CHATTER" in done.stderr
+
+
+def test_a_program_that_is_not_there_is_wrong_use(tmp_path: Path, disk: Path) -> None:
+    text = bad("backup", "--hook", "/no/such", "--disk", f"d={disk}", tmp_path / "a", code=2)
+    assert "--hook /no/such: no program of this name can be run" in text
