@@ -39,11 +39,17 @@ class Disks(Protocol):
 
 
 class Commands:
-    """`options` are handed on to each backup; `leave` ends the monitor."""
+    """`options` and `agent` are handed on to each backup; `leave` ends the monitor."""
 
     def __init__(
-        self, disks: Disks, jobs: Jobs, options: Sequence[str], leave: Callable[[], None]
+        self,
+        disks: Disks,
+        jobs: Jobs,
+        options: Sequence[str],
+        agent: str,
+        leave: Callable[[], None],
     ) -> None:
+        self._agent = agent
         self.fdsets = FdSets()
         self._disks = disks
         self._jobs = jobs
@@ -104,6 +110,9 @@ class Commands:
         words += [*self._options, f"--speed={speed}"]
         if with_state:
             words.append("--state")
+        elif self._agent:
+            # What file systems have in the guest's memory is saved with the state.
+            words.append(f"--agent={self._agent}")
         return self._begin(file, devlist, words, with_state=with_state, as_proxmox=as_proxmox)
 
     def _begin(

@@ -14,11 +14,12 @@ _SEPARATORS = re.compile("[,;:]")
 
 
 class Device(NamedTuple):
-    """`words`: what it may be asked for by."""
+    """`words`: what it may be asked for by; `unasked`: it is taken when nobody names any."""
 
     words: frozenset[str]
     has_medium: bool = True
     read_only: bool = False
+    unasked: bool = True
 
 
 def split_devlist(text: str) -> list[str]:
@@ -29,7 +30,7 @@ def split_devlist(text: str) -> list[str]:
 def check_devices(devices: Sequence[Device], devlist: str | None) -> list[str]:
     """The names to back up, none: all that can be. Raises QmpError."""
     if devlist is None:
-        if not any(device.has_medium and not device.read_only for device in devices):
+        if not any(d.unasked and d.has_medium and not d.read_only for d in devices):
             raise QmpError("empty device list")
         return []
     names = split_devlist(devlist)
@@ -55,7 +56,7 @@ def machine_devices(blocks: Sequence[Answer], nodes: Sequence[Answer]) -> list[D
         devices.append(Device(names_of(block).words, bool(inserted), read_only))
     for node in nodes:
         words = frozenset({str(node.get("node-name", ""))} - {""})
-        devices.append(Device(words, read_only=bool(node.get("ro"))))
+        devices.append(Device(words, read_only=bool(node.get("ro")), unasked=False))
     return devices
 
 

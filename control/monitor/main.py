@@ -177,9 +177,8 @@ def _commands(disks: Disks, jobs: Jobs, options: argparse.Namespace, cancel: Can
         f"--spool-size={options.spool_size}",
         f"--guest-wait={options.guest_wait}",
     ]
-    if options.agent:
-        words.append(f"--agent={options.agent}")
-    return Commands(disks, jobs, words, lambda: cancel.ask("ended by a client's quit"))
+    agent = options.agent or ""
+    return Commands(disks, jobs, words, agent, lambda: cancel.ask("ended by a client's quit"))
 
 
 def parse_disks(disks: Sequence[str], exports: Sequence[str]) -> list[ServedDisk]:
