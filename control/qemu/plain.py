@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A QMP connection for the guardian: a blocking socket and JSON, and nothing that could fail."""
+"""A QMP connection for the guardian, and for a moment's question: a blocking socket and JSON."""
 
 from __future__ import annotations
 
