@@ -87,6 +87,8 @@ def split_named(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals or "/" in name:
         return os.path.basename(text) or text, text
+    if "://" in path and "://" not in name:
+        return name, path  # a URI, which may have a path that exists behind its "="
     # A name or a path may contain "=": what exists decides.
     parts = text.split("=")
     for index in range(1, len(parts)):

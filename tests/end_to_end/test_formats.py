@@ -60,6 +60,25 @@ def test_a_qcow2_without_its_format_is_refused_with_the_words_to_add(
     assert f"say d={qcow2},format=qcow2" in words
 
 
+def test_what_an_nbd_server_exports_is_backed_up_by_its_uri(
+    tmp_path: Path, disk: Path, need: Need
+) -> None:
+    """One that is not QEMU's: any server will do."""
+    nbdkit, _ = need("nbdkit", "qemu-nbd")
+    socket = tmp_path / "nbd.sock"
+    words = [nbdkit, "-f", "-r", "-U", str(socket), "file", str(disk)]
+    with subprocess.Popen(words) as server:
+        try:
+            while not socket.exists():
+                assert server.poll() is None
+            uri = f"nbd+unix:///?socket={socket}"
+            good("backup", "--disk", f"d={uri},format=raw", tmp_path / "vm.vma")
+        finally:
+            server.terminate()
+    good("restore", tmp_path / "vm.vma", tmp_path / "out")
+    assert sha256(tmp_path / "out" / "disk-d.raw") == sha256(disk)
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [

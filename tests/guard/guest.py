@@ -33,6 +33,8 @@ _MODULES = (
     "virtio/virtio_pci",
     "block/virtio_blk",
 )
+#: The same for disks on a virtio-scsi bus.
+SCSI_MODULES = ("scsi/scsi_common", "scsi/scsi_mod", "scsi/virtio_scsi", "scsi/sd_mod")
 # In front of every script. The guest has nothing but what is made here.
 _PROLOGUE = """\
 #!/bin/busybox sh
@@ -73,14 +75,17 @@ def find_kernel() -> Kernel | None:
     return None
 
 
-def make_initramfs(kernel: Kernel, busybox: Path, script: str) -> bytes:
+def make_initramfs(
+    kernel: Kernel, busybox: Path, script: str, more_modules: Sequence[str] = ()
+) -> bytes:
     """The same arguments, the same bytes."""
-    names = [Path(module).name for module in _MODULES]
+    modules = (*_MODULES, *more_modules)
+    names = [Path(module).name for module in modules]
     archive = _Cpio()
     for folder in ("bin", "dev", "mnt", "modules", "proc", "sys", "tmp"):
         archive.add(folder, stat.S_IFDIR | 0o755)
     archive.add("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
-    for module, name in zip(_MODULES, names, strict=True):
+    for module, name in zip(modules, names, strict=True):
         driver = (kernel.drivers / f"{module}.ko").read_bytes()
         archive.add(f"modules/{name}.ko", stat.S_IFREG | 0o644, driver)
     text = _PROLOGUE % " ".join(names) + script

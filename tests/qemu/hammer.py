@@ -37,6 +37,7 @@ class Hammer:
         lane: int = 0,
         lanes: int = 1,
         pause_s: float = 0,
+        seed: int = 0,
     ) -> None:
         self.done = 0
         self.longest_s = 0.0
@@ -44,11 +45,12 @@ class Hammer:
         self._path, self._sizes, self._lane, self._lanes = path, dict(sizes), lane, lanes
         self._pause = threading.Event()
         self._pause_s = pause_s
+        self._seed = seed
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def writes(self) -> Iterator[Write]:
-        chance = random.Random(self._lane)
+        chance = random.Random(self._seed * 64 + self._lane)
         names = sorted(self._sizes)
         number = 0
         while True:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.guard.guest import Guest, Kernel, booted, make_initramfs
+from tests.guard.guest import SCSI_MODULES, Guest, Kernel, booted, make_initramfs
 from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.qmp import Command
 
@@ -22,23 +22,31 @@ COUNTER_BYTES, COUNTER_SECTORS = (8 << 20) + 700, (8 << 11) + 2
 # fresh data everywhere: any instant shows n there, and n or n - 1 here. Each
 # round first looks whether the disks have what the memory says.
 SCRIPT = """
+until [ -b $second ]; do true; done
 mount -t ext4 /dev/vda /mnt
 counted() { dd if=$1 bs=512 count=1 iflag=direct 2>/tmp/words | head -c 8; }
 n=0
 while true; do
     if [ $n -gt 0 ]; then
-        [ "$(counted /dev/vdb)" = $(printf '%08d' $n) ] || say failed: the second disk is not at $n
+        [ "$(counted $second)" = $(printf '%08d' $n) ] || say failed: the second disk is not at $n
         [ "$(counted /mnt/counter)" = $(printf '%08d' $n) ] || say failed: the first disk is not at $n
     fi
     n=$((n + 1))
-    printf '%08d' $n | dd of=/dev/vdb bs=512 conv=notrunc,fsync 2>/tmp/words
+    printf '%08d' $n | dd of=$second bs=512 conv=notrunc,fsync 2>/tmp/words
     printf '%08d' $n | dd of=/mnt/counter bs=8 conv=notrunc,fsync 2>/tmp/words
     dd if=/dev/urandom of=/mnt/file$((n % 8)) bs=64k count=6 conv=fsync 2>/tmp/words
-    dd if=/dev/urandom of=/dev/vdb bs=64k count=2 seek=$((n % 60 + 2)) conv=notrunc,fsync 2>/tmp/words
+    dd if=/dev/urandom of=$second bs=64k count=2 seek=$((n % 60 + 2)) conv=notrunc,fsync 2>/tmp/words
     sync
     say round $n
 done
 """
+
+
+_SCSI = (
+    *("-device", "pcie-root-port,id=bridge,chassis=1"),
+    *("-device", "virtio-scsi-pci,bus=bridge,id=bus,iothread=io0"),
+    *("-device", "scsi-hd,bus=bus.0,drive=second,id=scsi1"),
+)
 
 
 class RunningGuest:
@@ -85,12 +93,22 @@ class RunningGuest:
 
 @contextlib.contextmanager
 def running_guest(
-    need: Need, kernel: Kernel, folder: Path, disks: Sequence[Path], *options: str
+    need: Need,
+    kernel: Kernel,
+    folder: Path,
+    disks: Sequence[Path],
+    *options: str,
+    with_scsi: bool = False,
 ) -> Iterator[RunningGuest]:
-    """With the first disk on an I/O thread of its own; both virtio."""
+    """With the first disk on an I/O thread of its own.
+
+    The second is a virtio disk, too, or one on a virtio-scsi bus behind another PCI bridge.
+    """
     qemu, busybox = need("qemu-system-x86_64", "busybox")
     initramfs = folder / "initramfs"
-    initramfs.write_bytes(make_initramfs(kernel, Path(busybox), SCRIPT))
+    script = f"second=/dev/{'sda' if with_scsi else 'vdb'}{SCRIPT}"
+    more = SCSI_MODULES if with_scsi else ()
+    initramfs.write_bytes(make_initramfs(kernel, Path(busybox), script, more))
     system, counter = disks
     kind = "qcow2" if system.suffix == ".qcow2" else "raw"
     words = [
@@ -98,8 +116,8 @@ def running_guest(
         *("-blockdev", f"driver=file,node-name=file0,filename={system}"),
         *("-blockdev", f"driver={kind},node-name=system,file=file0"),
         *("-device", "virtio-blk-pci,drive=system,id=virtio0,iothread=io0"),
-        *("-drive", f"if=none,id=drive-virtio1,format=raw,file={counter}"),
-        *("-device", "virtio-blk-pci,drive=drive-virtio1,id=virtio1"),
+        *(_SCSI if with_scsi else ("-device", "virtio-blk-pci,drive=second,id=virtio1")),
+        *("-drive", f"if=none,id=second,format=raw,file={counter}"),
         *("-qmp", f"unix:{folder}/qmp.sock,server=on,wait=off"),
         *("-qmp", f"unix:{folder}/tests.sock,server=on,wait=off"),
         *options,

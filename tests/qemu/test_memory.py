@@ -29,13 +29,16 @@ def goes_on_from(
     before: int,
     after: int,
     *options: str,
+    with_scsi: bool = False,
 ) -> None:
     """The restored machine, between rounds `before` and `after`, as if nothing had happened."""
     good("restore", archive, folder)
-    disks = [folder / f"disk-drive-virtio{index}.raw" for index in (0, 1)]
+    second = "scsi1" if with_scsi else "virtio1"
+    disks = [folder / f"disk-drive-{name}.raw" for name in ("virtio0", second)]
     on_disk = int(disks[1].read_bytes()[:8])
     incoming = f"exec:cat {folder}/vmstate.bin"
-    with running_guest(need, kernel, folder, disks, *options, "-incoming", incoming, "-S") as again:
+    words = (*options, "-incoming", incoming, "-S")
+    with running_guest(need, kernel, folder, disks, *words, with_scsi=with_scsi) as again:
         while again.ask("query-status")["status"] == "inmigrate":
             pass
         again.ask("cont")
@@ -48,6 +51,7 @@ def goes_on_from(
     assert is_clean(need, disks[0])
 
 
+@pytest.mark.timeout(300)  # seconds on an idle machine; two machines, or many backups
 def test_a_restored_machine_goes_on_from_the_saved_instant(
     need: Need, kernel: Kernel, guest: RunningGuest, tmp_path: Path
 ) -> None:
@@ -70,13 +74,15 @@ def shared_memory(folder: Path) -> list[str]:
     return ["-object", words, "-machine", "memory-backend=memory"]
 
 
+@pytest.mark.timeout(300)  # seconds on an idle machine; two machines, or many backups
 def test_without_background_snapshots_a_machine_is_saved_by_live_migration(
     need: Need, kernel: Kernel, tmp_path: Path
 ) -> None:
-    """And one that is paused stays so: both in one boot."""
+    """And one that is paused stays so: both in one boot, of a machine with a SCSI disk."""
     archive, folder = tmp_path / "vm.vma", tmp_path / "restored"
     disks = make_images(need, tmp_path)
-    with running_guest(need, kernel, tmp_path, disks, *shared_memory(tmp_path)) as guest:
+    words = shared_memory(tmp_path)
+    with running_guest(need, kernel, tmp_path, disks, *words, with_scsi=True) as guest:
         guest.console.hear("round 2")
         before = guest.latest_round()
         with started("backup", "--json", "--qmp", guest.qmp, "--state", archive) as process:
@@ -97,7 +103,8 @@ def test_without_background_snapshots_a_machine_is_saved_by_live_migration(
         guest.goes_on(2)
         guest.is_untouched()
     folder.mkdir()
-    goes_on_from(need, kernel, archive, folder, before, after, *shared_memory(folder))
+    words = shared_memory(folder)
+    goes_on_from(need, kernel, archive, folder, before, after, *words, with_scsi=True)
 
 
 @contextlib.contextmanager
@@ -129,6 +136,7 @@ def stalled_backup(
             os.close(fd)
 
 
+@pytest.mark.timeout(300)  # seconds on an idle machine; two machines, or many backups
 def test_whoever_dies_while_the_memory_is_saved_the_guest_goes_on(
     guest: RunningGuest, tmp_path: Path
 ) -> None:
@@ -151,6 +159,7 @@ def test_whoever_dies_while_the_memory_is_saved_the_guest_goes_on(
     guest.goes_on(2)
 
 
+@pytest.mark.timeout(300)  # seconds on an idle machine; two machines, or many backups
 def test_what_ends_a_backup_while_the_memory_is_saved_does_not_end_the_guest(
     guest: RunningGuest, tmp_path: Path
 ) -> None:
