@@ -37,9 +37,11 @@ def test_the_processes_of_disks_at_rest_have_the_priorities_asked_for(tmp_path: 
             assert process.cpu_affinity() == [int(core)]
 
 
-def test_what_a_guests_writes_may_wait_for_keeps_its_priority(tmp_path: Path) -> None:
+def test_what_a_guests_writes_may_wait_for_has_its_own_priority_whatever_is_asked_for(
+    tmp_path: Path,
+) -> None:
     disk = make_disk(tmp_path / "disk", "A" * 32)
-    ours = nice_and_io(psutil.Process())
+    nice, *io = nice_and_io(psutil.Process())
     with (
         serving(tmp_path, d=disk) as served,
         started(
@@ -51,7 +53,8 @@ def test_what_a_guests_writes_may_wait_for_keeps_its_priority(tmp_path: Path) ->
         (archiver,) = children(backup, "archiver.main")
         (producer,) = children(backup, "producer.main")
         assert nice_and_io(archiver) == (7, psutil.IOPRIO_CLASS_BE, 6)
-        assert nice_and_io(producer) == ours
+        # It stands back a little behind the guest, and no further.
+        assert nice_and_io(producer) == (max(5, nice), *io)
 
 
 def test_the_memory_for_buffers_is_divided_and_never_too_little() -> None:
