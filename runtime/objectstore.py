@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
-from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.objecterrors import MAX_WORDS, StoreError, refusal
 from vmapipe.runtime.objectnames import SCHEME, split_name
 
 ALLOW_HTTP = "AWS_ALLOW_HTTP"
@@ -27,30 +28,11 @@ CONNECT_S, READ_S = 10, 120
 # With waits of 1, 2, 4, 8 and 16 s at most between them: a store that restarts is survived, one
 # that is down is told within a minute. AWS_MAX_ATTEMPTS and ~/.aws/config have another number.
 ATTEMPTS = 6
+# A listing comes in pages of a thousand; an upload has at most ten thousand parts.
+_MAX_PAGES = 10
 # What marks an object as ours, so that an answer that was lost can be asked for again.
 _MARK = "vmapipe-upload"
-_CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
-_WAY_OUT = {
-    "NoSuchBucket": "create the bucket, or mend its name",
-    "AccessDenied": "these credentials may not do that",
-    "403": "these credentials may not do that, or are wrong",
-    "InvalidAccessKeyId": "mend AWS_ACCESS_KEY_ID or ~/.aws/credentials",
-    "SignatureDoesNotMatch": "mend AWS_SECRET_ACCESS_KEY or ~/.aws/credentials",
-    "RequestTimeTooSkewed": "set this machine's clock",
-}
 Result = TypeVar("Result")
-
-
-class StoreError(Failure):
-    """The store cannot be reached or refuses; `code` is its own word for why, if it said one."""
-
-    def __init__(self, text: str, code: str = "") -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class ConflictError(StoreError):
-    """The object is not as the request asked for: it exists already, or was replaced."""
 
 
 class ObjectInfo(NamedTuple):
@@ -177,15 +159,24 @@ class StoredObject:
             key, number = str(upload["Key"]), str(upload["UploadId"])
             if not key.endswith(tuple(endings)):
                 continue
-            times: list[datetime] = [upload["Initiated"]]
-            parts = self._ask(
-                "list the parts of", self._client.list_parts, key=key, UploadId=number
+            last = max([upload["Initiated"], *self._part_times(key, number)])
+            yield key, number, time.time() - last.timestamp()
+
+    def _part_times(self, key: str, upload: str) -> Iterator[datetime]:
+        marker = 0
+        for _ in range(_MAX_PAGES):
+            found = self._ask(
+                "list the parts of",
+                self._client.list_parts,
+                key=key,
+                UploadId=upload,
+                PartNumberMarker=marker,
             )
-            # The first thousand only: where there are more, it is young or large, and is left.
-            if parts.get("IsTruncated"):
-                continue
-            times += [part["LastModified"] for part in parts.get("Parts", ())]
-            yield key, number, time.time() - max(times).timestamp()
+            parts = found.get("Parts", ())
+            yield from (part["LastModified"] for part in parts)
+            if not found.get("IsTruncated") or not parts:
+                return
+            marker = parts[-1]["PartNumber"]
 
     def sibling(self, key: str) -> StoredObject:
         """Another object of the same bucket."""
@@ -212,14 +203,9 @@ class StoredObject:
         try:
             return request(**where, **parameters)
         except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            words = error.response.get("Error", {}).get("Message") or "no reason given"
             tried = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
-            often = f", {tried + 1} times" if tried else ""
-            out = f"; {_WAY_OUT[code]}" if code in _WAY_OUT else ""
-            kind = ConflictError if code in _CONFLICTS else StoreError
-            text = f"cannot {verb} {self.name}{place}: {code}: {words}{often}{out}"
-            raise kind(text, code) from error
+            reason = error.response.get("Error", {})
+            raise refusal(f"cannot {verb} {self.name}{place}", reason, tried + 1) from error
         except (BotoCoreError, HTTPClientError) as error:
             raise StoreError(f"cannot {verb} {self.name}{place}: {_reason(error)}") from error
 
@@ -290,4 +276,4 @@ def _reason(error: BaseException) -> str:
             "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or write "
             "~/.aws/credentials"
         )
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error)[:MAX_WORDS].split()) or type(error).__name__

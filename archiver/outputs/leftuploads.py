@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.objectstore import StoredObject, StoreError
+from vmapipe.runtime.objecterrors import StoreError
+from vmapipe.runtime.objectstore import StoredObject
 
 # Nobody pauses a backup for a day: an upload of an archive to which no part was added for so
 # long was left behind by a process that was killed.

@@ -26,7 +26,8 @@ from vmapipe.archiver.outputs.output import Buffers
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.daemons import DaemonPool
 from vmapipe.runtime.events import Emit, ignore
-from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
+from vmapipe.runtime.objecterrors import ConflictError, StoreError
+from vmapipe.runtime.objectstore import StoredObject
 
 # An upload has 10,000 parts of at least 5 MiB, and nobody knows its length in advance. The parts
 # double after every thousand: an archive of 31 GiB goes in parts of 16 MiB, and the last step,

@@ -19,6 +19,7 @@ from vmapipe.runtime.objectnames import is_object
 
 # For small reads (headers); larger ones pass it by.
 _BUFFER_BYTES = 1 << 16
+_MAX_DIGITS = 9
 # More threads than this decompress faster than one reader can take.
 _MAX_THREADS = 4
 
@@ -176,7 +177,8 @@ def _descriptor_number(archive: str) -> int | None:
     for prefix in ("fd:", "/dev/fdset/"):
         if archive.startswith(prefix):
             number = archive.removeprefix(prefix)
-            if not number.isdecimal():
+            # What fits into a C int, so that nothing after this can be surprised.
+            if not (number.isascii() and number.isdigit() and len(number) <= _MAX_DIGITS):
                 raise UsageError(f"{archive}: {number!r} is no descriptor's number")
             return int(number)
     return None

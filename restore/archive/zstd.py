@@ -113,7 +113,8 @@ def seekable_frames(pread: Pread, file_bytes: int, halts: Sequence[Cancel]) -> l
     except ArchiveError:
         return None
     fits = sum(frame.compressed_bytes for frame in frames) == file_bytes - table_bytes
-    small = all(max(frame) <= _MAX_FRAME_BYTES for frame in frames)
+    # Frames that hold nothing would be work for the threads, and none for a reader in order.
+    small = all(min(frame) > 0 and max(frame) <= _MAX_FRAME_BYTES for frame in frames)
     return frames if fits and small else None
 
 

@@ -143,7 +143,13 @@ def test_a_seek_table_is_used_only_when_it_can_be_true(store: Callable[[bytes], 
     frame = one_frame(RAW)
     liar = frame + encode_seek_table([Frame(len(frame) - 1, len(RAW))])
     huge = frame + encode_seek_table([Frame(len(frame), 1 << 30)])
-    for data, by_table in ((good, True), (liar, False), (huge, False), (b"x" + good, False)):
+    # A table of a hundred thousand frames that hold nothing would be minutes of work.
+    nothing = one_frame(b"")
+    hollow = (
+        nothing + frame + encode_seek_table([Frame(len(nothing), 0), Frame(len(frame), len(RAW))])
+    )
+    cases = ((good, True), (liar, False), (huge, False), (hollow, False), (b"x" + good, False))
+    for data, by_table in cases:
         with a_cancel() as cancel:
             opened = open_source(str(store(data)), cancel)
             assert isinstance(opened, Stream | PlainFile)
@@ -152,6 +158,7 @@ def test_a_seek_table_is_used_only_when_it_can_be_true(store: Callable[[bytes], 
             opened.close()
     assert bytes_of(store(liar)) == RAW
     assert bytes_of(store(huge)) == RAW
+    assert bytes_of(store(hollow)) == RAW
 
 
 def test_a_seek_table_that_lies_about_plain_sizes_is_damage(
@@ -240,7 +247,8 @@ def test_what_is_no_file_is_refused_in_words(tmp_path: Path) -> None:
     assert "is a folder, not an archive" in failure_of(tmp_path)
     assert "No such file or directory" in failure_of(tmp_path / "absent")
     assert "Bad file descriptor" in failure_of("fd:987")
-    assert "no descriptor's number" in failure_of("fd:x", UsageError)
+    for number in ("x", "", "-1", "+1", "9" * 10, "9" * 5000, "\u0663"):
+        assert "no descriptor's number" in failure_of(f"fd:{number}", UsageError)
     assert "without a command" in failure_of("exec:", UsageError)
 
 

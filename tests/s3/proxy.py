@@ -24,7 +24,7 @@ class Fault:
     `what`: "cut request" (in the middle of its body), "cut answer" (in the
     middle of its body), "lost answer" (the store has done it, nobody hears),
     "refused" (closed at once), "stall" (no answer until the end), "wrong etag",
-    or a status like "503".
+    a status like "503", or "chatter" (a refusal with very many words).
     """
 
     where: str
@@ -117,21 +117,21 @@ class _Handler(BaseHTTPRequestHandler):
         span = self.headers.get("Range", "")
         what = self.proxy.fault_for(f"{self.command} {self.path} {span}".strip())
         length = int(self.headers.get("Content-Length") or 0)
-        if what == "refused":
-            return self._hang_up()
-        if what == "cut request":
-            self.rfile.read(length // 2)
-            return self._hang_up()
-        body = self.rfile.read(length)
-        if len(body) < length:  # the client was killed
-            return self._hang_up()
+        body = (
+            b"" if what == "refused" else self.rfile.read(length // (1 + (what == "cut request")))
+        )
         if what == "stall":
             self.proxy.released.wait(_LIMIT_S)
-            return self._hang_up()
-        if what.isdigit():
-            return self._refuse(int(what))
-        self._pass_on(body, what)
-        return None
+        # The client may have been killed, too.
+        if len(body) < length or what in ("refused", "stall"):
+            self._hang_up()
+        elif what.isdigit():
+            self._refuse(int(what))
+        elif what == "chatter":
+            words = b"<Error><Code>Chatter</Code><Message>%b</Message></Error>"
+            self._refuse(400, words % (b"bla\x0a" * (1 << 20)))
+        else:
+            self._pass_on(body, what)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_any  # noqa: N815  the names http.server wants
 
@@ -166,10 +166,11 @@ class _Handler(BaseHTTPRequestHandler):
         with self.proxy._lock:
             self.proxy.body_bytes_out += len(data)
 
-    def _refuse(self, status: int) -> None:
+    def _refuse(self, status: int, body: bytes = b"") -> None:
         self.send_response(status)
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.wfile.write(body)
 
     def _hang_up(self) -> None:
         self.close_connection = True

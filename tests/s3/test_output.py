@@ -325,6 +325,26 @@ def test_a_store_that_knows_no_conditions_gets_none_after_a_look(
     assert s3.data(KEY) == DATA
 
 
+def test_a_store_that_talks_much_is_cut_short(s3: S3Server, proxy: FaultyProxy) -> None:
+    proxy.plan("PUT", "chatter")
+    output = small_parts()
+    output.write([b"data"])
+    with pytest.raises(OutputFailure, match="Chatter: bla") as caught:
+        output.commit()
+    assert len(str(caught.value)) < 600
+    output.abandon()
+
+
+@pytest.mark.parametrize("key", ["a b+c%20d/ü?x=1&y#z.vma", "(a)*'!;:@$,=~/..vma"])
+def test_a_key_may_have_any_letters(s3: S3Server, key: str) -> None:
+    output = ObjectOutput(f"s3://{BUCKET}/{key}", first_part_bytes=LEAST)
+    output.write([DATA])
+    output.commit()
+    assert s3.data(key) == DATA
+    with pytest.raises(OutputFailure, match="exists"):
+        ObjectOutput(f"s3://{BUCKET}/{key}")
+
+
 def test_plain_http_needs_to_be_allowed(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ALLOW_HTTP")
     with pytest.raises(UsageError, match=r"anybody on the way could read .*AWS_ALLOW_HTTP=true"):
