@@ -10,6 +10,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.guarding import (
     Attach,
+    Begun,
     Claimed,
     Copied,
     Failed,
@@ -135,6 +138,53 @@ def test_a_write_of_one_byte_across_two_clusters_saves_both(place: Place, backup
     message = next_message(backup)
     assert isinstance(message, Saved)
     assert (message.first, len(message.slots)) == (7, 2)
+
+
+def test_a_storm_of_flushes_is_answered_while_a_write_waits(place: Place, backup: Backup) -> None:
+    assert claim(backup, 4) == Claimed(0, 4)
+    with Client(place.nbd, "d") as first, ExitStack() as stack:
+        waiting = in_thread(lambda: first.write(2 * CLUSTER, b"new"))
+        clients = [stack.enter_context(Client(place.nbd, "d")) for _ in range(4)]
+
+        def storm(client: Client) -> None:
+            for _ in range(50):
+                client.command(NBD_CMD_FLUSH)
+
+        storms = [in_thread(partial(storm, client)) for client in clients]
+        for thread in storms:
+            thread.join(LIMIT_S)
+        assert not any(thread.is_alive() for thread in storms)
+        assert waiting.is_alive()
+        backup.guard.copied(4)
+        waiting.join(LIMIT_S)
+        assert first.read(2 * CLUSTER, 3) == b"new"
+
+
+@pytest.mark.parametrize("how", ["write", "zeroes", "trim"])
+def test_a_change_of_the_last_partial_cluster_saves_what_there_is_of_it(
+    tmp_path: Path, how: str
+) -> None:
+    image = make_disk(tmp_path / "partial", "AA", tail_bytes=70)
+    old = image.read_bytes()
+    with guarding(tmp_path, image) as place:
+        backup = Backup(place, 16, random.Random(1))
+        try:
+            begin({"d": place}, tmp_path)
+            assert next_message(backup) == Begun()
+            with Client(place.nbd, "d") as client:
+                match how:
+                    case "write":
+                        client.write(len(old) - 1, b"!")
+                    case "zeroes":
+                        client.command(NBD_CMD_WRITE_ZEROES, len(old) - 1, 1)
+                    case _:
+                        client.command(NBD_CMD_TRIM, len(old) - 1, 1)
+            backup.take(next_message(backup))
+            assert backup.seen == {1}
+            assert backup.content[CLUSTER:] == old[CLUSTER:]
+        finally:
+            backup.close()
+    assert image.stat().st_size == len(old)
 
 
 def test_a_trim_of_everything_saves_everything_before(place: Place, backup: Backup) -> None:
