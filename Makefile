@@ -5,7 +5,7 @@ BIN := .venv/bin
 # More arguments for pytest or the benchmarks: make test ARGS='-k header'
 ARGS ?=
 
-.PHONY: help setup demo test lint format bench soak clean
+.PHONY: help setup demo test lint format man bench soak clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ lint: setup  ## Style, types, and which room imports which
 format: setup  ## Let ruff format the code and mend what it can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+man: setup  ## Manual pages and shell completions, into build/
+	$(BIN)/python scripts/manual build
 
 bench: setup  ## Compare our speed with other tools on this machine
 	$(BIN)/python -m benchmarks $(ARGS)

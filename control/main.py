@@ -23,6 +23,7 @@ commands:
   status     tell how running backups get on
   speed      change a running backup's speed limit
   cancel     end a running backup
+  prune      remove old archives, by the rules that Proxmox has
   monitor    serve disks to guests, so that they can be backed up while in use
   cleanup    remove what a crashed backup has left in a running QEMU
   producer   read one disk and send it to an archiver (by hand, or elsewhere)
@@ -41,7 +42,7 @@ example:
 exit codes: 0 done, 1 failed, 2 wrong use, 4 verify found damage, 130/143 ended by a signal
 """
 
-_COMMANDS = {
+COMMANDS = {
     "backup": "vmapipe.control.backup",
     "restore": "vmapipe.control.restore",
     "list": "vmapipe.control.inspect",
@@ -50,6 +51,7 @@ _COMMANDS = {
     "status": "vmapipe.control.jobs.commands",
     "speed": "vmapipe.control.jobs.commands",
     "cancel": "vmapipe.control.jobs.commands",
+    "prune": "vmapipe.control.retention.command",
     "monitor": "vmapipe.control.monitor.main",
     "cleanup": "vmapipe.control.qemu.cleanup",
     "producer": "vmapipe.producer.main",
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage="vmapipe COMMAND [OPTION]...",
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
-    parser.add_argument("command", choices=sorted(_COMMANDS), help=argparse.SUPPRESS)
+    parser.add_argument("command", choices=sorted(COMMANDS), help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Only the first word is ours: whatever follows belongs to the command.
     options = parser.parse_args(arguments[:1])
-    module = importlib.import_module(_COMMANDS[options.command])
+    module = importlib.import_module(COMMANDS[options.command])
     command: Callable[[Sequence[str], str], int] = (
         getattr(module, f"main_{options.command}", None) or module.main
     )
