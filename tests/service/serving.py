@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 
-from tests.machine import LIMIT_S, VMAPIPE, children, next_event, started
+from tests.machine import LIMIT_S, children, next_event, started
+from tests.network.keys import make_client, make_server
 
 
 class Served:
@@ -77,17 +78,5 @@ def serving(
 
 def make_keys(folder: Path, *clients: str) -> tuple[Path, dict[str, Path]]:
     """A service's keys, and those of some clients that it lets in."""
-    server = folder / "server"
-    run_keygen(server)
-    made = {}
-    for name in clients:
-        made[name] = folder / f"client-{name}"
-        run_keygen("--client", made[name])
-        (made[name] / "server.pub").write_bytes((server / "server.pub").read_bytes())
-        key = (made[name] / "client.pub").read_bytes()
-        (server / "clients" / f"{name}.pub").write_bytes(key)
-    return server, made
-
-
-def run_keygen(*words: str | Path) -> None:
-    subprocess.run([*VMAPIPE, "keygen", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    server = make_server(folder / "server")
+    return server, {name: make_client(folder / name, server, name) for name in clients}

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.protocol.jobs import of_coordinators
 from tests.service.world import World
 from vmapipe.archiver.service.admission import Limits
-from vmapipe.archiver.service.jobs import Phase
+from vmapipe.archiver.service.jobs import START_S, Phase
 from vmapipe.protocol import frames, jobs
 from vmapipe.protocol.messages import Ping
 
@@ -119,7 +119,7 @@ class ServiceMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Everybody falls silent: what is left is asked to stop, ends, and is forgotten."""
-        self.world.pass_time(40)
+        self.world.pass_time(START_S + 5)
         assert self.world.archivers <= self.world.stopping
         for job in list(self.world.archivers):
             self.world.end(job, "asked to stop")

@@ -17,7 +17,6 @@ import pytest
 
 from tests.machine import (
     LIMIT_S,
-    VMAPIPE,
     bad,
     children,
     end_of,
@@ -48,8 +47,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def served(tmp_path: Path, temporary: Path) -> Iterator[Served]:
-    """A service that takes a coordinator for dead after 3 s."""
-    with serving(tmp_path / "store", "--client-timeout", "3") as service:
+    with serving(tmp_path / "store") as service:
         yield service
 
 
@@ -110,16 +108,16 @@ def test_many_jobs_at_once_are_stored_each_and_memory_is_bounded(
     served: Served, tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disks = [make_disk(tmp_path / f"{n}.raw", "A0A" * 150, seed=n) for n in range(count)]
-    backups = [
-        subprocess.Popen(
-            [*VMAPIPE, "backup", "--quiet", *served.words, "--disk", f"a={disk}", f"{n}.vma"],
-            stderr=subprocess.PIPE,
-        )
-        for n, disk in enumerate(disks)
-    ]
-    for backup in backups:
-        _, stderr = backup.communicate(timeout=500)
-        assert (backup.returncode, stderr) == (0, b"")
+    with contextlib.ExitStack() as stack:
+        backups = [
+            stack.enter_context(
+                started("backup", "--quiet", *served.words, "--disk", f"a={disk}", f"{n}.vma")
+            )
+            for n, disk in enumerate(disks)
+        ]
+        for backup in backups:
+            _, stderr = backup.communicate(timeout=500)
+            assert (backup.returncode, stderr) == (0, b"")
     front_bytes = served.rss_peak_bytes()
     log = served.stop()
     peaks = [event["peak_rss_bytes"] for event in log if event["event"] == "job-stored"]
@@ -173,9 +171,13 @@ def test_a_killed_process_fails_its_own_job_and_no_other(
 
 
 def test_a_killed_service_fails_its_jobs_with_clear_words_and_nothing_is_published(
-    served: Served, disk: Path, temporary: Path
+    tmp_path: Path, disk: Path, temporary: Path
 ) -> None:
-    with slow_backup(served, disk, "vm.vma") as backup:
+    with (
+        # Long enough for a busy machine to begin, short enough to be waited for.
+        serving(tmp_path / "store", "--client-timeout", "10") as served,
+        slow_backup(served, disk, "vm.vma") as backup,
+    ):
         family = psutil.Process(backup.pid).children(recursive=True)
         archivers = served.archivers()
         served.process.kill()
@@ -184,7 +186,7 @@ def test_a_killed_service_fails_its_jobs_with_clear_words_and_nothing_is_publish
         code, text = end_of(backup)
         all_gone(family)
     assert (code, len(text.splitlines())) == (1, 1)
-    assert "silent for 3 s" in text
+    assert "silent for 10 s" in text
     # The next one finds what was left, and removes it.
     with serving(served.folder) as again:
         good("backup", "--quiet", *again.words, "--disk", f"a={disk}", "vm.vma")
