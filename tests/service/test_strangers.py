@@ -132,7 +132,7 @@ def test_names_and_shapes_that_no_client_of_ours_sends_are_refused(
         peer = meet(served)
         peer.open(name, job=number.to_bytes(16, "big"))
         assert peer.hear("REFUSE")["code"] == code
-    for more, code in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"devices": []}, "bad-contents"),
         ({"devices": ["a", "a"]}, "bad-contents"),
         ({"devices": ["../a"]}, "bad-contents"),
@@ -140,7 +140,8 @@ def test_names_and_shapes_that_no_client_of_ours_sends_are_refused(
         ({"compress": "exec:rm"}, "bad-contents"),
         ({"configs": [["../a", b""]]}, "malformed"),
         ({"version": 7}, "version"),
-    ]:
+    ]
+    for more, code in wrong:
         peer = meet(served)
         peer.open("x.vma", **more)
         assert peer.hear("REFUSE")["code"] == code

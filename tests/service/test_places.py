@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a client's archives go, its rules, and what the host has left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vmapipe.archiver.service.memory import available_memory_bytes, left_in_group
+from vmapipe.archiver.service.places import Places, Rules, read_rules
+from vmapipe.archiver.service.workfolder import WorkFolder
+from vmapipe.protocol import jobs, limits
+from vmapipe.protocol.errors import RemoteProtocolError
+from vmapipe.runtime.errors import Failure
+
+REQUEST = jobs.Open(limits.VERSION, bytes(16), "vm.vma", ("a",))
+
+
+def places(folder: Path, usual: Rules | None = None, rules: Path | None = None) -> Places:
+    return Places(str(folder), usual or Rules(), rules, per_client=True)
+
+
+def test_each_client_has_a_folder_that_only_the_service_can_enter(tmp_path: Path) -> None:
+    place = places(tmp_path).place("alice", REQUEST)
+    assert place.path == str(tmp_path / "alice" / "vm.vma")
+    assert not place.exists
+    assert (tmp_path / "alice").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_link_in_the_place_of_a_clients_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "alice").symlink_to(tmp_path)
+    with pytest.raises(RemoteProtocolError, match="is no folder"):
+        places(tmp_path / "store").place("alice", REQUEST)
+
+
+@pytest.mark.parametrize("taken", ["vm.vma", "vm.vma.manifest.json"])
+def test_a_name_is_taken_by_an_archive_a_manifest_or_a_link_to_nowhere(
+    tmp_path: Path, taken: str
+) -> None:
+    (tmp_path / "alice").mkdir()
+    (tmp_path / "alice" / taken).symlink_to("/nowhere")
+    assert places(tmp_path).place("alice", REQUEST).exists
+
+
+def test_rules_of_a_client_stand_above_the_usual_ones_and_are_read_anew(tmp_path: Path) -> None:
+    rules = tmp_path / "clients"
+    rules.mkdir()
+    there = places(tmp_path, Rules(quota_bytes=1000, max_jobs=5), rules)
+    assert there.place("alice", REQUEST)[2:4] == (5, 1000)
+    (rules / "alice.toml").write_text('quota = "2K"\ndirectory = "other"\n')
+    place = there.place("alice", REQUEST)
+    assert place.path == str(tmp_path / "other" / "vm.vma")
+    assert place[2:4] == (5, 2048)
+    (tmp_path / "other" / "old.vma").write_bytes(bytes(700))
+    (tmp_path / "other" / "new.vma.partial").write_bytes(bytes(50))
+    assert there.place("alice", REQUEST).used_bytes == there.used_bytes("alice") == 750
+    assert there.place("bob", REQUEST).used_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'quota = "much"',
+        "quota = 5",
+        "jobs = 0",
+        'jobs = "1"',
+        'directory = "../x"',
+        'directory = "/x"',
+        'directory = ""',
+        'folder = "x"',
+        "not toml",
+        'quota = "1G"',
+    ],
+)
+def test_rules_that_make_no_sense_name_their_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "alice.toml").write_text(text)
+    with pytest.raises(Failure, match=r"alice\.toml"):
+        read_rules(tmp_path / "alice.toml", Rules())
+    with pytest.raises(Failure, match=r"alice\.toml"):
+        Places(str(tmp_path), Rules(), tmp_path, per_client=False)
+
+
+def test_a_control_groups_limit_counts_without_the_pages_that_can_be_dropped(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
+    assert left_in_group(tmp_path, 5000) == 400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert left_in_group(tmp_path, 5000) == 5000
+    assert left_in_group(tmp_path / "none", 5000) == 5000
+    assert available_memory_bytes() > 0
+
+
+def test_the_folder_of_a_service_that_was_killed_is_removed_and_that_of_a_living_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    living = WorkFolder()
+    killed = tmp_path / "vmapipe-service-killed"
+    (killed / "1").mkdir(parents=True)
+    (tmp_path / "vmapipe-service-link").symlink_to(tmp_path)
+    second = WorkFolder()
+    assert os.path.isdir(living.path)
+    assert not killed.exists()
+    living.remove()
+    second.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["vmapipe-service-link"]
