@@ -162,24 +162,23 @@ class Saving:
             with contextlib.suppress(Failure):
                 self._link.execute(Command("cont", {}))
             raise
-        self._wait_for_guest()
+        self._wait_for_guest(memory.BACKGROUND)
         self._rewrite(resume="")
 
-    def _wait_for_guest(self) -> None:
-        """QEMU lets it go on by itself."""
+    def _wait_for_guest(self, how: str) -> None:
+        """Until QEMU has let it go on; for how long it stood still, QEMU's events tell."""
         deadline = time.monotonic() + self._guest_wait_s + ANSWER_S
         while self.held is None:
             select.select([self._link.fd], [], [], _LOOK_S)
             for event in self._link.events():
                 self.hear(event)
                 if event.get("event") == "RESUME":
-                    seconds = _time_of(event) - self._stopped_at
-                    self.held = Instant(memory.BACKGROUND, seconds)
+                    self.held = Instant(how, _time_of(event) - self._stopped_at)
             progress = memory.progress_of(self._ask("query-migrate"))
             if self.held is None and not progress.is_moving and not progress.is_complete:
                 raise Failure(f"QEMU could not save the machine's memory: {progress.why}")
             if time.monotonic() > deadline:
-                raise Failure("the guest does not go on after its memory was write-protected")
+                raise Failure("the guest does not go on after its memory was saved")
 
     # --- by migration ---
 
@@ -212,7 +211,7 @@ class Saving:
             self.held = Instant("the guest stood still", 0.0)
         else:
             self._execute(Command("cont", {}))
-            self.held = Instant("live migration", time.time() - self._stopped_at)
+            self._wait_for_guest("live migration")
         self._rewrite(resume="")
 
     # --- both ---
@@ -240,7 +239,6 @@ class Saving:
 
 
 def _time_of(event: dict[str, Any]) -> float:
-    """QEMU's clock is the host's, as time.time()."""
     stamp = event.get("timestamp") or {}
     return float(stamp.get("seconds", 0)) + float(stamp.get("microseconds", 0)) / 1e6
 

@@ -73,6 +73,8 @@ class Sink(TakesOnly):
         self._room = Room(room.start, len(room))
         self._piece_clusters = piece_clusters
         self._queue: deque[Arrived] = deque()
+        # Positions of runs in the queue whose data is still being copied.
+        self._filling: set[int] = set()
         self._sleeping = self._woken = False
         self._turns = Turns(self._changed)
 
@@ -102,8 +104,11 @@ class Sink(TakesOnly):
             if self._woken:
                 os.eventfd_read(self.fd)
                 self._woken = False
-            self._sleeping = not self._queue
-            return self._queue[0] if self._queue else None
+            first = self._queue[0] if self._queue else None
+            if first is not None and first.position in self._filling:
+                first = None
+            self._sleeping = first is None
+            return first
 
     def sent(self, clusters: int) -> None:
         """So many of the first run's clusters are sent; less than all only of zeroes."""
@@ -154,8 +159,8 @@ class Sink(TakesOnly):
                 return False
             self._arrivals.add(first, count)
             self._parts.forget(first, count)
-        self._memory[position : position + length] = data
-        self._put(Arrived(first, count, position, length))
+            self._enter(Arrived(first, count, position, length))
+        self._fill(position, data)
         return True
 
     def write(self, data: memoryview, offset: int) -> None:
@@ -195,10 +200,10 @@ class Sink(TakesOnly):
                 self._arrivals.add(*run)
                 self._parts.forget(*run)
                 position = self._wait_for_room(whole_blocks(len(piece)), deadline)
-            if position is None:
-                return
-            self._memory[position : position + len(piece)] = piece
-            self._put(Arrived(run[0], run[1], position, len(piece)))
+                if position is None:
+                    return
+                self._enter(Arrived(run[0], run[1], position, len(piece)))
+            self._fill(position, piece)
             data, first = data[start + len(piece) :], run[0] + run[1]
 
     def _take_part(self, data: memoryview | bytes, offset: int, deadline: float) -> None:
@@ -237,11 +242,21 @@ class Sink(TakesOnly):
                 return
         self._queue.append(Arrived(first, count, -1, 0))
 
-    def _put(self, arrived: Arrived) -> None:
+    def _enter(self, arrived: Arrived) -> None:
+        """With the lock held: its turn is that of its room, whoever is filled first.
+
+        The room is a ring, given back from its oldest piece on. Were that one sent
+        last, nothing would be given back while the archiver's open extent holds it.
+        """
+        self._filling.add(arrived.position)
+        self._queue.append(arrived)
+        self.taken_bytes += arrived.length
+
+    def _fill(self, position: int, data: memoryview | bytes) -> None:
+        self._memory[position : position + len(data)] = data
         with self._changed:
+            self._filling.discard(position)
             if not self.failure:
-                self._queue.append(arrived)
-                self.taken_bytes += arrived.length
                 self._wake()
 
     def _wake(self) -> None:

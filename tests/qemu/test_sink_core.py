@@ -239,3 +239,29 @@ def test_room_is_never_given_twice_and_comes_back(steps: list[int | None], chanc
     for position in held:
         room.give_back(position)
     assert room.take(24) == 100
+
+
+def test_what_took_its_room_first_is_sent_first_however_long_its_copy_takes(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent later, it would hold up all the room behind it: it is given back in its order."""
+    started, may_go_on = threading.Event(), threading.Event()
+    fill = target.sink._fill
+
+    def slow_fill(position: int, data: memoryview | bytes) -> None:
+        if position == START:
+            started.set()
+            assert may_go_on.wait(30)
+        fill(position, data)
+
+    monkeypatch.setattr(target.sink, "_fill", slow_fill)
+    first = threading.Thread(target=target.sink.write, args=(memoryview(bytes(CLUSTER)), 0))
+    first.start()
+    assert started.wait(30)
+    assert target.sink.try_write(memoryview(pattern(CLUSTER, CLUSTER)), CLUSTER)
+    assert target.sink.next() is None
+    may_go_on.set()
+    first.join(30)
+    assert select.select([target.sink.fd], [], [], 30)[0]
+    target.take()
+    assert target.seen == [0, 1]
