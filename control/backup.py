@@ -74,7 +74,8 @@ exit codes: 0 stored, 1 failed (nothing was stored), 2 wrong use, 130/143 ended 
 
 def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
-    parser.add_argument(
+    what = parser.add_argument_group("what to back up")
+    what.add_argument(
         "--disk",
         action="append",
         default=[],
@@ -83,25 +84,25 @@ def main(argv: Sequence[str], prog: str) -> int:
         "raw need their format (qcow2, vmdk, vhdx, vdi, ...), and ,snapshot=NAME or ,offset=BYTES "
         "may follow; may be repeated",
     )
-    parser.add_argument(
+    what.add_argument(
         "--monitor",
         metavar="SOCKET",
         help="back up the disks of this monitor while they are in use; --disk NAME then chooses "
         "some of them",
     )
-    parser.add_argument(
+    what.add_argument(
         "--qmp",
         metavar="SOCKET",
         help="back up the disks of the running QEMU whose QMP monitor this is; --disk NAME then "
         "chooses some of them, by their name in the archive, device, node or id",
     )
-    parser.add_argument(
+    what.add_argument(
         "--state",
         action="store_true",
         help="with --qmp: the machine's memory and devices, too, of the same instant as the disks; "
         "docs/operations.md tells how to let the machine go on from there",
     )
-    parser.add_argument(
+    what.add_argument(
         "--agent",
         metavar="SOCKET",
         help="freeze the guest's file systems for the instant, through this guest agent "
@@ -117,14 +118,15 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="read at most this much a second, all disks together; K, M, G, T are powers of 1024 "
         "(what a guest's writes save is not slowed down)",
     )
-    parser.add_argument(
+    proxmox = parser.add_argument_group("as Proxmox VE does it")
+    proxmox.add_argument(
         "--vmid",
         type=int,
         metavar="N",
         help="name everything as Proxmox VE's vzdump does for this machine, so that qmrestore "
         "takes it: ARCHIVE is then a folder, and a log is written beside the archive",
     )
-    parser.add_argument(
+    proxmox.add_argument(
         "--notes", default="", metavar="TEXT", help="with --vmid: notes beside the archive"
     )
     parser.add_argument(

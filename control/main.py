@@ -14,30 +14,37 @@ DESCRIPTION = """\
 Back up disks of virtual machines into one VMA archive, the format of Proxmox
 VE, and bring them back. One process reads each disk, one writes the archive.
 
-commands:
+archives:
   backup     back up disks into an archive
   restore    bring an archive's disks back
+  verify     check an archive without writing anything
   list       tell what an archive holds
   config     print a configuration stored in an archive
-  verify     check an archive without writing anything
-  status     tell how running backups get on
-  speed      change a running backup's speed limit
-  cancel     end a running backup
   prune      remove old archives, by the rules that Proxmox has
-  monitor    serve disks to guests, so that they can be backed up while in use
+
+backups that are running:
+  status     tell how they get on
+  speed      change a speed limit
+  cancel     end one
   cleanup    remove what a crashed backup has left in a running QEMU
-  producer   read one disk and send it to an archiver (by hand, or elsewhere)
+
+processes that stay:
+  monitor    serve disks to guests, so that they can be backed up while in use
   archiver   receive disks from producers and store the archive
+  producer   read one disk and send it to an archiver (by hand, or elsewhere)
   keygen     make the keys with which producers and archivers know each other
 
 `vmapipe COMMAND --help` explains each. `vma` speaks the reference tool's grammar.
 """
 
 EPILOG = """\
-example:
-  vmapipe backup --disk drive-scsi0=/srv/vm.raw --config vm.conf vm.vma.zst --compress zstd
+to begin with, a disk that no machine is using just now:
+  vmapipe backup --disk drive-scsi0=/srv/vm.raw --config vm.conf --compress zstd vm.vma.zst
   vmapipe verify vm.vma.zst
-  vmapipe restore vm.vma.zst restored/
+  vmapipe restore vm.vma.zst restored/        # restored/disk-drive-scsi0.raw
+
+a machine that runs (its QEMU needs -qmp unix:qmp.sock,server=on,wait=off):
+  vmapipe backup --qmp qmp.sock --config vm.conf vm.vma
 
 exit codes: 0 done, 1 failed, 2 wrong use, 4 verify found damage, 130/143 ended by a signal
 """

@@ -46,8 +46,8 @@ class JobState:
     peak_rss_bytes: int = 0
     plain_bytes: int = 0
     devices: dict[str, dict[str, Any]] = field(default_factory=dict)
-    #: (when, bytes done), of the last seconds.
-    _history: deque[tuple[float, int]] = field(default_factory=deque)
+    #: (when, bytes done, bytes read), of the last seconds.
+    _history: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     @property
     def total_bytes(self) -> int:
@@ -60,6 +60,10 @@ class JobState:
     @property
     def zero_bytes(self) -> int:
         return sum(device["zero_bytes"] for device in self.devices.values())
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(device["read_bytes"] for device in self.devices.values())
 
     def take(self, event: Event, now: float) -> None:
         match event["event"]:
@@ -92,17 +96,17 @@ class JobState:
         for told in event["devices"]:
             device = self.devices.setdefault(told["name"], _new_device(told["name"], told["bytes"]))
             device |= {key: told[key] for key in ("done_bytes", "zero_bytes")}
-        self._history.append((now, self.done_bytes))
+        self._history.append((now, self.done_bytes, self.read_bytes))
         while len(self._history) > 1 and now - self._history[0][0] > _RATE_S:
             self._history.popleft()
 
-    def rate_bytes_s(self, now: float) -> float:
-        """Of the last seconds; of all of it once it has ended."""
-        if self.ended or not self._history:
-            since, before, until = self.started, 0, self.ended or now
-        else:
-            (since, before), until = self._history[0], now
-        return (self.done_bytes - before) / max(0.001, until - since)
+    def rates_bytes_s(self, now: float) -> tuple[float, float]:
+        """Done, and read: of the last seconds; of all of it once it has ended."""
+        since, done, read = self.started, 0, 0
+        if self._history and not self.ended:
+            since, done, read = self._history[0]
+        seconds = max(0.001, (self.ended or now) - since)
+        return (self.done_bytes - done) / seconds, (self.read_bytes - read) / seconds
 
     def backup_status(self) -> dict[str, Any]:
         """BackupStatus, as `query-backup` answers it."""
@@ -125,7 +129,7 @@ class JobState:
 
     def details(self, now: float) -> dict[str, Any]:
         """All that is known, in the words of the JSON events."""
-        rate = self.rate_bytes_s(now)
+        rate, read_rate = self.rates_bytes_s(now)
         left = self.total_bytes - self.done_bytes
         return {
             "job": self.job,
@@ -142,6 +146,7 @@ class JobState:
             "plain_bytes": self.plain_bytes,
             "speed_bytes_s": self.speed_bytes_s,
             "rate_bytes_s": round(rate),
+            "read_rate_bytes_s": round(read_rate),
             "left_s": round(left / rate) if rate and self.devices else None,
             "devices": list(self.devices.values()),
         }

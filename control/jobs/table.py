@@ -42,6 +42,8 @@ def _progress(job: Details) -> str:
     total, done = job["total_bytes"], job["done_bytes"]
     words = [f"{_percent(done, total)} of {human_bytes(total)}"]
     words.append(f"{human_bytes(job['rate_bytes_s'])}/s")
+    # Holes and zeroes are done without much reading, and the limit is one on that.
+    words.append(f"reads {human_bytes(job['read_rate_bytes_s'])}/s")
     if job["speed_bytes_s"]:
         words[-1] += f" (limit {human_bytes(job['speed_bytes_s'])}/s)"
     words.append(f"{human_time(job['seconds'])} so far")

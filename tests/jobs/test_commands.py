@@ -94,6 +94,7 @@ JOB: dict[str, Any] = {
     "stored_bytes": 1 << 29,
     "plain_bytes": 1 << 30,
     "rate_bytes_s": 10 << 20,
+    "read_rate_bytes_s": 5 << 20,
     "speed_bytes_s": 0,
     "left_s": 310,
     "devices": [
@@ -118,7 +119,7 @@ JOB: dict[str, Any] = {
 
 def test_the_table_has_the_words_and_numbers_in_line() -> None:
     assert "\n".join(job_lines(JOB)) == (
-        "/backup/vm.vma  3f2a3f2a  25 % of 4.0 GiB, 10.0 MiB/s, 1:15 so far, 5:10 left\n"
+        "/backup/vm.vma  3f2a3f2a  25 % of 4.0 GiB, 10.0 MiB/s, reads 5.0 MiB/s, 1:15 so far, 5:10 left\n"
         "  archive so far: 512.0 MiB, 50 % of 1.0 GiB before compression\n"
         "  DISK         DONE     READ       SENT       ZERO     SAVED  BUFFERED  SPOOLED"
         "  WAITING WRITES\n"
