@@ -16,7 +16,7 @@ from xxhash import xxh3_128
 from vmapipe.archiver.manifests import ManifestSink
 from vmapipe.archiver.outputs.output import Buffers, Output
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES
+from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.vma.manifest import (
     DeviceTotals,
     ExtentDigest,
@@ -52,10 +52,12 @@ class Digests:
     def extents(self, batch: Sequence[PackedExtent[Any]]) -> None:
         """The next extents of the archive, in order."""
         for extent in batch:
-            digest = ExtentDigest(extent.total_bytes, _digest(extent.buffers))
-            self._sink.line(extent_line(self._extents, digest))
-            self._extents += 1
-            self._archive_bytes += extent.total_bytes
+            for buffers in _one_by_one(extent):
+                size_bytes = sum(map(len, buffers))
+                digest = ExtentDigest(size_bytes, _digest(buffers))
+                self._sink.line(extent_line(self._extents, digest))
+                self._extents += 1
+                self._archive_bytes += size_bytes
             for dev_id, first, count, masks, data in extent.clusters:
                 self._devices[dev_id].add(first, count, masks, data)
 
@@ -172,6 +174,15 @@ class DigestedOutput:
             self._digests.abandon()
         if through:
             self._committing.release()
+
+
+def _one_by_one(extent: PackedExtent[Any]) -> list[Buffers]:
+    """The buffers of each extent."""
+    if extent.extents == 1:
+        return [extent.buffers]
+    headers = memoryview(extent.buffers[0])
+    starts = range(0, len(headers), EXTENT_HEADER_BYTES)
+    return [[headers[at : at + EXTENT_HEADER_BYTES]] for at in starts]
 
 
 def _digest(buffers: Buffers) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from vmapipe.vma.errors import LimitError
-from vmapipe.vma.extent import encode_extent_header
+from vmapipe.vma.extent import encode_extent_header, encode_zero_extents, slot_word
 from vmapipe.vma.layout import (
     BLOCK_BYTES,
     CLUSTER_BYTES,
@@ -22,6 +22,11 @@ from vmapipe.vma.layout import (
 )
 
 _FULL = FULL_MASK.to_bytes(2, "big")
+# Extents of zeroes that are handed on as one: each is only a header, and what is
+# done with each of them costs more than making it. 32 KiB, so that writes are
+# still cut finely.
+_ZERO_EXTENTS = 64
+_NOTHING = memoryview(b"")
 Note = TypeVar("Note")
 # dev_id, first cluster, count, masks and payload, the last two as in `Packer.add`.
 PackedRun: TypeAlias = tuple[int, int, int, bytes, memoryview]
@@ -29,6 +34,9 @@ PackedRun: TypeAlias = tuple[int, int, int, bytes, memoryview]
 
 class PackedExtent(NamedTuple, Generic[Note]):
     """One extent, ready to be written: `buffers` in order, `total_bytes` long together.
+
+    Or `extents` of them that hold only zeroes; then there is one buffer, with
+    their headers.
 
     `clusters` lists what it holds, so that digests can be kept per device.
     `notes` has, per dev_id, the last note given with a run that ends in this
@@ -39,6 +47,7 @@ class PackedExtent(NamedTuple, Generic[Note]):
     total_bytes: int
     clusters: list[PackedRun]
     notes: dict[int, Note]
+    extents: int = 1
 
 
 class Packer(Generic[Note]):
@@ -84,6 +93,13 @@ class Packer(Generic[Note]):
         words = b"" if full else masks
         done = data_at = 0
         while done < count:
+            if not masks and not self._slots and count - done >= self._limit:
+                extents = min(_ZERO_EXTENTS, (count - done) // self._limit)
+                first = first_cluster + done
+                done += extents * self._limit
+                notes = {dev_id: note} if done == count else {}
+                yield self._zeroes(dev_id, first, extents, notes)
+                continue
             take = min(self._limit - len(self._slots), count - done)
             base = dev_id << 32 | first_cluster + done
             if full:
@@ -109,6 +125,14 @@ class Packer(Generic[Note]):
                 self._notes[dev_id] = note
             if len(self._slots) == self._limit:
                 yield self._close()
+
+    def _zeroes(
+        self, dev_id: int, first: int, extents: int, notes: dict[int, Note]
+    ) -> PackedExtent[Note]:
+        raw = encode_zero_extents(self._uuid, slot_word(0, dev_id, first), self._limit, extents)
+        self._closed += extents
+        run: PackedRun = (dev_id, first, extents * self._limit, b"", _NOTHING)
+        return PackedExtent([raw], len(raw), [run], notes, extents)
 
     def flush(self) -> Iterator[PackedExtent[Note]]:
         """The last extent, if it holds anything; an archive without clusters has one empty one.

@@ -135,8 +135,7 @@ def test_small_extents_are_written_together_and_large_ones_alone(
         sizes = {extent.total_bytes for extent in made.extents}
         assert max(writes) < GATHER_BYTES + max(sizes)
         if made is zeroes:
-            # 1024 buffers a call, 512 bytes each.
-            assert writes == [1024 * 512] * 4 + [904 * 512]
+            assert writes == [GATHER_BYTES] * 2 + [5000 * 512 - 2 * GATHER_BYTES]
         else:
             assert writes == [extent.total_bytes for extent in made.extents]
 

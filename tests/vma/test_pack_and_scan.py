@@ -21,6 +21,7 @@ from tests.vma.archives import (
     stored_blocks,
 )
 from vmapipe.vma.errors import LimitError
+from vmapipe.vma.extent import encode_extent_header, encode_zero_extents, slot_word
 from vmapipe.vma.header import Config, Device
 from vmapipe.vma.layout import (
     CLUSTER_BYTES,
@@ -147,7 +148,7 @@ def test_flushing_twice_adds_nothing() -> None:
 
 def test_a_run_that_fills_extents_exactly_leaves_nothing_to_flush() -> None:
     packer: Packer[None] = Packer(UUID, 4)
-    assert len(list(packer.add(1, 0, 8, b"", b"", None))) == 2
+    assert sum(e.extents for e in packer.add(1, 0, 8, b"", b"", None)) == 2
     assert list(packer.flush()) == []
 
 
@@ -188,8 +189,27 @@ def test_a_zero_run_as_long_as_the_largest_disk_is_packed_lazily() -> None:
     packer: Packer[None] = Packer(UUID)
     extents = packer.add(1, 0, MAX_CLUSTERS, b"", b"", None)
     first = next(extents)
-    assert first.total_bytes == EXTENT_HEADER_BYTES
-    assert first.clusters == [(1, 0, 58, b"", memoryview(b""))]
+    assert first.total_bytes == first.extents * EXTENT_HEADER_BYTES <= 32 << 10
+    assert first.clusters == [(1, 0, 58 * first.extents, b"", memoryview(b""))]
+
+
+@pytest.mark.parametrize("slots", [1, 4, 58, 59])
+@pytest.mark.parametrize("first", [0, 7, MAX_CLUSTERS - 59 * 3])
+def test_headers_of_zeroes_made_together_are_those_made_one_by_one(slots: int, first: int) -> None:
+    words = [slot_word(0, 254, first + n) for n in range(3 * slots)]
+    one_by_one = [
+        encode_extent_header(UUID, words[at : at + slots], 0) for at in range(0, 3 * slots, slots)
+    ]
+    assert encode_zero_extents(UUID, words[0], slots, 3) == b"".join(one_by_one)
+
+
+def test_zeroes_behind_other_clusters_first_fill_their_extent() -> None:
+    packer: Packer[str] = Packer(UUID, 4)
+    extents = list(packer.add(1, 0, 1, b"\0\1", bytes(4096), "data"))
+    extents += packer.add(2, 0, 12, b"", b"", "zeroes")
+    extents += packer.flush()
+    assert [e.extents for e in extents] == [1, 2, 1]
+    assert [e.notes for e in extents] == [{1: "data"}, {}, {2: "zeroes"}]
 
 
 def test_the_last_possible_cluster_number_is_packed() -> None:
