@@ -32,8 +32,8 @@ format: setup  ## Let ruff format the code and mend what it can
 man: setup  ## Manual pages and shell completions, into build/
 	$(BIN)/python scripts/manual build
 
-bench: setup  ## Compare our speed with other tools on this machine
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: setup  ## Compare our speed with other tools; writes docs/benchmarking.md
+	$(BIN)/python -m benchmarks $(or $(ARGS),--write)
 
 soak: setup  ## The tests that take minutes (markers slow and soak)
 	$(BIN)/python -m pytest -m 'slow or soak' --timeout 3600 $(ARGS)
