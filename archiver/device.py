@@ -15,7 +15,7 @@ from vmapipe.vma.coverage import ClusterSet, mask_fits
 from vmapipe.vma.header import Device
 
 # A producer's memory is a few MiB, and it waits for acknowledgements to use
-# it again: tell it at least so often.
+# it again: tell it at least so often, and when nothing more is being written.
 _ACK_BYTES = 512 * 1024
 _NOTHING = memoryview(b"")
 
@@ -148,7 +148,10 @@ class DeviceState:
         # A quarter of the window a message: few messages, and the producer,
         # whose frames are at most half a window, never runs dry.
         more = limit - self._granted >= self._window_bytes // 4
-        freed = self._written.charged - self._acked >= _ACK_BYTES
+        news = self._written.charged - self._acked
+        # Blocks that are zero cost us nothing, and the producer memory: where most
+        # are, little news is all of its memory, and it would wait for ever.
+        freed = news >= _ACK_BYTES or (news > 0 and not self.queued_extents)
         if not (more or freed or self.complete):
             return None
         self._granted = limit

@@ -439,3 +439,18 @@ def test_too_much_for_one_header_fails_the_job_with_the_limit() -> None:
     producer = world.add("a", b"x")
     assert "the limit is 524288" in world.job.reason
     assert isinstance(producer.end_of_session, Abort)
+
+
+def test_a_producer_hears_of_all_that_is_written_however_little_data_that_is() -> None:
+    """Its memory is full of clusters that are nearly all zero: it waits for this, we for it."""
+    world = World(Job(spec("a", "b"), 0.0))
+    producer = world.add("a", (b"x" + bytes(CLUSTER_BYTES - 1)) * 130)
+    world.add("b", b"x")
+    block = b"x" + bytes(4095)
+    for cluster in range(130):
+        world.deliver(b"a", producer.side.run(cluster, 1, b"\x00\x01", block))
+    assert world.store.queue
+    while world.store.queue:
+        world.carry_out(world.store.write_one(world.job))
+    # What is left is in the one extent that is still open.
+    assert producer.side.acked >= 130 - 59
