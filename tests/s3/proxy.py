@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class Fault:
 
 
 class FaultyProxy:
-    def __init__(self, upstream: int) -> None:
+    def __init__(self, upstream: int, tls: ssl.SSLContext | None = None) -> None:
         self.faults: list[Fault] = []
         #: "METHOD path?query range" of all requests, in order.
         self.requests: list[str] = []
@@ -50,6 +51,8 @@ class FaultyProxy:
                 super().__init__(*args)  # type: ignore[arg-type]
 
         self._server = _Server(("127.0.0.1", 0), Handler)
+        if tls:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), daemon=True
         )
@@ -183,8 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def proxy_to(port: int) -> Iterator[FaultyProxy]:
-    proxy = FaultyProxy(port)
+def proxy_to(port: int, tls: ssl.SSLContext | None = None) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(port, tls)
     try:
         yield proxy
     finally:

@@ -40,6 +40,12 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Disks:
     }
 
 
+@pytest.fixture
+def small(disks: Disks) -> list[str]:
+    """The words for the disk that is no part long."""
+    return words({"sdb": disks["sdb"]})
+
+
 def words(disks: Disks) -> list[str]:
     return [word for name, path in disks.items() for word in ("--disk", f"{name}={path}")]
 
@@ -85,20 +91,22 @@ def test_the_drop_in_reads_and_writes_objects_too(
     assert sha256(tmp_path / "out" / "disk-drive-a.raw") == sha256(disks["sdb"])
 
 
-def test_damage_in_a_store_is_found_with_its_place(s3: S3Server, disks: Disks) -> None:
-    good("backup", "--quiet", *words(disks), NAME)
+def test_damage_in_a_store_is_found_with_its_place(s3: S3Server, small: list[str]) -> None:
+    good("backup", "--quiet", *small, NAME)
     raw = bytearray(s3.data("vm/vm.vma"))
     raw[len(raw) // 2] ^= 1
     s3.put("vm/vm.vma", bytes(raw))
     done = run("verify", "--json", NAME)
     assert done.returncode == 4
     report = json.loads(done.stdout.splitlines()[-1])
-    assert [find["device"] for find in report["damage"]] == ["sda"]
+    assert [find["device"] for find in report["damage"]] == ["sdb"]
 
 
-def test_a_manifest_without_its_archive_is_stale_and_replaced(s3: S3Server, disks: Disks) -> None:
+def test_a_manifest_without_its_archive_is_stale_and_replaced(
+    s3: S3Server, small: list[str]
+) -> None:
     s3.put("vm/vm.vma.manifest.json", b"of a backup that was killed in its last moment")
-    good("backup", "--quiet", *words(disks), NAME)
+    good("backup", "--quiet", *small, NAME)
     good("verify", "--quiet", "--require-manifest", NAME)
 
 
@@ -134,10 +142,9 @@ def test_whoever_is_killed_nothing_is_left_in_the_store(
 
 
 def test_a_manifest_may_be_an_object_beside_no_object(
-    s3: S3Server, disks: Disks, tmp_path: Path
+    s3: S3Server, small: list[str], tmp_path: Path
 ) -> None:
     manifest = f"s3://{BUCKET}/m.json"
-    small = ("--disk", f"sdb={disks['sdb']}")
     good("backup", "--quiet", *small, "--manifest", manifest, tmp_path / "a.vma")
     good("verify", "--quiet", "--require-manifest", "--manifest", manifest, tmp_path / "a.vma")
     text = bad("backup", *small, "--manifest", manifest, tmp_path / "b.vma")
@@ -145,11 +152,12 @@ def test_a_manifest_may_be_an_object_beside_no_object(
     assert not (tmp_path / "b.vma").exists()
 
 
-def test_wrong_use_is_said_in_one_line(s3: S3Server, disks: Disks) -> None:
-    assert "--vmid" in bad("backup", *words(disks), "--vmid", "100", f"s3://{BUCKET}/x", code=2)
-    assert "NoSuchBucket" in bad("backup", "--no-manifest", *words(disks), "s3://no-bucket-here/x")
+def test_wrong_use_is_said_in_one_line(s3: S3Server, small: list[str]) -> None:
+    assert "--vmid" in bad("backup", *small, "--vmid", "100", f"s3://{BUCKET}/x", code=2)
+    assert "NoSuchBucket" in bad("backup", "--no-manifest", *small, "s3://no-bucket-here/x")
 
 
+@pytest.mark.slow
 def test_the_archivers_memory_is_bounded(s3: S3Server, tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "big.raw", "A" * 1800)  # 112 MiB: 8 parts
     events = good("backup", "--json", "--no-manifest", "--disk", f"sda={disk}", NAME)

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import random
+import ssl
+import subprocess
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +26,7 @@ from tests.archiver.test_outputs import (  # noqa: F401  they run here, with the
     test_the_bytes_that_have_left_are_counted,
     test_what_is_written_arrives_whole_and_in_order,
 )
-from tests.s3.proxy import FaultyProxy
+from tests.s3.proxy import FaultyProxy, proxy_to
 from tests.s3.server import BUCKET, S3Server
 from vmapipe.archiver.outputs import leftuploads
 from vmapipe.archiver.outputs import object as object_module
@@ -349,6 +353,30 @@ def test_plain_http_needs_to_be_allowed(s3: S3Server, monkeypatch: pytest.Monkey
     monkeypatch.delenv("AWS_ALLOW_HTTP")
     with pytest.raises(UsageError, match=r"anybody on the way could read .*AWS_ALLOW_HTTP=true"):
         open_output(NAME)
+
+
+def test_over_https_the_stores_certificate_counts(
+    s3: S3Server, need: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (openssl,) = need("openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    words = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 2 -subj /CN=x"
+    more = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([openssl, *words.split(), *more], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with proxy_to(s3.port, tls) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{proxy.port}")
+        with pytest.raises(OutputFailure, match="certificate verify failed"):
+            small_parts()
+        assert proxy.requests == []
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        output = small_parts()
+        output.write([DATA])
+        output.commit()
+    assert s3.data(KEY) == DATA
 
 
 @pytest.mark.parametrize(
