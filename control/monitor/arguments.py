@@ -80,12 +80,12 @@ def human_size(text: str) -> int:
     unit = word[-1:] if word[-1:] in _UNITS else ""
     number = word[: len(word) - len(unit)]
     digits = number.replace(".", "", 1)
-    value = -1
+    value = -1.0
     if digits.isascii() and digits.isdecimal():
-        value = int(float(number) * _UNITS[unit or "M"])
+        value = float(number) * _UNITS[unit or "M"]
     if not 0 <= value < 1 << 63:
         raise QmpError("invalid size")
-    return value
+    return int(value)
 
 
 def _wrong_type(spellings: tuple[str, ...], expected: str) -> QmpError:
