@@ -419,6 +419,10 @@ def test_it_tells_what_it_serves_and_can_do(served: Served, qmp: Foreign, tmp_pa
     assert names >= {"backup", "query-backup", "backup-cancel", "backup_cancel", "quit"}
     assert {event["name"] for event in qmp.cmd("query-events")} >= {"BACKUP_STARTED"}
     assert "vmapipe" in qmp.cmd("query-version")["package"]
+    # And the manual has all of it.
+    page = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text()
+    for name in names | {event["name"] for event in qmp.cmd("query-events")} | SPECIFIED:
+        assert f"`{name}`" in page, name
 
 
 def test_quit_ends_the_monitor_and_the_backup_with_it(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_devlist_has_each_name_once_and_none_that_is_empty(text: str) -> None:
 
 
 def test_a_machines_disks_are_known_by_all_their_names() -> None:
-    blocks = [
+    blocks: list[dict[str, Any]] = [
         {
             "device": "",
             "qdev": "/machine/peripheral/virtio0/virtio-backend",
@@ -60,7 +60,10 @@ def test_a_machines_disks_are_known_by_all_their_names() -> None:
         },
         {"device": "floppy0", "qdev": "", "type": "unknown"},
     ]
-    nodes = [{"node-name": "n0", "ro": False}, {"node-name": "spare", "ro": True}]
+    nodes: list[dict[str, Any]] = [
+        {"node-name": "n0", "ro": False},
+        {"node-name": "spare", "ro": True},
+    ]
     devices = machine_devices(blocks, nodes)
     for word in ("drive-virtio0", "virtio0", "n0"):
         assert check_devices(devices, word) == [word]
