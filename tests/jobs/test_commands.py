@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("runtime_folder")
 @contextlib.contextmanager
 def crawling(tmp_path: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
     """A backup that takes hours, unless it is told otherwise."""
-    disk = make_disk(tmp_path / "disk.raw", "AA0h" * 32)
+    # A disk of its own: making it anew would shrink it under the other backup.
+    disk = make_disk(tmp_path / f"disk-{name}.raw", "AA0h" * 32)
     words = ("backup", "--json", "--speed", "1K", "--disk", f"a={disk}", tmp_path / name)
     with started(*words) as process:
         next_event(process, "begun")
