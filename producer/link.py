@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import NoReturn
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import Part
@@ -34,6 +34,9 @@ _CONNECT_MS = 3000
 # hangs up. So may one that ends at that moment; but not so often.
 _HANG_UPS = 3
 
+# zmq_socket_monitor(3): an event and its value. pyzmq's own parser imports asyncio,
+# which takes longer than all the rest of a start.
+_EVENT = struct.Struct("=Hi")
 _EVENTS = (
     zmq.EVENT_CLOSED
     | zmq.EVENT_DISCONNECTED
@@ -75,7 +78,8 @@ class Link:
         """Raises Failure when the archiver will not have us, or is not the one that we know."""
         self._poller.poll(int(timeout_s * 1000) + 1 if timeout_s > 0 else 0)
         while self._monitor.poll(0):
-            self._take(parse_monitor_message(self._monitor.recv_multipart())["event"])
+            number, _ = _EVENT.unpack(self._monitor.recv_multipart()[0])
+            self._take(number)
 
     def send(self, parts: Sequence[Part]) -> None:
         """The memory of a large part must not change before it is acknowledged."""
