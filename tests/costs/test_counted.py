@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backup costs, counted: the same on every machine and at any load, unlike its time."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from tests.machine import VMAPIPE, make_disk
+from vmapipe.producer.runs import piece_bytes, runs
+from vmapipe.producer.source import RawSource
+from vmapipe.protocol import limits
+from vmapipe.vma.layout import CLUSTER_BYTES, EXTENT_HEADER_BYTES, WRITER_SLOTS
+from vmapipe.vma.packer import Packer
+
+MIB = 1 << 20
+SIZE_MIB = 64
+#: As with one disk: half of the archiver's window.
+FRAME_BYTES = 8 * MIB
+_COUNTED = "trace=read,pread64,preadv,preadv2,write,pwrite64,writev,pwritev,sendmsg,sendto,recvfrom,recvmsg"
+_MOVED = re.compile(r" (preadv2?|writev|pread64|pwrite64|pwritev)\(.* = (\d+)$")
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return make_disk(tmp_path / "dense.raw", "A" * (SIZE_MIB * 16))
+
+
+def test_a_dense_disk_takes_a_frame_for_4_mib_and_its_data_is_stored_where_it_was_read(
+    dense: Path,
+) -> None:
+    memory = memoryview(bytearray(piece_bytes(FRAME_BYTES)))
+    source = RawSource("dense", str(dense))
+    try:
+        made = list(runs(source, memory, lambda length: 0, FRAME_BYTES))
+    finally:
+        source.close()
+    assert len(made) == SIZE_MIB * MIB // limits.MAX_PAYLOAD_BYTES
+    assert all(run.position == 0 and run.length == limits.MAX_PAYLOAD_BYTES for run in made)
+
+
+def test_a_tib_of_holes_takes_a_frame_for_each_64_gib(tmp_path: Path) -> None:
+    image = tmp_path / "holes.raw"
+    with image.open("wb") as file:
+        file.truncate(1 << 40)
+    source = RawSource("holes", str(image))
+    try:
+        made = list(runs(source, memoryview(b""), lambda length: 0, FRAME_BYTES))
+    finally:
+        source.close()
+    assert len(made) <= 1024 // 64 + 1
+
+
+def test_zeroes_are_packed_64_extents_at_a_time_and_hold_no_memory() -> None:
+    packer: Packer[None] = Packer(bytes(16))
+    clusters = (64 << 30) // CLUSTER_BYTES
+    extents = handed_on = 0
+    tracemalloc.start()
+    try:
+        for extent in packer.add(1, 0, clusters, b"", b"", None):
+            extents += extent.extents
+            handed_on += 1
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert extents == clusters // WRITER_SLOTS
+    assert handed_on <= extents / 64 + 2
+    # Two of them at a time, and the parts of one.
+    assert peak_bytes < 8 * 64 * EXTENT_HEADER_BYTES
+
+
+def test_an_extent_keeps_views_of_what_it_was_given_and_copies_nothing() -> None:
+    packer: Packer[None] = Packer(bytes(16))
+    payload = memoryview(bytearray(limits.MAX_PAYLOAD_BYTES))
+    tracemalloc.start()
+    try:
+        for number in range(16):
+            for _ in packer.add(1, 64 * number, 64, b"\xff" * 128, payload, None):
+                pass
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 64 << 10
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_backup_reads_each_byte_once_and_writes_it_once_in_few_system_calls(
+    dense: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "calls"
+    words = ["backup", "--quiet", "--disk", f"a={dense}", str(tmp_path / "vm.vma")]
+    subprocess.run(
+        ["strace", "-f", "-qq", "-o", str(log), "-e", _COUNTED, *VMAPIPE, *words], check=True
+    )
+    read = written = calls = 0
+    for line in log.read_text(errors="replace").splitlines():
+        # A call that another thread interrupts is told on two lines; the second has its result.
+        whole = re.sub(r"<\.\.\. (\w+) resumed>", r"\1(", line)
+        if (moved := _MOVED.search(whole)) is None:
+            continue
+        call, count = moved[1], int(moved[2])
+        calls += 1
+        if call.startswith("preadv"):
+            read += count
+        elif call in ("writev", "pwritev"):
+            written += count
+    assert read == SIZE_MIB * MIB
+    assert SIZE_MIB * MIB < written < SIZE_MIB * MIB * 1.01
+    # Two reads and one write for 4 MiB, and a few of the import's.
+    assert calls < 4 * SIZE_MIB * MIB // limits.MAX_PAYLOAD_BYTES + 40
+
+
+@pytest.mark.parametrize(
+    ("command", "not_needed"),
+    [
+        ("vmapipe.control.inspect", "zmq msgpack psutil zstandard asyncio vmapipe.control.job"),
+        ("vmapipe.control.backup", "psutil zstandard asyncio xxhash qemu vmapipe.restore"),
+        ("vmapipe.producer.main", "psutil zstandard asyncio xxhash subprocess vmapipe.vma"),
+        ("vmapipe.archiver.main", "psutil zstandard asyncio xxhash qemu vmapipe.restore"),
+        ("vmapipe.restore.crew.worker", "psutil zstandard asyncio xxhash subprocess qemu"),
+    ],
+)
+def test_a_start_imports_only_what_it_needs(command: str, not_needed: str) -> None:
+    code = f"import sys, {command}; print(*sys.modules)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    modules = set(done.stdout.split())
+    assert not modules & set(not_needed.split())
+    # Of the standard library, its own, and what an editable installation brings.
+    assert len(modules) < 330
