@@ -76,8 +76,7 @@ class Front:
                 if producer.admits(len(parts), sum(memoryview(part).nbytes for part in parts)):
                     yield Forward(peer)
                 else:
-                    # Its archiver has got the first message beyond its credit, and says so.
-                    producer.dropped += 1
+                    yield from self._refuse_flood(peer, producer, len(parts), now)
             return
         try:
             name, fields = jobs.unpack_control(parts)
@@ -268,6 +267,18 @@ class Front:
                 "unknown-job", "there is no such job here; was the service started again?"
             )
         return job
+
+    def _refuse_flood(
+        self, peer: bytes, producer: Producer, parts: int, now: float
+    ) -> Iterator[Instruction]:
+        """What is not passed on is lost, and its job with it where that was data."""
+        producer.dropped += 1
+        job = self.jobs[producer.job]
+        if parts == 1 or job.phase is not Phase.RUNNING:
+            return
+        error = RemoteProtocolError("credit", "a producer's data exceeds the credit by far")
+        yield Send(peer, _refusal(error))
+        yield from self._stop(job, error.reason, now)
 
     def _refuse_stranger(
         self, peer: bytes, client: str, error: RemoteProtocolError, now: float
