@@ -358,9 +358,11 @@ class Job:
     # --- trouble ---
 
     def _failed(self, peer: bytes, reason: str) -> Iterator[Instruction]:
-        if self._peers.get(peer):
+        state = self._peers.get(peer)
+        if state:
             # The reason names the device: the producer wrote it for a reader.
-            yield from self.fail(reason)
+            unsaid = f"device {state.side.device!r}: its producer failed and did not say why"
+            yield from self.fail(reason or unsaid)
 
     def _misbehaved(self, peer: bytes, error: RemoteProtocolError) -> Iterator[Instruction]:
         state = self._peers.get(peer)

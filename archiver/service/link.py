@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import zmq
 
+from vmapipe.archiver.connections import Connections
 from vmapipe.archiver.gate import Gate
 from vmapipe.archiver.link import DEAD_MS, HEARTBEAT_MS, make_way
 from vmapipe.protocol import limits
@@ -38,6 +39,9 @@ _CURVE_BYTES = 64
 # Sockets of one context; the descriptors that a process may have are a closer bound.
 _MAX_SOCKETS = 65_000
 
+# Connections of clients: twenty jobs have some sixty, and each takes 2 descriptors.
+_MAX_CLIENTS = 4096
+
 Frames = Sequence[zmq.Frame]
 
 
@@ -65,6 +69,10 @@ class FrontLink:
         self._gate = Gate(self._context, keys) if keys else None
         if self._gate:
             self._gate.secure(self._socket)
+        # On one host only its owner can open the socket's folder.
+        self._connections = (
+            None if self.is_local else Connections(self._socket, most_proven=_MAX_CLIENTS)
+        )
         # The socket file is for its owner alone.
         old_mask = os.umask(0o077)
         try:
@@ -81,6 +89,8 @@ class FrontLink:
         self._poller.register(self._socket, zmq.POLLIN)
         if self._gate:
             self._poller.register(self._gate.socket, zmq.POLLIN)
+        if self._connections:
+            self._poller.register(self._connections.monitor, zmq.POLLIN)
 
     @property
     def endpoint(self) -> str:
@@ -99,6 +109,8 @@ class FrontLink:
         self._ready = [sock for sock, _ in ready if sock in self._peers]
         if self._gate:
             self._gate.answer()
+        if self._connections:
+            self._connections.look()
 
     def receive(self) -> Iterator[tuple[bytes, str, list[zmq.Frame]]]:
         """What has come: (peer, client, parts), the parts as ZeroMQ received them."""
@@ -107,6 +119,8 @@ class FrontLink:
             if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 return
             peer, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            if self._connections:
+                self._connections.heard(peer)
             client = self._gate.name_of(peer) if self._gate else ""
             if client is not None:
                 yield peer.bytes, client, parts
@@ -154,7 +168,8 @@ class FrontLink:
 
     def take_notices(self) -> list[str]:
         """What is worth a line in the log, once."""
-        return self._gate.take_notices() if self._gate else []
+        watchers = [watcher for watcher in (self._gate, self._connections) if watcher]
+        return [text for watcher in watchers for text in watcher.take_notices()]
 
     def close(self) -> None:
         self._context.destroy(linger=_LINGER_MS)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A service behind a network that breaks: jobs go on, coordinator and producers alike."""
+
+from __future__ import annotations
+
+import random
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.machine import end_of, good, make_disk, next_event, sha256, started
+from tests.network.cable import cable_to
+from tests.network.place import until
+from tests.service.serving import make_keys, serving
+from vmapipe.archiver.connections import MAX_UNPROVEN
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_job_at_a_service_goes_on_after_lost_connections(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    disks = {
+        name: make_disk(tmp_path / name, "AA0h" * 40, seed=seed + i) for i, name in enumerate("ab")
+    }
+    server, clients = make_keys(tmp_path, "host1")
+    with (
+        serving(tmp_path / "store", keys=(server, clients["host1"])) as served,
+        cable_to(served.endpoint) as cable,
+    ):
+        cable.bytes_s = 4 * MIB
+        words = ("backup", "--json", "--archiver", cable.endpoint, *served.link)
+        named = [word for name, disk in disks.items() for word in ("--disk", f"{name}={disk}")]
+        with started(*words, *named, "vm.vma") as backup:
+            next_event(backup, "begun")
+            for _ in range(3):
+                mark = cable.carried_bytes + chance.randrange(MIB)
+                until(lambda mark=mark: cable.carried_bytes >= mark, backup)  # type: ignore[misc]
+                cable.drop()
+                tried = cable.connections
+                until(lambda tried=tried: cable.connections > tried, backup)  # type: ignore[misc]
+                cable.refusing = False
+            code, text = end_of(backup)
+            assert code == 0, text
+        served.stop()
+        (archive,) = list(served.folder.rglob("*.vma"))
+    good("verify", "--require-manifest", archive)
+    good("restore", archive, tmp_path / "restored")
+    for name, disk in disks.items():
+        assert sha256(tmp_path / "restored" / f"disk-{name}.raw") == sha256(disk)
+
+
+def test_a_flood_at_a_service_leaves_room_for_its_clients(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk.raw", "AA0h" * 4)
+    server, clients = make_keys(tmp_path, "host1")
+    with (
+        serving(tmp_path / "store", keys=(server, clients["host1"])) as served,
+        ExitStack() as stack,
+    ):
+        host, port = served.endpoint.removeprefix("tcp://").split(":")
+        before = psutil.Process(served.process.pid).num_fds()
+        for _ in range(2 * MAX_UNPROVEN):
+            connection = socket.create_connection((host, int(port)), timeout=30)
+            stack.callback(connection.close)
+        told = served.next_event("notice")["text"]
+        assert told == f"more than {MAX_UNPROVEN} connections: the oldest are closed"
+        process = psutil.Process(served.process.pid)
+        until(lambda: process.num_fds() <= before + MAX_UNPROVEN + 8, served.process)
+        good("backup", "--quiet", *served.words, "--disk", f"a={disk}", "vm.vma")
+        served.stop()
