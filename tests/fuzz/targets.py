@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fuzzer feeds with bytes: the decoder of frames, and a whole job with hostile peers.
+
+Each target takes any bytes and returns, or raises what is a defect of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.network.lossy import JOB, Producer, World, spec
+from tests.protocol.test_frames import encode
+from vmapipe.archiver.job import Job, Phase
+from vmapipe.protocol import frames
+from vmapipe.protocol.errors import RemoteProtocolError
+from vmapipe.protocol.messages import (
+    Bye,
+    ClusterFrame,
+    End,
+    Fail,
+    Hello,
+    Message,
+    Ping,
+    Resume,
+    RunFrame,
+    SharedRun,
+)
+from vmapipe.vma.layout import CLUSTER_BYTES
+
+CODES = {
+    *("malformed", "too-large", "version", "sequence", "wrong-device", "credit", "counts"),
+    *("coverage", "unknown-job", "unknown-session", "restarted", "unknown-device"),
+    *("duplicate-device", "bad-size", "busy"),
+}
+_HONEST = bytes(5 * CLUSTER_BYTES // 2) + b"\xa5" * (CLUSTER_BYTES // 2)
+_SESSIONS = (b"", b"s" * 16, b"t" * 16)
+# Enough for every state; more makes a run slow and finds nothing new.
+_MAX_STEPS = 64
+
+
+class Bytes:
+    """Bytes as a source of choices; when they are used up, of zeroes."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+        self._at = 0
+
+    @property
+    def more(self) -> bool:
+        return self._at < len(self._data)
+
+    def take(self, count: int) -> bytes:
+        piece = bytes(self._data[self._at : self._at + count])
+        self._at += count
+        return piece
+
+    def number(self, width: int = 1) -> int:
+        return int.from_bytes(self.take(width), "little")
+
+
+def decoder(data: bytes) -> None:
+    """Whatever comes is a message or is refused with a code of the page; and what is read can be said."""
+    source = Bytes(data)
+    parts = [source.take(source.number(2)) for _ in range(source.number() % 5)]
+    try:
+        message = frames.decode(parts)
+    except RemoteProtocolError as error:
+        if error.code not in CODES:
+            raise AssertionError(f"the code {error.code!r} is not on the page") from error
+        return
+    again = frames.decode(encode(message))
+    if again != message:
+        raise AssertionError(f"{message!r:.200} is read back as {again!r:.200}")
+
+
+def written(message: Message) -> bytes:
+    """A message as `decoder` takes it apart again."""
+    parts = [bytes(part) for part in encode(message)]
+    return bytes([len(parts)]) + b"".join(len(p).to_bytes(2, "little") + p for p in parts)
+
+
+def session(data: bytes) -> None:
+    """A job of two devices: one honest producer, and peers that say what the bytes tell them."""
+    source = Bytes(data)
+    world = World(Job(spec("a", "b", start_timeout_s=60, heartbeat_s=10, reconnect_s=20), 0.0))
+    honest = Producer("a", _HONEST, b"h" * 16)
+    world.producers.append(honest)
+    world.connect(honest)
+    now = 0.0
+    for _ in range(_MAX_STEPS):
+        if not source.more or world.job.over:
+            break
+        now = _step(source, world, honest, now)
+        _check(world, honest)
+
+
+def _step(source: Bytes, world: World, honest: Producer, now: float) -> float:
+    match source.number() % 16:
+        case 0:
+            honest.step()
+        case 1 if honest.to_archiver:
+            world.deliver(honest.connection, honest.to_archiver.popleft(), now)
+        case 2 if honest.from_archiver:
+            honest.hear()
+        case 3:
+            world.connect(honest)
+        case 4 if world.queue:
+            world.write()
+        case 5:
+            now += source.number() / 8
+            world.carry_out(world.job.tick(now))
+        case 6:
+            world.store_if_ready()
+        case 7:
+            parts = [source.take(source.number(2)) for _ in range(source.number() % 5)]
+            world.deliver(_peer(source), parts, now)
+        case _:
+            message = _message(source)
+            world.deliver(_peer(source), [bytes(part) for part in encode(message)], now)
+    return now
+
+
+def _peer(source: Bytes) -> bytes:
+    return b"p%d" % (source.number() % 4)
+
+
+def _message(source: Bytes) -> Message:
+    """Well formed, and sensible or not."""
+    first, count, seq = source.number(), 1 + source.number() % 40, 1 + source.number() % 8
+    dev_id, session = 1 + source.number() % 3, _SESSIONS[source.number() % 3]
+    masks = source.take(2) * count if source.number() & 1 else b""
+    makers: list[Callable[[], Message]] = [
+        lambda: Hello(1, JOB, "ba"[first % 2], count << 14, session=session, attempt=seq),
+        lambda: Resume(1, JOB, session or b"h" * 16, first),
+        lambda: RunFrame(seq, dev_id, first % 8, count, masks, _payload(masks)),
+        lambda: RunFrame(seq, dev_id, first % 8, count, b"", memoryview(b"")),
+        lambda: ClusterFrame(seq, dev_id, first % 8, bytes(first) * count),
+        lambda: SharedRun(seq, dev_id, first, count, masks or b"\0\1" * count, first << 12),
+        lambda: End(seq, count),
+        lambda: Ping() if first & 1 else Bye() if first & 2 else Fail("x" * first),
+    ]
+    message = makers[source.number() % len(makers)]()
+    if isinstance(message, RunFrame | SharedRun) and frames.masked_bytes(message.masks) > 1 << 22:
+        return Ping()
+    return message
+
+
+def _payload(masks: bytes) -> memoryview:
+    return memoryview(b"\x5a" * frames.masked_bytes(masks))
+
+
+def _check(world: World, honest: Producer) -> None:
+    job = world.job
+    peers = job._peers
+    if len(peers) > 2 or len(peers._ignored) > 1024:
+        raise AssertionError("peers without number are remembered")
+    for device in job.devices:
+        if device.clusters > max(1, device.device.clusters):
+            raise AssertionError(f"{device.device.name!r} has more clusters than it is large")
+    held = sum(len(part) for extent in world.queue for part in extent.buffers)
+    if held > (32 << 20):
+        raise AssertionError(f"{held} bytes wait to be written")
+    # Somebody may have come as `a` first: then the honest one was refused.
+    is_honest = any(peer.side.session == b"h" * 16 for peer in peers.all)
+    if job.phase is Phase.DONE and is_honest and world.images()["a"] != _HONEST:
+        raise AssertionError("the archive does not hold what the honest producer sent")
+    if job.phase is Phase.FAILED and not job.reason:
+        raise AssertionError("the job failed without a reason")
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"decoder": decoder, "session": session}
+LONGEST_BYTES = {"decoder": 6000, "session": 600}
