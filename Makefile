@@ -4,6 +4,9 @@ SHELL := /bin/bash
 BIN := .venv/bin
 # More arguments for pytest or the benchmarks: make test ARGS='-k header'
 ARGS ?=
+# Processes that run the tests side by side, a file at a time; 0: none beside pytest itself.
+# More than two gain nothing: the tests start processes of their own.
+WORKERS ?= 2
 
 .PHONY: help setup demo test lint format man bench soak clean
 
@@ -17,7 +20,7 @@ demo: setup  ## A backup and a restore, to look at
 	$(BIN)/python scripts/demo
 
 test: lint  ## All that must pass: lint, then the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
 
 lint: setup  ## Style, types, and which room imports which
 	$(BIN)/ruff check
