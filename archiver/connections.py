@@ -67,7 +67,12 @@ class Connections:
 
     def heard(self, frame: zmq.Frame) -> None:
         """A message came, so there was a handshake: who has sent it is no stranger."""
-        fd = int(str(frame.get(_FD_PROPERTY)))
+        try:
+            fd = int(str(frame.get(_FD_PROPERTY)))
+        except zmq.ZMQError:
+            # ZMTP 1.0, which has no properties. Where there are no keys libzmq speaks it,
+            # and takes much junk for it.
+            return
         if fd in self._unproven:
             del self._unproven[fd]
             self._proven.add(fd)

@@ -67,6 +67,26 @@ def test_junk_is_counted_and_does_not_fill_the_log(place: Place) -> None:
     assert len([line for line in place.said if "refused" in line]) == 2
 
 
+def test_a_message_of_an_old_zeromq_at_a_port_without_keys_is_no_crash(tmp_path: Path) -> None:
+    """ZMTP 1.0 has no properties; libzmq also takes much other junk for it."""
+    disk, archive = make_disk(tmp_path / "disk.raw", "A0h"), tmp_path / "vm.vma"
+    words = ("archiver", "--insecure-plain-tcp", "--listen", "tcp://127.0.0.1:*", "--expect", "1")
+    with started(*words, "--output", archive) as archiver, ExitStack() as stack:
+        assert archiver.stderr is not None
+        endpoint = archiver.stderr.readline().decode().split()[-1]
+        port = int(endpoint.rpartition(":")[2])
+        for _ in range(20):
+            connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+            stack.callback(connection.close)
+            connection.sendall(b"\1\0\5\0junk")  # no identity; a message
+        assert b"refused a stranger" in archiver.stderr.readline()
+        good(
+            *("producer", "--insecure-plain-tcp", "--archiver", endpoint, "--disk", disk),
+        )
+        assert end_of(archiver)[0] == 0
+    good("verify", archive)
+
+
 def test_a_giant_claim_costs_nothing(place: Place) -> None:
     """A frame that says that it has a terabyte: nobody makes room for it."""
     claim = GREETING + b"\2" + (1 << 40).to_bytes(8, "big") + b"x" * 1000
