@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 
 from vmapipe.archiver.service import instructions as core
@@ -28,6 +27,7 @@ class World:
         self.room_left = Room(MANY, MANY)
         self.stored: set[str] = set()
         self.client_jobs = 0
+        self.opened = 0
         self.quota_bytes = 0
         self.used: dict[str, int] = {}
         #: Jobs whose archiver runs, and those that were asked to stop.
@@ -65,7 +65,9 @@ class World:
         self.carry_out(self.front.receive(peer, client, parts, self.now))
 
     def open(self, peer: bytes, client: str, name: str, job: bytes | None = None) -> bytes:
-        job = job or uuid.uuid4().bytes
+        # Counted, not drawn: the same steps must be the same again.
+        self.opened += 1
+        job = job or self.opened.to_bytes(16, "big")
         request = jobs.Open(limits.VERSION, job, name, ("a", "b"))
         self.say(peer, client, jobs.encode(request))
         return job
