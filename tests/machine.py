@@ -111,6 +111,19 @@ def children(process: subprocess.Popen[bytes], word: str) -> list[psutil.Process
     ]
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody listens on this Unix socket; its file is there a moment sooner.
+
+    Asked of the kernel: a connection would be some servers' only one.
+    """
+    listening = "00010000"  # SO_ACCEPTCON, in the column of flags
+    for line in Path("/proc/net/unix").read_text().splitlines():
+        columns = line.split(maxsplit=7)
+        if columns[7:] == [str(path)] and columns[3] == listening:
+            return True
+    return False
+
+
 def eventually(reached: Callable[[], bool]) -> bool:
     """Whether it comes to be, within the time that any command may take."""
     deadline_s = time.monotonic() + LIMIT_S

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine import LIMIT_S, VMA, bad, good, make_disk, run, sha256
+from tests.machine import LIMIT_S, VMA, bad, good, listens, make_disk, run, sha256
 
 Need = Callable[..., list[str]]
 
@@ -69,7 +69,7 @@ def test_what_an_nbd_server_exports_is_backed_up_by_its_uri(
     words = [nbdkit, "-f", "-r", "-U", str(socket), "file", str(disk)]
     with subprocess.Popen(words) as server:
         try:
-            while not socket.exists():
+            while not listens(socket):
                 assert server.poll() is None
             uri = f"nbd+unix:///?socket={socket}"
             good("backup", "--disk", f"d={uri},format=raw", tmp_path / "vm.vma")
@@ -112,7 +112,7 @@ def test_an_image_in_use_by_a_program_that_writes_to_it_is_refused(
     words = [qemu_nbd, "-t", "-k", str(socket), "-f", "qcow2", str(qcow2)]
     with subprocess.Popen(words) as writer:
         try:
-            while not socket.exists():
+            while not listens(socket):
                 assert writer.poll() is None
             said = bad("backup", "--disk", f"d={qcow2},format=qcow2", tmp_path / "vm.vma")
             assert "another process using the image" in said

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.machine import LIMIT_S, make_disk
+from tests.machine import LIMIT_S, listens, make_disk
 from vmapipe.producer.nbdsource import HowToRead, ImageSource, NbdSource
 from vmapipe.producer.source import Segment, SourceError
 from vmapipe.runtime.cancel import Cancel
@@ -109,7 +109,7 @@ def test_a_uri_is_read_from_where_it_points_to(tmp_path: Path, disk: Path, need:
     socket = tmp_path / "other.sock"
     with subprocess.Popen([nbdkit, "-f", "-U", socket, "file", disk]) as server:
         try:
-            while not socket.exists():
+            while not listens(socket):
                 assert server.poll() is None
             with opened(f"nbd+unix:///?socket={socket}", HowToRead("raw")) as source:
                 assert content(source) == disk.read_bytes()
@@ -156,7 +156,7 @@ def test_a_read_error_of_the_server_is_an_error_with_device_and_offset(
     words = [nbdkit, "-f", "-U", str(socket), "-e", "disk", "--filter=error", "file", str(disk)]
     with subprocess.Popen([*words, "error-pread=EIO", "error-pread-rate=100%"]) as server:
         try:
-            while not socket.exists():
+            while not listens(socket):
                 assert server.poll() is None
             source = NbdSource("d", str(socket))
             with pytest.raises(SourceError, match="disk 'd': cannot read near offset 131072"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.machine import listens
 from tests.protocol_nbd.client import Client, explore
 from tests.protocol_nbd.disk import ALL_FLAGS, Disk, export_of
 from tests.protocol_nbd.server import DiskServer
@@ -189,7 +190,7 @@ def serving(socket_path: Path, *words: str) -> Iterator[None]:
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 20
-            while not socket_path.exists():
+            while not listens(socket_path):
                 if process.poll() is not None or time.monotonic() > deadline:
                     process.kill()
                     pytest.fail(f"{words[0]} does not serve: {process.communicate()[1]}")
