@@ -23,7 +23,7 @@ ONLY_IN = {
     "zmq": {
         "archiver/connections.py",
         "archiver/gate.py",
-        "archiver/link.py",
+        "archiver/listening.py",
         "archiver/service/link.py",
         "control/link.py",
         "producer/link.py",

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A listening socket and all that guards it: who may come in, how many, how much each may say.
+
+An archiver of one job and a service have this in common (link.py,
+service/link.py); the security of the port is here, in gate.py and in
+connections.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Iterator, Sequence
+
+import zmq
+
+from vmapipe.archiver.connections import MAX_PROVEN, Connections
+from vmapipe.archiver.gate import Gate
+from vmapipe.protocol import limits
+from vmapipe.protocol.frames import Part
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.keys import ServerKeys
+
+# How long a closing socket may still deliver its last words.
+LINGER_MS = 2000
+# Answers waiting for a peer that does not read; above it ZeroMQ drops them.
+# Grants are cumulative, so an honest peer never has more than a few hundred.
+ANSWER_MARK = 10_000
+# What encryption adds to a message (RFC 26: a name, a nonce, a tag, flags; 33
+# bytes), rounded up: ZeroMQ closes a connection whose message is larger than allowed.
+_CURVE_BYTES = 64
+# Messages taken in one turn, so that everything else gets its.
+TURN = 64
+# Who has connected must have proved who it is by then. Honest ones need a few
+# milliseconds and four messages.
+_HANDSHAKE_MS = 10_000
+# Producers hear by these that the connection is alive (producer/link.py).
+_HEARTBEAT_MS = 3000
+# A connection that is dead takes a descriptor and nothing else. Behind a slow
+# network the largest frame may take minutes, and no beat overtakes it.
+_DEAD_MS = 300_000
+
+
+def make_way(path: str) -> None:
+    """ZeroMQ removes whatever has the socket's name: let that be a dead socket and nothing else."""
+    try:
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return  # nothing there; or bind will say what is wrong
+    if not is_socket:
+        raise Failure(f"cannot listen on ipc://{path}: a file of that name exists")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise Failure(f"cannot listen on ipc://{path}: another process listens there")
+
+
+class ListeningSocket:
+    """ROUTER, bound to one endpoint. With `keys` only the clients on their list come in.
+
+    `receive_mark`: messages a peer may have waiting here before its connection
+    is no longer read; an honest one is bounded by its credit, a hostile one by
+    this. `most_clients`: connections of those that have proved who they are.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        keys: ServerKeys | None,
+        *,
+        receive_mark: int,
+        most_clients: int = MAX_PROVEN,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """Raises Failure."""
+        self._asked = endpoint
+        #: Whether peers are on this host, so that memory can be shared.
+        self.is_local = endpoint.startswith("ipc://")
+        if self.is_local:
+            make_way(endpoint.removeprefix("ipc://"))
+        self._context = context or zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = LINGER_MS
+        self._socket.rcvhwm = receive_mark
+        self._socket.sndhwm = ANSWER_MARK
+        self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES + _CURVE_BYTES
+        self._socket.handshake_ivl = _HANDSHAKE_MS
+        if not self.is_local:
+            self._socket.heartbeat_ivl = _HEARTBEAT_MS
+            self._socket.heartbeat_timeout = _DEAD_MS
+            self._socket.ipv6 = "[" in endpoint
+        self._gate = Gate(self._context, keys) if keys else None
+        if self._gate:
+            self._gate.secure(self._socket)
+        # On one host only its owner can open the socket's folder.
+        self._connections = (
+            None if self.is_local else Connections(self._socket, most_proven=most_clients)
+        )
+        self._bind(endpoint)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        if self._gate:
+            self._poller.register(self._gate.socket, zmq.POLLIN)
+        if self._connections:
+            self._poller.register(self._connections.monitor, zmq.POLLIN)
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint as bound: a port of 0 or * has become a real one."""
+        return self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+    def watch(self, fd: int) -> None:
+        """Let `wait` also end when `fd` becomes readable."""
+        self._poller.register(fd, zmq.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        self._poller.unregister(fd)
+
+    def wait(self, timeout_s: float) -> list[tuple[object, int]]:
+        """Until something is ready; returns that, for whoever has registered more."""
+        ready: list[tuple[object, int]] = list(self._poller.poll(int(timeout_s * 1000)))
+        if self._gate:
+            self._gate.answer()
+        if self._connections:
+            self._connections.look()
+        return ready
+
+    def send(self, peer: bytes, parts: Sequence[Part]) -> None:
+        """A peer that is gone loses its message; the heartbeat will tell."""
+        self._socket.send_multipart([peer, *parts])
+
+    def revoked(self, now: float) -> list[str]:
+        """Clients that are no longer on the list; nothing more comes from them. Each once."""
+        return self._gate.revoked(now) if self._gate else []
+
+    def take_notices(self) -> list[str]:
+        """What is worth a line in the log, once."""
+        watchers = [watcher for watcher in (self._gate, self._connections) if watcher]
+        return [text for watcher in watchers for text in watcher.take_notices()]
+
+    def close(self) -> None:
+        self._context.destroy(linger=LINGER_MS)
+        if self.is_local:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._asked.removeprefix("ipc://"))
+
+    def _messages(self) -> Iterator[tuple[bytes, str, list[zmq.Frame]]]:
+        """What has come: (peer, client, parts), the parts as ZeroMQ received them.
+
+        `client` is the name of whoever has proved to be it; empty where nobody has to.
+        """
+        for _ in range(TURN):
+            # Asking first is quicker than an exception for "nothing there".
+            if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                return
+            peer, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            if self._connections:
+                self._connections.heard(peer)
+            client = self._gate.name_of(peer) if self._gate else ""
+            if client is not None:
+                yield peer.bytes, client, parts
+
+    def _bind(self, endpoint: str) -> None:
+        # The socket file is for its owner alone.
+        old_mask = os.umask(0o077)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error
+        finally:
+            os.umask(old_mask)
