@@ -7,11 +7,10 @@ import contextlib
 import os
 import re
 import socket
-import stat
 import tempfile
 
-from vmapipe.control.monitor.sockets import Listener, listen_unix
-from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.control.monitor.sockets import Listener, alone_in, listen_unix, private_folder
+from vmapipe.runtime.errors import Failure
 
 _NAME = re.compile(r"[0-9a-f]{32}\.sock")
 # Whoever listens answers a connection at once; one that is stopped does so, too.
@@ -33,61 +32,38 @@ def runtime_folder() -> str:
 
 def listen(job: str) -> Listener:
     """The socket of a job that begins; those of killed ones are removed. Raises Failure."""
-    folder = _own_folder()
+    folder = private_folder(runtime_folder(), others_may_look=True)
     sockets()
-    # Under its name only when somebody listens: before, it would look like a dead one's.
-    path = os.path.join(folder, f"{job}.sock")
-    listener = listen_unix(path + "+", 0o600, socket.SOCK_STREAM)
-    try:
-        os.rename(listener.path, path)
-    except OSError as error:
-        listener.close()
-        raise Failure(f"cannot listen on {path}: {os_error_text(error)}") from error
-    listener.path = path
-    return listener
+    return listen_unix(os.path.join(folder, f"{job}.sock"), 0o600, socket.SOCK_STREAM)
 
 
 def sockets() -> dict[str, str]:
     """Job ids and the sockets where somebody listens; the others are removed."""
     folder = runtime_folder()
-    found = {}
     try:
-        names = sorted(os.listdir(folder))
+        names = sorted(filter(_NAME.fullmatch, os.listdir(folder)))
     except OSError:
         return {}
-    for name in names:
-        path = os.path.join(folder, name)
-        if _NAME.fullmatch(name) and _is_alive(path):
-            found[name.removesuffix(".sock")] = path
-    return found
+    alive = {name: _is_alive(os.path.join(folder, name)) for name in names}
+    if not all(alive.values()):
+        # The file is there before somebody listens: while it is our turn, no maker is between.
+        with contextlib.suppress(Failure), alone_in(folder):
+            for name in [name for name in names if not alive[name]]:
+                alive[name] = _is_alive(os.path.join(folder, name), remove=True)
+    return {name.removesuffix(".sock"): os.path.join(folder, name) for name in names if alive[name]}
 
 
-def _is_alive(path: str) -> bool:
+def _is_alive(path: str, *, remove: bool = False) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_PROBE_S)
         try:
             probe.connect(path)
-        except ConnectionRefusedError:
-            # Its process died without removing it.
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            return False
-        except FileNotFoundError:
+        except (ConnectionRefusedError, FileNotFoundError):
+            # Its process died without removing it, or has just ended.
+            if remove:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
             return False
         except OSError:
             return True  # somebody is there, and busy
     return True
-
-
-def _own_folder() -> str:
-    """Made where it is absent; nobody else may enter it. Raises Failure."""
-    folder = runtime_folder()
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-        found = os.lstat(folder)
-    except OSError as error:
-        raise Failure(f"cannot make {folder}: {os_error_text(error)}") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise Failure(f"{folder} is no folder that only its owner, this user, can write to")
-    return folder

@@ -7,7 +7,7 @@ then it is dropped; one that says nothing gives way to others.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import selectors
 import socket
@@ -29,6 +29,10 @@ _IDLE_S = 60.0
 _RECEIVE_BYTES = 1 << 16
 # Linux passes 253 in one message; `add-fd` needs one.
 _MAX_FDS = 16
+# Who cannot be accepted now (no descriptor, no memory) waits in the kernel's queue
+# for so long, and we do not ask the kernel in a circle meanwhile.
+_PAUSE_S = 1.0
+_WITHOUT_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Client:
@@ -69,6 +73,8 @@ class Clients:
         self._left = left
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener.socket, selectors.EVENT_READ)
+        #: Until when nobody is accepted; 0: somebody may be.
+        self._paused_until = 0.0
         self._clients: dict[socket.socket, Client] = {}
 
     def __enter__(self) -> Clients:
@@ -95,6 +101,9 @@ class Clients:
 
     def serve(self, timeout_s: float) -> None:
         """Whatever comes within `timeout_s`."""
+        if self._paused_until and time.monotonic() >= self._paused_until:
+            self._paused_until = 0.0
+            self._selector.register(self._listener.socket, selectors.EVENT_READ)
         for key, ready in self._selector.select(timeout_s):
             if key.fileobj is self._listener.socket:
                 self._accept()
@@ -117,20 +126,25 @@ class Clients:
             self._send(client, client.server.event(name, data, now))
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             sock, _ = self._listener.socket.accept()
-            if len(self._clients) >= MAX_CLIENTS and not self._make_room():
-                sock.close()
-                return
-            sock.setblocking(False)
-            client = Client(sock)
-            # Imported here: it takes as long as all the rest of a backup's start.
-            from vmapipe.control.main import program_version
+        except OSError as error:
+            if error.errno in _WITHOUT_ROOM:
+                self._selector.unregister(self._listener.socket)
+                self._paused_until = time.monotonic() + _PAUSE_S
+            return
+        if len(self._clients) >= MAX_CLIENTS and not self._make_room():
+            sock.close()
+            return
+        sock.setblocking(False)
+        client = Client(sock)
+        # Imported here: it takes as long as all the rest of a backup's start.
+        from vmapipe.control.main import program_version
 
-            client.server = QmpServer(self._commands(client), program_version())
-            self._clients[sock] = client
-            self._selector.register(sock, selectors.EVENT_READ, client)
-            self._send(client, client.server.greeting())
+        client.server = QmpServer(self._commands(client), program_version())
+        self._clients[sock] = client
+        self._selector.register(sock, selectors.EVENT_READ, client)
+        self._send(client, client.server.greeting())
 
     def _make_room(self) -> bool:
         quietest = min(self._clients.values(), key=lambda client: client.heard)

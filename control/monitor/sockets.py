@@ -53,26 +53,31 @@ def listen_unix(path: str, mode: int, kind: socket.SocketKind) -> Listener:
     """Takes over the name of a socket that nobody listens on any more. Raises Failure."""
     if not 0 < len(os.fsencode(path)) <= _MAX_PATH_BYTES:
         raise UsageError(f"{path!r}: a socket's path has 1..{_MAX_PATH_BYTES} bytes")
-    with _alone_in(os.path.dirname(path) or "."):
+    with alone_in(os.path.dirname(path) or "."):
         return _listen_unix(path, mode, kind)
 
 
-def private_folder(path: str) -> str:
-    """A folder that only we can enter: a new one, or the one that a crash has left. Raises Failure."""
+def private_folder(path: str, *, others_may_look: bool = False) -> str:
+    """A folder that only we can enter: a new one, or the one that is there. Raises Failure.
+
+    `others_may_look`: one that somebody else made for us and that only we can write to will do.
+    """
     try:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
         status = os.lstat(path)
     except OSError as error:
         raise Failure(f"cannot make the folder {path}: {os_error_text(error)}") from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise Failure(f"{path} exists, and is no folder that only we can enter: remove it")
+    forbidden, do = (0o022, "write to") if others_may_look else (0o077, "enter")
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not ours or status.st_mode & forbidden:
+        raise Failure(f"{path} exists, and is no folder that only this user can {do}: remove it")
     return path
 
 
 @contextlib.contextmanager
-def _alone_in(folder: str) -> Iterator[None]:
-    """Two that find the same left-over in the same moment take turns. Raises Failure."""
+def alone_in(folder: str) -> Iterator[None]:
+    """Makers and removers of sockets in a folder take turns. Raises Failure."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import resource
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,3 +152,28 @@ def test_descriptors_that_nobody_asked_for_are_closed(server: Server) -> None:
         server.run()
         ours.settimeout(LIMIT_S)
         assert ours.recv(1) == b""
+
+
+def test_a_server_without_descriptors_does_not_ask_in_a_circle_and_goes_on_later(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with server.connect() as other, socket.socket(socket.AF_UNIX) as newcomer:
+        newcomer.settimeout(LIMIT_S)
+        newcomer.connect(server.path)
+        # Not one more than there are; the highest counts.
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        try:
+            server.run()
+            # Nothing is left that would wake its owner, and whoever is there is served.
+            assert not select.select([server.clients.fd], [], [], 0)[0]
+            other.sendall(b'{"execute": "query-version"}')
+            server.run()
+            assert b"package" in other.recv(1 << 16)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        monkeypatch.setattr(server.clients, "_paused_until", 1e-9)
+        server.run()
+        assert b"QMP" in newcomer.recv(1 << 16)
