@@ -28,7 +28,7 @@ class JobServer:
     """
 
     def __init__(self, job: str, archive: str, cancel: Cancel, orders: Orders) -> None:
-        self.state = JobState(job, archive, time.time())
+        self.state = JobState(archive, time.time(), job=job)
         self.notice = ""
         self._cancel = cancel
         self._orders = orders
@@ -40,7 +40,7 @@ class JobServer:
             self.notice = f"`vmapipe status` will not see this backup: {error}"
             return
         commands = {
-            "query-backup": lambda arguments: self.state.backup_status(),
+            "query-backup": lambda arguments: self.state.members(),
             "query-job": lambda arguments: self._details(),
             "backup-cancel": self._on_cancel,
             "backup_cancel": self._on_cancel,

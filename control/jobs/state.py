@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import uuid
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from vmapipe.control.jobs.status import BackupStatus
 from vmapipe.runtime.events import Event
 
 # The rate "now" is that of so long: it follows a change soon, and does not jump.
@@ -28,18 +28,10 @@ def _new_device(name: str, size_bytes: int) -> dict[str, Any]:
 
 
 @dataclass
-class JobState:
+class JobState(BackupStatus):
     """`now` is seconds since 1970 everywhere. `job` is the job's id, in hex."""
 
-    job: str
-    archive: str
-    started: float
-    #: The archive's, in hex; empty until its header is written.
-    uuid: str = ""
-    #: active, done or error, as in QEMU's BackupStatus.
-    status: str = "active"
-    errmsg: str = ""
-    ended: float = 0.0
+    job: str = ""
     speed_bytes_s: int = 0
     stored_bytes: int = 0
     cpu_s: float = 0.0
@@ -50,25 +42,13 @@ class JobState:
     _history: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     @property
-    def total_bytes(self) -> int:
-        return sum(device["bytes"] for device in self.devices.values())
-
-    @property
-    def done_bytes(self) -> int:
-        return sum(device["done_bytes"] for device in self.devices.values())
-
-    @property
-    def zero_bytes(self) -> int:
-        return sum(device["zero_bytes"] for device in self.devices.values())
-
-    @property
     def read_bytes(self) -> int:
         return sum(device["read_bytes"] for device in self.devices.values())
 
     def take(self, event: Event, now: float) -> None:
+        super().take(event, now)
         match event["event"]:
             case "begun":
-                self.uuid = event["uuid"]
                 for device in event["devices"]:
                     self.devices[device["name"]] = _new_device(device["name"], device["bytes"])
             case "progress":
@@ -79,17 +59,12 @@ class JobState:
             case "speed":
                 self.speed_bytes_s = event["bytes_per_s"]
             case "done":
-                self.status, self.ended = "done", now
+                self.succeed(now)
                 self.cpu_s, self.peak_rss_bytes = event["cpu_s"], event["peak_rss_bytes"]
             case "transfer" | "buffer":
                 device = self.devices.get(event["device"])
                 if device is not None:
                     device |= {key: event[key] for key in _DEVICE_FIELDS[event["event"]]}
-
-    def fail(self, text: str, now: float) -> None:
-        """It has ended without an archive; the first reason counts."""
-        if self.status == "active":
-            self.status, self.errmsg, self.ended = "error", text, now
 
     def _take_progress(self, event: Event, now: float) -> None:
         self.stored_bytes, self.plain_bytes = event["stored_bytes"], event["plain_bytes"]
@@ -107,25 +82,6 @@ class JobState:
             since, done, read = self._history[0]
         seconds = max(0.001, (self.ended or now) - since)
         return (self.done_bytes - done) / seconds, (self.read_bytes - read) / seconds
-
-    def backup_status(self) -> dict[str, Any]:
-        """BackupStatus, as `query-backup` answers it."""
-        status: dict[str, Any] = {
-            "status": self.status,
-            "total": self.total_bytes,
-            "transferred": self.done_bytes,
-            "zero-bytes": self.zero_bytes,
-            "start-time": int(self.started),
-            "backupfile": self.archive,
-            "backup-file": self.archive,
-            "uuid": str(uuid.UUID(self.uuid or self.job)),
-            "finishing": self.status == "active" and 0 < self.total_bytes == self.done_bytes,
-        }
-        if self.errmsg:
-            status["errmsg"] = self.errmsg
-        if self.ended:
-            status["end-time"] = int(self.ended)
-        return status
 
     def details(self, now: float) -> dict[str, Any]:
         """All that is known, in the words of the JSON events."""

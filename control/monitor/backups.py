@@ -8,10 +8,10 @@ events and is asked `query-backup`.
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from vmapipe.control.jobs.status import BackupStatus
 from vmapipe.control.monitor.qmp import QmpError
 from vmapipe.runtime.events import Event
 
@@ -58,43 +58,13 @@ EVENTS = (
 
 
 @dataclass
-class _Backup:
+class _Backup(BackupStatus):
     """`starts_with`: the event at which the archive's instant is behind us."""
 
-    file: str
-    starts_with: str
-    uuid: str = ""
-    total: int = 0
-    transferred: int = 0
-    zero_bytes: int = 0
-    #: The first error.
-    errmsg: str = ""
+    starts_with: str = ""
     canceled: bool = False
     at_instant: bool = False
-    started: bool = False
-    start_time_s: int = 0
-    end_time_s: int = 0
     next_progress_s: float = 0.0
-
-    def status(self) -> dict[str, Any]:
-        state = "active"
-        if self.end_time_s:
-            state = "error" if self.errmsg else "done"
-        status: dict[str, Any] = {"status": state}
-        if state == "error":
-            status["errmsg"] = self.errmsg
-        status |= self.counts()
-        status["start-time"] = self.start_time_s
-        if self.end_time_s:
-            status["end-time"] = self.end_time_s
-        return {**status, "backupfile": self.file, "uuid": self.uuid}
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "total": self.total,
-            "transferred": self.transferred,
-            "zero-bytes": self.zero_bytes,
-        }
 
 
 class Backups:
@@ -122,21 +92,16 @@ class Backups:
         """
         if self._running is not None:
             raise QmpError("previous backup not finished")
-        self._running = _Backup(file, "begun" if with_state else "instant")
+        self._running = _Backup(file, starts_with="begun" if with_state else "instant")
 
     def hear(self, event: Event, now: Moment) -> list[Outcome]:
         """What the coordinator tells."""
         backup = self._running
         if backup is None:
             return []
-        match event["event"]:
-            case "begun":
-                backup.uuid = str(uuid.UUID(event["uuid"]))
-                self._count(backup, event["devices"])
-            case "progress":
-                self._count(backup, event["devices"])
-            case "error":
-                backup.errmsg = backup.errmsg or str(event["text"])
+        backup.take(event, now.wall_s)
+        if event["event"] == "error":
+            backup.errmsg = backup.errmsg or str(event["text"])
         if event["event"] == backup.starts_with:
             backup.at_instant = True
         if not backup.started and backup.at_instant and backup.uuid:
@@ -147,7 +112,7 @@ class Backups:
             and now.clock_s >= backup.next_progress_s
         ):
             backup.next_progress_s = now.clock_s + PROGRESS_S
-            return [Told("BACKUP_PROGRESS", {"uuid": backup.uuid, **backup.counts()})]
+            return [Told("BACKUP_PROGRESS", {"uuid": _name(backup), **backup.counts()})]
         return []
 
     def cancel(self) -> None:
@@ -162,21 +127,18 @@ class Backups:
         if backup is None:
             return []
         self._running = None
-        if verdict:
-            backup.errmsg = backup.errmsg or verdict
-        else:
-            # Too late to cancel, and whatever was said on the way: it is stored.
-            backup.errmsg, backup.canceled = "", False
-            backup.transferred = backup.total
-        if not backup.started and backup.errmsg:
-            return [Rejected(QmpError(backup.errmsg))]
+        if verdict and not backup.started:
+            return [Rejected(QmpError(backup.errmsg or verdict))]
         first = [] if backup.started else self._start(backup, now)
-        backup.end_time_s = max(int(now.wall_s), backup.start_time_s)
-        name = "BACKUP_COMPLETED"
-        if backup.errmsg:
+        if verdict:
+            backup.fail(verdict, now.wall_s)
             # By whomever: `vmapipe cancel` may have done it, too.
             name = "BACKUP_CANCELLED" if backup.errmsg == CANCELED else "BACKUP_FAILED"
-        return [*first, Told(name, backup.status())]
+        else:
+            # Also when it was cancelled too late.
+            backup.succeed(now.wall_s)
+            name = "BACKUP_COMPLETED"
+        return [*first, Told(name, backup.members())]
 
     def refuse(self, error: QmpError) -> list[Outcome]:
         """It has come to nothing before there was a coordinator."""
@@ -187,18 +149,14 @@ class Backups:
 
     def status(self) -> dict[str, Any]:
         """The answer to `query-backup`: of the last one that has started; {}: there was none."""
-        return self._shown.status() if self._shown else {}
+        return self._shown.members() if self._shown else {}
 
     def _start(self, backup: _Backup, now: Moment) -> list[Outcome]:
-        backup.started = True
-        backup.start_time_s = int(now.wall_s)
+        backup.started = now.wall_s
         backup.next_progress_s = now.clock_s + PROGRESS_S
         self._shown = backup
-        return [Accepted(backup.uuid), Told("BACKUP_STARTED", backup.status())]
+        return [Accepted(_name(backup)), Told("BACKUP_STARTED", backup.members())]
 
-    @staticmethod
-    def _count(backup: _Backup, devices: list[dict[str, Any]]) -> None:
-        backup.transferred = sum(device.get("done_bytes", 0) for device in devices)
-        # A memory's size is an estimate, and may be exceeded.
-        backup.total = max(backup.transferred, sum(device["bytes"] for device in devices))
-        backup.zero_bytes = sum(device.get("zero_bytes", 0) for device in devices)
+
+def _name(backup: _Backup) -> str:
+    return str(backup.members().get("uuid", ""))

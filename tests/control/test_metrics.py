@@ -53,7 +53,7 @@ def test_a_backup_that_was_stored_and_one_that_failed(tmp_path: Path) -> None:
 
 
 def test_names_with_every_odd_character_stay_one_label() -> None:
-    state = JobState("1" * 32, "a", 1.0)
+    state = JobState("a", 1.0, job="1" * 32)
     name = 'a"b\\c\nd\udcff'
     state.take({"event": "begun", "uuid": "2" * 32, "devices": [{"name": name, "bytes": 7}]}, 2.0)
     text = render(name, state, 0.0)
@@ -63,7 +63,7 @@ def test_names_with_every_odd_character_stay_one_label() -> None:
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(Failure, match=r"cannot write the metrics .*: No such file"):
-        write(str(tmp_path / "no" / "x.prom"), JobState("1" * 32, "a", 1.0))
+        write(str(tmp_path / "no" / "x.prom"), JobState("a", 1.0, job="1" * 32))
 
 
 def test_metrics_that_cannot_be_written_do_not_fail_the_backup(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def progress(a: int, b: int, zero: int = 0) -> dict[str, Any]:
 
 
 def begun() -> JobState:
-    state = JobState(JOB, "vm.vma", 100.0)
+    state = JobState("vm.vma", 100.0, job=JOB)
     state.take(BEGUN, 101.0)
     return state
 
@@ -42,27 +42,25 @@ def begun() -> JobState:
 def test_the_status_is_the_rfcs() -> None:
     state = begun()
     state.take(progress(500, 1500, zero=100), 102.0)
-    assert state.backup_status() == {
+    assert state.members() == {
         "status": "active",
         "total": 4000,
         "transferred": 2000,
         "zero-bytes": 100,
         "start-time": 100,
         "backupfile": "vm.vma",
-        "backup-file": "vm.vma",
         "uuid": str(uuid.UUID(ARCHIVE)),
-        "finishing": False,
     }
 
 
-def test_when_all_is_read_it_is_finishing_and_then_done_with_all_transferred() -> None:
+def test_when_it_is_done_all_is_transferred() -> None:
     state = begun()
-    state.take(progress(1000, 3000), 103.0)
-    assert state.backup_status()["finishing"]
+    state.take(progress(1000, 2000), 103.0)
+    assert state.members()["status"] == "active"
     state.take({"event": "stored", "uuid": ARCHIVE, "stored_bytes": 9, "plain_bytes": 9}, 104.0)
     state.take({"event": "done", "cpu_s": 1.0, "peak_rss_bytes": 9}, 104.5)
-    status = state.backup_status()
-    assert (status["status"], status["finishing"], status["end-time"]) == ("done", False, 104)
+    status = state.members()
+    assert (status["status"], status["end-time"]) == ("done", 104)
     assert status["transferred"] == status["total"] == 4000
 
 
@@ -70,18 +68,20 @@ def test_the_first_error_is_the_one_that_is_told() -> None:
     state = begun()
     state.fail("the disk is on fire", 105.0)
     state.fail("the producer has ended", 106.0)
-    status = state.backup_status()
+    status = state.members()
     assert (status["status"], status["errmsg"]) == ("error", "the disk is on fire")
     assert status["end-time"] == 105
 
 
-def test_before_it_has_begun_its_uuid_is_the_jobs() -> None:
-    status = JobState(JOB, "vm.vma", 100.0).backup_status()
-    assert (status["uuid"], status["total"], status["finishing"]) == (
-        str(uuid.UUID(JOB)),
-        0,
-        False,
-    )
+def test_before_it_has_begun_its_archive_has_no_uuid() -> None:
+    assert JobState("vm.vma", 100.0, job=JOB).members() == {
+        "status": "active",
+        "total": 0,
+        "transferred": 0,
+        "zero-bytes": 0,
+        "start-time": 100,
+        "backupfile": "vm.vma",
+    }
 
 
 def test_the_rate_is_that_of_the_last_ten_seconds_and_the_time_left_follows_it() -> None:
