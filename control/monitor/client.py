@@ -3,16 +3,39 @@
 
 from __future__ import annotations
 
-import socket
 from typing import NamedTuple
 
-from vmapipe.control.qemu.plain import PlainQmp
+from vmapipe.control.qemu.plain import Peer, PlainQmp
 from vmapipe.control.qemu.qmp import Command, QmpGone, QmpRefused
-from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.errors import Failure
 
-_GREETING_S = 10.0
 # How an NBD server begins.
 _NBD_GREETING = b"NBDMAGIC"
+
+
+class _Monitor(Peer):
+    greeting_s = 10.0
+
+    def not_reached(self, path: str, why: str) -> QmpGone:
+        return QmpGone(f"cannot ask the monitor at {path}: {why}; is it running?")
+
+    def no_greeting(self, path: str) -> QmpGone:
+        return QmpGone(
+            f"{path}: nobody greets us within {self.greeting_s:.0f} s; is this a monitor's socket?"
+        )
+
+    def no_qmp(self, path: str, said: bytes) -> QmpGone:
+        if said.startswith(_NBD_GREETING):
+            return QmpGone(
+                f"{path} is an export's socket; --monitor wants the monitor's own (--listen)"
+            )
+        return QmpGone(f"{path}: its answer makes no sense")
+
+    def no_answer(self, path: str) -> QmpGone:
+        return self.hung_up(path)
+
+    def hung_up(self, path: str) -> QmpGone:
+        return QmpGone(f"{path}: no monitor answers there, or it has too many clients")
 
 
 class GuardedDisk(NamedTuple):
@@ -25,9 +48,8 @@ class GuardedDisk(NamedTuple):
 
 def guarded_disks(monitor: str) -> list[GuardedDisk]:
     """Raises Failure."""
-    _check_greeting(monitor)
     try:
-        qmp = PlainQmp(monitor)
+        qmp = PlainQmp(monitor, _Monitor())
         try:
             answer = qmp.execute(Command("query-disks", {}))
         finally:
@@ -37,27 +59,5 @@ def guarded_disks(monitor: str) -> list[GuardedDisk]:
         ]
     except QmpRefused as error:
         raise Failure(f"{monitor}: {error}; is it a vmapipe monitor that serves disks?") from error
-    except QmpGone as error:
-        raise Failure(f"{monitor}: no monitor answers there, or it has too many clients") from error
     except (LookupError, TypeError, ValueError) as error:
         raise Failure(f"{monitor}: its answer makes no sense") from error
-
-
-def _check_greeting(monitor: str) -> None:
-    """That somebody greets us there, and is no NBD server. Raises Failure."""
-    try:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(_GREETING_S)
-            sock.connect(monitor)
-            if sock.recv(len(_NBD_GREETING)) == _NBD_GREETING:
-                raise Failure(
-                    f"{monitor} is an export's socket; --monitor wants the monitor's own (--listen)"
-                )
-    except TimeoutError as error:
-        raise Failure(
-            f"{monitor}: nobody greets us within {_GREETING_S:.0f} s; is this a monitor's socket?"
-        ) from error
-    except OSError as error:
-        raise Failure(
-            f"cannot ask the monitor at {monitor}: {os_error_text(error)}; is it running?"
-        ) from error
