@@ -27,6 +27,7 @@ from vmapipe.runtime.cli import (
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import read_server_keys
+from vmapipe.runtime.objectnames import is_object
 from vmapipe.runtime.priority import stand_back
 from vmapipe.runtime.process import one_line, run, run_child
 from vmapipe.vma.layout import MAX_DEVICES
@@ -34,7 +35,7 @@ from vmapipe.vma.layout import MAX_DEVICES
 DESCRIPTION = """\
 Receive the disks of one backup from their producers and store them as one VMA
 archive; or, with --directory, be a service that does so for any number of
-backups of other hosts. An archive appears under its name when it is complete
+backups of other hosts, in a folder or in an object store. An archive appears under its name when it is complete
 and on disk; a job that fails leaves nothing behind.
 """
 
@@ -60,7 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="ARCHIVE",
         help="a new file, - (stdout), a FIFO or device, exec:CMD, fd:N, /dev/fdset/N "
-        "or s3://BUCKET/KEY",
+        "or s3://BUCKET/KEY; without --device, --expect and --config s3://BUCKET/PREFIX is as "
+        "--directory",
     )
     parser.add_argument(
         "--device",
@@ -122,11 +124,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe archiver") -> i
     parser = make_parser(prog, DESCRIPTION, EPILOG)
     add_options(parser)
     options = parser.parse_args(argv)
+    if _names_a_prefix(options):
+        options.directory, options.output = options.output, None
     if options.directory is not None:
         return run(prog, lambda: _serve_jobs(options))
     return run_child(
         prog, options.parent_fd, lambda cancel, emit: _archive(options, cancel, emit), _print
     )
+
+
+def _names_a_prefix(options: argparse.Namespace) -> bool:
+    """`--output s3://BUCKET/PREFIX` and nothing of what goes into one archive: a service's place."""
+    of_one_archive = options.device or options.expect or options.config
+    return options.directory is None and is_object(options.output or "") and not of_one_archive
 
 
 def _serve_jobs(options: argparse.Namespace) -> None:

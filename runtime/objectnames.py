@@ -19,14 +19,38 @@ def is_object(name: str) -> bool:
 
 def split_name(name: str) -> tuple[str, str]:
     """`s3://BUCKET/KEY` to (bucket, key). Raises UsageError."""
-    bucket, slash, key = name.removeprefix(SCHEME).partition("/")
-    if not is_object(name) or not _BUCKET.fullmatch(bucket):
-        raise UsageError(f"{name!r}: an object's name is s3://BUCKET/KEY")
-    if not slash or not key or key.endswith("/"):
+    bucket, key = _split(name, "KEY")
+    if not key or key.endswith("/"):
         raise UsageError(f"{name!r} names no object in the bucket: use s3://BUCKET/KEY")
+    _check_key(name, key, _MAX_KEY_BYTES)
+    return bucket, key
+
+
+def check_prefix(name: str, longest_rest_bytes: int) -> None:
+    """Whether objects can be called `s3://BUCKET/PREFIX/...`, or `s3://BUCKET/...`. Raises UsageError.
+
+    `longest_rest_bytes`: what may follow the prefix.
+    """
+    _, prefix = _split(name, "PREFIX")
+    if prefix.rstrip("/"):
+        _check_key(name, prefix.removesuffix("/"), _MAX_KEY_BYTES - longest_rest_bytes)
+
+
+def _split(name: str, what: str) -> tuple[str, str]:
+    bucket, _, key = name.removeprefix(SCHEME).partition("/")
+    if not is_object(name) or not bucket:
+        raise UsageError(f"{name!r} names no bucket: use s3://BUCKET/{what}")
+    if not _BUCKET.fullmatch(bucket):
+        raise UsageError(
+            f"{name!r}: {bucket!r} is no bucket's name: that has 3 to 255 letters, digits, dots, "
+            "dashes and underscores, and begins and ends with a letter or digit"
+        )
+    return bucket, key
+
+
+def _check_key(name: str, key: str, most_bytes: int) -> None:
     # What a library or a proxy on the way may take for another object.
     if any(part in ("", ".", "..") for part in key.split("/")) or not key.isprintable():
         raise UsageError(f"{name!r}: empty, . and .. parts and control characters are refused")
-    if len(key.encode()) > _MAX_KEY_BYTES:
-        raise UsageError(f"{name!r}: a key has at most {_MAX_KEY_BYTES} bytes")
-    return bucket, key
+    if len(key.encode()) > most_bytes:
+        raise UsageError(f"{name!r}: behind the bucket there may be at most {most_bytes} bytes")

@@ -144,14 +144,21 @@ class StoredObject:
     def remove(self) -> None:
         self._ask("remove", self._client.delete_object)
 
-    def uploads_beside(self, endings: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+    def look_at_bucket(self) -> None:
+        """Whether it is there and may be used."""
+        self._ask("use the bucket of", self._client.head_bucket, key="")
+
+    def uploads_beside(
+        self, endings: Sequence[str], *, below: bool = False
+    ) -> Iterator[tuple[str, str, float]]:
         """Uploads under way in the object's folder: (key, id, seconds since its last part).
 
-        Only of keys with one of these endings.
+        Only of keys with one of these endings. `below`: in folders below it, too.
         """
         folder = self.key.rpartition("/")[0]
-        prefix = f"{folder}/" if folder else ""
-        ask: dict[str, Any] = {"Prefix": prefix, "Delimiter": "/"}
+        ask: dict[str, Any] = {"Prefix": f"{folder}/" if folder else ""}
+        if not below:
+            ask["Delimiter"] = "/"
         found = self._ask(
             "list the uploads beside", self._client.list_multipart_uploads, key="", **ask
         )

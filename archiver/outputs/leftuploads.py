@@ -24,10 +24,15 @@ def abort(store: StoredObject, upload: str) -> None:
         store.abort(upload)
 
 
-def abort_left_over(store: StoredObject, tell: Callable[[str], None]) -> None:
-    """In the folder of this object, what processes that were killed have left. Never raises."""
+def abort_left_over(
+    store: StoredObject, tell: Callable[[str], None], *, below: bool = False
+) -> None:
+    """In the folder of this object, what processes that were killed have left. Never raises.
+
+    `below`: in the folders below that, too.
+    """
     with contextlib.suppress(StoreError):
-        for key, upload, idle_s in store.uploads_beside(_ENDINGS):
+        for key, upload, idle_s in store.uploads_beside(_ENDINGS, below=below):
             if idle_s >= LEFT_OVER_S:
                 sibling = store.sibling(key)
                 sibling.abort(upload)

@@ -23,6 +23,7 @@ class Limits:
     min_free_bytes: int = 1 << 30
     min_memory_bytes: int = 256 << 20
     heartbeat_s: int = 60
+    job_memory_bytes: int = JOB_MEMORY_BYTES
 
 
 class Facts(Protocol):
@@ -68,7 +69,7 @@ def admit(
             f"{room.free_bytes} bytes are free; {bounds.min_free_bytes} are kept free",
         )
     starting = 1 + sum(job.begun is None for job in running)
-    if room.memory_bytes < bounds.min_memory_bytes + starting * JOB_MEMORY_BYTES:
+    if room.memory_bytes < bounds.min_memory_bytes + starting * bounds.job_memory_bytes:
         raise RemoteProtocolError(
             "no-memory", f"{room.memory_bytes} bytes of memory are available; try later"
         )

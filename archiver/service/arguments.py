@@ -15,7 +15,9 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
         "Clients can only write new archives: not read, list, change or remove any.",
     )
     group.add_argument(
-        "--directory", metavar="DIR", help="be a service, and store the archives here"
+        "--directory",
+        metavar="DIR",
+        help="be a service, and store the archives here: a folder, or s3://BUCKET/PREFIX",
     )
     group.add_argument(
         "--max-jobs",
@@ -27,9 +29,8 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--min-free",
         type=size,
-        default=1 << 30,
         metavar="SIZE",
-        help="no new job when less is free in DIR (default: 1G)",
+        help="no new job when less is free in DIR (default: 1G; not with s3://)",
     )
     group.add_argument(
         "--min-memory",
@@ -48,7 +49,7 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
         type=size,
         default=0,
         metavar="SIZE",
-        help="what each client may have in its folder (default: no limit)",
+        help="what each client may have in its folder (default: no limit; not with s3://)",
     )
     group.add_argument(
         "--client-jobs",

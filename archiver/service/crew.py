@@ -7,16 +7,20 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vmapipe.archiver.manifests import beside
+from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
 from vmapipe.archiver.outputs.file import remove_leftover
 from vmapipe.archiver.service.instructions import Start
-from vmapipe.archiver.service.workfolder import WorkFolder
+from vmapipe.archiver.service.objectplaces import abort_uploads
+from vmapipe.archiver.service.workfolder import WorkFolder, note_upload
 from vmapipe.runtime.children import STOP_S, Child
 from vmapipe.runtime.events import Event
+from vmapipe.runtime.objectnames import is_object
 
 # An archiver that has closed its end is looked at so often until it is gone.
 REAP_S = 0.02
@@ -27,6 +31,8 @@ class _Member:
     child: Child
     folder: str
     path: str
+    #: What it has under way to an object store: (the object's name, the upload's id).
+    uploads: list[tuple[str, str]] = field(default_factory=list)
     #: When it closed its end of the socket; it must be gone soon afterwards.
     ending: float | None = None
     gone: bool = False
@@ -36,15 +42,23 @@ class Crew:
     """`watch` and `unwatch`: what to do with a descriptor that tells of something."""
 
     def __init__(
-        self, options: list[str], watch: Callable[[int], None], unwatch: Callable[[int], None]
+        self,
+        options: list[str],
+        watch: Callable[[int], None],
+        unwatch: Callable[[int], None],
+        *,
+        to_store: bool = False,
     ) -> None:
         self._options = options
         self._watch = watch
         self._unwatch = unwatch
         self._members: dict[bytes, _Member] = {}
+        self._cleaners: list[threading.Thread] = []
         # Whoever can open a job's socket can write its archive.
-        self._folder = WorkFolder()
+        self._folder = WorkFolder(takes_uploads=to_store)
         self._count = 0
+        #: Of services that were killed on this host, and theirs no more.
+        self.left_uploads = self._folder.left_uploads
 
     @property
     def in_a_hurry(self) -> bool:
@@ -76,6 +90,9 @@ class Crew:
             words.append(f"--compress={request.compress}")
         if not request.manifest:
             words.append("--no-manifest")
+        elif is_object(order.path):
+            # Named, because it is not replaced then: nobody has looked whether it exists.
+            words.append(f"--manifest={beside(order.path)}")
         for index, (name, data) in enumerate(request.configs):
             path = os.path.join(folder, str(index))
             with open(path, "xb", opener=_private) as file:
@@ -97,8 +114,7 @@ class Crew:
                     events, ending = [], True
                     member.child.send_signal(signal.SIGKILL)
                 for event in events:
-                    if event["event"] == "listening":
-                        self._remove_configs(member)
+                    self._heed(member, event)
                     yield job, event
                 if ending:
                     self._unwatch(member.child.socket.fileno())
@@ -107,7 +123,7 @@ class Crew:
                 member.gone = member.child.reap(0.0)
                 if member.gone:
                     if (member.child.exit_code or 0) < 0:
-                        _remove_leftovers(member.path)
+                        self._remove_leftovers(member)
                     yield job, None
                 elif now - member.ending > STOP_S:
                     member.child.send_signal(signal.SIGKILL)
@@ -139,8 +155,28 @@ class Crew:
             if not member.child.reap(max(0.0, deadline - time.monotonic())):
                 member.child.send_signal(signal.SIGKILL)
                 member.child.reap(STOP_S)
-                _remove_leftovers(member.path)
+                self._remove_leftovers(member)
+        for thread in self._cleaners:
+            thread.join(ABANDON_WAIT_S)
         self._folder.remove()
+
+    def _heed(self, member: _Member, event: Event) -> None:
+        """What is to be done at once when an archiver says this."""
+        match event:
+            case {"event": "listening"}:
+                self._remove_configs(member)
+            case {"event": "upload", "archive": name, "upload": upload}:
+                member.uploads.append((name, upload))
+                note_upload(member.folder, name, upload)
+
+    def _remove_leftovers(self, member: _Member) -> None:
+        """What an archiver that was killed could not remove itself."""
+        if is_object(member.path):
+            self._cleaners = [thread for thread in self._cleaners if thread.is_alive()]
+            self._cleaners.append(abort_uploads(member.uploads))
+        else:
+            remove_leftover(member.path)
+            remove_leftover(beside(member.path))
 
     @staticmethod
     def _remove_configs(member: _Member) -> None:
@@ -157,9 +193,3 @@ def _endpoint(folder: str) -> str:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-def _remove_leftovers(path: str) -> None:
-    """What an archiver that was killed could not remove itself."""
-    remove_leftover(path)
-    remove_leftover(beside(path))

@@ -8,6 +8,7 @@ import contextlib
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -16,14 +17,20 @@ from vmapipe.archiver.service.admission import Limits
 from vmapipe.archiver.service.crew import Crew
 from vmapipe.archiver.service.front import Front
 from vmapipe.archiver.service.link import FrontLink
-from vmapipe.archiver.service.places import Places, Rules
+from vmapipe.archiver.service.objectplaces import JOB_MEMORY_BYTES, ObjectPlaces
+from vmapipe.archiver.service.places import Places
+from vmapipe.archiver.service.rules import ClientRules, Rules
 from vmapipe.archiver.service.serve import Service
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Event, encode_line
 from vmapipe.runtime.keys import read_server_keys
 from vmapipe.runtime.notify import notify
+from vmapipe.runtime.objectnames import is_object
 from vmapipe.runtime.process import one_line
+
+# What a file system is kept from being filled with, for its other users.
+_MIN_FREE_BYTES = 1 << 30
 
 
 def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
@@ -32,14 +39,31 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
     emit = _say_json if options.json else _say
     keys = read_server_keys(options.keys) if options.keys else None
     usual = Rules(quota_bytes=options.quota, max_jobs=options.client_jobs)
-    rules = Path(options.keys, "clients") if options.keys else None
-    places = Places(options.directory, usual, rules, per_client=options.per_client)
-    bounds = Limits(options.max_jobs, options.min_free, options.min_memory, options.client_timeout)
+    rules = ClientRules(
+        usual,
+        Path(options.keys, "clients") if options.keys else None,
+        per_client=options.per_client,
+    )
+    to_store = is_object(options.directory)
+    places = (ObjectPlaces if to_store else Places)(options.directory, rules)
+    bounds = Limits(
+        options.max_jobs,
+        _MIN_FREE_BYTES if options.min_free is None else options.min_free,
+        options.min_memory,
+        options.client_timeout,
+    )
+    if to_store:
+        bounds = replace(bounds, job_memory_bytes=JOB_MEMORY_BYTES)
     _allow_descriptors()
     link = FrontLink(options.listen, keys)
     try:
-        crew = Crew(_archiver_options(options, link), link.watch, link.unwatch)
+        words = _archiver_options(options, link)
+        crew = Crew(words, link.watch, link.unwatch, to_store=to_store)
         try:
+            if isinstance(places, ObjectPlaces):
+                places.check(
+                    crew.left_uploads, lambda text: emit({"event": "notice", "text": text})
+                )
             front = Front(bounds, places, time.monotonic())
             emit({"event": "ready", "listen": link.endpoint, "directory": options.directory})
             notify("READY=1", "STATUS=0 jobs are running")
@@ -61,10 +85,22 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--per-client needs --keys: clients are told apart by their keys")
     if options.quota and not options.per_client:
         raise UsageError("--quota needs --per-client: it counts what is in a client's folder")
+    if is_object(options.directory):
+        _check_for_store(options)
     if not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(f"--threads {options.threads}: use 1 to {MAX_THREADS}")
     if options.max_jobs < 1 or options.client_jobs < 0:
         raise UsageError("--max-jobs is at least 1, --client-jobs at least 0")
+
+
+def _check_for_store(options: argparse.Namespace) -> None:
+    """What cannot be done in an object store is not promised."""
+    if options.quota:
+        raise UsageError(
+            "--quota: an object store is not counted for each client; set a limit at the store"
+        )
+    if options.min_free is not None:
+        raise UsageError("--min-free: an object store does not say what is free")
 
 
 def _archiver_options(options: argparse.Namespace, link: FrontLink) -> list[str]:

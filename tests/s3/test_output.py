@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import re
 import ssl
 import subprocess
 import threading
@@ -380,15 +381,27 @@ def test_over_https_the_stores_certificate_counts(
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "why"),
     [
-        "s3://", "s3://b", "s3://bucket", "s3://bucket/", "s3:///key", "s3://bucket/folder/",
-        "s3://bucket/a//b", "s3://bucket/../b", "s3://bucket/./b", "s3://bucket/a\nb",
-        "s3://bu cket/a", "s3://bucket/" + 1025 * "k",
+        ("s3://", "names no bucket"),
+        ("s3:///key", "names no bucket"),
+        ("s3://b", "'b' is no bucket's name: that has 3 to 255 letters"),
+        ("s3://ab/key", "'ab' is no bucket's name: that has 3 to 255 letters"),
+        ("s3://bu cket/a", "'bu cket' is no bucket's name"),
+        ("s3://bucket", "names no object in the bucket: use s3://BUCKET/KEY"),
+        ("s3://bucket/", "names no object in the bucket"),
+        ("s3://bucket/folder/", "names no object in the bucket"),
+        ("s3://bucket/a//b", "empty, . and .. parts"),
+        ("s3://bucket/../b", "empty, . and .. parts"),
+        ("s3://bucket/./b", "empty, . and .. parts"),
+        ("s3://bucket/a\nb", "control characters are refused"),
+        ("s3://bucket/" + 1025 * "k", "at most 1024 bytes"),
     ],
-)  # fmt: skip
-def test_a_word_that_names_no_object_is_wrong_use(name: str) -> None:
-    with pytest.raises(UsageError):
+)
+def test_a_word_that_names_no_object_is_wrong_use_and_says_what_is_wrong(
+    name: str, why: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(why)):
         open_output(name)
 
 

@@ -64,13 +64,19 @@ def serving(
     folder: Path,
     *options: str,
     keys: tuple[Path, Path] | None = None,
+    store: str = "",
     **more: Any,
 ) -> Iterator[Served]:
-    """`keys`: the service's folder of keys, and a client's. Killed at the end if it still runs."""
+    """Killed at the end if it still runs.
+
+    `keys`: the service's folder of keys, and a client's. `store`: where archives
+    go instead of the folder.
+    """
     folder.mkdir(exist_ok=True)
     server = ("--keys", str(keys[0])) if keys else ("--insecure-plain-tcp",)
     link = ("--keys", str(keys[1])) if keys else ("--insecure-plain-tcp",)
-    words = ("--listen", "tcp://127.0.0.1:*", "--directory", str(folder), "--json", *server)
+    place = ("--output", store) if store else ("--directory", str(folder))
+    words = ("--listen", "tcp://127.0.0.1:*", *place, "--json", *server)
     with started("archiver", *words, *options, **more) as process:
         ready = next_event(process, "ready")
         yield Served(process, ready["listen"], folder, link)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vmapipe.archiver.service.memory import available_memory_bytes, left_in_group
-from vmapipe.archiver.service.places import Places, Rules, read_rules
+from vmapipe.archiver.service.places import Places
+from vmapipe.archiver.service.rules import ClientRules, Rules, read_rules
 from vmapipe.archiver.service.workfolder import WorkFolder
 from vmapipe.protocol import jobs, limits
 from vmapipe.protocol.errors import RemoteProtocolError
@@ -19,7 +20,7 @@ REQUEST = jobs.Open(limits.VERSION, bytes(16), "vm.vma", ("a",))
 
 
 def places(folder: Path, usual: Rules | None = None, rules: Path | None = None) -> Places:
-    return Places(str(folder), usual or Rules(), rules, per_client=True)
+    return Places(str(folder), ClientRules(usual or Rules(), rules, per_client=True))
 
 
 def test_each_client_has_a_folder_that_only_the_service_can_enter(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_rules_that_make_no_sense_name_their_file(tmp_path: Path, text: str) -> 
     with pytest.raises(Failure, match=r"alice\.toml"):
         read_rules(tmp_path / "alice.toml", Rules())
     with pytest.raises(Failure, match=r"alice\.toml"):
-        Places(str(tmp_path), Rules(), tmp_path, per_client=False)
+        ClientRules(Rules(), tmp_path, per_client=False)
 
 
 def test_a_control_groups_limit_counts_without_the_pages_that_can_be_dropped(
