@@ -108,6 +108,9 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="freeze the guest's file systems for the instant, through this guest agent "
         "(with --qmp or --monitor); they are thawed whatever happens",
     )
+    what.add_argument(
+        "--freeze", action="store_true", help="what --agent is for; needs it, and may be left out"
+    )
     add_buffer_options(parser)
     add_priority_options(parser)
     parser.add_argument(
@@ -187,6 +190,10 @@ def _full_name(archive: str) -> str:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises UsageError."""
+    if options.freeze and not options.agent:
+        raise UsageError(
+            "--freeze needs --agent: only the guest itself can freeze its file systems"
+        )
     if options.agent and options.qmp is None and options.monitor is None:
         raise UsageError("--agent needs --qmp or --monitor: a disk at rest needs no freezing")
     if options.state and options.qmp is None:

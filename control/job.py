@@ -289,7 +289,12 @@ class BackupJob:
 
     def _begin(self, emit: Emit, cancel: Cancel) -> None:
         """All disks in use are ready: choose the instant. Raises Failure."""
-        if self.agent:
+        if self.agent and self.machine and not self.machine.is_running:
+            # Nobody in it can answer, nor write.
+            text = "the guest is not running: its file systems are backed up without its agent"
+            emit({"event": "notice", "text": text})
+            held = self._choose_instant()
+        elif self.agent:
             # Imported here: it takes as long as all the rest of a start.
             from vmapipe.control.qemu.freezing import frozen
 

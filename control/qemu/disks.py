@@ -13,6 +13,11 @@ Answer = Mapping[str, Any]
 
 # A device that has an id: as itself, or as the virtio device around it.
 _DEVICE = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/virtio-backend)?")
+# Where UEFI firmware keeps its variables: a flash memory, which has no id of its own.
+_FLASH_VARIABLES = "/machine/system.flash1"
+_FLASH_NAME = "drive-efidisk0"
+# QEMU's own word for it where nobody gave it one.
+_FLASH_DEVICES = frozenset({"", "pflash1"})
 # What QEMU puts above a disk while one of its block jobs works on it.
 _JOB_FILTERS = frozenset({"backup-top", "commit_top", "copy-before-write", "mirror_top"})
 
@@ -46,6 +51,8 @@ def names_of(block: Answer) -> Names:
     node = (block.get("inserted") or {}).get("node-name", "")
     match = _DEVICE.fullmatch(qdev)
     name = _drive_name(match[1]) if match else device or node or qdev
+    if qdev == _FLASH_VARIABLES and device in _FLASH_DEVICES:
+        name = _FLASH_NAME
     words = {name, device, node, qdev, match[1] if match else ""}
     return Names(name, frozenset(words - {""}))
 

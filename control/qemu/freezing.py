@@ -35,11 +35,21 @@ _THAW_S = 10.0
 # Beginning a backup takes some 20 ms. A guest that is frozen for longer than
 # this begins to fail; a database's clients time out.
 _FROZEN_S = 10.0
-_THAW_ATTEMPTS = 3
-_THAW_LIMIT_S = _THAW_ATTEMPTS * (_SYNC_S + _THAW_S) + 5.0
+# An agent that died while the guest was frozen is started again by the guest's service
+# manager, and a port that somebody else keeps busy becomes free: tried for so long.
+_THAW_FOR_S = 30.0
+_THAW_AGAIN_S = 0.2
+# One that refuses has its reasons.
+_MOST_REFUSALS = 3
+# The last attempt may begin at the very end.
+_THAW_LIMIT_S = _THAW_FOR_S + _SYNC_S + _THAW_S + 5.0
 _MAX_ANSWER_BYTES = 1 << 20
 # Marks the beginning of an answer (qemu-ga's guest-sync-delimited).
 _DELIMITER = b"\xff"
+
+
+class AgentRefused(Failure):
+    """The agent has answered, with an error."""
 
 
 class GuestAgent:
@@ -71,7 +81,7 @@ class GuestAgent:
         if "error" in answer:
             described = answer["error"]
             text = described.get("desc", "") if isinstance(described, dict) else ""
-            raise Failure(f"the guest agent at {self._path} refuses {command}: {text}")
+            raise AgentRefused(f"the guest agent at {self._path} refuses {command}: {text}")
         return answer.get("return")
 
     def close(self) -> None:
@@ -120,9 +130,12 @@ class GuestAgent:
             raise TimeoutError("it does not answer")
 
     def _silent(self, error: OSError) -> Failure:
+        # A Unix socket says so when its queue is full.
+        busy = isinstance(error, BlockingIOError)
+        why = "it serves one client at a time, and has others" if busy else os_error_text(error)
         return Failure(
-            f"the guest agent at {self._path}: {os_error_text(error)}; is qemu-guest-agent running "
-            "in the guest? Without --freeze the backup is as after a power cut"
+            f"the guest agent at {self._path}: {why}; is qemu-guest-agent running in the guest, and "
+            "nobody else connected to it? Without --agent the backup is as after a power cut"
         )
 
 
@@ -198,7 +211,8 @@ def _freeze(path: str, cancel: Cancel, emit: Emit) -> None:
 
 def _thaw(path: str) -> None:
     """Raises Failure when the guest cannot be thawed, however often it is tried."""
-    for attempt in range(1, _THAW_ATTEMPTS + 1):
+    until, refusals = time.monotonic() + _THAW_FOR_S, 0
+    while True:
         try:
             # A connection of its own: the other one may be in the middle of something.
             agent = GuestAgent(path)
@@ -208,11 +222,13 @@ def _thaw(path: str) -> None:
             finally:
                 agent.close()
         except Failure as error:
-            if attempt == _THAW_ATTEMPTS:
+            refusals += isinstance(error, AgentRefused)
+            if refusals == _MOST_REFUSALS or time.monotonic() > until:
                 raise Failure(
                     f"THE GUEST MAY STILL BE FROZEN: {error}. Thaw it by hand: send "
                     f'{{"execute": "guest-fsfreeze-thaw"}} to {path}'
                 ) from error
+        time.sleep(_THAW_AGAIN_S)
 
 
 def _print(event: Event) -> None:

@@ -118,6 +118,14 @@ class RunningMachine:
         if self._saving is not None:
             self._saving.started()
 
+    @property
+    def is_running(self) -> bool:
+        """Its guest; a qemu-storage-daemon has none, and cannot be asked."""
+        try:
+            return bool(self._link.execute(Command("query-status", {})).get("running", True))
+        except QmpRefused:
+            return True
+
     def begin(self) -> Instant | None:
         """All producers listen: this is the instant. None: `look` will find it, in `held`."""
         targets = [

@@ -16,7 +16,7 @@ import selectors
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,9 @@ _MODULES = (
 )
 #: The same for disks on a virtio-scsi bus.
 SCSI_MODULES = ("scsi/scsi_common", "scsi/scsi_mod", "scsi/virtio_scsi", "scsi/sd_mod")
+#: For a port of the guest agent, and for the variables of UEFI firmware.
+PORT_MODULES = ("char/virtio_console",)
+EFI_MODULES = ("../fs/efivarfs/efivarfs",)
 # In front of every script. The guest has nothing but what is made here.
 _PROLOGUE = """\
 #!/bin/busybox sh
@@ -45,6 +48,7 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 stty -echo
+echo # firmware may have left half a line
 for module in %s; do
     insmod /modules/$module.ko || echo "@ failed: insmod $module"
 done
@@ -76,9 +80,13 @@ def find_kernel() -> Kernel | None:
 
 
 def make_initramfs(
-    kernel: Kernel, busybox: Path, script: str, more_modules: Sequence[str] = ()
+    kernel: Kernel,
+    busybox: Path,
+    script: str,
+    more_modules: Sequence[str] = (),
+    more_files: Mapping[str, Path] | None = None,
 ) -> bytes:
-    """The same arguments, the same bytes."""
+    """The same arguments, the same bytes. `more_files`: programs, by their place in the guest."""
     modules = (*_MODULES, *more_modules)
     names = [Path(module).name for module in modules]
     archive = _Cpio()
@@ -88,6 +96,12 @@ def make_initramfs(
     for module, name in zip(modules, names, strict=True):
         driver = (kernel.drivers / f"{module}.ko").read_bytes()
         archive.add(f"modules/{name}.ko", stat.S_IFREG | 0o644, driver)
+    files = more_files or {}
+    parents = {str(folder) for place in files for folder in Path(place).parents}
+    for folder in sorted(parents - {"."}):
+        archive.add(folder, stat.S_IFDIR | 0o755)
+    for place, file in files.items():
+        archive.add(place, stat.S_IFREG | 0o755, file.read_bytes())
     text = _PROLOGUE % " ".join(names) + script
     archive.add("init", stat.S_IFREG | 0o755, text.encode())
     # The lowest level: the guest unpacks it on an emulated processor.

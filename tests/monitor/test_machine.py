@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,17 @@ MIB = 1 << 20
 class Beside:
     """A monitor whose disks are a QEMU's."""
 
-    def __init__(self, folder: Path, qmp: Path) -> None:
+    def __init__(self, folder: Path, qmp: Path, options: Sequence[str] = ()) -> None:
         self.socket = folder / "backup.sock"
-        words = ["monitor", "--json", "--listen", str(self.socket), "--qmp", str(qmp)]
+        words = ["monitor", "--json", "--listen", str(self.socket), "--qmp", str(qmp), *options]
         self.process = subprocess.Popen(
             [*VMAPIPE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
 
 @contextlib.contextmanager
-def beside(folder: Path, qmp: Path) -> Iterator[Beside]:
-    monitor = Beside(folder, qmp)
+def beside(folder: Path, qmp: Path, *options: str) -> Iterator[Beside]:
+    monitor = Beside(folder, qmp, options)
     try:
         next_event(monitor.process, "ready")
         yield monitor

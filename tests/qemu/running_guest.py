@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from tests.guard.guest import SCSI_MODULES, Guest, Kernel, booted, make_initramfs
 from vmapipe.control.qemu.plain import PlainQmp
@@ -42,6 +43,22 @@ done
 """
 
 
+#: In front of a script: the guest does what its console tells it, too.
+OBEY = """
+(while read -r line; do eval "$line"; done) </dev/ttyS0 &
+"""
+
+
+class Extra(NamedTuple):
+    """What a guest has besides: QEMU's options, modules, programs by their place, lines of script."""
+
+    options: Sequence[str] = ()
+    modules: Sequence[str] = ()
+    files: Mapping[str, Path] = MappingProxyType({})
+    script: str = ""
+
+
+NOTHING = Extra()
 _SCSI = (
     *("-device", "pcie-root-port,id=bridge,chassis=1"),
     *("-device", "virtio-scsi-pci,bus=bridge,id=bus,iothread=io0"),
@@ -79,6 +96,12 @@ class RunningGuest:
             self.rounds = int(line.removeprefix("round "))
         return self.rounds
 
+    def does(self, command: str) -> None:
+        """Needs OBEY; wait until it is done."""
+        self.console.tell(f"{command}; say done")
+        for line in self.console.hear("done"):
+            self.rounds = int(line.removeprefix("round "))
+
     def is_untouched(self) -> None:
         """QEMU has nothing of ours: no job, node, note or setting."""
         names = ("query-jobs", "query-named-block-nodes", "query-block-exports")
@@ -99,6 +122,7 @@ def running_guest(
     disks: Sequence[Path],
     *options: str,
     with_scsi: bool = False,
+    extra: Extra = NOTHING,
 ) -> Iterator[RunningGuest]:
     """With the first disk on an I/O thread of its own.
 
@@ -106,9 +130,9 @@ def running_guest(
     """
     qemu, busybox = need("qemu-system-x86_64", "busybox")
     initramfs = folder / "initramfs"
-    script = f"second=/dev/{'sda' if with_scsi else 'vdb'}{SCRIPT}"
-    more = SCSI_MODULES if with_scsi else ()
-    initramfs.write_bytes(make_initramfs(kernel, Path(busybox), script, more))
+    script = f"{extra.script}\nsecond=/dev/{'sda' if with_scsi else 'vdb'}{SCRIPT}"
+    modules = (*(SCSI_MODULES if with_scsi else ()), *extra.modules)
+    initramfs.write_bytes(make_initramfs(kernel, Path(busybox), script, modules, extra.files))
     system, counter = disks
     kind = "qcow2" if system.suffix == ".qcow2" else "raw"
     words = [
@@ -120,6 +144,7 @@ def running_guest(
         *("-drive", f"if=none,id=second,format=raw,file={counter}"),
         *("-qmp", f"unix:{folder}/qmp.sock,server=on,wait=off"),
         *("-qmp", f"unix:{folder}/tests.sock,server=on,wait=off"),
+        *extra.options,
         *options,
     ]
     with (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Freezing a guest, and above all thawing it, against an agent that the test plays.
 
-The real agent would freeze the file systems of the machine that runs the test.
+The real one, in a guest, is in test_guest_agent.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.machine import LIMIT_S
-from vmapipe.control.qemu.freezing import frozen
+from vmapipe.control.qemu.freezing import GuestAgent, frozen
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Event
@@ -170,6 +170,15 @@ def test_without_an_agent_the_message_says_what_to_do(tmp_path: Path, cancel: Ca
         frozen(str(tmp_path / "none.sock"), nothing, cancel),
     ):
         pytest.fail("the block must not run")
+
+
+def test_an_agent_that_is_busy_with_others_is_named(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as other:
+        listener.bind(str(tmp_path / "agent.sock"))
+        listener.listen(0)
+        other.connect(str(tmp_path / "agent.sock"))
+        with pytest.raises(Failure, match="it serves one client at a time, and has others"):
+            GuestAgent(str(tmp_path / "agent.sock"))
 
 
 def test_a_guest_that_cannot_be_thawed_is_cried_out(agent: Agent, cancel: Cancel) -> None:

@@ -49,7 +49,11 @@ NODE_ONLY = {
     "qdev": "/machine/peripheral-anon/device[1]/virtio-backend",
     "inserted": inserted("disk"),
 }
-FIRMWARE = {"device": "drive-efidisk0", "inserted": inserted("#block7", 540672)}
+FIRMWARE = {
+    "device": "drive-efidisk0",
+    "qdev": "/machine/system.flash1",
+    "inserted": inserted("#block7", 540672),
+}
 CDROM = {
     "device": "drive-ide2",
     "qdev": "ide2",
@@ -73,6 +77,14 @@ def test_disks_are_called_as_proxmox_calls_them() -> None:
 
 def test_a_disk_without_an_id_has_the_name_of_its_drive_or_node() -> None:
     assert names(ANONYMOUS, NODE_ONLY, FIRMWARE) == ["virtio0", "disk", "drive-efidisk0"]
+
+
+@pytest.mark.parametrize("device", ["", "pflash1"])
+def test_the_variables_of_uefi_firmware_are_called_as_proxmox_calls_them(device: str) -> None:
+    code = {"device": "", "qdev": "/machine/system.flash0", "inserted": inserted("c", ro=True)}
+    block = {**FIRMWARE, "device": device}
+    assert names(code, block) == ["drive-efidisk0"]
+    assert names(code, block, wanted=("#block7",)) == ["drive-efidisk0"]
 
 
 def test_commands_use_the_drive_where_there_is_one_and_else_the_node() -> None:
