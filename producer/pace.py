@@ -46,7 +46,8 @@ class Pace:
     def _follow(self, now: float) -> None:
         wanted, before = self._wanted, self.bytes_per_s
         if wanted != before:
-            # What was taken and is not paid for yet is paid for at the new rate.
-            owed = max(0.0, self._due - now) * before
-            self._due = now + owed / wanted if wanted else now
+            # What was taken at the old rate, an eighth of a second's, is paid for at the
+            # quicker of the two: at a much lower one nothing would be read for long.
+            owed_s = max(0.0, self._due - now)
+            self._due = now + owed_s * min(1.0, before / wanted) if wanted else now
             self.bytes_per_s = wanted

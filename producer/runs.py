@@ -35,8 +35,8 @@ def runs(
     """The whole disk in order, each run's charge at most `frame_bytes`.
 
     `take(length)` tells where in `memory` a piece may be read to; it may be
-    used again for the next one unless the run before was kept. `step`, asked
-    each time, may make pieces smaller than `frame_bytes` allows. Neighbouring
+    used again for the next one unless the run before was kept. `step`, asked just
+    before, may make pieces smaller than `frame_bytes` allows. Neighbouring
     zero clusters, holes or read ones, become one run without data.
     """
     largest = piece_bytes(frame_bytes)

@@ -66,9 +66,7 @@ class Sender:
         self._cancel.check()
 
     def _take(self, length: int) -> int:
-        """Room in the ring; waits for the speed limit, and until the archiver has written enough."""
-        while (pause := self._pace.wait_s(time.monotonic())) > 0:
-            self._session.step(pause)
+        """Room in the ring; waits until the archiver has written enough."""
         self._session.wait_until(lambda: self._ring.take(length) is not None)
         position = self._ring.take(length)
         if position is None:
@@ -79,6 +77,9 @@ class Sender:
         return position
 
     def _next_piece_bytes(self) -> int:
+        """Waits for the speed limit; a piece is as large as the limit is then, and not before."""
+        while (pause := self._pace.wait_s(time.monotonic())) > 0:
+            self._session.step(pause)
         piece = piece_bytes(self._pace.frame_bytes(self._session.frame_bytes))
         self._ring.fit(piece)
         return piece

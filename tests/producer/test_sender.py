@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -17,7 +18,7 @@ from vmapipe.producer.link import Link
 from vmapipe.producer.pace import Pace
 from vmapipe.producer.sender import Sender
 from vmapipe.producer.session import Refused
-from vmapipe.producer.source import SourceError
+from vmapipe.producer.source import Segment, SourceError
 from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.frames import Part
@@ -229,6 +230,53 @@ def test_a_limit_that_changes_holds_from_then_on(clock: list[Archiver]) -> None:
     ]
     assert archiver.now < 6.5
     cancel.close()
+
+
+@pytest.mark.parametrize("before", [0, 32 << 20, 1 << 20])
+def test_a_much_lower_limit_is_followed_at_once(clock: list[Archiver], before: int) -> None:
+    """From the order on no piece of the old size: the next ten seconds have what they may have."""
+    slow = 128 << 10
+
+    class Timed(Archiver):
+        told_at = 0.0
+        read_then = 0
+
+        def wait(self, timeout_s: float) -> None:
+            self._tell()
+            super().wait(timeout_s)
+
+        def send(self, parts: Sequence[Part]) -> None:
+            super().send(parts)
+            self._tell()
+
+        def _tell(self) -> None:
+            if not self.told_at and disk.read_bytes >= 4 << 20:
+                pace.hear(speed_order(slow))
+                self.told_at, self.read_then = self.now + 1e-9, disk.read_bytes
+            if self.told_at and self.now >= self.told_at + 10:
+                cancel.ask("enough", 15)
+
+    class Counted(MemoryDisk):
+        read_bytes = 0
+
+        def segments(self) -> Iterator[Segment]:
+            yield Segment(0, self.size_bytes, is_data=True)
+
+        def read_into(self, buffer: memoryview, offset: int) -> None:
+            self.read_bytes += len(buffer)
+            super().read_into(buffer, offset)
+
+    disk = Counted(b"A" * (32 << 20))
+    archiver = Timed(window=16 << 20)
+    clock.append(archiver)
+    cancel = Cancel()
+    pace = Pace(before, 0.0)
+    with contextlib.closing(cancel):
+        with pytest.raises(Cancelled):
+            Sender(disk, cast(Link, archiver), JOB, pace, cancel).run(ignore)
+        # Within 5 per cent, and a piece at the beginning.
+        within = 10 * slow * 0.05 + CLUSTER
+        assert disk.read_bytes - archiver.read_then == pytest.approx(10 * slow, abs=within)
 
 
 def test_holes_are_not_counted_against_the_limit(clock: list[Archiver]) -> None:
