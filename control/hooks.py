@@ -24,6 +24,14 @@ from vmapipe.runtime.events import Emit, Event, ignore
 _MAX_WORDS_BYTES = 16 << 10
 # Between being asked to end and being killed.
 _END_S = 5.0
+# Becomes the hook. Beside it, in the same process group and nobody's child (a hook
+# may wait for all of its own), somebody reads our pipe: a line, and he leaves; its
+# end without one, because we were killed, and he kills the group and himself.
+_WATCHED = """\
+exec 3<&0 </dev/null
+( { trap '' TERM INT HUP; read -r _ || kill -KILL 0; } <&3 >/dev/null 2>&1 & )
+exec "$@" 3<&-
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,8 @@ class _Running:
     phase: str
     process: subprocess.Popen[bytes]
     words: IO[bytes]
+    #: Where its watcher hears of us.
+    lifeline: int
     deadline: float
 
 
@@ -122,14 +132,12 @@ class Hooks:
         words = [self.program, phase]
         if not phase.startswith("job-"):
             words += [self.mode, self.vmid]
-        setpriv = shutil.which("setpriv")
-        if setpriv:  # of util-linux: the hook is to end with us, even if we are killed
-            words = [setpriv, "--pdeathsig", "KILL", *words]
         said = tempfile.TemporaryFile()  # noqa: SIM115  closed by _finish
+        reading, lifeline = os.pipe()
         try:
             process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
+                ["/bin/sh", "-c", _WATCHED, "hook", *words],
+                stdin=reading,
                 # Standard output may be the archive.
                 stdout=said,
                 stderr=said,
@@ -138,8 +146,11 @@ class Hooks:
             )
         except OSError as error:
             said.close()
+            os.close(lifeline)
             raise Failure(f"hook {phase}: {self.program}: {os_error_text(error)}") from error
-        return _Running(phase, process, said, time.monotonic() + self.timeout_s)
+        finally:
+            os.close(reading)
+        return _Running(phase, process, said, lifeline, time.monotonic() + self.timeout_s)
 
     def _variables(self, phase: str) -> dict[str, str]:
         state = self.state
@@ -172,7 +183,7 @@ class Hooks:
             os.close(pidfd)
 
     def _finish(self, running: _Running, cancel: Cancel | None) -> None:
-        """Raises Failure, Cancelled; nothing of it runs on, but what it has put into a session."""
+        """Raises Failure, Cancelled; one that had to be ended leaves nothing in its process group."""
         phase, process = running.phase, running.process
         fds = [cancel.fd] if cancel else []
         with running.words:
@@ -180,6 +191,7 @@ class Hooks:
             if not in_time:
                 self._end(running)
             code = process.wait()
+            self._let_go(running, in_time=in_time)
             self._repeat(running)
         if cancel and cancel.asked:
             raise Cancelled(cancel.reason, cancel.signum)
@@ -188,6 +200,13 @@ class Hooks:
         if code:
             how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
             raise Failure(f"hook {phase} failed: {how}")
+
+    def _let_go(self, running: _Running, *, in_time: bool) -> None:
+        """Its watcher leaves; what it has left behind it goes on only if it ended by itself."""
+        with contextlib.suppress(BrokenPipeError):
+            if in_time:
+                os.write(running.lifeline, b"\n")
+        os.close(running.lifeline)
 
     def _end(self, running: _Running) -> None:
         for signum in (signal.SIGTERM, signal.SIGKILL):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import psutil
@@ -132,14 +133,41 @@ def test_a_cancelled_backup_does_not_wait_for_its_hook(tmp_path: Path, disk: Pat
         assert end_of(backup) == (143, "vmapipe backup: cancelled by SIGTERM")
 
 
-def test_a_hook_ends_with_a_coordinator_that_is_killed(tmp_path: Path, disk: Path) -> None:
+@pytest.mark.parametrize("phase", ["job-start", "snapshot-taken"])
+def test_a_hook_and_all_it_started_end_with_a_coordinator_that_is_killed(
+    tmp_path: Path, disk: Path, phase: str
+) -> None:
     os.mkfifo(tmp_path / "ready")
-    script = hook(tmp_path, f"echo $$ > {tmp_path}/ready; exec sleep 600")
-    words = ("--hook", script, "--disk", f"d={disk}", tmp_path / "vm.vma")
-    with started("backup", *words) as backup:
-        process = psutil.Process(int((tmp_path / "ready").read_text()))
-        backup.kill()
-        assert psutil.wait_procs([process], timeout=LIMIT_S)[1] == []
+    wait = f"sleep 600 & echo $$ $! > {tmp_path}/ready; wait"
+    script = hook(tmp_path, f'[ "$1" != {phase} ] || {{ {wait}; }}')
+    with serving(tmp_path, d=disk) as served:
+        words = ("--hook", script, "--monitor", served.monitor, tmp_path / "vm.vma")
+        with started("backup", *words) as backup:
+            pids = map(int, (tmp_path / "ready").read_text().split())
+            processes = [psutil.Process(pid) for pid in pids]
+            assert len(processes) == 2
+            backup.kill()
+            assert psutil.wait_procs(processes, timeout=LIMIT_S)[1] == []
+
+
+def test_a_hook_that_waits_for_all_its_children_waits_for_its_own_only(
+    tmp_path: Path, disk: Path
+) -> None:
+    script = tmp_path / "hook"
+    script.write_text(f"#!{sys.executable}\nimport os\ntry:\n  os.wait()\nexcept OSError: pass\n")
+    script.chmod(0o755)
+    good("backup", "--hook", script, "--disk", f"d={disk}", tmp_path / "vm.vma")
+
+
+def test_what_a_hook_leaves_in_the_background_on_purpose_goes_on(
+    tmp_path: Path, disk: Path
+) -> None:
+    script = hook(tmp_path, f'[ "$1" != job-end ] || {{ sleep 600 & echo $! > {tmp_path}/pid; }}')
+    good("backup", "--hook", script, "--disk", f"d={disk}", tmp_path / "vm.vma")
+    left = psutil.Process(int((tmp_path / "pid").read_text()))
+    left.kill()
+    # Nobody's child by now: whoever adopts orphans here need not be quick.
+    assert left.name() == "sleep"
 
 
 def test_words_of_a_hook_never_go_into_an_archive_on_standard_output(

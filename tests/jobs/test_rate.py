@@ -86,7 +86,7 @@ def test_the_limit_holds_within_5_per_cent_over_any_10_seconds(tmp_path: Path) -
     words = []
     for name in "ab":
         words += ["--disk", f"{name}={make_disk(tmp_path / name, 'A' * 1600)}"]
-    command = ("backup", "--json", "--speed", str(fast), *words, tmp_path / "vm.vma")
+    command = ["backup", "--json", "--speed", str(fast), *words, str(tmp_path / "vm.vma")]
     events: list[dict[str, Any]] = []
     with started(*command) as process:
         assert process.stdout is not None
