@@ -51,7 +51,10 @@ def add_attending_options(parser: argparse.ArgumentParser) -> None:
         help="append a log in the words of vzdump's (with --vmid: beside the archive by itself)",
     )
     group.add_argument(
-        "--log-level", choices=LEVELS, default="info", help="what goes into it (default: info)"
+        "--log-level",
+        choices=LEVELS,
+        default="info",
+        help="what goes into the log (default: info); the terminal's share is --quiet's and --json's",
     )
     group.add_argument(
         "--hook",

@@ -78,8 +78,8 @@ def add_priority_options(parser: argparse.ArgumentParser) -> None:
         type=size,
         default=0,
         metavar="SIZE",
-        help="divide this much memory among the buffers (--buffer) of all live disks; at least "
-        f"{MIN_BUFFER_BYTES >> 20}M a disk",
+        help="divide this much memory among the buffers (--buffer) of all live disks, at least "
+        f"{MIN_BUFFER_BYTES >> 20}M a disk; processes have some 50 MiB each beside it",
     )
 
 
