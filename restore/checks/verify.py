@@ -7,7 +7,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from vmapipe.restore.archive.reading import Archive, Piece, check_opening, open_
 from vmapipe.restore.archive.source import PlainFile
 from vmapipe.restore.checks.census import Census
 from vmapipe.restore.checks.digest import extent_digest, file_digest, read_digest
+from vmapipe.restore.checks.hashers import Hashers, Pending
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
 from vmapipe.restore.checks.report import Damage, Report
 from vmapipe.restore.checks.survey import Gap, survey
@@ -177,10 +177,10 @@ class _Digests:
         self.totals: Totals | None = None
         self._archive = archive
         self._manifest = manifest
-        self._pool = ThreadPoolExecutor(threads, "digest")
+        self._hashers = Hashers(threads)
         # Each holds an extent of up to 3.7 MiB.
         self._limit = 2 * threads
-        self._ahead: deque[tuple[Extent, bytes, Future[bytes]]] = deque()
+        self._ahead: deque[tuple[Extent, bytes, Pending]] = deque()
         self._at = archive.header.header_bytes
         self._in_step = manifest is not None
 
@@ -188,7 +188,7 @@ class _Digests:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._hashers.close()
         if self._manifest is not None:
             self._manifest.close()
 
@@ -202,8 +202,8 @@ class _Digests:
             self._in_step = False
             yield _damage_of(error)
             return
-        future = self._pool.submit(self._digest, piece)
-        self._ahead.append((piece.extent, expected.digest, future))
+        pending = self._hashers.submit(lambda: self._digest(piece))
+        self._ahead.append((piece.extent, expected.digest, pending))
         if len(self._ahead) >= self._limit:
             yield from self._take_oldest()
 
@@ -241,8 +241,8 @@ class _Digests:
         return read_digest(source.read_into, extent.offset, extent.total_bytes)
 
     def _take_oldest(self) -> Iterator[Damage]:
-        extent, expected, future = self._ahead.popleft()
-        if future.result() != expected:
+        extent, expected, pending = self._ahead.popleft()
+        if pending.result() != expected:
             yield from damaged_runs(extent, self._archive.header)
 
     def give_up(self) -> None:

@@ -119,7 +119,23 @@ def slot_lists(draw: st.DrawFn) -> list[int]:
     return draw(st.lists(st.one_of(used, empty), max_size=59))
 
 
-@given(slot_lists(), st.integers(0, 1 << 60))
+@st.composite
+def slots_in_order(draw: st.DrawFn) -> list[int]:
+    """Words that grow by one each, also beyond the number's bits; then anything, or nothing."""
+    first = draw(
+        st.builds(
+            lambda mask, reserved, dev_id, num: slot_word(mask, dev_id, num) | reserved << 40,
+            masks,
+            st.sampled_from([0, 0xA5]),
+            st.integers(0, 254),
+            st.one_of(st.integers(0, 9), st.integers(0xFFFFFFFF - 59, 0xFFFFFFFF)),
+        )
+    )
+    count = draw(st.integers(1, 59))
+    return (list(range(first, first + count)) + draw(slot_lists()))[:59]
+
+
+@given(st.one_of(slot_lists(), slots_in_order()), st.integers(0, 1 << 60))
 def test_parsing_an_encoded_extent_header_gives_its_used_slots(
     slots: list[int], offset: int
 ) -> None:
@@ -138,6 +154,11 @@ def test_parsing_an_encoded_extent_header_gives_its_used_slots(
         assert run.data_at == at
         at += run.data_bytes
     assert at == extent.data_bytes
+    for before, after in itertools.pairwise(extent.runs):
+        assert (before.dev_id, before.first_cluster + before.count) != (
+            after.dev_id,
+            after.first_cluster,
+        )
 
 
 def test_neighbouring_clusters_are_one_run_also_across_an_empty_slot() -> None:
