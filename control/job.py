@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.folders import OwnFolder
 from vmapipe.runtime.orders import Orders, ordered_speed, speed_order
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, check_contents
@@ -89,8 +88,7 @@ class BackupJob:
             self.speed_bytes_s, [disk.name for disk in self.disks], in_turn=self.in_turn
         )
         started = time.monotonic()
-        folder = tempfile.mkdtemp(prefix="vmapipe-")
-        try:
+        with OwnFolder("backup") as folder:
             children = Children(fork=True)
             try:
                 with children:
@@ -117,8 +115,6 @@ class BackupJob:
                     "peak_rss_bytes": sum(child.peak_rss_bytes for child in children.all),
                 }
             )
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _check(self) -> None:
         if len(self._names()) > MAX_DEVICES:
@@ -127,7 +123,9 @@ class BackupJob:
             raise UsageError("nothing to back up: name a disk with --disk")
         check_names([disk.name for disk in self.disks])
 
-    def _start_archiver(self, children: Children, folder: str, emit: Emit, cancel: Cancel) -> None:
+    def _start_archiver(
+        self, children: Children, folder: OwnFolder, emit: Emit, cancel: Cancel
+    ) -> None:
         if self.service:
             module = "vmapipe.control.remote"
             words = [f"--archiver={self.service.endpoint}", *self.service.link_options]
@@ -148,7 +146,7 @@ class BackupJob:
 
             await_opened(children, archiver, emit, cancel)
 
-    def _start_producers(self, children: Children, folder: str) -> None:
+    def _start_producers(self, children: Children, folder: OwnFolder) -> None:
         speed = self._shares.share
         if self.machine:
             self.machine.prepare(speed)
@@ -186,7 +184,7 @@ class BackupJob:
         return words, []
 
     def _watch(
-        self, children: Children, emit: Emit, cancel: Cancel, folder: str, orders: Orders
+        self, children: Children, emit: Emit, cancel: Cancel, folder: OwnFolder, orders: Orders
     ) -> None:
         """Until all have ended well. Raises Failure with the best reason there is."""
         archiver = children.all[0]
@@ -201,7 +199,7 @@ class BackupJob:
                     if event["event"] == "begun":
                         # All are connected: nobody needs the socket's name any more, and
                         # whoever kills this process once it has said so leaves no folder.
-                        shutil.rmtree(folder, ignore_errors=True)
+                        folder.clear()
                     self._take(event, unattached, emit, cancel, children)
                 if first_failed is None and _has_failed(child, event):
                     first_failed = child
@@ -345,8 +343,8 @@ def _tell_instant(held: Instant | None, emit: Emit) -> None:
         emit({"event": "instant", "held_s": round(held.seconds, 4), **memory})
 
 
-def _socket_in(folder: str) -> str:
-    return f"ipc://{folder}/archiver.sock"
+def _socket_in(folder: OwnFolder) -> str:
+    return f"ipc://{folder.path}/archiver.sock"
 
 
 def _has_failed(child: Child, event: Event | None) -> bool:

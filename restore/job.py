@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from vmapipe.restore.targets.opened import OpenTargets
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Children
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.folders import OwnFolder
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.layout import CLUSTER_BYTES
 
@@ -133,11 +132,8 @@ class _Job:
             for d in self._archive.header.devices
         )
         self._begin(devices)
-        folder = tempfile.mkdtemp(prefix="vmapipe-")
-        try:
-            children = self._bring(f"ipc://{folder}/work.sock", workers)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with OwnFolder("restore") as folder:
+            children = self._bring(f"ipc://{folder.path}/work.sock", workers)
         self._targets.publish()
         result = Result(
             devices,

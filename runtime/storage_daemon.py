@@ -9,12 +9,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.folders import OwnFolder
 
 # It starts in some 20 ms; an image on a network may take longer to open.
 _START_S = 30.0
@@ -43,8 +43,8 @@ class StorageDaemon:
             )
         self._what = what
         self._program = words[0]
-        self._folder = tempfile.mkdtemp(prefix="vmapipe-storage-")
-        self.socket = os.path.join(self._folder, "daemon.sock")
+        self._folder = OwnFolder("storage")
+        self.socket = os.path.join(self._folder.path, "daemon.sock")
         self._process: subprocess.Popen[str] | None = None
         try:
             command = [program, *(word.replace("SOCKET", self.socket) for word in words[1:])]
@@ -95,7 +95,7 @@ class StorageDaemon:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.communicate(timeout=_STOP_S)
             self._process = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
     def _wait_until_it_listens(self, process: subprocess.Popen[str], cancel: Cancel | None) -> None:
         deadline = time.monotonic() + _START_S

@@ -96,8 +96,8 @@ def test_a_killed_coordinator_leaves_no_process_and_no_file(
     assert list(temporary.iterdir()) == []
 
 
-def test_all_processes_killed_at_once_leave_nothing_that_stops_the_next_backup(
-    slow_backup: subprocess.Popen[bytes], disk: Path, out: Path
+def test_all_processes_killed_at_once_leave_nothing_that_outlives_the_next_backup(
+    slow_backup: subprocess.Popen[bytes], disk: Path, out: Path, temporary: Path
 ) -> None:
     everybody = psutil.Process(slow_backup.pid).children(recursive=True)
     for process in everybody:
@@ -107,8 +107,11 @@ def test_all_processes_killed_at_once_leave_nothing_that_stops_the_next_backup(
         process.kill()
     assert all_gone(everybody)
     assert not (out / "vm.vma").exists()
-    assert run("backup", "--disk", f"a={disk}", out / "vm.vma").returncode == 0
+    (temporary / "vmapipe-backup-killed").mkdir()
+    env = {**os.environ, "TMPDIR": str(temporary)}
+    assert run("backup", "--disk", f"a={disk}", out / "vm.vma", env=env).returncode == 0
     assert {path.name for path in out.iterdir()} == {"vm.vma", "vm.vma.manifest.json"}
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_full_disk_fails_the_job_at_once_and_nothing_is_left(disk: Path, out: Path) -> None:

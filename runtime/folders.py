@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders for sockets: locked as long as they are used; those of killed processes are removed.
+
+The kernel gives a lock back however a process ends, so that whoever makes the
+next folder of the same kind can tell which ones are left over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+
+
+def _remove(path: str) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class OwnFolder:
+    """Only its owner can enter it. `kind` is a part of its name, `parent` where it is made.
+
+    `remove_left` removes a folder that a killed process has left, or leaves it.
+    Use it in a `with`, or call `remove`.
+    """
+
+    def __init__(
+        self, kind: str, parent: str = "", remove_left: Callable[[str], None] = _remove
+    ) -> None:
+        parent, prefix = parent or tempfile.gettempdir(), f"vmapipe-{kind}-"
+        _remove_leftovers(parent, prefix, remove_left)
+        while True:
+            self.path = tempfile.mkdtemp(prefix=prefix, dir=parent)
+            self._fd = _open(self.path)
+            # Where nothing can be locked nobody can tell a leftover, and none is removed.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            if os.path.exists(self.path):
+                return
+            # Another process took it for a leftover in the moment before the lock.
+            os.close(self._fd)
+
+    def __enter__(self) -> OwnFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def clear(self) -> None:
+        """It is needed no more; whoever kills us now leaves nothing."""
+        _remove(self.path)
+
+    def remove(self) -> None:
+        self.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _remove_leftovers(parent: str, prefix: str, remove: Callable[[str], None]) -> None:
+    # A folder that cannot be listed can still take ours.
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        for path in [entry.path for entry in entries if entry.name.startswith(prefix)]:
+            # Somebody else's, one in use, or gone just now: not ours to remove.
+            with contextlib.suppress(OSError):
+                fd = _open(path)
+                try:
+                    if os.fstat(fd).st_uid == os.geteuid():
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        remove(path)
+                finally:
+                    os.close(fd)
