@@ -46,6 +46,8 @@ from vmapipe.vma.packer import PackedExtent, Packer
 # Data that may be under way or queued for writing, all devices together: room
 # for a few of the largest frames. More did not make a local backup quicker.
 WINDOW_TOTAL_BYTES = 16 << 20
+# A switch or a router that is started again is back by then.
+RECONNECT_S = 60
 # `tick` comes several times a second. After a longer gap this process itself
 # was stopped (Ctrl-Z, a stalled machine), and nobody else's silence counts.
 _STOPPED_S = 5.0
@@ -75,7 +77,7 @@ class JobSpec:
     in_order: bool = False
     heartbeat_s: int = 30
     #: So long a producer's lost connection is waited for, in seconds.
-    reconnect_s: int = 60
+    reconnect_s: int = RECONNECT_S
     #: Until all producers have come, in seconds.
     start_timeout_s: int = 60
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 
 from vmapipe.archiver.arguments import add_output_options
-from vmapipe.archiver.job import JobSpec
+from vmapipe.archiver.job import RECONNECT_S, JobSpec
 from vmapipe.archiver.options import read_configs, store_for
 from vmapipe.archiver.serve import Listen, serve
 from vmapipe.archiver.service.arguments import add_service_options
@@ -94,10 +94,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reconnect-limit",
         type=int,
-        default=60,
         metavar="SECONDS",
         help="a producer whose connection is lost may come back within this time and go on "
-        "(default: 60)",
+        "(default: 60, and for a service at most two thirds of --client-timeout)",
     )
     parser.add_argument(
         "--start-timeout",
@@ -161,7 +160,8 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         raise UsageError(f"--expect {options.expect}: an archive holds 1..{MAX_DEVICES} devices")
     if options.heartbeat < 1 or options.start_timeout < 1:
         raise UsageError("times are at least 1 second")
-    if not 0 <= options.reconnect_limit <= MAX_RECONNECT_S:
+    reconnect_s = RECONNECT_S if options.reconnect_limit is None else options.reconnect_limit
+    if not 0 <= reconnect_s <= MAX_RECONNECT_S:
         raise UsageError(f"--reconnect-limit is from 0 to {MAX_RECONNECT_S} seconds")
     if options.stand_back:
         stand_back()
@@ -174,7 +174,7 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         job=options.job,
         in_order=options.reproducible,
         heartbeat_s=options.heartbeat,
-        reconnect_s=options.reconnect_limit,
+        reconnect_s=reconnect_s,
         start_timeout_s=options.start_timeout,
     )
     keys = read_server_keys(options.keys) if options.keys else None

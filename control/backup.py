@@ -29,6 +29,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
     add_buffer_options,
     add_child_options,
+    add_connect_option,
     add_tcp_options,
     make_parser,
     size,
@@ -139,6 +140,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         "then its name there, a plain one, and --threads the service's own",
     )
     add_tcp_options(parser, "our key pair, and the archiver's server.pub")
+    add_connect_option(parser)
     add_output_options(parser)
     add_report_options(parser)
     add_attending_options(parser)

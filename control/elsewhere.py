@@ -46,7 +46,9 @@ def service_of(options: argparse.Namespace) -> Service | None:
         )
     if options.reproducible:
         raise UsageError("--reproducible is for an archiver of this host")
-    words = [f"--keys={options.keys}"] if options.keys else []
+    words = [f"--connect-timeout={options.connect_timeout}"]
+    if options.keys:
+        words.append(f"--keys={options.keys}")
     if options.insecure_plain_tcp:
         words.append("--insecure-plain-tcp")
     return Service(options.archiver, tuple(words))

@@ -17,7 +17,13 @@ from vmapipe.producer.link import Link
 from vmapipe.protocol import frames, jobs, limits
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import add_child_options, add_tcp_options, job_id, make_parser
+from vmapipe.runtime.cli import (
+    add_child_options,
+    add_connect_option,
+    add_tcp_options,
+    job_id,
+    make_parser,
+)
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import read_client_keys
@@ -44,6 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe backup --archiv
     parser.add_argument("--no-manifest", action="store_true")
     parser.add_argument("--uuid", type=job_id, default=b"", metavar="UUID")
     add_tcp_options(parser, "its key pair, and the archiver's server.pub")
+    add_connect_option(parser)
     add_child_options(parser)
     options = parser.parse_args(argv)
     return run_child(
@@ -67,7 +74,8 @@ def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         opening = jobs.encode(request)
     except ProtocolError as error:
         raise Failure(f"cannot be asked of {options.archiver}: {error}") from error
-    link = Link(options.archiver, read_client_keys(options.keys) if options.keys else None)
+    keys = read_client_keys(options.keys) if options.keys else None
+    link = Link(options.archiver, keys, options.connect_timeout)
     try:
         link.watch(cancel.fd)
         RemoteJob(options, link, cancel, emit).run(opening)
@@ -137,6 +145,7 @@ class RemoteJob:
         match message:
             case jobs.Opened() if self._opened is None:
                 self._opened = message
+                self._link.is_settled = True
                 self._emit({"event": "listening", "endpoint": self._at})
             case jobs.Begun() if self._begun is None and len(message.sizes) == len(self._devices):
                 self._begun = message

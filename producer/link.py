@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -11,7 +13,7 @@ import zmq
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import Part
-from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.keys import ClientKeys
 
 # How long a closing socket may still deliver its last words.
@@ -34,11 +36,15 @@ _CONNECT_MS = 3000
 # hangs up. So may one that ends at that moment; but not so often.
 _HANG_UPS = 3
 
+# How long a last look at a port may take that could not be reached.
+_PROBE_S = 1.0
+
 # zmq_socket_monitor(3): an event and its value. pyzmq's own parser imports asyncio,
 # which takes longer than all the rest of a start.
 _EVENT = struct.Struct("=Hi")
 _EVENTS = (
-    zmq.EVENT_CLOSED
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_CLOSED
     | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -53,7 +59,10 @@ class Link:
     With `keys` it talks to nobody but the owner of the server key among them.
     """
 
-    def __init__(self, endpoint: str, keys: ClientKeys | None = None) -> None:
+    def __init__(
+        self, endpoint: str, keys: ClientKeys | None = None, connect_timeout_s: int = 0
+    ) -> None:
+        """`connect_timeout_s`: over TCP, so long somebody may be missing there; 0: for ever."""
         #: Whether the archiver is on this host, so that memory can be shared.
         self.is_local = endpoint.startswith("ipc://")
         self.endpoint = endpoint
@@ -61,6 +70,12 @@ class Link:
         self._hang_ups = 0
         self._linger_ms = _LINGER_MS
         self._was_up = False
+        #: The archiver has taken us: how long it may be away is its affair from now on.
+        self.is_settled = self.is_local or not connect_timeout_s
+        self._connect_timeout_s = connect_timeout_s
+        self._was_reached = False
+        #: Since when there has been no connection; none: there is one.
+        self._missing_since: float | None = time.monotonic()
         #: There is no connection any more, or it could not be made: only `reconnect` helps.
         self.lost = False
         self._context = zmq.Context()
@@ -76,10 +91,14 @@ class Link:
 
     def wait(self, timeout_s: float) -> None:
         """Raises Failure when the archiver will not have us, or is not the one that we know."""
+        if not self.is_settled:
+            timeout_s = min(timeout_s, self._connect_timeout_s)
         self._poller.poll(int(timeout_s * 1000) + 1 if timeout_s > 0 else 0)
         while self._monitor.poll(0):
             number, _ = _EVENT.unpack(self._monitor.recv_multipart()[0])
             self._take(number)
+        if self._missing_since is not None and not self.is_settled:
+            self._miss(time.monotonic() - self._missing_since)
 
     def send(self, parts: Sequence[Part]) -> None:
         """The memory of a large part must not change before it is acknowledged."""
@@ -143,6 +162,8 @@ class Link:
 
     def _take(self, event: int) -> None:
         match event:
+            case zmq.EVENT_CONNECTED:
+                self._was_reached, self._missing_since = True, None
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._was_up = True
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -152,6 +173,8 @@ class Link:
                 )
             case zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED:
                 self.lost = not self.is_local
+                if self._missing_since is None:
+                    self._missing_since = time.monotonic()
             # Later the same comes of a bad network.
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if self._was_up:
                 self.lost = True
@@ -168,6 +191,23 @@ class Link:
                         "whoever answers there hangs up; is its key the one in our server.pub, and "
                         "was it started with --keys?"
                     )
+
+    def _miss(self, missing_s: float) -> None:
+        """No connection; whoever was there once and does not refuse is waited for by its heartbeat."""
+        if missing_s < self._connect_timeout_s:
+            return
+        self._missing_since = time.monotonic()  # the next look is as far away
+        # libzmq does not say why a connection cannot be made: try it once without it.
+        host, _, port = self.endpoint.removeprefix("tcp://").rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), _PROBE_S):
+                pass  # just now
+        except OSError as error:
+            if isinstance(error, ConnectionRefusedError) or not self._was_reached:
+                self._give_up(
+                    f"cannot be reached within {self._connect_timeout_s} s: "
+                    f"{os_error_text(error)}; is an archiver running there?"
+                )
 
     def _give_up(self, reason: str) -> NoReturn:
         self._linger_ms = 0  # nobody will take our last words

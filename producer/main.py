@@ -17,6 +17,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
     add_buffer_options,
     add_child_options,
+    add_connect_option,
     add_tcp_options,
     check_endpoint,
     job_id,
@@ -126,6 +127,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="read at most this much a second; K, M, G, T are 1024 (default: no limit)",
     )
     add_tcp_options(parser, "its key pair, and the archiver's server.pub")
+    add_connect_option(parser)
     add_child_options(parser)
 
 
@@ -149,7 +151,8 @@ def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
     if options.guard:
         stand_back()  # before ZeroMQ has threads of its own
-    link = Link(options.archiver, read_client_keys(options.keys) if options.keys else None)
+    keys = read_client_keys(options.keys) if options.keys else None
+    link = Link(options.archiver, keys, options.connect_timeout)
     try:
         link.watch(cancel.fd)
         if options.stream_fd is not None:

@@ -84,6 +84,7 @@ class Session:
         """Until the archiver has taken us, and everybody else of the job. Raises Failure."""
         self._say(self._side.hello())
         self.wait_until(lambda: self._side.state is State.SENDING)
+        self._link.is_settled = True
 
     def send(self, run: Run) -> None:
         """The credit must suffice. The run's memory is held until it is acknowledged."""

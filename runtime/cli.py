@@ -136,6 +136,19 @@ def add_tcp_options(parser: argparse.ArgumentParser, in_folder: str) -> None:
     add_plain_tcp_option(parser)
 
 
+def add_connect_option(parser: argparse.ArgumentParser) -> None:
+    """For whoever makes the first step to an archiver."""
+    parser.add_argument(
+        "--connect-timeout",
+        type=wait_time,
+        # A service that is being started again is back within it.
+        default=5,
+        metavar="SECONDS",
+        help="how long an archiver at tcp:// that cannot be reached is tried before the backup "
+        "fails (default: 5); once connected, a lost connection has the archiver's own limit",
+    )
+
+
 def add_plain_tcp_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--insecure-plain-tcp",

@@ -22,7 +22,7 @@ class Limits:
     max_jobs: int = 64
     min_free_bytes: int = 1 << 30
     min_memory_bytes: int = 256 << 20
-    heartbeat_s: int = 60
+    heartbeat_s: int = 90
     job_memory_bytes: int = JOB_MEMORY_BYTES
 
 

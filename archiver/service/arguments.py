@@ -61,10 +61,10 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--client-timeout",
         type=wait_time,
-        # A network that is cut for so long is not waited for.
-        default=60,
+        # Half as much again as a producer's lost connection is waited for: see main.py.
+        default=90,
         metavar="SECONDS",
-        help="a job whose `vmapipe backup` is silent for so long is ended (default: 60)",
+        help="a job whose `vmapipe backup` is silent for so long is ended (default: 90)",
     )
     group.add_argument(
         "--stop-timeout",

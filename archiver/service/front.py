@@ -228,6 +228,10 @@ class Front:
             job.phase = Phase.STOPPING
             job.reason = reason
             job.kill_at = now + STOP_S
+            if job.stored is None:
+                # Before its archiver tells them only that it was told to end.
+                abort = frames.encode_control(Abort(frames.sayable(reason)))
+                yield from (Send(peer, abort) for peer in job.producers)
             yield Stop(job.id)
 
     # --- producers ---

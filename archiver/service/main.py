@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from vmapipe.archiver.compression import MAX_THREADS
+from vmapipe.archiver.job import RECONNECT_S
 from vmapipe.archiver.service.admission import Limits
 from vmapipe.archiver.service.crew import Crew
 from vmapipe.archiver.service.front import Front
@@ -87,6 +88,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--quota needs --per-client: it counts what is in a client's folder")
     if is_object(options.directory):
         _check_for_store(options)
+    _reconnect_limit_s(options)
     if not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(f"--threads {options.threads}: use 1 to {MAX_THREADS}")
     if options.max_jobs < 1 or options.client_jobs < 0:
@@ -106,9 +108,27 @@ def _check_for_store(options: argparse.Namespace) -> None:
 def _archiver_options(options: argparse.Namespace, link: FrontLink) -> list[str]:
     """What every job's archiver is told."""
     words = [f"--threads={options.threads}", f"--heartbeat={options.heartbeat}"]
-    words.append(f"--reconnect-limit={options.reconnect_limit}")
+    words.append(f"--reconnect-limit={_reconnect_limit_s(options)}")
     words.append(f"--start-timeout={options.start_timeout}")
     return words if link.is_local else [*words, "--from-afar"]
+
+
+def _reconnect_limit_s(options: argparse.Namespace) -> int:
+    """For producers. Raises UsageError.
+
+    Their coordinator comes through the same network. It may have spoken last a
+    third of its own limit before a cut, and must not be taken for dead earlier than they.
+    """
+    most_s: int = 2 * options.client_timeout // 3
+    if options.reconnect_limit is None:
+        return min(RECONNECT_S, most_s)
+    limit_s = int(options.reconnect_limit)
+    if not 0 <= limit_s <= most_s:
+        raise UsageError(
+            f"--reconnect-limit {limit_s}: from 0 to two thirds of --client-timeout "
+            f"({options.client_timeout} s), because after that a job's coordinator is given up"
+        )
+    return limit_s
 
 
 def _allow_descriptors() -> None:
