@@ -17,41 +17,8 @@ import zmq
 from tests.machine import LIMIT_S, end_of, good, make_disk, next_event, sha256, started
 from tests.network.cable import cable_to
 from tests.network.place import until
+from tests.service.peer import JOB, Peer
 from tests.service.serving import Served, make_keys, serving
-
-JOB = bytes(range(16))
-
-
-class Peer:
-    """A DEALER of anybody's."""
-
-    def __init__(self, context: zmq.Context[Any], served: Served, keys: Path | None = None) -> None:
-        self.socket = context.socket(zmq.DEALER)
-        self.socket.linger = 0
-        if keys:
-            self.socket.curve_serverkey = (keys / "server.pub").read_bytes().strip()
-            self.socket.curve_publickey = (keys / "client.pub").read_bytes().strip()
-            self.socket.curve_secretkey = (keys / "client.key").read_bytes().strip()
-        self.socket.rcvtimeo = int(LIMIT_S * 1000)
-        self.socket.connect(served.endpoint)
-
-    def say(self, kind: str, /, **fields: object) -> None:
-        self.socket.send(msgpack.packb([kind, fields]))
-
-    def hear(self, *names: str) -> dict[str, Any]:
-        """The next message of one of these names."""
-        while True:
-            name, fields = msgpack.unpackb(self.socket.recv())
-            if name in names:
-                return {"name": name, **fields}
-            assert name not in ("REFUSE", "FAILED"), fields
-
-    def open(self, name: str, job: bytes = JOB, **more: object) -> None:
-        self.say("OPEN", **{"version": 1, "job": job, "name": name, "devices": ["a"], **more})
-
-    def hello(self, job: bytes = JOB, **more: object) -> None:
-        self.say("HELLO", **{"version": 1, "job": job, "device": "a", "size": 65536, **more})
-
 
 Meet = Callable[..., Peer]
 
