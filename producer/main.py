@@ -50,12 +50,39 @@ example, by hand, in two terminals:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    _add_job_options(parser)
+    _add_disk_options(parser)
+    _add_live_options(parser)
+    add_buffer_options(parser)
+    add_tcp_options(parser, "its key pair, and the archiver's server.pub")
+    add_connect_option(parser)
+    add_child_options(parser)
+
+
+def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--archiver",
         required=True,
         metavar="ENDPOINT",
         help="where the archiver listens: ipc://PATH, or tcp://HOST:PORT",
     )
+    parser.add_argument(
+        "--job",
+        type=job_id,
+        default=bytes(16),
+        metavar="HEX",
+        help="the job's id, 32 hex digits (default: zeroes)",
+    )
+    parser.add_argument(
+        "--speed",
+        type=size,
+        default=0,
+        metavar="BYTES/S",
+        help="read at most this much a second; K, M, G, T are 1024 (default: no limit)",
+    )
+
+
+def _add_disk_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--disk",
         metavar="[NAME=]PATH",
@@ -73,6 +100,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--offset", type=size, default=0, metavar="BYTES", help="where the disk begins in the file"
     )
+    parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help="the disk's name in the archive; --disk is then a path and nothing else",
+    )
+
+
+def _add_live_options(parser: argparse.ArgumentParser) -> None:
+    """What a coordinator hands to a producer of a disk, or a machine, in use."""
     parser.add_argument(
         "--guard",
         metavar="SOCKET",
@@ -106,29 +142,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="see --sink-fd and --stream-fd",
     )
-    add_buffer_options(parser)
-    parser.add_argument(
-        "--name",
-        metavar="NAME",
-        help="the disk's name in the archive; --disk is then a path and nothing else",
-    )
-    parser.add_argument(
-        "--job",
-        type=job_id,
-        default=bytes(16),
-        metavar="HEX",
-        help="the job's id, 32 hex digits (default: zeroes)",
-    )
-    parser.add_argument(
-        "--speed",
-        type=size,
-        default=0,
-        metavar="BYTES/S",
-        help="read at most this much a second; K, M, G, T are 1024 (default: no limit)",
-    )
-    add_tcp_options(parser, "its key pair, and the archiver's server.pub")
-    add_connect_option(parser)
-    add_child_options(parser)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import NoReturn
 
-from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.errors import EXIT_USAGE, UsageError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -20,13 +21,20 @@ MAX_SPOOL_BYTES = 64 << 30
 
 
 def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser whose texts keep their line breaks."""
-    return argparse.ArgumentParser(
+    """A parser whose texts keep their line breaks, and that says in one line what is wrong."""
+    return _Parser(
         prog=prog,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Twenty lines of options above it hide what is wrong; whoever wants them asks for --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def size(text: str) -> int:

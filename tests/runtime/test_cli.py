@@ -7,7 +7,7 @@ import argparse
 
 import pytest
 
-from vmapipe.runtime.cli import check_endpoint, job_id, size, split_named
+from vmapipe.runtime.cli import check_endpoint, job_id, make_parser, size, split_named
 from vmapipe.runtime.errors import UsageError
 
 
@@ -69,3 +69,15 @@ def test_plain_tcp_needs_the_explicit_word() -> None:
     ):
         with pytest.raises(UsageError):
             check_endpoint(wrong, plain_tcp=True)
+
+
+def test_a_wrong_option_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser("vmapipe x", "", "")
+    parser.add_argument("--speed", type=size)
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--speed", "fast"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "vmapipe x: argument --speed: 'fast' is no size (like 512K, 10M, 1.5G) "
+        "(see vmapipe x --help)\n"
+    )
