@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory a disk is read into: a ring, freed in the order of acknowledgement.
 
+Before the ring lie two places for one piece each. A piece goes there whenever one
+is free: as long as the archiver keeps up, the same few megabytes are used again and
+again, and stay in the processor's cache. The ring is for when it does not.
+
 It lies in a memory file, so that an archiver on the same host can map it and
 write straight from it: the data is then copied once out of the disk and once
 into the archive. Over a network the same memory is sent.
@@ -21,7 +25,10 @@ _HELD_BACK_BYTES = 9 << 19
 # Beside that there must be room for a piece that reaches into the open extent,
 # for the next one, and for the end of the ring that it did not fit into.
 _PIECES = 3
-RING_BYTES = _HELD_BACK_BYTES + _PIECES * limits.MAX_PAYLOAD_BYTES
+# One is read into while the other one is written.
+_HOT_PLACES = 2
+_HOT_BYTES = _HOT_PLACES * limits.MAX_PAYLOAD_BYTES
+RING_BYTES = _HOT_BYTES + _HELD_BACK_BYTES + _PIECES * limits.MAX_PAYLOAD_BYTES
 
 
 class Ring:
@@ -36,9 +43,11 @@ class Ring:
         self._map = mmap.mmap(-1 if self._fd is None else self._fd, size)
         self.view = memoryview(self._map)
         self._size = RING_BYTES
-        self._head = 0
+        self._head = _HOT_BYTES
         # (frame number, first byte, first byte behind), oldest first.
         self._held: deque[tuple[int, int, int]] = deque()
+        # The frame that each hot place belongs to; 0: it is free.
+        self._hot = [0] * _HOT_PLACES
 
     @property
     def shared_at(self) -> str:
@@ -52,27 +61,34 @@ class Ring:
 
     def fit(self, piece_bytes: int) -> None:
         """Use only as much as pieces of this size need: what is touched is memory, and cache."""
-        self._size = min(RING_BYTES, _HELD_BACK_BYTES + _PIECES * piece_bytes)
+        self._size = min(RING_BYTES, _HOT_BYTES + _HELD_BACK_BYTES + _PIECES * piece_bytes)
 
     def take(self, length: int) -> int | None:
         """Where `length` bytes are free, or None. Nothing is held until `hold`."""
+        for place, seq in enumerate(self._hot):
+            if not seq:
+                return place * limits.MAX_PAYLOAD_BYTES
         if not self._held:
-            self._head = 0
-            return 0
+            self._head = _HOT_BYTES
+            return self._head
         tail = self._held[0][1]
         if self._head > tail:
             if self._head + length <= self._size:
                 return self._head
-            return 0 if length < tail else None
+            return _HOT_BYTES if _HOT_BYTES + length < tail else None
         return self._head if self._head + length < tail else None
 
     def hold(self, seq: int, start: int, length: int) -> None:
         """The piece belongs to frame `seq` until that is acknowledged."""
+        if start < _HOT_BYTES:
+            self._hot[start // limits.MAX_PAYLOAD_BYTES] = seq
+            return
         self._held.append((seq, start, start + length))
         self._head = start + length
 
     def release(self, acked: int) -> None:
         """Frames up to `acked` are no longer needed."""
+        self._hot = [0 if seq <= acked else seq for seq in self._hot]
         while self._held and self._held[0][0] <= acked:
             self._held.popleft()
 

@@ -17,6 +17,11 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit
 
+# Whatever comes ends a wait; so does the next heartbeat.
+_WAIT_S = 1.0
+# Well below any heartbeat, and far above the time of a read.
+_QUIET_S = 0.25
+
 
 class Sender:
     """One disk, from HELLO to DONE."""
@@ -40,7 +45,8 @@ class Sender:
             teller = Teller(self._source.name, emit)
             frame_bytes = self._session.frame_bytes
             for run in runs(
-                self._source, self._ring.view, self._take, frame_bytes, self._next_piece_bytes
+                *(self._source, self._ring.view, self._take, frame_bytes),
+                *(self._next_piece_bytes, self._reading),
             ):
                 self._send(run)
                 teller.tell_transfer(self._transfer)
@@ -67,22 +73,25 @@ class Sender:
 
     def _take(self, length: int) -> int:
         """Room in the ring; waits until the archiver has written enough."""
-        self._session.wait_until(lambda: self._ring.take(length) is not None)
-        position = self._ring.take(length)
-        if position is None:
-            raise RuntimeError("room in the ring has vanished")
-        # Holes are not counted: nobody reads them.
-        self._pace.took(length, time.monotonic())
-        self._read_bytes += length
+        while (position := self._ring.take(length)) is None:
+            self._session.step(_WAIT_S)
         return position
 
     def _next_piece_bytes(self) -> int:
         """Waits for the speed limit; a piece is as large as the limit is then, and not before."""
         while (pause := self._pace.wait_s(time.monotonic())) > 0:
             self._session.step(pause)
+        if time.monotonic() - self._session.spoke > _QUIET_S:
+            # Zeroes may be read for minutes before there is anything to send.
+            self._session.step(0)
         piece = piece_bytes(self._pace.frame_bytes(self._session.frame_bytes))
         self._ring.fit(piece)
         return piece
+
+    def _reading(self, length: int) -> None:
+        # Holes are not counted: nobody reads them.
+        self._pace.took(length, time.monotonic())
+        self._read_bytes += length
 
     @property
     def _transfer(self) -> Transfer:

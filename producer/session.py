@@ -93,8 +93,7 @@ class Session:
             self._kept.add(self._side.sent_frames, parts)
         self._say(parts)
         self.sent_bytes += run.length
-        if not run.masks:
-            self.zero_clusters += run.clusters
+        self.zero_clusters += run.zero_clusters
 
     def end(self) -> None:
         """All is sent; until it is stored. Raises Failure."""

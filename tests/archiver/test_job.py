@@ -162,9 +162,10 @@ class Producer:
 
 
 class RingModel(Ring):
-    """The ring's book-keeping without its memory."""
+    """The ring's book-keeping without its memory, and without the places before it: it has to do alone."""
 
     def __init__(self) -> None:
+        self._hot = []
         self._head = 0
         self._held = deque()
 

@@ -15,7 +15,7 @@ from types import FrameType
 import pytest
 
 from tests.machine import VMAPIPE, make_disk
-from vmapipe.producer.runs import piece_bytes, runs
+from vmapipe.producer.runs import EXTENT_CLUSTERS, piece_bytes, runs
 from vmapipe.producer.source import RawSource
 from vmapipe.protocol import limits
 from vmapipe.vma.extent import encode_extent_header, parse_extent_header, slot_word
@@ -26,6 +26,7 @@ MIB = 1 << 20
 SIZE_MIB = 64
 #: As with one disk: half of the archiver's window.
 FRAME_BYTES = 8 * MIB
+EXTENT_BYTES = WRITER_SLOTS * CLUSTER_BYTES
 _COUNTED = "trace=read,pread64,preadv,preadv2,write,pwrite64,writev,pwritev,sendmsg,sendto,recvfrom,recvmsg"
 _MOVED = re.compile(r" (preadv2?|writev|pread64|pwrite64|pwritev)\(.* = (\d+)$")
 
@@ -35,7 +36,7 @@ def dense(tmp_path: Path) -> Path:
     return make_disk(tmp_path / "dense.raw", "A" * (SIZE_MIB * 16))
 
 
-def test_a_dense_disk_takes_a_frame_for_4_mib_and_its_data_is_stored_where_it_was_read(
+def test_a_dense_disk_takes_a_frame_an_extent_and_its_data_is_stored_where_it_was_read(
     dense: Path,
 ) -> None:
     memory = memoryview(bytearray(piece_bytes(FRAME_BYTES)))
@@ -44,8 +45,26 @@ def test_a_dense_disk_takes_a_frame_for_4_mib_and_its_data_is_stored_where_it_wa
         made = list(runs(source, memory, lambda length: 0, FRAME_BYTES))
     finally:
         source.close()
-    assert len(made) == SIZE_MIB * MIB // limits.MAX_PAYLOAD_BYTES
-    assert all(run.position == 0 and run.length == limits.MAX_PAYLOAD_BYTES for run in made)
+    assert len(made) == -(-SIZE_MIB * MIB // EXTENT_BYTES)
+    assert all(run.position == 0 and run.length == EXTENT_BYTES for run in made[:-1])
+
+
+def test_a_disk_that_is_a_quarter_full_takes_a_frame_for_several_extents(tmp_path: Path) -> None:
+    # 1 MiB of data, 3 MiB of holes, and so on.
+    image = make_disk(tmp_path / "quarter.raw", ("A" * 16 + "h" * 48) * 64)
+    source = RawSource("quarter", str(image))
+    memory = memoryview(bytearray(piece_bytes(FRAME_BYTES)))
+    try:
+        made = list(runs(source, memory, lambda length: 0, FRAME_BYTES))
+    finally:
+        source.close()
+    assert sum(run.length for run in made) == 64 * MIB
+    # One for each 3.6 MiB of data would be 18.
+    assert len(made) <= 30
+
+
+def test_the_archives_extents_are_what_frames_are_cut_to() -> None:
+    assert EXTENT_CLUSTERS == WRITER_SLOTS
 
 
 def test_a_tib_of_holes_takes_a_frame_for_each_64_gib(tmp_path: Path) -> None:
@@ -100,8 +119,8 @@ def test_a_backup_reads_each_byte_once_and_writes_it_once_in_few_system_calls(
     read, written, calls = traced(tmp_path / "calls", words)
     assert read == SIZE_MIB * MIB
     assert SIZE_MIB * MIB < written < SIZE_MIB * MIB * 1.01
-    # Two reads and one write for 4 MiB, and a few of the import's.
-    assert calls < 4 * SIZE_MIB * MIB // limits.MAX_PAYLOAD_BYTES + 40
+    # Two reads and one write for each extent, and a few of the import's.
+    assert calls < 3 * (SIZE_MIB * MIB // EXTENT_BYTES + 1) + 45
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")

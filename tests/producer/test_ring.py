@@ -14,6 +14,10 @@ from hypothesis import strategies as st
 
 from vmapipe.archiver.shared import map_shared
 from vmapipe.producer.ring import RING_BYTES, Ring
+from vmapipe.protocol import limits
+
+# Behind the two hot places.
+_RING_AT = 2 * limits.MAX_PAYLOAD_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,8 @@ def test_room_for_a_piece_is_left_while_an_archiver_holds_back_what_it_may(piece
     held_back = 58 * 65536 + piece + 512 * 1024
     size = 4 * 65536 * (RING_BYTES // (4 * 65536))
     for start in range(0, size, 4096 * 37):
-        ring.release(1 << 62)
+        ring.release(1 << 61)
+        _fill_hot_places(ring)
         # Bring the ring to an arbitrary position first.
         if not _at(ring, start):
             continue
@@ -63,14 +68,32 @@ def test_room_for_a_piece_is_left_while_an_archiver_holds_back_what_it_may(piece
             ring.hold(3, position, 65536)
             total += 65536
         assert ring.take(piece) is not None, start
-    ring.release(1 << 62)
     ring.close()
+
+
+def test_a_piece_goes_to_the_same_memory_as_long_as_the_one_before_last_is_acknowledged() -> None:
+    ring = Ring()
+    used = set()
+    for seq in range(1, 100):
+        position = ring.take(4 << 20)
+        assert position is not None
+        used.add(position)
+        ring.hold(seq, position, 4 << 20)
+        ring.release(seq - 1)
+    assert len(used) == 2
+    ring.close()
+
+
+def _fill_hot_places(ring: Ring) -> None:
+    """Behind them the ring begins; it alone has to do."""
+    while ring.take(1) != _RING_AT:
+        ring.hold(1 << 62, ring.take(1) or 0, 1)
 
 
 def _at(ring: Ring, start: int) -> bool:
     """Nothing is held but a byte at `start`; False where the ring ends before that."""
     first = ring.take(max(1, start))
-    if first is None or first + start >= RING_BYTES:
+    if first is None or first + start >= RING_BYTES - 1:
         return False
     ring.hold(1, first, max(1, start))
     position = ring.take(1)

@@ -133,6 +133,23 @@ def test_a_producer_that_sends_all_the_time_asks_an_archiver_that_has_nothing_to
     cancel.close()
 
 
+def test_a_disk_of_zeroes_that_takes_long_to_read_keeps_its_session_alive(
+    clock: list[Archiver],
+) -> None:
+    class Slow(MemoryDisk):
+        def read_into(self, buffer: memoryview, offset: int) -> None:
+            archiver.now += 2.0
+            super().read_into(buffer, offset)
+
+    archiver = Archiver(window=limits.MIN_WINDOW_BYTES)
+    # Nothing is to be sent before all is read, two minutes later; the limit is nine seconds.
+    producer, cancel = sender(Slow(bytes(60 * CLUSTER)), archiver, clock)
+    producer.run(ignore)
+    assert archiver.now > 120
+    assert sum(isinstance(message, Ping) for message in archiver.heard) > 20
+    cancel.close()
+
+
 def test_waiting_for_other_producers_is_not_taken_for_silence(clock: list[Archiver]) -> None:
     class Late(Archiver):
         def send(self, parts: Sequence[Part]) -> None:
