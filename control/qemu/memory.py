@@ -142,6 +142,7 @@ class Progress(NamedTuple):
     sent_bytes: int
     memory_bytes: int
     why: str
+    saved_pages: int = 0
 
     @property
     def is_moving(self) -> bool:
@@ -163,8 +164,9 @@ class Progress(NamedTuple):
 def progress_of(answer: Answer) -> Progress:
     ram: Any = answer.get("ram") or {}
     sent, total = int(ram.get("transferred", 0)), int(ram.get("total", 0))
+    pages = int(ram.get("normal", 0)) + int(ram.get("duplicate", 0))
     why = str(answer.get("error-desc") or answer.get("status") or "it was not begun")
-    return Progress(str(answer.get("status", "")), sent, total, why)
+    return Progress(str(answer.get("status", "")), sent, total, why, pages)
 
 
 def undo(name: str, note: Note, progress: Progress, run_state: str) -> list[Command]:

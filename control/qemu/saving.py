@@ -31,7 +31,7 @@ _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031
 # A busy QEMU is not asked more often than this how far it is.
 _ASK_S = 0.1
-_LOOK_S = 0.02
+_LOOK_S = 0.005
 
 
 class Jobs(NamedTuple):
@@ -166,7 +166,7 @@ class Saving:
         self._rewrite(resume="")
 
     def _wait_for_guest(self, how: str) -> None:
-        """Until QEMU has let it go on; for how long it stood still, QEMU's events tell."""
+        """Until it goes on; for how long it stood still, QEMU's events tell."""
         deadline = time.monotonic() + self._guest_wait_s + ANSWER_S
         while self.held is None:
             select.select([self._link.fd], [], [], _LOOK_S)
@@ -177,8 +177,19 @@ class Saving:
             progress = memory.progress_of(self._ask("query-migrate"))
             if self.held is None and not progress.is_moving and not progress.is_complete:
                 raise Failure(f"QEMU could not save the machine's memory: {progress.why}")
+            if self.held is None and progress.saved_pages and self._stays_stopped():
+                self._execute(Command("cont", {}))
             if time.monotonic() > deadline:
                 raise Failure("the guest does not go on after its memory was saved")
+
+    def _stays_stopped(self) -> bool:
+        """Whether QEMU leaves a guest stopped that was so when its saving began.
+
+        7.2 lets it go on, 10.0 does not. Pages are saved after the devices, when the memory is
+        protected and letting it go on is QEMU's next step, which only a first question may overtake.
+        """
+        self._ask("query-status")
+        return not self._ask("query-status").get("running")
 
     # --- by migration ---
 

@@ -13,8 +13,9 @@ from vmapipe.producer.nbd.server import Offer, Server, answer_promptly
 from vmapipe.producer.ring import RING_BYTES, Ring
 from vmapipe.producer.runs import Run, packed, piece_bytes, whole_blocks
 from vmapipe.producer.session import Refused, Session
+from vmapipe.producer.sink.arrived import Arrived
 from vmapipe.producer.sink.export import sink_export
-from vmapipe.producer.sink.sink import MAX_PIECE_CLUSTERS, Arrived, Sink
+from vmapipe.producer.sink.sink import MAX_PIECE_CLUSTERS, Sink
 from vmapipe.producer.telling import TELL_S, Teller, Transfer, Waiting
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import ProtocolError

@@ -13,15 +13,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 from vmapipe.producer.clusterbits import ClusterBits
 from vmapipe.producer.runs import whole_blocks
+from vmapipe.producer.sink.arrived import Arrived, add_zeroes
 from vmapipe.producer.sink.export import TakesOnly
 from vmapipe.producer.sink.parts import Parts, TooManyParts, is_whole, pieces
 from vmapipe.producer.sink.room import Room
 from vmapipe.producer.sink.turns import Turns
-from vmapipe.protocol.limits import CLUSTER_BYTES, MAX_RUN_CLUSTERS
+from vmapipe.protocol.limits import CLUSTER_BYTES
 
 # QEMU sends up to a megabyte at once: so much lies together and makes one frame.
 MAX_PIECE_CLUSTERS = 16
@@ -30,15 +30,6 @@ MAX_PIECE_CLUSTERS = 16
 _MAX_WAITING = 4096
 # The longest range whose clusters are looked at with the lock held.
 _RANGE_CLUSTERS = 1 << 14
-
-
-class Arrived(NamedTuple):
-    """A run of clusters that waits to be sent. `position` -1: they are all zero."""
-
-    first: int
-    clusters: int
-    position: int
-    length: int
 
 
 class Sink(TakesOnly):
@@ -229,18 +220,8 @@ class Sink(TakesOnly):
             for run in list(self._arrivals.new(first, count)):
                 self._arrivals.add(*run)
                 self._parts.forget(*run)
-                self._queue_zeroes(*run)
+                add_zeroes(self._queue, *run)
             self._wake()
-
-    def _queue_zeroes(self, first: int, count: int) -> None:
-        # The sender may be at work with the first one: only others grow.
-        if len(self._queue) > 1 and self._queue[-1].position < 0:
-            last = self._queue[-1]
-            together = last.clusters + count
-            if last.first + last.clusters == first and together <= MAX_RUN_CLUSTERS:
-                self._queue[-1] = Arrived(last.first, together, -1, 0)
-                return
-        self._queue.append(Arrived(first, count, -1, 0))
 
     def _enter(self, arrived: Arrived) -> None:
         """With the lock held: its turn is that of its room, whoever is filled first.

@@ -65,19 +65,27 @@ def test_the_archive_of_a_running_guest_is_clean_and_shows_both_disks_at_one_ins
     assert file in (sector, sector - 1)
 
 
-@pytest.mark.parametrize("victim", ["producer", "coordinator"])
+@pytest.mark.parametrize("victim", ["producer", "archiver", "coordinator", "all"])
 def test_a_guest_does_not_notice_that_its_backup_is_killed(
     guest: RunningGuest, tmp_path: Path, victim: str
 ) -> None:
+    """It is the guest's own script that ends, and says so, when one of its writes fails."""
     archive = tmp_path / "vm.vma"
     with started("backup", "--json", "--qmp", guest.qmp, "--speed", "2M", archive) as process:
         next_event(process, "instant")
         guest.goes_on(2)
         everybody = psutil.Process(process.pid).children(recursive=True)
-        if victim == "coordinator":
-            process.kill()
+        guardian = children(process, "vmapipe.control.qemu.guardian")
+        if victim == "all":
+            victims = [psutil.Process(process.pid), *set(everybody) - set(guardian)]
+        elif victim == "coordinator":
+            victims = [psutil.Process(process.pid)]
         else:
-            children(process, "vmapipe.producer.main")[0].kill()
+            victims = children(process, f"vmapipe.{victim}.main")[:1]
+        for dying in victims:
+            dying.suspend()
+        for dying in victims:
+            dying.kill()
         guest.goes_on(5)
         assert end_of(process)[0] != 0
     _, alive = psutil.wait_procs(everybody, timeout=LIMIT_S)

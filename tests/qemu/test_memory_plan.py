@@ -107,5 +107,7 @@ def test_what_qemu_says_is_understood() -> None:
     assert (none.is_moving, none.is_complete, none.why) == (False, False, "it was not begun")
     active = progress_of({"status": "active", "ram": {"transferred": 9, "total": 2}})
     assert (active.is_moving, active.is_endless) == (True, True)
+    assert active.saved_pages == 0
+    assert progress_of({"ram": {"normal": 2, "duplicate": 3}}).saved_pages == 5
     failed = progress_of({"status": "failed", "error-desc": "no"})
     assert (failed.is_moving, failed.why) == (False, "no")

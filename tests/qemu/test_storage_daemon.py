@@ -21,6 +21,7 @@ import pytest
 from tests.machine import LIMIT_S, bad, children, end_of, eventually, good, next_event, started
 from tests.qemu.hammer import CLUSTER, Hammer
 from tests.qemu.storage_daemon import StorageDaemon, storage_daemon
+from tests.qemu.wire import Wire
 from vmapipe.control.jobs.client import JobClient
 from vmapipe.control.jobs.folder import sockets
 from vmapipe.control.qemu.plain import PlainQmp
@@ -303,6 +304,31 @@ def test_when_qemu_dies_the_backup_fails_and_nothing_is_left(
         wait_for_end(everybody)
     assert code == 1
     assert "QEMU has ended or closed its monitor" in text
+    assert list(out.iterdir()) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_when_qemus_monitor_hangs_up_the_backup_fails_and_the_guest_goes_on(
+    daemon: StorageDaemon, out: Path, temporary: Path
+) -> None:
+    wire = Wire(out.parent / "wire.sock", daemon.qmp)
+    wire.start()
+    words = ("backup", "--json", "--qmp", str(out.parent / "wire.sock"), *BOTH, "--speed", "1M")
+    with (
+        contextlib.closing(wire),
+        Hammer(daemon.path, SIZES, pause_s=0.002) as hammer,
+        started(*words, out / "vm.vma") as process,
+    ):
+        next_event(process, "instant")
+        hammer.wait_for(20)
+        everybody = psutil.Process(process.pid).children(recursive=True)
+        wire.cut()
+        code, text = end_of(process)
+        wait_for_end(everybody)
+        hammer.wait_for(50)
+    assert code == 1
+    assert "QEMU has ended or closed its monitor" in text
+    assert daemon.ours() == []
     assert list(out.iterdir()) == []
     assert list(temporary.iterdir()) == []
 
