@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from vmapipe.restore.archive.reading import Archive, Piece, check_opening, open_archive
-from vmapipe.restore.archive.source import PlainFile
 from vmapipe.restore.checks.census import Census
-from vmapipe.restore.checks.digest import extent_digest, file_digest, read_digest
-from vmapipe.restore.checks.hashers import Hashers, Pending
+from vmapipe.restore.checks.comparing import Digests, damage_of
+from vmapipe.restore.checks.digest import file_digest
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
 from vmapipe.restore.checks.report import Damage, Report
 from vmapipe.restore.checks.survey import Gap, survey
@@ -23,10 +21,8 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.vma.errors import ArchiveError
-from vmapipe.vma.extent import Extent
-from vmapipe.vma.header import Header
 from vmapipe.vma.layout import CLUSTER_BYTES
-from vmapipe.vma.manifest import ExtentDigest, Totals
+from vmapipe.vma.manifest import Totals
 
 # Hashing is quicker than any disk; beyond four threads nothing was gained.
 _MAX_THREADS = 4
@@ -65,12 +61,6 @@ def verify(name: str, emit: Emit, cancel: Cancel, options: VerifyOptions | None 
     return report
 
 
-def _damage_of(error: ArchiveError) -> Damage:
-    if isinstance(error, CompressionError):
-        return Damage(f"{error}; what follows could not be checked")
-    return Damage(error.text, archive_offset=error.offset, reference_text=error.reference_text)
-
-
 class _Verification:
     def __init__(
         self, archive: Archive, report: Report, options: VerifyOptions, emit: Emit, cancel: Cancel
@@ -96,7 +86,7 @@ class _Verification:
                     self._progress()
             except CompressionError as error:
                 # There is no way on: the rest counts as missing.
-                report.add([_damage_of(error)])
+                report.add([damage_of(error)])
                 digests.give_up()
             report.add(digests.finish(report.totals.archive_bytes))
             report.add(self._census.finish())
@@ -106,7 +96,7 @@ class _Verification:
         self._next_progress = 0.0
         self._progress()
 
-    def _take(self, find: Piece | Gap, digests: _Digests) -> None:
+    def _take(self, find: Piece | Gap, digests: Digests) -> None:
         report = self._report
         if isinstance(find, Gap):
             text = f"{find.error.text}; {find.length} bytes of the archive hold no extent"
@@ -118,7 +108,7 @@ class _Verification:
             report.add(self._census.add(find.extent))
             report.add(digests.check(find))
 
-    def _open_digests(self) -> _Digests:
+    def _open_digests(self) -> Digests:
         options = self._options
         path: str | None = None
         if options.check_digests:
@@ -130,14 +120,14 @@ class _Verification:
                 manifest = Manifest(path, self._cancel)
                 check_opening(self._archive, manifest)
             except DigestError as error:
-                self._report.add([_damage_of(error)])
+                self._report.add([damage_of(error)])
             except ArchiveError as error:
-                self._report.add([_damage_of(error)])
+                self._report.add([damage_of(error)])
                 if manifest is not None:
                     manifest.close()
                 manifest = None
         threads = options.threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
-        return _Digests(self._archive, manifest, threads)
+        return Digests(self._archive, manifest, threads, self._cancel)
 
     def _check_file(self, totals: Totals) -> Iterator[Damage]:
         path = self._archive.source.path
@@ -164,129 +154,3 @@ class _Verification:
                     "archive_bytes": totals.archive_bytes,
                 }
             )
-
-
-class _Digests:
-    """Compares extents with a manifest, in threads, some extents ahead; without one, does nothing.
-
-    A context manager. `complete`: all that the manifest lists was compared.
-    """
-
-    def __init__(self, archive: Archive, manifest: Manifest | None, threads: int) -> None:
-        self.complete = False
-        self.totals: Totals | None = None
-        self._archive = archive
-        self._manifest = manifest
-        self._hashers = Hashers(threads)
-        # Each holds an extent of up to 3.7 MiB.
-        self._limit = 2 * threads
-        self._ahead: deque[tuple[Extent, bytes, Pending]] = deque()
-        self._at = archive.header.header_bytes
-        self._in_step = manifest is not None
-
-    def __enter__(self) -> _Digests:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._hashers.close()
-        if self._manifest is not None:
-            self._manifest.close()
-
-    def check(self, piece: Piece) -> Iterator[Damage]:
-        """Exhaust it. What it tells may be about an earlier extent."""
-        if not self._in_step:
-            return
-        try:
-            expected = self._expected(piece.extent)
-        except ArchiveError as error:
-            self._in_step = False
-            yield _damage_of(error)
-            return
-        pending = self._hashers.submit(lambda: self._digest(piece))
-        self._ahead.append((piece.extent, expected.digest, pending))
-        if len(self._ahead) >= self._limit:
-            yield from self._take_oldest()
-
-    def _expected(self, extent: Extent) -> ExtentDigest:
-        """The line of the extent at this place; lines of extents that are lost are passed over."""
-        while True:
-            line = self._next_line()
-            if isinstance(line, ExtentDigest):
-                start, self._at = self._at, self._at + line.total_bytes
-                if start < extent.offset:
-                    continue
-                if start == extent.offset and line.total_bytes == extent.total_bytes:
-                    return line
-            raise DigestError(
-                "the manifest lists no extent of this length here: bytes were removed or added, "
-                "and the data from here on could not be checked",
-                offset=extent.offset,
-            )
-
-    def _next_line(self) -> ExtentDigest | Totals:
-        if self._manifest is None:
-            raise RuntimeError("no manifest, no lines")
-        line = self._manifest.next()
-        if isinstance(line, Totals):
-            self.totals = line
-        return line
-
-    def _digest(self, piece: Piece) -> bytes:
-        if piece.data is not None:
-            return extent_digest(piece.raw_header, piece.data)
-        extent = piece.extent
-        source = self._archive.source
-        if not isinstance(source, PlainFile):
-            raise RuntimeError("a stream's extent without its data")
-        return read_digest(source.read_into, extent.offset, extent.total_bytes)
-
-    def _take_oldest(self) -> Iterator[Damage]:
-        extent, expected, pending = self._ahead.popleft()
-        if pending.result() != expected:
-            yield from damaged_runs(extent, self._archive.header)
-
-    def give_up(self) -> None:
-        """The archive cannot be read on: compare what was read, and no more."""
-        self._in_step = False
-
-    def finish(self, archive_bytes: int) -> Iterator[Damage]:
-        """The archive has ended. Exhaust it."""
-        while self._ahead:
-            yield from self._take_oldest()
-        if not self._in_step:
-            return
-        left = 0
-        try:
-            while isinstance(self._next_line(), ExtentDigest):
-                left += 1
-        except ArchiveError as error:
-            yield _damage_of(error)
-            return
-        if left:
-            yield Damage(f"the manifest lists {left} more extents", archive_offset=archive_bytes)
-        self.complete = True
-        if self.totals is not None:
-            yield from _compare_devices(self.totals, self._archive.header)
-
-
-def damaged_runs(extent: Extent, header: Header) -> Iterator[Damage]:
-    """An extent whose digest is wrong: somewhere in these bytes of these devices."""
-    text = "the data is damaged, somewhere in this range: the digest is not the manifest's"
-    stored = [run for run in extent.runs if not run.is_zero]
-    for run in stored:
-        device = header.device(run.dev_id)
-        start = run.first_cluster * CLUSTER_BYTES
-        length = run.count * CLUSTER_BYTES
-        name = f"{run.dev_id}" if device is None else device.name
-        if device is not None and not device.is_vmstate:
-            length = max(0, min(length, device.size_bytes - start))
-        yield Damage(text, name, start, length, extent.offset)
-    if not stored:
-        yield Damage("an extent without data is not the stored one", archive_offset=extent.offset)
-
-
-def _compare_devices(totals: Totals, header: Header) -> Iterator[Damage]:
-    listed = [(d.dev_id, d.name, d.size_bytes) for d in totals.devices]
-    found = [(d.dev_id, d.name, d.size_bytes) for d in header.devices]
-    if sorted(listed) != sorted(found):
-        yield Damage("the manifest's list of devices is not the archive's")
