@@ -31,9 +31,10 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
         type=int,
-        default=min(os.cpu_count() or 1, MAX_THREADS),
+        # More than we may use would only push each other out of the cache.
+        default=min(len(os.sched_getaffinity(0)), MAX_THREADS),
         metavar="N",
-        help="threads that compress (default: one a core)",
+        help="threads that compress (default: one a core that may be used)",
     )
     parser.add_argument(
         "--manifest",

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import socket
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import images
 from benchmarks.images import MIB
 from benchmarks.measure import OURS, Bound, Case, Command
-from benchmarks.place import Place, backup, dd, make, make_archives, vmapipe
+from benchmarks.options import curve, manifest
+from benchmarks.place import Place, backup, dd, make_archives, vmapipe
 
 
 def bound_cases(place: Place) -> list[Case]:
@@ -25,13 +23,14 @@ def bound_cases(place: Place) -> list[Case]:
         _quarter_to_nothing(place),
         _tib_to_nothing(place),
         _dense_to_file(place),
+        manifest(place),
         _verify_plain(place),
         _verify_manifest(place),
         _restore_existing(place),
         _restore_new(place),
         _restore_quarter(place),
         _zstd(place),
-        _curve(place),
+        curve(place),
     ]
 
 
@@ -116,7 +115,6 @@ def _tib_to_nothing(place: Place) -> Case:
 
 
 def _dense_to_file(place: Place) -> Case:
-    bare = place.disk / "bare.vma"
     out = place.disk / "peer.raw"
     return Case(
         "backup, dense, to a file on disk, flushed",
@@ -124,14 +122,13 @@ def _dense_to_file(place: Place) -> Case:
             Command(
                 OURS, backup(place.dense, place.archive(place.dense)), place.archive(place.dense)
             ),
-            Command("vmapipe --no-manifest", backup(place.dense, bare, "--no-manifest"), bare),
             Command("dd conv=fdatasync", dd(place.dense, out, "conv=fdatasync"), out),
             *_reference_create(place, place.dense, str(place.disk / "reference.vma")),
         ],
         Bound("at most 1.1 x dd conv=fdatasync", OURS, "dd conv=fdatasync", 1.1),
         pinned=False,
         warm=[place.dense],
-        leaves=[bare, out, place.disk / "reference.vma"],
+        leaves=[out, place.disk / "reference.vma"],
         warm_up=False,
     )
 
@@ -264,36 +261,3 @@ def _zstd(place: Place) -> Case:
         leaves=[out, place.disk / "text.vma.zst"],
         warm=[place.text],
     )
-
-
-def _curve(place: Place) -> Case:
-    archiver, client = place.disk / "keys", place.disk / "client-keys"
-
-    def keys() -> None:
-        make(vmapipe("keygen", archiver))
-        make(vmapipe("keygen", "--client", client))
-        shutil.copy(archiver / "server.pub", client / "server.pub")
-        shutil.copy(client / "client.pub", archiver / "clients" / "bench.pub")
-
-    return Case(
-        f"backup over TCP on the loopback, {place.small_mib} MiB, to nothing",
-        [
-            Command(OURS, _over_tcp(place, ["--keys", archiver], ["--keys", client])),
-            Command("vmapipe, plain TCP", _over_tcp(place, *[["--insecure-plain-tcp"]] * 2)),
-        ],
-        Bound("CURVE at least 60 % of plain TCP", OURS, "vmapipe, plain TCP", 1 / 0.6),
-        before=keys,
-        leaves=[archiver, client],
-        warm=[place.small],
-    )
-
-
-def _over_tcp(place: Place, archiver: Sequence[str | Path], client: Sequence[str | Path]) -> str:
-    """Both processes by hand; the slower start of the two is part of both times."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    listen = vmapipe("archiver", "--listen", endpoint, "--expect", "1", "--output", "/dev/null")
-    send = vmapipe("producer", "--archiver", endpoint, "--disk", f"d={place.small}")
-    words = [shlex.join([*listen, *map(str, archiver)]), shlex.join([*send, *map(str, client)])]
-    return f"{words[0]} & {words[1]} && wait $!"
