@@ -12,10 +12,10 @@ import os
 import threading
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
 from vmapipe.archiver.outputs.errors import OutputFailure, size_text
@@ -267,15 +267,15 @@ class ObjectOutput:
     def _discard_once(self) -> None:
         if self._over:
             return
-        sending: list[Future[object]] = [future for future, _ in self._sending]  # type: ignore[misc]
+        sending: list[Future[Any]] = [future for future, _ in self._sending]
         if self._began is not None:
-            sending.append(self._began)  # type: ignore[arg-type]
+            sending.append(self._began)
         self._end()
         # Before parts that still go up have ended, and once more after that: a
         # part that arrives after its upload was aborted may stay with the store.
         in_a_while(lambda: self._clean_up(sending))
 
-    def _clean_up(self, sending: list[Future[object]]) -> None:
+    def _clean_up(self, sending: Sequence[Future[Any]]) -> None:
         under_way = [future for future in sending if not future.done()]
         if self.upload:
             abort(self._store, self.upload)

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 from xxhash import xxh3_128
 
@@ -14,6 +14,13 @@ _FILE_PIECE_BYTES = 1 << 20
 # An extent in one go: with smaller pieces, threads wait for each other (Python's lock).
 _PIECE_BYTES = 4 << 20
 _buffers = threading.local()
+
+
+class Readable(Protocol):
+    """A file, or an input of ours."""
+
+    def readinto(self, buffer: bytearray, /) -> int | None:
+        """Fill it, as far as there is something; 0: the end."""
 
 
 def extent_digest(*parts: bytes | memoryview) -> bytes:
@@ -40,16 +47,14 @@ def read_digest(read_into: Callable[[memoryview, int], int], offset: int, length
     return hasher.digest()
 
 
-def file_digest(path: str, check: Callable[[], None]) -> tuple[int, bytes]:
-    """(size in bytes, XXH3-128) of a whole file; `check` is called now and then. OSError."""
+def file_digest(file: Readable, check: Callable[[], None]) -> tuple[int, bytes]:
+    """(size in bytes, XXH3-128) of all that `file` gives; `check` is called now and then."""
     hasher = xxh3_128()
     buffer = bytearray(_FILE_PIECE_BYTES)
     view = memoryview(buffer)
     size_bytes = 0
-    with open(path, "rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while got := file.readinto(buffer):
-            hasher.update(view[:got])
-            size_bytes += got
-            check()
+    while got := file.readinto(buffer):
+        hasher.update(view[:got])
+        size_bytes += got
+        check()
     return size_bytes, hasher.digest()

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from vmapipe.restore.archive.reading import Archive, Piece, check_opening, open_archive
 from vmapipe.restore.checks.census import Census
 from vmapipe.restore.checks.comparing import Digests, damage_of
-from vmapipe.restore.checks.digest import file_digest
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
 from vmapipe.restore.checks.report import Damage, Report
 from vmapipe.restore.checks.survey import Gap, survey
-from vmapipe.restore.errors import CompressionError, DigestError, SourceError
+from vmapipe.restore.checks.wholefile import must_be_there_twice, stored_digest
+from vmapipe.restore.errors import CompressionError, DigestError
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.layout import CLUSTER_BYTES
@@ -56,6 +55,8 @@ def verify(name: str, emit: Emit, cancel: Cancel, options: VerifyOptions | None 
     started = time.monotonic()
     with open_archive(name, cancel) as archive:
         report.compression = archive.source.compression
+        if options.file_digest:
+            must_be_there_twice(archive.source)
         _Verification(archive, report, options, emit, cancel).run()
     report.seconds = time.monotonic() - started
     return report
@@ -130,16 +131,11 @@ class _Verification:
         return Digests(self._archive, manifest, threads, self._cancel)
 
     def _check_file(self, totals: Totals) -> Iterator[Damage]:
-        path = self._archive.source.path
-        if path is None:
-            return
-        try:
-            found = file_digest(path, self._cancel.check)
-        except OSError as error:
-            raise SourceError(f"cannot read {path}: {os_error_text(error)}") from error
+        source = self._archive.source
+        found = stored_digest(source, self._cancel)
         self._report.file_checked = True
         if found != (totals.file_bytes, totals.file_digest):
-            yield Damage(f"the file {path} is not, byte for byte, the one that was stored")
+            yield Damage(f"the file {source.name} is not, byte for byte, the one that was stored")
 
     def _progress(self) -> None:
         now = time.monotonic()

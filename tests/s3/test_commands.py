@@ -102,6 +102,23 @@ def test_damage_in_a_store_is_found_with_its_place(s3: S3Server, small: list[str
     assert [find["device"] for find in report["damage"]] == ["sdb"]
 
 
+def test_the_whole_object_is_compared_where_that_was_asked_for(
+    s3: S3Server, small: list[str], tmp_path: Path
+) -> None:
+    good("backup", "--quiet", *small, "--compress", "zstd:1", f"{NAME}.zst")
+    words = ("verify", "--json", "--whole-file", f"{NAME}.zst")
+    assert json.loads(good(*words).splitlines()[-1])["file_checked"]
+    # Behind the last frame: what unpacks it passes over that.
+    s3.put("vm/vm.vma.zst", s3.data("vm/vm.vma.zst") + b"\x50\x2a\x4d\x18" + bytes(4))
+    done = run(*words)
+    assert done.returncode == 4
+    (damage,) = json.loads(done.stdout.splitlines()[-1])["damage"]
+    assert f"the file {NAME}.zst is not, byte for byte" in damage["text"]
+    good("backup", "--quiet", *small, tmp_path / "a.vma")
+    text = bad("verify", "--whole-file", f"exec:cat {tmp_path}/a.vma", code=2)
+    assert "can be read only once" in text
+
+
 def test_a_manifest_without_its_archive_is_stale_and_replaced(
     s3: S3Server, small: list[str]
 ) -> None:
