@@ -103,19 +103,19 @@ class _Cutter:
         self._next = self._zero_from = 0
         # The open run: empty masks where there is none.
         self._masks = bytearray()
-        self._position = self._filled = self._largest = self._most = 0
+        self._position = self._filled = self._largest = self._step_bytes = self._most = 0
 
     def room(self, length: int) -> memoryview:
         """Where at most `length` bytes of the next clusters are to be read to."""
-        step = self._step()
+        self._step_bytes = self._step()
         if not self._masks:
-            self._largest = step
+            self._largest = self._step_bytes
             spare = self._frame_bytes - limits.CHARGE_PER_FRAME - self._largest
             self._most = min(_MOST_CLUSTERS, spare // limits.CHARGE_PER_CLUSTER)
             self._position = self._take(self._largest)
             self._filled = 0
         clusters = min(
-            min(step, self._largest - self._filled) // CLUSTER_BYTES,
+            min(self._step_bytes, self._largest - self._filled) // CLUSTER_BYTES,
             self._most - self._clusters,
             _to_extents_end(self._next),
         )
@@ -162,6 +162,8 @@ class _Cutter:
     def _cut_if_full(self, ahead: int = 0) -> Iterator[Run]:
         left = self._largest - self._filled
         full = left < CLUSTER_BYTES or self._clusters >= self._most
+        # Under a lower speed limit than it was begun with, it would take long to fill.
+        full = full or self._filled >= self._step_bytes
         if _to_extents_end(self._next) == EXTENT_CLUSTERS:
             # A frame that ends with an extent is written, and its memory free, at once.
             full = full or left < EXTENT_CLUSTERS // 2 * CLUSTER_BYTES or ahead >= EXTENT_CLUSTERS

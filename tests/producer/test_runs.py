@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.producer.runs import Run, runs
+from vmapipe.producer.runs import EXTENT_CLUSTERS, Run, runs
 from vmapipe.producer.source import Segment
 from vmapipe.protocol import limits
 from vmapipe.protocol.blocks import nonzero_pieces
@@ -107,3 +107,23 @@ def test_a_huge_hole_is_cut_at_the_longest_run_of_the_wire() -> None:
     disk.size_bytes = clusters * CLUSTER_BYTES
     lengths = [run.clusters for run in runs(disk, MEMORY, lambda length: 0, 16 << 20)]
     assert lengths == [limits.MAX_RUN_CLUSTERS] * 3 + [5]
+
+
+def test_a_run_that_was_begun_before_steps_became_small_is_ended() -> None:
+    steps = iter([32 * CLUSTER_BYTES] * 3 + [CLUSTER_BYTES] * 100)
+    disk = MemoryDisk(b"A" * (20 * CLUSTER_BYTES))
+    made = runs(disk, MEMORY, lambda length: 0, 8 << 20, lambda: next(steps))
+    assert [run.clusters for run in made] == [4] + [1] * 16
+
+
+def test_zeroes_go_with_the_data_beside_them_and_runs_end_where_extents_do() -> None:
+    extent = EXTENT_CLUSTERS
+    data = {1, extent + 3, 5 * extent + 2}
+    pieces = [(b"A" if i in data else b"\0") * CLUSTER_BYTES for i in range(6 * extent)]
+    _, seen = put_together(MemoryDisk(b"".join(pieces)), 8 << 20)
+    assert [(run.first_cluster, run.clusters, bool(run.masks)) for run in seen] == [
+        (0, 4 * extent, True),
+        (4 * extent, extent, False),
+        (5 * extent, extent, True),
+    ]
+    assert sum(run.zero_clusters for run in seen) == 6 * extent - len(data)
