@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vmapipe.control.instant import Instant, begin_together
+from vmapipe.control.jobprocesses import remove_leftovers, start_archiver, start_producers
 from vmapipe.control.jobs.shares import Shares
-from vmapipe.control.outputwords import is_path
 from vmapipe.control.priorities import AS_INHERITED, Priorities
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
@@ -95,8 +95,8 @@ class BackupJob:
                     children.watch(cancel.fd)
                     children.watch(orders.fd)
                     try:
-                        self._start_archiver(children, folder, emit, cancel)
-                        self._start_producers(children, folder)
+                        start_archiver(self, children, folder, emit, cancel)
+                        start_producers(self, children, folder, self._shares.share)
                         if self.server:
                             self.server.begin(self.speed_bytes_s, children.pids)
                             children.watch(self.server.fd)
@@ -104,7 +104,7 @@ class BackupJob:
                     finally:
                         self._let_go(emit)
             finally:
-                self._remove_leftovers(children)
+                remove_leftovers(self, children)
             emit(
                 {
                     "event": "done",
@@ -117,71 +117,11 @@ class BackupJob:
             )
 
     def _check(self) -> None:
-        if len(self._names()) > MAX_DEVICES:
+        if len(self.names) > MAX_DEVICES:
             raise UsageError(f"too many drives: {len(self.disks)}; the limit is {MAX_DEVICES}")
         if not self.disks and not any("--config" in word for word in self.archiver_options):
             raise UsageError("nothing to back up: name a disk with --disk")
         check_names([disk.name for disk in self.disks])
-
-    def _start_archiver(
-        self, children: Children, folder: OwnFolder, emit: Emit, cancel: Cancel
-    ) -> None:
-        if self.service:
-            module = "vmapipe.control.remote"
-            words = [f"--archiver={self.service.endpoint}", *self.service.link_options]
-        else:
-            module = "vmapipe.archiver.main"
-            words = [f"--listen={_socket_in(folder)}"]
-            if self.priorities.nice is None and any(disk.guard for disk in self.disks):
-                words.append("--stand-back")
-        # With "=", because a name may begin with a dash.
-        words += [f"--output={self.archive}", f"--job={self.job_id.hex()}"]
-        words += [f"--device={name}" for name in self._names()]
-        words += self.archiver_options
-        archiver = children.start("the archiver", module, words, self.pass_fds)
-        self.priorities.apply(archiver.pid, guest_waits=False)
-        if self.service:
-            # Imported here: most archives are made on this host.
-            from vmapipe.control.elsewhere import await_opened
-
-            await_opened(children, archiver, emit, cancel)
-
-    def _start_producers(self, children: Children, folder: OwnFolder) -> None:
-        speed = self._shares.share
-        if self.machine:
-            self.machine.prepare(speed)
-        if self.service:
-            common = [f"--archiver={self.service.endpoint}", *self.service.link_options]
-        else:
-            common = [f"--archiver={_socket_in(folder)}"]
-        common.append(f"--job={self.job_id.hex()}")
-        for index, disk in enumerate(self.disks):
-            words = [*common, f"--name={disk.name}"]
-            more, fds = self._words_of(index, disk)
-            words += [f"--speed={speed}", *more]
-            name = f"the producer of {disk.name!r}"
-            child = children.start(name, "vmapipe.producer.main", words, fds)
-            self.priorities.apply(child.pid, guest_waits=bool(disk.guard or self.machine))
-        if self.machine and self.with_memory:
-            words = [*common, *self.buffer_options]
-            more, fds = self.machine.stream_words()
-            name = "the producer of the machine's memory"
-            child = children.start(name, "vmapipe.producer.main", [*words, *more], fds)
-            self.priorities.apply(child.pid, guest_waits=True)
-        if self.machine:
-            self.machine.protect(children.all[1:])
-            children.watch(self.machine.fd)
-
-    def _words_of(self, index: int, disk: Disk) -> tuple[list[str], list[int]]:
-        """Where a producer gets its disk from, and the descriptors that it needs for that."""
-        if self.machine:
-            fd = self.machine.sink_fd(index)
-            words = [f"--disk={disk.name}", f"--sink-fd={fd}", f"--size={disk.size_bytes}"]
-            return [*words, *self.buffer_options], [fd]
-        words = [f"--disk={disk.path}", *disk.reading]
-        if disk.guard:
-            words += [f"--guard={disk.guard}", *self.buffer_options]
-        return words, []
 
     def _watch(
         self, children: Children, emit: Emit, cancel: Cancel, folder: OwnFolder, orders: Orders
@@ -192,7 +132,7 @@ class BackupJob:
         give_up = float("inf")
         unattached = {disk.name for disk in self.disks if disk.guard}
         if self.machine:
-            unattached = set(self._names())
+            unattached = set(self.names)
         while any(child.running for child in children.all):
             for child, event in children.wait(min(1.0, max(0.0, give_up - time.monotonic()))):
                 if event is not None:
@@ -281,7 +221,8 @@ class BackupJob:
         for child in children.all[1:]:
             child.tell(speed_order(share))
 
-    def _names(self) -> list[str]:
+    @property
+    def names(self) -> list[str]:
         """Of all devices of the archive."""
         return [disk.name for disk in self.disks] + [VMSTATE_NAME] * self.with_memory
 
@@ -318,33 +259,11 @@ class BackupJob:
         if text:
             emit({"event": "notice", "text": text})
 
-    def _remove_leftovers(self, children: Children) -> None:
-        """What an archiver that was killed could not remove itself."""
-        killed = children.all and (children.all[0].exit_code or 0) < 0
-        if not killed or self.service:
-            return
-        for name, upload in self.uploads:
-            from vmapipe.archiver.outputs.leftuploads import abort_upload
-
-            abort_upload(name, upload)
-        # Imported here: it is seldom needed, and a backup starts sooner without.
-        from vmapipe.archiver.manifests import beside
-        from vmapipe.archiver.outputs.file import remove_leftover
-
-        named = [w.removeprefix("--manifest=") for w in self.archiver_options if "--manifest=" in w]
-        ours = [self.archive, beside(self.archive)] if is_path(self.archive) else []
-        for path in (*ours, *filter(is_path, named)):
-            remove_leftover(path)
-
 
 def _tell_instant(held: Instant | None, emit: Emit) -> None:
     if held is not None:
         memory = {"memory": held.how} if held.how else {}
         emit({"event": "instant", "held_s": round(held.seconds, 4), **memory})
-
-
-def _socket_in(folder: OwnFolder) -> str:
-    return f"ipc://{folder.path}/archiver.sock"
 
 
 def _has_failed(child: Child, event: Event | None) -> bool:
