@@ -149,7 +149,9 @@ def test_events_survive_any_cut_of_the_stream() -> None:
 def test_no_descriptor_of_one_child_reaches_another(fork: bool) -> None:
     with Children(fork=fork) as children:
         children.start("one", PROGRAM, ["waits"])
+        wait_for(children, "started")
         two = children.start("two", PROGRAM, ["waits"])
+        # From then on it opens and closes nothing.
         wait_for(children, "started")
         sockets = [
             link
