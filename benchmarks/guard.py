@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.images import dense
+from benchmarks.measure import read
 from benchmarks.place import VMAPIPE
 from benchmarks.servers import Served, all_servers, wait_for_event
 from benchmarks.servers import vmapipe as start_vmapipe
@@ -106,6 +107,7 @@ def _idle(folder: Path, size_mib: int, rounds: int, loads: Sequence[Load]) -> It
         chance = random.Random(1)
         for turn in range(rounds + 1):
             for load in loads:
+                _cached(images)
                 order = list(servers)
                 chance.shuffle(order)
                 for server in order:
@@ -122,6 +124,7 @@ def _during_backups(folder: Path, rounds: int, load: Load) -> Result:
         start_vmapipe(image, folder) as server,
     ):
         for turn in range(rounds + 1):
+            _cached([image])
             idle = _fio(server, load, folder, _BACKUP_RUN_S)
             with _backing_up(server):
                 busy = _fio(server, load, folder, _BACKUP_RUN_S)
@@ -172,6 +175,16 @@ def _copies(folder: Path, size_mib: int, count: int) -> Iterator[list[Path]]:
     finally:
         for image in [base, *images]:
             image.unlink(missing_ok=True)
+
+
+def _cached(images: Sequence[Path]) -> None:
+    """What nobody reads for a minute may have left the page cache (DAMON's reclaim).
+
+    A backup's and a guest's reads of old data would then wait for the disk, and
+    how often that is depends on how long ago the image was made.
+    """
+    for image in images:
+        read(image)
 
 
 def _fio(server: Served, load: Load, folder: Path, seconds: int) -> Felt:

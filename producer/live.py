@@ -26,6 +26,9 @@ from vmapipe.runtime.events import Emit
 
 # From a producer being ready to the instant that the coordinator chooses.
 _BEGIN_S = 60.0
+# What is looked at between frames costs as much as a frame of one cluster. So many
+# take a millisecond, in which nobody waits for us: a claim is not under way then.
+_FRAMES_IN_A_ROW = 16
 
 
 class Buffering(NamedTuple):
@@ -118,7 +121,7 @@ class LiveSender:
             # Not while a claim is under way: it was asked for with the credit and the
             # room that there were then.
             if saved and not background.asked:
-                did = saved.send(session, background.piece)
+                did = self._send_saved(background.piece)
             else:
                 did = background.ask()
             if did:
@@ -132,6 +135,15 @@ class LiveSender:
             teller.tell_transfer(self._transfer(background))
             self._cancel.check()
         teller.tell_transfer(self._transfer(background), last=True)
+
+    def _send_saved(self, most_clusters: int) -> bool:
+        """Some frames in a row; False when credit or room is missing for the first."""
+        sent = 0
+        while self._saved and sent < _FRAMES_IN_A_ROW:
+            if not self._saved.send(self._session, most_clusters):
+                break
+            sent += 1
+        return sent > 0
 
     def _transfer(self, background: Background) -> telling.Transfer:
         sent_bytes = self._session.sent_bytes
