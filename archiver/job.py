@@ -9,9 +9,7 @@ one message can make a thousand extents: exhaust each before the next call.
 from __future__ import annotations
 
 import enum
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from vmapipe.archiver.device import DeviceState, Mark
 from vmapipe.archiver.instructions import (
@@ -23,6 +21,7 @@ from vmapipe.archiver.instructions import (
     Put,
     Send,
 )
+from vmapipe.archiver.jobspec import JobSpec, uuid_of
 from vmapipe.archiver.peers import Lost, Peer, Peers, check_newcomer
 from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide, State
@@ -40,46 +39,17 @@ from vmapipe.protocol.messages import (
     SharedRun,
 )
 from vmapipe.vma.errors import LimitError
-from vmapipe.vma.header import Config, Device, Header, encode_header
+from vmapipe.vma.header import Device, Header, encode_header
 from vmapipe.vma.packer import PackedExtent, Packer
 
 # Data that may be under way or queued for writing, all devices together: room
 # for a few of the largest frames. More did not make a local backup quicker.
 WINDOW_TOTAL_BYTES = 16 << 20
-# A switch or a router that is started again is back by then.
-RECONNECT_S = 60
 # `tick` comes several times a second. After a longer gap this process itself
 # was stopped (Ctrl-Z, a stalled machine), and nobody else's silence counts.
 _STOPPED_S = 5.0
-# Drawn once at random; it makes our name-based uuids ours.
-_NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
 # Strangers that are told of: a log that one of them can fill is no log.
 _MAX_TOLD = 100
-
-
-@dataclass(frozen=True, slots=True)
-class JobSpec:
-    """What one archive is to hold.
-
-    `uuid`: 16 bytes, or empty: one made from what the header holds, always the
-    same for the same. `devices`: the names that must come, in the order of their dev_ids; empty:
-    the first `expect` that come. `job`: the id that producers must name; None:
-    whatever the first one names. `in_order`: one device after the other, so
-    that the same disks make the same archive.
-    """
-
-    uuid: bytes
-    ctime_s: int
-    configs: tuple[Config, ...] = ()
-    devices: tuple[str, ...] = ()
-    expect: int = 0
-    job: bytes | None = None
-    in_order: bool = False
-    heartbeat_s: int = 30
-    #: So long a producer's lost connection is waited for, in seconds.
-    reconnect_s: int = RECONNECT_S
-    #: Until all producers have come, in seconds.
-    start_timeout_s: int = 60
 
 
 class Phase(enum.Enum):
@@ -283,7 +253,7 @@ class Job:
             Device(index, state.side.device, state.side.size_bytes)
             for index, (_, state) in enumerate(peers, start=1)
         )
-        self.uuid = self._spec.uuid or _uuid_of(self._spec, devices)
+        self.uuid = self._spec.uuid or uuid_of(self._spec, devices)
         self._packer = Packer(self.uuid)
         header = Header(self.uuid, self._spec.ctime_s, devices, self._spec.configs)
         try:
@@ -377,9 +347,3 @@ class Job:
             yield Notice(f"refused a stranger: {error}")
         if self.refused == _MAX_TOLD:
             yield Notice("more strangers are refused without a word")
-
-
-def _uuid_of(spec: JobSpec, devices: tuple[Device, ...]) -> bytes:
-    """The same 16 bytes for the same header contents (a name-based uuid, version 5)."""
-    contents = repr((spec.ctime_s, devices, [(c.name, c.data) for c in spec.configs]))
-    return uuid.uuid5(_NAMESPACE, contents).bytes

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 
 from vmapipe.archiver.arguments import add_output_options
-from vmapipe.archiver.job import RECONNECT_S, JobSpec
+from vmapipe.archiver.jobspec import RECONNECT_S, JobSpec
 from vmapipe.archiver.options import read_configs, store_for
 from vmapipe.archiver.serve import Listen, serve
 from vmapipe.archiver.service.arguments import add_service_options

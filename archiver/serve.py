@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from vmapipe.archiver import instructions as core
 from vmapipe.archiver.device import Mark
-from vmapipe.archiver.job import Job, JobSpec, Phase
+from vmapipe.archiver.job import Job, Phase
+from vmapipe.archiver.jobspec import JobSpec
 from vmapipe.archiver.link import Link
 from vmapipe.archiver.shared import map_shared, refuse_shared
 from vmapipe.archiver.store import Store

@@ -9,13 +9,14 @@ its size was checked; what does not fit raises RemoteProtocolError.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Sequence
+from typing import Any
 
 import msgpack
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
+from vmapipe.protocol.fields import check_of, is_dev_id, is_uint
 from vmapipe.protocol.messages import (
     Abort,
     Bye,
@@ -55,7 +56,7 @@ def encode_control(message: Control) -> list[Part]:
     kind = type(message).__name__.upper()
     fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
     for name, item in fields.items():
-        if not _check(kind, name)(item):
+        if not check_of(kind, name)(item):
             raise LocalProtocolError(f"{kind}: {name} cannot be {item!r:.100}")
     return [msgpack.packb([kind, fields])]
 
@@ -142,7 +143,7 @@ def _decode_control(part: Part) -> Control:
         raise RemoteProtocolError("malformed", f"an unknown message {value[0][:40]!r}")
     # First of all: another version may have other keys beside this one.
     version = value[1].get("version") if kind in (Hello, Welcome, Resume) else None
-    if _is_uint(version) and version != limits.VERSION:
+    if is_uint(version) and version != limits.VERSION:
         raise RemoteProtocolError(
             "version", f"version {version} is not spoken here, {limits.VERSION} is"
         )
@@ -153,23 +154,23 @@ def _decode_control(part: Part) -> Control:
         elif field.default is dataclasses.MISSING:
             raise RemoteProtocolError("malformed", f"{value[0]} without {field.name!r}")
     for name, item in known.items():
-        if not _check(value[0], name)(item):
+        if not check_of(value[0], name)(item):
             raise RemoteProtocolError("malformed", f"{value[0]}: {name!r} makes no sense")
     return kind(**known)
 
 
 def _decode_data(parts: Sequence[Part]) -> DataFrame:
     seq = unpack(parts[0], limits.MAX_NUMBER_PART_BYTES)
-    if not _is_uint(seq) or not seq:
+    if not is_uint(seq) or not seq:
         raise RemoteProtocolError("malformed", "a data message without a number")
     frame = unpack(parts[1], limits.MAX_FRAME_PART_BYTES)
     if not isinstance(frame, list) or not frame:
         raise RemoteProtocolError("malformed", "a data message without a frame")
-    if not _is_dev_id(frame[0]):
+    if not is_dev_id(frame[0]):
         raise RemoteProtocolError("malformed", "a frame without a dev_id")
     if len(frame) == 3 and len(parts) == 2:
         dev_id, cluster_num, data = frame
-        if not _is_uint(cluster_num) or not isinstance(data, bytes):
+        if not is_uint(cluster_num) or not isinstance(data, bytes):
             raise RemoteProtocolError("malformed", "a cluster frame of wrong types")
         if len(data) > limits.CLUSTER_BYTES:
             raise RemoteProtocolError("too-large", f"a cluster of {len(data)} bytes")
@@ -186,7 +187,7 @@ def _decode_data(parts: Sequence[Part]) -> DataFrame:
 
 def _decode_run(seq: int, frame: list[Any], payload: memoryview) -> RunFrame:
     dev_id, first, count, masks = frame
-    if not _is_uint(first) or not _is_uint(count) or not isinstance(masks, bytes):
+    if not is_uint(first) or not is_uint(count) or not isinstance(masks, bytes):
         raise RemoteProtocolError("malformed", "a run frame of wrong types")
     fault = run_fault(first, count, masks, payload.nbytes)
     if fault is not None:
@@ -196,7 +197,7 @@ def _decode_run(seq: int, frame: list[Any], payload: memoryview) -> RunFrame:
 
 def _decode_shared_run(seq: int, frame: list[Any]) -> SharedRun:
     dev_id, first, count, masks, position = frame
-    if not (_is_uint(first) and _is_uint(count) and _is_uint(position)):
+    if not (is_uint(first) and is_uint(count) and is_uint(position)):
         raise RemoteProtocolError("malformed", "a run frame of wrong types")
     if not isinstance(masks, bytes) or not masks:
         raise RemoteProtocolError("malformed", "a run in shared memory without masks")
@@ -228,82 +229,3 @@ def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[st
     if data_bytes != expected:
         return "malformed", f"{data_bytes} bytes of data where the masks say {expected}"
     return None
-
-
-def _is_uint(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64
-
-
-def _is_uuid(value: object) -> bool:
-    return isinstance(value, bytes) and len(value) == limits.UUID_BYTES
-
-
-def _is_session(value: object) -> bool:
-    return value == b"" or _is_uuid(value)
-
-
-def _is_reason(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= limits.MAX_REASON_CHARS and _is_text(value)
-
-
-def _is_name(value: object) -> bool:
-    return (
-        isinstance(value, str)
-        and bool(value)
-        and value.isprintable()
-        and len(value.encode()) <= limits.MAX_NAME_BYTES
-    )
-
-
-def _is_dev_id(value: object) -> bool:
-    return _is_uint(value) and 1 <= value <= limits.MAX_DEV_ID
-
-
-def _is_heartbeat(value: object) -> bool:
-    return _is_uint(value) and 1 <= value <= limits.MAX_HEARTBEAT_S
-
-
-def _is_reconnect(value: object) -> bool:
-    return _is_uint(value) and value <= limits.MAX_RECONNECT_S
-
-
-def _is_text(value: str) -> bool:
-    # What comes out of msgpack always is; a file's name need not be.
-    return not any("\ud800" <= char <= "\udfff" for char in value)
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _check(kind: str, name: str) -> Callable[[object], bool]:
-    return _CHECKS.get(f"{kind}.{name}") or _CHECKS[name]
-
-
-# By key, or where one key means two things, by message and key.
-_CHECKS: dict[str, Callable[[object], bool]] = {
-    "version": _is_uint,
-    "job": _is_uuid,
-    "device": _is_name,
-    "size": _is_uint,
-    "program": _is_reason,
-    "HELLO.shared": _is_reason,
-    "WELCOME.shared": _is_flag,
-    "HELLO.session": _is_session,
-    "session": _is_uuid,
-    "reconnect_s": _is_reconnect,
-    "attempt": _is_uint,
-    "received": _is_uint,
-    "ended": _is_flag,
-    "dev_id": _is_dev_id,
-    "credit": _is_uint,
-    "frame_bytes": _is_uint,
-    "heartbeat_s": _is_heartbeat,
-    "limit": _is_uint,
-    "acked": _is_uint,
-    "frames": _is_uint,
-    "clusters": _is_uint,
-    "uuid": _is_uuid,
-    "code": _is_reason,
-    "reason": _is_reason,
-}

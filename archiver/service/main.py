@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from vmapipe.archiver.compression import MAX_THREADS
-from vmapipe.archiver.job import RECONNECT_S
+from vmapipe.archiver.jobspec import RECONNECT_S
 from vmapipe.archiver.service.admission import Limits
 from vmapipe.archiver.service.crew import Crew
 from vmapipe.archiver.service.front import Front

@@ -23,7 +23,8 @@ from vmapipe.archiver.instructions import (
     Put,
     Send,
 )
-from vmapipe.archiver.job import Job, JobSpec, Phase
+from vmapipe.archiver.job import Job, Phase
+from vmapipe.archiver.jobspec import JobSpec
 from vmapipe.producer.ring import Ring
 from vmapipe.producer.runs import piece_bytes
 from vmapipe.protocol import frames, limits

@@ -10,7 +10,8 @@ from dataclasses import replace
 from tests.vma.archives import disk_image, read_whole, scan
 from vmapipe.archiver.device import Mark
 from vmapipe.archiver.instructions import Abandon, Begin, Finish, Instruction, Notice, Put, Send
-from vmapipe.archiver.job import Job, JobSpec
+from vmapipe.archiver.job import Job
+from vmapipe.archiver.jobspec import JobSpec
 from vmapipe.producer.kept import Kept
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import Part
