@@ -84,9 +84,10 @@ class Scene:
         self._stack = stack
         self._server, clients = make_keys(folder, "host1")
         self._client = clients["host1"]
-        client_timeout = "5" if victim == "coordinator" else "60"
-        words = ["--heartbeat", "1", "--start-timeout", "4", "--reconnect-limit", "2"]
-        words += ["--client-timeout", client_timeout]
+        # The limit that a case is about is the first to be reached.
+        started_by, silent_by = ("60", "5") if victim == "coordinator" else ("4", "60")
+        words = ["--heartbeat", "1", "--reconnect-limit", "2", "--start-timeout", started_by]
+        words += ["--client-timeout", silent_by]
         keys = (self._server, self._client)
         self.served = stack.enter_context(serving(folder / "store", *words, keys=keys))
         self.disk = make_disk(folder / "disk.raw", "A" * 64)
