@@ -370,30 +370,6 @@ def test_an_archive_that_fails_half_way_is_told_with_its_first_error(
 # --- for people ---
 
 
-def test_the_human_monitor_speaks_as_the_rfc_has_it(
-    served: Served, qmp: Foreign, tmp_path: Path
-) -> None:
-    archive = tmp_path / "vm.vma"
-    assert qmp.human("backup_cancel") == ""
-    assert qmp.human(f'backup "{archive}" 65536B a,b') == ""
-    status = qmp.status()
-    first, *rest = qmp.human("info backup").split("\r\n")
-    assert first == "Backup status: active"
-    assert rest[0] == f"Backup file: {archive}"
-    assert rest[1] == f"Backup uuid: {status['uuid']}"
-    assert rest[2] == f"Total size: {status['total']}"
-    assert re.fullmatch(r"Transferred bytes: [0-9]+ \([0-9]+%\)", rest[3])
-    assert re.fullmatch(r"Zero bytes: [0-9]+ \([0-9]+%\)", rest[4])
-    assert rest[5:] == [""]
-    assert qmp.human(f"backup {archive}") == "previous backup not finished\r\n"
-    assert qmp.human("backup_cancel") == ""
-    assert qmp.human("info backup").startswith("Backup status: error - backup canceled\r\n")
-    assert qmp.human(f"backup {archive}") == ""
-    qmp.next_event("BACKUP_COMPLETED")
-    text = qmp.human("info backup")
-    assert f"Transferred bytes: {status['total']} (100%)\r\n" in text
-
-
 def test_the_human_monitor_says_what_is_wrong(qmp: Foreign) -> None:
     assert qmp.human("dance") == "unknown command: 'dance'\r\n"
     assert qmp.human("backup").startswith("backup: string expected\r\n")
