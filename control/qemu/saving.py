@@ -61,6 +61,8 @@ class Saving:
         self._was_running = False
         self._ask_at = 0.0
         self._stopped_at = 0.0
+        # By somebody else, after the instant.
+        self._stopped_since = False
         path = os.path.join(folder, STREAM_NAME)
         os.mkfifo(path, 0o600)
         # QEMU gets an end that reads as well as it writes: the stream cannot break,
@@ -118,6 +120,7 @@ class Saving:
         """How far is it? Asked now and then, and when QEMU has said something."""
         if self._note is None or self.is_done or time.monotonic() < self._ask_at:
             return
+        self._see_it_run()
         progress = memory.progress_of(self._ask("query-migrate"))
         self._ask_at = time.monotonic() + _ASK_S
         if progress.is_complete:
@@ -135,6 +138,8 @@ class Saving:
         name = event.get("event")
         if name == "STOP" and self.held is None:
             self._stopped_at = _time_of(event)
+        elif name == "STOP":
+            self._stopped_since = True
         if name in ("MIGRATION", "STOP"):
             self._ask_at = 0.0
 
@@ -163,7 +168,7 @@ class Saving:
                 self._link.execute(Command("cont", {}))
             raise
         self._wait_for_guest(memory.BACKGROUND)
-        self._rewrite(resume="")
+        self._ask_at = time.monotonic() + _ASK_S
 
     def _wait_for_guest(self, how: str) -> None:
         """Until it goes on; for how long it stood still, QEMU's events tell."""
@@ -190,6 +195,15 @@ class Saving:
         """
         self._ask("query-status")
         return not self._ask("query-status").get("running")
+
+    def _see_it_run(self) -> None:
+        """Only then need nobody let it go on: QEMU 10 sets a state back that it found, unasked."""
+        if self._note is None or self._note.is_live or not self._note.resume:
+            return
+        if self._stopped_since or self._ask("query-status").get("running"):
+            self._rewrite(resume="")
+        else:
+            self._execute(Command("cont", {}))
 
     # --- by migration ---
 
