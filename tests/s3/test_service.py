@@ -110,6 +110,7 @@ def test_the_upload_of_a_killed_archiver_is_aborted_by_its_service(
     assert s3.objects() == {}
 
 
+@pytest.mark.slow
 def test_a_killed_service_leaves_no_upload_because_its_archivers_end_with_it(
     s3: S3Server, proxy: FaultyProxy, disk: Path, tmp_path: Path
 ) -> None:
