@@ -44,7 +44,7 @@ example, by hand, in two terminals:
   vmapipe archiver --listen ipc:///run/backup.sock --expect 1 --output vm.vma
   vmapipe producer --archiver ipc:///run/backup.sock --disk drive-scsi0=/srv/vm.raw
 
-a service, and a backup from another host (docs/operations.md):
+a service, and a backup from another host (docs/operations/hosts.md):
   vmapipe archiver --listen tcp://0.0.0.0:7777 --directory /srv/backup --keys /etc/vmapipe/keys
   vmapipe backup --archiver tcp://backup:7777 --keys /etc/vmapipe/keys --disk /srv/vm.raw vm.vma
 """

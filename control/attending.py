@@ -61,7 +61,7 @@ def add_attending_options(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="PROGRAM",
         help="run this at each phase, as vzdump runs its hook script: PROGRAM PHASE MODE VMID; one "
-        "that fails at job-start or backup-start ends the backup (docs/operations.md)",
+        "that fails at job-start or backup-start ends the backup (docs/operations/reports.md)",
     )
     group.add_argument(
         "--hook-timeout",

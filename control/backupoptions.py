@@ -35,7 +35,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "--state",
         action="store_true",
         help="with --qmp: the machine's memory and devices, too, of the same instant as the disks; "
-        "docs/operations.md tells how to let the machine go on from there",
+        "docs/operations/backup.md tells how to let the machine go on from there",
     )
     what.add_argument(
         "--agent",

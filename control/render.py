@@ -22,7 +22,7 @@ _LOG_STEP_PERCENT = 10
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--json", action="store_true", help="report as JSON lines (docs/operations.md)"
+        "--json", action="store_true", help="report as JSON lines (docs/operations/reports.md)"
     )
     parser.add_argument("--quiet", action="store_true", help="say nothing unless it fails")
 

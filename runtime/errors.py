@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failures that end a process, each with its exit code (docs/operations.md)."""
+"""Failures that end a process, each with its exit code (docs/operations/reports.md)."""
 
 from __future__ import annotations
 
