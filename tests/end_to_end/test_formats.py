@@ -44,6 +44,53 @@ def test_a_qcow2_and_a_raw_image_go_into_one_archive_and_come_back_the_other_way
     assert subprocess.run(words, capture_output=True, timeout=LIMIT_S).returncode == 0
 
 
+@pytest.mark.parametrize("image_format", ["vmdk", "vhdx", "vdi", "qed"])
+def test_an_image_of_any_format_of_qemu_holds_in_the_archive_what_qemu_reads_from_it(
+    tmp_path: Path, disk: Path, need: Need, image_format: str
+) -> None:
+    qemu_img, _ = need("qemu-img", "qemu-nbd")
+    image, expected = tmp_path / "disk.image", tmp_path / "expected.raw"
+    for words in (
+        ["-f", "raw", "-O", image_format, disk, image],
+        # Some formats round a size up.
+        ["-f", image_format, "-O", "raw", image, expected],
+    ):
+        subprocess.run([qemu_img, "convert", *map(str, words)], check=True, timeout=LIMIT_S)
+    good("backup", "--disk", f"d={image},format={image_format}", tmp_path / "vm.vma")
+    good("restore", tmp_path / "vm.vma", tmp_path / "out")
+    assert sha256(tmp_path / "out" / "disk-d.raw") == sha256(expected)
+
+
+def test_a_raw_disk_that_begins_at_an_offset_is_backed_up_from_there(
+    tmp_path: Path, disk: Path, need: Need
+) -> None:
+    need("qemu-nbd")
+    image = tmp_path / "with-header.raw"
+    image.write_bytes(b"header" * 1024 + bytes(512 * 24) + disk.read_bytes())
+    offset = image.stat().st_size - disk.stat().st_size
+    words = f"d={image},format=raw,offset={offset}"
+    good("backup", "--disk", words, tmp_path / "vm.vma")
+    good("restore", tmp_path / "vm.vma", tmp_path / "out")
+    assert sha256(tmp_path / "out" / "disk-d.raw") == sha256(disk)
+
+
+def test_an_internal_snapshot_is_backed_up_by_its_name_whatever_was_written_since(
+    tmp_path: Path, disk: Path, qcow2: Path, need: Need
+) -> None:
+    qemu_img, qemu_io = need("qemu-img", "qemu-io")
+    for words in (
+        [qemu_img, "snapshot", "-c", "before", str(qcow2)],
+        [qemu_io, "-f", "qcow2", "-c", "write -P 7 100K 1M", str(qcow2)],
+    ):
+        subprocess.run(words, check=True, capture_output=True, timeout=LIMIT_S)
+    good("backup", "--disk", f"d={qcow2},format=qcow2,snapshot=before", tmp_path / "old.vma")
+    good("restore", tmp_path / "old.vma", tmp_path / "old")
+    assert sha256(tmp_path / "old" / "disk-d.raw") == sha256(disk)
+    good("backup", "--disk", f"d={qcow2},format=qcow2", tmp_path / "new.vma")
+    good("restore", tmp_path / "new.vma", tmp_path / "new")
+    assert sha256(tmp_path / "new" / "disk-d.raw") != sha256(disk)
+
+
 def test_the_drop_in_takes_a_format_as_the_reference_tool_does(
     tmp_path: Path, disk: Path, qcow2: Path
 ) -> None:
