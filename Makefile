@@ -5,8 +5,8 @@ BIN := .venv/bin
 # More arguments for pytest or the benchmarks: make test ARGS='-k header'
 ARGS ?=
 # Processes that run the tests side by side, a file at a time; 0: none beside pytest itself.
-# More than two gain nothing: the tests start processes of their own.
-WORKERS ?= 2
+# Much of their time is waiting: three keep two cores busy.
+WORKERS ?= 3
 
 .PHONY: help setup demo test lint format man bench soak clean
 

@@ -88,7 +88,7 @@ class BackupJob:
             self.speed_bytes_s, [disk.name for disk in self.disks], in_turn=self.in_turn
         )
         started = time.monotonic()
-        with OwnFolder("backup") as folder:
+        with OwnFolder("job") as folder:
             children = Children(fork=True)
             try:
                 with children:

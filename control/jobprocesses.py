@@ -97,4 +97,4 @@ def remove_leftovers(job: BackupJob, children: Children) -> None:
 
 
 def _socket_in(folder: OwnFolder) -> str:
-    return f"ipc://{folder.path}/archiver.sock"
+    return f"ipc://{folder.path}/sock"

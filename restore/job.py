@@ -132,8 +132,8 @@ class _Job:
             for d in self._archive.header.devices
         )
         self._begin(devices)
-        with OwnFolder("restore") as folder:
-            children = self._bring(f"ipc://{folder.path}/work.sock", workers)
+        with OwnFolder("job") as folder:
+            children = self._bring(f"ipc://{folder.path}/sock", workers)
         self._targets.publish()
         result = Result(
             devices,

@@ -22,6 +22,9 @@ def _remove(path: str) -> None:
 class OwnFolder:
     """Only its owner can enter it. `kind` is a part of its name, `parent` where it is made.
 
+    Keep kinds, and names of sockets in it, short: a socket's path has at most 107 bytes,
+    and most of them may be the path of TMPDIR.
+
     `remove_left` removes a folder that a killed process has left, or leaves it.
     Use it in a `with`, or call `remove`.
     """

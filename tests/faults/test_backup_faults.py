@@ -107,7 +107,7 @@ def test_all_processes_killed_at_once_leave_nothing_that_outlives_the_next_backu
         process.kill()
     assert all_gone(everybody)
     assert not (out / "vm.vma").exists()
-    (temporary / "vmapipe-backup-killed").mkdir()
+    (temporary / "vmapipe-job-killed").mkdir()
     env = {**os.environ, "TMPDIR": str(temporary)}
     assert run("backup", "--disk", f"a={disk}", out / "vm.vma", env=env).returncode == 0
     assert {path.name for path in out.iterdir()} == {"vm.vma", "vm.vma.manifest.json"}
