@@ -21,6 +21,7 @@ from vmapipe.archiver.gate import Gate
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import Part
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.folders import made_with
 from vmapipe.runtime.keys import ServerKeys
 
 # How long a closing socket may still deliver its last words.
@@ -167,11 +168,9 @@ class ListeningSocket:
 
     def _bind(self, endpoint: str) -> None:
         # The socket file is for its owner alone.
-        old_mask = os.umask(0o077)
         try:
-            self._socket.bind(endpoint)
+            with made_with(0o700):
+                self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error
-        finally:
-            os.umask(old_mask)

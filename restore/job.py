@@ -133,7 +133,7 @@ class _Job:
         )
         self._begin(devices)
         with OwnFolder("job") as folder:
-            children = self._bring(f"ipc://{folder.path}/sock", workers)
+            children = self._bring(folder, workers)
         self._targets.publish()
         result = Result(
             devices,
@@ -146,8 +146,9 @@ class _Job:
         self._end(result)
         return result
 
-    def _bring(self, endpoint: str, workers: int) -> Children:
+    def _bring(self, folder: OwnFolder, workers: int) -> Children:
         """Everything is written and on the disk when this returns."""
+        endpoint = f"ipc://{folder.path}/sock"
         link: ReaderLink | None = None
         crew: Crew | None = None
         finished = False
@@ -164,7 +165,7 @@ class _Job:
                 start_workers(children, workers, endpoint, fds)
                 link = ReaderLink(endpoint)
                 pace = Pace(self._limits, self._started)
-                crew = Crew(link, children, self._cancel, pace, self._done)
+                crew = Crew(link, children, self._cancel, pace, self._done, folder.clear)
                 crew.welcome(setup)
                 with closing(self._feed()) as feed:
                     crew.carry_out(feed)

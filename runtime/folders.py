@@ -12,7 +12,20 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def made_with(mode: int) -> Iterator[None]:
+    """What is made meanwhile has at most these permissions, from its first moment on.
+
+    A chmod afterwards would come late. The whole process has one such mask.
+    """
+    before = os.umask(0o777 & ~mode)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _remove(path: str) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.folders import made_with
 
 _BACKLOG = 128
 # sun_path has 108 bytes with its NUL.
@@ -103,16 +104,13 @@ def alone_in(folder: str) -> Iterator[None]:
 def _listen_unix(path: str, mode: int, kind: socket.SocketKind) -> Listener:
     _remove_stale(path, kind)
     sock = socket.socket(socket.AF_UNIX, kind)
-    # The mode has to hold from the first moment: a chmod afterwards would come late.
-    before = os.umask(0o777 & ~mode)
     try:
-        sock.bind(path)
-        sock.listen(_BACKLOG)
+        with made_with(mode):
+            sock.bind(path)
+            sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
         raise Failure(f"cannot listen on {path}: {os_error_text(error)}") from error
-    finally:
-        os.umask(before)
     return Listener(sock, path)
 
 

@@ -42,14 +42,19 @@ class Crew:
         cancel: Cancel,
         pace: Pace,
         done: Callable[[Work], None],
+        all_here: Callable[[], None],
     ) -> None:
-        """`done` is called for every piece of work that is done."""
+        """`done` is called for every piece of work that is done.
+
+        `all_here`: when all are connected, and nobody needs the socket's name any more.
+        """
         self.gave_work = False
         self._link = link
         self._children = children
         self._cancel = cancel
         self._pace = pace
         self._done = done
+        self._all_here = all_here
         self._roster = Roster()
         self._setup: Setup | None = None
         self._give_up = 0.0
@@ -108,7 +113,7 @@ class Crew:
                     self._send(worker, encode(self._setup))
                     self._roster.joined(worker)
                     if len(self._roster.workers) == len(self._children.all):
-                        self._link.remove_folder()
+                        self._all_here()
                 case Done(seq):
                     work = self._roster.done(worker, seq)
                     if work is None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 
 import zmq
@@ -13,6 +11,7 @@ from vmapipe.protocol.frames import Part
 from vmapipe.protocol.limits import MAX_CONTROL_BYTES
 from vmapipe.protocol.restore_work import MAX_SETUP_BYTES
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.folders import made_with
 
 # How long a closing socket may still deliver its last words.
 _LINGER_MS = 2000
@@ -22,7 +21,6 @@ class ReaderLink:
     """ROUTER, bound to an ipc endpoint. Workers are known by their names."""
 
     def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = _LINGER_MS
@@ -31,21 +29,12 @@ class ReaderLink:
         self._socket.sndhwm = self._socket.rcvhwm = 0
         self._socket.router_mandatory = True
         self._socket.maxmsgsize = MAX_CONTROL_BYTES
-        old_mask = os.umask(0o077)
         try:
-            self._socket.bind(endpoint)
+            with made_with(0o700):
+                self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error
-        finally:
-            os.umask(old_mask)
-
-    def remove_folder(self) -> None:
-        """All are connected: nobody needs the socket's name any more.
-
-        If this process is killed from now on, no folder is left.
-        """
-        shutil.rmtree(os.path.dirname(self.endpoint.removeprefix("ipc://")), ignore_errors=True)
 
     def wait(self, timeout_s: float, fds: Sequence[int]) -> None:
         """Until a message or something on one of `fds` is there to be read."""
