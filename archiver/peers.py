@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vmapipe.archiver.device import DeviceState
 from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide, State
-from vmapipe.protocol.errors import RemoteProtocolError, connection_lost
-from vmapipe.protocol.messages import Hello
-from vmapipe.vma.layout import MAX_DEVICE_BYTES
+from vmapipe.protocol.errors import connection_lost
 
 # Of whom is remembered that nothing more is to be heard: strangers that were
 # refused, each once, and connections that a producer has left.
@@ -118,22 +116,3 @@ class Peers:
         while len(self._ignored) >= _MAX_IGNORED:
             del self._ignored[next(iter(self._ignored))]
         self._ignored[at] = None
-
-
-def check_newcomer(hello: Hello, peers: Peers, expected: Sequence[str], *, gathering: bool) -> None:
-    """Raises RemoteProtocolError for one that the job does not want."""
-    twin = peers.of_device(hello.device)
-    if twin and not gathering:
-        raise RemoteProtocolError(
-            "restarted",
-            f"{hello.device!r} is being received already; a producer that was started again "
-            "cannot go on: begin the backup anew",
-        )
-    if not gathering:
-        raise RemoteProtocolError("busy", "the job has all its devices")
-    if expected and hello.device not in expected:
-        raise RemoteProtocolError("unknown-device", f"the job has no device {hello.device!r}")
-    if twin:
-        raise RemoteProtocolError("duplicate-device", f"{hello.device!r} is here already")
-    if not 1 <= hello.size <= MAX_DEVICE_BYTES:
-        raise RemoteProtocolError("bad-size", f"a device of {hello.size} bytes")

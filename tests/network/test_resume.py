@@ -284,7 +284,7 @@ def test_connections_without_number_cost_no_memory() -> None:
         world.carry_out(world.job.receive(b"n%d" % number, raw(Bye()), 0.0))
         resume = Resume(1, JOB, SESSION, 1 + number)
         world.carry_out(world.job.receive(b"r%d" % number, raw(resume), 0.0))
-    assert world.job.refused == 5000
+    assert world.job._admission.refused == 5000
     assert len([text for text in world.notices if "stranger" in text]) <= 101
     assert len(world.job._peers._ignored) <= 1024
     assert len(world.job._peers) == 1
