@@ -7,8 +7,9 @@ import pytest
 
 from tests.service.world import World
 from vmapipe.archiver.service.admission import JOB_MEMORY_BYTES, Limits
-from vmapipe.archiver.service.front import DRAIN_S, STOP_S
-from vmapipe.archiver.service.jobs import SLACK_BYTES, START_S, Room
+from vmapipe.archiver.service.front import DRAIN_S
+from vmapipe.archiver.service.jobs import START_S, STOP_S, Room
+from vmapipe.archiver.service.producers import SLACK_BYTES
 from vmapipe.protocol import frames, jobs, limits
 from vmapipe.protocol.messages import Abort, Grant, Ping, Welcome
 
@@ -295,7 +296,7 @@ def test_what_a_producer_may_have_under_way_is_what_its_archiver_grants_and_a_bi
     assert flood() == 0
     told(Grant((8 << 20) + (5 << 20), 0))
     assert (3 << 20) < flood() <= (6 << 20)
-    assert world.front.producers[b"p"].dropped
+    assert world.front.producers.by_peer[b"p"].dropped
 
 
 def test_control_messages_without_an_answer_are_bounded(world: World) -> None:

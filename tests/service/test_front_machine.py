@@ -105,9 +105,11 @@ class ServiceMachine(RuleBasedStateMachine):
     def what_the_core_knows_is_what_there_is(self) -> None:
         front = self.world.front
         assert {job.id for job in front.running} == self.world.archivers
-        assert {p: producer.job for p, producer in front.producers.items()} == self.world.attached
+        assert {
+            p: producer.job for p, producer in front.producers.by_peer.items()
+        } == self.world.attached
         for peer, job_id in self.world.attached.items():
-            assert front.producers[peer].client == front.jobs[job_id].client
+            assert front.producers.by_peer[peer].client == front.jobs[job_id].client
             assert peer in front.jobs[job_id].producers
         assert {j.id for j in front.jobs.values() if not j.released} == self.world.unreleased
 
@@ -126,7 +128,7 @@ class ServiceMachine(RuleBasedStateMachine):
         self.world.pass_time(BOUNDS.heartbeat_s + 5)
         assert self.world.front.idle
         assert not self.world.front.jobs
-        assert not self.world.front.producers
+        assert not self.world.front.producers.by_peer
         assert not self.world.attached
         assert not self.world.unreleased
 
