@@ -28,25 +28,22 @@ def made_with(mode: int) -> Iterator[None]:
         os.umask(before)
 
 
-def _remove(path: str) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-
-
 class OwnFolder:
     """Only its owner can enter it. `kind` is a part of its name, `parent` where it is made.
 
     Keep kinds, and names of sockets in it, short: a socket's path has at most 107 bytes,
     and most of them may be the path of TMPDIR.
 
-    `remove_left` removes a folder that a killed process has left, or leaves it.
+    A folder that a killed process has left is removed, unless `keeps` says of its path
+    that it is still needed.
     Use it in a `with`, or call `remove`.
     """
 
     def __init__(
-        self, kind: str, parent: str = "", remove_left: Callable[[str], None] = _remove
+        self, kind: str, parent: str = "", keeps: Callable[[str], bool] = lambda path: False
     ) -> None:
         parent, prefix = parent or tempfile.gettempdir(), f"vmapipe-{kind}-"
-        _remove_leftovers(parent, prefix, remove_left)
+        _remove_leftovers(parent, prefix, keeps)
         while True:
             self.path = tempfile.mkdtemp(prefix=prefix, dir=parent)
             self._fd = _open(self.path)
@@ -75,11 +72,15 @@ class OwnFolder:
             self._fd = -1
 
 
+def _remove(path: str) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def _open(path: str) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _remove_leftovers(parent: str, prefix: str, remove: Callable[[str], None]) -> None:
+def _remove_leftovers(parent: str, prefix: str, keeps: Callable[[str], bool]) -> None:
     # A folder that cannot be listed can still take ours.
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for path in [entry.path for entry in entries if entry.name.startswith(prefix)]:
@@ -89,6 +90,7 @@ def _remove_leftovers(parent: str, prefix: str, remove: Callable[[str], None]) -
                 try:
                     if os.fstat(fd).st_uid == os.geteuid():
                         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        remove(path)
+                        if not keeps(path):
+                            _remove(path)
                 finally:
                     os.close(fd)

@@ -7,7 +7,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 
-from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
+from vmapipe.archiver.outputs.ending import ABANDON_WAIT_S
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.objecterrors import StoreError
 from vmapipe.runtime.objectstore import StoredObject

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +16,9 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from typing import Any, TypeVar
 
-from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
+from vmapipe.archiver.outputs.ending import EndsOnce
 from vmapipe.archiver.outputs.errors import OutputFailure, size_text
 from vmapipe.archiver.outputs.file import exists_failure
-from vmapipe.archiver.outputs.interrupt import Interrupt
 from vmapipe.archiver.outputs.leftuploads import abort, abort_left_over, in_a_while
 from vmapipe.archiver.outputs.output import Buffers
 from vmapipe.runtime.cancel import Cancel
@@ -51,7 +49,7 @@ def part_bytes(number: int, first_bytes: int) -> int:
     return first_bytes << min(doublings, _MAX_DOUBLINGS)
 
 
-class ObjectOutput:
+class ObjectOutput(EndsOnce):
     """See `Output`. `replace`: an object that exists now may be replaced, and no other.
 
     `upload` is the id of the upload under way, told as an event as soon as there
@@ -69,12 +67,12 @@ class ObjectOutput:
         replace: bool = False,
         first_part_bytes: int = PART_BYTES,
     ) -> None:
-        self.description = name
-        self.written_bytes = 0
+        # First: it may refuse, and what comes next holds a descriptor.
+        self._store = StoredObject(name)
+        super().__init__(name, cancel)
         self.upload = ""
         self._emit = emit
         self._first_part_bytes = first_part_bytes
-        self._store = StoredObject(name)
         self._mark = uuid.uuid4().hex
         self._condition = {"IfNoneMatch": "*"}
         self._total_bytes = 0
@@ -83,9 +81,6 @@ class ObjectOutput:
         self._sending: deque[tuple[Future[str], int]] = deque()
         self._began: Future[None] | None = None
         self._number = 0
-        self._lock = threading.Lock()
-        self._over = False
-        self._interrupt = Interrupt(cancel)
         self._pool = DaemonPool(_MAX_AHEAD + 1, "s3")
         try:
             found = self._wait(self._pool.submit(self._store.head))
@@ -130,15 +125,6 @@ class ObjectOutput:
             self._end()
             self._store.close()
 
-    def abandon(self) -> None:
-        self._interrupt.ask()
-        # Whoever holds the lock waits for nothing but us, and lets go of it at once.
-        if self._lock.acquire(timeout=ABANDON_WAIT_S):
-            try:
-                self._discard_once()
-            finally:
-                self._lock.release()
-
     def remove(self) -> None:
         """Take a committed object back, if it is still the one that was committed. Never raises."""
         in_a_while(self._remove_ours)
@@ -147,16 +133,11 @@ class ObjectOutput:
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
-        with self._lock:
-            if self._over:
-                raise OutputFailure(f"{self.description} takes no more: it is complete or given up")
+        with self._holding():
             try:
                 yield
             except StoreError as error:
                 raise self._failure(error) from error
-            finally:
-                if self._interrupt.abandoned:
-                    self._discard_once()
 
     def _failure(self, error: StoreError) -> OutputFailure:
         if isinstance(error, ConflictError):
@@ -264,9 +245,7 @@ class ObjectOutput:
 
     # --- giving up ---
 
-    def _discard_once(self) -> None:
-        if self._over:
-            return
+    def _give_up(self) -> None:
         sending: list[Future[Any]] = [future for future, _ in self._sending]
         if self._began is not None:
             sending.append(self._began)

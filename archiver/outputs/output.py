@@ -44,5 +44,5 @@ class Output(Protocol):
 
         A write or commit that waits in another thread ends with a Failure.
         Where the kernel will not let go of it (a dead disk, a tape), this
-        returns all the same, within `descriptor.ABANDON_WAIT_S`.
+        returns all the same, within `ending.ABANDON_WAIT_S`.
         """

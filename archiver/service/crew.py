@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from vmapipe.archiver.manifests import beside
-from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
+from vmapipe.archiver.outputs.ending import ABANDON_WAIT_S
 from vmapipe.archiver.outputs.file import remove_leftover
 from vmapipe.archiver.service.instructions import Start
 from vmapipe.archiver.service.objectplaces import abort_uploads

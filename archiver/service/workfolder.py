@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 from vmapipe.runtime.folders import OwnFolder
@@ -32,15 +31,15 @@ class WorkFolder(OwnFolder):
         self._takes_uploads = takes_uploads
         # systemd's, which stays while the service is started again; its /tmp does not.
         parent = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
-        super().__init__("service", parent, self._remove_left)
+        super().__init__("service", parent, self._keeps)
 
-    def _remove_left(self, path: str) -> None:
+    def _keeps(self, path: str) -> bool:
         notes = Path(path).glob(f"*/{_UPLOADS}")
         left = [upload for file in notes for upload in read_uploads(file)]
         if left and not self._takes_uploads:
-            return
+            return True
         self.left_uploads += left
-        shutil.rmtree(path, ignore_errors=True)
+        return False
 
 
 def note_upload(folder: str, name: str, upload: str) -> None:

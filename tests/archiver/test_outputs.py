@@ -19,7 +19,7 @@ from tests.archiver.targets import (
     Target,
     in_thread,
 )
-from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
+from vmapipe.archiver.outputs.ending import ABANDON_WAIT_S
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 

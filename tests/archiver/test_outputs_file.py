@@ -387,7 +387,7 @@ def test_an_archive_that_is_abandoned_during_its_fsync_gets_no_name(
 ) -> None:
     output = FileOutput(str(archive))
     output.write([b"data"])
-    monkeypatch.setattr("vmapipe.archiver.outputs.descriptor.ABANDON_WAIT_S", 0.01)
+    monkeypatch.setattr("vmapipe.archiver.outputs.ending.ABANDON_WAIT_S", 0.01)
     monkeypatch.setattr(os, "fsync", lambda fd: output.abandon())
     with pytest.raises(OutputFailure, match="abandoned"):
         output.commit()

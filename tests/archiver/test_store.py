@@ -22,7 +22,7 @@ from tests.archiver.targets import LIMIT_S, decompressed
 from vmapipe.archiver.compression import Compression
 from vmapipe.archiver.digests import Digests
 from vmapipe.archiver.manifests import ManifestFile, ManifestLines, beside
-from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
+from vmapipe.archiver.outputs.ending import ABANDON_WAIT_S
 from vmapipe.archiver.outputs.memory import Fault, MemoryOutput
 from vmapipe.archiver.outputs.output import Output
 from vmapipe.archiver.outputs.spec import open_output

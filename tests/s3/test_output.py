@@ -31,7 +31,7 @@ from tests.s3.proxy import FaultyProxy, proxy_to
 from tests.s3.server import BUCKET, S3Server
 from vmapipe.archiver.outputs import leftuploads
 from vmapipe.archiver.outputs import object as object_module
-from vmapipe.archiver.outputs.descriptor import ABANDON_WAIT_S
+from vmapipe.archiver.outputs.ending import ABANDON_WAIT_S
 from vmapipe.archiver.outputs.errors import OutputFailure
 from vmapipe.archiver.outputs.object import MAX_PARTS, ObjectOutput, part_bytes
 from vmapipe.archiver.outputs.output import Output
