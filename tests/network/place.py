@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.machine import LIMIT_S, end_of, good, make_disk, sha256, started
+from tests.network.cable import Cable
 from tests.network.keys import make_client, make_server
 
 
@@ -90,3 +91,15 @@ def until(reached: Callable[[], bool], process: subprocess.Popen[bytes]) -> None
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def lose_connections(
+    cable: Cable, process: subprocess.Popen[bytes], after_bytes: int, callers: int = 1
+) -> None:
+    """All of them, when so much more has passed; who calls again gets through after a while."""
+    mark = cable.carried_bytes + after_bytes
+    until(lambda: cable.carried_bytes >= mark, process)
+    cable.drop()
+    refused = cable.connections + callers
+    until(lambda: cable.connections >= refused, process)
+    cable.refusing = False

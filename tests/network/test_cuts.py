@@ -14,7 +14,7 @@ import pytest
 
 from tests.machine import end_of, make_disk, run, started
 from tests.network.cable import Cable, cable_to
-from tests.network.place import Place, until
+from tests.network.place import Place, lose_connections, until
 
 MIB = 1 << 20
 
@@ -41,12 +41,7 @@ def test_connections_that_end_at_any_moment_cost_nothing(
     chance = random.Random(seed)
     with started(*place.producer(place.client, at=cable.endpoint)) as producer:
         for _ in range(3):
-            mark = cable.carried_bytes + chance.randrange(2 * MIB)
-            until(lambda mark=mark: cable.carried_bytes >= mark, producer)  # type: ignore[misc]
-            cable.drop()
-            connections = cable.connections
-            until(lambda c=connections: cable.connections > c, producer)  # type: ignore[misc]
-            cable.refusing = False
+            lose_connections(cable, producer, chance.randrange(2 * MIB))
         assert end_of(producer)[0] == 0
     place.archive_is_good()
     assert "connected again" in "\n".join(place.said)

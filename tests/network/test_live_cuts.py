@@ -19,7 +19,7 @@ from tests.machine import LIMIT_S, VMAPIPE, good, make_disk, sha256
 from tests.network.cable import cable_to
 from tests.network.hosts import ARCHIVER_ADDRESS, two_hosts
 from tests.network.keys import make_client, make_server
-from tests.network.place import until
+from tests.network.place import lose_connections
 from vmapipe.control.instant import begin_together
 from vmapipe.control.monitor.client import guarded_disks
 
@@ -104,12 +104,7 @@ def test_a_guest_writes_on_while_connections_end(tmp_path: Path, seed: int) -> N
         producer = stack.enter_context(backup.producer((), cable.endpoint, served))
         with Writers(served, "d", seed=seed):
             for _ in range(3):
-                mark = cable.carried_bytes + chance.randrange(MIB)
-                until(lambda mark=mark: cable.carried_bytes >= mark, producer)  # type: ignore[misc]
-                cable.drop()
-                tried = cable.connections
-                until(lambda tried=tried: cable.connections > tried, producer)  # type: ignore[misc]
-                cable.refusing = False
+                lose_connections(cable, producer, chance.randrange(MIB))
             cable.bytes_s = 0.0
             ends_well(producer)
         ends_well(archiver)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.machine import end_of, good, make_disk, next_event, sha256, started
 from tests.network.cable import cable_to
-from tests.network.place import until
+from tests.network.place import lose_connections, until
 from tests.service.serving import make_keys, serving
 from vmapipe.archiver.connections import MAX_UNPROVEN
 
@@ -37,12 +37,7 @@ def test_a_job_at_a_service_goes_on_after_lost_connections(tmp_path: Path, seed:
         with started(*words, *named, "vm.vma") as backup:
             next_event(backup, "begun")
             for _ in range(3):
-                mark = cable.carried_bytes + chance.randrange(MIB)
-                until(lambda mark=mark: cable.carried_bytes >= mark, backup)  # type: ignore[misc]
-                cable.drop()
-                tried = cable.connections
-                until(lambda tried=tried: cable.connections > tried, backup)  # type: ignore[misc]
-                cable.refusing = False
+                lose_connections(cable, backup, chance.randrange(MIB))
             code, text = end_of(backup)
             assert code == 0, text
         served.stop()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.machine import VMAPIPE, end_of
 from tests.network.cable import cable_to
-from tests.network.place import Place, until
+from tests.network.place import Place, lose_connections
 from tests.protocol_nbd.client import Client
 
 MIB = 1 << 20
@@ -59,12 +59,7 @@ def test_a_sink_takes_everything_while_connections_end(tmp_path: Path, seed: int
         guest.start()
         try:
             for _ in range(3):
-                mark = cable.carried_bytes + chance.randrange(MIB)
-                until(lambda mark=mark: cable.carried_bytes >= mark, producer)  # type: ignore[misc]
-                cable.drop()
-                tried = cable.connections
-                until(lambda tried=tried: cable.connections > tried, producer)  # type: ignore[misc]
-                cable.refusing = False
+                lose_connections(cable, producer, chance.randrange(MIB))
         finally:
             guest.join()
         code, text = end_of(producer)

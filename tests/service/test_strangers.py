@@ -16,7 +16,7 @@ import zmq
 
 from tests.machine import LIMIT_S, end_of, good, make_disk, next_event, sha256, started
 from tests.network.cable import cable_to
-from tests.network.place import until
+from tests.network.place import lose_connections
 from tests.service.peer import JOB, Peer
 from tests.service.serving import Served, make_keys, serving
 
@@ -191,12 +191,8 @@ def test_a_lost_connection_costs_a_backup_at_a_service_nothing(
         cable.bytes_s = 4 << 20
         next_event(backup, "begun")
         for _ in range(2):
-            mark, connections = cable.carried_bytes + (2 << 20), cable.connections
-            until(lambda m=mark: cable.carried_bytes >= m, backup)  # type: ignore[misc]
-            cable.drop()
             # Those of the producer and of the coordinator's process.
-            until(lambda c=connections: cable.connections >= c + 2, backup)  # type: ignore[misc]
-            cable.refusing = False
+            lose_connections(cable, backup, 2 << 20, callers=2)
         cable.bytes_s = 0.0
         code, text = end_of(backup)
     assert (code, text) == (0, "")
