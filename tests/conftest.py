@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import settings
@@ -31,23 +32,25 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def absent(what: str) -> NoReturn:
+    """A user's machine may lack it, and the test is skipped; CI has everything, and it fails."""
+    reason = f"not installed: {what}"
+    if ON_CI:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def need() -> Callable[..., list[str]]:
-    """The paths of programs: `img, nbd = need("qemu-img", "qemu-nbd")`.
-
-    Where one is absent, the test is skipped; on CI, which has them all, it fails.
-    """
+    """The paths of programs: `img, nbd = need("qemu-img", "qemu-nbd")`."""
 
     def find(*programs: str) -> list[str]:
         # A user's PATH often lacks the folders where mkfs and losetup are.
         path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
         found = {program: shutil.which(program, path=path) for program in programs}
-        absent = [program for program, place in found.items() if place is None]
-        if absent:
-            reason = f"not installed: {', '.join(absent)}"
-            if ON_CI:
-                pytest.fail(reason)
-            pytest.skip(reason)
+        missing = [program for program, place in found.items() if place is None]
+        if missing:
+            absent(", ".join(missing))
         return [place for place in found.values() if place is not None]
 
     return find

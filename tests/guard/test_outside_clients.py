@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ON_CI
+from tests.conftest import absent
 from tests.guard.guest import Kernel, booted, find_kernel, make_initramfs, virtio_disk
 from tests.guard.serving import Served, serving
 from tests.machine import LIMIT_S, children, good, make_disk, next_event, sha256, started
@@ -390,12 +390,6 @@ def system_python_with(module: str) -> str:
     ):
         absent(f"the module {module} of {python}")
     return python
-
-
-def absent(what: str) -> None:
-    if ON_CI:
-        pytest.fail(f"not installed: {what}")
-    pytest.skip(f"not installed: {what}")
 
 
 # --- fio ---

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real guest agent, for a guest that has nothing but what tests give it."""
+"""The real guest agent, for a guest that has nothing but what tests give it; and a freeze cut short."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 from tests.guard.guest import PORT_MODULES
+from tests.machine import LIMIT_S
 from tests.qemu.running_guest import OBEY, Extra
 
 _PORT = "org.qemu.guest_agent.0"
@@ -52,3 +55,16 @@ def _libraries(program: Path) -> dict[str, Path]:
     for loader in re.findall(r"^\s+(/\S+) \(", said, re.MULTILINE):
         found[loader.lstrip("/")] = Path(loader)
     return found
+
+
+def be_killed_while_frozen(socket: Path) -> None:
+    """A process freezes the guest and is killed at once."""
+    program = (
+        "import os, signal\n"
+        "from vmapipe.control.qemu.freezing import frozen\n"
+        "from vmapipe.runtime.cancel import Cancel\n"
+        f"with frozen({str(socket)!r}, print, Cancel()):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], timeout=LIMIT_S)
+    assert done.returncode == -signal.SIGKILL

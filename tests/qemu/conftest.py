@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest that several files' tests back up."""
+"""The machines that several files' tests back up: a booted guest, a storage daemon."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ON_CI
+from tests.conftest import absent
 from tests.guard.guest import Kernel, find_kernel
+from tests.qemu.daemon_backup import SIZES
+from tests.qemu.hammer import CLUSTER
 from tests.qemu.running_guest import Need, RunningGuest, make_images, running_guest
+from tests.qemu.storage_daemon import StorageDaemon, storage_daemon
+from vmapipe.runtime.cancel import Cancel
 
 
 @pytest.fixture(scope="module")
 def kernel() -> Kernel:
     found = find_kernel()
     if found is None:
-        reason = "no kernel for a guest: scripts/setup unpacks Debian's into .venv/kernel"
-        if ON_CI:
-            pytest.fail(reason)
-        pytest.skip(reason)
+        absent("a kernel for a guest; scripts/setup unpacks Debian's into .venv/kernel")
     return found
 
 
@@ -41,3 +43,51 @@ def guest(
     with running_guest(need, kernel, tmp_path_factory.mktemp("guest"), images) as running:
         running.next_round()
         yield running
+
+
+@pytest.fixture
+def contents() -> dict[str, bytes]:
+    """Data, zeroes, and the last cluster in part."""
+    chance = random.Random(11)
+    found = {}
+    for name, size in SIZES.items():
+        clusters = (
+            chance.randbytes(CLUSTER) if chance.random() < 0.7 else bytes(CLUSTER)
+            for _ in range(-(-size // CLUSTER))
+        )
+        found[name] = b"".join(clusters)[:size]
+    return found
+
+
+@pytest.fixture
+def daemon(need: Need, tmp_path: Path, contents: dict[str, bytes]) -> Iterator[StorageDaemon]:
+    need("qemu-storage-daemon")
+    images = {}
+    for name, content in contents.items():
+        images[name] = tmp_path / f"{name}.raw"
+        images[name].write_bytes(content)
+    with storage_daemon(tmp_path, **images) as machine:
+        yield machine
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the sockets are, and nothing else."""
+    folder = tmp_path / "t"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def cancel() -> Iterator[Cancel]:
+    cancel = Cancel()
+    yield cancel
+    cancel.close()

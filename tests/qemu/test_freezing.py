@@ -7,10 +7,7 @@ The real one, in a guest, is in test_guest_agent.py.
 from __future__ import annotations
 
 import json
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +16,11 @@ from typing import Any
 import pytest
 
 from tests.machine import LIMIT_S
+from tests.qemu.agent import be_killed_while_frozen
 from vmapipe.control.qemu.freezing import GuestAgent, frozen
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
-from vmapipe.runtime.events import Event
+from vmapipe.runtime.events import Event, ignore
 
 
 class Agent(threading.Thread):
@@ -89,20 +87,9 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
     agent.close()
 
 
-@pytest.fixture
-def cancel() -> Iterator[Cancel]:
-    cancel = Cancel()
-    yield cancel
-    cancel.close()
-
-
 def begin_and_fail(agent: Agent) -> None:
     assert agent.is_frozen()
     raise Failure("the disk is full")
-
-
-def nothing(event: Event) -> None:
-    pass
 
 
 def test_the_guest_is_frozen_in_the_block_and_thawed_after_it(agent: Agent, cancel: Cancel) -> None:
@@ -114,22 +101,14 @@ def test_the_guest_is_frozen_in_the_block_and_thawed_after_it(agent: Agent, canc
 
 
 def test_whatever_fails_in_the_block_the_guest_is_thawed(agent: Agent, cancel: Cancel) -> None:
-    with pytest.raises(Failure, match="the disk is full"), frozen(str(agent.path), nothing, cancel):
+    with pytest.raises(Failure, match="the disk is full"), frozen(str(agent.path), ignore, cancel):
         begin_and_fail(agent)
     assert agent.thawed.wait(LIMIT_S)
     assert not agent.is_frozen()
 
 
 def test_a_coordinator_that_is_killed_leaves_no_guest_frozen(agent: Agent, cancel: Cancel) -> None:
-    program = (
-        "import os, signal\n"
-        "from vmapipe.control.qemu.freezing import frozen\n"
-        "from vmapipe.runtime.cancel import Cancel\n"
-        f"with frozen({str(agent.path)!r}, print, Cancel()):\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", program], timeout=LIMIT_S)
-    assert done.returncode == -signal.SIGKILL
+    be_killed_while_frozen(agent.path)
     assert "guest-fsfreeze-freeze" in agent.commands
     assert agent.thawed.wait(LIMIT_S)
 
@@ -141,7 +120,7 @@ def test_an_agent_that_refuses_is_named_with_its_reason_and_thawed_all_the_same(
     agent.answers["guest-fsfreeze-freeze"] = refusal
     with (
         pytest.raises(Failure, match="refuses guest-fsfreeze-freeze: no such thing"),
-        frozen(str(agent.path), nothing, cancel),
+        frozen(str(agent.path), ignore, cancel),
     ):
         pytest.fail("the block must not run")
     assert agent.thawed.wait(LIMIT_S)
@@ -152,7 +131,7 @@ def test_a_freeze_that_takes_long_can_be_cancelled(agent: Agent, cancel: Cancel)
     threading.Timer(0.3, cancel.ask, ("enough",)).start()
     with (
         pytest.raises(Cancelled),
-        frozen(str(agent.path), nothing, cancel),
+        frozen(str(agent.path), ignore, cancel),
     ):
         pytest.fail("the block must not run")
     assert agent.thawed.wait(LIMIT_S)
@@ -160,14 +139,14 @@ def test_a_freeze_that_takes_long_can_be_cancelled(agent: Agent, cancel: Cancel)
 
 def test_answers_to_an_earlier_client_are_passed_over(agent: Agent, cancel: Cancel) -> None:
     agent.left_over = b'{"return": 17}\n{"return": {"half": '
-    with frozen(str(agent.path), nothing, cancel):
+    with frozen(str(agent.path), ignore, cancel):
         assert agent.is_frozen()
 
 
 def test_without_an_agent_the_message_says_what_to_do(tmp_path: Path, cancel: Cancel) -> None:
     with (
         pytest.raises(Failure, match="is qemu-guest-agent running in the guest"),
-        frozen(str(tmp_path / "none.sock"), nothing, cancel),
+        frozen(str(tmp_path / "none.sock"), ignore, cancel),
     ):
         pytest.fail("the block must not run")
 
@@ -185,7 +164,7 @@ def test_a_guest_that_cannot_be_thawed_is_cried_out(agent: Agent, cancel: Cancel
     agent.answers["guest-fsfreeze-thaw"] = {"error": {"class": "GenericError", "desc": "stuck"}}
     with (
         pytest.raises(Failure, match=r"THE GUEST MAY STILL BE FROZEN.*stuck.*Thaw it by hand"),
-        frozen(str(agent.path), nothing, cancel),
+        frozen(str(agent.path), ignore, cancel),
     ):
         pass
     assert agent.commands.count("guest-fsfreeze-thaw") == 3

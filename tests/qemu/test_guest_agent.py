@@ -3,26 +3,24 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ON_CI
+from tests.conftest import absent
 from tests.guard.guest import Kernel
 from tests.machine import LIMIT_S, end_of, good, next_event, started
 from tests.monitor.foreign import connected
 from tests.monitor.test_machine import beside
-from tests.qemu.agent import find_agent, with_agent
+from tests.qemu.agent import be_killed_while_frozen, find_agent, with_agent
 from tests.qemu.running_guest import Need, RunningGuest, make_images, running_guest
 from vmapipe.control.qemu.freezing import GuestAgent, frozen
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.events import Event
+from vmapipe.runtime.events import ignore
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +34,13 @@ def guest(
 ) -> Iterator[RunningGuest]:
     program = find_agent()
     if program is None:
-        reason = "no guest agent: scripts/setup unpacks Debian's into .venv/guest-agent"
-        if ON_CI:
-            pytest.fail(reason)
-        pytest.skip(reason)
+        absent("a guest agent; scripts/setup unpacks Debian's into .venv/guest-agent")
     folder = tmp_path_factory.mktemp("guest")
     disks = make_images(need, folder)
     extra = with_agent(program, socket)
     with running_guest(need, kernel, folder, disks, extra=extra) as running:
         running.next_round()
         yield running
-
-
-@pytest.fixture
-def cancel() -> Iterator[Cancel]:
-    cancel = Cancel()
-    yield cancel
-    cancel.close()
-
-
-def nothing(event: Event) -> None:
-    pass
 
 
 def is_frozen(socket: Path) -> bool:
@@ -132,15 +116,7 @@ def test_a_guest_that_is_paused_is_backed_up_without_its_agent(
 def test_a_backup_that_is_killed_while_the_guest_is_frozen_leaves_it_thawed(
     guest: RunningGuest, socket: Path
 ) -> None:
-    program = (
-        "import os, signal\n"
-        "from vmapipe.control.qemu.freezing import frozen\n"
-        "from vmapipe.runtime.cancel import Cancel\n"
-        f"with frozen({str(socket)!r}, print, Cancel()):\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", program], timeout=LIMIT_S)
-    assert done.returncode == -signal.SIGKILL
+    be_killed_while_frozen(socket)
     guest.goes_on(2)
     assert not is_frozen(socket)
 
@@ -148,7 +124,7 @@ def test_a_backup_that_is_killed_while_the_guest_is_frozen_leaves_it_thawed(
 def test_an_agent_that_is_killed_while_the_guest_is_frozen_and_started_again_thaws_it(
     guest: RunningGuest, socket: Path, cancel: Cancel
 ) -> None:
-    with frozen(str(socket), nothing, cancel):
+    with frozen(str(socket), ignore, cancel):
         guest.does("kill -9 $(pidof qemu-ga)")
     guest.goes_on(2)
     assert not is_frozen(socket)
@@ -160,7 +136,7 @@ def test_a_guest_that_nobody_thaws_is_thawed_after_ten_seconds(
 ) -> None:
     with (
         pytest.raises(Failure, match="frozen for 10 s and the backup had not begun"),
-        frozen(str(socket), nothing, cancel),
+        frozen(str(socket), ignore, cancel),
     ):
         guest.goes_on(2)
     assert not is_frozen(socket)
@@ -173,7 +149,7 @@ def test_an_agent_that_never_comes_back_is_cried_out_within_the_bound(
     """The last one here: the guest is thawed by an agent that is started by hand."""
     with (
         pytest.raises(Failure, match=r"THE GUEST MAY STILL BE FROZEN.*Thaw it by hand"),
-        frozen(str(socket), nothing, cancel),
+        frozen(str(socket), ignore, cancel),
     ):
         guest.does("touch /tmp/no-agent; kill -9 $(pidof qemu-ga)")
     guest.does("qemu-ga -d -m virtio-serial -p /dev/vport?p1 -t /tmp -f /tmp/ga.pid")
