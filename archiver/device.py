@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from vmapipe.protocol import blocks
@@ -10,7 +11,14 @@ from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.frames import Part, masked_bytes
 from vmapipe.protocol.limits import BLOCK_BYTES, CLUSTER_BYTES
-from vmapipe.protocol.messages import ClusterFrame, DataFrame, SharedRun
+from vmapipe.protocol.messages import (
+    ClusterFrame,
+    DataFrame,
+    RunFrame,
+    Scattered,
+    SharedCluster,
+    SharedRun,
+)
 from vmapipe.vma.coverage import ClusterSet, mask_fits
 from vmapipe.vma.header import Device
 
@@ -63,7 +71,7 @@ class DeviceState:
         self._window_bytes = window_bytes
         self._shared = shared
         self._seen = ClusterSet(device.clusters)
-        self._written = Mark(0, 0)
+        self._came = self._written = Mark(0, 0)
         self._granted = 0
         self._acked = 0
 
@@ -80,12 +88,30 @@ class DeviceState:
         # The last block is stored whole, and may reach beyond the device's end.
         return max(0, self.done_bytes - self.data_bytes)
 
-    def mark(self) -> Mark:
-        return Mark(self._side.received_frames, self._side.charged)
+    def take(self, message: DataFrame) -> Iterator[tuple[Run, Mark]]:
+        """A frame as runs, and how far the device has come with each. Raises RemoteProtocolError.
 
-    def take(self, message: DataFrame) -> Run:
-        """Check a frame against what came before. Raises RemoteProtocolError."""
-        run = self._run(message)
+        Each is checked against what came before when it is asked for.
+        """
+        before, self._came = self._came, Mark(self._side.received_frames, self._side.charged)
+        if not isinstance(message, Scattered):
+            yield self._check(self._run(message)), self._came
+            return
+        for cluster in message.clusters[:-1]:
+            yield self._check(self._from_scattered(cluster)), before
+        # The frame has come, and may be acknowledged, with the last of them.
+        yield self._check(self._from_scattered(message.clusters[-1])), self._came
+
+    def _run(self, message: ClusterFrame | RunFrame | SharedRun) -> Run:
+        if isinstance(message, ClusterFrame):
+            return self._from_cluster(message)
+        first, clusters, masks = message.first_cluster, message.count, message.masks
+        if isinstance(message, SharedRun):
+            payload = self._shared_at(message.position, masked_bytes(masks))
+            return Run(first, clusters, masks, payload)
+        return Run(first, clusters, masks, message.payload)
+
+    def _check(self, run: Run) -> Run:
         end = run.first + run.clusters
         if self.device.is_vmstate:
             if run.first != self.clusters:
@@ -106,18 +132,20 @@ class DeviceState:
         self.data_bytes += len(run.payload)
         return run
 
-    def _run(self, message: DataFrame) -> Run:
-        if isinstance(message, ClusterFrame):
-            return self._from_cluster(message)
-        first, clusters, masks = message.first_cluster, message.count, message.masks
-        if not isinstance(message, SharedRun):
-            return Run(first, clusters, masks, message.payload)
+    def _shared_at(self, position: int, length: int) -> memoryview:
         if self._shared is None:
             raise RemoteProtocolError("sequence", "no memory is shared")
-        end = message.position + masked_bytes(masks)
+        end = position + length
         if end > len(self._shared):
             raise RemoteProtocolError("malformed", f"the shared memory ends before {end}")
-        return Run(first, clusters, masks, self._shared[message.position : end])
+        return self._shared[position:end]
+
+    def _from_scattered(self, cluster: SharedCluster) -> Run:
+        num, position, mask = cluster
+        if not mask:
+            return Run(num, 1, b"", _NOTHING)
+        payload = self._shared_at(position, mask.bit_count() * BLOCK_BYTES)
+        return Run(num, 1, mask.to_bytes(2, "big"), payload)
 
     def _from_cluster(self, frame: ClusterFrame) -> Run:
         data = frame.data

@@ -57,11 +57,9 @@ class Flow:
 
     def take(self, device: DeviceState, message: DataFrame) -> Iterator[Put | Send]:
         """Raises RemoteProtocolError for a frame that cannot be."""
-        run = device.take(message)
-        for extent in self._packer.add(
-            device.dev_id, run.first, run.clusters, run.masks, run.payload, device.mark()
-        ):
-            yield self._put(extent)
+        for run, mark in device.take(message):
+            for extent in self._packer.add(device.dev_id, *run, mark):
+                yield self._put(extent)
         yield from self._grant(device)
 
     def written(self, marks: dict[int, Mark], dev_ids: set[int]) -> Iterator[Send]:

@@ -28,6 +28,7 @@ from vmapipe.protocol.messages import (
     Ping,
     Resume,
     RunFrame,
+    Scattered,
     SharedRun,
 )
 from vmapipe.vma.errors import LimitError
@@ -101,7 +102,9 @@ class Job:
             if state is not None:
                 state.heard = now
             match message:
-                case ClusterFrame() | RunFrame() | SharedRun() if flow and state and state.device:
+                case ClusterFrame() | RunFrame() | SharedRun() | Scattered() if (
+                    flow and state and state.device
+                ):
                     yield from flow.take(state.device, message)
                 case Ping():
                     yield Send(peer, side.pong())

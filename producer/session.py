@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vmapipe.producer.kept import Kept
 from vmapipe.producer.link import Link
@@ -13,8 +13,8 @@ from vmapipe.producer.ring import Ring
 from vmapipe.producer.runs import Run
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import connection_lost
-from vmapipe.protocol.frames import Part
-from vmapipe.protocol.messages import Abort, Done, Refuse, Resumed
+from vmapipe.protocol.frames import Part, scattered_bytes
+from vmapipe.protocol.messages import Abort, Done, Refuse, Resumed, SharedCluster
 from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
@@ -94,6 +94,17 @@ class Session:
         self._say(parts)
         self.sent_bytes += run.length
         self.zero_clusters += run.zero_clusters
+
+    @property
+    def scatters(self) -> bool:
+        """Whether `send_scattered` can be."""
+        return self._side.scatters
+
+    def send_scattered(self, clusters: Sequence[SharedCluster]) -> None:
+        """Clusters of the ring's memory, as `send`. Memory is shared: no connection is lost."""
+        self._say(self._side.scattered(clusters))
+        self.sent_bytes += scattered_bytes(clusters)
+        self.zero_clusters += sum(not cluster.mask for cluster in clusters)
 
     def end(self) -> None:
         """All is sent; until it is stored. Raises Failure."""

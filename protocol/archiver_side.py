@@ -25,6 +25,7 @@ from vmapipe.protocol.messages import (
     Resume,
     Resumed,
     RunFrame,
+    Scattered,
     SharedRun,
     Welcome,
 )
@@ -75,6 +76,9 @@ class ArchiverSide:
             case SharedRun() if self.state is State.RECEIVING and self.shared:
                 data_bytes = frames.masked_bytes(message.masks)
                 self._take(message.seq, message.dev_id, message.count, data_bytes)
+            case Scattered() if self.state is State.RECEIVING and self.shared:
+                data_bytes = frames.scattered_bytes(message.clusters)
+                self._take(message.seq, message.dev_id, len(message.clusters), data_bytes)
             case Ping():
                 pass
             case Hello() if self.state is State.GREETING:
@@ -163,6 +167,7 @@ class ArchiverSide:
                 self._heartbeat_s,
                 shared,
                 self.reconnect_s,
+                scattered=shared,
             )
         )
 

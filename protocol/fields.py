@@ -69,6 +69,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "program": _is_reason,
     "HELLO.shared": _is_reason,
     "WELCOME.shared": _is_flag,
+    "scattered": _is_flag,
     "HELLO.session": _is_session,
     "session": _is_uuid,
     "reconnect_s": _is_reconnect,

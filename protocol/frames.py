@@ -9,7 +9,8 @@ its size was checked; what does not fit raises RemoteProtocolError.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgpack
@@ -35,6 +36,8 @@ from vmapipe.protocol.messages import (
     Resume,
     Resumed,
     RunFrame,
+    Scattered,
+    SharedCluster,
     SharedRun,
     Welcome,
 )
@@ -49,6 +52,8 @@ _TYPES: dict[str, type[Control]] = {
     )
 }
 _NOTHING = memoryview(b"")
+# Cluster number, position, mask.
+_SCATTERED = struct.Struct(">IQH")
 
 
 def encode_control(message: Control) -> list[Part]:
@@ -93,6 +98,12 @@ def encode_shared_run(
         msgpack.packb(seq),
         msgpack.packb([dev_id, first_cluster, count, masks, position]),
     ]
+
+
+def encode_scattered(seq: int, dev_id: int, clusters: Iterable[SharedCluster]) -> list[Part]:
+    pack_one = _SCATTERED.pack
+    table = b"".join([pack_one(*cluster) for cluster in clusters])
+    return [msgpack.packb(seq), msgpack.packb([dev_id, table])]
 
 
 def decode(parts: Sequence[Part]) -> Message:
@@ -177,6 +188,8 @@ def _decode_data(parts: Sequence[Part]) -> DataFrame:
         if cluster_num >= limits.MAX_CLUSTERS:
             raise RemoteProtocolError("malformed", f"cluster {cluster_num}")
         return ClusterFrame(seq, dev_id, cluster_num, data)
+    if len(frame) == 2 and len(parts) == 2:
+        return _decode_scattered(seq, frame)
     if len(frame) == 4:
         payload = memoryview(parts[2]) if len(parts) == 3 else _NOTHING
         return _decode_run(seq, frame, payload)
@@ -207,6 +220,20 @@ def _decode_shared_run(seq: int, frame: list[Any]) -> SharedRun:
     return SharedRun(seq, dev_id, first, count, masks, position)
 
 
+def _decode_scattered(seq: int, frame: list[Any]) -> Scattered:
+    dev_id, table = frame
+    if not isinstance(table, bytes) or len(table) % _SCATTERED.size:
+        raise RemoteProtocolError("malformed", "scattered clusters of wrong types")
+    count = len(table) // _SCATTERED.size
+    if count > limits.MAX_SCATTERED_CLUSTERS:
+        raise RemoteProtocolError(*_too_many(count))
+    clusters = tuple(map(SharedCluster._make, _SCATTERED.iter_unpack(table)))
+    fault = scattered_fault(clusters)
+    if fault is not None:
+        raise RemoteProtocolError(*fault)
+    return Scattered(seq, dev_id, clusters)
+
+
 def masked_bytes(masks: bytes) -> int:
     """How much data the masks stand for, in bytes."""
     return int.from_bytes(masks, "big").bit_count() * limits.BLOCK_BYTES
@@ -229,3 +256,25 @@ def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[st
     if data_bytes != expected:
         return "malformed", f"{data_bytes} bytes of data where the masks say {expected}"
     return None
+
+
+def scattered_bytes(clusters: Sequence[SharedCluster]) -> int:
+    """How much data these clusters have, in bytes."""
+    return sum([mask.bit_count() for _, _, mask in clusters]) * limits.BLOCK_BYTES
+
+
+def scattered_fault(clusters: Sequence[SharedCluster]) -> tuple[str, str] | None:
+    """What is wrong with scattered clusters, as (error code, reason)."""
+    if not clusters:
+        return "malformed", "no scattered clusters"
+    if len(clusters) > limits.MAX_SCATTERED_CLUSTERS:
+        return _too_many(len(clusters))
+    data_bytes = scattered_bytes(clusters)
+    if data_bytes > limits.MAX_PAYLOAD_BYTES:
+        limit = limits.MAX_PAYLOAD_BYTES
+        return "too-large", f"{data_bytes} bytes of scattered data, at most {limit}"
+    return None
+
+
+def _too_many(count: int) -> tuple[str, str]:
+    return "too-large", f"{count} scattered clusters, at most {limits.MAX_SCATTERED_CLUSTERS}"

@@ -20,8 +20,10 @@ from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.frames import pack, unpack
 
-# Clusters that one guest's write saves at a time, and slots of one message.
+# Clusters that one guest's write saves at a time.
 MAX_SAVED_CLUSTERS = 16
+# Clusters, and slots, of one message: those of some writes that came together.
+MAX_TOLD_CLUSTERS = 64
 # Clusters that a producer may claim at once; more than a frame of data holds
 # makes sense for holes only: 4 GiB.
 MAX_CLAIM_CLUSTERS = 1 << 16
@@ -107,9 +109,9 @@ class Copied(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Guard: a guest's write saved the old data of these clusters, from `first` on, into slots."""
+    """Guard: guests' writes saved the old data of these clusters into slots, one for each."""
 
-    first: int
+    clusters: tuple[int, ...]
     slots: tuple[int, ...]
 
 
@@ -156,6 +158,8 @@ def decode_for_guard(packet: bytes) -> ToGuard:
 def decode_from_guard(packet: bytes) -> FromGuard:
     """Raises RemoteProtocolError for anything that is no message of a guard."""
     message: FromGuard = _decode(packet, _FROM_GUARD)
+    if isinstance(message, Saved) and len(message.clusters) != len(message.slots):
+        raise RemoteProtocolError("malformed", "SAVED: not a slot for each cluster")
     return message
 
 
@@ -166,6 +170,14 @@ def _number(low: int, high: int) -> Check:
 def _are_slots(item: object) -> bool:
     return isinstance(item, list) and all(
         isinstance(slot, int) and 0 <= slot < 2 * MAX_SLOTS for slot in item
+    )
+
+
+def _are_told(item: object) -> bool:
+    return (
+        isinstance(item, list)
+        and 0 < len(item) <= MAX_TOLD_CLUSTERS
+        and all(isinstance(number, int) and 0 <= number < limits.MAX_CLUSTERS for number in item)
     )
 
 
@@ -212,7 +224,7 @@ _FROM_GUARD: dict[str, tuple[Callable[..., Any], tuple[Check, ...]]] = {
     "CLAIMED": (Claimed, (_IS_CLUSTER, _IS_CLUSTER)),
     "SAVED": (
         Saved,
-        (_IS_CLUSTER, lambda item: _are_slots(item) and 0 < len(item) <= MAX_SAVED_CLUSTERS),
+        (_are_told, lambda item: _are_slots(item) and 0 < len(item) <= MAX_TOLD_CLUSTERS),
     ),
     "SAVEDHOLE": (SavedHole, (_IS_CLUSTER, _IS_CLUSTER)),
     "WAITING": (Waiting, (_number(0, 1 << 32),)),

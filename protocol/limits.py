@@ -20,6 +20,9 @@ MAX_RUN_CLUSTERS = 1 << 20
 # Masks of a run that has data: 32768 clusters, 2 GiB of disk, are far more
 # than 64 clusters of data need.
 MAX_MASKS_BYTES = 64 * 1024
+# Of a message of scattered clusters: more than can be full of data. Each is a
+# piece of its own for whoever writes the archive.
+MAX_SCATTERED_CLUSTERS = 256
 # What one message counts against the credit beside its data: see `charge`.
 CHARGE_PER_FRAME = 64
 CHARGE_PER_CLUSTER = 8

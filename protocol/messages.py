@@ -39,7 +39,7 @@ class Welcome:
     `frame_bytes` is the largest charge of one frame; a peer that is silent for
     `heartbeat_s` seconds is taken for dead. `shared`: the producer may send
     `SharedRun` frames. `reconnect_s`: so long a lost connection is waited for;
-    0: it is the end.
+    0: it is the end. `scattered`: and `Scattered` frames, too.
     """
 
     version: int
@@ -49,6 +49,7 @@ class Welcome:
     heartbeat_s: int
     shared: bool = False
     reconnect_s: int = 0
+    scattered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,5 +183,21 @@ class SharedRun(NamedTuple):
     position: int
 
 
-DataFrame = ClusterFrame | RunFrame | SharedRun
+class SharedCluster(NamedTuple):
+    """One of a `Scattered` frame: its non-zero blocks lie at `position`, back to back."""
+
+    cluster_num: int
+    position: int
+    mask: int
+
+
+class Scattered(NamedTuple):
+    """Clusters that need not follow each other, all with their data in the shared memory."""
+
+    seq: int
+    dev_id: int
+    clusters: tuple[SharedCluster, ...]
+
+
+DataFrame = ClusterFrame | RunFrame | SharedRun | Scattered
 Message = Control | DataFrame

@@ -24,6 +24,7 @@ from vmapipe.protocol.messages import (
     Refuse,
     Resume,
     Resumed,
+    SharedCluster,
     Welcome,
 )
 
@@ -53,7 +54,8 @@ class ProducerSide:
         self.acked = 0
         self.frame_bytes = 0
         self.heartbeat_s = 0
-        self.shared = False
+        #: Whether the archiver takes runs, and scattered clusters, in shared memory.
+        self.shared = self.scatters = False
         self.sent_frames = 0
         self.sent_clusters = 0
         self._hello = Hello(
@@ -97,9 +99,19 @@ class ProducerSide:
             self.sent_frames, self.dev_id, first, count, masks, position
         )
 
+    def scattered(self, clusters: Sequence[SharedCluster]) -> list[Part]:
+        """Clusters in shared memory (see Scattered), where `scatters` says so."""
+        if not self.scatters:
+            raise LocalProtocolError("the archiver does not take scattered clusters")
+        fault = frames.scattered_fault(clusters)
+        self._charge(fault, len(clusters), frames.scattered_bytes(clusters))
+        return frames.encode_scattered(self.sent_frames, self.dev_id, clusters)
+
     def _account(self, first: int, count: int, masks: bytes, data_bytes: int) -> None:
+        self._charge(frames.run_fault(first, count, masks, data_bytes), count, data_bytes)
+
+    def _charge(self, fault: tuple[str, str] | None, count: int, data_bytes: int) -> None:
         self._must_be(State.SENDING)
-        fault = frames.run_fault(first, count, masks, data_bytes)
         if fault is not None:
             raise LocalProtocolError(fault[1])
         cost = limits.charge(count, data_bytes)
@@ -168,12 +180,14 @@ class ProducerSide:
     def _welcomed(self, message: Welcome) -> None:
         if message.frame_bytes < limits.MIN_FRAME_CHARGE:
             raise RemoteProtocolError("malformed", "frames too small for one cluster")
+        if message.scattered and not message.shared:
+            raise RemoteProtocolError("malformed", "scattered clusters without shared memory")
         if message.shared and not self._hello.shared:
             raise RemoteProtocolError("malformed", "memory accepted that was not offered")
         self.dev_id = message.dev_id
         self.frame_bytes = message.frame_bytes
         self.heartbeat_s = message.heartbeat_s
-        self.shared = message.shared
+        self.shared, self.scatters = message.shared, message.scattered
         self.reconnect_s = message.reconnect_s if self._hello.session else 0
         self._limit = message.credit
         self.state = State.SENDING

@@ -17,6 +17,7 @@ from vmapipe.producer.guard.peer import Peer
 from vmapipe.producer.guard.slots import Slots
 from vmapipe.protocol.guarding import (
     MAX_SAVED_CLUSTERS,
+    MAX_TOLD_CLUSTERS,
     Attach,
     Begun,
     Claimed,
@@ -66,6 +67,8 @@ class CopyJob:
         self._users = 0
         self._waiting = 0
         self._claim: Copy | None = None
+        #: (cluster, slot) of what was saved at once, until it is told.
+        self.untold: list[tuple[int, int]] = []
 
     # --- called with the lock held ---
 
@@ -109,6 +112,12 @@ class CopyJob:
         self._users += 1
         copies = plan.copies if plan else []
         return [(copy, self._slots.take(copy.clusters)) for copy in copies]
+
+    def tell(self) -> None:
+        """Of what was saved at once; soon after that, because somebody may wait for the slots."""
+        untold, self.untold = self.untold, []
+        for at in range(0, len(untold), MAX_TOLD_CLUSTERS):
+            self._peer.send(Saved(*zip(*untold[at : at + MAX_TOLD_CLUSTERS], strict=True)))
 
     def end(self) -> None:
         """The guests' writes need not care any more."""
@@ -164,7 +173,9 @@ class CopyJob:
         with self._changed:
             for copy, slots in copies:
                 if done:
-                    self._peer.send(Saved(copy.first, tuple(slots)))
+                    self.untold += zip(
+                        range(copy.first, copy.first + copy.clusters), slots, strict=False
+                    )
                     self.core.copied(copy)
                 else:
                     self.core.abandon(copy)
@@ -223,7 +234,7 @@ class CopyJob:
             slots[index] = self._fill(
                 slot, at + start, min(CLUSTER_BYTES, length - start), deadline
             )
-        self._peer.send(Saved(first, tuple(slots)))
+        self._peer.send(Saved(tuple(range(first, first + clusters)), tuple(slots)))
 
     def _take_slots(self, count: int, deadline: float) -> list[int]:
         """All at once, so that none waits for more while it holds some."""

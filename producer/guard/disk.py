@@ -51,6 +51,12 @@ class GuardedDisk:
             self._written()
         return True
 
+    def settle(self) -> None:
+        job = self._job
+        if job is not None and job.untold:
+            with self._changed:
+                job.tell()
+
     def write(self, data: memoryview, offset: int) -> None:
         self._change(offset, len(data), lambda: self.image.write(data, offset))
 

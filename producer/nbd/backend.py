@@ -22,6 +22,9 @@ class Backend(Protocol):
 
     def try_write(self, data: memoryview, offset: int) -> bool: ...
 
+    def settle(self) -> None:
+        """What these have put off, to do it once for many requests; their answers go out next."""
+
     def read(self, target: memoryview, offset: int) -> None: ...
 
     def write(self, data: memoryview, offset: int) -> None: ...

@@ -78,6 +78,7 @@ class Connection:
         try:
             self._serve(unread)
         finally:
+            self._backend.settle()
             self._budget.wait_idle()
 
     def stop(self) -> None:
@@ -239,6 +240,7 @@ class Connection:
         return error_reply(self._session, request, error, os_error_text(failure))
 
     def _send_replies(self) -> None:
+        self._backend.settle()
         if self._replies:
             self._send(self._replies)
             self._replies.clear()

@@ -30,6 +30,8 @@ class TakesOnly:
         self.read(target, offset)
         return True
 
+    def settle(self) -> None: ...
+
     def read(self, target: memoryview, offset: int) -> None:
         target[:] = bytes(len(target))
 

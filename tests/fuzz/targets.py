@@ -23,6 +23,8 @@ from vmapipe.protocol.messages import (
     Ping,
     Resume,
     RunFrame,
+    Scattered,
+    SharedCluster,
     SharedRun,
 )
 from vmapipe.vma.layout import CLUSTER_BYTES
@@ -114,6 +116,8 @@ def _step(source: Bytes, world: World, honest: Producer, now: float) -> float:
         case 7:
             parts = [source.take(source.number(2)) for _ in range(source.number() % 5)]
             world.deliver(_peer(source), parts, now)
+        case 15:
+            world.deliver(_peer(source), [bytes(part) for part in encode(_scattered(source))], now)
         case _:
             message = _message(source)
             world.deliver(_peer(source), [bytes(part) for part in encode(message)], now)
@@ -143,6 +147,15 @@ def _message(source: Bytes) -> Message:
     if isinstance(message, RunFrame | SharedRun) and frames.masked_bytes(message.masks) > 1 << 22:
         return Ping()
     return message
+
+
+def _scattered(source: Bytes) -> Scattered:
+    seq, dev_id = 1 + source.number() % 8, 1 + source.number() % 3
+    clusters = [
+        SharedCluster(source.number() % 8, source.number() << 12, source.number(2))
+        for _ in range(1 + source.number() % 8)
+    ]
+    return Scattered(seq, dev_id, tuple(clusters))
 
 
 def _payload(masks: bytes) -> memoryview:

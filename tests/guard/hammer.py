@@ -145,8 +145,8 @@ class Backup:
                 if clusters:
                     self._read(first, self._chance.randint(1, clusters))
                     self._may_claim = True
-            case Saved(first, slots):
-                self._take_slots(first, slots)
+            case Saved(clusters, slots):
+                self._take_slots(clusters, slots)
             case SavedHole(first, clusters):
                 self.saved_clusters += clusters
                 for cluster in range(first, first + clusters):
@@ -167,11 +167,11 @@ class Backup:
         for index in range(clusters):
             self._put(first + index, data[index * CLUSTER :][:CLUSTER])
 
-    def _take_slots(self, first: int, slots: tuple[int, ...]) -> None:
+    def _take_slots(self, clusters: tuple[int, ...], slots: tuple[int, ...]) -> None:
         self.saved_clusters += len(slots)
-        for index, slot in enumerate(slots):
+        for cluster, slot in zip(clusters, slots, strict=True):
             start = RING_BYTES + slot * CLUSTER
-            self._put(first + index, self._ring.view[start : start + CLUSTER])
+            self._put(cluster, self._ring.view[start : start + CLUSTER])
         self._kept += slots
         if self._chance.random() < 0.5:
             self.release()
@@ -221,6 +221,12 @@ class Guest(threading.Thread):
         if chance.random() < 0.3:
             offset -= offset % 4096
         match chance.random():
+            case number if number < 0.15:
+                # Together, as a guest's disk at depth 16.
+                for _ in range(chance.randint(2, 8)):
+                    start = chance.randint(0, self._size - min(self._size, 4096))
+                    client.begin_write(start, chance.randbytes(min(self._size, 4096)))
+                client.wait()
             case number if number < 0.75:
                 flags = NBD_CMD_FLAG_FUA if chance.random() < 0.05 else 0
                 client.write(offset, chance.randbytes(length), flags)

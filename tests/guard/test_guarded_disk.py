@@ -39,7 +39,13 @@ from vmapipe.protocol.guarding import (
     decode_from_guard,
     encode,
 )
-from vmapipe.protocol.nbd.constants import NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES
+from vmapipe.protocol.nbd.constants import (
+    NBD_CMD_FLUSH,
+    NBD_CMD_TRIM,
+    NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES,
+)
+from vmapipe.protocol.nbd.request import REQUEST_BYTES, Request, encode_request
 from vmapipe.runtime.errors import Failure
 
 CLUSTERS = 40
@@ -137,7 +143,42 @@ def test_a_write_of_one_byte_across_two_clusters_saves_both(place: Place, backup
         client.write(8 * CLUSTER - 1, b"ab")
     message = next_message(backup)
     assert isinstance(message, Saved)
-    assert (message.first, len(message.slots)) == (7, 2)
+    assert (message.clusters, len(message.slots)) == ((7, 8), 2)
+
+
+@pytest.fixture
+def cached(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has to be read from the device, whatever the machine does with its page cache."""
+
+    def try_read(target: memoryview, offset: int) -> bool:
+        place.disk.image.read(target, offset)
+        return True
+
+    monkeypatch.setattr(place.disk.image, "try_read", try_read)
+
+
+@pytest.mark.usefixtures("cached")
+def test_writes_that_come_together_are_told_together(place: Place, backup: Backup) -> None:
+    with Client(place.nbd, "d") as client:
+        wanted = (7, 3, 20, 11)
+        requests = [Request(0, NBD_CMD_WRITE, num, num * CLUSTER, 3) for num in wanted]
+        client.send_raw(b"".join(encode_request(request) + b"new" for request in requests))
+        message = next_message(backup)
+        assert isinstance(message, Saved)
+        assert message.clusters == wanted
+
+
+@pytest.mark.usefixtures("cached")
+def test_what_a_client_saved_is_told_although_it_breaks_the_protocol_next(
+    place: Place, backup: Backup
+) -> None:
+    with Client(place.nbd, "d") as client:
+        request = encode_request(Request(0, NBD_CMD_WRITE, 1, 7 * CLUSTER, 3))
+        client.send_raw(request + b"new" + b"?" * REQUEST_BYTES)
+        message = next_message(backup)
+        assert isinstance(message, Saved)
+        assert message.clusters == (7,)
+        client.abandon()
 
 
 def test_a_storm_of_flushes_is_answered_while_a_write_waits(place: Place, backup: Backup) -> None:
@@ -430,7 +471,7 @@ def test_messages_come_back_as_they_were(message: object) -> None:
     assert decode_for_guard(encode(message)) == message  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("message", [Saved(3, (1, 2)), Failed("why"), Claimed(0, 0)])
+@pytest.mark.parametrize("message", [Saved((3, 9), (1, 2)), Failed("why"), Claimed(0, 0)])
 def test_answers_come_back_as_they_were(message: FromGuard) -> None:
     assert decode_from_guard(encode(message)) == message
 
@@ -442,9 +483,24 @@ def test_answers_come_back_as_they_were(message: FromGuard) -> None:
         Attach(limits.VERSION, b"short", "d", 0, 1, 0, 1),
         Attach(limits.VERSION, JOB, "d", 0, 0, 0, 1),
         Attach(limits.VERSION, JOB, "d", 0, 1 << 40, 0, 1),
-        Saved(1, (0,)),
+        Saved((1,), (0,)),
     ],
 )
 def test_messages_that_make_no_sense_are_refused(message: object) -> None:
     with pytest.raises(RemoteProtocolError):
         decode_for_guard(encode(message))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Saved((), ()),
+        Saved((1, 2), (0,)),
+        Saved((limits.MAX_CLUSTERS,), (0,)),
+        Saved(tuple(range(65)), tuple(range(65))),
+        Saved((1,), (1 << 40,)),
+    ],
+)
+def test_answers_that_make_no_sense_are_refused(message: FromGuard) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode_from_guard(encode(message))

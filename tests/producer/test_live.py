@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+
+import pytest
 
 from vmapipe.producer.background import Background
 from vmapipe.producer.guarded import Guarded
@@ -16,7 +19,9 @@ from vmapipe.producer.ring import Ring
 from vmapipe.producer.runs import Run
 from vmapipe.producer.saved import SavedData
 from vmapipe.producer.session import Session
+from vmapipe.protocol import limits
 from vmapipe.protocol.guarding import Claimed, FromGuard, Saved
+from vmapipe.protocol.messages import SharedCluster
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import ignore
 
@@ -29,10 +34,11 @@ ONE_PIECE = 1_100_000
 class Archiver:
     """A session that counts credit as the real one does; waiting brings more."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, *, scatters: bool) -> None:
         self.credit = ONE_PIECE
         self.frame_bytes = 8 << 20
         self.sent: list[Run] = []
+        self.scatters = scatters
         self.spoke = 0.0
         self._guard = guard
 
@@ -56,6 +62,15 @@ class Archiver:
         assert run.charge <= self.credit, "more than the archiver allows"
         self.credit -= run.charge
         self.sent.append(run)
+
+    def send_scattered(self, clusters: Sequence[SharedCluster]) -> None:
+        assert self.scatters
+        for cluster in clusters:
+            assert cluster.mask == 0xFFFF
+        charge = limits.charge(len(clusters), len(clusters) * CLUSTER)
+        assert charge <= min(self.credit, self.frame_bytes), "more than the archiver allows"
+        self.credit -= charge
+        self.sent.append(Run(clusters[0].cluster_num, len(clusters), b"", 0, charge))
 
     def hear(self) -> None:
         pass
@@ -90,7 +105,7 @@ class Guard:
             self._mail += [Claimed(0, 0), None]
             return
         self.claims += 1
-        saved = Saved(self._next + 16, tuple(range(16)))
+        saved = Saved(tuple(range(self._next + 16, self._next + 32)), tuple(range(16)))
         # None: nothing more can be read now, so the producer goes on with something else.
         self._mail += [saved, None, Claimed(self._next, 16), None]
         self._next += 32
@@ -102,13 +117,14 @@ class Guard:
         pass
 
 
+@pytest.mark.parametrize("scatters", [False, True])
 def test_what_a_claim_was_asked_for_with_is_still_there_when_it_is_answered(
-    tmp_path: Path,
+    tmp_path: Path, scatters: bool
 ) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(os.urandom(CLUSTERS * CLUSTER))
     guard = Guard(disk)
-    archiver = Archiver(guard)
+    archiver = Archiver(guard, scatters=scatters)
     ring = Ring(16 * CLUSTER)
     ring.view[-16 * CLUSTER :] = os.urandom(16 * CLUSTER)
     sender: Any = object.__new__(LiveSender)

@@ -23,6 +23,8 @@ from vmapipe.protocol.messages import (
     Resume,
     Resumed,
     RunFrame,
+    Scattered,
+    SharedCluster,
     SharedRun,
     Welcome,
 )
@@ -34,7 +36,7 @@ FULL_CLUSTER = b"\x5a" * limits.CLUSTER_BYTES
 # One valid message of every kind.
 EXAMPLES: dict[str, Message] = {
     "HELLO": Hello(limits.VERSION, UUID, "drive-scsi0", 3 * 65536, "test", "/proc/7/fd/5", UUID, 0),
-    "WELCOME": Welcome(limits.VERSION, 1, 1 << 24, 1 << 20, 30, shared=True, reconnect_s=60),
+    "WELCOME": Welcome(limits.VERSION, 1, 1 << 24, 1 << 20, 30, True, 60, True),
     "GRANT": Grant(1 << 25, 0),
     "END": End(0, 0),
     "DONE": Done(UUID),
@@ -49,6 +51,7 @@ EXAMPLES: dict[str, Message] = {
     "CLUSTER": ClusterFrame(1, 1, 0, FULL_CLUSTER),
     "RUN": RunFrame(1, 1, 0, 2, b"\0\1\0\0", memoryview(bytes(4096))),
     "SHARED": SharedRun(1, 1, 0, 2, b"\0\1\0\0", 8192),
+    "SCATTERED": Scattered(1, 1, (SharedCluster(7, 8192, 1), SharedCluster(3, 0, 0))),
 }
 
 uints = st.integers(0, U64)
@@ -78,6 +81,7 @@ controls: st.SearchStrategy[Control] = st.one_of(
         st.integers(1, limits.MAX_HEARTBEAT_S),
         st.booleans(),
         st.integers(0, limits.MAX_RECONNECT_S),
+        st.booleans(),
     ),
     st.builds(Resume, st.just(limits.VERSION), uuids, uuids, uints),
     st.builds(Resumed, uints, uints, uints, st.booleans()),
@@ -131,4 +135,17 @@ def shared_runs(draw: st.DrawFn) -> SharedRun:
     return SharedRun(*run[:5], draw(uints))
 
 
-data_frames = cluster_frames | run_frames() | shared_runs()
+@st.composite
+def scattered(draw: st.DrawFn) -> Scattered:
+    cluster = st.builds(
+        SharedCluster,
+        st.integers(0, limits.MAX_CLUSTERS - 1),
+        uints,
+        st.sampled_from((0, 1, 0x8001, 0xFFFF)) | st.integers(0, 0xFFFF),
+    )
+    # 64 clusters may all be full.
+    many = draw(st.lists(cluster, min_size=1, max_size=64))
+    return Scattered(draw(st.integers(1, U64)), draw(st.integers(1, 254)), tuple(many))
+
+
+data_frames = cluster_frames | run_frames() | shared_runs() | scattered()

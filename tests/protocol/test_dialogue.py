@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from vmapipe.protocol import archiver_side, limits, producer_side
 from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.errors import LocalProtocolError
 from vmapipe.protocol.frames import Part
-from vmapipe.protocol.messages import Ping, RunFrame, SharedRun
+from vmapipe.protocol.messages import Ping, RunFrame, Scattered, SharedCluster, SharedRun
 from vmapipe.protocol.producer_side import ProducerSide
 
 P = producer_side.State
@@ -38,6 +39,17 @@ class Sent(NamedTuple):
     clusters: int
     masks: bytes
     place: bytes | int
+    #: Not as a run, but cluster by cluster.
+    scattered: bool = False
+
+
+def clusters_of(frame: Sent) -> list[SharedCluster]:
+    assert isinstance(frame.place, int)
+    masks = struct.unpack(f">{frame.clusters}H", frame.masks)
+    return [
+        SharedCluster(frame.first + index, frame.place + index, mask)
+        for index, mask in enumerate(masks)
+    ]
 
 
 class Dialogue(RuleBasedStateMachine):
@@ -70,15 +82,19 @@ class Dialogue(RuleBasedStateMachine):
         count=st.integers(1, 40),
         mask=st.sampled_from([b"\0\0", b"\0\1", b"\xff\xff"]),
         share=st.booleans(),
+        scatter=st.booleans(),
     )
-    def send_run(self, count: int, mask: bytes, share: bool) -> None:
+    def send_run(self, count: int, mask: bytes, share: bool, scatter: bool) -> None:
         masks = mask * count if any(mask) else b""
         data_bytes = 4096 * int.from_bytes(masks, "big").bit_count()
         share = share and self.producer.shared and masks != b""
         before = (self.producer.credit, self.producer.sent_frames, self.producer.sent_clusters)
-        frame = Sent(len(self.sent), count, masks, 4096 if share else bytes(data_bytes))
+        place = 4096 if share else bytes(data_bytes)
+        frame = Sent(len(self.sent), count, masks, place, share and scatter)
         try:
-            if isinstance(frame.place, int):
+            if frame.scattered:
+                parts = self.producer.scattered(clusters_of(frame))
+            elif isinstance(frame.place, int):
                 parts = self.producer.shared_run(*frame[:3], frame.place)
             else:
                 parts = self.producer.run(*frame[:3], frame.place)
@@ -173,6 +189,12 @@ class Dialogue(RuleBasedStateMachine):
             case SharedRun(_, dev_id, first, count, masks, position):
                 assert dev_id == 1
                 self.received.append(Sent(first, count, masks, position))
+            case Scattered(_, dev_id, clusters):
+                assert dev_id == 1
+                masks = b"".join(cluster.mask.to_bytes(2, "big") for cluster in clusters)
+                first, position, _ = clusters[0]
+                self.received.append(Sent(first, len(clusters), masks, position, True))
+                assert list(clusters) == clusters_of(self.received[-1])
             case Ping():
                 self.down.append(self.archiver.pong())
 
@@ -229,7 +251,7 @@ class Dialogue(RuleBasedStateMachine):
             self.give(self.window + sum(self.charges), len(self.sent))
             self.deliver_all()
             assert self.producer.credit >= self.producer.frame_bytes >= limits.MIN_FRAME_CHARGE
-            self.send_run(1, b"\xff\xff", False)
+            self.send_run(1, b"\xff\xff", False, False)
             self.end()
             self.deliver_all()
         assert (self.producer.state, self.archiver.state) == (P.ENDING, A.ENDED)
@@ -299,6 +321,25 @@ def test_a_run_of_zeroes_is_not_shared() -> None:
     producer.receive(archiver.welcome(1, 1 << 20, 1 << 19, 30, shared=True))
     with pytest.raises(LocalProtocolError, match="no data to share"):
         producer.shared_run(0, 1, b"", 0)
+
+
+def test_scattered_clusters_that_the_archiver_would_refuse_are_not_sent() -> None:
+    producer, archiver = ProducerSide(UUID, "a", 1, "", "/proc/1/fd/1"), ArchiverSide()
+    archiver.receive(producer.hello())
+    producer.receive(archiver.welcome(1, 8 << 20, 6 << 20, 30, shared=True))
+    full = SharedCluster(0, 0, 0xFFFF)
+    for clusters in ([], [SharedCluster(0, 0, 0)] * 257, [full] * 65):
+        with pytest.raises(LocalProtocolError):
+            producer.scattered(clusters)
+    archiver.receive(producer.scattered([full] * 64))
+    with pytest.raises(LocalProtocolError, match="exceeds the credit"):
+        producer.scattered([full] * 64)
+
+
+def test_scattered_clusters_are_not_sent_to_an_archiver_that_does_not_take_them() -> None:
+    producer, _ = receiving()
+    with pytest.raises(LocalProtocolError, match="does not take scattered"):
+        producer.scattered([SharedCluster(0, 0, 1)])
 
 
 def test_a_payload_counts_in_bytes_whatever_its_items_are() -> None:

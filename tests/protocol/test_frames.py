@@ -26,6 +26,7 @@ from vmapipe.protocol.frames import (
     encode_cluster,
     encode_control,
     encode_run,
+    encode_scattered,
     encode_shared_run,
     run_fault,
     sayable,
@@ -38,6 +39,7 @@ from vmapipe.protocol.messages import (
     Message,
     Refuse,
     RunFrame,
+    Scattered,
     SharedRun,
     Welcome,
 )
@@ -45,7 +47,7 @@ from vmapipe.protocol.messages import (
 CONTROLS: list[Control] = [
     message
     for message in EXAMPLES.values()
-    if not isinstance(message, ClusterFrame | RunFrame | SharedRun)
+    if not isinstance(message, ClusterFrame | RunFrame | SharedRun | Scattered)
 ]
 FORMS: list[type[bytes] | type[bytearray] | type[memoryview]] = [bytes, bytearray, memoryview]
 
@@ -58,6 +60,8 @@ def encode(message: Message) -> list[Part]:
             return encode_run(*message)
         case SharedRun():
             return encode_shared_run(*message)
+        case Scattered():
+            return encode_scattered(*message)
         case _:
             return encode_control(message)
 
@@ -284,6 +288,13 @@ def test_a_number_part_above_the_limit_is_too_large() -> None:
             [],
             [1],
             [1, 0],
+            [1, ""],
+            [1, None],
+            [1, b""],
+            [1, bytes(13)],
+            [1, bytes(15)],
+            [0, bytes(14)],
+            [1, [bytes(14)]],
             [1, 0, 1, b"", 0],
             [True, 0, b""],
             [1, True, b""],
@@ -338,6 +349,23 @@ def test_a_run_in_shared_memory_is_held_to_the_limits_of_a_run() -> None:
     decode(data(1, [1, 0, most, full, U64]))
     assert refusal(*data(1, [1, 0, most + 1, full + b"\0\1", 0])).code == "too-large"
     assert refusal(*data(1, [1, 0, 32769, bytes(65538), 0])).code == "too-large"
+
+
+def test_scattered_clusters_with_a_third_part_are_malformed() -> None:
+    assert refusal(*data(1, [1, bytes(14)], bytes(4096))).code == "malformed"
+
+
+def test_scattered_clusters_may_be_as_many_as_the_limit_and_not_more() -> None:
+    most = limits.MAX_SCATTERED_CLUSTERS
+    decode(data(1, [1, bytes(14 * most)]))
+    assert refusal(*data(1, [1, bytes(14 * (most + 1))])).code == "too-large"
+
+
+def test_scattered_clusters_may_have_as_much_data_as_a_run_and_not_more() -> None:
+    most = limits.MAX_PAYLOAD_BYTES // limits.CLUSTER_BYTES
+    full = (b"\xff" * 14) * most
+    decode(data(1, [1, full]))
+    assert refusal(*data(1, [1, full + bytes(13) + b"\1"])).code == "too-large"
 
 
 def test_a_cluster_of_more_than_64_kib_is_too_large() -> None:

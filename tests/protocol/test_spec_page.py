@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,14 @@ from tests.protocol.messages import EXAMPLES
 from tests.protocol.test_frames import encode
 from tests.protocol.test_states import ARCHIVER_TAKES, PRODUCER_TAKES
 from vmapipe.protocol import frames, limits
-from vmapipe.protocol.messages import ClusterFrame, Message, RunFrame, SharedRun
+from vmapipe.protocol.messages import (
+    ClusterFrame,
+    Message,
+    RunFrame,
+    Scattered,
+    SharedCluster,
+    SharedRun,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "wire-protocol.md").read_text(encoding="utf-8")
@@ -77,6 +85,9 @@ def meant(text: str) -> Message:
     number, _, rest = rest.partition(" ")
     array, _, payload = rest.partition(" + ")
     match literal(array):
+        case [dev_id, table]:
+            entries = struct.iter_unpack(">IQH", table)
+            return Scattered(int(number), dev_id, tuple(SharedCluster(*each) for each in entries))
         case [dev_id, cluster_num, data]:
             return ClusterFrame(int(number), dev_id, cluster_num, data)
         case [dev_id, first, count, masks]:

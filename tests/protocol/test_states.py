@@ -22,6 +22,8 @@ from vmapipe.protocol.messages import (
     Resume,
     Resumed,
     RunFrame,
+    Scattered,
+    SharedCluster,
     SharedRun,
     Welcome,
 )
@@ -41,6 +43,7 @@ ARCHIVER_TAKES = {
     (A.RECEIVING, "CLUSTER"): A.RECEIVING,
     (A.RECEIVING, "RUN"): A.RECEIVING,
     (A.RECEIVING, "SHARED"): A.RECEIVING,
+    (A.RECEIVING, "SCATTERED"): A.RECEIVING,
     (A.RECEIVING, "PING"): A.RECEIVING,
     (A.RECEIVING, "END"): A.ENDED,
     (A.RECEIVING, "FAIL"): A.CLOSED,
@@ -143,11 +146,13 @@ def test_the_producer_in_every_state_takes_or_refuses_every_message(
 
 @pytest.mark.parametrize("state", P, ids=lambda state: state.value)
 def test_the_producer_sends_only_what_its_state_allows(state: producer_side.State) -> None:
-    allowed = {"hello": [P.GREETING], "run": [P.SENDING], "shared": [P.SENDING], "end": [P.SENDING]}
+    sending = ("run", "shared", "scattered", "end")
+    allowed = {"hello": [P.GREETING], **{name: [P.SENDING] for name in sending}}
     moves: dict[str, Callable[[ProducerSide], object]] = {
         "hello": lambda side: side.hello(),
         "run": lambda side: side.run(0, 1, b"", b""),
         "shared": lambda side: side.shared_run(0, 1, b"\0\1", 0),
+        "scattered": lambda side: side.scattered([SharedCluster(0, 0, 1)]),
         "end": lambda side: side.end(),
     }
     for name, move in moves.items():
@@ -272,6 +277,7 @@ def test_a_frame_of_another_device_is_refused(dev_id: int) -> None:
         frame(1, dev_id),
         ClusterFrame(1, dev_id, 0, b""),
         SharedRun(1, dev_id, 0, 1, b"\0\1", 0),
+        Scattered(1, dev_id, (SharedCluster(0, 0, 1),)),
     ]
     for message in frames:
         assert code_of(archiver_in(A.RECEIVING), message) == "wrong-device"
@@ -319,6 +325,26 @@ def test_the_end_must_count_what_came(end: End) -> None:
 
 def test_a_run_in_shared_memory_is_refused_where_none_is_shared() -> None:
     assert code_of(receiving(1 << 20, 1 << 19), SharedRun(1, 1, 0, 1, b"\0\1", 0)) == "sequence"
+
+
+def test_scattered_clusters_are_refused_where_no_memory_is_shared() -> None:
+    message = Scattered(1, 1, (SharedCluster(0, 0, 1),))
+    assert code_of(receiving(1 << 20, 1 << 19), message) == "sequence"
+
+
+def test_scattered_clusters_cost_as_much_as_a_run_of_them() -> None:
+    side = archiver_in(A.RECEIVING)
+    clusters = (SharedCluster(9, 0, 1), SharedCluster(0, 0, 0), SharedCluster(4, 0, 0xFFFF))
+    side.receive(encode(Scattered(1, 1, clusters)))
+    assert side.charged == limits.charge(3, 17 * 4096)
+    assert (side.received_frames, side.received_clusters) == (1, 3)
+
+
+def test_a_welcome_for_scattered_clusters_without_shared_memory_is_refused() -> None:
+    side = ProducerSide(UUID, "a", 1, shared="/proc/7/fd/5")
+    message = dataclasses.replace(Welcome(1, 1, 1 << 24, 1 << 20, 30), scattered=True)
+    assert code_of(side, message) == "malformed"
+    assert side.state is P.GREETING
 
 
 def test_a_run_in_shared_memory_costs_as_much_as_one_that_is_sent() -> None:
