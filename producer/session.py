@@ -147,7 +147,7 @@ class Session:
 
     def wait_until(self, reached: Callable[[], bool]) -> None:
         while not reached():
-            self.step(self._heartbeat_s / 3)
+            self.step(self._side.ping_s)
 
     @property
     def _heartbeat_s(self) -> float:
@@ -156,7 +156,7 @@ class Session:
     def step(self, longest_s: float) -> None:
         """Wait for anything for at most `longest_s`; keep the session alive meanwhile."""
         before = time.monotonic()
-        longest_s = min(longest_s, self._heartbeat_s / 3)
+        longest_s = min(longest_s, self._side.ping_s)
         if self._link.lost:
             longest_s = min(longest_s, max(0.0, self._asked_at + self._pause_s - before))
         self._link.wait(longest_s)
@@ -182,7 +182,7 @@ class Session:
             self._reconnect(now)
         # An archiver has no need to answer data: who only sends would hear nothing for ever.
         silence_s = now - min(self.spoke, max(self._heard, self._pinged))
-        if silence_s >= self._heartbeat_s / 3:
+        if silence_s >= self._side.ping_s:
             self._pinged = now
             self._say(self._side.ping())
 

@@ -28,6 +28,10 @@ from vmapipe.protocol.messages import (
     Welcome,
 )
 
+# For how long a connection may be lost counts from the last sign of life before the
+# loss: that is then at most so old, and the limit comes earlier by no more than that.
+_RECONNECT_PING_S = 1.0
+
 
 class State(enum.Enum):
     GREETING = "greeting"
@@ -72,6 +76,12 @@ class ProducerSide:
     def credit(self) -> int:
         """Bytes of charge that may still be sent."""
         return self._limit - self._charged
+
+    @property
+    def ping_s(self) -> float:
+        """When nothing was said, or heard, for so long, it is time for a PING."""
+        third_s = (self.heartbeat_s or limits.GREETING_HEARTBEAT_S) / 3
+        return min(third_s, _RECONNECT_PING_S) if self.reconnect_s else third_s
 
     def hello(self) -> list[Part]:
         """Again on each new connection, until WELCOME comes."""

@@ -223,6 +223,23 @@ def test_a_session_can_be_resumed_only_where_both_sides_said_so(
 
 
 @pytest.mark.parametrize(
+    ("heartbeat_s", "reconnect_s", "ping_s"),
+    [
+        (30, 60, 1.0),  # else the last sign of life could be 10 s older than the loss
+        (30, 0, 10.0),  # nothing counts but being silent for 30 s
+        (1, 60, 1 / 3),
+    ],
+)
+def test_a_producer_that_may_come_back_is_never_silent_for_long(
+    heartbeat_s: int, reconnect_s: int, ping_s: float
+) -> None:
+    side = ProducerSide(UUID, "a", 1 << 30, session=UUID)
+    assert side.ping_s == 10.0
+    side.receive(encode(Welcome(1, 1, 1 << 20, 1 << 19, heartbeat_s, reconnect_s=reconnect_s)))
+    assert side.ping_s == ping_s
+
+
+@pytest.mark.parametrize(
     "resumed",
     [
         Resumed(3, 1 << 20, 0, ended=False),  # received: more than was sent

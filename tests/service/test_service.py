@@ -290,12 +290,15 @@ def test_a_job_beyond_the_limit_is_refused_and_the_others_go_on(tmp_path: Path, 
         assert first.poll() is None
 
 
-def test_a_folder_that_cannot_be_written_or_is_none_is_said_at_once(tmp_path: Path) -> None:
+def test_what_a_service_cannot_do_is_said_at_once(tmp_path: Path) -> None:
     words = ("archiver", "--listen", f"ipc://{tmp_path}/s", "--directory")
     assert "no such folder" in bad(*words, tmp_path / "none", code=2)
     assert "--quota needs --per-client" in bad(*words, tmp_path, "--quota", "1G", code=2)
     assert "--per-client needs --keys" in bad(*words, tmp_path, "--per-client", code=2)
     assert "without --output" in bad(*words, tmp_path, "--output", "x", code=2)
+    # A coordinator would be given up before its producers.
+    text = bad(*words, tmp_path, "--client-timeout=30", "--reconnect-limit=21", code=2)
+    assert "two thirds of --client-timeout (30 s)" in text
 
 
 def test_clients_have_folders_and_quotas_of_their_own(tmp_path: Path, disk: Path) -> None:
