@@ -18,6 +18,7 @@ from typing import Any
 from vmapipe.control.monitor.qmp import Command, QmpError, QmpServer
 from vmapipe.control.monitor.sockets import Listener
 from vmapipe.producer.descriptors import receive_fds
+from vmapipe.runtime.errors import os_error_text
 
 MAX_CLIENTS = 64
 # Some thousand events: a client that is that far behind does not read at all.
@@ -66,15 +67,18 @@ class Clients:
         listener: Listener,
         commands: Callable[[Client], Mapping[str, Command]],
         left: Callable[[Client], None] = lambda client: None,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`left` hears of each client that is not connected any more."""
+        """`left` hears of each client that is not connected any more, `notice` of trouble."""
         self._listener = listener
         self._commands = commands
         self._left = left
+        self._notice = notice
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener.socket, selectors.EVENT_READ)
         #: Until when nobody is accepted; 0: somebody may be.
         self._paused_until = 0.0
+        self._is_told = False
         self._clients: dict[socket.socket, Client] = {}
 
     def __enter__(self) -> Clients:
@@ -130,9 +134,9 @@ class Clients:
             sock, _ = self._listener.socket.accept()
         except OSError as error:
             if error.errno in _WITHOUT_ROOM:
-                self._selector.unregister(self._listener.socket)
-                self._paused_until = time.monotonic() + _PAUSE_S
+                self._pause(error)
             return
+        self._is_told = False
         if len(self._clients) >= MAX_CLIENTS and not self._make_room():
             sock.close()
             return
@@ -145,6 +149,13 @@ class Clients:
         self._clients[sock] = client
         self._selector.register(sock, selectors.EVENT_READ, client)
         self._send(client, client.server.greeting())
+
+    def _pause(self, error: OSError) -> None:
+        self._selector.unregister(self._listener.socket)
+        self._paused_until = time.monotonic() + _PAUSE_S
+        if not self._is_told:
+            self._is_told = True
+            self._notice(f"a client has to wait: {os_error_text(error)}")
 
     def _make_room(self) -> bool:
         quietest = min(self._clients.values(), key=lambda client: client.heard)

@@ -157,7 +157,7 @@ def _serve_disks(
         jobs = Jobs()
         commands = _commands(ServedDisks(guards, options.listen), jobs, options, cancel)
         emit({"event": "ready", "listen": options.listen, "disks": guards.describe()})
-        serve(listener, jobs, commands, cancel, {guards.fd: lambda: guards.watch(0)})
+        serve(listener, jobs, commands, cancel, {guards.fd: lambda: guards.watch(0)}, emit)
 
 
 def _serve_machine(
@@ -167,7 +167,7 @@ def _serve_machine(
     jobs = Jobs()
     commands = _commands(MachineDisks(options.qmp, asking, jobs), jobs, options, cancel)
     emit({"event": "ready", "listen": options.listen, "disks": []})
-    serve(listener, jobs, commands, cancel, {asking.fd: asking.look})
+    serve(listener, jobs, commands, cancel, {asking.fd: asking.look}, emit)
 
 
 def _commands(disks: Disks, jobs: Jobs, options: argparse.Namespace, cancel: Cancel) -> Commands:

@@ -10,6 +10,7 @@ from vmapipe.control.monitor.commands import Commands
 from vmapipe.control.monitor.jobs import Jobs
 from vmapipe.control.monitor.sockets import Listener
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.events import Emit
 
 # What happens wakes it; this is for what only time brings (a guard's next start).
 _POLL_S = 1.0
@@ -21,12 +22,17 @@ def serve(
     commands: Commands,
     cancel: Cancel,
     beside: Mapping[int, Callable[[], None]],
+    emit: Emit,
 ) -> None:
     """Until a stop is asked for; a backup that runs is ended then, in order.
 
     `beside`: by a descriptor that wakes us, what has to be looked at.
     """
-    with Clients(listener, commands.table, commands.fdsets.left) as clients:
+
+    def notice(text: str) -> None:
+        emit({"event": "notice", "text": text})
+
+    with Clients(listener, commands.table, commands.fdsets.left, notice) as clients:
         jobs.tell = clients.tell
         for fd in (cancel.fd, jobs.fd, *beside):
             clients.watch(fd)

@@ -30,9 +30,12 @@ class Server:
         self.path = str(path)
         self.later: list[Later] = []
         self.gone: list[Client] = []
+        self.notices: list[str] = []
         listener = listen_unix(self.path, 0o600, socket.SOCK_STREAM)
         commands = {"wait": self._wait, "long": lambda arguments: "x" * 100_000}
-        self.clients = Clients(listener, lambda client: commands, self.gone.append)
+        self.clients = Clients(
+            listener, lambda client: commands, self.gone.append, self.notices.append
+        )
 
     def _wait(self, arguments: dict[str, Any]) -> Later:
         self.later.append(Later())
@@ -167,6 +170,10 @@ def test_a_server_without_descriptors_does_not_ask_in_a_circle_and_goes_on_later
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
         try:
             server.run()
+            # Said once, however often it is met.
+            monkeypatch.setattr(server.clients, "_paused_until", 1e-9)
+            server.run()
+            assert server.notices == ["a client has to wait: Too many open files"]
             # Nothing is left that would wake its owner, and whoever is there is served.
             assert not select.select([server.clients.fd], [], [], 0)[0]
             other.sendall(b'{"execute": "query-version"}')
