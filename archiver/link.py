@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from vmapipe.archiver.listening import ListeningSocket
 from vmapipe.protocol.frames import Part
-from vmapipe.runtime.keys import ServerKeys
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.keys import ServerKeys
 
 # Some frames of each producer, so that none of them waits for us between two turns.
 _RECEIVE_MARK = 32

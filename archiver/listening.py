@@ -13,16 +13,19 @@ import os
 import socket
 import stat
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import zmq
 
 from vmapipe.archiver.connections import MAX_PROVEN, Connections
-from vmapipe.archiver.gate import Gate
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import Part
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import made_with
-from vmapipe.runtime.keys import ServerKeys
+
+if TYPE_CHECKING:
+    from vmapipe.archiver.gate import Gate
+    from vmapipe.runtime.keys import ServerKeys
 
 # How long a closing socket may still deliver its last words.
 LINGER_MS = 2000
@@ -95,9 +98,7 @@ class ListeningSocket:
             self._socket.heartbeat_ivl = _HEARTBEAT_MS
             self._socket.heartbeat_timeout = _DEAD_MS
             self._socket.ipv6 = "[" in endpoint
-        self._gate = Gate(self._context, keys) if keys else None
-        if self._gate:
-            self._gate.secure(self._socket)
+        self._gate = _gate(self._context, self._socket, keys) if keys else None
         # On one host only its owner can open the socket's folder.
         self._connections = (
             None if self.is_local else Connections(self._socket, most_proven=most_clients)
@@ -174,3 +175,14 @@ class ListeningSocket:
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error
+
+
+def _gate(
+    context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], keys: ServerKeys
+) -> Gate:
+    # Imported here: on one host nobody has keys, and a backup starts sooner without.
+    from vmapipe.archiver.gate import Gate
+
+    gate = Gate(context, keys)
+    gate.secure(socket)
+    return gate

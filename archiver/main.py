@@ -26,7 +26,6 @@ from vmapipe.runtime.cli import (
 )
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
-from vmapipe.runtime.keys import read_server_keys
 from vmapipe.runtime.objectnames import is_object
 from vmapipe.runtime.priority import stand_back
 from vmapipe.runtime.process import one_line, run, run_child
@@ -177,7 +176,12 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         reconnect_s=reconnect_s,
         start_timeout_s=options.start_timeout,
     )
-    keys = read_server_keys(options.keys) if options.keys else None
+    keys = None
+    if options.keys:
+        # Imported here: on one host nobody has keys, and a backup starts sooner without.
+        from vmapipe.runtime.keys import read_server_keys
+
+        keys = read_server_keys(options.keys)
     at = Listen(options.listen, keys, from_afar=options.from_afar)
     serve(spec, at, lambda wake: store_for(options, wake, cancel, emit), cancel, emit)
 

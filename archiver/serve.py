@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.archiver import instructions as core
 from vmapipe.archiver.device import Mark
@@ -18,7 +18,9 @@ from vmapipe.archiver.store import Store
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.keys import ServerKeys
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.keys import ServerKeys
 
 # Often enough for a bar that moves, seldom enough to cost nothing.
 PROGRESS_S = 0.25

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from vmapipe.protocol.jobs import archive_name_fault
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.cli import check_endpoint
@@ -14,8 +13,7 @@ from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.events import Emit
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
+class Service(NamedTuple):
     """`link_options`: how all processes of the backup speak to it."""
 
     endpoint: str
@@ -33,6 +31,9 @@ def service_of(options: argparse.Namespace) -> Service | None:
             raise UsageError("--keys and --insecure-plain-tcp belong to --archiver")
         return None
     check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
+    # Imported here: most archives are made on this host.
+    from vmapipe.protocol.jobs import archive_name_fault
+
     fault = archive_name_fault(options.archive)
     if fault:
         raise UsageError(

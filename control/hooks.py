@@ -6,19 +6,19 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import signal
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from vmapipe.control.jobs.state import JobState
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit, Event, ignore
+
+if TYPE_CHECKING:
+    import subprocess
 
 # Of a hook's words so much goes into the report, from the end.
 _MAX_WORDS_BYTES = 16 << 10
@@ -34,8 +34,7 @@ exec "$@" 3<&-
 """
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
+class _Running(NamedTuple):
     phase: str
     process: subprocess.Popen[bytes]
     words: IO[bytes]
@@ -61,7 +60,12 @@ class Hooks:
 
     def check(self) -> None:
         """Raises UsageError, before anything has begun."""
-        if self.program and shutil.which(self.program) is None:
+        if not self.program:
+            return
+        # Imported here, as all that only hooks need: a backup starts sooner without.
+        import shutil
+
+        if shutil.which(self.program) is None:
             raise UsageError(f"--hook {self.program}: no program of this name can be run")
 
     @contextlib.contextmanager
@@ -129,6 +133,9 @@ class Hooks:
             self.emit({"event": "notice", "text": str(failure)})
 
     def _start(self, phase: str) -> _Running:
+        import subprocess
+        import tempfile
+
         words = [self.program, phase]
         if not phase.startswith("job-"):
             words += [self.mode, self.vmid]

@@ -7,14 +7,16 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import zmq
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import Part
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.keys import ClientKeys
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.keys import ClientKeys
 
 # How long a closing socket may still deliver its last words.
 _LINGER_MS = 2000

@@ -27,7 +27,6 @@ from vmapipe.runtime.cli import (
 )
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
-from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.priority import stand_back
 from vmapipe.runtime.process import run_child
 
@@ -164,7 +163,12 @@ def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
     if options.guard:
         stand_back()  # before ZeroMQ has threads of its own
-    keys = read_client_keys(options.keys) if options.keys else None
+    keys = None
+    if options.keys:
+        # Imported here, as in the archiver: on one host nobody has keys.
+        from vmapipe.runtime.keys import read_client_keys
+
+        keys = read_client_keys(options.keys)
     link = Link(options.archiver, keys, options.connect_timeout)
     try:
         link.watch(cancel.fd)

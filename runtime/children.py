@@ -9,13 +9,16 @@ import select
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vmapipe.runtime.events import Event, LineSplitter, encode_line
 from vmapipe.runtime.forking import can_fork, fork_module
+
+if TYPE_CHECKING:
+    import subprocess
 
 # A child that was told to stop removes its partial file and ends: milliseconds
 # on a healthy machine. After this it is killed.
@@ -52,6 +55,9 @@ class Child:
             if fork and can_fork():
                 self.pid = fork_module(module, words, fds)
             else:
+                # Imported here: a backup's children are copies.
+                import subprocess
+
                 self._program = subprocess.Popen(
                     [sys.executable, "-P", "-m", module, *words],
                     pass_fds=fds,

@@ -12,9 +12,10 @@ import importlib
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Collection, Sequence
 from typing import NoReturn
+
+from vmapipe.runtime.process import leave
 
 # What a process of ours handles; the copy starts without its parent's handlers.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,8 +55,8 @@ def _become(
     mask: Collection[signal.Signals | int],
 ) -> NoReturn:
     """In the copy. It never returns: what lies below on the stack is the parent's."""
-    code: object = 1
-    try:
+
+    def work() -> object:
         # Nothing of the parent's is ever collected here: its sockets and files
         # would close numbers that are ours by then.
         gc.freeze()
@@ -68,16 +69,9 @@ def _become(
         if 0 not in fds:
             os.open(os.devnull, os.O_RDONLY)  # the lowest free number: 0
         _name([module, *args])
-        code = main(args) if callable(main) else 1
-    except SystemExit as end:
-        code = end.code
-    except BaseException:  # noqa: BLE001  shown as the interpreter would
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else int(code is not None))
+        return main(args) if callable(main) else 1
+
+    leave(work)
 
 
 def _close_all_but(fds: Collection[int]) -> None:

@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from vmapipe.runtime.cancel import Cancel, Parent
 from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, os_error_text
@@ -52,6 +53,31 @@ def keep_standard_descriptors() -> None:
 def one_line(text: str) -> str:
     """For a terminal or a log: what a stranger wrote cannot move the cursor or begin a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def leave(work: Callable[[], object]) -> NoReturn:
+    """Do `work`, and end this process with the exit code that it returns, at once.
+
+    For processes whose children have ended and whose files are closed then:
+    Python would take all modules apart first, for a tenth of the time of a start.
+    """
+    code: object = 1
+    try:
+        code = work()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # noqa: BLE001  shown as the interpreter would
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        status = code if isinstance(code, int) else int(code is not None)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                status = status or EXIT_FAILED
+        os._exit(status)
 
 
 def run(program: str, work: Callable[[], None]) -> int:

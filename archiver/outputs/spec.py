@@ -7,7 +7,6 @@ import os
 import re
 import stat
 
-from vmapipe.archiver.outputs.command import CommandOutput
 from vmapipe.archiver.outputs.errors import open_failure
 from vmapipe.archiver.outputs.file import FileOutput, exists_failure
 from vmapipe.archiver.outputs.output import Output
@@ -42,12 +41,14 @@ def open_output(spec: str, *, cancel: Cancel | None = None, emit: Emit = ignore)
     if spec == "-":
         return open_inherited(_STDOUT, "standard output", cancel, close=False)
     if spec.startswith("exec:"):
+        # Imported here, as ObjectOutput below: few archives go there.
+        from vmapipe.archiver.outputs.command import CommandOutput
+
         return CommandOutput(spec.removeprefix("exec:"), cancel=cancel)
     if match := _DESCRIPTOR.fullmatch(spec):
         number = int(match[1])
         return open_inherited(number, spec, cancel, close=number > 2)
     if is_object(spec):
-        # Imported here: few archives go there.
         from vmapipe.archiver.outputs.object import ObjectOutput
 
         return ObjectOutput(spec, cancel=cancel, emit=emit)

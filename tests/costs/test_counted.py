@@ -184,9 +184,15 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
     ("command", "not_needed"),
     [
         ("vmapipe.control.inspect", "zmq msgpack psutil zstandard asyncio vmapipe.control.job"),
-        ("vmapipe.control.backup", "psutil zstandard asyncio xxhash qemu vmapipe.restore"),
+        (
+            "vmapipe.control.backup",
+            "psutil zstandard asyncio xxhash qemu subprocess vmapipe.restore vmapipe.protocol.jobs",
+        ),
         ("vmapipe.producer.main", "psutil zstandard asyncio xxhash subprocess vmapipe.vma"),
-        ("vmapipe.archiver.main", "psutil zstandard asyncio xxhash qemu vmapipe.restore"),
+        (
+            "vmapipe.archiver.main",
+            "psutil zstandard asyncio xxhash qemu subprocess vmapipe.restore vmapipe.runtime.keys",
+        ),
         ("vmapipe.restore.checks.verify", "psutil zstandard asyncio concurrent logging qemu"),
         ("vmapipe.restore.crew.worker", "psutil zstandard asyncio xxhash subprocess qemu"),
     ],

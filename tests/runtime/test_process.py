@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -72,3 +74,37 @@ def test_the_first_reason_to_stop_counts_and_wakes_whoever_waits() -> None:
         assert caught.value.exit_code == 143
     finally:
         cancel.close()
+
+
+def leaving(work: str, stdout: str = "") -> subprocess.CompletedProcess[str]:
+    """A process that leaves after `work`, an expression."""
+    code = f"import sys, vmapipe.runtime.process as p; p.leave(lambda: {work})"
+    with open(stdout or os.devnull, "w") as target:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=target if stdout else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+
+
+@pytest.mark.parametrize(
+    ("work", "code"), [("4", 4), ("None", 0), ("sys.exit(2)", 2), ("sys.exit('no')", 1)]
+)
+def test_a_process_that_leaves_has_the_exit_code_of_its_work(work: str, code: int) -> None:
+    assert leaving(work).returncode == code
+
+
+def test_what_waits_in_stdout_is_written_before_a_process_leaves() -> None:
+    assert leaving("print('last words')").stdout == "last words\n"
+
+
+def test_who_leaves_with_words_that_could_not_be_written_has_failed() -> None:
+    assert leaving("print('last words')", "/dev/full").returncode == 1
+
+
+def test_a_defect_is_shown_whole_by_a_process_that_leaves() -> None:
+    done = leaving("1 / 0")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
