@@ -35,6 +35,8 @@ ANSWER_MARK = 10_000
 # What encryption adds to a message (RFC 26: a name, a nonce, a tag, flags; 33
 # bytes), rounded up: ZeroMQ closes a connection whose message is larger than allowed.
 _CURVE_BYTES = 64
+# As numbers: pyzmq's own flags take a microsecond each time they are combined.
+_POLLIN, _NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)
 # Messages taken in one turn, so that everything else gets its.
 TURN = 64
 # Who has connected must have proved who it is by then. Honest ones need a few
@@ -158,9 +160,9 @@ class ListeningSocket:
         """
         for _ in range(TURN):
             # Asking first is quicker than an exception for "nothing there".
-            if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            if not int(self._socket.get(zmq.EVENTS)) & _POLLIN:
                 return
-            peer, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            peer, *parts = self._socket.recv_multipart(_NOBLOCK, copy=False)
             if self._connections:
                 self._connections.heard(peer)
             client = self._gate.name_of(peer) if self._gate else ""

@@ -38,6 +38,11 @@ _CONNECT_MS = 3000
 # hangs up. So may one that ends at that moment; but not so often.
 _HANG_UPS = 3
 
+# As numbers: pyzmq's own flags take a microsecond each time they are combined.
+_POLLIN = int(zmq.POLLIN)
+_LAST = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+
 # How long a last look at a port may take that could not be reached.
 _PROBE_S = 1.0
 
@@ -108,9 +113,7 @@ class Link:
         try:
             for index, part in enumerate(parts):
                 self._socket.send(
-                    part,
-                    zmq.NOBLOCK | (zmq.SNDMORE if index < last else 0),
-                    copy=len(part) < _ZERO_COPY_BYTES,
+                    part, _MORE if index < last else _LAST, copy=len(part) < _ZERO_COPY_BYTES
                 )
         except zmq.Again:
             # libzmq has given the connection up for good: `wait` may tell why.
@@ -119,9 +122,9 @@ class Link:
     def receive(self) -> list[bytes] | None:
         """One message, or None when there is none."""
         # Asking first is quicker than an exception for "nothing there".
-        if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        if not int(self._socket.get(zmq.EVENTS)) & _POLLIN:
             return None
-        return self._socket.recv_multipart(zmq.NOBLOCK)
+        return self._socket.recv_multipart(_LAST)
 
     def reconnect(self) -> None:
         """A new connection; what was not sent yet over the old one is never sent."""

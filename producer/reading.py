@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a piece of a file in two halves at the same time, by this thread and a helper."""
+"""Reads a piece of a file: what the page cache has at once, the rest in two halves at the same time."""
 
 from __future__ import annotations
 
@@ -32,12 +32,16 @@ class ReadFailed(Exception):
 class PairReader:
     """Fills buffers from a descriptor, which it does not own.
 
-    One core copies out of the page cache at half of what the memory can give,
-    and a disk likes to have two requests. With one core there is no helper.
+    A disk likes to have two requests, so that a helper reads the second half of
+    what has to come from there. What is in the page cache is copied by this thread
+    alone: two cores copy hardly faster than one, and wait for each other.
+    With one core there is no helper.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        #: Whether the file's system can tell what would have to be waited for.
+        self._tells = True
         self._todo: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
         self._done: SimpleQueue[Exception | None] = SimpleQueue()
         self._helper: threading.Thread | None = None
@@ -45,9 +49,26 @@ class PairReader:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Raises ReadFailed, ShortRead: the first in the file's order."""
+        if not self._alone and self._tells:
+            cached = self._read_cached(buffer, offset)
+            buffer, offset = buffer[cached:], offset + cached
         if self._alone or len(buffer) < _WORTH_BYTES:
             _fill(self._fd, buffer, offset)
-            return
+        else:
+            self._read_halves(buffer, offset)
+
+    def _read_cached(self, buffer: memoryview, offset: int) -> int:
+        """As many bytes as come without waiting for the disk."""
+        try:
+            return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            # Not every file system can; one that cannot read at all says so below.
+            self._tells = False
+            return 0
+
+    def _read_halves(self, buffer: memoryview, offset: int) -> None:
         if self._helper is None:
             # A daemon: a read that hangs must not keep the process from ending.
             self._helper = threading.Thread(target=self._help, name="reader", daemon=True)

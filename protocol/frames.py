@@ -51,6 +51,15 @@ _TYPES: dict[str, type[Control]] = {
         *(Resume, Resumed, Bye),
     )
 }
+# Of each message: its fields, what each must pass, and whether it must be there.
+# Made once: with each extent a GRANT is written and read.
+_FIELDS = {
+    kind: [
+        (field.name, check_of(kind, field.name), field.default is dataclasses.MISSING)
+        for field in dataclasses.fields(cls)
+    ]
+    for kind, cls in _TYPES.items()
+}
 _NOTHING = memoryview(b"")
 # Cluster number, position, mask.
 _SCATTERED = struct.Struct(">IQH")
@@ -59,9 +68,10 @@ _SCATTERED = struct.Struct(">IQH")
 def encode_control(message: Control) -> list[Part]:
     """Raises LocalProtocolError for what the peer would refuse."""
     kind = type(message).__name__.upper()
-    fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
-    for name, item in fields.items():
-        if not check_of(kind, name)(item):
+    fields = {}
+    for name, check, _ in _FIELDS[kind]:
+        fields[name] = item = getattr(message, name)
+        if not check(item):
             raise LocalProtocolError(f"{kind}: {name} cannot be {item!r:.100}")
     return [msgpack.packb([kind, fields])]
 
@@ -159,14 +169,13 @@ def _decode_control(part: Part) -> Control:
             "version", f"version {version} is not spoken here, {limits.VERSION} is"
         )
     known: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if field.name in value[1]:
-            known[field.name] = value[1][field.name]
-        elif field.default is dataclasses.MISSING:
-            raise RemoteProtocolError("malformed", f"{value[0]} without {field.name!r}")
-    for name, item in known.items():
-        if not check_of(value[0], name)(item):
-            raise RemoteProtocolError("malformed", f"{value[0]}: {name!r} makes no sense")
+    for name, check, is_needed in _FIELDS[value[0]]:
+        if name in value[1]:
+            known[name] = value[1][name]
+            if not check(known[name]):
+                raise RemoteProtocolError("malformed", f"{value[0]}: {name!r} makes no sense")
+        elif is_needed:
+            raise RemoteProtocolError("malformed", f"{value[0]} without {name!r}")
     return kind(**known)
 
 
