@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import zstandard
 
 from vmapipe.archiver.compression import MAX_LEVEL, Compression
+from vmapipe.archiver.outputs.around import OutputAround
 from vmapipe.archiver.outputs.errors import OutputFailure
 from vmapipe.archiver.outputs.output import Buffers, Output
 from vmapipe.runtime.errors import UsageError
@@ -31,7 +32,7 @@ FRAME_BYTES = 3 << 20
 _SPARE_FRAMES = 2
 
 
-class ZstdOutput:
+class ZstdOutput(OutputAround):
     """Compresses into another output.
 
     Each write must bring whole extents (or the header): frames are cut between
@@ -44,7 +45,7 @@ class ZstdOutput:
             raise UsageError(f"zstd levels are 1 to {MAX_LEVEL}, not {compression.level}")
         if compression.threads < 1:
             raise UsageError("compression needs at least one thread")
-        self._inner = inner
+        super().__init__(inner)
         self._level = compression.level
         self._limit = compression.threads + _SPARE_FRAMES
         self._plain = bytearray()
@@ -53,18 +54,6 @@ class ZstdOutput:
         self._thread = threading.local()
         self._over = False
         self._pool = ThreadPoolExecutor(compression.threads, "zstd")
-
-    @property
-    def description(self) -> str:
-        return self._inner.description
-
-    @property
-    def is_stream(self) -> bool:
-        return self._inner.is_stream
-
-    @property
-    def written_bytes(self) -> int:
-        return self._inner.written_bytes
 
     def write(self, buffers: Buffers) -> None:
         self._check()

@@ -14,6 +14,7 @@ from typing import Any
 from xxhash import xxh3_128
 
 from vmapipe.archiver.manifests import ManifestSink
+from vmapipe.archiver.outputs.around import OutputAround
 from vmapipe.archiver.outputs.output import Buffers, Output
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES
@@ -130,7 +131,7 @@ class _DeviceDigest:
         )
 
 
-class DigestedOutput:
+class DigestedOutput(OutputAround):
     """Lets `digests` see the bytes that an output gets, and commits the manifest first.
 
     An archive under its final name then has its manifest beside it. What a
@@ -139,22 +140,10 @@ class DigestedOutput:
     """
 
     def __init__(self, inner: Output, digests: Digests) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._digests = digests
         self._committing = threading.Lock()
         self._committed = False
-
-    @property
-    def description(self) -> str:
-        return self._inner.description
-
-    @property
-    def is_stream(self) -> bool:
-        return self._inner.is_stream
-
-    @property
-    def written_bytes(self) -> int:
-        return self._inner.written_bytes
 
     def write(self, buffers: Buffers) -> None:
         self._digests.stored(buffers)

@@ -76,6 +76,14 @@ def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield path
 
 
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An empty folder for the archive, or the disks: whatever is in it at the end was left there."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the reference tool's archives, unpacked. Read them only."""

@@ -23,6 +23,10 @@ VMA = (sys.executable, "-P", "-m", "vmapipe.control.vma_tool")
 LIMIT_S = 90.0
 
 
+# The fixture of that name, in conftest.py.
+Need = Callable[..., list[str]]
+
+
 def make_disk(path: Path, pattern: str, tail_bytes: int = 65536, seed: int = 1) -> Path:
     """A disk image, a letter a cluster: `A` random, `0` zeroes, `h` a hole, `p` one block.
 

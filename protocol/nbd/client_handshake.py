@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from typing import NoReturn
 
 from vmapipe.protocol.errors import LocalProtocolError
@@ -40,11 +39,10 @@ from vmapipe.protocol.nbd.constants import (
     OPTION_NAMES,
     REP_MAGIC,
     ZEROES_BYTES,
-    Bytes,
 )
 from vmapipe.protocol.nbd.errors import NbdProtocolError, NbdRefusedError
 from vmapipe.protocol.nbd.export import Export, ListedExport, string_fault
-from vmapipe.protocol.nbd.intake import Intake
+from vmapipe.protocol.nbd.handshake import Handshake
 from vmapipe.protocol.nbd.limits import MAX_ANSWERS_BYTES, MAX_OPTION_REPLY_BYTES
 from vmapipe.protocol.nbd.option import (
     CLIENT_FLAGS,
@@ -77,7 +75,7 @@ class Goal(enum.Enum):
     LIST = NBD_OPT_LIST
 
 
-class NbdClientHandshake:
+class NbdClientHandshake(Handshake):
     """While `wanted_bytes`, feed what comes and send what `feed` returns.
 
     Then, according to the goal: `session` is there and the transmission phase
@@ -100,12 +98,10 @@ class NbdClientHandshake:
         fault = string_fault(name)
         if fault:
             raise LocalProtocolError(fault)
-        self.session: Session | None = None
+        super().__init__(GREETING.size, self._take_greeting)
         self.export: Export | None = None
         self.listed: list[ListedExport] = []
         self.offered_contexts: tuple[str, ...] = ()
-        #: What was fed beyond the handshake's end: the beginning of the transmission phase.
-        self.unread = b""
         self._name = name
         self._goal = goal
         self._ask_structured = structured and goal is not Goal.LIST
@@ -116,38 +112,6 @@ class NbdClientHandshake:
         self._option = 0
         self._reply_type = 0
         self._answers_bytes = 0
-        self._intake = Intake(GREETING.size)
-        # Takes the structure that is complete and returns what to send; None: the end.
-        self._next: Callable[[bytes], bytes] | None = self._take_greeting
-
-    @property
-    def wanted_bytes(self) -> int:
-        """So many bytes at least are still the handshake's; 0: it is over."""
-        return self._intake.missing_bytes if self._next is not None else 0
-
-    def feed(self, data: Bytes) -> bytes:
-        """Take bytes as they come, cut anywhere; returns what is to be sent.
-
-        More than `wanted_bytes` is no loss: see `unread`. Raises
-        NbdProtocolError and NbdRefusedError.
-        """
-        if self._next is None:
-            raise LocalProtocolError("the handshake is over")
-        rest = memoryview(data)
-        out = []
-        try:
-            while self._next is not None:
-                rest = self._intake.add(rest)
-                if self._intake.missing_bytes:
-                    break
-                out.append(self._next(self._intake.take()))
-        except (NbdProtocolError, NbdRefusedError) as error:
-            self._next = None
-            error.unsent = b"".join(out) + error.unsent
-            raise
-        if self.session:
-            self.unread = bytes(rest)
-        return b"".join(out)
 
     def eof(self) -> NoReturn:
         """The server has closed the connection while `wanted_bytes`: raises what that means."""

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from vmapipe.protocol.errors import LocalProtocolError
 from vmapipe.protocol.nbd.constants import (
     IHAVEOPT,
     INIT_PASSWD,
@@ -23,11 +22,10 @@ from vmapipe.protocol.nbd.constants import (
     NBD_REP_ERR_SHUTDOWN,
     NBD_REP_ERR_TOO_BIG,
     NBD_REP_ERR_UNSUP,
-    Bytes,
 )
 from vmapipe.protocol.nbd.errors import NbdProtocolError
 from vmapipe.protocol.nbd.export import Export
-from vmapipe.protocol.nbd.intake import Intake
+from vmapipe.protocol.nbd.handshake import Handshake
 from vmapipe.protocol.nbd.limits import (
     MAX_OPTION_BYTES,
     MAX_OPTIONS,
@@ -42,12 +40,11 @@ from vmapipe.protocol.nbd.option import (
     encode_option_reply,
 )
 from vmapipe.protocol.nbd.server_options import ServerOptions
-from vmapipe.protocol.nbd.session import Session
 
 _WITHOUT_DATA = frozenset({NBD_OPT_LIST, NBD_OPT_STARTTLS, NBD_OPT_STRUCTURED_REPLY})
 
 
-class NbdServerHandshake:
+class NbdServerHandshake(Handshake):
     """Send `greeting()`; then, while `wanted_bytes`, feed what comes and send what `feed` returns.
 
     After that either `session` is there and the transmission phase has begun,
@@ -62,9 +59,7 @@ class NbdServerHandshake:
     def __init__(
         self, exports: Iterable[Export], *, structured: bool = True, listable: bool = True
     ) -> None:
-        self.session: Session | None = None
-        #: What was fed beyond the handshake's end: the beginning of the transmission phase.
-        self.unread = b""
+        super().__init__(CLIENT_FLAGS.size, self._take_client_flags)
         #: While true, every option but NBD_OPT_ABORT is answered NBD_REP_ERR_SHUTDOWN.
         self.shutting_down = False
         self._options = ServerOptions(exports, structured=structured, listable=listable)
@@ -73,42 +68,11 @@ class NbdServerHandshake:
         self._option_count = 0
         # What is wrong with the option, as far as its header tells.
         self._fault: OptionFault | None = None
-        self._intake = Intake(CLIENT_FLAGS.size)
-        # Takes the structure that is complete and returns what to send; None: the end.
-        self._next: Callable[[bytes], bytes] | None = self._take_client_flags
-
-    @property
-    def wanted_bytes(self) -> int:
-        """So many bytes at least are still the handshake's; 0: it is over."""
-        return self._intake.missing_bytes if self._next is not None else 0
 
     def greeting(self) -> bytes:
         """The server speaks first."""
         flags = NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES
         return GREETING.pack(INIT_PASSWD, IHAVEOPT, flags)
-
-    def feed(self, data: Bytes) -> bytes:
-        """Take bytes as they come, cut anywhere; returns what is to be sent.
-
-        More than `wanted_bytes` is no loss: see `unread`. Raises NbdProtocolError.
-        """
-        if self._next is None:
-            raise LocalProtocolError("the handshake is over")
-        rest = memoryview(data)
-        out = []
-        try:
-            while self._next is not None:
-                rest = self._intake.add(rest)
-                if self._intake.missing_bytes:
-                    break
-                out.append(self._next(self._intake.take()))
-        except NbdProtocolError as error:
-            self._next = None
-            error.unsent = b"".join(out)
-            raise
-        if self.session:
-            self.unread = bytes(rest)
-        return b"".join(out)
 
     def _take_client_flags(self, raw: bytes) -> bytes:
         (flags,) = CLIENT_FLAGS.unpack(raw)

@@ -8,15 +8,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.machine import LIMIT_S, VMAPIPE, bad, good, make_disk, run, sha256, started
+from tests.machine import LIMIT_S, VMAPIPE, Need, bad, good, make_disk, run, sha256, started
 from tests.vma.archives import disk_image, read_whole, scan
-
-Need = Callable[..., list[str]]
 
 # A letter a cluster (tests/machine.py), and the bytes of the last one.
 SHAPES = {

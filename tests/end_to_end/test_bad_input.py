@@ -18,13 +18,6 @@ def disk(tmp_path: Path) -> Path:
     return make_disk(tmp_path / "disk.raw", "Ap0")
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder
-
-
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
     "missing disk": (lambda d: ["--disk", "a=/nonexistent"], 1, "disk 'a': cannot open /nonexist"),
     "a folder": (lambda d: ["--disk", f"a={d.parent}"], 1, "is a folder"),

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.machine import LIMIT_S, VMA, bad, good, listens, make_disk, run, sha256
-
-Need = Callable[..., list[str]]
+from tests.machine import LIMIT_S, VMA, Need, bad, good, listens, make_disk, run, sha256
 
 
 @pytest.fixture

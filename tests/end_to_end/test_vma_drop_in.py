@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden_archives import GoldenItem
-from tests.machine import LIMIT_S, VMA, bad, good, make_disk, run, sha256
-
-Need = Callable[..., list[str]]
+from tests.machine import LIMIT_S, VMA, Need, bad, good, make_disk, run, sha256
 
 
 def vma(*words: str | Path, **more: object) -> str:

@@ -23,14 +23,6 @@ def disk(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
-    """An empty folder for the archive: whatever is in it at the end was left there."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def temporary(tmp_path: Path) -> Path:
     """Where the job puts its sockets."""
     folder = tmp_path / "t"

@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ import pytest
 from tests.conftest import absent
 from tests.guard.guest import Kernel, booted, find_kernel, make_initramfs, virtio_disk
 from tests.guard.serving import Served, serving
-from tests.machine import LIMIT_S, children, good, make_disk, next_event, sha256, started
+from tests.machine import LIMIT_S, Need, children, good, make_disk, next_event, sha256, started
 
-Need = Callable[..., list[str]]
 MIB = 1 << 20
 CLUSTER = 65536
 # 16 MiB and a block, a mixture of all that a disk can be: 257 clusters, the last one short.

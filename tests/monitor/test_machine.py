@@ -6,18 +6,17 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.machine import LIMIT_S, VMAPIPE, children, good, make_disk, next_event, sha256
+from tests.machine import LIMIT_S, VMAPIPE, Need, children, good, make_disk, next_event, sha256
 from tests.monitor.foreign import Foreign, Refused, connected
 from tests.qemu.storage_daemon import StorageDaemon, storage_daemon, wait_for_socket
 
-Need = Callable[..., list[str]]
 CLUSTER = 65536
 MIB = 1 << 20
 

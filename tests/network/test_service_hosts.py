@@ -7,17 +7,16 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.machine import LIMIT_S, VMAPIPE, end_of, good, make_disk, next_event, sha256
+from tests.machine import LIMIT_S, VMAPIPE, Need, end_of, good, make_disk, next_event, sha256
 from tests.network.hosts import ARCHIVER_ADDRESS, Hosts, two_hosts
 from tests.service.serving import make_keys
 
-Need = Callable[..., list[str]]
 Process = subprocess.Popen[bytes]
 
 

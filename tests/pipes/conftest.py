@@ -10,13 +10,13 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-Need = Callable[..., list[str]]
+from tests.machine import Need
 
 # It takes a tenth of a second; a loaded machine may take long.
 _START_S = 30.0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,6 +15,7 @@ import pytest
 from tests.machine import (
     LIMIT_S,
     VMAPIPE,
+    Need,
     bad,
     good,
     make_disk,
@@ -22,7 +23,6 @@ from tests.machine import (
 )
 from tests.pipes.conftest import Far
 
-Need = Callable[..., list[str]]
 # Incompressible, more than ssh and all pipes together hold: 24 MiB.
 PATTERN = "A" * 384 + "h0p"
 

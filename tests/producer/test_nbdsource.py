@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.machine import LIMIT_S, listens, make_disk
+from tests.machine import LIMIT_S, Need, listens, make_disk
 from vmapipe.producer.nbdsource import HowToRead, ImageSource, NbdSource
 from vmapipe.producer.source import Segment, SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
-Need = Callable[..., list[str]]
 CLUSTER = 65536
 
 

@@ -8,13 +8,13 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.machine import listens
+from tests.machine import Need, listens
 from tests.protocol_nbd.client import Client, explore
 from tests.protocol_nbd.disk import ALL_FLAGS, Disk, export_of
 from tests.protocol_nbd.server import DiskServer
@@ -23,7 +23,6 @@ from vmapipe.protocol.nbd.client_handshake import Goal
 from vmapipe.protocol.nbd.errors import NbdRefusedError
 from vmapipe.protocol.nbd.export import Export
 
-Need = Callable[..., list[str]]
 SIZE = (8 << 20) + 512  # not a multiple of anything large
 CLUSTER = 64 << 10
 

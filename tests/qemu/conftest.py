@@ -11,9 +11,10 @@ import pytest
 
 from tests.conftest import absent
 from tests.guard.guest import Kernel, find_kernel
+from tests.machine import Need
 from tests.qemu.daemon_backup import SIZES
 from tests.qemu.hammer import CLUSTER
-from tests.qemu.running_guest import Need, RunningGuest, make_images, running_guest
+from tests.qemu.running_guest import RunningGuest, make_images, running_guest
 from tests.qemu.storage_daemon import StorageDaemon, storage_daemon
 from vmapipe.runtime.cancel import Cancel
 
@@ -68,13 +69,6 @@ def daemon(need: Need, tmp_path: Path, contents: dict[str, bytes]) -> Iterator[S
         images[name].write_bytes(content)
     with storage_daemon(tmp_path, **images) as machine:
         yield machine
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tests.guard.guest import SCSI_MODULES, Guest, Kernel, booted, make_initramfs
+from tests.machine import Need
 from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.qmp import Command
 
-Need = Callable[..., list[str]]
 SYSTEM_BYTES = 48 << 20
 # QEMU sees whole sectors: the last one is padded with zeroes.
 COUNTER_BYTES, COUNTER_SECTORS = (8 << 20) + 700, (8 << 11) + 2

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.machine import LIMIT_S, children, end_of, good, next_event, sha256, started
-from tests.qemu.running_guest import COUNTER_SECTORS, Need, RunningGuest, is_clean
+from tests.machine import LIMIT_S, Need, children, end_of, good, next_event, sha256, started
+from tests.qemu.running_guest import COUNTER_SECTORS, RunningGuest, is_clean
 
 
 def copy_of(need: Need, image: Path, target: Path) -> Path:

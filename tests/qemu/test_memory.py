@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from tests.guard.guest import Kernel
-from tests.machine import LIMIT_S, bad, children, end_of, good, next_event, started
-from tests.qemu.running_guest import Need, RunningGuest, is_clean, make_images, running_guest
+from tests.machine import LIMIT_S, Need, bad, children, end_of, good, next_event, started
+from tests.qemu.running_guest import RunningGuest, is_clean, make_images, running_guest
 from vmapipe.control.qemu.leftovers import unblock
 
 

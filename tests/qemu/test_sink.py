@@ -9,17 +9,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.machine import LIMIT_S, good
+from tests.machine import LIMIT_S, Need, good
 from tests.protocol_nbd.client import Client
 from tests.qemu.sinks import sink
 from vmapipe.protocol.nbd import constants as c
 
-Need = Callable[..., list[str]]
 CLUSTER = 65536
 SIZE = 90 * CLUSTER + 512
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.machine import LIMIT_S, good, started
+from tests.machine import LIMIT_S, Need, good, started
 from tests.qemu.hammer import CLUSTER, Hammer
-from tests.qemu.running_guest import Need, RunningGuest
+from tests.qemu.running_guest import RunningGuest
 from tests.qemu.storage_daemon import storage_daemon
 
 pytestmark = pytest.mark.soak

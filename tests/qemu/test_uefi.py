@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import absent
 from tests.guard.guest import EFI_MODULES, Kernel
-from tests.machine import end_of, good, next_event, started
-from tests.qemu.running_guest import OBEY, Extra, Need, make_images, running_guest
+from tests.machine import Need, end_of, good, next_event, started
+from tests.qemu.running_guest import OBEY, Extra, make_images, running_guest
 
 _OVMF = Path("/usr/share/OVMF")
 # A vendor's own: firmware keeps it and does nothing with it.

@@ -130,3 +130,8 @@ def lzop(program: str, raw: bytes) -> bytes:
 
 def is_root() -> bool:
     return os.geteuid() == 0
+
+
+def flipped(raw: bytes, at: int) -> bytes:
+    """One bit of a byte is another one."""
+    return raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :]

@@ -14,6 +14,7 @@ from tests.restore.support import (
     DISK,
     DISKS,
     contents,
+    flipped,
     frames_with_table,
     members,
     one_frame,
@@ -39,10 +40,6 @@ from vmapipe.vma.errors import (
 
 RAW = archive(DISKS, CONFIGS, slots=4)
 EXTENTS = extents_of(RAW)
-
-
-def flipped(raw: bytes, at: int) -> bytes:
-    return raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :]
 
 
 def clusters(*numbers: int) -> list[ClusterAt]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import resource
 import signal
@@ -14,12 +13,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from tests.archives import archive, extents_of
+from tests.machine import next_event
 from tests.restore.support import CHANCE, a_cancel, contents, is_root, restored
 from vmapipe.restore.errors import TargetError
 from vmapipe.restore.plan import Kind, Plan, TargetSpec, plan_folder
@@ -34,13 +33,6 @@ LIMIT_S = 30.0
 DISK = CHANCE.randbytes(40 * CLUSTER_BYTES)
 RAW = archive({"d": DISK}, slots=4)
 HALF = extents_of(RAW)[5].offset
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder
 
 
 @contextmanager
@@ -130,15 +122,6 @@ def program(source: Path, out: Path, way: str, temp: Path) -> Iterator[subproces
     finally:
         process.kill()
         process.communicate()
-
-
-def next_event(process: subprocess.Popen[bytes], name: str) -> dict[str, Any]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        event: dict[str, Any] = json.loads(line)
-        if event["event"] == name:
-            return event
-    raise AssertionError(f"no event {name!r}")
 
 
 @pytest.mark.parametrize("way", ["unnamed", "partial"])

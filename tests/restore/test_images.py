@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.machine import LIMIT_S, bad, good, make_disk, next_event, started
-
-Need = Callable[..., list[str]]
+from tests.machine import LIMIT_S, Need, bad, good, make_disk, next_event, started
 
 
 @pytest.fixture

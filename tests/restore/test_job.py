@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.archives import archive, in_order, manifest
 from tests.golden_archives import GoldenItem
+from tests.machine import Need
 from tests.restore.support import (
     CHANCE,
     CONFIGS,
@@ -23,7 +23,6 @@ from tests.restore.support import (
     contents,
     expected_files,
     frames_with_table,
-    is_root,
     lzop,
     members,
     one_frame,
@@ -37,7 +36,6 @@ from vmapipe.restore.plan import Kind, Plan, TargetSpec, plan_folder
 from vmapipe.runtime.events import Event
 from vmapipe.vma.layout import CLUSTER_BYTES
 
-Need = Callable[..., list[str]]
 RAW = archive(DISKS, CONFIGS)
 MIB = 1 << 20
 
@@ -47,13 +45,6 @@ def vma(tmp_path: Path) -> Path:
     path = tmp_path / "vm.vma"
     path.write_bytes(RAW)
     return path
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder
 
 
 def check_items(folder: Path, items: list[GoldenItem]) -> None:
@@ -151,21 +142,6 @@ def test_a_target_that_reads_as_zero_already_is_spared_the_zeroes(
     # Garbage shows where nothing was written: two zero clusters, say.
     assert found[3 * CLUSTER_BYTES : 5 * CLUSTER_BYTES] == b"\xaa" * (2 * CLUSTER_BYTES)
     assert found[: 3 * CLUSTER_BYTES] == DISK[: 3 * CLUSTER_BYTES]
-
-
-@pytest.fixture
-def loop(tmp_path: Path, need: Need) -> Iterator[str]:
-    """A block device of 16 MiB full of garbage."""
-    if not is_root():
-        pytest.skip("making a loop device needs root")
-    (losetup,) = need("losetup")
-    image = tmp_path / "loop.img"
-    image.write_bytes(b"\xaa" * (16 * MIB))
-    done = subprocess.run(
-        [losetup, "--find", "--show", image], capture_output=True, check=True, text=True
-    )
-    yield done.stdout.strip()
-    subprocess.run([losetup, "--detach", done.stdout.strip()], check=True)
 
 
 def test_a_block_device_full_of_garbage_becomes_the_disk(loop: str, vma: Path) -> None:

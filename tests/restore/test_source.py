@@ -14,6 +14,7 @@ import pytest
 import zstandard
 
 from tests.archives import archive
+from tests.machine import Need
 from tests.restore.support import (
     CONFIGS,
     DISKS,
@@ -32,7 +33,6 @@ from vmapipe.runtime.errors import Cancelled, UsageError
 from vmapipe.vma.seektable import Frame, encode_seek_table
 
 RAW = archive(DISKS, CONFIGS)
-Need = Callable[..., list[str]]
 
 STORED = {
     "none": RAW,

@@ -6,12 +6,11 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.restore.support import is_root
+from tests.machine import Need
 from vmapipe.restore.errors import RestoreError, TargetError
 from vmapipe.restore.targets import targets
 from vmapipe.restore.targets.configs import publish_all, write_configs
@@ -19,7 +18,6 @@ from vmapipe.restore.targets.targets import ExistingTarget, NewFile
 from vmapipe.vma.errors import HeaderError
 from vmapipe.vma.header import Config, Header
 
-Need = Callable[..., list[str]]
 MIB = 1 << 20
 
 
@@ -162,21 +160,6 @@ def test_a_file_that_may_not_be_written_is_refused() -> None:
     # Not even root may write to a program that runs.
     with pytest.raises(TargetError, match=r"cannot write to .*: Text file busy"):
         ExistingTarget(os.path.realpath("/proc/self/exe"), "d", 512)
-
-
-@pytest.fixture
-def loop(tmp_path: Path, need: Need) -> Iterator[str]:
-    """A block device of 16 MiB full of garbage."""
-    if not is_root():
-        pytest.skip("making a loop device needs root")
-    (losetup,) = need("losetup")
-    image = tmp_path / "loop.img"
-    image.write_bytes(b"\xaa" * (16 * MIB))
-    done = subprocess.run(
-        [losetup, "--find", "--show", image], capture_output=True, check=True, text=True
-    )
-    yield done.stdout.strip()
-    subprocess.run([losetup, "--detach", done.stdout.strip()], check=True)
 
 
 def test_a_block_device_that_is_in_use_is_refused(loop: str) -> None:

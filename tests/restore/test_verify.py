@@ -23,6 +23,7 @@ from tests.restore.support import (
     DISKS,
     STATE,
     a_cancel,
+    flipped,
     frames_with_table,
     members,
     one_frame,
@@ -38,10 +39,6 @@ from vmapipe.vma.layout import CLUSTER_BYTES
 RAW = archive(DISKS, CONFIGS, slots=2)
 EXTENTS = extents_of(RAW)
 MIB = 1 << 20
-
-
-def flipped(raw: bytes, at: int) -> bytes:
-    return raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :]
 
 
 def report_of(

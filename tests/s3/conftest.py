@@ -6,15 +6,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.machine import Need
 from tests.s3.proxy import FaultyProxy, proxy_to
 from tests.s3.server import BUCKET, S3Server, environment_for, running
-
-Need = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="package")

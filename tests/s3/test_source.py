@@ -6,12 +6,12 @@ from __future__ import annotations
 import random
 import re
 import threading
-from collections.abc import Callable
 
 import pytest
 
 from tests.archiver.targets import LIMIT_S, in_thread
 from tests.archives import archive
+from tests.machine import Need
 from tests.restore.support import (
     CONFIGS,
     DISKS,
@@ -37,7 +37,6 @@ KEY = "a/vm.vma"
 RAW = archive(DISKS, CONFIGS)
 # Several ranges of 8 MiB.
 LONG = random.Random(6).randbytes((20 << 20) + 77)
-Need = Callable[..., list[str]]
 
 STORED = {
     "none": RAW,

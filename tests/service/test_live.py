@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.guard.serving import serving as monitoring
-from tests.machine import end_of, good, make_disk, next_event, sha256, started
+from tests.machine import Need, end_of, good, make_disk, next_event, sha256, started
 from tests.qemu.storage_daemon import storage_daemon
 from tests.service.serving import serving
-
-Need = Callable[..., list[str]]
 
 
 @pytest.mark.parametrize("speed", ["0", "8M"])
