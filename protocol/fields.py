@@ -13,19 +13,23 @@ def is_uint(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64
 
 
-def _is_uuid(value: object) -> bool:
+def is_uuid(value: object) -> bool:
     return isinstance(value, bytes) and len(value) == limits.UUID_BYTES
 
 
-def _is_session(value: object) -> bool:
-    return value == b"" or _is_uuid(value)
+def is_uuid_or_empty(value: object) -> bool:
+    return value == b"" or is_uuid(value)
 
 
-def _is_reason(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= limits.MAX_REASON_CHARS and _is_text(value)
+def is_text(value: object) -> bool:
+    return (
+        isinstance(value, str)
+        and len(value) <= limits.MAX_REASON_CHARS
+        and _has_no_surrogates(value)
+    )
 
 
-def _is_name(value: object) -> bool:
+def is_name(value: object) -> bool:
     return (
         isinstance(value, str)
         and bool(value)
@@ -38,7 +42,7 @@ def is_dev_id(value: object) -> bool:
     return is_uint(value) and 1 <= value <= limits.MAX_DEV_ID
 
 
-def _is_heartbeat(value: object) -> bool:
+def is_heartbeat(value: object) -> bool:
     return is_uint(value) and 1 <= value <= limits.MAX_HEARTBEAT_S
 
 
@@ -46,12 +50,12 @@ def _is_reconnect(value: object) -> bool:
     return is_uint(value) and value <= limits.MAX_RECONNECT_S
 
 
-def _is_text(value: str) -> bool:
+def _has_no_surrogates(value: str) -> bool:
     # What comes out of msgpack always is; a file's name need not be.
     return not any("\ud800" <= char <= "\udfff" for char in value)
 
 
-def _is_flag(value: object) -> bool:
+def is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
@@ -63,28 +67,28 @@ def check_of(kind: str, name: str) -> Callable[[object], bool]:
 # By key, or where one key means two things, by message and key.
 _CHECKS: dict[str, Callable[[object], bool]] = {
     "version": is_uint,
-    "job": _is_uuid,
-    "device": _is_name,
+    "job": is_uuid,
+    "device": is_name,
     "size": is_uint,
-    "program": _is_reason,
-    "HELLO.shared": _is_reason,
-    "WELCOME.shared": _is_flag,
-    "scattered": _is_flag,
-    "HELLO.session": _is_session,
-    "session": _is_uuid,
+    "program": is_text,
+    "HELLO.shared": is_text,
+    "WELCOME.shared": is_flag,
+    "scattered": is_flag,
+    "HELLO.session": is_uuid_or_empty,
+    "session": is_uuid,
     "reconnect_s": _is_reconnect,
     "attempt": is_uint,
     "received": is_uint,
-    "ended": _is_flag,
+    "ended": is_flag,
     "dev_id": is_dev_id,
     "credit": is_uint,
     "frame_bytes": is_uint,
-    "heartbeat_s": _is_heartbeat,
+    "heartbeat_s": is_heartbeat,
     "limit": is_uint,
     "acked": is_uint,
     "frames": is_uint,
     "clusters": is_uint,
-    "uuid": _is_uuid,
-    "code": _is_reason,
-    "reason": _is_reason,
+    "uuid": is_uuid,
+    "code": is_text,
+    "reason": is_text,
 }

@@ -9,22 +9,20 @@ same conversation when its connection is made anew.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
+from vmapipe.protocol.fields import is_uint
 from vmapipe.protocol.frames import Part, pack, unpack
+from vmapipe.protocol.jobfields import CHECKS, MAX_JOB_ITEMS
 
 # Names, and some configurations: Proxmox VE's have a few KiB each.
 MAX_OPEN_BYTES = 1 << 20
-# Devices, configs, or numbers of devices; the archive format has at most 255 of each.
-MAX_JOB_ITEMS = 256
 # A file's name has 255 bytes, and .manifest.json.partial (22) may follow it.
 MAX_ARCHIVE_NAME_BYTES = 200
-# What one configuration may have in an archive.
-MAX_CONFIG_BYTES = 65535
 # A service tells its progress in one part: 256 times two numbers of 9 bytes, and names.
 MAX_TOLD_BYTES = 65536
 
@@ -147,7 +145,7 @@ def encode(message: FromCoordinator | FromService) -> list[Part]:
     name = wire_name(type(message))
     fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
     for key, item in fields.items():
-        if not _CHECKS[key](item):
+        if not CHECKS[key](item):
             raise LocalProtocolError(f"{name}: {key} cannot be {item!r:.100}")
     raw = pack([name, fields])
     if len(raw) > _most_bytes(name):
@@ -194,7 +192,7 @@ def _most_bytes(name: str) -> int:
 def _read(kind: type[Any], name: str, fields: Mapping[str, Any]) -> Any:
     # First of all: another version may have other keys beside this one.
     version = fields.get("version") if name in ("OPEN", "OPENED") else None
-    if _is_uint(version) and version != limits.VERSION:
+    if is_uint(version) and version != limits.VERSION:
         raise RemoteProtocolError(
             "version", f"version {version} is not spoken here, {limits.VERSION} is"
         )
@@ -205,7 +203,7 @@ def _read(kind: type[Any], name: str, fields: Mapping[str, Any]) -> Any:
         elif field.default is dataclasses.MISSING:
             raise RemoteProtocolError("malformed", f"{name} without {field.name!r}")
     for key, item in known.items():
-        if not _CHECKS[key](item):
+        if not CHECKS[key](item):
             raise RemoteProtocolError("malformed", f"{name}: {key!r} makes no sense")
     return kind(**known)
 
@@ -232,80 +230,3 @@ def archive_name_fault(name: str) -> str:
     if name.endswith((".partial", ".manifest.json")):
         return "it ends like a partial file or a manifest"
     return ""
-
-
-def _is_uint(item: object) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 64
-
-
-def _are_uints(item: object) -> bool:
-    return isinstance(item, tuple) and len(item) <= MAX_JOB_ITEMS and all(map(_is_uint, item))
-
-
-def _is_text(item: object) -> bool:
-    return (
-        isinstance(item, str)
-        and len(item) <= limits.MAX_REASON_CHARS
-        and not any("\ud800" <= char <= "\udfff" for char in item)
-    )
-
-
-def _is_name(item: object) -> bool:
-    return (
-        isinstance(item, str)
-        and bool(item)
-        and item.isprintable()
-        and len(item.encode()) <= limits.MAX_NAME_BYTES
-    )
-
-
-def _are_names(item: object) -> bool:
-    return isinstance(item, tuple) and len(item) <= MAX_JOB_ITEMS and all(map(_is_name, item))
-
-
-def _are_configs(item: object) -> bool:
-    return (
-        isinstance(item, tuple)
-        and len(item) <= MAX_JOB_ITEMS
-        and all(isinstance(part, tuple) and len(part) == 2 for part in item)
-        and all(_is_name(name) and "/" not in name for name, _ in item)
-        and all(isinstance(data, bytes) and len(data) <= MAX_CONFIG_BYTES for _, data in item)
-    )
-
-
-def _is_uuid(item: object) -> bool:
-    return isinstance(item, bytes) and len(item) == limits.UUID_BYTES
-
-
-def _is_flag(item: object) -> bool:
-    return isinstance(item, bool)
-
-
-def _is_heartbeat(item: object) -> bool:
-    return (
-        isinstance(item, int) and not isinstance(item, bool) and 1 <= item <= limits.MAX_HEARTBEAT_S
-    )
-
-
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "version": _is_uint,
-    "job": _is_uuid,
-    # What a service thinks of the name, it says in words: `archive_name_fault`.
-    "name": _is_text,
-    "devices": _are_names,
-    "configs": _are_configs,
-    "compress": _is_text,
-    "manifest": _is_flag,
-    "uuid": lambda item: item == b"" or _is_uuid(item),
-    "program": _is_text,
-    "reason": _is_text,
-    "heartbeat_s": _is_heartbeat,
-    "sizes": _are_uints,
-    "stored": _is_uint,
-    "plain": _is_uint,
-    "done": _are_uints,
-    "zero": _are_uints,
-    "text": _is_text,
-    "archive": _is_text,
-    "code": _is_text,
-}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The archive header: devices, configs, uuid and time; and the blob table behind it."""
+"""The archive header: devices, configs, uuid and time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
+from vmapipe.vma.blobs import BlobReader, BlobTable, name_bytes
 from vmapipe.vma.errors import HeaderError, LimitError, NotAnArchiveError
 from vmapipe.vma.layout import (
     HEADER_BYTES,
@@ -78,36 +79,6 @@ class Header:
         return next((d for d in self.devices if d.dev_id == dev_id), None)
 
 
-class _BlobTable:
-    """Collects blobs; positions start at 1 because 0 means "none"."""
-
-    def __init__(self) -> None:
-        self.data = bytearray(1)
-
-    def add(self, blob: bytes) -> int:
-        position = len(self.data)
-        self.data += struct.pack("<H", len(blob)) + blob
-        return position
-
-
-def name_bytes(name: str, what: str) -> bytes:
-    """A device or config name as stored: UTF-8, undecodable bytes kept, a NUL at the end.
-
-    Raises LimitError when the format cannot hold the name.
-    """
-    try:
-        raw = name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        raise LimitError(f"{what} name {name!r} is no text") from error
-    if not raw:
-        raise LimitError(f"{what} has an empty name")
-    if b"\0" in raw:
-        raise LimitError(f"{what} name {name!r} contains a NUL byte")
-    if len(raw) >= MAX_BLOB_BYTES:
-        raise LimitError(f"{what} name is {len(raw)} bytes long; the limit is {MAX_BLOB_BYTES - 1}")
-    return raw + b"\0"
-
-
 def check_contents(devices: tuple[Device, ...], configs: tuple[Config, ...]) -> None:
     """Raise LimitError, naming the culprit, when an archive cannot hold these."""
     if not devices and not configs:
@@ -172,7 +143,7 @@ def encode_header(header: Header) -> bytes:
     if not -MAX_CTIME_S - 1 <= header.ctime_s <= MAX_CTIME_S:
         raise LimitError(f"the time {header.ctime_s} does not fit into 64 bits")
     check_contents(header.devices, header.configs)
-    blobs = _BlobTable()
+    blobs = BlobTable()
     config_names = [0] * 256
     config_data = [0] * 256
     for index, config in enumerate(header.configs):
@@ -250,7 +221,7 @@ def parse_header(raw: bytes) -> Header:
     # The reference reads the table where the field says; so do we, within the header.
     if blob_at < HEADER_BYTES or blob_at + blob_bytes > size:
         raise HeaderError("the blob table lies outside the header", offset=48)
-    blobs = _BlobReader(bytes(body[blob_at : blob_at + blob_bytes]), blob_at)
+    blobs = BlobReader(bytes(body[blob_at : blob_at + blob_bytes]), blob_at)
     return Header(
         uuid=uuid,
         ctime_s=ctime_s,
@@ -260,50 +231,7 @@ def parse_header(raw: bytes) -> Header:
     )
 
 
-class _BlobReader:
-    """Takes blobs out of the table.
-
-    Two names may share a blob, and then share it here; blobs that overlap are
-    a lie that would make many times its size out of a header, and are refused.
-    """
-
-    def __init__(self, table: bytes, offset: int) -> None:
-        self._table = table
-        self._offset = offset
-        self._left = len(table)
-        self._blobs: dict[int, bytes] = {}
-        self._names: dict[int, str] = {}
-
-    def blob(self, pointer: int, what: str) -> bytes:
-        if pointer in self._blobs:
-            return self._blobs[pointer]
-        start = pointer + 2
-        if start > len(self._table):
-            raise HeaderError(f"{what} points outside the blob table", offset=self._offset)
-        (length,) = struct.unpack_from("<H", self._table, pointer)
-        blob = self._table[start : start + length]
-        if len(blob) < length:
-            raise HeaderError(f"{what} is cut off in the blob table", offset=self._offset + pointer)
-        self._left -= 2 + length
-        if self._left < 0:
-            raise HeaderError(
-                f"{what} overlaps others in the blob table", offset=self._offset + pointer
-            )
-        self._blobs[pointer] = blob
-        return blob
-
-    def name(self, pointer: int, what: str) -> str:
-        if pointer not in self._names:
-            raw = self.blob(pointer, what)
-            if len(raw) < 2 or raw[-1] != 0 or 0 in raw[:-1]:
-                raise HeaderError(
-                    f"{what} is no name (no NUL at its end)", offset=self._offset + pointer
-                )
-            self._names[pointer] = raw[:-1].decode("utf-8", "surrogateescape")
-        return self._names[pointer]
-
-
-def _parse_devices(body: bytearray, blobs: _BlobReader) -> tuple[Device, ...]:
+def _parse_devices(body: bytearray, blobs: BlobReader) -> tuple[Device, ...]:
     devices = []
     for dev_id in range(1, MAX_DEVICES + 1):
         at = _DEVICES_AT + dev_id * _DEVICE.size
@@ -318,7 +246,7 @@ def _parse_devices(body: bytearray, blobs: _BlobReader) -> tuple[Device, ...]:
     return tuple(devices)
 
 
-def _parse_configs(body: bytearray, blobs: _BlobReader) -> tuple[Config, ...]:
+def _parse_configs(body: bytearray, blobs: BlobReader) -> tuple[Config, ...]:
     names = _POINTERS.unpack_from(body, _CONFIG_NAMES_AT)
     datas = _POINTERS.unpack_from(body, _CONFIG_DATA_AT)
     configs = []
