@@ -28,8 +28,8 @@ from vmapipe.runtime.objecterrors import ConflictError, StoreError
 from vmapipe.runtime.objectstore import StoredObject
 
 # An upload has 10,000 parts of at least 5 MiB, and nobody knows its length in advance. The parts
-# double after every thousand: an archive of 31 GiB goes in parts of 16 MiB, and the last step,
-# of 512 MiB, ends at 2.4 TiB.
+# double after two thousand and after every further one: an archive of 31 GiB goes in parts of
+# 16 MiB, and the last step, of 512 MiB, ends at 2.4 TiB.
 PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
 _PARTS_A_STEP = 1000
