@@ -34,8 +34,9 @@ from vmapipe.vma.layout import MAX_DEVICES
 DESCRIPTION = """\
 Receive the disks of one backup from their producers and store them as one VMA
 archive; or, with --directory, be a service that does so for any number of
-backups of other hosts, in a folder or in an object store. An archive appears under its name when it is complete
-and on disk; a job that fails leaves nothing behind.
+backups of other hosts, in a folder or in an object store. An archive appears
+under its name when it is complete and on disk; a job that fails leaves nothing
+behind.
 """
 
 EPILOG = """\

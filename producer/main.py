@@ -36,9 +36,9 @@ VMSTATE = "vmstate"
 DESCRIPTION = """\
 Send the clusters of one disk to an archiver: of a disk at rest (a raw image
 file or a block device), of one that a monitor serves to a guest, or of one that
-QEMU's backup job writes to a socket of ours; or a machine's memory. Ends with exit code 0 when the
-archiver has stored the whole archive, and with 1 when this device or the job
-failed.
+QEMU's backup job writes to a socket of ours; or a machine's memory. Ends with
+exit code 0 when the archiver has stored the whole archive, and with 1 when this
+device or the job failed.
 """
 
 EPILOG = """\

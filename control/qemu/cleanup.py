@@ -9,10 +9,10 @@ from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.process import run
 
 DESCRIPTION = """\
-Remove the jobs and nodes of ours from a running QEMU, that a backup has left
-there which was killed together with its guardian, and let its guest go on. The next backup does the same
-by itself. A backup that still runs is left alone, and so is everything in QEMU
-whose name does not begin with `vmapipe-`.
+Remove from a running QEMU the jobs and nodes of a backup that was killed
+together with its guardian, and let the guest go on. The next backup does the
+same by itself. A backup that still runs is left alone, and so is everything in
+QEMU whose name does not begin with `vmapipe-`.
 """
 
 EPILOG = """\

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.archiver.test_job import JOB, World, disk, read_images, spec
+from tests.archiver.jobworld import JOB, World, disk, read_images, spec
 from vmapipe.archiver.job import Job, Phase
 from vmapipe.protocol import frames
 from vmapipe.protocol.messages import Abort, Done, Refuse, SharedCluster, Welcome

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.network.lossy import JOB, Producer, World, spec
-from tests.protocol.test_frames import encode
+from tests.protocol.messages import encode
 from vmapipe.archiver.job import Job, Phase
 from vmapipe.protocol import frames
 from vmapipe.protocol.errors import RemoteProtocolError

@@ -3,47 +3,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.machine import LIMIT_S, VMAPIPE, Need, children, good, make_disk, next_event, sha256
+from tests.machine import LIMIT_S, Need, children, good, make_disk, next_event, sha256
+from tests.monitor.beside import Beside, beside
 from tests.monitor.foreign import Foreign, Refused, connected
 from tests.qemu.storage_daemon import StorageDaemon, storage_daemon, wait_for_socket
 
 CLUSTER = 65536
 MIB = 1 << 20
-
-
-class Beside:
-    """A monitor whose disks are a QEMU's."""
-
-    def __init__(self, folder: Path, qmp: Path, options: Sequence[str] = ()) -> None:
-        self.socket = folder / "backup.sock"
-        words = ["monitor", "--json", "--listen", str(self.socket), "--qmp", str(qmp), *options]
-        self.process = subprocess.Popen(
-            [*VMAPIPE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-
-
-@contextlib.contextmanager
-def beside(folder: Path, qmp: Path, *options: str) -> Iterator[Beside]:
-    monitor = Beside(folder, qmp, options)
-    try:
-        next_event(monitor.process, "ready")
-        yield monitor
-        monitor.process.send_signal(signal.SIGTERM)
-        _, stderr = monitor.process.communicate(timeout=LIMIT_S)
-    finally:
-        monitor.process.kill()
-        monitor.process.communicate()
-    assert (monitor.process.returncode, stderr) == (0, b"")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.guard.serving import Served, serving
-from tests.guard.test_live_backup import Writers
+from tests.guard.writers import Writers
 from tests.machine import LIMIT_S, VMAPIPE, good, make_disk, sha256
 from tests.network.cable import cable_to
 from tests.network.hosts import ARCHIVER_ADDRESS, two_hosts

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.network.lossy import JOB, UUID, Producer, World, spec
-from tests.protocol.test_frames import encode
+from tests.protocol.messages import encode
 from vmapipe.archiver.job import Job, Phase
 from vmapipe.protocol import frames, limits
 from vmapipe.protocol.errors import connection_lost

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.producer.memorydisk import MemoryDisk
 from vmapipe.producer.runs import EXTENT_CLUSTERS, Run, runs
 from vmapipe.producer.source import Segment
 from vmapipe.protocol import limits
@@ -15,32 +16,6 @@ from vmapipe.protocol.blocks import nonzero_pieces
 from vmapipe.protocol.limits import CLUSTER_BYTES
 
 MEMORY = memoryview(bytearray(limits.MAX_PAYLOAD_BYTES))
-
-
-class MemoryDisk:
-    """A disk in memory; `holes` are clusters it knows to be zero without being read."""
-
-    def __init__(self, data: bytes, holes: frozenset[int] = frozenset()) -> None:
-        self.name = "disk"
-        self.data = data
-        self.size_bytes = len(data)
-        self.holes = holes
-        self.read: set[int] = set()
-
-    def segments(self) -> Iterator[Segment]:
-        for at in range(0, self.size_bytes, CLUSTER_BYTES):
-            end = min(self.size_bytes, at + CLUSTER_BYTES)
-            yield Segment(at, end, is_data=at // CLUSTER_BYTES not in self.holes)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        self.read |= set(
-            range(offset // CLUSTER_BYTES, -(-(offset + len(buffer)) // CLUSTER_BYTES))
-        )
-        buffer[:] = self.data[offset : offset + len(buffer)]
-
-    def check_unchanged(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def put_together(disk: MemoryDisk, frame_bytes: int) -> tuple[bytes, list[Run]]:

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from tests.producer.test_runs import MemoryDisk
+from tests.producer.memorydisk import MemoryDisk
 from vmapipe.producer import sender as sender_module
 from vmapipe.producer import session as session_module
 from vmapipe.producer.link import Link

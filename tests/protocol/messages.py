@@ -6,6 +6,14 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from vmapipe.protocol import limits
+from vmapipe.protocol.frames import (
+    Part,
+    encode_cluster,
+    encode_control,
+    encode_run,
+    encode_scattered,
+    encode_shared_run,
+)
 from vmapipe.protocol.messages import (
     Abort,
     Bye,
@@ -149,3 +157,17 @@ def scattered(draw: st.DrawFn) -> Scattered:
 
 
 data_frames = cluster_frames | run_frames() | shared_runs() | scattered()
+
+
+def encode(message: Message) -> list[Part]:
+    match message:
+        case ClusterFrame():
+            return encode_cluster(*message)
+        case RunFrame():
+            return encode_run(*message)
+        case SharedRun():
+            return encode_shared_run(*message)
+        case Scattered():
+            return encode_scattered(*message)
+        case _:
+            return encode_control(message)

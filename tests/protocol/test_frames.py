@@ -15,6 +15,7 @@ from tests.protocol.messages import (
     UUID,
     controls,
     data_frames,
+    encode,
     uints,
 )
 from tests.vma.memory import peak_bytes
@@ -23,11 +24,8 @@ from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
 from vmapipe.protocol.frames import (
     Part,
     decode,
-    encode_cluster,
     encode_control,
     encode_run,
-    encode_scattered,
-    encode_shared_run,
     run_fault,
     sayable,
 )
@@ -50,20 +48,6 @@ CONTROLS: list[Control] = [
     if not isinstance(message, ClusterFrame | RunFrame | SharedRun | Scattered)
 ]
 FORMS: list[type[bytes] | type[bytearray] | type[memoryview]] = [bytes, bytearray, memoryview]
-
-
-def encode(message: Message) -> list[Part]:
-    match message:
-        case ClusterFrame():
-            return encode_cluster(*message)
-        case RunFrame():
-            return encode_run(*message)
-        case SharedRun():
-            return encode_shared_run(*message)
-        case Scattered():
-            return encode_scattered(*message)
-        case _:
-            return encode_control(message)
 
 
 def refusal(*parts: Part) -> RemoteProtocolError:

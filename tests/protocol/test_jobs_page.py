@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.protocol.test_spec_page import PAGE, Example, literal, read_examples, table
+from tests.protocol.page import PAGE, Example, literal, read_examples, table
 from vmapipe.protocol import jobfields, jobs
 
 KINDS: dict[str, Any] = {jobs.wire_name(kind): kind for kind in jobs.KINDS}

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.protocol.messages import EXAMPLES, U64, UUID
-from tests.protocol.test_frames import encode
+from tests.protocol.messages import EXAMPLES, U64, UUID, encode
 from vmapipe.protocol import archiver_side, limits, producer_side
 from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError

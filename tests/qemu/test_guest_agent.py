@@ -13,8 +13,8 @@ import pytest
 from tests.conftest import absent
 from tests.guard.guest import Kernel
 from tests.machine import LIMIT_S, Need, end_of, good, next_event, started
+from tests.monitor.beside import beside
 from tests.monitor.foreign import connected
-from tests.monitor.test_machine import beside
 from tests.qemu.agent import be_killed_while_frozen, find_agent, with_agent
 from tests.qemu.running_guest import RunningGuest, make_images, running_guest
 from vmapipe.control.qemu.freezing import GuestAgent, frozen
