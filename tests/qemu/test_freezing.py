@@ -36,6 +36,8 @@ class Agent(threading.Thread):
         self.answers: dict[str, Any] = {}
         #: A command that is never answered.
         self.silent = ""
+        #: It has come.
+        self.is_silent = threading.Event()
         #: What an earlier client has left in the channel.
         self.left_over = b""
         self._listener = socket.socket(socket.AF_UNIX)
@@ -65,6 +67,7 @@ class Agent(threading.Thread):
         if command == "guest-sync-delimited":
             answer, prefix = {"return": request["arguments"]["id"]}, b"\xff"
         if command == self.silent:
+            self.is_silent.set()
             return
         if command == "guest-fsfreeze-freeze":
             self._frozen = True
@@ -128,12 +131,19 @@ def test_an_agent_that_refuses_is_named_with_its_reason_and_thawed_all_the_same(
 
 def test_a_freeze_that_takes_long_can_be_cancelled(agent: Agent, cancel: Cancel) -> None:
     agent.silent = "guest-fsfreeze-freeze"
-    threading.Timer(0.3, cancel.ask, ("enough",)).start()
+
+    def cancel_in_the_middle() -> None:
+        assert agent.is_silent.wait(LIMIT_S)
+        cancel.ask("enough")
+
+    canceller = threading.Thread(target=cancel_in_the_middle)
+    canceller.start()
     with (
         pytest.raises(Cancelled),
         frozen(str(agent.path), ignore, cancel),
     ):
         pytest.fail("the block must not run")
+    canceller.join()
     assert agent.thawed.wait(LIMIT_S)
 
 
