@@ -3,7 +3,8 @@
 
 A file that is cut, or cannot be read, while it is mapped kills who looks at it
 (SIGBUS). So it is looked at in processes of their own, whose end is harmless:
-what they leave undone is read and computed by whoever wants it.
+when one has ended like that, all that is left is read and computed by whoever
+wants it, who then gets the error with its offset.
 """
 
 from __future__ import annotations
@@ -18,20 +19,14 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 
-from vmapipe.restore.archive.inputs import Wait
-from vmapipe.restore.archive.source import PlainFile
-from vmapipe.restore.checks.digest import extent_digest, read_digest
-from vmapipe.restore.errors import SourceError
+from vmapipe.restore.checks.digest import extent_digest
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.forking import fork_module
 
-# Offset and length; the answer is the digest, or as many bytes that are none.
+# Offset and length.
 _JOB = struct.Struct("=QI")
-_DIGEST_BYTES = 16
-_ANSWER_BYTES = 1 + _DIGEST_BYTES
-_DONE, _FAILED = b"+", b"-" + bytes(_DIGEST_BYTES)
-# Linux 5.14; Python names it from 3.13 on. Unlike a look, it fails with an error.
-_MADV_POPULATE_READ = 22
+# Offset and digest.
+_ANSWER = struct.Struct("=Q16s")
 # One that a disk holds up ends when the disk lets it go.
 _END_WAIT_S = 2.0
 
@@ -39,54 +34,78 @@ Compute = Callable[[int, int], bytes]
 
 
 class MappedHashers:
-    """`count` processes. Answers are to be asked for in the order of the jobs.
+    """`count` processes, of which each takes the next job when it is free.
 
     The process that makes it must have no threads (`can_fork`). `compute`
-    (offset, length) does a job here, when a process did not. A wait for a
+    (offset, length) does a job here, when no process did. A wait for a
     process, whose disk may hang, ends with Cancelled when that is asked for.
     """
 
     def __init__(self, fd: int, count: int, compute: Compute, cancel: Cancel) -> None:
         self._compute = compute
         self._cancel = cancel
-        self._workers: list[tuple[int, socket.socket]] = []
-        self._next = 0
-        for _ in range(count):
-            ours, theirs = socket.socketpair()
-            with theirs:
+        self._answers: dict[int, bytes] = {}
+        #: Of each process, its pid, and a descriptor that is readable when it has ended.
+        self._workers: list[tuple[int, int]] = []
+        # Messages with bounds: whoever reads has a whole job.
+        self._jobs, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            for _ in range(count):
                 words = [str(theirs.fileno()), str(fd)]
                 pid = fork_module(__name__, words, [theirs.fileno(), fd])
-            self._workers.append((pid, ours))
+                self._workers.append((pid, os.pidfd_open(pid)))
+        self._poll = select.poll()
+        for wanted in (self._jobs.fileno(), cancel.fd, *(end for _, end in self._workers)):
+            self._poll.register(wanted, select.POLLIN)
 
     def submit(self, offset: int, length: int) -> Callable[[], bytes]:
-        """Begin it; what is returned waits for the digest, and raises what `compute` raises."""
-        _, worker = self._workers[self._next]
-        self._next = (self._next + 1) % len(self._workers)
-        with contextlib.suppress(OSError):  # it has ended: the answer will tell
-            worker.sendall(_JOB.pack(offset, length))
+        """Begin it; what is returned waits for the digest, and raises what `compute` raises.
+
+        Offsets are told apart by: none twice at a time.
+        """
+        with contextlib.suppress(OSError):  # all have ended: nobody will answer
+            self._jobs.send(_JOB.pack(offset, length))
 
         def result() -> bytes:
-            Wait(worker.fileno(), (self._cancel,))()
-            answer = b""
-            with contextlib.suppress(OSError):
-                answer = worker.recv(_ANSWER_BYTES, socket.MSG_WAITALL)
-            if len(answer) == _ANSWER_BYTES and answer.startswith(_DONE):
-                return answer[1:]
-            return self._compute(offset, length)
+            while offset not in self._answers and self._workers:
+                self._hear()
+            answer = self._answers.pop(offset, None)
+            return self._compute(offset, length) if answer is None else answer
 
         return result
 
-    def close(self) -> None:
-        """Ends them, also in the middle: nothing of theirs has to be put in order."""
-        for pid, worker in self._workers:
-            worker.close()
-            os.kill(pid, signal.SIGKILL)
+    def _hear(self) -> None:
+        """The next answer, or the end of them: one has died. Raises Cancelled."""
+        try:
+            answer = self._jobs.recv(_ANSWER.size, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            # Nothing there, and those that have ended have said all that they had to say.
+            ended = [fd for fd, _ in self._poll.poll() if fd != self._jobs.fileno()]
+            self._cancel.check()
+            if ended:
+                self._end_all()
+            return
+        except OSError:
+            answer = b""
+        if len(answer) == _ANSWER.size:
+            offset, digest = _ANSWER.unpack(answer)
+            self._answers[offset] = digest
+        else:
+            self._end_all()
+
+    def _end_all(self) -> None:
         for pid, _ in self._workers:
-            pidfd = os.pidfd_open(pid)
-            select.select([pidfd], [], [], _END_WAIT_S)
-            os.close(pidfd)
+            os.kill(pid, signal.SIGKILL)
+        for pid, end in self._workers:
+            select.select([end], [], [], _END_WAIT_S)
+            os.close(end)
             os.waitpid(pid, os.WNOHANG)
         self._workers = []
+
+    def close(self) -> None:
+        """Ends them, also in the middle: nothing of theirs has to be put in order."""
+        self._jobs.close()
+        self._end_all()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -94,26 +113,21 @@ def main(argv: Sequence[str]) -> int:
     jobs = socket.socket(fileno=int(argv[0]))
     fd = int(argv[1])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # SIGBUS may be, and is no bug
-    while len(job := jobs.recv(_JOB.size, socket.MSG_WAITALL)) == _JOB.size:
+    while len(job := jobs.recv(_JOB.size)) == _JOB.size:
         offset, length = _JOB.unpack(job)
         try:
-            answer = _DONE + _digest(fd, offset, length)
-        except SourceError:
-            answer = _FAILED
-        try:
-            jobs.sendall(answer)
-        except OSError:
+            jobs.send(_ANSWER.pack(offset, _digest(fd, offset, length)))
+        except (OSError, ValueError):  # nobody listens; or a file that is cut, or cannot be mapped
             break
     return 0
 
 
 def _digest(fd: int, offset: int, length: int) -> bytes:
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
-    try:
-        # An extent at a time: all of it would count as our memory.
-        with mmap.mmap(fd, offset - start + length, prot=mmap.PROT_READ, offset=start) as mapping:
-            mapping.madvise(_MADV_POPULATE_READ)
-            with memoryview(mapping) as whole, whole[offset - start :] as view:
-                return extent_digest(view)
-    except (OSError, ValueError):  # cut, unreadable, or no file that can be mapped
-        return read_digest(PlainFile("the archive", None, fd, 0).read_into, offset, length)
+    # An extent at a time: all of it would count as our memory.
+    with (
+        mmap.mmap(fd, offset - start + length, prot=mmap.PROT_READ, offset=start) as mapping,
+        memoryview(mapping) as whole,
+        whole[offset - start :] as view,
+    ):
+        return extent_digest(view)

@@ -43,6 +43,11 @@ class _Cursor:
             self._held += self._archive.read(length - len(self._held), 0)
         return self._held[:length]
 
+    def pass_over(self, length: int) -> None:
+        """Go behind what `peek` has shown."""
+        self._held = self._held[length:]
+        self.at += length
+
     def take(self, length: int) -> bytes:
         """The next bytes, and go behind them."""
         if self._held or self._seekable:
@@ -70,7 +75,7 @@ def survey(archive: Archive, check: Callable[[], None]) -> Iterator[Piece | Gap]
             _search(cursor, archive.header.uuid, check)
             yield Gap(start, cursor.at - start, error)
             continue
-        cursor.take(EXTENT_HEADER_BYTES)
+        cursor.pass_over(EXTENT_HEADER_BYTES)
         data: bytes | None = None
         if isinstance(source, PlainFile):
             got = min(extent.data_bytes, source.size_bytes - cursor.at)

@@ -34,6 +34,9 @@ def compute(offset, length):
 cancel = Cancel()
 hashers = MappedHashers(fd, 2, compute, cancel)
 pids = [pid for pid, _ in hashers._workers]
+def kill(pid):
+    os.kill(pid, signal.SIGBUS)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 """
 
 
@@ -74,15 +77,44 @@ def test_digests_come_from_the_processes_at_any_offset(path: Path) -> None:
     assert outcome(path, ASK) == "True 0"
 
 
-def test_what_a_killed_process_leaves_is_computed_here(path: Path) -> None:
-    kill = (
-        "os.kill(pids[1], signal.SIGBUS)\nos.waitid(os.P_PID, pids[1], os.WEXITED | os.WNOWAIT)\n"
-    )
-    assert outcome(path, kill + ASK) == "True 2"
+def test_what_killed_processes_leave_is_computed_here(path: Path) -> None:
+    assert outcome(path, "kill(pids[0]); kill(pids[1])\n" + ASK) == "True 4"
+
+
+def test_a_process_that_is_killed_at_its_work_takes_nothing_with_it(path: Path) -> None:
+    # Both stand still with a job each, or before it; then one of them dies.
+    hang = """
+for pid in pids:
+    os.kill(pid, signal.SIGSTOP)
+results = [hashers.submit(*job) for job in JOBS]
+kill(pids[1])
+os.kill(pids[0], signal.SIGCONT)
+print([result() for result in results] == [compute(*job) for job in JOBS])
+"""
+    assert outcome(path, hang) == "True"
 
 
 def test_a_file_that_is_cut_gives_the_digest_of_what_is_there(path: Path) -> None:
-    assert outcome(path, "os.truncate(path, 70_000)\n" + ASK) == "True 0"
+    assert outcome(path, "os.truncate(path, 70_000)\n" + ASK).startswith("True")
+
+
+def test_a_file_that_is_cut_while_it_is_looked_at_gives_the_digest_of_what_is_there(
+    path: Path,
+) -> None:
+    # Mapped while it was whole: the look itself is what kills.
+    code = """
+import mmap, vmapipe.restore.checks.mapped as mapped
+begin = mmap.mmap
+def cut(*args, **words):
+    mapping = begin(*args, **words)
+    os.truncate(path, 70_000)
+    return mapping
+hashers.close()
+mmap.mmap = cut
+hashers = MappedHashers(fd, 2, compute, cancel)
+pids = [pid for pid, _ in hashers._workers]
+"""
+    assert outcome(path, code + ASK).startswith("True")
 
 
 def test_a_wait_for_a_process_that_hangs_ends_when_a_stop_is_asked_for(path: Path) -> None:
