@@ -27,6 +27,7 @@ from vmapipe.runtime.errors import Failure, os_error_text
 
 # A guard answers at once; only one that was stopped or hangs does not.
 _ANSWER_S = 10.0
+_AT_ONCE = int(socket.MSG_DONTWAIT)  # see descriptors.py
 
 
 class Guarded:
@@ -68,7 +69,7 @@ class Guarded:
     def receive(self) -> FromGuard | None:
         """A message, or None when there is none now."""
         try:
-            return self._packet(socket.MSG_DONTWAIT)[0]
+            return self._packet(_AT_ONCE)[0]
         except BlockingIOError:
             return None
         except OSError as error:

@@ -19,6 +19,8 @@ from vmapipe.runtime.errors import Failure, os_error_text
 
 # What a cluster takes of a frame's charge when all of it is data.
 _FULL_CHARGE = limits.CHARGE_PER_CLUSTER + CLUSTER_BYTES
+# Of a frame, if all of them are.
+_MOST_SCATTERED = limits.MAX_PAYLOAD_BYTES // CLUSTER_BYTES
 
 
 class SavedData:
@@ -47,6 +49,11 @@ class SavedData:
     def __bool__(self) -> bool:
         """Whether there is something to send."""
         return bool(self._waiting)
+
+    @property
+    def is_many(self) -> bool:
+        """A frame full."""
+        return len(self._waiting) >= _MOST_SCATTERED
 
     def add(self, message: Saved | SavedHole) -> None:
         if isinstance(message, SavedHole):
@@ -80,7 +87,7 @@ class SavedData:
     def _send_scattered(self, session: Session) -> bool:
         """As many as there are in memory, and as there may be in a frame."""
         room = min(session.credit, session.frame_bytes) - limits.CHARGE_PER_FRAME
-        most = min(room // _FULL_CHARGE, limits.MAX_PAYLOAD_BYTES // CLUSTER_BYTES)
+        most = min(room // _FULL_CHARGE, _MOST_SCATTERED)
         clusters: list[SharedCluster] = []
         slots: list[int] = []
         while self._waiting and len(clusters) < most:

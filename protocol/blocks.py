@@ -29,10 +29,11 @@ def cluster_masks(data: Data, length: int) -> bytes:
     # One look at the first byte of every block settles most of them: where it
     # is not zero, neither is the block.
     sample = bytes(view[0:length:BLOCK_BYTES])
-    if 0 not in sample and not length % CLUSTER_BYTES:
-        return _FULL * (length // CLUSTER_BYTES)
     marks = bytearray(b"1" * len(sample))
-    _mark_zero_blocks(marks, view, [maybe.span() for maybe in _ZERO_BYTES.finditer(sample)])
+    if 0 in sample:
+        _mark_zero_blocks(marks, view, [maybe.span() for maybe in _ZERO_BYTES.finditer(sample)])
+    if 0x30 not in marks and not length % CLUSTER_BYTES:
+        return _FULL * (length // CLUSTER_BYTES)
     bits = int(marks[::-1] or b"0", 2)
     return _swapped(bits.to_bytes(-(-length // CLUSTER_BYTES) * 2, "little")) if bits else b""
 

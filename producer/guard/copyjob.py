@@ -29,6 +29,10 @@ from vmapipe.protocol.guarding import (
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.errors import Failure, os_error_text
 
+# What is saved within this time, or as many clusters, may be told together: a message
+# costs as much as saving a cluster, and the other side cannot do anything with few of them.
+_TELL_S = 0.001
+_TELL_CLUSTERS = 16
 # Messages about holes take no slot, so this bounds them.
 _MAX_BACKLOG = 1024
 
@@ -69,6 +73,7 @@ class CopyJob:
         self._claim: Copy | None = None
         #: (cluster, slot) of what was saved at once, until it is told.
         self.untold: list[tuple[int, int]] = []
+        self._tell_at = 0.0
 
     # --- called with the lock held ---
 
@@ -113,8 +118,12 @@ class CopyJob:
         copies = plan.copies if plan else []
         return [(copy, self._slots.take(copy.clusters)) for copy in copies]
 
-    def tell(self) -> None:
+    def tell(self, *, at_once: bool) -> None:
         """Of what was saved at once; soon after that, because somebody may wait for the slots."""
+        now = time.monotonic()
+        if not at_once and len(self.untold) < _TELL_CLUSTERS and now < self._tell_at:
+            return
+        self._tell_at = now + _TELL_S
         untold, self.untold = self.untold, []
         for at in range(0, len(untold), MAX_TOLD_CLUSTERS):
             self._peer.send(Saved(*zip(*untold[at : at + MAX_TOLD_CLUSTERS], strict=True)))

@@ -51,11 +51,11 @@ class GuardedDisk:
             self._written()
         return True
 
-    def settle(self) -> None:
+    def settle(self, *, idle: bool) -> None:
         job = self._job
         if job is not None and job.untold:
             with self._changed:
-                job.tell()
+                job.tell(at_once=idle)
 
     def write(self, data: memoryview, offset: int) -> None:
         self._change(offset, len(data), lambda: self.image.write(data, offset))

@@ -22,8 +22,11 @@ class Backend(Protocol):
 
     def try_write(self, data: memoryview, offset: int) -> bool: ...
 
-    def settle(self) -> None:
-        """What these have put off, to do it once for many requests; their answers go out next."""
+    def settle(self, *, idle: bool) -> None:
+        """What these have put off, to do it once for many requests, is done now or soon.
+
+        Answers go out next, or `idle`: no request has come for a moment, and all must be done.
+        """
 
     def read(self, target: memoryview, offset: int) -> None: ...
 

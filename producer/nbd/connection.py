@@ -78,7 +78,7 @@ class Connection:
         try:
             self._serve(unread)
         finally:
-            self._backend.settle()
+            self._backend.settle(idle=True)
             self._budget.wait_idle()
 
     def stop(self) -> None:
@@ -138,6 +138,7 @@ class Connection:
                     return self._socket.recv_into(target, 0, socket.MSG_DONTWAIT)
                 except BlockingIOError:
                     pass
+        self._backend.settle(idle=True)
         got = self._socket.recv_into(target)
         self._polls = time.perf_counter_ns() - started < _POLL_NS
         return got
@@ -240,7 +241,7 @@ class Connection:
         return error_reply(self._session, request, error, os_error_text(failure))
 
     def _send_replies(self) -> None:
-        self._backend.settle()
+        self._backend.settle(idle=False)
         if self._replies:
             self._send(self._replies)
             self._replies.clear()

@@ -30,7 +30,7 @@ class TakesOnly:
         self.read(target, offset)
         return True
 
-    def settle(self) -> None: ...
+    def settle(self, *, idle: bool) -> None: ...
 
     def read(self, target: memoryview, offset: int) -> None:
         target[:] = bytes(len(target))

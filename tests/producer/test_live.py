@@ -134,7 +134,7 @@ def test_what_a_claim_was_asked_for_with_is_still_there_when_it_is_answered(
     sender._session, sender._guard, sender._cancel = session, guarded, cancel
     sender._saved = SavedData(guard.size_bytes, 16, -1, ring, guarded)
     sender._background = Background("d", ring, guarded, Pace(0, 0.0), session)
-    sender._waiting_writes = 0
+    sender._waiting_writes, sender._gather_until = 0, 0.0
     sender._send_all(sender._background, ignore)
     assert archiver.sent_clusters == CLUSTERS
     assert guard.claims == 2
