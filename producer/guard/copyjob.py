@@ -249,6 +249,7 @@ class CopyJob:
         """All at once, so that none waits for more while it holds some."""
         with self._changed:
             while self._slots.free < count:
+                self.tell(at_once=True)  # those slots will be the next to be free
                 self._waiting += 1
                 self._peer.send(Waiting(self._waiting))
                 try:
