@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import guard, memory
 from benchmarks.cases import bound_cases
 from benchmarks.extras import extra_cases
-from benchmarks.measure import Case, Result, remove, run_case
+from benchmarks.measure import Case, Result, forget, remove, run_case
 from benchmarks.place import Place, make_images
 from benchmarks.report import Report, file_system, machine, spread, verdict, write_into
 
@@ -107,6 +107,8 @@ class _Run:
         try:
             if case.before is not None:
                 case.before()
+            for path in case.warm:
+                forget(path)
             result = run_case(case, pairs)
             self._report.results.append(result)
             _say(result, "")

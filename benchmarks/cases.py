@@ -100,6 +100,7 @@ def _quarter_to_nothing(place: Place) -> Case:
             *_reference_create(place, place.quarter, "exec:cat >/dev/null"),
         ],
         Bound("at most 0.35 x the dense one", OURS, "vmapipe, dense", 0.35),
+        warm=[place.quarter, place.dense],
     )
 
 
@@ -111,6 +112,7 @@ def _tib_to_nothing(place: Place) -> Case:
             Command("vmapipe, dense", backup(place.dense, "/dev/null")),
         ],
         Bound("at most 2.5 x the dense one", OURS, "vmapipe, dense", 2.5),
+        warm=[place.tib, place.dense],
     )
 
 
@@ -253,6 +255,13 @@ def _zstd(place: Place) -> Case:
             Command(
                 "zstd -T2",
                 ["zstd", "-q", "-3", "-T2", str(place.text), "-o", str(out)],
+                out,
+                "zstd",
+            ),
+            Command(
+                "zstd -T2, then sync of its file",
+                f"zstd -q -3 -T2 {shlex.quote(str(place.text))} -o {shlex.quote(str(out))} && "
+                f"sync {shlex.quote(str(out))}",
                 out,
                 "zstd",
             ),

@@ -18,8 +18,10 @@ from vmapipe.vma.layout import CLUSTER_BYTES
 if TYPE_CHECKING:
     from vmapipe.restore.crew.nbdtarget import NbdTarget
 
-# Buffered writes of 1 MiB and more into a new file were slower than these.
-_WRITE_BYTES = 256 * 1024
+# Buffered writes of 1 MiB and more into a new file were slower than these; over
+# what is there already, an extent's data in one go took 0.94 of their time.
+_NEW_BYTES = 256 * 1024
+_OVER_BYTES = 4 << 20
 # A written run of at least this is sent on to the disk at once. Without that
 # the kernel waits until 10 % of all memory is dirty, and the disk idles: 2 GiB
 # into a new file took 1.8 s instead of 1.15 s, its fsync included.
@@ -68,6 +70,7 @@ class _Target:
         self._size_bytes = setup.size_bytes
         self._zeroes = zeroes
         self._zeroer = Zeroer(setup.fd, zeroes) if setup.write_zeroes else None
+        self._write_bytes = _OVER_BYTES if setup.write_zeroes else _NEW_BYTES
         name = setup.name.decode("utf-8", "backslashreplace")
         self._label = f"device {name!r}: cannot write to {os.fsdecode(setup.path)}"
         self._at = 0
@@ -92,7 +95,7 @@ class _Target:
         done = 0
         while done < len(data):
             self._at = at + done
-            done += os.pwrite(self._fd, data[done : done + _WRITE_BYTES], at + done)
+            done += os.pwrite(self._fd, data[done : done + self._write_bytes], at + done)
 
     def _write_all(
         self,
