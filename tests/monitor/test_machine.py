@@ -119,7 +119,7 @@ def test_media_that_are_not_there_or_read_only_are_refused(need: Need, tmp_path:
     ]
     with subprocess.Popen(words) as process:
         try:
-            wait_for_socket(socket, process)
+            wait_for_socket(socket, process, greets=True)
             with beside(tmp_path, socket) as monitor, connected(monitor.socket) as qmp:
                 file = str(tmp_path / "vm.vma")
                 assert refusal(qmp, **{"backup-file": file, "devlist": "cd0"}) == (

@@ -109,9 +109,10 @@ def test_who_does_not_finish_the_handshake_is_closed_after_ten_seconds(place: Pl
 
 def test_a_listed_client_that_says_nonsense_harms_only_itself(place: Place) -> None:
     """Messages without end, of every wrong kind, beside an honest job."""
-    make_disk(place.disk, "A" * 100)
+    # Long enough that it is not over before the last stranger has its answer.
+    make_disk(place.disk, "A" * 400)
     keys = read_client_keys(str(place.client))
-    with started(*place.producer(place.client, "--speed", "8M")) as producer:
+    with started(*place.producer(place.client, "--speed", "4M")) as producer:
         until(lambda: bool(list(place.folder.glob("*.partial"))), place.archiver)
         chance = random.Random(3)
         for number in range(40):
@@ -125,8 +126,9 @@ def test_a_listed_client_that_says_nonsense_harms_only_itself(place: Place) -> N
                 link.send([bytes(65_000)])  # larger ones start a thread of pyzmq that stays
                 answer = None
                 while answer is None:
-                    link.wait(30)
+                    link.wait(1)
                     answer = link.receive()
+                    assert producer.poll() is None, "the honest job was over too soon"
                 assert b"REFUSE" in answer[0]
             finally:
                 link.close()

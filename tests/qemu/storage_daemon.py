@@ -35,7 +35,7 @@ class StorageDaemon:
             words += ["--chardev", f"socket,id={name},path={path},server=on,wait=off"]
             words += ["--monitor", f"chardev={name}"]
         self.process = subprocess.Popen(words)
-        wait_for_socket(self.qmp, self.process)
+        wait_for_socket(self.qmp, self.process, greets=True)
 
     def ask(self, name: str, **arguments: Any) -> Any:
         """One command, over a connection of its own."""
@@ -66,13 +66,16 @@ class StorageDaemon:
             self.process.wait()
 
 
-def wait_for_socket(path: Path, process: subprocess.Popen[Any]) -> None:
+def wait_for_socket(path: Path, process: subprocess.Popen[Any], *, greets: bool = False) -> None:
+    """`greets`: a monitor's. QEMU 7.2 crashes now and then when one is left before it has greeted."""
     deadline = time.monotonic() + LIMIT_S
     while True:
         with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
             if path.exists():
+                probe.settimeout(LIMIT_S)
                 probe.connect(str(path))
-                return
+                if not greets or probe.recv(1):
+                    return
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -80,7 +80,9 @@ def test_backups_of_other_hosts_go_into_a_store_and_nothing_there_is_replaced(
             "hosts/alice/x.vma.manifest.json",
             "hosts/alice/moved.vma.manifest.json",
         }
-        assert f"{STORE}/alice/x.vma exists; vmapipe does not overwrite" in bad(*backup, "x.vma")
+        # The service has the name as that of a job until the first job's process has ended.
+        there = f"{STORE}/alice/x.vma exists; vmapipe does not overwrite"
+        assert eventually(lambda: there in bad(*backup, "x.vma"))
         assert "moved.vma.manifest.json exists; vmapipe" in bad(*backup, "moved.vma")
         of_bob = ("backup", "--archiver", served.endpoint, "--keys", str(clients["bob"]))
         text = bad(*of_bob, "--disk", f"a={disk}", "x.vma")
