@@ -23,15 +23,21 @@ class Workers:
         self._idle = threading.Semaphore(0)
 
     def submit(self, work: Work) -> None:
-        """`work` must not raise."""
-        self._queue.put(work)
-        if not self._idle.acquire(blocking=False):
-            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        """`work` must not raise. Where no thread can be had any more, it is done at once, here."""
+        if self._idle.acquire(blocking=False):
+            self._queue.put(work)
+            return
+        try:
+            threading.Thread(target=self._run, args=(work,), name=self._name, daemon=True).start()
+        except RuntimeError:
+            # A limit on threads: requests behind this one wait, and none is lost.
+            work()
 
-    def _run(self) -> None:
+    def _run(self, work: Work) -> None:
         while True:
-            self._queue.get()()
+            work()
             self._idle.release()
+            work = self._queue.get()
 
 
 class Budget:
