@@ -182,9 +182,7 @@ class CopyJob:
         with self._changed:
             for copy, slots in copies:
                 if done:
-                    self.untold += zip(
-                        range(copy.first, copy.first + copy.clusters), slots, strict=False
-                    )
+                    self.untold += enumerate(slots, copy.first)
                     self.core.copied(copy)
                 else:
                     self.core.abandon(copy)
