@@ -35,7 +35,7 @@ cancel = Cancel()
 hashers = MappedHashers(fd, 2, compute, cancel)
 pids = [pid for pid, _ in hashers._workers]
 def kill(pid):
-    os.kill(pid, signal.SIGBUS)
+    os.kill(pid, signal.SIGKILL)  # SIGBUS would wait for one that stands still
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 """
 
