@@ -20,7 +20,7 @@ import psutil
 Left = TypeVar("Left", bound=Collection[object])
 
 # A tidy test never waits; a leaking one waits this long once and then fails.
-GRACE_S = 5.0
+GRACE_S = 30.0
 _POLL_S = 0.02
 # Every process that a test starts inherits this variable, its grandchildren too.
 RUN_VARIABLE = "VMAPIPE_TEST_RUN"

@@ -11,11 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from vmapipe.control.jobs.client import JobClient
+from vmapipe.control.jobs.folder import sockets
+from vmapipe.runtime.errors import Failure
 
 VMAPIPE = (sys.executable, "-P", "-m", "vmapipe.control.main")
 VMA = (sys.executable, "-P", "-m", "vmapipe.control.vma_tool")
@@ -108,11 +112,26 @@ def next_event(process: subprocess.Popen[bytes], name: str) -> dict[str, Any]:
 
 def children(process: subprocess.Popen[bytes], word: str) -> list[psutil.Process]:
     """The processes that a command has started and whose command line has `word`."""
-    return [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if any(word in part for part in child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if any(word in part for part in child.cmdline()):
+                found.append(child)
+    return found
+
+
+def without_limit(process: subprocess.Popen[bytes]) -> None:
+    """Let a backup go on as quickly as it can, which began with a --speed that would take for ever.
+
+    So what a test does in between has all the time that it needs.
+    """
+    for path in sockets().values():
+        # One of the others may have just ended.
+        with suppress(Failure), JobClient(path) as job:
+            if job.execute("query-job")["processes"][0]["pid"] == process.pid:
+                job.execute("backup-set-speed", speed=0)
+                return
+    raise AssertionError("no such backup is running")
 
 
 def listens(path: Path) -> bool:

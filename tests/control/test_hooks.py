@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from tests.guard.serving import serving
-from tests.machine import bad, end_of, good, make_disk, run, started
+from tests.machine import bad, end_of, eventually, good, make_disk, run, started
 
-LIMIT_S = 20
+LIMIT_S = 60
 
 
 @pytest.fixture
@@ -116,11 +116,19 @@ def test_a_hook_that_takes_too_long_is_ended_with_all_it_started(
     tmp_path: Path, disk: Path
 ) -> None:
     script = hook(tmp_path, f"sleep 600 & echo $! > {tmp_path}/pid; wait")
-    words = ("--hook-timeout", "1", "--disk", f"d={disk}", tmp_path / "vm.vma")
+    # A busy machine has begun it within that time.
+    words = ("--hook-timeout", "4", "--disk", f"d={disk}", tmp_path / "vm.vma")
     text = bad("backup", "--hook", script, *words)
-    assert "hook job-start: not done within 1 s, so it was ended" in text
-    pid = int((tmp_path / "pid").read_text())
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert "hook job-start: not done within 4 s, so it was ended" in text
+    assert eventually(lambda: has_ended(int((tmp_path / "pid").read_text())))
+
+
+def has_ended(pid: int) -> bool:
+    """Whether it was waited for is the affair of whoever adopts orphans here."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_cancelled_backup_does_not_wait_for_its_hook(tmp_path: Path, disk: Path) -> None:
@@ -165,9 +173,9 @@ def test_what_a_hook_leaves_in_the_background_on_purpose_goes_on(
     script = hook(tmp_path, f'[ "$1" != job-end ] || {{ sleep 600 & echo $! > {tmp_path}/pid; }}')
     good("backup", "--hook", script, "--disk", f"d={disk}", tmp_path / "vm.vma")
     left = psutil.Process(int((tmp_path / "pid").read_text()))
+    # The shell's child is the shell until it has become its program.
+    assert eventually(lambda: left.name() == "sleep")
     left.kill()
-    # Nobody's child by now: whoever adopts orphans here need not be quick.
-    assert left.name() == "sleep"
 
 
 def test_words_of_a_hook_never_go_into_an_archive_on_standard_output(

@@ -14,7 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.machine import VMAPIPE, bad, children, end_of, make_disk, next_event, run, started
+from tests.machine import (
+    LIMIT_S,
+    VMAPIPE,
+    bad,
+    children,
+    end_of,
+    make_disk,
+    next_event,
+    run,
+    started,
+)
 
 
 @pytest.fixture
@@ -43,7 +53,7 @@ def slow_backup(disk: Path, out: Path, temporary: Path) -> Iterator[subprocess.P
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=20)
+    _, alive = psutil.wait_procs(processes, timeout=LIMIT_S)
     return not alive
 
 
@@ -194,4 +204,4 @@ def test_a_stale_socket_or_stranger_on_the_endpoint_harms_nobody(
             stranger.sendall(b"GET / HTTP/1.0\r\n\r\n" * 100)
             done = run("producer", "--archiver", f"ipc://{endpoint}", "--disk", f"a={disk}")
         assert done.returncode == 0, done.stderr
-        assert archiver.wait(20) == 0
+        assert archiver.wait(LIMIT_S) == 0

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from tests.machine import (
     bad,
     children,
     end_of,
+    eventually,
     good,
     make_disk,
     next_event,
     sha256,
     started,
+    without_limit,
 )
 from tests.protocol_nbd.client import Client
 from vmapipe.protocol.nbd.constants import NBD_CMD_WRITE
@@ -146,7 +148,11 @@ def test_two_disks_show_the_same_instant(tmp_path: Path, seed: int) -> None:
                 os.pwrite(raw.fileno(), bytes(8), place)
         thread.start()
         try:
+            assert eventually(lambda: numbers[0] > 0 or bool(faults))
             good("backup", "--monitor", served.monitor, tmp_path / "vm.vma")
+            # One may have been under way at the instant.
+            more = numbers[0] + 2
+            assert eventually(lambda: numbers[0] > more or bool(faults))
         finally:
             stop.set()
             thread.join(LIMIT_S)
@@ -198,7 +204,8 @@ def test_a_spool_file_takes_what_memory_cannot_and_the_guest_does_not_wait(
 def test_a_guest_that_waits_too_long_goes_on_and_the_backup_does_not(tmp_path: Path) -> None:
     image = make_disk(tmp_path / "d.raw", "A" * 400)
     with serving(tmp_path, d=image) as served:
-        options = ("--buffer", "8M", "--guest-wait", "1", "--speed", "64K")
+        # Long enough for a busy producer to tell of it: it looks four times a second.
+        options = ("--buffer", "8M", "--guest-wait", "3", "--speed", "64K")
         with backing_up(served, tmp_path / "vm.vma", *options) as process:
             archiver = stop_archiver(process)
             with Client(served.socket("d"), "d") as client:
@@ -211,7 +218,7 @@ def test_a_guest_that_waits_too_long_goes_on_and_the_backup_does_not(tmp_path: P
             archiver.resume()
             code, words = end_of(process)
         assert code == 1
-        assert "a write of the guest has waited 1 s for room" in words, words
+        assert "a write of the guest has waited 3 s for room" in words, words
         assert "--guest-wait" in words
         assert not list(tmp_path.glob("vm.vma*"))
         good("backup", "--monitor", served.monitor, tmp_path / "again.vma")
@@ -226,8 +233,9 @@ def test_whatever_dies_of_a_backup_the_guest_sees_no_error_and_the_next_one_work
     tmp_path: Path, victim: str
 ) -> None:
     image = make_disk(tmp_path / "d.raw", "A" * 400)
-    with serving(tmp_path, d=image) as served, Writers(served, "d") as writers:
-        with backing_up(served, tmp_path / "vm.vma", "--speed", "1M") as process:
+    # Not so quick that they have everything saved, and the backup is over, before one is killed.
+    with serving(tmp_path, d=image) as served, Writers(served, "d", pause_s=0.01) as writers:
+        with backing_up(served, tmp_path / "vm.vma", "--speed", "64K") as process:
             family = psutil.Process(process.pid).children(recursive=True)
             chosen = {
                 "archiver": children(process, "vmapipe.archiver.main"),
@@ -239,7 +247,7 @@ def test_whatever_dies_of_a_backup_the_guest_sees_no_error_and_the_next_one_work
                 one.kill()
             process.communicate(timeout=LIMIT_S)
             assert process.returncode not in (0, None)
-            _, alive = psutil.wait_procs(family, timeout=30)
+            _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
             assert not alive
         before = writers.writes
         # To the same name: what nobody was left to remove is in nobody's way.
@@ -259,9 +267,13 @@ def test_the_processes_of_a_backup_stand_back_and_who_holds_writes_does_not(
     ):
         for word in ("vmapipe.archiver.main", "vmapipe.producer.main"):
             (member,) = children(process, word)
-            threads = [os.getpriority(os.PRIO_PROCESS, t.id) for t in member.threads()]
-            # The first one listens for the coordinator, and does nothing else.
-            assert threads.count(max(5, own)) >= 3, word
+
+            def low_threads(member: psutil.Process = member) -> int:
+                threads = [os.getpriority(os.PRIO_PROCESS, t.id) for t in member.threads()]
+                return threads.count(max(5, own))
+
+            # Some begin only when there is something to do.
+            assert eventually(lambda: low_threads() >= 3), word
             assert os.getpriority(os.PRIO_PROCESS, member.pid) == max(5, own)
         assert os.getpriority(os.PRIO_PROCESS, process.pid) == own
         (guard,) = children(served.process, "producer.guard.main")
@@ -277,10 +289,11 @@ def test_a_second_backup_at_the_same_time_is_refused_and_the_first_goes_on(
     before = sha256(image)
     with (
         serving(tmp_path, d=image) as served,
-        backing_up(served, tmp_path / "vm.vma", "--speed", "4M") as process,
+        backing_up(served, tmp_path / "vm.vma", "--speed", "1K") as process,
     ):
         words = bad("backup", "--monitor", served.monitor, tmp_path / "second.vma")
         assert "disk 'd': a backup of it is running already" in words
+        without_limit(process)
         finish(process)
     assert not (tmp_path / "second.vma").exists()
     assert sha256(restored(tmp_path / "vm.vma", tmp_path / "out", "d")) == before
@@ -291,8 +304,8 @@ def test_a_cancelled_backup_leaves_nothing_and_the_next_one_works(tmp_path: Path
     with serving(tmp_path, d=image) as served:
         for _ in range(3):
             with (
-                backing_up(served, tmp_path / "vm.vma", "--speed", "1M") as process,
-                Writers(served, "d"),
+                backing_up(served, tmp_path / "vm.vma", "--speed", "64K") as process,
+                Writers(served, "d", pause_s=0.01),
             ):
                 process.send_signal(signal.SIGINT)
                 assert end_of(process)[0] == 130
@@ -459,9 +472,13 @@ def test_a_disk_can_be_served_over_tcp_on_this_host_when_asked_for(
 ) -> None:
     (qemu_img,) = need("qemu-img")
     image = make_disk(tmp_path / "d.raw", "A0h" * 5)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with serving(tmp_path, "--export", f"d=tcp://127.0.0.1:{port}", d=image):
+    with ExitStack() as stack:
+        # It does not listen, and keeps the port from everybody but who listens there.
+        holder = stack.enter_context(socket.socket())
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+        stack.enter_context(serving(tmp_path, "--export", f"d=tcp://127.0.0.1:{port}", d=image))
         done = subprocess.run(
             [qemu_img, "compare", "-f", "raw", "-F", "raw", image, f"nbd://127.0.0.1:{port}/d"],
             capture_output=True,
@@ -485,8 +502,9 @@ def test_the_log_says_when_a_slow_archiver_makes_the_guest_wait(tmp_path: Path) 
                 target=lambda: [client.write(n * CLUSTER, b"x") for n in range(400)]  # type: ignore[func-returns-value]
             )
             writing.start()
-            line = process.stdout.readline()
-            assert b"d: the archiver is slow and the buffers are full" in line
+            # There may be lines of progress, too.
+            slow = b"d: the archiver is slow and the buffers are full"
+            assert any(slow in line for line in process.stdout)
             archiver.resume()
             writing.join(LIMIT_S)
             assert not writing.is_alive()

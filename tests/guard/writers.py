@@ -15,7 +15,11 @@ from tests.protocol_nbd.client import Client
 class Writers:
     """Threads that write at random until the `with` ends; none may ever see an error."""
 
-    def __init__(self, served: Served, name: str, threads: int = 2, seed: int = 1) -> None:
+    def __init__(
+        self, served: Served, name: str, threads: int = 2, seed: int = 1, pause_s: float = 0.0
+    ) -> None:
+        """`pause_s` after each write: all that is written to is saved, whatever a backup's --speed."""
+        self._pause_s = pause_s
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._write, args=(served.socket(name), name, seed + index))
@@ -53,6 +57,7 @@ class Writers:
                     if not waited:
                         self._each.wait(LIMIT_S)
                         waited = True
+                    self._stop.wait(self._pause_s)
         except BaseException as error:  # noqa: BLE001  reported by the test
             self.faults.append(error)
             self._each.abort()

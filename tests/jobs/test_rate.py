@@ -33,12 +33,13 @@ def sending_s(events: list[dict[str, Any]]) -> float:
 def test_two_disks_are_never_quicker_than_the_limit_and_the_report_says_what_was_done(
     tmp_path: Path,
 ) -> None:
-    events = backup(tmp_path, "8M", a=64, b=192)
-    # 16 MiB; a piece of each disk (256 and 512 KiB) is not waited for.
-    assert sending_s(events) > 0.95 * (16 - 0.75) / 8
-    done = events[-1]
+    done = backup(tmp_path, "5M", a=64, b=192)[-1]
+    # 16 MiB; a piece of each disk (an eighth of a second's) is not waited for, and as much is made up
+    # for. From the first process's start on: when a busy machine tells that a backup has begun, some
+    # of it may have been read.
+    assert done["seconds"] >= 16 / 5 - 3 / 8
     assert done["read_bytes"] == 16 * MIB
-    assert done["speed_bytes_s"] == 8 * MIB
+    assert done["speed_bytes_s"] == 5 * MIB
 
 
 @pytest.mark.slow

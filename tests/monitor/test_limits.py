@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,12 @@ def test_what_a_guest_overwrites_is_copied_however_low_the_limit_is(tmp_path: Pa
 def test_a_backup_is_never_quicker_than_its_limit(tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "d.raw", "A" * 128)
     with serving(tmp_path, d=disk) as served, connected(served.monitor) as qmp:
-        qmp.cmd("backup", {"backup-file": str(tmp_path / "vm.vma"), "speed": 4 * MIB})
-        # 8 MiB; the first piece, an eighth of a second's, is not waited for.
-        assert duration_s(qmp) > 0.95 * (2 - 0.125)
+        # A busy monitor may tell of the beginning when much was read already.
+        began = time.monotonic()
+        qmp.cmd("backup", {"backup-file": str(tmp_path / "vm.vma"), "speed": 3 * MIB})
+        assert qmp.end_of_backup()["event"] == "BACKUP_COMPLETED"
+        # 8 MiB; a piece, an eighth of a second's, is not waited for, and as much is made up for.
+        assert time.monotonic() - began >= 8 / 3 - 0.25
 
 
 @pytest.mark.slow

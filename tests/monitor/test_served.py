@@ -111,7 +111,7 @@ def test_a_backup_is_started_polled_to_its_end_and_good(
 
 def test_every_client_hears_how_a_backup_goes(served: Served, qmp: Foreign, tmp_path: Path) -> None:
     with connected(served.monitor) as other:
-        identity = qmp.cmd("backup", {"backupfile": str(tmp_path / "vm.vma"), "speed": 4 * MIB})
+        identity = qmp.cmd("backup", {"backupfile": str(tmp_path / "vm.vma"), "speed": SLOW})
         for client in (qmp, other):
             started = client.next_event("BACKUP_STARTED")
             assert started["data"]["status"] == "active"
@@ -119,6 +119,8 @@ def test_every_client_hears_how_a_backup_goes(served: Served, qmp: Foreign, tmp_
             assert set(started["timestamp"]) == {"seconds", "microseconds"}
             progress = client.next_event("BACKUP_PROGRESS")["data"]
             assert set(progress) == {"uuid", "total", "transferred", "zero-bytes"}
+        qmp.cmd("backup-set-speed", {"speed": 0})
+        for client in (qmp, other):
             assert client.end_of_backup()["event"] == "BACKUP_COMPLETED"
 
 

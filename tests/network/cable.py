@@ -51,6 +51,8 @@ class Cable:
         #: Connections are ended, and new ones as soon as they are made.
         self.refusing = False
         self.carried_bytes = 0
+        #: Of these, what the archiver answered.
+        self.answered_bytes = 0
         self.connections = 0
         self._chance = random.Random(seed)
         self._pipes: list[_Pipe] = []
@@ -140,6 +142,7 @@ class Cable:
             return False
         self._budget -= sent
         self.carried_bytes += sent
+        self.answered_bytes += sent if pipe.is_back else 0
         pipe.held_bytes -= sent
         if sent == len(data):
             pipe.held.popleft()

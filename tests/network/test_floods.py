@@ -17,6 +17,7 @@ import pytest
 import zmq
 
 from tests.machine import end_of, good, make_disk, started
+from tests.network.cable import cable_to
 from tests.network.place import Place, until
 from vmapipe.archiver.connections import MAX_UNPROVEN, Connections
 from vmapipe.producer.link import Link
@@ -109,10 +110,15 @@ def test_who_does_not_finish_the_handshake_is_closed_after_ten_seconds(place: Pl
 
 def test_a_listed_client_that_says_nonsense_harms_only_itself(place: Place) -> None:
     """Messages without end, of every wrong kind, beside an honest job."""
-    # Long enough that it is not over before the last stranger has its answer.
-    make_disk(place.disk, "A" * 400)
+    make_disk(place.disk, "A" * 600)
     keys = read_client_keys(str(place.client))
-    with started(*place.producer(place.client, "--speed", "4M")) as producer:
+    with (
+        cable_to(place.endpoint) as cable,
+        started(*place.producer(place.client, at=cable.endpoint)) as producer,
+    ):
+        # 37 s, so that it is not over before the last stranger has its answer; slower, and its
+        # heartbeats would be too late behind all the data.
+        cable.bytes_s = 1 << 20
         until(lambda: bool(list(place.folder.glob("*.partial"))), place.archiver)
         chance = random.Random(3)
         for number in range(40):
@@ -132,6 +138,7 @@ def test_a_listed_client_that_says_nonsense_harms_only_itself(place: Place) -> N
                 assert b"REFUSE" in answer[0]
             finally:
                 link.close()
+        cable.bytes_s = 0.0
         assert end_of(producer)[0] == 0
     place.archive_is_good()
     told = [line for line in place.said if "stranger" in line]
@@ -156,6 +163,9 @@ def test_the_oldest_stranger_goes_first_and_who_has_proved_itself_stays() -> Non
                 new = socket.create_connection(("127.0.0.1", port), timeout=30)
                 strangers.append(stack.enter_context(new))
                 look_until(connections, min(number + 2, 4))
+            while connections.refused < 2:
+                assert connections.monitor.poll(30_000)
+                connections.look()
             for closed in strangers[:2]:
                 while closed.recv(64):
                     pass

@@ -53,8 +53,8 @@ def busy_backup(daemon: StorageDaemon, out: Path, *options: str, **more: Any) ->
 
 
 def busy_guest(daemon: StorageDaemon) -> Hammer:
-    """It writes some hundred times a second."""
-    return Hammer(daemon.path, SIZES, pause_s=0.002)
+    """It writes some hundred times a second: what it writes to is copied, and takes it ten seconds."""
+    return Hammer(daemon.path, SIZES, pause_s=0.005)
 
 
 def wait_for_end(processes: list[psutil.Process]) -> None:

@@ -9,7 +9,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.machine import LIMIT_S, Need, children, end_of, good, next_event, sha256, started
+from tests.machine import (
+    LIMIT_S,
+    Need,
+    children,
+    end_of,
+    good,
+    next_event,
+    sha256,
+    started,
+    without_limit,
+)
 from tests.qemu.running_guest import COUNTER_SECTORS, RunningGuest, is_clean
 
 
@@ -27,12 +37,13 @@ def test_the_archive_of_a_guest_that_was_stopped_equals_its_disks_and_it_stays_s
     guest.goes_on(3)
     guest.ask("stop")
     truth = [copy_of(need, image, tmp_path / f"truth{n}") for n, image in enumerate(images)]
-    with started("backup", "--json", "--qmp", guest.qmp, "--speed", "12M", archive) as process:
+    with started("backup", "--json", "--qmp", guest.qmp, "--speed", "64K", archive) as process:
         next_event(process, "instant")
         assert guest.ask("query-status")["status"] == "paused"
         guest.ask("cont")
         guest.goes_on(3)
         assert process.poll() is None
+        without_limit(process)
         assert end_of(process)[0] == 0
     guest.goes_on(3)
     good("restore", archive, tmp_path / "restored")
@@ -71,7 +82,7 @@ def test_a_guest_does_not_notice_that_its_backup_is_killed(
 ) -> None:
     """It is the guest's own script that ends, and says so, when one of its writes fails."""
     archive = tmp_path / "vm.vma"
-    with started("backup", "--json", "--qmp", guest.qmp, "--speed", "2M", archive) as process:
+    with started("backup", "--json", "--qmp", guest.qmp, "--speed", "64K", archive) as process:
         next_event(process, "instant")
         guest.goes_on(2)
         everybody = psutil.Process(process.pid).children(recursive=True)

@@ -167,7 +167,8 @@ def test_what_ends_a_backup_while_the_memory_is_saved_does_not_end_the_guest(
         process.send_signal(signal.SIGTERM)
         guest.goes_on(2)
     guest.is_untouched()
-    with stalled_backup(guest, tmp_path, "--guest-wait", "1"):
+    # Long enough for a busy producer to tell of it: it looks four times a second.
+    with stalled_backup(guest, tmp_path, "--guest-wait", "3"):
         guest.goes_on(2)
     guest.is_untouched()
     text = bad(

@@ -113,7 +113,8 @@ def test_when_the_archiver_is_silent_no_write_waits_longer_than_guest_wait(tmp_p
             client.write(at, piece)
             longest = max(longest, time.monotonic() - started)
         assert "a write has waited 1 s" in run.next_event("draining")["text"]
-        assert 0.9 < longest < 5
+        # Without the option it would be 20 s.
+        assert 0.9 < longest < 20
         run.archiver.send_signal(signal.SIGCONT)
         assert run.archiver.wait(LIMIT_S) == 1
 

@@ -70,7 +70,7 @@ def test_a_client_whose_key_is_revoked_while_it_sends_loses_its_job_and_nobody_e
     scene: Scene,
 ) -> None:
     with (
-        started(*scene.backup(scene.clients["host1"], "x.vma", "--speed", "128K")) as victim,
+        started(*scene.backup(scene.clients["host1"], "x.vma", "--speed", "1K")) as victim,
         started(*scene.backup(scene.clients["host2"], "honest.vma", "--speed", "1M")) as other,
     ):
         next_event(victim, "begun")

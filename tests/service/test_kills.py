@@ -29,7 +29,7 @@ KILLED = "the archiver of 'vm.vma' was killed by SIGKILL"
 REFUSED = "cannot be reached within 1 s: Connection refused; is an archiver running there?"
 SILENT = "its coordinator has been silent for 5 s"
 ENDED = "refused 'a': the job is ended [unknown-job]"
-MISSING = "the producer of device '{}' did not come within 4 s"
+MISSING = "the producer of device '{}' did not come within 10 s"
 
 
 class End(NamedTuple):
@@ -85,7 +85,8 @@ class Scene:
         self._server, clients = make_keys(folder, "host1")
         self._client = clients["host1"]
         # The limit that a case is about is the first to be reached.
-        started_by, silent_by = ("60", "5") if victim == "coordinator" else ("4", "60")
+        missing = victim == "producer" and state in (State.GREETING, State.WAITING)
+        started_by, silent_by = "10" if missing else "60", "5" if victim == "coordinator" else "60"
         words = ["--heartbeat", "1", "--reconnect-limit", "2", "--start-timeout", started_by]
         words += ["--client-timeout", silent_by]
         keys = (self._server, self._client)

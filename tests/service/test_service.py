@@ -26,6 +26,7 @@ from tests.machine import (
     next_event,
     sha256,
     started,
+    without_limit,
 )
 from tests.service.serving import Served, make_keys, serving
 
@@ -64,9 +65,9 @@ def all_gone(processes: list[psutil.Process]) -> None:
 
 @contextlib.contextmanager
 def slow_backup(served: Served, disk: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A backup of two disks that runs for a minute: it is never waited for."""
+    """A backup of two disks that runs for hours, unless it is told otherwise."""
     with started(
-        *("backup", "--json", "--speed", "128K", *served.words),
+        *("backup", "--json", "--speed", "1K", *served.words),
         *("--disk", f"a={disk}", "--disk", f"b={disk}", name),
     ) as process:
         next_event(process, "begun")
@@ -199,15 +200,13 @@ def test_sigterm_lets_a_job_that_ends_in_time_be_stored(
 ) -> None:
     with (
         serving(tmp_path / "store", "--stop-timeout", "60") as served,
-        started(
-            "backup", "--json", "--speed", "4M", *served.words, "--disk", f"a={disk}", "x.vma"
-        ) as backup,
+        slow_backup(served, disk, "x.vma") as backup,
     ):
-        next_event(backup, "begun")
         served.process.send_signal(signal.SIGTERM)
         served.next_event("notice")
         text = bad("backup", *served.words, "--disk", f"a={disk}", "late.vma")
         assert "the service is being stopped [stopping]" in text
+        without_limit(backup)
         assert end_of(backup)[0] == 0
         served.process.communicate(timeout=LIMIT_S)
         assert served.process.returncode == 0
@@ -311,9 +310,10 @@ def test_clients_have_folders_and_quotas_of_their_own(tmp_path: Path, disk: Path
         good(*of_alice, "x.vma")
         # A name that the other client has is free here, and says nothing about it.
         big = make_disk(tmp_path / "big.raw", "A" * 400)
-        with started(*of_bob, "--json", "--speed", "8M", "--disk", f"a={big}", "x.vma") as slow:
+        with started(*of_bob, "--json", "--speed", "1K", "--disk", f"a={big}", "x.vma") as slow:
             next_event(slow, "begun")
             assert "[too-many-jobs]" in bad(*of_bob, "--disk", f"a={disk}", "y.vma")
+            good("speed", json.loads(good("status"))["job"], "8M")
             code, text = end_of(slow)
         assert (code, "the client's quota of 4194304 bytes is used up" in text) == (1, True)
         assert served.stored() == {"alice/x.vma", "alice/x.vma.manifest.json"}

@@ -203,7 +203,7 @@ def test_a_lost_connection_costs_a_backup_at_a_service_nothing(
 
 def test_a_service_that_was_started_again_says_so_at_once(served: Served, tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "d.raw", "A" * 160)
-    words = ("backup", "--json", "--speed", "128K", *served.words, "--disk", f"a={disk}", "x.vma")
+    words = ("backup", "--json", "--speed", "1K", *served.words, "--disk", f"a={disk}", "x.vma")
     with started(*words) as backup:
         next_event(backup, "begun")
         served.process.kill()
