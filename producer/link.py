@@ -34,8 +34,8 @@ _HEARTBEAT_MS = 3000
 # The system would wait for minutes, ever longer, for an answer that the cable's
 # return does not bring sooner.
 _CONNECT_MS = 3000
-# A server that cannot read what we send, because its key is another one, just
-# hangs up. So may one that ends at that moment; but not so often.
+# A server that cannot read what we send, because its key is another one or we have
+# none, just hangs up. So may one that ends at that moment; but not so often.
 _HANG_UPS = 3
 
 # As numbers: pyzmq's own flags take a microsecond each time they are combined.
@@ -186,7 +186,7 @@ class Link:
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 wanted = "CURVE (--keys)" if self._keys else "plain ZeroMQ (--insecure-plain-tcp)"
                 self._give_up(f"whoever answers there does not speak {wanted}")
-            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._was_up or not self._keys:
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._was_up or self.is_local:
                 self.lost = not self.is_local
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self.lost = True
@@ -195,6 +195,9 @@ class Link:
                     self._give_up(
                         "whoever answers there hangs up; is its key the one in our server.pub, and "
                         "was it started with --keys?"
+                        if self._keys
+                        else "whoever answers there hangs up, as one does that does not speak "
+                        "plain ZeroMQ (--insecure-plain-tcp); was it started with --keys?"
                     )
 
     def _miss(self, missing_s: float) -> None:

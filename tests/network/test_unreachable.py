@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,33 @@ def test_a_host_without_an_address_is_said_with_the_systems_words(disk: Path) ->
     at = "tcp://archiver.invalid:7777"
     text = bad("backup", "--archiver", at, *PLAIN, "1", "--disk", f"a={disk}", "x.vma")
     assert text.startswith(f"vmapipe backup: {at}: cannot be reached within 1 s: ")
+
+
+def test_one_who_hangs_up_before_it_has_said_what_it_speaks_is_not_tried_for_ever(
+    disk: Path,
+) -> None:
+    """As an archiver with keys does that has read our greeting before its own had left."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):  # the end of the test
+                while True:
+                    listener.accept()[0].close()
+
+        answering = threading.Thread(target=hang_up)
+        answering.start()
+        try:
+            at = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+            words = ("--archiver", at, "--insecure-plain-tcp", "--disk", f"a={disk}")
+            done = run("producer", *words)
+            texts = [done.stderr.decode(), bad("backup", *words, "x.vma")]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            answering.join()
+    assert done.returncode == 1
+    for text in texts:
+        assert f"{at}: whoever answers there hangs up" in text
+        assert "does not speak plain ZeroMQ (--insecure-plain-tcp)" in text
 
 
 def test_a_service_that_comes_within_the_time_is_used(
