@@ -24,7 +24,7 @@ from vmapipe.archiver.outputs.spec import open_output
 from vmapipe.runtime.cancel import Cancel
 
 # Nothing here takes so long; only a hang meets it.
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 class Reader:

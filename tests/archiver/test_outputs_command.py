@@ -139,7 +139,8 @@ def test_a_command_that_does_not_mind_sigterm_is_killed(
     assert not done.exists()
 
 
-def test_an_abandoned_command_may_tidy_up(tmp_path: Path) -> None:
+def test_an_abandoned_command_may_tidy_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "TERM_WAIT_S", LIMIT_S)  # however slow the machine
     ready, tidied = tmp_path / "ready", tmp_path / "tidied"
     script = f"trap 'touch {tidied}; exit 1' TERM; touch {ready}; sleep 1000 & wait"
     output = open_output(f"exec:{script}")

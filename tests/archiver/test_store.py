@@ -22,7 +22,6 @@ from tests.archiver.targets import LIMIT_S, decompressed
 from vmapipe.archiver.compression import Compression
 from vmapipe.archiver.digests import Digests
 from vmapipe.archiver.manifests import ManifestFile, ManifestLines, beside
-from vmapipe.archiver.outputs.ending import ABANDON_WAIT_S
 from vmapipe.archiver.outputs.memory import Fault, MemoryOutput
 from vmapipe.archiver.outputs.output import Output
 from vmapipe.archiver.outputs.spec import open_output
@@ -262,8 +261,14 @@ def test_a_store_that_was_abandoned_wakes_nobody(memory: Callable[..., MemoryOut
 @pytest.mark.parametrize("compression", [None, Compression(threads=2)])
 @pytest.mark.parametrize("digested", [False, True])
 def test_a_full_pipe_does_not_hold_up_an_abandon(
-    spec: str, compression: Compression | None, digested: bool, stuck: threading.Event
+    spec: str,
+    compression: Compression | None,
+    digested: bool,
+    stuck: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # So long a busy machine does not take for a write that ends: the two are told apart.
+    monkeypatch.setattr("vmapipe.archiver.outputs.ending.ABANDON_WAIT_S", 2 * LIMIT_S)
     theirs, ours = os.pipe()
     if "{}" not in spec:
         os.close(ours)
@@ -279,7 +284,7 @@ def test_a_full_pipe_does_not_hold_up_an_abandon(
     assert stuck.wait(LIMIT_S)
     started = time.monotonic()
     loop.store.abandon()
-    assert time.monotonic() - started < ABANDON_WAIT_S
+    assert time.monotonic() - started < LIMIT_S
     assert loop.store.state is StoreState.FAILED
     os.close(theirs)
 
@@ -360,9 +365,7 @@ def test_a_writer_that_hangs_in_the_kernel_keeps_neither_abandon_nor_the_process
     with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"stuck\n"
-        started = time.monotonic()
+        # The limits of the output and of the store are some seconds; without them it is for ever.
         rest, _ = process.communicate(timeout=LIMIT_S)
-        # The limits of the output and of the store, and the end of Python.
-        assert time.monotonic() - started < ABANDON_WAIT_S + 5
     assert (process.returncode, rest) == (0, b"FAILED\n")
     assert process.returncode != -signal.SIGKILL

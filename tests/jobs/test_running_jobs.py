@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine import end_of, good, make_disk, next_event, started
+from tests.machine import LIMIT_S, end_of, good, make_disk, next_event, started
 from vmapipe.control.jobs.client import JobClient
 from vmapipe.control.jobs.folder import sockets
 from vmapipe.runtime.errors import Failure
@@ -75,7 +75,7 @@ def test_a_cancelled_backup_says_so_and_leaves_nothing(
 ) -> None:
     with job() as client:
         client.execute("backup-cancel")
-        assert client.wait_for_end(20)
+        assert client.wait_for_end(LIMIT_S)
     assert end_of(slow_backup) == (1, "vmapipe backup: backup canceled")
     assert list(folder.iterdir()) == []
     assert not list(tmp_path.glob("vm.vma*"))

@@ -20,7 +20,7 @@ from vmapipe.control.monitor.clients import MAX_CLIENTS, MAX_UNREAD_BYTES, Clien
 from vmapipe.control.monitor.qmp import Later
 from vmapipe.control.monitor.sockets import listen_unix
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 class Server:

@@ -52,7 +52,7 @@ class Client:
     def __init__(self, path: Path, name: str = "", *, structured: bool = True) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         try:
-            self._socket.settimeout(20)
+            self._socket.settimeout(60)  # far above --guest-wait's 20 s
             self._socket.connect(str(path))
             handshake = NbdClientHandshake(name, structured=structured)
             shake_hands(self._socket, handshake)

@@ -91,7 +91,7 @@ def test_the_example_serves(tmp_path: Path) -> None:
             piece = bytearray(client.wanted_bytes)
             receive_exactly(ours, memoryview(piece))
             heard += list(client.feed(piece))
-        thread.join(20)
+        thread.join(60)
     assert heard == [
         Done(write.cookie, 0),
         Data(read.cookie, 0, memoryview(b"ab1234cd")),

@@ -188,7 +188,7 @@ def serving(socket_path: Path, *words: str) -> Iterator[None]:
     """A server program in the foreground, from the moment that its socket is there."""
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while not listens(socket_path):
                 if process.poll() is not None or time.monotonic() > deadline:
                     process.kill()

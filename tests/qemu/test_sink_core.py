@@ -117,12 +117,12 @@ def test_a_write_without_room_waits_until_there_is_some() -> None:
     writer = threading.Thread(target=small.sink.write, args=(data[CLUSTER:], CLUSTER))
     writer.start()
     while small.sink.missing or small.sink.waiting_writes:
-        assert select.select([small.sink.fd], [], [], 10)[0]
+        assert select.select([small.sink.fd], [], [], 60)[0]
         small.take()
         if held:
             small.sink.give_back(held)
             held = []
-    writer.join(10)
+    writer.join(60)
     small.take()
     assert bytes(small.disk) == bytes(data)
     small.sink.close()
@@ -144,9 +144,9 @@ def test_a_failed_sink_takes_everything_at_once_and_lets_those_go_who_wait() -> 
     writer = threading.Thread(target=small.sink.write, args=(data, 0))
     assert small.sink.next() is None
     writer.start()
-    assert select.select([small.sink.fd], [], [], 10)[0]
+    assert select.select([small.sink.fd], [], [], 60)[0]
     small.sink.fail("the archiver is gone")
-    writer.join(10)
+    writer.join(60)
     assert not writer.is_alive()
     assert small.sink.try_write(memoryview(bytes(20 * CLUSTER)), 7)
     small.sink.write(data, 3)

@@ -163,7 +163,7 @@ def polled(feed: ThreadFeed) -> Work | None:
         item = feed.poll()
         if item is not None or feed.ended:
             return item
-        assert select.select([feed.fd], [], [], 10)[0]
+        assert select.select([feed.fd], [], [], 60)[0]
 
 
 def test_a_feed_out_of_a_pipe_gives_all_in_order_then_the_error() -> None:
@@ -224,7 +224,7 @@ def test_slots_are_waited_for_until_the_end() -> None:
     thread = threading.Thread(target=wait)
     thread.start()
     slots.stop()
-    assert ended.wait(10)
+    assert ended.wait(60)
     thread.join()
     slots.close()
 

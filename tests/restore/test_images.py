@@ -127,6 +127,6 @@ def test_nothing_is_left_when_the_daemon_or_the_restore_is_killed(
         assert b"Traceback" not in stderr
         if victim == "daemon":
             assert b"'d': cannot write to" in stderr
-        _, alive = psutil.wait_procs(family, timeout=30)
+        _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
         assert not alive
     assert not (out / "d.qcow2").exists()

@@ -318,7 +318,7 @@ def test_a_reader_that_waits_for_data_is_stopped_by_another_thread(tmp_path: Pat
         thread = threading.Thread(target=read)
         thread.start()
         stream.stop()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
         assert len(ended) == 1
         stream.close()

@@ -20,7 +20,7 @@ from vmapipe.runtime.events import Event, LineSplitter, encode_line
 from vmapipe.runtime.orders import speed_order
 
 PROGRAM = "tests.runtime.child_program"
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 # A parent of its own for each test: pytest's process may have threads, and much open.
 PARENT = """
 import os, signal, sys, threading, types

@@ -67,7 +67,7 @@ def test_the_first_reason_to_stop_counts_and_wakes_whoever_waits() -> None:
         waiter.start()
         cancel.ask("first", signal.SIGTERM)
         cancel.ask("second")
-        waiter.join(10)
+        waiter.join(60)
         assert not waiter.is_alive()
         with pytest.raises(Cancelled, match="first") as caught:
             cancel.check()
