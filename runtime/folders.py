@@ -46,13 +46,17 @@ class OwnFolder:
         _remove_leftovers(parent, prefix, keeps)
         while True:
             self.path = tempfile.mkdtemp(prefix=prefix, dir=parent)
-            self._fd = _open(self.path)
+            try:
+                self._fd = _open(self.path)
+            except FileNotFoundError:
+                # Another process took it for a leftover, in the moment before the lock.
+                continue
             # Where nothing can be locked nobody can tell a leftover, and none is removed.
             with contextlib.suppress(OSError):
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
             if os.path.exists(self.path):
                 return
-            # Another process took it for a leftover in the moment before the lock.
+            # The same, a moment later.
             os.close(self._fd)
 
     def __enter__(self) -> OwnFolder:

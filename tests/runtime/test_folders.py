@@ -72,15 +72,20 @@ def test_a_folder_of_another_user_is_left_alone(
     assert names(tmp_path) == {"vmapipe-x-1"}
 
 
+@pytest.mark.parametrize("opened", [False, True])
 def test_a_folder_that_was_taken_for_a_leftover_before_its_lock_is_made_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: bool
 ) -> None:
     taken: list[str] = []
 
     def too_late(path: str) -> int:
-        fd = original(path)
-        if not taken:
+        first = not taken
+        if first:
             taken.append(path)
+        if first and not opened:
+            os.rmdir(path)
+        fd = original(path)
+        if first and opened:
             os.rmdir(path)
         return fd
 
