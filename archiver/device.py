@@ -9,7 +9,7 @@ from typing import NamedTuple
 from vmapipe.protocol import blocks
 from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.frames import Part, masked_bytes
+from vmapipe.protocol.frames import masked_bytes
 from vmapipe.protocol.limits import BLOCK_BYTES, CLUSTER_BYTES
 from vmapipe.protocol.messages import (
     ClusterFrame,
@@ -19,6 +19,7 @@ from vmapipe.protocol.messages import (
     SharedCluster,
     SharedRun,
 )
+from vmapipe.protocol.packing import Part
 from vmapipe.vma.coverage import ClusterSet, mask_fits
 from vmapipe.vma.header import Device
 

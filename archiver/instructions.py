@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vmapipe.archiver.device import Mark
-from vmapipe.protocol.frames import Part
+from vmapipe.protocol.packing import Part
 from vmapipe.vma.header import Header
 from vmapipe.vma.packer import PackedExtent
 

@@ -19,7 +19,6 @@ from vmapipe.archiver.jobspec import JobSpec, uuid_of
 from vmapipe.archiver.peers import Lost, Peer, Peers
 from vmapipe.protocol.archiver_side import ArchiverSide, State
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import (
     ClusterFrame,
     End,
@@ -31,6 +30,7 @@ from vmapipe.protocol.messages import (
     Scattered,
     SharedRun,
 )
+from vmapipe.protocol.packing import Part
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, Header, encode_header
 

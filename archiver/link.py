@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vmapipe.archiver.listening import ListeningSocket
-from vmapipe.protocol.frames import Part
+from vmapipe.protocol.packing import Part
 
 if TYPE_CHECKING:
     from vmapipe.runtime.keys import ServerKeys

@@ -19,7 +19,7 @@ import zmq
 
 from vmapipe.archiver.connections import MAX_PROVEN, Connections
 from vmapipe.protocol import limits
-from vmapipe.protocol.frames import Part
+from vmapipe.protocol.packing import Part
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import made_with
 

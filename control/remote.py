@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 
 from vmapipe.archiver.options import read_configs
 from vmapipe.producer.link import Link
-from vmapipe.protocol import frames, jobs, limits
+from vmapipe.protocol import jobs, limits
 from vmapipe.protocol.errors import ProtocolError
+from vmapipe.protocol.packing import Part
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
     add_child_options,
@@ -95,10 +96,10 @@ class RemoteJob:
         self._emit = emit
         self._opened: jobs.Opened | None = None
         self._begun: jobs.Begun | None = None
-        self._opening: list[frames.Part] = []
+        self._opening: list[Part] = []
         self._heard = self._spoke = self._connected = time.monotonic()
 
-    def run(self, opening: list[frames.Part]) -> None:
+    def run(self, opening: list[Part]) -> None:
         """Raises Failure when nothing was stored, as far as we know."""
         self._opening = opening
         self._say(opening)
@@ -199,7 +200,7 @@ class RemoteJob:
             "devices": devices,
         }
 
-    def _say(self, parts: list[frames.Part]) -> None:
+    def _say(self, parts: list[Part]) -> None:
         self._link.send(parts)
         self._spoke = time.monotonic()
 

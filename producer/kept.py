@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from vmapipe.protocol.frames import Part
+from vmapipe.protocol.packing import Part
 
 
 class Kept:

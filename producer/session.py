@@ -13,8 +13,9 @@ from vmapipe.producer.ring import Ring
 from vmapipe.producer.runs import Run
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import connection_lost
-from vmapipe.protocol.frames import Part, scattered_bytes
+from vmapipe.protocol.frames import scattered_bytes
 from vmapipe.protocol.messages import Abort, Done, Refuse, Resumed, SharedCluster
+from vmapipe.protocol.packing import Part
 from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from vmapipe.protocol import frames, limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import (
     Abort,
     Bye,
@@ -29,6 +28,7 @@ from vmapipe.protocol.messages import (
     SharedRun,
     Welcome,
 )
+from vmapipe.protocol.packing import Part
 
 
 class State(enum.Enum):

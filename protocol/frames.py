@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages to bytes and back. The only file that knows msgpack.
+"""Messages to bytes and back.
 
 A message is a list of parts (one ZeroMQ multipart message): one part is a
-control message, two or three are a data message. Nothing is unpacked before
-its size was checked; what does not fit raises RemoteProtocolError.
+control message, two or three are a data message. What does not fit raises
+RemoteProtocolError.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import dataclasses
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-import msgpack
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -41,8 +39,7 @@ from vmapipe.protocol.messages import (
     SharedRun,
     Welcome,
 )
-
-Part = bytes | bytearray | memoryview
+from vmapipe.protocol.packing import Part, pack, unpack
 
 _TYPES: dict[str, type[Control]] = {
     kind.__name__.upper(): kind
@@ -73,7 +70,7 @@ def encode_control(message: Control) -> list[Part]:
         fields[name] = item = getattr(message, name)
         if not check(item):
             raise LocalProtocolError(f"{kind}: {name} cannot be {item!r:.100}")
-    return [msgpack.packb([kind, fields])]
+    return [pack([kind, fields])]
 
 
 def sayable(text: str) -> str:
@@ -86,15 +83,15 @@ def sayable(text: str) -> str:
 
 
 def encode_cluster(seq: int, dev_id: int, cluster_num: int, data: Part) -> list[Part]:
-    return [msgpack.packb(seq), msgpack.packb([dev_id, cluster_num, data])]
+    return [pack(seq), pack([dev_id, cluster_num, data])]
 
 
 def encode_run(
     seq: int, dev_id: int, first_cluster: int, count: int, masks: bytes, payload: Part
 ) -> list[Part]:
     head: list[Part] = [
-        msgpack.packb(seq),
-        msgpack.packb([dev_id, first_cluster, count, masks]),
+        pack(seq),
+        pack([dev_id, first_cluster, count, masks]),
     ]
     if memoryview(payload).nbytes:
         head.append(payload)
@@ -105,15 +102,15 @@ def encode_shared_run(
     seq: int, dev_id: int, first_cluster: int, count: int, masks: bytes, position: int
 ) -> list[Part]:
     return [
-        msgpack.packb(seq),
-        msgpack.packb([dev_id, first_cluster, count, masks, position]),
+        pack(seq),
+        pack([dev_id, first_cluster, count, masks, position]),
     ]
 
 
 def encode_scattered(seq: int, dev_id: int, clusters: Iterable[SharedCluster]) -> list[Part]:
     pack_one = _SCATTERED.pack
     table = b"".join([pack_one(*cluster) for cluster in clusters])
-    return [msgpack.packb(seq), msgpack.packb([dev_id, table])]
+    return [pack(seq), pack([dev_id, table])]
 
 
 def decode(parts: Sequence[Part]) -> Message:
@@ -123,31 +120,6 @@ def decode(parts: Sequence[Part]) -> Message:
     if len(parts) in (2, 3):
         return _decode_data(parts)
     raise RemoteProtocolError("malformed", f"a message of {len(parts)} parts")
-
-
-def pack(value: Any) -> bytes:
-    """Plain values (numbers, bytes, str, lists) for messages that have a file of their own."""
-    return bytes(msgpack.packb(value))
-
-
-def unpack(part: Part, max_bytes: int, max_items: int = limits.MAX_ARRAY_ITEMS) -> Any:
-    """A part's value, if it is at most `max_bytes` long and no array of it has more items."""
-    size = memoryview(part).nbytes
-    if size > max_bytes:
-        raise RemoteProtocolError("too-large", f"a part of {size} bytes, at most {max_bytes}")
-    try:
-        return msgpack.unpackb(
-            part,
-            raw=False,
-            strict_map_key=True,
-            max_str_len=limits.MAX_CONTROL_BYTES,
-            max_bin_len=max_bytes,
-            max_array_len=max_items,
-            max_map_len=limits.MAX_MAP_ITEMS,
-            max_ext_len=0,
-        )
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise RemoteProtocolError("malformed", f"no msgpack: {error}") from error
 
 
 def _decode_control(part: Part) -> Control:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.frames import pack, unpack
+from vmapipe.protocol.packing import pack, unpack
 
 # Clusters that one guest's write saves at a time.
 MAX_SAVED_CLUSTERS = 16

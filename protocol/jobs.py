@@ -16,8 +16,8 @@ from typing import Any
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
 from vmapipe.protocol.fields import is_uint
-from vmapipe.protocol.frames import Part, pack, unpack
 from vmapipe.protocol.jobfields import CHECKS, MAX_JOB_ITEMS
+from vmapipe.protocol.packing import Part, pack, unpack
 
 # Names, and some configurations: Proxmox VE's have a few KiB each.
 MAX_OPEN_BYTES = 1 << 20

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from vmapipe.protocol import frames, limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import (
     Abort,
     Bye,
@@ -27,6 +26,7 @@ from vmapipe.protocol.messages import (
     SharedCluster,
     Welcome,
 )
+from vmapipe.protocol.packing import Part
 
 # For how long a connection may be lost counts from the last sign of life before the
 # loss: that is then at most so old, and the limit comes earlier by no more than that.

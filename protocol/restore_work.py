@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.frames import Part, pack, unpack
+from vmapipe.protocol.packing import Part, pack, unpack
 
 EXTENT_HEADER_BYTES = 512
 MAX_EXTENT_BYTES = EXTENT_HEADER_BYTES + 59 * limits.CLUSTER_BYTES

@@ -29,7 +29,7 @@ ONLY_IN = {
         "producer/link.py",
         "restore/crew/link.py",
     },
-    "msgpack": {"protocol/frames.py"},
+    "msgpack": {"protocol/packing.py"},
     "xxhash": {"archiver/digests.py", "restore/checks/digest.py"},
     "zstandard": {"archiver/compress.py", "restore/archive/zstd.py"},
     "qemu": {"control/qemu/qmp_link.py"},

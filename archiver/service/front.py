@@ -25,7 +25,7 @@ from vmapipe.archiver.service.producers import Producer, Producers
 from vmapipe.archiver.service.strangers import Strangers
 from vmapipe.protocol import frames, jobs
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.frames import Part
+from vmapipe.protocol.packing import Part
 from vmapipe.runtime.events import Event
 
 # Last answers of an archiver that has ended may still be under way to us.

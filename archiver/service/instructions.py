@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.jobs import Open
+from vmapipe.protocol.packing import Part
 from vmapipe.runtime.events import Event
 
 

@@ -15,6 +15,7 @@ from vmapipe.archiver.service.instructions import Instruction, Log, Send, Stop
 from vmapipe.archiver.service.telling import message_of
 from vmapipe.protocol import frames, jobs, limits
 from vmapipe.protocol.messages import Abort
+from vmapipe.protocol.packing import Part
 from vmapipe.runtime.events import Event
 
 # An archiver's process is ready in a fraction of a second; when twenty are started
@@ -95,7 +96,7 @@ class ServiceJob:
         if self.verdict is not None:
             yield Send(peer, jobs.encode(self.verdict))
 
-    def _opened(self) -> list[frames.Part]:
+    def _opened(self) -> list[Part]:
         return jobs.encode(jobs.Opened(limits.VERSION, self.heartbeat_s))
 
     # --- its archiver ---

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vmapipe.archiver.service.instructions import Attach, Detach, Send
 from vmapipe.archiver.service.jobs import ServiceJob
 from vmapipe.protocol import jobs, limits
-from vmapipe.protocol.frames import Part
+from vmapipe.protocol.packing import Part
 
 # What may be under way to a job's archiver, from one producer, above what that
 # has granted: twice the most that an archiver ever grants in advance, so that

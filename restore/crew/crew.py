@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from vmapipe.protocol.frames import Part
+from vmapipe.protocol.packing import Part
 from vmapipe.protocol.restore_work import Done, Finish, Ready, Setup, decode_for_reader, encode
 from vmapipe.restore.crew.feed import Feed
 from vmapipe.restore.crew.handout import Roster, Work

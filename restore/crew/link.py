@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import zmq
 
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.limits import MAX_CONTROL_BYTES
+from vmapipe.protocol.packing import Part
 from vmapipe.protocol.restore_work import MAX_SETUP_BYTES
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import made_with

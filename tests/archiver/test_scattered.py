@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.archiver.jobworld import JOB, World, disk, read_images, spec
 from vmapipe.archiver.job import Job, Phase
-from vmapipe.protocol import frames
 from vmapipe.protocol.messages import Abort, Done, Refuse, SharedCluster, Welcome
+from vmapipe.protocol.packing import Part
 from vmapipe.protocol.producer_side import ProducerSide
 from vmapipe.vma.layout import CLUSTER_BYTES
 
@@ -61,7 +61,7 @@ class Scatterer:
             num, position, full if any(self.memory[position : position + size]) else 0
         )
 
-    def next(self, most: int) -> list[frames.Part]:
+    def next(self, most: int) -> list[Part]:
         clusters = [self.cluster(self.todo.pop()) for _ in range(min(most, len(self.todo)))]
         self.sent.append(clusters)
         return self.side.scattered(clusters)

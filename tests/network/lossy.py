@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
 
 from tests.vma.archives import disk_image, read_whole, scan
 from vmapipe.archiver.device import Mark
@@ -14,8 +13,8 @@ from vmapipe.archiver.job import Job
 from vmapipe.archiver.jobspec import JobSpec
 from vmapipe.producer.kept import Kept
 from vmapipe.protocol import limits
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import Done, Message, Resumed
+from vmapipe.protocol.packing import Part
 from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.packer import PackedExtent
@@ -24,7 +23,7 @@ JOB, UUID = bytes(range(16)), bytes(range(16, 32))
 
 
 def spec(*devices: str, **changes: object) -> JobSpec:
-    return replace(JobSpec(uuid=UUID, ctime_s=1, devices=devices, job=JOB), **changes)  # type: ignore[arg-type]
+    return JobSpec(uuid=UUID, ctime_s=1, devices=devices, job=JOB)._replace(**changes)  # type: ignore[arg-type]
 
 
 class Producer:

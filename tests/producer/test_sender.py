@@ -21,8 +21,8 @@ from vmapipe.producer.session import Refused
 from vmapipe.producer.source import Segment, SourceError
 from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import Fail, Hello, Message, Ping
+from vmapipe.protocol.packing import Part
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Event, ignore

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import (
-    Part,
     encode_cluster,
     encode_control,
     encode_run,
@@ -36,6 +35,7 @@ from vmapipe.protocol.messages import (
     SharedRun,
     Welcome,
 )
+from vmapipe.protocol.packing import Part
 
 UUID = bytes(range(16))
 U64 = (1 << 64) - 1

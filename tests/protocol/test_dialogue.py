@@ -16,8 +16,8 @@ from tests.protocol.messages import UUID
 from vmapipe.protocol import archiver_side, limits, producer_side
 from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.errors import LocalProtocolError
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import Ping, RunFrame, Scattered, SharedCluster, SharedRun
+from vmapipe.protocol.packing import Part
 from vmapipe.protocol.producer_side import ProducerSide
 
 P = producer_side.State

@@ -14,8 +14,8 @@ import zmq
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide, State
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import ClusterFrame, Fail, Hello, Ping
+from vmapipe.protocol.packing import Part
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "foreign_producer.py"
 JOB = bytes(range(16))

@@ -21,14 +21,7 @@ from tests.protocol.messages import (
 from tests.vma.memory import peak_bytes
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
-from vmapipe.protocol.frames import (
-    Part,
-    decode,
-    encode_control,
-    encode_run,
-    run_fault,
-    sayable,
-)
+from vmapipe.protocol.frames import decode, encode_control, encode_run, run_fault, sayable
 from vmapipe.protocol.messages import (
     ClusterFrame,
     Control,
@@ -41,6 +34,7 @@ from vmapipe.protocol.messages import (
     SharedRun,
     Welcome,
 )
+from vmapipe.protocol.packing import Part
 
 CONTROLS: list[Control] = [
     message

@@ -15,7 +15,7 @@ from tests.protocol.jobs import of_coordinators, of_services
 from tests.protocol.messages import UUID
 from vmapipe.protocol import jobs, limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
-from vmapipe.protocol.frames import Part
+from vmapipe.protocol.packing import Part
 
 OPEN = {"version": 1, "job": UUID, "name": "vm.vma", "devices": ["a"]}
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.protocol import frames, limits
+from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
+from vmapipe.protocol.packing import pack
 from vmapipe.protocol.restore_work import (
     MAX_RANGE_EXTENTS,
     MAX_SETUP_BYTES,
@@ -140,21 +141,21 @@ def setup_of(*target: object) -> list[object]:
 )
 def test_what_makes_no_sense_is_refused(value: object) -> None:
     with pytest.raises(RemoteProtocolError):
-        decode_for_worker([frames.pack(value)])
+        decode_for_worker([pack(value)])
 
 
 def test_a_message_is_one_part() -> None:
     with pytest.raises(RemoteProtocolError):
-        decode_for_worker([frames.pack(["FINISH"]), b""])
+        decode_for_worker([pack(["FINISH"]), b""])
 
 
 def test_a_worker_of_another_version_is_refused() -> None:
     with pytest.raises(RemoteProtocolError, match="version"):
-        decode_for_reader([frames.pack(["READY", limits.VERSION + 1])])
+        decode_for_reader([pack(["READY", limits.VERSION + 1])])
 
 
 def test_nothing_is_unpacked_that_is_too_large() -> None:
     with pytest.raises(RemoteProtocolError, match="too-large"):
-        decode_for_worker([frames.pack(["SYNC", bytes(MAX_SETUP_BYTES)])])
+        decode_for_worker([pack(["SYNC", bytes(MAX_SETUP_BYTES)])])
     with pytest.raises(RemoteProtocolError, match="too-large"):
-        decode_for_reader([frames.pack(["DONE", bytes(limits.MAX_CONTROL_BYTES)])])
+        decode_for_reader([pack(["DONE", bytes(limits.MAX_CONTROL_BYTES)])])

@@ -15,6 +15,7 @@ from vmapipe.archiver.service.admission import Limits
 from vmapipe.archiver.service.jobs import START_S, Phase
 from vmapipe.protocol import frames, jobs
 from vmapipe.protocol.messages import Ping
+from vmapipe.protocol.packing import Part
 
 BOUNDS = Limits(max_jobs=4, heartbeat_s=20)
 CLIENT_JOBS = 2
@@ -66,7 +67,7 @@ class ServiceMachine(RuleBasedStateMachine):
         self.world.say(peer, client, jobs.encode(message))
 
     @rule(peer=peers, client=clients, parts=st.lists(st.binary(max_size=20), max_size=3))
-    def junk(self, peer: bytes, client: str, parts: list[frames.Part]) -> None:
+    def junk(self, peer: bytes, client: str, parts: list[Part]) -> None:
         self.world.say(peer, client, parts)
 
     @precondition(lambda self: self.world.archivers)

@@ -11,8 +11,8 @@ from vmapipe.archiver.service.front import Front
 from vmapipe.archiver.service.jobs import Place, Room
 from vmapipe.protocol import frames, jobs, limits
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import Hello, Message
+from vmapipe.protocol.packing import Part
 from vmapipe.runtime.events import Event
 
 MANY = 1 << 40
