@@ -146,7 +146,8 @@ def checked_pieces(
         if manifest is None:
             yield piece
         else:
-            yield piece._replace(digest=_expected(manifest, piece.extent).digest)
+            digest = _expected(manifest, piece.extent).digest
+            yield Piece(piece.extent, piece.raw_header, piece.data, digest, piece.slot)
     coverage.finish()
     if manifest is not None and not isinstance(manifest.next(), Totals):
         raise ArchiveError(

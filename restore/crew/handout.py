@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from vmapipe.protocol.frames import Part
+from vmapipe.protocol.packing import Part
 from vmapipe.protocol.restore_work import (
     MAX_RANGE_EXTENTS,
     ExtentWork,
@@ -18,9 +18,12 @@ from vmapipe.restore.archive.reading import Piece
 from vmapipe.restore.archive.totals import Totals
 from vmapipe.vma.layout import CLUSTER_BYTES
 
-# A piece of work out of a file: large enough that handing it out costs
-# nothing, small enough that several workers end at about the same time.
-_RANGE_BYTES = 8 << 20
+# A piece of work out of a file: small enough that several workers end at about the
+# same time. Each is four wake-ups on cores that are busy: with 8 MiB, 4 GiB onto a
+# tmpfs file took 1.06 s in place of 0.96.
+_RANGE_BYTES = 32 << 20
+# Where a limit holds, it holds more evenly so.
+_LIMITED_RANGE_BYTES = 8 << 20
 # Out of a file: one piece being written, the next one waiting.
 _RANGES_AHEAD = 2
 # Extents whose data came along are bounded by their memory (`slots`); those
@@ -28,8 +31,7 @@ _RANGES_AHEAD = 2
 _EXTENTS_AHEAD = 64
 
 
-@dataclass(slots=True)
-class Work:
+class Work(NamedTuple):
     """One message to a worker. `parts` is empty where there is nothing to do.
 
     `ahead`: how many like it one worker may have; `cluster_bytes`: of the
@@ -45,7 +47,6 @@ class Work:
     slot: int = -1
 
 
-@dataclass
 class WorkMaker:
     """Makes work out of pieces. `totals` counts all pieces, wanted or not.
 
@@ -54,27 +55,36 @@ class WorkMaker:
     `from_stream`: the data comes along, extent by extent, in slots.
     """
 
-    wanted: Collection[int]
-    zeroed: Collection[int]
-    limited: Collection[int] = ()
-    from_stream: bool = False
-    totals: Totals = field(default_factory=Totals)
-    _seq: int = 0
+    def __init__(
+        self,
+        wanted: Collection[int],
+        zeroed: Collection[int],
+        limited: Collection[int] = (),
+        *,
+        from_stream: bool = False,
+    ) -> None:
+        self.totals = Totals()
+        self._wanted = wanted
+        self._zeroed = zeroed
+        self._limited = limited
+        self._from_stream = from_stream
+        self._seq = 0
 
     def works(self, pieces: Iterator[Piece]) -> Iterator[Work]:
         batch: list[Piece] = []
         batch_bytes = 0
+        most_bytes = _LIMITED_RANGE_BYTES if self._limited else _RANGE_BYTES
         for piece in pieces:
             self.totals.add(piece.extent)
             if not self._has_work(piece):
                 yield self._work([], [piece], slot=piece.slot)
-            elif self.from_stream:
+            elif self._from_stream:
                 parts = self._message_of(piece)
                 yield self._work(parts, [piece], _EXTENTS_AHEAD, piece.slot)
             else:
                 batch.append(piece)
                 batch_bytes += piece.extent.total_bytes
-                if batch_bytes >= _RANGE_BYTES or len(batch) == MAX_RANGE_EXTENTS:
+                if batch_bytes >= most_bytes or len(batch) == MAX_RANGE_EXTENTS:
                     yield self._work(self._range_of(batch), batch)
                     batch = []
                     batch_bytes = 0
@@ -91,7 +101,7 @@ class WorkMaker:
         if piece.digest:
             return True
         return any(
-            run.dev_id in self.zeroed or (run.dev_id in self.wanted and not run.is_zero)
+            run.dev_id in self._zeroed or (run.dev_id in self._wanted and not run.is_zero)
             for run in piece.extent.runs
         )
 
@@ -122,8 +132,8 @@ class WorkMaker:
         self._seq += 1
         runs = [run for piece in batch for run in piece.extent.runs]
         data_bytes: dict[int, int] = {}
-        for run in runs if self.limited else ():
-            if run.dev_id in self.limited:
+        for run in runs if self._limited else ():
+            if run.dev_id in self._limited:
                 data_bytes[run.dev_id] = data_bytes.get(run.dev_id, 0) + run.data_bytes
         cluster_bytes = CLUSTER_BYTES * sum(run.count for run in runs)
         return Work(self._seq, parts, ahead, cluster_bytes, data_bytes, slot)

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.restore_work import (
-    MAX_EXTENT_BYTES,
     Done,
     ExtentWork,
     Finish,
@@ -45,6 +44,8 @@ from vmapipe.vma.layout import CLUSTER_BYTES, EXTENT_HEADER_BYTES
 
 # Only a bound: every reason to go on wakes us at once.
 _WAIT_S = 5.0
+# An extent, and whole huge pages.
+_BUFFER_BYTES = 4 << 20
 # A message need not name every range of an extent that mixes many disks.
 _MAX_PLACES = 8
 
@@ -103,7 +104,8 @@ class Worker:
             self._archive_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             self._archive_fd = fd
-        buffer = mmap.mmap(-1, MAX_EXTENT_BYTES)
+        # Private, because shared memory has no huge pages: with them, 0.96 of the time.
+        buffer = mmap.mmap(-1, _BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):
             buffer.madvise(mmap.MADV_HUGEPAGE)
         self._buffer = memoryview(buffer)

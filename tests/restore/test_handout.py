@@ -45,12 +45,12 @@ def works(maker: WorkMaker, pieces: list[Piece]) -> list[Work]:
 
 def test_extents_of_a_file_go_out_some_mebibytes_at_a_time() -> None:
     maker = WorkMaker({1}, set())
-    made = works(maker, [piece(number, 1, 0xFFFF) for number in range(7)])
+    made = works(maker, [piece(number, 1, 0xFFFF) for number in range(19)])
     messages = [decode_for_worker(work.parts) for work in made]
-    assert [len(m.offsets) for m in messages if isinstance(m, RangeWork)] == [3, 3, 1]
+    assert [len(m.offsets) for m in messages if isinstance(m, RangeWork)] == [9, 9, 1]
     assert {work.slot for work in made} == {-1}
     assert [work.seq for work in made] == [1, 2, 3]
-    assert sum(work.cluster_bytes for work in made) == 7 * 58 * CLUSTER_BYTES
+    assert sum(work.cluster_bytes for work in made) == 19 * 58 * CLUSTER_BYTES
 
 
 def test_extents_without_work_cost_no_message_but_count() -> None:
