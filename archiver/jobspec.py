@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmapipe.vma.header import Config, Device
 
@@ -14,8 +14,7 @@ RECONNECT_S = 60
 _NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
 
 
-@dataclass(frozen=True, slots=True)
-class JobSpec:
+class JobSpec(NamedTuple):
     """What one archive is to hold.
 
     `uuid`: 16 bytes, or empty: one made from what the header holds, always the

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmapipe.archiver.device import DeviceState
 from vmapipe.protocol import limits
@@ -16,8 +17,7 @@ from vmapipe.protocol.errors import connection_lost
 _MAX_IGNORED = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(NamedTuple):
     """A producer that the job cannot go on without."""
 
     reason: str

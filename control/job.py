@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.control.instant import Instant, begin_together
 from vmapipe.control.jobprocesses import remove_leftovers, start_archiver, start_producers
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 _VERDICT_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
+class Disk(NamedTuple):
     """A raw image or block device, and its name in the archive.
 
     `guard`: the control socket of the process that serves it to a guest; empty:

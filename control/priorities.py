@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmapipe.runtime.cli import MIN_BUFFER_BYTES, size
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
@@ -15,8 +15,7 @@ _IO_CLASSES = {"best-effort": 2, "idle": 3}
 _LOWEST_IO_LEVEL = 7
 
 
-@dataclass(frozen=True, slots=True)
-class Priorities:
+class Priorities(NamedTuple):
     """`io` is a class and a level; empty and None: as inherited."""
 
     nice: int | None = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmapipe.protocol.restore_work import Setup
 from vmapipe.restore.archive.reading import Archive, checked_pieces
@@ -36,8 +36,7 @@ _BYTES_PER_WORKER = 64 << 20
 _PROGRESS_S = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """`workers`: 0 for one a core, at most 4. `manifest`: where it is not beside the archive.
 
     `check_digests`: compare the data with the manifest, where there is one.
@@ -48,8 +47,7 @@ class Options:
     manifest: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Restored:
+class Restored(NamedTuple):
     """One device and where it went (None: it was skipped)."""
 
     dev_id: int
@@ -58,8 +56,7 @@ class Restored:
     path: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """`totals` are of the whole archive; `digests_checked`: the data was compared with a manifest."""
 
     devices: tuple[Restored, ...]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmapipe.runtime.errors import UsageError
 
@@ -27,8 +27,7 @@ class MapError(UsageError):
     """The map makes no sense; the text is the reference tool's."""
 
 
-@dataclass(frozen=True, slots=True)
-class MapEntry:
+class MapEntry(NamedTuple):
     """One line. `bytes_per_s` is 0 without a limit; with `skip` the rest means nothing."""
 
     path: str = ""

@@ -6,7 +6,8 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from vmapipe.restore.errors import PlanError, RestoreError
 from vmapipe.restore.mapping import MapEntry
@@ -24,8 +25,7 @@ class Kind(enum.Enum):
     EXISTING = "existing"
 
 
-@dataclass(frozen=True, slots=True)
-class TargetSpec:
+class TargetSpec(NamedTuple):
     """Where one device goes.
 
     `write_zeroes`: an existing target may hold old data; else it reads as zero
@@ -40,14 +40,13 @@ class TargetSpec:
     image_format: str = "raw"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """Targets by dev_id; a device that has none is skipped.
 
     `configs_folder`: where the configs are written, or None.
     """
 
-    targets: Mapping[int, TargetSpec] = field(default_factory=dict)
+    targets: Mapping[int, TargetSpec] = MappingProxyType({})
     configs_folder: str | None = None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from vmapipe.vma.errors import ExtentError
@@ -30,8 +29,7 @@ _DEV_BITS = 0xFF
 _NUM_BITS = 0xFFFFFFFF
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterRun:
+class ClusterRun(NamedTuple):
     """Consecutive clusters of one device inside one extent.
 
     `masks` has one entry a cluster (bit 0: its first block is stored).
@@ -45,7 +43,7 @@ class ClusterRun:
     data_at: int
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]  # of clusters; nobody needs tuple.count
         return len(self.masks)
 
     @property
@@ -138,7 +136,7 @@ def parse_extent_header(
             reference_text="wrong vma extent header chechsum",
         )
     runs = _runs(slots)
-    blocks = sum(run.data_bytes for run in runs) // BLOCK_BYTES
+    blocks = sum([run.data_bytes for run in runs]) // BLOCK_BYTES
     if blocks != block_count:
         raise ExtentError(
             f"the extent announces {block_count} blocks, its masks {blocks}",

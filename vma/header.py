@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmapipe.vma.blobs import BlobReader, BlobTable, name_bytes
 from vmapipe.vma.errors import HeaderError, LimitError, NotAnArchiveError
@@ -40,8 +40,7 @@ _NO_MD5 = bytes(16)
 PEEK_BYTES = _FIXED.size
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(NamedTuple):
     """One disk, or the machine's memory: `size_bytes` is exact, or for vmstate an estimate."""
 
     dev_id: int
@@ -57,16 +56,14 @@ class Device:
         return cluster_count(self.size_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(NamedTuple):
     """A named blob, for instance the machine's configuration file."""
 
     name: str
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """Everything that stands before the first extent. `ctime_s` is Unix time in seconds."""
 
     uuid: bytes

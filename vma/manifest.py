@@ -10,7 +10,6 @@ line by line, so a manifest of any length costs no memory.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vmapipe.vma.errors import ArchiveError
@@ -41,8 +40,7 @@ class ExtentDigest(NamedTuple):
     digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceTotals:
+class DeviceTotals(NamedTuple):
     """`digest` is None where the clusters did not come in order."""
 
     dev_id: int
@@ -53,8 +51,7 @@ class DeviceTotals:
     digest: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
+class Totals(NamedTuple):
     """`archive_bytes` is the plain VMA stream, `file_*` the bytes as stored (compressed or not)."""
 
     extents: int
@@ -64,8 +61,7 @@ class Totals:
     devices: tuple[DeviceTotals, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(NamedTuple):
     """The first line: which archive, and the digest of its header."""
 
     uuid: bytes

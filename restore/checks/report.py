@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmapipe.restore.archive.totals import Totals
 from vmapipe.runtime.events import Event
@@ -13,8 +13,7 @@ from vmapipe.runtime.events import Event
 MAX_DAMAGE = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
+class Damage(NamedTuple):
     """One thing that is wrong.
 
     `device`, `offset`, `length`: what is lost or not to be trusted, in bytes of
@@ -44,7 +43,6 @@ class Damage:
         return words
 
 
-@dataclass(slots=True)
 class Report:
     """The verdict on one archive.
 
@@ -54,15 +52,16 @@ class Report:
     `file_checked`: the stored file as a whole was compared.
     """
 
-    archive: str
-    compression: str = "none"
-    manifest: str | None = None
-    data_checked: bool = False
-    file_checked: bool = False
-    damage: list[Damage] = field(default_factory=list)
-    damage_count: int = 0
-    totals: Totals = field(default_factory=Totals)
-    seconds: float = 0.0
+    def __init__(self, archive: str) -> None:
+        self.archive = archive
+        self.compression = "none"
+        self.manifest: str | None = None
+        self.data_checked = False
+        self.file_checked = False
+        self.damage: list[Damage] = []
+        self.damage_count = 0
+        self.totals = Totals()
+        self.seconds = 0.0
 
     @property
     def ok(self) -> bool:

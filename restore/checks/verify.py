@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmapipe.restore.archive.reading import Archive, Piece, check_opening, open_archive
 from vmapipe.restore.checks.census import Census
@@ -29,8 +29,7 @@ _MAX_THREADS = 4
 _PROGRESS_S = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyOptions:
+class VerifyOptions(NamedTuple):
     """`manifest`: where it is not beside the archive; `check_digests`: use one at all.
 
     `file_digest`: also compare the stored file as a whole, which reads it once

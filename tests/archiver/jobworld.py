@@ -6,7 +6,6 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
 
 from tests.vma.archives import disk_image, read_whole, scan
 from vmapipe.archiver.device import Mark
@@ -24,8 +23,8 @@ from vmapipe.archiver.jobspec import JobSpec
 from vmapipe.producer.ring import Ring
 from vmapipe.producer.runs import piece_bytes
 from vmapipe.protocol import limits
-from vmapipe.protocol.frames import Part
 from vmapipe.protocol.messages import Abort, Done, Refuse, Welcome
+from vmapipe.protocol.packing import Part
 from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.packer import PackedExtent
@@ -35,7 +34,7 @@ UUID = bytes(range(16, 32))
 
 
 def spec(*devices: str, **changes: object) -> JobSpec:
-    return replace(JobSpec(uuid=UUID, ctime_s=1, devices=devices, job=JOB), **changes)  # type: ignore[arg-type]
+    return JobSpec(uuid=UUID, ctime_s=1, devices=devices, job=JOB)._replace(**changes)  # type: ignore[arg-type]
 
 
 class Store:
