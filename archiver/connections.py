@@ -25,6 +25,9 @@ MAX_UNPROVEN = 256
 # before their old connection is known to be dead.
 MAX_PROVEN = 512
 
+# Not EVENT_HANDSHAKE_FAILED_PROTOCOL: libzmq 4.3.5 tells it of a message that was
+# garbled, too, and forgets over that to end the connection. When the peer ends it,
+# the next heartbeat aborts the process ("Assertion failed: !_io_error").
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
 # zmq_socket_monitor(3): an event and its value. pyzmq's own parser imports asyncio,
 # which takes longer than all the rest of a start.

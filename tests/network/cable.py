@@ -25,10 +25,12 @@ class _Pipe:
 
     def __init__(self, source: socket.socket, target: socket.socket, *, is_back: bool) -> None:
         self.is_back = is_back
-        self.source, self.target = source, target
+        self.source, self.target = self.ends = source, target
         # (when it may arrive, what)
         self.held: deque[tuple[float, bytes]] = deque()
         self.held_bytes = 0
+        #: The source has said its last; the target has heard so, behind all that came before.
+        self.is_at_end = self.is_over = False
 
 
 class Cable:
@@ -98,8 +100,10 @@ class Cable:
             if far is None:
                 _reset(near)
                 return
-            near.setblocking(False)
-            far.setblocking(False)
+            for each in (near, far):
+                each.setblocking(False)
+                # A cable does not keep a small piece until an earlier one is acknowledged.
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._pipes += [_Pipe(near, far, is_back=False), _Pipe(far, near, is_back=True)]
 
     def _carry(self, pipe: _Pipe, now: float) -> bool:
@@ -115,13 +119,19 @@ class Cable:
                     break
         except OSError:
             return False
-        return not (pipe.held and pipe.held[-1][1] == b"" and len(pipe.held) == 1)
+        return not all(each.is_over for each in self._pipes if each.source in pipe.ends)
 
     def _read(self, pipe: _Pipe, now: float) -> bool:
+        if pipe.is_at_end:
+            return False
         try:
             data = pipe.source.recv(_PIECE_BYTES)
         except BlockingIOError:
             return False
+        except ConnectionResetError:
+            # It was closed, perhaps unread: what it said before is under way and arrives.
+            data = b""
+        pipe.is_at_end = not data
         if data and self._chance.random() < self.noise:
             at = self._chance.randrange(len(data))
             data = data[:at] + bytes([data[at] ^ 1 << self._chance.randrange(8)]) + data[at + 1 :]
@@ -132,6 +142,9 @@ class Cable:
     def _write(self, pipe: _Pipe) -> bool:
         when, data = pipe.held[0]
         if not data:
+            pipe.held.popleft()
+            pipe.is_over = True
+            pipe.target.shutdown(socket.SHUT_WR)
             return False
         allowed = len(data) if not self.bytes_s else int(min(len(data), self._budget))
         if not allowed:
@@ -151,7 +164,7 @@ class Cable:
         return True
 
     def _end(self, pipe: _Pipe) -> None:
-        both = [each for each in self._pipes if each.source in (pipe.source, pipe.target)]
+        both = [each for each in self._pipes if each.source in pipe.ends]
         self._pipes = [each for each in self._pipes if each not in both]
         for each in both:
             _reset(each.source)
