@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 
+from vmapipe.producer.nbd.backend import Write
 from vmapipe.producer.nbd.server import Offer, Server
 from vmapipe.producer.sink.export import TakesOnly, sink_export
 
@@ -31,9 +33,9 @@ class Dropping(TakesOnly):
         """Shuts the listening socket down, for all that hold it."""
         self._server.stop()
 
-    def try_write(self, data: memoryview, offset: int) -> bool:
+    def try_writes(self, writes: Sequence[Write]) -> list[OSError | None]:
         self.served = True
-        return True
+        return [None] * len(writes)
 
     def write(self, data: memoryview, offset: int) -> None:
         self.served = True

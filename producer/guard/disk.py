@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from vmapipe.producer.guard.copyjob import CopyJob, JobOver
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.guard.peer import Peer
+from vmapipe.producer.nbd.backend import Write, one_by_one
 from vmapipe.protocol.guarding import MAX_SAVED_CLUSTERS, Attach
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.errors import Failure
@@ -42,7 +43,24 @@ class GuardedDisk:
     def read(self, target: memoryview, offset: int) -> None:
         self.image.read(target, offset)
 
-    def try_write(self, data: memoryview, offset: int) -> bool:
+    def try_writes(self, writes: Sequence[Write]) -> list[OSError | None]:
+        with self._changed:
+            # All of them in one go, where there is nothing to be saved.
+            pass_all = not self._held and not self._is_saving
+            if pass_all:
+                self._writes += len(writes)
+        if not pass_all:
+            return one_by_one(self._try_write, writes)
+        try:
+            return one_by_one(self._write_now, writes)
+        finally:
+            self._written(len(writes))
+
+    def _write_now(self, data: memoryview, offset: int) -> bool:
+        self.image.write(data, offset)
+        return True
+
+    def _try_write(self, data: memoryview, offset: int) -> bool:
         if not self._admit_at_once(offset, len(data)):
             return False
         try:
@@ -135,12 +153,17 @@ class GuardedDisk:
 
     # --- inside ---
 
+    @property
+    def _is_saving(self) -> bool:
+        job = self._job
+        return job is not None and job.begun and not job.over
+
     def _may_write(self, offset: int, length: int) -> bool:
         """With the lock held: whether nothing has to be waited for, or saved."""
         if self._held:
             return False
         job = self._job
-        if job is None or not job.begun or job.over:
+        if job is None or not self._is_saving:
             return True
         first = offset // CLUSTER_BYTES
         return job.core.is_copied(first, (offset + length - 1) // CLUSTER_BYTES - first + 1)
@@ -149,9 +172,9 @@ class GuardedDisk:
         with self._changed:
             return self._may_write(offset, length)
 
-    def _written(self) -> None:
+    def _written(self, count: int = 1) -> None:
         with self._changed:
-            self._writes -= 1
+            self._writes -= count
             if self._held and not self._writes:
                 self._changed.notify_all()
 

@@ -91,9 +91,9 @@ class Image:
             target, offset = target[got:], offset + got
 
     def write(self, data: memoryview, offset: int) -> None:
-        while data:
-            done = os.pwrite(self.fd, data, offset)
-            data, offset = data[done:], offset + done
+        done = os.pwrite(self.fd, data, offset)
+        while done < len(data):
+            done += os.pwrite(self.fd, data[done:], offset + done)
 
     def write_zeroes(self, offset: int, length: int, *, may_hole: bool, fast_only: bool) -> None:
         for mode in (_PUNCH, _ZERO) if may_hole else (_ZERO,):

@@ -3,8 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
+
+#: Data, and the offset where it goes.
+Write = tuple[memoryview, int]
+
+
+def one_by_one(
+    try_write: Callable[[memoryview, int], bool], writes: Sequence[Write]
+) -> list[OSError | None]:
+    """`Backend.try_writes` by a function that does one, or returns False."""
+    outcomes: list[OSError | None] = []
+    for data, offset in writes:
+        try:
+            if not try_write(data, offset):
+                break
+        except OSError as failure:
+            outcomes.append(failure)
+        else:
+            outcomes.append(None)
+    return outcomes
 
 
 class Backend(Protocol):
@@ -20,7 +39,12 @@ class Backend(Protocol):
 
     def try_read(self, target: memoryview, offset: int) -> bool: ...
 
-    def try_write(self, data: memoryview, offset: int) -> bool: ...
+    def try_writes(self, writes: Sequence[Write]) -> list[OSError | None]:
+        """Carry out the first of them, as many as need not wait; in their order.
+
+        Of each that was carried out: None, or how it failed. The next one has to
+        be left to `write`, and those behind it may be tried again.
+        """
 
     def settle(self, *, idle: bool) -> None:
         """What these have put off, to do it once for many requests, is done now or soon.

@@ -12,9 +12,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vmapipe.producer.clusterbits import ClusterBits
+from vmapipe.producer.nbd.backend import Write, one_by_one
 from vmapipe.producer.runs import whole_blocks
 from vmapipe.producer.sink.arrived import Arrived, add_zeroes
 from vmapipe.producer.sink.export import TakesOnly
@@ -130,7 +131,11 @@ class Sink(TakesOnly):
 
     # --- the Backend ---
 
+    def try_writes(self, writes: Sequence[Write]) -> list[OSError | None]:
+        return one_by_one(self.try_write, writes)
+
     def try_write(self, data: memoryview, offset: int) -> bool:
+        """Take it, or return False where that may take long."""
         length = len(data)
         first, count = offset // CLUSTER_BYTES, -(-length // CLUSTER_BYTES)
         with self._changed:
