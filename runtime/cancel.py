@@ -34,6 +34,7 @@ class Cancel:
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         self._lock = threading.Lock()
+        self._has_wakeup = False
 
     @property
     def fd(self) -> int:
@@ -64,6 +65,10 @@ class Cancel:
         With a parent, SIGINT is ignored: Ctrl-C reaches the whole group, and
         the parent stops its children in order.
         """
+        # Python runs a handler between two of its instructions: for a signal that comes
+        # behind the last one before a wait, that would be after the wait. This wakes it.
+        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._has_wakeup = True
         signal.signal(signal.SIGTERM, self._handle)
         for signum in (signal.SIGINT, signal.SIGHUP):
             # What is ignored (nohup, a shell's background job) stays ignored.
@@ -83,6 +88,8 @@ class Cancel:
             pass
 
     def close(self) -> None:
+        if self._has_wakeup:
+            signal.set_wakeup_fd(-1)
         self._read.close()
         self._write.close()
 
