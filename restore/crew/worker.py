@@ -53,20 +53,21 @@ _MAX_PLACES = 8
 class Worker:
     """Does what the reader says until it says Finish."""
 
-    def __init__(self, link: WorkerLink) -> None:
+    def __init__(self, link: WorkerLink, cancel: Cancel) -> None:
         self._link = link
+        self._cancel = cancel
         self._setup: Setup | None = None
         self._writer = Writer(())
         self._archive_fd = -1
         self._buffer = memoryview(b"")
         self._slots = memoryview(b"")
 
-    def run(self, cancel: Cancel) -> None:
+    def run(self) -> None:
         """Raises Cancelled, TargetError, SourceError, ArchiveError."""
-        self._link.watch(cancel.fd)
+        self._link.watch(self._cancel.fd)
         self._link.send(encode(Ready(limits.VERSION)))
         while True:
-            cancel.check()
+            self._cancel.check()
             parts = self._link.receive()
             if parts is None:
                 self._link.wait(_WAIT_S)
@@ -120,6 +121,7 @@ class Worker:
 
     def _do_range(self, work: RangeWork) -> None:
         for index, (offset, size) in enumerate(zip(work.offsets, work.sizes, strict=True)):
+            self._cancel.check()  # a slow target takes seconds for all of them
             raw = self._buffer[:size]
             self._read(raw, offset)
             extent = self._parse(raw, offset)
@@ -202,10 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _work(endpoint: str, name: str, cancel: Cancel) -> None:
     link = WorkerLink(endpoint, name)
-    worker = Worker(link)
+    worker = Worker(link, cancel)
     in_order = False
     try:
-        worker.run(cancel)
+        worker.run()
         in_order = True
     except Cancelled:
         if not cancel.signum:
