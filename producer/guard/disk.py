@@ -46,7 +46,7 @@ class GuardedDisk:
     def try_writes(self, writes: Sequence[Write]) -> list[OSError | None]:
         with self._changed:
             # All of them in one go, where there is nothing to be saved.
-            pass_all = not self._held and not self._is_saving
+            pass_all = not self._held and self._saving is None
             if pass_all:
                 self._writes += len(writes)
         if not pass_all:
@@ -154,16 +154,17 @@ class GuardedDisk:
     # --- inside ---
 
     @property
-    def _is_saving(self) -> bool:
+    def _saving(self) -> CopyJob | None:
+        """The job that has begun and is not over."""
         job = self._job
-        return job is not None and job.begun and not job.over
+        return job if job is not None and job.begun and not job.over else None
 
     def _may_write(self, offset: int, length: int) -> bool:
         """With the lock held: whether nothing has to be waited for, or saved."""
         if self._held:
             return False
-        job = self._job
-        if job is None or not self._is_saving:
+        job = self._saving
+        if job is None:
             return True
         first = offset // CLUSTER_BYTES
         return job.core.is_copied(first, (offset + length - 1) // CLUSTER_BYTES - first + 1)

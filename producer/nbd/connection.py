@@ -162,15 +162,22 @@ class Connection:
 
     def _take(self, request: Request, payload: memoryview) -> None:
         """Answer it, or put it with the writes that are carried out before anything else."""
-        if (
-            request.type == NBD_CMD_WRITE
-            and not request.flags & NBD_CMD_FLAG_FUA
-            and self._session.fault_of(request) == NBD_SUCCESS
-        ):
+        error = self._session.fault_of(request)
+        is_plain = request.type == NBD_CMD_WRITE and not request.flags & NBD_CMD_FLAG_FUA
+        if is_plain and error == NBD_SUCCESS:
             self._writes.append((request, payload))
-        else:
-            self._carry_out_writes()
-            self._answer(request, payload)
+            return
+        self._carry_out_writes()
+        if error != NBD_SUCCESS:
+            self._replies.append(error_reply(self._session, request, error))
+            return
+        try:
+            if self._try_read(request):
+                return
+        except OSError as failure:
+            self._replies.append(self._failed(request, failure))
+            return
+        self._hand_over(request, payload)
 
     def _carry_out_writes(self) -> None:
         writes, self._writes = self._writes, []
@@ -185,19 +192,6 @@ class Connection:
                 self._hand_over(*writes[tried])
             writes = writes[tried + 1 :]
 
-    def _answer(self, request: Request, payload: memoryview) -> None:
-        error = self._session.fault_of(request)
-        if error != NBD_SUCCESS:
-            self._replies.append(error_reply(self._session, request, error))
-            return
-        try:
-            if self._try(request):
-                return
-        except OSError as failure:
-            self._replies.append(self._failed(request, failure))
-            return
-        self._hand_over(request, payload)
-
     def _hand_over(self, request: Request, payload: memoryview) -> None:
         """It may take long: to a thread of the workers."""
         size = request.length if request.type in (NBD_CMD_READ, NBD_CMD_WRITE) else 0
@@ -208,8 +202,8 @@ class Connection:
         work = functools.partial(self._carry_out, request, bytes(payload), size)
         self._workers.submit(work)
 
-    def _try(self, request: Request) -> bool:
-        """Answer at once, if that is possible."""
+    def _try_read(self, request: Request) -> bool:
+        """Whether it is a read, and could be answered at once."""
         if request.type == NBD_CMD_READ and request.length <= _BUFFER_BYTES:
             if self._scratch_used + request.length > _BUFFER_BYTES:
                 self._send_replies()
