@@ -146,8 +146,7 @@ def checked_pieces(
         if manifest is None:
             yield piece
         else:
-            digest = _expected(manifest, piece.extent).digest
-            yield Piece(piece.extent, piece.raw_header, piece.data, digest, piece.slot)
+            yield piece._replace(digest=_expected(manifest, piece.extent).digest)
     coverage.finish()
     if manifest is not None and not isinstance(manifest.next(), Totals):
         raise ArchiveError(

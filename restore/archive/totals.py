@@ -17,19 +17,20 @@ class Totals:
 
     def __init__(self) -> None:
         self.archive_bytes = self.extents = self.clusters = 0
-        self.data_bytes = self.zero_cluster_bytes = self.zero_block_bytes = 0
+        self.data_bytes = self.zero_cluster_bytes = 0
 
     @property
     def cluster_bytes(self) -> int:
         return self.clusters * CLUSTER_BYTES
 
+    @property
+    def zero_block_bytes(self) -> int:
+        return self.cluster_bytes - self.zero_cluster_bytes - self.data_bytes
+
     def add(self, extent: Extent) -> None:
         self.archive_bytes = extent.offset + extent.total_bytes
         self.extents += 1
         self.data_bytes += extent.data_bytes
-        self.zero_block_bytes -= extent.data_bytes
         for run in extent.runs:
-            clusters, zeroes = len(run.masks), run.masks.count(0)
-            self.clusters += clusters
-            self.zero_cluster_bytes += zeroes * CLUSTER_BYTES
-            self.zero_block_bytes += (clusters - zeroes) * CLUSTER_BYTES
+            self.clusters += run.count
+            self.zero_cluster_bytes += run.masks.count(0) * CLUSTER_BYTES
