@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.network.lossy import JOB, Producer, World, spec
+from tests.archiver.jobworld import JOB, spec
+from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
 from vmapipe.archiver.job import Job, Phase
 from vmapipe.protocol import frames

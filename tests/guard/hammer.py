@@ -190,6 +190,12 @@ class Backup:
         self.content[start:end] = data[: end - start]
 
 
+def next_message(backup: Backup) -> FromGuard:
+    while (message := backup.guard.receive()) is None:
+        assert backup.wait_readable(), "the guard says nothing"
+    return message
+
+
 class Guest(threading.Thread):
     """One connection that changes the disk until it is told to stop."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guard.hammer import CLUSTER, JOB, LIMIT_S, Backup, Place, begin, guarding
+from tests.guard.hammer import CLUSTER, JOB, LIMIT_S, Backup, Place, begin, guarding, next_message
 from tests.machine import make_disk
 from tests.protocol_nbd.client import Client
 from vmapipe.producer.guard import conversation
@@ -67,12 +67,6 @@ def backup(place: Place, tmp_path: Path) -> Iterator[Backup]:
     next_message(backup)  # Begun
     yield backup
     backup.close()
-
-
-def next_message(backup: Backup) -> FromGuard:
-    while (message := backup.guard.receive()) is None:
-        assert backup.wait_readable(), "the guard says nothing"
-    return message
 
 
 def in_thread(work: Callable[[], object]) -> threading.Thread:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guard.hammer import CLUSTER, LIMIT_S, Backup, Place, begin, guarding
+from tests.guard.hammer import CLUSTER, LIMIT_S, Backup, Place, begin, guarding, next_message
 from tests.machine import make_disk
 from tests.protocol_nbd.client import shake_hands
 from vmapipe.protocol.guarding import Begun, Claimed
@@ -118,9 +118,9 @@ def test_one_that_has_to_wait_holds_up_none_of_the_others(
     before = place.image.read_bytes()
     try:
         begin({"d": place}, tmp_path)
-        assert isinstance(receive(backup), Begun)
+        assert isinstance(next_message(backup), Begun)
         backup.guard.claim(4)
-        assert receive(backup) == Claimed(0, 4)
+        assert next_message(backup) == Claimed(0, 4)
         client.sendall(packet((20 * CLUSTER, b"a"), (2 * CLUSTER, b"new"), (21 * CLUSTER, b"c")))
         assert {answer(client), answer(client)} == {(0, 0), (2, 0)}
         assert (
@@ -131,9 +131,3 @@ def test_one_that_has_to_wait_holds_up_none_of_the_others(
         assert place.image.read_bytes()[2 * CLUSTER :].startswith(b"new")
     finally:
         backup.close()
-
-
-def receive(backup: Backup) -> object:
-    while (message := backup.guard.receive()) is None:
-        assert backup.wait_readable(), "the guard says nothing"
-    return message

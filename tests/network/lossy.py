@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+from tests.archiver.jobworld import JOB
 from tests.vma.archives import disk_image, read_whole, scan
 from vmapipe.archiver.device import Mark
 from vmapipe.archiver.instructions import Abandon, Begin, Finish, Instruction, Notice, Put, Send
 from vmapipe.archiver.job import Job
-from vmapipe.archiver.jobspec import JobSpec
 from vmapipe.producer.kept import Kept
 from vmapipe.protocol import limits
 from vmapipe.protocol.messages import Done, Message, Resumed
@@ -18,12 +18,6 @@ from vmapipe.protocol.packing import Part
 from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.packer import PackedExtent
-
-JOB, UUID = bytes(range(16)), bytes(range(16, 32))
-
-
-def spec(*devices: str, **changes: object) -> JobSpec:
-    return JobSpec(uuid=UUID, ctime_s=1, devices=devices, job=JOB)._replace(**changes)  # type: ignore[arg-type]
 
 
 class Producer:

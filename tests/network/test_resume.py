@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.network.lossy import JOB, UUID, Producer, World, spec
+from tests.archiver.jobworld import JOB, UUID, spec
+from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
 from vmapipe.archiver.job import Job, Phase
 from vmapipe.protocol import frames, limits
