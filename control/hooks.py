@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from vmapipe.control.jobs.state import JobState
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit, Event, ignore
+from vmapipe.runtime.waiting import readable
 
 if TYPE_CHECKING:
     import subprocess
@@ -185,7 +185,7 @@ class Hooks:
     def _has_ended(self, running: _Running, timeout_s: float, *fds: int) -> bool:
         pidfd = os.pidfd_open(running.process.pid)
         try:
-            return pidfd in select.select([pidfd, *fds], [], [], timeout_s)[0]
+            return pidfd in readable([pidfd, *fds], timeout_s)
         finally:
             os.close(pidfd)
 

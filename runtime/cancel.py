@@ -13,6 +13,7 @@ from types import FrameType
 
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Event, LineSplitter, ignore
+from vmapipe.runtime.waiting import writable
 
 # How long a process may take to put things in order after its parent died,
 # before it ends at once: removing a partial file takes milliseconds, but a
@@ -148,7 +149,7 @@ class Parent:
         """`droppable`: rather lose it than wait for a parent whose reader has stopped reading."""
         with self._lock:
             # Writable means that three quarters of the buffer are free: the line fits.
-            if droppable and not select.select([], [self._socket], [], 0)[1]:
+            if droppable and not writable(self._socket.fileno(), 0):
                 return
             try:
                 self._socket.sendall(line)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import selectors
 import signal
 import socket
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from vmapipe.runtime.events import Event, LineSplitter, encode_line
 from vmapipe.runtime.forking import can_fork, fork_module
+from vmapipe.runtime.waiting import readable
 
 if TYPE_CHECKING:
     import subprocess
@@ -96,7 +96,7 @@ class Child:
         """Wait for its end; False when it has not come in time."""
         if self.exit_code is not None:
             return True
-        if not select.select([self._pidfd], [], [], timeout_s)[0]:
+        if not readable([self._pidfd], timeout_s):
             return False
         # wait4, because it alone tells the child's peak memory.
         _, status, usage = os.wait4(self.pid, 0)

@@ -8,7 +8,6 @@ becomes of a backup, they do not notice.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from vmapipe.control.monitor.qmp import Later, QmpError
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.orders import speed_order
+from vmapipe.runtime.waiting import readable
 
 # A backup that is told to stop gives its own processes 10 s, and a QEMU that is
 # slow to end its jobs 60 s. After that it is killed: then its guardian goes on.
@@ -130,7 +130,7 @@ class Jobs:
             self._backups.cancel()
             self._stop()
         while self._child is not None:
-            select.select([self.fd], [], [], 1.0)
+            readable([self.fd], 1.0)
             self.look()
         with self._children:
             pass  # none is left; what it holds is closed

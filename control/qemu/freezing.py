@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import select
 import signal
 import socket
 import sys
@@ -25,6 +24,7 @@ from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run_child
+from vmapipe.runtime.waiting import readable
 
 # An agent that is alive answers a ping at once; a guest under load takes longer.
 _SYNC_S = 10.0
@@ -123,7 +123,7 @@ class GuestAgent:
     def _wait(self, timeout_s: float) -> None:
         """Until something has come. Raises TimeoutError, Cancelled."""
         watched = [self._socket.fileno()] + ([self._cancel.fd] if self._cancel else [])
-        ready, _, _ = select.select(watched, [], [], timeout_s)
+        ready = readable(watched, timeout_s)
         if self._cancel is not None:
             self._cancel.check()
         if not ready:
@@ -195,7 +195,7 @@ def _freeze(path: str, cancel: Cancel, emit: Emit) -> None:
         try:
             count = agent.execute("guest-fsfreeze-freeze", _FREEZE_S)
             emit({"event": "frozen", "file_systems": count})
-            asked = bool(select.select([cancel.fd], [], [], _FROZEN_S)[0])
+            asked = bool(readable([cancel.fd], _FROZEN_S))
         finally:
             agent.close()
     finally:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from vmapipe.control.qemu.memory import MIGRATED, RUNNING, STANDING, STOPPED, ST
 from vmapipe.control.qemu.qmp import ANSWER_S, Command, QmpRefused
 from vmapipe.control.qemu.qmp_link import QmpLink
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.waiting import readable
 
 # As much as the kernel gives everybody: fewer wake-ups.
 _PIPE_BYTES = 1 << 20
@@ -174,7 +174,7 @@ class Saving:
         """Until it goes on; for how long it stood still, QEMU's events tell."""
         deadline = time.monotonic() + self._guest_wait_s + ANSWER_S
         while self.held is None:
-            select.select([self._link.fd], [], [], _LOOK_S)
+            readable([self._link.fd], _LOOK_S)
             for event in self._link.events():
                 self.hear(event)
                 if event.get("event") == "RESUME":

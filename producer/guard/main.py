@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import select
 import socket
 import sys
 import time
@@ -29,6 +28,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import add_child_options, make_parser
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run_child
+from vmapipe.runtime.waiting import readable
 
 DESCRIPTION = """\
 Serve raw images or block devices over NBD on sockets that were opened by
@@ -91,7 +91,7 @@ def _guard(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         for server in servers:
             server.start()
         emit({"event": "ready"})
-        select.select([cancel.fd], [], [])
+        readable([cancel.fd])
         conversations.close()
         for server in servers:
             server.close_intake()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import select
 import time
 from collections import deque
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.waiting import readable
 
 # The room for what was read must hold several pieces, or reading and sending take turns.
 _PIECES = 8
@@ -133,7 +133,7 @@ class StreamSender:
     def _hear_verdict(self) -> None:
         """A pipe also ends when its writer dies. Raises Failure unless QEMU says it is complete."""
         fd = self._options.verdict_fd
-        while fd >= 0 and not select.select([fd], [], [], 0)[0]:
+        while fd >= 0 and not readable([fd], 0):
             self._session.step(_LOOK_S)
         if not self.size_bytes or (fd >= 0 and not os.read(fd, 1)):
             raise Failure(

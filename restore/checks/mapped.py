@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from vmapipe.restore.checks.digest import extent_digest
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.forking import fork_module
+from vmapipe.runtime.waiting import readable
 
 # Offset and length.
 _JOB = struct.Struct("=QI")
@@ -97,7 +98,7 @@ class MappedHashers:
         for pid, _ in self._workers:
             os.kill(pid, signal.SIGKILL)
         for pid, end in self._workers:
-            select.select([end], [], [], _END_WAIT_S)
+            readable([end], _END_WAIT_S)
             os.close(end)
             os.waitpid(pid, os.WNOHANG)
         self._workers = []

@@ -337,11 +337,12 @@ def test_a_full_disk_leaves_neither_archive_nor_manifest(tmp_path: Path) -> None
 
 
 STUCK = """
-import os, select
+import os
 from tests.archiver.extents import dense
 from vmapipe.archiver.outputs import stream
 from vmapipe.archiver.outputs.spec import open_output
 from vmapipe.archiver.store import Store
+from vmapipe.runtime.waiting import writable
 
 # A pipe that can only be written by waiting: nobody can get the writer out of it.
 stream._open_anew = lambda number: None
@@ -351,7 +352,7 @@ store = Store(open_output(f"fd:{ours}"), None, lambda: None)
 store.begin(made.header, made.raw_header)
 for extent in made.extents:
     store.put(extent)
-while select.select([], [ours], [], 0)[1]:
+while writable(ours, 0):
     pass  # until the pipe is full
 print("stuck", flush=True)
 store.abandon()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import select
 import shutil
 import socket
 import threading
@@ -50,6 +49,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_CMD_TRIM,
     NBD_CMD_WRITE_ZEROES,
 )
+from vmapipe.runtime.waiting import readable
 
 CLUSTER = limits.CLUSTER_BYTES
 JOB = bytes(range(16))
@@ -128,14 +128,14 @@ class Backup:
                 self.release()
             elif self._may_claim:
                 # Guests are busy meanwhile: a slow backup has more to save.
-                select.select([self.guard.fd], [], [], self._chance.choice((0, 0.001, 0.004)))
+                readable([self.guard.fd], self._chance.choice((0, 0.001, 0.004)))
                 self.guard.claim(self._chance.choice((1, 1, 2, 2, 7, 64)))
                 self._may_claim = False
             else:
                 assert self.wait_readable(), "the guard says nothing"
 
     def wait_readable(self) -> bool:
-        return bool(select.select([self.guard.fd], [], [], LIMIT_S)[0])
+        return bool(readable([self.guard.fd], LIMIT_S))
 
     def take(self, message: FromGuard) -> None:
         match message:

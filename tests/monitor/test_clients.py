@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import resource
-import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from vmapipe.control.monitor import clients as module
 from vmapipe.control.monitor.clients import MAX_CLIENTS, MAX_UNREAD_BYTES, Client, Clients
 from vmapipe.control.monitor.qmp import Later
 from vmapipe.control.monitor.sockets import listen_unix
+from vmapipe.runtime.waiting import readable
 
 LIMIT_S = 60.0
 
@@ -175,7 +175,7 @@ def test_a_server_without_descriptors_does_not_ask_in_a_circle_and_goes_on_later
             server.run()
             assert server.notices == ["a client has to wait: Too many open files"]
             # Nothing is left that would wake its owner, and whoever is there is served.
-            assert not select.select([server.clients.fd], [], [], 0)[0]
+            assert not readable([server.clients.fd], 0)
             other.sendall(b'{"execute": "query-version"}')
             server.run()
             assert b"package" in other.recv(1 << 16)

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import select
 import socket
 
 import pytest
 
 from tests.machine import LIMIT_S
 from tests.network.cable import cable_to
+from vmapipe.runtime.waiting import readable
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.02])
@@ -29,7 +29,7 @@ def test_last_words_arrive_and_then_the_end(delay_s: float, unread: bool, ends: 
                     if unread:
                         # Who closes without reading it resets the connection.
                         stays.sendall(b"unread")
-                        assert select.select([leaves], [], [], LIMIT_S)[0]
+                        assert readable([leaves.fileno()], LIMIT_S)
                     leaves.sendall(b"last")
                     leaves.sendall(b" words")
                     leaves.close()

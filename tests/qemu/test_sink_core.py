@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import select
 import threading
 from collections.abc import Iterator
 
@@ -16,6 +15,7 @@ from vmapipe.producer.runs import packed
 from vmapipe.producer.sink.parts import MAX_PARTIAL_CLUSTERS
 from vmapipe.producer.sink.room import Room
 from vmapipe.producer.sink.sink import Sink
+from vmapipe.runtime.waiting import readable
 
 CLUSTER = 65536
 SIZE = 5 * CLUSTER + 1536
@@ -117,7 +117,7 @@ def test_a_write_without_room_waits_until_there_is_some() -> None:
     writer = threading.Thread(target=small.sink.write, args=(data[CLUSTER:], CLUSTER))
     writer.start()
     while small.sink.missing or small.sink.waiting_writes:
-        assert select.select([small.sink.fd], [], [], 60)[0]
+        assert readable([small.sink.fd], 60)
         small.take()
         if held:
             small.sink.give_back(held)
@@ -134,7 +134,7 @@ def test_a_write_that_has_waited_for_too_long_ends_the_backup_and_succeeds() -> 
     small.sink.write(data, 0)  # returns: the guest goes on
     assert "a write has waited" in small.sink.failure
     assert "--guest-wait" in small.sink.failure
-    assert select.select([small.sink.fd], [], [], 0)[0]
+    assert readable([small.sink.fd], 0)
     small.sink.close()
 
 
@@ -144,7 +144,7 @@ def test_a_failed_sink_takes_everything_at_once_and_lets_those_go_who_wait() -> 
     writer = threading.Thread(target=small.sink.write, args=(data, 0))
     assert small.sink.next() is None
     writer.start()
-    assert select.select([small.sink.fd], [], [], 60)[0]
+    assert readable([small.sink.fd], 60)
     small.sink.fail("the archiver is gone")
     writer.join(60)
     assert not writer.is_alive()
@@ -262,6 +262,6 @@ def test_what_took_its_room_first_is_sent_first_however_long_its_copy_takes(
     assert target.sink.next() is None
     may_go_on.set()
     first.join(30)
-    assert select.select([target.sink.fd], [], [], 30)[0]
+    assert readable([target.sink.fd], 30)
     target.take()
     assert target.seen == [0, 1]

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import threading
 from pathlib import Path
 
 from tests.machine import LIMIT_S
+from vmapipe.runtime.waiting import readable
 
 
 class Wire(threading.Thread):
@@ -36,11 +36,11 @@ class Wire(threading.Thread):
 
     def _carry(self, other: dict[socket.socket, socket.socket]) -> None:
         while True:
-            ready, _, _ = select.select(list(other), [], [], 0.01)
+            ready = readable([end.fileno() for end in other], 0.01)
             if self._cut.is_set():
                 self._cut.clear()
                 return
-            for end in ready:
+            for end in (end for end in other if end.fileno() in ready):
                 data = end.recv(65536)
                 if not data:
                     return

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import select
 import threading
 from collections.abc import Iterator
 
@@ -24,6 +23,7 @@ from vmapipe.restore.crew.handout import Roster, Work, WorkMaker
 from vmapipe.restore.crew.pace import Pace
 from vmapipe.restore.crew.slots import Slots, map_slots
 from vmapipe.runtime.errors import Cancelled, Failure
+from vmapipe.runtime.waiting import readable
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.layout import CLUSTER_BYTES
 
@@ -163,7 +163,7 @@ def polled(feed: ThreadFeed) -> Work | None:
         item = feed.poll()
         if item is not None or feed.ended:
             return item
-        assert select.select([feed.fd], [], [], 60)[0]
+        assert readable([feed.fd], 60)
 
 
 def test_a_feed_out_of_a_pipe_gives_all_in_order_then_the_error() -> None:

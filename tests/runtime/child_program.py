@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import sys
 import threading
@@ -15,6 +14,7 @@ from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.orders import Orders, ordered_speed
 from vmapipe.runtime.process import run_child
+from vmapipe.runtime.waiting import readable
 
 
 def work(what: str, cancel: Cancel, emit: Emit, orders: Orders) -> None:
@@ -27,12 +27,12 @@ def work(what: str, cancel: Cancel, emit: Emit, orders: Orders) -> None:
         case "os-error":
             os.stat("/nonexistent/file")
         case "waits":
-            select.select([cancel.fd], [], [])
+            readable([cancel.fd])
             cancel.check()
         case "obeys":
             speed = None
             while speed != 0:
-                select.select([orders.fd], [], [])
+                readable([orders.fd])
                 for order in orders.take():
                     speed = ordered_speed(order)
                     emit({"event": "obeyed", "speed": speed})

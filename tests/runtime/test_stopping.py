@@ -11,9 +11,10 @@ from tests.machine import LIMIT_S
 # The signal comes while the main thread waits, and does not interrupt that wait: so it
 # is also for one that comes between Python's last look at signals and the wait.
 _PROGRAM = """
-import os, select, signal, threading
+import os, signal, threading
 from pathlib import Path
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.waiting import readable
 
 def stop():
     asleep = 0
@@ -25,7 +26,7 @@ def stop():
 cancel = Cancel()
 cancel.on_signals()
 threading.Thread(target=stop, daemon=True).start()
-print(bool(select.select([cancel.fd], [], [], LIMIT)[0]), cancel.reason, flush=True)
+print(bool(readable([cancel.fd], LIMIT)), cancel.reason, flush=True)
 cancel.close()
 os._exit(0)
 """
