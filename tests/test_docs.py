@@ -12,6 +12,8 @@ from tests.test_house import ROOT
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _TEST = re.compile(r"[\w/]*\btest_\w+\.py")
+# `folder/test_file.py::test_name`: one test of it.
+_ONE_TEST = re.compile(r"([\w/]*\btest_\w+\.py)::(test_\w+)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
@@ -48,3 +50,23 @@ def test_every_test_that_a_document_names_exists() -> None:
     named = {name for page in PAGES for name in _TEST.findall(page.read_text(encoding="utf-8"))}
     assert len(named) > 50
     assert [name for name in sorted(named) if not any(t.endswith(f"/{name}") for t in tests)] == []
+
+
+def test_every_single_test_that_a_document_names_is_in_its_file() -> None:
+    missing = []
+    for page in PAGES:
+        for file, name in _ONE_TEST.findall(page.read_text(encoding="utf-8")):
+            files = (ROOT / "tests").rglob(file.rpartition("/")[2])
+            found = [path for path in files if str(path).endswith(f"/{file}")]
+            if not any(f"def {name}(" in path.read_text(encoding="utf-8") for path in found):
+                missing.append(f"{page.relative_to(ROOT)}: {file}::{name}")
+    assert missing == []
+
+
+def test_every_promise_of_the_security_page_names_a_test() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    promises = []
+    for table in re.findall(r"^\| it cannot \|.*\n\| --- \|.*\n((?:\|.*\n)*)", page, re.MULTILINE):
+        promises += table.splitlines()
+    assert len(promises) > 10
+    assert [row for row in promises if not _TEST.search(row.split("|")[2])] == []
