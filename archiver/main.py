@@ -28,7 +28,8 @@ from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.objectnames import is_object
 from vmapipe.runtime.priority import stand_back
-from vmapipe.runtime.process import one_line, run, run_child
+from vmapipe.runtime.process import run, run_child
+from vmapipe.runtime.texts import one_line
 from vmapipe.vma.layout import MAX_DEVICES
 
 DESCRIPTION = """\
@@ -202,12 +203,12 @@ def _print(event: Event) -> None:
         case "listening":
             text = f"listening on {event['endpoint']}"
         case "notice":
-            text = one_line(event["text"])
+            text = event["text"]
         case "stored":
             text = f"stored {event['archive']}: {event['stored_bytes']} bytes"
         case _:
             return
-    print(text, file=sys.stderr, flush=True)
+    print(one_line(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.errors import Damaged, Failure, UsageError
 from vmapipe.runtime.process import run
+from vmapipe.runtime.texts import MAX_NAME_CHARS, name_text, one_line
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import Config, Header
-from vmapipe.vma.names import printable
 
 VERIFY_DESCRIPTION = """\
 Check an archive without writing anything: header, checksums, uuid, counts,
@@ -112,17 +112,21 @@ def _list(options: argparse.Namespace) -> None:
             print(json.dumps(listing(header)))
             return
         made = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(header.ctime_s))
-        print(f"{options.archive}: VMA archive {uuid.UUID(bytes=header.uuid)}, made {made}")
+        print(
+            f"{one_line(source_name(options.archive))}: VMA archive {uuid.UUID(bytes=header.uuid)}, made {made}"
+        )
         for device in header.devices:
             size = human_bytes(device.size_bytes)
             kind = "memory" if device.is_vmstate else "device"
             note = " (an estimate)" if device.is_vmstate else ""
             print(
-                f"  {kind} {device.dev_id:3}  {printable(device.name):<24} "
+                f"  {kind} {device.dev_id:3}  {one_line(device.name, MAX_NAME_CHARS):<24} "
                 f"{device.size_bytes:>16} bytes  {size}{note}"
             )
         for config in header.configs:
-            print(f"  config      {printable(config.name):<24} {len(config.data):>16} bytes")
+            print(
+                f"  config      {one_line(config.name, MAX_NAME_CHARS):<24} {len(config.data):>16} bytes"
+            )
 
 
 def listing(header: Header) -> dict[str, object]:
@@ -160,8 +164,10 @@ def find_config(configs: Sequence[Config], name: str | None) -> Config:
     if found is None and name is None and len(configs) == 1:
         found = configs[0]
     if found is None:
-        there = ", ".join(printable(config.name) for config in configs) or "none at all"
-        raise Failure(f"the archive has no config {wanted!r}; it has {there}")
+        there = (
+            ", ".join(one_line(config.name, MAX_NAME_CHARS) for config in configs) or "none at all"
+        )
+        raise Failure(f"the archive has no config {name_text(wanted)}; it has {there}")
     return found
 
 

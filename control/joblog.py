@@ -11,7 +11,7 @@ from typing import TextIO
 from vmapipe.control.render import human_bytes
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Event
-from vmapipe.runtime.process import one_line
+from vmapipe.runtime.texts import one_line
 
 LEVELS = ("debug", "info", "warn", "error")
 

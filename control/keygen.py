@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.keys import write_pair
 from vmapipe.runtime.process import run
+from vmapipe.runtime.texts import one_line
 
 DESCRIPTION = """\
 Make a pair of keys, so that an archiver and its clients know each other over
@@ -43,8 +44,8 @@ def _make(folder: str, *, client: bool) -> None:
 
     role = "client" if client else "server"
     write_pair(folder, role, new_pair())
-    print(f"{folder}/{role}.key (secret)")
-    print(f"{folder}/{role}.pub")
+    print(one_line(f"{folder}/{role}.key (secret)"))
+    print(one_line(f"{folder}/{role}.pub"))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from vmapipe.control.jobs.state import JobState
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
 
 SUFFIX = ".prom"
 _LAST_SUCCESS = "vmapipe_backup_last_success_timestamp_seconds"
@@ -61,8 +63,8 @@ def render(backup: str, state: JobState, last_success: float) -> str:
             samples.append(({"backup": backup}, values[name]))
         elif name in _DISK_FIELDS:
             samples += [
-                ({"backup": backup, "disk": disk["name"]}, disk[_DISK_FIELDS[name]])
-                for disk in state.devices.values()
+                ({"backup": backup, "disk": label}, disk[_DISK_FIELDS[name]])
+                for label, disk in _labelled(state)
             ]
         if samples:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
@@ -70,12 +72,23 @@ def render(backup: str, state: JobState, last_success: float) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _labelled(state: JobState) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Disks by names that are short enough for a label, and still differ: no exporter takes two alike."""
+    seen: set[str] = set()
+    for disk in state.devices.values():
+        label = one_line(disk["name"], MAX_NAME_CHARS)
+        while label in seen:
+            label += "'"
+        seen.add(label)
+        yield label, disk
+
+
 def _labels(labels: Mapping[str, str]) -> str:
     return ",".join(f'{key}="{_escaped(value)}"' for key, value in labels.items())
 
 
 def _escaped(text: str) -> str:
-    text = text.encode("utf-8", "backslashreplace").decode()
+    text = one_line(text, MAX_NAME_CHARS)
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
-from vmapipe.runtime.process import failure_of, one_line
+from vmapipe.runtime.process import failure_of
+from vmapipe.runtime.texts import name_text, one_line
 
 # In a log, a line at least so often, however slow the job is.
 _LOG_LINE_S = 10.0
@@ -42,7 +43,7 @@ def renderer(verb: str, options: argparse.Namespace, stream: TextIO) -> Iterator
         except BaseException as error:
             failure = failure_of(error)
             if failure is not None:
-                report({"event": "failed", "text": failure[0], "exit_code": failure[1]})
+                report({"event": "failed", "text": one_line(failure[0]), "exit_code": failure[1]})
             raise
     elif options.quiet:
         yield ignore
@@ -128,7 +129,7 @@ class _Text:
             case "stored":
                 archive = event["archive"]
                 return (
-                    f"stored {archive}: {human_bytes(event['stored_bytes'])} for "
+                    f"stored {one_line(archive)}: {human_bytes(event['stored_bytes'])} for "
                     f"{human_bytes(self.total_bytes)} of disks "
                     f"({human_bytes(self.zero_bytes)} of them zero)"
                 )
@@ -166,7 +167,7 @@ def _restored_text(event: Event) -> str:
     checked = "every byte checked" if event["digests_checked"] else "no manifest"
     rate = event["archive_bytes"] / max(0.001, event["seconds"])
     return (
-        f"restored {event['archive']}: {human_bytes(event['data_bytes'])} of data and "
+        f"restored {one_line(event['archive'])}: {human_bytes(event['data_bytes'])} of data and "
         f"{human_bytes(event['zero_bytes'])} of zeroes in {event['seconds']:.1f} s, "
         f"{human_bytes(rate)}/s ({checked})"
     )
@@ -175,7 +176,7 @@ def _restored_text(event: Event) -> str:
 def _instant_text(event: Event) -> str:
     held = f"held for {1000 * event['held_s']:.0f} ms: this is the instant"
     if "memory" in event:
-        return f"the machine was {held} ({event['memory']})"
+        return f"the machine was {held} ({one_line(event['memory'])})"
     return f"all disks {held}"
 
 
@@ -196,7 +197,7 @@ def verified_text(event: Event) -> str:
     else:
         scope = "structure only: the data cannot be checked without a manifest"
     verdict = "nothing is wrong" if event["ok"] else "DAMAGED"
-    lines.append(f"{event['archive']}: {verdict}; {size}, {scope}, {speed}/s")
+    lines.append(f"{one_line(event['archive'])}: {verdict}; {size}, {scope}, {speed}/s")
     return "\n".join(lines)
 
 
@@ -204,10 +205,10 @@ def _damage_text(find: Event) -> str:
     text = str(find["text"])
     if find["device"] is not None and find["offset"] is not None and find["length"] is not None:
         end = find["offset"] + find["length"] - 1
-        text = f"device {find['device']!r}, bytes {find['offset']}..{end}: {text}"
+        text = f"device {name_text(find['device'])}, bytes {find['offset']}..{end}: {text}"
     if find["archive_offset"] is not None:
         text += f" (archive offset {find['archive_offset']})"
-    return text
+    return one_line(text)
 
 
 # The lines of events that need no totals.
@@ -216,7 +217,7 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "verified": verified_text,
     "instant": _instant_text,
     "serving": _serving_text,
-    "ready": lambda e: f"ready; backups ask {e['listen']}",
+    "ready": lambda e: f"ready; backups ask {one_line(e['listen'])}",
     "notice": lambda e: one_line(str(e["text"])),
     "speed": lambda e: (
         f"the speed limit is now {human_bytes(e['bytes_per_s'])}/s"

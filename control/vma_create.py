@@ -13,6 +13,7 @@ from vmapipe.control.outputwords import goes_to_stdout, inherited_fds
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import Event
+from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
 from vmapipe.vma.layout import MAX_BLOB_BYTES
 
 
@@ -103,4 +104,6 @@ class _Report:
     def images(self) -> None:
         for device in self._last["devices"] if self._last else []:
             size, zero = device["bytes"], device["zero_bytes"]
-            self._print(f"image {device['name']}: size={size} zeros={zero} saved={size - zero}\n")
+            self._print(
+                f"image {one_line(device['name'], MAX_NAME_CHARS)}: size={size} zeros={zero} saved={size - zero}\n"
+            )

@@ -24,9 +24,9 @@ from vmapipe.restore.targets.configs import write_configs
 from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Event
+from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import Header
-from vmapipe.vma.names import printable
 
 
 def show_list(words: Sequence[str]) -> None:
@@ -105,12 +105,12 @@ def verify(words: Sequence[str]) -> None:
 def print_content(header: Header) -> None:
     """The list. CTIME comes last and is flushed: qmrestore begins when it sees it."""
     for config in header.configs:
-        print(f"CFG: size: {len(config.data)} name: {printable(config.name)}")
+        print(f"CFG: size: {len(config.data)} name: {one_line(config.name, MAX_NAME_CHARS)}")
     for device in header.devices:
         if device.is_vmstate:
             print(f"VMSTATE: dev_id={device.dev_id} memory: {device.size_bytes}")
         else:
-            name = printable(device.name)
+            name = one_line(device.name, MAX_NAME_CHARS)
             print(f"DEV: dev_id={device.dev_id} size: {device.size_bytes} devname: {name}")
     print(f"CTIME: {time.ctime(header.ctime_s)}", flush=True)
 
@@ -140,7 +140,8 @@ def _plan(
         plan = plan_folder(header, folder, chosen, configs=False)
         for device in header.devices:
             if device.dev_id in plan.targets and not device.is_vmstate:
-                print(f"DEVINFO {folder}/tmp-disk-{device.name}.raw {device.size_bytes}")
+                path = one_line(f"{folder}/tmp-disk-{device.name}.raw")
+                print(f"DEVINFO {path} {device.size_bytes}")
         sys.stdout.flush()
         return plan
     print_content(header)

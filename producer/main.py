@@ -29,6 +29,7 @@ from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.priority import stand_back
 from vmapipe.runtime.process import run_child
+from vmapipe.runtime.texts import one_line
 
 #: What the wire calls a machine's memory.
 VMSTATE = "vmstate"
@@ -293,7 +294,7 @@ def _print(event: Event) -> None:
             return
         case _:
             text = f"{event['device']}: done; the archive is stored"
-    print(text, file=sys.stderr, flush=True)
+    print(one_line(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from vmapipe.restore.errors import PlanError, RestoreError
 from vmapipe.restore.mapping import MapEntry
+from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.names import printable, safe_file_name
+from vmapipe.vma.names import safe_file_name
 
 # What QEMU can make, and write to.
 IMAGE_FORMATS = ("raw", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc")
@@ -146,7 +147,10 @@ def device_named(header: Header, name: str) -> Device:
 
 
 def unknown_device(header: Header, name: str) -> PlanError:
-    names = ", ".join(printable(device.name) for device in header.devices) or "none at all"
+    names = (
+        ", ".join(one_line(device.name, MAX_NAME_CHARS) for device in header.devices)
+        or "none at all"
+    )
     return PlanError(f"the archive has no device {name!r}; it has {names}")
 
 

@@ -8,6 +8,7 @@ import os
 from typing import NoReturn
 
 from vmapipe.runtime.errors import EXIT_USAGE, UsageError
+from vmapipe.runtime.texts import one_line
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -34,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
     """Twenty lines of options above it hide what is wrong; whoever wants them asks for --help."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_USAGE, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def size(text: str) -> int:

@@ -13,9 +13,12 @@ from typing import NoReturn
 from vmapipe.runtime.cancel import Cancel, Parent
 from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, os_error_text
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
+from vmapipe.runtime.texts import one_line
 
 # The next one of its kind says as much and more.
 _DROPPABLE = frozenset({"progress", "buffer", "transfer"})
+# Their text is for people.
+_WORDED = frozenset({"notice", "draining", "error"})
 
 
 def failure_of(error: BaseException) -> tuple[str, int] | None:
@@ -48,11 +51,6 @@ def keep_standard_descriptors() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for good
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for good
-
-
-def one_line(text: str) -> str:
-    """For a terminal or a log: what a stranger wrote cannot move the cursor or begin a line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def leave(work: Callable[[], object]) -> NoReturn:
@@ -123,6 +121,9 @@ def run_child(
     parent = Parent(parent_fd, cancel, hear)
 
     def emit(event: Event) -> None:
+        if event["event"] in _WORDED:
+            # It may quote a stranger at any length; a parent takes no line without an end.
+            event = {**event, "text": one_line(str(event["text"]))}
         parent.send(encode_line(event), droppable=event["event"] in _DROPPABLE)
 
     try:

@@ -28,7 +28,7 @@ from vmapipe.runtime.events import Event, encode_line
 from vmapipe.runtime.keys import read_server_keys
 from vmapipe.runtime.notify import notify
 from vmapipe.runtime.objectnames import is_object
-from vmapipe.runtime.process import one_line
+from vmapipe.runtime.texts import one_line
 
 # What a file system is kept from being filled with, for its other users.
 _MIN_FREE_BYTES = 1 << 30

@@ -16,6 +16,7 @@ from vmapipe.control.jobs.folder import sockets
 from vmapipe.runtime.cli import make_parser, size
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.process import run
+from vmapipe.runtime.texts import one_line
 
 _WHICH = """\
 JOB is the beginning of a job's id or of its archive's uuid, or the archive's
@@ -148,7 +149,7 @@ def _cancel(wanted: str | None) -> None:
                 f"{archive}: told to end, and has not ended within {_END_S:.0f} s; "
                 "`vmapipe status` shows its processes"
             )
-    print(f"{archive}: ended")
+    print(one_line(f"{archive}: ended"))
 
 
 def _set_speed(wanted: str | None, rate: int) -> None:
@@ -165,7 +166,7 @@ def running_jobs() -> list[dict[str, Any]]:
                 found.append(client.execute("query-job"))
         except Failure as failure:
             if os.path.exists(path):
-                print(f"vmapipe: {failure}", file=sys.stderr)
+                print(one_line(f"vmapipe: {failure}"), file=sys.stderr)
     return sorted(found, key=lambda job: float(job["started"]))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmapipe.runtime.events import Event
+from vmapipe.runtime.texts import one_line
 
 
 @dataclass
@@ -45,7 +46,7 @@ class BackupStatus:
     def fail(self, reason: str, now: float) -> None:
         """It has ended without an archive, unless it has ended already."""
         if not self.ended:
-            self.errmsg = self.errmsg or reason
+            self.errmsg = self.errmsg or one_line(reason)
             self.ended = max(now, self.started)
 
     def succeed(self, now: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vmapipe.control.render import human_bytes, human_time
-from vmapipe.runtime.process import one_line
+from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
 
 Details = Mapping[str, Any]
 
@@ -63,7 +63,9 @@ def _disks(devices: Sequence[Details]) -> list[Sequence[str]]:
     for disk in devices:
         sizes = [human_bytes(disk[name]) for _, name in _DISK_COLUMNS]
         done = _percent(disk["done_bytes"], disk["bytes"])
-        rows.append((one_line(disk["name"]), done, *sizes, str(disk["waiting_writes"])))
+        rows.append(
+            (one_line(disk["name"], MAX_NAME_CHARS), done, *sizes, str(disk["waiting_writes"]))
+        )
     return rows
 
 
@@ -75,7 +77,7 @@ def _processes(job: Details, before: Details | None) -> list[Sequence[str]]:
         seconds = max(0.01, process["age_s"] - was["age_s"])
         cpu = f"{100 * (process['cpu_s'] - was['cpu_s']) / seconds:.0f} %"
         memory = human_bytes(process["rss_bytes"])
-        rows.append((one_line(process["name"]), str(process["pid"]), cpu, memory))
+        rows.append((one_line(process["name"], MAX_NAME_CHARS), str(process["pid"]), cpu, memory))
     return rows
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vmapipe.control.monitor.arguments import human_size
 from vmapipe.control.monitor.qmp import Later, QmpError
+from vmapipe.runtime.texts import one_line
 
 # By command: how many words may follow it, what they are, and what it does.
 _COMMANDS = {
@@ -118,4 +119,4 @@ def _silent(value: Any) -> str | Later:
 
 def _text(lines: Iterable[str]) -> str:
     """With a terminal's line ends, as QEMU has them."""
-    return "".join(f"{line}\r\n" for line in lines)
+    return "".join(f"{one_line(line)}\r\n" for line in lines)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.process import run
+from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
 
 DESCRIPTION = """\
 Remove from a running QEMU the jobs and nodes of a backup that was killed
@@ -38,4 +39,5 @@ def _clean_up(path: str) -> None:
         removed = remove_leftovers(link)
     finally:
         link.close()
-    print(f"removed {', '.join(removed)}" if removed else "there was nothing to remove")
+    names = ", ".join(one_line(name, MAX_NAME_CHARS) for name in removed)
+    print(one_line(f"removed {names}") if removed else "there was nothing to remove")

@@ -16,7 +16,8 @@ from vmapipe.control.retention.names import PROTECTED, beside, parse
 from vmapipe.control.retention.rules import RULES, Archive, Mark, Verdict, judge
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.process import one_line, run
+from vmapipe.runtime.process import run
+from vmapipe.runtime.texts import one_line
 
 DESCRIPTION = """\
 Say which archives in a folder are no longer needed, and with --yes remove them,

@@ -28,6 +28,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import add_child_options, make_parser
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run_child
+from vmapipe.runtime.texts import one_line
 from vmapipe.runtime.waiting import readable
 
 DESCRIPTION = """\
@@ -124,7 +125,7 @@ def offer(name: str, disk: GuardedDisk) -> Offer:
 
 def _print(event: Event) -> None:
     text = event.get("text") or f"{event['event']} {event.get('disk', '')}"
-    print(text, file=sys.stderr, flush=True)
+    print(one_line(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts from outside (names, other programs' words) made fit for a terminal, a log, a table. Pure."""
+
+from __future__ import annotations
+
+# A path has up to 4095 bytes, and a message may name one and say why: what ordinary
+# use can bring about is never cut. What is longer was written by somebody who wants it long.
+MAX_LINE_CHARS = 6000
+# In a table or beside other names; a file's name has up to 255 bytes.
+MAX_NAME_CHARS = 260
+
+
+def one_line(text: str, limit_chars: int = MAX_LINE_CHARS) -> str:
+    """Escape what could move a cursor or begin a line, and leave out the middle of what is too long.
+
+    The result has at most `limit_chars` characters (of more than 100). The middle, because a message
+    opens with what it is about and closes with the reason and the way out.
+    """
+    # First: escaping megabytes to throw them away would cost, too.
+    text = _shortened(text, limit_chars)
+    if text.isprintable():
+        return text
+    return _shortened("".join(_escaped(char) for char in text), limit_chars)
+
+
+def name_text(name: str) -> str:
+    """A name as `repr` shows it, and not longer than a name should be."""
+    return repr(_shortened(name, MAX_NAME_CHARS))
+
+
+def _shortened(text: str, limit_chars: int) -> str:
+    if len(text) <= limit_chars:
+        return text
+    # 60: the note between them, with any number of digits that fits into memory.
+    kept = limit_chars - 60
+    head, tail = kept - kept // 4, kept // 4
+    return f"{text[:head]} … ({len(text) - kept} characters left out) … {text[-tail:]}"
+
+
+def _escaped(char: str) -> str:
+    return char if char.isprintable() else char.encode("unicode_escape").decode()
