@@ -59,9 +59,9 @@ def test_a_link_in_the_place_of_a_name_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/etc")
     with HeldFolder(str(tmp_path)) as folder:
         for flags in (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_RDONLY | os.O_DIRECTORY):
-            with pytest.raises(OSError, match="symbolic links|Not a directory"):
+            with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
                 folder.open("link", flags)
-        with pytest.raises(OSError, match="symbolic links|Not a directory"):
+        with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
             folder.folder("link")
         status = folder.status("link")
         assert status is not None
@@ -92,7 +92,7 @@ def test_a_path_below_a_folder_leads_neither_out_of_it_nor_over_a_link(tmp_path:
         assert os.read(fd, 9) == b"mine"
         os.close(fd)
         os.close(folder.open_below("deep/new", os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        refused = "symbolic|cross-device|No such file|Not a directory|not a name"
+        refused = r"symbolic|cross-device|No such file|Not a directory|not a name"
         for path in ("../out", "deep/../../out", "up/out", "end", "/etc/passwd", ""):
             with pytest.raises(OSError, match=refused):
                 folder.open_below(path, os.O_RDONLY)
