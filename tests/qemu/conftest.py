@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,34 @@ from tests.qemu.daemon_backup import SIZES
 from tests.qemu.hammer import CLUSTER
 from tests.qemu.running_guest import RunningGuest, make_images, running_guest
 from tests.qemu.storage_daemon import StorageDaemon, storage_daemon
+from tests.qemu.versions import FETCHED, INSTALLED, programs_of
 from vmapipe.runtime.cancel import Cancel
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test that has the fixture `qemu` is run with each QEMU.
+
+    With the newer ones in `make soak` only, unless it is marked `every_qemu`: quick, and about
+    what QEMUs differ in.
+    """
+    if "qemu" not in metafunc.fixturenames:
+        return
+    always = metafunc.definition.get_closest_marker("every_qemu") is not None
+    newer = [pytest.param(suite, marks=() if always else pytest.mark.soak) for suite in FETCHED]
+    metafunc.parametrize("qemu", [INSTALLED, *newer], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def qemu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Which QEMU it is; its programs are the first that are found meanwhile."""
+    suite = str(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if suite != INSTALLED:
+            folder = programs_of(suite)
+            if not (folder / "qemu-system-x86_64").exists():
+                absent(f"the QEMU of Debian's {suite}; scripts/newer-qemus fetches it")
+            patch.setenv("PATH", f"{folder}:{os.environ.get('PATH', os.defpath)}")
+        yield suite
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +63,7 @@ def images(need: Need, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 @pytest.fixture(scope="module")
 def guest(
+    qemu: str,
     need: Need,
     kernel: Kernel,
     images: tuple[Path, Path],
@@ -61,7 +90,9 @@ def contents() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def daemon(need: Need, tmp_path: Path, contents: dict[str, bytes]) -> Iterator[StorageDaemon]:
+def daemon(
+    qemu: str, need: Need, tmp_path: Path, contents: dict[str, bytes]
+) -> Iterator[StorageDaemon]:
     need("qemu-storage-daemon")
     images = {}
     for name, content in contents.items():

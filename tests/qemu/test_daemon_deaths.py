@@ -179,7 +179,7 @@ def test_a_full_archive_disk_fails_the_backup_and_not_the_guest(
 
 
 def test_a_stalled_archiver_fails_the_backup_when_the_guest_has_waited_long_enough(
-    need: Need, tmp_path: Path, out: Path
+    qemu: str, need: Need, tmp_path: Path, out: Path
 ) -> None:
     need("qemu-storage-daemon")
     # Far more than its buffer and what was stored before it stood still.

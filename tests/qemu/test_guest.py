@@ -30,6 +30,7 @@ def copy_of(need: Need, image: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.every_qemu
 def test_the_archive_of_a_guest_that_was_stopped_equals_its_disks_and_it_stays_stopped(
     need: Need, guest: RunningGuest, images: tuple[Path, Path], tmp_path: Path
 ) -> None:

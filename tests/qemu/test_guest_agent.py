@@ -30,7 +30,7 @@ def socket(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def guest(
-    need: Need, kernel: Kernel, socket: Path, tmp_path_factory: pytest.TempPathFactory
+    qemu: str, need: Need, kernel: Kernel, socket: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningGuest]:
     program = find_agent()
     if program is None:

@@ -51,6 +51,7 @@ def goes_on_from(
     assert is_clean(need, disks[0])
 
 
+@pytest.mark.every_qemu
 @pytest.mark.timeout(300)  # seconds on an idle machine; two machines, or many backups
 def test_a_restored_machine_goes_on_from_the_saved_instant(
     need: Need, kernel: Kernel, guest: RunningGuest, tmp_path: Path
@@ -76,7 +77,7 @@ def shared_memory(folder: Path) -> list[str]:
 
 @pytest.mark.timeout(300)  # seconds on an idle machine; two machines, or many backups
 def test_without_background_snapshots_a_machine_is_saved_by_live_migration(
-    need: Need, kernel: Kernel, tmp_path: Path
+    qemu: str, need: Need, kernel: Kernel, tmp_path: Path
 ) -> None:
     """And one that is paused stays so: both in one boot, of a machine with a SCSI disk."""
     archive, folder = tmp_path / "vm.vma", tmp_path / "restored"

@@ -42,7 +42,7 @@ def disk(folder: Path, chance: random.Random, name: str) -> tuple[Path, bytes]:
 
 @pytest.mark.parametrize("seed", range(80))
 def test_backups_of_disks_that_many_write_to_show_one_instant(
-    need: Need, tmp_path: Path, seed: int
+    qemu: str, need: Need, tmp_path: Path, seed: int
 ) -> None:
     need("qemu-storage-daemon", "qemu-img")
     chance = random.Random(seed)

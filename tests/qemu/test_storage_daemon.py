@@ -22,6 +22,8 @@ from vmapipe.control.jobs.folder import sockets
 from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.qmp import Command
 
+pytestmark = pytest.mark.every_qemu
+
 
 def test_disks_at_rest_are_copied_with_their_zeroes(
     daemon: StorageDaemon, contents: dict[str, bytes], tmp_path: Path, temporary: Path

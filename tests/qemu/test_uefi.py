@@ -75,7 +75,7 @@ def knows(variables: Path, name: str) -> bool:
 
 
 def test_what_firmware_remembers_is_backed_up_at_the_instant_of_the_disks(
-    need: Need, kernel: Kernel, firmware: Path, tmp_path: Path
+    qemu: str, need: Need, kernel: Kernel, firmware: Path, tmp_path: Path
 ) -> None:
     variables = back_up(need, kernel, firmware, tmp_path) / "disk-drive-efidisk0.raw"
     assert knows(variables, "Before")
@@ -84,7 +84,7 @@ def test_what_firmware_remembers_is_backed_up_at_the_instant_of_the_disks(
 
 @pytest.mark.slow  # it boots twice
 def test_a_machine_with_uefi_firmware_boots_from_what_was_restored(
-    need: Need, kernel: Kernel, firmware: Path, tmp_path: Path
+    qemu: str, need: Need, kernel: Kernel, firmware: Path, tmp_path: Path
 ) -> None:
     restored, again = back_up(need, kernel, firmware, tmp_path), tmp_path / "again"
     again.mkdir()
