@@ -8,14 +8,12 @@ RemoteProtocolError.
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vmapipe.protocol import limits
-from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
-from vmapipe.protocol.fields import check_of, is_dev_id, is_uint
+from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.messages import (
     Abort,
     Bye,
@@ -40,23 +38,13 @@ from vmapipe.protocol.messages import (
     Welcome,
 )
 from vmapipe.protocol.packing import Part, pack, unpack
+from vmapipe.protocol.schema import Dialogue, is_uint
 
-_TYPES: dict[str, type[Control]] = {
-    kind.__name__.upper(): kind
-    for kind in (
-        *(Hello, Welcome, Grant, End, Done, Refuse, Fail, Abort, Ping, Pong),
-        *(Resume, Resumed, Bye),
-    )
-}
-# Of each message: its fields, what each must pass, and whether it must be there.
-# Made once: with each extent a GRANT is written and read.
-_FIELDS = {
-    kind: [
-        (field.name, check_of(kind, field.name), field.default is dataclasses.MISSING)
-        for field in dataclasses.fields(cls)
-    ]
-    for kind, cls in _TYPES.items()
-}
+_CONTROL = Dialogue(
+    *(Hello, Welcome, Grant, End, Done, Refuse, Fail, Abort, Ping, Pong, Resume, Resumed, Bye),
+    keyed=True,
+    max_bytes=limits.MAX_CONTROL_BYTES,
+)
 _NOTHING = memoryview(b"")
 # Cluster number, position, mask.
 _SCATTERED = struct.Struct(">IQH")
@@ -64,13 +52,7 @@ _SCATTERED = struct.Struct(">IQH")
 
 def encode_control(message: Control) -> list[Part]:
     """Raises LocalProtocolError for what the peer would refuse."""
-    kind = type(message).__name__.upper()
-    fields = {}
-    for name, check, _ in _FIELDS[kind]:
-        fields[name] = item = getattr(message, name)
-        if not check(item):
-            raise LocalProtocolError(f"{kind}: {name} cannot be {item!r:.100}")
-    return [pack([kind, fields])]
+    return _CONTROL.encode(message)
 
 
 def sayable(text: str) -> str:
@@ -116,39 +98,11 @@ def encode_scattered(seq: int, dev_id: int, clusters: Iterable[SharedCluster]) -
 def decode(parts: Sequence[Part]) -> Message:
     """Read one message. Raises RemoteProtocolError for anything else than a message."""
     if len(parts) == 1:
-        return _decode_control(parts[0])
+        message: Control = _CONTROL.decode(parts)
+        return message
     if len(parts) in (2, 3):
         return _decode_data(parts)
     raise RemoteProtocolError("malformed", f"a message of {len(parts)} parts")
-
-
-def _decode_control(part: Part) -> Control:
-    value = unpack(part, limits.MAX_CONTROL_BYTES)
-    if not (
-        isinstance(value, list)
-        and len(value) == 2
-        and isinstance(value[0], str)
-        and isinstance(value[1], dict)
-    ):
-        raise RemoteProtocolError("malformed", "a control message that is no [name, {...}]")
-    kind = _TYPES.get(value[0])
-    if kind is None:
-        raise RemoteProtocolError("malformed", f"an unknown message {value[0][:40]!r}")
-    # First of all: another version may have other keys beside this one.
-    version = value[1].get("version") if kind in (Hello, Welcome, Resume) else None
-    if is_uint(version) and version != limits.VERSION:
-        raise RemoteProtocolError(
-            "version", f"version {version} is not spoken here, {limits.VERSION} is"
-        )
-    known: dict[str, Any] = {}
-    for name, check, is_needed in _FIELDS[value[0]]:
-        if name in value[1]:
-            known[name] = value[1][name]
-            if not check(known[name]):
-                raise RemoteProtocolError("malformed", f"{value[0]}: {name!r} makes no sense")
-        elif is_needed:
-            raise RemoteProtocolError("malformed", f"{value[0]} without {name!r}")
-    return kind(**known)
 
 
 def _decode_data(parts: Sequence[Part]) -> DataFrame:
@@ -158,7 +112,7 @@ def _decode_data(parts: Sequence[Part]) -> DataFrame:
     frame = unpack(parts[1], limits.MAX_FRAME_PART_BYTES)
     if not isinstance(frame, list) or not frame:
         raise RemoteProtocolError("malformed", "a data message without a frame")
-    if not is_dev_id(frame[0]):
+    if not is_uint(frame[0]) or not 1 <= frame[0] <= limits.MAX_DEV_ID:
         raise RemoteProtocolError("malformed", "a frame without a dev_id")
     if len(frame) == 3 and len(parts) == 2:
         dev_id, cluster_num, data = frame

@@ -13,12 +13,10 @@ ends belong to one administrator; what comes is checked all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from vmapipe.protocol import limits
-from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.packing import pack, unpack
+from vmapipe.protocol.schema import Dialogue, Uuid, between, lengths
 
 # Clusters that one guest's write saves at a time.
 MAX_SAVED_CLUSTERS = 16
@@ -34,7 +32,10 @@ MAX_PACKET_BYTES = 64 * 1024
 MAX_WAIT_S = 3600
 _MAX_ITEMS = 1024
 
-Check = Callable[[Any], bool]
+_Clusters = Annotated[int, between(0, limits.MAX_CLUSTERS)]
+_Cluster = Annotated[int, between(0, limits.MAX_CLUSTERS - 1)]
+_Slot = Annotated[int, between(0, 2 * MAX_SLOTS - 1)]
+_Claim = Annotated[int, between(1, MAX_CLAIM_CLUSTERS)]
 
 
 class Attach(NamedTuple):
@@ -46,18 +47,18 @@ class Attach(NamedTuple):
     """
 
     version: int
-    job: bytes
+    job: Uuid
     disk: str
-    memory_at: int
-    memory_slots: int
-    spool_slots: int
-    guest_wait_s: int
+    memory_at: Annotated[int, between(0, 1 << 62)]
+    memory_slots: Annotated[int, between(1, MAX_SLOTS)]
+    spool_slots: Annotated[int, between(0, MAX_SLOTS)]
+    guest_wait_s: Annotated[int, between(1, MAX_WAIT_S)]
 
 
 class Attached(NamedTuple):
     """Guard: you may. A descriptor comes with it, to read the disk by."""
 
-    size_bytes: int
+    size_bytes: Annotated[int, between(1, 1 << 62)]
 
 
 class Refused(NamedTuple):
@@ -70,7 +71,7 @@ class Hold(NamedTuple):
     """Coordinator: let no write of these disks begin, and tell when none is under way."""
 
     version: int
-    job: bytes
+    job: Uuid
     disks: tuple[str, ...]
 
 
@@ -89,14 +90,14 @@ class Begun(NamedTuple):
 class Claim(NamedTuple):
     """Producer: give me the next clusters to read, at most so many. One claim at a time."""
 
-    most: int
+    most: _Claim
 
 
 class Claimed(NamedTuple):
     """Guard: these are yours, and guests wait for them. No clusters: none is left to claim."""
 
-    first: int
-    clusters: int
+    first: _Clusters
+    clusters: _Clusters
 
 
 class Copied(NamedTuple):
@@ -105,33 +106,36 @@ class Copied(NamedTuple):
     The others can be claimed again.
     """
 
-    clusters: int
+    clusters: _Claim
 
 
 class Saved(NamedTuple):
     """Guard: guests' writes saved the old data of these clusters into slots, one for each."""
 
-    clusters: tuple[int, ...]
-    slots: tuple[int, ...]
+    clusters: Annotated[tuple[_Cluster, ...], lengths(1, MAX_TOLD_CLUSTERS)]
+    slots: Annotated[tuple[_Slot, ...], lengths(1, MAX_TOLD_CLUSTERS)]
+
+    def fault(self) -> str | None:
+        return None if len(self.clusters) == len(self.slots) else "not a slot for each cluster"
 
 
 class SavedHole(NamedTuple):
     """Guard: a guest wrote to these clusters, which held nothing but zeroes."""
 
-    first: int
-    clusters: int
+    first: _Clusters
+    clusters: _Clusters
 
 
 class Release(NamedTuple):
     """Producer: these slots may be used again."""
 
-    slots: tuple[int, ...]
+    slots: tuple[_Slot, ...]
 
 
 class Waiting(NamedTuple):
     """Guard: so many writes of guests wait for a free slot."""
 
-    writes: int
+    writes: Annotated[int, between(0, 1 << 32)]
 
 
 class Failed(NamedTuple):
@@ -144,103 +148,32 @@ ToGuard = Attach | Hold | Begin | Claim | Copied | Release
 FromGuard = Attached | Refused | Held | Begun | Claimed | Saved | SavedHole | Waiting | Failed
 
 
+_TO_GUARD = Dialogue(
+    *(Attach, Hold, Begin, Claim, Copied, Release),
+    keyed=False,
+    max_bytes=MAX_PACKET_BYTES,
+    max_items=_MAX_ITEMS,
+)
+_FROM_GUARD = Dialogue(
+    *(Attached, Refused, Held, Begun, Claimed, Saved, SavedHole, Waiting, Failed),
+    keyed=False,
+    max_bytes=MAX_PACKET_BYTES,
+    max_items=_MAX_ITEMS,
+)
+
+
 def encode(message: ToGuard | FromGuard) -> bytes:
-    name = type(message).__name__.upper()
-    return pack([name, *(list(f) if isinstance(f, tuple) else f for f in message)])
+    dialogue = _TO_GUARD if isinstance(message, ToGuard) else _FROM_GUARD
+    return bytes(dialogue.encode(message, checked=False)[0])
 
 
 def decode_for_guard(packet: bytes) -> ToGuard:
-    """Raises RemoteProtocolError for anything that is no message to a guard."""
-    message: ToGuard = _decode(packet, _TO_GUARD)
+    """Raises RemoteProtocolError for anything that is not a message to a guard."""
+    message: ToGuard = _TO_GUARD.decode([packet])
     return message
 
 
 def decode_from_guard(packet: bytes) -> FromGuard:
-    """Raises RemoteProtocolError for anything that is no message of a guard."""
-    message: FromGuard = _decode(packet, _FROM_GUARD)
-    if isinstance(message, Saved) and len(message.clusters) != len(message.slots):
-        raise RemoteProtocolError("malformed", "SAVED: not a slot for each cluster")
+    """Raises RemoteProtocolError for anything that is not a message of a guard."""
+    message: FromGuard = _FROM_GUARD.decode([packet])
     return message
-
-
-def _number(low: int, high: int) -> Check:
-    return lambda item: isinstance(item, int) and low <= item <= high
-
-
-def _are_slots(item: object) -> bool:
-    return isinstance(item, list) and all(
-        isinstance(slot, int) and 0 <= slot < 2 * MAX_SLOTS for slot in item
-    )
-
-
-def _are_told(item: object) -> bool:
-    return (
-        isinstance(item, list)
-        and 0 < len(item) <= MAX_TOLD_CLUSTERS
-        and all(isinstance(number, int) and 0 <= number < limits.MAX_CLUSTERS for number in item)
-    )
-
-
-def _are_texts(item: object) -> bool:
-    return isinstance(item, list) and all(isinstance(text, str) for text in item)
-
-
-def _is_text(item: object) -> bool:
-    return isinstance(item, str)
-
-
-def _is_job(item: object) -> bool:
-    return isinstance(item, bytes) and len(item) == limits.UUID_BYTES
-
-
-_IS_VERSION = _number(limits.VERSION, limits.VERSION)
-_IS_CLUSTER = _number(0, limits.MAX_CLUSTERS)
-_IS_OFFSET = _number(0, 1 << 62)
-
-_TO_GUARD: dict[str, tuple[Callable[..., Any], tuple[Check, ...]]] = {
-    "ATTACH": (
-        Attach,
-        (
-            _IS_VERSION,
-            _is_job,
-            _is_text,
-            _IS_OFFSET,
-            _number(1, MAX_SLOTS),
-            _number(0, MAX_SLOTS),
-            _number(1, MAX_WAIT_S),
-        ),
-    ),
-    "HOLD": (Hold, (_IS_VERSION, _is_job, _are_texts)),
-    "BEGIN": (Begin, ()),
-    "CLAIM": (Claim, (_number(1, MAX_CLAIM_CLUSTERS),)),
-    "COPIED": (Copied, (_number(1, MAX_CLAIM_CLUSTERS),)),
-    "RELEASE": (Release, (_are_slots,)),
-}
-_FROM_GUARD: dict[str, tuple[Callable[..., Any], tuple[Check, ...]]] = {
-    "ATTACHED": (Attached, (_number(1, 1 << 62),)),
-    "REFUSED": (Refused, (_is_text,)),
-    "HELD": (Held, ()),
-    "BEGUN": (Begun, ()),
-    "CLAIMED": (Claimed, (_IS_CLUSTER, _IS_CLUSTER)),
-    "SAVED": (
-        Saved,
-        (_are_told, lambda item: _are_slots(item) and 0 < len(item) <= MAX_TOLD_CLUSTERS),
-    ),
-    "SAVEDHOLE": (SavedHole, (_IS_CLUSTER, _IS_CLUSTER)),
-    "WAITING": (Waiting, (_number(0, 1 << 32),)),
-    "FAILED": (Failed, (_is_text,)),
-}
-
-
-def _decode(packet: bytes, known: dict[str, tuple[Callable[..., Any], tuple[Check, ...]]]) -> Any:
-    value = unpack(packet, MAX_PACKET_BYTES, _MAX_ITEMS)
-    if not isinstance(value, list) or not value or not isinstance(value[0], str):
-        raise RemoteProtocolError("malformed", "a message that is no [name, ...]")
-    name, *fields = value
-    kind, checks = known.get(name, (None, ()))
-    if kind is None or len(fields) != len(checks):
-        raise RemoteProtocolError("malformed", f"no message of these: {name!r:.40}")
-    for index, (field, check) in enumerate(zip(fields, checks, strict=True)):
-        if not check(field):
-            raise RemoteProtocolError("malformed", f"{name}: field {index} cannot be {field!r:.40}")
-    return kind(*(tuple(field) if isinstance(field, list) else field for field in fields))

@@ -7,7 +7,10 @@ docs/wire-protocol.md is the authority; field names here are the keys there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from vmapipe.protocol import limits
+from vmapipe.protocol.schema import DevId, Heartbeat, Name, Text, Uint, Uuid, UuidOrEmpty, between
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +25,14 @@ class Hello:
     an old one is known as such.
     """
 
-    version: int
-    job: bytes
-    device: str
-    size: int
-    program: str = ""
-    shared: str = ""
-    session: bytes = b""
-    attempt: int = 0
+    version: Uint
+    job: Uuid
+    device: Name
+    size: Uint
+    program: Text = ""
+    shared: Text = ""
+    session: UuidOrEmpty = b""
+    attempt: Uint = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,13 @@ class Welcome:
     0: it is the end. `scattered`: and `Scattered` frames, too.
     """
 
-    version: int
-    dev_id: int
-    credit: int
-    frame_bytes: int
-    heartbeat_s: int
+    version: Uint
+    dev_id: DevId
+    credit: Uint
+    frame_bytes: Uint
+    heartbeat_s: Heartbeat
     shared: bool = False
-    reconnect_s: int = 0
+    reconnect_s: Annotated[int, between(0, limits.MAX_RECONNECT_S)] = 0
     scattered: bool = False
 
 
@@ -56,27 +59,27 @@ class Welcome:
 class Grant:
     """Archiver: the sum of charges may reach `limit`; frames up to `acked` are written."""
 
-    limit: int
-    acked: int
+    limit: Uint
+    acked: Uint
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
     """Producer, on a new connection: I am the one who began this session."""
 
-    version: int
-    job: bytes
-    session: bytes
-    attempt: int
+    version: Uint
+    job: Uuid
+    session: Uuid
+    attempt: Uint
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
     """Archiver: go on behind frame `received`. The others as in `Grant`; `ended`: END has come."""
 
-    received: int
-    limit: int
-    acked: int
+    received: Uint
+    limit: Uint
+    acked: Uint
     ended: bool
 
 
@@ -89,37 +92,37 @@ class Bye:
 class End:
     """Producer: that was all: so many data messages, so many clusters."""
 
-    frames: int
-    clusters: int
+    frames: Uint
+    clusters: Uint
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """Archiver: the archive is complete and stored under its name."""
 
-    uuid: bytes
+    uuid: Uuid
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
     """Archiver: no, and why; `code` is a word of the specification. Ends the session."""
 
-    code: str
-    reason: str
+    code: Text
+    reason: Text
 
 
 @dataclass(frozen=True, slots=True)
 class Fail:
     """Producer: the device cannot be read on; the job fails. Ends the session."""
 
-    reason: str
+    reason: Text
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
     """Archiver: the job failed elsewhere or was cancelled. Ends the session."""
 
-    reason: str
+    reason: Text
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,22 @@ host; what comes is checked all the same, before it is believed.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from vmapipe.protocol import limits
-from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.packing import Part, pack, unpack
+from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import (
+    DevId,
+    Dialogue,
+    Joined,
+    Packed,
+    Uint,
+    Uuid,
+    between,
+    length_of,
+    lengths,
+)
 
 EXTENT_HEADER_BYTES = 512
 MAX_EXTENT_BYTES = EXTENT_HEADER_BYTES + 59 * limits.CLUSTER_BYTES
@@ -30,8 +39,9 @@ MAX_SETUP_BYTES = 1 << 20
 _MAX_ITEMS = 256
 _MAX_FD = 1 << 20
 
-_OFFSETS = ">{}Q"
-_SIZES = ">{}I"
+_Fd = Annotated[int, between(0, _MAX_FD - 1)]
+_FdOrNone = Annotated[int, between(-1, _MAX_FD - 1)]
+_Word = Annotated[bytes, lengths(0, _MAX_NAME_BYTES)]
 
 
 class Ready(NamedTuple):
@@ -49,14 +59,14 @@ class TargetSetup(NamedTuple):
     the socket of a server to write to, in place of `fd` (empty: none).
     """
 
-    dev_id: int
-    fd: int
-    size_bytes: int
+    dev_id: DevId
+    fd: _Fd
+    size_bytes: Uint
     write_zeroes: bool
-    name: bytes
-    path: bytes
-    partial: bytes
-    nbd: bytes = b""
+    name: _Word
+    path: _Word
+    partial: _Word
+    nbd: _Word = b""
 
 
 class Setup(NamedTuple):
@@ -66,9 +76,9 @@ class Setup(NamedTuple):
     `memory_fd`, shared memory. The other one is -1.
     """
 
-    uuid: bytes
-    archive_fd: int
-    memory_fd: int
+    uuid: Uuid
+    archive_fd: _FdOrNone
+    memory_fd: _FdOrNone
     targets: tuple[TargetSetup, ...]
 
 
@@ -79,10 +89,20 @@ class RangeWork(NamedTuple):
     none where none are known.
     """
 
-    seq: int
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    digests: tuple[bytes, ...]
+    seq: Uint
+    offsets: Annotated[tuple[int, ...], Packed("Q")]
+    sizes: Annotated[tuple[int, ...], Packed("I")]
+    digests: Annotated[tuple[bytes, ...], Joined(DIGEST_BYTES)]
+
+    def fault(self) -> str | None:
+        count = len(self.offsets)
+        if not 1 <= count <= MAX_RANGE_EXTENTS or len(self.sizes) != count:
+            return "extents and sizes that do not match"
+        if len(self.digests) not in (0, count):
+            return "extents and digests that do not match"
+        if min(self.sizes) < EXTENT_HEADER_BYTES or max(self.sizes) > MAX_EXTENT_BYTES:
+            return "an extent of an impossible size"
+        return None
 
 
 class ExtentWork(NamedTuple):
@@ -92,18 +112,18 @@ class ExtentWork(NamedTuple):
     whose it is says the header. The memory is the worker's until it is done.
     """
 
-    seq: int
-    offset: int
-    digest: bytes
-    raw_header: bytes
-    position: int
+    seq: Uint
+    offset: Uint
+    digest: Annotated[bytes, length_of(0, DIGEST_BYTES)]
+    raw_header: Annotated[bytes, length_of(EXTENT_HEADER_BYTES)]
+    position: Uint
 
 
 class SyncWork(NamedTuple):
     """Reader: bring this target to the disk."""
 
-    seq: int
-    dev_id: int
+    seq: Uint
+    dev_id: DevId
 
 
 class Finish(NamedTuple):
@@ -113,112 +133,37 @@ class Finish(NamedTuple):
 class Done(NamedTuple):
     """Worker: this piece of work is done."""
 
-    seq: int
+    seq: Uint
 
 
 FromReader = Setup | RangeWork | ExtentWork | SyncWork | Finish
 FromWorker = Ready | Done
 
 
+_FROM_READER = Dialogue(
+    *(Setup, RangeWork, ExtentWork, SyncWork, Finish),
+    keyed=False,
+    max_bytes=MAX_SETUP_BYTES,
+    max_items=_MAX_ITEMS,
+    names={RangeWork: "RANGE", ExtentWork: "EXTENT", SyncWork: "SYNC"},
+)
+_FROM_WORKER = Dialogue(
+    *(Ready, Done), keyed=False, max_bytes=limits.MAX_CONTROL_BYTES, max_items=_MAX_ITEMS
+)
+
+
 def encode(message: FromReader | FromWorker) -> list[Part]:
-    match message:
-        case Setup(uuid, archive_fd, memory_fd, targets):
-            listed = [list(target) for target in targets]
-            return [pack(["SETUP", uuid, archive_fd, memory_fd, listed])]
-        case RangeWork(seq, offsets, sizes, digests):
-            count = len(offsets)
-            return [
-                pack(
-                    [
-                        "RANGE",
-                        seq,
-                        struct.pack(_OFFSETS.format(count), *offsets),
-                        struct.pack(_SIZES.format(count), *sizes),
-                        b"".join(digests),
-                    ]
-                )
-            ]
-        case _:
-            return [pack([type(message).__name__.removesuffix("Work").upper(), *message])]
+    dialogue = _FROM_READER if isinstance(message, FromReader) else _FROM_WORKER
+    return dialogue.encode(message, checked=False)
 
 
 def decode_for_worker(parts: Sequence[Part]) -> FromReader:
     """What the reader sent. Raises RemoteProtocolError for anything else."""
-    name, fields = _head(parts, MAX_SETUP_BYTES)
-    match name, fields:
-        case "SETUP", [bytes() as uuid, int() as fd, int() as memory_fd, list() as targets] if (
-            len(uuid) == limits.UUID_BYTES
-        ):
-            return Setup(uuid, fd, memory_fd, tuple(_target(item) for item in targets))
-        case "RANGE", [int() as seq, bytes() as offsets, bytes() as sizes, bytes() as digests]:
-            return _range(seq, offsets, sizes, digests)
-        case "EXTENT", [
-            int() as seq,
-            int() as offset,
-            bytes() as digest,
-            bytes() as raw_header,
-            int() as position,
-        ] if (
-            len(raw_header) == EXTENT_HEADER_BYTES
-            and len(digest) in (0, DIGEST_BYTES)
-            and offset >= 0
-            and position >= 0
-        ):
-            return ExtentWork(seq, offset, digest, raw_header, position)
-        case "SYNC", [int() as seq, int() as dev_id]:
-            return SyncWork(seq, dev_id)
-        case "FINISH", []:
-            return Finish()
-    raise RemoteProtocolError("malformed", f"no work for a worker: {name!r:.40}")
+    message: FromReader = _FROM_READER.decode(parts)
+    return message
 
 
 def decode_for_reader(parts: Sequence[Part]) -> FromWorker:
     """What a worker sent. Raises RemoteProtocolError for anything else."""
-    name, fields = _head(parts, limits.MAX_CONTROL_BYTES)
-    match name, fields:
-        case "READY", [int() as version]:
-            if version != limits.VERSION:
-                raise RemoteProtocolError("version", f"a worker of version {version}")
-            return Ready(version)
-        case "DONE", [int() as seq]:
-            return Done(seq)
-    raise RemoteProtocolError("malformed", f"no answer of a worker: {name!r:.40}")
-
-
-def _head(parts: Sequence[Part], max_bytes: int) -> tuple[str, list[Any]]:
-    value = unpack(parts[0], max_bytes, _MAX_ITEMS) if len(parts) == 1 else None
-    if not isinstance(value, list) or not value or not isinstance(value[0], str):
-        raise RemoteProtocolError("malformed", "a message that is no [name, ...]")
-    return value[0], value[1:]
-
-
-def _target(item: object) -> TargetSetup:
-    match item:
-        case [int() as dev_id, int() as fd, int() as size, bool() as zeroes, *words] if (
-            1 <= dev_id <= limits.MAX_DEV_ID and 0 <= fd < _MAX_FD and size >= 0
-        ):
-            match words:
-                case [bytes() as name, bytes() as path, bytes() as partial, bytes() as nbd] if (
-                    max(len(name), len(path), len(partial), len(nbd)) <= _MAX_NAME_BYTES
-                ):
-                    return TargetSetup(dev_id, fd, size, zeroes, name, path, partial, nbd)
-    raise RemoteProtocolError("malformed", "a target that makes no sense")
-
-
-def _range(seq: int, offsets: bytes, sizes: bytes, digests: bytes) -> RangeWork:
-    count = len(offsets) // 8
-    if (
-        not 1 <= count <= MAX_RANGE_EXTENTS
-        or (len(offsets), len(sizes)) != (8 * count, 4 * count)
-        or len(digests) not in (0, DIGEST_BYTES * count)
-    ):
-        raise RemoteProtocolError("malformed", "extents, sizes and digests that do not match")
-    all_sizes = struct.unpack(_SIZES.format(count), sizes)
-    if min(all_sizes) < EXTENT_HEADER_BYTES or max(all_sizes) > MAX_EXTENT_BYTES:
-        raise RemoteProtocolError("malformed", "an extent of an impossible size")
-    return RangeWork(
-        seq,
-        struct.unpack(_OFFSETS.format(count), offsets),
-        all_sizes,
-        tuple(digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)),
-    )
+    message: FromWorker = _FROM_WORKER.decode(parts)
+    return message
