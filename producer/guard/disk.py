@@ -69,6 +69,9 @@ class GuardedDisk:
             self._written()
         return True
 
+    def try_zeroes(self, offset: int, length: int) -> bool:
+        return False  # a file system may take long to make a hole
+
     def settle(self, *, idle: bool) -> None:
         job = self._job
         if job is not None and job.untold:

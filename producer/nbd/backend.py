@@ -46,6 +46,9 @@ class Backend(Protocol):
         be left to `write`, and those behind it may be tried again.
         """
 
+    def try_zeroes(self, offset: int, length: int) -> bool:
+        """`write_zeroes` that may leave a hole, and may take as long as it does elsewhere."""
+
     def settle(self, *, idle: bool) -> None:
         """What these have put off, to do it once for many requests, is done now or soon.
 

@@ -172,7 +172,7 @@ class Connection:
             self._replies.append(error_reply(self._session, request, error))
             return
         try:
-            if self._try_read(request):
+            if self._try_at_once(request):
                 return
         except OSError as failure:
             self._replies.append(self._failed(request, failure))
@@ -202,8 +202,13 @@ class Connection:
         work = functools.partial(self._carry_out, request, bytes(payload), size)
         self._workers.submit(work)
 
-    def _try_read(self, request: Request) -> bool:
-        """Whether it is a read, and could be answered at once."""
+    def _try_at_once(self, request: Request) -> bool:
+        """Whether it is a read, or zeroes, and could be answered at once."""
+        if request.type == NBD_CMD_WRITE_ZEROES and not request.flags & ~NBD_CMD_FLAG_NO_HOLE:
+            if not self._backend.try_zeroes(request.offset, request.length):
+                return False
+            self._replies.append(success_reply(request))
+            return True
         if request.type == NBD_CMD_READ and request.length <= _BUFFER_BYTES:
             if self._scratch_used + request.length > _BUFFER_BYTES:
                 self._send_replies()

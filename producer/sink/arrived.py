@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import NamedTuple
 
 from vmapipe.protocol.limits import MAX_RUN_CLUSTERS
@@ -18,13 +17,42 @@ class Arrived(NamedTuple):
     length: int
 
 
-def add_zeroes(queue: deque[Arrived], first: int, count: int) -> None:
-    """At the end; neighbours become one run."""
-    # The sender may be at work with the first one: only others grow.
-    if len(queue) > 1 and queue[-1].position < 0:
-        last = queue[-1]
-        together = last.clusters + count
-        if last.first + last.clusters == first and together <= MAX_RUN_CLUSTERS:
-            queue[-1] = Arrived(last.first, together, -1, 0)
-            return
-    queue.append(Arrived(first, count, -1, 0))
+class Zeroes:
+    """Runs of zero clusters: neighbours become one, in whatever order they come.
+
+    QEMU sends each megabyte of empty space as a request of its own: a frame for
+    each would cost more than all else of an empty disk.
+    """
+
+    def __init__(self) -> None:
+        # The same runs by both of their ends: first cluster -> end, end -> first cluster.
+        self._ends: dict[int, int] = {}
+        self._firsts: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        """How many runs there are."""
+        return len(self._ends)
+
+    def add(self, first: int, count: int) -> None:
+        """None of these clusters may be here already."""
+        end = first + count
+        before = self._firsts.pop(first, None)
+        if before is not None:
+            first = before
+        behind = self._ends.pop(end, None)
+        if behind is not None:
+            del self._firsts[behind]
+            end = behind
+        self._ends[first] = end
+        self._firsts[end] = first
+
+    def take(self) -> list[Arrived]:
+        """All of them, in the order of the disk, each at most as long as a frame may be."""
+        runs = sorted(self._ends.items())
+        self._ends.clear()
+        self._firsts.clear()
+        return [
+            Arrived(at, min(MAX_RUN_CLUSTERS, end - at), -1, 0)
+            for first, end in runs
+            for at in range(first, end, MAX_RUN_CLUSTERS)
+        ]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from vmapipe.producer.clusterbits import ClusterBits
 from vmapipe.producer.nbd.backend import Write, one_by_one
 from vmapipe.producer.runs import whole_blocks
-from vmapipe.producer.sink.arrived import Arrived, add_zeroes
+from vmapipe.producer.sink.arrived import Arrived, Zeroes
 from vmapipe.producer.sink.export import TakesOnly
 from vmapipe.producer.sink.parts import Parts, TooManyParts, is_whole, pieces
 from vmapipe.producer.sink.room import Room
@@ -29,6 +29,9 @@ MAX_PIECE_CLUSTERS = 16
 # Zeroes take no room in the memory, so their number is bounded here: neighbours
 # are one, so this many are far apart.
 _MAX_WAITING = 4096
+# Zeroes are sent together, so often at most: nobody waits for them, and a frame for
+# each megabyte of empty space would cost more than all else.
+_ZEROES_S = 0.1
 # The longest range whose clusters are looked at with the lock held.
 _RANGE_CLUSTERS = 1 << 14
 
@@ -65,6 +68,9 @@ class Sink(TakesOnly):
         self._room = Room(room.start, len(room))
         self._piece_clusters = piece_clusters
         self._queue: deque[Arrived] = deque()
+        # Not in the queue yet, and when they may go there again.
+        self._zeroes = Zeroes()
+        self._zeroes_at = 0.0
         # Positions of runs in the queue whose data is still being copied.
         self._filling: set[int] = set()
         self._sleeping = self._woken = False
@@ -96,6 +102,8 @@ class Sink(TakesOnly):
             if self._woken:
                 os.eventfd_read(self.fd)
                 self._woken = False
+            if not self._queue and len(self._zeroes):
+                self._queue_zeroes(time.monotonic())
             first = self._queue[0] if self._queue else None
             if first is not None and first.position in self._filling:
                 first = None
@@ -159,6 +167,25 @@ class Sink(TakesOnly):
         self._fill(position, data)
         return True
 
+    def try_zeroes(self, offset: int, length: int) -> bool:
+        """The same for zeroes: the hot path of a thin disk, which is thousands of them."""
+        first, count = offset // CLUSTER_BYTES, -(-length // CLUSTER_BYTES)
+        with self._changed:
+            if self.failure:
+                return True
+            if (
+                not is_whole(offset, length, self._size_bytes)
+                or count > _RANGE_CLUSTERS
+                or self._turns
+                or self._is_crowded
+            ):
+                return False
+            here = self._arrivals.how_many(first, count)
+            if here:
+                return here == count
+            self._arrive_as_zeroes(first, count)
+        return True
+
     def write(self, data: memoryview, offset: int) -> None:
         deadline = time.monotonic() + self._guest_wait_s
         for at, length in pieces(offset, len(data), self._size_bytes, self._piece_clusters):
@@ -220,13 +247,30 @@ class Sink(TakesOnly):
 
     def _take_zeroes(self, first: int, count: int, deadline: float) -> None:
         with self._changed:
-            if not self._wait(lambda: len(self._queue) < _MAX_WAITING, deadline):
+            if not self._wait(lambda: not self._is_crowded, deadline):
                 return
             for run in list(self._arrivals.new(first, count)):
-                self._arrivals.add(*run)
-                self._parts.forget(*run)
-                add_zeroes(self._queue, *run)
+                self._arrive_as_zeroes(*run)
+
+    @property
+    def _is_crowded(self) -> bool:
+        return len(self._queue) + len(self._zeroes) >= _MAX_WAITING
+
+    def _arrive_as_zeroes(self, first: int, count: int) -> None:
+        """With the lock held; none of them has come before."""
+        self._arrivals.add(first, count)
+        self._parts.forget(first, count)
+        self._zeroes.add(first, count)
+        # Else the sender takes them when it looks next, with those that come meanwhile.
+        if not self._arrivals.missing or self._is_crowded:
+            self._zeroes_at = 0.0
             self._wake()
+
+    def _queue_zeroes(self, now: float) -> None:
+        """With the lock held: what there is, when it is time."""
+        if now >= self._zeroes_at or not self._arrivals.missing:
+            self._queue += self._zeroes.take()
+            self._zeroes_at = now + _ZEROES_S
 
     def _enter(self, arrived: Arrived) -> None:
         """With the lock held: its turn is that of its room, whoever is filled first.
@@ -284,6 +328,7 @@ class Sink(TakesOnly):
         if not self.failure:
             self.failure = reason
             self._queue.clear()
+            self._zeroes.take()
         self._changed.notify_all()
         self._sleeping = True  # even if it waits for something else: credit
         self._wake()

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from vmapipe.producer.clusterbits import ClusterBits
 from vmapipe.producer.runs import packed
+from vmapipe.producer.sink.arrived import Zeroes
 from vmapipe.producer.sink.parts import MAX_PARTIAL_CLUSTERS
 from vmapipe.producer.sink.room import Room
 from vmapipe.producer.sink.sink import Sink
+from vmapipe.protocol.limits import MAX_RUN_CLUSTERS
 from vmapipe.runtime.waiting import readable
 
 CLUSTER = 65536
@@ -65,7 +67,7 @@ WRITES = st.lists(
     st.tuples(
         st.integers(0, SIZE // 512 - 1),
         st.integers(1, 300),
-        st.sampled_from(["write", "try", "zero"]),
+        st.sampled_from(["write", "try", "zero", "try zero"]),
     ),
     max_size=25,
 )
@@ -84,7 +86,7 @@ def test_any_pieces_in_any_order_make_the_disk_and_each_cluster_comes_once(
         count = min(most, SIZE // 512 - sector)
         if count < 1:
             continue
-        value = 0 if how == "zero" else sector % 250 + 1
+        value = 0 if "zero" in how else sector % 250 + 1
         for index in range(sector, sector + count):
             # A cluster that is written whole replaces the parts that came before.
             first = index - index % 128
@@ -97,7 +99,9 @@ def test_any_pieces_in_any_order_make_the_disk_and_each_cluster_comes_once(
                     model[at] = value
         data = memoryview(bytes([value]) * (count * 512))
         offset = sector * 512
-        if how == "zero":
+        if how == "try zero" and target.sink.try_zeroes(offset, len(data)):
+            pass
+        elif "zero" in how:
             target.sink.write_zeroes(offset, len(data), may_hole=True, fast_only=False)
         elif how == "write" or not target.sink.try_write(data, offset):
             target.sink.write(data, offset)
@@ -185,8 +189,55 @@ def test_neighbouring_zeroes_become_one_run(target: Target) -> None:
     assert runs == [(0, 1), (2, 3)]
 
 
+@given(st.lists(st.integers(0, 60), unique=True), st.integers(1, 3))
+def test_zeroes_become_the_fewest_runs_in_whatever_order_they_come(
+    order: list[int], width: int
+) -> None:
+    zeroes = Zeroes()
+    for place in order:
+        zeroes.add(place * width, width)
+    runs = [(run.first, run.clusters) for run in zeroes.take()]
+    here = {place * width + i for place in order for i in range(width)}
+    assert [c for first, count in runs for c in range(first, first + count)] == sorted(here)
+    assert len(runs) == len({c for c in here if c - 1 not in here})
+    assert len(zeroes) == 0
+
+
+def test_a_run_of_zeroes_longer_than_a_frame_is_cut() -> None:
+    zeroes = Zeroes()
+    zeroes.add(0, MAX_RUN_CLUSTERS + 5)
+    assert [run.clusters for run in zeroes.take()] == [MAX_RUN_CLUSTERS, 5]
+
+
+def test_the_sender_is_woken_for_zeroes_only_when_they_are_the_last(target: Target) -> None:
+    """A frame for each megabyte of empty space would cost more than all else."""
+    assert target.sink.next() is None
+    for cluster in range(5):
+        assert target.sink.try_zeroes(cluster * CLUSTER, CLUSTER)
+        assert readable([target.sink.fd], 0) == []
+    assert target.sink.try_zeroes(5 * CLUSTER, 1536)
+    assert readable([target.sink.fd], 0)
+    arrived = target.sink.next()
+    assert arrived is not None
+    assert (arrived.first, arrived.clusters) == (0, 6)
+
+
+def test_zeroes_that_come_in_between_wait_for_more_of_them(target: Target) -> None:
+    assert target.sink.try_zeroes(0, CLUSTER)
+    assert target.sink.next() is not None
+    target.sink.sent(1)
+    assert target.sink.try_zeroes(2 * CLUSTER, CLUSTER)
+    assert target.sink.next() is None  # so soon after the last ones
+    assert target.sink.try_zeroes(CLUSTER, CLUSTER)
+    assert target.sink.try_zeroes(3 * CLUSTER, SIZE - 3 * CLUSTER)
+    arrived = target.sink.next()
+    assert arrived is not None
+    assert (arrived.first, arrived.clusters) == (1, 5)
+
+
 def test_a_long_run_of_zeroes_can_be_sent_in_steps(target: Target) -> None:
     target.sink.write_zeroes(0, SIZE, may_hole=False, fast_only=False)
+    assert target.sink.next() is not None
     target.sink.sent(2)
     arrived = target.sink.next()
     assert arrived is not None
