@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from vmapipe.runtime.process import keep_standard_descriptors, leave
+from vmapipe.runtime.process import keep_standard_descriptors, leave, raise_descriptor_limit
 
 DESCRIPTION = """\
 Back up disks of virtual machines into one VMA archive, the format of Proxmox
@@ -93,6 +93,7 @@ def program_version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     keep_standard_descriptors()
+    raise_descriptor_limit()
     parser = argparse.ArgumentParser(
         prog="vmapipe",
         description=DESCRIPTION,

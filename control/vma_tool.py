@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from vmapipe.control.words import reference_words
 from vmapipe.runtime.errors import EXIT_OK, EXIT_USAGE, Failure, UsageError
-from vmapipe.runtime.process import keep_standard_descriptors, run
+from vmapipe.runtime.process import keep_standard_descriptors, raise_descriptor_limit, run
 from vmapipe.vma.errors import ArchiveError
 
 USAGE = """\
@@ -38,6 +38,7 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     keep_standard_descriptors()
+    raise_descriptor_limit()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["-h"], ["--help"], ["help"]) or (words[:1] and "-h" in words[1:]):
         sys.stdout.write(USAGE)

@@ -14,6 +14,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 
+# sun_path has 108 bytes with its NUL.
+MAX_SOCKET_PATH_BYTES = 107
+# The longest of ours below the folder for them: a kind, mkdtemp's eight letters, a socket.
+_LONGEST_BELOW = len("/vmapipe-storage-12345678/daemon.sock")
+_SHORT_FOLDER = "/tmp"  # where every Linux program may make things, and short
+
+
+def folder_for_sockets() -> str:
+    """TMPDIR, or /tmp where that is so long that a socket in it could have no path."""
+    chosen = tempfile.gettempdir()
+    too_long = len(os.fsencode(chosen)) > MAX_SOCKET_PATH_BYTES - _LONGEST_BELOW
+    return _SHORT_FOLDER if too_long else chosen
+
 
 @contextlib.contextmanager
 def made_with(mode: int) -> Iterator[None]:
@@ -42,7 +55,7 @@ class OwnFolder:
     def __init__(
         self, kind: str, parent: str = "", keeps: Callable[[str], bool] = lambda path: False
     ) -> None:
-        parent, prefix = parent or tempfile.gettempdir(), f"vmapipe-{kind}-"
+        parent, prefix = parent or folder_for_sockets(), f"vmapipe-{kind}-"
         _remove_leftovers(parent, prefix, keeps)
         while True:
             self.path = tempfile.mkdtemp(prefix=prefix, dir=parent)

@@ -6,17 +6,20 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import resource
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from vmapipe.runtime.cancel import Cancel, Parent
-from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, os_error_text
+from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, Failure, os_error_text
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
 from vmapipe.runtime.texts import one_line
 
 # The next one of its kind says as much and more.
 _DROPPABLE = frozenset({"progress", "buffer", "transfer"})
+# With 20 libzmq aborts in the middle of a small job; 24 were enough for one disk.
+_LEAST_DESCRIPTORS = 32
 # Their text is for people.
 _WORDED = frozenset({"notice", "draining", "error"})
 
@@ -53,6 +56,27 @@ def keep_standard_descriptors() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for good
 
 
+def raise_descriptor_limit() -> None:
+    """Let this process, and those that it starts, open as many files as it is allowed to.
+
+    The soft limit is for programs that use select(), which we do not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        # A sandbox that forbids it leaves us what we have.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _check_descriptor_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < _LEAST_DESCRIPTORS:
+        raise Failure(
+            f"only {hard} files may be open here, and a job needs {_LEAST_DESCRIPTORS} or more: "
+            "raise the limit (`ulimit -n`, LimitNOFILE= of a unit)"
+        )
+
+
 def leave(work: Callable[[], object]) -> NoReturn:
     """Do `work`, and end this process with the exit code that it returns, at once.
 
@@ -85,6 +109,7 @@ def run(program: str, work: Callable[[], None]) -> int:
             # A name that a terminal's encoding does not have must not end the work.
             stream.reconfigure(errors="backslashreplace")
     try:
+        _check_descriptor_limit()
         work()
         sys.stdout.flush()
     except BaseException as error:

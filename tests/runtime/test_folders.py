@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,18 @@ def test_a_folder_that_was_taken_for_a_leftover_before_its_lock_is_made_anew(
         assert folder.path != taken[0]
         assert names(tmp_path) == {os.path.basename(folder.path)}
     assert names(tmp_path) == set()
+
+
+def test_a_tmpdir_too_long_for_a_socket_is_not_used_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("y" * 90)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with OwnFolder("storage") as folder:
+        assert len(os.path.join(folder.path, "daemon.sock")) <= folders.MAX_SOCKET_PATH_BYTES
+        assert names(long) == set()
+    assert not os.path.exists(folder.path)
+    short = Path("/tmp") / f"v{os.getpid()}"
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    assert folders.folder_for_sockets() == str(short)
