@@ -12,7 +12,7 @@ from vmapipe.runtime.cli import size, split_named
 from vmapipe.runtime.errors import UsageError
 
 # What may follow an image's path, and what a format's name looks like.
-_READING = ("format", "snapshot", "offset")
+_READING = ("format", "snapshot", "offset", "others")
 _WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
 # Images whose bytes are not the disk's.
 _MAGICS = {
@@ -26,7 +26,7 @@ _MAGICS = {
 
 
 def parse_disk(text: str) -> Disk:
-    """`[NAME=]PATH[,format=FORMAT][,snapshot=NAME][,offset=BYTES]`. Raises UsageError."""
+    """`[NAME=]PATH[,format=FORMAT][,snapshot=NAME][,offset=BYTES][,others=yes]`. Raises UsageError."""
     body, found = text, dict[str, str]()
     while True:
         rest, comma, last = body.rpartition(",")
@@ -49,8 +49,9 @@ def parse_disk(text: str) -> Disk:
     image_format = _looks_like(disk.path)
     if image_format:
         raise UsageError(
-            f"{disk.path} looks like a {image_format} image: say {text},format={image_format} "
-            f"(or {text},format=raw if its raw bytes are wanted)"
+            f"{disk.path} looks like a {image_format} image, which a guest can write into its raw "
+            f"disk: say {text},format=raw if the disk is raw, or {text},format={image_format} if "
+            "you know that it was made as such an image"
         )
     return disk
 
@@ -59,6 +60,10 @@ def _reading_words(text: str, found: dict[str, str]) -> tuple[str, ...]:
     words = [f"--format={found['format']}"]
     if "snapshot" in found:
         words.append(f"--snapshot={found['snapshot']}")
+    if "others" in found:
+        if found["others"] not in ("yes", "no"):
+            raise UsageError(f"{text}: others is yes or no, not {found['others']!r}")
+        words += ["--others"] * (found["others"] == "yes")
     if "offset" in found:
         try:
             words.append(f"--offset={size(found['offset'])}")

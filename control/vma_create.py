@@ -52,14 +52,18 @@ def _nowhere(text: str) -> int:
 
 
 def _device(text: str) -> Disk:
-    """The value of `-d`: `format=FMT:DEVNAME=PATH`."""
+    """The value of `-d`: `format=FMT[,others=yes]:DEVNAME=PATH`; others as for `vmapipe backup`."""
     prefix, colon, rest = text.partition(":")
     if not colon or not prefix.startswith("format="):
         raise UsageError(f"No format specified for device: '{text}'")
     name, equals, path = rest.partition("=")
     if not equals or not name or not path:
         raise UsageError(f"no DEVNAME=PATH in device: '{text}'")
-    return Disk(name, path, reading=(f"--format={prefix.removeprefix('format=')}",))
+    image_format, comma, more = prefix.removeprefix("format=").partition(",")
+    if comma and more != "others=yes":
+        raise UsageError(f"only others=yes may follow the format of a device: '{text}'")
+    others = ("--others",) if comma else ()
+    return Disk(name, path, reading=(f"--format={image_format}", *others))
 
 
 def _legacy(text: str, index: int) -> Disk:

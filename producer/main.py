@@ -101,6 +101,12 @@ def _add_disk_options(parser: argparse.ArgumentParser) -> None:
         "--offset", type=size, default=0, metavar="BYTES", help="where the disk begins in the file"
     )
     parser.add_argument(
+        "--others",
+        action="store_true",
+        help="read other files, too, that the image refers to (backing files, data files, extents): "
+        "whoever wrote the image chose them",
+    )
+    parser.add_argument(
         "--name",
         metavar="NAME",
         help="the disk's name in the archive; --disk is then a path and nothing else",
@@ -217,7 +223,7 @@ def _open_source(name: str, path: str, options: argparse.Namespace, cancel: Canc
     # Imported here: few backups need it.
     from vmapipe.producer.nbdsource import HowToRead, ImageSource
 
-    how = HowToRead(options.format, options.snapshot, options.offset)
+    how = HowToRead(options.format, options.snapshot, options.offset, options.others)
     return ImageSource(name, path, how, cancel)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from vmapipe.producer.imagerefs import references
 from vmapipe.producer.source import Segment, SourceError
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.limits import CLUSTER_BYTES
@@ -20,6 +22,7 @@ from vmapipe.protocol.nbd.session import Session
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.storage_daemon import StorageDaemon
+from vmapipe.runtime.texts import name_text
 
 EXPORT = "disk"
 # QEMU's server works on 16 requests of a connection at once; 256 KiB each were
@@ -169,11 +172,15 @@ class NbdSource:
 
 
 class HowToRead(NamedTuple):
-    """`snapshot`: an internal one, by name; empty: none. `offset`: of the disk, in bytes."""
+    """`snapshot`: an internal one, by name; empty: none. `offset`: of the disk, in bytes.
+
+    `others`: the image may refer to other files, such as a backing file.
+    """
 
     image_format: str
     snapshot: str = ""
     offset: int = 0
+    others: bool = False
 
 
 class ImageSource(NbdSource):
@@ -181,6 +188,7 @@ class ImageSource(NbdSource):
 
     def __init__(self, name: str, path: str, how: HowToRead, cancel: Cancel) -> None:
         """Raises SourceError, Failure, Cancelled."""
+        path = _checked(name, path, how)
         words = ["qemu-nbd", "--read-only", "--persistent", "--socket=SOCKET"]
         # Ours, and the one that looked whether it listens.
         words += [f"--export-name={EXPORT}", "--shared=2", f"--format={how.image_format}"]
@@ -191,6 +199,12 @@ class ImageSource(NbdSource):
         self._daemon = StorageDaemon(f"disk {name!r}", [*words, "--", path], cancel)
         try:
             super().__init__(name, self._daemon.socket)
+            if not how.others and how.image_format != "raw":
+                self._refuse_other_files(path)
+        except _OtherFileError:
+            self._socket.close()
+            self._daemon.close()
+            raise
         except SourceError as error:
             # It listens before it looks at the image, and then ends.
             said = self._daemon.last_words()
@@ -202,3 +216,60 @@ class ImageSource(NbdSource):
     def close(self) -> None:
         super().close()
         self._daemon.close()
+
+    def _refuse_other_files(self, path: str) -> None:
+        """The image may have been written to since it was looked at, or QEMU know more than we do.
+
+        Raises SourceError.
+        """
+        image = os.stat(path)
+        for opened in self._daemon.opened_files():
+            status = os.stat(opened)
+            same_device = stat.S_ISBLK(status.st_mode) and status.st_rdev == image.st_rdev
+            if not (same_device or os.path.samestat(status, image)):
+                raise _OtherFileError(_refusal(self.name, name_text(os.readlink(opened))))
+
+
+class _OtherFileError(SourceError):
+    """An image is not all that QEMU would read."""
+
+
+def _checked(name: str, path: str, how: HowToRead) -> str:
+    """The path as QEMU takes it for one. Raises SourceError where the image refers to another file."""
+    if os.path.exists(path):
+        # Else `a:b.qcow2` would be a protocol to it.
+        path = os.path.abspath(path)
+    elif ":" in path.partition("/")[0] and how.image_format != "raw" and not how.others:
+        raise SourceError(
+            f"disk {name!r}: {path} is not a file, so it cannot be seen which other files or "
+            f"addresses the {how.image_format} image there refers to; add ,others=yes if you trust "
+            "whoever wrote it"
+        )
+    if how.others or how.image_format == "raw":
+        return path
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise SourceError(f"disk {name!r}: cannot open {path}: {os_error_text(error)}") from error
+    try:
+        found = references(how.image_format, lambda offset, length: _read_at(fd, offset, length))
+    except OSError as error:
+        raise SourceError(f"disk {name!r}: cannot read {path}: {os_error_text(error)}") from error
+    finally:
+        os.close(fd)
+    if found:
+        raise SourceError(_refusal(name, str(found[0])))
+    return path
+
+
+def _read_at(fd: int, offset: int, length: int) -> bytes:
+    """What an image says of offsets may be anything."""
+    return os.pread(fd, length, offset) if offset < 1 << 63 else b""
+
+
+def _refusal(name: str, what: str) -> str:
+    return (
+        f"disk {name!r}: the image refers to another file, {what}, whose contents would go into "
+        "the archive; say ,format=raw if a guest may have written the image's header into its own "
+        "disk, or add ,others=yes if you trust whoever made the image"
+    )

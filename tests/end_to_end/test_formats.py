@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.machine import LIMIT_S, VMA, Need, bad, good, listens, make_disk, run, sha256
+from vmapipe.producer.nbdsource import HowToRead, ImageSource
+from vmapipe.producer.source import SourceError
+from vmapipe.runtime.cancel import Cancel
 
 
 @pytest.fixture
@@ -97,11 +101,121 @@ def test_the_drop_in_takes_a_format_as_the_reference_tool_does(
     assert sha256(tmp_path / "out" / "disk-d.raw") == sha256(disk)
 
 
-def test_a_qcow2_without_its_format_is_refused_with_the_words_to_add(
+def test_what_looks_like_a_qcow2_is_refused_and_told_first_that_a_raw_disk_may_look_so(
     tmp_path: Path, qcow2: Path
 ) -> None:
+    """A guest wrote it, and who follows the first advice must not archive the host's files."""
     words = bad("backup", "--disk", f"d={qcow2}", tmp_path / "vm.vma", code=2)
-    assert f"say d={qcow2},format=qcow2" in words
+    raw, image = f"say d={qcow2},format=raw", f"d={qcow2},format=qcow2"
+    assert 0 < words.find(raw) < words.find(image)
+
+
+SECRET = b"only root may read this file of the host\n" * 100
+
+
+def image_with_a_reference(kind: str, folder: Path, secret: Path) -> Path:
+    """An image whose maker, for instance a guest, has chosen a file of the host."""
+    image = folder / f"disk.{kind}"
+    image_format = kind.partition("-")[0]
+    of_secret = {
+        "qcow2-backing": ["-b", str(secret), "-F", "raw"],
+        "qcow2-json": [
+            "-b",
+            f'json:{{"driver":"raw","file":{{"driver":"file","filename":"{secret}"}}}}',
+            "-F",
+            "raw",
+        ],
+        "qcow2-data": ["-o", f"data_file={secret},data_file_raw=on", "1M"],
+        "qcow-backing": ["1M"],
+        "qed-backing": ["-b", str(secret), "-F", "raw"],
+    }
+    if kind == "vmdk-extent":
+        sectors = secret.stat().st_size // 512
+        image.write_text(
+            "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n"
+            f'createType="monolithicFlat"\nRW {sectors} FLAT "{secret}" 0\n'
+        )
+        return image
+    if kind == "vmdk-parent":
+        base = folder / "base.vmdk"
+        subprocess.run(["qemu-img", "create", "-qf", "vmdk", base, "1M"], check=True)
+        words = ["-b", str(base), "-F", "vmdk"]
+    else:
+        words = of_secret[kind]
+    create = ["qemu-img", "create", "-q", "-f", image_format, *words[:-1], str(image), words[-1]]
+    if "1M" not in words:
+        create = ["qemu-img", "create", "-q", "-f", image_format, *words, str(image)]
+    subprocess.run(create, check=True, timeout=LIMIT_S)
+    if kind == "qcow-backing":
+        # As a guest would: no program makes one of this old format without a backing format.
+        with image.open("r+b") as file:
+            end, name = file.seek(0, 2), bytes(secret)
+            file.write(name)
+            file.seek(8)
+            file.write(struct.pack(">QI", end, len(name)))
+    secret.write_bytes(SECRET + bytes(-len(SECRET) % 512))
+    return image
+
+
+KINDS = ("qcow2-backing", "qcow2-json", "qcow2-data", "qcow-backing", "qed-backing", "vmdk-extent")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "vmdk-parent"])
+def test_an_image_that_refers_to_another_file_is_refused_unless_that_is_asked_for(
+    tmp_path: Path, need: Need, kind: str
+) -> None:
+    need("qemu-img", "qemu-nbd")
+    secret = tmp_path / "shadow"
+    secret.write_bytes(SECRET + bytes(-len(SECRET) % 512))
+    image = image_with_a_reference(kind, tmp_path, secret)
+    image_format = kind.partition("-")[0]
+    archive = tmp_path / "vm.vma"
+    words = bad("backup", "--disk", f"d={image},format={image_format}", archive)
+    assert "the image refers to another file" in words
+    assert ",format=raw" in words
+    done = run("create", archive, "-d", f"format={image_format}:d={image}", tool=VMA)
+    assert done.returncode == 1
+    assert b"the image refers to another file" in done.stderr
+    assert not archive.exists()
+    good("backup", "--disk", f"d={image},format={image_format},others=yes", archive)
+    done = run(
+        *("create", tmp_path / "2.vma", "-d", f"format={image_format},others=yes:d={image}"),
+        tool=VMA,
+    )
+    assert done.returncode == 0, done.stderr
+    good("restore", archive, tmp_path / "out")
+    if kind != "vmdk-parent":
+        assert (tmp_path / "out" / "disk-d.raw").read_bytes().startswith(SECRET)
+
+
+def test_a_reference_that_only_qemu_sees_is_refused_when_it_has_opened_the_file(
+    tmp_path: Path, need: Need, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For instance one that was written between our look and QEMU's."""
+    need("qemu-img", "qemu-nbd")
+    secret = tmp_path / "shadow"
+    secret.write_bytes(SECRET + bytes(-len(SECRET) % 512))
+    image = image_with_a_reference("qcow2-backing", tmp_path, secret)
+    monkeypatch.setattr("vmapipe.producer.nbdsource.references", lambda *words: [])
+    cancel = Cancel()
+    with pytest.raises(SourceError, match=r"refers to another file.*shadow"):
+        ImageSource("d", str(image), HowToRead("qcow2"), cancel)
+    cancel.close()
+
+
+def test_an_image_that_cannot_be_looked_at_beforehand_is_refused_unless_that_is_asked_for(
+    tmp_path: Path, need: Need
+) -> None:
+    need("qemu-nbd")
+    words = bad("backup", "--disk", "d=nbd://127.0.0.1:9/d,format=qcow2", tmp_path / "vm.vma")
+    assert "it cannot be seen which other files" in words
+    assert "others=yes" in words
+
+
+@pytest.mark.parametrize("word", ["others=maybe", "others="])
+def test_whether_others_may_be_read_is_yes_or_no(tmp_path: Path, qcow2: Path, word: str) -> None:
+    words = bad("backup", "--disk", f"d={qcow2},format=qcow2,{word}", tmp_path / "v", code=2)
+    assert "others is yes or no" in words
 
 
 def test_what_an_nbd_server_exports_is_backed_up_by_its_uri(

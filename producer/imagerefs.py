@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which other files an image refers to: backing files, data files, extents. Pure.
+
+Whoever writes an image, or a guest that writes what looks like one into its raw disk,
+chooses these names, and QEMU opens what they name: any file of the host, any address.
+So they are looked for before QEMU sees the image. What is told is never too little: a
+header that cannot be understood is QEMU's to refuse, and `producer.nbdsource` looks
+afterwards at what QEMU has really opened.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vmapipe.runtime.texts import name_text
+
+#: Bytes at an offset; fewer at the image's end.
+Read = Callable[[int, int], bytes]
+
+# QEMU's own bounds: a name has 1023 bytes at most in qcow2, and a descriptor of vmdk 20 sectors.
+_MAX_NAME_BYTES = 1023
+_VMDK_DESCRIPTOR_BYTES = 20 * 512
+_SECTOR_BYTES = 512
+# Header extensions of qcow2 lie in its first cluster, which has 2 MiB at most.
+_MAX_EXTENSIONS = 256
+_QCOW_HEAD = struct.Struct(">4sIQI")
+_QCOW_FEATURES = struct.Struct(">Q")
+_QCOW_EXTENSION = struct.Struct(">II")
+_QCOW_DATA_FILE_FEATURE = 0x04
+_QCOW_DATA_FILE_NAME = 0x44415441
+_QED_HEAD = struct.Struct("<4sIIIQQQQQII")
+_QED_BACKING_FEATURE = 0x01
+_VMDK4_HEAD = struct.Struct("<4sIIQQQQ")
+# `parentFileNameHint="base.vmdk"`, and an extent: `RW 4192256 SPARSE "disk-s001.vmdk"`.
+_VMDK_PARENT = re.compile(rb'parentFileNameHint\s*=\s*"?([^"\n\0]*)')
+_VMDK_EXTENT = re.compile(rb'^(?:RW|RDONLY|NOACCESS)[^\n"]*"([^"\n]*)"', re.MULTILINE)
+
+
+class Reference(NamedTuple):
+    """`what` it is for, and the name as the image has it."""
+
+    what: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{name_text(self.name)} as its {self.what}"
+
+
+def references(image_format: str, read: Read) -> list[Reference]:
+    """What an image of this format refers to; formats that can refer to nothing have nothing."""
+    look = {"qcow2": _qcow, "qcow": _qcow, "qed": _qed, "vmdk": _vmdk}.get(image_format)
+    return look(read) if look else []
+
+
+def _qcow(read: Read) -> list[Reference]:
+    """Versions 1 to 3 begin alike."""
+    head = read(0, 112)
+    if len(head) < _QCOW_HEAD.size:
+        return []
+    magic, version, offset, length = _QCOW_HEAD.unpack_from(head)
+    found = []
+    if magic == b"QFI\xfb" and offset:
+        name = read(offset, min(length, _MAX_NAME_BYTES))
+        found.append(Reference("backing file", _text(name)))
+    if magic == b"QFI\xfb" and version >= 3 and len(head) >= 104:
+        features, header_bytes = _QCOW_FEATURES.unpack_from(head, 72)[0], head[100:104]
+        if features & _QCOW_DATA_FILE_FEATURE:
+            name = _data_file_name(read, int.from_bytes(header_bytes, "big"))
+            found.append(Reference("data file", _text(name)))
+    return found
+
+
+def _data_file_name(read: Read, at: int) -> bytes:
+    for _ in range(_MAX_EXTENSIONS):
+        head = read(at, _QCOW_EXTENSION.size)
+        if len(head) < _QCOW_EXTENSION.size:
+            break
+        kind, length = _QCOW_EXTENSION.unpack(head)
+        if kind == _QCOW_DATA_FILE_NAME:
+            return read(at + len(head), min(length, _MAX_NAME_BYTES))
+        if not kind:
+            break
+        at += len(head) + -(-length // 8) * 8
+    return b""
+
+
+def _qed(read: Read) -> list[Reference]:
+    head = read(0, _QED_HEAD.size)
+    if len(head) < _QED_HEAD.size:
+        return []
+    magic, _, _, _, features, *_, offset, length = _QED_HEAD.unpack(head)
+    if magic != b"QED\0" or not features & _QED_BACKING_FEATURE:
+        return []
+    return [Reference("backing file", _text(read(offset, min(length, _MAX_NAME_BYTES))))]
+
+
+def _vmdk(read: Read) -> list[Reference]:
+    """One file, with the descriptor inside; or a descriptor, whose extents are other files."""
+    head = read(0, _VMDK4_HEAD.size)
+    has_own_data = head[:4] in (b"KDMV", b"COWD")
+    at = _SECTOR_BYTES if has_own_data else 0
+    descriptor = read(at, _VMDK_DESCRIPTOR_BYTES)
+    if head[:4] == b"KDMV" and len(head) == _VMDK4_HEAD.size:
+        _, _, _, capacity, _, descriptor_sector, _ = _VMDK4_HEAD.unpack(head)
+        if descriptor_sector < 1 << 54:
+            descriptor += read(descriptor_sector * _SECTOR_BYTES, _VMDK_DESCRIPTOR_BYTES)
+        # Then QEMU goes by the descriptor alone.
+        has_own_data = capacity != 0
+    found = [Reference("parent", _text(name)) for name in _VMDK_PARENT.findall(descriptor) if name]
+    if not has_own_data:
+        found += [Reference("extent", _text(name)) for name in _VMDK_EXTENT.findall(descriptor)]
+    return list(dict.fromkeys(found))
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "backslashreplace")
