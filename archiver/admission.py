@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from vmapipe.archiver.instructions import Notice, Send
 from vmapipe.archiver.jobspec import JobSpec
@@ -40,31 +40,30 @@ class Admission:
             return "the producer of device " + ", ".join(repr(name) for name in missing)
         return f"{self._count - len(here)} of {self._count} producers"
 
-    def greet(self, at: bytes, newcomer: Peer, hello: Hello, *, gathering: bool) -> Iterator[Send]:
+    def greet(self, at: bytes, newcomer: Peer, hello: Hello, *, gathering: bool) -> list[Send]:
         if self._job is not None and hello.job != self._job:
             raise RemoteProtocolError("unknown-job", "another job is made here")
         before = self._peers.of_session(hello.session, newcomer.client)
         if before is not None:
-            yield from self._greet_again(at, before, hello, newcomer.heard)
-            return
+            return self._greet_again(at, before, hello, newcomer.heard)
         _check_newcomer(hello, self._peers, self._expected, gathering=gathering)
         self._job = hello.job
         self._peers.add(at, newcomer)
+        return []
 
-    def _greet_again(self, at: bytes, before: bytes, hello: Hello, now: float) -> Iterator[Send]:
+    def _greet_again(self, at: bytes, before: bytes, hello: Hello, now: float) -> list[Send]:
         """Its connection was lost before WELCOME came."""
         moved = self._peers.move(before, at, hello.attempt, now)
         if moved is None:
-            return
+            return []
         side = moved[0].side
         if (side.device, side.size_bytes) != (hello.device, hello.size):
             raise RemoteProtocolError("sequence", "HELLO again, and it says something else")
-        if side.state is not State.WAITING:
-            yield Send(at, side.welcome_again())
+        return [] if side.state is State.WAITING else [Send(at, side.welcome_again())]
 
     def resume(
         self, at: bytes, message: Resume, client: str, now: float, uuid: bytes
-    ) -> Iterator[Send | Notice]:
+    ) -> list[Send | Notice]:
         """`uuid` is the archive's, for one that has to hear again that it is stored."""
         before = self._peers.of_session(message.session, client)
         if before is None or message.job != self._job:
@@ -75,21 +74,24 @@ class Admission:
             )
         moved = self._peers.move(before, at, message.attempt, now)
         if moved is None:
-            return
+            return []
         peer, silence_s = moved
-        yield Send(at, peer.side.resumed())
+        answers = [Send(at, peer.side.resumed())]
         if peer.side.state is State.TOLD:
-            yield Send(at, peer.side.done(uuid))
-        yield Notice(f"device {peer.side.device!r}: connected again after {silence_s:.0f} s")
+            answers.append(Send(at, peer.side.done(uuid)))
+        back = f"device {peer.side.device!r}: connected again after {silence_s:.0f} s"
+        return [*answers, Notice(back)]
 
-    def refuse(self, at: bytes, error: RemoteProtocolError) -> Iterator[Notice]:
+    def refuse(self, at: bytes, error: RemoteProtocolError) -> list[Notice]:
         """A stranger was told why; nothing more is heard from it."""
         self._peers.ignore(at)
         self.refused += 1
+        notices = []
         if self.refused <= _MAX_TOLD:
-            yield Notice(f"refused a stranger: {error}")
+            notices.append(Notice(f"refused a stranger: {error}"))
         if self.refused == _MAX_TOLD:
-            yield Notice("more strangers are refused without a word")
+            notices.append(Notice("more strangers are refused without a word"))
+        return notices
 
 
 def _check_newcomer(

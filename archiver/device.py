@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from vmapipe.protocol import blocks
@@ -89,19 +88,14 @@ class DeviceState:
         # The last block is stored whole, and may reach beyond the device's end.
         return max(0, self.done_bytes - self.data_bytes)
 
-    def take(self, message: DataFrame) -> Iterator[tuple[Run, Mark]]:
-        """A frame as runs, and how far the device has come with each. Raises RemoteProtocolError.
-
-        Each is checked against what came before when it is asked for.
-        """
+    def take(self, message: DataFrame) -> list[tuple[Run, Mark]]:
+        """A frame as runs, and how far the device has come with each. Raises RemoteProtocolError."""
         before, self._came = self._came, Mark(self._side.received_frames, self._side.charged)
         if not isinstance(message, Scattered):
-            yield self._check(self._run(message)), self._came
-            return
-        for cluster in message.clusters[:-1]:
-            yield self._check(self._from_scattered(cluster)), before
+            return [(self._check(self._run(message)), self._came)]
+        runs = [self._check(self._from_scattered(cluster)) for cluster in message.clusters]
         # The frame has come, and may be acknowledged, with the last of them.
-        yield self._check(self._from_scattered(message.clusters[-1])), self._came
+        return [*((run, before) for run in runs[:-1]), (runs[-1], self._came)]
 
     def _run(self, message: ClusterFrame | RunFrame | SharedRun) -> Run:
         if isinstance(message, ClusterFrame):

@@ -1,13 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of a running job: frames go in, extents and credit come out. Pure.
-
-Methods are lazy iterators, because one frame can make a thousand extents:
-exhaust each before the next call.
-"""
+"""The data of a running job: frames go in, extents and credit come out. Pure."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from vmapipe.archiver.device import DeviceState, Mark
 from vmapipe.archiver.instructions import Put, Send
@@ -55,31 +49,35 @@ class Flow:
         """Every device has come to its end."""
         return all(device.complete for device in self.devices)
 
-    def take(self, device: DeviceState, message: DataFrame) -> Iterator[Put | Send]:
+    def take(self, device: DeviceState, message: DataFrame) -> list[Put | Send]:
         """Raises RemoteProtocolError for a frame that cannot be."""
-        for run, mark in device.take(message):
-            for extent in self._packer.add(device.dev_id, *run, mark):
-                yield self._put(extent)
-        yield from self._grant(device)
+        puts = [
+            self._put(extent)
+            for run, mark in device.take(message)
+            for extent in self._packer.add(device.dev_id, *run, mark)
+        ]
+        return [*puts, *self._grant(device)]
 
-    def written(self, marks: dict[int, Mark], dev_ids: set[int]) -> Iterator[Send]:
+    def written(self, marks: dict[int, Mark], dev_ids: set[int]) -> list[Send]:
         """An extent that held data of `dev_ids` was written; `marks` are its notes."""
+        grants: list[Send] = []
         for device in self.devices:
             if device.dev_id in dev_ids:
                 device.written(marks.get(device.dev_id))
-                yield from self._grant(device)
+                grants += self._grant(device)
+        return grants
 
-    def end(self, device: DeviceState) -> Iterator[Send]:
+    def end(self, device: DeviceState) -> list[Send]:
         """Its producer said END. Raises RemoteProtocolError when clusters are missing."""
         device.end()
         following = self._current()
         if self._spec.in_order and following is not None:
-            yield from self._grant(following)
+            return self._grant(following)
+        return []
 
-    def flush(self) -> Iterator[Put]:
+    def flush(self) -> list[Put]:
         """What is left, when all devices are complete."""
-        for extent in self._packer.flush():
-            yield self._put(extent)
+        return [self._put(extent) for extent in self._packer.flush()]
 
     def _put(self, extent: PackedExtent[Mark]) -> Put:
         held = {cluster[0] for cluster in extent.clusters}
@@ -88,12 +86,11 @@ class Flow:
                 device.queued_extents += 1
         return Put(extent)
 
-    def _grant(self, device: DeviceState) -> Iterator[Send]:
+    def _grant(self, device: DeviceState) -> list[Send]:
         if self._spec.in_order and not device.complete and device is not self._current():
-            return
+            return []
         parts = device.grant()
-        if parts is not None:
-            yield Send(device.peer, parts)
+        return [] if parts is None else [Send(device.peer, parts)]
 
     def _current(self) -> DeviceState | None:
         return next((device for device in self.devices if not device.complete), None)

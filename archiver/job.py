@@ -1,20 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core of one backup job. Pure: messages and facts in, instructions out; no clock, no I/O.
+"""The core of one backup job. Pure: an event in, a list of instructions out; no clock, no I/O.
 
 The process around it (serve.py) carries out the instructions in order and
-reports back what the store has written. Methods are lazy iterators, because
-one message can make a thousand extents: exhaust each before the next call.
+reports back, as events, what the store has written.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 from vmapipe.archiver.admission import Admission
-from vmapipe.archiver.device import DeviceState, Mark
+from vmapipe.archiver.device import DeviceState
 from vmapipe.archiver.flow import Flow
-from vmapipe.archiver.instructions import Abandon, Begin, Finish, Instruction, Notice, Send
+from vmapipe.archiver.instructions import (
+    Abandon,
+    Begin,
+    Event,
+    Finish,
+    GivenUp,
+    Instruction,
+    Notice,
+    Received,
+    Revoked,
+    Send,
+    Started,
+    Stored,
+    Ticked,
+    Written,
+)
 from vmapipe.archiver.jobspec import JobSpec, uuid_of
 from vmapipe.archiver.peers import Lost, Peer, Peers
 from vmapipe.protocol.archiver_side import ArchiverSide, State
@@ -24,17 +38,17 @@ from vmapipe.protocol.messages import (
     End,
     Fail,
     Hello,
+    Message,
     Ping,
     Resume,
     RunFrame,
     Scattered,
     SharedRun,
 )
-from vmapipe.protocol.packing import Part
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, Header, encode_header
 
-# `tick` comes several times a second. After a longer gap this process itself
+# `Ticked` comes several times a second. After a longer gap this process itself
 # was stopped (Ctrl-Z, a stalled machine), and nobody else's silence counts.
 _STOPPED_S = 5.0
 
@@ -82,112 +96,126 @@ class Job:
             return self.phase is Phase.FAILED
         return all(peer.side.state is State.CLOSED for peer in self._peers.all)
 
-    # --- facts that come in ---
+    def handle(self, event: Event) -> list[Instruction]:
+        """The one door: whatever happens comes in here, and what is to be done goes out."""
+        instructions: list[Instruction] = []
+        match event:
+            case Received():
+                instructions = self._received(event)
+            case Written(marks, dev_ids) if self._flow:
+                instructions += self._flow.written(marks, dev_ids)
+            case Ticked(now):
+                instructions = self._ticked_to(now)
+            case Started() if self._admission.complete:
+                instructions = self._begin()
+            case Stored() if self.phase is Phase.FINISHING:
+                # Otherwise it was given up in the meantime, and nobody waits for DONE.
+                self.phase = Phase.DONE
+                instructions += (Send(peer, s.side.done(self.uuid)) for peer, s in self._peers)
+            case GivenUp(reason):
+                instructions = self._fail(reason)
+            case Revoked(client):
+                instructions = self._revoke(client)
+        return instructions
 
-    def start(self) -> Iterator[Instruction]:
-        """Call it first: an archive of configs only needs no producer."""
-        if self._admission.complete:
-            yield from self._begin()
+    # --- what each event leads to ---
 
-    def receive(
-        self, peer: bytes, parts: Sequence[Part], now: float, client: str = ""
-    ) -> Iterator[Instruction]:
-        """A message from `peer`, whoever that is; `client` if it has proved to be that."""
-        if self._peers.is_ignored(peer):
-            return
-        state, flow = self._peers.get(peer), self._flow
+    def _received(self, event: Received) -> list[Instruction]:
+        if self._peers.is_ignored(event.peer):
+            return []
+        state = self._peers.get(event.peer)
         side = state.side if state else ArchiverSide()
         try:
-            message = side.receive(parts)
+            message = side.receive(event.parts)
             if state is not None:
-                state.heard = now
-            match message:
-                case ClusterFrame() | RunFrame() | SharedRun() | Scattered() if (
-                    flow and state and state.device
-                ):
-                    yield from flow.take(state.device, message)
-                case Ping():
-                    yield Send(peer, side.pong())
-                case Hello():
-                    yield from self._greet(
-                        peer, Peer(side, now, client, attempt=message.attempt), message
-                    )
-                case Resume():
-                    yield from self._admission.resume(peer, message, client, now, self.uuid)
-                case End() if flow and state and state.device:
-                    yield from flow.end(state.device)
-                    yield from self._finish_if_complete(flow)
-                case Fail(reason):
-                    yield from self._failed(peer, reason)
+                state.heard = event.now
+            return self._answer(event, side, message)
         except RemoteProtocolError as error:
-            yield Send(peer, side.refuse(error.code, error.reason))
-            yield from self._misbehaved(peer, error)
+            refusal = Send(event.peer, side.refuse(error.code, error.reason))
+            return [refusal, *self._misbehaved(event.peer, error)]
 
-    def written(self, marks: dict[int, Mark], dev_ids: set[int]) -> Iterator[Instruction]:
-        """An extent that held data of `dev_ids` was written; `marks` are its notes."""
-        if self._flow:
-            yield from self._flow.written(marks, dev_ids)
+    def _answer(self, event: Received, side: ArchiverSide, message: Message) -> list[Instruction]:
+        """Raises RemoteProtocolError."""
+        peer, _, now, client = event
+        state = self._peers.get(peer)
+        instructions: list[Instruction] = []
+        match message:
+            case Ping():
+                instructions = [Send(peer, side.pong())]
+            case Hello():
+                newcomer = Peer(side, now, client, attempt=message.attempt)
+                instructions = self._greet(peer, newcomer, message)
+            case Resume():
+                instructions += self._admission.resume(peer, message, client, now, self.uuid)
+            case Fail(reason):
+                instructions = self._producer_failed(peer, reason)
+            case _ if self._flow and state and state.device:
+                instructions = self._data(self._flow, state.device, message)
+        return instructions
 
-    def stored(self) -> Iterator[Instruction]:
-        """The archive is complete, on disk, under its name."""
-        if self.phase is not Phase.FINISHING:
-            return  # it was given up in the meantime, and nobody waits for DONE
-        self.phase = Phase.DONE
-        for peer, state in self._peers:
-            yield Send(peer, state.side.done(self.uuid))
+    def _data(self, flow: Flow, device: DeviceState, message: Message) -> list[Instruction]:
+        """Raises RemoteProtocolError."""
+        match message:
+            case ClusterFrame() | RunFrame() | SharedRun() | Scattered():
+                return list(flow.take(device, message))
+            case End():
+                return [*flow.end(device), *self._finish_if_complete(flow)]
+        return []
 
-    def fail(self, reason: str) -> Iterator[Instruction]:
-        """The output failed, or somebody cancelled. The first reason counts."""
+    def _fail(self, reason: str) -> list[Instruction]:
         if self.phase in (Phase.DONE, Phase.FAILED):
-            return
+            return []
         self.phase = Phase.FAILED
         self.reason = reason
-        yield Abandon(reason)
-        for peer, state in self._peers:
-            if state.side.state is not State.CLOSED:
-                yield Send(peer, state.side.abort(reason))
+        aborts = [
+            Send(peer, state.side.abort(reason))
+            for peer, state in self._peers
+            if state.side.state is not State.CLOSED
+        ]
+        return [Abandon(reason), *aborts]
 
-    def revoke(self, client: str) -> Iterator[Instruction]:
-        """A client may no longer come: what it was sending is given up."""
+    def _revoke(self, client: str) -> list[Instruction]:
         for state in self._peers.all:
             if client and state.client == client:
-                yield from self.fail(
+                return self._fail(
                     f"device {state.side.device!r}: the key of client {client!r} was revoked"
                 )
-                return
+        return []
 
-    def tick(self, now: float) -> Iterator[Instruction]:
-        """Time has passed: call it about once a second."""
+    def _ticked_to(self, now: float) -> list[Instruction]:
         gap, self._ticked = now - self._ticked, now
         if gap > _STOPPED_S:
             self._started += gap
             for state in self._peers.all:
-                # Who has spoken since then is not heard from the future.
+                # Never move a last-heard time past `now`.
                 state.heard = min(now, state.heard + gap)
+        instructions: list[Instruction] = []
         gathering = self.phase is Phase.GATHERING
         if gathering and now - self._started > self._spec.start_timeout_s:
-            yield from self.fail(
+            instructions += self._fail(
                 f"{self._admission.missing()} did not come within {self._spec.start_timeout_s} s"
             )
         for state in self._peers.all:
             missed = state.miss(now - state.heard, self._spec.heartbeat_s, gathering=gathering)
             if isinstance(missed, Lost):
-                yield from self.fail(missed.reason)
+                instructions += self._fail(missed.reason)
             elif missed:
-                yield Notice(missed)
+                instructions.append(Notice(missed))
+        return instructions
 
     # --- producers come, and all have sent everything ---
 
-    def _greet(self, peer: bytes, newcomer: Peer, hello: Hello) -> Iterator[Instruction]:
+    def _greet(self, peer: bytes, newcomer: Peer, hello: Hello) -> list[Instruction]:
         gathering = self.phase is Phase.GATHERING
-        yield from self._admission.greet(peer, newcomer, hello, gathering=gathering)
-        if gathering and self._admission.complete:
-            # From now on a shorter limit may hold: it counts from here.
-            for state in self._peers.all:
-                state.heard = newcomer.heard
-            yield from self._begin()
+        answers = self._admission.greet(peer, newcomer, hello, gathering=gathering)
+        if not (gathering and self._admission.complete):
+            return list(answers)
+        # From now on a shorter limit may hold: it counts from here.
+        for state in self._peers.all:
+            state.heard = newcomer.heard
+        return [*answers, *self._begin()]
 
-    def _begin(self) -> Iterator[Instruction]:
+    def _begin(self) -> list[Instruction]:
         peers = list(self._peers)
         if self._spec.devices:
             peers.sort(key=lambda item: self._spec.devices.index(item[1].side.device))
@@ -200,34 +228,34 @@ class Job:
         try:
             raw_header = encode_header(header)
         except LimitError as error:
-            yield from self.fail(str(error))
-            return
+            return self._fail(str(error))
         self.phase = Phase.RUNNING
         flow = self._flow = Flow(self._spec, header)
-        yield Begin(header, raw_header)
+        instructions: list[Instruction] = [Begin(header, raw_header)]
         for (peer, state), device in zip(peers, devices, strict=True):
             offer = state.side.shared_at
-            yield flow.welcome(peer, state, device, self._map_shared(offer) if offer else None)
-        yield from self._finish_if_complete(flow)
+            shared = self._map_shared(offer) if offer else None
+            instructions.append(flow.welcome(peer, state, device, shared))
+        return instructions + self._finish_if_complete(flow)
 
-    def _finish_if_complete(self, flow: Flow) -> Iterator[Instruction]:
-        if flow.complete:
-            yield from flow.flush()
-            self.phase = Phase.FINISHING
-            yield Finish()
+    def _finish_if_complete(self, flow: Flow) -> list[Instruction]:
+        if not flow.complete:
+            return []
+        self.phase = Phase.FINISHING
+        return [*flow.flush(), Finish()]
 
     # --- trouble ---
 
-    def _failed(self, peer: bytes, reason: str) -> Iterator[Instruction]:
+    def _producer_failed(self, peer: bytes, reason: str) -> list[Instruction]:
         state = self._peers.get(peer)
-        if state:
-            # The reason names the device: the producer wrote it for a reader.
-            unsaid = f"device {state.side.device!r}: its producer failed and did not say why"
-            yield from self.fail(reason or unsaid)
+        if state is None:
+            return []
+        # The reason names the device: the producer wrote it for a reader.
+        unsaid = f"device {state.side.device!r}: its producer failed and did not say why"
+        return self._fail(reason or unsaid)
 
-    def _misbehaved(self, peer: bytes, error: RemoteProtocolError) -> Iterator[Instruction]:
+    def _misbehaved(self, peer: bytes, error: RemoteProtocolError) -> list[Instruction]:
         state = self._peers.get(peer)
         if state is not None:
-            yield from self.fail(f"device {state.side.device!r}: {error}")
-        else:
-            yield from self._admission.refuse(peer, error)
+            return self._fail(f"device {state.side.device!r}: {error}")
+        return list(self._admission.refuse(peer, error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.archiver import instructions as core
@@ -72,16 +72,16 @@ class _Server:
 
     def run(self, wake_fd: int, cancel: Cancel) -> None:
         job = self._job
-        self._carry_out(job.start())
+        self._handle(core.Started())
         while not job.over and not (cancel.asked and job.phase is Phase.DONE):
             self._link.wait(1.0)
             for peer, client, parts in self._link.receive():
-                self._carry_out(job.receive(peer, parts, time.monotonic(), client))
+                self._handle(core.Received(peer, parts, time.monotonic(), client))
                 give_way()
             self._look_at_gate(time.monotonic())
             self._hear_store(wake_fd)
             if cancel.asked:
-                self._carry_out(job.fail(cancel.reason))
+                self._handle(core.GivenUp(cancel.reason))
             self._pass_time(time.monotonic())
         # A stop that comes while the archive gets its name may come too late.
         if job.phase is Phase.FAILED and not self._store.committed:
@@ -107,12 +107,12 @@ class _Server:
 
     def _look_at_gate(self, now: float) -> None:
         for client in self._link.revoked(now):
-            self._carry_out(self._job.revoke(client))
+            self._handle(core.Revoked(client))
         for text in self._link.take_notices():
             self._emit({"event": "notice", "text": text})
 
-    def _carry_out(self, instructions: Iterator[core.Instruction]) -> None:
-        for instruction in instructions:
+    def _handle(self, event: core.Event) -> None:
+        for instruction in self._job.handle(event):
             match instruction:
                 case core.Send(peer, parts):
                     self._link.send(peer, parts)
@@ -144,17 +144,17 @@ class _Server:
             return
         for extent in self._store.take_written():
             held = {cluster[0] for cluster in extent.clusters}
-            self._carry_out(self._job.written(extent.notes, held))
+            self._handle(core.Written(extent.notes, held))
         if self._store.error is not None:
-            self._carry_out(self._job.fail(str(self._store.error)))
+            self._handle(core.GivenUp(str(self._store.error)))
         elif self._store.committed:
-            self._carry_out(self._job.stored())
+            self._handle(core.Stored())
             self._tell_stored()
 
     def _pass_time(self, now: float) -> None:
         if now >= self._next_progress:
             self._next_progress = now + PROGRESS_S
-            self._carry_out(self._job.tick(now))
+            self._handle(core.Ticked(now))
             if not self._told:
                 self._progress()
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from vmapipe.vma.errors import LimitError
@@ -51,7 +50,7 @@ class PackedExtent(NamedTuple, Generic[Note]):
 
 
 class Packer(Generic[Note]):
-    """Give it runs of clusters in any order, of any devices; it yields full extents."""
+    """Packs runs of clusters, in any order and of any devices, into full extents."""
 
     def __init__(self, uuid: bytes, slots_per_extent: int = WRITER_SLOTS) -> None:
         if not 1 <= slots_per_extent <= MAX_SLOTS:
@@ -78,27 +77,28 @@ class Packer(Generic[Note]):
         masks: bytes,
         payload: bytes | memoryview,
         note: Note,
-    ) -> Iterator[PackedExtent[Note]]:
-        """Add `count` consecutive clusters.
+    ) -> list[PackedExtent[Note]]:
+        """Add `count` consecutive clusters; return the extents that this has filled.
 
         `masks`: one big-endian 16-bit mask a cluster, or empty when all are
         zero. `payload`: their non-zero blocks, 4096 bytes each, back to back.
-        The payload is kept by reference until its extent is yielded. A lazy
-        iterator, because a run of zero clusters can be a whole disk: exhaust it.
-        Raises LimitError before the first extent, or not at all.
+        The payload is kept by reference until its extent is returned. Extents of
+        zeroes come many to an item: a run of 2^20 clusters, the longest of the wire,
+        gives less than 300. Raises LimitError, and has changed nothing then.
         """
         view = memoryview(payload)
         _check_run(dev_id, first_cluster, count, masks, view)
         full = bool(masks) and masks == _FULL * count
         words = b"" if full else masks
+        extents: list[PackedExtent[Note]] = []
         done = data_at = 0
         while done < count:
             if not masks and not self._slots and count - done >= self._limit:
-                extents = min(_ZERO_EXTENTS, (count - done) // self._limit)
+                zeroes = min(_ZERO_EXTENTS, (count - done) // self._limit)
                 first = first_cluster + done
-                done += extents * self._limit
+                done += zeroes * self._limit
                 notes = {dev_id: note} if done == count else {}
-                yield self._zeroes(dev_id, first, extents, notes)
+                extents.append(self._zeroes(dev_id, first, zeroes, notes))
                 continue
             take = min(self._limit - len(self._slots), count - done)
             base = dev_id << 32 | first_cluster + done
@@ -124,7 +124,8 @@ class Packer(Generic[Note]):
             if done == count:
                 self._notes[dev_id] = note
             if len(self._slots) == self._limit:
-                yield self._close()
+                extents.append(self._close())
+        return extents
 
     def _zeroes(
         self, dev_id: int, first: int, extents: int, notes: dict[int, Note]
@@ -134,13 +135,12 @@ class Packer(Generic[Note]):
         run: PackedRun = (dev_id, first, extents * self._limit, b"", _NOTHING)
         return PackedExtent([raw], len(raw), [run], notes, extents)
 
-    def flush(self) -> Iterator[PackedExtent[Note]]:
+    def flush(self) -> list[PackedExtent[Note]]:
         """The last extent, if it holds anything; an archive without clusters has one empty one.
 
         So does the reference tool's (an archive of configs only).
         """
-        if self._slots or not self._closed:
-            yield self._close()
+        return [self._close()] if self._slots or not self._closed else []
 
     def _close(self) -> PackedExtent[Note]:
         self._buffers[0] = encode_extent_header(

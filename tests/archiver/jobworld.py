@@ -16,7 +16,11 @@ from vmapipe.archiver.instructions import (
     Instruction,
     Notice,
     Put,
+    Received,
     Send,
+    Started,
+    Stored,
+    Written,
 )
 from vmapipe.archiver.job import Job
 from vmapipe.archiver.jobspec import JobSpec
@@ -48,7 +52,7 @@ class Store:
     def write_one(self, job: Job) -> Iterable[Instruction]:
         extent = self.queue.popleft()
         self.archive += b"".join(extent.buffers)
-        return job.written(extent.notes, {cluster[0] for cluster in extent.clusters})
+        return job.handle(Written(extent.notes, {cluster[0] for cluster in extent.clusters}))
 
 
 class World:
@@ -59,7 +63,7 @@ class World:
         self.store = Store()
         self.producers: dict[bytes, Producer] = {}
         self.notices: list[str] = []
-        self.carry_out(job.start())
+        self.carry_out(job.handle(Started()))
 
     def carry_out(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
@@ -79,7 +83,7 @@ class World:
                     self.notices.append(text)
 
     def deliver(self, peer: bytes, parts: list[Part], now: float = 0.0) -> None:
-        self.carry_out(self.job.receive(peer, [bytes(part) for part in parts], now))
+        self.carry_out(self.job.handle(Received(peer, [bytes(part) for part in parts], now)))
 
     def add(self, name: str, data: bytes, job: bytes = JOB) -> Producer:
         producer = Producer(name, data, job)
@@ -100,7 +104,7 @@ class World:
             else:
                 self.deliver(step.name.encode(), step.next_message())
         if self.store.finished and not self.store.queue:
-            self.carry_out(self.job.stored())
+            self.carry_out(self.job.handle(Stored()))
 
 
 class Producer:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.archiver.jobworld import JOB, UUID, Producer, World, disk, read_images, spec
+from vmapipe.archiver.instructions import GivenUp, Stored, Ticked
 from vmapipe.archiver.job import Job, Phase
 from vmapipe.protocol import frames, limits
 from vmapipe.protocol.messages import Abort, Done, Refuse
@@ -177,10 +178,10 @@ def test_a_failing_producer_fails_the_job_with_its_own_words() -> None:
 
 def test_a_failing_output_tells_every_producer_why() -> None:
     world, producer = one_device()
-    world.carry_out(world.job.fail("No space left on device"))
+    world.carry_out(world.job.handle(GivenUp("No space left on device")))
     assert producer.end_of_session == Abort("No space left on device")
     assert world.store.abandoned
-    world.carry_out(world.job.fail("something else"))
+    world.carry_out(world.job.handle(GivenUp("something else")))
     assert world.job.reason == "No space left on device"
 
 
@@ -194,7 +195,7 @@ def test_a_silent_producer_fails_the_job_after_the_heartbeat_limit() -> None:
 def ticks_until_the_end(world: World, start: float) -> int:
     """A tick a second; the second at which the job has failed."""
     for second in range(200):
-        world.carry_out(world.job.tick(start + second))
+        world.carry_out(world.job.handle(Ticked(start + second)))
         if world.job.phase is Phase.FAILED:
             return second
     pytest.fail("the job goes on for ever")
@@ -202,8 +203,8 @@ def ticks_until_the_end(world: World, start: float) -> int:
 
 def test_while_the_archiver_itself_was_stopped_nobodys_silence_counts() -> None:
     world, _ = one_device()
-    world.carry_out(world.job.tick(1.0))
-    world.carry_out(world.job.tick(1000.0))
+    world.carry_out(world.job.handle(Ticked(1.0)))
+    world.carry_out(world.job.handle(Ticked(1000.0)))
     assert world.job.phase is Phase.RUNNING
     # Of the 30 s, one had passed before.
     assert ticks_until_the_end(world, 1000.0) == 30
@@ -211,7 +212,7 @@ def test_while_the_archiver_itself_was_stopped_nobodys_silence_counts() -> None:
 
 def test_who_spoke_right_after_the_stop_is_noticed_as_soon_as_anybody_when_it_dies() -> None:
     world, producer = one_device()
-    world.carry_out(world.job.tick(1.0))
+    world.carry_out(world.job.handle(Ticked(1.0)))
     world.deliver(b"a", producer.side.ping(), now=1000.0)
     world.deliver(b"b", world.producers[b"b"].side.ping(), now=1000.0)
     assert ticks_until_the_end(world, 1000.0) == 31
@@ -221,14 +222,14 @@ def test_before_the_welcome_a_producer_may_be_silent_for_30_s_whatever_the_limit
     world = World(Job(spec("a", "b", heartbeat_s=3), 0.0))
     first = world.add("a", b"x")
     for second in range(25):
-        world.carry_out(world.job.tick(float(second)))
+        world.carry_out(world.job.handle(Ticked(float(second))))
     second_one = Producer("b", b"y", JOB)
     world.producers[b"b"] = second_one
     world.deliver(b"b", second_one.side.hello(), now=25.0)
-    world.carry_out(world.job.tick(27.0))
+    world.carry_out(world.job.handle(Ticked(27.0)))
     assert world.job.phase is Phase.RUNNING
     world.deliver(b"b", second_one.side.ping(), now=27.0)
-    world.carry_out(world.job.tick(29.0))
+    world.carry_out(world.job.handle(Ticked(29.0)))
     assert world.job.reason == "the producer of device 'a' has been silent for 3 s"
     assert isinstance(first.end_of_session, Abort)
 
@@ -240,7 +241,7 @@ def test_a_failure_while_the_archive_is_stored_is_not_turned_into_success() -> N
         world.deliver(b"a", producer.next_message())
     assert world.store.finished
     world.deliver(b"a", producer.side.fail("cancelled"))
-    world.carry_out(world.job.stored())
+    world.carry_out(world.job.handle(Stored()))
     assert world.job.phase is Phase.FAILED
 
 
@@ -250,8 +251,8 @@ def test_a_producer_that_never_comes_is_named_after_the_start_limit() -> None:
     for now in range(0, 60, 10):
         world.deliver(b"a", world.producers[b"a"].side.ping(), now=float(now))
         for second in range(0, 10, 4):
-            world.carry_out(world.job.tick(float(now + second)))
-    world.carry_out(world.job.tick(61.0))
+            world.carry_out(world.job.handle(Ticked(float(now + second))))
+    world.carry_out(world.job.handle(Ticked(61.0)))
     assert world.job.reason == "the producer of device 'b', 'c' did not come within 60 s"
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.archiver.jobworld import JOB, World, disk, read_images, spec
+from vmapipe.archiver.instructions import Stored
 from vmapipe.archiver.job import Job, Phase
 from vmapipe.protocol.messages import Abort, Done, Refuse, SharedCluster, Welcome
 from vmapipe.protocol.packing import Part
@@ -94,7 +95,7 @@ def test_they_make_the_disk_although_acknowledged_memory_is_used_again_at_once(
     world.deliver(NAME.encode(), producer.side.end())
     while world.store.queue:
         world.carry_out(world.store.write_one(world.job))
-    world.carry_out(world.job.stored())
+    world.carry_out(world.job.handle(Stored()))
     assert world.job.phase is Phase.DONE, world.job.reason
     assert read_images(bytes(world.store.archive)) == {NAME: data}
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from tests.archiver.jobworld import JOB, spec
 from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
+from vmapipe.archiver.instructions import Ticked
 from vmapipe.archiver.job import Job, Phase
 from vmapipe.protocol import frames
 from vmapipe.protocol.errors import RemoteProtocolError
@@ -111,7 +112,7 @@ def _step(source: Bytes, world: World, honest: Producer, now: float) -> float:
             world.write()
         case 5:
             now += source.number() / 8
-            world.carry_out(world.job.tick(now))
+            world.carry_out(world.job.handle(Ticked(now)))
         case 6:
             world.store_if_ready()
         case 7:

@@ -9,7 +9,18 @@ from collections.abc import Iterable
 from tests.archiver.jobworld import JOB
 from tests.vma.archives import disk_image, read_whole, scan
 from vmapipe.archiver.device import Mark
-from vmapipe.archiver.instructions import Abandon, Begin, Finish, Instruction, Notice, Put, Send
+from vmapipe.archiver.instructions import (
+    Abandon,
+    Begin,
+    Finish,
+    Instruction,
+    Notice,
+    Put,
+    Received,
+    Send,
+    Stored,
+    Written,
+)
 from vmapipe.archiver.job import Job
 from vmapipe.producer.kept import Kept
 from vmapipe.protocol import limits
@@ -123,17 +134,19 @@ class World:
                     self.notices.append(text)
 
     def deliver(self, peer: bytes, parts: list[bytes], now: float = 0.0, client: str = "") -> None:
-        self.carry_out(self.job.receive(peer, parts, now, client))
+        self.carry_out(self.job.handle(Received(peer, parts, now, client)))
 
     def write(self) -> None:
         extent = self.queue.popleft()
         self.archive += b"".join(bytes(part) for part in extent.buffers)
-        self.carry_out(self.job.written(extent.notes, {each[0] for each in extent.clusters}))
+        self.carry_out(
+            self.job.handle(Written(extent.notes, {each[0] for each in extent.clusters}))
+        )
         self.store_if_ready()
 
     def store_if_ready(self) -> None:
         if self.finished and not self.queue:
-            self.carry_out(self.job.stored())
+            self.carry_out(self.job.handle(Stored()))
 
     def images(self) -> dict[str, bytes]:
         raw = bytes(self.archive)

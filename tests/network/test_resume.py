@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.archiver.jobworld import JOB, UUID, spec
 from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
+from vmapipe.archiver.instructions import Received, Revoked, Ticked
 from vmapipe.archiver.job import Job, Phase
 from vmapipe.protocol import frames, limits
 from vmapipe.protocol.errors import connection_lost
@@ -227,10 +228,10 @@ def test_a_hello_again_after_data_has_come_is_refused() -> None:
 def test_a_cut_within_the_limit_is_told_once_and_one_beyond_it_fails_the_job() -> None:
     world, _ = job_with_one(heartbeat_s=10, reconnect_s=60)
     for now in range(61):
-        world.carry_out(world.job.tick(float(now)))
+        world.carry_out(world.job.handle(Ticked(float(now))))
     assert world.job.phase is Phase.RUNNING
     assert world.notices == ["device 'a': nothing comes; it is waited for, up to 60 s"]
-    world.carry_out(world.job.tick(60.5))
+    world.carry_out(world.job.handle(Ticked(60.5)))
     assert world.job.reason == connection_lost("a", 60)
     assert world.abandoned
     assert answers(world, b"1")[-1] == Abort(connection_lost("a", 60))
@@ -240,8 +241,8 @@ def test_a_producer_that_cannot_come_back_is_not_waited_for() -> None:
     world = World(Job(spec("a", heartbeat_s=10, reconnect_s=60), 0.0))
     world.deliver(b"1", raw(Hello(1, JOB, "a", CLUSTER_BYTES)))
     for now in range(11):
-        world.carry_out(world.job.tick(float(now)))
-    world.carry_out(world.job.tick(10.5))
+        world.carry_out(world.job.handle(Ticked(float(now))))
+    world.carry_out(world.job.handle(Ticked(10.5)))
     assert world.job.reason == "the producer of device 'a' has been silent for 10 s"
 
 
@@ -273,7 +274,7 @@ def test_nobody_waits_for_ever_for_one_who_has_not_heard_that_it_is_done() -> No
     world, producer = job_with_one(heartbeat_s=10, reconnect_s=20)
     stored(world, producer)
     for now in range(22):
-        world.carry_out(world.job.tick(float(now)))
+        world.carry_out(world.job.handle(Ticked(float(now))))
     assert world.job.over
     assert world.job.phase is Phase.DONE
     assert world.notices[-1] == f"{connection_lost('a', 20)}, after all was stored"
@@ -282,9 +283,9 @@ def test_nobody_waits_for_ever_for_one_who_has_not_heard_that_it_is_done() -> No
 def test_connections_without_number_cost_no_memory() -> None:
     world, _ = job_with_one()
     for number in range(5000):
-        world.carry_out(world.job.receive(b"n%d" % number, raw(Bye()), 0.0))
+        world.carry_out(world.job.handle(Received(b"n%d" % number, raw(Bye()), 0.0)))
         resume = Resume(1, JOB, SESSION, 1 + number)
-        world.carry_out(world.job.receive(b"r%d" % number, raw(resume), 0.0))
+        world.carry_out(world.job.handle(Received(b"r%d" % number, raw(resume), 0.0)))
     assert world.job._admission.refused == 5000
     assert len([text for text in world.notices if "stranger" in text]) <= 101
     assert len(world.job._peers._ignored) <= 1024
@@ -294,7 +295,7 @@ def test_connections_without_number_cost_no_memory() -> None:
 @pytest.mark.parametrize("client", ["host1", "host2"])
 def test_a_revoked_client_fails_only_its_own_job(client: str) -> None:
     world, _ = job_with_one("host1")
-    world.carry_out(world.job.revoke(client))
+    world.carry_out(world.job.handle(Revoked(client)))
     assert (world.job.phase is Phase.FAILED) == (client == "host1")
 
 
