@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from vmapipe.control.outputwords import inherited_fds
 from vmapipe.control.render import add_report_options, renderer
@@ -16,9 +14,11 @@ from vmapipe.restore.archive.reading import open_archive
 from vmapipe.restore.job import Options, restore
 from vmapipe.restore.mapping import parse_map
 from vmapipe.restore.plan import Plan, plan_folder, plan_map
+from vmapipe.restore.targets.newfile import Folders
 from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.heldfolder import HeldFolder, MadeFolder
 from vmapipe.runtime.process import run
 from vmapipe.vma.header import Header
 
@@ -96,7 +96,8 @@ def _restore(options: argparse.Namespace) -> None:
         renderer("restore", options, sys.stdout) as emit,
         naming(options.archive),
         open_archive(options.archive, cancel) as archive,
-        target_folder(options.folder),
+        target_folder(options.folder) as folder,
+        Folders(folder) as folders,
     ):
         restore(
             archive,
@@ -108,6 +109,7 @@ def _restore(options: argparse.Namespace) -> None:
                 check_digests=not options.no_manifest,
                 manifest=options.manifest,
             ),
+            folders,
         )
 
 
@@ -126,22 +128,14 @@ def _plan(header: Header, options: argparse.Namespace, cancel: Cancel) -> Plan:
     return plan_folder(header, options.folder, chosen, configs=not options.no_configs)
 
 
-@contextlib.contextmanager
-def target_folder(path: str) -> Iterator[None]:
+def target_folder(path: str) -> MadeFolder | HeldFolder:
     """The folder, created if it is not there, and removed again if nothing came into it."""
-    created = False
     try:
-        os.mkdir(path)
-        created = True
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise UsageError(f"{path} exists and is no folder") from None
+        try:
+            return MadeFolder(path)
+        except FileExistsError:
+            return HeldFolder(path)
+    except NotADirectoryError:
+        raise UsageError(f"{path} exists and is not a folder") from None
     except OSError as error:
         raise Failure(f"cannot create the folder {path}: {os_error_text(error)}") from error
-    try:
-        yield
-    except BaseException:
-        if created:
-            with contextlib.suppress(OSError):
-                os.rmdir(path)
-        raise

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import getopt
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 from vmapipe.control.inspect import find_config
 from vmapipe.control.outputwords import inherited_fds
@@ -21,9 +21,11 @@ from vmapipe.restore.job import restore
 from vmapipe.restore.mapping import MapEntry, parse_map
 from vmapipe.restore.plan import Plan, device_named, plan_folder, plan_map
 from vmapipe.restore.targets.configs import write_configs
+from vmapipe.restore.targets.newfile import Folders, NewFile
 from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Event
+from vmapipe.runtime.heldfolder import HeldFolder, MadeFolder
 from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import Header
@@ -52,36 +54,45 @@ def extract(words: Sequence[str]) -> None:
     map_file = dict(options).get("-r")
     cancel = _stoppable(file)
     with open_archive(file, cancel) as archive:
-        try:
-            os.mkdir(folder, 0o777)
-        except OSError as error:
-            raise Failure(
-                f"unable to create target directory {folder} - {os_error_text(error)}"
-            ) from error
-        report = _Report(verbose=("-v", "") in options)
-        written: list[str] = []
-        try:
+        with ExitStack() as stack:
+            held = stack.enter_context(_new_folder(folder))
+            folders = stack.enter_context(Folders(held))
+            report = _Report(verbose=("-v", "") in options)
             for name in wanted:
                 device_named(archive.header, name)
-            # Before the map is asked for: whoever writes it reads the configs first.
-            written = write_configs(archive.header, folder)
-            plan = _plan(archive.header, folder, wanted, map_file, cancel)
-            result = restore(archive, plan, report, cancel)
-        except BaseException as error:
-            _take_back(written, folder)
-            if isinstance(error, ArchiveError | RestoreError):
+            try:
+                # Before the map is asked for: whoever writes it reads the configs first.
+                for config in write_configs(archive.header, folder, folders):
+                    stack.push(_taking_back(config))
+                plan = _plan(archive.header, folder, wanted, map_file, cancel)
+                result = restore(archive, plan, report, cancel, folders=folders)
+            except (ArchiveError, RestoreError) as error:
                 raise _worded("restore failed", error) from error
-            raise
         report.end(result.totals)
 
 
-def _take_back(written: Sequence[str], folder: str) -> None:
-    """A restore that failed leaves nothing: not the configs, and not the folder it made."""
-    for path in written:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
+@contextlib.contextmanager
+def _new_folder(path: str) -> Iterator[HeldFolder]:
+    """A folder that was not there; removed again where the restore fails, which leaves nothing."""
+    try:
+        made = MadeFolder(path)
+    except OSError as error:
+        raise Failure(
+            f"unable to create target directory {path} - {os_error_text(error)}"
+        ) from error
+    with made as folder:
+        yield folder
+
+
+def _taking_back(config: NewFile) -> Callable[[type[BaseException] | None, object, object], None]:
+    """For the end: a restore that failed leaves no config either."""
+
+    def end(kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is not None:
+            config.withdraw()
+        config.close()
+
+    return end
 
 
 def verify(words: Sequence[str]) -> None:
@@ -170,6 +181,8 @@ class _Report:
         self._started = time.monotonic()
 
     def __call__(self, event: Event) -> None:
+        if event["event"] == "notice":
+            print(f"vma: {one_line(event['text'])}", file=sys.stderr, flush=True)
         if event["event"] != "progress" or not self._verbose or not event["total_bytes"]:
             return
         percent = 100 * event["done_bytes"] // event["total_bytes"]

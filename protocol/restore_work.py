@@ -36,7 +36,8 @@ MAX_RANGE_EXTENTS = 512
 _MAX_NAME_BYTES = 65535
 # 254 targets with names and paths of the usual length stay far below it.
 MAX_SETUP_BYTES = 1 << 20
-_MAX_ITEMS = 256
+# Partials of 254 devices and 256 configs.
+_MAX_ITEMS = 512
 _MAX_FD = 1 << 20
 
 _Fd = Annotated[int, between(0, _MAX_FD - 1)]
@@ -54,9 +55,8 @@ class TargetSetup(NamedTuple):
     """One device that is restored. `fd`: inherited from the reader; `size_bytes`: where to stop.
 
     `write_zeroes`: the target may hold old data, so zeroes have to be written.
-    `name` and `path` are for messages, as the file system's bytes. `partial`:
-    the temporary file to remove when the reader has died (empty: none). `nbd`:
-    the socket of a server to write to, in place of `fd` (empty: none).
+    `name` and `path` are for messages, as the file system's bytes. `nbd`: the socket
+    of a server to write to, in place of `fd` (empty: none).
     """
 
     dev_id: DevId
@@ -65,8 +65,15 @@ class TargetSetup(NamedTuple):
     write_zeroes: bool
     name: _Word
     path: _Word
-    partial: _Word
     nbd: _Word = b""
+
+
+class Partial(NamedTuple):
+    """A temporary file to remove when the reader has died: `fd` has it open, all inherited."""
+
+    fd: _Fd
+    folder_fd: _Fd
+    name: _Word
 
 
 class Setup(NamedTuple):
@@ -80,6 +87,7 @@ class Setup(NamedTuple):
     archive_fd: _FdOrNone
     memory_fd: _FdOrNone
     targets: tuple[TargetSetup, ...]
+    partials: tuple[Partial, ...] = ()
 
 
 class RangeWork(NamedTuple):

@@ -20,6 +20,7 @@ from vmapipe.restore.crew.link import ReaderLink
 from vmapipe.restore.crew.pace import Pace
 from vmapipe.restore.crew.slots import Slots
 from vmapipe.restore.plan import Plan
+from vmapipe.restore.targets.newfile import Folders
 from vmapipe.restore.targets.opened import OpenTargets
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Children
@@ -68,9 +69,16 @@ class Result(NamedTuple):
 
 
 def restore(
-    archive: Archive, plan: Plan, emit: Emit, cancel: Cancel, options: Options | None = None
+    archive: Archive,
+    plan: Plan,
+    emit: Emit,
+    cancel: Cancel,
+    options: Options | None = None,
+    folders: Folders | None = None,
 ) -> Result:
     """Bring the devices of an open archive to the plan's targets.
+
+    `folders`: those that are held open already.
 
     Raises RestoreError, ArchiveError, PlanError, Cancelled or another Failure;
     then no new file is left. An existing target may then hold a part of the
@@ -84,7 +92,11 @@ def restore(
         manifest: Manifest | None = None
         if manifest_path is not None:
             manifest = stack.enter_context(Manifest(manifest_path, cancel))
-        targets = stack.enter_context(OpenTargets(archive, plan))
+        if folders is None:
+            folders = stack.enter_context(Folders())
+        targets = stack.enter_context(OpenTargets(archive, plan, folders))
+        for text in folders.notices:
+            emit({"event": "notice", "text": text})
         job = _Job(archive, targets, manifest, emit, cancel)
         return job.run(options.workers or default_workers())
 
@@ -182,9 +194,13 @@ class _Job:
         source = self._archive.source
         archive_fd = source.fd if isinstance(source, PlainFile) else -1
         memory_fd = self._slots.fd if self._slots is not None else -1
-        setup = Setup(self._archive.header.uuid, archive_fd, memory_fd, self._setups)
-        fds = [archive_fd, memory_fd, *(target.fd for target in self._setups)]
-        return setup, [fd for fd in fds if fd >= 0]
+        partials = self._targets.partials
+        setup = Setup(self._archive.header.uuid, archive_fd, memory_fd, self._setups, partials)
+        fds = [archive_fd, memory_fd]
+        fds += [target.fd for target in self._setups]
+        for partial in partials:
+            fds += [partial.fd, partial.folder_fd]
+        return setup, sorted({fd for fd in fds if fd >= 0})
 
     def _feed(self) -> Feed:
         source = self._archive.source

@@ -50,7 +50,8 @@ class HeldFolder:
         self.fd = os.open(self.path, _FOLDER)
 
     @classmethod
-    def _of(cls, path: str, fd: int) -> HeldFolder:
+    def of_descriptor(cls, path: str, fd: int) -> HeldFolder:
+        """The folder that `fd` has open, which is now this object's."""
         folder = cls.__new__(cls)
         folder.path, folder.fd = path, fd
         return folder
@@ -68,7 +69,7 @@ class HeldFolder:
 
     def duplicate(self) -> HeldFolder:
         """The same folder by a descriptor of its own."""
-        return self._of(self.path, fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0))
+        return self.of_descriptor(self.path, fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0))
 
     # --- What is in it ---
 
@@ -118,7 +119,7 @@ class HeldFolder:
 
     def folder(self, name: str) -> HeldFolder:
         """A folder in it, which must not be a link."""
-        return self._of(os.path.join(self.path, name), self.open(name, _FOLDER))
+        return self.of_descriptor(os.path.join(self.path, name), self.open(name, _FOLDER))
 
     def make_folder(self, name: str, mode: int = _FOLDER_MODE) -> HeldFolder:
         """A new folder in it, which nobody else can have replaced: else ESTALE."""
@@ -263,6 +264,37 @@ class HeldFolder:
             path = os.path.dirname(path)
             with contextlib.suppress(OSError):
                 yield path, os.stat(path)
+
+
+class MadeFolder:
+    """A new folder, its owner's alone, as a context manager: what it gives is a `HeldFolder`.
+
+    Where an error ends it, the folder is removed again, if nothing came into it.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError: FileExistsError where anything has the name."""
+        place, self._name = os.path.split(path.rstrip("/"))
+        if self._name in ("", ".", ".."):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        self._above = HeldFolder(place)
+        try:
+            self._folder = self._above.make_folder(self._name)
+        except BaseException:
+            self._above.close()
+            raise
+        # The word that the paths of what is in it begin with.
+        self._folder.path = path
+
+    def __enter__(self) -> HeldFolder:
+        return self._folder
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is not None:
+            with contextlib.suppress(OSError):
+                self._above.remove_folder(self._name, self._folder)
+        self._folder.close()
+        self._above.close()
 
 
 def _checked(name: str) -> str:

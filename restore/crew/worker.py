@@ -37,6 +37,7 @@ from vmapipe.restore.errors import DigestError, SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, os_error_text
 from vmapipe.runtime.events import Emit, ignore
+from vmapipe.runtime.heldfolder import HeldFolder
 from vmapipe.runtime.process import run_child
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import Extent, parse_extent_header
@@ -155,10 +156,10 @@ class Worker:
             os.unlink(socket)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(socket))
-        for target in self._setup.targets if self._setup is not None else ():
-            if target.partial:
-                with contextlib.suppress(OSError):
-                    os.unlink(target.partial)
+        for partial in self._setup.partials if self._setup is not None else ():
+            folder = HeldFolder.of_descriptor("", partial.folder_fd)
+            with contextlib.suppress(OSError):
+                folder.remove(os.fsdecode(partial.name), partial.fd)
 
     def _check(self, extent: Extent, digest: bytes, *parts: bytes | memoryview) -> None:
         if not digest:

@@ -4,30 +4,63 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from vmapipe.restore.errors import TargetError
 from vmapipe.restore.plan import Plan, check_plan, config_paths
-from vmapipe.restore.targets.targets import NewFile, sync_folders
+from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.header import Header
 
 
-def open_configs(header: Header, folder: str) -> list[NewFile]:
+def open_configs(header: Header, folder: str, folders: Folders) -> list[NewFile]:
     """All configs, written and on the disk, but without their names. Raises RestoreError.
 
-    A name that is unsafe or taken is refused before anything is written.
+    One that stands there already with the same content is left as it is, so that disks can
+    be restored one after the other. A name that is unsafe, or taken by something else, is
+    refused before anything is written.
     """
     files: list[NewFile] = []
+    written: list[tuple[NewFile, bytes]] = []
     try:
-        for path in config_paths(header, folder):
-            files.append(NewFile(path))  # noqa: PERF401  those before a failure must be closed
-        for file, config in zip(files, header.configs, strict=True):
-            _write(file, config.data)
+        for path, config in zip(config_paths(header, folder), header.configs, strict=True):
+            if not _is_there(path, config.data, folders):
+                files.append(NewFile(path, folders))
+                written.append((files[-1], config.data))
+        for file, data in written:
+            _write(file, data)
     except BaseException:
         for file in files:
             file.close()
         raise
     return files
+
+
+def _is_there(path: str, data: bytes, folders: Folders) -> bool:
+    """Whether this very config is there. Raises TargetError where something else has its name."""
+    try:
+        folder, name = folders.of(path)
+        if folder.status(name) is None:
+            return False
+        fd = folder.open(name, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode) and _read(fd, len(data) + 1) == data:
+                return True
+        finally:
+            os.close(fd)
+    except OSError:
+        pass  # whatever it is, it is not this config
+    raise TargetError(
+        f"{path} exists already with another content and is not overwritten: "
+        "use --no-configs, or another folder"
+    )
+
+
+def _read(fd: int, length: int) -> bytes:
+    data = b""
+    while len(data) < length and (more := os.read(fd, length - len(data))):
+        data += more
+    return data
 
 
 def _write(file: NewFile, data: bytes) -> None:
@@ -40,30 +73,18 @@ def _write(file: NewFile, data: bytes) -> None:
         raise TargetError(f"cannot write {file.path}: {os_error_text(error)}") from error
 
 
-def publish_all(files: list[NewFile]) -> None:
-    """Give all of them their names, or none; they stay open. Raises TargetError."""
-    done: list[NewFile] = []
-    try:
-        for file in files:
-            file.publish()
-            done.append(file)
-        sync_folders([file.path for file in files])
-    except BaseException:
-        for file in done:
-            file.withdraw()
-        raise
+def write_configs(header: Header, folder: str, folders: Folders) -> list[NewFile]:
+    """Write all configs into the folder. Nothing is left where it fails.
 
-
-def write_configs(header: Header, folder: str) -> list[str]:
-    """Write all configs into the folder; returns their paths. Nothing is left where it fails.
-
-    Raises RestoreError, HeaderError.
+    The files are open, so that they can be withdrawn; close them. Raises RestoreError,
+    HeaderError.
     """
     check_plan(header, Plan(configs_folder=folder))
-    files = open_configs(header, folder)
+    files = open_configs(header, folder, folders)
     try:
         publish_all(files)
-    finally:
+    except BaseException:
         for file in files:
             file.close()
-    return [file.path for file in files]
+        raise
+    return files

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 
 from vmapipe.restore.errors import TargetError
-from vmapipe.restore.targets.targets import NewFile
+from vmapipe.restore.targets.newfile import Folders, NewFile
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.storage_daemon import StorageDaemon
 
@@ -20,9 +19,9 @@ _CREATE_S = 60.0
 class NewImage(NewFile):
     """A `NewFile` whose content is an image of `size_bytes` bytes; workers write to `nbd`."""
 
-    def __init__(self, path: str, image_format: str, size_bytes: int) -> None:
+    def __init__(self, path: str, folders: Folders, image_format: str, size_bytes: int) -> None:
         """Raises TargetError."""
-        super().__init__(path)
+        super().__init__(path, folders)
         self._daemon: StorageDaemon | None = None
         # The file has no name yet, but a path it has.
         place = f"/proc/{os.getpid()}/fd/{self.fd}"
@@ -66,8 +65,7 @@ class NewImage(NewFile):
         if self._daemon is not None:
             self._daemon.close()
             self._daemon = None
-        with contextlib.suppress(OSError):
-            super().close()
+        super().close()
 
 
 def _create(path: str, place: str, image_format: str, size_bytes: int) -> None:

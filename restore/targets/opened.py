@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from vmapipe.protocol.restore_work import TargetSetup
+from vmapipe.protocol.restore_work import Partial, TargetSetup
 from vmapipe.restore.archive.reading import Archive
 from vmapipe.restore.archive.source import PlainFile
 from vmapipe.restore.errors import PlanError
 from vmapipe.restore.plan import Kind, Plan, TargetSpec, check_plan
-from vmapipe.restore.targets.configs import open_configs, publish_all
-from vmapipe.restore.targets.targets import ExistingTarget, NewFile
+from vmapipe.restore.targets.configs import open_configs
+from vmapipe.restore.targets.existing import ExistingTarget
+from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.header import Device
 from vmapipe.vma.layout import CLUSTER_BYTES
@@ -27,8 +28,9 @@ _NO_END = (1 << 63) - 1
 class OpenTargets:
     """A context manager: what was not published when it ends is gone."""
 
-    def __init__(self, archive: Archive, plan: Plan) -> None:
+    def __init__(self, archive: Archive, plan: Plan, folders: Folders) -> None:
         """Opens all of them. Raises RestoreError, PlanError, HeaderError; then none is touched."""
+        self._folders = folders
         self.archive = archive
         self.plan = plan
         self.devices: list[Device] = []
@@ -44,7 +46,7 @@ class OpenTargets:
                     self._open(device, spec)
             self._check_identities()
             if plan.configs_folder is not None:
-                self._configs = open_configs(archive.header, plan.configs_folder)
+                self._configs = open_configs(archive.header, plan.configs_folder, folders)
         except BaseException:
             self.close()
             raise
@@ -64,6 +66,7 @@ class OpenTargets:
     def _open(self, device: Device, spec: TargetSpec) -> None:
         self.devices.append(device)
         if spec.kind is Kind.EXISTING:
+            self._folders.look_at(spec.path)
             self._existing[device.dev_id] = ExistingTarget(
                 spec.path, device.name, device.size_bytes
             )
@@ -71,10 +74,10 @@ class OpenTargets:
             # Imported here: few restores need it.
             from vmapipe.restore.targets.image import NewImage
 
-            image = NewImage(spec.path, spec.image_format, device.size_bytes)
+            image = NewImage(spec.path, self._folders, spec.image_format, device.size_bytes)
             self._new[device.dev_id] = self._images[device.dev_id] = image
         else:
-            file = self._new[device.dev_id] = NewFile(spec.path)
+            file = self._new[device.dev_id] = NewFile(spec.path, self._folders)
             if not device.is_vmstate:
                 file.set_size(device.size_bytes)
 
@@ -111,8 +114,16 @@ class OpenTargets:
             new is None and spec.write_zeroes,
             device.name.encode("utf-8", "surrogateescape"),
             os.fsencode(target.path),
-            os.fsencode(target.partial),
             os.fsencode(self._images[device.dev_id].nbd) if device.dev_id in self._images else b"",
+        )
+
+    @property
+    def partials(self) -> tuple[Partial, ...]:
+        """What a worker has to remove when nobody else can."""
+        return tuple(
+            Partial(file.fd, file.folder.fd, os.fsencode(file.partial))
+            for file in (*self._new.values(), *self._configs)
+            if file.partial
         )
 
     @property

@@ -11,13 +11,13 @@ import sys
 from vmapipe.restore.archive.reading import open_archive
 from vmapipe.restore.job import restore
 from vmapipe.restore.plan import plan_folder
-from vmapipe.restore.targets import targets
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Event, encode_line
+from vmapipe.runtime.heldfolder import HeldFolder
 from vmapipe.runtime.process import run
 
 
-def refuse(folder: str) -> int:
+def refuse(folder: HeldFolder, mode: int = 0) -> int:
     raise OSError("no unnamed files here")
 
 
@@ -29,7 +29,7 @@ def tell(event: Event) -> None:
 def work() -> None:
     archive_name, folder, way = sys.argv[1:]
     if way == "partial":
-        targets.open_unnamed = refuse
+        HeldFolder.make_unnamed = refuse  # type: ignore[method-assign,assignment]
     cancel = Cancel()
     cancel.on_signals()
     with open_archive(archive_name, cancel) as archive:

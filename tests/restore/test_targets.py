@@ -6,30 +6,39 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.machine import Need
 from vmapipe.restore.errors import RestoreError, TargetError
-from vmapipe.restore.targets import targets
-from vmapipe.restore.targets.configs import publish_all, write_configs
-from vmapipe.restore.targets.targets import ExistingTarget, NewFile
+from vmapipe.restore.targets.configs import write_configs
+from vmapipe.restore.targets.existing import ExistingTarget
+from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
+from vmapipe.runtime import heldfolder
+from vmapipe.runtime.heldfolder import HeldFolder
 from vmapipe.vma.errors import HeaderError
 from vmapipe.vma.header import Config, Header
 
 MIB = 1 << 20
 
 
+def no_unnamed_files(folder: HeldFolder, mode: int = 0) -> int:
+    raise OSError(errno.EOPNOTSUPP, "no unnamed files here")
+
+
+@pytest.fixture
+def folders() -> Iterator[Folders]:
+    with Folders() as held:
+        yield held
+
+
 @pytest.fixture(params=["unnamed", "partial"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How a new file waits: without a name, or (NFS, FUSE) with another one."""
     if request.param == "partial":
-
-        def refuse(folder: str) -> int:
-            raise OSError(errno.EOPNOTSUPP, "no unnamed files here")
-
-        monkeypatch.setattr(targets, "open_unnamed", refuse)
+        monkeypatch.setattr(HeldFolder, "make_unnamed", no_unnamed_files)
     return str(request.param)
 
 
@@ -38,9 +47,11 @@ def hidden(folder: Path) -> list[Path]:
 
 
 @pytest.mark.usefixtures("way")
-def test_a_new_file_appears_under_its_name_when_it_is_published(tmp_path: Path) -> None:
+def test_a_new_file_appears_under_its_name_when_it_is_published(
+    tmp_path: Path, folders: Folders
+) -> None:
     path = tmp_path / "new"
-    file = NewFile(str(path))
+    file = NewFile(str(path), folders)
     file.set_size(70_000)
     os.pwrite(file.fd, b"data", 10)
     assert not path.exists()
@@ -52,8 +63,10 @@ def test_a_new_file_appears_under_its_name_when_it_is_published(tmp_path: Path) 
     assert hidden(tmp_path) == []
 
 
-def test_a_new_file_that_is_not_published_is_gone(tmp_path: Path, way: str) -> None:
-    file = NewFile(str(tmp_path / "new"))
+def test_a_new_file_that_is_not_published_is_gone(
+    tmp_path: Path, way: str, folders: Folders
+) -> None:
+    file = NewFile(str(tmp_path / "new"), folders)
     assert len(hidden(tmp_path)) == (1 if way == "partial" else 0)
     assert bool(file.partial) == (way == "partial")
     file.close()
@@ -61,25 +74,25 @@ def test_a_new_file_that_is_not_published_is_gone(tmp_path: Path, way: str) -> N
 
 
 @pytest.mark.usefixtures("way")
-def test_nothing_is_overwritten_neither_early_nor_late(tmp_path: Path) -> None:
+def test_nothing_is_overwritten_neither_early_nor_late(tmp_path: Path, folders: Folders) -> None:
     path = tmp_path / "new"
-    file = NewFile(str(path))
+    file = NewFile(str(path), folders)
     path.write_bytes(b"somebody else's")
     with pytest.raises(TargetError, match="has appeared meanwhile and is not overwritten"):
         file.publish()
     file.close()
     with pytest.raises(TargetError, match="exists already and is not overwritten"):
-        NewFile(str(path))
+        NewFile(str(path), folders)
     path.unlink()
     path.symlink_to("/nonexistent/elsewhere")
     with pytest.raises(TargetError, match="exists already"):
-        NewFile(str(path))
+        NewFile(str(path), folders)
     assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.usefixtures("way")
-def test_files_are_published_all_together_or_not_at_all(tmp_path: Path) -> None:
-    files = [NewFile(str(tmp_path / name)) for name in "abc"]
+def test_files_are_published_all_together_or_not_at_all(tmp_path: Path, folders: Folders) -> None:
+    files = [NewFile(str(tmp_path / name), folders) for name in "abc"]
     (tmp_path / "c").write_bytes(b"mine")
     with pytest.raises(TargetError, match="has appeared meanwhile"):
         publish_all(files)
@@ -90,23 +103,23 @@ def test_files_are_published_all_together_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rename", ["noreplace", "plain"])
 def test_a_file_system_without_links_renames(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rename: str
+    tmp_path: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch, rename: str
 ) -> None:
     def refuse(*words: object, **more: object) -> int:
         raise OSError(errno.EPERM, "no links here")
 
-    def refuse_noreplace(source: str, target: str) -> None:
+    def refuse_noreplace(*words: object) -> None:
         raise OSError(errno.EINVAL, "what is that")
 
-    monkeypatch.setattr(targets, "open_unnamed", refuse)
+    monkeypatch.setattr(HeldFolder, "make_unnamed", no_unnamed_files)
     monkeypatch.setattr(os, "link", refuse)
     if rename == "plain":
-        monkeypatch.setattr(targets, "rename_noreplace", refuse_noreplace)
-    file = NewFile(str(tmp_path / "a"))
+        monkeypatch.setattr(heldfolder, "rename_noreplace", refuse_noreplace)
+    file = NewFile(str(tmp_path / "a"), folders)
     file.publish()
     file.close()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    late = NewFile(str(tmp_path / "b"))
+    late = NewFile(str(tmp_path / "b"), folders)
     (tmp_path / "b").write_bytes(b"mine")
     with pytest.raises(TargetError, match="has appeared meanwhile"):
         late.publish()
@@ -115,9 +128,9 @@ def test_a_file_system_without_links_renames(
     assert hidden(tmp_path) == []
 
 
-def test_a_new_file_in_no_folder_is_refused(tmp_path: Path) -> None:
+def test_a_new_file_in_no_folder_is_refused(tmp_path: Path, folders: Folders) -> None:
     with pytest.raises(TargetError, match=r"cannot create .*: No such file or directory"):
-        NewFile(str(tmp_path / "no" / "folder"))
+        NewFile(str(tmp_path / "no" / "folder"), folders)
 
 
 @pytest.mark.parametrize("surplus", [0, 1, 4 * MIB])
@@ -184,10 +197,12 @@ def test_a_read_only_block_device_is_refused(loop: str, need: Need) -> None:
 
 
 @pytest.mark.usefixtures("way")
-def test_configs_are_written_by_their_names(tmp_path: Path) -> None:
+def test_configs_are_written_by_their_names(tmp_path: Path, folders: Folders) -> None:
     header = Header(bytes(16), 0, (), (Config("a.conf", b"one\n"), Config("b", b"")))
-    written = write_configs(header, str(tmp_path))
-    assert written == [str(tmp_path / "a.conf"), str(tmp_path / "b")]
+    written = write_configs(header, str(tmp_path), folders)
+    for file in written:
+        file.close()
+    assert [file.path for file in written] == [str(tmp_path / "a.conf"), str(tmp_path / "b")]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         "a.conf": b"one\n",
         "b": b"",
@@ -205,14 +220,14 @@ def test_configs_are_written_by_their_names(tmp_path: Path) -> None:
     ],
 )
 def test_where_one_config_cannot_be_written_none_is(
-    tmp_path: Path, names: list[str], error: type[Exception]
+    tmp_path: Path, folders: Folders, names: list[str], error: type[Exception]
 ) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "taken").write_bytes(b"mine")
     header = Header(bytes(16), 0, (), tuple(Config(name, b"x") for name in names))
     with pytest.raises(error):
-        write_configs(header, str(folder))
+        write_configs(header, str(folder), folders)
     assert [path.name for path in folder.iterdir()] == ["taken"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (folder / "taken").read_bytes() == b"mine"

@@ -37,7 +37,7 @@ def memory_file(data: bytes) -> Iterator[int]:
 
 
 def target(fd: int, size_bytes: int, *, write_zeroes: bool) -> TargetSetup:
-    return TargetSetup(1, fd, size_bytes, write_zeroes, b"disk", b"/the/target", b"")
+    return TargetSetup(1, fd, size_bytes, write_zeroes, b"disk", b"/the/target")
 
 
 def block(number: int) -> bytes:
