@@ -70,7 +70,7 @@ def _words_of(job: BackupJob, index: int, disk: Disk) -> tuple[list[str], list[i
     if job.machine:
         fd = job.machine.sink_fd(index)
         words = [f"--disk={disk.name}", f"--sink-fd={fd}", f"--size={disk.size_bytes}"]
-        return [*words, *job.buffer_options], [fd]
+        return [*words, "--await-job", *job.buffer_options], [fd]
     words = [f"--disk={disk.path}", *disk.reading]
     if disk.guard:
         words += [f"--guard={disk.guard}", *job.buffer_options]

@@ -27,6 +27,7 @@ from vmapipe.runtime.cli import (
 )
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.orders import Orders
 from vmapipe.runtime.priority import stand_back
 from vmapipe.runtime.process import run_child
 from vmapipe.runtime.texts import one_line
@@ -128,6 +129,12 @@ def _add_live_options(parser: argparse.ArgumentParser) -> None:
         "its name, --size its size",
     )
     parser.add_argument(
+        "--await-job",
+        action="store_true",
+        help="what --sink-fd takes is complete only when the parent says that QEMU's job has "
+        "ended well",
+    )
+    parser.add_argument(
         "--stream-fd",
         type=int,
         metavar="N",
@@ -155,12 +162,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> i
     add_options(parser)
     options = parser.parse_args(argv)
     options.pace = Pace(options.speed, time.monotonic())
+    options.orders = Orders()
     return run_child(
         prog,
         options.parent_fd,
         lambda cancel, emit: _produce(options, cancel, emit),
         _print,
-        options.pace.hear,
+        options.pace.hear if options.sink_fd is None else options.orders.put,
     )
 
 
@@ -251,8 +259,10 @@ def _send_arriving(
         raise UsageError("--sink-fd needs --size")
     from vmapipe.producer.sink.sending import SinkOptions, SinkSender
 
-    settings = SinkOptions(options.sink_fd, options.size, options.buffer, options.guest_wait)
-    sender = SinkSender(name, settings, options.job, link, cancel)
+    settings = SinkOptions(
+        options.sink_fd, options.size, options.buffer, options.guest_wait, options.await_job
+    )
+    sender = SinkSender(name, settings, options.job, link, cancel, options.orders)
     try:
         emit({"event": "reading", "device": name, "path": "QEMU", "bytes": options.size})
         sender.run(emit)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 from collections import deque
+from typing import NamedTuple
 
 from vmapipe.runtime.events import Event
 
@@ -47,3 +48,25 @@ def ordered_speed(order: Event) -> int | None:
     if order.get("order") != "speed":
         return None
     return int(order["bytes_per_s"])
+
+
+class Copied(NamedTuple):
+    """QEMU's backup job of a disk has ended well. `copied_bytes`: what it says of itself.
+
+    `rest_is_zero`: it has left out what its image has never been given, which reads as zeroes.
+    """
+
+    copied_bytes: int
+    rest_is_zero: bool
+
+
+def copied_order(copied: Copied) -> Event:
+    """All of the disk has been sent to the sink."""
+    return {"order": "copied", "bytes": copied.copied_bytes, "rest_is_zero": copied.rest_is_zero}
+
+
+def ordered_copied(order: Event) -> Copied | None:
+    """What is told of QEMU's job, if this is such an order."""
+    if order.get("order") != "copied":
+        return None
+    return Copied(int(order["bytes"]), bool(order["rest_is_zero"]))

@@ -31,11 +31,15 @@ class Machine(NamedTuple):
 
 
 class MachineDisk(NamedTuple):
-    """`name` in the archive; `device` is what QEMU's commands call it."""
+    """`name` in the archive; `device` is what QEMU's commands call it.
+
+    `is_thin`: what its image was never given is zero, and QEMU can leave it out.
+    """
 
     name: str
     device: str
     size_bytes: int
+    is_thin: bool = False
 
 
 class Names(NamedTuple):
@@ -99,7 +103,7 @@ def _found_block(block: Answer, machine: Machine) -> _Found:
     name, words = names_of(block)
     # The name where there is one: QEMU's commands know it as well as the node's.
     size = (inserted.get("image") or {}).get("virtual-size", 0)
-    disk = MachineDisk(name, device or node, size)
+    disk = MachineDisk(name, device or node, size, _is_thin(inserted))
     skipped = ""
     if not inserted:
         skipped = "no medium is in it"
@@ -120,7 +124,21 @@ def _found_node(node: Answer, machine: Machine) -> _Found:
     elif not size:
         skipped = "it is empty"
     refused = _job_on(node, {name}, machine.jobs)
-    return _Found(MachineDisk(name, name, size), frozenset({name} - {""}), skipped, refused)
+    disk = MachineDisk(name, name, size, _is_thin(node))
+    return _Found(disk, frozenset({name} - {""}), skipped, refused)
+
+
+def _is_thin(node: Answer) -> bool:
+    """Whether what is not allocated in this node is certain to be zero.
+
+    So it is in a qcow2 image without a backing file. A raw file tells its holes as
+    zeroes that are allocated; other formats are not worth a doubt.
+    """
+    image = node.get("image") or {}
+    backed = (
+        node.get("backing_file") or node.get("backing_file_depth") or image.get("backing-image")
+    )
+    return node.get("drv") == "qcow2" and not (backed or image.get("backing-filename"))
 
 
 def _drive_name(device_id: str) -> str:

@@ -31,6 +31,7 @@ from vmapipe.control.qemu.saving import Jobs, Saving
 from vmapipe.producer.sink.export import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.orders import Copied, copied_order
 
 # Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
 _JOB_EVENTS = frozenset({"BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR"})
@@ -61,6 +62,8 @@ class RunningMachine:
         self._sinks: list[SinkSocket] = []
         self._guardian: Guardianship | None = None
         self._producers: list[Child] = []
+        # Disks whose producers know that QEMU's job has ended well, by index.
+        self._told: set[int] = set()
         self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
 
     @property
@@ -196,8 +199,17 @@ class RunningMachine:
                 raise Failure(f"disk {disk.name!r}: somebody has removed QEMU's backup job")
             if job.get("error"):
                 raise Failure(f"disk {disk.name!r}: QEMU's backup job failed: {job['error']}")
-            done += job["status"] == "concluded"
+            if job["status"] == "concluded":
+                done += 1
+                self._tell_copied(index, int(str(job["current-progress"])))
         self._jobs_ended = done == len(self._disks)
+
+    def _tell_copied(self, index: int, copied_bytes: int) -> None:
+        """Only what this allows may be stored: a job that failed in the last moment has failed."""
+        if index not in self._told:
+            self._told.add(index)
+            order = copied_order(Copied(copied_bytes, self._disks[index].is_thin))
+            self._producers[index].tell(order)
 
     def _clean(self) -> None:
         clean(self._link, run_prefix(self._run), lambda job: True, _CLEAN_S)

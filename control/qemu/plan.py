@@ -102,11 +102,12 @@ def _nbd_node(target: Target, name: str) -> dict[str, Any]:
 
 
 def _backup(target: Target, index: int, settings: Settings, features: Features) -> dict[str, Any]:
-    data = {
+    data: dict[str, Any] = {
         "job-id": name_of(settings.run, index),
         "device": target.disk.device,
         "target": name_of(settings.run, index),
-        "sync": "full",
+        # Nothing is below it: "top" is all of the disk but what was never written to.
+        "sync": "top" if target.disk.is_thin else "full",
         "speed": settings.speed_bytes_s,
         "on-source-error": "report",
         "on-target-error": "report",

@@ -23,6 +23,7 @@ from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.orders import Copied, Orders, ordered_copied
 
 # QEMU comes within a second and stays; an interrupted connection it opens again
 # at once. Twice its reconnect-delay without it: it does not come any more.
@@ -35,19 +36,29 @@ _LEAVE_S = 8.0
 
 
 class SinkOptions(NamedTuple):
-    """`listener_fd`: a listening socket. Sizes in bytes."""
+    """`listener_fd`: a listening socket. Sizes in bytes.
+
+    `awaits_job`: the disk is complete only when an order says that QEMU's job has ended well.
+    """
 
     listener_fd: int
     size_bytes: int
     memory_bytes: int
     guest_wait_s: int
+    awaits_job: bool
 
 
 class SinkSender:
     """One disk, from HELLO to DONE, and on until QEMU has left."""
 
     def __init__(
-        self, name: str, options: SinkOptions, job: bytes, link: Link, cancel: Cancel
+        self,
+        name: str,
+        options: SinkOptions,
+        job: bytes,
+        link: Link,
+        cancel: Cancel,
+        orders: Orders,
     ) -> None:
         self._name = name
         self._options = options
@@ -59,6 +70,10 @@ class SinkSender:
         # Sent runs, (frame, where their data lies), oldest first.
         self._sent: deque[tuple[int, int]] = deque()
         self._absent_since = time.monotonic()
+        self._orders = orders
+        # Of QEMU's job: none awaited, or heard.
+        self._job_ended = not options.awaits_job
+        self._all_came_at = float("inf")
 
     @property
     def zero_clusters(self) -> int:
@@ -70,6 +85,7 @@ class SinkSender:
         self._session.greet()
         sink = self._new_sink()
         self._link.watch(sink.fd)
+        self._link.watch(self._orders.fd)
         server = self._serve(sink, emit)
         emit({"event": "attached", "device": self._name})
         try:
@@ -111,18 +127,22 @@ class SinkSender:
     def _send_all(self, sink: Sink, server: Server, emit: Emit) -> None:
         session = self._session
         teller = Teller(self._name, emit)
-        while session.sent_clusters < sink.clusters:
+        while not self._is_complete(sink):
             arrived = sink.next()
             if arrived is not None and self._send(sink, arrived):
                 session.hear()
                 session.keep_alive(time.monotonic())
-            elif session.sent_clusters < sink.clusters:
+            elif not self._is_complete(sink):
                 session.step(TELL_S)
             self._release(sink)
             teller.tell(Waiting(sink.used_bytes, 0, sink.waiting_writes))
             teller.tell_transfer(self._transfer(sink))
             self._check(sink, server)
         teller.tell_transfer(self._transfer(sink), last=True)
+
+    def _is_complete(self, sink: Sink) -> bool:
+        """All is sent, and QEMU's job has ended well: before that, nothing may be stored."""
+        return self._job_ended and self._session.sent_clusters >= sink.clusters
 
     def _transfer(self, sink: Sink) -> Transfer:
         """QEMU reads, and does not tell what it copied before a write."""
@@ -133,7 +153,18 @@ class SinkSender:
         self._cancel.check()
         if sink.failure:
             raise Failure(sink.failure)
+        for order in self._orders.take():
+            copied = ordered_copied(order)
+            if copied is not None:
+                self._take_verdict(sink, copied)
         now = time.monotonic()
+        if not self._job_ended and not sink.missing:
+            self._all_came_at = min(self._all_came_at, now)
+            if now - self._all_came_at > _ABSENCE_S:
+                raise Failure(
+                    f"disk {self._name!r}: all of it has come, but QEMU's job has not ended for "
+                    f"{_ABSENCE_S:.0f} s"
+                )
         if server.clients or not sink.missing:
             self._absent_since = now
         elif now - self._absent_since > _ABSENCE_S:
@@ -141,6 +172,24 @@ class SinkSender:
                 f"disk {self._name!r}: {sink.missing} of {sink.clusters} clusters have not come, "
                 f"and QEMU has not been seen for {_ABSENCE_S:.0f} s"
             )
+
+    def _take_verdict(self, sink: Sink, copied: Copied) -> None:
+        """QEMU's job has ended well. Raises Failure when less has come than that means."""
+        came_bytes = sink.arrived * CLUSTER_BYTES
+        if not copied.rest_is_zero and sink.missing:
+            raise Failure(
+                f"disk {self._name!r}: QEMU's job has ended, but {sink.missing} of {sink.clusters} "
+                "clusters have not come"
+            )
+        # The last cluster counts as a whole one on both sides.
+        if copied.rest_is_zero and came_bytes < copied.copied_bytes:
+            raise Failure(
+                f"disk {self._name!r}: QEMU's job has copied {copied.copied_bytes} bytes, but "
+                f"{came_bytes} have come"
+            )
+        if copied.rest_is_zero:
+            sink.rest_is_zero()
+        self._job_ended = True
 
     def _send(self, sink: Sink, arrived: Arrived) -> bool:
         """One frame; False when the credit does not suffice."""

@@ -22,7 +22,7 @@ from vmapipe.producer.sink.export import TakesOnly
 from vmapipe.producer.sink.parts import Parts, TooManyParts, is_whole, pieces
 from vmapipe.producer.sink.room import Room
 from vmapipe.producer.sink.turns import Turns
-from vmapipe.protocol.limits import CLUSTER_BYTES
+from vmapipe.protocol.limits import CLUSTER_BYTES, MAX_RUN_CLUSTERS
 
 # QEMU sends up to a megabyte at once: so much lies together and makes one frame.
 MAX_PIECE_CLUSTERS = 16
@@ -32,6 +32,8 @@ _MAX_WAITING = 4096
 # Zeroes are sent together, so often at most: nobody waits for them, and a frame for
 # each megabyte of empty space would cost more than all else.
 _ZEROES_S = 0.1
+# Of what QEMU has left out, so many runs are looked up and sent at a time.
+_REST_RUNS = 256
 # The longest range whose clusters are looked at with the lock held.
 _RANGE_CLUSTERS = 1 << 14
 
@@ -71,6 +73,8 @@ class Sink(TakesOnly):
         # Not in the queue yet, and when they may go there again.
         self._zeroes = Zeroes()
         self._zeroes_at = 0.0
+        # Behind it is what has not come and will not come; -1: that may still come.
+        self._rest_from = -1
         # Positions of runs in the queue whose data is still being copied.
         self._filling: set[int] = set()
         self._sleeping = self._woken = False
@@ -82,6 +86,17 @@ class Sink(TakesOnly):
     def missing(self) -> int:
         """Clusters that have not come yet."""
         return self._arrivals.missing
+
+    @property
+    def arrived(self) -> int:
+        """Clusters that have come."""
+        return self._arrivals.count
+
+    def rest_is_zero(self) -> None:
+        """What has not come yet will not come: it is zero."""
+        with self._changed:
+            if not self.failure:
+                self._rest_from = 0
 
     @property
     def waiting_writes(self) -> int:
@@ -104,6 +119,8 @@ class Sink(TakesOnly):
                 self._woken = False
             if not self._queue and len(self._zeroes):
                 self._queue_zeroes(time.monotonic())
+            if not self._queue and self._rest_from >= 0:
+                self._queue_rest()
             first = self._queue[0] if self._queue else None
             if first is not None and first.position in self._filling:
                 first = None
@@ -288,6 +305,16 @@ class Sink(TakesOnly):
             self._filling.discard(position)
             if not self.failure:
                 self._wake()
+
+    def _queue_rest(self) -> None:
+        """With the lock held: some of what has not come, as zeroes."""
+        arrivals, end = self._arrivals, self._arrivals.clusters
+        while arrivals.missing and len(self._queue) < _REST_RUNS:
+            first = arrivals.next_missing(self._rest_from, end)
+            longest = min(end, first + MAX_RUN_CLUSTERS)
+            self._rest_from = arrivals.next_here(first, longest)
+            arrivals.add(first, self._rest_from - first)
+            self._queue.append(Arrived(first, self._rest_from - first, -1, 0))
 
     def _wake(self) -> None:
         if self._sleeping:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.machine import LIMIT_S, VMAPIPE
+from vmapipe.runtime.events import Event, encode_line
 
 
 class SinkRun:
@@ -46,6 +47,10 @@ class SinkRun:
             if event["event"] == name:
                 return event
         raise AssertionError(f"the producer ended without an event {name!r}")
+
+    def tell(self, order: Event) -> None:
+        """What its parent says."""
+        self.events.sendall(encode_line(order))
 
     def ends(self) -> tuple[int, int]:
         """The exit codes of archiver and producer."""

@@ -90,8 +90,8 @@ def test_the_variables_of_uefi_firmware_are_called_as_proxmox_calls_them(device:
 def test_commands_use_the_drive_where_there_is_one_and_else_the_node() -> None:
     disks = choose_disks(machine(SCSI, VIRTIO), ())
     assert disks == (
-        MachineDisk("drive-scsi0", "drive-scsi0", GIB),
-        MachineDisk("drive-virtio1", "n1", 3 * GIB),
+        MachineDisk("drive-scsi0", "drive-scsi0", GIB, is_thin=True),
+        MachineDisk("drive-virtio1", "n1", 3 * GIB, is_thin=True),
     )
 
 
@@ -172,6 +172,34 @@ def test_all_jobs_begin_in_one_transaction_after_their_targets() -> None:
     assert data["device"] == "n1"
     assert data["target"] == data["job-id"] == "vmapipe-01234567-1"
     assert (data["sync"], data["speed"], data["auto-dismiss"]) == ("full", 4096, False)
+
+
+@pytest.mark.parametrize(
+    ("more", "is_thin"),
+    [
+        ({}, True),
+        ({"drv": "raw"}, False),  # tells its holes as zeroes that are allocated
+        ({"drv": "vmdk"}, False),
+        ({"drv": "throttle"}, False),
+        ({"backing_file": "/srv/base.qcow2"}, False),
+        ({"backing_file_depth": 1}, False),
+        ({"backing_file_depth": 0}, True),
+        ({"image": {"virtual-size": GIB, "backing-image": {"virtual-size": GIB}}}, False),
+        ({"image": {"virtual-size": GIB, "backing-filename": "base.qcow2"}}, False),
+    ],
+)
+def test_only_a_qcow2_image_without_a_backing_file_is_copied_without_its_empty_space(
+    more: dict[str, Any], is_thin: bool
+) -> None:
+    """Where something lies below, what is not allocated is not zero."""
+    node = {**inserted("n0"), **more}
+    block = {"device": "drive-scsi0", "qdev": "scsi0", "inserted": node}
+    (disk,) = choose_disks(machine(block), ())
+    assert disk.is_thin is is_thin
+    (named,) = choose_disks(Machine([], [node], []), ["n0"])
+    assert named.is_thin is is_thin
+    data = begin([Target(disk, "/t/0.sock", "disk")], SETTINGS, OLD)[-1].arguments["actions"][0]
+    assert data["data"]["sync"] == ("top" if is_thin else "full")
 
 
 def test_members_are_used_only_where_the_schema_has_them() -> None:

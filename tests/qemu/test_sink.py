@@ -15,8 +15,9 @@ import pytest
 
 from tests.machine import LIMIT_S, Need, good
 from tests.protocol_nbd.client import Client
-from tests.qemu.sinks import sink
+from tests.qemu.sinks import SinkRun, sink
 from vmapipe.protocol.nbd import constants as c
+from vmapipe.runtime.orders import Copied, copied_order
 
 CLUSTER = 65536
 SIZE = 90 * CLUSTER + 512
@@ -161,3 +162,56 @@ def test_a_slow_archiver_makes_writes_wait_and_loses_nothing(tmp_path: Path) -> 
                 client.write(at, data[at : at + (1 << 20)])
         assert run.ends() == (0, 0)
     assert restored(run.archive, tmp_path / "out") == data
+
+
+def fill(run: SinkRun, clusters: int) -> None:
+    with Client(run.path, "disk") as client:
+        for at in range(0, min(SIZE, clusters * CLUSTER), CLUSTER):
+            client.write(at, content()[at : at + CLUSTER])
+
+
+def test_a_sink_with_all_data_stores_nothing_before_qemus_job_has_ended_well(
+    tmp_path: Path,
+) -> None:
+    with sink(tmp_path, SIZE, "--await-job") as run:
+        fill(run, 91)
+        while run.next_event("transfer")["sent_bytes"] < 60 * CLUSTER:
+            pass
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.archiver.wait(0.5)
+        run.tell(copied_order(Copied(91 * CLUSTER, rest_is_zero=False)))
+        assert run.ends() == (0, 0)
+    assert restored(run.archive, tmp_path / "out") == content()
+
+
+@pytest.mark.parametrize(
+    ("copied", "text"),
+    [
+        (Copied(91 * CLUSTER, rest_is_zero=False), "31 of 91 clusters have not come"),
+        (Copied(61 * CLUSTER, rest_is_zero=True), "3997696 bytes, but 3932160 have come"),
+    ],
+)
+def test_a_job_that_has_copied_more_than_has_come_is_a_failure(
+    tmp_path: Path, copied: Copied, text: str
+) -> None:
+    with sink(tmp_path, SIZE, "--await-job") as run:
+        fill(run, 60)
+        run.tell(copied_order(copied))
+        assert text in run.next_event("draining")["text"]
+        run.producer.terminate()
+        assert run.ends()[0] == 1
+    assert not run.archive.exists()
+
+
+def test_what_a_thin_disk_has_left_out_is_zero(tmp_path: Path) -> None:
+    with sink(tmp_path, SIZE, "--await-job") as run:
+        with Client(run.path, "disk") as client:
+            for cluster in (1, 40, 41, 89):
+                at = cluster * CLUSTER
+                client.write(at, content()[at : at + CLUSTER])
+        run.tell(copied_order(Copied(4 * CLUSTER, rest_is_zero=True)))
+        assert run.ends() == (0, 0)
+    wanted = bytearray(SIZE)
+    for at in (1 * CLUSTER, 40 * CLUSTER, 41 * CLUSTER, 89 * CLUSTER):
+        wanted[at : at + CLUSTER] = content()[at : at + CLUSTER]
+    assert restored(run.archive, tmp_path / "out") == bytes(wanted)

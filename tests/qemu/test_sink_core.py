@@ -235,6 +235,24 @@ def test_zeroes_that_come_in_between_wait_for_more_of_them(target: Target) -> No
     assert (arrived.first, arrived.clusters) == (1, 5)
 
 
+@given(st.lists(st.integers(0, 5), unique=True, max_size=5))
+def test_the_rest_of_a_thin_disk_is_zero_and_each_cluster_comes_once(came: list[int]) -> None:
+    target = Target()
+    for cluster in came:
+        data = memoryview(pattern(0, min(CLUSTER, SIZE - cluster * CLUSTER)))
+        assert target.sink.try_write(data, cluster * CLUSTER)
+    assert target.sink.arrived == len(came)
+    target.sink.rest_is_zero()
+    target.take()
+    assert sorted(target.seen) == list(range(6))
+    assert target.sink.missing == 0
+    for cluster in range(6):
+        at = cluster * CLUSTER
+        wanted = pattern(0, CLUSTER) if cluster in came else bytes(CLUSTER)
+        assert bytes(target.disk[at : at + CLUSTER]) == wanted[: SIZE - at]
+    target.sink.close()
+
+
 def test_a_long_run_of_zeroes_can_be_sent_in_steps(target: Target) -> None:
     target.sink.write_zeroes(0, SIZE, may_hole=False, fast_only=False)
     assert target.sink.next() is not None
