@@ -8,19 +8,20 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vmapipe.control.outputwords import inherited_fds
 from vmapipe.control.render import add_report_options, human_bytes, renderer
 from vmapipe.control.words import naming, source_name
+from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.reading import Archive, open_archive
 from vmapipe.restore.checks.verify import VerifyOptions, verify
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import make_parser
-from vmapipe.runtime.errors import Damaged, Failure, UsageError
-from vmapipe.runtime.process import run
+from vmapipe.runtime.cli import make_parser, size
+from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
+from vmapipe.runtime.process import failure_of, run
 from vmapipe.runtime.texts import MAX_NAME_CHARS, name_text, one_line
-from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.errors import ArchiveError, VmaError
 from vmapipe.vma.header import Config, Header
 
 VERIFY_DESCRIPTION = """\
@@ -33,11 +34,15 @@ after damage, and names every device and range of bytes that is affected.
 VERIFY_EPILOG = """\
 examples:
   vmapipe verify vm.vma.zst
+  vmapipe verify --require-manifest /backup/dump/*.vma.zst
   ssh backup.example cat vm.vma | vmapipe verify --manifest vm.vma.manifest.json -
 
-exit codes: 0 nothing is wrong, 1 it could not be checked, 2 wrong use, 4 damage was found
+exit codes: 0 nothing is wrong, 1 it could not be checked, 2 wrong use, 4 damage was found;
+of several archives, the highest
 """
 ARCHIVE_HELP = "a file, - (stdin), a FIFO, exec:COMMAND, fd:N, s3://BUCKET/KEY; plain or compressed"
+# The smallest window there is; and what the library can do, zstd --long=31.
+_MIN_WINDOW_BYTES, _MAX_WINDOW_BYTES = 1 << 10, 2 << 30
 DEFAULT_CONFIG = "qemu-server.conf"
 
 
@@ -47,10 +52,14 @@ def main_list(argv: Sequence[str], prog: str) -> int:
         "Tell what an archive holds: its devices with their sizes, and its configs.",
         "example:\n  vmapipe list vm.vma.zst",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("archive", metavar="ARCHIVE", help=ARCHIVE_HELP)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, on one line, for each archive"
+    )
+    add_read_options(parser)
+    parser.add_argument("archives", metavar="ARCHIVE", nargs="+", help=ARCHIVE_HELP)
     options = parser.parse_args(argv)
-    return run(prog, lambda: _list(options))
+    cancel = Cancel()
+    return run(prog, lambda: _each(prog, options, cancel, _list))
 
 
 def main_config(argv: Sequence[str], prog: str) -> int:
@@ -65,6 +74,7 @@ def main_config(argv: Sequence[str], prog: str) -> int:
         help=f"which one (default: {DEFAULT_CONFIG}, or the only one there is)",
     )
     parser.add_argument("--json", action="store_true", help="print all of them as a JSON object")
+    add_read_options(parser)
     parser.add_argument("archive", metavar="ARCHIVE", help=ARCHIVE_HELP)
     options = parser.parse_args(argv)
     return run(prog, lambda: _config(options))
@@ -90,30 +100,81 @@ def main_verify(argv: Sequence[str], prog: str) -> int:
         action="store_true",
         help="also compare the digest of the stored file, which reads it once more",
     )
+    add_read_options(parser)
     add_report_options(parser)
-    parser.add_argument("archive", metavar="ARCHIVE", help=ARCHIVE_HELP)
+    parser.add_argument("archives", metavar="ARCHIVE", nargs="+", help=ARCHIVE_HELP)
     options = parser.parse_args(argv)
-    return run(prog, lambda: _verify(options))
-
-
-def open_by_name(name: str) -> Archive:
-    """The archive, or a Failure that names it."""
-    inherited_fds(name)
     cancel = Cancel()
+    return run(prog, lambda: _verify(prog, options, cancel))
+
+
+def add_read_options(parser: argparse.ArgumentParser) -> None:
+    """How archives are read."""
+    parser.add_argument(
+        "--zstd-window",
+        type=size,
+        default=0,
+        metavar="SIZE",
+        help="memory that a zstd archive may ask for, as zstd --long makes them "
+        "(default: 128M; at most 2G)",
+    )
+
+
+def read_options(options: argparse.Namespace) -> ReadOptions:
+    """Raises UsageError."""
+    window_bytes: int = options.zstd_window
+    if window_bytes and not _MIN_WINDOW_BYTES <= window_bytes <= _MAX_WINDOW_BYTES:
+        raise UsageError("--zstd-window: use 1K to 2G")
+    return ReadOptions(window_bytes)
+
+
+def _each(
+    prog: str,
+    options: argparse.Namespace,
+    cancel: Cancel,
+    work: Callable[[str, argparse.Namespace, Cancel], None],
+) -> None:
+    """Do `work` for each archive. Of several, tell each failure and go on; the worst one counts."""
+    names: list[str] = options.archives
+    if names.count("-") > 1:
+        raise UsageError("stdin holds one archive, and was named twice")
+    for name in names:
+        inherited_fds(name)
     cancel.on_signals()
+    codes: list[int] = []
+    for name in names:
+        try:
+            work(name, options, cancel)
+        except (Cancelled, BrokenPipeError):
+            raise
+        except (Failure, VmaError, OSError) as error:
+            failure = failure_of(error)
+            if len(names) == 1 or failure is None:
+                raise
+            sys.stdout.flush()
+            print(f"{prog}: {one_line(failure[0])}", file=sys.stderr, flush=True)
+            codes.append(failure[1])
+    if codes:
+        total = Failure(f"something is wrong with {len(codes)} of {len(names)} archives")
+        total.exit_code = max(codes)
+        raise total
+
+
+def open_by_name(name: str, options: argparse.Namespace, cancel: Cancel) -> Archive:
+    """The archive, or a Failure that names it."""
     with naming(name):
-        return open_archive(name, cancel)
+        return open_archive(name, cancel, read_options(options))
 
 
-def _list(options: argparse.Namespace) -> None:
-    with open_by_name(options.archive) as archive:
+def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
+    with open_by_name(name, options, cancel) as archive:
         header = archive.header
         if options.json:
             print(json.dumps(listing(header)))
             return
         made = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(header.ctime_s))
         print(
-            f"{one_line(source_name(options.archive))}: VMA archive {uuid.UUID(bytes=header.uuid)}, made {made}"
+            f"{one_line(source_name(name))}: VMA archive {uuid.UUID(bytes=header.uuid)}, made {made}"
         )
         for device in header.devices:
             size = human_bytes(device.size_bytes)
@@ -148,7 +209,10 @@ def listing(header: Header) -> dict[str, object]:
 
 
 def _config(options: argparse.Namespace) -> None:
-    with open_by_name(options.archive) as archive:
+    inherited_fds(options.archive)
+    cancel = Cancel()
+    cancel.on_signals()
+    with open_by_name(options.archive, options, cancel) as archive:
         configs = archive.header.configs
     if options.json:
         texts = {c.name: c.data.decode("utf-8", "backslashreplace") for c in configs}
@@ -171,33 +235,37 @@ def find_config(configs: Sequence[Config], name: str | None) -> Config:
     return found
 
 
-def _verify(options: argparse.Namespace) -> None:
+def _verify(prog: str, options: argparse.Namespace, cancel: Cancel) -> None:
     if options.manifest and options.no_manifest:
         raise UsageError("--manifest and --no-manifest exclude each other")
     if options.no_manifest and options.require_manifest:
         raise UsageError("--require-manifest and --no-manifest exclude each other")
-    inherited_fds(options.archive)
-    cancel = Cancel()
-    cancel.on_signals()
+    if options.manifest and len(options.archives) > 1:
+        raise UsageError("--manifest names the manifest of one archive, and several were named")
+    _each(prog, options, cancel, _verify_one)
+
+
+def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
     choice = VerifyOptions(
         manifest=options.manifest,
         check_digests=not options.no_manifest,
         file_digest=options.whole_file,
+        read=read_options(options),
     )
     with renderer("verify", options, sys.stdout) as emit:
         try:
-            report = verify(options.archive, emit, cancel, choice)
+            report = verify(name, emit, cancel, choice)
         except ArchiveError as error:
-            raise Damaged(f"{source_name(options.archive)}: {error}") from error
+            raise Damaged(f"{source_name(name)}: {error}") from error
         emit(report.event())
     if options.require_manifest and not report.event()["data_checked"]:
         raise Failure(
-            f"{source_name(options.archive)}: the data was not checked, because there is no "
+            f"{source_name(name)}: the data was not checked, because there is no "
             "manifest of it; name one with --manifest"
         )
     if not report.ok:
         count = report.damage_count
         raise Damaged(
-            f"{source_name(options.archive)} is damaged: {count} "
+            f"{source_name(name)} is damaged: {count} "
             f"{'thing is' if count == 1 else 'things are'} wrong with it"
         )

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vmapipe.control.inspect import add_read_options, read_options
 from vmapipe.control.outputwords import inherited_fds
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.control.words import naming
@@ -75,6 +76,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     parser.add_argument("--no-manifest", action="store_true", help="do not check the data")
     parser.add_argument("--no-configs", action="store_true", help="do not write the configs")
+    add_read_options(parser)
     add_report_options(parser)
     parser.add_argument("archive", metavar="ARCHIVE", help="where the archive comes from")
     parser.add_argument("folder", metavar="DIR", help="where the files go; created if need be")
@@ -95,7 +97,7 @@ def _restore(options: argparse.Namespace) -> None:
     with (
         renderer("restore", options, sys.stdout) as emit,
         naming(options.archive),
-        open_archive(options.archive, cancel) as archive,
+        open_archive(options.archive, cancel, read_options(options)) as archive,
         target_folder(options.folder) as folder,
         Folders(folder) as folders,
     ):

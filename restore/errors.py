@@ -35,10 +35,22 @@ class PlanError(UsageError):
 
 
 class CompressionError(ArchiveError):
-    """The compressed file is damaged; `file_offset` is the place in it, in bytes, if known."""
+    """The compressed file is damaged; `file_offset` is the place in it, in bytes, if known.
 
-    def __init__(self, text: str, *, file_offset: int | None = None) -> None:
+    `cut`: it ends too early, and nothing says that what came is wrong. `resumes`: reading again
+    goes on behind the damage, `lost_bytes` of plain data further on (None: nobody knows).
+    `unproven_from`: what came from this plain position on is covered by a checksum that was
+    wrong or was not reached (None: all that came was checked). `sound_bytes`: of the piece that
+    was looked at, what stands before the damage.
+    """
+
+    def __init__(self, text: str, *, file_offset: int | None = None, cut: bool = False) -> None:
         self.file_offset = file_offset
+        self.cut = cut
+        self.resumes = False
+        self.lost_bytes: int | None = None
+        self.unproven_from: int | None = None
+        self.sound_bytes = 0
         super().__init__(text if file_offset is None else f"{text} (file offset {file_offset})")
 
 

@@ -5,36 +5,48 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from vmapipe.restore.archive.gzipped import MAGIC as _GZIP_MAGIC
 from vmapipe.restore.archive.inputs import Input
 from vmapipe.restore.archive.zstdframes import is_zstd
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.vma.foreign import FOREIGN_COMPRESSIONS
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
-# lzop's is the longest.
-MAGIC_BYTES = len(_LZOP_MAGIC)
-_FOREIGN = {
-    b"\xfd7zXZ\0": ("xz", "xz -dc"),
-    b"BZh": ("bzip2", "bzip2 -dc"),
-    b"\x04\x22\x4d\x18": ("lz4", "lz4 -dc"),
-}
+# lzop's header up to its flags is the longest.
+MAGIC_BYTES = 32
+
+
+class ReadOptions(NamedTuple):
+    """`max_window_bytes`: memory that a zstd file may ask for; 0: as much as `zstd -d` takes."""
+
+    max_window_bytes: int = 0
+
+
+def compression_of(start: bytes) -> str:
+    """What a file that begins so is compressed with; `none` for anything that is not known."""
+    if is_zstd(start):
+        return "zstd"
+    if start.startswith(_GZIP_MAGIC):
+        return "gzip"
+    return "lzo" if start.startswith(_LZOP_MAGIC) else "none"
 
 
 def is_compressed(name: str, start: bytes) -> bool:
     """Raises SourceError for what is known and cannot be read here."""
-    for magic, (program, command) in _FOREIGN.items():
+    for magic, (program, command) in FOREIGN_COMPRESSIONS.items():
         if start.startswith(magic):
             raise SourceError(
                 f"{name} is compressed with {program}, which is not known here: "
                 f"decompress it on the way, with exec:'{command} FILE'"
             )
-    return is_zstd(start) or start.startswith((_GZIP_MAGIC, _LZOP_MAGIC))
+    return compression_of(start) != "none"
 
 
 def decompressed(
-    name: str, source: Input, start: bytes, halts: Sequence[Cancel]
+    name: str, source: Input, start: bytes, halts: Sequence[Cancel], options: ReadOptions
 ) -> tuple[io.RawIOBase, str]:
     """Plain bytes of what begins with `start`, and the name of its compression.
 
@@ -42,14 +54,20 @@ def decompressed(
     """
     if not is_compressed(name, start):
         return source, "none"
-    if start.startswith(_GZIP_MAGIC):
-        from vmapipe.restore.archive.gzipped import GzipStream
-
-        return GzipStream(name, source), "gzip"
-    if start.startswith(_LZOP_MAGIC):
+    compression = compression_of(start)
+    if compression == "lzo":
         from vmapipe.restore.archive.lzopped import LzopStream
 
-        return LzopStream(name, source, halts), "lzo"
-    from vmapipe.restore.archive.zstd import ZstdStream
+        return LzopStream(name, source, start, halts), compression
+    from vmapipe.restore.archive.parts import Parts, PartStream
 
-    return ZstdStream(name, source), "zstd"
+    kind: Parts
+    if compression == "gzip":
+        from vmapipe.restore.archive.gzipped import GzipMembers
+
+        kind = GzipMembers()
+    else:
+        from vmapipe.restore.archive.zstd import DEFAULT_WINDOW_BYTES, ZstdParts
+
+        kind = ZstdParts(options.max_window_bytes or DEFAULT_WINDOW_BYTES)
+    return PartStream(name, source, kind), compression

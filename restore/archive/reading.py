@@ -7,17 +7,20 @@ whoever wants it. From a pipe the data comes along.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.source import PlainFile, Source, open_source
 from vmapipe.restore.checks.manifest import Manifest
 from vmapipe.restore.crew.slots import Slots
 from vmapipe.restore.errors import DigestError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.coverage import Coverage
-from vmapipe.vma.errors import ArchiveError, ExtentError
+from vmapipe.vma.errors import ArchiveError, ExtentError, NotAnArchiveError
 from vmapipe.vma.extent import Extent, parse_extent_header
+from vmapipe.vma.foreign import START_BYTES, foreign_kind
 from vmapipe.vma.header import Header
 from vmapipe.vma.layout import EXTENT_HEADER_BYTES
 from vmapipe.vma.manifest import ExtentDigest, Totals
@@ -62,13 +65,13 @@ class Archive:
         return self.source.read(length)
 
 
-def open_archive(name: str, cancel: Cancel) -> Archive:
+def open_archive(name: str, cancel: Cancel, options: ReadOptions | None = None) -> Archive:
     """Open an archive (see `open_source`) and read its header.
 
     Raises SourceError, UsageError, Cancelled, and ArchiveError where the
     header is damaged or the file is no archive.
     """
-    source = open_source(name, cancel)
+    source = open_source(name, cancel, options)
     try:
         archive = Archive(source, *_read_header(source))
     except BaseException:
@@ -79,16 +82,34 @@ def open_archive(name: str, cancel: Cancel) -> Archive:
 
 def _read_header(source: Source) -> tuple[Header, bytes]:
     scanner = Scanner()
-    at = 0
-    while True:
-        wanted = scanner.wanted_bytes
-        data = source.pread(wanted, at) if isinstance(source, PlainFile) else source.read(wanted)
-        if not data:
-            scanner.close()
-        at += len(data)
-        for event in scanner.feed(data):
-            if isinstance(event, HeaderRead):
-                return event
+    read = b""
+    try:
+        while True:
+            data = _read_on(source, scanner.wanted_bytes, len(read))
+            if not data:
+                scanner.close()
+            read += data
+            for event in scanner.feed(data):
+                if isinstance(event, HeaderRead):
+                    return event
+    except NotAnArchiveError as error:
+        if not read:
+            raise
+        raise _named(error, source, read) from error
+
+
+def _read_on(source: Source, length: int, at: int) -> bytes:
+    return source.pread(length, at) if isinstance(source, PlainFile) else source.read(length)
+
+
+def _named(error: NotAnArchiveError, source: Source, read: bytes) -> NotAnArchiveError:
+    """The error, with what the file is instead, where that can be seen."""
+    with contextlib.suppress(ArchiveError):  # compressed data that is damaged, too
+        read += _read_on(source, START_BYTES - len(read), len(read))
+    kind = foreign_kind(read)
+    if kind is None:
+        return error
+    return NotAnArchiveError(f"{error.text}: it is {kind}", reference_text=error.reference_text)
 
 
 def pieces(archive: Archive, slots: Slots | None) -> Iterator[Piece]:

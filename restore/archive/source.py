@@ -8,14 +8,24 @@ import os
 import stat
 import subprocess
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from vmapipe.restore.archive.compressed import MAGIC_BYTES, decompressed, is_compressed
+from vmapipe.restore.archive.compressed import (
+    MAGIC_BYTES,
+    ReadOptions,
+    decompressed,
+    is_compressed,
+)
 from vmapipe.restore.archive.inputs import Input, ProgramInput
+from vmapipe.restore.archive.parts import Proof
 from vmapipe.restore.archive.zstdframes import is_zstd
-from vmapipe.restore.errors import SourceError
+from vmapipe.restore.errors import CompressionError, SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.objectnames import is_object
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 # For small reads (headers); larger ones pass it by.
 _BUFFER_BYTES = 1 << 16
@@ -92,20 +102,33 @@ class Stream:
         self.file_bytes = file_bytes
         self._raw = raw
         self._halt = halt
-        self._reader = io.BufferedReader(raw, _BUFFER_BYTES)
+        self._damage = _DamageHeldBack(raw)
+        self._reader = io.BufferedReader(self._damage, _BUFFER_BYTES)
 
-    def read(self, length: int) -> bytes:
+    @property
+    def proof(self) -> Proof | None:
+        """What the compression's checksums have proved; None where there are none."""
+        return getattr(self._raw, "proof", None)
+
+    def read(self, length: int, *, up_to_damage: bool = False) -> bytes:
         """Fewer bytes than asked for only at the end, which was then found to be sound.
 
-        Raises SourceError, ArchiveError (compressed data that is damaged), Cancelled.
+        Raises SourceError, CompressionError, Cancelled. With `up_to_damage`, what stands before
+        damage is returned first, and the next call raises the error; the one after that goes on
+        behind it where the error says that it can.
         """
-        return self._reader.read(length)
+        data = self._reader.read(length)
+        if len(data) < length:
+            self._damage.tell_damage(held=up_to_damage and bool(data))
+        return data
 
-    def readinto(self, view: memoryview) -> int:
+    def readinto(self, view: memoryview, *, up_to_damage: bool = False) -> int:
         """Fill `view`; what is returned is less than its length only at the end. As `read`."""
         done = 0
         while done < len(view) and (got := self._reader.readinto(view[done:])):
             done += got
+        if done < len(view):
+            self._damage.tell_damage(held=up_to_damage and bool(done))
         return done
 
     def stop(self) -> None:
@@ -117,26 +140,52 @@ class Stream:
         self._halt.close()
 
 
+class _DamageHeldBack(io.RawIOBase):
+    """Lets a buffered reader see damage as an end: an error would cost it what it holds."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__()
+        self._raw = raw
+        self._error: CompressionError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        if self._error is not None:
+            return 0
+        try:
+            return self._raw.readinto(buffer)
+        except CompressionError as error:
+            self._error = error
+            return 0
+
+    def tell_damage(self, *, held: bool) -> None:
+        """Raise the error, if there is one and it is not to be held back any longer."""
+        if self._error is not None and not held:
+            error, self._error = self._error, None
+            raise error
+
+
 Source = PlainFile | Stream
 
 
-def open_source(archive: str, cancel: Cancel) -> Source:
+def open_source(archive: str, cancel: Cancel, options: ReadOptions | None = None) -> Source:
     """Open `archive`: a path, `-`, `fd:N`, `/dev/fdset/N`, `exec:COMMAND` or `s3://BUCKET/KEY`.
 
     Raises SourceError; UsageError for words that make no sense.
     """
+    options = options or ReadOptions()
     if archive.startswith("exec:"):
-        return _open_command(archive, cancel)
+        return _stream(
+            archive, None, 0, cancel, lambda halts: command_input(archive, halts), options
+        )
     if is_object(archive):
-        return _open_object(archive, cancel)
+        return _open_object(archive, cancel, options)
     number = _descriptor_number(archive)
     if number is not None:
-        return _open_descriptor(archive, number, cancel)
-    return _open_path(archive, cancel)
-
-
-def _open_command(archive: str, cancel: Cancel) -> Source:
-    return _stream(archive, None, 0, cancel, lambda halts: command_input(archive, halts))
+        return _open_descriptor(archive, number, cancel, options)
+    return _open_path(archive, cancel, options)
 
 
 def command_input(word: str, halts: Sequence[Cancel]) -> Input:
@@ -149,7 +198,7 @@ def command_input(word: str, halts: Sequence[Cancel]) -> Input:
     )
 
 
-def _open_object(archive: str, cancel: Cancel) -> Source:
+def _open_object(archive: str, cancel: Cancel, options: ReadOptions) -> Source:
     from vmapipe.restore.archive.ahead import interruptible
     from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 
@@ -167,7 +216,7 @@ def _open_object(archive: str, cancel: Cancel) -> Source:
     if source is not None:
         return source
     return _stream(
-        archive, None, remote.size_bytes, cancel, lambda halts: ObjectInput(remote, halts)
+        archive, None, remote.size_bytes, cancel, lambda halts: ObjectInput(remote, halts), options
     )
 
 
@@ -184,26 +233,28 @@ def _descriptor_number(archive: str) -> int | None:
     return None
 
 
-def _open_descriptor(archive: str, number: int, cancel: Cancel) -> Source:
+def _open_descriptor(archive: str, number: int, cancel: Cancel, options: ReadOptions) -> Source:
     name = "standard input" if archive == "-" else archive
     try:
         fd = os.dup(number)
     except OSError as error:
         raise SourceError(f"cannot read {name}: {os_error_text(error)}") from error
-    return _recognise(name, None, fd, cancel)
+    return _recognise(name, None, fd, cancel, options)
 
 
-def _open_path(path: str, cancel: Cancel) -> Source:
+def _open_path(path: str, cancel: Cancel, options: ReadOptions) -> Source:
     try:
         # O_NONBLOCK: opening a FIFO would else wait for its writer, deaf to signals.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise SourceError(f"cannot open the archive {path}: {os_error_text(error)}") from error
     os.set_blocking(fd, True)
-    return _recognise(path, path, fd, cancel)
+    return _recognise(path, path, fd, cancel, options)
 
 
-def _recognise(name: str, path: str | None, fd: int, cancel: Cancel) -> Source:
+def _recognise(
+    name: str, path: str | None, fd: int, cancel: Cancel, options: ReadOptions
+) -> Source:
     """Takes `fd` over, also when it fails."""
     try:
         size_bytes = _size_if_seekable(name, fd)
@@ -216,7 +267,7 @@ def _recognise(name: str, path: str | None, fd: int, cancel: Cancel) -> Source:
         raise
     if source is not None:
         return source
-    return _stream(name, path, size_bytes, cancel, lambda halts: Input(name, fd, halts))
+    return _stream(name, path, size_bytes, cancel, lambda halts: Input(name, fd, halts), options)
 
 
 def _size_if_seekable(name: str, fd: int) -> int:
@@ -276,6 +327,7 @@ def _stream(
     file_bytes: int,
     cancel: Cancel,
     open_input: Callable[[Sequence[Cancel]], Input],
+    options: ReadOptions,
 ) -> Stream:
     """A stream of what `open_input` reads, decompressed if need be."""
     halt = Cancel()
@@ -284,7 +336,7 @@ def _stream(
     try:
         source = open_input(halts)
         start = source.peek_start(MAGIC_BYTES)
-        raw, compression = decompressed(name, source, start, halts)
+        raw, compression = decompressed(name, source, start, halts, options)
     except BaseException:
         if source is not None:
             source.close()

@@ -1,120 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hops along the frames and blocks of a zstd file without decompressing.
+"""A zstd frame's header, and its blocks hopped along without decompressing. Pure.
 
-The library does not tell a file that was cut from one that ended; this does,
-and says where. Layout: RFC 8878, section 3.1.
+The library does not tell a file that was cut from one that ended, nor how much memory a
+frame wants before it refuses; this does both. Layout: RFC 8878, section 3.1.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from vmapipe.restore.errors import CompressionError
 from vmapipe.vma.seektable import ZSTD_MAGIC
 
 _SKIPPABLE_LOW, _SKIPPABLE_HIGH = 0x184D2A50, 0x184D2A5F
+SKIPPABLE_HEADER_BYTES = 8
+# Magic, descriptor, window, dictionary id, content size.
+MAX_HEADER_BYTES = 4 + 1 + 1 + 4 + 8
 _DICTIONARY_ID_BYTES = (0, 1, 2, 4)
 _CONTENT_SIZE_BYTES = (0, 2, 4, 8)
 _RESERVED_BLOCK, _RLE_BLOCK = 3, 1
+_MAX_BLOCK_BYTES = 128 << 10
+
+
+class FrameHeader(NamedTuple):
+    """`window_bytes`: what a decoder must hold; `plain_bytes`: None where it is not announced."""
+
+    header_bytes: int
+    window_bytes: int
+    plain_bytes: int | None
+    dictionary_id: int
+    has_checksum: bool
 
 
 def is_zstd(start: bytes) -> bool:
     """Whether a file that begins with these 4 bytes is zstd, skippable frames included."""
-    magic = int.from_bytes(start[:4], "little")
-    return start[:4] == ZSTD_MAGIC or _SKIPPABLE_LOW <= magic <= _SKIPPABLE_HIGH
+    return start[:4] == ZSTD_MAGIC or is_skippable(start)
+
+
+def is_skippable(start: bytes) -> bool:
+    """Whether these bytes begin a frame that decoders skip."""
+    return len(start) >= 4 and (
+        _SKIPPABLE_LOW <= int.from_bytes(start[:4], "little") <= _SKIPPABLE_HIGH
+    )
+
+
+def frame_header(start: bytes) -> FrameHeader | None:
+    """The header of a frame that begins so; None where more bytes are needed.
+
+    Raises ValueError where it cannot be one.
+    """
+    if start[:4] != ZSTD_MAGIC[: len(start)]:
+        raise ValueError("not a zstd frame")
+    if len(start) < 5:
+        return None
+    flags = start[4]
+    if flags & 8:
+        raise ValueError("a zstd frame of an unknown kind")
+    single_segment = flags >> 5 & 1
+    size_flag = flags >> 6
+    size_length = _CONTENT_SIZE_BYTES[size_flag] or single_segment
+    id_length = _DICTIONARY_ID_BYTES[flags & 3]
+    at = 5 + (1 - single_segment)
+    end = at + id_length + size_length
+    if len(start) < end:
+        return None
+    plain_bytes: int | None = None
+    if size_length:
+        plain_bytes = int.from_bytes(start[at + id_length : end], "little")
+        plain_bytes += 256 if size_length == 2 else 0
+    window_bytes = plain_bytes or 0
+    if not single_segment:
+        base = 1 << 10 + (start[5] >> 3)
+        window_bytes = base + base // 8 * (start[5] & 7)
+    dictionary_id = int.from_bytes(start[at : at + id_length], "little")
+    return FrameHeader(end, window_bytes, plain_bytes, dictionary_id, bool(flags & 4))
 
 
 class FrameWalk:
-    """Feed it the file's bytes; it knows whether the file may end here.
+    """Feed it one frame's bytes from its header on; `ended` when it has had all of them."""
 
-    `error` is set where something stands that is no zstd; nothing is taken
-    from there on.
-    """
-
-    def __init__(self, name: str, position: int = 0) -> None:
-        self.position = position
-        self.frames = 0
-        self.error: CompressionError | None = None
+    def __init__(self, name: str, header: FrameHeader, position: int) -> None:
+        """`position`: where in the file the frame begins."""
+        self.ended = False
         self._name = name
-        self._skip = 0
+        self._checksum_bytes = 4 if header.has_checksum else 0
+        self._position = position
+        self._skip = header.header_bytes
         self._held = b""
-        self._step = self._magic
-        self._need = 4
-        self._has_checksum = False
-
-    @property
-    def between_frames(self) -> bool:
-        return self._step == self._magic and not self._held and not self._skip
+        self._is_last = False
 
     def feed(self, data: bytes | memoryview) -> int:
-        """Take what comes next; returns how much of it is sound (all, or up to `error`)."""
-        if self.error is not None:
-            return 0
+        """Take what comes next; returns how much of it is the frame's.
+
+        Raises CompressionError, with `sound_bytes` of `data`, where something stands that
+        cannot be in a frame.
+        """
         at = 0
-        while at < len(data):
+        while at < len(data) and not self.ended:
             if self._skip:
                 hop = min(self._skip, len(data) - at)
                 self._skip -= hop
                 at += hop
-                self.position += hop
+                self.ended = self._is_last and not self._skip
                 continue
-            hop = min(self._need - len(self._held), len(data) - at)
+            hop = min(3 - len(self._held), len(data) - at)
             self._held += data[at : at + hop]
             at += hop
-            self.position += hop
-            if len(self._held) == self._need:
+            if len(self._held) == 3:
                 held, self._held = self._held, b""
-                try:
-                    self._step(held, self.position - len(held))
-                except CompressionError as error:
-                    self.error = error
-                    return max(0, at - len(held))
+                self._block(int.from_bytes(held, "little"), max(0, at - 3), self._position + at - 3)
+        self._position += at
         return at
 
-    def finish(self) -> None:
-        """The file has ended. Raises CompressionError where it must not."""
-        if self.error is not None:
-            raise self.error
-        if not self.between_frames:
-            raise CompressionError(
-                f"{self._name} is cut off inside a zstd frame", file_offset=self.position
-            )
-
-    def _bad(self, what: str, position: int) -> CompressionError:
-        return CompressionError(f"{self._name}: {what}", file_offset=position)
-
-    def _magic(self, held: bytes, position: int) -> None:
-        if held == ZSTD_MAGIC:
-            self._step, self._need = self._descriptor, 1
-        elif is_zstd(held):
-            self._step, self._need = self._skippable, 4
-        else:
-            what = "garbage after the last zstd frame" if self.frames else "no zstd frame"
-            raise self._bad(what, position)
-
-    def _skippable(self, held: bytes, position: int) -> None:
-        self._skip = int.from_bytes(held, "little")
-        self._frame_ends()
-
-    def _descriptor(self, held: bytes, position: int) -> None:
-        flags = held[0]
-        single_segment = flags >> 5 & 1
-        self._has_checksum = bool(flags & 4)
-        if flags & 8:
-            raise self._bad("a zstd frame of an unknown kind", position)
-        size_flag = flags >> 6
-        content_size = _CONTENT_SIZE_BYTES[size_flag] or single_segment
-        self._skip = (1 - single_segment) + _DICTIONARY_ID_BYTES[flags & 3] + content_size
-        self._step, self._need = self._block, 3
-
-    def _block(self, held: bytes, position: int) -> None:
-        head = int.from_bytes(held, "little")
+    def _block(self, head: int, sound_bytes: int, position: int) -> None:
         kind, size = head >> 1 & 3, head >> 3
-        if kind == _RESERVED_BLOCK:
-            raise self._bad("the zstd data is damaged", position)
+        if kind == _RESERVED_BLOCK or (kind != _RLE_BLOCK and size > _MAX_BLOCK_BYTES):
+            error = CompressionError(
+                f"{self._name}: the zstd data is damaged", file_offset=position
+            )
+            error.sound_bytes = sound_bytes
+            raise error
         self._skip = 1 if kind == _RLE_BLOCK else size
         if head & 1:
-            self._skip += 4 if self._has_checksum else 0
-            self._frame_ends()
-
-    def _frame_ends(self) -> None:
-        self.frames += 1
-        self._step, self._need = self._magic, 4
+            self._is_last = True
+            self._skip += self._checksum_bytes
+            self.ended = not self._skip

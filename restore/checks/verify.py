@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
+from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.reading import Archive, Piece, check_opening, open_archive
 from vmapipe.restore.checks.census import Census
 from vmapipe.restore.checks.comparing import Digests, damage_of
@@ -40,6 +41,7 @@ class VerifyOptions(NamedTuple):
     check_digests: bool = True
     file_digest: bool = False
     threads: int = 0
+    read: ReadOptions = ReadOptions()
 
 
 def verify(name: str, emit: Emit, cancel: Cancel, options: VerifyOptions | None = None) -> Report:
@@ -52,7 +54,7 @@ def verify(name: str, emit: Emit, cancel: Cancel, options: VerifyOptions | None 
     options = options or VerifyOptions()
     report = Report(name)
     started = time.monotonic()
-    with open_archive(name, cancel) as archive:
+    with open_archive(name, cancel, options.read) as archive:
         report.compression = archive.source.compression
         if options.file_digest:
             must_be_there_twice(archive.source)

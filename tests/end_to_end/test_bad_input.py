@@ -130,3 +130,46 @@ def test_a_check_for_cron_fails_where_the_data_cannot_be_checked(tmp_path: Path)
     assert "no manifest" in bad("verify", "--require-manifest", archive).replace("there is ", "")
     good("backup", "--disk", f"d={disk}", tmp_path / "with.vma")
     good("verify", "--require-manifest", tmp_path / "with.vma")
+
+
+def test_a_foreign_file_is_named_by_every_command_and_from_a_pipe(tmp_path: Path) -> None:
+    page = tmp_path / "vm.vma.zst"
+    page.write_bytes(b"<!DOCTYPE html>\n<html><title>Sign in</title></html>\n")
+    words = "an HTML page: the download failed"
+    assert words in bad("list", page)
+    assert words in bad("config", f"exec:cat {page}")
+    assert words in bad("verify", page, code=4)
+    assert words in bad("restore", page, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    done = run("list", page, tool=VMA)
+    assert done.returncode == 1
+    assert words in done.stderr.decode()
+    assert "not a vma file - wrong magic number" in done.stderr.decode()
+
+
+def test_of_several_archives_each_is_told_and_the_worst_one_counts(
+    disk: Path, tmp_path: Path
+) -> None:
+    first, second, gone = (tmp_path / name for name in ("a.vma", "b.vma", "gone.vma"))
+    good("backup", "--quiet", "--disk", f"a={disk}", first)
+    raw = bytearray(first.read_bytes())
+    raw[-1] ^= 1
+    second.write_bytes(raw)
+    second.with_name("b.vma.manifest.json").write_bytes(
+        first.with_name("a.vma.manifest.json").read_bytes()
+    )
+    assert good("verify", first, first).decode().count("nothing is wrong") == 2
+    done = run("verify", gone, second, first)
+    assert done.returncode == 4
+    assert "nothing is wrong" in done.stdout.decode()
+    told = done.stderr.decode()
+    assert "cannot open the archive" in told
+    assert f"{second} is damaged" in told
+    assert told.endswith("something is wrong with 2 of 3 archives\n")
+    assert run("verify", gone, first).returncode == 1
+    lines = good("list", "--json", first, second).splitlines()
+    assert [json.loads(line)["devices"][0]["name"] for line in lines] == ["a", "a"]
+    events = [json.loads(line) for line in run("verify", "--json", gone, first).stdout.splitlines()]
+    assert [e["event"] for e in events if e["event"] != "progress"] == ["failed", "verified"]
+    assert "named twice" in bad("verify", "-", "-", code=2)
+    assert "of one archive" in bad("verify", "--manifest", "x", first, second, code=2)

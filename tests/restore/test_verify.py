@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,7 @@ Verify = Callable[..., Report]
 def check(tmp_path: Path) -> Verify:
     """Verify these bytes as a file, and as a pipe; both must say the same."""
 
-    def run(raw: bytes, digests: bytes | None = None, **more: bool) -> Report:
+    def run(raw: bytes, digests: bytes | None = None, **more: Any) -> Report:
         path = tmp_path / "vm.vma"
         path.write_bytes(raw)
         beside = tmp_path / "digests.json"

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain bytes out of files of independent parts: zstd's frames, gzip's members.
+
+A part that is damaged is told by a `CompressionError`, behind which reading goes on with the
+next part that can be found. So whoever takes the first error for the end notices nothing of
+it, and whoever salvages goes on.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Protocol
+
+from vmapipe.restore.archive.inputs import Input
+from vmapipe.restore.archive.rewind import Rewindable
+from vmapipe.restore.errors import CompressionError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+
+class Proof:
+    """What the checksums of a compressed file have proved so far.
+
+    `proven_bytes`: the plain bytes before this position came out of parts whose checksum was
+    right. `parts`, `parts_with`: of those that have ended, how many there were, and how many
+    had a checksum.
+    """
+
+    def __init__(self) -> None:
+        self.proven_bytes = 0
+        self.parts = self.parts_with = 0
+
+    def ended(self, plain_at: int, *, has_checksum: bool) -> None:
+        """A part has ended well, at this plain position."""
+        self.parts += 1
+        if has_checksum:
+            self.parts_with += 1
+            self.proven_bytes = plain_at
+
+
+class Part(Protocol):
+    """One part that is being read. `plain_bytes`: what it announces to hold; None: nothing."""
+
+    has_checksum: bool
+    plain_bytes: int | None
+
+    def readinto(self, view: memoryview) -> int:
+        """0: the part has ended, and the source stands behind it. Raises CompressionError."""
+
+
+class Parts(Protocol):
+    """One kind of parts."""
+
+    def begin(self, source: Rewindable, name: str) -> Part | None:
+        """The part that begins here; None at the end of the file.
+
+        Raises CompressionError where none does, SourceError for one that may not be read.
+        """
+
+    def find(self, data: bytes, start: int) -> int:
+        """Where in `data`, from `start` on, a part may begin; -1: nowhere."""
+
+    @property
+    def magic_bytes(self) -> int:
+        """As many bytes `find` must see."""
+
+
+class PartStream(io.RawIOBase):
+    """Reads a whole compressed file in order; owns `raw`."""
+
+    def __init__(self, name: str, raw: Input, kind: Parts) -> None:
+        super().__init__()
+        self.proof = Proof()
+        self._name = name
+        self._raw = raw
+        self._kind = kind
+        self._source = Rewindable(raw)
+        self._part: Part | None = None
+        self._part_at = 0  # where in the file it begins
+        self._plain_at = 0
+        self._part_plain_at = 0
+        self._searching = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer).cast("B")
+        while True:
+            if self._part is None and not self._begin():
+                return 0
+            part = self._part
+            if part is None:
+                raise RuntimeError("a part was begun")
+            try:
+                got = part.readinto(view)
+            except CompressionError as error:
+                raise self._damaged(error, part) from error
+            self._plain_at += got
+            if got or not len(view):
+                return got
+            self.proof.ended(self._plain_at, has_checksum=part.has_checksum)
+            self._part = None
+
+    def _begin(self) -> bool:
+        """Whether there is another part."""
+        if self._searching and not self._search():
+            return False
+        self._part_at = self._source.position
+        self._part_plain_at = self._plain_at
+        try:
+            self._part = self._kind.begin(self._source, self._name)
+        except CompressionError as error:
+            raise self._damaged(error, None) from error
+        return self._part is not None
+
+    def _damaged(self, error: CompressionError, part: Part | None) -> CompressionError:
+        """The error as it is told: with what it costs, and with a way on."""
+        error.unproven_from = self._part_plain_at
+        done = self._plain_at - self._part_plain_at
+        if part is not None and part.plain_bytes is not None and part.plain_bytes >= done:
+            error.lost_bytes = part.plain_bytes - done
+            self._plain_at += error.lost_bytes
+        error.resumes = True
+        self._part = None
+        self._searching = True
+        return error
+
+    def _search(self) -> bool:
+        """Go to where the next part may begin, behind the beginning of the damaged one."""
+        self._searching = False
+        reach = self._kind.magic_bytes - 1
+        base = self._source.rewind(self._part_at + 1)
+        held = b""
+        while True:
+            piece = self._source.read()
+            held += piece
+            found = self._kind.find(held, 0)
+            if found >= 0:
+                self._source.rewind(base + found)
+                return True
+            if not piece:
+                return False
+            keep = min(reach, len(held))
+            base += len(held) - keep
+            held = held[len(held) - keep :]
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
