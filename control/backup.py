@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vmapipe.archiver.arguments import add_output_options
@@ -29,7 +29,14 @@ from vmapipe.control.handingon import archiver_options, buffer_options, open_con
 from vmapipe.control.job import BackupJob, Disk
 from vmapipe.control.outputwords import goes_to_stdout, inherited_fds, is_path
 from vmapipe.control.priorities import add_priority_options, priorities
-from vmapipe.control.proxmox import archive_name, rename_configs
+from vmapipe.control.proxmox import (
+    NO_CONFIGS,
+    NOT_THERE,
+    NOT_TO_BE_BACKED_UP,
+    ConfigDisk,
+    archive_name,
+    read_configs,
+)
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
@@ -44,6 +51,7 @@ from vmapipe.runtime.orders import Orders
 from vmapipe.runtime.process import run, run_child
 
 if TYPE_CHECKING:
+    from vmapipe.control.qemu.disks import LeftOut
     from vmapipe.control.qemu.machine import RunningMachine
 
 DESCRIPTION = """\
@@ -166,11 +174,15 @@ def _run_job(
 ) -> None:
     machine = open_machine(options)
     try:
-        disks = choose_disks(options, machine)
+        configs = NO_CONFIGS
         if options.vmid is not None:
-            configs = rename_configs(options.config, options.vmid, [disk.name for disk in disks])
-            options.config = [text for text, _ in configs]
-            pass_fds = pass_fds + [fd for _, fd in configs if fd >= 0]
+            configs = read_configs(options.config, options.vmid)
+        disks, left_out = choose_disks(options, configs.disks, machine)
+        for disk in left_out:
+            around.emit({"event": "skipped", **disk._asdict()})
+        if options.vmid is not None:
+            options.config, fds = configs.stored([disk.name for disk in disks])
+            pass_fds = pass_fds + fds
         job = BackupJob(
             disks=disks,
             archive=options.archive,
@@ -211,24 +223,56 @@ def open_machine(options: argparse.Namespace) -> RunningMachine | None:
 
 
 def choose_disks(
-    options: argparse.Namespace, machine: RunningMachine | None = None
-) -> tuple[Disk, ...]:
-    """Raises UsageError, Failure."""
-    if machine:
-        found = machine.choose(options.disk)
-        return tuple(Disk(disk.name, "", size_bytes=disk.size_bytes) for disk in found)
-    if options.monitor is None:
-        return tuple(parse_disk(text) for text in options.disk)
+    options: argparse.Namespace,
+    configured: Sequence[ConfigDisk] = (),
+    machine: RunningMachine | None = None,
+) -> tuple[list[Disk], list[LeftOut]]:
+    """What is backed up, and what of the machine is not. Raises UsageError, Failure.
+
+    `configured`: what the configuration of a machine with --vmid says of its disks.
+    """
+    excluded = {d.device: NOT_TO_BE_BACKED_UP for d in configured if not d.is_backed_up}
+    if machine is None and options.monitor is None and not configured:
+        return [parse_disk(text) for text in options.disk], []
     # Imported here: a backup of disks at rest starts sooner without.
+    from vmapipe.control.qemu.disks import LeftOut, Wishes
+
+    if machine:
+        read_only = {d.device for d in configured if d.options.get("media") != "cdrom"}
+        wishes = Wishes(options.disk, excluded, frozenset(read_only - set(excluded)))
+        choice = machine.choose(wishes)
+        disks = [Disk(disk.name, "", size_bytes=disk.size_bytes) for disk in choice.disks]
+        left_out = list(choice.left_out)
+    elif options.monitor is not None:
+        disks, left_out = _choose_served(options, excluded)
+    else:
+        disks, left_out = [parse_disk(text) for text in options.disk], []
+    known = {disk.name for disk in disks} | {out.device for out in left_out}
+    for disk in configured:
+        if disk.device not in known:
+            reason = excluded.get(disk.device, NOT_THERE)
+            left_out.append(LeftOut(disk.device, reason, "warn" if disk.is_backed_up else "info"))
+    return disks, left_out
+
+
+def _choose_served(
+    options: argparse.Namespace, excluded: Mapping[str, str]
+) -> tuple[list[Disk], list[LeftOut]]:
+    """Of a monitor's disks. Raises UsageError, Failure."""
     from vmapipe.control.monitor.client import guarded_disks
+    from vmapipe.control.qemu.disks import NOT_CHOSEN, LeftOut
 
     served = {disk.name: disk for disk in guarded_disks(options.monitor)}
     for name in options.disk:
         if name not in served:
             known = ", ".join(sorted(served))
             raise UsageError(f"the monitor at {options.monitor} has no disk {name!r}, but {known}")
-    wanted = dict.fromkeys(options.disk or served)
-    return tuple(Disk(name, "", served[name].guard) for name in wanted)
+    wanted = dict.fromkeys(options.disk or (name for name in served if name not in excluded))
+    return [Disk(name, "", served[name].guard) for name in wanted], [
+        LeftOut(name, NOT_CHOSEN if options.disk else excluded[name], "info")
+        for name in served
+        if name not in wanted
+    ]
 
 
 if __name__ == "__main__":

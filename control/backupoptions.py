@@ -28,8 +28,9 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--qmp",
         metavar="SOCKET",
-        help="back up the disks of the running QEMU whose QMP monitor this is; --disk NAME then "
-        "chooses some of them, by their name in the archive, device, node or id",
+        help="back up the disks of the running QEMU whose QMP monitor this is; --disk "
+        "[NAME=]DEVICE then chooses some of them, by their name in the archive, device, node or id, "
+        "and NAME is what one is called in the archive",
     )
     what.add_argument(
         "--state",

@@ -62,6 +62,9 @@ class JobLog:
                 name = event["device"].removeprefix("drive-")
                 size = human_bytes(event["bytes"])
                 self._say("info", f"include disk '{name}' '{event['path']}' {size}")
+            case "skipped":
+                name = event["device"].removeprefix("drive-")
+                self._say(event["level"], f"exclude disk '{name}' ({event['reason']})")
             case "begun":
                 self._say("info", f"started backup task '{event['uuid']}'")
             case "instant":

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from vmapipe.runtime.cli import split_named
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
@@ -19,14 +20,84 @@ CONFIG_NAME = "qemu-server.conf"
 FIREWALL_NAME = "qemu-server.fw"
 # Proxmox VE's own bounds.
 MIN_VMID, MAX_VMID = 100, 999_999_999
-# What a backup's configuration does not have: traces of other backups, and what
-# holds only for the machine as it is now.
-_LEFT_OUT = re.compile(r"#vzdump#|#qmdump#|lock:|parent:|unused\d+:")
+# What a backup's configuration does not have: traces of other backups, what holds only for the
+# machine as it is now, and the volumes that nobody backs up: unused ones, and the memory of a
+# machine that was suspended to disk.
+_LEFT_OUT = re.compile(
+    r"#vzdump#|#qmdump#|lock:|parent:|unused\d+:|vmstate:|running(?:machine|cpu|-nets-host-mtu):"
+)
 _SECTION = re.compile(r"\[.*\]\s*")
 _DISK_KEY = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate)\d+")
+# A volume of one machine, as storages name them; what else a CD drive has in it (an ISO image) is
+# everybody's. A cloud-init drive is made anew by every restore.
+_OWN_VOLUME = re.compile(r".*[:/](?:vm|base|subvol)-\d+-.*")
+_CLOUD_INIT = re.compile(r".*[:/](?:vm-\d+-)?cloudinit(?:\.\w+)?")
 # A blob of an archive has 65535 bytes at most; what is longer is refused there.
 MAX_CONFIG_CHARS = 1 << 20
 _EXTENSION_FORMATS = {"raw": "raw", "qcow2": "qcow2", "vmdk": "vmdk"}
+
+#: Why a disk whose configuration says `backup=0` is not taken.
+NOT_TO_BE_BACKED_UP = "backup=0 in the machine's configuration"
+#: Of one that the configuration has, and neither the machine nor the command line.
+NOT_THERE = "the machine's configuration has it, and no disk that is backed up has its name"
+
+
+class ConfigDisk(NamedTuple):
+    """A line `scsi0: VOLUME,option=…` of a machine's configuration; `key` is what precedes the colon."""
+
+    key: str
+    volume: str
+    options: Mapping[str, str]
+
+    @property
+    def device(self) -> str:
+        """Its name in an archive, as vzdump gives it."""
+        return f"drive-{self.key}" + ("-backup" if self.key.startswith("tpmstate") else "")
+
+    @property
+    def is_backed_up(self) -> bool:
+        """As far as the configuration says."""
+        return self.options.get("backup", "1") not in _NO
+
+    @property
+    def is_its_own(self) -> bool:
+        """It has a volume that belongs to this machine alone."""
+        if self.volume in ("none", "cdrom", "") or _CLOUD_INIT.fullmatch(self.volume):
+            return False
+        is_cd = self.options.get("media") == "cdrom"
+        return not is_cd or _OWN_VOLUME.fullmatch(self.volume) is not None
+
+
+_NO = frozenset({"0", "no", "off", "false"})
+
+
+def config_disks(text: str) -> list[ConfigDisk]:
+    """Of the machine as it is: snapshots and changes that are not in force yet come in sections."""
+    found = (_disk_of(line) for line in _main_section(text))
+    return [disk for disk in found if disk is not None]
+
+
+def _main_section(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        if _SECTION.fullmatch(line):
+            return
+        yield line
+
+
+def _disk_of(line: str) -> ConfigDisk | None:
+    key, colon, value = line.partition(":")
+    if not colon or not _DISK_KEY.fullmatch(key):
+        return None
+    volume, options = "", dict[str, str]()
+    for index, word in enumerate(value.strip().split(",")):
+        name, equals, rest = word.partition("=")
+        if name in ("file", "volume") and equals:
+            volume = rest
+        elif index == 0 and (not equals or ":" in name or "/" in name):
+            volume = word
+        elif equals:
+            options[name] = rest
+    return ConfigDisk(key, volume, options)
 
 
 def archive_name(vmid: int, when: float, compress: str | None) -> str:
@@ -45,23 +116,36 @@ def config_name(path: str, vmid: int) -> str:
 
 
 def stored_config(text: str, devices: Sequence[str]) -> str:
-    """The configuration as it goes into the archive, a map line for each of `devices` at its end."""
+    """The configuration as it goes into the archive, a map line for each of `devices` at its end.
+
+    A disk that is not among them becomes a comment: what restores the archive would otherwise give
+    the restored machine the original's volume, to write to. Proxmox VE's restore makes the same
+    comment of a disk with `backup=0`. It would do so of one that is in the archive all the same, so
+    that word goes.
+    """
     lines = []
     volumes: dict[str, str] = {}
-    for line in text.splitlines():
-        if _SECTION.fullmatch(line):
-            break  # snapshots, and changes that are not in force yet
+    keys = {device.removeprefix("drive-").removesuffix("-backup") for device in devices}
+    for line in _main_section(text):
+        disk = _disk_of(line)
         if _LEFT_OUT.match(line):
             continue
-        lines.append(line)
-        key, colon, value = line.partition(":")
-        if colon and _DISK_KEY.fullmatch(key):
-            volumes[key] = value.strip().partition(",")[0]
+        if disk is None:
+            lines.append(line)
+            continue
+        volumes[disk.key] = disk.volume
+        if disk.key in keys:
+            lines.append(_BACKUP_WORD.sub("", line))
+        else:
+            lines.append(f"#{line}" if disk.is_its_own else line)
     for device in devices:
         key = device.removeprefix("drive-").removesuffix("-backup")
         storage, image_format = _volume(volumes.get(key, ""))
         lines.append(f"#qmdump#map:{key}:{device}:{storage}:{image_format}:")
     return "\n".join(lines) + "\n"
+
+
+_BACKUP_WORD = re.compile(r",backup=\w+(?=,|\s*$)")
 
 
 def _volume(volume: str) -> tuple[str, str]:
@@ -72,32 +156,53 @@ def _volume(volume: str) -> tuple[str, str]:
     return storage, _EXTENSION_FORMATS.get(rest.rpartition(".")[2], "raw")
 
 
-def rename_configs(
-    configs: Sequence[str], vmid: int, devices: Sequence[str]
-) -> list[tuple[str, int]]:
-    """`[NAME=]PATH` options as (option, descriptor): the machine's own under the archive's names.
+class Configs(NamedTuple):
+    """What --vmid makes of `[NAME=]PATH` options: the machine's own have the archive's names.
 
-    Its configuration gets its map lines, in a memory file whose descriptor is to
-    be inherited; -1 where nothing is. Raises Failure.
+    `texts`: the machine's configuration, by its place among `words`.
     """
-    renamed = []
-    for text in configs:
+
+    words: Sequence[str]
+    texts: Mapping[int, str]
+
+    @property
+    def disks(self) -> list[ConfigDisk]:
+        """Those of which the machine has a volume of its own."""
+        text = next(iter(self.texts.values()), "")
+        return [disk for disk in config_disks(text) if disk.is_its_own]
+
+    def stored(self, devices: Sequence[str]) -> tuple[list[str], list[int]]:
+        """The options, and the descriptors that go with them: memory files with the map lines."""
+        words, fds = list(self.words), []
+        for index, text in self.texts.items():
+            fd = os.memfd_create(CONFIG_NAME, 0)
+            with open(fd, "wb", closefd=False) as file:
+                file.write(stored_config(text, devices).encode("utf-8", "surrogateescape"))
+            os.lseek(fd, 0, os.SEEK_SET)
+            words[index] = f"{CONFIG_NAME}=/dev/fd/{fd}"
+            fds.append(fd)
+        return words, fds
+
+
+NO_CONFIGS = Configs((), {})
+
+
+def read_configs(configs: Sequence[str], vmid: int) -> Configs:
+    """Raises Failure."""
+    words, texts = [], {}
+    for index, text in enumerate(configs):
         name, path = split_named(text)
         if name == os.path.basename(path):
             name = config_name(path, vmid)
+        words.append(f"{name}={path}")
         if name != CONFIG_NAME:
-            renamed.append((f"{name}={path}", -1))
             continue
         try:
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
-                stored = stored_config(file.read(MAX_CONFIG_CHARS), devices)
+                texts[index] = file.read(MAX_CONFIG_CHARS)
         except OSError as error:
             raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error
-        fd = os.memfd_create(CONFIG_NAME, 0)
-        os.write(fd, stored.encode("utf-8", "surrogateescape"))
-        os.lseek(fd, 0, os.SEEK_SET)
-        renamed.append((f"{name}=/dev/fd/{fd}", fd))
-    return renamed
+    return Configs(words, texts)
 
 
 def write_notes(archive: str, notes: str) -> None:

@@ -137,6 +137,8 @@ class _Text:
                 return f"{self.verb} done in {event['seconds']:.1f} s, {self._rate_text(event)}"
             case "buffer":
                 return self._pressure_text(event)
+            case "skipped" if event["level"] == "debug":
+                return None
         words = _WORDS.get(event["event"])
         return None if words is None else words(event)
 
@@ -218,6 +220,7 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "instant": _instant_text,
     "serving": _serving_text,
     "ready": lambda e: f"ready; backups ask {one_line(e['listen'])}",
+    "skipped": lambda e: f"not in the archive: {one_line(e['device'])}: {one_line(e['reason'])}",
     "notice": lambda e: one_line(str(e["text"])),
     "speed": lambda e: (
         f"the speed limit is now {human_bytes(e['bytes_per_s'])}/s"

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
+from vmapipe.control.qemu.graph import JOB_FILTERS, Graph
+from vmapipe.control.qemu.outside import Outside
 from vmapipe.runtime.errors import Failure, UsageError
 
 Answer = Mapping[str, Any]
@@ -18,16 +21,36 @@ _FLASH_VARIABLES = "/machine/system.flash1"
 _FLASH_NAME = "drive-efidisk0"
 # QEMU's own word for it where nobody gave it one.
 _FLASH_DEVICES = frozenset({"", "pflash1"})
-# What QEMU puts above a disk while one of its block jobs works on it.
-_JOB_FILTERS = frozenset({"backup-top", "commit_top", "copy-before-write", "mirror_top"})
+# Where its code is: the same in all machines, and never written to.
+_FLASH_CODE = "/machine/system.flash0"
+
+#: Why a disk that could be taken is not.
+NOT_CHOSEN = "--disk chooses others"
 
 
 class Machine(NamedTuple):
-    """The answers to query-block, query-named-block-nodes and query-block-jobs."""
+    """The answers to query-block, query-named-block-nodes and query-block-jobs, and what follows.
+
+    `outside`: what its block layer does not have.
+    """
 
     blocks: Sequence[Answer]
     nodes: Sequence[Answer]
     jobs: Sequence[Answer]
+    graph: Graph = Graph()
+    outside: Sequence[Outside] = ()
+
+
+class Wishes(NamedTuple):
+    """What is to be taken. `words`: what was asked for, `[NAME=]DEVICE` each; none: all that can be.
+
+    Of that all: `excluded`, by name with the reason, stay out, and `read_only`, by name, are taken
+    although nobody can write to them.
+    """
+
+    words: Sequence[str] = ()
+    excluded: Mapping[str, str] = MappingProxyType({})
+    read_only: frozenset[str] = frozenset()
 
 
 class MachineDisk(NamedTuple):
@@ -61,74 +84,198 @@ def names_of(block: Answer) -> Names:
     return Names(name, frozenset(words - {""}))
 
 
+class LeftOut(NamedTuple):
+    """A disk of the machine that is not in the archive, and why.
+
+    `level` is the log's: `warn` where somebody may rely on its being there, `debug` where nothing
+    is lost.
+    """
+
+    device: str
+    reason: str
+    level: str
+
+
+class Choice(NamedTuple):
+    disks: tuple[MachineDisk, ...]
+    left_out: tuple[LeftOut, ...]
+
+
 class _Found(NamedTuple):
-    """`skipped`, `refused`: why not, when nobody asked for it; `words`: what it may be asked by."""
+    """A disk, and why it is not taken when nobody asks (`skipped`), or never (`refused`).
+
+    `own_words`: what QEMU itself calls it; `words`: its name in the archive, too. `is_node`: no
+    guest's device; `part_of`: nor a disk at all.
+    """
 
     disk: MachineDisk
+    own_words: frozenset[str]
     words: frozenset[str]
     skipped: str = ""
+    level: str = "warn"
     refused: str = ""
+    is_node: bool = False
+    part_of: str = ""
+
+    @property
+    def left_out(self) -> LeftOut:
+        return LeftOut(self.disk.name, self.skipped, self.level)
 
 
-def choose_disks(machine: Machine, wanted: Sequence[str]) -> tuple[MachineDisk, ...]:
-    """All that are in and can be written to, or those that `wanted` names. Raises Failure."""
+def choose_disks(machine: Machine, wishes: Wishes) -> Choice:
+    """All that are in and can be written to, or what is asked for. Raises Failure, UsageError."""
     found = [_found_block(block, machine) for block in machine.blocks]
-    if wanted:
-        found += [_found_node(node, machine) for node in machine.nodes]
-        chosen = [_named(word, found) for word in dict.fromkeys(wanted)]
+    if wishes.words:
+        chosen = _asked_for(machine, found, wishes.words)
+        rest = [disk._replace(skipped=NOT_CHOSEN) for disk in _rest(found, chosen)]
+        rest = [disk._replace(level="debug" if disk.level == "debug" else "info") for disk in rest]
+        outside = [LeftOut(o.name, o.reason, "info") for o in machine.outside]
     else:
+        found = [_as_wished(disk, wishes) for disk in found]
         chosen = [disk for disk in found if not disk.skipped]
+        rest = [disk for disk in found if disk.skipped]
+        outside = [LeftOut(o.name, o.reason, o.level) for o in machine.outside]
+    left_out = (*(disk.left_out for disk in rest), *outside)
     for disk in chosen:
-        if reason := disk.skipped or disk.refused:
-            raise Failure(f"disk {disk.disk.name!r}: {reason}")
+        if disk.refused:
+            raise Failure(f"disk {disk.disk.name!r}: {disk.refused}")
     if not chosen:
         raise UsageError(
             "nothing to back up: the machine has no writable disk with a medium"
-            + "".join(f"; {disk.disk.name}: {disk.skipped}" for disk in found)
+            + "".join(f"; {disk.device}: {disk.reason}" for disk in left_out)
         )
-    return tuple(dict.fromkeys(disk.disk for disk in chosen))
+    _check_names_differ(chosen)
+    return Choice(tuple(dict.fromkeys(disk.disk for disk in chosen)), left_out)
 
 
-def _named(word: str, found: Sequence[_Found]) -> _Found:
-    for disk in found:
-        if word in disk.words:
-            return disk
-    known = ", ".join(sorted({disk.disk.name for disk in found}))
+def _as_wished(disk: _Found, wishes: Wishes) -> _Found:
+    if not disk.skipped and disk.disk.name in wishes.excluded:
+        return disk._replace(skipped=wishes.excluded[disk.disk.name], level="info")
+    if disk.disk.size_bytes and disk.disk.name in wishes.read_only:
+        return disk._replace(skipped="")
+    return disk
+
+
+def _asked_for(machine: Machine, found: list[_Found], words: Sequence[str]) -> list[_Found]:
+    found = found + [_found_node(node, machine) for node in machine.nodes]
+    chosen = []
+    for word in dict.fromkeys(words):
+        name, device = "", word
+        disk = _named(word, found)
+        if disk is None and "=" in word:
+            name, _, device = word.partition("=")
+            disk = _named(device, found)
+        if disk is None or (device != word and not name):
+            _refuse_word(device, machine, found)
+        elif disk.part_of:
+            raise UsageError(f"node {disk.disk.name!r}: {disk.part_of}")
+        elif not disk.disk.size_bytes:
+            raise Failure(f"disk {disk.disk.name!r}: {disk.skipped}")
+        else:
+            chosen.append(disk._replace(disk=disk.disk._replace(name=name or disk.disk.name)))
+    return chosen
+
+
+def _named(word: str, found: Sequence[_Found]) -> _Found | None:
+    """QEMU's own names go first: a disk's name in the archive may be another one's id. Raises UsageError."""
+    for words_of in (_own_words, _all_words):
+        disks = [disk for disk in found if word in words_of(disk)]
+        # A device's node is among the nodes, too.
+        disks = [disk for disk in disks if not disk.is_node] or disks
+        if len({disk.disk.device for disk in disks}) > 1:
+            ids = ", ".join(sorted(min(disk.own_words, key=len) for disk in disks))
+            raise UsageError(f"{word!r} may be several disks: name one of {ids}")
+        if disks:
+            return disks[0]
+    return None
+
+
+def _own_words(disk: _Found) -> frozenset[str]:
+    return disk.own_words
+
+
+def _all_words(disk: _Found) -> frozenset[str]:
+    return disk.words
+
+
+def _refuse_word(word: str, machine: Machine, found: Sequence[_Found]) -> NoReturn:
+    """Raises Failure for what the machine has and no backup takes, UsageError for all else."""
+    for outside in machine.outside:
+        if word in outside.words:
+            raise Failure(f"disk {outside.name!r}: {outside.reason}")
+    disks = [disk for disk in found if not disk.is_node] or [d for d in found if not d.part_of]
+    known = ", ".join(sorted({disk.disk.name for disk in disks}))
     raise UsageError(f"the machine has no disk {word!r}" + (f", but {known}" if known else ""))
+
+
+def _rest(found: Sequence[_Found], chosen: Sequence[_Found]) -> list[_Found]:
+    """Who asks for the node of a disk has the disk."""
+    taken = {disk.disk.device for disk in chosen}
+    return [disk for disk in found if disk.disk.device not in taken]
+
+
+def _check_names_differ(chosen: Sequence[_Found]) -> None:
+    """Raises UsageError."""
+    by_name: dict[str, dict[MachineDisk, str]] = {}
+    for found in chosen:
+        word = min(found.own_words, key=lambda w: (w.startswith(("/", "#")), len(w)), default="")
+        by_name.setdefault(found.disk.name, {})[found.disk] = word
+    for name, devices in by_name.items():
+        if len(devices) > 1:
+            words = " ".join(f"--disk NAME{n}={word}" for n, word in enumerate(devices.values(), 1))
+            raise UsageError(
+                f"two devices have the name {name!r}: give each a name of its own: {words}"
+            )
 
 
 def _found_block(block: Answer, machine: Machine) -> _Found:
     inserted = block.get("inserted") or {}
     device, node = block.get("device", ""), inserted.get("node-name", "")
+    qdev = block.get("qdev", "")
     name, words = names_of(block)
-    # The name where there is one: QEMU's commands know it as well as the node's.
     size = (inserted.get("image") or {}).get("virtual-size", 0)
-    disk = MachineDisk(name, device or node, size, _is_thin(inserted))
-    skipped = ""
+    chain = machine.graph.below_filters(node)
+    # The name where there is one: QEMU's commands know it as well as the node's.
+    source = chain[-1] if len(chain) > 1 else device or node
+    read = machine.graph.node(chain[-1]) or inserted
+    disk = MachineDisk(name, source, size, _is_thin(read, machine.graph))
+    skipped, level = "", "warn"
     if not inserted:
-        skipped = "no medium is in it"
-    elif inserted.get("ro"):
-        skipped = "it is read-only, so its image can be backed up at rest"
+        skipped, level = "no medium is in it", "debug"
     elif not size:
-        skipped = "it is empty"
-    refused = _job_on(inserted, {device, node}, machine.jobs)
-    return _Found(disk, words, skipped, refused)
+        skipped = "it is empty, or QEMU does not know its size"
+    elif inserted.get("ro"):
+        skipped = "it is read-only (--disk takes it when it is named)"
+        level = "info" if block.get("removable") else "warn"
+        if qdev == _FLASH_CODE:
+            skipped, level = "it is firmware's code, which is read-only", "debug"
+    refused = _job_on(inserted, {device, node}, machine.jobs) or _job_among(chain, machine)
+    # Its name in the archive is ours; as far as it is none of QEMU's own as well.
+    match = _DEVICE.fullmatch(qdev)
+    own = frozenset({device, node, qdev, match[1] if match else ""} - {""})
+    return _Found(disk, own, words, skipped, level, refused)
 
 
 def _found_node(node: Answer, machine: Machine) -> _Found:
     """A node that is no guest device's: one of a qemu-storage-daemon, or asked for by its name."""
-    name, size = node.get("node-name", ""), (node.get("image") or {}).get("virtual-size", 0)
-    skipped = ""
-    if node.get("ro"):
-        skipped = "it is read-only, so its image can be backed up at rest"
-    elif not size:
-        skipped = "it is empty"
-    refused = _job_on(node, {name}, machine.jobs)
-    disk = MachineDisk(name, name, size, _is_thin(node))
-    return _Found(disk, frozenset({name} - {""}), skipped, refused)
+    graph, name = machine.graph, node.get("node-name", "")
+    size = (node.get("image") or {}).get("virtual-size", 0)
+    skipped = "" if size else "it is empty, or QEMU does not know its size"
+    chain = graph.below_filters(name)
+    refused = _job_on(node, {name}, machine.jobs) or _job_among(chain, machine)
+    owner, part = graph.owner(name), ""
+    if owner is not None and graph.driver(owner.name) in JOB_FILTERS:
+        refused = refused or f"a block job is running on it (its filter is {owner.name!r})"
+    elif owner is not None:
+        kind = "the backing file" if owner.role == "backing" else "part"
+        part = f"it is {kind} of {owner.name!r}, not a disk: name {graph.top(name)!r}"
+    words = frozenset({name} - {""})
+    read = graph.node(chain[-1]) or node
+    disk = MachineDisk(name, chain[-1], size, _is_thin(read, graph))
+    return _Found(disk, words, words, skipped, "warn", refused, is_node=True, part_of=part)
 
 
-def _is_thin(node: Answer) -> bool:
+def _is_thin(node: Answer, graph: Graph) -> bool:
     """Whether what is not allocated in this node is certain to be zero.
 
     So it is in a qcow2 image without a backing file. A raw file tells its holes as
@@ -138,7 +285,8 @@ def _is_thin(node: Answer) -> bool:
     backed = (
         node.get("backing_file") or node.get("backing_file_depth") or image.get("backing-image")
     )
-    return node.get("drv") == "qcow2" and not (backed or image.get("backing-filename"))
+    backed = backed or image.get("backing-filename") or graph.has_backing(node.get("node-name", ""))
+    return node.get("drv") == "qcow2" and not backed
 
 
 def _drive_name(device_id: str) -> str:
@@ -150,15 +298,35 @@ def _job_on(node: Answer, names: set[str], jobs: Sequence[Answer]) -> str:
     """Why a job stands in the way; empty: none is known. QEMU itself looks again."""
     running = list(_jobs_named(names, jobs))
     if running:
-        job = running[0]
-        return (
-            f"a block job ({job.get('type', 'of some kind')} {job.get('device', '')!r}) is running "
-            "on it; wait for its end, or cancel it"
-        )
-    if node.get("drv") in _JOB_FILTERS:
+        return _job_text(running[0])
+    if node.get("drv") in JOB_FILTERS:
         known = ", ".join(repr(job.get("device", "")) for job in jobs) or "none is listed"
         return f"a block job is running on it ({known}); wait for its end, or cancel it"
     return ""
+
+
+def _job_among(chain: Sequence[str], machine: Machine) -> str:
+    """The same for all nodes from a disk down to the one that is read."""
+    for node in chain:
+        for parent in machine.graph.jobs(node):
+            jobs = [job for job in machine.jobs if job.get("device") == parent.name]
+            job = jobs[0] if jobs else {"device": parent.name}
+            if parent.role == "target":
+                return (
+                    f"the block job {parent.name!r} ({job.get('type', 'of some kind')}) is "
+                    "writing to it; wait for its end, or cancel it"
+                )
+            return _job_text(job)
+        if machine.graph.driver(node) in JOB_FILTERS:
+            return _job_on({"drv": machine.graph.driver(node)}, set(), machine.jobs)
+    return ""
+
+
+def _job_text(job: Answer) -> str:
+    return (
+        f"a block job ({job.get('type', 'of some kind')} {job.get('device', '')!r}) is running "
+        "on it; wait for its end, or cancel it"
+    )
 
 
 def _jobs_named(names: set[str], jobs: Sequence[Answer]) -> Iterator[Answer]:

@@ -11,13 +11,23 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from vmapipe.control.instant import Instant
 from vmapipe.control.monitor.sockets import listen_unix
 from vmapipe.control.qemu.cleaning import clean
-from vmapipe.control.qemu.disks import Machine, MachineDisk, choose_disks
+from vmapipe.control.qemu.disks import (
+    Choice,
+    Machine,
+    MachineDisk,
+    Wishes,
+    choose_disks,
+)
+from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket
 from vmapipe.control.qemu.leftovers import connect, remove_leftovers
+from vmapipe.control.qemu.memory import progress_of
+from vmapipe.control.qemu.outside import found_outside
 from vmapipe.control.qemu.plan import (
     Settings,
     Target,
@@ -71,15 +81,37 @@ class RunningMachine:
         """Readable when `look` has something to see."""
         return self._link.fd
 
-    def choose(self, wanted: Sequence[str]) -> tuple[MachineDisk, ...]:
+    def choose(self, wishes: Wishes) -> Choice:
         """What a crashed backup has left is removed first."""
         remove_leftovers(self._link)
+        self._check_run_state()
         ask = self._ask
-        machine = Machine(
-            ask("query-block"), ask("query-named-block-nodes"), ask("query-block-jobs")
+        nodes = self._link.execute(Command("query-named-block-nodes", {"flat": True}))
+        graph = Graph(nodes, self._may_ask("x-debug-query-block-graph"))
+        outside = found_outside(
+            {
+                path: self._may_ask("qom-list", path=path) or ()
+                for path in ("/machine/peripheral", "/machine/peripheral-anon")
+            },
+            self._may_ask("query-tpm") or (),
         )
-        self._disks = choose_disks(machine, wanted)
-        return self._disks
+        machine = Machine(ask("query-block"), nodes, ask("query-block-jobs"), graph, outside)
+        choice = choose_disks(machine, wishes)
+        self._disks = choice.disks
+        return choice
+
+    def _check_run_state(self) -> None:
+        """Raises Failure where the disks are another QEMU's, or soon will be."""
+        status = self._may_ask("query-status") or {}
+        if status.get("status") == "inmigrate":
+            raise Failure(
+                "the machine waits for an incoming migration (run state inmigrate): its disks are "
+                "still the other host's; back it up there, or here when it has arrived"
+            )
+        if progress_of(self._may_ask("query-migrate") or {}).is_moving:
+            raise Failure(
+                "the machine is being migrated: back it up when that has ended, where it is then"
+            )
 
     def prepare(self, speed_bytes_s: int) -> None:
         """The sockets of the sinks, and their guardian. `speed_bytes_s` is each disk's."""
@@ -270,6 +302,13 @@ class RunningMachine:
         if owner != os.geteuid() == 0:
             for path in (self._folder, *(sink.path for sink in self._sinks)):
                 os.chown(path, owner, -1)
+
+    def _may_ask(self, name: str, **arguments: str) -> Any:
+        """None where this QEMU (an old one, a storage daemon) does not know the command."""
+        try:
+            return self._link.execute(Command(name, arguments))
+        except QmpRefused:
+            return None
 
     def _ask(self, name: str) -> list[dict[str, object]]:
         answer = self._link.execute(Command(name, {}))

@@ -41,7 +41,8 @@ def test_a_monitor_that_serves_somebody_else_is_named(daemon: StorageDaemon, out
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["--disk", "nope"], 2, "the machine has no disk 'nope', but a, b, file-a, file-b"),
+        (["--disk", "nope"], 2, "the machine has no disk 'nope', but a, b"),
+        (["--disk", "file-a"], 2, "node 'file-a': it is part of 'a', not a disk: name 'a'"),
         ([], 2, "nothing to back up"),
         (["--disk", "a", "--monitor", "x"], 2, "choose one"),
         (["--disk", "a", "--spool", "/tmp"], 2, "--spool has no use with --qmp"),
@@ -60,7 +61,7 @@ def test_a_monitor_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "No such file or directory" in text
 
 
-def test_a_disk_with_another_job_is_refused_by_qemu_and_nothing_is_left(
+def test_a_disk_with_another_job_is_refused_and_nothing_is_left(
     daemon: StorageDaemon, out: Path, tmp_path: Path, temporary: Path
 ) -> None:
     target = tmp_path / "mirror.raw"
@@ -69,7 +70,7 @@ def test_a_disk_with_another_job_is_refused_by_qemu_and_nothing_is_left(
     mirror = {"job-id": "m", "device": "a", "target": "t", "sync": "full", "speed": 1 << 16}
     daemon.ask("blockdev-mirror", **mirror)
     text = bad("backup", "--qmp", daemon.qmp, *BOTH, out / "vm.vma")
-    assert "another block job works on the disk" in text
+    assert "disk 'a': a block job (mirror 'm') is running on it" in text
     assert daemon.ours() == []
     assert list(temporary.iterdir()) == []
     daemon.ask("job-cancel", id="m")
