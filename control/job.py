@@ -177,6 +177,9 @@ class BackupJob:
                 self._begin(emit, cancel)
         elif event["event"] == "upload":
             self.uploads.append((event["archive"], event["upload"]))
+        elif event["event"] == "job-speed":
+            if self.machine:
+                self.machine.set_job_speed(event["device"], event["bytes_per_s"])
         elif event["event"] not in ("draining", "error"):
             emit(event)
             if event["event"] == "progress":

@@ -260,7 +260,12 @@ def _send_arriving(
     from vmapipe.producer.sink.sending import SinkOptions, SinkSender
 
     settings = SinkOptions(
-        options.sink_fd, options.size, options.buffer, options.guest_wait, options.await_job
+        options.sink_fd,
+        options.size,
+        options.buffer,
+        options.guest_wait,
+        options.speed,
+        options.await_job,
     )
     sender = SinkSender(name, settings, options.job, link, cancel, options.orders)
     try:
@@ -306,7 +311,7 @@ def _print(event: Event) -> None:
                 f"{event['device']}: old data waits: {event['memory_bytes']} bytes in memory, "
                 f"{event['spool_bytes']} in the spool file; {event['waiting_writes']} writes wait"
             )
-        case "transfer":
+        case "transfer" | "job-speed":
             return
         case _:
             text = f"{event['device']}: done; the archive is stored"

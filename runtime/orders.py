@@ -70,3 +70,11 @@ def ordered_copied(order: Event) -> Copied | None:
     if order.get("order") != "copied":
         return None
     return Copied(int(order["bytes"]), bool(order["rest_is_zero"]))
+
+
+#: QEMU's job has been given the speed that its sink has asked for last.
+JOB_SPEED_SET: Event = {"order": "job-speed-set"}
+
+
+def is_job_speed(order: Event) -> bool:
+    return order == JOB_SPEED_SET

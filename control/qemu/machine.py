@@ -41,7 +41,7 @@ from vmapipe.control.qemu.saving import Jobs, Saving
 from vmapipe.producer.sink.export import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.orders import Copied, copied_order
+from vmapipe.runtime.orders import JOB_SPEED_SET, Copied, copied_order
 
 # Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
 _JOB_EVENTS = frozenset({"BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR"})
@@ -198,10 +198,24 @@ class RunningMachine:
         if not self._has_begun or self._is_clean or self._link_closed:
             return
         for index in range(len(self._disks)):
-            arguments = {"device": name_of(self._run, index), "speed": bytes_per_s}
-            # A job that has ended needs no limit.
-            with contextlib.suppress(QmpRefused):
-                self._link.execute(Command("block-job-set-speed", arguments))
+            self._set_job_speed(index, bytes_per_s)
+
+    def set_job_speed(self, disk: str, bytes_per_s: int) -> None:
+        """Lift the limit of one disk's job while it copies no data, or put it in force again.
+
+        A job's own limit counts holes and zeroes as well; what comes of data, its sink knows.
+        """
+        current = bytes_per_s in (0, self._speed_bytes_s)  # else it is of a limit before
+        if current and self._has_begun and not self._is_clean and not self._link_closed:
+            index = [known.name for known in self._disks].index(disk)
+            self._set_job_speed(index, bytes_per_s)
+            self._producers[index].tell(JOB_SPEED_SET)
+
+    def _set_job_speed(self, index: int, bytes_per_s: int) -> None:
+        arguments = {"device": name_of(self._run, index), "speed": bytes_per_s}
+        # A job that has ended needs no limit.
+        with contextlib.suppress(QmpRefused):
+            self._link.execute(Command("block-job-set-speed", arguments))
 
     def look(self) -> None:
         """Take in what QEMU has said: jobs that have ended well are removed, a failure raises."""

@@ -23,7 +23,7 @@ from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.orders import Copied, Orders, ordered_copied
+from vmapipe.runtime.orders import Copied, Orders, is_job_speed, ordered_copied, ordered_speed
 
 # QEMU comes within a second and stays; an interrupted connection it opens again
 # at once. Twice its reconnect-delay without it: it does not come any more.
@@ -38,13 +38,14 @@ _LEAVE_S = 8.0
 class SinkOptions(NamedTuple):
     """`listener_fd`: a listening socket. Sizes in bytes.
 
-    `awaits_job`: the disk is complete only when an order says that QEMU's job has ended well.
+    `speed_bytes_s`: the limit that QEMU's job begins with; 0: none. `awaits_job`: the disk is complete only when an order says that QEMU's job has ended well.
     """
 
     listener_fd: int
     size_bytes: int
     memory_bytes: int
     guest_wait_s: int
+    speed_bytes_s: int
     awaits_job: bool
 
 
@@ -73,6 +74,8 @@ class SinkSender:
         self._orders = orders
         # Of QEMU's job: none awaited, or heard.
         self._job_ended = not options.awaits_job
+        # The speed of QEMU's job, as our parent knows it.
+        self._told_speed = options.speed_bytes_s
         self._all_came_at = float("inf")
 
     @property
@@ -112,6 +115,7 @@ class SinkSender:
             range(RING_BYTES, RING_BYTES + self._options.memory_bytes),
             min(MAX_PIECE_CLUSTERS, frame_clusters),
             self._options.guest_wait_s,
+            self._options.speed_bytes_s,
         )
 
     def _serve(self, sink: Sink, emit: Emit) -> Server:
@@ -138,6 +142,7 @@ class SinkSender:
             teller.tell(Waiting(sink.used_bytes, 0, sink.waiting_writes))
             teller.tell_transfer(self._transfer(sink))
             self._check(sink, server)
+            self._tell_job_speed(sink, emit)
         teller.tell_transfer(self._transfer(sink), last=True)
 
     def _is_complete(self, sink: Sink) -> bool:
@@ -154,9 +159,15 @@ class SinkSender:
         if sink.failure:
             raise Failure(sink.failure)
         for order in self._orders.take():
-            copied = ordered_copied(order)
+            copied, speed = ordered_copied(order), ordered_speed(order)
+            if is_job_speed(order):
+                sink.job_is_limited()
             if copied is not None:
                 self._take_verdict(sink, copied)
+            if speed is not None:
+                sink.limit(speed)
+                # What we said last may reach our parent after it gave QEMU the new one.
+                self._told_speed = -1
         now = time.monotonic()
         if not self._job_ended and not sink.missing:
             self._all_came_at = min(self._all_came_at, now)
@@ -172,6 +183,12 @@ class SinkSender:
                 f"disk {self._name!r}: {sink.missing} of {sink.clusters} clusters have not come, "
                 f"and QEMU has not been seen for {_ABSENCE_S:.0f} s"
             )
+
+    def _tell_job_speed(self, sink: Sink, emit: Emit) -> None:
+        speed = sink.job_speed
+        if speed != self._told_speed:
+            self._told_speed = speed
+            emit({"event": "job-speed", "device": self._name, "bytes_per_s": speed})
 
     def _take_verdict(self, sink: Sink, copied: Copied) -> None:
         """QEMU's job has ended well. Raises Failure when less has come than that means."""

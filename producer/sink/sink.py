@@ -19,6 +19,7 @@ from vmapipe.producer.nbd.backend import Write, one_by_one
 from vmapipe.producer.runs import whole_blocks
 from vmapipe.producer.sink.arrived import Arrived, Zeroes
 from vmapipe.producer.sink.export import TakesOnly
+from vmapipe.producer.sink.jobspeed import JobSpeed
 from vmapipe.producer.sink.parts import Parts, TooManyParts, is_whole, pieces
 from vmapipe.producer.sink.room import Room
 from vmapipe.producer.sink.turns import Turns
@@ -34,6 +35,11 @@ _MAX_WAITING = 4096
 _ZEROES_S = 0.1
 # Of what QEMU has left out, so many runs are looked up and sent at a time.
 _REST_RUNS = 256
+# Until QEMU's job has the limit that is needed again, its larger requests wait for so long
+# at most: it would go on reading as fast as it can. Copies before a guest's writes are
+# mostly single clusters, and never wait here.
+_HOLD_S = 0.1
+_HOLD_CLUSTERS = 2
 # The longest range whose clusters are looked at with the lock held.
 _RANGE_CLUSTERS = 1 << 14
 
@@ -53,6 +59,7 @@ class Sink(TakesOnly):
         room: range,
         piece_clusters: int,
         guest_wait_s: float,
+        speed_bytes_s: int = 0,
     ) -> None:
         #: Why the backup has failed; empty: it has not. Everything is dropped then.
         self.failure = ""
@@ -79,6 +86,8 @@ class Sink(TakesOnly):
         self._filling: set[int] = set()
         self._sleeping = self._woken = False
         self._turns = Turns(self._changed)
+        self._job_speed = JobSpeed(speed_bytes_s, time.monotonic())
+        self._hold_until = 0.0
 
     # --- for the sender ---
 
@@ -97,6 +106,25 @@ class Sink(TakesOnly):
         with self._changed:
             if not self.failure:
                 self._rest_from = 0
+
+    def limit(self, bytes_per_s: int) -> None:
+        """Another speed limit, which QEMU's job has been given."""
+        with self._changed:
+            self._job_speed.change(bytes_per_s, time.monotonic())
+            self._hold_until = 0.0
+            self._changed.notify_all()
+
+    def job_is_limited(self) -> None:
+        """QEMU's job has the speed that `job_speed` has asked for."""
+        with self._changed:
+            self._hold_until = 0.0
+            self._changed.notify_all()
+
+    @property
+    def job_speed(self) -> int:
+        """What QEMU's job is to be limited to now, in bytes a second; 0: not at all."""
+        with self._changed:
+            return self._job_speed.look(time.monotonic())
 
     @property
     def waiting_writes(self) -> int:
@@ -170,6 +198,7 @@ class Sink(TakesOnly):
                 not is_whole(offset, length, self._size_bytes)
                 or count > self._piece_clusters
                 or self._turns
+                or (self._hold_until and count >= _HOLD_CLUSTERS)
             ):
                 return False
             here = self._arrivals.how_many(first, count)
@@ -205,6 +234,8 @@ class Sink(TakesOnly):
 
     def write(self, data: memoryview, offset: int) -> None:
         deadline = time.monotonic() + self._guest_wait_s
+        if len(data) >= _HOLD_CLUSTERS * CLUSTER_BYTES:
+            self._hold()
         for at, length in pieces(offset, len(data), self._size_bytes, self._piece_clusters):
             piece = data[at - offset : at - offset + length]
             if is_whole(at, length, self._size_bytes):
@@ -224,6 +255,12 @@ class Sink(TakesOnly):
         """Data is safe when the archive is stored, and the coordinator knows when that is."""
 
     # --- inside ---
+
+    def _hold(self) -> None:
+        with self._changed:
+            while not self.failure and (left_s := self._hold_until - time.monotonic()) > 0:
+                self._changed.wait(left_s)
+            self._hold_until = 0.0
 
     def _take_in(self, data: memoryview | bytes, offset: int, deadline: float) -> None:
         """Whole clusters. Waits for room; returns at once when the backup is over."""
@@ -298,6 +335,10 @@ class Sink(TakesOnly):
         self._filling.add(arrived.position)
         self._queue.append(arrived)
         self.taken_bytes += arrived.length
+        if self._job_speed.took(arrived.length, time.monotonic()):
+            self._hold_until = time.monotonic() + _HOLD_S
+            self._sleeping = True  # even if it waits for something else: QEMU reads on meanwhile
+            self._wake()
 
     def _fill(self, position: int, data: memoryview | bytes) -> None:
         self._memory[position : position + len(data)] = data

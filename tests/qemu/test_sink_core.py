@@ -235,6 +235,7 @@ def test_zeroes_that_come_in_between_wait_for_more_of_them(target: Target) -> No
     assert (arrived.first, arrived.clusters) == (1, 5)
 
 
+@settings(max_examples=20)  # the disks are long
 @given(st.lists(st.integers(0, 5), unique=True, max_size=5))
 def test_the_rest_of_a_thin_disk_is_zero_and_each_cluster_comes_once(came: list[int]) -> None:
     target = Target()

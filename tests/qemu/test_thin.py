@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import random
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.machine import Need, end_of, eventually, good, make_disk
+from tests.machine import Need, end_of, eventually, good, make_disk, next_event, started
 from tests.qemu.daemon_backup import BOTH, SIZES, restored, slow_backup
 from tests.qemu.hammer import CLUSTER, Hammer
 from tests.qemu.storage_daemon import StorageDaemon, storage_daemon
@@ -87,6 +91,44 @@ def test_empty_space_takes_no_time_however_low_the_limit_is(
     with (tmp_path / "restored" / "disk-a.raw").open("rb") as disk:
         disk.seek((10 << 30) - CLUSTER)
         assert disk.read(3 * CLUSTER) == bytes(CLUSTER) + b"\7" * CLUSTER + bytes(CLUSTER)
+
+
+LIMIT = 8 << 20
+
+
+@pytest.fixture
+def holes(qemu: str, need: Need, tmp_path: Path) -> Iterator[StorageDaemon]:
+    """A raw disk: three times 4 GiB of hole and 16 MiB of data."""
+    need("qemu-storage-daemon")
+    image, chance = tmp_path / "a.raw", random.Random(9)
+    with image.open("wb") as disk:
+        for _ in range(3):
+            disk.seek(4 << 30, os.SEEK_CUR)
+            disk.write(chance.randbytes(16 << 20))
+    with storage_daemon(tmp_path, a=image) as machine:
+        yield machine
+
+
+def test_holes_of_a_raw_disk_do_not_count_and_data_is_held_to_the_limit(
+    holes: StorageDaemon, tmp_path: Path
+) -> None:
+    """Counted, they would take 25 minutes. Data: in no time more than the limit and a burst."""
+    words = ("backup", "--json", "--qmp", str(holes.qmp), "--disk", "a", "--speed", str(LIMIT))
+    with started(*words, str(tmp_path / "vm.vma")) as backup:
+        next_event(backup, "instant")
+        began, came = time.monotonic(), [(0.0, 0)]
+        assert backup.stdout is not None
+        for line in backup.stdout:
+            event = json.loads(line)
+            if event["event"] == "transfer":
+                came.append((time.monotonic() - began, event["read_bytes"]))
+        assert end_of(backup)[0] == 0
+    assert came[-1][1] == 48 << 20
+    # 4 MiB at once after a hole; of each of QEMU's four requests one more megabyte before the
+    # limit is in force, and one that it counts as begun.
+    for at, read_bytes in came:
+        assert read_bytes <= LIMIT * at + 3 * ((4 << 20) + (5 << 20)) + (2 << 20)
+    assert holes.ours() == []
 
 
 def test_what_lies_in_a_backing_file_is_copied(qemu: str, need: Need, tmp_path: Path) -> None:
