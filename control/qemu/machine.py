@@ -22,12 +22,14 @@ from vmapipe.control.qemu.disks import (
     MachineDisk,
     Wishes,
     choose_disks,
+    names_of,
 )
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket
 from vmapipe.control.qemu.leftovers import connect, remove_leftovers
 from vmapipe.control.qemu.memory import progress_of
 from vmapipe.control.qemu.outside import found_outside
+from vmapipe.control.qemu.owner import uid_of_qemu
 from vmapipe.control.qemu.plan import (
     Settings,
     Target,
@@ -50,6 +52,9 @@ _SLOW_BYTES_S = 4096
 # With sinks that answer, jobs end within a tenth of a second. One that does not
 # (its process hangs) makes a guest wait: the guardian ends it, and cleans up itself.
 _CLEAN_S = 5.0
+# QEMU frees a device within milliseconds of the end of its drive's jobs.
+_UNPLUG_S = 0.5
+_LOOK_S = 0.02
 
 
 class RunningMachine:
@@ -244,11 +249,27 @@ class RunningMachine:
             if job is None:
                 raise Failure(f"disk {disk.name!r}: somebody has removed QEMU's backup job")
             if job.get("error"):
-                raise Failure(f"disk {disk.name!r}: QEMU's backup job failed: {job['error']}")
+                raise Failure(f"disk {disk.name!r}: {self._why_failed(disk, str(job['error']))}")
             if job["status"] == "concluded":
                 done += 1
                 self._tell_copied(index, int(str(job["current-progress"])))
         self._jobs_ended = done == len(self._disks)
+
+    def _why_failed(self, disk: MachineDisk, error: str) -> str:
+        """QEMU cancels a job itself when its -drive goes; both look the same in the job."""
+        if error != "Operation canceled":
+            return f"QEMU's backup job failed: {error}"
+        # A device that goes is there a moment longer than the job of its drive.
+        deadline = time.monotonic() + _UNPLUG_S
+        while time.monotonic() < deadline:
+            plugged = [b for b in self._may_ask("query-block") or () if b.get("qdev")]
+            if not any({disk.device, disk.name} & names_of(block).words for block in plugged):
+                return (
+                    "it was removed from the machine while it was backed up (or somebody has "
+                    "cancelled QEMU's backup job)"
+                )
+            time.sleep(_LOOK_S)
+        return "somebody has cancelled QEMU's backup job"
 
     def _tell_copied(self, index: int, copied_bytes: int) -> None:
         """Only what this allows may be stored: a job that failed in the last moment has failed."""
@@ -312,10 +333,14 @@ class RunningMachine:
 
     def _give_to_qemu(self) -> None:
         """Another user's QEMU, when we are root, has to reach the sockets."""
-        owner = os.stat(self._path).st_uid
+        owner = self._uid_of_qemu()
         if owner != os.geteuid() == 0:
             for path in (self._folder, *(sink.path for sink in self._sinks)):
                 os.chown(path, owner, -1)
+
+    def _uid_of_qemu(self) -> int:
+        uuid = str((self._may_ask("query-uuid") or {}).get("UUID", ""))
+        return uid_of_qemu(self._path, self._link.peer_pid, uuid)
 
     def _may_ask(self, name: str, **arguments: str) -> Any:
         """None where this QEMU (an old one, a storage daemon) does not know the command."""
@@ -335,8 +360,9 @@ def _hint(text: str) -> str:
     """A way out, for what QEMU is known to say."""
     if "ailed to connect" in text:
         return (
-            "; QEMU must be able to reach our socket: is it confined (AppArmor, SELinux, a "
-            "container)? TMPDIR chooses the folder"
+            "; QEMU must be able to reach our socket: does it run as another user than root and "
+            "the owner of its monitor's socket, or is it confined (AppArmor, SELinux, a container)? "
+            "TMPDIR chooses the folder"
         )
     if "different sizes" in text:
         return "; the disk was resized just now: start the backup again"

@@ -7,6 +7,8 @@ import asyncio
 import concurrent.futures
 import contextlib
 import os
+import socket
+import struct
 import threading
 from collections import deque
 from collections.abc import Coroutine
@@ -59,6 +61,17 @@ class QmpLink:
             asyncio.run_coroutine_threadsafe(watch(), self._loop)
             for watch in (self._take_events, self._watch_state)
         ]
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The process at the other end, or who made its socket; None: it is not known."""
+        writer = self._client._writer
+        sock = writer.get_extra_info("socket") if writer else None
+        if sock is None:
+            return None
+        size = struct.calcsize("3i")
+        found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        return int(struct.unpack("3i", found)[0])
 
     def execute(self, command: Command) -> Any:
         """Raises QmpRefused, QmpGone."""

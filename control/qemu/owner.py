@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which user a QEMU runs as: the one who has to reach the sockets of its backup."""
+
+from __future__ import annotations
+
+import os
+
+# QEMU's answer to query-uuid where nobody gave it one.
+_NO_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+def uid_of_qemu(path: str, peer_pid: int | None, uuid: str) -> int:
+    """From its monitor: the process that answers there decides, not who made the socket.
+
+    `path`: the monitor's socket; `peer_pid`: who listens there, 0 or None: not known (it is in
+    another pid namespace, or far away); `uuid`: the machine's. A QEMU that gave up root (-runas,
+    -run-with) has made its socket before; and where something stands in between (libvirt, a proxy)
+    the machine's uuid is looked for among the processes. The last resort is the socket's owner.
+    """
+    if peer_pid and is_qemu(peer_pid) and (uid := uid_of(peer_pid)) is not None:
+        return uid
+    found = {uid for pid in _running(uuid) if (uid := uid_of(pid)) is not None}
+    if len(found) == 1:
+        return found.pop()
+    try:
+        return os.stat(path).st_uid
+    except OSError:
+        return os.geteuid()
+
+
+def uid_of(pid: int) -> int | None:
+    """As it counts for files; None: the process has ended."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            line = next(line for line in file if line.startswith("Uid:"))
+    except (OSError, StopIteration):
+        return None
+    # Real, effective, saved, and that for file systems.
+    return int(line.split()[4])
+
+
+def is_qemu(pid: int) -> bool:
+    """By its program's name; one that was started by the dynamic loader has that one's."""
+    try:
+        program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+    except OSError:
+        return False
+    if program.startswith("ld-"):
+        return any(_is_name(os.path.basename(word)) for word in _words_of(pid)[1:])
+    return _is_name(program)
+
+
+def _is_name(program: str) -> bool:
+    """qemu-system-x86_64, qemu-kvm, kvm, qemu-storage-daemon; NixOS wraps them in more letters."""
+    return program.lstrip(".").startswith(("qemu-", "kvm"))
+
+
+def _words_of(pid: int) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return [os.fsdecode(word) for word in file.read().split(b"\0")]
+    except OSError:
+        return []
+
+
+def _running(uuid: str) -> list[int]:
+    """The QEMUs that were started with this uuid, which stands on their command line."""
+    if not uuid or uuid == _NO_UUID:
+        return []
+    pids = (int(name) for name in os.listdir("/proc") if name.isdecimal())
+    return [
+        pid
+        for pid in pids
+        if is_qemu(pid) and any(uuid.lower() in word.lower() for word in _words_of(pid))
+    ]
