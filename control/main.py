@@ -22,6 +22,7 @@ archives:
   verify     check an archive without writing anything
   list       tell what an archive holds
   config     print a configuration stored in an archive
+  serve      attach an archive's disks over NBD, without restoring them
   prune      remove old archives, by the rules that Proxmox has
 
 backups that are running:
@@ -57,6 +58,7 @@ COMMANDS = {
     "list": "vmapipe.control.inspect",
     "config": "vmapipe.control.inspect",
     "verify": "vmapipe.control.inspect",
+    "serve": "vmapipe.control.serve",
     "status": "vmapipe.control.jobs.commands",
     "speed": "vmapipe.control.jobs.commands",
     "cancel": "vmapipe.control.jobs.commands",

@@ -14,7 +14,7 @@ from typing import TextIO
 
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
 from vmapipe.runtime.process import failure_of
-from vmapipe.runtime.texts import name_text, one_line
+from vmapipe.runtime.texts import MAX_NAME_CHARS, name_text, one_line
 
 # In a log, a line at least so often, however slow the job is.
 _LOG_LINE_S = 10.0
@@ -219,6 +219,10 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "verified": verified_text,
     "instant": _instant_text,
     "serving": _serving_text,
+    "exported": lambda e: (
+        f"{one_line(e['device'], MAX_NAME_CHARS)} of {one_line(e['archive'])}, "
+        f"{human_bytes(e['bytes'])}, {'writable' if e['writable'] else 'read-only'}: {e['uri']}"
+    ),
     "ready": lambda e: f"ready; backups ask {one_line(e['listen'])}",
     "skipped": lambda e: f"not in the archive: {one_line(e['device'])}: {one_line(e['reason'])}",
     "notice": lambda e: one_line(str(e["text"])),

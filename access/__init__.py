@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Archives that are used without being restored: `vmapipe serve`.
+
+Read in this order: index.py (pure: where each cluster is stored), storage.py (an
+archive's plain bytes at any place, compressed or not), archive.py (an open
+archive: its index, and its extents checked when they are first touched), disk.py
+(a device as an NBD export, read-only), overlay.py (the same with writes kept in
+a file beside it).
+
+Invariants: an archive is opened once, so that removing or replacing it hurts nobody; a
+byte that could not be proved, or that is damaged, is an I/O error and never other
+data; memory does not depend on the size of a disk, but on how often its data changes
+place in the archive.
+"""

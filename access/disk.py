@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device of an archive as what stands behind an NBD export. Read-only."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+
+from vmapipe.access.archive import OpenArchive
+from vmapipe.access.index import Place
+from vmapipe.access.storage import read_error
+from vmapipe.producer.nbd.backend import Write
+from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
+from vmapipe.vma.extent import mask_runs
+from vmapipe.vma.header import Device
+from vmapipe.vma.layout import (
+    BLOCK_BYTES,
+    CLUSTER_BYTES,
+    EXTENT_HEADER_BYTES,
+    FULL_MASK,
+)
+
+_ZEROES = memoryview(bytes(1 << 20))
+
+
+class ArchiveDisk:
+    """One device. Reads are checked; every write is refused. See `nbd.backend.Backend`."""
+
+    def __init__(self, archive: OpenArchive, device: Device) -> None:
+        self.size_bytes = device.size_bytes
+        self._name = device.name
+        self._archive = archive
+        self._index = archive.index.disks[device.dev_id]
+
+    # --- reads ---
+
+    def try_read(self, target: memoryview, offset: int) -> bool:
+        """Zeroes, and data that was checked before and is in memory."""
+        at = 0
+        while at < len(target):
+            place = self._index.find((offset + at) // CLUSTER_BYTES)
+            piece = target[at : at + place.end * CLUSTER_BYTES - offset - at]
+            if place.is_zero:
+                _clear(piece)
+            elif (
+                place.is_missing
+                or not self._archive.is_checked(place.extent)
+                or not self._try_data(piece, offset + at, place)
+            ):
+                return False
+            at += len(piece)
+        return True
+
+    def _try_data(self, target: memoryview, offset: int, place: Place) -> bool:
+        storage = self._archive.storage
+        return all(
+            _clear(piece) if position is None else storage.try_read_into(piece, position)
+            for piece, position in self._pieces(target, offset, place)
+        )
+
+    def read(self, target: memoryview, offset: int) -> None:
+        """Raises OSError (EIO) where the data is damaged, missing or cannot be read."""
+        at = 0
+        while at < len(target):
+            place = self._index.find((offset + at) // CLUSTER_BYTES)
+            piece = target[at : at + place.end * CLUSTER_BYTES - offset - at]
+            if place.is_zero:
+                _clear(piece)
+            else:
+                self._read_data(piece, offset + at, place)
+            at += len(piece)
+
+    def _read_data(self, target: memoryview, offset: int, place: Place) -> None:
+        if place.is_missing:
+            raise self._fault(offset, "the archive does not hold these bytes, or holds them twice")
+        try:
+            self._archive.ensure(place.extent)
+        except OSError as error:
+            raise self._fault(offset, error.strerror or str(error)) from error
+        for piece, position in self._pieces(target, offset, place):
+            if position is None:
+                _clear(piece)
+            elif self._archive.storage.read_into(piece, position) < len(piece):
+                raise self._fault(offset, "the archive is shorter than it was")
+
+    def _fault(self, offset: int, why: str) -> OSError:
+        return read_error(f"device {self._name!r}", offset, why)
+
+    def _pieces(
+        self, target: memoryview, offset: int, place: Place
+    ) -> Iterator[tuple[memoryview, int | None]]:
+        """Parts of `target`, and where each is in the plain archive; None: it is zero."""
+        start = self._archive.index.offsets[place.extent] + EXTENT_HEADER_BYTES
+        if place.mask == FULL_MASK:
+            into = offset - place.first * CLUSTER_BYTES
+            yield target, start + place.block * BLOCK_BYTES + into
+            return
+        blocks = [None if not place.mask >> bit & 1 else bit for bit in range(16)]
+        at = 0
+        while at < len(target):
+            cluster, within = divmod(offset + at, CLUSTER_BYTES)
+            bit = within // BLOCK_BYTES
+            # As many blocks as are all stored, or all zero.
+            last = bit
+            while last < 15 and (blocks[last + 1] is None) == (blocks[bit] is None):
+                last += 1
+            length = min(len(target) - at, (last + 1) * BLOCK_BYTES - within)
+            position = None
+            if blocks[bit] is not None:
+                before = (place.mask & ((1 << bit) - 1)).bit_count()
+                block = place.block_of(cluster) + before
+                position = start + block * BLOCK_BYTES + within % BLOCK_BYTES
+            yield target[at : at + length], position
+            at += length
+
+    def cache(self, offset: int, length: int) -> None:
+        """Nothing is gained by it."""
+
+    def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Zero blocks are holes. What is missing is data: reading it tells that it is not there."""
+        end = offset + length
+        hole = NBD_STATE_HOLE | NBD_STATE_ZERO
+        while offset < end:
+            place = self._index.find(offset // CLUSTER_BYTES)
+            stop = min(end, place.end * CLUSTER_BYTES)
+            if place.is_zero:
+                yield stop - offset, hole
+            elif place.is_missing or place.mask == FULL_MASK:
+                yield stop - offset, 0
+            else:
+                yield from self._block_extents(offset, stop, place.mask)
+            offset = stop
+
+    def _block_extents(self, offset: int, stop: int, mask: int) -> Iterator[tuple[int, int]]:
+        hole = NBD_STATE_HOLE | NBD_STATE_ZERO
+        while offset < stop:
+            base = offset - offset % CLUSTER_BYTES
+            for first, count in mask_runs(mask):
+                data, after = base + first * BLOCK_BYTES, base + (first + count) * BLOCK_BYTES
+                if offset < min(data, stop):
+                    yield min(data, stop) - offset, hole
+                    offset = min(data, stop)
+                if offset < min(after, stop):
+                    yield min(after, stop) - offset, 0
+                    offset = min(after, stop)
+            rest = min(base + CLUSTER_BYTES, stop) - offset
+            if rest > 0:
+                yield rest, hole
+                offset += rest
+
+    # --- writes ---
+
+    def try_writes(self, writes: Sequence[Write]) -> list[OSError | None]:
+        return [_read_only() for _ in writes]
+
+    def try_zeroes(self, offset: int, length: int) -> bool:
+        raise _read_only()
+
+    def settle(self, *, idle: bool) -> None:
+        """Nothing is ever put off."""
+
+    def write(self, data: memoryview, offset: int) -> None:
+        raise _read_only()
+
+    def write_zeroes(self, offset: int, length: int, *, may_hole: bool, fast_only: bool) -> None:
+        raise _read_only()
+
+    def trim(self, offset: int, length: int) -> None:
+        raise _read_only()
+
+    def flush(self) -> None:
+        """There is nothing to flush."""
+
+
+def _clear(target: memoryview) -> bool:
+    at = 0
+    while at < len(target):
+        length = min(len(target) - at, len(_ZEROES))
+        target[at : at + length] = _ZEROES[:length]
+        at += length
+    return True
+
+
+def _read_only() -> OSError:
+    return OSError(errno.EPERM, os.strerror(errno.EPERM))

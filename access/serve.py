@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves the devices of open archives over NBD until it is asked to stop."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+from urllib.parse import quote
+
+from vmapipe.access.archive import OpenArchive
+from vmapipe.access.disk import ArchiveDisk
+from vmapipe.access.overlay import OverlayDisk
+from vmapipe.producer.nbd.server import DRAIN_S, Offer, Server, answer_promptly
+from vmapipe.protocol.nbd.constants import (
+    NBD_FLAG_CAN_MULTI_CONN,
+    NBD_FLAG_READ_ONLY,
+    NBD_FLAG_SEND_DF,
+    NBD_FLAG_SEND_FLUSH,
+    NBD_FLAG_SEND_FUA,
+    NBD_FLAG_SEND_TRIM,
+    NBD_FLAG_SEND_WRITE_ZEROES,
+)
+from vmapipe.protocol.nbd.export import Export
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.events import Emit
+from vmapipe.runtime.waiting import readable
+from vmapipe.vma.header import Device
+
+_READ_ONLY = NBD_FLAG_READ_ONLY | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_DF
+# All connections write to the same file, so that one's flush is all's.
+_WRITABLE = (
+    NBD_FLAG_CAN_MULTI_CONN
+    | NBD_FLAG_SEND_DF
+    | NBD_FLAG_SEND_FLUSH
+    | NBD_FLAG_SEND_FUA
+    | NBD_FLAG_SEND_TRIM
+    | NBD_FLAG_SEND_WRITE_ZEROES
+)
+
+
+class Shown(NamedTuple):
+    """One device under the name of its export. `overlay`: the file for its writes; None: none."""
+
+    export: str
+    archive: OpenArchive
+    device: Device
+    overlay: str | None = None
+
+
+def serve(
+    listener: socket.socket, address: str, shown: Sequence[Shown], cancel: Cancel, emit: Emit
+) -> None:
+    """Until `cancel` is asked. Takes `listener` over. Raises Failure, OSError."""
+    answer_promptly()
+    overlays: list[OverlayDisk] = []
+    try:
+        offers = []
+        for export, archive, device, path in shown:
+            disk = ArchiveDisk(archive, device)
+            if path is None:
+                offers.append(_offer(export, device, _READ_ONLY, disk))
+            else:
+                overlay = OverlayDisk(disk, path, archive.header.uuid, device.dev_id)
+                overlays.append(overlay)
+                offers.append(_offer(export, device, _WRITABLE, overlay))
+        server = Server([listener], offers, lambda text: emit({"event": "notice", "text": text}))
+        server.start()
+        for item in shown:
+            emit(
+                {
+                    "event": "exported",
+                    "archive": item.archive.name,
+                    "device": item.device.name,
+                    "bytes": item.device.size_bytes,
+                    "writable": item.overlay is not None,
+                    "uri": f"nbd+unix:///{quote(item.export)}?socket={quote(address)}",
+                }
+            )
+        readable([cancel.fd])
+        server.close_intake()
+        server.finish(time.monotonic() + DRAIN_S)
+    finally:
+        listener.close()
+        for overlay in overlays:
+            overlay.close()
+
+
+def _offer(export: str, device: Device, flags: int, disk: ArchiveDisk | OverlayDisk) -> Offer:
+    what = Export(export, device.size_bytes, flags, f"vmapipe: {device.name}", allocation=True)
+    return Offer(what, disk)
