@@ -37,6 +37,15 @@ class ArchiveDisk:
 
     def try_read(self, target: memoryview, offset: int) -> bool:
         """Zeroes, and data that was checked before and is in memory."""
+        found = self._index.data_at(offset, len(target))
+        if found is not None:
+            extent, byte = found
+            if extent < 0:
+                return _clear(target)
+            if not self._archive.is_checked(extent):
+                return False
+            start = self._archive.index.offsets[extent] + EXTENT_HEADER_BYTES
+            return self._archive.storage.try_read_into(target, start + byte)
         at = 0
         while at < len(target):
             place = self._index.find((offset + at) // CLUSTER_BYTES)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Header
-from vmapipe.vma.layout import BLOCK_BYTES, UUID_BYTES
+from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK, UUID_BYTES
 from vmapipe.vma.manifest import DIGEST_BYTES
 
 # A run's place, as one 64-bit number: the extent's number + 1, the first block in the
@@ -72,6 +72,25 @@ class DiskIndex:
         at = bisect_right(self.firsts, cluster) - 1
         end = self.firsts[at + 1] if at + 1 < len(self.firsts) else self.clusters
         return _place(self.firsts[at], end, self.places[at])
+
+    def data_at(self, offset: int, length: int) -> tuple[int, int] | None:
+        """Where these bytes of the device are, if they lie in one run, whole: (extent, byte).
+
+        The byte counts from the start of the extent's data. (-1, 0): they are zero. None: it
+        is not so simple. The quick way for small reads, which are most.
+        """
+        at = bisect_right(self.firsts, offset // CLUSTER_BYTES) - 1
+        first, packed = self.firsts[at], self.places[at]
+        end = self.firsts[at + 1] if at + 1 < len(self.firsts) else self.clusters
+        if offset + length > end * CLUSTER_BYTES:
+            return None
+        if packed == _ZERO:
+            return -1, 0
+        if packed & _MASK_BITS != FULL_MASK or packed == _MISSING:
+            return None
+        block = packed >> _BLOCK_SHIFT & 0xFFFF
+        byte = offset - first * CLUSTER_BYTES + block * BLOCK_BYTES
+        return (packed >> _EXTENT_SHIFT) - 1, byte
 
     def missing(self) -> list[tuple[int, int]]:
         """Clusters that are not in the archive, as (first, count)."""
