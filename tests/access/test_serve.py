@@ -15,6 +15,7 @@ import pytest
 
 from tests.access.serving import Served, serving
 from tests.archives import archive, extents_of, in_order, manifest
+from tests.control.test_events import events
 from tests.machine import Need, bad, good, make_disk
 from tests.protocol_nbd.client import Client
 from vmapipe.protocol.nbd.constants import NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES
@@ -32,6 +33,12 @@ def disk(tmp_path: Path) -> Path:
 @pytest.fixture
 def sock(tmp_path: Path) -> Path:
     return tmp_path / "s"
+
+
+def test_what_it_tells_is_what_the_schema_describes(tmp_path: Path, disk: Path, sock: Path) -> None:
+    with serving(sock, stored(tmp_path, disk, "--no-manifest")) as served:
+        pass
+    assert list(events(served.said.encode())) == ["notice", "exported"]
 
 
 def stored(tmp_path: Path, disk: Path, *words: str, name: str = "vm.vma") -> Path:
