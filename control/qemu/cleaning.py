@@ -36,8 +36,7 @@ def clean(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float =
     memory's stream, if there is one, has to be read meanwhile.
     """
     settle(qmp, prefix, limit_s)
-    left = look(qmp, prefix)
-    _connect_again(qmp, left, served)
+    left = _connect_again(qmp, prefix, served)
     deadline = time.monotonic() + limit_s
     refused = ""
     while not left.nothing:
@@ -55,13 +54,16 @@ def clean(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float =
         time.sleep(_LOOK_S)
 
 
-def _connect_again(qmp: Qmp, left: Left, served: Callable[[str], bool]) -> None:
-    waiting = [job for job in left.active if not served(job)]
-    if not waiting:
-        return
+def _connect_again(qmp: Qmp, prefix: str, served: Callable[[str], bool]) -> Left:
+    """Returns what is left then. A job that has come to its end meanwhile needs no target."""
+    left = look(qmp, prefix)
+    if all(served(job) for job in left.active):
+        return left
     for command in left.unthrottle():
         with contextlib.suppress(QmpRefused):
             qmp.execute(command)
     until = time.monotonic() + _SERVED_S
-    while any(not served(job) for job in waiting) and time.monotonic() < until:
+    while not all(served(job) for job in left.active) and time.monotonic() < until:
         time.sleep(_LOOK_S)
+        left = look(qmp, prefix)
+    return left

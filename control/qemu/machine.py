@@ -17,6 +17,7 @@ from vmapipe.control.instant import Instant
 from vmapipe.control.monitor.sockets import listen_unix
 from vmapipe.control.qemu.cleaning import clean
 from vmapipe.control.qemu.disks import (
+    Answer,
     Choice,
     Machine,
     MachineDisk,
@@ -26,6 +27,7 @@ from vmapipe.control.qemu.disks import (
 )
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket
+from vmapipe.control.qemu.intact import Look, why_not_intact
 from vmapipe.control.qemu.leftovers import connect, remove_leftovers
 from vmapipe.control.qemu.memory import progress_of
 from vmapipe.control.qemu.outside import found_outside
@@ -35,6 +37,8 @@ from vmapipe.control.qemu.plan import (
     Target,
     begin,
     features_of,
+    filter_name,
+    look_name,
     name_of,
     run_prefix,
 )
@@ -46,7 +50,11 @@ from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.orders import JOB_SPEED_SET, Copied, copied_order
 
 # Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
-_JOB_EVENTS = frozenset({"BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR"})
+_JOB_EVENTS = frozenset(
+    {"BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_JOB_PENDING"}
+)
+# What a job was at when an error ended it, in its event's word.
+_OPERATIONS = {"read": "read the disk", "write": "sent its data to us"}
 # How quick the disks' jobs are as long as the guest stands still for its memory.
 _SLOW_BYTES_S = 4096
 # With sinks that answer, jobs end within a tenth of a second. One that does not
@@ -79,6 +87,8 @@ class RunningMachine:
         self._producers: list[Child] = []
         # Disks whose producers know that QEMU's job has ended well, by index.
         self._told: set[int] = set()
+        # By job: what it was at when QEMU met an error, in its own word.
+        self._failed_at: dict[str, str] = {}
         self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
 
     @property
@@ -236,6 +246,8 @@ class RunningMachine:
             for event in events:
                 self._saving.hear(event)
             self._saving.look()
+        for event in events:
+            self._hear_error(event)
         if self._has_begun and any(event.get("event") in _JOB_EVENTS for event in events):
             self._look_at_jobs()
         if self._jobs_ended and (self._saving is None or self._saving.is_done):
@@ -249,16 +261,41 @@ class RunningMachine:
             if job is None:
                 raise Failure(f"disk {disk.name!r}: somebody has removed QEMU's backup job")
             if job.get("error"):
-                raise Failure(f"disk {disk.name!r}: {self._why_failed(disk, str(job['error']))}")
+                raise Failure(f"disk {disk.name!r}: {self._why_failed(disk, job)}")
+            if job["status"] == "pending":
+                self._finish(index)
             if job["status"] == "concluded":
                 done += 1
                 self._tell_copied(index, int(str(job["current-progress"])))
         self._jobs_ended = done == len(self._disks)
 
-    def _why_failed(self, disk: MachineDisk, error: str) -> str:
+    def _finish(self, index: int) -> None:
+        """Let a job end that has copied all, if what it has copied is of the instant."""
+        look = Look(look_name(self._run, index), filter_name(self._run, index))
+        if reason := why_not_intact(self._link, look):
+            raise Failure(f"disk {self._disks[index].name!r}: {reason}")
+        # An event tells that it has ended.
+        with contextlib.suppress(QmpRefused):
+            self._link.execute(Command("job-finalize", {"id": name_of(self._run, index)}))
+
+    def _hear_error(self, event: dict[str, Any]) -> None:
+        data = event.get("data") or {}
+        if event.get("event") == "BLOCK_JOB_ERROR":
+            self._failed_at[str(data.get("device", ""))] = str(data.get("operation", ""))
+
+    def _error_of(self, job: Answer) -> str:
+        """QEMU tells how much was copied by then, and not where it met the error."""
+        for event in self._link.events():  # its word of it comes before the job's state
+            self._hear_error(event)
+        at = _OPERATIONS.get(self._failed_at.get(str(job["id"]), ""))
+        copied = f"{job.get('current-progress', 0)} of {job.get('total-progress', 0)} bytes"
+        what = f" while it {at}" if at else ""
+        return f"QEMU's backup job failed{what}, with {copied} copied: {job['error']}"
+
+    def _why_failed(self, disk: MachineDisk, job: Answer) -> str:
         """QEMU cancels a job itself when its -drive goes; both look the same in the job."""
-        if error != "Operation canceled":
-            return f"QEMU's backup job failed: {error}"
+        if job["error"] != "Operation canceled":
+            return self._error_of(job)
         # A device that goes is there a moment longer than the job of its drive.
         deadline = time.monotonic() + _UNPLUG_S
         while time.monotonic() < deadline:

@@ -25,6 +25,9 @@ MAX_WORKERS = 4
 _CBW_GRACE_S = 5
 
 _ACTIVE = frozenset({"created", "running", "paused", "ready", "standby"})
+# All is copied, and a word of somebody is awaited.
+_COPIED = frozenset({"waiting", "pending"})
+_LOOK = "-look"
 _ENDED = frozenset({"concluded", "null"})
 
 
@@ -50,6 +53,11 @@ class Features(NamedTuple):
     members: frozenset[str]
     x_perf: frozenset[str]
 
+    @property
+    def breaks_snapshots(self) -> bool:
+        """Whether old data that cannot be saved costs the backup, and not the guest's write."""
+        return "on-cbw-error" in self.members
+
 
 def features_of(schema: Iterable[Answer]) -> Features:
     """From the answer to query-qmp-schema."""
@@ -70,6 +78,21 @@ def run_prefix(run: str) -> str:
 def name_of(run: str, index: int) -> str:
     """Of the node, and of the job, of a backup's disk."""
     return f"{run_prefix(run)}{index}"
+
+
+def filter_name(run: str, index: int) -> str:
+    """Of the node that a disk's job puts above the disk to copy before it is written to."""
+    return f"{name_of(run, index)}-filter"
+
+
+def look_name(run: str, index: int) -> str:
+    """Of the job that looks whether a disk's snapshot is still whole."""
+    return f"{name_of(run, index)}{_LOOK}"
+
+
+def look_nodes(name: str) -> tuple[str, str, str]:
+    """Of such a job, each before those that it needs: a sector, the snapshot, the target."""
+    return f"{name}-piece", f"{name}-view", f"{name}-nowhere"
 
 
 def index_of(name: str) -> int:
@@ -116,17 +139,24 @@ def _backup(target: Target, index: int, settings: Settings, features: Features) 
     }
     if "max-workers" in features.x_perf:
         data["x-perf"] = {"max-workers": MAX_WORKERS}
-    if "on-cbw-error" in features.members:
+    if features.breaks_snapshots:
         data["on-cbw-error"] = "break-snapshot"
+        # The job then ends as if all were well. So it waits for us, who look before.
+        data["auto-finalize"] = False
+        data["filter-node-name"] = filter_name(settings.run, index)
     if "cbw-timeout" in features.members:
         data["cbw-timeout"] = settings.guest_wait_s + _CBW_GRACE_S
     return data
 
 
 class Left(NamedTuple):
-    """What is left of a backup, by name: jobs at work, jobs that are ending or ended, nodes."""
+    """What is left of a backup, by name: jobs by their state, and nodes.
+
+    `copied`: jobs that have copied all and wait for a word; they send nothing any more.
+    """
 
     active: tuple[str, ...]
+    copied: tuple[str, ...]
     ending: tuple[str, ...]
     ended: tuple[str, ...]
     nodes: tuple[str, ...]
@@ -140,12 +170,29 @@ class Left(NamedTuple):
         return [Command("block-job-set-speed", {"device": job, "speed": 0}) for job in self.active]
 
     def undo(self) -> list[Command]:
-        """What can be done now; look again afterwards. Targets go when no job needs them."""
-        commands = [Command("job-cancel", {"id": job}) for job in self.active]
-        commands += [Command("job-dismiss", {"id": job}) for job in self.ended]
-        if not (self.active or self.ending or self.ended):
-            commands += [Command("blockdev-del", {"node-name": node}) for node in self.nodes]
-        return commands
+        """What can be done now; look again afterwards. Nodes go when no job needs them.
+
+        What looks at a disk's snapshot goes before the job that keeps it.
+        """
+        jobs = {*self.active, *self.copied, *self.ending, *self.ended}
+        looks = {job for job in jobs if job.endswith(_LOOK)}
+        if not looks and (nodes := [node for node in self.nodes if f"{_LOOK}-" in node]):
+            return _delete(nodes)
+        now = looks or jobs
+        commands = [
+            Command("job-cancel", {"id": job}) for job in (*self.active, *self.copied) if job in now
+        ]
+        commands += [Command("job-dismiss", {"id": job}) for job in self.ended if job in now]
+        return commands if jobs else _delete(self.nodes)
+
+
+def _delete(nodes: Sequence[str]) -> list[Command]:
+    """Of those that look, a piece before the view that it needs."""
+    return [Command("blockdev-del", {"node-name": node}) for node in sorted(nodes, key=_depth)]
+
+
+def _depth(node: str) -> int:
+    return 1 if node.endswith("-view") else 0
 
 
 def left_of(jobs: Sequence[Answer], nodes: Sequence[Answer], prefix: str) -> Left:
@@ -153,7 +200,8 @@ def left_of(jobs: Sequence[Answer], nodes: Sequence[Answer], prefix: str) -> Lef
     ours = {j["id"]: j["status"] for j in jobs if str(j.get("id", "")).startswith(prefix)}
     return Left(
         tuple(name for name, status in ours.items() if status in _ACTIVE),
-        tuple(name for name, status in ours.items() if status not in _ACTIVE | _ENDED),
+        tuple(name for name, status in ours.items() if status in _COPIED),
+        tuple(name for name, status in ours.items() if status not in _ACTIVE | _COPIED | _ENDED),
         tuple(name for name, status in ours.items() if status == "concluded"),
         tuple(
             str(node["node-name"])
@@ -176,7 +224,8 @@ def left_targets(nodes: Sequence[Answer]) -> list[LeftTarget]:
     found = []
     for node in nodes:
         name, file = str(node.get("node-name", "")), str(node.get("file", ""))
-        if name.startswith(PREFIX) and "?socket=" in file:
+        # The file of a filter is that of the disk below it.
+        if name.startswith(PREFIX) and node.get("drv") == "nbd" and "?socket=" in file:
             size = (node.get("image") or {}).get("virtual-size", 0)
             found.append(LeftTarget(name, file.partition("?socket=")[2], size))
     return found

@@ -295,11 +295,18 @@ def test_the_targets_of_a_crashed_run_tell_where_they_look_for_their_sink() -> N
     nodes: list[dict[str, Any]] = [
         {
             "node-name": "vmapipe-01234567-0",
+            "drv": "nbd",
             "file": "nbd+unix:///disk?socket=/tmp/vmapipe-sinks-x/0.sock",
             "image": {"virtual-size": 512},
         },
         {"node-name": "other", "file": "nbd+unix:///disk?socket=/tmp/y"},
         {"node-name": "#block1", "file": "/srv/a.raw"},
+        # Above a disk that is on another host's NBD server.
+        {
+            "node-name": "vmapipe-01234567-0-filter",
+            "drv": "copy-before-write",
+            "file": "nbd+unix:///disk?socket=/tmp/y",
+        },
     ]
     (target,) = left_targets(nodes)
     assert target == ("vmapipe-01234567-0", "/tmp/vmapipe-sinks-x/0.sock", 512)
