@@ -193,6 +193,11 @@ class BackupJob:
             self._obey(order, children, emit)
         if self.machine:
             self.machine.look()
+            for text in self.machine.notices:
+                emit({"event": "notice", "text": text})
+            self.machine.notices.clear()
+            if self.machine.is_done:
+                children.unwatch(self.machine.fd)
             _tell_instant(self.machine.held(), emit)
         if self.server:
             self.server.serve()

@@ -162,6 +162,11 @@ class Children:
         if fd >= 0:
             self._selector.register(fd, selectors.EVENT_READ, None)
 
+    def unwatch(self, fd: int) -> None:
+        """Not any more, if it was: a descriptor whose other end is gone stays readable."""
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(fd)
+
     def pids(self) -> list[tuple[str, int]]:
         """Of those that run, each by its name."""
         return [(child.name, child.pid) for child in self.all if child.running]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from vmapipe.control.qemu.plan import Left, left_of
+from vmapipe.control.qemu.poweroff import let_go
 from vmapipe.control.qemu.qmp import Command, Qmp, QmpRefused
 from vmapipe.control.qemu.settling import settle
 from vmapipe.runtime.errors import Failure
@@ -29,6 +30,15 @@ def look(qmp: Qmp, prefix: str) -> Left:
 
 
 def clean(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float = CLEAN_S) -> None:
+    """Take all that is named `prefix` out, and let QEMU end if its guest has powered off meanwhile.
+
+    As `take_out`.
+    """
+    take_out(qmp, prefix, served, limit_s)
+    let_go(qmp, prefix)
+
+
+def take_out(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float) -> None:
     """Until nothing named `prefix` is left. Raises QmpGone, and Failure when it takes too long.
 
     `served`: whether a job's target is connected. A job must not be cancelled

@@ -9,6 +9,7 @@ import socket
 import stat
 from collections.abc import Iterator
 
+from vmapipe.control.qemu import poweroff
 from vmapipe.control.qemu.cleaning import clean, look
 from vmapipe.control.qemu.draining import Draining, open_left, streams_of
 from vmapipe.control.qemu.dropping import Dropping
@@ -27,13 +28,15 @@ def remove_leftovers(qmp: Qmp) -> tuple[str, ...]:
     Raises Failure when they are no left-overs: their backup, or its guardian, lives.
     """
     left, notes = look(qmp, PREFIX), find_notes(qmp, PREFIX)
-    if left.nothing and not notes:
+    held = poweroff.find_notes(qmp, PREFIX)
+    if left.nothing and not notes and not held:
         return ()
     targets = left_targets(qmp.execute(Command("query-named-block-nodes", {"flat": True})))
     folders = {name: note.folder for name, note in notes.items() if note}
     for name, alive in [
         *((target.node, listens(target.socket)) for target in targets),
         *((name, _is_alive(folder)) for name, folder in folders.items()),
+        *((name, _is_alive(note.folder)) for name, note in held.items() if note),
     ]:
         if alive:
             raise Failure(
@@ -48,7 +51,7 @@ def remove_leftovers(qmp: Qmp) -> tuple[str, ...]:
         # A job has the name of its target.
         stand_ins = {t.node: stack.enter_context(_standing_in(t)) for t in targets}
         clean(qmp, PREFIX, lambda job: job not in stand_ins or stand_ins[job].served)
-    return tuple(dict.fromkeys([*(name for kind in left for name in kind), *notes]))
+    return tuple(dict.fromkeys([*(name for kind in left for name in kind), *notes, *held]))
 
 
 def connect(path: str) -> QmpLink:

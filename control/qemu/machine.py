@@ -15,6 +15,7 @@ from typing import Any
 
 from vmapipe.control.instant import Instant
 from vmapipe.control.monitor.sockets import listen_unix
+from vmapipe.control.qemu import poweroff
 from vmapipe.control.qemu.cleaning import clean
 from vmapipe.control.qemu.disks import (
     Answer,
@@ -31,7 +32,7 @@ from vmapipe.control.qemu.intact import Look, why_not_intact
 from vmapipe.control.qemu.leftovers import connect, remove_leftovers
 from vmapipe.control.qemu.memory import progress_of
 from vmapipe.control.qemu.outside import found_outside
-from vmapipe.control.qemu.owner import uid_of_qemu
+from vmapipe.control.qemu.owner import command_line, is_qemu, uid_of_qemu
 from vmapipe.control.qemu.plan import (
     Settings,
     Target,
@@ -89,12 +90,21 @@ class RunningMachine:
         self._told: set[int] = set()
         # By job: what it was at when QEMU met an error, in its own word.
         self._failed_at: dict[str, str] = {}
+        #: What people should know; whoever tells them takes it away.
+        self.notices: list[str] = []
+        # Told to stay when its guest powers off.
+        self._is_held = False
         self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
 
     @property
     def fd(self) -> int:
         """Readable when `look` has something to see."""
         return self._link.fd
+
+    @property
+    def is_done(self) -> bool:
+        """QEMU is rid of us: what it says now, and whether it ends, is no concern of ours."""
+        return self._is_clean
 
     def choose(self, wishes: Wishes) -> Choice:
         """What a crashed backup has left is removed first."""
@@ -196,7 +206,9 @@ class RunningMachine:
         except QmpRefused as error:
             raise Failure(f"QEMU refuses the backup: {error}{_hint(str(error))}") from error
         self._has_begun = True
-        return Instant("", time.monotonic() - started)
+        instant = Instant("", time.monotonic() - started)
+        self._hold_poweroff()
+        return instant
 
     def held(self) -> Instant | None:
         """The instant, once: when it is known that it was."""
@@ -204,8 +216,17 @@ class RunningMachine:
             return None
         self._has_begun = True
         self.set_speed(self._speed_bytes_s)
+        self._hold_poweroff()
         self._look_at_jobs()  # short ones may have ended
         return self._saving.held
+
+    def _hold_poweroff(self) -> None:
+        """A guest that powers off from now on does not take its QEMU, and the backup, with it."""
+        peer = self._link.peer_pid
+        words = command_line(peer) if peer and is_qemu(peer) else []
+        status = self._may_ask("query-status") or {}
+        if poweroff.may_be_held(words, status):
+            self._is_held = poweroff.hold(self._link, self._run, self._folder)
 
     def set_speed(self, bytes_per_s: int) -> None:
         """Of each disk, from now on; 0: no limit."""
@@ -248,6 +269,9 @@ class RunningMachine:
             self._saving.look()
         for event in events:
             self._hear_error(event)
+        if self._is_held and any(poweroff.powers_off(event) for event in events):
+            poweroff.has_powered_off(self._link, self._run, self._folder)
+            self.notices.append("the guest has powered off; QEMU ends when its backup is done")
         if self._has_begun and any(event.get("event") in _JOB_EVENTS for event in events):
             self._look_at_jobs()
         if self._jobs_ended and (self._saving is None or self._saving.is_done):

@@ -46,7 +46,7 @@ def is_qemu(pid: int) -> bool:
     except OSError:
         return False
     if program.startswith("ld-"):
-        return any(_is_name(os.path.basename(word)) for word in _words_of(pid)[1:])
+        return any(_is_name(os.path.basename(word)) for word in command_line(pid)[1:])
     return _is_name(program)
 
 
@@ -55,7 +55,8 @@ def _is_name(program: str) -> bool:
     return program.lstrip(".").startswith(("qemu-", "kvm"))
 
 
-def _words_of(pid: int) -> list[str]:
+def command_line(pid: int) -> list[str]:
+    """Its words; empty when it has ended, or may not be asked."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return [os.fsdecode(word) for word in file.read().split(b"\0")]
@@ -71,5 +72,5 @@ def _running(uuid: str) -> list[int]:
     return [
         pid
         for pid in pids
-        if is_qemu(pid) and any(uuid.lower() in word.lower() for word in _words_of(pid))
+        if is_qemu(pid) and any(uuid.lower() in word.lower() for word in command_line(pid))
     ]
