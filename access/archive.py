@@ -8,21 +8,37 @@ there is no manifest its header is checked, which VMA protects, and the data can
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
-from vmapipe.access.index import ArchiveIndex, IndexBuilder, decode_index, encode_index
-from vmapipe.access.storage import FrameStorage, PlainStorage, Storage, read_error
+from vmapipe.access.index import (
+    ArchiveIndex,
+    IndexBuilder,
+    Place,
+    decode_index,
+    encode_index,
+)
+from vmapipe.access.storage import (
+    FrameStorage,
+    PlainStorage,
+    RangeStorage,
+    SpoolStorage,
+    Storage,
+    read_error,
+)
 from vmapipe.restore.archive.compressed import MAGIC_BYTES, is_compressed
+from vmapipe.restore.archive.source import Source, Stream, open_source
 from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.restore.archive.zstdframes import is_zstd
 from vmapipe.restore.checks.digest import extent_digest
 from vmapipe.restore.checks.manifest import SUFFIX, Manifest
 from vmapipe.restore.errors import DigestError, SourceError
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import UsageError, os_error_text
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.objectnames import is_object
 from vmapipe.vma.errors import ArchiveError, ExtentError
 from vmapipe.vma.extent import Extent, parse_extent_header
@@ -32,7 +48,6 @@ from vmapipe.vma.manifest import ExtentDigest
 
 # Headers of zeroes stand one behind the other: so many are read at a time.
 _HEADERS_BYTES = 64 << 10
-_UNKNOWN, _GOOD, _DAMAGED = range(3)
 Report = Callable[[str], None]
 
 
@@ -50,41 +65,89 @@ class OpenArchive:
         #: Whether its data can be checked.
         self.has_digests = False
         self._report = report
-        self._states = bytearray()
+        # By extent: whether it was found good. Others are looked up in `_why`.
+        self._good = bytearray()
         self._why: dict[int, str] = {}
         self._lock = threading.Lock()
+        # While the index is being made: what is there of it, and why there will be no more.
+        self._builder: IndexBuilder | None = None
+        self._grown = threading.Condition()
+        self._broken = ""
 
-    def use(self, index: ArchiveIndex, *, has_digests: bool) -> None:
-        self.index = index
-        self.has_digests = has_digests
-        self._states = bytearray(len(index.offsets))
+    def use(self, index: ArchiveIndex) -> None:
+        """The whole index is there."""
+        with self._grown:
+            self.index = index
+            self._builder = None
+            self._grown.notify_all()
+
+    def find(self, dev_id: int, cluster: int) -> Place:
+        """The run that `cluster` is in. Waits for it where the index is still being made."""
+        disk = self.index.disks.get(dev_id)
+        if disk is not None:
+            return disk.find(cluster)
+        with self._grown:
+            while self._builder is not None:
+                place = self._builder.find(dev_id, cluster)
+                if place is not None:
+                    return place
+                if self._broken:
+                    raise OSError(errno.EIO, f"{self.name}: {self._broken}")
+                self._grown.wait()
+        return self.index.disks[dev_id].find(cluster)
+
+    def grow(self, builder: IndexBuilder, build: Callable[[IndexBuilder], ArchiveIndex]) -> None:
+        """Make the index in a thread; what is there of it is used at once."""
+        self.index = builder.index
+        self._builder = builder
+
+        def work() -> None:
+            try:
+                index = build(builder)
+            except (ArchiveError, Failure, OSError) as error:
+                self.tell(str(error))
+                with self._grown:
+                    self._broken = str(error)
+                    self._grown.notify_all()
+            else:
+                self.use(index)
+
+        threading.Thread(target=work, name="index", daemon=True).start()
+
+    def has_grown(self) -> None:
+        """There is more of the index."""
+        with self._grown:
+            self._grown.notify_all()
 
     def tell(self, text: str) -> None:
         """A line for the log."""
         self._report(f"{self.name}: {text}")
 
     def is_checked(self, extent: int) -> bool:
-        return self._states[extent] == _GOOD
+        return extent < len(self._good) and bool(self._good[extent])
 
     def ensure(self, extent: int) -> None:
         """Check this extent, unless that was done. Raises OSError (EIO) where it is damaged."""
-        if self._states[extent] == _GOOD:
+        if self.is_checked(extent):
             return
-        if self._states[extent] == _DAMAGED:
-            raise read_error(self.name, self.index.offsets[extent], self._why[extent])
         offset = self.index.offsets[extent]
-        try:
-            self._check(extent)
-        except (ArchiveError, OSError) as error:
-            why = str(error)
-            with self._lock:
-                is_news = self._states[extent] != _DAMAGED
-                self._why[extent] = why
-                self._states[extent] = _DAMAGED
-            if is_news:
-                self.tell(f"the extent at offset {offset} is damaged: {why}")
-            raise read_error(self.name, offset, why) from error
-        self._states[extent] = _GOOD
+        why = self._why.get(extent)
+        if why is None:
+            try:
+                self._check(extent)
+            except (ArchiveError, OSError) as error:
+                why = str(error)
+                with self._lock:
+                    is_news = extent not in self._why
+                    self._why[extent] = why
+                if is_news:
+                    self.tell(f"the extent at offset {offset} is damaged: {why}")
+        if why is not None:
+            raise read_error(self.name, offset, why)
+        with self._lock:
+            missing = max(0, len(self.index.offsets) - len(self._good))
+            self._good += bytes(missing)
+            self._good[extent] = 1
 
     def _check(self, extent: int) -> None:
         offset, size = self.index.offsets[extent], self.index.sizes[extent]
@@ -107,49 +170,67 @@ class OpenArchive:
         self.storage.close()
 
 
-def open_for_access(
-    name: str, cancel: Cancel, report: Report, cache_folder: str | None = None
-) -> OpenArchive:
-    """Open the archive at the path `name`, with its manifest if that stands beside it.
+class Caches(NamedTuple):
+    """`index_folder`: where an index is kept for the next time; None: nowhere.
 
-    `cache_folder`: where its index is kept for the next time; None: nowhere. `report` is
-    called with a line about what is damaged or cannot be checked. Raises SourceError,
-    ArchiveError, UsageError, Cancelled.
+    `spool_folder`: where what comes as one compressed piece is kept, of `spool_bytes` at most.
     """
-    storage, identity = _open(name, cancel)
+
+    index_folder: str | None
+    spool_folder: str
+    spool_bytes: int
+
+
+def open_for_access(name: str, cancel: Cancel, report: Report, caches: Caches) -> OpenArchive:
+    """Open the archive `name`, a path or s3://…, with its manifest if that stands beside it.
+
+    `report` is called with a line about what is damaged or cannot be checked. Raises
+    SourceError, ArchiveError, UsageError, Cancelled.
+    """
+    storage, identity = _open(name, cancel, caches)
     try:
         header, raw_header = _read_header(storage)
         archive = OpenArchive(name, storage, header, report)
-        with contextlib.ExitStack() as stack:
-            manifest = _manifest(name, header, raw_header, cancel)
-            if manifest is None:
-                archive.tell("there is no manifest beside it, so its data cannot be checked")
-            else:
-                stack.enter_context(manifest)
-                status = os.stat(manifest.path)
-                identity = (*identity, status.st_size, status.st_mtime_ns)
-            index = _kept_index(cache_folder, identity, header)
-            if index is None:
-                index = _build(archive, len(raw_header), manifest, cancel)
-                # Damage has to be told anew each time, so it is looked for anew.
-                if not any(disk.missing() for disk in index.disks.values()):
-                    _keep_index(cache_folder, identity, index)
-        archive.use(index, has_digests=manifest is not None)
+        manifest = _manifest(name, header, raw_header, cancel)
+        archive.has_digests = manifest is not None
+        if manifest is None:
+            archive.tell("there is no manifest beside it, so its data cannot be checked")
+        elif identity:
+            status = os.stat(manifest.path)
+            identity = (*identity, status.st_size, status.st_mtime_ns)
+
+        def build(builder: IndexBuilder) -> ArchiveIndex:
+            with manifest or contextlib.nullcontext():
+                return _build(archive, builder, len(raw_header), manifest, cancel)
+
+        if isinstance(storage, SpoolStorage):
+            archive.grow(IndexBuilder(header), build)
+            return archive
+        folder = caches.index_folder if identity else None
+        index = _kept_index(folder, identity, header)
+        if index is None:
+            index = build(IndexBuilder(header))
+            # Damage has to be told anew each time, so it is looked for anew.
+            if not any(disk.missing() for disk in index.disks.values()):
+                _keep_index(folder, identity, index)
+        elif manifest is not None:
+            manifest.close()
+        archive.use(index)
         return archive
     except BaseException:
         storage.close()
         raise
 
 
-def _open(name: str, cancel: Cancel) -> tuple[Storage, tuple[int, ...]]:
-    """What is read, and by what an index that was kept is known to belong to it."""
+def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int, ...]]:
+    """What is read, and by what an index that was kept is known to belong to it (empty: none is)."""
     if name == "-" or name.startswith(("fd:", "exec:", "/dev/fdset/")):
         raise UsageError(
             f"{name}: what comes in order, and once, cannot be read at any place: "
             "put the archive into a file first"
         )
     if is_object(name):
-        raise UsageError(f"{name}: an object store's archive cannot be served yet: copy it first")
+        return _open_object(name, cancel, caches), ()
     try:
         # O_NONBLOCK: opening a FIFO would else wait for its writer, deaf to signals.
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -160,31 +241,55 @@ def _open(name: str, cancel: Cancel) -> tuple[Storage, tuple[int, ...]]:
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
             raise SourceError(f"{name} is neither a file nor a block device: it cannot be served")
         size = os.lseek(fd, 0, os.SEEK_END)
-        storage = _storage(name, fd, size, cancel)
+        os.lseek(fd, 0, os.SEEK_SET)
+        start = os.pread(fd, MAGIC_BYTES, 0)
+        if not is_compressed(name, start):
+            identity = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
+            return PlainStorage(name, fd, size), identity
+
+        def pread(length: int, offset: int) -> bytes:
+            return os.pread(fd, length, offset)
+
+        frames = seekable_frames(pread, size, (cancel,)) if is_zstd(start) else None
+        if frames is not None:
+            identity = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
+            return FrameStorage(name, pread, lambda: os.close(fd), frames), identity
+        source = open_source(f"fd:{fd}", cancel)
     except OSError as error:
         os.close(fd)
         raise SourceError(f"cannot read {name}: {os_error_text(error)}") from error
     except BaseException:
         os.close(fd)
         raise
-    return storage, (status.st_dev, status.st_ino, size, status.st_mtime_ns)
+    os.close(fd)
+    return _spool(name, source, caches), ()
 
 
-def _storage(name: str, fd: int, size_bytes: int, cancel: Cancel) -> Storage:
-    start = os.pread(fd, MAGIC_BYTES, 0)
-    if not is_compressed(name, start):
-        return PlainStorage(name, fd, size_bytes)
-    frames = None
-    if is_zstd(start):
-        frames = seekable_frames(
-            lambda length, offset: os.pread(fd, length, offset), size_bytes, (cancel,)
-        )
-    if frames is None:
-        raise SourceError(
-            f"{name} is compressed as one piece, which has to be read in order: decompress it "
-            "into a file, or store it again with `vmapipe` (--compress zstd)"
-        )
-    return FrameStorage(name, fd, frames)
+def _open_object(name: str, cancel: Cancel, caches: Caches) -> Storage:
+    from vmapipe.restore.archive.object import RemoteObject  # botocore takes a second
+
+    remote = RemoteObject(name, (cancel,))
+    try:
+        start = remote.pread(MAGIC_BYTES, 0)
+        if not is_compressed(name, start):
+            return RangeStorage(name, remote.pread, remote.close, remote.size_bytes)
+        frames = None
+        if is_zstd(start):
+            frames = seekable_frames(remote.pread, remote.size_bytes, (cancel,))
+        if frames is not None:
+            return FrameStorage(name, remote.pread, remote.close, frames)
+    except BaseException:
+        remote.close()
+        raise
+    remote.close()
+    return _spool(name, open_source(name, cancel), caches)
+
+
+def _spool(name: str, source: Source, caches: Caches) -> Storage:
+    if not isinstance(source, Stream):
+        source.close()
+        raise SourceError(f"{name} changed while it was opened")
+    return SpoolStorage(name, source, caches.spool_folder, caches.spool_bytes)
 
 
 def _read_header(storage: Storage) -> tuple[Header, bytes]:
@@ -197,7 +302,9 @@ def _read(storage: Storage, length: int, offset: int) -> bytes:
     """Fewer bytes only at the end. Raises SourceError."""
     try:
         if isinstance(storage, FrameStorage):
-            return storage.read_start(length, offset)
+            start = storage.read_start(length, offset)
+            if len(start) == length:
+                return start
         view = memoryview(bytearray(length))
         return bytes(view[: storage.read_into(view, offset)])
     except OSError as error:
@@ -206,7 +313,12 @@ def _read(storage: Storage, length: int, offset: int) -> bytes:
 
 def _manifest(name: str, header: Header, raw_header: bytes, cancel: Cancel) -> Manifest | None:
     path = name + SUFFIX
-    if not os.path.exists(path):
+    if is_object(name):
+        from vmapipe.restore.archive.object import object_exists
+
+        if not object_exists(path, (cancel,)):
+            return None
+    elif not os.path.exists(path):
         return None
     manifest = Manifest(path, cancel)
     opening = manifest.opening
@@ -220,7 +332,7 @@ def _manifest(name: str, header: Header, raw_header: bytes, cancel: Cancel) -> M
 
 
 def _build(
-    archive: OpenArchive, at: int, manifest: Manifest | None, cancel: Cancel
+    archive: OpenArchive, builder: IndexBuilder, at: int, manifest: Manifest | None, cancel: Cancel
 ) -> ArchiveIndex:
     """Walk along all extents' headers.
 
@@ -228,7 +340,6 @@ def _build(
     I/O error to who reads them. With a manifest the walk goes on behind a damaged header.
     """
     header, storage = archive.header, archive.storage
-    builder = IndexBuilder(header)
     chunk, chunk_at = b"", 0
     while at < storage.size_bytes:
         cancel.check()
@@ -237,6 +348,8 @@ def _build(
             # Headers of extents without data stand one behind the other.
             length = _HEADERS_BYTES if chunk and start == len(chunk) else EXTENT_HEADER_BYTES
             chunk, chunk_at, start = _read(storage, length, at), at, 0
+            if not chunk:
+                break  # the end of what had no known size
         raw = chunk[start : start + EXTENT_HEADER_BYTES]
         line = manifest.next() if manifest is not None else None
         listed = line if isinstance(line, ExtentDigest) else None
@@ -251,6 +364,7 @@ def _build(
             at += listed.total_bytes
             continue
         builder.add(extent, listed.digest if listed is not None else b"")
+        archive.has_grown()
         at += extent.total_bytes
     index = builder.finish()
     for dev_id, cluster in builder.double.items():

@@ -31,13 +31,16 @@ class ArchiveDisk:
         self.size_bytes = device.size_bytes
         self._name = device.name
         self._archive = archive
-        self._index = archive.index.disks[device.dev_id]
+        self._dev_id = device.dev_id
 
     # --- reads ---
 
     def try_read(self, target: memoryview, offset: int) -> bool:
         """Zeroes, and data that was checked before and is in memory."""
-        found = self._index.data_at(offset, len(target))
+        index = self._archive.index.disks.get(self._dev_id)
+        if index is None:
+            return False  # it is still being made: what is not there yet is waited for
+        found = index.data_at(offset, len(target))
         if found is not None:
             extent, byte = found
             if extent < 0:
@@ -48,7 +51,7 @@ class ArchiveDisk:
             return self._archive.storage.try_read_into(target, start + byte)
         at = 0
         while at < len(target):
-            place = self._index.find((offset + at) // CLUSTER_BYTES)
+            place = self._find(offset + at)
             piece = target[at : at + place.end * CLUSTER_BYTES - offset - at]
             if place.is_zero:
                 _clear(piece)
@@ -61,6 +64,9 @@ class ArchiveDisk:
             at += len(piece)
         return True
 
+    def _find(self, offset: int) -> Place:
+        return self._archive.find(self._dev_id, offset // CLUSTER_BYTES)
+
     def _try_data(self, target: memoryview, offset: int, place: Place) -> bool:
         storage = self._archive.storage
         return all(
@@ -72,7 +78,7 @@ class ArchiveDisk:
         """Raises OSError (EIO) where the data is damaged, missing or cannot be read."""
         at = 0
         while at < len(target):
-            place = self._index.find((offset + at) // CLUSTER_BYTES)
+            place = self._find(offset + at)
             piece = target[at : at + place.end * CLUSTER_BYTES - offset - at]
             if place.is_zero:
                 _clear(piece)
@@ -131,7 +137,7 @@ class ArchiveDisk:
         end = offset + length
         hole = NBD_STATE_HOLE | NBD_STATE_ZERO
         while offset < end:
-            place = self._index.find(offset // CLUSTER_BYTES)
+            place = self._find(offset)
             stop = min(end, place.end * CLUSTER_BYTES)
             if place.is_zero:
                 yield stop - offset, hole

@@ -208,6 +208,10 @@ class IndexBuilder:
                     packed = (number + 1) << _EXTENT_SHIFT | part.block << _BLOCK_SHIFT | part.mask
                 runs.add(part.first, part.clusters, packed)
 
+    def find(self, dev_id: int, cluster: int) -> Place | None:
+        """As `DiskIndex.find`, of what has come so far; None: it has not, or not in order."""
+        return self._runs[dev_id].find(cluster)
+
     def finish(self) -> ArchiveIndex:
         for dev_id, runs in self._runs.items():
             disk, double = runs.finish()
@@ -240,6 +244,13 @@ class _Runs:
         self._firsts.append(first)
         self._counts.append(count)
         self._places.append(place)
+
+    def find(self, cluster: int) -> Place | None:
+        at = bisect_right(self._firsts, cluster) - 1 if self._in_order else -1
+        if at < 0 or cluster >= self._firsts[at] + self._counts[at]:
+            return None
+        first = self._firsts[at]
+        return _place(first, first + self._counts[at], self._places[at])
 
     def finish(self) -> tuple[DiskIndex, int | None]:
         """The index, and the first cluster that came twice."""

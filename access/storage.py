@@ -1,25 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain bytes of an archive at any place: of a plain file, or of independent zstd frames."""
+"""The plain bytes of an archive at any place.
+
+Of a plain file or object, of independent zstd frames, or of a stream that is decompressed
+into a file of its own while it is read.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
+import tempfile
 import threading
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Protocol
 
 import zstandard
 
-from vmapipe.runtime.errors import os_error_text
+from vmapipe.restore.archive.source import Stream
+from vmapipe.restore.errors import SourceError
+from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import Frame
+
+# (length, offset): fewer bytes only at the end.
+Pread = Callable[[int, int], bytes]
 
 # Of decompressed frames that are kept: 32 of ours, which hold an extent each. A guest
 # that boots comes back to the same few dozen.
 CACHE_BYTES = 128 << 20
+# Of an object at a time: a third of an extent, so that a small read does not cost a whole one.
+_RANGE_BYTES = 1 << 20
+# More than any archive has.
+_ENDLESS = 1 << 62
+# A thread that decompresses is told to stop, and looks for that at each read.
+_JOIN_S = 5.0
 
 
 class Storage(Protocol):
@@ -71,27 +88,30 @@ class PlainStorage:
 
 
 class FrameStorage:
-    """A zstd file of independent frames with a seek table. Owns `fd`.
+    """A zstd file, or object, of independent frames with a seek table. `release` ends it.
 
-    A frame is decompressed whole when it is read, and kept while there is room in
+    `pread` (length, offset) reads the compressed bytes, fewer only at the end, and may
+    raise OSError or Failure. A frame is decompressed whole when it is read, and kept while there is room in
     the cache; who wants one that another thread is at work with waits for that.
     """
 
     def __init__(
-        self, name: str, fd: int, frames: list[Frame], cache_bytes: int = CACHE_BYTES
+        self,
+        name: str,
+        pread: Pread,
+        release: Callable[[], None],
+        frames: list[Frame],
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._name = name
-        self._fd = fd
-        self._cache_bytes = cache_bytes
+        self._pread_file = pread
+        self._release = release
+        self._cache = _Cache(cache_bytes)
         self._file_at, self._plain_at = array("Q", [0]), array("Q", [0])
         for frame in frames:
             self._file_at.append(self._file_at[-1] + frame.compressed_bytes)
             self._plain_at.append(self._plain_at[-1] + frame.plain_bytes)
         self.size_bytes = self._plain_at[-1]
-        self._changed = threading.Condition()
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
-        self._kept_bytes = 0
-        self._under_way: set[int] = set()
         self._local = threading.local()
 
     def read_into(self, view: memoryview, offset: int) -> int:
@@ -99,7 +119,7 @@ class FrameStorage:
         while done < len(view) and offset + done < self.size_bytes:
             number = bisect_right(self._plain_at, offset + done) - 1
             at = offset + done - self._plain_at[number]
-            piece = self._frame(number)[at : at + len(view) - done]
+            piece = self._cache.get(number, self._decompress)[at : at + len(view) - done]
             view[done : done + len(piece)] = piece
             done += len(piece)
         return done
@@ -111,8 +131,7 @@ class FrameStorage:
         """
         number = bisect_right(self._plain_at, offset) - 1
         at = offset - self._plain_at[number]
-        with self._changed:
-            kept = self._kept.get(number)
+        kept = self._cache.kept(number)
         if kept is not None:
             return kept[at : at + length]
         file_at, end = self._file_at[number], self._file_at[number + 1]
@@ -131,41 +150,12 @@ class FrameStorage:
         number = bisect_right(self._plain_at, offset) - 1
         if offset + len(view) > self._plain_at[min(number + 1, len(self._plain_at) - 1)]:
             return False
-        with self._changed:
-            frame = self._kept.get(number)
-            if frame is None:
-                return False
-            self._kept.move_to_end(number)
+        frame = self._cache.kept(number)
+        if frame is None:
+            return False
         at = offset - self._plain_at[number]
         view[:] = frame[at : at + len(view)]
         return True
-
-    def _frame(self, number: int) -> bytes:
-        with self._changed:
-            while number in self._under_way:
-                self._changed.wait()
-            kept = self._kept.get(number)
-            if kept is not None:
-                self._kept.move_to_end(number)
-                return kept
-            self._under_way.add(number)
-        frame = None
-        try:
-            frame = self._decompress(number)
-        finally:
-            with self._changed:
-                self._under_way.discard(number)
-                if frame is not None:
-                    self._keep(number, frame)
-                self._changed.notify_all()
-        return frame
-
-    def _keep(self, number: int, frame: bytes) -> None:
-        self._kept[number] = frame
-        self._kept_bytes += len(frame)
-        while self._kept_bytes > self._cache_bytes and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= len(oldest)
 
     def _decompress(self, number: int) -> bytes:
         file_at = self._file_at[number]
@@ -187,17 +177,193 @@ class FrameStorage:
         return plain
 
     def _pread(self, length: int, offset: int) -> bytes:
-        try:
-            data = os.pread(self._fd, length, offset)
-        except OSError as error:
-            raise read_error(self._name, offset, os_error_text(error)) from error
+        data = _whole(self._name, self._pread_file, length, offset)
         if len(data) != length:
             raise read_error(self._name, offset, "the file is shorter than it was")
         return data
 
     def close(self) -> None:
-        with self._changed, contextlib.suppress(OSError):
-            os.close(self._fd)
+        self._release()
+
+
+class RangeStorage:
+    """A plain object of a store, read by ranges that are kept while there is room."""
+
+    def __init__(
+        self,
+        name: str,
+        pread: Pread,
+        release: Callable[[], None],
+        size_bytes: int,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.size_bytes = size_bytes
+        self._name = name
+        self._pread_file = pread
+        self._release = release
+        self._cache = _Cache(cache_bytes)
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        done = 0
+        while done < len(view) and offset + done < self.size_bytes:
+            number, at = divmod(offset + done, _RANGE_BYTES)
+            piece = self._cache.get(number, self._range)[at : at + len(view) - done]
+            if not piece:
+                raise read_error(self._name, offset + done, "it is shorter than it was")
+            view[done : done + len(piece)] = piece
+            done += len(piece)
+        return done
+
+    def try_read_into(self, view: memoryview, offset: int) -> bool:
+        number, at = divmod(offset, _RANGE_BYTES)
+        kept = self._cache.kept(number)
+        if kept is None or at + len(view) > len(kept):
+            return False
+        view[:] = kept[at : at + len(view)]
+        return True
+
+    def _range(self, number: int) -> bytes:
+        at = number * _RANGE_BYTES
+        return _whole(self._name, self._pread_file, min(_RANGE_BYTES, self.size_bytes - at), at)
+
+    def close(self) -> None:
+        self._release()
+
+
+class SpoolStorage:
+    """A stream's plain bytes, in a nameless file of `folder` that fills while it is read.
+
+    Who reads what has not come yet waits for it. `size_bytes` is the size once all is there, and
+    far beyond anything until then. Owns `source`.
+    """
+
+    def __init__(self, name: str, source: Stream, folder: str, limit_bytes: int) -> None:
+        """Raises SourceError where no file can be made."""
+        self.size_bytes = _ENDLESS
+        self._name = name
+        self._source = source
+        self._limit_bytes = limit_bytes
+        self._changed = threading.Condition()
+        self._there = 0
+        self._error = ""
+        self._ended = False
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by close()
+        except OSError as error:
+            source.close()
+            raise SourceError(
+                f"cannot make a file in {folder} for what is decompressed: {os_error_text(error)}"
+            ) from error
+        self._thread = threading.Thread(target=self._fill, name="spool", daemon=True)
+        self._thread.start()
+
+    def _fill(self) -> None:
+        error = ""
+        view = memoryview(bytearray(_RANGE_BYTES))
+        try:
+            while got := self._source.readinto(view):
+                if self._there + got > self._limit_bytes:
+                    raise SourceError(
+                        f"{self._name} has more than {self._limit_bytes} bytes when it is "
+                        "decompressed: raise --cache-size"
+                    )
+                rest = view[:got]
+                while rest:
+                    rest = rest[
+                        os.pwrite(self._file.fileno(), rest, self._there + got - len(rest)) :
+                    ]
+                with self._changed:
+                    self._there += got
+                    self._changed.notify_all()
+        except OSError as failure:
+            error = f"cannot keep what is decompressed: {os_error_text(failure)}"
+        except (Failure, ArchiveError) as failure:
+            error = str(failure)
+        with self._changed:
+            self._error, self._ended = error, True
+            self.size_bytes = self._there
+            self._changed.notify_all()
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        with self._changed:
+            while self._there < offset + len(view) and not self._ended:
+                self._changed.wait()
+            if self._error and self._there < offset + len(view):
+                raise read_error(self._name, self._there, self._error)
+        done = 0
+        while done < len(view):
+            got = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            if not got:
+                break
+            done += got
+        return done
+
+    def try_read_into(self, view: memoryview, offset: int) -> bool:
+        if self._there < offset + len(view):
+            return False
+        try:
+            return os.preadv(self._file.fileno(), [view], offset, os.RWF_NOWAIT) == len(view)
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        self._source.stop()
+        self._thread.join(_JOIN_S)
+        if not self._thread.is_alive():
+            self._source.close()
+            self._file.close()
+
+
+class _Cache:
+    """Pieces by number, the least used forgotten first. Each is made by one thread at a time."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._changed = threading.Condition()
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._bytes = 0
+        self._under_way: set[int] = set()
+
+    def kept(self, number: int) -> bytes | None:
+        with self._changed:
+            piece = self._kept.get(number)
+            if piece is not None:
+                self._kept.move_to_end(number)
+            return piece
+
+    def get(self, number: int, make: Callable[[int], bytes]) -> bytes:
+        with self._changed:
+            while number in self._under_way:
+                self._changed.wait()
+            piece = self._kept.get(number)
+            if piece is not None:
+                self._kept.move_to_end(number)
+                return piece
+            self._under_way.add(number)
+        try:
+            piece = make(number)
+        finally:
+            with self._changed:
+                self._under_way.discard(number)
+                self._changed.notify_all()
+        with self._changed:
+            if number not in self._kept:
+                self._bytes += len(piece)
+            self._kept[number] = piece
+            while self._bytes > self._limit_bytes and len(self._kept) > 1:
+                _, oldest = self._kept.popitem(last=False)
+                self._bytes -= len(oldest)
+        return piece
+
+
+def _whole(name: str, pread: Pread, length: int, offset: int) -> bytes:
+    """Raises OSError (EIO) with the reason."""
+    try:
+        return pread(length, offset)
+    except OSError as error:
+        raise read_error(name, offset, os_error_text(error)) from error
+    except Failure as error:
+        raise read_error(name, offset, str(error)) from error
 
 
 # Of a compressed frame's start, for the header in it: zstd's blocks hold up to 128 KiB

@@ -6,18 +6,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 
-from vmapipe.access.archive import OpenArchive, default_cache_folder, open_for_access
+from vmapipe.access.archive import (
+    Caches,
+    OpenArchive,
+    default_cache_folder,
+    open_for_access,
+)
 from vmapipe.access.serve import Shown, serve
 from vmapipe.control.monitor.sockets import listen_unix
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.control.words import naming
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import make_parser
-from vmapipe.runtime.errors import Cancelled, Failure, UsageError
+from vmapipe.runtime.cli import make_parser, size
+from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.process import run
 from vmapipe.runtime.texts import name_text
@@ -59,8 +66,22 @@ def main(argv: Sequence[str], prog: str) -> int:
     parser.add_argument(
         "--no-index-cache", action="store_true", help="look at all extent headers at each start"
     )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where an archive that is compressed as one piece is kept, decompressed, while it "
+        "is served (default: $TMPDIR)",
+    )
+    parser.add_argument(
+        "--cache-size",
+        type=size,
+        metavar="SIZE",
+        help="how much of that there may be (default: what is free there, less a tenth)",
+    )
     add_report_options(parser)
-    parser.add_argument("archives", nargs="*", metavar="ARCHIVE", help="a file or block device")
+    parser.add_argument(
+        "archives", nargs="*", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"
+    )
     options = parser.parse_args(argv)
     return run(prog, lambda: _serve(options))
 
@@ -104,7 +125,7 @@ def _open_all(
     stack: contextlib.ExitStack,
 ) -> list[OpenArchive]:
     """Of --all those that can be opened; of archives that were named, each one."""
-    cache = None if options.no_index_cache else options.index_cache
+    caches = _caches(options)
     opened = []
     for name in names:
 
@@ -113,7 +134,7 @@ def _open_all(
 
         try:
             with naming(name):
-                archive = open_for_access(name, cancel, report, cache)
+                archive = open_for_access(name, cancel, report, caches)
         except UsageError:
             raise
         except Cancelled:
@@ -126,6 +147,18 @@ def _open_all(
         stack.callback(archive.close)
         opened.append(archive)
     return opened
+
+
+def _caches(options: argparse.Namespace) -> Caches:
+    folder = options.cache or tempfile.gettempdir()
+    limit = options.cache_size
+    if limit is None:
+        try:
+            limit = shutil.disk_usage(folder).free * 9 // 10
+        except OSError as error:
+            raise Failure(f"cannot use {folder}: {os_error_text(error)}") from error
+    index_folder = None if options.no_index_cache else options.index_cache
+    return Caches(index_folder, folder, limit)
 
 
 def _shown(opened: Sequence[OpenArchive], options: argparse.Namespace) -> list[Shown]:

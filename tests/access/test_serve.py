@@ -152,6 +152,58 @@ def test_an_archive_that_is_removed_meanwhile_is_served_on(
         assert client.read_all(1 << 20) == disk.read_bytes()
 
 
+@pytest.mark.parametrize("program", ["gzip", "zstd", "lzop"])
+def test_an_archive_that_is_compressed_as_one_piece_is_served_while_it_is_decompressed(
+    need: Need, tmp_path: Path, disk: Path, sock: Path, program: str
+) -> None:
+    (path,) = need(program)
+    raw = stored(tmp_path, disk).read_bytes()
+    packed = tmp_path / "packed"
+    packed.write_bytes(subprocess.run([path, "-c"], input=raw, capture_output=True).stdout)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with serving(sock, packed, "--cache", cache), Client(sock, "a") as client:
+        assert client.read(0, 70000) == disk.read_bytes()[:70000]
+        assert client.read_all(1 << 20) == disk.read_bytes()
+        assert not list(cache.iterdir())  # it has no name, so nothing can stay behind
+
+
+def test_clusters_in_any_order_come_out_of_one_compressed_piece(
+    need: Need, tmp_path: Path, sock: Path
+) -> None:
+    (program,) = need("gzip")
+    disks = {"a": make_disk(tmp_path / "1", "AAp0AAhA" * 30).read_bytes()}
+    order = in_order(disks)
+    random.Random(4).shuffle(order)
+    raw = archive(disks, order=order)
+    packed = tmp_path / "vm.vma.gz"
+    packed.write_bytes(subprocess.run([program, "-c"], input=raw, capture_output=True).stdout)
+    with serving(sock, packed), Client(sock, "a") as client:
+        assert client.read_all(1 << 20) == disks["a"]
+
+
+def test_a_compressed_piece_that_is_damaged_or_too_large_is_an_io_error(
+    need: Need, tmp_path: Path, disk: Path, sock: Path
+) -> None:
+    (program,) = need("gzip")
+    raw = stored(tmp_path, disk).read_bytes()
+    packed = bytearray(subprocess.run([program, "-1c"], input=raw, capture_output=True).stdout)
+    path, content = tmp_path / "vm.vma.gz", disk.read_bytes()
+    path.write_bytes(packed)
+    with serving(sock, path, "--cache-size", "1M") as served, Client(sock, "a") as client:
+        assert client.read(0, 65536) == content[:65536]
+        with pytest.raises(OSError) as caught:  # noqa: PT011  its number is looked at
+            client.read(len(content) - 100, 100)
+        assert caught.value.errno == errno.EIO
+    assert "--cache-size" in served.said
+    packed[len(packed) // 2] ^= 0xFF
+    path.write_bytes(packed)
+    with serving(sock, path), Client(sock, "a") as client:
+        with pytest.raises(OSError) as caught:  # noqa: PT011
+            client.read_all(1 << 20)
+        assert caught.value.errno == errno.EIO
+
+
 def test_all_archives_of_a_folder_are_served_and_a_damaged_one_is_left_out(
     tmp_path: Path, disk: Path, sock: Path
 ) -> None:
