@@ -15,6 +15,7 @@ from vmapipe.control.jobs.state import JobState
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit, Event, ignore
+from vmapipe.runtime.folders import temporary_folder
 from vmapipe.runtime.waiting import readable
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Hooks:
         words = [self.program, phase]
         if not phase.startswith("job-"):
             words += [self.mode, self.vmid]
-        said = tempfile.TemporaryFile()  # noqa: SIM115  closed by _finish
+        said = tempfile.TemporaryFile(dir=temporary_folder())  # noqa: SIM115  closed by _finish
         reading, lifeline = os.pipe()
         try:
             process = subprocess.Popen(

@@ -14,6 +14,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.heldfolder import HeldFolder
+
 # sun_path has 108 bytes with its NUL.
 MAX_SOCKET_PATH_BYTES = 107
 # The longest of ours below the folder for them: a kind, mkdtemp's eight letters, a socket.
@@ -21,11 +24,37 @@ _LONGEST_BELOW = len("/vmapipe-storage-12345678/daemon.sock")
 _SHORT_FOLDER = "/tmp"  # where every Linux program may make things, and short
 
 
-def folder_for_sockets() -> str:
-    """TMPDIR, or /tmp where that is so long that a socket in it could have no path."""
-    chosen = tempfile.gettempdir()
-    too_long = len(os.fsencode(chosen)) > MAX_SOCKET_PATH_BYTES - _LONGEST_BELOW
-    return _SHORT_FOLDER if too_long else chosen
+def folder_for_sockets(wanted: str = "") -> str:
+    """Where folders with sockets in them are made: `wanted`, TMPDIR, or /tmp.
+
+    /tmp where a socket's path would be too long, or where another user could put something else in
+    the place of such a folder. Raises Failure.
+    """
+    unsafe = ""
+    for place in filter(None, (wanted, temporary_folder(_LONGEST_BELOW), _SHORT_FOLDER)):
+        try:
+            with HeldFolder(place) as folder:
+                changer = folder.changeable_by_others()
+        except OSError:
+            changer = ""  # making the folder will tell why
+        if not changer:
+            return place
+        unsafe = unsafe or changer
+    raise Failure(
+        f"no safe place for sockets: other users can rename what is in {unsafe}, and in "
+        f"{_SHORT_FOLDER}; set TMPDIR to a folder where only root and this user can"
+    )
+
+
+def temporary_folder(longest_below: int = 0) -> str:
+    """TMPDIR, or /tmp: also where a socket's path, of so many characters below it, would be too long.
+
+    Not tempfile's, which makes a file there to see whether it can.
+    """
+    chosen = os.path.abspath(os.environ.get("TMPDIR") or _SHORT_FOLDER)
+    too_long = longest_below and len(os.fsencode(chosen)) > MAX_SOCKET_PATH_BYTES - longest_below
+    usable = os.path.isdir(chosen) and os.access(chosen, os.W_OK | os.X_OK)
+    return chosen if usable and not too_long else _SHORT_FOLDER
 
 
 @contextlib.contextmanager
@@ -55,7 +84,7 @@ class OwnFolder:
     def __init__(
         self, kind: str, parent: str = "", keeps: Callable[[str], bool] = lambda path: False
     ) -> None:
-        parent, prefix = parent or folder_for_sockets(), f"vmapipe-{kind}-"
+        parent, prefix = folder_for_sockets(parent), f"vmapipe-{kind}-"
         _remove_leftovers(parent, prefix, keeps)
         while True:
             self.path = tempfile.mkdtemp(prefix=prefix, dir=parent)
@@ -90,6 +119,7 @@ class OwnFolder:
 
 
 def _remove(path: str) -> None:
+    # Nobody else can lead this path elsewhere: see `folder_for_sockets`.
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -47,7 +47,11 @@ class HeldFolder:
     def __init__(self, path: str) -> None:
         """Links in `path` are followed, this once: it is the user's word."""
         self.path = path or "."
-        self.fd = os.open(self.path, _FOLDER)
+        try:
+            self.fd = os.open(self.path, _FOLDER)
+        except PermissionError:
+            # One that may not be listed, in which things may be made all the same.
+            self.fd = os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     @classmethod
     def of_descriptor(cls, path: str, fd: int) -> HeldFolder:
@@ -87,6 +91,13 @@ class HeldFolder:
         """Whether `name` is the file that `fd` has open."""
         status = self.status(name)
         return status is not None and os.path.samestat(status, os.fstat(fd))
+
+    def address(self, name: str) -> str:
+        """What to bind or connect a Unix socket to, in this process and as long as this is open."""
+        if self.changeable_by_others():
+            return f"/proc/self/fd/{self.fd}/{_checked(name)}"
+        # Nobody can lead it elsewhere, and it is what others are shown.
+        return os.path.join(self.path, _checked(name))
 
     # --- Opening and making ---
 

@@ -7,10 +7,11 @@ import contextlib
 import os
 import re
 import socket
-import tempfile
 
 from vmapipe.control.monitor.sockets import Listener, alone_in, listen_unix, private_folder
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.folders import temporary_folder
+from vmapipe.runtime.heldfolder import HeldFolder
 
 _NAME = re.compile(r"[0-9a-f]{32}\.sock")
 # Whoever listens answers a connection at once; one that is stopped does so, too.
@@ -27,7 +28,7 @@ def runtime_folder() -> str:
     own = os.environ.get("XDG_RUNTIME_DIR")
     if own:
         return os.path.join(own, "vmapipe")
-    return os.path.join(tempfile.gettempdir(), f"vmapipe-{os.geteuid()}")
+    return os.path.join(temporary_folder(), f"vmapipe-{os.geteuid()}")
 
 
 def listen(job: str) -> Listener:
@@ -39,30 +40,41 @@ def listen(job: str) -> Listener:
 
 def sockets() -> dict[str, str]:
     """Job ids and the sockets where somebody listens; the others are removed."""
-    folder = runtime_folder()
     try:
-        names = sorted(filter(_NAME.fullmatch, os.listdir(folder)))
+        with HeldFolder(runtime_folder()) as folder:
+            return {
+                name.removesuffix(".sock"): os.path.join(folder.path, name)
+                for name in _alive(folder)
+            }
     except OSError:
         return {}
-    alive = {name: _is_alive(os.path.join(folder, name)) for name in names}
-    if not all(alive.values()):
+
+
+def _alive(folder: HeldFolder) -> list[str]:
+    """Raises OSError."""
+    status = os.fstat(folder.fd)
+    # Whoever else can make names in it may have made these: they are looked at, and left alone.
+    ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    names = sorted(filter(_NAME.fullmatch, folder.names()))
+    alive = {name: _is_alive(folder, name) for name in names}
+    if ours and not all(alive.values()):
         # The file is there before somebody listens: while it is our turn, no maker is between.
         with contextlib.suppress(Failure), alone_in(folder):
             for name in [name for name in names if not alive[name]]:
-                alive[name] = _is_alive(os.path.join(folder, name), remove=True)
-    return {name.removesuffix(".sock"): os.path.join(folder, name) for name in names if alive[name]}
+                alive[name] = _is_alive(folder, name, remove=True)
+    return [name for name in names if alive[name]]
 
 
-def _is_alive(path: str, *, remove: bool = False) -> bool:
+def _is_alive(folder: HeldFolder, name: str, *, remove: bool = False) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_PROBE_S)
         try:
-            probe.connect(path)
+            probe.connect(folder.address(name))
         except (ConnectionRefusedError, FileNotFoundError):
             # Its process died without removing it, or has just ended.
             if remove:
                 with contextlib.suppress(OSError):
-                    os.unlink(path)
+                    os.unlink(name, dir_fd=folder.fd)
             return False
         except OSError:
             return True  # somebody is there, and busy

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import made_with
+from vmapipe.runtime.heldfolder import HeldFolder
 
 _BACKLOG = 128
 # sun_path has 108 bytes with its NUL.
@@ -24,12 +25,16 @@ _TURN_LOOK_S = 0.01
 
 
 class Listener:
-    """A listening socket, and its name in the file system (empty: none)."""
+    """A listening socket, and its name in the folder that it holds (`path` empty: none)."""
 
-    def __init__(self, sock: socket.socket, path: str) -> None:
+    def __init__(
+        self, sock: socket.socket, path: str = "", folder: HeldFolder | None = None
+    ) -> None:
         self.socket = sock
         self.path = path
-        self._identity = _identity(path) if path else None
+        self._folder = folder
+        self._name = os.path.basename(path)
+        self._status = folder.status(self._name) if folder else None
 
     @property
     def fd(self) -> int:
@@ -38,15 +43,19 @@ class Listener:
     def close(self) -> None:
         """The name goes too, unless somebody else has taken it meanwhile."""
         self.socket.close()
-        if self.path and _identity(self.path) == self._identity:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+        folder, self._folder = self._folder, None
+        if folder is None:
+            return
+        with folder, contextlib.suppress(OSError):
+            now = folder.status(self._name)
+            if now and self._status and os.path.samestat(now, self._status):
+                os.unlink(self._name, dir_fd=folder.fd)
 
 
 def listen(address: str, mode: int, *, insecure_tcp: bool = False) -> Listener:
     """A path, or tcp://HOST:PORT. Raises Failure, UsageError."""
     if address.startswith("tcp://"):
-        return Listener(_listen_tcp(address, insecure_tcp=insecure_tcp), "")
+        return Listener(_listen_tcp(address, insecure_tcp=insecure_tcp))
     return listen_unix(address, mode, socket.SOCK_STREAM)
 
 
@@ -54,80 +63,98 @@ def listen_unix(path: str, mode: int, kind: socket.SocketKind) -> Listener:
     """Takes over the name of a socket that nobody listens on any more. Raises Failure."""
     if not 0 < len(os.fsencode(path)) <= _MAX_PATH_BYTES:
         raise UsageError(f"{path!r}: a socket's path has 1..{_MAX_PATH_BYTES} bytes")
-    with alone_in(os.path.dirname(path) or "."):
-        return _listen_unix(path, mode, kind)
+    place, name = os.path.split(path)
+    try:
+        folder = HeldFolder(place)
+    except OSError as error:
+        raise Failure(f"cannot listen in {place or '.'}: {os_error_text(error)}") from error
+    try:
+        with alone_in(folder):
+            _remove_stale(folder, name, kind)
+            return Listener(_bound(folder, name, mode, kind), path, folder)
+    except BaseException:
+        folder.close()
+        raise
 
 
 def private_folder(path: str, *, others_may_look: bool = False) -> str:
     """A folder that only we can enter: a new one, or the one that is there. Raises Failure.
 
     `others_may_look`: one that somebody else made for us and that only we can write to will do.
+    Nobody else can put another one in its place, so that its path leads to it from now on.
     """
+    place, name = os.path.split(path.rstrip("/"))
     try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-        status = os.lstat(path)
+        with HeldFolder(place) as above:
+            if changer := above.changeable_by_others():
+                raise Failure(
+                    f"cannot use the folder {path}: other users can rename what is in {changer}; "
+                    "choose a place where only root and this user can"
+                )
+            with contextlib.suppress(FileExistsError):
+                above.make_folder(name).close()
+            status = above.status(name)
     except OSError as error:
         raise Failure(f"cannot make the folder {path}: {os_error_text(error)}") from error
     forbidden, do = (0o022, "write to") if others_may_look else (0o077, "enter")
-    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-    if not ours or status.st_mode & forbidden:
+    ours = status and stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not ours or (status and status.st_mode & forbidden):
         raise Failure(f"{path} exists, and is no folder that only this user can {do}: remove it")
     return path
 
 
 @contextlib.contextmanager
-def alone_in(folder: str) -> Iterator[None]:
+def alone_in(folder: HeldFolder) -> Iterator[None]:
     """Makers and removers of sockets in a folder take turns. Raises Failure."""
+    deadline = time.monotonic() + _TURN_S
+    while True:
+        try:
+            fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise Failure(f"cannot listen in {folder.path}: another process locks it") from None
+            time.sleep(_TURN_LOOK_S)
+        except OSError:
+            yield  # we may make names here, and not read them: then without a turn
+            return
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:
-        yield  # we may make names here, and not read them: then without a turn
-        return
-    except OSError as error:
-        raise Failure(f"cannot listen in {folder}: {os_error_text(error)}") from error
-    try:
-        deadline = time.monotonic() + _TURN_S
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Failure(f"cannot listen in {folder}: another process locks it") from None
-                time.sleep(_TURN_LOOK_S)
         yield
     finally:
-        os.close(fd)
+        fcntl.flock(folder.fd, fcntl.LOCK_UN)
 
 
-def _listen_unix(path: str, mode: int, kind: socket.SocketKind) -> Listener:
-    _remove_stale(path, kind)
+def _bound(folder: HeldFolder, name: str, mode: int, kind: socket.SocketKind) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, kind)
     try:
         with made_with(mode):
-            sock.bind(path)
+            sock.bind(folder.address(name))
             sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        raise Failure(f"cannot listen on {path}: {os_error_text(error)}") from error
-    return Listener(sock, path)
+        where = os.path.join(folder.path, name)
+        raise Failure(f"cannot listen on {where}: {os_error_text(error)}") from error
+    return sock
 
 
-def _remove_stale(path: str, kind: socket.SocketKind) -> None:
+def _remove_stale(folder: HeldFolder, name: str, kind: socket.SocketKind) -> None:
+    path = os.path.join(folder.path, name)
     try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise Failure(f"cannot listen on {path}: it exists, and is no socket")
+        status = folder.status(name)
     except OSError:
-        return  # not there, or bind will say what is wrong
+        return  # bind will say what is wrong
+    if status is None:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise Failure(f"cannot listen on {path}: it exists, and is no socket")
     with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.settimeout(1.0)
         try:
-            probe.connect(path)
+            probe.connect(folder.address(name))
         except ConnectionRefusedError:
             # Its owner died without removing it.
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+                os.unlink(name, dir_fd=folder.fd)
             return
         except OSError:
             pass  # somebody is there, and busy, or of another kind
@@ -158,11 +185,3 @@ def _listen_tcp(address: str, *, insecure_tcp: bool) -> socket.socket:
         sock.close()
         raise Failure(f"cannot listen on {address}: {os_error_text(error)}") from error
     return sock
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

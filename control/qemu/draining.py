@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
-import stat
 import struct
 import threading
 
-from vmapipe.control.qemu.memory import STREAM_NAME
+from vmapipe.control.qemu.sinkfolder import STREAM_NAME, open_stream
 
 _DROP_BYTES = 1 << 20
 _STREAM = re.compile(rf"(/.*)/{re.escape(STREAM_NAME)}(?: \(deleted\))?")
@@ -38,35 +38,22 @@ class Draining:
             os.close(self._fd)
 
 
-def open_left(path: str) -> int | None:
-    """The reading end of a pipe that QEMU still writes to; None: there is none."""
-    try:
-        if not stat.S_ISFIFO(os.stat(path).st_mode):
-            return None
-        # Not waiting for a writer; reads wait again.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return None
-    os.set_blocking(fd, True)
-    return fd
-
-
-def streams_of(qmp: str) -> dict[str, str]:
-    """Of the QEMU behind this monitor: where the pipes that it writes memory to can be opened.
+def streams_of(qmp: str) -> dict[str, int]:
+    """Of the QEMU behind this monitor: pipes of ours that it writes memory to, open for reading.
 
     By their folder. Found without asking it: while nobody reads there, it may
     answer nobody. Empty also when we may not look.
     """
     found = {}
-    try:
+    with contextlib.suppress(OSError):  # it ended, or is another user's
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(qmp)
             peer = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         folder = f"/proc/{struct.unpack('3i', peer)[0]}/fd"
         for name in os.listdir(folder):
             match = _STREAM.fullmatch(os.readlink(f"{folder}/{name}"))
-            if match:
-                found[match[1]] = f"{folder}/{name}"
-    except OSError:
-        pass  # it ended, or is another user's
+            if match and match[1] not in found:
+                fd = open_stream(f"{folder}/{name}")
+                if fd is not None:
+                    found[match[1]] = fd
     return found

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -26,6 +25,7 @@ from vmapipe.control.qemu.dropping import Dropping
 from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.plan import index_of, run_prefix
 from vmapipe.control.qemu.qmp import QmpGone
+from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.runtime.errors import Failure
 
 READY = b"ready"
@@ -105,7 +105,10 @@ class Guardian:
         for target in self._targets:
             target.start()
         is_clean = self._clean()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        folder = SinkFolder.find(self._folder)
+        if folder is not None:
+            folder.remove()
+            folder.close()
         return is_clean
 
     def _clean(self) -> bool:

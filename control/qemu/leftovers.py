@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import stat
 from collections.abc import Iterator
 
 from vmapipe.control.qemu import poweroff
 from vmapipe.control.qemu.cleaning import clean, look
-from vmapipe.control.qemu.draining import Draining, open_left, streams_of
+from vmapipe.control.qemu.draining import Draining, streams_of
 from vmapipe.control.qemu.dropping import Dropping
 from vmapipe.control.qemu.guardian import listens
-from vmapipe.control.qemu.memory import STREAM_NAME
 from vmapipe.control.qemu.plan import PREFIX, LeftTarget, left_targets
 from vmapipe.control.qemu.qmp import Command, Qmp, QmpGone
 from vmapipe.control.qemu.qmp_link import QmpLink
 from vmapipe.control.qemu.settling import find_notes
-from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.control.qemu.sinkfolder import STREAM_NAME, SinkFolder, sink_of
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.texts import name_text
 
 
 def remove_leftovers(qmp: Qmp) -> tuple[str, ...]:
@@ -32,26 +31,54 @@ def remove_leftovers(qmp: Qmp) -> tuple[str, ...]:
     if left.nothing and not notes and not held:
         return ()
     targets = left_targets(qmp.execute(Command("query-named-block-nodes", {"flat": True})))
-    folders = {name: note.folder for name, note in notes.items() if note}
-    for name, alive in [
-        *((target.node, listens(target.socket)) for target in targets),
-        *((name, _is_alive(folder)) for name, folder in folders.items()),
-        *((name, _is_alive(note.folder)) for name, note in held.items() if note),
-    ]:
-        if alive:
-            raise Failure(
-                f"another backup of this machine is running, or being ended ({name}); "
-                "wait for its end"
-            )
     with contextlib.ExitStack() as stack:
-        for folder in folders.values():
-            stream = os.path.join(folder, STREAM_NAME)
-            _drain(stream)
-            stack.callback(_remove, stream)
+        places = _Places(stack)
+        streams = {name: places.find(note.folder) for name, note in notes.items() if note}
+        for name, alive in [
+            *((target.node, places.listens(target)) for target in targets),
+            *((name, _is_alive(folder)) for name, folder in streams.items() if folder),
+            *((name, places.is_alive(note.folder)) for name, note in held.items() if note),
+        ]:
+            if alive:
+                raise Failure(
+                    f"another backup of this machine is running, or being ended ({name}); "
+                    "wait for its end"
+                )
+        for folder in streams.values():
+            if folder is not None:
+                _drain(folder.open_stream())
+                stack.callback(folder.remove_names, STREAM_NAME)
         # A job has the name of its target.
-        stand_ins = {t.node: stack.enter_context(_standing_in(t)) for t in targets}
+        stand_ins = {t.node: stack.enter_context(_standing_in(t, places)) for t in targets}
         clean(qmp, PREFIX, lambda job: job not in stand_ins or stand_ins[job].served)
     return tuple(dict.fromkeys([*(name for kind in left for name in kind), *notes, *held]))
+
+
+class _Places:
+    """Folders that crashed backups have left, as far as they are ours; closed with `stack`."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._found: dict[str, SinkFolder] = {}
+
+    def find(self, path: str, *, make: bool = False) -> SinkFolder | None:
+        if path not in self._found:
+            folder = SinkFolder.find(path, make=make)
+            if folder is None:
+                return None
+            self._stack.callback(folder.close)
+            self._found[path] = folder
+        return self._found[path]
+
+    def is_alive(self, path: str) -> bool:
+        folder = self.find(path)
+        return folder is not None and _is_alive(folder)
+
+    def listens(self, target: LeftTarget) -> bool:
+        """Whether somebody does at the address of a sink of ours."""
+        sink = sink_of(target.socket)
+        folder = self.find(sink.folder) if sink else None
+        return bool(sink and folder and listens(folder.address(sink.name)))
 
 
 def connect(path: str) -> QmpLink:
@@ -67,58 +94,49 @@ def connect(path: str) -> QmpLink:
 def unblock(path: str) -> bool:
     """Whether this QEMU answered nobody because of a stream that a crashed backup has left."""
     found = streams_of(path)
-    left = [place for folder, place in found.items() if not _is_alive(folder)]
-    for place in left:
-        _drain(place)
-    return bool(left)
+    left = False
+    for place, fd in found.items():
+        folder = SinkFolder.find(place)
+        if folder is not None and _is_alive(folder):
+            os.close(fd)
+        else:
+            _drain(fd)
+            left = True
+        if folder is not None:
+            folder.close()
+    return left
 
 
-def _drain(path: str) -> None:
+def _drain(fd: int | None) -> None:
     """For as long as this process lives: the stream ends before its note goes."""
-    fd = open_left(path)
     if fd is not None:
         Draining(fd).start()
 
 
-def _remove(stream: str) -> None:
-    """The pipe, and its folder if nothing else is in it: QEMU told the name, so not more."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISFIFO(os.lstat(stream).st_mode):
-            os.unlink(stream)
-        os.rmdir(os.path.dirname(stream))
-
-
-def _is_alive(folder: str) -> bool:
+def _is_alive(folder: SinkFolder) -> bool:
     """Whether somebody, at least the guardian, still listens for QEMU in this folder."""
-    try:
-        names = [name for name in os.listdir(folder) if name.endswith(".sock")]
-    except OSError:
-        return False
-    return any(listens(os.path.join(folder, name)) for name in names)
+    return any(listens(address) for address in folder.sinks())
 
 
 @contextlib.contextmanager
-def _standing_in(target: LeftTarget) -> Iterator[Dropping]:
-    """Serve where QEMU still looks for its sink: a guest's write may be waiting for it."""
-    folder = os.path.dirname(target.socket)
-    made = not os.path.isdir(folder)
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        if made:
-            os.mkdir(folder, 0o700)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(target.socket)
-        listener.bind(target.socket)
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise Failure(f"cannot listen on {target.socket}: {os_error_text(error)}") from error
-    dropping = Dropping(listener, target.size_bytes)
+def _standing_in(target: LeftTarget, places: _Places) -> Iterator[Dropping]:
+    """Serve where QEMU still looks for its sink: a guest's write may be waiting for it.
+
+    Raises Failure where that is no place of ours: QEMU tells any address that it likes.
+    """
+    sink = sink_of(target.socket)
+    folder = places.find(sink.folder, make=True) if sink else None
+    if sink is None or folder is None:
+        raise Failure(
+            f"QEMU's node {name_text(target.node)} looks for its sink at "
+            f"{name_text(target.socket)}, where no backup of this user has made one; nothing was "
+            "touched. If that was one of another user, or with another TMPDIR, run this as that "
+            "user and with that TMPDIR; else remove the node in QEMU (blockdev-del)"
+        )
+    dropping = Dropping(folder.listen(sink.name), target.size_bytes)
     dropping.start()
     try:
         yield dropping
     finally:
         dropping.stop()
-        with contextlib.suppress(OSError):
-            os.unlink(target.socket)
-            os.rmdir(folder)
+        folder.remove_names(sink.name)

@@ -6,15 +6,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
-import socket
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from vmapipe.control.instant import Instant
-from vmapipe.control.monitor.sockets import listen_unix
 from vmapipe.control.qemu import poweroff
 from vmapipe.control.qemu.cleaning import clean
 from vmapipe.control.qemu.disks import (
@@ -45,6 +41,7 @@ from vmapipe.control.qemu.plan import (
 )
 from vmapipe.control.qemu.qmp import Command, QmpGone, QmpRefused
 from vmapipe.control.qemu.saving import Jobs, Saving
+from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.producer.sink.export import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
@@ -82,7 +79,7 @@ class RunningMachine:
         self._run = secrets.token_hex(4)
         self._disks: tuple[MachineDisk, ...] = ()
         self._speed_bytes_s = 0
-        self._folder = ""
+        self._folder: SinkFolder | None = None
         self._sinks: list[SinkSocket] = []
         self._guardian: Guardianship | None = None
         self._producers: list[Child] = []
@@ -141,17 +138,17 @@ class RunningMachine:
     def prepare(self, speed_bytes_s: int) -> None:
         """The sockets of the sinks, and their guardian. `speed_bytes_s` is each disk's."""
         self._speed_bytes_s = speed_bytes_s
-        self._folder = tempfile.mkdtemp(prefix="vmapipe-sinks-")
+        folder = self._folder = SinkFolder.make()
         for index, disk in enumerate(self._disks):
-            path = os.path.join(self._folder, f"{index}.sock")
-            listener = listen_unix(path, 0o600, socket.SOCK_STREAM).socket
-            self._sinks.append(SinkSocket(listener, path, disk.size_bytes))
-        self._give_to_qemu()
+            name = f"{index}.sock"
+            path = os.path.join(folder.path, name)
+            self._sinks.append(SinkSocket(folder.listen(name), path, disk.size_bytes))
+        self._give_to_qemu(folder)
         stream_fd = -1
         if self._with_memory:
-            self._saving = Saving(self._link, self._run, self._folder, self._guest_wait_s)
+            self._saving = Saving(self._link, self._run, folder, self._guest_wait_s)
             stream_fd = self._saving.stream_fd
-        self._guardian = Guardianship(self._path, self._run, self._folder, self._sinks, stream_fd)
+        self._guardian = Guardianship(self._path, self._run, folder.path, self._sinks, stream_fd)
         # From here on until the guardian is told otherwise it answers for QEMU.
 
     def sink_fd(self, index: int) -> int:
@@ -226,7 +223,7 @@ class RunningMachine:
         words = command_line(peer) if peer and is_qemu(peer) else []
         status = self._may_ask("query-status") or {}
         if poweroff.may_be_held(words, status):
-            self._is_held = poweroff.hold(self._link, self._run, self._folder)
+            self._is_held = poweroff.hold(self._link, self._run, self._folder_path)
 
     def set_speed(self, bytes_per_s: int) -> None:
         """Of each disk, from now on; 0: no limit."""
@@ -270,7 +267,7 @@ class RunningMachine:
         for event in events:
             self._hear_error(event)
         if self._is_held and any(poweroff.powers_off(event) for event in events):
-            poweroff.has_powered_off(self._link, self._run, self._folder)
+            poweroff.has_powered_off(self._link, self._run, self._folder_path)
             self.notices.append("the guest has powered off; QEMU ends when its backup is done")
         if self._has_begun and any(event.get("event") in _JOB_EVENTS for event in events):
             self._look_at_jobs()
@@ -360,8 +357,11 @@ class RunningMachine:
             sink.listener.close()
         if self._saving is not None:
             self._saving.close()
-        if self._folder and not text:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            if not text:
+                folder.remove()
+            folder.close()
         return text
 
     def _end_jobs(self) -> str:
@@ -392,12 +392,15 @@ class RunningMachine:
             self._link_closed = True
             self._link.close()
 
-    def _give_to_qemu(self) -> None:
+    @property
+    def _folder_path(self) -> str:
+        return self._folder.path if self._folder else ""
+
+    def _give_to_qemu(self, folder: SinkFolder) -> None:
         """Another user's QEMU, when we are root, has to reach the sockets."""
         owner = self._uid_of_qemu()
         if owner != os.geteuid() == 0:
-            for path in (self._folder, *(sink.path for sink in self._sinks)):
-                os.chown(path, owner, -1)
+            folder.give_to(owner)
 
     def _uid_of_qemu(self) -> int:
         uuid = str((self._may_ask("query-uuid") or {}).get("UUID", ""))

@@ -16,8 +16,6 @@ from vmapipe.control.qemu.disks import Answer
 from vmapipe.control.qemu.plan import PREFIX, run_prefix
 from vmapipe.control.qemu.qmp import Command
 
-#: In the folder of the sinks' sockets: what QEMU writes the memory to.
-STREAM_NAME = "memory.fifo"
 #: QEMU's name for the descriptor of it.
 FD_NAME = "vmapipe-memory"
 BACKGROUND = "background-snapshot"

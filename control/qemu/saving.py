@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 from vmapipe.control.instant import Instant
 from vmapipe.control.qemu import memory
-from vmapipe.control.qemu.memory import MIGRATED, RUNNING, STANDING, STOPPED, STREAM_NAME, Note
+from vmapipe.control.qemu.memory import MIGRATED, RUNNING, STANDING, STOPPED, Note
 from vmapipe.control.qemu.qmp import ANSWER_S, Command, QmpRefused
 from vmapipe.control.qemu.qmp_link import QmpLink
+from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.waiting import readable
 
@@ -48,7 +49,7 @@ class Jobs(NamedTuple):
 class Saving:
     """Of one backup. In this order: `begin`, then `look` until `is_done`. Both raise Failure."""
 
-    def __init__(self, link: QmpLink, run: str, folder: str, guest_wait_s: int) -> None:
+    def __init__(self, link: QmpLink, run: str, folder: SinkFolder, guest_wait_s: int) -> None:
         self.is_done = False
         #: Set as soon as it is known.
         self.held: Instant | None = None
@@ -63,12 +64,7 @@ class Saving:
         self._stopped_at = 0.0
         # By somebody else, after the instant.
         self._stopped_since = False
-        path = os.path.join(folder, STREAM_NAME)
-        os.mkfifo(path, 0o600)
-        # QEMU gets an end that reads as well as it writes: the stream cannot break,
-        # whoever dies; at worst it stands still until somebody reads again.
-        self._qemu_fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self.stream_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._qemu_fd, self.stream_fd = folder.make_stream()
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._qemu_fd, _F_SETPIPE_SZ, _PIPE_BYTES)
         self.verdict_fd, self._verdict = os.pipe()
@@ -105,7 +101,7 @@ class Saving:
         self._was_running = state == RUNNING
         on = memory.switched_on(self._link.execute(Command("query-migrate-capabilities", {})))
         bandwidth = int(self._ask("query-migrate-parameters").get("max-bandwidth", 0))
-        self._note = Note(self._folder, not self._was_running, "", on, bandwidth)
+        self._note = Note(self._folder.path, not self._was_running, "", on, bandwidth)
         self._execute(memory.write_note(self._name, self._note))
         self._execute(memory.quick())
         if self._was_running and self._background_works(on):
@@ -225,7 +221,7 @@ class Saving:
             raise RuntimeError("nothing has begun")
         for block in self._link.execute(Command("query-block", {})):
             node = (block.get("inserted") or {}).get("node-name", "")
-            add, delete = memory.activate(node, os.path.join(self._folder, "activate.sock"))
+            add, delete = memory.activate(node, self._folder.qemus_socket())
             # Where such exports are not built in, the transaction may do without.
             with contextlib.suppress(QmpRefused):
                 self._link.execute(add)

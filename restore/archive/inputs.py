@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.folders import temporary_folder
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -134,7 +135,7 @@ class ProgramInput(Input):
         """
         self._words: IO[bytes] | None = None
         if keep_words:
-            self._words = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
+            self._words = tempfile.TemporaryFile(dir=temporary_folder())  # noqa: SIM115  closed by close()
         try:
             self._process = subprocess.Popen(
                 list(argv), stdin=stdin, stdout=subprocess.PIPE, stderr=self._words

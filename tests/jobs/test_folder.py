@@ -16,6 +16,7 @@ from tests.machine import LIMIT_S
 from vmapipe.control.jobs import folder as module
 from vmapipe.control.jobs.folder import listen, runtime_folder, sockets
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.heldfolder import HeldFolder
 
 JOB, OTHER = "1" * 32, "2" * 32
 
@@ -83,8 +84,8 @@ def test_a_socket_that_is_there_before_somebody_listens_is_not_taken_for_a_dead_
         # It has seen that nobody listens yet.
         assert probed.wait(LIMIT_S)
 
-    def told(path: str, *, remove: bool = False) -> bool:
-        alive = is_alive(path, remove=remove)
+    def told(folder: HeldFolder, name: str, *, remove: bool = False) -> bool:
+        alive = is_alive(folder, name, remove=remove)
         probed.set()
         return alive
 

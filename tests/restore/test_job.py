@@ -215,7 +215,7 @@ def test_no_temporary_folder_is_left(
 ) -> None:
     private = tmp_path / "private"
     private.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(private))
+    monkeypatch.setenv("TMPDIR", str(private))
     restored_to(vma, out)
     assert list(private.iterdir()) == []
 

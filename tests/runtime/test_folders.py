@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmapipe.runtime import folders
+from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import OwnFolder
 
 MAKES_ONE = (
@@ -104,11 +105,35 @@ def test_a_tmpdir_too_long_for_a_socket_is_not_used_for_one(
 ) -> None:
     long = tmp_path / ("y" * 90)
     long.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setenv("TMPDIR", str(long))
     with OwnFolder("storage") as folder:
         assert len(os.path.join(folder.path, "daemon.sock")) <= folders.MAX_SOCKET_PATH_BYTES
         assert names(long) == set()
     assert not os.path.exists(folder.path)
-    short = Path("/tmp") / f"v{os.getpid()}"
-    monkeypatch.setattr(tempfile, "tempdir", str(short))
-    assert folders.folder_for_sockets() == str(short)
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setenv("TMPDIR", short)
+        assert folders.folder_for_sockets() == short
+
+
+def test_a_tmpdir_in_which_others_can_rename_is_not_used_for_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        place = Path(short) / "t"
+        place.mkdir()
+        monkeypatch.setenv("TMPDIR", str(place))
+        assert folders.folder_for_sockets() == str(place)
+        place.chmod(0o777)
+        with OwnFolder("x") as folder:
+            assert os.path.dirname(folder.path) == "/tmp"
+        assert names(place) == set()
+        place.chmod(0o1777)
+        assert folders.folder_for_sockets() == str(place)
+        if os.geteuid() == 0:
+            os.chown(place, 65534, -1)
+            assert folders.folder_for_sockets() == "/tmp"
+        # And where there is no other place either, that is said.
+        place.chmod(0o777)
+        monkeypatch.setattr(folders, "_SHORT_FOLDER", str(place))
+        with pytest.raises(Failure, match="no safe place for sockets"):
+            folders.folder_for_sockets()

@@ -100,7 +100,7 @@ def test_a_control_groups_limit_counts_without_the_pages_that_can_be_dropped(
 def test_the_folder_of_a_service_that_was_killed_is_removed_and_that_of_a_living_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     living = WorkFolder()
     killed = tmp_path / "vmapipe-service-killed"
     (killed / "1").mkdir(parents=True)

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder where QEMU finds the sinks of one backup: made, given to it, found again, removed.
+
+Only we can make or remove names in it; QEMU, if it is another user's, may pass through it
+and connect. TMPDIR may be a folder that QEMU's user can change (confined QEMUs reach
+nothing else): so the folder is held open, and nothing is done by its path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import socket
+import stat
+from typing import NamedTuple
+
+from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.folders import made_with, temporary_folder
+from vmapipe.runtime.heldfolder import HeldFolder
+
+#: In it: what QEMU writes the machine's memory to.
+STREAM_NAME = "memory.fifo"
+_PREFIX = "vmapipe-sinks-"
+# As tempfile's names, which those of earlier versions were.
+_FOLDER = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
+_SINK = re.compile(r"(?:0|[1-9][0-9]{0,2})\.sock")
+# Producers, and after a crash QEMU's connections, come one by one.
+_BACKLOG = 128
+# In it, QEMU's own: where QEMU makes a socket for a moment (see memory.activate).
+_QEMUS = "qemu"
+# QEMU's user passes through; what is in it is told by no list.
+_PASS_THROUGH = 0o711
+# The longest path of a socket below TMPDIR.
+_LONGEST_BELOW = len(f"/{_PREFIX}12345678/{_QEMUS}/activate.sock")
+
+
+class SinkFolder:
+    """One of ours, held open."""
+
+    def __init__(self, above: HeldFolder, folder: HeldFolder) -> None:
+        """Both are this object's now. Use `make` or `find`."""
+        self._above = above
+        self._folder = folder
+
+    @classmethod
+    def make(cls) -> SinkFolder:
+        """A new one in TMPDIR. Raises Failure."""
+        place = temporary_folder(_LONGEST_BELOW)
+        try:
+            above = HeldFolder(place)
+            try:
+                folder = above.make_folder(f"{_PREFIX}{secrets.token_hex(4)}")
+                folder.make_folder(_QEMUS).close()
+            except BaseException:
+                above.close()
+                raise
+        except OSError as error:
+            raise Failure(
+                f"cannot make a folder for sockets in {place}: {os_error_text(error)}"
+            ) from error
+        return cls(above, folder)
+
+    @classmethod
+    def find(cls, path: str, *, make: bool = False) -> SinkFolder | None:
+        """The one at this path; None: there is none of ours. QEMU has told us the path.
+
+        `make`: one that is gone is made again, but only in our own TMPDIR.
+        """
+        place, name = os.path.split(path)
+        if not _FOLDER.fullmatch(name) or os.path.normpath(path) != path:
+            return None
+        try:
+            above = HeldFolder(place)
+        except OSError:
+            return None
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.callback(above.close)
+            if make and place == temporary_folder(_LONGEST_BELOW):
+                with contextlib.suppress(FileExistsError):
+                    above.make_folder(name).close()
+            folder = above.folder(name)
+            stack.callback(folder.close)
+            status = os.fstat(folder.fd)
+            # Nobody else can have made what is in it.
+            if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
+                stack.pop_all()
+                return cls(above, folder)
+        return None
+
+    @property
+    def path(self) -> str:
+        """As QEMU is told; what we do ourselves is not done by it."""
+        return self._folder.path
+
+    def listen(self, name: str) -> socket.socket:
+        """A socket of this name, `0.sock`, `1.sock` …; one that is left over goes. Raises Failure."""
+        if not _SINK.fullmatch(name):
+            raise Failure(f"{name!r} is not a sink's name")
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            owner = self._remove(name)
+            with made_with(0o600):
+                listener.bind(self._folder.address(name))
+            listener.listen(_BACKLOG)
+            if owner is not None and owner != os.geteuid():
+                self._give(name, owner)
+        except OSError as error:
+            listener.close()
+            where = os.path.join(self.path, name)
+            raise Failure(f"cannot listen on {where}: {os_error_text(error)}") from error
+        return listener
+
+    def make_stream(self) -> tuple[int, int]:
+        """A pipe for the memory: QEMU's end, and the reader's. Raises OSError.
+
+        QEMU gets an end that reads as well as it writes: the stream cannot break,
+        whoever dies; at worst it stands still until somebody reads again.
+        """
+        os.mkfifo(STREAM_NAME, 0o600, dir_fd=self._folder.fd)
+        qemu_fd = self._folder.open(STREAM_NAME, os.O_RDWR)
+        return qemu_fd, self._folder.open(STREAM_NAME, os.O_RDONLY)
+
+    def qemus_socket(self) -> str:
+        """A path at which QEMU may make a socket of its own."""
+        return os.path.join(self.path, _QEMUS, "activate.sock")
+
+    def open_stream(self) -> int | None:
+        """The reading end of the pipe that a crashed backup has left; None: there is none."""
+        return open_stream(STREAM_NAME, self._folder.fd)
+
+    def give_to(self, uid: int) -> None:
+        """QEMU's user may connect to all sinks, and pass through to them. Raises OSError.
+
+        The sockets first: until the folder's own mode changes nobody else can enter, so that a name
+        cannot be another file by the time it is given away. The folder stays ours: who owned it could
+        put something else in the place of its names later.
+        """
+        for name in self._folder.names():
+            if _SINK.fullmatch(name) or name == _QEMUS:
+                self._give(name, uid)
+        os.fchmod(self._folder.fd, _PASS_THROUGH)
+
+    def address(self, name: str) -> str:
+        """What to connect to in this process."""
+        return self._folder.address(name)
+
+    def sinks(self) -> list[str]:
+        """What to connect to, in this process."""
+        try:
+            names = self._folder.names()
+        except OSError:
+            return []
+        return [self._folder.address(name) for name in names if _SINK.fullmatch(name)]
+
+    def remove_names(self, *names: str) -> None:
+        """These, as far as they are sockets or the pipe; and the folder, if nothing else is in it."""
+        for name in names:
+            with contextlib.suppress(OSError):
+                self._remove(name)
+        # What is in QEMU's own its owner has made, whoever that is: only names in it go.
+        with contextlib.suppress(OSError):
+            if self._folder.names() == [_QEMUS]:
+                with self._folder.folder(_QEMUS) as qemus:
+                    for name in qemus.names():
+                        os.unlink(name, dir_fd=qemus.fd)
+                    self._folder.remove_folder(_QEMUS, qemus)
+        with contextlib.suppress(OSError):
+            self._above.remove_folder(os.path.basename(self.path), self._folder)
+
+    def remove(self) -> None:
+        """It, and what is in it. Never raises."""
+        with contextlib.suppress(OSError):
+            names = self._folder.names()
+            self.remove_names(*(n for n in names if _SINK.fullmatch(n) or n == STREAM_NAME))
+
+    def close(self) -> None:
+        """Let go of it; what is there stays."""
+        self._folder.close()
+        self._above.close()
+
+    def _give(self, name: str, uid: int) -> None:
+        os.chown(name, uid, -1, dir_fd=self._folder.fd, follow_symlinks=False)
+
+    def _remove(self, name: str) -> int | None:
+        """Its owner; None: it was not there. Raises OSError where it is neither socket nor pipe."""
+        status = self._folder.status(name)
+        if status is None:
+            return None
+        is_pipe = stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
+        if not (stat.S_ISSOCK(status.st_mode) or is_pipe):
+            raise FileExistsError(errno.EEXIST, "it exists, and is no socket", name)
+        os.unlink(name, dir_fd=self._folder.fd)
+        return status.st_uid
+
+
+class Sink(NamedTuple):
+    """Where a sink's socket is."""
+
+    folder: str
+    name: str
+
+
+def sink_of(path: str) -> Sink | None:
+    """None: this is not the shape of one of ours."""
+    folder, name = os.path.split(path)
+    fits = path.startswith("/") and _FOLDER.fullmatch(os.path.basename(folder))
+    return Sink(folder, name) if fits and _SINK.fullmatch(name) else None
+
+
+def open_stream(path: str, folder_fd: int | None = None) -> int | None:
+    """The reading end of a pipe that a user of our id has made; None: it is none.
+
+    What QEMU calls ours, or has open, may be somebody else's pipe: nobody reads that in their place.
+    """
+    # Not waiting for a writer; reads wait again.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    if folder_fd is not None:
+        flags |= os.O_NOFOLLOW
+    try:
+        # A pipe is looked at before it is opened for reading, which its writers notice.
+        looked = os.stat(path, dir_fd=folder_fd, follow_symlinks=folder_fd is None)
+        if not (stat.S_ISFIFO(looked.st_mode) and looked.st_uid == os.geteuid()):
+            return None
+        fd = os.open(path, flags, dir_fd=folder_fd)
+    except OSError:
+        return None
+    if not os.path.samestat(looked, os.fstat(fd)):
+        os.close(fd)
+        return None
+    os.set_blocking(fd, True)
+    return fd
