@@ -28,6 +28,7 @@ _ACTIVE = frozenset({"created", "running", "paused", "ready", "standby"})
 # All is copied, and a word of somebody is awaited.
 _COPIED = frozenset({"waiting", "pending"})
 _LOOK = "-look"
+_VIEW = "view"
 _ENDED = frozenset({"concluded", "null"})
 
 
@@ -91,8 +92,11 @@ def look_name(run: str, index: int) -> str:
 
 
 def look_nodes(name: str) -> tuple[str, str, str]:
-    """Of such a job, each before those that it needs: a sector, the snapshot, the target."""
-    return f"{name}-piece", f"{name}-view", f"{name}-nowhere"
+    """Of such a job, each before those that it needs: a sector, the snapshot, the target.
+
+    Short, because QEMU takes names of nodes of up to 31 characters.
+    """
+    return f"{name}-a", f"{name}-{_VIEW}", f"{name}-n"
 
 
 def index_of(name: str) -> int:
@@ -192,7 +196,7 @@ def _delete(nodes: Sequence[str]) -> list[Command]:
 
 
 def _depth(node: str) -> int:
-    return 1 if node.endswith("-view") else 0
+    return 1 if node.endswith(f"-{_VIEW}") else 0
 
 
 def left_of(jobs: Sequence[Answer], nodes: Sequence[Answer], prefix: str) -> Left:

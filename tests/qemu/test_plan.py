@@ -17,9 +17,12 @@ from vmapipe.control.qemu.plan import (
     Target,
     begin,
     features_of,
+    filter_name,
     index_of,
     left_of,
     left_targets,
+    look_name,
+    look_nodes,
     name_of,
     run_prefix,
 )
@@ -93,6 +96,13 @@ def test_commands_use_the_drive_where_there_is_one_and_else_the_node() -> None:
         MachineDisk("drive-scsi0", "drive-scsi0", GIB, is_thin=True),
         MachineDisk("drive-virtio1", "n1", 3 * GIB, is_thin=True),
     )
+
+
+def test_qemu_takes_the_names_of_all_our_nodes_whatever_the_disks_number() -> None:
+    run, index = "0" * 8, 253
+    looks = look_nodes(look_name(run, index))
+    for name in (name_of(run, index), filter_name(run, index), *looks):
+        assert len(name) <= 31
 
 
 def test_media_that_cannot_change_are_left_out() -> None:
