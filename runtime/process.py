@@ -28,15 +28,27 @@ def failure_of(error: BaseException) -> tuple[str, int] | None:
     """The line and exit code for an error a user can cause; None: it is a defect of ours."""
     if isinstance(error, KeyboardInterrupt):
         return "cancelled by SIGINT", 130
-    if isinstance(error, BrokenPipeError):
-        return "whoever read our output has closed it", EXIT_FAILED
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{os_error_text(error)}", EXIT_FAILED
+    if text := _system_failure(error):
+        return text, EXIT_FAILED
     code = getattr(error, "exit_code", None)
     if isinstance(error, Exception) and isinstance(code, int):
         return str(error), code
     return None
+
+
+def _system_failure(error: BaseException) -> str:
+    """What the system refuses, or has no more of; else nothing."""
+    if isinstance(error, BrokenPipeError):
+        return "whoever read our output has closed it"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{os_error_text(error)}"
+    if isinstance(error, MemoryError):
+        return "out of memory (see ulimit -v, and MemoryMax= of systemd)"
+    # Python has no class of its own for this.
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "no more threads can be started here (see ulimit -u, and TasksMax= of systemd)"
+    return ""
 
 
 def keep_standard_descriptors() -> None:

@@ -151,6 +151,13 @@ def test_every_code_file_names_its_licence() -> None:
     assert unnamed == []
 
 
+def test_no_stream_that_is_read_has_two_writers() -> None:
+    """One's words would come in the middle of the other's line, once in a hundred runs."""
+    merged = f"stderr=subprocess.{'STDOUT'}"
+    files = [file for file in python_files("tests", *ROOMS) if merged in (ROOT / file).read_text()]
+    assert files == []
+
+
 @pytest.mark.parametrize("library", ONLY_IN)
 def test_a_guarded_library_is_imported_only_by_its_files(library: str) -> None:
     others = [

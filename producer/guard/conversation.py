@@ -70,21 +70,31 @@ class Conversations:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept(self) -> None:
-        while True:
+        """Whatever is short for a moment: the next one is accepted when it is there again."""
+        while self._listener.fileno() >= 0:
+            sock = None
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
-                if self._listener.fileno() < 0:
-                    return
-                time.sleep(0.1)
-                continue
-            peer = Peer(sock)
-            thread = threading.Thread(
-                target=self._serve, args=(sock, peer), name="guard-peer", daemon=True
-            )
-            with self._lock:
-                self._peers[thread] = peer
-            thread.start()
+                self._converse(sock)
+            except (OSError, RuntimeError, MemoryError):
+                if sock is not None:
+                    sock.close()
+                if self._listener.fileno() >= 0:
+                    time.sleep(0.1)
+
+    def _converse(self, sock: socket.socket) -> None:
+        """Raises RuntimeError, MemoryError: there is no thread for it."""
+        peer = Peer(sock)
+        thread = threading.Thread(
+            target=self._serve, args=(sock, peer), name="guard-peer", daemon=True
+        )
+        with self._lock:
+            self._peers[thread] = peer
+            try:
+                thread.start()
+            except BaseException:
+                del self._peers[thread]
+                raise
 
     def _serve(self, sock: socket.socket, peer: Peer) -> None:
         try:

@@ -13,6 +13,7 @@ from vmapipe.producer.guard.conversation import Conversations
 from vmapipe.producer.guard.disk import GuardedDisk
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.nbd.server import DRAIN_S, Offer, Server, answer_promptly
+from vmapipe.producer.nbd.workers import Pool
 from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_CAN_MULTI_CONN,
     NBD_FLAG_SEND_CACHE,
@@ -111,8 +112,11 @@ def _servers(
     for word in words:
         fd, _, name = word.partition("=")
         names_by_fd.setdefault(int(fd), []).append(name)
+    pool = Pool()
     return [
-        Server([socket.socket(fileno=fd)], [offer(name, disks[name]) for name in names], report)
+        Server(
+            [socket.socket(fileno=fd)], [offer(name, disks[name]) for name in names], report, pool
+        )
         for fd, names in names_by_fd.items()
     ]
 

@@ -60,10 +60,14 @@ class Peer:
                     return
             self._outbox.append(packet)
             if self._courier is None:
-                self._courier = threading.Thread(
-                    target=self._deliver, name="guard-courier", daemon=True
-                )
-                self._courier.start()
+                courier = threading.Thread(target=self._deliver, name="guard-courier", daemon=True)
+                try:
+                    courier.start()
+                except (RuntimeError, MemoryError):
+                    # No thread can be had: the backup ends, and the guest goes on.
+                    self.close()
+                    return
+                self._courier = courier
             self._changed.notify_all()
 
     def _deliver(self) -> None:

@@ -8,14 +8,17 @@ to be saved first) goes to a thread of its own, so that nothing waits behind it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import socket
+import struct
 import threading
 import time
 from collections.abc import Sequence
 
 from vmapipe.producer.nbd.backend import Backend
-from vmapipe.producer.nbd.workers import Budget, Workers
+from vmapipe.producer.nbd.workers import Budget, Pool, Share, Workers
 from vmapipe.protocol.nbd.constants import (
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_CACHE,
@@ -31,18 +34,20 @@ from vmapipe.protocol.nbd.constants import (
     NBD_SUCCESS,
     Bytes,
 )
-from vmapipe.protocol.nbd.errors import error_of_errno
+from vmapipe.protocol.nbd.errors import NbdProtocolError, error_of_errno
 from vmapipe.protocol.nbd.reply import error_reply, read_reply, status_reply, success_reply
 from vmapipe.protocol.nbd.request import REQUEST_BYTES, Request, parse_request
 from vmapipe.protocol.nbd.session import Session
 from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.waiting import readable
 
 # One megabyte is what most clients send at most; larger writes get memory of their own.
 _BUFFER_BYTES = (1 << 20) + (64 << 10)
-# Requests in other threads, a connection: QEMU has at most 16 under way. Memory
-# for their data: two of the largest.
-_MAX_REQUESTS = 64
-_MAX_REQUEST_BYTES = 64 << 20
+# What an answer to block status may take: the most descriptors that are sent.
+_STATUS_BYTES = 1 << 20
+# A client that takes, or sends, nothing for so long is cut off, but only when it holds
+# memory that others wait for: a guest that stands still comes back to its disk.
+_STALL_S = 5.0
 # sendmsg takes 1024 pieces (IOV_MAX).
 _MAX_PIECES = 1000
 # The client goes on with these while we go on with the rest: of 1, 4, 6, 8 and
@@ -59,13 +64,29 @@ class Connection:
     """Serves until the client leaves. `stop` ends it from another thread."""
 
     def __init__(
-        self, sock: socket.socket, session: Session, backend: Backend, workers: Workers
+        self,
+        sock: socket.socket,
+        session: Session,
+        backend: Backend,
+        workers: Workers,
+        pool: Pool,
+        request_limit_s: float | None = None,
     ) -> None:
+        """`request_limit_s`: so long a request may take to come in; None: for ever."""
         self._socket = sock
         self._session = session
         self._backend = backend
         self._workers = workers
-        self._budget = Budget(_MAX_REQUESTS, _MAX_REQUEST_BYTES)
+        self._budget = Budget(pool)
+        self._request_limit_s = math.inf if request_limit_s is None else request_limit_s
+        # How long was waited for the rest of the request that is coming in.
+        self._waited_s = 0.0
+        #: Requests that came in whole.
+        self.requests = 0
+        #: Since when nothing has come (time.monotonic()); infinity: it works.
+        self.idle_since = time.monotonic()
+        #: What came last is a part of a request.
+        self.is_amid = False
         self._sending = threading.Lock()
         # Replies of the connection's own thread, and the memory of their data.
         self._replies: list[Bytes] = []
@@ -74,6 +95,8 @@ class Connection:
         # Writes that were read and not yet carried out; their data is where it was read.
         self._writes: list[tuple[Request, memoryview]] = []
         self._polls = False
+        stall = struct.pack("@ll", int(_STALL_S), int(_STALL_S % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
 
     def serve(self, unread: bytes = b"") -> None:
         """Raises NbdProtocolError, OSError. All that was begun has ended when it returns."""
@@ -109,15 +132,18 @@ class Connection:
                     break
                 self._take(request, view[start + REQUEST_BYTES : start + wanted])
                 start += wanted
+                self.requests += 1
+                self._waited_s = 0.0
                 if len(self._writes) + len(self._replies) >= _REPLIES_AT_ONCE:
                     self._send_replies()
                 wanted = REQUEST_BYTES
             self._send_replies()
             if wanted > _BUFFER_BYTES:
-                payload = self._large_payload(view[start + REQUEST_BYTES : end], wanted)
-                if payload is None:
+                request = parse_request(view[start : start + REQUEST_BYTES])
+                if not self._take_large(request, view[start + REQUEST_BYTES : end]):
                     return
-                self._take(parse_request(view[start : start + REQUEST_BYTES]), payload)
+                self.requests += 1
+                self._waited_s = 0.0
                 start = end = 0
                 continue
             if start:
@@ -125,40 +151,81 @@ class Connection:
                 start, end = 0, end - start
             # All of a payload, but no more when it is large: what follows would have to move.
             most = wanted if wanted > _BUFFER_BYTES // 2 else _BUFFER_BYTES
-            got = self._receive(view[end:most])
+            got = self._receive_rest(view[end:most]) if end else self._receive(view[end:most])
             if not got:
                 return
             end += got
 
     def _receive(self, target: memoryview) -> int:
-        """Wait for more. Polls first while requests follow closely, as QEMU's own threads do.
-
-        Going to sleep and being woken takes longer than most requests.
-        """
+        """Wait for the next request."""
         started = time.perf_counter_ns()
-        if self._polls:
-            until = started + _POLL_NS
-            while time.perf_counter_ns() < until:
-                try:
-                    return self._socket.recv_into(target, 0, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    pass
-        self._backend.settle(idle=True)
-        got = self._socket.recv_into(target)
+        got = self._poll(target)
+        if got is None:
+            self._backend.settle(idle=True)
+            self.idle_since = time.monotonic()
+            got = self._socket.recv_into(target)
+            self.idle_since = math.inf
         self._polls = time.perf_counter_ns() - started < _POLL_NS
         return got
 
-    def _large_payload(self, begun: memoryview, wanted: int) -> memoryview | None:
-        """A write's data that the buffer cannot hold; None: the client is gone."""
-        payload = memoryview(bytearray(wanted - REQUEST_BYTES))
-        payload[: len(begun)] = begun
-        rest = payload[len(begun) :]
-        while rest:
-            got = self._socket.recv_into(rest)
-            if not got:
-                return None
-            rest = rest[got:]
-        return payload
+    def _poll(self, target: memoryview) -> int | None:
+        """What comes without waiting; for a moment, while requests follow closely.
+
+        As QEMU's own threads do: going to sleep and being woken takes longer than most requests.
+        """
+        until = time.perf_counter_ns() + (_POLL_NS if self._polls else 0)
+        while True:
+            try:
+                return self._socket.recv_into(target, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if time.perf_counter_ns() >= until:
+                    return None
+
+    def _receive_rest(self, target: memoryview) -> int:
+        """More of a request that has begun. Raises NbdProtocolError when it takes too long."""
+        got = self._poll(target)
+        if got is not None:
+            return got
+        self._backend.settle(idle=True)
+        self.is_amid = True
+        started = self.idle_since = time.monotonic()
+        left_s = max(0.0, self._request_limit_s - self._waited_s)
+        while not readable([self._socket.fileno()], min(_STALL_S, left_s)):
+            if time.monotonic() - started >= left_s:
+                raise NbdProtocolError(
+                    f"a request was begun and not finished within {self._request_limit_s:.0f} s"
+                )
+            if self._budget.is_in_the_way:
+                raise NbdProtocolError("a write was begun and not finished; others need its memory")
+        self._waited_s += time.monotonic() - started
+        self.idle_since = math.inf
+        self.is_amid = False
+        return self._socket.recv_into(target)
+
+    def _take_large(self, request: Request, begun: memoryview) -> bool:
+        """A write whose data the buffer cannot hold; False: the client is gone."""
+        share = self._budget.take(request.length)
+        is_handed_over = False
+        try:
+            payload = memoryview(bytearray(request.length))
+            payload[: len(begun)] = begun
+            rest = payload[len(begun) :]
+            while rest:
+                got = self._receive_rest(rest)
+                if not got:
+                    return False
+                rest = rest[got:]
+            self._carry_out_writes()
+            error = self._session.fault_of(request)
+            if error != NBD_SUCCESS:
+                self._replies.append(error_reply(self._session, request, error))
+                return True
+            is_handed_over = True
+            self._workers.submit(functools.partial(self._carry_out, request, payload, share))
+            return True
+        finally:
+            if not is_handed_over:
+                self._budget.give_back(share)
 
     def _take(self, request: Request, payload: memoryview) -> None:
         """Answer it, or put it with the writes that are carried out before anything else."""
@@ -195,11 +262,13 @@ class Connection:
     def _hand_over(self, request: Request, payload: memoryview) -> None:
         """It may take long: to a thread of the workers."""
         size = request.length if request.type in (NBD_CMD_READ, NBD_CMD_WRITE) else 0
+        if request.type == NBD_CMD_BLOCK_STATUS:
+            size = _STATUS_BYTES
         if not self._budget.fits(size):
             self._send_replies()
-        self._budget.take(size)
+        share = self._budget.take(size)
         # The buffer is used again: what waits has its own copy.
-        work = functools.partial(self._carry_out, request, bytes(payload), size)
+        work = functools.partial(self._carry_out, request, memoryview(bytes(payload)), share)
         self._workers.submit(work)
 
     def _try_at_once(self, request: Request) -> bool:
@@ -221,7 +290,7 @@ class Connection:
             return True
         return False
 
-    def _carry_out(self, request: Request, payload: bytes, size: int) -> None:
+    def _carry_out(self, request: Request, payload: memoryview, share: Share) -> None:
         """In a thread of the workers."""
         answered = False
         try:
@@ -237,9 +306,9 @@ class Connection:
             if not answered:
                 # Rather no connection than one that waits for an answer for ever.
                 self.stop()
-            self._budget.give_back(size)
+            self._budget.give_back(share)
 
-    def _do(self, request: Request, payload: bytes) -> Sequence[Bytes]:
+    def _do(self, request: Request, payload: memoryview) -> Sequence[Bytes]:
         backend, (flags, kind, _, offset, length) = self._backend, request
         if kind == NBD_CMD_READ:
             target = memoryview(bytearray(length))
@@ -248,7 +317,7 @@ class Connection:
         if kind == NBD_CMD_BLOCK_STATUS:
             return [status_reply(self._session, request, backend.extents(offset, length))]
         if kind == NBD_CMD_WRITE:
-            backend.write(memoryview(payload), offset)
+            backend.write(payload, offset)
         elif kind == NBD_CMD_WRITE_ZEROES:
             backend.write_zeroes(
                 offset,
@@ -280,8 +349,26 @@ class Connection:
         """Raises OSError."""
         with self._sending:
             for at in range(0, len(parts), _MAX_PIECES):
-                pieces = parts[at : at + _MAX_PIECES]
-                total = sum(map(len, pieces))
-                sent = self._socket.sendmsg(pieces)
-                if sent < total:
-                    self._socket.sendall(b"".join(pieces)[sent:])
+                self._send_pieces(parts[at : at + _MAX_PIECES])
+
+    def _send_pieces(self, pieces: Sequence[Bytes]) -> None:
+        left = sum(map(len, pieces))
+        while left:
+            sent = self._send_some(pieces)
+            left -= sent
+            if left:
+                passed = 0
+                while sent >= len(pieces[passed]):
+                    sent -= len(pieces[passed])
+                    passed += 1
+                pieces = [memoryview(pieces[passed])[sent:], *pieces[passed + 1 :]]
+
+    def _send_some(self, pieces: Sequence[Bytes]) -> int:
+        try:
+            return self._socket.sendmsg(pieces)
+        except BlockingIOError:  # it has taken nothing for _STALL_S
+            if not self._budget.is_in_the_way:
+                return 0
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            raise ConnectionAbortedError from None

@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads for what a connection must not wait for."""
+"""Threads for what a connection must not wait for, and how much of it there may be."""
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 Work = Callable[[], None]
+
+# What each connection may have under way whatever the others do: so it goes on, if more
+# slowly, beside a hundred that take all else and do not read their answers.
+OWN_REQUESTS = 4
+OWN_BYTES = (1 << 20) + (64 << 10)
+# What all of them share. QEMU has 16 requests of a megabyte under way at most, nbdcopy 64
+# of a quarter; four of the largest requests fit, two of them at each end of a copy.
+SHARED_REQUESTS = 256
+SHARED_BYTES = 128 << 20
 
 
 class Workers:
@@ -29,7 +40,7 @@ class Workers:
             return
         try:
             threading.Thread(target=self._run, args=(work,), name=self._name, daemon=True).start()
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             # A limit on threads: requests behind this one wait, and none is lost.
             work()
 
@@ -40,37 +51,112 @@ class Workers:
             work = self._queue.get()
 
 
-class Budget:
-    """Bounds how many requests, and how many bytes of theirs, are under way at once."""
+class Share(NamedTuple):
+    """A request's part of a budget, to be given back. `is_own`: of what is the connection's alone."""
 
-    def __init__(self, requests: int, size_bytes: int) -> None:
+    size_bytes: int
+    is_own: bool
+
+
+class Pool:
+    """What all connections share; who asked first is served first."""
+
+    def __init__(self, requests: int = SHARED_REQUESTS, size_bytes: int = SHARED_BYTES) -> None:
+        self.changed = threading.Condition()
         self._requests = requests
         self._bytes = size_bytes
-        self._taken = self._taken_bytes = 0
-        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
 
-    def fits(self, size_bytes: int) -> bool:
-        # One may always run, however large.
-        return not self._taken or (
-            self._taken < self._requests and self._taken_bytes + size_bytes <= self._bytes
-        )
+    @property
+    def is_wanted(self) -> bool:
+        """Somebody waits for what others hold."""
+        return bool(self._waiting)
+
+    def fits(self, size_bytes: int, ticket: object = None) -> bool:
+        """With `changed` held. `ticket`: whoever waits already, else none may be waiting."""
+        is_turn = self._waiting[0] is ticket if self._waiting else True
+        return is_turn and self._requests > 0 and size_bytes <= self._bytes
 
     def take(self, size_bytes: int) -> None:
-        """Waits until it fits."""
-        with self._changed:
-            while not self.fits(size_bytes):
-                self._changed.wait()
-            self._taken += 1
-            self._taken_bytes += size_bytes
+        """With `changed` held, when it fits."""
+        self._requests -= 1
+        self._bytes -= size_bytes
 
     def give_back(self, size_bytes: int) -> None:
-        with self._changed:
-            self._taken -= 1
-            self._taken_bytes -= size_bytes
-            self._changed.notify_all()
+        """With `changed` held."""
+        self._requests += 1
+        self._bytes += size_bytes
+
+    def enter(self, ticket: object) -> None:
+        """Wait for it, with `changed` held."""
+        self._waiting.append(ticket)
+
+    def leave(self, ticket: object) -> None:
+        """With `changed` held: no more."""
+        self._waiting.remove(ticket)
+        self.changed.notify_all()
+
+
+class Budget:
+    """Bounds how many requests of one connection, and how many bytes of theirs, are under way.
+
+    Some are its own; more come from the pool, while others do not need it.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._own_requests = OWN_REQUESTS
+        self._own_bytes = OWN_BYTES
+        self._under_way = 0
+        self._shared = 0
+
+    @property
+    def is_in_the_way(self) -> bool:
+        """It holds a part of the pool for which somebody waits."""
+        return self._shared > 0 and self._pool.is_wanted
+
+    def fits(self, size_bytes: int) -> bool:
+        """Whether `take` would not wait."""
+        with self._pool.changed:
+            return self._is_own(size_bytes) or self._pool.fits(size_bytes)
+
+    def take(self, size_bytes: int) -> Share:
+        """Waits until it fits. Never more than a request may have (MAX_PAYLOAD_BYTES)."""
+        ticket = object()
+        with self._pool.changed:
+            if not self._is_own(size_bytes) and not self._pool.fits(size_bytes):
+                self._pool.enter(ticket)
+                try:
+                    while not self._is_own(size_bytes) and not self._pool.fits(size_bytes, ticket):
+                        self._pool.changed.wait()
+                finally:
+                    self._pool.leave(ticket)
+            share = Share(size_bytes, self._is_own(size_bytes))
+            self._under_way += 1
+            if share.is_own:
+                self._own_requests -= 1
+                self._own_bytes -= size_bytes
+            else:
+                self._shared += 1
+                self._pool.take(size_bytes)
+            return share
+
+    def give_back(self, share: Share) -> None:
+        with self._pool.changed:
+            self._under_way -= 1
+            if share.is_own:
+                self._own_requests += 1
+                self._own_bytes += share.size_bytes
+            else:
+                self._shared -= 1
+                self._pool.give_back(share.size_bytes)
+            self._pool.changed.notify_all()
 
     def wait_idle(self) -> None:
         """Until nothing is under way."""
-        with self._changed:
-            while self._taken:
-                self._changed.wait()
+        with self._pool.changed:
+            while self._under_way:
+                self._pool.changed.wait()
+
+    def _is_own(self, size_bytes: int) -> bool:
+        return self._own_requests > 0 and size_bytes <= self._own_bytes

@@ -124,6 +124,7 @@ class SinkSender:
             [self._listener],
             [Offer(sink_export(self._options.size_bytes), sink)],
             lambda text: emit({"event": "notice", "text": text}),
+            request_limit_s=self._options.guest_wait_s,
         )
         server.start()
         return server

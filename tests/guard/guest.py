@@ -3,7 +3,9 @@
 
 No KVM, no installed system, no privileges: Debian's cloud kernel, and an
 initramfs that is written here, of busybox, the virtio modules and one script.
-The script speaks with the test over the serial console, a line at a time.
+The script speaks with the test over a serial port of its own, a line at a time: what
+the kernel, firmware, other programs and QEMU itself say goes elsewhere, or it would
+come in the middle of a line.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import selectors
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +25,6 @@ from typing import NamedTuple
 
 #: A boot takes 3 s on an idle machine; the rest is for one that is not.
 LIMIT_S = 90.0
-#: What the guest says to the test starts with this; the kernel's own words do not.
-MARK = "@ "
 # In the order in which they need each other: what is loaded too early fails silently.
 _MODULES = (
     "virtio/virtio_ring",
@@ -48,13 +49,12 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
-exec </dev/ttyS0 >/dev/ttyS0 2>&1
+exec </dev/ttyS1 >/dev/ttyS0 2>&1
 stty -echo
-echo # firmware may have left half a line
+say() { echo "$*" >/dev/ttyS1; }
 for module in %s; do
-    insmod /modules/$module.ko || echo "@ failed: insmod $module"
+    insmod /modules/$module.ko || say "failed: insmod $module"
 done
-say() { echo "@ $*"; }
 # The test goes on only when it reads what it expects, so a script may just end.
 trap 'say failed: the script ended; poweroff -f' EXIT
 set -e
@@ -136,18 +136,24 @@ class _Cpio:
 
 
 class Guest:
-    """The console of a running guest."""
+    """A running guest: its script's port is the standard input and output of QEMU."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
         assert process.stdout is not None
         self.process = process
-        self.console: list[str] = []
+        self._folder = folder
+        self._said: list[str] = []
         self._unread = b""
         self._selector = selectors.DefaultSelector()
         self._selector.register(process.stdout, selectors.EVENT_READ)
 
     def close(self) -> None:
         self._selector.close()
+
+    @property
+    def kernel_log(self) -> list[str]:
+        """What the guest's kernel and its programs have said to its first port, but for the script."""
+        return self._lines("console")
 
     def hear(self, what: str, limit_s: float = LIMIT_S) -> list[str]:
         """What the script says up to the line `what`, without that."""
@@ -165,24 +171,8 @@ class Guest:
         """What nobody has heard yet, without waiting for more."""
         said = []
         while (line := self._line(time.monotonic())) is not None:
-            if (word := self._heard(line)) is not None:
-                said.append(word)
+            said.append(line)
         return said
-
-    def _word(self, deadline: float, what: str) -> str:
-        while True:
-            line = self._line(deadline)
-            if line is None:
-                raise AssertionError(f"the guest never said {what}:\n{self._last_words()}")
-            if (word := self._heard(line)) is not None:
-                return word
-
-    def _heard(self, line: str) -> str | None:
-        """The script's word in a line of the console; None: it is none of the script's."""
-        self.console.append(line)
-        if line.startswith(MARK + "failed"):
-            raise AssertionError(f"{line}:\n{self._last_words()}")
-        return line.removeprefix(MARK) if line.startswith(MARK) else None
 
     def tell(self, line: str) -> None:
         """A line for the script's `read`."""
@@ -190,7 +180,14 @@ class Guest:
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
 
+    def _word(self, deadline: float, what: str) -> str:
+        line = self._line(deadline)
+        if line is None:
+            raise AssertionError(f"the guest never said {what}:\n{self._last_words()}")
+        return line
+
     def _line(self, deadline: float) -> str | None:
+        """None: there was none in time, or QEMU has ended."""
         assert self.process.stdout is not None
         while b"\n" not in self._unread:
             if not self._selector.select(max(0.0, deadline - time.monotonic())):
@@ -199,11 +196,19 @@ class Guest:
             if not data:
                 return None
             self._unread += data
-        line, _, self._unread = self._unread.partition(b"\n")
-        return line.decode(errors="replace").rstrip("\r")
+        raw, _, self._unread = self._unread.partition(b"\n")
+        line = raw.decode(errors="replace").rstrip("\r")
+        self._said.append(line)
+        if line.startswith("failed"):
+            raise AssertionError(f"{line}:\n{self._last_words()}")
+        return line
+
+    def _lines(self, name: str) -> list[str]:
+        return (self._folder / name).read_text(errors="replace").splitlines()
 
     def _last_words(self) -> str:
-        return "\n".join(self.console[-30:])
+        parts = {"script": self._said, "kernel": self.kernel_log, "QEMU": self._lines("stderr")}
+        return "\n".join(f"{who}: {line}" for who, lines in parts.items() for line in lines[-30:])
 
 
 @contextlib.contextmanager
@@ -214,20 +219,25 @@ def booted(
 
     `options` are its disks.
     """
+    folder = Path(tempfile.mkdtemp(prefix="said-", dir=initramfs.parent))
     words = [
         *(qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "128"),
-        *("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"),
+        *("-chardev", f"file,id=console,path={folder}/console", "-serial", "chardev:console"),
+        *("-chardev", "stdio,id=script,signal=off", "-serial", "chardev:script"),
         *("-kernel", str(kernel.image), "-initrd", str(initramfs)),
         # Without a stable clock the kernel spends half a second to measure one. It also counts the
         # timer's ticks, and panics where a busy machine leaves some out.
         *("-append", f"{_QUICK_BOOT} tsc=reliable no_timer_check"),
         *options,
     ]
-    with subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        guest = Guest(process)
+    with (
+        (folder / "stderr").open("wb") as stderr,
+        subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr
+        ) as process,
+    ):
+        guest = Guest(process, folder)
         try:
             yield guest
         finally:

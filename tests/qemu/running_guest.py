@@ -45,7 +45,7 @@ done
 
 #: In front of a script: the guest does what its console tells it, too.
 OBEY = """
-(while read -r line; do eval "$line"; done) </dev/ttyS0 &
+(while read -r line; do eval "$line"; done) </dev/ttyS1 &
 """
 
 
@@ -152,7 +152,7 @@ def running_guest(
         contextlib.closing(connected(console, folder)) as guest,
     ):
         yield guest
-    assert not [line for line in console.console if "error" in line.lower()]
+    assert not [line for line in console.kernel_log if "error" in line.lower()]
 
 
 def connected(console: Guest, folder: Path) -> RunningGuest:

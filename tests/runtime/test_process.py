@@ -38,6 +38,12 @@ def failing(error: BaseException) -> int:
         (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
         (Failure("x\x1b[2Jy\nz"), 1, "x\\x1b[2Jy\\nz"),
         (KeyboardInterrupt(), 130, "cancelled by SIGINT"),
+        (MemoryError(), 1, "out of memory (see ulimit -v, and MemoryMax= of systemd)"),
+        (
+            RuntimeError("can't start new thread"),
+            1,
+            "no more threads can be started here (see ulimit -u, and TasksMax= of systemd)",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
