@@ -8,6 +8,8 @@ but on asyncio and a thread; this one is polled with the sockets that it guards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import zmq
 from zmq.utils import z85
 
@@ -23,6 +25,8 @@ _ZAP_ENFORCE_DOMAIN = 93
 _LOOK_S = 1.0
 # Unknown keys that are remembered, so that each is reported once.
 _MAX_STRANGERS = 256
+# Of those that are being judged at a time; usually it is one.
+_MAX_ADDRESSES = 4
 # Requests answered in one turn, so that data gets its.
 _TURN = 64
 
@@ -51,12 +55,12 @@ class Gate:
         socket.zap_domain = _DOMAIN
         socket.setsockopt(_ZAP_ENFORCE_DOMAIN, 1)
 
-    def answer(self) -> None:
-        """Whoever waits for admission gets in, or is refused."""
+    def answer(self, addresses: Sequence[str] = ()) -> None:
+        """Whoever waits for admission gets in, or is refused. `addresses`: where they are."""
         for _ in range(_TURN):
             if not self.socket.poll(0):
                 return
-            _, request, _, address, _, mechanism, *credentials = self.socket.recv_multipart()
+            _, request, _, _, _, mechanism, *credentials = self.socket.recv_multipart()
             if mechanism != b"CURVE" or len(credentials) != 1 or len(credentials[0]) != 32:
                 self._reply(request, b"400", b"CURVE is spoken here", b"", b"")
                 continue
@@ -64,7 +68,7 @@ class Gate:
             self._allowed = self._keys.allowed()
             name = self._allowed.get(key)
             if name is None:
-                self._refuse(key, address.decode("ascii", "replace"))
+                self._refuse(key, addresses)
                 self._reply(request, b"400", b"unknown key", b"", b"")
             else:
                 self._admitted[key] = name
@@ -91,11 +95,12 @@ class Gate:
         notices, self._notices = self._notices, []
         return notices
 
-    def _refuse(self, key: str, address: str) -> None:
+    def _refuse(self, key: str, addresses: Sequence[str]) -> None:
         self.refused += 1
         if key not in self._strangers and len(self._strangers) < _MAX_STRANGERS:
             self._strangers.add(key)
-            self._notices.append(f"refused a connection from {address}: unknown key {key}")
+            where = " or ".join(sorted(set(addresses))[:_MAX_ADDRESSES]) or "an unknown address"
+            self._notices.append(f"refused a connection from {where}: unknown key {key}")
 
     def _reply(self, request: bytes, code: bytes, text: bytes, user: bytes, data: bytes) -> None:
         self.socket.send_multipart([b"1.0", request, code, text, user, data])

@@ -2,13 +2,14 @@
 """A listening socket and all that guards it: who may come in, how many, how much each may say.
 
 An archiver of one job and a service have this in common (link.py,
-service/link.py); the security of the port is here, in gate.py and in
-connections.py.
+service/link.py); the security of the port is here, in gate.py, in
+connections.py and in the process that takes the connections (acceptor.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
 import stat
@@ -17,13 +18,15 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from vmapipe.archiver.connections import MAX_PROVEN, Connections
+from vmapipe.archiver.budget import Budget
+from vmapipe.archiver.connections import Connections
 from vmapipe.protocol import limits
 from vmapipe.protocol.packing import Part
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import made_with
 
 if TYPE_CHECKING:
+    from vmapipe.archiver.door import Door
     from vmapipe.archiver.gate import Gate
     from vmapipe.runtime.keys import ServerKeys
 
@@ -32,6 +35,8 @@ LINGER_MS = 2000
 # Answers waiting for a peer that does not read; above it ZeroMQ drops them.
 # Grants are cumulative, so an honest peer never has more than a few hundred.
 ANSWER_MARK = 10_000
+# The same for one that comes over TCP: each is some hundred bytes, of thousands of peers.
+_ANSWER_MARK_AFAR = 1000
 # What encryption adds to a message (RFC 26: a name, a nonce, a tag, flags; 33
 # bytes), rounded up: ZeroMQ closes a connection whose message is larger than allowed.
 _CURVE_BYTES = 64
@@ -39,9 +44,13 @@ _CURVE_BYTES = 64
 _POLLIN, _NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)
 # Messages taken in one turn, so that everything else gets its.
 TURN = 64
-# Who has connected must have proved who it is by then. Honest ones need a few
+# Who has been shown in must have proved who it is by then. Honest ones need a few
 # milliseconds and four messages.
 _HANDSHAKE_MS = 10_000
+# Connections of the acceptor that nobody has taken yet.
+_BACKLOG = 1024
+# Who was let in and says nothing, beside those that are being judged.
+_MOST_SILENT = 32
 # Producers hear by these that the connection is alive (producer/link.py).
 _HEARTBEAT_MS = 3000
 # A connection that is dead takes a descriptor and nothing else. Behind a slow
@@ -71,7 +80,7 @@ class ListeningSocket:
 
     `receive_mark`: messages a peer may have waiting here before its connection
     is no longer read; an honest one is bounded by its credit, a hostile one by
-    this. `most_clients`: connections of those that have proved who they are.
+    this.
     """
 
     def __init__(
@@ -80,32 +89,38 @@ class ListeningSocket:
         keys: ServerKeys | None,
         *,
         receive_mark: int,
-        most_clients: int = MAX_PROVEN,
-        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        io_threads: int = 1,
+        max_sockets: int = 0,
     ) -> None:
-        """Raises Failure."""
+        """Raises Failure. `max_sockets`: of the context; 0: as ZeroMQ has it."""
         self._asked = endpoint
         #: Whether peers are on this host, so that memory can be shared.
         self.is_local = endpoint.startswith("ipc://")
         if self.is_local:
             make_way(endpoint.removeprefix("ipc://"))
-        self._context = context or zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = LINGER_MS
-        self._socket.rcvhwm = receive_mark
-        self._socket.sndhwm = ANSWER_MARK
-        self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES + _CURVE_BYTES
-        self._socket.handshake_ivl = _HANDSHAKE_MS
-        if not self.is_local:
-            self._socket.heartbeat_ivl = _HEARTBEAT_MS
-            self._socket.heartbeat_timeout = _DEAD_MS
-            self._socket.ipv6 = "[" in endpoint
-        self._gate = _gate(self._context, self._socket, keys) if keys else None
-        # On one host only its owner can open the socket's folder.
-        self._connections = (
-            None if self.is_local else Connections(self._socket, most_proven=most_clients)
-        )
-        self._bind(endpoint)
+        # Before libzmq has threads: a copy of this process would lack them.
+        self._door = None if self.is_local else _door(endpoint, curve=keys is not None)
+        #: What the descriptors of this process are for; none where nobody comes from elsewhere.
+        self.budget: Budget | None = self._door.budget if self._door else None
+        try:
+            _seed_names()
+            self._context = zmq.Context(io_threads)
+            if max_sockets:
+                self._context.max_sockets = max_sockets
+            self._socket = self._context.socket(zmq.ROUTER)
+            self._set_options(receive_mark)
+            self._gate = _gate(self._context, self._socket, keys) if keys else None
+            # On one host only its owner can open the socket's folder.
+            self._connections = (
+                Connections(self._socket, self._door.budget.judged + _MOST_SILENT)
+                if self._door
+                else None
+            )
+            self._bind(self._door.inner if self._door else endpoint)
+        except BaseException:
+            if self._door:
+                self._door.close()
+            raise
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         if self._gate:
@@ -113,9 +128,22 @@ class ListeningSocket:
         if self._connections:
             self._poller.register(self._connections.monitor, zmq.POLLIN)
 
+    def _set_options(self, receive_mark: int) -> None:
+        self._socket.linger = LINGER_MS
+        self._socket.rcvhwm = receive_mark
+        self._socket.sndhwm = ANSWER_MARK if self.is_local else _ANSWER_MARK_AFAR
+        self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES + _CURVE_BYTES
+        self._socket.handshake_ivl = _HANDSHAKE_MS
+        if not self.is_local:
+            self._socket.backlog = _BACKLOG
+            self._socket.heartbeat_ivl = _HEARTBEAT_MS
+            self._socket.heartbeat_timeout = _DEAD_MS
+
     @property
     def endpoint(self) -> str:
         """The endpoint as bound: a port of 0 or * has become a real one."""
+        if self._door:
+            return self._door.endpoint
         return self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def watch(self, fd: int) -> None:
@@ -128,8 +156,10 @@ class ListeningSocket:
     def wait(self, timeout_s: float) -> list[tuple[object, int]]:
         """Until something is ready; returns that, for whoever has registered more."""
         ready: list[tuple[object, int]] = list(self._poller.poll(int(timeout_s * 1000)))
+        if self._door:
+            self._door.look()
         if self._gate:
-            self._gate.answer()
+            self._gate.answer(self._door.judged if self._door else ())
         if self._connections:
             self._connections.look()
         return ready
@@ -144,11 +174,22 @@ class ListeningSocket:
 
     def take_notices(self) -> list[str]:
         """What is worth a line in the log, once."""
-        watchers = [watcher for watcher in (self._gate, self._connections) if watcher]
+        watchers = [w for w in (self._gate, self._connections, self._door) if w]
         return [text for watcher in watchers for text in watcher.take_notices()]
+
+    def drop(self, peer: bytes) -> None:
+        """End this peer's connection; it may come again."""
+        if self._connections:
+            self._connections.drop(peer)
+
+    def gone(self) -> list[bytes]:
+        """Peers whose connection has ended; what they had sent may still come. Each once."""
+        return self._connections.take_gone() if self._connections else []
 
     def close(self) -> None:
         self._context.destroy(linger=LINGER_MS)
+        if self._door:
+            self._door.close()
         if self.is_local:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._asked.removeprefix("ipc://"))
@@ -163,8 +204,8 @@ class ListeningSocket:
             if not int(self._socket.get(zmq.EVENTS)) & _POLLIN:
                 return
             peer, *parts = self._socket.recv_multipart(_NOBLOCK, copy=False)
-            if self._connections:
-                self._connections.heard(peer)
+            if self._connections and not self._connections.heard(peer):
+                continue
             client = self._gate.name_of(peer) if self._gate else ""
             if client is not None:
                 yield peer.bytes, client, parts
@@ -177,6 +218,22 @@ class ListeningSocket:
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error
+
+
+def _seed_names() -> None:
+    """Let nobody know beforehand what libzmq calls its peers.
+
+    It counts from what rand() of the C library gives first, which is always the same
+    without a seed; and whoever knows the next name can take it.
+    """
+    ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4), "big")))
+
+
+def _door(endpoint: str, *, curve: bool) -> Door:
+    # Imported here: on one host nobody needs it, and a backup starts sooner without.
+    from vmapipe.archiver.door import Door
+
+    return Door(endpoint, curve=curve)
 
 
 def _gate(

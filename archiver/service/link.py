@@ -21,8 +21,6 @@ _FORWARD_MARK = 500_000
 _IO_THREADS = 2
 # Sockets of one context; the descriptors that a process may have are a closer bound.
 _MAX_SOCKETS = 65_000
-# Connections of clients: twenty jobs have some sixty, and each takes 2 descriptors.
-_MAX_CLIENTS = 4096
 
 Frames = Sequence[zmq.Frame]
 
@@ -32,10 +30,12 @@ class FrontLink(ListeningSocket):
 
     def __init__(self, endpoint: str, keys: ServerKeys | None) -> None:
         """Raises Failure."""
-        context = zmq.Context(_IO_THREADS)
-        context.max_sockets = _MAX_SOCKETS
         super().__init__(
-            endpoint, keys, receive_mark=_RECEIVE_MARK, most_clients=_MAX_CLIENTS, context=context
+            endpoint,
+            keys,
+            receive_mark=_RECEIVE_MARK,
+            io_threads=_IO_THREADS,
+            max_sockets=_MAX_SOCKETS,
         )
         self._dealers: dict[bytes, zmq.Socket[bytes]] = {}
         self._peers: dict[zmq.Socket[bytes], bytes] = {}

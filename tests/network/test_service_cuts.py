@@ -13,9 +13,8 @@ import pytest
 
 from tests.machine import end_of, good, make_disk, next_event, sha256, started
 from tests.network.cable import cable_to
-from tests.network.place import lose_connections, until
+from tests.network.place import lose_connections
 from tests.service.serving import make_keys, serving
-from vmapipe.archiver.connections import MAX_UNPROVEN
 
 MIB = 1 << 20
 
@@ -57,12 +56,11 @@ def test_a_flood_at_a_service_leaves_room_for_its_clients(tmp_path: Path) -> Non
     ):
         host, port = served.endpoint.removeprefix("tcp://").split(":")
         before = psutil.Process(served.process.pid).num_fds()
-        for _ in range(2 * MAX_UNPROVEN):
+        for _ in range(1500):
             connection = socket.create_connection((host, int(port)), timeout=30)
             stack.callback(connection.close)
         told = served.next_event("notice")["text"]
-        assert told == f"more than {MAX_UNPROVEN} connections: the oldest are closed"
-        process = psutil.Process(served.process.pid)
-        until(lambda: process.num_fds() <= before + MAX_UNPROVEN + 8, served.process)
+        assert "connections that have proved nothing: the oldest are closed" in told
+        assert psutil.Process(served.process.pid).num_fds() <= before + 8
         good("backup", "--quiet", *served.words, "--disk", f"a={disk}", "vm.vma")
         served.stop()
