@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -15,8 +16,14 @@ from vmapipe.archiver.service.rules import ClientRules, Rules
 from vmapipe.protocol import jobs
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.heldfolder import HeldFolder
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Config, Device, check_contents
+
+# Where a file system keeps no attributes of its users, an empty file says it; no client can make
+# one of that name.
+_MARK_ATTRIBUTE = "user.vmapipe.service"
+_MARK_FILE = ".vmapipe-service"
 
 
 class Places:
@@ -37,6 +44,7 @@ class Places:
         try:
             rules = self._rules.of(client)
             folder = self._folder_of(rules)
+            mark_as_service(folder)
         except Failure as failure:
             raise RemoteProtocolError("failed", f"on the service's side: {failure}") from failure
         path = os.path.join(folder, request.name)
@@ -96,3 +104,27 @@ def check_request(request: jobs.Open) -> None:
             parse_compression(request.compress, 1)
     except (LimitError, UsageError) as error:
         raise RemoteProtocolError("bad-contents", str(error)) from error
+
+
+def mark_as_service(folder: str) -> None:
+    """So that `vmapipe prune` knows that clients choose the names there. Never raises."""
+    try:
+        with HeldFolder(folder) as held:
+            if is_of_service(held):
+                return
+            try:
+                os.setxattr(held.fd, _MARK_ATTRIBUTE, b"1")
+            except OSError:  # a file system without
+                os.close(held.open(_MARK_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    except OSError:
+        pass  # opening the archive there will tell what is wrong
+
+
+def is_of_service(folder: HeldFolder) -> bool:
+    """Whether a service stores there."""
+    with contextlib.suppress(OSError):
+        os.getxattr(folder.fd, _MARK_ATTRIBUTE)
+        return True
+    with contextlib.suppress(OSError):
+        return folder.status(_MARK_FILE) is not None
+    return False

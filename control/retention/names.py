@@ -13,7 +13,8 @@ _NAME = re.compile(
     r"(?P<group>.+)[-_.]"
     r"(?P<year>\d{4})[-_]?(?P<month>\d\d)[-_]?(?P<day>\d\d)"
     r"(?:[-_T.](?P<hour>\d\d)[-_:]?(?P<minute>\d\d)(?:[-_:]?(?P<second>\d\d))?Z?)?"
-    r"\.vma(?:\.(?:zst|gz|lzo))?"
+    r"\.vma(?:\.(?:zst|gz|lzo))?",
+    re.ASCII,
 )
 _ENDING = re.compile(r"\.vma(?:\.(?:zst|gz|lzo))?$")
 PROTECTED = ".protected"

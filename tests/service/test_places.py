@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from vmapipe.archiver.service.memory import available_memory_bytes, left_in_group
-from vmapipe.archiver.service.places import Places
+from vmapipe.archiver.service.places import Places, is_of_service
 from vmapipe.archiver.service.rules import ClientRules, Rules, read_rules
 from vmapipe.archiver.service.workfolder import WorkFolder
 from vmapipe.protocol import jobs, limits
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.heldfolder import HeldFolder
 
 REQUEST = jobs.Open(limits.VERSION, bytes(16), "vm.vma", ("a",))
 
@@ -28,6 +30,23 @@ def test_each_client_has_a_folder_that_only_the_service_can_enter(tmp_path: Path
     assert place.path == str(tmp_path / "alice" / "vm.vma")
     assert not place.exists
     assert (tmp_path / "alice").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("attributes", [True, False])
+def test_a_folder_in_which_clients_choose_the_names_is_known_to_prune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, attributes: bool
+) -> None:
+    def refuse(*words: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no attributes here")
+
+    if not attributes:
+        monkeypatch.setattr(os, "setxattr", refuse)
+    for _ in range(2):
+        places(tmp_path).place("alice", REQUEST)
+    with HeldFolder(str(tmp_path / "alice")) as held:
+        assert is_of_service(held)
+    with HeldFolder(str(tmp_path)) as held:
+        assert not is_of_service(held)
 
 
 def test_a_link_in_the_place_of_a_clients_folder_is_not_followed(tmp_path: Path) -> None:
