@@ -26,8 +26,8 @@ from typing import NamedTuple
 from benchmarks.images import dense
 from benchmarks.place import VMAPIPE
 from benchmarks.servers import wait_for_event
-from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.qmp import Command
+from vmapipe.control.qemu.qmp_client import QmpClient
 
 #: The bar: a backup by vmapipe lets a guest wait hardly longer than QEMU's own.
 MOST = 1.2
@@ -69,7 +69,7 @@ class Machine:
             time.sleep(_POLL_S)
 
     def ask(self, name: str, **arguments: object) -> list[dict[str, object]]:
-        qmp = PlainQmp(str(self.second))
+        qmp = QmpClient(str(self.second))
         try:
             answer = qmp.execute(Command(name, arguments))
         finally:

@@ -151,6 +151,13 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--agent needs --qmp or --monitor: a disk at rest needs no freezing")
     if options.state and options.qmp is None:
         raise UsageError("--state needs --qmp: only QEMU can save a machine's memory")
+    if options.qmp_share and options.qmp is None:
+        raise UsageError("--qmp-share says how --qmp is used: it needs that")
+    if options.qmp_share and options.state:
+        raise UsageError(
+            "--state needs QEMU's monitor for itself, from the instant until the memory is saved: "
+            "leave out --qmp-share"
+        )
     if options.state and options.agent:
         raise UsageError(
             "--state needs no --agent: what is in the guest's memory is saved with it, and the "
@@ -219,7 +226,9 @@ def open_machine(options: argparse.Namespace) -> RunningMachine | None:
     # Imported here: it takes as long as all the rest of a start.
     from vmapipe.control.qemu.machine import RunningMachine
 
-    return RunningMachine(options.qmp, options.guest_wait, with_memory=options.state)
+    return RunningMachine(
+        options.qmp, options.guest_wait, with_memory=options.state, share=options.qmp_share
+    )
 
 
 def choose_disks(

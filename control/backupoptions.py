@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 
+from vmapipe.control.qemu.monitoroptions import add_monitor_options
 from vmapipe.runtime.cli import add_connect_option, add_tcp_options, size
 
 
@@ -25,12 +26,11 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         help="back up the disks of this monitor while they are in use; --disk NAME then chooses "
         "some of them",
     )
-    what.add_argument(
-        "--qmp",
-        metavar="SOCKET",
-        help="back up the disks of the running QEMU whose QMP monitor this is; --disk "
-        "[NAME=]DEVICE then chooses some of them, by their name in the archive, device, node or id, "
-        "and NAME is what one is called in the archive",
+    add_monitor_options(
+        what,
+        help="back up the disks of the running QEMU whose QMP monitor this is (--disk [NAME=]DEVICE "
+        "then chooses some of them, by their name in the archive, device, node or id, and NAME is "
+        "what one is called in the archive)",
     )
     what.add_argument(
         "--state",

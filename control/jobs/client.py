@@ -5,25 +5,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmapipe.control.qemu.plain import Peer, PlainQmp
-from vmapipe.control.qemu.qmp import Command, QmpGone
+from vmapipe.control.qemu.qmp import Command, Peer, QmpGone, QmpInvalid
+from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS
 
 
 class _Job(Peer):
     # A job answers within a second, but not while it waits for QEMU or for a guest's file systems.
+    name = "the backup"
     greeting_s = answer_s = 10.0
+    limits = SHORT_LIMITS
 
     def not_reached(self, path: str, why: str) -> QmpGone:
         return QmpGone(f"{path}: {why}; has the backup ended?")
 
     def no_greeting(self, path: str) -> QmpGone:
-        return self.no_answer(path)
+        return QmpGone(f"{path}: the backup has not answered for {self.answer_s:.0f} s")
 
     def no_qmp(self, path: str, said: bytes) -> QmpGone:
-        return QmpGone(f"{path}: the answer makes no sense; is it a backup's socket?")
+        return QmpInvalid(f"{path}: what answers there is not QMP; is it a backup's socket?")
 
-    def no_answer(self, path: str) -> QmpGone:
-        return QmpGone(f"{path}: the backup has not answered for {self.answer_s:.0f} s")
+    def not_valid(self, path: str, what: str, why: str) -> QmpGone:
+        return QmpInvalid(f"{path}: the {what} is not valid: {why}; is it a backup's socket?")
 
     def hung_up(self, path: str) -> QmpGone:
         return QmpGone(f"{path}: the backup has just ended")
@@ -33,7 +36,7 @@ class JobClient:
     """A connection to one job. Every method raises Failure."""
 
     def __init__(self, path: str) -> None:
-        self._qmp = PlainQmp(path, _Job())
+        self._qmp = QmpClient(path, _Job())
 
     def __enter__(self) -> JobClient:
         return self

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vmapipe.control.monitor.qmp import QmpError
-from vmapipe.control.qemu.plain import PlainQmp
+from vmapipe.control.qemu.addresses import parse_address
 from vmapipe.control.qemu.qmp import Command
+from vmapipe.control.qemu.qmp_shared import open_link
 from vmapipe.runtime.errors import Failure
 
 # Each may take some seconds where QEMU does not answer: more is no use.
@@ -27,8 +28,11 @@ Then = Callable[[list[Any] | QmpError], None]
 class Asking:
     """One question after the other. `fd` is readable when `look` has answers to give."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, address: str, *, share: bool) -> None:
+        """Raises UsageError for what is not an address."""
+        self._address = address
+        self._share = share
+        parse_address(address)
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._questions: queue.SimpleQueue[tuple[Sequence[str], Then]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[Then, list[Any] | QmpError]] = queue.SimpleQueue()
@@ -39,7 +43,7 @@ class Asking:
     def ask(self, commands: Sequence[str], then: Then) -> None:
         """`then` gets an answer for each, or what went wrong, from within `look`. Raises QmpError."""
         if self._pending >= _MAX_QUESTIONS:
-            raise QmpError(f"{self._path}: QEMU does not answer, and others wait for it already")
+            raise QmpError(f"{self._address}: QEMU does not answer, and others wait for it already")
         self._pending += 1
         self._questions.put((commands, then))
 
@@ -62,7 +66,7 @@ class Asking:
 
     def _answer(self, commands: Sequence[str]) -> list[Any] | QmpError:
         try:
-            qmp = PlainQmp(self._path)
+            qmp = open_link(self._address, share=self._share)
             try:
                 return [qmp.execute(Command(name, {})) for name in commands]
             finally:

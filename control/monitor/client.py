@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vmapipe.control.qemu.plain import Peer, PlainQmp
-from vmapipe.control.qemu.qmp import Command, QmpGone, QmpRefused
+from vmapipe.control.qemu.qmp import Command, Peer, QmpGone, QmpInvalid, QmpRefused
+from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS
 from vmapipe.runtime.errors import Failure
 
 # How an NBD server begins.
@@ -14,7 +15,9 @@ _NBD_GREETING = b"NBDMAGIC"
 
 
 class _Monitor(Peer):
+    name = "the monitor"
     greeting_s = 10.0
+    limits = SHORT_LIMITS
 
     def not_reached(self, path: str, why: str) -> QmpGone:
         return QmpGone(f"cannot ask the monitor at {path}: {why}; is it running?")
@@ -26,13 +29,13 @@ class _Monitor(Peer):
 
     def no_qmp(self, path: str, said: bytes) -> QmpGone:
         if said.startswith(_NBD_GREETING):
-            return QmpGone(
+            return QmpInvalid(
                 f"{path} is an export's socket; --monitor wants the monitor's own (--listen)"
             )
-        return QmpGone(f"{path}: its answer makes no sense")
+        return QmpInvalid(f"{path}: what answers there is not QMP; is this a monitor's socket?")
 
-    def no_answer(self, path: str) -> QmpGone:
-        return self.hung_up(path)
+    def not_valid(self, path: str, what: str, why: str) -> QmpGone:
+        return QmpInvalid(f"{path}: the {what} is not valid: {why}; is this a monitor's socket?")
 
     def hung_up(self, path: str) -> QmpGone:
         return QmpGone(f"{path}: no monitor answers there, or it has too many clients")
@@ -49,15 +52,11 @@ class GuardedDisk(NamedTuple):
 def guarded_disks(monitor: str) -> list[GuardedDisk]:
     """Raises Failure."""
     try:
-        qmp = PlainQmp(monitor, _Monitor())
+        qmp = QmpClient(monitor, _Monitor())
         try:
             answer = qmp.execute(Command("query-disks", {}))
         finally:
             qmp.close()
-        return [
-            GuardedDisk(str(disk["name"]), int(disk["size"]), str(disk["guard"])) for disk in answer
-        ]
+        return [GuardedDisk(disk["name"], disk["size"], disk["guard"]) for disk in answer]
     except QmpRefused as error:
         raise Failure(f"{monitor}: {error}; is it a vmapipe monitor that serves disks?") from error
-    except (LookupError, TypeError, ValueError) as error:
-        raise Failure(f"{monitor}: its answer makes no sense") from error

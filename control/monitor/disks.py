@@ -40,12 +40,15 @@ class ServedDisks:
 
 
 class MachineDisks:
-    """QEMU's monitor belongs to the backup while one runs: what it said before is told then."""
+    """QEMU's monitor belongs to the backup while one runs: what it said before is told then.
 
-    takes_state = True
+    Unless they share it: then each asks for a moment.
+    """
 
-    def __init__(self, path: str, asking: Asking, jobs: Jobs) -> None:
-        self.words: Sequence[str] = (f"--qmp={path}",)
+    def __init__(self, address: str, asking: Asking, jobs: Jobs, *, share: bool) -> None:
+        self.words: Sequence[str] = (f"--qmp={address}", *(["--qmp-share"] if share else []))
+        self.takes_state = not share
+        self._share = share
         self._asking = asking
         self._jobs = jobs
         self._blocks: list[Any] | None = None
@@ -65,7 +68,7 @@ class MachineDisks:
 
     def _query_block(self, arguments: dict[str, Any]) -> Any:
         Arguments(arguments).end()
-        if self._jobs.busy and self._blocks is not None:
+        if self._jobs.busy and not self._share and self._blocks is not None:
             return self._blocks
         return self._ask("query-block")
 
@@ -75,7 +78,7 @@ class MachineDisks:
 
     def _ask(self, command: str) -> Later:
         """Raises QmpError."""
-        if self._jobs.busy:
+        if self._jobs.busy and not self._share:
             raise QmpError("QEMU's monitor serves one client at a time, and a backup has it now")
         later = Later()
 

@@ -15,6 +15,7 @@ from vmapipe.control.monitor.guards import Guards, ServedDisk, check_disks
 from vmapipe.control.monitor.jobs import Jobs
 from vmapipe.control.monitor.service import serve
 from vmapipe.control.monitor.sockets import Listener, listen_unix
+from vmapipe.control.qemu.monitoroptions import add_monitor_options
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
@@ -80,10 +81,9 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="serve this disk on a Unix socket, or on tcp://HOST:PORT; may be repeated, "
         "and several disks may share a socket",
     )
-    parser.add_argument(
-        "--qmp",
-        metavar="SOCKET",
-        help="back up the disks of the running QEMU whose QMP monitor this is; it is used only "
+    add_monitor_options(
+        parser,
+        help="back up the disks of the running QEMU whose QMP monitor this is, which is used only "
         "while a backup runs, and for the moment of a question",
     )
     parser.add_argument(
@@ -163,9 +163,10 @@ def _serve_disks(
 def _serve_machine(
     options: argparse.Namespace, listener: Listener, cancel: Cancel, emit: Emit
 ) -> None:
-    asking = Asking(options.qmp)
+    asking = Asking(options.qmp, share=options.qmp_share)
     jobs = Jobs()
-    commands = _commands(MachineDisks(options.qmp, asking, jobs), jobs, options, cancel)
+    disks = MachineDisks(options.qmp, asking, jobs, share=options.qmp_share)
+    commands = _commands(disks, jobs, options, cancel)
     emit({"event": "ready", "listen": options.listen, "disks": []})
     serve(listener, jobs, commands, cancel, {asking.fd: asking.look}, emit)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vmapipe.control.qemu.monitoroptions import add_monitor_options
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.process import run
 from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
@@ -23,18 +24,16 @@ exit codes: 0 nothing of ours is there any more, 1 a backup runs, or QEMU is not
 
 def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
-    parser.add_argument(
-        "--qmp", required=True, metavar="SOCKET", help="the monitor's Unix socket (QEMU: -qmp)"
-    )
+    add_monitor_options(parser, required=True, help="the QMP monitor of this QEMU")
     options = parser.parse_args(argv)
-    return run(prog, lambda: _clean_up(options.qmp))
+    return run(prog, lambda: _clean_up(options.qmp, share=options.qmp_share))
 
 
-def _clean_up(path: str) -> None:
-    # Imported here: where the library is missing, that is one clear line.
+def _clean_up(address: str, *, share: bool) -> None:
+    # Imported here: `--help` comes sooner without.
     from vmapipe.control.qemu.leftovers import connect, remove_leftovers
 
-    link = connect(path)
+    link = connect(address, share=share)
     try:
         removed = remove_leftovers(link)
     finally:

@@ -12,18 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+from vmapipe.control.qemu.addresses import Address, connect
+from vmapipe.control.qemu.qmp_answers import SIZE
+from vmapipe.control.qemu.qmp_client import Wire
+from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS, JsonReader, Unreadable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
-from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.errors import Cancelled, Failure, os_error_text
+from vmapipe.runtime.events import Emit, Event, ignore
 from vmapipe.runtime.process import run_child
+from vmapipe.runtime.texts import one_line
 from vmapipe.runtime.waiting import readable
 
 # An agent that is alive answers a ping at once; a guest under load takes longer.
@@ -36,14 +40,26 @@ _THAW_S = 10.0
 # this begins to fail; a database's clients time out.
 _FROZEN_S = 10.0
 # An agent that died while the guest was frozen is started again by the guest's service
-# manager, and a port that somebody else keeps busy becomes free: tried for so long.
-_THAW_FOR_S = 30.0
+# manager, a port that somebody else keeps busy becomes free, and an agent that still freezes
+# (some take a minute) answers after that: tried for so long.
+_THAW_FOR_S = 60.0
 _THAW_AGAIN_S = 0.2
 # One that refuses has its reasons.
 _MOST_REFUSALS = 3
 # The last attempt may begin at the very end.
 _THAW_LIMIT_S = _THAW_FOR_S + _SYNC_S + _THAW_S + 5.0
-_MAX_ANSWER_BYTES = 1 << 20
+# An agent's reasons are a sentence.
+_WORDS_CHARS = 1000
+# Its socket takes one client at a time; one that asks it something leaves within moments.
+_CONNECT_S = 3.0
+# After its last word, or when it is killed.
+_END_S = 5.0
+_THAWED, _NOT_THAWED = "thawed", "not-thawed"
+_FREEZE = "guest-fsfreeze-freeze"
+_LATE = {
+    _FREEZE: ": the guest has much to write out, or a hook of its own (a database's) takes its "
+    "time; try at a quieter hour. Without --agent the backup is as after a power cut"
+}
 # Marks the beginning of an answer (qemu-ga's guest-sync-delimited).
 _DELIMITER = b"\xff"
 
@@ -58,122 +74,161 @@ class GuestAgent:
     def __init__(self, path: str, cancel: Cancel | None = None) -> None:
         """With `cancel`, a stop ends every wait: Cancelled."""
         self._path = path
-        self._cancel = cancel
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._rest = b""
+        deadline = time.monotonic() + _SYNC_S
         try:
-            self._socket.settimeout(_SYNC_S)
-            self._socket.connect(path)
-            self._sync()
+            sock = connect(Address(path), time.monotonic() + _CONNECT_S)
         except OSError as error:
-            self._socket.close()
+            raise self._silent(error) from error
+        self._wire = Wire(sock, JsonReader(SHORT_LIMITS), cancel)
+        try:
+            self._sync(deadline)
+        except OSError as error:
+            self.close()
             raise self._silent(error) from error
         except BaseException:
-            self._socket.close()
+            self.close()
             raise
 
     def execute(self, command: str, timeout_s: float) -> Any:
+        deadline = time.monotonic() + timeout_s
         try:
-            self._send(command, {})
-            answer = self._answer(timeout_s)
+            self._wire.send({"execute": command}, deadline)
+            answer = self._wire.receive(deadline)
+        except TimeoutError as error:
+            raise Failure(
+                f"the guest agent at {self._path} has not answered {command} within "
+                f"{timeout_s:.0f} s{_LATE.get(command, '')}"
+            ) from error
         except OSError as error:
             raise self._silent(error) from error
-        if "error" in answer:
-            described = answer["error"]
-            text = described.get("desc", "") if isinstance(described, dict) else ""
-            raise AgentRefused(f"the guest agent at {self._path} refuses {command}: {text}")
-        return answer.get("return")
+        except Unreadable as error:
+            raise self._not_valid(command, str(error)) from error
+        if "return" in answer:
+            return answer["return"]
+        described = answer.get("error")
+        words = described.get("desc") if isinstance(described, dict) else None
+        if not isinstance(words, str):
+            raise self._not_valid(command, "it has neither a member 'return' nor an 'error'")
+        raise AgentRefused(
+            f"the guest agent at {self._path} refuses {command}: {one_line(words, _WORDS_CHARS)}"
+        )
 
     def close(self) -> None:
-        self._socket.close()
+        self._wire.close()
 
-    def _sync(self) -> None:
+    def _sync(self, deadline: float) -> None:
         """Skip whatever an earlier client has left: ours is the answer with our number."""
         number = time.monotonic_ns() & 0x7FFFFFFF
-        self._socket.sendall(_DELIMITER)
-        self._send("guest-sync-delimited", {"id": number})
-        deadline = time.monotonic() + _SYNC_S
+        request = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
+        line = json.dumps(request).encode() + b"\n"
+        self._wire.send_bytes(_DELIMITER + line, deadline)
+        reader, is_answer = self._wire.reader, False
         while True:
-            answer = self._answer(deadline - time.monotonic())
-            if answer.get("return") == number:
-                return
-
-    def _send(self, command: str, arguments: dict[str, Any]) -> None:
-        request = {"execute": command, **({"arguments": arguments} if arguments else {})}
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
-
-    def _answer(self, timeout_s: float) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
-        while b"\n" not in self._rest:
-            left = deadline - time.monotonic()
-            if left <= 0 or len(self._rest) > _MAX_ANSWER_BYTES:
+            is_answer = reader.drop_to(_DELIMITER) or is_answer
+            if not is_answer:
+                reader.drop()
+            try:
+                while is_answer and (answer := reader.next()) is not None:
+                    if answer.get("return") == number:
+                        return
+            except Unreadable:
+                is_answer = False
+            if time.monotonic() >= deadline:
                 raise TimeoutError("it does not answer")
-            self._wait(left)
-            data = self._socket.recv(65536)
-            if not data:
-                raise ConnectionError("it has closed the connection")
-            self._rest += data
-        line, _, self._rest = self._rest.partition(b"\n")
-        try:
-            value = json.loads(line.rpartition(_DELIMITER)[2])
-        except ValueError:
-            return {}
-        return value if isinstance(value, dict) else {}
-
-    def _wait(self, timeout_s: float) -> None:
-        """Until something has come. Raises TimeoutError, Cancelled."""
-        watched = [self._socket.fileno()] + ([self._cancel.fd] if self._cancel else [])
-        ready = readable(watched, timeout_s)
-        if self._cancel is not None:
-            self._cancel.check()
-        if not ready:
-            raise TimeoutError("it does not answer")
+            self._wire.wait(deadline)
+            self._wire.take()
 
     def _silent(self, error: OSError) -> Failure:
-        # A Unix socket says so when its queue is full.
-        busy = isinstance(error, BlockingIOError)
-        why = "it serves one client at a time, and has others" if busy else os_error_text(error)
         return Failure(
-            f"the guest agent at {self._path}: {why}; is qemu-guest-agent running in the guest, and "
-            "nobody else connected to it? Without --agent the backup is as after a power cut"
+            f"the guest agent at {self._path}: {os_error_text(error)}; is qemu-guest-agent running "
+            "in the guest, and nobody else connected to it? Without --agent the backup is as after a "
+            "power cut"
+        )
+
+    def _not_valid(self, command: str, why: str) -> Failure:
+        return Failure(
+            f"the guest agent at {self._path}: its answer to {command} is not valid: {why}"
         )
 
 
 @contextmanager
 def frozen(agent: str, emit: Emit, cancel: Cancel) -> Iterator[None]:
-    """The guest's file systems are frozen while the block runs. Raises Failure, Cancelled."""
+    """The guest's file systems are frozen while the block runs. Raises Failure, Cancelled.
+
+    Whatever happens in the block, a guest that could not be thawed is told.
+    """
     with Children() as children:
         children.watch(cancel.fd)
         child = children.start(
             "the guest's freezer", "vmapipe.control.qemu.freezing", [f"--agent={agent}"]
         )
         try:
-            for _ in _until(children, child, "frozen", _SYNC_S + _FREEZE_S + _THAW_S):
-                cancel.check()
+            _await_frozen(children, child, cancel)
             yield
-        except BaseException:
+        except BaseException as error:
             # It must not be killed before it has thawed.
-            child.send_signal(signal.SIGTERM)
-            child.reap(_THAW_LIMIT_S)
+            trouble = _end(child, agent, ignore).trouble
+            if not trouble:
+                raise
+            if isinstance(error, Failure) and not isinstance(error, Cancelled):
+                raise Failure(
+                    f"{error}; {trouble}" if str(error) != trouble else trouble
+                ) from error
+            emit({"event": "notice", "text": trouble})
             raise
-        child.send_signal(signal.SIGTERM)
-        for event in _until(children, child, "thawed", _THAW_LIMIT_S):
-            if event is not None:
-                emit(event)
+        end = _end(child, agent, emit)
+        if end.failure:
+            raise Failure(end.failure)
 
 
-def _until(children: Children, child: Child, name: str, limit_s: float) -> Iterator[Event | None]:
-    """Ends with the event `name`; None: somebody has to look whether to go on. Raises Failure."""
+def _await_frozen(children: Children, child: Child, cancel: Cancel) -> None:
+    """Raises Failure, Cancelled."""
+    limit_s = _SYNC_S + _FREEZE_S + _THAW_LIMIT_S
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         for who, event in children.wait(0.2):
             if event is None:
                 raise Failure(who.verdict() or f"{who.name} ended too early")
-            if event["event"] == name:
-                yield event
+            if event["event"] == "frozen":
                 return
-        yield None
+        cancel.check()
     raise Failure(f"{child.name} is not done after {limit_s:.0f} s")
+
+
+class _End(NamedTuple):
+    """How freezing ended. `trouble`: the guest may be frozen still; `failure`: that, or another."""
+
+    trouble: str
+    failure: str
+
+
+def _end(child: Child, agent: str, emit: Emit) -> _End:
+    """The freezer thaws and ends; where it cannot, we do what it would have done."""
+    child.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _THAW_LIMIT_S
+    is_over = dict.fromkeys((_THAWED, _NOT_THAWED), False)
+    is_closed = not child.running
+    while not is_closed and time.monotonic() < deadline:
+        readable([child.socket.fileno()], 0.2)
+        events, is_closed = child.read_events()
+        for event in events:
+            is_over[event["event"]] = True
+            if event["event"] == _THAWED:
+                emit(event)
+    if not child.reap(_END_S):
+        child.send_signal(signal.SIGKILL)
+        child.reap(_END_S)
+    failure = child.verdict()
+    if is_over[_NOT_THAWED]:
+        return _End(failure, failure)
+    if child.error or is_over[_THAWED] or not failure:
+        return _End("", failure)
+    # It was killed, or a defect ended it.
+    try:
+        _thaw(agent)
+    except Failure as error:
+        return _End(f"{failure}; {error}", f"{failure}; {error}")
+    return _End("", f"{failure}: the guest's file systems were thawed in its place")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,20 +248,28 @@ def _freeze(path: str, cancel: Cancel, emit: Emit) -> None:
     started = time.monotonic()
     try:
         try:
-            count = agent.execute("guest-fsfreeze-freeze", _FREEZE_S)
+            count = agent.execute(_FREEZE, _FREEZE_S)
+            if fault := SIZE.fault(count):
+                raise Failure(
+                    f"the guest agent at {path}: its answer to {_FREEZE} is not valid: it{fault}"
+                )
             emit({"event": "frozen", "file_systems": count})
             asked = bool(readable([cancel.fd], _FROZEN_S))
         finally:
             agent.close()
     finally:
         # Also when freezing has failed: it may have done so half-way.
-        _thaw(path)
+        try:
+            _thaw(path)
+        except Failure:
+            emit({"event": _NOT_THAWED})
+            raise
     if not asked:
         raise Failure(
             f"the guest's file systems were frozen for {_FROZEN_S:.0f} s and the backup had not "
             "begun: they were thawed"
         )
-    emit({"event": "thawed", "seconds": round(time.monotonic() - started, 3)})
+    emit({"event": _THAWED, "seconds": round(time.monotonic() - started, 3)})
 
 
 def _thaw(path: str) -> None:

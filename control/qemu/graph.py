@@ -91,13 +91,17 @@ class Graph:
 
         What is below a guest's filter is not a part of it, but the same disk.
         """
-        for parent in self._parents.get(node, ()):
-            if parent.kind != _DRIVER:
-                continue
-            if self.driver(parent.name) not in _GUESTS_FILTERS or parent.role != "file":
-                return parent
-            if (above := self.owner(parent.name)) is not None:
-                return above
+        # QEMU's graph has no circles; an answer may have some.
+        same, seen = [node], {node}
+        while same:
+            for parent in self._parents.get(same.pop(), ()):
+                if parent.kind != _DRIVER:
+                    continue
+                if self.driver(parent.name) not in _GUESTS_FILTERS or parent.role != "file":
+                    return parent
+                if parent.name not in seen:
+                    seen.add(parent.name)
+                    same.append(parent.name)
         return None
 
     def top(self, node: str) -> str:

@@ -19,12 +19,13 @@ import sys
 import time
 from collections.abc import Sequence
 
+from vmapipe.control.qemu.addresses import is_listening, parse_address
 from vmapipe.control.qemu.cleaning import clean
 from vmapipe.control.qemu.draining import Draining
 from vmapipe.control.qemu.dropping import Dropping
-from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.plan import index_of, run_prefix
 from vmapipe.control.qemu.qmp import QmpGone
+from vmapipe.control.qemu.qmp_shared import open_link
 from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.runtime.errors import Failure
 
@@ -53,12 +54,14 @@ class Guardian:
     def __init__(
         self,
         qmp: str,
+        share: bool,
         run: str,
         folder: str,
         targets: Sequence[Dropping | Draining],
         control: socket.socket,
     ) -> None:
         self._qmp = qmp
+        self._share = share
         self._run = run
         self._folder = folder
         # What each producer serves, in their order: sinks, and maybe the memory's stream.
@@ -116,7 +119,7 @@ class Guardian:
         alone_since = started
         while time.monotonic() - started < _PATIENCE_S:
             try:
-                qmp = PlainQmp(self._qmp)
+                qmp = open_link(self._qmp, share=self._share)
                 try:
                     clean(qmp, run_prefix(self._run), self._is_served)
                     return True
@@ -138,7 +141,7 @@ class Guardian:
 
     def _has_monitor(self) -> bool:
         """Whether somebody listens there, busy or not."""
-        return listens(self._qmp)
+        return is_listening(parse_address(self._qmp))
 
     def _serve_for(self, pidfd: int) -> None:
         self._targets[self._producers[pidfd]].start()
@@ -170,19 +173,6 @@ def _kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
-def listens(path: str) -> bool:
-    """Whether a process listens on a Unix socket."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except BlockingIOError:
-            return True  # its queue is full
-        except OSError:
-            return False
-        return True
-
-
 def _stay() -> None:
     """Whatever ends a backup must not end its guardian; SIGKILL can."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
@@ -196,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vmapipe guardian", description=__doc__)
     for word in ("--qmp", "--run", "--folder"):
         parser.add_argument(word, required=True)
+    parser.add_argument("--qmp-share", action="store_true")
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--sink", action="append", default=[], metavar="FD=BYTES")
     parser.add_argument("--stream", type=int, metavar="FD")
@@ -208,7 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.stream is not None:
         targets.append(Draining(options.stream))
     control = socket.socket(fileno=options.control_fd)
-    guardian = Guardian(options.qmp, options.run, options.folder, targets, control)
+    guardian = Guardian(
+        options.qmp, options.qmp_share, options.run, options.folder, targets, control
+    )
     is_clean = not guardian.watch() or guardian.take_over()
     # At once: threads may still serve a client that has nothing left to say.
     os._exit(0 if is_clean else 1)

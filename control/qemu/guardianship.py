@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vmapipe.control.qemu.addresses import Address
 from vmapipe.control.qemu.guardian import BYE, MAX_MESSAGE_BYTES, READY, TAKE_OVER, WATCH
 from vmapipe.runtime.errors import Failure
 
@@ -28,15 +29,28 @@ class SinkSocket(NamedTuple):
     size_bytes: int
 
 
+def monitor_words(address: Address, *, share: bool) -> list[str]:
+    """How a guardian is told QEMU's monitor; it works in another folder."""
+    return ["--qmp", address.absolute, *(["--qmp-share"] if share else [])]
+
+
 class Guardianship:
     """Raises Failure when there is no guardian: no backup without one."""
 
     def __init__(
-        self, qmp: str, run: str, folder: str, sinks: Sequence[SinkSocket], stream_fd: int = -1
+        self,
+        monitor: Sequence[str],
+        run: str,
+        folder: str,
+        sinks: Sequence[SinkSocket],
+        stream_fd: int = -1,
     ) -> None:
-        """`stream_fd`: what the machine's memory is read from; -1: it is not saved."""
+        """`monitor`: QEMU's, from monitor_words.
+
+        `stream_fd`: what the machine's memory is read from; -1: it is not saved.
+        """
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        words = ["--qmp", os.path.abspath(qmp), "--run", run, "--folder", folder]
+        words = [*monitor, "--run", run, "--folder", folder]
         words += [f"--sink={sink.listener.fileno()}={sink.size_bytes}" for sink in sinks]
         fds = [sink.listener.fileno() for sink in sinks]
         if stream_fd >= 0:

@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterator
 
 from vmapipe.control.qemu import poweroff
+from vmapipe.control.qemu.addresses import Address, is_listening, parse_address
 from vmapipe.control.qemu.cleaning import clean, look
 from vmapipe.control.qemu.draining import Draining, streams_of
 from vmapipe.control.qemu.dropping import Dropping
-from vmapipe.control.qemu.guardian import listens
 from vmapipe.control.qemu.plan import PREFIX, LeftTarget, left_targets
-from vmapipe.control.qemu.qmp import Command, Qmp, QmpGone
-from vmapipe.control.qemu.qmp_link import QmpLink
+from vmapipe.control.qemu.qmp import Command, Link, Qmp, QmpGone, QmpInvalid
+from vmapipe.control.qemu.qmp_shared import open_link
 from vmapipe.control.qemu.settling import find_notes
 from vmapipe.control.qemu.sinkfolder import STREAM_NAME, SinkFolder, sink_of
 from vmapipe.runtime.errors import Failure
@@ -78,22 +78,27 @@ class _Places:
         """Whether somebody does at the address of a sink of ours."""
         sink = sink_of(target.socket)
         folder = self.find(sink.folder) if sink else None
-        return bool(sink and folder and listens(folder.address(sink.name)))
+        return bool(sink and folder and is_listening(Address(folder.address(sink.name))))
 
 
-def connect(path: str) -> QmpLink:
-    """Raises QmpGone."""
+def connect(address: str, *, share: bool) -> Link:
+    """QEMU's monitor as a user names it. Raises UsageError, QmpGone."""
     try:
-        return QmpLink(path)
+        return open_link(address, share=share)
+    except QmpInvalid:
+        raise
     except QmpGone:
-        if not unblock(path):
+        if not unblock(parse_address(address).path):
             raise
-        return QmpLink(path)
+        return open_link(address, share=share)
 
 
 def unblock(path: str) -> bool:
-    """Whether this QEMU answered nobody because of a stream that a crashed backup has left."""
-    found = streams_of(path)
+    """Whether this QEMU answered nobody because of a stream that a crashed backup has left.
+
+    `path`: its monitor's socket; empty: it has none.
+    """
+    found = streams_of(path) if path else {}
     left = False
     for place, fd in found.items():
         folder = SinkFolder.find(place)
@@ -115,7 +120,7 @@ def _drain(fd: int | None) -> None:
 
 def _is_alive(folder: SinkFolder) -> bool:
     """Whether somebody, at least the guardian, still listens for QEMU in this folder."""
-    return any(listens(address) for address in folder.sinks())
+    return any(is_listening(Address(address)) for address in folder.sinks())
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 from vmapipe.control.instant import Instant
 from vmapipe.control.qemu import poweroff
+from vmapipe.control.qemu.addresses import parse_address
 from vmapipe.control.qemu.cleaning import clean
 from vmapipe.control.qemu.disks import (
     Answer,
@@ -23,7 +24,7 @@ from vmapipe.control.qemu.disks import (
     names_of,
 )
 from vmapipe.control.qemu.graph import Graph
-from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket
+from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket, monitor_words
 from vmapipe.control.qemu.intact import Look, why_not_intact
 from vmapipe.control.qemu.leftovers import connect, remove_leftovers
 from vmapipe.control.qemu.memory import progress_of
@@ -39,7 +40,7 @@ from vmapipe.control.qemu.plan import (
     name_of,
     run_prefix,
 )
-from vmapipe.control.qemu.qmp import Command, QmpGone, QmpRefused
+from vmapipe.control.qemu.qmp import Command, QmpRefused
 from vmapipe.control.qemu.saving import Jobs, Saving
 from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.producer.sink.export import EXPORT_NAME
@@ -61,6 +62,8 @@ _CLEAN_S = 5.0
 # QEMU frees a device within milliseconds of the end of its drive's jobs.
 _UNPLUG_S = 0.5
 _LOOK_S = 0.02
+# How often QEMU is asked about its jobs where it is asked only now and then.
+_SHARED_LOOK_S = 0.5
 
 
 class RunningMachine:
@@ -69,12 +72,15 @@ class RunningMachine:
     All but `end` raise Failure.
     """
 
-    def __init__(self, qmp: str, guest_wait_s: int, *, with_memory: bool = False) -> None:
-        self._path = qmp
+    def __init__(
+        self, qmp: str, guest_wait_s: int, *, with_memory: bool = False, share: bool = False
+    ) -> None:
+        """`share`: QEMU's monitor is ours for the moment of each command only."""
         self._guest_wait_s = guest_wait_s
         self._with_memory = with_memory
         self._saving: Saving | None = None
-        self._link = connect(qmp)
+        self._link = connect(qmp, share=share)
+        self._address = parse_address(qmp)
         # Also in a node's name, of which QEMU takes 31 characters.
         self._run = secrets.token_hex(4)
         self._disks: tuple[MachineDisk, ...] = ()
@@ -90,7 +96,8 @@ class RunningMachine:
         #: What people should know; whoever tells them takes it away.
         self.notices: list[str] = []
         # Told to stay when its guest powers off.
-        self._is_held = False
+        self._is_held = self._is_off = False
+        self._look_at = 0.0
         self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
 
     @property
@@ -148,7 +155,13 @@ class RunningMachine:
         if self._with_memory:
             self._saving = Saving(self._link, self._run, folder, self._guest_wait_s)
             stream_fd = self._saving.stream_fd
-        self._guardian = Guardianship(self._path, self._run, folder.path, self._sinks, stream_fd)
+        self._guardian = Guardianship(
+            monitor_words(self._address, share=self._link.is_shared),
+            self._run,
+            folder.path,
+            self._sinks,
+            stream_fd,
+        )
         # From here on until the guardian is told otherwise it answers for QEMU.
 
     def sink_fd(self, index: int) -> int:
@@ -260,16 +273,21 @@ class RunningMachine:
                 "backup does not go on"
             )
         events = self._link.events()
+        is_due = any(event["event"] in _JOB_EVENTS for event in events)
+        if self._link.is_shared and time.monotonic() >= self._look_at:
+            # Nobody tells us anything.
+            is_due, self._look_at = True, time.monotonic() + _SHARED_LOOK_S
         if self._saving is not None:
             for event in events:
                 self._saving.hear(event)
             self._saving.look()
         for event in events:
             self._hear_error(event)
-        if self._is_held and any(poweroff.powers_off(event) for event in events):
+        if self._is_held and not self._is_off and self._has_powered_off(events, asks=is_due):
+            self._is_off = True
             poweroff.has_powered_off(self._link, self._run, self._folder_path)
             self.notices.append("the guest has powered off; QEMU ends when its backup is done")
-        if self._has_begun and any(event.get("event") in _JOB_EVENTS for event in events):
+        if self._has_begun and is_due:
             self._look_at_jobs()
         if self._jobs_ended and (self._saving is None or self._saving.is_done):
             self._clean()
@@ -287,7 +305,7 @@ class RunningMachine:
                 self._finish(index)
             if job["status"] == "concluded":
                 done += 1
-                self._tell_copied(index, int(str(job["current-progress"])))
+                self._tell_copied(index, job["current-progress"])
         self._jobs_ended = done == len(self._disks)
 
     def _finish(self, index: int) -> None:
@@ -298,6 +316,12 @@ class RunningMachine:
         # An event tells that it has ended.
         with contextlib.suppress(QmpRefused):
             self._link.execute(Command("job-finalize", {"id": name_of(self._run, index)}))
+
+    def _has_powered_off(self, events: Sequence[dict[str, Any]], *, asks: bool) -> bool:
+        """By QEMU's word; where that may have been missed, by its state."""
+        if self._link.is_shared and asks:
+            return poweroff.is_off(self._may_ask("query-status") or {})
+        return any(poweroff.powers_off(event) for event in events)
 
     def _hear_error(self, event: dict[str, Any]) -> None:
         data = event.get("data") or {}
@@ -384,7 +408,7 @@ class RunningMachine:
             return ""
         return (
             f"jobs and nodes named {run_prefix(self._run)}… may still be in QEMU; the guardian "
-            f"goes on trying, and `vmapipe cleanup --qmp {self._path}` removes them later"
+            f"goes on trying, and `vmapipe cleanup --qmp {self._address}` removes them later"
         )
 
     def _close_link(self) -> None:
@@ -404,7 +428,7 @@ class RunningMachine:
 
     def _uid_of_qemu(self) -> int:
         uuid = str((self._may_ask("query-uuid") or {}).get("UUID", ""))
-        return uid_of_qemu(self._path, self._link.peer_pid, uuid)
+        return uid_of_qemu(self._address.path, self._link.peer_pid, uuid)
 
     def _may_ask(self, name: str, **arguments: str) -> Any:
         """None where this QEMU (an old one, a storage daemon) does not know the command."""
@@ -413,10 +437,8 @@ class RunningMachine:
         except QmpRefused:
             return None
 
-    def _ask(self, name: str) -> list[dict[str, object]]:
-        answer = self._link.execute(Command(name, {}))
-        if not isinstance(answer, list):
-            raise QmpGone(f"{self._path}: the answer to {name} makes no sense")
+    def _ask(self, name: str) -> list[dict[str, Any]]:
+        answer: list[dict[str, Any]] = self._link.execute(Command(name, {}))
         return answer
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from vmapipe.control.qemu.disks import Answer
 from vmapipe.control.qemu.plan import PREFIX, run_prefix
 from vmapipe.control.qemu.qmp import Command
+from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS, Unreadable, read_object
 
 #: QEMU's name for the descriptor of it.
 FD_NAME = "vmapipe-memory"
@@ -56,7 +57,11 @@ class Note(NamedTuple):
 
 def decode_note(text: str) -> Note:
     """Raises ValueError."""
-    match json.loads(text):
+    try:
+        found = read_object(text, SHORT_LIMITS)
+    except Unreadable as error:
+        raise ValueError(str(error)) from error
+    match found:
         case {
             "folder": str(folder),
             "is_live": bool(is_live),
@@ -65,7 +70,7 @@ def decode_note(text: str) -> Note:
             "bandwidth_bytes_s": int(bandwidth),
         } if folder.startswith("/") and all(isinstance(name, str) for name in capabilities):
             return Note(folder, is_live, resume, tuple(capabilities), bandwidth)
-    raise ValueError("this is no note of ours")
+    raise ValueError("this is not a note of ours")
 
 
 def note_name(run: str) -> str:

@@ -69,7 +69,8 @@ def features_of(schema: Iterable[Answer]) -> Features:
 
 
 def _members(types: Mapping[str, Answer], name: Any) -> dict[str, str]:
-    return {m["name"]: m["type"] for m in types.get(str(name), {}).get("members", ())}
+    members = types.get(str(name), {}).get("members", ())
+    return {member.get("name", ""): member.get("type", "") for member in members}
 
 
 def run_prefix(run: str) -> str:

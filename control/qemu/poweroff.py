@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from vmapipe.control.qemu.plan import PREFIX, run_prefix
 from vmapipe.control.qemu.qmp import Command, Qmp, QmpGone, QmpRefused
+from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS, Unreadable, read_object
 
 _TAIL = "-poweroff"
 # The run state of a machine that has powered off and whose QEMU goes on.
@@ -39,10 +40,14 @@ class Note(NamedTuple):
 
 def decode_note(text: str) -> Note:
     """Raises ValueError."""
-    match json.loads(text):
+    try:
+        found = read_object(text, SHORT_LIMITS)
+    except Unreadable as error:
+        raise ValueError(str(error)) from error
+    match found:
         case {"folder": str(folder), "is_off": bool(is_off)} if folder.startswith("/"):
             return Note(folder, is_off)
-    raise ValueError("this is no note of ours")
+    raise ValueError("this is not a note of ours")
 
 
 def may_be_held(words: Sequence[str], status: Mapping[str, Any]) -> bool:
@@ -66,6 +71,11 @@ def powers_off(event: Mapping[str, Any]) -> bool:
     """Whether this event of QEMU's says that it would end now."""
     reason = (event.get("data") or {}).get("reason")
     return event.get("event") == "SHUTDOWN" and reason not in _AT_ONCE
+
+
+def is_off(status: Mapping[str, Any]) -> bool:
+    """Whether QEMU, which was told to pause, would have ended: from the answer to query-status."""
+    return status.get("status") in (_OFF, "guest-panicked")
 
 
 def hold(qmp: Qmp, run: str, folder: str) -> bool:
@@ -118,10 +128,10 @@ def let_go(qmp: Qmp, prefix: str) -> None:
     with contextlib.suppress(QmpRefused):
         qmp.execute(Command("set-action", {"shutdown": "poweroff"}))
     # Asked afterwards: a guest that powers off in between must not be left behind.
-    is_off = any(note and note.is_off for note in find_notes(qmp, prefix).values())
+    was_off = any(note and note.is_off for note in find_notes(qmp, prefix).values())
     status = qmp.execute(Command("query-status", {}))
     runs = status.get("running", True)
-    if status.get("status") == _OFF or (is_off and not runs):
+    if status.get("status") == _OFF or (was_off and not runs):
         with contextlib.suppress(QmpGone):  # it may end before it has answered
             qmp.execute(Command("quit", {}))
         return

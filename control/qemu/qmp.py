@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a QMP connection does, and how it fails."""
+"""What a QMP connection does, how it fails, and in whose words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+from vmapipe.control.qemu.qmp_reader import QMP_LIMITS, Limits
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.texts import one_line
 
 # QEMU answers in milliseconds. A command that first has to see requests of a
 # slow disk end (a transaction) may take as long as these.
 ANSWER_S = 30.0
 # A monitor that serves somebody else takes our connection and says nothing.
 GREETING_S = 5.0
+# QEMU's longest reasons name a node and a file; what a hostile one says has any length.
+_WORDS_CHARS = 1000
+# How others begin who may sit at a socket.
+_NBD = b"NBDMAGIC"
+_HUMAN_MONITOR = b"QEMU "
 
 
 class Command(NamedTuple):
@@ -30,22 +37,87 @@ class QmpGone(Failure):
     """QEMU ended, hung up or does not answer."""
 
 
+class QmpInvalid(QmpGone):
+    """What came is not valid: nothing more is believed on this connection."""
+
+
 class Qmp(Protocol):
     """One connection. `execute` raises QmpRefused, QmpGone."""
 
     def execute(self, command: Command) -> Any: ...
 
 
-def no_greeting(path: str) -> QmpGone:
-    return QmpGone(
-        f"{path}: the QMP monitor does not answer; it serves one client at a time: is another "
-        "backup, libvirt or a person connected to it? (give QEMU a second -qmp for backups)"
-    )
+class Link(Qmp, Protocol):
+    """A connection to QEMU for as long as a backup takes; all but `close` raise QmpGone, too."""
+
+    @property
+    def path(self) -> str:
+        """Where its monitor is, for messages."""
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The process at the other end, or who made its socket; None: it is not known."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Events are missed: whoever wants to know how things stand asks now and then."""
+
+    @property
+    def fd(self) -> int:
+        """Readable when `events` has something to tell."""
+
+    def events(self) -> list[dict[str, Any]]:
+        """What has come since, in order."""
+
+    def give_fd(self, fd: int, name: str) -> None:
+        """QEMU gets a copy of a descriptor, under this name."""
+
+    def close(self) -> None: ...
 
 
-def not_reached(path: str, why: str) -> QmpGone:
-    return QmpGone(f"cannot reach QEMU's monitor at {path}: {why}; is the machine running?")
+class Peer:
+    """Who is at the other end: its bounds, and how its failures are told. Here: QEMU."""
 
+    name = "QEMU"
+    greeting_s = GREETING_S
+    answer_s = ANSWER_S
+    limits: Limits = QMP_LIMITS
 
-def hung_up(path: str) -> QmpGone:
-    return QmpGone(f"{path}: QEMU has ended or closed its monitor")
+    def not_reached(self, path: str, why: str) -> QmpGone:
+        return QmpGone(f"cannot reach QEMU's monitor at {path}: {why}; is the machine running?")
+
+    def no_greeting(self, path: str) -> QmpGone:
+        return QmpGone(
+            f"{path}: the QMP monitor does not answer; it serves one client at a time: is another "
+            "backup, libvirt or a person connected to it? (give QEMU a second -qmp for backups, or "
+            "say --qmp-share where the others connect for a moment only)"
+        )
+
+    def no_qmp(self, path: str, said: bytes) -> QmpGone:
+        """It began with what is not QMP."""
+        if said.startswith(_HUMAN_MONITOR) and b"monitor" in said:
+            return QmpInvalid(
+                f"{path} is a human monitor (-monitor); --qmp wants a QMP monitor: start QEMU "
+                "with -qmp unix:PATH,server=on,wait=off, too"
+            )
+        if said.startswith(_NBD):
+            return QmpInvalid(
+                f"{path} is an NBD export's socket; --qmp wants the QMP monitor's (QEMU: -qmp)"
+            )
+        return QmpInvalid(
+            f"cannot reach QEMU's monitor at {path}: what answers there is not a QMP monitor: it "
+            f"begins with `{one_line(said[:60].decode(errors='replace'))}`"
+        )
+
+    def no_answer(self, path: str, command: str) -> QmpGone:
+        return QmpGone(f"{path}: {self.name} has not answered {command} for {self.answer_s:.0f} s")
+
+    def hung_up(self, path: str) -> QmpGone:
+        return QmpGone(f"{path}: QEMU has ended or closed its monitor")
+
+    def not_valid(self, path: str, what: str, why: str) -> QmpGone:
+        """`what` came (an event, an answer to …) cannot be; `why`."""
+        return QmpInvalid(f"{path}: {self.name}'s {what} is not valid: {why}")
+
+    def refused(self, command: str, words: str) -> QmpRefused:
+        return QmpRefused(one_line(words, _WORDS_CHARS))

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 from vmapipe.control.instant import Instant
 from vmapipe.control.qemu import memory
 from vmapipe.control.qemu.memory import MIGRATED, RUNNING, STANDING, STOPPED, Note
-from vmapipe.control.qemu.qmp import ANSWER_S, Command, QmpRefused
-from vmapipe.control.qemu.qmp_link import QmpLink
+from vmapipe.control.qemu.qmp import ANSWER_S, Command, Link, QmpRefused
 from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.waiting import readable
@@ -49,7 +48,7 @@ class Jobs(NamedTuple):
 class Saving:
     """Of one backup. In this order: `begin`, then `look` until `is_done`. Both raise Failure."""
 
-    def __init__(self, link: QmpLink, run: str, folder: SinkFolder, guest_wait_s: int) -> None:
+    def __init__(self, link: Link, run: str, folder: SinkFolder, guest_wait_s: int) -> None:
         self.is_done = False
         #: Set as soon as it is known.
         self.held: Instant | None = None
@@ -255,8 +254,8 @@ class Saving:
             raise Failure(f"QEMU refuses the backup: {command.name}: {error}") from error
 
     def _ask(self, name: str) -> dict[str, Any]:
-        answer = self._link.execute(Command(name, {}))
-        return answer if isinstance(answer, dict) else {}
+        answer: dict[str, Any] = self._link.execute(Command(name, {}))
+        return answer
 
 
 def _time_of(event: dict[str, Any]) -> float:

@@ -17,7 +17,8 @@ from vmapipe.control.jobs import client as jobs_module
 from vmapipe.control.jobs.client import JobClient
 from vmapipe.control.monitor import client as monitor_module
 from vmapipe.control.monitor.client import guarded_disks
-from vmapipe.control.qemu.plain import Peer, PlainQmp
+from vmapipe.control.qemu.qmp import Peer
+from vmapipe.control.qemu.qmp_client import QmpClient
 from vmapipe.runtime.errors import Failure
 
 GREETING = b'{"QMP": {}}\r\n'
@@ -25,7 +26,7 @@ NBD = b"NBDMAGICIHAVEOPT\0\3"
 CLIENTS: dict[str, Callable[[str], object]] = {
     "job": JobClient,
     "monitor": guarded_disks,
-    "qemu": PlainQmp,
+    "qemu": QmpClient,
 }
 
 
@@ -61,27 +62,31 @@ def stranger(says: Sequence[bytes]) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("client", "says", "text"),
     [
-        ("job", [NBD], "the answer makes no sense; is it a backup's socket"),
+        ("job", [NBD], "what answers there is not QMP; is it a backup's socket"),
         ("job", [b"HTTP/1.1 400 Bad Request\r\n"], "is it a backup's socket"),
         ("job", [GREETING, b"[1, 2]\r\n"], "is it a backup's socket"),
         ("job", [GREETING], "the backup has just ended"),
         ("job", [b""], "the backup has not answered for"),
-        ("job", [GREETING, b""], "the backup has not answered for"),
+        ("job", [GREETING, b""], "the backup has not answered qmp_capabilities for"),
         ("job", [GREETING, b'{"error": {"desc": "no"}}\n'], "^no$"),
         ("monitor", [NBD], "is an export's socket; --monitor wants the monitor's own"),
-        ("monitor", [b"SSH-2.0\r\n"], "its answer makes no sense"),
+        ("monitor", [b"SSH-2.0\r\n"], "what answers there is not QMP; is this a monitor's socket"),
         ("monitor", [GREETING], "no monitor answers there, or it has too many clients"),
         ("monitor", [b""], "nobody greets us within"),
-        ("monitor", [GREETING, b""], "no monitor answers there"),
+        ("monitor", [GREETING, b""], "the monitor has not answered qmp_capabilities for"),
         (
             "monitor",
             [GREETING, b'{"return": {}}\n', b'{"error": {"desc": "no"}}\n'],
             "no; is it a vmapipe monitor that serves disks",
         ),
-        ("qemu", [NBD], "what answers there is no QMP monitor"),
+        ("qemu", [NBD], "is an NBD export's socket; --qmp wants the QMP monitor's"),
         ("qemu", [b""], "the QMP monitor does not answer; it serves one client at a time"),
         ("qemu", [GREETING], "QEMU has ended or closed its monitor"),
-        ("qemu", [b"\r\n" + GREETING, b"{broken\r\n"], "what answers there is no QMP monitor"),
+        (
+            "qemu",
+            [b"\r\n" + GREETING, b"{broken}\r\n"],
+            "QEMU's answer to qmp_capabilities is not valid: it is not JSON",
+        ),
     ],
 )
 def test_a_stranger_is_told_in_the_words_of_who_was_expected(

@@ -20,7 +20,7 @@ GREETING = {
 }
 MIB = 1 << 20
 #: Of one disk, as QEMU 7.2 tells it.
-DISK = {
+DISK: dict[str, Any] = {
     "device": "drive0",
     "qdev": "/machine/peripheral/scsi0/virtio-backend",
     "type": "unknown",
@@ -114,7 +114,7 @@ class HostileQemu:
             self._start(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError):
+        with client, contextlib.suppress(OSError, ValueError):
             self._say(client, self.greeting, None)
             text = ""
             while data := client.recv(65536):

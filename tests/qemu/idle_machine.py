@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from tests.machine import LIMIT_S
 from tests.qemu.storage_daemon import wait_for_socket
-from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.qmp import Command
+from vmapipe.control.qemu.qmp_client import QmpClient
 
 SECTOR = 512
 _TOLD = 16  # what qemu-io says of a good write begins so: "wrote 65536/65536 bytes"
@@ -69,7 +69,7 @@ class IdleMachine:
                 [*words, *options], stdin=subprocess.DEVNULL, stdout=said, stderr=complaints
             )
         wait_for_socket(folder / "tests.sock", self.process)
-        self._monitor = PlainQmp(str(folder / "tests.sock"))
+        self._monitor = QmpClient(str(folder / "tests.sock"))
         self._nodes = self._graph()
 
     def ask(self, name: str, **arguments: Any) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 
 from tests.machine import LIMIT_S, Need
 from tests.qemu.storage_daemon import wait_for_socket
-from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.qmp import Command
+from vmapipe.control.qemu.qmp_client import QmpClient
 
 
 class PausedMachine:
@@ -22,7 +22,7 @@ class PausedMachine:
         self.qmp = folder / "qmp.sock"
         self.process = process
         wait_for_socket(folder / "tests.sock", process)
-        self._monitor = PlainQmp(str(folder / "tests.sock"))
+        self._monitor = QmpClient(str(folder / "tests.sock"))
 
     def ask(self, name: str, **arguments: Any) -> Any:
         return self._monitor.execute(Command(name, arguments))

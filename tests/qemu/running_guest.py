@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from tests.guard.guest import SCSI_MODULES, Guest, Kernel, booted, make_initramfs
 from tests.machine import Need
-from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.qmp import Command
+from vmapipe.control.qemu.qmp_client import QmpClient
 
 SYSTEM_BYTES = 48 << 20
 # QEMU sees whole sectors: the last one is padded with zeroes.
@@ -72,7 +72,7 @@ class RunningGuest:
     def __init__(self, console: Guest, folder: Path) -> None:
         self.console = console
         self.qmp = folder / "qmp.sock"
-        self._monitor = PlainQmp(str(folder / "tests.sock"))
+        self._monitor = QmpClient(str(folder / "tests.sock"))
         self.rounds = 0
 
     def ask(self, name: str, **arguments: Any) -> Any:

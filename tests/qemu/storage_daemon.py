@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from tests.machine import LIMIT_S
-from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.qmp import Command, QmpGone
+from vmapipe.control.qemu.qmp_client import QmpClient
 
 
 class StorageDaemon:
-    """`qmp` and `second` are its monitors; each disk is exported under its name at `path`."""
+    """`qmp`, `second`, `pretty` and `tcp` are its monitors; each disk is exported at `path`.
+
+    `pretty` writes an answer on several lines; `tcp` is an address.
+    """
 
     def __init__(self, folder: Path, disks: Mapping[str, Path]) -> None:
         self.qmp = folder / "qmp.sock"
         self.second = folder / "second.sock"
+        self.pretty = folder / "pretty.sock"
         self.path = folder / "guest.sock"
         words = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={self.path}"]
         for name, image in disks.items():
@@ -34,6 +38,10 @@ class StorageDaemon:
             path = folder / f"{name}.sock"
             words += ["--chardev", f"socket,id={name},path={path},server=on,wait=off"]
             words += ["--monitor", f"chardev={name}"]
+        words += ["--chardev", f"socket,id=pretty,path={self.pretty},server=on,wait=off"]
+        words += ["--monitor", "chardev=pretty,pretty=on"]
+        words += ["--chardev", "socket,id=tcp,host=127.0.0.1,port=0,server=on,wait=off"]
+        words += ["--monitor", "chardev=tcp"]
         self.process = subprocess.Popen(words)
         wait_for_socket(self.qmp, self.process, greets=True)
 
@@ -42,7 +50,7 @@ class StorageDaemon:
         deadline = time.monotonic() + LIMIT_S
         while True:
             try:
-                qmp = PlainQmp(str(self.qmp))
+                qmp = QmpClient(str(self.qmp))
             except QmpGone:
                 # Somebody else is connected: one at a time.
                 assert time.monotonic() < deadline
@@ -51,6 +59,12 @@ class StorageDaemon:
                 return qmp.execute(Command(name, arguments))
             finally:
                 qmp.close()
+
+    @property
+    def tcp(self) -> str:
+        """At a port that was free."""
+        (chardev,) = [each for each in self.ask("query-chardev") if each["label"] == "tcp"]
+        return str(chardev["filename"].removeprefix("disconnected:"))
 
     def ours(self) -> list[str]:
         """Jobs and nodes of a backup."""

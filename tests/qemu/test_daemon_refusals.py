@@ -15,7 +15,7 @@ from tests.qemu.daemon_backup import (
     restored,
 )
 from tests.qemu.storage_daemon import StorageDaemon
-from vmapipe.control.qemu.plain import PlainQmp
+from vmapipe.control.qemu.qmp_client import QmpClient
 
 
 def test_a_second_backup_at_the_same_time_is_refused_and_the_first_goes_on(
@@ -33,7 +33,7 @@ def test_a_second_backup_at_the_same_time_is_refused_and_the_first_goes_on(
 
 
 def test_a_monitor_that_serves_somebody_else_is_named(daemon: StorageDaemon, out: Path) -> None:
-    with contextlib.closing(PlainQmp(str(daemon.qmp))):
+    with contextlib.closing(QmpClient(str(daemon.qmp))):
         text = bad("backup", "--qmp", daemon.qmp, *BOTH, out / "vm.vma")
     assert "it serves one client at a time" in text
 

@@ -24,7 +24,7 @@ from tests.conftest import absent
 from tests.machine import good, run
 from tests.qemu.hostile import DISK, HostileQemu, Refusal, hostile_qemu
 from vmapipe.control.qemu.leftovers import remove_leftovers
-from vmapipe.control.qemu.plain import PlainQmp
+from vmapipe.control.qemu.qmp_client import QmpClient
 from vmapipe.control.qemu.sinkfolder import SinkFolder, sink_of
 from vmapipe.runtime.errors import Failure
 
@@ -330,7 +330,7 @@ def test_only_the_shape_of_a_sinks_path_is_taken_for_one() -> None:
 
 def test_who_is_told_another_shape_says_the_way_out(place: Path, tmp_path: Path) -> None:
     with hostile_qemu(tmp_path / "q", {"query-named-block-nodes": node_at("/x\x1b/y")}) as qemu:
-        link = PlainQmp(str(qemu.path))
+        link = QmpClient(str(qemu.path))
         with pytest.raises(Failure, match="nothing was touched") as caught:
             remove_leftovers(link)
         link.close()

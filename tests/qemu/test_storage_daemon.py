@@ -19,8 +19,8 @@ from tests.qemu.hammer import Hammer
 from tests.qemu.storage_daemon import StorageDaemon
 from vmapipe.control.jobs.client import JobClient
 from vmapipe.control.jobs.folder import sockets
-from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.qmp import Command
+from vmapipe.control.qemu.qmp_client import QmpClient
 
 pytestmark = pytest.mark.every_qemu
 
@@ -64,7 +64,7 @@ def test_a_limit_that_is_changed_while_it_runs_reaches_qemus_jobs(
 ) -> None:
     with slow_backup(daemon, out) as backup:
         (path,) = sockets().values()
-        with JobClient(path) as job, contextlib.closing(PlainQmp(str(daemon.second))) as qemu:
+        with JobClient(path) as job, contextlib.closing(QmpClient(str(daemon.second))) as qemu:
             # Slower, so that none of the disks is done before QEMU is asked.
             job.execute("backup-set-speed", speed=6 << 16)
 

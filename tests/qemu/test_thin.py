@@ -19,8 +19,8 @@ from tests.machine import Need, end_of, eventually, good, make_disk, next_event,
 from tests.qemu.daemon_backup import BOTH, SIZES, restored, slow_backup
 from tests.qemu.hammer import CLUSTER, Hammer
 from tests.qemu.storage_daemon import StorageDaemon, storage_daemon
-from vmapipe.control.qemu.plain import PlainQmp
 from vmapipe.control.qemu.qmp import Command
+from vmapipe.control.qemu.qmp_client import QmpClient
 
 pytestmark = pytest.mark.every_qemu
 
@@ -150,7 +150,7 @@ def test_a_job_that_has_vanished_stores_nothing_even_when_all_data_has_come(
     """Without us it ends, and somebody dismisses it: how it ended is not known."""
     with (
         slow_backup(daemon, out) as backup,
-        contextlib.closing(PlainQmp(str(daemon.second))) as qemu,
+        contextlib.closing(QmpClient(str(daemon.second))) as qemu,
     ):
         backup.send_signal(signal.SIGSTOP)
         for job in qemu.execute(Command("query-block-jobs", {})):

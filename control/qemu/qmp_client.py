@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connection to whoever speaks JSON objects: QEMU, our monitor, our running backups.
+
+It blocks, and every wait has an end on a clock that nobody sets. What comes is bounded in
+length, depth and number, and checked before anybody reads it.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vmapipe.control.qemu.addresses import Address, connect, parse_address
+from vmapipe.control.qemu.qmp import Command, Peer, QmpGone
+from vmapipe.control.qemu.qmp_answers import answer_fault, event_fault
+from vmapipe.control.qemu.qmp_reader import JsonReader, Unreadable
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.waiting import readable, writable
+
+_READ_BYTES = 1 << 16
+# One look at the events reads no more than this, so that whoever looks gets to other things, too.
+_LOOK_BYTES = 1 << 20
+# Of events of one name, so many wait: one for each of the 254 disks of a machine, four times. Who
+# knows of a thousand asks how things stand anyway.
+_EVENTS_OF_A_NAME = 1024
+_BYTES_OF_A_NAME = 256 << 10
+# QEMU has some 60 kinds of events.
+_MOST_NAMES = 200
+# The longest of QEMU's events tells of some hundred bytes.
+_EVENT_BYTES = 64 << 10
+
+
+class Wire:
+    """Objects both ways over a socket. Every method raises OSError, Unreadable, Cancelled."""
+
+    def __init__(self, sock: socket.socket, reader: JsonReader, cancel: Cancel | None) -> None:
+        """`sock` does not block. A stop that `cancel` asks for ends every wait."""
+        self.socket = sock
+        self.reader = reader
+        self._cancel = cancel
+
+    def send(self, message: Mapping[str, Any], deadline: float, fds: Sequence[int] = ()) -> None:
+        self.send_bytes(json.dumps(message).encode() + b"\n", deadline, fds)
+
+    def send_bytes(self, data: bytes, deadline: float, fds: Sequence[int] = ()) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        left = memoryview(data)
+        while left:
+            if not writable(self.socket.fileno(), deadline - time.monotonic()):
+                raise TimeoutError("it takes nothing")
+            with contextlib.suppress(BlockingIOError):
+                left = left[self.socket.sendmsg([left], rights) :]
+                rights = []
+
+    def receive(self, deadline: float) -> dict[str, Any]:
+        """The next object. TimeoutError: it is not there by then, however much else has come."""
+        while True:
+            if time.monotonic() >= deadline:
+                raise TimeoutError("it does not answer")
+            message = self.reader.next()
+            if message is not None:
+                return message
+            self.wait(deadline)
+            self.take()
+
+    def take(self) -> int:
+        """How many bytes were there; 0: none is. ConnectionError: the other end has closed."""
+        try:
+            data = self.socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return 0
+        if not data:
+            raise ConnectionResetError("it has closed the connection")
+        self.reader.feed(data)
+        return len(data)
+
+    def wait(self, deadline: float) -> None:
+        """Until something has come."""
+        fds = [self.socket.fileno()] + ([self._cancel.fd] if self._cancel else [])
+        is_ready = readable(fds, deadline - time.monotonic())
+        if self._cancel is not None:
+            self._cancel.check()
+        if not is_ready:
+            raise TimeoutError("it does not answer")
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class EventQueue:
+    """Events that wait, in order; of one name no more than a bound, the oldest. Pure."""
+
+    def __init__(self) -> None:
+        self._events: deque[dict[str, Any]] = deque()
+        #: By name: how many wait, and how many bytes they had.
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def put(self, event: dict[str, Any], size_bytes: int) -> bool:
+        """False: more kinds of events than there are."""
+        name = event["event"]
+        count, held_bytes = self._counts.get(name, (0, 0))
+        if not count and len(self._counts) >= _MOST_NAMES:
+            return False
+        if not count or (count < _EVENTS_OF_A_NAME and held_bytes < _BYTES_OF_A_NAME):
+            self._counts[name] = (count + 1, held_bytes + size_bytes)
+            self._events.append(event)
+        return True
+
+    def take(self) -> list[dict[str, Any]]:
+        found = list(self._events)
+        self._events.clear()
+        self._counts.clear()
+        return found
+
+
+class QmpClient:
+    """Connected from the start until `close`. Raises QmpGone, and once it has, always.
+
+    `fd` becomes readable when there are events, or the other end is gone.
+    """
+
+    is_shared = False
+
+    def __init__(self, address: Address | str, peer: Peer | None = None) -> None:
+        """`address`: a path, or what parse_address returns; `peer`: QEMU."""
+        self._address = address if isinstance(address, Address) else Address(address)
+        self._peer = peer or Peer()
+        self.path = str(self._address)
+        self._lost: QmpGone | None = None
+        self._number = 0
+        self._events = EventQueue()
+        #: Since when it serves us, on the monotonic clock.
+        self.greeted_at = 0.0
+        deadline = time.monotonic() + self._peer.greeting_s
+        try:
+            sock = connect(self._address, deadline)
+        except TimeoutError as error:
+            raise self._peer.no_greeting(self.path) from error
+        except OSError as error:
+            raise self._peer.not_reached(self.path, os_error_text(error)) from error
+        self._wire = Wire(sock, JsonReader(self._peer.limits), None)
+        # Readable with the socket, and as long as events wait that came with an answer.
+        self._waiting = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._is_closed = False
+        for fd in (sock.fileno(), self._waiting):
+            self._epoll.register(fd, select.EPOLLIN)
+        try:
+            self._greet(deadline)
+            self.greeted_at = time.monotonic()
+            self.execute(Command("qmp_capabilities", {}))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def fd(self) -> int:
+        return self._epoll.fileno()
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The process at the other end, or who made its socket; None: it is not known."""
+        if not self._address.path:
+            return _listening_at(self._wire.socket.getpeername()[:2])
+        size = struct.calcsize("3i")
+        found = self._wire.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        return int(struct.unpack("3i", found)[0])
+
+    def execute(self, command: Command) -> Any:
+        """The answer, of the shape that is known of it. Raises QmpRefused, QmpGone."""
+        return self._execute(command, ())
+
+    def give_fd(self, fd: int, name: str) -> None:
+        """QEMU gets a copy of a descriptor, under this name. Raises QmpRefused, QmpGone."""
+        if not self._address.path:
+            raise self._peer.refused(
+                "getfd", f"{self.path}: a descriptor cannot be given over TCP: name a Unix socket"
+            )
+        self._execute(Command("getfd", {"fdname": name}), (fd,))
+
+    def events(self) -> list[dict[str, Any]]:
+        """What has come since, in order. Raises QmpGone, after the last."""
+        if self._lost is None:
+            with contextlib.suppress(QmpGone):  # told when all events are
+                self._take_what_is_there()
+        found = self._events.take()
+        if self._lost is None:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._waiting)
+        elif not found:
+            raise self._lost
+        return found
+
+    def wait_for_end(self, timeout_s: float) -> bool:
+        """Whether the other end has closed by then; whatever it says is passed over."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            while time.monotonic() < deadline:
+                self._wire.wait(deadline)
+                if self._wire.take():
+                    self._wire.reader.drop()
+        except TimeoutError:
+            return False
+        except OSError:
+            return True  # it has closed, or was killed
+        return False
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._epoll.close()
+            os.close(self._waiting)
+            self._wire.close()
+            self._lost = self._lost or self._peer.hung_up(self.path)
+
+    def _greet(self, deadline: float) -> None:
+        """Raises QmpGone."""
+        try:
+            greeting = self._wire.receive(deadline)
+        except Unreadable as error:
+            raise self._peer.no_qmp(self.path, error.said) from error
+        except TimeoutError as error:
+            raise self._peer.no_greeting(self.path) from error
+        except OSError as error:
+            raise self._peer.hung_up(self.path) from error
+        if not isinstance(greeting.get("QMP"), dict):
+            raise self._peer.not_valid(self.path, "greeting", "it has no member 'QMP'")
+
+    def _execute(self, command: Command, fds: Sequence[int]) -> Any:
+        if self._lost is not None:
+            raise self._lost
+        deadline = time.monotonic() + self._peer.answer_s
+        self._number += 1
+        request = {
+            "execute": command.name,
+            "arguments": dict(command.arguments),
+            "id": self._number,
+        }
+        try:
+            self._wire.send(request, deadline, fds)
+            while True:
+                message = self._wire.receive(deadline)
+                if "event" in message:
+                    self._keep(message)
+                else:
+                    return self._answer(command.name, message)
+        except Unreadable as error:
+            raise self._lose_invalid(f"answer to {command.name}", str(error)) from error
+        except TimeoutError as error:
+            raise self._lose(self._peer.no_answer(self.path, command.name)) from error
+        except OSError as error:
+            raise self._lose(self._peer.hung_up(self.path)) from error
+
+    def _answer(self, name: str, message: Mapping[str, Any]) -> Any:
+        """Raises QmpRefused, QmpGone."""
+        what = f"answer to {name}"
+        if message.get("id", self._number) != self._number:
+            raise self._lose_invalid(what, "it belongs to another question")
+        if "return" in message:
+            if fault := answer_fault(name, message["return"]):
+                raise self._lose_invalid(what, fault)
+            return message["return"]
+        refusal = message.get("error")
+        words = refusal.get("desc") if isinstance(refusal, dict) else None
+        if not isinstance(words, str):
+            raise self._lose_invalid(what, "it has neither a member 'return' nor an 'error'")
+        raise self._peer.refused(name, words)
+
+    def _keep(self, event: dict[str, Any]) -> None:
+        """Raises QmpGone."""
+        fault = event_fault(event)
+        size_bytes = 0 if fault else len(json.dumps(event))
+        if size_bytes > _EVENT_BYTES:
+            fault = f"it has more than {_EVENT_BYTES} bytes"
+        if not fault and not self._events.put(event, size_bytes):
+            fault = f"there are events of more than {_MOST_NAMES} names"
+        if fault:
+            raise self._lose_invalid("event", fault)
+        os.eventfd_write(self._waiting, 1)
+
+    def _take_what_is_there(self) -> None:
+        """Raises QmpGone."""
+        left = _LOOK_BYTES
+        try:
+            while True:
+                while (message := self._wire.reader.next()) is not None:
+                    if "event" not in message:
+                        raise self._lose_invalid("answer", "nothing was asked")
+                    self._keep(message)
+                count = self._wire.take() if left > 0 else 0
+                if not count:
+                    return
+                left -= count
+        except Unreadable as error:
+            raise self._lose_invalid("event", str(error)) from error
+        except OSError as error:
+            raise self._lose(self._peer.hung_up(self.path)) from error
+
+    def _lose_invalid(self, what: str, why: str) -> QmpGone:
+        return self._lose(self._peer.not_valid(self.path, what, why))
+
+    def _lose(self, error: QmpGone) -> QmpGone:
+        """From now on this is the answer to everything."""
+        self._lost = error
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._waiting, 1)
+        return error
+
+
+def _listening_at(place: tuple[str, int]) -> int | None:
+    """The process of this host whose TCP connection this is."""
+    # Imported here: it takes time, and most monitors are Unix sockets.
+    import psutil
+
+    try:
+        found = psutil.net_connections("tcp")
+    except psutil.Error:
+        return None
+    return next((each.pid for each in found if each.laddr == place and each.pid), None)
+
+
+def open_qmp(address: str) -> QmpClient:
+    """QEMU's monitor at an address as a user writes it. Raises UsageError, QmpGone."""
+    return QmpClient(parse_address(address))

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers of any type and shape: what is called valid can be read by all who read it."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.qemu.hostile import ANSWERS, DISK
+from vmapipe.control.jobs.commands import matching
+from vmapipe.control.jobs.state import JobState
+from vmapipe.control.jobs.table import job_lines
+from vmapipe.control.monitor.devices import check_devices, machine_devices
+from vmapipe.control.monitor.qmp import QmpError
+from vmapipe.control.qemu import memory, poweroff
+from vmapipe.control.qemu.disks import Machine, Wishes, choose_disks
+from vmapipe.control.qemu.graph import Graph
+from vmapipe.control.qemu.outside import found_outside
+from vmapipe.control.qemu.plan import (
+    features_of,
+    left_of,
+    left_targets,
+)
+from vmapipe.control.qemu.qmp_answers import ANSWERS as SHAPES
+from vmapipe.control.qemu.qmp_answers import answer_fault, event_fault
+from vmapipe.runtime.errors import Failure
+
+NODES: list[dict[str, Any]] = [
+    {**DISK["inserted"], "node-name": "n0"},
+    {
+        "node-name": "vmapipe-0123abcd-0",
+        "drv": "nbd",
+        "ro": False,
+        "file": "nbd+unix:///x?socket=/tmp/vmapipe-sinks-x/0.sock",
+        "image": {"virtual-size": 1 << 20, "filename": "nbd", "format": "nbd"},
+        "children": [{"node-name": "f0", "child": "file"}],
+    },
+    {**DISK["inserted"], "node-name": "f0", "drv": "throttle"},
+]
+SCHEMA = [
+    {"name": "blockdev-backup", "meta-type": "command", "arg-type": "7"},
+    {
+        "name": "7",
+        "meta-type": "object",
+        "members": [{"name": "x-perf", "type": "8"}, {"name": "on-cbw-error", "type": "9"}],
+    },
+    {"name": "8", "meta-type": "object", "members": [{"name": "max-workers", "type": "int"}]},
+    {"name": "9", "meta-type": "alternate", "members": [{"type": "str"}, {"type": "null"}]},
+]
+
+NOTE = memory.Note("/tmp/x", False, "paused", ("events",), 1 << 20).encode()
+
+
+def a_job() -> dict[str, Any]:
+    state = JobState("/backup/vm.vma", 1000.0, job="0123456789abcdef" * 2)
+    devices = [{"name": "a", "bytes": 1 << 20}]
+    state.take({"event": "begun", "uuid": "1" * 32, "devices": devices}, 1001.0)
+    usage = {"name": "the coordinator", "pid": 1, "age_s": 1.5, "cpu_s": 0.5, "rss_bytes": 1 << 20}
+    return {**state.details(1002.0), "processes": [usage]}
+
+
+JOBS: list[dict[str, Any]] = [
+    {
+        "id": "vmapipe-0123abcd-0",
+        "type": "backup",
+        "status": "running",
+        "error": "x",
+        "current-progress": 1,
+        "total-progress": 2,
+    }
+]
+GRAPH = {
+    "nodes": [
+        {"id": 1, "type": "block-driver", "name": "n0"},
+        {"id": 2, "type": "block-driver", "name": "f0"},
+        {"id": 3, "type": "block-job", "name": "mirror0"},
+    ],
+    "edges": [
+        {"parent": 1, "child": 2, "name": "file"},
+        {"parent": 3, "child": 1, "name": "target"},
+    ],
+}
+TPM = [{"id": "tpm0", "model": "tpm-tis", "options": {"type": "emulator", "data": {}}}]
+#: Good answers, by command.
+GOOD: dict[str, Any] = {
+    "query-block": [DISK, {"device": "cd0", "removable": True}],
+    "query-named-block-nodes": NODES,
+    "query-block-jobs": [{"device": "drive0", "type": "mirror", "len": 1, "speed": 0}],
+    "query-jobs": JOBS,
+    "query-status": ANSWERS["query-status"],
+    "query-qmp-schema": SCHEMA,
+    "query-memory-size-summary": {"base-memory": 1 << 30, "plugged-memory": 0},
+    "query-migrate": {
+        "status": "active",
+        "error-desc": "no",
+        "ram": {"transferred": 1, "total": 2, "normal": 3, "duplicate": 4},
+    },
+    "query-migrate-capabilities": [{"capability": "events", "state": True}],
+    "query-migrate-parameters": {"max-bandwidth": 1 << 20},
+    "qom-list": [{"name": "vmapipe-0123abcd-memory", "type": "child<authz-simple>"}],
+    "x-debug-query-block-graph": GRAPH,
+    "query-tpm": TPM,
+    "query-uuid": {"UUID": "00000000-0000-0000-0000-000000000000"},
+    "qom-get": NOTE,
+    "query-disks": [{"name": "a", "size": 1 << 20, "guard": "/run/x"}],
+    "query-job": a_job(),
+}
+EVENT = {
+    "event": "BLOCK_JOB_COMPLETED",
+    "data": {"device": "vmapipe-0123abcd-0", "error": "x"},
+    "timestamp": {"seconds": 1, "microseconds": 2},
+}
+
+
+def read_disks(blocks: Any, nodes: Any, jobs: Any, graph: Any = None) -> None:
+    read = Graph(nodes, graph)
+    for wanted in ([], ["scsi0"], ["n0"], ["x=f0"]):
+        try:
+            choose_disks(Machine(blocks, nodes, jobs, read), Wishes(wanted))
+        except Failure:
+            pass
+    for devlist in (None, "scsi0"):
+        try:
+            check_devices(machine_devices(blocks, nodes), devlist)
+        except QmpError:
+            pass
+
+
+def read_nodes(nodes: Any) -> None:
+    read_disks(GOOD["query-block"], nodes, [])
+    left_of(JOBS, nodes, "vmapipe-")
+    left_targets(nodes)
+
+
+def read_progress(answer: Any) -> None:
+    progress = memory.progress_of(answer)
+    memory.undo("x", memory.decode_note(NOTE), progress, "paused")
+    assert isinstance(progress.is_endless, bool)
+
+
+def read_job(job: Any) -> None:
+    job_lines(job, copy.deepcopy(job))
+    try:
+        matching([job], "0123")
+    except Failure:
+        pass
+
+
+#: Those who read each answer; whatever is called valid must not surprise them.
+READERS: dict[str, Callable[[Any], object]] = {
+    "query-block": lambda answer: read_disks(answer, NODES, GOOD["query-block-jobs"]),
+    "query-named-block-nodes": read_nodes,
+    "query-block-jobs": lambda answer: read_disks(GOOD["query-block"], NODES, answer),
+    "x-debug-query-block-graph": lambda answer: read_disks(GOOD["query-block"], NODES, [], answer),
+    "query-tpm": lambda answer: found_outside({}, answer),
+    "query-jobs": lambda answer: left_of(answer, NODES, "vmapipe-").undo(),
+    "query-qmp-schema": features_of,
+    "query-migrate": read_progress,
+    "query-migrate-capabilities": memory.switched_on,
+    "qom-list": lambda answer: (
+        memory.notes_in(answer, "vmapipe-") + found_outside({"/machine/peripheral": answer}, [])
+    ),
+    "query-job": read_job,
+}
+ODD: st.SearchStrategy[Any] = st.sampled_from(
+    [
+        *(None, 5, -1, 1.5, 1e300, True, "x", "", "a\0b", "x" * 2000, "\x1b[31m", "vmapipe-"),
+        *((1 << 63) - 1, 1 << 63, [], {}, [5], [None], [[]], ["x"], {"a": 1}, [{"name": 5}]),
+    ]
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of all values in a value, itself first."""
+    yield path
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from places(inner, (*path, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from places(inner, (*path, number))
+
+
+def changed(value: Any, path: tuple[Any, ...], odd: Any, *, removed: bool) -> Any:
+    if not path:
+        return odd
+    whole = copy.deepcopy(value)
+    inner = whole
+    for step in path[:-1]:
+        inner = inner[step]
+    if removed:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = odd
+    return whole
+
+
+@pytest.mark.parametrize("command", GOOD)
+def test_good_answers_are_valid(command: str) -> None:
+    assert answer_fault(command, GOOD[command]) == ""
+    READERS.get(command, len)(GOOD[command])
+
+
+@pytest.mark.parametrize("command", GOOD)
+@given(st.data())
+def test_whatever_is_changed_in_an_answer_it_is_not_valid_or_can_be_read(
+    command: str, data: st.DataObject
+) -> None:
+    answer = GOOD[command]
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.sampled_from(list(places(answer))))
+        answer = changed(answer, place, data.draw(ODD), removed=data.draw(st.booleans()))
+        if not isinstance(answer, dict | list):
+            break
+    fault = answer_fault(command, answer)
+    assert len(fault) < 300
+    assert fault.isprintable()
+    if not fault:
+        READERS.get(command, lambda answer: None)(answer)
+
+
+_NAMES = st.sampled_from(["a", "b", "c", "d"])
+_NUMBERS = st.integers(0, 4)
+
+
+@given(
+    st.lists(st.tuples(_NAMES, st.sampled_from(["raw", "throttle", "backup-top", "qcow2"]))),
+    st.lists(st.tuples(_NUMBERS, _NUMBERS, st.sampled_from(["file", "backing", "target"]))),
+)
+def test_a_graph_of_nodes_that_has_circles_is_read_to_its_end(
+    drivers: list[tuple[str, str]], edges: list[tuple[int, int, str]]
+) -> None:
+    nodes = [
+        {"node-name": name, "drv": drv, "image": {"virtual-size": 65536}} for name, drv in drivers
+    ]
+    known = [{"id": n, "type": "block-driver", "name": name} for n, name in enumerate("abcd")]
+    known.append({"id": 4, "type": "block-job", "name": "j"})
+    found = [{"parent": p, "child": c, "name": role} for p, c, role in edges]
+    blocks = [{"device": "d", "inserted": node} for node in nodes]
+    answer = {"nodes": known, "edges": found}
+    assert answer_fault("x-debug-query-block-graph", answer) == ""
+    graph = Graph(nodes, answer)
+    for wanted in ([], ["a"], ["b"], ["d"]):
+        try:
+            choose_disks(Machine(blocks, nodes, [], graph), Wishes(wanted))
+        except Failure:
+            pass
+
+
+@given(st.data())
+def test_whatever_is_changed_in_an_event_its_name_is_a_text_if_it_is_valid(
+    data: st.DataObject,
+) -> None:
+    place = data.draw(st.sampled_from(list(places(EVENT))[1:]))
+    event = changed(EVENT, place, data.draw(ODD), removed=data.draw(st.booleans()))
+    if not event_fault(event):
+        assert isinstance(event["event"], str)
+        stamp = event.get("timestamp", {})
+        assert isinstance(stamp.get("seconds", 0), int)
+
+
+def test_the_place_of_what_is_wrong_is_told() -> None:
+    chance = random.Random(1)
+    for command, answer in GOOD.items():
+        place = chance.choice(list(places(answer))[1:] or [("it",)])
+        if place == ("it",):
+            assert answer_fault(command, 5) == "it is not a string"
+            continue
+        fault = answer_fault(command, changed(answer, place, object(), removed=False))
+        assert not fault or str(place[0]) in fault or f"[{place[0]}]" in fault
+    image = {"virtual-size": "big"}
+    wrong = [DISK, {"device": "d", "inserted": {"image": image}}]
+    fault = answer_fault("query-block", wrong)
+    assert fault == "[1].inserted.image.virtual-size is not a whole number"
+    assert answer_fault("query-block", 5) == "it is not a list"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "x", "[]", "5", "null", "[" * 100_000, '{"a":' * 50_000, "9" * 5000, "\ud800"),
+        *('{"folder": 5}', '{"folder": "/x"}', NOTE.replace("/tmp", "tmp"), NOTE + NOTE),
+    ],
+)
+def test_a_note_that_is_not_ours_is_a_value_error(text: str) -> None:
+    for decode in (memory.decode_note, poweroff.decode_note):
+        with pytest.raises(ValueError, match=r"not|nested"):
+            decode(text)
+
+
+def test_every_question_whose_answer_is_read_has_a_shape() -> None:
+    """A command that begins with query- is asked for its answer."""
+    root = Path(__file__).parent.parent.parent / "control"
+    asked = set()
+    for file in root.rglob("*.py"):
+        if "monitor/commands" in str(file) or "monitor/human" in str(file):
+            continue  # names that others ask us for
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            word = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(word, str) and re.fullmatch("(x-debug-)?query(-[a-z]+)+", word):
+                asked.add(word)
+    ours = {"query-version", "query-commands", "query-backup", "query-events", "query-fdsets"}
+    assert asked - ours <= SHAPES.keys()
+    assert len(asked - ours) >= len(SHAPES) - 2
