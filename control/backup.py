@@ -168,6 +168,10 @@ def _check(options: argparse.Namespace) -> None:
             "--reproducible is for disks at rest: it takes one disk after the other, and the guest "
             "would wait for its turn"
         )
+    if options.force_share and (options.qmp or options.monitor):
+        raise UsageError(
+            "--force-share is for disks at rest: a disk in use is read as of one instant"
+        )
     if options.notes and options.vmid is None:
         raise UsageError("--notes needs --vmid: only Proxmox VE's archives have a place for them")
     if options.vmid is not None and is_object(options.archive):
@@ -231,6 +235,13 @@ def open_machine(options: argparse.Namespace) -> RunningMachine | None:
     )
 
 
+def _disks_at_rest(options: argparse.Namespace) -> list[Disk]:
+    """Raises UsageError."""
+    shared = ("--force-share",) if options.force_share else ()
+    disks = [parse_disk(text) for text in options.disk]
+    return [disk._replace(reading=(*disk.reading, *shared)) for disk in disks]
+
+
 def choose_disks(
     options: argparse.Namespace,
     configured: Sequence[ConfigDisk] = (),
@@ -242,7 +253,7 @@ def choose_disks(
     """
     excluded = {d.device: NOT_TO_BE_BACKED_UP for d in configured if not d.is_backed_up}
     if machine is None and options.monitor is None and not configured:
-        return [parse_disk(text) for text in options.disk], []
+        return _disks_at_rest(options), []
     # Imported here: a backup of disks at rest starts sooner without.
     from vmapipe.control.qemu.disks import LeftOut, Wishes
 
@@ -255,7 +266,7 @@ def choose_disks(
     elif options.monitor is not None:
         disks, left_out = _choose_served(options, excluded)
     else:
-        disks, left_out = [parse_disk(text) for text in options.disk], []
+        disks, left_out = _disks_at_rest(options), []
     known = {disk.name for disk in disks} | {out.device for out in left_out}
     for disk in configured:
         if disk.device not in known:

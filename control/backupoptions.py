@@ -21,6 +21,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "may follow; may be repeated",
     )
     what.add_argument(
+        "--force-share",
+        action="store_true",
+        help="read disks at rest although another program may write to them: the archive may then "
+        "hold what never was on the disk at one time",
+    )
+    what.add_argument(
         "--monitor",
         metavar="SOCKET",
         help="back up the disks of this monitor while they are in use; --disk NAME then chooses "

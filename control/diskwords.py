@@ -6,23 +6,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import stat
 
 from vmapipe.control.job import Disk
 from vmapipe.runtime.cli import size, split_named
 from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.imageformat import format_of_content
 
 # What may follow an image's path, and what a format's name looks like.
 _READING = ("format", "snapshot", "offset", "others")
 _WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
-# Images whose bytes are not the disk's.
-_MAGICS = {
-    b"QFI\xfb": "qcow2",
-    b"KDMV": "vmdk",
-    b"vhdxfile": "vhdx",
-    b"conectix": "vpc",
-    b"<<< ": "vdi",
-    b"QED\0": "qed",
-}
 
 
 def parse_disk(text: str) -> Disk:
@@ -73,10 +66,18 @@ def _reading_words(text: str, found: dict[str, str]) -> tuple[str, ...]:
 
 
 def _looks_like(path: str) -> str:
-    """The format of an image that is not raw, by its first bytes; empty: raw, or unreadable."""
+    """The format of an image that is not raw, by its content; empty: raw, or unreadable."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            start = file.read(8)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return ""  # the producer will say what is wrong
-    return next((name for magic, name in _MAGICS.items() if start.startswith(magic)), "")
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
+            return ""
+        size_bytes = os.lseek(fd, 0, os.SEEK_END)
+        found = format_of_content(lambda offset, length: os.pread(fd, length, offset), size_bytes)
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
+    return found.driver if found is not None else ""

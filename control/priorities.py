@@ -22,6 +22,10 @@ class Priorities(NamedTuple):
     io: tuple[int, int] | None = None
     cores: tuple[int, ...] = ()
 
+    def apply_to_us(self) -> None:
+        """To this process and those that it will start. Raises Failure."""
+        self.apply(os.getpid(), guest_waits=False)
+
     def apply(self, pid: int, *, guest_waits: bool) -> None:
         """To a process that has just been started. Raises Failure.
 
@@ -47,7 +51,7 @@ class Priorities(NamedTuple):
             return  # it says itself why it has ended
         except (psutil.Error, OSError, ValueError) as error:
             text = os_error_text(error) if isinstance(error, OSError) else str(error)
-            raise Failure(f"cannot set the priority of the backup's processes: {text}") from error
+            raise Failure(f"cannot set the priority of the job's processes: {text}") from error
 
 
 AS_INHERITED = Priorities()
@@ -82,8 +86,19 @@ def add_priority_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_io_priority_option(parser: argparse.ArgumentParser) -> None:
+    """For a job whose I/O is all that others may have to wait for."""
+    parser.add_argument(
+        "--ionice",
+        type=_io_priority,
+        metavar="CLASS",
+        help="I/O priority, idle or best-effort:N (0 high to 7 low)",
+    )
+
+
 def priorities(options: argparse.Namespace) -> Priorities:
-    return Priorities(options.nice, options.ionice, options.cpus)
+    """What the options say, as far as the command has them."""
+    return Priorities(getattr(options, "nice", None), options.ionice, getattr(options, "cpus", ()))
 
 
 def buffer_of_each(buffer_bytes: int, total_bytes: int, disks: int) -> int:

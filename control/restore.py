@@ -9,15 +9,16 @@ from collections.abc import Sequence
 
 from vmapipe.control.inspect import add_read_options, read_options
 from vmapipe.control.outputwords import inherited_fds
+from vmapipe.control.priorities import add_io_priority_option, priorities
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.control.words import naming
 from vmapipe.restore.archive.reading import open_archive
 from vmapipe.restore.job import Options, restore
-from vmapipe.restore.mapping import parse_map
-from vmapipe.restore.plan import Plan, plan_folder, plan_map
+from vmapipe.restore.mapping import IMAGE_FORMATS, parse_map
+from vmapipe.restore.plan import Larger, Plan, Wishes, check_chosen, plan_folder, plan_map
 from vmapipe.restore.targets.newfile import Folders
 from vmapipe.runtime.cancel import Cancel, awaited_lines
-from vmapipe.runtime.cli import make_parser
+from vmapipe.runtime.cli import make_parser, size
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.heldfolder import HeldFolder, MadeFolder
 from vmapipe.runtime.process import run
@@ -39,6 +40,7 @@ examples:
   vmapipe restore vm.vma restored/ --device drive-scsi0
   vmapipe restore vm.vma restored/ --device drive-scsi0=/dev/vg0/vm
   vmapipe restore vm.vma restored/ --device drive-scsi0=vm.qcow2,format=qcow2
+  vmapipe restore vm.vma restored/ --format qcow2
   ssh backup.example cat vm.vma.zst | vmapipe restore - restored/
 
 exit codes: 0 restored, 1 failed (no new file is left), 2 wrong use, 130/143 ended by a signal
@@ -53,10 +55,39 @@ def main(argv: Sequence[str], prog: str) -> int:
         action="append",
         default=[],
         metavar="NAME[=TARGET[,format=FORMAT]]",
-        help="restore only this device, to a new file, or onto TARGET (an existing file or block "
-        "device is overwritten; with a FORMAT like qcow2 a new image of it is made); may be "
+        help="restore only this device, to a new file, or onto TARGET (an existing raw file or "
+        "block device is overwritten; with a FORMAT like qcow2 a new image of it is made); may be "
         "repeated",
     )
+    parser.add_argument(
+        "--format",
+        default="",
+        choices=IMAGE_FORMATS,
+        metavar="FORMAT",
+        help="of every disk whose --device or map line does not say another one: raw (default), "
+        "qcow2, qed, vdi, vhdx, vmdk or vpc",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="overwrite what --device and --map name whatever it is: raw bytes over an image of "
+        "another format or an ISO; with format=qcow2 and the like, the disk in an existing image",
+    )
+    parser.add_argument(
+        "--allow-larger",
+        action="store_true",
+        help="existing files, too, and not only block devices, may be more than 4 MiB larger than "
+        "their devices; what is beyond stays as it is",
+    )
+    parser.add_argument(
+        "--speed",
+        type=size,
+        default=0,
+        metavar="BYTES/S",
+        help="write at most this much data a second, all disks together; K, M, G, T are powers of "
+        "1024 (default: no limit); zeroes do not count",
+    )
+    add_io_priority_option(parser)
     parser.add_argument(
         "--map",
         metavar="FILE",
@@ -85,6 +116,7 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _restore(options: argparse.Namespace) -> None:
+    chosen = _chosen(options)
     if not 0 <= options.workers <= _MAX_WORKERS:
         raise UsageError(f"--workers {options.workers}: use 1 to {_MAX_WORKERS}")
     if options.map and options.device:
@@ -92,6 +124,7 @@ def _restore(options: argparse.Namespace) -> None:
     if options.map == "-" and options.archive == "-":
         raise UsageError("the map and the archive cannot both come from stdin")
     inherited_fds(options.archive)
+    priorities(options).apply_to_us()
     cancel = Cancel()
     cancel.on_signals()
     with (
@@ -103,31 +136,53 @@ def _restore(options: argparse.Namespace) -> None:
     ):
         restore(
             archive,
-            _plan(archive.header, options, cancel),
+            _plan(archive.header, options, chosen, cancel),
             emit,
             cancel,
             Options(
                 workers=options.workers,
                 check_digests=not options.no_manifest,
                 manifest=options.manifest,
+                bytes_per_s=options.speed,
             ),
             folders,
         )
 
 
-def _plan(header: Header, options: argparse.Namespace, cancel: Cancel) -> Plan:
-    if options.map:
-        try:
-            entries = parse_map(awaited_lines(0 if options.map == "-" else options.map, cancel))
-        except OSError as error:
-            raise Failure(f"unable to read file '{options.map}': {os_error_text(error)}") from error
-        plan = plan_map(header, entries, options.folder)
-        return Plan(plan.targets, None if options.no_configs else options.folder)
+def _chosen(options: argparse.Namespace) -> list[tuple[str, str | None]]:
+    """The words of --device. Raises UsageError for what can be seen to be wrong at once."""
+    for word, value in (("DIR", options.folder), ("ARCHIVE", options.archive)):
+        if not value:
+            raise UsageError(f"{word} is empty")
+    for word, value in (("--map", options.map), ("--manifest", options.manifest)):
+        if value == "":
+            raise UsageError(f"{word} names no file")
     chosen = []
     for text in options.device:
         name, equals, target = text.partition("=")
         chosen.append((name, target if equals else None))
-    return plan_folder(header, options.folder, chosen, configs=not options.no_configs)
+    check_chosen(chosen)
+    return chosen
+
+
+def _plan(
+    header: Header,
+    options: argparse.Namespace,
+    chosen: Sequence[tuple[str, str | None]],
+    cancel: Cancel,
+) -> Plan:
+    larger = Larger.ALWAYS if options.allow_larger else Larger.DEVICES
+    wishes = Wishes(options.format, options.overwrite, larger)
+    if not options.map:
+        return plan_folder(
+            header, options.folder, chosen, configs=not options.no_configs, wishes=wishes
+        )
+    try:
+        entries = parse_map(awaited_lines(0 if options.map == "-" else options.map, cancel))
+    except OSError as error:
+        raise Failure(f"unable to read file '{options.map}': {os_error_text(error)}") from error
+    plan = plan_map(header, entries, options.folder, wishes)
+    return Plan(plan.targets, None if options.no_configs else options.folder)
 
 
 def target_folder(path: str) -> MadeFolder | HeldFolder:

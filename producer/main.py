@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from vmapipe.producer.link import Link
 from vmapipe.producer.pace import Pace
 from vmapipe.producer.sender import Sender
-from vmapipe.producer.source import RawSource, Source
+from vmapipe.producer.source import RawSource, Sharing, Source
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (
@@ -106,6 +106,11 @@ def _add_disk_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read other files, too, that the image refers to (backing files, data files, extents): "
         "whoever wrote the image chose them",
+    )
+    parser.add_argument(
+        "--force-share",
+        action="store_true",
+        help="read the disk although another program may write to it",
     )
     parser.add_argument(
         "--name",
@@ -214,7 +219,7 @@ def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
 def _send_at_rest(
     name: str, path: str, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
 ) -> tuple[int, int]:
-    source = _open_source(name, path, options, cancel)
+    source = _open_source(name, path, options, cancel, emit)
     try:
         emit({"event": "reading", "device": name, "path": path, "bytes": source.size_bytes})
         sender = Sender(source, link, options.job, options.pace, cancel)
@@ -224,15 +229,18 @@ def _send_at_rest(
     return source.size_bytes, sender.zero_clusters
 
 
-def _open_source(name: str, path: str, options: argparse.Namespace, cancel: Cancel) -> Source:
+def _open_source(
+    name: str, path: str, options: argparse.Namespace, cancel: Cancel, emit: Emit
+) -> Source:
     """Raises SourceError, Failure."""
+    sharing = Sharing(options.force_share, lambda text: emit({"event": "notice", "text": text}))
     if options.format == "raw" and not (options.snapshot or options.offset or "://" in path):
-        return RawSource(name, path)
+        return RawSource(name, path, sharing)
     # Imported here: few backups need it.
     from vmapipe.producer.nbdsource import HowToRead, ImageSource
 
     how = HowToRead(options.format, options.snapshot, options.offset, options.others)
-    return ImageSource(name, path, how, cancel)
+    return ImageSource(name, path, how, cancel, sharing)
 
 
 def _send_live(

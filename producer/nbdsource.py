@@ -9,8 +9,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from vmapipe.producer.imagerefs import references
-from vmapipe.producer.source import Segment, SourceError
+from vmapipe.producer.source import UNSHARED, Segment, Sharing, SourceError, open_at_rest
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
@@ -21,6 +20,7 @@ from vmapipe.protocol.nbd.request import encode_request
 from vmapipe.protocol.nbd.session import Session
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.imagerefs import references
 from vmapipe.runtime.storage_daemon import StorageDaemon
 from vmapipe.runtime.texts import name_text
 
@@ -186,17 +186,35 @@ class HowToRead(NamedTuple):
 class ImageSource(NbdSource):
     """An image of any format that qemu-nbd opens, read only. `path`: a file, or a URI of QEMU's."""
 
-    def __init__(self, name: str, path: str, how: HowToRead, cancel: Cancel) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        how: HowToRead,
+        cancel: Cancel,
+        sharing: Sharing = UNSHARED,
+    ) -> None:
         """Raises SourceError, Failure, Cancelled."""
-        path = _checked(name, path, how)
+        self._image_fd = open_at_rest(name, path, sharing) if os.path.exists(path) else -1
+        try:
+            self._open(name, _checked(name, path, how), how, cancel, sharing)
+        except BaseException:
+            self._close_image()
+            raise
+
+    def _open(self, name: str, path: str, how: HowToRead, cancel: Cancel, sharing: Sharing) -> None:
         words = ["qemu-nbd", "--read-only", "--persistent", "--socket=SOCKET"]
         # Ours, and the one that looked whether it listens.
-        words += [f"--export-name={EXPORT}", "--shared=2", f"--format={how.image_format}"]
+        words += [f"--export-name={EXPORT}", "--shared=2"]
         if how.snapshot:
             words.append(f"--load-snapshot=snapshot.name={how.snapshot}")
         if how.offset:
             words.append(f"--offset={how.offset}")
-        self._daemon = StorageDaemon(f"disk {name!r}", [*words, "--", path], cancel)
+        if sharing.force and self._image_fd >= 0:
+            words += ["--image-opts", "--", _shared_image(path, self._image_fd, how.image_format)]
+        else:
+            words += [f"--format={how.image_format}", "--", path]
+        self._daemon = StorageDaemon(f"disk {name!r}", words, cancel)
         try:
             super().__init__(name, self._daemon.socket)
             if not how.others and how.image_format != "raw":
@@ -216,6 +234,12 @@ class ImageSource(NbdSource):
     def close(self) -> None:
         super().close()
         self._daemon.close()
+        self._close_image()
+
+    def _close_image(self) -> None:
+        if self._image_fd >= 0:
+            os.close(self._image_fd)
+            self._image_fd = -1
 
     def _refuse_other_files(self, path: str) -> None:
         """The image may have been written to since it was looked at, or QEMU know more than we do.
@@ -228,6 +252,16 @@ class ImageSource(NbdSource):
             same_device = stat.S_ISBLK(status.st_mode) and status.st_rdev == image.st_rdev
             if not (same_device or os.path.samestat(status, image)):
                 raise _OtherFileError(_refusal(self.name, name_text(os.readlink(opened))))
+
+
+def _shared_image(path: str, fd: int, image_format: str) -> str:
+    """The image as qemu-nbd's option, so that it is read whoever has it open."""
+    driver = "host_device" if stat.S_ISBLK(os.fstat(fd).st_mode) else "file"
+    file_name = path.replace(",", ",,")
+    return (
+        f"driver={image_format},force-share=on,file.driver={driver},"
+        f"file.filename={file_name},file.force-share=on"
+    )
 
 
 class _OtherFileError(SourceError):

@@ -6,11 +6,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from vmapipe.producer.reading import PairReader, ReadFailed, ShortRead
 from vmapipe.protocol.limits import CLUSTER_BYTES
+from vmapipe.runtime.diskuse import use_of
 from vmapipe.runtime.errors import Failure, os_error_text
 
 
@@ -39,39 +40,78 @@ class Source(Protocol):
         """Fill `buffer` from `offset`. Raises SourceError."""
 
     def check_unchanged(self) -> None:
-        """Raises SourceError when the disk's size is no longer `size_bytes`."""
+        """Raises SourceError when the disk's size is no longer `size_bytes`, or it was changed."""
 
     def close(self) -> None: ...
+
+
+class Sharing(NamedTuple):
+    """Whether a disk is read although others may write to it; `tell` then hears of that."""
+
+    force: bool = False
+    tell: Callable[[str], None] = lambda text: None
+
+
+UNSHARED = Sharing()
+
+
+def open_at_rest(name: str, path: str, sharing: Sharing) -> int:
+    """A descriptor of an image or block device that nobody writes to, while it is open.
+
+    Raises SourceError: it cannot be opened, is no disk, or is in use.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO by mistake must not hang.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise SourceError(f"disk {name!r}: cannot open {path}: {os_error_text(error)}") from error
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise SourceError(f"disk {name!r}: {path} is a folder, not a disk image")
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise SourceError(f"disk {name!r}: {path} is neither a file nor a block device")
+        try:
+            used = use_of(fd, path, writing=False)
+        except OSError as error:
+            raise SourceError(
+                f"disk {name!r}: cannot see whether {path} is in use: {os_error_text(error)}"
+            ) from error
+        if used and not sharing.force:
+            raise SourceError(
+                f"disk {name!r}: {path} is in use: {used}; back up the running machine (--qmp, "
+                "--monitor), or read the disk all the same with --force-share: the archive may "
+                "then hold what never was on it at one time"
+            )
+        if used:
+            sharing.tell(
+                f"disk {name!r}: {path} is in use: {used}; it is read all the same (--force-share), "
+                "and the archive may hold what never was on it at one time"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 class RawSource:
     """A raw image file or a block device."""
 
-    def __init__(self, name: str, path: str) -> None:
+    def __init__(self, name: str, path: str, sharing: Sharing = UNSHARED) -> None:
         self.name = name
         self.path = path
+        self._sharing = sharing
+        self._fd = open_at_rest(name, path, sharing)
         try:
-            # O_NONBLOCK: opening a FIFO by mistake must not hang.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise SourceError(
-                f"disk {name!r}: cannot open {path}: {os_error_text(error)}"
-            ) from error
-        try:
-            self.size_bytes = self._checked_size()
+            status = os.fstat(self._fd)
+            self._changed_ns = status.st_mtime_ns
+            self.size_bytes = self._checked_size(status.st_mode)
             self._reader = PairReader(self._fd)
         except BaseException:
             os.close(self._fd)
             raise
 
-    def _checked_size(self) -> int:
-        mode = os.fstat(self._fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise SourceError(f"disk {self.name!r}: {self.path} is a folder, not a disk image")
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise SourceError(
-                f"disk {self.name!r}: {self.path} is neither a file nor a block device"
-            )
+    def _checked_size(self, mode: int) -> int:
         size = self._size_now()
         if not size:
             raise SourceError(f"disk {self.name!r}: {self.path} is empty: nothing to back up")
@@ -128,6 +168,13 @@ class RawSource:
             raise SourceError(
                 f"disk {self.name!r}: {self.path} {change} from {self.size_bytes} to {size} bytes "
                 f"while it was read (offset {min(size, self.size_bytes)}): is it in use?"
+            )
+        status = os.fstat(self._fd)
+        if self._sharing.force or not stat.S_ISREG(status.st_mode):
+            return
+        if status.st_mtime_ns != self._changed_ns:
+            raise SourceError(
+                f"disk {self.name!r}: {self.path} was written to while it was read: is it in use?"
             )
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from vmapipe.restore.archive.totals import Totals
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
 from vmapipe.restore.crew.crew import Crew, start_workers
 from vmapipe.restore.crew.feed import Feed, InlineFeed, ThreadFeed
-from vmapipe.restore.crew.handout import Work, WorkMaker
+from vmapipe.restore.crew.handout import ALL_DEVICES, Work, WorkMaker
 from vmapipe.restore.crew.link import ReaderLink
 from vmapipe.restore.crew.pace import Pace
 from vmapipe.restore.crew.slots import Slots
@@ -40,12 +40,14 @@ _PROGRESS_S = 0.25
 class Options(NamedTuple):
     """`workers`: 0 for one a core, at most 4. `manifest`: where it is not beside the archive.
 
-    `check_digests`: compare the data with the manifest, where there is one.
+    `check_digests`: compare the data with the manifest, where there is one. `bytes_per_s`:
+    of data, all devices together; 0: as fast as it goes.
     """
 
     workers: int = 0
     check_digests: bool = True
     manifest: str | None = None
+    bytes_per_s: int = 0
 
 
 class Restored(NamedTuple):
@@ -97,7 +99,7 @@ def restore(
         targets = stack.enter_context(OpenTargets(archive, plan, folders))
         for text in folders.notices:
             emit({"event": "notice", "text": text})
-        job = _Job(archive, targets, manifest, emit, cancel)
+        job = _Job(archive, targets, manifest, emit, cancel, options.bytes_per_s)
         return job.run(options.workers or default_workers())
 
 
@@ -114,6 +116,7 @@ class _Job:
         manifest: Manifest | None,
         emit: Emit,
         cancel: Cancel,
+        bytes_per_s: int,
     ) -> None:
         self._archive = archive
         self._targets = targets
@@ -123,6 +126,8 @@ class _Job:
         self._coverage = Coverage(archive.header)
         self._setups = targets.setups
         self._limits = targets.limits
+        if bytes_per_s:
+            self._limits[ALL_DEVICES] = bytes_per_s
         self._maker = WorkMaker(
             wanted={setup.dev_id for setup in self._setups},
             zeroed={setup.dev_id for setup in self._setups if setup.write_zeroes},

@@ -20,6 +20,8 @@ from vmapipe.runtime.errors import UsageError
 MAX_LINE_CHARS = 8191
 _OPTIONS = ("format", "throttling.bps", "throttling.group", "cache")
 _CACHE_MODES = ("writeback", "writethrough", "none", "directsync", "unsafe")
+# What QEMU can make, and write to.
+IMAGE_FORMATS = ("raw", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc")
 _MAX_NUMBER = (1 << 64) - 1
 
 
@@ -28,13 +30,17 @@ class MapError(UsageError):
 
 
 class MapEntry(NamedTuple):
-    """One line. `bytes_per_s` is 0 without a limit; with `skip` the rest means nothing."""
+    """One line. `bytes_per_s` is 0 without a limit; with `skip` the rest means nothing.
+
+    `image_format`: what stands in the line; empty: nothing.
+    """
 
     path: str = ""
     write_zeroes: bool = True
     bytes_per_s: int = 0
     throttling_group: str = ""
     skip: bool = False
+    image_format: str = ""
 
 
 def parse_map(lines: Iterable[str]) -> dict[str, MapEntry]:
@@ -80,6 +86,7 @@ def _parse_line(line: str) -> tuple[str, MapEntry]:
         write_zeroes=rest.startswith("1:"),
         bytes_per_s=_number(options.get("throttling.bps", "0")),
         throttling_group=options.get("throttling.group", ""),
+        image_format=options.get("format", ""),
     )
 
 
@@ -101,10 +108,10 @@ def _parse_options(line: str) -> tuple[dict[str, str], str]:
 
 
 def _check_format(image_format: str | None, name: str) -> None:
-    if image_format not in (None, "", "raw"):
+    if image_format and image_format not in IMAGE_FORMATS:
         raise MapError(
-            f"device '{name}': restoring to format '{image_format}' is not available yet, "
-            "only to raw files and block devices"
+            f"device '{name}': restoring to format '{image_format}' is not available, "
+            f"only to {', '.join(IMAGE_FORMATS)}"
         )
 
 

@@ -10,13 +10,11 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from vmapipe.restore.errors import PlanError, RestoreError
-from vmapipe.restore.mapping import MapEntry
+from vmapipe.restore.mapping import IMAGE_FORMATS, MapEntry
+from vmapipe.runtime.imageformat import format_of_name
 from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.names import safe_file_name
-
-# What QEMU can make, and write to.
-IMAGE_FORMATS = ("raw", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc")
 
 
 class Kind(enum.Enum):
@@ -26,19 +24,46 @@ class Kind(enum.Enum):
     EXISTING = "existing"
 
 
+class Larger(enum.Enum):
+    """Which existing targets may be more than 4 MiB larger than their devices."""
+
+    NEVER = "never"
+    DEVICES = "block devices"
+    ALWAYS = "always"
+
+
 class TargetSpec(NamedTuple):
     """Where one device goes.
 
     `write_zeroes`: an existing target may hold old data; else it reads as zero
     already, as a new file always does. `bytes_per_s`: 0, or a limit.
-    `image_format`: of a new file, as QEMU calls it.
+    `image_format`: as QEMU calls it; empty: raw, where nobody said so. `overwrite`: an
+    existing file is overwritten whatever it is.
     """
 
     path: str
     kind: Kind
     write_zeroes: bool = True
     bytes_per_s: int = 0
-    image_format: str = "raw"
+    image_format: str = ""
+    overwrite: bool = False
+    larger: Larger = Larger.DEVICES
+
+    @property
+    def is_raw(self) -> bool:
+        return self.image_format in ("", "raw")
+
+
+class Wishes(NamedTuple):
+    """What holds for all targets that do not say it themselves.
+
+    `image_format`: of every disk; empty: raw, where that is plain. `overwrite`: what is
+    there is overwritten, whatever it is. `larger`: how much larger it may be.
+    """
+
+    image_format: str = ""
+    overwrite: bool = False
+    larger: Larger = Larger.DEVICES
 
 
 class Plan(NamedTuple):
@@ -51,11 +76,12 @@ class Plan(NamedTuple):
     configs_folder: str | None = None
 
 
-def disk_path(folder: str, device: Device) -> str:
+def disk_path(folder: str, device: Device, image_format: str = "") -> str:
     """`disk-NAME.raw` or `vmstate.bin` in `folder`. Raises HeaderError for an unsafe name."""
     if device.is_vmstate:
         return os.path.join(folder, "vmstate.bin")
-    name = safe_file_name(device.name, f"device {device.dev_id}", prefix="disk-", suffix=".raw")
+    suffix = f".{image_format or 'raw'}"
+    name = safe_file_name(device.name, f"device {device.dev_id}", prefix="disk-", suffix=suffix)
     return os.path.join(folder, name)
 
 
@@ -74,47 +100,95 @@ def plan_folder(
     *,
     exists: Callable[[str], bool] = os.path.exists,
     configs: bool = True,
+    wishes: Wishes = Wishes(),  # noqa: B008  it cannot be changed
 ) -> Plan:
     """Restore to new files in `folder`: all devices, or those `chosen`, as (name, target).
 
     A target that exists is overwritten in place, zeroes included; one that
     does not becomes a new file; None: a new file in the folder. A target may
-    end in `,format=FORMAT`: then it has to be a new file. Raises PlanError,
-    HeaderError.
+    end in `,format=FORMAT`: then it has to be a new file, unless it is to be overwritten.
+    Raises PlanError, HeaderError.
     """
-    targets = {}
+    check_chosen(chosen)
+    targets: dict[int, TargetSpec] = {}
+    wanted: list[tuple[Device, str | None]] = [
+        (device_named(header, name), target) for name, target in chosen
+    ]
     if not chosen:
-        for device in header.devices:
-            targets[device.dev_id] = TargetSpec(disk_path(folder, device), Kind.NEW)
-    for name, target in chosen:
-        device = device_named(header, name)
+        wanted = [(device, None) for device in header.devices]
+    for device, target in wanted:
         if device.dev_id in targets:
-            raise PlanError(f"device {name!r} was named twice")
+            raise PlanError(f"device {device.name!r} was named twice")
+        image_format = "" if device.is_vmstate else wishes.image_format
         if target is None:
-            targets[device.dev_id] = TargetSpec(disk_path(folder, device), Kind.NEW)
+            path = disk_path(folder, device, image_format)
+            targets[device.dev_id] = TargetSpec(path, Kind.NEW, image_format=image_format)
         else:
-            path, image_format = split_format(target)
-            if image_format != "raw" and device.is_vmstate:
-                raise PlanError("vmstate is no disk: it can only be restored as it is")
-            is_new = image_format != "raw" or not exists(path)
-            targets[device.dev_id] = TargetSpec(
-                path, Kind.NEW if is_new else Kind.EXISTING, image_format=image_format
-            )
+            targets[device.dev_id] = _target(device, target, image_format, wishes, exists)
     return Plan(targets, folder if configs else None)
 
 
+def check_chosen(chosen: Iterable[tuple[str, str | None]]) -> None:
+    """Raises PlanError for words that name no device or no target, before any archive is opened."""
+    for name, target in chosen:
+        if not name:
+            raise PlanError(f"--device ={target or ''} names no device")
+        if target is not None and not split_format(target)[0]:
+            raise PlanError(f"--device {name}={target} names no target")
+
+
+def _target(
+    device: Device,
+    target: str,
+    image_format: str,
+    wishes: Wishes,
+    exists: Callable[[str], bool],
+) -> TargetSpec:
+    """Raises PlanError."""
+    path, said = split_format(target)
+    image_format = said or image_format
+    spec = TargetSpec(path, Kind.NEW, image_format=image_format)
+    if not spec.is_raw and device.is_vmstate:
+        raise PlanError("vmstate is not a disk: it can only be restored as it is")
+    there = exists(path)
+    promised = format_of_name(path)
+    if not image_format and promised and not there:
+        raise PlanError(
+            f"{path} would be a raw disk with the name of another format: say "
+            f"{ways_to_say(device.name, path, promised)}"
+        )
+    if there and (spec.is_raw or wishes.overwrite):
+        return spec._replace(kind=Kind.EXISTING, overwrite=wishes.overwrite, larger=wishes.larger)
+    return spec
+
+
+def ways_to_say(name: str, path: str, image_format: str) -> str:
+    """The words to choose from where it is not clear what is to be written."""
+    raw = f"{name}={path},format=raw if raw bytes are meant"
+    return (
+        f"{name}={path},format={image_format}, or {raw}" if image_format in IMAGE_FORMATS else raw
+    )
+
+
 def split_format(target: str) -> tuple[str, str]:
-    """`PATH,format=FORMAT` or `PATH` to (path, format). Raises PlanError."""
+    """`PATH,format=FORMAT` or `PATH` to (path, format); empty: none is said. Raises PlanError."""
     path, comma, image_format = target.rpartition(",format=")
     if not comma:
-        return target, "raw"
+        return target, ""
     if image_format not in IMAGE_FORMATS:
         raise PlanError(f"{target}: format {image_format!r} is none of {', '.join(IMAGE_FORMATS)}")
     return path, image_format
 
 
-def plan_map(header: Header, entries: Mapping[str, MapEntry], folder: str) -> Plan:
+def plan_map(
+    header: Header,
+    entries: Mapping[str, MapEntry],
+    folder: str,
+    wishes: Wishes = Wishes(larger=Larger.NEVER),  # noqa: B008  it cannot be changed
+) -> Plan:
     """Restore as the reference tool's map says; vmstate always to a new file in `folder`.
+
+    A target of a format other than raw is an image that exists, and is written into.
 
     The configs are not part of the plan: whoever answers with the map reads
     them first. Raises PlanError, in the reference tool's words where it has some.
@@ -131,7 +205,13 @@ def plan_map(header: Header, entries: Mapping[str, MapEntry], folder: str) -> Pl
             targets[device.dev_id] = TargetSpec(disk_path(folder, device), Kind.NEW)
         elif entry is not None and not entry.skip:
             targets[device.dev_id] = TargetSpec(
-                entry.path, Kind.EXISTING, entry.write_zeroes, entry.bytes_per_s
+                entry.path,
+                Kind.EXISTING,
+                entry.write_zeroes,
+                entry.bytes_per_s,
+                entry.image_format or wishes.image_format,
+                wishes.overwrite,
+                wishes.larger,
             )
     return Plan(targets)
 

@@ -11,9 +11,9 @@ import stat
 import time
 from collections.abc import Iterator
 
-from vmapipe.producer.guard.lock import lock_for_writing
 from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.imagelock import SERVING, lock_image
 from vmapipe.runtime.syscalls import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -67,7 +67,7 @@ class Image:
         deadline = time.monotonic() + _LOCK_S
         while True:
             try:
-                lock_for_writing(self.fd)
+                lock_image(self.fd, SERVING)
                 return True
             except BlockingIOError:
                 if time.monotonic() > deadline:

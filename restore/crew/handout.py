@@ -24,6 +24,8 @@ from vmapipe.vma.layout import CLUSTER_BYTES
 _RANGE_BYTES = 32 << 20
 # Where a limit holds, it holds more evenly so.
 _LIMITED_RANGE_BYTES = 8 << 20
+#: Stands for all devices together where bytes are counted by dev_id.
+ALL_DEVICES = 0
 # Out of a file: one piece being written, the next one waiting.
 _RANGES_AHEAD = 2
 # Extents whose data came along are bounded by their memory (`slots`); those
@@ -51,7 +53,7 @@ class WorkMaker:
     """Makes work out of pieces. `totals` counts all pieces, wanted or not.
 
     `wanted`: the devices that are restored; `zeroed`: those of them where
-    zeroes are written; `limited`: those with a limit of their own;
+    zeroes are written; `limited`: those with a limit of their own, and ALL_DEVICES;
     `from_stream`: the data comes along, extent by extent, in slots.
     """
 
@@ -135,6 +137,8 @@ class WorkMaker:
         for run in runs if self._limited else ():
             if run.dev_id in self._limited:
                 data_bytes[run.dev_id] = data_bytes.get(run.dev_id, 0) + run.data_bytes
+            if ALL_DEVICES in self._limited and run.dev_id in self._wanted:
+                data_bytes[ALL_DEVICES] = data_bytes.get(ALL_DEVICES, 0) + run.data_bytes
         cluster_bytes = CLUSTER_BYTES * sum(run.count for run in runs)
         return Work(self._seq, parts, ahead, cluster_bytes, data_bytes, slot)
 

@@ -11,29 +11,42 @@ from typing import NoReturn
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
 from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
-from vmapipe.protocol.nbd.constants import NBD_CMD_FLUSH, NBD_CMD_WRITE
+from vmapipe.protocol.nbd.constants import (
+    NBD_CMD_FLUSH,
+    NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES,
+    NBD_FLAG_SEND_WRITE_ZEROES,
+)
 from vmapipe.protocol.nbd.events import Done
 from vmapipe.protocol.nbd.request import encode_request
 from vmapipe.protocol.restore_work import TargetSetup
 from vmapipe.restore.errors import TargetError
 from vmapipe.restore.targets.image import EXPORT
+from vmapipe.restore.targets.zeroing import zero_pages
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.extent import ClusterRun, block_pieces
+from vmapipe.vma.layout import CLUSTER_BYTES
 
 # QEMU's server works on 16 requests of a connection at once.
 _IN_FLIGHT = 16
 _WRITE_BYTES = 1 << 20
+# So much can be zeroed by one request that no answer takes too long.
+_ZERO_BYTES = 256 << 20
+_SECTOR_BYTES = 512
 # A daemon that says nothing for so long hangs with its disk.
 _TIMEOUT_S = 120.0
 _RECEIVE_BYTES = 4096
 
 
 class NbdTarget:
-    """One connection, of one worker. A new image reads as zero: only data is written."""
+    """One connection, of one worker. Zeroes are written where the image may hold other data."""
 
     def __init__(self, setup: TargetSetup) -> None:
         """Raises TargetError."""
         self._size_bytes = setup.size_bytes
+        self._write_zeroes = setup.write_zeroes
+        # A range of zeroes that is not written yet: the next one may go on there.
+        self._zero_start = self._zero_end = 0
         name = setup.name.decode("utf-8", "backslashreplace")
         self._label = f"device {name!r}: cannot write to {os.fsdecode(setup.path)}"
         # Offsets of what is under way, oldest first.
@@ -54,29 +67,64 @@ class NbdTarget:
         if handshake.session is None:
             raise RuntimeError("a handshake that ended without a session")
         self._codec = NbdClientTransmission(handshake.session)
+        export = handshake.session.export
+        self._knows_zeroes = bool(export.flags & NBD_FLAG_SEND_WRITE_ZEROES)
+        most = min(_ZERO_BYTES, export.block_sizes.maximum)
+        self._zero_bytes = (most if self._knows_zeroes else _WRITE_BYTES) & -_SECTOR_BYTES
+        self._zeroes = memoryview(b"") if self._knows_zeroes else zero_pages()
 
     def write(self, run: ClusterRun, data: memoryview) -> None:
         """`data` must not change before `flush`. Raises TargetError."""
-        for at, data_at, length in block_pieces(run, self._size_bytes):
+        at = run.first_cluster * CLUSTER_BYTES
+        end = min(at + run.count * CLUSTER_BYTES, self._size_bytes)
+        for piece_at, data_at, length in block_pieces(run, self._size_bytes):
+            self._zero(at, piece_at)
+            at = piece_at + length
             for start in range(0, length, _WRITE_BYTES):
                 piece = data[data_at + start : data_at + min(length, start + _WRITE_BYTES)]
-                self._request(NBD_CMD_WRITE, at + start, piece)
+                if odd := len(piece) % _SECTOR_BYTES:
+                    # The disk's end: some formats take whole sectors only, and have them.
+                    piece = memoryview(bytes(piece) + bytes(_SECTOR_BYTES - odd))
+                self._request(NBD_CMD_WRITE, piece_at + start, piece, len(piece))
+        self._zero(at, end)
+
+    def _zero(self, start: int, end: int) -> None:
+        if not self._write_zeroes or start >= end:
+            return
+        if start != self._zero_end:
+            self._flush_zeroes()
+            self._zero_start = start
+        self._zero_end = end
+
+    def _flush_zeroes(self) -> None:
+        start, end = self._zero_start, self._zero_end
+        self._zero_start = self._zero_end = 0
+        # As with data, the last sector is written whole.
+        end = -(-end // _SECTOR_BYTES) * _SECTOR_BYTES
+        for at in range(start, end, self._zero_bytes):
+            length = min(self._zero_bytes, end - at)
+            if self._knows_zeroes:
+                self._request(NBD_CMD_WRITE_ZEROES, at, memoryview(b""), length)
+            else:
+                self._request(NBD_CMD_WRITE, at, self._zeroes[:length], length)
 
     def flush(self) -> None:
         """All that was given is written. Raises TargetError."""
+        self._flush_zeroes()
         while self._codec.in_flight:
             self._receive()
 
     def sync(self) -> None:
         """Bring it to the disk. Raises TargetError."""
-        self._request(NBD_CMD_FLUSH, 0, memoryview(b""))
+        self.flush()
+        self._request(NBD_CMD_FLUSH, 0, memoryview(b""), 0)
         self.flush()
 
-    def _request(self, kind: int, offset: int, data: memoryview) -> None:
+    def _request(self, kind: int, offset: int, data: memoryview, length: int) -> None:
         while self._codec.in_flight >= _IN_FLIGHT:
             self._receive()
         try:
-            request = self._codec.request(kind, offset, len(data))
+            request = self._codec.request(kind, offset, length)
             self._offsets.append(offset)
             self._socket.sendall(encode_request(request))
             self._socket.sendall(data)

@@ -19,7 +19,7 @@ from vmapipe.vma.header import Device
 from vmapipe.vma.layout import CLUSTER_BYTES
 
 if TYPE_CHECKING:
-    from vmapipe.restore.targets.image import NewImage
+    from vmapipe.restore.targets.image import ExistingImage, NewImage
 
 # Where vmstate ends is not known before its end: no file is larger than this.
 _NO_END = (1 << 63) - 1
@@ -35,8 +35,8 @@ class OpenTargets:
         self.plan = plan
         self.devices: list[Device] = []
         self._new: dict[int, NewFile] = {}
-        self._images: dict[int, NewImage] = {}
-        self._existing: dict[int, ExistingTarget] = {}
+        self._images: dict[int, NewImage | ExistingImage] = {}
+        self._existing: dict[int, ExistingTarget | ExistingImage] = {}
         self._configs: list[NewFile] = []
         check_plan(archive.header, plan)
         try:
@@ -67,19 +67,25 @@ class OpenTargets:
         self.devices.append(device)
         if spec.kind is Kind.EXISTING:
             self._folders.look_at(spec.path)
-            self._existing[device.dev_id] = ExistingTarget(
-                spec.path, device.name, device.size_bytes
-            )
-        elif spec.image_format != "raw":
+            self._existing[device.dev_id] = self._opened(device, spec)
+        elif spec.is_raw:
+            file = self._new[device.dev_id] = NewFile(spec.path, self._folders)
+            if not device.is_vmstate:
+                file.set_size(device.size_bytes)
+        else:
             # Imported here: few restores need it.
             from vmapipe.restore.targets.image import NewImage
 
             image = NewImage(spec.path, self._folders, spec.image_format, device.size_bytes)
             self._new[device.dev_id] = self._images[device.dev_id] = image
-        else:
-            file = self._new[device.dev_id] = NewFile(spec.path, self._folders)
-            if not device.is_vmstate:
-                file.set_size(device.size_bytes)
+
+    def _opened(self, device: Device, spec: TargetSpec) -> ExistingTarget | ExistingImage:
+        if spec.is_raw:
+            return ExistingTarget(spec, device)
+        from vmapipe.restore.targets.image import ExistingImage
+
+        image = self._images[device.dev_id] = ExistingImage(spec, device)
+        return image
 
     def _check_identities(self) -> None:
         """Two paths may lead to one file, and a target may be the archive itself."""
@@ -107,6 +113,8 @@ class OpenTargets:
         spec = self.plan.targets[device.dev_id]
         new = self._new.get(device.dev_id)
         target = new if new is not None else self._existing[device.dev_id]
+        image = self._images.get(device.dev_id)
+        served = image.served if image is not None else None
         return TargetSetup(
             device.dev_id,
             target.fd,
@@ -114,7 +122,7 @@ class OpenTargets:
             new is None and spec.write_zeroes,
             device.name.encode("utf-8", "surrogateescape"),
             os.fsencode(target.path),
-            os.fsencode(self._images[device.dev_id].nbd) if device.dev_id in self._images else b"",
+            os.fsencode(served.nbd) if served is not None else b"",
         )
 
     @property
@@ -150,5 +158,6 @@ class OpenTargets:
     def publish(self) -> None:
         """Everything is on the disk: give the new files their names, all or none."""
         for image in self._images.values():
-            image.finish()
+            if image.served is not None:
+                image.served.finish()
         publish_all([*self._new.values(), *self._configs])

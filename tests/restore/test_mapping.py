@@ -25,7 +25,8 @@ def test_a_line_names_a_device_a_target_and_whether_zeroes_are_written() -> None
 
 def test_options_come_in_any_order() -> None:
     entry = MapEntry("/x", write_zeroes=False, bytes_per_s=1000, throttling_group="g")
-    assert one("format=raw:throttling.bps=1000:throttling.group=g:cache=none:0:d=/x") == entry
+    raw = entry._replace(image_format="raw")
+    assert one("format=raw:throttling.bps=1000:throttling.group=g:cache=none:0:d=/x") == raw
     assert one("cache=unsafe:throttling.group=g:throttling.bps=0x3e8:0:d=/x") == entry
     assert one("throttling.bps=01750:throttling.group=g:0:d=/x") == entry
 
@@ -76,8 +77,14 @@ def test_what_makes_no_sense_is_refused_in_the_references_words(line: str, expec
     assert words(line) == expected
 
 
-def test_other_formats_are_not_available_yet() -> None:
-    assert "format 'qcow2' is not available yet" in words("format=qcow2:1:d=/x")
+@pytest.mark.parametrize("name", ["qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc"])
+def test_a_format_that_qemu_writes_to_is_taken(name: str) -> None:
+    assert one(f"throttling.group=g:format={name}:1:d=/x").image_format == name
+
+
+@pytest.mark.parametrize("name", ["cloop", "host_device", "QCOW2", "qcow2,file.filename=/x"])
+def test_another_format_is_refused(name: str) -> None:
+    assert f"restoring to format '{name}' is not available" in words(f"format={name}:1:d=/x")
 
 
 def test_a_device_that_is_mapped_twice_is_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from vmapipe.restore.errors import PlanError, RestoreError
 from vmapipe.restore.mapping import MapEntry
-from vmapipe.restore.plan import Kind, Plan, TargetSpec, check_plan, plan_folder, plan_map
+from vmapipe.restore.plan import Kind, Larger, Plan, TargetSpec, check_plan, plan_folder, plan_map
 from vmapipe.vma.errors import HeaderError
 from vmapipe.vma.header import Config, Device, Header
 
@@ -68,7 +68,9 @@ def test_a_map_sends_every_device_somewhere_or_skips_it() -> None:
     }
     plan = plan_map(header(), entries, "/out")
     assert plan.targets == {
-        1: TargetSpec("/dev/a", Kind.EXISTING, write_zeroes=False, bytes_per_s=5),
+        1: TargetSpec(
+            "/dev/a", Kind.EXISTING, write_zeroes=False, bytes_per_s=5, larger=Larger.NEVER
+        ),
         2: TargetSpec("/out/vmstate.bin", Kind.NEW),
     }
     assert plan.configs_folder is None

@@ -8,24 +8,31 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.machine import Need
 from vmapipe.restore.errors import RestoreError, TargetError
+from vmapipe.restore.plan import Kind, TargetSpec
 from vmapipe.restore.targets.configs import write_configs
 from vmapipe.restore.targets.existing import ExistingTarget
 from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
 from vmapipe.runtime import heldfolder
 from vmapipe.runtime.heldfolder import HeldFolder
 from vmapipe.vma.errors import HeaderError
-from vmapipe.vma.header import Config, Header
+from vmapipe.vma.header import Config, Device, Header
 
 MIB = 1 << 20
 
 
 def no_unnamed_files(folder: HeldFolder, mode: int = 0) -> int:
     raise OSError(errno.EOPNOTSUPP, "no unnamed files here")
+
+
+def existing(path: Path | str, size_bytes: int, **more: Any) -> ExistingTarget:
+    spec = TargetSpec(str(path), Kind.EXISTING, **more)
+    return ExistingTarget(spec, Device(1, "d", size_bytes))
 
 
 @pytest.fixture
@@ -138,7 +145,7 @@ def test_an_existing_file_may_be_up_to_4_mib_larger(tmp_path: Path, surplus: int
     path = tmp_path / "old"
     path.write_bytes(b"x")
     os.truncate(path, MIB + surplus)
-    ExistingTarget(str(path), "d", MIB).close()
+    existing(path, MIB).close()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +158,7 @@ def test_an_existing_file_that_does_not_fit_is_refused(
     path.touch()
     os.truncate(path, there)
     with pytest.raises(TargetError, match=words) as caught:
-        ExistingTarget(str(path), "d", MIB)
+        existing(path, MIB)
     assert caught.value.reference_text == (
         f"vma_reader_register_bs for stream d failed - unexpected size {there} != {MIB}"
     )
@@ -160,27 +167,27 @@ def test_an_existing_file_that_does_not_fit_is_refused(
 def test_what_is_no_disk_is_refused(tmp_path: Path) -> None:
     for path in ("/dev/null", str(tmp_path)):
         with pytest.raises(TargetError, match="neither a file nor a block device"):
-            ExistingTarget(path, "d", 512)
+            existing(path, 512)
     with pytest.raises(TargetError, match="No such file"):
-        ExistingTarget(str(tmp_path / "absent"), "d", 512)
+        existing(tmp_path / "absent", 512)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(TargetError, match="neither a file nor a block device"):
-        ExistingTarget(str(tmp_path / "fifo"), "d", 512)
+        existing(tmp_path / "fifo", 512)
     assert [path.name for path in tmp_path.iterdir()] == ["fifo"]
 
 
 def test_a_file_that_may_not_be_written_is_refused() -> None:
     # Not even root may write to a program that runs.
     with pytest.raises(TargetError, match=r"cannot write to .*: Text file busy"):
-        ExistingTarget(os.path.realpath("/proc/self/exe"), "d", 512)
+        existing(os.path.realpath("/proc/self/exe"), 512)
 
 
 def test_a_block_device_that_is_in_use_is_refused(loop: str) -> None:
     holder = os.open(loop, os.O_RDONLY | os.O_EXCL)
     with pytest.raises(TargetError, match=r"cannot write to .*: it is mounted or in use"):
-        ExistingTarget(loop, "d", 16 * MIB)
+        existing(loop, 16 * MIB)
     os.close(holder)
-    target = ExistingTarget(loop, "d", 16 * MIB)
+    target = existing(loop, 16 * MIB)
     assert target.identity[0] == "block"
     target.close()
 
@@ -190,7 +197,7 @@ def test_a_read_only_block_device_is_refused(loop: str, need: Need) -> None:
     subprocess.run([blockdev, "--setro", loop], check=True)
     try:
         with pytest.raises(TargetError, match="is a read-only block device"):
-            ExistingTarget(loop, "d", 16 * MIB)
+            existing(loop, 16 * MIB)
     finally:
         # The mark would outlive the loop device's file.
         subprocess.run([blockdev, "--setrw", loop], check=True)

@@ -4,7 +4,7 @@
 Whoever writes an image, or a guest that writes what looks like one into its raw disk,
 chooses these names, and QEMU opens what they name: any file of the host, any address.
 So they are looked for before QEMU sees the image. What is told is never too little: a
-header that cannot be understood is QEMU's to refuse, and `producer.nbdsource` looks
+header that cannot be understood is QEMU's to refuse, and whoever starts QEMU looks
 afterwards at what QEMU has really opened.
 """
 
