@@ -273,6 +273,7 @@ def test_an_image_in_use_by_a_program_that_writes_to_it_is_refused(
             while not listens(socket):
                 assert writer.poll() is None
             said = bad("backup", "--disk", f"d={qcow2},format=qcow2", tmp_path / "vm.vma")
-            assert "another process using the image" in said
+            assert f"(process {writer.pid})" in said
+            assert "--force-share" in said
         finally:
             writer.terminate()
