@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import zmq
 from zmq.utils import z85
 
-from vmapipe.runtime.keys import ServerKeys
+from vmapipe.runtime.keys import ClientList, ServerKeys
 
 _ZAP = "inproc://zeromq.zap.01"
 _DOMAIN = b"vmapipe"
@@ -40,7 +40,8 @@ class Gate:
         self.socket.bind(_ZAP)
         self.refused = 0
         self._keys = keys
-        self._allowed = keys.allowed()
+        self._clients = ClientList(keys.clients)
+        self._allowed = self._clients.read()
         #: Who was let in: key, and the name at that time.
         self._admitted: dict[str, str] = {}
         self._strangers: set[str] = set()
@@ -65,7 +66,7 @@ class Gate:
                 self._reply(request, b"400", b"CURVE is spoken here", b"", b"")
                 continue
             key = z85.encode(credentials[0]).decode()
-            self._allowed = self._keys.allowed()
+            self._allowed = self._clients.read()
             name = self._allowed.get(key)
             if name is None:
                 self._refuse(key, addresses)
@@ -86,14 +87,14 @@ class Gate:
         if now < self._look_at:
             return []
         self._look_at = now + _LOOK_S
-        self._allowed = self._keys.allowed()
+        self._allowed = self._clients.read()
         gone = [key for key, name in self._admitted.items() if self._allowed.get(key) != name]
         return [self._admitted.pop(key) for key in gone]
 
     def take_notices(self) -> list[str]:
         """What is worth a line in the log, once."""
         notices, self._notices = self._notices, []
-        return notices
+        return [*self._clients.take_notices(), *notices]
 
     def _refuse(self, key: str, addresses: Sequence[str]) -> None:
         self.refused += 1

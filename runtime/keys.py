@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.trusted import check_trusted, read_regular
 
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
 _KEY_CHARS = 40
+# Files that are told of at a time: a log that one folder can fill is no log.
+_MAX_TOLD = 100
 # A client's name is said in logs and may become a folder's name.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
@@ -45,28 +48,83 @@ class ServerKeys:
     pair: KeyPair
     clients: Path
 
-    def allowed(self) -> dict[str, str]:
-        """Names by public key, as the folder is now. A file that is no key lets nobody in."""
+
+class ClientList:
+    """The clients of a folder, as it is at each `read`. Not being able to read is no revocation:
+    what was read last holds on, and that is told.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        #: By name, as they were read last.
+        self._keys: dict[str, str] = {}
+        self._told: set[str] = set()
+        self._notices: list[str] = []
+
+    def read(self) -> dict[str, str]:
+        """Names by public key. A file that is no key, or that others can change, lets nobody in."""
+        try:
+            check_trusted(self._folder)
+            names = client_names(self._folder)
+        except (FileNotFoundError, NotADirectoryError):
+            self._tell("", f"{self._folder} is gone: no client may come")
+            names = []
+        except Failure as failure:
+            self._tell("", f"{failure}; no client may come")
+            names = []
+        except OSError as error:
+            # Too many open files, an error of the disk, no permission: nobody has said
+            # that a client may no longer come.
+            self._keep("", f"cannot read the list of keys {self._folder}", error)
+            return self._by_key()
+        else:
+            self._told.discard("")
+        self._keys = {name: key for name in names if (key := self._read(name))}
+        return self._by_key()
+
+    def take_notices(self) -> list[str]:
+        """What is worth a line in the log, once until it changes."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def _read(self, name: str) -> str:
+        """Empty: this one may not come."""
+        file = self._folder / f"{name}.pub"
+        try:
+            key = read_key(file, checked_folder=True)
+        except FileNotFoundError:
+            return ""
+        except Failure as failure:
+            self._tell(name, f"client {name!r} may not come: {failure}")
+            return ""
+        except OSError as error:
+            self._keep(name, f"cannot read the key {file}", error)
+            return self._keys.get(name, "")
+        self._told.discard(name)
+        return key
+
+    def _by_key(self) -> dict[str, str]:
         names: dict[str, str] = {}
         twice = set()
-        for name in client_names(self.clients):
-            try:
-                key = read_key(self.clients / f"{name}.pub")
-            except (Failure, OSError):
-                continue
+        for name, key in self._keys.items():
             if key in names:
                 # Whose jobs would its jobs be?
                 twice.add(key)
             names[key] = name
         return {key: name for key, name in names.items() if key not in twice}
 
+    def _keep(self, of: str, what: str, error: OSError) -> None:
+        self._tell(of, f"{what}: {os_error_text(error)}; what was read before holds on")
+
+    def _tell(self, of: str, text: str) -> None:
+        if of not in self._told and len(self._told) < _MAX_TOLD:
+            self._told.add(of)
+            self._notices.append(text)
+
 
 def client_names(folder: Path) -> list[str]:
-    """Of the clients with a file in this folder; none when the folder cannot be read."""
-    try:
-        files = sorted(os.listdir(folder))
-    except OSError:
-        return []
+    """Of the clients with a file in this folder. Raises OSError."""
+    files = sorted(os.listdir(folder))
     names = [file.removesuffix(".pub") for file in files if file.endswith(".pub")]
     return [name for name in names if is_client_name(name)]
 
@@ -80,9 +138,12 @@ def read_server_keys(folder: str) -> ServerKeys:
     home = _folder(folder)
     pair = _read_pair(home, "server")
     clients = home / "clients"
-    _refuse_writable(clients)
-    for name in client_names(clients):
-        read_key(clients / f"{name}.pub")
+    _check_folder(clients)
+    try:
+        for name in client_names(clients):
+            _read_public(clients / f"{name}.pub")
+    except OSError as error:
+        raise Failure(f"cannot look into {clients}: {os_error_text(error)}") from error
     return ServerKeys(pair, clients)
 
 
@@ -95,7 +156,7 @@ def read_client_keys(folder: str) -> ClientKeys:
             f"{home}/server.pub is missing: copy the archiver's server.pub there, over a way "
             "that you trust"
         )
-    return ClientKeys(pair, read_key(home / "server.pub"))
+    return ClientKeys(pair, _read_public(home / "server.pub"))
 
 
 def write_pair(folder: str, role: str, pair: KeyPair) -> None:
@@ -114,11 +175,23 @@ def write_pair(folder: str, role: str, pair: KeyPair) -> None:
         raise Failure(f"cannot make keys in {home}: {os_error_text(error)}") from error
 
 
-def read_key(path: Path) -> str:
-    """A public key. Raises Failure."""
+def read_key(path: Path, *, checked_folder: bool = False) -> str:
+    """A public key that nobody else can have changed. Raises Failure, OSError.
+
+    `checked_folder`: the folder that it is in was looked at just now.
+    """
+    if not checked_folder or path.is_symlink():
+        check_trusted(path)
+    data, status = read_regular(path, _KEY_CHARS + 3)
+    if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+        check_trusted(path)  # says so
+    return _key_in(data, path)
+
+
+def _read_public(path: Path) -> str:
+    """Raises Failure."""
     try:
-        with path.open("rb") as file:
-            return _key_in(file.read(_KEY_CHARS + 3), path)
+        return read_key(path)
     except OSError as error:
         raise Failure(f"cannot read the key {path}: {os_error_text(error)}") from error
 
@@ -127,20 +200,18 @@ def _folder(folder: str) -> Path:
     home = Path(folder)
     if not home.is_dir():
         raise UsageError(f"--keys {folder}: no such folder; `vmapipe keygen` makes one")
-    _refuse_writable(home)
+    _check_folder(home)
     return home
 
 
-def _refuse_writable(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """Raises Failure when other users could put keys of theirs there."""
     try:
-        status = folder.stat()
+        check_trusted(folder)
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            raise Failure(f"{folder} is not a folder")
     except OSError as error:
         raise Failure(f"cannot look into {folder}: {os_error_text(error)}") from error
-    if not stat.S_ISDIR(status.st_mode):
-        raise Failure(f"{folder} is no folder")
-    if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-        raise Failure(f"{folder}: other users can change what is in it; chmod go-w, or chown it")
 
 
 def _read_pair(home: Path, role: str) -> KeyPair:
@@ -148,21 +219,20 @@ def _read_pair(home: Path, role: str) -> KeyPair:
         if not (home / f"{role}.{half}").exists():
             flag = " --client" if role == "client" else ""
             raise UsageError(f"{home}/{role}.{half} is missing; `vmapipe keygen{flag}` makes it")
-    return KeyPair(read_key(home / f"{role}.pub"), _read_secret(home / f"{role}.key"))
+    return KeyPair(_read_public(home / f"{role}.pub"), _read_secret(home / f"{role}.key"))
 
 
 def _read_secret(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            # The open file is looked at: what has its name may change meanwhile.
-            status = os.fstat(file.fileno())
-            if status.st_mode & 0o077 or status.st_uid not in (0, os.geteuid()):
-                raise Failure(
-                    f"{path}: other users can read or change this secret key "
-                    f"(mode {stat.S_IMODE(status.st_mode):04o}, owner {status.st_uid}); take a "
-                    "new one, and keep it at mode 0600"
-                )
-            return _key_in(file.read(_KEY_CHARS + 3), path)
+        data, status = read_regular(path, _KEY_CHARS + 3)
+        if status.st_mode & 0o077 or status.st_uid not in (0, os.geteuid()):
+            raise Failure(
+                f"{path}: other users can read or change this secret key "
+                f"(mode {stat.S_IMODE(status.st_mode):04o}, owner {status.st_uid}); take a "
+                "new one, and keep it at mode 0600"
+            )
+        check_trusted(path)
+        return _key_in(data, path)
     except OSError as error:
         raise Failure(f"cannot read the key {path}: {os_error_text(error)}") from error
 

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from tests.network.keys import enrol, make_client, make_server
 from vmapipe.control.link import new_pair
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.keys import (
+    ClientList,
     is_client_name,
     read_client_keys,
     read_key,
@@ -46,7 +51,7 @@ def test_secret_keys_are_for_their_owner_alone_whatever_the_umask(tmp_path: Path
 def test_a_client_knows_its_server_and_the_server_its_client(server: Path, client: Path) -> None:
     keys, listed = read_client_keys(str(client)), read_server_keys(str(server))
     assert keys.server == listed.pair.public
-    assert listed.allowed() == {keys.pair.public: "host1"}
+    assert ClientList(listed.clients).read() == {keys.pair.public: "host1"}
 
 
 @pytest.mark.parametrize("role", ["server", "client"])
@@ -104,9 +109,9 @@ def test_the_list_of_clients_is_read_as_it_is_now(server: Path, client: Path) ->
     keys = read_server_keys(str(server))
     listed = server / "clients" / "host1.pub"
     listed.rename(server / "clients" / "host2.pub")
-    assert list(keys.allowed().values()) == ["host2"]
+    assert list(ClientList(keys.clients).read().values()) == ["host2"]
     (server / "clients" / "host2.pub").unlink()
-    assert keys.allowed() == {}
+    assert ClientList(keys.clients).read() == {}
 
 
 def test_a_file_that_is_no_key_lets_nobody_in_and_shuts_nobody_out(
@@ -116,13 +121,13 @@ def test_a_file_that_is_no_key_lets_nobody_in_and_shuts_nobody_out(
     (server / "clients" / "broken.pub").write_text("broken\n")
     (server / "clients" / "notes.txt").write_text("notes\n")
     (server / "clients" / "folder.pub").mkdir()
-    assert list(keys.allowed().values()) == ["host1"]
+    assert list(ClientList(keys.clients).read().values()) == ["host1"]
 
 
 def test_a_key_under_two_names_lets_nobody_in(server: Path, client: Path) -> None:
     keys = read_server_keys(str(server))
     enrol(client, server, "other")
-    assert keys.allowed() == {}
+    assert ClientList(keys.clients).read() == {}
 
 
 @pytest.mark.parametrize("name", ["host1", "a.b-c_d", "A" * 64, "0"])
@@ -133,3 +138,147 @@ def test_names_of_clients(name: str) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", ".x", "-x", "a/b", "a b", "ä", "A" * 65, "a\n"])
 def test_what_could_be_more_than_a_folders_name_is_no_clients_name(name: str) -> None:
     assert not is_client_name(name)
+
+
+NOBODY = 65534
+
+
+def make_writable(path: Path) -> str:
+    path.chmod(path.stat().st_mode | 0o022)
+    return f"chmod go-w {path}"
+
+
+def give_away(path: Path) -> str:
+    os.chown(path, NOBODY, NOBODY)
+    return f"chown -h {os.geteuid()} {path}"
+
+
+def replace_by_link(path: Path) -> str:
+    """A link of somebody else's, to a file that is as it should be."""
+    path.rename(path.with_name(f"{path.name}.there"))
+    path.symlink_to(path.with_name(f"{path.name}.there"))
+    os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    return f"chown -h {os.geteuid()} {path}"
+
+
+WAYS = [make_writable, give_away, replace_by_link]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+
+
+@pytest.mark.parametrize("change", WAYS)
+@pytest.mark.parametrize("what", ["", "server.pub", "clients", "clients/host1.pub", "above"])
+@needs_root
+def test_a_server_takes_nothing_that_others_can_change(
+    tmp_path: Path, what: str, change: Callable[[Path], str]
+) -> None:
+    (tmp_path / "above").mkdir()
+    home = make_server(tmp_path / "above" / "server")
+    make_client(tmp_path / "client", home, "host1")
+    way_out = change(home / what if what != "above" else tmp_path / "above")
+    with pytest.raises(Failure, match="other users can") as caught:
+        read_server_keys(str(home))
+    assert str(caught.value).endswith(way_out)
+
+
+@pytest.mark.parametrize("change", WAYS)
+@pytest.mark.parametrize("what", ["", "server.pub", "client.pub"])
+@needs_root
+def test_a_client_takes_nothing_that_others_can_change(
+    client: Path, what: str, change: Callable[[Path], str]
+) -> None:
+    way_out = change(client / what)
+    with pytest.raises(Failure, match="other users can") as caught:
+        read_client_keys(str(client))
+    assert str(caught.value).endswith(way_out)
+
+
+def test_links_of_our_own_are_followed_and_what_they_lead_through_is_looked_at(
+    tmp_path: Path, server: Path, client: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    listed = server / "clients" / "host1.pub"
+    listed.rename(elsewhere / "key")
+    listed.symlink_to("../../elsewhere/key")
+    keys = read_server_keys(str(server))
+    clients = ClientList(keys.clients)
+    assert list(clients.read().values()) == ["host1"]
+    elsewhere.chmod(0o777)
+    assert clients.read() == {}
+    (notice,) = clients.take_notices()
+    assert notice.startswith(f"client 'host1' may not come: {elsewhere}: other users can change it")
+    elsewhere.chmod(0o755)
+    assert list(clients.read().values()) == ["host1"]
+
+
+@pytest.mark.parametrize("name", ["server.key", "server.pub", "clients/host1.pub"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "device"])
+def test_what_is_no_file_is_refused_and_never_waited_for(
+    server: Path, client: Path, name: str, kind: str
+) -> None:
+    path = server / name
+    path.unlink()
+    match kind:
+        case "fifo":
+            os.mkfifo(path, 0o600)
+        case "folder":
+            path.mkdir(mode=0o700)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case _:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(str(path))
+            path.chmod(0o600)
+    with pytest.raises(Failure, match=r"is not a file|cannot read the key|other users can change"):
+        read_server_keys(str(server))
+
+
+def test_a_fifo_among_the_clients_is_told_of_once_and_holds_nobody_up(
+    server: Path, client: Path
+) -> None:
+    clients = ClientList(read_server_keys(str(server)).clients)
+    os.mkfifo(server / "clients" / "trap.pub", 0o600)
+    for _ in range(3):
+        assert list(clients.read().values()) == ["host1"]
+    assert [text for text in clients.take_notices() if "trap" in text] == [
+        f"client 'trap' may not come: {server}/clients/trap.pub is not a file (a folder, FIFO, socket "
+        "or device is there)"
+    ]
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Nothing can be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The lowest number that is free, and so none above it.
+    probe = os.open("/", os.O_RDONLY)
+    os.close(probe)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_list_that_cannot_be_read_just_now_is_no_empty_list(server: Path, client: Path) -> None:
+    clients = ClientList(read_server_keys(str(server)).clients)
+    assert list(clients.read().values()) == ["host1"]
+    for _ in range(2):
+        with no_descriptors():
+            assert list(clients.read().values()) == ["host1"]
+    assert clients.take_notices() == [
+        f"cannot read the list of keys {server}/clients: Too many open files; what was read before "
+        "holds on"
+    ]
+    (server / "clients" / "host1.pub").unlink()
+    assert clients.read() == {}
+
+
+def test_a_list_that_is_gone_lets_nobody_in(server: Path, client: Path) -> None:
+    clients = ClientList(read_server_keys(str(server)).clients)
+    assert clients.read()
+    (server / "clients").rename(server / "elsewhere")
+    assert clients.read() == {}
+    assert clients.take_notices() == [f"{server}/clients is gone: no client may come"]
+    (server / "elsewhere").rename(server / "clients")
+    assert list(clients.read().values()) == ["host1"]
