@@ -31,7 +31,8 @@ NOT_CHOSEN = "--disk chooses others"
 class Machine(NamedTuple):
     """The answers to query-block, query-named-block-nodes and query-block-jobs, and what follows.
 
-    `outside`: what its block layer does not have.
+    `outside`: what its block layer does not have; `added`: what we put there ourselves for the
+    backup, each with the words that it may be asked for by.
     """
 
     blocks: Sequence[Answer]
@@ -39,6 +40,7 @@ class Machine(NamedTuple):
     jobs: Sequence[Answer]
     graph: Graph = Graph()
     outside: Sequence[Outside] = ()
+    added: Sequence[tuple[MachineDisk, frozenset[str]]] = ()
 
 
 class Wishes(NamedTuple):
@@ -125,6 +127,7 @@ class _Found(NamedTuple):
 def choose_disks(machine: Machine, wishes: Wishes) -> Choice:
     """All that are in and can be written to, or what is asked for. Raises Failure, UsageError."""
     found = [_found_block(block, machine) for block in machine.blocks]
+    found += [_Found(disk, words, words) for disk, words in machine.added]
     if wishes.words:
         chosen = _asked_for(machine, found, wishes.words)
         rest = [disk._replace(skipped=NOT_CHOSEN) for disk in _rest(found, chosen)]

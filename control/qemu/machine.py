@@ -28,8 +28,8 @@ from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket, monitor_
 from vmapipe.control.qemu.intact import Look, why_not_intact
 from vmapipe.control.qemu.leftovers import connect, remove_leftovers
 from vmapipe.control.qemu.memory import progress_of
-from vmapipe.control.qemu.outside import found_outside
-from vmapipe.control.qemu.owner import command_line, is_qemu, uid_of_qemu
+from vmapipe.control.qemu.outside import found_outside, tpm_outside, tpm_words
+from vmapipe.control.qemu.owner import command_line, pid_of_qemu, uid_of_qemu
 from vmapipe.control.qemu.plan import (
     Settings,
     Target,
@@ -43,6 +43,7 @@ from vmapipe.control.qemu.plan import (
 from vmapipe.control.qemu.qmp import Command, QmpRefused
 from vmapipe.control.qemu.saving import Jobs, Saving
 from vmapipe.control.qemu.sinkfolder import SinkFolder
+from vmapipe.control.qemu.tpmstate import TpmState
 from vmapipe.producer.sink.export import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
@@ -95,6 +96,8 @@ class RunningMachine:
         self._failed_at: dict[str, str] = {}
         #: What people should know; whoever tells them takes it away.
         self.notices: list[str] = []
+        # Whose state is one of the disks.
+        self._tpm: TpmState | None = None
         # Told to stay when its guest powers off.
         self._is_held = self._is_off = False
         self._look_at = 0.0
@@ -121,12 +124,20 @@ class RunningMachine:
             {
                 path: self._may_ask("qom-list", path=path) or ()
                 for path in ("/machine/peripheral", "/machine/peripheral-anon")
-            },
-            self._may_ask("query-tpm") or (),
+            }
         )
-        machine = Machine(ask("query-block"), nodes, ask("query-block-jobs"), graph, outside)
-        choice = choose_disks(machine, wishes)
+        added = []
+        for tpm in self._may_ask("query-tpm") or ():
+            try:
+                self._tpm = TpmState(self._link, self._run, self._qemu_pid())
+                added.append((self._tpm.disk, tpm_words(tpm)))
+            except Failure as failure:
+                outside.append(tpm_outside(tpm, str(failure)))
+        blocks, jobs = ask("query-block"), ask("query-block-jobs")
+        choice = choose_disks(Machine(blocks, nodes, jobs, graph, outside, added), wishes)
         self._disks = choice.disks
+        if self._tpm and not any(disk.device == self._tpm.disk.device for disk in self._disks):
+            self._tpm = None
         return choice
 
     def _check_run_state(self) -> None:
@@ -205,6 +216,8 @@ class RunningMachine:
         speed = _SLOW_BYTES_S if self._saving else self._speed_bytes_s
         settings = Settings(self._run, speed, self._guest_wait_s)
         *adds, transaction = begin(targets, settings, features_of(self._ask("query-qmp-schema")))
+        if self._tpm is not None:
+            adds.insert(0, self._tpm.add())
         if self._saving is not None:
             self._saving.begin(Jobs(adds, transaction))
             return self.held()
@@ -217,6 +230,8 @@ class RunningMachine:
             raise Failure(f"QEMU refuses the backup: {error}{_hint(str(error))}") from error
         self._has_begun = True
         instant = Instant("", time.monotonic() - started)
+        if self._tpm is not None:
+            self._tpm.check()
         self._hold_poweroff()
         return instant
 
@@ -225,6 +240,8 @@ class RunningMachine:
         if self._has_begun or self._saving is None or self._saving.held is None:
             return None
         self._has_begun = True
+        if self._tpm is not None:
+            self._tpm.check()
         self.set_speed(self._speed_bytes_s)
         self._hold_poweroff()
         self._look_at_jobs()  # short ones may have ended
@@ -232,8 +249,8 @@ class RunningMachine:
 
     def _hold_poweroff(self) -> None:
         """A guest that powers off from now on does not take its QEMU, and the backup, with it."""
-        peer = self._link.peer_pid
-        words = command_line(peer) if peer and is_qemu(peer) else []
+        pid = self._qemu_pid()
+        words = command_line(pid) if pid else []
         status = self._may_ask("query-status") or {}
         if poweroff.may_be_held(words, status):
             self._is_held = poweroff.hold(self._link, self._run, self._folder_path)
@@ -422,13 +439,13 @@ class RunningMachine:
 
     def _give_to_qemu(self, folder: SinkFolder) -> None:
         """Another user's QEMU, when we are root, has to reach the sockets."""
-        owner = self._uid_of_qemu()
+        owner = uid_of_qemu(self._address.path, self._qemu_pid())
         if owner != os.geteuid() == 0:
             folder.give_to(owner)
 
-    def _uid_of_qemu(self) -> int:
+    def _qemu_pid(self) -> int | None:
         uuid = str((self._may_ask("query-uuid") or {}).get("UUID", ""))
-        return uid_of_qemu(self._address.path, self._link.peer_pid, uuid)
+        return pid_of_qemu(self._link.peer_pid, uuid)
 
     def _may_ask(self, name: str, **arguments: str) -> Any:
         """None where this QEMU (an old one, a storage daemon) does not know the command."""

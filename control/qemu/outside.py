@@ -16,8 +16,8 @@ _ELSEWHERE = "another process has its data ({}), and QEMU cannot read it: back i
 _PASSED = "a device of the host is passed through ({}): what is stored on it is not in the archive"
 _PERSISTENT = "it is persistent memory ({}), no disk: back its file up when the machine is off"
 _TPM = (
-    "the state of the TPM {!r} is kept by another process (swtpm): keep a copy of its folder or "
-    "volume; a guest that seals its keys with it (BitLocker, LUKS) may ask for its recovery key"
+    "the state of the TPM {!r}: {}; a guest that seals its keys with it (BitLocker, LUKS) may ask "
+    "for its recovery key when it is restored without"
 )
 _CHIP = "the TPM is a chip of this host, whose state cannot be copied"
 # QEMU's types of devices. What QEMU 7.2 to 11.1 have of them is in all three.
@@ -38,9 +38,9 @@ class Outside(NamedTuple):
     level: str
 
 
-def found_outside(devices: Mapping[str, Sequence[Answer]], tpms: Sequence[Answer]) -> list[Outside]:
-    """From the answers to qom-list, by path (/machine/peripheral and -anon), and to query-tpm."""
-    found = [_tpm(tpm) for tpm in tpms]
+def found_outside(devices: Mapping[str, Sequence[Answer]]) -> list[Outside]:
+    """From the answers to qom-list, by path (/machine/peripheral and -anon)."""
+    found = []
     for path, entries in devices.items():
         for entry in entries:
             name, child = str(entry.get("name", "")), _CHILD.fullmatch(str(entry.get("type", "")))
@@ -55,9 +55,18 @@ def found_outside(devices: Mapping[str, Sequence[Answer]], tpms: Sequence[Answer
     return found
 
 
-def _tpm(tpm: Answer) -> Outside:
+def tpm_words(tpm: Answer) -> frozenset[str]:
+    """What the state of a TPM may be asked for by, from an entry of query-tpm."""
+    return frozenset({str(tpm.get("id", "")), TPM_NAME, "tpmstate0"} - {""})
+
+
+def is_emulated(tpm: Answer) -> bool:
+    """By swtpm, which keeps its state in files."""
+    return (tpm.get("options") or {}).get("type") == "emulator"
+
+
+def tpm_outside(tpm: Answer, why: str) -> Outside:
+    """`why` its state cannot be had."""
     name = str(tpm.get("id", ""))
-    kind = str((tpm.get("options") or {}).get("type", "of some kind"))
-    words = frozenset({name, TPM_NAME, "tpmstate0"})
-    reason = _CHIP if kind == "passthrough" else _TPM.format(name)
-    return Outside(TPM_NAME, words, reason, "warn")
+    reason = _TPM.format(name, why) if is_emulated(tpm) else _CHIP
+    return Outside(TPM_NAME, tpm_words(tpm), reason, "warn")

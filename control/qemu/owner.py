@@ -9,19 +9,27 @@ import os
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
 
 
-def uid_of_qemu(path: str, peer_pid: int | None, uuid: str) -> int:
-    """From its monitor: the process that answers there decides, not who made the socket.
+def pid_of_qemu(peer_pid: int | None, uuid: str) -> int | None:
+    """The QEMU behind a monitor; None: it is not to be found.
 
-    `path`: the monitor's socket; `peer_pid`: who listens there, 0 or None: not known (it is in
-    another pid namespace, or far away); `uuid`: the machine's. A QEMU that gave up root (-runas,
-    -run-with) has made its socket before; and where something stands in between (libvirt, a proxy)
-    the machine's uuid is looked for among the processes. The last resort is the socket's owner.
+    `peer_pid`: who listens there, 0 or None: not known (it is in another pid namespace, or far
+    away); `uuid`: the machine's, by which it is looked for where something stands in between
+    (libvirt, a proxy).
     """
-    if peer_pid and is_qemu(peer_pid) and (uid := uid_of(peer_pid)) is not None:
+    if peer_pid and is_qemu(peer_pid):
+        return peer_pid
+    found = _running(uuid)
+    return found[0] if len(found) == 1 else None
+
+
+def uid_of_qemu(path: str, pid: int | None) -> int:
+    """From what pid_of_qemu has found; else the owner of the monitor's socket, at `path`.
+
+    A QEMU that gave up root (-runas, -run-with) has made that socket before.
+    """
+    uid = uid_of(pid) if pid else None
+    if uid is not None:
         return uid
-    found = {uid for pid in _running(uuid) if (uid := uid_of(pid)) is not None}
-    if len(found) == 1:
-        return found.pop()
     try:
         return os.stat(path).st_uid
     except OSError:

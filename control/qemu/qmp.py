@@ -72,6 +72,9 @@ class Link(Qmp, Protocol):
     def give_fd(self, fd: int, name: str) -> None:
         """QEMU gets a copy of a descriptor, under this name."""
 
+    def add_fd(self, fd: int) -> int:
+        """QEMU gets a copy of a descriptor: N, which it opens as /dev/fdset/N."""
+
     def close(self) -> None: ...
 
 

@@ -160,6 +160,7 @@ ANSWERS: Members = {
     ),
     "query-uuid": Record({}, {"UUID": NAME}),
     "query-tpm": List(Record({"id": NAME}, {"options": Record({}, {"type": NAME})})),
+    "add-fd": Record({"fdset-id": SIZE}),
     "x-debug-query-block-graph": _GRAPH,
     "query-status": Record({"status": NAME}, {"running": FLAG}),
     "query-qmp-schema": List(

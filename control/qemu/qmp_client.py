@@ -191,6 +191,12 @@ class QmpClient:
             )
         self._execute(Command("getfd", {"fdname": name}), (fd,))
 
+    def add_fd(self, fd: int) -> int:
+        """QEMU gets a copy of a descriptor: N, which it opens as /dev/fdset/N. Raises as `execute`."""
+        if not self._address.path:
+            raise self._peer.refused("add-fd", f"{self.path}: descriptors are for Unix sockets")
+        return int(self._execute(Command("add-fd", {}), (fd,))["fdset-id"])
+
     def events(self) -> list[dict[str, Any]]:
         """What has come since, in order. Raises QmpGone, after the last."""
         if self._lost is None:

@@ -68,6 +68,9 @@ class SharedQmp:
     def give_fd(self, fd: int, name: str) -> None:
         raise RuntimeError("a descriptor belongs to a connection that stays")
 
+    def add_fd(self, fd: int) -> int:
+        raise RuntimeError("a descriptor belongs to a connection that stays")
+
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True

@@ -15,7 +15,7 @@ import pytest
 
 from tests.machine import Need, bad, end_of, good, next_event, started
 from tests.qemu.paused_machine import paused_machine
-from vmapipe.control.qemu.owner import uid_of, uid_of_qemu
+from vmapipe.control.qemu.owner import pid_of_qemu, uid_of, uid_of_qemu
 
 NOBODY = pwd.getpwnam("nobody").pw_uid
 UUID = "8d1d4a5e-6f6e-4c6a-9a53-2f1d0c9b7e11"
@@ -106,8 +106,9 @@ def test_without_a_process_to_ask_the_owner_of_the_monitors_socket_counts(tmp_pa
     path = tmp_path / "socket"
     path.touch()
     for peer in (None, 0, os.getpid()):  # far away, in another pid namespace, not a QEMU
-        assert uid_of_qemu(str(path), peer, "") == path.stat().st_uid
-    assert uid_of_qemu(str(tmp_path / "none"), None, UUID.replace("8", "7")) == os.geteuid()
+        assert pid_of_qemu(peer, UUID.replace("8", "7")) is None
+    assert uid_of_qemu(str(path), None) == path.stat().st_uid
+    assert uid_of_qemu(str(tmp_path / "none"), None) == os.geteuid()
 
 
 def test_a_disk_that_is_removed_or_a_job_that_is_cancelled_is_named_as_what_it_is(
