@@ -14,7 +14,13 @@ from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
 from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
-from vmapipe.protocol.nbd.constants import NBD_CMD_BLOCK_STATUS, NBD_CMD_READ, NBD_STATE_ZERO
+from vmapipe.protocol.nbd.constants import (
+    NBD_CMD_BLOCK_STATUS,
+    NBD_CMD_FLAG_DF,
+    NBD_CMD_READ,
+    NBD_FLAG_SEND_DF,
+    NBD_STATE_ZERO,
+)
 from vmapipe.protocol.nbd.events import Done, Event, Failure, Hole, Status
 from vmapipe.protocol.nbd.request import encode_request
 from vmapipe.protocol.nbd.session import Session
@@ -41,6 +47,8 @@ class NbdSource:
     def __init__(self, name: str, path: str) -> None:
         """`path`: the server's Unix socket. Raises SourceError."""
         self.name = name
+        # Of each request, by its cookie: where it begins.
+        self._offsets: dict[int, int] = {}
         self._offset = 0
         self._socket = socket.socket(socket.AF_UNIX)
         try:
@@ -128,8 +136,14 @@ class NbdSource:
                 at = end
 
     def _request(self, kind: int, offset: int, length: int) -> None:
+        # A read in one piece: QEMU's server looks for holes in it else, and hangs up, with a
+        # word to its stderr only, where the image cannot be read.
+        in_one_piece = self._session.structured and self._session.flags & NBD_FLAG_SEND_DF
+        flags = NBD_CMD_FLAG_DF if kind == NBD_CMD_READ and in_one_piece else 0
         try:
-            self._socket.sendall(encode_request(self._codec.request(kind, offset, length)))
+            request = self._codec.request(kind, offset, length, flags)
+            self._offsets[request.cookie] = offset
+            self._socket.sendall(encode_request(request))
         except (OSError, ProtocolError) as error:
             raise self._error(error) from error
 
@@ -148,9 +162,7 @@ class NbdSource:
         except (OSError, ProtocolError) as error:
             raise self._error(error) from error
         if not got:
-            raise SourceError(
-                f"disk {self.name!r}: its server has ended, at offset {self._offset} or behind"
-            )
+            raise self._error(None)
         for event in events:
             if isinstance(event, Hole):
                 start = event.offset - base
@@ -158,17 +170,33 @@ class NbdSource:
         return events
 
     def _check(self, events: Sequence[Event]) -> None:
+        """Raises SourceError for a request that has failed, with its offset and the reason."""
         for event in events:
-            if isinstance(event, Done) and event.error:
-                said = [e.message for e in events if isinstance(e, Failure) and e.message]
+            if not isinstance(event, Done):
+                continue
+            offset = self._offsets.pop(event.cookie, self._offset)
+            if event.error:
+                said = [e for e in events if isinstance(e, Failure) and e.cookie == event.cookie]
+                places = [e.offset for e in said if e.offset is not None]
+                words = [os.strerror(event.error), *(e.message for e in said)]
                 raise SourceError(
-                    f"disk {self.name!r}: cannot read near offset {self._offset}: "
-                    f"{(said or [os.strerror(event.error)])[0]}"
+                    f"disk {self.name!r}: cannot read near offset {[*places, offset][0]}: "
+                    + "; ".join(dict.fromkeys(filter(None, words)))
                 )
 
-    def _error(self, error: Exception) -> SourceError:
-        text = os_error_text(error) if isinstance(error, OSError) else str(error)
-        return SourceError(f"disk {self.name!r}: cannot read near offset {self._offset}: {text}")
+    def _error(self, error: Exception | None) -> SourceError:
+        """For a connection that has failed; None: the server has hung up."""
+        near = min(self._offsets.values(), default=self._offset)
+        text = "its server has hung up"
+        if error is not None:
+            text = os_error_text(error) if isinstance(error, OSError) else str(error)
+        if reason := self._reason():
+            text += f"; {reason}"
+        return SourceError(f"disk {self.name!r}: cannot read near offset {near}: {text}")
+
+    def _reason(self) -> str:
+        """What is known of a server that has hung up."""
+        return ""
 
 
 class HowToRead(NamedTuple):
@@ -240,6 +268,9 @@ class ImageSource(NbdSource):
         if self._image_fd >= 0:
             os.close(self._image_fd)
             self._image_fd = -1
+
+    def _reason(self) -> str:
+        return self._daemon.reason()
 
     def _refuse_other_files(self, path: str) -> None:
         """The image may have been written to since it was looked at, or QEMU know more than we do.

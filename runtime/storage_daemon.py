@@ -10,8 +10,10 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
+from typing import IO
 
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
@@ -24,7 +26,33 @@ _STOP_S = 60.0
 _POLL_S = 0.005
 # A program that has given up takes no longer to end.
 _LAST_WORDS_S = 2.0
+# It says why just before it hangs up.
+_REASON_S = 0.2
+_LONGEST_LINE_BYTES = 4096
 _PACKAGES = {"qemu-storage-daemon": "qemu-system-common", "qemu-nbd": "qemu-utils"}
+
+
+class _Words:
+    """What a process says, as it says it: a pipe that nobody reads would make it wait."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        #: The last line, and how many there were.
+        self.last = ""
+        self.count = 0
+        self._thread = threading.Thread(target=self._read, name="daemon-words", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Its process has ended: until all is read, unless something else has its end, too."""
+        self._thread.join(_LAST_WORDS_S)
+
+    def _read(self) -> None:
+        with self._stream:
+            while raw := self._stream.readline(_LONGEST_LINE_BYTES):
+                if line := raw.decode(errors="replace").strip():
+                    self.last = line
+                    self.count += 1
 
 
 class StorageDaemon:
@@ -46,7 +74,10 @@ class StorageDaemon:
         self._program = words[0]
         self._folder = OwnFolder("storage")
         self.socket = os.path.join(self._folder.path, "daemon.sock")
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._words: _Words | None = None
+        # What it said before it listened, warnings of the image, is not why it hangs up.
+        self._words_before = 0
         try:
             command = [program, *(word.replace("SOCKET", self.socket) for word in words[1:])]
             self._process = subprocess.Popen(
@@ -54,9 +85,9 @@ class StorageDaemon:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
             )
+            if self._process.stderr is not None:
+                self._words = _Words(self._process.stderr)
             self._wait_until_it_listens(self._process, cancel)
         except BaseException:
             self.close()
@@ -83,41 +114,62 @@ class StorageDaemon:
             return
         process.send_signal(signal.SIGTERM)
         try:
-            _, said = process.communicate(timeout=_STOP_S)
+            process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             raise Failure(
                 f"{self._what}: {self._program} does not end within {_STOP_S:.0f} s"
             ) from None
         if process.returncode not in (0, -signal.SIGTERM):
-            raise Failure(f"{self._what}: {self._last_line(said)}")
+            raise Failure(f"{self._what}: {self._last_line()}")
         self._process = None
         self.close()
 
+    def reason(self) -> str:
+        """Why it has hung up, in its words, or how it has ended; empty: it does not say."""
+        process = self._process
+        if process is None:
+            return ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(_REASON_S)
+            if code < 0:
+                return f"{self._program} was killed by {signal.Signals(-code).name}"
+            if self._words is not None:
+                self._words.finish()
+        if self._words is None or self._words.count == self._words_before:
+            return ""
+        return self._words.last.removeprefix(f"{self._program}: ")
+
     def last_words(self) -> str:
         """End it; what it said if it had ended by itself, else nothing."""
-        process, said = self._process, ""
-        if process is not None:
+        said = ""
+        if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                _, said = process.communicate(timeout=_LAST_WORDS_S)
+                self._process.wait(_LAST_WORDS_S)
                 self._process = None
+                said = self._last_line()
         self.close()
-        return self._last_line(said) if said else ""
+        return said
 
     def close(self) -> None:
         """Whatever it is doing, it is gone afterwards."""
         if self._process is not None:
             self._process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.communicate(timeout=_STOP_S)
+                self._process.wait(_STOP_S)
             self._process = None
+        if self._words is not None:
+            self._words.finish()
         self._folder.remove()
 
-    def _wait_until_it_listens(self, process: subprocess.Popen[str], cancel: Cancel | None) -> None:
+    def _wait_until_it_listens(
+        self, process: subprocess.Popen[bytes], cancel: Cancel | None
+    ) -> None:
         deadline = time.monotonic() + _START_S
         while True:
             with socket.socket(socket.AF_UNIX) as probe:
                 try:
                     probe.connect(self.socket)
+                    self._words_before = self._words.count if self._words else 0
                     return
                 except OSError:
                     pass  # not yet
@@ -131,15 +183,18 @@ class StorageDaemon:
                         f"{self._what}: {self._program} is not ready after {_START_S:.0f} s"
                     ) from None
                 continue
-            _, said = process.communicate()
             self._process = None
-            raise Failure(f"{self._what}: {self._last_line(said)}")
+            raise Failure(f"{self._what}: {self._last_line()}")
 
-    def _last_line(self, text: str) -> str:
-        lines = [line for line in text.strip().splitlines() if line]
-        if not lines:
+    def _last_line(self) -> str:
+        """It has ended."""
+        said = ""
+        if self._words is not None:
+            self._words.finish()
+            said = self._words.last
+        if not said:
             return f"{self._program} ended without a word"
-        return lines[-1].removeprefix(f"{self._program}: ")
+        return said.removeprefix(f"{self._program}: ")
 
 
 def _dying_with_us() -> list[str]:

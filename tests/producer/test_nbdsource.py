@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,8 +144,59 @@ def test_a_server_that_dies_is_an_error_with_device_and_offset(disk: Path, need:
     with opened(disk, HowToRead("raw")) as source:
         for child in psutil.Process().children():
             child.kill()
-        with pytest.raises(SourceError, match=r"^disk 'd': .* offset 65536"):
+        with pytest.raises(
+            SourceError, match=r"^disk 'd': .* offset 65536.*qemu-nbd was killed by SIGKILL"
+        ):
             source.read_into(memoryview(bytearray(1 << 20)), 65536)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_a_read_error_behind_qemu_nbd_is_told_with_its_offset_and_its_reason(
+    tmp_path: Path, disk: Path, need: Need, image_format: str
+) -> None:
+    """QEMU's own server hangs up on a read that meets one, and tells only its stderr why."""
+    nbdkit, qemu_img, _ = need("nbdkit", "qemu-img", "qemu-nbd")
+    image, socket, broken = tmp_path / "image", tmp_path / "bad.sock", tmp_path / "broken"
+    convert = [qemu_img, "convert", "-f", "raw", "-O", image_format, str(disk), str(image)]
+    subprocess.run(convert, check=True, timeout=LIMIT_S)
+    words = [nbdkit, "-f", "-U", str(socket), "--filter=error", "file", str(image)]
+    words += ["error-pread=EIO", "error-pread-rate=100%", f"error-pread-file={broken}"]
+    with subprocess.Popen(words) as server:
+        try:
+            while not listens(socket):
+                assert server.poll() is None
+            how = HowToRead(image_format, others=True)
+            with opened(f"nbd+unix:///?socket={socket}", how) as source:
+                source.read_into(memoryview(bytearray(CLUSTER)), 0)
+                broken.touch()
+                with pytest.raises(
+                    SourceError,
+                    match=r"^disk 'd': cannot read near offset 655360: Input/output error",
+                ):
+                    source.read_into(memoryview(bytearray(CLUSTER)), 10 * CLUSTER)
+        finally:
+            server.terminate()
+
+
+def test_a_server_that_says_much_is_not_held_up_by_a_pipe_that_nobody_reads(
+    tmp_path: Path, disk: Path, need: Need, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (qemu_nbd,) = need("qemu-nbd")
+    talker = tmp_path / "qemu-nbd"
+    talker.write_text(
+        "#!/bin/sh\n"
+        "i=0; while [ $i -lt 5000 ]; do echo qemu-nbd: a warning of this image >&2; i=$((i+1)); done\n"
+        f'exec {qemu_nbd} "$@"\n'
+    )
+    talker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with opened(disk, HowToRead("raw", offset=512)) as source:
+        assert content(source) == disk.read_bytes()[512:]
+        for child in psutil.Process().children():
+            child.kill()
+        with pytest.raises(SourceError) as raised:
+            source.read_into(memoryview(bytearray(CLUSTER)), 0)
+        assert "warning" not in str(raised.value)
 
 
 def test_a_read_error_of_the_server_is_an_error_with_device_and_offset(
@@ -158,7 +210,10 @@ def test_a_read_error_of_the_server_is_an_error_with_device_and_offset(
             while not listens(socket):
                 assert server.poll() is None
             source = NbdSource("d", str(socket))
-            with pytest.raises(SourceError, match="disk 'd': cannot read near offset 131072"):
+            with pytest.raises(
+                SourceError,
+                match=r"disk 'd': cannot read near offset (131072|393216): Input/output error",
+            ):
                 source.read_into(memoryview(bytearray(300_000)), 131072)
             source.close()
         finally:
