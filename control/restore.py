@@ -80,6 +80,13 @@ def main(argv: Sequence[str], prog: str) -> int:
         "their devices; what is beyond stays as it is",
     )
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what was written when the restore is interrupted (NAME.unfinished and a journal "
+        "in DIR), and go on with what an interrupted one has kept: it is checked, and only what is "
+        "missing or wrong is written",
+    )
+    parser.add_argument(
         "--speed",
         type=size,
         default=0,
@@ -144,6 +151,7 @@ def _restore(options: argparse.Namespace) -> None:
                 check_digests=not options.no_manifest,
                 manifest=options.manifest,
                 bytes_per_s=options.speed,
+                resume=options.resume,
             ),
             folders,
         )

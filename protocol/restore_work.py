@@ -94,13 +94,15 @@ class RangeWork(NamedTuple):
     """Reader: take these extents out of the archive yourself.
 
     `offsets`, `sizes`: in bytes, one each an extent. `digests`: as many, or
-    none where none are known.
+    none where none are known. `written`: they may be on the targets already: what is, is
+    not written again.
     """
 
     seq: Uint
     offsets: Annotated[tuple[int, ...], Packed("Q")]
     sizes: Annotated[tuple[int, ...], Packed("I")]
     digests: Annotated[tuple[bytes, ...], Joined(DIGEST_BYTES)]
+    written: bool = False
 
     def fault(self) -> str | None:
         count = len(self.offsets)
@@ -117,7 +119,8 @@ class ExtentWork(NamedTuple):
     """Reader: this extent, which stood at `offset`. Its data is in the shared memory.
 
     `digest` is empty where none is known. `position`: of the data, in bytes;
-    whose it is says the header. The memory is the worker's until it is done.
+    whose it is says the header. The memory is the worker's until it is done. `written` as
+    in RangeWork.
     """
 
     seq: Uint
@@ -125,6 +128,7 @@ class ExtentWork(NamedTuple):
     digest: Annotated[bytes, length_of(0, DIGEST_BYTES)]
     raw_header: Annotated[bytes, length_of(EXTENT_HEADER_BYTES)]
     position: Uint
+    written: bool = False
 
 
 class SyncWork(NamedTuple):
@@ -139,9 +143,10 @@ class Finish(NamedTuple):
 
 
 class Done(NamedTuple):
-    """Worker: this piece of work is done."""
+    """Worker: this piece of work is done; so many bytes of data were there already."""
 
     seq: Uint
+    kept_bytes: Uint = 0
 
 
 FromReader = Setup | RangeWork | ExtentWork | SyncWork | Finish

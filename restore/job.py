@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, closing
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.protocol.restore_work import Setup
 from vmapipe.restore.archive.reading import Archive, checked_pieces
@@ -15,7 +15,7 @@ from vmapipe.restore.archive.totals import Totals
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
 from vmapipe.restore.crew.crew import Crew, start_workers
 from vmapipe.restore.crew.feed import Feed, InlineFeed, ThreadFeed
-from vmapipe.restore.crew.handout import ALL_DEVICES, Work, WorkMaker
+from vmapipe.restore.crew.handout import ALL_DEVICES, Marks, Work, WorkMaker
 from vmapipe.restore.crew.link import ReaderLink
 from vmapipe.restore.crew.pace import Pace
 from vmapipe.restore.crew.slots import Slots
@@ -29,6 +29,9 @@ from vmapipe.runtime.folders import OwnFolder
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.layout import CLUSTER_BYTES
 
+if TYPE_CHECKING:
+    from vmapipe.restore.targets.resuming import Journal
+
 # More writers than this were not quicker, whatever the storage.
 _MAX_WORKERS = 4
 # A worker takes a tenth of a second to start, in which another writes so much.
@@ -41,13 +44,15 @@ class Options(NamedTuple):
     """`workers`: 0 for one a core, at most 4. `manifest`: where it is not beside the archive.
 
     `check_digests`: compare the data with the manifest, where there is one. `bytes_per_s`:
-    of data, all devices together; 0: as fast as it goes.
+    of data, all devices together; 0: as fast as it goes. `resume`: go on with an interrupted
+    restore, and leave what another one can go on with.
     """
 
     workers: int = 0
     check_digests: bool = True
     manifest: str | None = None
     bytes_per_s: int = 0
+    resume: bool = False
 
 
 class Restored(NamedTuple):
@@ -96,10 +101,16 @@ def restore(
             manifest = stack.enter_context(Manifest(manifest_path, cancel))
         if folders is None:
             folders = stack.enter_context(Folders())
-        targets = stack.enter_context(OpenTargets(archive, plan, folders))
+        journal: Journal | None = None
+        if options.resume and folders.own is not None:
+            # Imported here: few restores need it.
+            from vmapipe.restore.targets.resuming import Journal
+
+            journal = stack.enter_context(Journal(folders.own, archive, plan))
+        targets = stack.enter_context(OpenTargets(archive, plan, folders, journal))
         for text in folders.notices:
             emit({"event": "notice", "text": text})
-        job = _Job(archive, targets, manifest, emit, cancel, options.bytes_per_s)
+        job = _Job(archive, targets, manifest, emit, cancel, options.bytes_per_s, journal)
         return job.run(options.workers or default_workers())
 
 
@@ -117,6 +128,7 @@ class _Job:
         emit: Emit,
         cancel: Cancel,
         bytes_per_s: int,
+        journal: Journal | None,
     ) -> None:
         self._archive = archive
         self._targets = targets
@@ -133,7 +145,11 @@ class _Job:
             zeroed={setup.dev_id for setup in self._setups if setup.write_zeroes},
             limited=set(self._limits),
             from_stream=not isinstance(archive.source, PlainFile),
+            written_before=journal.mark if journal is not None else 0,
         )
+        self._journal = journal
+        self._marks = Marks()
+        self._kept_bytes = 0
         self._slots: Slots | None = None
         self._started = time.monotonic()
         self._next_progress = 0.0
@@ -146,9 +162,14 @@ class _Job:
             for d in self._archive.header.devices
         )
         self._begin(devices)
+        if self._journal is not None:
+            self._tell_journal(self._journal)
+            self._journal.begun = True
         with OwnFolder("job") as folder:
             children = self._bring(folder, workers)
         self._targets.publish()
+        if self._journal is not None:
+            self._journal.remove()
         result = Result(
             devices,
             self._maker.totals,
@@ -186,6 +207,7 @@ class _Job:
                 self._targets.set_vmstate_size(self._coverage)
                 crew.carry_out(InlineFeed(self._maker.syncs(s.dev_id for s in self._setups)))
                 crew.finish()
+                self._kept_bytes = crew.kept_bytes
                 finished = True
             return children
         finally:
@@ -220,10 +242,29 @@ class _Job:
         if self._slots is not None and work.slot >= 0:
             self._slots.give(work.slot)
         self._done_bytes += work.cluster_bytes
+        self._marks.done(work)
+        self._note_mark()
         now = time.monotonic()
         if now >= self._next_progress:
             self._next_progress = now + _PROGRESS_S
             self._progress()
+
+    def _tell_journal(self, journal: Journal) -> None:
+        if not journal.mark:
+            return
+        against = (
+            "the manifest"
+            if self._manifest is not None
+            else ("the archive's own data, which has to be read for that: there is no manifest")
+        )
+        text = (
+            f"going on with an interrupted restore: what it has written is checked with {against}"
+        )
+        self._emit({"event": "notice", "text": text})
+
+    def _note_mark(self) -> None:
+        if self._journal is not None:
+            self._journal.note(self._marks.mark)
 
     def _progress(self) -> None:
         # vmstate may be longer than its estimate: never beyond 100 %.
@@ -259,6 +300,7 @@ class _Job:
                 "archive_bytes": totals.archive_bytes,
                 "data_bytes": totals.data_bytes,
                 "zero_bytes": totals.cluster_bytes - totals.data_bytes,
+                "kept_bytes": self._kept_bytes,
                 "digests_checked": result.digests_checked,
                 "seconds": round(result.seconds, 3),
                 "cpu_s": round(result.cpu_s, 3),
@@ -267,6 +309,10 @@ class _Job:
         )
 
     def _warn(self) -> None:
+        self._note_mark()
         for path in self._targets.existing_paths():
             text = f"{path} now holds an incomplete restore"
+            self._emit({"event": "notice", "text": text})
+        if self._journal is not None:
+            text = f"what was written is kept ({self._journal.path}): the same command goes on"
             self._emit({"event": "notice", "text": text})

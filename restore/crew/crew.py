@@ -49,6 +49,8 @@ class Crew:
         `all_here`: when all are connected, and nobody needs the socket's name any more.
         """
         self.gave_work = False
+        #: Data that was on the targets already.
+        self.kept_bytes = 0
         self._link = link
         self._children = children
         self._cancel = cancel
@@ -114,7 +116,8 @@ class Crew:
                     self._roster.joined(worker)
                     if len(self._roster.workers) == len(self._children.all):
                         self._all_here()
-                case Done(seq):
+                case Done(seq, kept_bytes):
+                    self.kept_bytes += kept_bytes
                     work = self._roster.done(worker, seq)
                     if work is None:
                         raise Failure(f"{worker} answers work {seq}, which it does not have")

@@ -38,7 +38,7 @@ class Work(NamedTuple):
 
     `ahead`: how many like it one worker may have; `cluster_bytes`: of the
     devices it covers, for progress; `data_bytes`: per limited device; `slot`:
-    what is free when it is done, or -1.
+    what is free when it is done, or -1; `end`: where in the archive it ends.
     """
 
     seq: int
@@ -47,6 +47,7 @@ class Work(NamedTuple):
     cluster_bytes: int
     data_bytes: dict[int, int]
     slot: int = -1
+    end: int = 0
 
 
 class WorkMaker:
@@ -54,7 +55,8 @@ class WorkMaker:
 
     `wanted`: the devices that are restored; `zeroed`: those of them where
     zeroes are written; `limited`: those with a limit of their own, and ALL_DEVICES;
-    `from_stream`: the data comes along, extent by extent, in slots.
+    `from_stream`: the data comes along, extent by extent, in slots; `written_before`: what
+    lies before this offset of the archive may be on the targets already.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class WorkMaker:
         limited: Collection[int] = (),
         *,
         from_stream: bool = False,
+        written_before: int = 0,
     ) -> None:
         self.totals = Totals()
         self._wanted = wanted
         self._zeroed = zeroed
         self._limited = limited
         self._from_stream = from_stream
+        self._written_before = written_before
         self._seq = 0
 
     def works(self, pieces: Iterator[Piece]) -> Iterator[Work]:
@@ -86,7 +90,8 @@ class WorkMaker:
             else:
                 batch.append(piece)
                 batch_bytes += piece.extent.total_bytes
-                if batch_bytes >= most_bytes or len(batch) == MAX_RANGE_EXTENTS:
+                last = piece.extent.offset + piece.extent.total_bytes == self._written_before
+                if last or batch_bytes >= most_bytes or len(batch) == MAX_RANGE_EXTENTS:
                     yield self._work(self._range_of(batch), batch)
                     batch = []
                     batch_bytes = 0
@@ -115,6 +120,7 @@ class WorkMaker:
                 piece.digest,
                 piece.raw_header,
                 max(piece.slot, 0),
+                piece.extent.offset < self._written_before,
             )
         )
 
@@ -125,6 +131,7 @@ class WorkMaker:
                 tuple(piece.extent.offset for piece in batch),
                 tuple(piece.extent.total_bytes for piece in batch),
                 tuple(piece.digest for piece in batch if piece.digest),
+                batch[0].extent.offset < self._written_before,
             )
         )
 
@@ -140,7 +147,23 @@ class WorkMaker:
             if ALL_DEVICES in self._limited and run.dev_id in self._wanted:
                 data_bytes[ALL_DEVICES] = data_bytes.get(ALL_DEVICES, 0) + run.data_bytes
         cluster_bytes = CLUSTER_BYTES * sum(run.count for run in runs)
-        return Work(self._seq, parts, ahead, cluster_bytes, data_bytes, slot)
+        end = batch[-1].extent.offset + batch[-1].extent.total_bytes
+        return Work(self._seq, parts, ahead, cluster_bytes, data_bytes, slot, end)
+
+
+class Marks:
+    """`mark`: the offset in the archive before which all work is done, in whatever order it was."""
+
+    def __init__(self) -> None:
+        self.mark = 0
+        self._next_seq = 1
+        self._ends: dict[int, int] = {}
+
+    def done(self, work: Work) -> None:
+        self._ends[work.seq] = work.end
+        while self._next_seq in self._ends:
+            self.mark = max(self.mark, self._ends.pop(self._next_seq))
+            self._next_seq += 1
 
 
 class Roster:

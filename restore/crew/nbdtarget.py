@@ -88,6 +88,13 @@ class NbdTarget:
                 self._request(NBD_CMD_WRITE, piece_at + start, piece, len(piece))
         self._zero(at, end)
 
+    def holds(self, run: ClusterRun, data: memoryview) -> bool:
+        """An image is always written anew: what an interrupted restore has left of it is unknown."""
+        return False
+
+    def read_back(self, run: ClusterRun, data: memoryview) -> bool:
+        return False
+
     def _zero(self, start: int, end: int) -> None:
         if not self._write_zeroes or start >= end:
             return

@@ -88,13 +88,13 @@ class Worker:
                 else:
                     self._slots = map_slots(work.memory_fd)
             case RangeWork(seq):
-                self._do_range(work)
+                kept_bytes = self._do_range(work)
                 self._writer.flush()
-                self._link.send(encode(Done(seq)))
+                self._link.send(encode(Done(seq, kept_bytes)))
             case ExtentWork(seq):
-                self._do_extent(work)
+                kept_bytes = self._do_extent(work)
                 self._writer.flush()
-                self._link.send(encode(Done(seq)))
+                self._link.send(encode(Done(seq, kept_bytes)))
             case SyncWork(seq, dev_id):
                 self._writer.sync(dev_id)
                 self._link.send(encode(Done(seq)))
@@ -112,25 +112,51 @@ class Worker:
             buffer.madvise(mmap.MADV_HUGEPAGE)
         self._buffer = memoryview(buffer)
 
-    def _do_extent(self, work: ExtentWork) -> None:
+    def _do_extent(self, work: ExtentWork) -> int:
+        """How much of its data was on the targets already."""
         extent = self._parse(work.raw_header, work.offset)
         data = self._slots[work.position : work.position + extent.data_bytes]
         if len(data) < extent.data_bytes:
             raise RemoteProtocolError("malformed", "an extent outside the shared memory")
         self._check(extent, work.digest, work.raw_header, data)
-        self._writer.write(extent, data)
+        return self._write(extent, data, written=work.written)
 
-    def _do_range(self, work: RangeWork) -> None:
+    def _do_range(self, work: RangeWork) -> int:
+        """How much of its data was on the targets already."""
+        kept_bytes = 0
         for index, (offset, size) in enumerate(zip(work.offsets, work.sizes, strict=True)):
             self._cancel.check()  # a slow target takes seconds for all of them
             raw = self._buffer[:size]
+            digest = work.digests[index] if work.digests else b""
+            if work.written and digest and self._is_there(raw, offset, digest):
+                kept_bytes += size - EXTENT_HEADER_BYTES
+                continue
             self._read(raw, offset)
             extent = self._parse(raw, offset)
             if extent.total_bytes != size:
                 raise ArchiveError("the archive changes while it is read", offset=offset)
-            if work.digests:
-                self._check(extent, work.digests[index], raw)
-            self._writer.write(extent, raw[EXTENT_HEADER_BYTES:])
+            self._check(extent, digest, raw)
+            kept_bytes += self._write(extent, raw[EXTENT_HEADER_BYTES:], written=work.written)
+        return kept_bytes
+
+    def _write(self, extent: Extent, data: memoryview, *, written: bool) -> int:
+        if written:
+            return self._writer.write_changed(extent, data)
+        self._writer.write(extent, data)
+        return 0
+
+    def _is_there(self, raw: memoryview, offset: int, digest: bytes) -> bool:
+        """Whether the targets hold an extent, by its digest: its data need not be read."""
+        head = raw[:EXTENT_HEADER_BYTES]
+        self._read(head, offset)
+        extent = self._parse(head, offset)
+        if extent.total_bytes != len(raw):
+            return False  # it is said where it is read whole
+        if not self._writer.read_back(extent, raw[EXTENT_HEADER_BYTES:]):
+            return False
+        from vmapipe.restore.checks.digest import extent_digest
+
+        return extent_digest(raw) == digest
 
     def _read(self, raw: memoryview, offset: int) -> None:
         done = 0

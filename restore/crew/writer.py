@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from vmapipe.protocol.restore_work import TargetSetup
@@ -13,7 +13,7 @@ from vmapipe.restore.errors import TargetError
 from vmapipe.restore.targets.zeroing import RANGE_BYTES, Zeroer, zero_pages
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.extent import ClusterRun, Extent, block_pieces
-from vmapipe.vma.layout import CLUSTER_BYTES
+from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES
 
 if TYPE_CHECKING:
     from vmapipe.restore.crew.nbdtarget import NbdTarget
@@ -46,6 +46,36 @@ class Writer:
             target = self._targets.get(run.dev_id)
             if target is not None:
                 target.write(run, data)
+
+    def write_changed(self, extent: Extent, data: memoryview) -> int:
+        """As `write`, where the targets do not hold it already; how many bytes of data they did.
+
+        Raises TargetError.
+        """
+        kept_bytes = 0
+        for run in extent.runs:
+            target = self._targets.get(run.dev_id)
+            if target is None:
+                continue
+            if target.holds(run, data):
+                kept_bytes += run.data_bytes
+            else:
+                target.write(run, data)
+        return kept_bytes
+
+    def read_back(self, extent: Extent, data: memoryview) -> bool:
+        """Fill in the extent's stored blocks as the targets hold them.
+
+        False where they cannot be known: not all goes to targets that can be read, or there
+        is something else where zeroes must be. Raises TargetError.
+        """
+        for run in extent.runs:
+            target = self._targets.get(run.dev_id)
+            if target is None and run.is_zero:
+                continue
+            if target is None or not target.read_back(run, data):
+                return False
+        return True
 
     def flush(self) -> None:
         """After this, all that was given is written. Raises TargetError."""
@@ -90,6 +120,59 @@ class _Target:
             # Linux begins to write out what is dirty in a range that is not needed again.
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self._fd, start, run.count * CLUSTER_BYTES, os.POSIX_FADV_DONTNEED)
+
+    def holds(self, run: ClusterRun, data: memoryview) -> bool:
+        """Whether all of this run is there already. Raises TargetError."""
+        return self._compare(run, lambda there, at, length: there == data[at : at + length])
+
+    def read_back(self, run: ClusterRun, data: memoryview) -> bool:
+        """Fill in the run's stored blocks; False: zeroes are missing. Raises TargetError."""
+
+        def take(there: memoryview, at: int, length: int) -> bool:
+            data[at : at + length] = there
+            # The last block of a disk whose size is not whole blocks is stored with zeroes.
+            padding = -length % BLOCK_BYTES
+            data[at + length : at + length + padding] = bytes(padding)
+            return True
+
+        return self._compare(run, take)
+
+    def _compare(self, run: ClusterRun, take: Callable[[memoryview, int, int], bool]) -> bool:
+        """Give `take` what is there of each piece, with the piece's place in the extent's data.
+
+        Whether it said yes to all, and what lies between them is zero where that matters.
+        """
+        at = run.first_cluster * CLUSTER_BYTES
+        end = min(at + run.count * CLUSTER_BYTES, self._size_bytes)
+        there = self._read(at, end - at)
+        start = at
+        for piece_at, data_at, length in block_pieces(run, self._size_bytes):
+            if not self._is_zero(there[at - start : piece_at - start]):
+                return False
+            at = piece_at + length
+            if not take(there[piece_at - start : at - start], data_at, length):
+                return False
+        return self._is_zero(there[at - start :])
+
+    def _is_zero(self, there: memoryview) -> bool:
+        if self._zeroer is None:
+            return True  # where zeroes are not written it is the user's word that they are there
+        step = len(self._zeroes)
+        pieces = (there[at : at + step] for at in range(0, len(there), step))
+        return all(piece == self._zeroes[: len(piece)] for piece in pieces)
+
+    def _read(self, at: int, length: int) -> memoryview:
+        """What is beyond the target's end reads as zero."""
+        buffer = memoryview(bytearray(length))
+        done = 0
+        try:
+            while done < length and (got := os.preadv(self._fd, [buffer[done:]], at + done)):
+                done += got
+        except OSError as error:
+            raise TargetError(
+                f"{self._label} (nor read it) at offset {at + done}: {os_error_text(error)}"
+            ) from error
+        return buffer
 
     def _write_data(self, at: int, data: memoryview) -> None:
         done = 0

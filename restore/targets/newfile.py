@@ -23,7 +23,7 @@ class Folders:
     def __init__(self, held: HeldFolder | None = None) -> None:
         """`held`: what the restore's own folder is, whatever stands at its path by now."""
         self.notices: list[str] = []
-        self._own = held
+        self.own = held
         self._held: dict[str, HeldFolder] = {}
         if held is not None:
             self._take(held)
@@ -36,7 +36,7 @@ class Folders:
 
     def close(self) -> None:
         for folder in self._held.values():
-            if folder is not self._own:
+            if folder is not self.own:
                 folder.close()
         self._held.clear()
 
@@ -81,6 +81,9 @@ class NewFile:
     the next restore removes it if nobody else could.
     """
 
+    #: Whether it may hold other data than zeroes before anything is written.
+    has_old_data = False
+
     def __init__(self, path: str, folders: Folders) -> None:
         """Raises TargetError, also when something of that name exists."""
         self.path = path
@@ -115,10 +118,7 @@ class NewFile:
     def publish(self) -> None:
         """Give it its name, which must still be free. The data must be on the disk."""
         try:
-            if not self.partial:
-                self.folder.name_unnamed(self.fd, self._name)
-            elif self.folder.holds(self.partial, self.fd):
-                self.folder.rename_new(self.partial, self._name)
+            self._give_name()
             self._published = True
             self.partial = ""
             if not self.folder.holds(self._name, self.fd):
@@ -129,6 +129,12 @@ class NewFile:
             ) from error
         except OSError as error:
             raise TargetError(f"cannot name {self.path}: {os_error_text(error)}") from error
+
+    def _give_name(self) -> None:
+        if not self.partial:
+            self.folder.name_unnamed(self.fd, self._name)
+        elif self.folder.holds(self.partial, self.fd):
+            self.folder.rename_new(self.partial, self._name)
 
     def withdraw(self) -> None:
         """Another file of the same job could not be published: take this one back."""

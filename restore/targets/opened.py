@@ -20,6 +20,7 @@ from vmapipe.vma.layout import CLUSTER_BYTES
 
 if TYPE_CHECKING:
     from vmapipe.restore.targets.image import ExistingImage, NewImage
+    from vmapipe.restore.targets.resuming import Journal
 
 # Where vmstate ends is not known before its end: no file is larger than this.
 _NO_END = (1 << 63) - 1
@@ -28,9 +29,15 @@ _NO_END = (1 << 63) - 1
 class OpenTargets:
     """A context manager: what was not published when it ends is gone."""
 
-    def __init__(self, archive: Archive, plan: Plan, folders: Folders) -> None:
-        """Opens all of them. Raises RestoreError, PlanError, HeaderError; then none is touched."""
+    def __init__(
+        self, archive: Archive, plan: Plan, folders: Folders, journal: Journal | None = None
+    ) -> None:
+        """Opens all of them. Raises RestoreError, PlanError, HeaderError; then none is touched.
+
+        `journal`: new files are kept, and known again, where the restore is interrupted.
+        """
         self._folders = folders
+        self._journal = journal
         self.archive = archive
         self.plan = plan
         self.devices: list[Device] = []
@@ -38,6 +45,7 @@ class OpenTargets:
         self._images: dict[int, NewImage | ExistingImage] = {}
         self._existing: dict[int, ExistingTarget | ExistingImage] = {}
         self._configs: list[NewFile] = []
+        self._inodes: dict[int, tuple[int, int]] = {}
         check_plan(archive.header, plan)
         try:
             for device in archive.header.devices:
@@ -47,6 +55,8 @@ class OpenTargets:
             self._check_identities()
             if plan.configs_folder is not None:
                 self._configs = open_configs(archive.header, plan.configs_folder, folders)
+            if journal is not None:
+                journal.opened(self._inodes)
         except BaseException:
             self.close()
             raise
@@ -69,7 +79,7 @@ class OpenTargets:
             self._folders.look_at(spec.path)
             self._existing[device.dev_id] = self._opened(device, spec)
         elif spec.is_raw:
-            file = self._new[device.dev_id] = NewFile(spec.path, self._folders)
+            file = self._new[device.dev_id] = self._new_file(device, spec)
             if not device.is_vmstate:
                 file.set_size(device.size_bytes)
         else:
@@ -78,6 +88,17 @@ class OpenTargets:
 
             image = NewImage(spec.path, self._folders, spec.image_format, device.size_bytes)
             self._new[device.dev_id] = self._images[device.dev_id] = image
+
+    def _new_file(self, device: Device, spec: TargetSpec) -> NewFile:
+        if self._journal is None:
+            return NewFile(spec.path, self._folders)
+        # Imported here: few restores need it.
+        from vmapipe.restore.targets.resuming import ResumableFile
+
+        known = self._journal.inode(device.dev_id)
+        file = ResumableFile(spec.path, self._folders, self._journal, known)
+        self._inodes[device.dev_id] = file.inode
+        return file
 
     def _opened(self, device: Device, spec: TargetSpec) -> ExistingTarget | ExistingImage:
         if spec.is_raw:
@@ -119,7 +140,7 @@ class OpenTargets:
             device.dev_id,
             target.fd,
             _NO_END if device.is_vmstate else device.size_bytes,
-            new is None and spec.write_zeroes,
+            spec.write_zeroes if new is None else new.has_old_data,
             device.name.encode("utf-8", "surrogateescape"),
             os.fsencode(target.path),
             os.fsencode(served.nbd) if served is not None else b"",

@@ -80,7 +80,7 @@ def test_what_the_reader_says_arrives(message: FromReader) -> None:
     assert decode_for_worker(encode(message)) == message
 
 
-@given(st.builds(Done, U64) | st.just(Ready(limits.VERSION)))
+@given(st.builds(Done, U64, U64) | st.just(Ready(limits.VERSION)))
 def test_what_a_worker_says_arrives(message: Done | Ready) -> None:
     assert decode_for_reader(encode(message)) == message
 
