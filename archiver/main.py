@@ -169,7 +169,7 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     spec = JobSpec(
         uuid=options.uuid or (b"" if options.reproducible else uuid.uuid4().bytes),
         ctime_s=archive_time(reproducible=options.reproducible),
-        configs=read_configs(options.config),
+        configs=read_configs(options.config, cancel),
         devices=tuple(options.device),
         expect=options.expect,
         job=options.job,

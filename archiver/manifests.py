@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -75,12 +73,11 @@ class ManifestFile(ManifestOutput):
     """
 
     def __init__(self, path: str, *, replace: bool) -> None:
-        super().__init__(FileOutput(path, replace=replace))
-        self._path = path
+        self._file = FileOutput(path, replace=replace)
+        super().__init__(self._file)
 
     def _remove(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
+        self._file.withdraw()
 
 
 class ManifestObject(ManifestOutput):

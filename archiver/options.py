@@ -26,6 +26,7 @@ from vmapipe.runtime.cli import split_named
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.objectnames import is_object
+from vmapipe.runtime.sidefiles import read_awaited
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Config
 from vmapipe.vma.layout import MAX_BLOB_BYTES, MAX_CONFIGS
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from vmapipe.archiver.digests import Digests
 
 
-def read_configs(texts: Sequence[str]) -> tuple[Config, ...]:
+def read_configs(texts: Sequence[str], cancel: Cancel) -> tuple[Config, ...]:
     """`[NAME=]PATH` each. Raises Failure for what cannot be read or is too large."""
     if len(texts) > MAX_CONFIGS:
         raise UsageError(f"too many configs: {len(texts)}; the limit is {MAX_CONFIGS}")
@@ -43,8 +44,7 @@ def read_configs(texts: Sequence[str]) -> tuple[Config, ...]:
         name, path = split_named(text)
         try:
             # One byte more than fits tells that it is too large, however large it is.
-            with open(path, "rb") as file:
-                data = file.read(MAX_BLOB_BYTES + 1)
+            data = read_awaited(path, MAX_BLOB_BYTES + 1, cancel)
         except OSError as error:
             raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error
         if len(data) > MAX_BLOB_BYTES:

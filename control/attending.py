@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from vmapipe.control.hooks import Hooks
 from vmapipe.control.joblog import LEVELS, JobLog
 from vmapipe.control.jobs.server import JobServer
 from vmapipe.control.jobs.state import JobState
+from vmapipe.control.jobs.steady import now_s
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import wait_time
 from vmapipe.runtime.errors import Failure, UsageError
@@ -98,7 +98,14 @@ def attended(options: argparse.Namespace, place: str, around: Surroundings) -> I
         if log_path:
             named = options.vmid is not None
             what, kind = (f"VM {options.vmid}", "qemu") if named else (place, "")
-            log = JobLog(log_path, what, kind, options.log_level, append=bool(options.log))
+            log = JobLog(
+                log_path,
+                what,
+                kind,
+                options.log_level,
+                append=bool(options.log),
+                complain=report,
+            )
             listeners.append(stack.enter_context(log))
         stack.enter_context(hooks.backup())
         listeners.append(hooks.take)
@@ -109,7 +116,11 @@ def attended(options: argparse.Namespace, place: str, around: Surroundings) -> I
             # Imported here: only Proxmox VE's archives have them.
             from vmapipe.control.proxmox import write_notes
 
-            write_notes(options.archive, options.notes)
+            try:
+                write_notes(options.archive, options.notes)
+            except Failure as failure:
+                # The archive is stored all the same: who hears of a failure takes it for absent.
+                emit({"event": "notice", "text": str(failure)})
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -122,7 +133,7 @@ def _metrics(path: str | None, server: JobServer, report: Emit) -> Iterator[None
     try:
         yield
     except BaseException as error:
-        server.state.fail(str(error), time.time())
+        server.state.fail(str(error), now_s())
         raise
     finally:
         if path:

@@ -187,7 +187,7 @@ def _run_job(
     try:
         configs = NO_CONFIGS
         if options.vmid is not None:
-            configs = read_configs(options.config, options.vmid)
+            configs = read_configs(options.config, options.vmid, around.cancel)
         disks, left_out = choose_disks(options, configs.disks, machine)
         for disk in left_out:
             around.emit({"event": "skipped", **disk._asdict()})

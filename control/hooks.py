@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from vmapipe.control.jobs.state import JobState
+from vmapipe.control.jobs.steady import now_s
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit, Event, ignore
@@ -75,7 +76,7 @@ class Hooks:
         try:
             self._must("job-start")
         except BaseException as error:
-            self.state.fail(str(error), time.time())
+            self.state.fail(str(error), now_s())
             self._may("job-abort")
             raise
         try:
@@ -91,7 +92,7 @@ class Hooks:
             self._must("backup-start")
             yield
         except BaseException as error:
-            self.state.fail(str(error), time.time())
+            self.state.fail(str(error), now_s())
             self._see_off()
             self._may("backup-abort")
             raise
@@ -162,7 +163,7 @@ class Hooks:
 
     def _variables(self, phase: str) -> dict[str, str]:
         state = self.state
-        seconds = round((state.ended or time.time()) - state.started)
+        seconds = round((state.ended or now_s()) - state.started)
         variables = {
             **self.environment,
             "VMTYPE": "qemu",

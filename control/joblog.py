@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import time
 from types import TracebackType
-from typing import TextIO
 
 from vmapipe.control.render import human_bytes
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.events import Event
+from vmapipe.runtime.events import Emit, Event, ignore
+from vmapipe.runtime.sidefiles import open_new, open_to_append
 from vmapipe.runtime.texts import one_line
 
 LEVELS = ("debug", "info", "warn", "error")
@@ -20,16 +20,29 @@ class JobLog:
     """`what` is what is backed up, `kind` its kind: `Starting Backup of VM 100 (qemu)`."""
 
     def __init__(
-        self, path: str, what: str, kind: str = "", level: str = "info", *, append: bool = False
+        self,
+        path: str,
+        what: str,
+        kind: str = "",
+        level: str = "info",
+        *,
+        append: bool = False,
+        complain: Emit = ignore,
     ) -> None:
-        """Raises Failure; without `append`, also when the file is there already."""
+        """Raises Failure; without `append`, also when the file is there already.
+
+        `complain` hears once that the log cannot be written any more.
+        """
+        self._path = path
+        self._complain = complain
+        self._has_failed = False
         self._what = what
         self._least = LEVELS.index(level)
         self._started = time.monotonic()
         self._percent = -1
         self._total_bytes = self._zero_bytes = 0
         try:
-            self._file: TextIO = open(path, "a" if append else "x", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+            self._fd = open_to_append(path) if append else open_new(path)
         except OSError as error:
             raise Failure(f"cannot write the log {path}: {os_error_text(error)}") from error
         self._say("info", f"Starting Backup of {what}{kind and f' ({kind})'}")
@@ -52,8 +65,10 @@ class JobLog:
         else:
             self._say("error", f"Backup of {self._what} failed - {error}")
             self._say("info", f"Failed at {_now()}")
-        with contextlib.suppress(OSError):
-            self._file.close()
+        try:
+            os.close(self._fd)
+        except OSError as error:  # a network's file system may tell it only now
+            self._fail(error)
 
     def __call__(self, event: Event) -> None:
         """Take in what the job tells."""
@@ -114,10 +129,19 @@ class JobLog:
     def _say(self, level: str, text: str) -> None:
         if LEVELS.index(level) < self._least:
             return
-        # A full disk must not end a backup for the sake of its log.
-        with contextlib.suppress(OSError):
-            self._file.write(f"{_now()} {level.upper()}: {one_line(text)}\n")
-            self._file.flush()
+        line = f"{_now()} {level.upper()}: {one_line(text)}\n".encode(errors="backslashreplace")
+        try:
+            while line:
+                line = line[os.write(self._fd, line) :]
+        except OSError as error:
+            # A full disk must not end a backup for the sake of its log.
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            text = f"the log {self._path} lacks lines: {os_error_text(error)}; the backup goes on"
+            self._complain({"event": "notice", "text": text})
 
 
 def _now() -> str:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
+import secrets
+import stat
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vmapipe.control.jobs.state import JobState
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.heldfolder import HeldFolder
 from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
 
 SUFFIX = ".prom"
@@ -43,19 +46,23 @@ _DISK_FIELDS = {
 }
 
 
-def render(backup: str, state: JobState, last_success: float) -> str:
-    """`backup` tells this file's metrics from those of others. `last_success` 0: never."""
+def render(backup: str, state: JobState, last_success: float, ended_s: float | None = None) -> str:
+    """`backup` tells this file's metrics from those of others. `last_success` 0: never.
+
+    `ended_s`: the end by the clock as it is now; the state's times only ever go on.
+    """
+    ended_s = state.ended if ended_s is None else ended_s
     stored = state.status == "done"
     values: dict[str, float] = {
         "vmapipe_backup_success": int(stored),
-        "vmapipe_backup_last_run_timestamp_seconds": round(state.ended, 3),
+        "vmapipe_backup_last_run_timestamp_seconds": round(ended_s, 3),
         "vmapipe_backup_duration_seconds": round(state.ended - state.started, 3),
         "vmapipe_backup_archive_bytes": state.stored_bytes if stored else 0,
         "vmapipe_backup_cpu_seconds": state.cpu_s,
         "vmapipe_backup_peak_memory_bytes": state.peak_rss_bytes,
     }
     if stored or last_success:
-        values[_LAST_SUCCESS] = round(state.ended if stored else last_success, 3)
+        values[_LAST_SUCCESS] = round(ended_s if stored else last_success, 3)
     lines = []
     for name, text in _HELP.items():
         samples: list[tuple[Mapping[str, str], float]] = []
@@ -94,28 +101,35 @@ def _escaped(text: str) -> str:
 
 def write(path: str, state: JobState) -> None:
     """All of it or nothing: the exporter may read at any moment. Raises Failure."""
-    backup = os.path.basename(path).removesuffix(SUFFIX)
-    folder = os.path.dirname(path) or "."
+    place, name = os.path.split(path)
+    backup = name.removesuffix(SUFFIX)
     try:
-        # Not called *.prom before it is whole.
-        fd, partial = tempfile.mkstemp(prefix=f".{backup}.", dir=folder)
-        try:
-            with open(fd, "w", encoding="utf-8") as file:
-                file.write(render(backup, state, _old_success(path)))
-                os.fchmod(fd, 0o644)  # the exporter is another user
-            os.rename(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
-            raise
+        with HeldFolder(place) as folder:
+            text = render(backup, state, _old_success(folder, name), time.time())
+            # Not called *.prom before it is whole.
+            partial = f".{backup}.{secrets.token_hex(4)}"
+            fd = folder.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                with open(fd, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    os.fchmod(fd, 0o644)  # the exporter is another user
+                # A link or a FIFO of that name goes; what it leads to stays as it is.
+                folder.replace(partial, name)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial, dir_fd=folder.fd)
+                raise
     except OSError as error:
         raise Failure(f"cannot write the metrics {path}: {os_error_text(error)}") from error
 
 
-def _old_success(path: str) -> float:
+def _old_success(folder: HeldFolder, name: str) -> float:
     """When it last went well, from the file that is there; 0: not known."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        fd = folder.open(name, os.O_RDONLY | os.O_NONBLOCK)
+        with open(fd, encoding="utf-8", errors="replace") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return 0.0
             found = _OLD_SUCCESS.search(file.read(_MAX_OLD_BYTES))
         return float(found[1]) if found else 0.0
     except (OSError, ValueError):

@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import split_named
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.sidefiles import open_new, read_awaited
 
 CONFIG_NAME = "qemu-server.conf"
 FIREWALL_NAME = "qemu-server.fw"
@@ -33,7 +35,7 @@ _DISK_KEY = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate)\d+")
 _OWN_VOLUME = re.compile(r".*[:/](?:vm|base|subvol)-\d+-.*")
 _CLOUD_INIT = re.compile(r".*[:/](?:vm-\d+-)?cloudinit(?:\.\w+)?")
 # A blob of an archive has 65535 bytes at most; what is longer is refused there.
-MAX_CONFIG_CHARS = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20
 _EXTENSION_FORMATS = {"raw": "raw", "qcow2": "qcow2", "vmdk": "vmdk"}
 
 #: Why a disk whose configuration says `backup=0` is not taken.
@@ -187,8 +189,8 @@ class Configs(NamedTuple):
 NO_CONFIGS = Configs((), {})
 
 
-def read_configs(configs: Sequence[str], vmid: int) -> Configs:
-    """Raises Failure."""
+def read_configs(configs: Sequence[str], vmid: int, cancel: Cancel) -> Configs:
+    """Raises Failure, Cancelled."""
     words, texts = [], {}
     for index, text in enumerate(configs):
         name, path = split_named(text)
@@ -198,14 +200,18 @@ def read_configs(configs: Sequence[str], vmid: int) -> Configs:
         if name != CONFIG_NAME:
             continue
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as file:
-                texts[index] = file.read(MAX_CONFIG_CHARS)
+            data = read_awaited(path, MAX_CONFIG_BYTES, cancel)
+            texts[index] = data.decode("utf-8", "surrogateescape")
         except OSError as error:
             raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error
     return Configs(words, texts)
 
 
 def write_notes(archive: str, notes: str) -> None:
-    """`.notes` beside the archive, which Proxmox VE shows. Raises OSError."""
-    with open(f"{archive}.notes", "x", encoding="utf-8") as file:
-        file.write(notes + "\n")
+    """`.notes` beside the archive, which Proxmox VE shows. Raises Failure."""
+    path = f"{archive}.notes"
+    try:
+        with open(open_new(path), "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(notes + "\n")
+    except OSError as error:
+        raise Failure(f"cannot write the notes {path}: {os_error_text(error)}") from error

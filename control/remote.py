@@ -65,7 +65,7 @@ def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         options.job,
         options.output,
         tuple(options.device),
-        tuple((config.name, config.data) for config in read_configs(options.config)),
+        tuple((config.name, config.data) for config in read_configs(options.config, cancel)),
         options.compress,
         manifest=not options.no_manifest,
         uuid=options.uuid,

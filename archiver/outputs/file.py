@@ -15,6 +15,7 @@ from vmapipe.archiver.outputs.output import Buffers
 from vmapipe.archiver.outputs.writebehind import WriteBehind
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.heldfolder import HeldFolder
 
 # What file systems without hard links answer (vfat, exfat, some network and
 # FUSE ones); EMLINK cannot happen to a file with one name, but costs nothing.
@@ -34,6 +35,8 @@ class FileOutput(DescriptorOutput):
         self._path = path
         self._replace = replace
         self._has_name = False
+        # Which file it was, once it is closed.
+        self._status: os.stat_result | None = None
         folder, self._name = os.path.split(path)
         if self._name in ("", ".", ".."):
             raise UsageError(f"{path!r} is no name for a file")
@@ -62,6 +65,9 @@ class FileOutput(DescriptorOutput):
 
     def _complete(self) -> None:
         os.fsync(self._fd)
+        # What a close would report (lost writes, on network file systems) is wanted before the
+        # file has its name: then the archive is there, and a failure would be wrong.
+        os.close(os.dup(self._fd))
         self._interrupt.check()
         self._give_name()
         self._has_name = True
@@ -116,10 +122,23 @@ class FileOutput(DescriptorOutput):
             os.unlink(name, dir_fd=self._folder_fd)
 
     def _close(self) -> None:
+        self._status = os.fstat(self._fd) if self._fd >= 0 else self._status
         if self._folder_fd >= 0:
             folder_fd, self._folder_fd = self._folder_fd, -1
             os.close(folder_fd)
-        super()._close()
+        try:
+            super()._close()
+        except OSError:
+            # Complete, on the disk and under its name; see `_complete`.
+            if not self._has_name:
+                raise
+
+    def withdraw(self) -> None:
+        """Take it back after its commit, if the file of that name is still this one. Never raises."""
+        with contextlib.suppress(OSError), HeldFolder(os.path.dirname(self._path)) as folder:
+            now = folder.status(self._name)
+            if now and self._status and os.path.samestat(now, self._status):
+                os.unlink(self._name, dir_fd=folder.fd)
 
 
 def remove_leftover(path: str) -> None:

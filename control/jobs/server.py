@@ -10,6 +10,7 @@ from typing import Any
 
 from vmapipe.control.jobs.folder import listen
 from vmapipe.control.jobs.state import JobState
+from vmapipe.control.jobs.steady import now_s
 from vmapipe.control.monitor.clients import Clients
 from vmapipe.control.monitor.qmp import QmpError
 from vmapipe.runtime.cancel import Cancel
@@ -28,7 +29,7 @@ class JobServer:
     """
 
     def __init__(self, job: str, archive: str, cancel: Cancel, orders: Orders) -> None:
-        self.state = JobState(archive, time.time(), job=job)
+        self.state = JobState(archive, now_s(), job=job)
         self.notice = ""
         self._cancel = cancel
         self._orders = orders
@@ -71,10 +72,10 @@ class JobServer:
             self._clients.serve(0)
 
     def take(self, event: Event) -> None:
-        self.state.take(event, time.time())
+        self.state.take(event, now_s())
 
     def _details(self) -> dict[str, Any]:
-        details = self.state.details(time.time())
+        details = self.state.details(now_s())
         processes = [("the coordinator", os.getpid()), *self._processes()]
         usage = [found for name, pid in processes if (found := _usage(name, pid))]
         return {**details, "processes": usage}

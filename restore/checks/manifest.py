@@ -7,11 +7,13 @@ import io
 import os
 from typing import IO
 
+from vmapipe.restore.archive.inputs import Input
 from vmapipe.restore.archive.source import Source, command_input
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.objectnames import is_object
+from vmapipe.runtime.sidefiles import open_regular
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.manifest import MAX_LINE_BYTES, ExtentDigest, ManifestReader, Opening, Totals
 
@@ -28,14 +30,23 @@ def manifest_beside(source: Source, cancel: Cancel) -> str | None:
     if source.path is None:
         return None
     path = source.path + SUFFIX
-    return path if os.path.exists(path) else None
+    try:
+        os.close(open_regular(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SourceError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
+    return path
 
 
 def _open(path: str, cancel: Cancel) -> IO[bytes] | io.BufferedReader:
     if path.startswith("exec:"):
         return io.BufferedReader(command_input(path, (cancel,)))
     if not is_object(path):
-        return open(path, "rb")
+        # A FIFO's writer is waited for as an archive's is, and not deaf to signals.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        os.set_blocking(fd, True)
+        return io.BufferedReader(Input(f"the manifest {path}", fd, (cancel,)))
     from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 
     return io.BufferedReader(ObjectInput(RemoteObject(path, (cancel,)), (cancel,)))

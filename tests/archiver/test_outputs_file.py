@@ -446,3 +446,51 @@ def test_sizes_are_told_in_three_digits(size_bytes: int, text: str) -> None:
 
 def test_the_mode_of_a_backup_is_private() -> None:
     assert partial.MODE & 0o077 == 0
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_close_that_fails_leaves_either_nothing_or_a_whole_archive_and_says_which(
+    archive: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, turn: int
+) -> None:
+    """The first one is before the file has its name, the last one when all is done."""
+    output = FileOutput(str(archive))
+    output.write([b"data"])
+    close = os.close
+    seen: list[int] = []
+
+    def failing(fd: int) -> None:
+        is_file = os.path.samestat(os.fstat(fd), status)
+        close(fd)
+        if is_file:
+            seen.append(fd)
+            if len(seen) == turn:
+                raise OSError(errno.EIO, "lost writes")
+
+    (partial,) = folder.iterdir()
+    status = partial.stat()
+    monkeypatch.setattr(os, "close", failing)
+    if turn == 1:
+        with pytest.raises(OutputFailure):
+            output.commit()
+        output.abandon()
+        monkeypatch.undo()
+        assert list(folder.iterdir()) == []
+    else:
+        output.commit()
+        monkeypatch.undo()
+        assert archive.read_bytes() == b"data"
+
+
+def test_what_is_withdrawn_after_its_commit_is_only_ever_the_file_itself(
+    archive: Path, folder: Path
+) -> None:
+    output = FileOutput(str(archive))
+    output.write([b"data"])
+    output.commit()
+    archive.rename(folder / "moved")
+    archive.write_bytes(b"somebody else's")
+    output.withdraw()
+    assert archive.read_bytes() == b"somebody else's"
+    os.replace(folder / "moved", archive)
+    output.withdraw()
+    assert list(folder.iterdir()) == []

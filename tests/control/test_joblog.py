@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.machine import good, make_disk
 from vmapipe.control.joblog import JobLog
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.events import Event
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 WHAT = ("VM 100", "qemu")
@@ -83,3 +85,19 @@ def test_what_a_stranger_named_cannot_begin_a_line(tmp_path: Path) -> None:
 def test_a_full_disk_does_not_end_the_backup(tmp_path: Path) -> None:
     with JobLog("/dev/full", *WHAT, append=True) as log:
         log({"event": "notice", "text": "x"})
+
+
+def test_a_log_that_cannot_be_written_any_more_is_told_once() -> None:
+    told: list[Event] = []
+    with JobLog("/dev/full", *WHAT, append=True, complain=told.append) as log:
+        for _ in range(3):
+            log({"event": "notice", "text": "slow"})
+    text = "the log /dev/full lacks lines: No space left on device; the backup goes on"
+    assert told == [{"event": "notice", "text": text}]
+
+
+def test_a_backup_says_that_its_log_lacks_lines_and_goes_on(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk", "AA0")
+    said = good("backup", "--disk", f"d={disk}", "--log", "/dev/full", tmp_path / "vm.vma")
+    assert said.count(b"lacks lines") == 1
+    good("verify", tmp_path / "vm.vma")
