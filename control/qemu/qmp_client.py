@@ -22,7 +22,7 @@ from typing import Any
 from vmapipe.control.qemu.addresses import Address, connect, parse_address
 from vmapipe.control.qemu.qmp import Command, Peer, QmpGone
 from vmapipe.control.qemu.qmp_answers import answer_fault, event_fault
-from vmapipe.control.qemu.qmp_reader import JsonReader, Unreadable
+from vmapipe.control.qemu.qmp_reader import JsonReader, Unreadable, decode
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.waiting import readable, writable
@@ -64,10 +64,14 @@ class Wire:
 
     def receive(self, deadline: float) -> dict[str, Any]:
         """The next object. TimeoutError: it is not there by then, however much else has come."""
+        return decode(self.receive_bytes(deadline))
+
+    def receive_bytes(self, deadline: float) -> bytes:
+        """The same, for `decode`."""
         while True:
             if time.monotonic() >= deadline:
                 raise TimeoutError("it does not answer")
-            message = self.reader.next()
+            message = self.reader.next_bytes()
             if message is not None:
                 return message
             self.wait(deadline)
@@ -134,16 +138,20 @@ class QmpClient:
 
     is_shared = False
 
-    def __init__(self, address: Address | str, peer: Peer | None = None) -> None:
-        """`address`: a path, or what parse_address returns; `peer`: QEMU."""
+    def __init__(
+        self, address: Address | str, peer: Peer | None = None, *, is_brief: bool = False
+    ) -> None:
+        """`address`: a path, or what parse_address returns; `peer`: QEMU.
+
+        `is_brief`: one command only; a long answer is looked at when the other end is free again.
+        """
         self._address = address if isinstance(address, Address) else Address(address)
         self._peer = peer or Peer()
         self.path = str(self._address)
         self._lost: QmpGone | None = None
+        self._is_brief = is_brief
         self._number = 0
         self._events = EventQueue()
-        #: Since when it serves us, on the monotonic clock.
-        self.greeted_at = 0.0
         deadline = time.monotonic() + self._peer.greeting_s
         try:
             sock = connect(self._address, deadline)
@@ -160,7 +168,6 @@ class QmpClient:
             self._epoll.register(fd, select.EPOLLIN)
         try:
             self._greet(deadline)
-            self.greeted_at = time.monotonic()
             self.execute(Command("qmp_capabilities", {}))
         except BaseException:
             self.close()
@@ -227,9 +234,10 @@ class QmpClient:
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
+            self._wire.close()
             self._epoll.close()
             os.close(self._waiting)
-            self._wire.close()
+            self._waiting = -1
             self._lost = self._lost or self._peer.hung_up(self.path)
 
     def _greet(self, deadline: float) -> None:
@@ -258,7 +266,10 @@ class QmpClient:
         try:
             self._wire.send(request, deadline, fds)
             while True:
-                message = self._wire.receive(deadline)
+                found = self._wire.receive_bytes(deadline)
+                if self._is_brief and len(found) > _EVENT_BYTES:
+                    self.close()  # it is no event
+                message = decode(found)
                 if "event" in message:
                     self._keep(message)
                 else:

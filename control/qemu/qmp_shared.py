@@ -9,7 +9,6 @@ nobody is connected are lost.
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 from vmapipe.control.qemu.addresses import Address, parse_address
@@ -40,8 +39,6 @@ class SharedQmp:
     def __init__(self, address: Address) -> None:
         """Connects once, so that whoever does not answer is told now. Raises QmpGone."""
         self.path = str(address)
-        #: For how long at most the monitor was ours at a time, and what was asked then.
-        self.longest_held: tuple[float, str] = (0.0, "")
         self._address = address
         self._peer = _InTurn()
         client = QmpClient(address, self._peer)
@@ -53,14 +50,11 @@ class SharedQmp:
         self._is_closed = False
 
     def execute(self, command: Command) -> Any:
-        client = QmpClient(self._address, self._peer)
+        client = QmpClient(self._address, self._peer, is_brief=True)
         try:
             return client.execute(command)
         finally:
             client.close()
-            self.longest_held = max(
-                self.longest_held, (time.monotonic() - client.greeted_at, command.name)
-            )
 
     def events(self) -> list[dict[str, Any]]:
         return []
