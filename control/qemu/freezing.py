@@ -55,9 +55,9 @@ _CONNECT_S = 3.0
 # After its last word, or when it is killed.
 _END_S = 5.0
 _THAWED, _NOT_THAWED = "thawed", "not-thawed"
-_FREEZE = "guest-fsfreeze-freeze"
+FREEZE = "guest-fsfreeze-freeze"
 _LATE = {
-    _FREEZE: ": the guest has much to write out, or a hook of its own (a database's) takes its "
+    FREEZE: ": the guest has much to write out, or a hook of its own (a database's) takes its "
     "time; try at a quieter hour. Without --agent the backup is as after a power cut"
 }
 # Marks the beginning of an answer (qemu-ga's guest-sync-delimited).
@@ -248,10 +248,10 @@ def _freeze(path: str, cancel: Cancel, emit: Emit) -> None:
     started = time.monotonic()
     try:
         try:
-            count = agent.execute(_FREEZE, _FREEZE_S)
+            count = agent.execute(FREEZE, _FREEZE_S)
             if fault := SIZE.fault(count):
                 raise Failure(
-                    f"the guest agent at {path}: its answer to {_FREEZE} is not valid: it{fault}"
+                    f"the guest agent at {path}: its answer to {FREEZE} is not valid: it{fault}"
                 )
             emit({"event": "frozen", "file_systems": count})
             asked = bool(readable([cancel.fd], _FROZEN_S))

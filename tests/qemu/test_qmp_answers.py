@@ -7,7 +7,7 @@ import ast
 import copy
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,164 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.qemu.hostile import ANSWERS, DISK
-from vmapipe.control.jobs.commands import matching
-from vmapipe.control.jobs.state import JobState
-from vmapipe.control.jobs.table import job_lines
-from vmapipe.control.monitor.devices import check_devices, machine_devices
-from vmapipe.control.monitor.qmp import QmpError
+from tests.qemu.answers import EVENT, GOOD, NOTE, READERS
+from tests.qemu.hostile import DISK
 from vmapipe.control.qemu import memory, poweroff
 from vmapipe.control.qemu.disks import Machine, Wishes, choose_disks
 from vmapipe.control.qemu.graph import Graph
-from vmapipe.control.qemu.outside import found_outside, tpm_outside, tpm_words
-from vmapipe.control.qemu.plan import (
-    features_of,
-    left_of,
-    left_targets,
-)
 from vmapipe.control.qemu.qmp_answers import ANSWERS as SHAPES
 from vmapipe.control.qemu.qmp_answers import answer_fault, event_fault
 from vmapipe.runtime.errors import Failure
 
-NODES: list[dict[str, Any]] = [
-    {**DISK["inserted"], "node-name": "n0"},
-    {
-        "node-name": "vmapipe-0123abcd-0",
-        "drv": "nbd",
-        "ro": False,
-        "file": "nbd+unix:///x?socket=/tmp/vmapipe-sinks-x/0.sock",
-        "image": {"virtual-size": 1 << 20, "filename": "nbd", "format": "nbd"},
-        "children": [{"node-name": "f0", "child": "file"}],
-    },
-    {**DISK["inserted"], "node-name": "f0", "drv": "throttle"},
-]
-SCHEMA = [
-    {"name": "blockdev-backup", "meta-type": "command", "arg-type": "7"},
-    {
-        "name": "7",
-        "meta-type": "object",
-        "members": [{"name": "x-perf", "type": "8"}, {"name": "on-cbw-error", "type": "9"}],
-    },
-    {"name": "8", "meta-type": "object", "members": [{"name": "max-workers", "type": "int"}]},
-    {"name": "9", "meta-type": "alternate", "members": [{"type": "str"}, {"type": "null"}]},
-]
-
-NOTE = memory.Note("/tmp/x", False, "paused", ("events",), 1 << 20).encode()
-
-
-def a_job() -> dict[str, Any]:
-    state = JobState("/backup/vm.vma", 1000.0, job="0123456789abcdef" * 2)
-    devices = [{"name": "a", "bytes": 1 << 20}]
-    state.take({"event": "begun", "uuid": "1" * 32, "devices": devices}, 1001.0)
-    usage = {"name": "the coordinator", "pid": 1, "age_s": 1.5, "cpu_s": 0.5, "rss_bytes": 1 << 20}
-    return {**state.details(1002.0), "processes": [usage]}
-
-
-JOBS: list[dict[str, Any]] = [
-    {
-        "id": "vmapipe-0123abcd-0",
-        "type": "backup",
-        "status": "running",
-        "error": "x",
-        "current-progress": 1,
-        "total-progress": 2,
-    }
-]
-GRAPH = {
-    "nodes": [
-        {"id": 1, "type": "block-driver", "name": "n0"},
-        {"id": 2, "type": "block-driver", "name": "f0"},
-        {"id": 3, "type": "block-job", "name": "mirror0"},
-    ],
-    "edges": [
-        {"parent": 1, "child": 2, "name": "file"},
-        {"parent": 3, "child": 1, "name": "target"},
-    ],
-}
-TPM = [{"id": "tpm0", "model": "tpm-tis", "options": {"type": "emulator", "data": {}}}]
-#: Good answers, by command.
-GOOD: dict[str, Any] = {
-    "add-fd": {"fdset-id": 0, "fd": 12},
-    "query-block": [DISK, {"device": "cd0", "removable": True}],
-    "query-named-block-nodes": NODES,
-    "query-block-jobs": [{"device": "drive0", "type": "mirror", "len": 1, "speed": 0}],
-    "query-jobs": JOBS,
-    "query-status": ANSWERS["query-status"],
-    "query-qmp-schema": SCHEMA,
-    "query-memory-size-summary": {"base-memory": 1 << 30, "plugged-memory": 0},
-    "query-migrate": {
-        "status": "active",
-        "error-desc": "no",
-        "ram": {"transferred": 1, "total": 2, "normal": 3, "duplicate": 4},
-    },
-    "query-migrate-capabilities": [{"capability": "events", "state": True}],
-    "query-migrate-parameters": {"max-bandwidth": 1 << 20},
-    "qom-list": [{"name": "vmapipe-0123abcd-memory", "type": "child<authz-simple>"}],
-    "x-debug-query-block-graph": GRAPH,
-    "query-tpm": TPM,
-    "query-uuid": {"UUID": "00000000-0000-0000-0000-000000000000"},
-    "qom-get": NOTE,
-    "query-disks": [{"name": "a", "size": 1 << 20, "guard": "/run/x"}],
-    "query-job": a_job(),
-}
-EVENT = {
-    "event": "BLOCK_JOB_COMPLETED",
-    "data": {"device": "vmapipe-0123abcd-0", "error": "x"},
-    "timestamp": {"seconds": 1, "microseconds": 2},
-}
-
-
-def read_disks(blocks: Any, nodes: Any, jobs: Any, graph: Any = None) -> None:
-    read = Graph(nodes, graph)
-    for wanted in ([], ["scsi0"], ["n0"], ["x=f0"]):
-        try:
-            choose_disks(Machine(blocks, nodes, jobs, read), Wishes(wanted))
-        except Failure:
-            pass
-    for devlist in (None, "scsi0"):
-        try:
-            check_devices(machine_devices(blocks, nodes), devlist)
-        except QmpError:
-            pass
-
-
-def read_nodes(nodes: Any) -> None:
-    read_disks(GOOD["query-block"], nodes, [])
-    left_of(JOBS, nodes, "vmapipe-")
-    left_targets(nodes)
-
-
-def read_progress(answer: Any) -> None:
-    progress = memory.progress_of(answer)
-    memory.undo("x", memory.decode_note(NOTE), progress, "paused")
-    assert isinstance(progress.is_endless, bool)
-
-
-def read_job(job: Any) -> None:
-    job_lines(job, copy.deepcopy(job))
-    try:
-        matching([job], "0123")
-    except Failure:
-        pass
-
-
-#: Those who read each answer; whatever is called valid must not surprise them.
-READERS: dict[str, Callable[[Any], object]] = {
-    "query-block": lambda answer: read_disks(answer, NODES, GOOD["query-block-jobs"]),
-    "query-named-block-nodes": read_nodes,
-    "query-block-jobs": lambda answer: read_disks(GOOD["query-block"], NODES, answer),
-    "x-debug-query-block-graph": lambda answer: read_disks(GOOD["query-block"], NODES, [], answer),
-    "query-tpm": lambda answer: [(tpm_words(tpm), tpm_outside(tpm, "")) for tpm in answer],
-    "query-jobs": lambda answer: left_of(answer, NODES, "vmapipe-").undo(),
-    "query-qmp-schema": features_of,
-    "query-migrate": read_progress,
-    "query-migrate-capabilities": memory.switched_on,
-    "qom-list": lambda answer: (
-        memory.notes_in(answer, "vmapipe-"),
-        found_outside({"/machine/peripheral": answer}),
-    ),
-    "query-job": read_job,
-}
 ODD: st.SearchStrategy[Any] = st.sampled_from(
     [
         *(None, 5, -1, 1.5, 1e300, True, "x", "", "a\0b", "x" * 2000, "\x1b[31m", "vmapipe-"),
