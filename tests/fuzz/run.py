@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coverage-guided fuzzing, by hand (pip install '.[fuzz]').
 
-python -m tests.fuzz.run decoder FOLDER -max_total_time=600   # or session; libFuzzer's options
+python -m tests.fuzz.run decoder FOLDER -max_total_time=600   # or session, qmp, agent; libFuzzer's options
 python -m tests.fuzz.run keep decoder FOLDER                  # into tests/fuzz/corpus
 
 FOLDER gets the corpus, and every input that reaches new code. The tests replay
@@ -22,10 +22,13 @@ def fuzz(name: str, folder: Path, options: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["vmapipe"]):
+        from tests.fuzz import talking
         from tests.fuzz.targets import LONGEST_BYTES, TARGETS, written
         from tests.protocol.messages import EXAMPLES
     folder.mkdir(parents=True, exist_ok=True)
     seeds = corpus.read(name)
+    if name in ("qmp", "agent"):
+        seeds += talking.seeds(name)
     if name == "decoder":
         # Not the cluster: 64 KiB that tell nothing new.
         seeds += [written(each) for kind, each in EXAMPLES.items() if kind != "CLUSTER"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fuzzer feeds with bytes: the decoder of frames, and a whole job with hostile peers.
+"""What a fuzzer feeds with bytes: the decoder of frames, a job with hostile peers, QEMU, an agent.
 
 Each target takes any bytes and returns, or raises what is a defect of ours.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.archiver.jobworld import JOB, spec
+from tests.fuzz import talking
 from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
 from vmapipe.archiver.instructions import Ticked
@@ -183,5 +184,10 @@ def _check(world: World, honest: Producer) -> None:
         raise AssertionError("the job failed without a reason")
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"decoder": decoder, "session": session}
-LONGEST_BYTES = {"decoder": 6000, "session": 600}
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "decoder": decoder,
+    "session": session,
+    "qmp": talking.qmp,
+    "agent": talking.agent,
+}
+LONGEST_BYTES = {"decoder": 6000, "session": 600, "qmp": 3000, "agent": 1000}
