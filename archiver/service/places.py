@@ -71,11 +71,13 @@ class Places:
             return self._directory
         folder = os.path.join(self._directory, rules.folder)
         try:
-            os.mkdir(folder, 0o700)
-        except FileExistsError:
+            with HeldFolder(self._directory) as held:
+                with contextlib.suppress(FileExistsError):
+                    held.make_folder(rules.folder).close()
+                status = held.status(rules.folder)
             # Not through a link: it could lead anywhere.
-            if not stat.S_ISDIR(os.lstat(folder).st_mode):
-                raise Failure(f"{folder} is no folder") from None
+            if not status or not stat.S_ISDIR(status.st_mode):
+                raise Failure(f"{folder} is no folder")
         except OSError as error:
             raise Failure(f"cannot make {folder}: {os_error_text(error)}") from error
         return folder
