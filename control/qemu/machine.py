@@ -99,7 +99,8 @@ class RunningMachine:
         # Whose state is one of the disks.
         self._tpm: TpmState | None = None
         # Told to stay when its guest powers off.
-        self._is_held = self._is_off = False
+        self._held: poweroff.Note | None = None
+        self._is_off = False
         self._look_at = 0.0
         self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
 
@@ -252,8 +253,9 @@ class RunningMachine:
         pid = self._qemu_pid()
         words = command_line(pid) if pid else []
         status = self._may_ask("query-status") or {}
-        if poweroff.may_be_held(words, status):
-            self._is_held = poweroff.hold(self._link, self._run, self._folder_path)
+        note = poweroff.plan(words, status, self._folder_path)
+        if note and poweroff.hold(self._link, self._run, note):
+            self._held = note
 
     def set_speed(self, bytes_per_s: int) -> None:
         """Of each disk, from now on; 0: no limit."""
@@ -300,9 +302,8 @@ class RunningMachine:
             self._saving.look()
         for event in events:
             self._hear_error(event)
-        if self._is_held and not self._is_off and self._has_powered_off(events, asks=is_due):
+        if self._held and not self._is_off and self._has_powered_off(events, asks=is_due):
             self._is_off = True
-            poweroff.has_powered_off(self._link, self._run, self._folder_path)
             self.notices.append("the guest has powered off; QEMU ends when its backup is done")
         if self._has_begun and is_due:
             self._look_at_jobs()
@@ -335,10 +336,11 @@ class RunningMachine:
             self._link.execute(Command("job-finalize", {"id": name_of(self._run, index)}))
 
     def _has_powered_off(self, events: Sequence[dict[str, Any]], *, asks: bool) -> bool:
-        """By QEMU's word; where that may have been missed, by its state."""
-        if self._link.is_shared and asks:
-            return poweroff.is_off(self._may_ask("query-status") or {})
-        return any(poweroff.powers_off(event) for event in events)
+        """By its state, when an event says so, or none would."""
+        asks = asks and self._link.is_shared
+        if self._held is None or not (asks or any(map(poweroff.may_be_off, events))):
+            return False
+        return self._held.is_off(self._may_ask("query-status") or {})
 
     def _hear_error(self, event: dict[str, Any]) -> None:
         data = event.get("data") or {}
@@ -466,6 +468,11 @@ def _hint(text: str) -> str:
             "; QEMU must be able to reach our socket: does it run as another user than root and "
             "the owner of its monitor's socket, or is it confined (AppArmor, SELinux, a container)? "
             "TMPDIR chooses the folder"
+        )
+    if "read-only" in text or "nactive" in text:
+        return (
+            "; has the machine been migrated to another host (run state postmigrate)? Then its "
+            "disks are that host's"
         )
     if "different sizes" in text:
         return "; the disk was resized just now: start the backup again"

@@ -19,23 +19,28 @@ from vmapipe.control.qemu.qmp import Command, Qmp, QmpGone, QmpRefused
 from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS, Unreadable, read_object
 
 _TAIL = "-poweroff"
-# The run state of a machine that has powered off and whose QEMU goes on.
-_OFF = "shutdown"
-# What may follow `-action` and makes QEMU do something else than to end when its guest powers off
-# or panics: then that is somebody's wish.
-_WISHES = ("shutdown=pause", "panic=exit-failure")
-# Whoever asks for these has QEMU end at once, whatever it was told.
-_AT_ONCE = frozenset({"host-qmp-quit", "host-signal"})
+# The run state of a machine that has powered off, or whose guest has panicked, and whose QEMU stays.
+_OFF, _PANICKED = "shutdown", "guest-panicked"
+# What may follow `-action` and makes QEMU do something else than to end when its guest powers off,
+# or end with another exit code: then that is somebody's wish.
+_WISHES = frozenset({"shutdown=pause", "panic=exit-failure"})
+# Of these: what may be said there, and a guest that panics does not end its QEMU.
+_PANIC_WISHES = frozenset({"panic=pause", "panic=none"})
 
 
 class Note(NamedTuple):
-    """`folder`: of the backup's sockets; `is_off`: QEMU would have ended by now."""
+    """`folder`: of the backup's sockets; `panics_end`: QEMU would end when its guest panics, too."""
 
     folder: str
-    is_off: bool = False
+    panics_end: bool
 
     def encode(self) -> str:
         return json.dumps(self._asdict(), separators=(",", ":"))
+
+    def is_off(self, status: Mapping[str, Any]) -> bool:
+        """Whether QEMU would have ended by now: from the answer to query-status."""
+        state = status.get("status")
+        return state == _OFF or (state == _PANICKED and self.panics_end)
 
 
 def decode_note(text: str) -> Note:
@@ -45,42 +50,39 @@ def decode_note(text: str) -> Note:
     except Unreadable as error:
         raise ValueError(str(error)) from error
     match found:
-        case {"folder": str(folder), "is_off": bool(is_off)} if folder.startswith("/"):
-            return Note(folder, is_off)
+        case {"folder": str(folder), "panics_end": bool(panics)} if folder.startswith("/"):
+            return Note(folder, panics)
     raise ValueError("this is not a note of ours")
 
 
-def may_be_held(words: Sequence[str], status: Mapping[str, Any]) -> bool:
-    """Whether QEMU is known to end when its guest powers off: nobody can ask it.
+def plan(words: Sequence[str], status: Mapping[str, Any], folder: str) -> Note | None:
+    """What to note of a QEMU that is known to end when its guest powers off; nobody can ask it.
 
     `words`: its command line, empty when it is not known; `status`: the answer to query-status.
-    libvirt and Proxmox VE start theirs with -no-shutdown, and end them themselves.
+    libvirt and Proxmox VE start theirs with -no-shutdown, and end them themselves: None.
     """
-    if not words or status.get("status") in (None, _OFF):
-        return False
+    if not words or status.get("status") in (None, _OFF, _PANICKED):
+        return None
     options = [word.lstrip("-") for word in words]
-    return "no-shutdown" not in options and not any(
-        wish in value
+    actions = {
+        action
         for option, value in itertools.pairwise(options)
         if option == "action"
-        for wish in _WISHES
-    )
+        for action in value.split(",")
+    }
+    if "no-shutdown" in options or actions & _WISHES:
+        return None
+    return Note(folder, not actions & _PANIC_WISHES)
 
 
-def powers_off(event: Mapping[str, Any]) -> bool:
-    """Whether this event of QEMU's says that it would end now."""
-    reason = (event.get("data") or {}).get("reason")
-    return event.get("event") == "SHUTDOWN" and reason not in _AT_ONCE
+def may_be_off(event: Mapping[str, Any]) -> bool:
+    """Whether this event of QEMU's may mean so."""
+    return event.get("event") in ("SHUTDOWN", "GUEST_PANICKED")
 
 
-def is_off(status: Mapping[str, Any]) -> bool:
-    """Whether QEMU, which was told to pause, would have ended: from the answer to query-status."""
-    return status.get("status") in (_OFF, "guest-panicked")
-
-
-def hold(qmp: Qmp, run: str, folder: str) -> bool:
+def hold(qmp: Qmp, run: str, note: Note) -> bool:
     """From now on it stays; False: this QEMU cannot. Raises QmpGone."""
-    words = {"qom-type": "authz-simple", "id": note_name(run), "identity": Note(folder).encode()}
+    words = {"qom-type": "authz-simple", "id": note_name(run), "identity": note.encode()}
     try:
         qmp.execute(Command("object-add", words))
         qmp.execute(Command("set-action", {"shutdown": "pause"}))
@@ -88,13 +90,6 @@ def hold(qmp: Qmp, run: str, folder: str) -> bool:
         let_go(qmp, run_prefix(run))
         return False
     return True
-
-
-def has_powered_off(qmp: Qmp, run: str, folder: str) -> None:
-    """Remembered in QEMU: a guest that has panicked cannot be told from its run state. Raises QmpGone."""
-    path, text = f"/objects/{note_name(run)}", Note(folder, is_off=True).encode()
-    with contextlib.suppress(QmpRefused):
-        qmp.execute(Command("qom-set", {"path": path, "property": "identity", "value": text}))
 
 
 def note_name(run: str) -> str:
@@ -128,10 +123,8 @@ def let_go(qmp: Qmp, prefix: str) -> None:
     with contextlib.suppress(QmpRefused):
         qmp.execute(Command("set-action", {"shutdown": "poweroff"}))
     # Asked afterwards: a guest that powers off in between must not be left behind.
-    was_off = any(note and note.is_off for note in find_notes(qmp, prefix).values())
     status = qmp.execute(Command("query-status", {}))
-    runs = status.get("running", True)
-    if status.get("status") == _OFF or (was_off and not runs):
+    if any(note.is_off(status) for note in notes.values() if note):
         with contextlib.suppress(QmpGone):  # it may end before it has answered
             qmp.execute(Command("quit", {}))
         return

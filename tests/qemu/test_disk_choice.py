@@ -80,7 +80,10 @@ def test_a_backup_does_not_use_up_what_a_throttle_filter_lets_its_guest_have(
         *(word for other in reversed(others) for word in ("-blockdev", f"driver={other}")),
         *("-blockdev", f"driver={first},node-name=drive-virtio0"),
     ]
-    device = ("-device", "virtio-blk-pci,drive=drive-virtio0,id=virtio0")
+    device = (
+        *("-object", "iothread,id=io"),
+        *("-device", "virtio-blk-pci,drive=drive-virtio0,id=virtio0,iothread=io"),
+    )
     with paused_machine(need, tmp_path, *LIMIT, *nodes, *device) as machine:
         words = ("backup", "--json", "--qmp", machine.qmp, "--speed", "64K", tmp_path / "vm.vma")
         with started(*words) as process:

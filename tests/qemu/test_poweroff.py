@@ -24,18 +24,20 @@ from tests.machine import (
     without_limit,
 )
 from tests.qemu.paused_machine import PausedMachine, paused_machine
-from vmapipe.control.qemu.poweroff import decode_note, may_be_held
+from vmapipe.control.qemu.poweroff import Note, decode_note, plan
 
 SIZE = 8 << 20
 # A whole guest: it says that it is there, waits for a key, and powers off at `p` (ACPI's port on
-# this machine) or resets at `r`.
+# this machine), resets at `r`, panics at `x` (pvpanic's port).
 BOOT_SECTOR = (
     bytes.fromhex(
         "b052 e6e9"  # mov al, 'R'; out 0xe9, al
         "31c0 cd16"  # again: xor ax, ax; int 0x16
-        "3c70 740c"  # cmp al, 'p'; je off
-        "3c72 75f4"  # cmp al, 'r'; jne again
-        "baf90c b006 ee ebfe"  # mov dx, 0xcf9; mov al, 6; out dx, al; jmp $
+        "3c70 7418"  # cmp al, 'p'; je off
+        "3c72 740c"  # cmp al, 'r'; je reset
+        "3c78 75f0"  # cmp al, 'x'; jne again
+        "ba0505 b001 ee ebfe"  # mov dx, 0x505; mov al, 1; out dx, al; jmp $
+        "baf90c b006 ee ebfe"  # reset: mov dx, 0xcf9; mov al, 6; out dx, al; jmp $
         "ba0406 b80020 ef ebfe"  # off: mov dx, 0x604; mov ax, 0x2000; out dx, ax; jmp $
     ).ljust(510, b"\0")
     + b"\x55\xaa"
@@ -174,6 +176,38 @@ def test_a_qemu_that_is_to_stay_when_its_guest_powers_off_stays(
     assert is_right(tmp_path)
 
 
+PANICS = ("-device", "pvpanic")
+
+
+@pytest.mark.every_qemu
+def test_the_backup_of_a_guest_that_panics_is_completed_and_then_qemu_ends(
+    qemu: str, need: Need, tmp_path: Path
+) -> None:
+    with booted(need, tmp_path, *PANICS) as guest, started(*slow(guest, tmp_path)) as process:
+        next_event(process, "instant")
+        guest.press("x")
+        assert "the guest has powered off" in next_event(process, "notice")["text"]
+        without_limit(process)
+        assert end_of(process)[0] == 0
+        assert guest.has_ended_well()
+    assert is_right(tmp_path)
+
+
+def test_a_qemu_that_is_to_pause_when_its_guest_panics_does_so_and_stays(
+    qemu: str, need: Need, tmp_path: Path
+) -> None:
+    options = (*PANICS, "-action", "panic=pause")
+    with booted(need, tmp_path, *options) as guest, started(*slow(guest, tmp_path)) as process:
+        next_event(process, "instant")
+        guest.press("x")
+        assert eventually(lambda: guest.status() == "guest-panicked")
+        without_limit(process)
+        assert end_of(process)[0] == 0
+        assert guest.status() == "guest-panicked"
+        assert guest.machine.ours() == []
+    assert is_right(tmp_path)
+
+
 def test_a_qemu_that_somebody_ends_ends_at_once(qemu: str, need: Need, tmp_path: Path) -> None:
     with booted(need, tmp_path) as guest, started(*slow(guest, tmp_path)) as process:
         next_event(process, "instant")
@@ -192,26 +226,27 @@ RUNS = {"status": "running"}
 @pytest.mark.parametrize(
     ("words", "status", "expected"),
     [
-        (QEMU, RUNS, True),
-        (QEMU, {"status": "paused"}, True),
-        ([*QEMU, "-action", "reboot=shutdown"], RUNS, True),
-        ([*QEMU, "-no-reboot"], RUNS, True),
-        ([*QEMU, "-no-shutdown"], RUNS, False),
-        ([*QEMU, "--no-shutdown"], RUNS, False),
-        ([*QEMU, "-action", "panic=none,shutdown=pause"], RUNS, False),
-        ([*QEMU, "-action", "panic=exit-failure"], RUNS, False),
-        (QEMU, {"status": "shutdown"}, False),  # it stays already
-        ([], RUNS, False),  # a proxy, another pid namespace
-        (QEMU, {}, False),  # a storage daemon
+        (QEMU, RUNS, Note("/f", panics_end=True)),
+        (QEMU, {"status": "paused"}, Note("/f", panics_end=True)),
+        ([*QEMU, "-action", "reboot=shutdown,panic=shutdown"], RUNS, Note("/f", panics_end=True)),
+        ([*QEMU, "-no-reboot"], RUNS, Note("/f", panics_end=True)),
+        ([*QEMU, "-action", "panic=pause"], RUNS, Note("/f", panics_end=False)),
+        ([*QEMU, "-no-shutdown"], RUNS, None),
+        ([*QEMU, "--no-shutdown"], RUNS, None),
+        ([*QEMU, "-action", "panic=none,shutdown=pause"], RUNS, None),
+        ([*QEMU, "-action", "panic=exit-failure"], RUNS, None),
+        (QEMU, {"status": "shutdown"}, None),  # it stays already
+        ([], RUNS, None),  # a proxy, another pid namespace
+        (QEMU, {}, None),  # a storage daemon
     ],
 )
 def test_a_qemu_is_held_only_when_it_is_known_to_end_with_its_guest(
-    words: list[str], status: dict[str, str], expected: bool
+    words: list[str], status: dict[str, str], expected: Note | None
 ) -> None:
-    assert may_be_held(words, status) is expected
+    assert plan(words, status, "/f") == expected
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"folder": "x", "is_off": true}', "[1]"])
+@pytest.mark.parametrize("text", ["", "{}", '{"folder": "x", "panics_end": true}', "[1]"])
 def test_what_is_no_note_of_ours_is_not_read_as_one(text: str) -> None:
-    with pytest.raises(ValueError, match=r"note of ours|Expecting value"):
+    with pytest.raises(ValueError, match=r"not (a note of ours|one JSON object|a JSON object)"):
         decode_note(text)
