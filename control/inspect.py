@@ -256,7 +256,7 @@ def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
         try:
             report = verify(name, emit, cancel, choice)
         except ArchiveError as error:
-            raise Damaged(f"{source_name(name)}: {error}") from error
+            raise Damaged(f"{source_name(name)}: {error}{error.advice}") from error
         emit(report.event())
     if options.require_manifest and not report.event()["data_checked"]:
         raise Failure(

@@ -19,6 +19,8 @@ from vmapipe.runtime.texts import MAX_NAME_CHARS, name_text, one_line
 # In a log, a line at least so often, however slow the job is.
 _LOG_LINE_S = 10.0
 _LOG_STEP_PERCENT = 10
+# Of a disk that is not whole: more than a person reads.
+_SHOWN_RANGES = 20
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +168,9 @@ _PRESSURE = (
 
 
 def _restored_text(event: Event) -> str:
-    checked = "every byte checked" if event["digests_checked"] else "no manifest"
+    checked = "every byte checked" if event["digests_checked"] else "not every byte checked"
+    if event["salvaged"]:
+        checked = "what there is of a damaged archive"
     rate = event["archive_bytes"] / max(0.001, event["seconds"])
     return (
         f"restored {one_line(event['archive'])}: {human_bytes(event['data_bytes'])} of data and "
@@ -188,14 +192,28 @@ def _serving_text(event: Event) -> str:
 
 
 def verified_text(event: Event) -> str:
-    """What verification found, a line each, and what was checked at all."""
+    """What verification found, a line each, each disk's state, and what was checked at all."""
+    # Here: backups use this file, too, and nothing of a restore.
+    from vmapipe.restore.checks.report import range_text, state_text
+
     lines = [_damage_text(find) for find in event["damage"]]
     if event["damage_count"] > len(lines):
         lines.append(f"... and {event['damage_count'] - len(lines)} more")
+    for disk in event["devices"]:
+        lines.append(state_text(disk))
+        lines += [f"  {range_text(one)}" for one in disk["ranges"][:_SHOWN_RANGES]]
+        if disk["range_count"] > _SHOWN_RANGES:
+            lines.append(
+                f"  ... and {disk['range_count'] - _SHOWN_RANGES} more (--json: up to 1000)"
+            )
     size = human_bytes(event["archive_bytes"])
     speed = human_bytes(event["archive_bytes"] / max(0.001, event["seconds"]))
     if event["data_checked"]:
         scope = "structure and every byte of data compared with the manifest"
+    elif event["proved"] is not None:
+        scope = f"no manifest: structure, and {event['proved']}"
+    elif event["manifest"] is not None:
+        scope = "structure, and what data could be compared with the manifest"
     else:
         scope = "structure only: the data cannot be checked without a manifest"
     verdict = "nothing is wrong" if event["ok"] else "DAMAGED"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,15 +12,17 @@ from vmapipe.control.inspect import add_read_options, read_options
 from vmapipe.control.outputwords import inherited_fds
 from vmapipe.control.priorities import add_io_priority_option, priorities
 from vmapipe.control.render import add_report_options, renderer
-from vmapipe.control.words import naming
-from vmapipe.restore.archive.reading import open_archive
+from vmapipe.control.words import naming, source_name
+from vmapipe.restore.archive.headerless import open_damaged
+from vmapipe.restore.archive.reading import Archive, open_archive
 from vmapipe.restore.job import Options, restore
 from vmapipe.restore.mapping import IMAGE_FORMATS, parse_map
 from vmapipe.restore.plan import Larger, Plan, Wishes, check_chosen, plan_folder, plan_map
+from vmapipe.restore.salvagemap import TEXT_NAME
 from vmapipe.restore.targets.newfile import Folders
 from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.cli import make_parser, size
-from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
 from vmapipe.runtime.heldfolder import HeldFolder, MadeFolder
 from vmapipe.runtime.process import run
 from vmapipe.vma.header import Header
@@ -28,7 +31,9 @@ DESCRIPTION = """\
 Bring the disks and configs of an archive back into DIR: disk-NAME.raw for each
 disk, the configs by their names, vmstate.bin for the machine's memory. New
 files get their names when all of them are complete and on disk. Where the
-archive has a manifest beside it, every byte is checked on the way.
+archive has a manifest beside it, every byte is checked on the way. A damaged
+archive is refused, but for disks of it that are whole and named with --device;
+--salvage brings back what there is of the others.
 """
 
 EPILOG = """\
@@ -42,8 +47,10 @@ examples:
   vmapipe restore vm.vma restored/ --device drive-scsi0=vm.qcow2,format=qcow2
   vmapipe restore vm.vma restored/ --format qcow2
   ssh backup.example cat vm.vma.zst | vmapipe restore - restored/
+  vmapipe restore damaged.vma restored/ --salvage
 
-exit codes: 0 restored, 1 failed (no new file is left), 2 wrong use, 130/143 ended by a signal
+exit codes: 0 restored, 1 failed (no new file is left), 2 wrong use, 4 salvaged, with something
+missing or damaged, 130/143 ended by a signal
 """
 _MAX_WORKERS = 64
 
@@ -114,6 +121,12 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     parser.add_argument("--no-manifest", action="store_true", help="do not check the data")
     parser.add_argument("--no-configs", action="store_true", help="do not write the configs")
+    parser.add_argument(
+        "--salvage",
+        action="store_true",
+        help="restore what there is of a damaged archive; what is missing reads as zero, and is "
+        f"listed in DIR/{TEXT_NAME} and .json",
+    )
     add_read_options(parser)
     add_report_options(parser)
     parser.add_argument("archive", metavar="ARCHIVE", help="where the archive comes from")
@@ -137,11 +150,13 @@ def _restore(options: argparse.Namespace) -> None:
     with (
         renderer("restore", options, sys.stdout) as emit,
         naming(options.archive),
-        open_archive(options.archive, cancel, read_options(options)) as archive,
+        _open(options, cancel) as archive,
         target_folder(options.folder) as folder,
         Folders(folder) as folders,
     ):
-        restore(
+        for text in archive.notes:
+            emit({"event": "notice", "text": text})
+        result = restore(
             archive,
             _plan(archive.header, options, chosen, cancel),
             emit,
@@ -152,9 +167,24 @@ def _restore(options: argparse.Namespace) -> None:
                 manifest=options.manifest,
                 bytes_per_s=options.speed,
                 resume=options.resume,
+                salvage_folder=options.folder if options.salvage else None,
             ),
             folders,
         )
+    if options.salvage and result.damage is not None:
+        broken = [state for state in result.states if not state.is_whole]
+        raise Damaged(
+            f"{source_name(options.archive)} is damaged: {result.damage}; restored is what there "
+            f"is of it, and {len(broken)} of {len(result.states)} devices are not whole: see "
+            f"{os.path.join(options.folder, TEXT_NAME)}"
+        )
+
+
+def _open(options: argparse.Namespace, cancel: Cancel) -> Archive:
+    if not options.salvage:
+        return open_archive(options.archive, cancel, read_options(options))
+    manifest = None if options.no_manifest else options.manifest
+    return open_damaged(options.archive, cancel, read_options(options), manifest)
 
 
 def _chosen(options: argparse.Namespace) -> list[tuple[str, str | None]]:
@@ -190,7 +220,7 @@ def _plan(
     except OSError as error:
         raise Failure(f"unable to read file '{options.map}': {os_error_text(error)}") from error
     plan = plan_map(header, entries, options.folder, wishes)
-    return Plan(plan.targets, None if options.no_configs else options.folder)
+    return plan._replace(configs_folder=None if options.no_configs else options.folder)
 
 
 def target_folder(path: str) -> MadeFolder | HeldFolder:

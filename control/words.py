@@ -21,7 +21,7 @@ def naming(archive: str) -> Iterator[None]:
     try:
         yield
     except ArchiveError as error:
-        failure = Failure(f"{source_name(archive)}: {error}")
+        failure = Failure(f"{source_name(archive)}: {error}{error.advice}")
         failure.exit_code = error.exit_code
         raise failure from error
 
@@ -34,4 +34,5 @@ def reference_words(error: ArchiveError | RestoreError) -> str:
     details = [error.text] if error.text != words else []
     if error.offset is not None:
         details.append(f"archive offset {error.offset}")
-    return f"{words} ({', '.join(details)})" if details else words
+    words = f"{words} ({', '.join(details)})" if details else words
+    return words + error.advice

@@ -95,7 +95,8 @@ class RangeWork(NamedTuple):
 
     `offsets`, `sizes`: in bytes, one each an extent. `digests`: as many, or
     none where none are known. `written`: they may be on the targets already: what is, is
-    not written again.
+    not written again. `left_out`: clusters of the extent, then the only one, that are
+    not to be written, counted from 0.
     """
 
     seq: Uint
@@ -103,6 +104,7 @@ class RangeWork(NamedTuple):
     sizes: Annotated[tuple[int, ...], Packed("I")]
     digests: Annotated[tuple[bytes, ...], Joined(DIGEST_BYTES)]
     written: bool = False
+    left_out: Annotated[tuple[int, ...], Packed("H")] = ()
 
     def fault(self) -> str | None:
         count = len(self.offsets)
@@ -112,6 +114,8 @@ class RangeWork(NamedTuple):
             return "extents and digests that do not match"
         if min(self.sizes) < EXTENT_HEADER_BYTES or max(self.sizes) > MAX_EXTENT_BYTES:
             return "an extent of an impossible size"
+        if self.left_out and count != 1:
+            return "clusters to leave out, and nobody knows of which extent"
         return None
 
 
@@ -119,8 +123,8 @@ class ExtentWork(NamedTuple):
     """Reader: this extent, which stood at `offset`. Its data is in the shared memory.
 
     `digest` is empty where none is known. `position`: of the data, in bytes;
-    whose it is says the header. The memory is the worker's until it is done. `written` as
-    in RangeWork.
+    whose it is says the header. The memory is the worker's until it is done. `written` and
+    `left_out` as in RangeWork.
     """
 
     seq: Uint
@@ -129,6 +133,7 @@ class ExtentWork(NamedTuple):
     raw_header: Annotated[bytes, length_of(EXTENT_HEADER_BYTES)]
     position: Uint
     written: bool = False
+    left_out: Annotated[tuple[int, ...], Packed("H")] = ()
 
 
 class SyncWork(NamedTuple):
@@ -143,10 +148,15 @@ class Finish(NamedTuple):
 
 
 class Done(NamedTuple):
-    """Worker: this piece of work is done; so many bytes of data were there already."""
+    """Worker: this piece of work is done; so many bytes of data were there already.
+
+    `damaged`: those of its extents, counted from 0, whose digest is not the one that was given.
+    What they hold is written all the same: the reader knows what becomes of the target.
+    """
 
     seq: Uint
     kept_bytes: Uint = 0
+    damaged: Annotated[tuple[int, ...], Packed("H")] = ()
 
 
 FromReader = Setup | RangeWork | ExtentWork | SyncWork | Finish

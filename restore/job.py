@@ -3,31 +3,54 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.protocol.restore_work import Setup
-from vmapipe.restore.archive.reading import Archive, checked_pieces
+from vmapipe.restore.archive.reading import Archive, Piece
 from vmapipe.restore.archive.source import PlainFile
+from vmapipe.restore.archive.survey import Gap, survey
 from vmapipe.restore.archive.totals import Totals
+from vmapipe.restore.checks.ledger import Ledger, open_manifest
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
+from vmapipe.restore.checks.report import (
+    MAX_DAMAGE,
+    Damage,
+    DiskState,
+    range_fields,
+    range_text,
+    state_text,
+)
 from vmapipe.restore.crew.crew import Crew, start_workers
 from vmapipe.restore.crew.feed import Feed, InlineFeed, ThreadFeed
 from vmapipe.restore.crew.handout import ALL_DEVICES, Marks, Work, WorkMaker
 from vmapipe.restore.crew.link import ReaderLink
 from vmapipe.restore.crew.pace import Pace
 from vmapipe.restore.crew.slots import Slots
-from vmapipe.restore.plan import Plan
+from vmapipe.restore.crew.writer import Writer
+from vmapipe.restore.plan import Plan, renamed_configs
+from vmapipe.restore.salvagemap import (
+    JSON_NAME,
+    TEXT_NAME,
+    Salvaged,
+    SalvageMap,
+    whole_names,
+)
 from vmapipe.restore.targets.newfile import Folders
 from vmapipe.restore.targets.opened import OpenTargets
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Children
+from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.folders import OwnFolder
-from vmapipe.vma.coverage import Coverage
-from vmapipe.vma.layout import CLUSTER_BYTES
+from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.extent import ClusterRun, Extent
+from vmapipe.vma.layout import CLUSTER_BYTES, cluster_count
 
 if TYPE_CHECKING:
     from vmapipe.restore.targets.resuming import Journal
@@ -38,6 +61,8 @@ _MAX_WORKERS = 4
 _BYTES_PER_WORKER = 64 << 20
 # Often enough for a bar that moves, seldom enough to cost nothing.
 _PROGRESS_S = 0.25
+# Zeroed between two looks at whether to stop: 256 MiB.
+_ZERO_CLUSTERS = 4096
 
 
 class Options(NamedTuple):
@@ -45,7 +70,8 @@ class Options(NamedTuple):
 
     `check_digests`: compare the data with the manifest, where there is one. `bytes_per_s`:
     of data, all devices together; 0: as fast as it goes. `resume`: go on with an interrupted
-    restore, and leave what another one can go on with.
+    restore, and leave what another one can go on with. `salvage_folder`: restore what there
+    is of a damaged archive, and write there what is missing.
     """
 
     workers: int = 0
@@ -53,6 +79,7 @@ class Options(NamedTuple):
     manifest: str | None = None
     bytes_per_s: int = 0
     resume: bool = False
+    salvage_folder: str | None = None
 
 
 class Restored(NamedTuple):
@@ -65,11 +92,17 @@ class Restored(NamedTuple):
 
 
 class Result(NamedTuple):
-    """`totals` are of the whole archive; `digests_checked`: the data was compared with a manifest."""
+    """`totals` are of the whole archive; `digests_checked`: all data was compared with a manifest.
+
+    `states`: of all the archive's devices; `damage`: the first thing that is wrong with the
+    archive, of which what was restored may be free.
+    """
 
     devices: tuple[Restored, ...]
     totals: Totals
     digests_checked: bool
+    states: tuple[DiskState, ...]
+    damage: str | None
     seconds: float
     cpu_s: float
     peak_rss_bytes: int
@@ -87,7 +120,8 @@ def restore(
 
     `folders`: those that are held open already.
 
-    Raises RestoreError, ArchiveError, PlanError, Cancelled or another Failure;
+    A damaged archive is refused, unless all devices of a plan that chooses them are whole, or
+    for a salvage. Raises RestoreError, ArchiveError, PlanError, Cancelled or another Failure;
     then no new file is left. An existing target may then hold a part of the
     data, which a `notice` event says.
     """
@@ -97,8 +131,13 @@ def restore(
         manifest_path = options.manifest or manifest_beside(archive.source, cancel)
     with ExitStack() as stack:
         manifest: Manifest | None = None
+        wrong: ArchiveError | None = None
         if manifest_path is not None:
-            manifest = stack.enter_context(Manifest(manifest_path, cancel))
+            manifest, wrong = open_manifest(archive, manifest_path, cancel)
+            if manifest is not None:
+                stack.enter_context(manifest)
+            if wrong is not None and options.salvage_folder is None:
+                raise wrong
         if folders is None:
             folders = stack.enter_context(Folders())
         journal: Journal | None = None
@@ -110,7 +149,13 @@ def restore(
         targets = stack.enter_context(OpenTargets(archive, plan, folders, journal))
         for text in folders.notices:
             emit({"event": "notice", "text": text})
-        job = _Job(archive, targets, manifest, emit, cancel, options.bytes_per_s, journal)
+        if plan.configs_folder is not None:
+            for text in renamed_configs(archive.header):
+                emit({"event": "notice", "text": text})
+        job = _Job(archive, targets, manifest, options, emit, cancel, journal)
+        for error in (archive.header_error, wrong):
+            if error is not None:
+                job.note(error)
         return job.run(options.workers or default_workers())
 
 
@@ -125,23 +170,29 @@ class _Job:
         archive: Archive,
         targets: OpenTargets,
         manifest: Manifest | None,
+        options: Options,
         emit: Emit,
         cancel: Cancel,
-        bytes_per_s: int,
         journal: Journal | None,
     ) -> None:
         self._archive = archive
         self._targets = targets
         self._manifest = manifest
+        self._salvage_folder = options.salvage_folder
         self._emit = emit
         self._cancel = cancel
-        self._coverage = Coverage(archive.header)
+        self._finds: list[Damage] = []
+        self._find_count = 0
+        # A stream is read in a thread, and the workers are heard in another one.
+        self._knowing = threading.Lock()
+        self._ledger = Ledger(archive, manifest, self._find, self._data_of)
         self._setups = targets.setups
+        self._wanted = {setup.dev_id for setup in self._setups}
         self._limits = targets.limits
-        if bytes_per_s:
-            self._limits[ALL_DEVICES] = bytes_per_s
+        if options.bytes_per_s:
+            self._limits[ALL_DEVICES] = options.bytes_per_s
         self._maker = WorkMaker(
-            wanted={setup.dev_id for setup in self._setups},
+            wanted=self._wanted,
             zeroed={setup.dev_id for setup in self._setups if setup.write_zeroes},
             limited=set(self._limits),
             from_stream=not isinstance(archive.source, PlainFile),
@@ -167,13 +218,19 @@ class _Job:
             self._journal.begun = True
         with OwnFolder("job") as folder:
             children = self._bring(folder, workers)
+        states = tuple(self._ledger.states())
+        wanted = [state for state in states if state.device.dev_id in self._wanted]
+        if self._salvage_folder is not None and (self._ledger.error is not None):
+            self._write_map(self._salvage_folder, states)
         self._targets.publish()
         if self._journal is not None:
             self._journal.remove()
         result = Result(
             devices,
             self._maker.totals,
-            self._manifest is not None,
+            self._manifest is not None and all(s.checked_by == "manifest" for s in wanted),
+            states,
+            None if self._ledger.error is None else str(self._ledger.error),
             time.monotonic() - self._started,
             sum(child.cpu_s for child in children.all),
             sum(child.peak_rss_bytes for child in children.all),
@@ -204,7 +261,8 @@ class _Job:
                 crew.welcome(setup)
                 with closing(self._feed()) as feed:
                     crew.carry_out(feed)
-                self._targets.set_vmstate_size(self._coverage)
+                self._judge()
+                self._targets.set_vmstate_size(self._ledger)
                 crew.carry_out(InlineFeed(self._maker.syncs(s.dev_id for s in self._setups)))
                 crew.finish()
                 self._kept_bytes = crew.kept_bytes
@@ -232,13 +290,124 @@ class _Job:
     def _feed(self) -> Feed:
         source = self._archive.source
         slots = self._slots
-        pieces = checked_pieces(self._archive, self._coverage, self._manifest, slots)
-        works = self._maker.works(pieces)
+        works = self._maker.works(self._pieces(slots))
         if isinstance(source, PlainFile) or slots is None:
             return InlineFeed(works)
         return ThreadFeed(works, source.stop, slots.stop)
 
-    def _done(self, work: Work) -> None:
+    def _pieces(self, slots: Slots | None) -> Iterator[Piece]:
+        """Those that are to be restored, with the digests that they must have."""
+        for find in survey(self._archive, self._cancel.check, slots):
+            with self._knowing:
+                if isinstance(find, Gap):
+                    self._ledger.gap(find)
+                    self._maker.totals.archive_bytes = find.offset + find.length
+                    continue
+                piece = self._ledger.take(find)
+                is_hopeless = self._is_hopeless()
+            if piece is None or is_hopeless:
+                # Read on all the same: whoever asks wants to know what is whole.
+                if find.slot >= 0 and slots is not None:
+                    slots.give(find.slot)
+                continue
+            yield piece
+
+    def _is_hopeless(self) -> bool:
+        """Whether it is clear already that nothing will be restored."""
+        if self._salvage_folder is not None:
+            return False
+        if self._targets.plan.is_chosen:
+            return self._ledger.are_spoilt(self._wanted)
+        return self._ledger.error is not None
+
+    def _data_of(self, piece: Piece) -> bytes | memoryview | None:
+        if piece.slot < 0 or self._slots is None:
+            return piece.data
+        return self._slots.view(piece.slot, piece.extent.data_bytes)
+
+    def _find(self, find: Damage) -> None:
+        self._find_count += 1
+        if len(self._finds) < MAX_DAMAGE:
+            self._finds.append(find)
+
+    def note(self, error: ArchiveError) -> None:
+        """Something is wrong with the archive or its manifest that was found before."""
+        self._ledger.found(error)
+
+    def _judge(self) -> None:
+        """All was read and compared. Raises ArchiveError for what may not be published."""
+        ledger = self._ledger
+        ledger.finish(self._maker.totals.archive_bytes, self._cancel.check)
+        error = ledger.error
+        if error is None:
+            return
+        states = ledger.states()
+        wanted = [state for state in states if state.device.dev_id in self._wanted]
+        if self._salvage_folder is not None:
+            self._zero_missing()
+            return
+        broken = next((state for state in wanted if not state.is_whole), None)
+        is_chosen = self._targets.plan.is_chosen
+        if is_chosen and broken is None and not ledger.manifest_failed:
+            self._emit({"event": "notice", "text": _notice(error, wanted, states)})
+            return
+        if is_chosen and broken is not None:
+            first = range_fields(*broken.ranges[0])
+            error = ArchiveError(
+                f"{state_text(broken.fields())}: {range_text(first)}; the first thing that is wrong with "
+                f"the archive: {error}",
+                reference_text=error.reference_text,
+            )
+        error.advice = _advice(states)
+        raise error
+
+    def _zero_missing(self) -> None:
+        """What is missing of a target that may hold old data is made to read as zero."""
+        devices = {device.dev_id: device for device in self._archive.header.devices}
+        for setup in self._setups:
+            if not setup.write_zeroes:
+                continue
+            writer = Writer((setup,))
+            for one in self._ledger.ranges(devices[setup.dev_id]):
+                first = one.offset // CLUSTER_BYTES
+                end = first + cluster_count(one.length) if one.state == "missing" else first
+                for at in range(first, end, _ZERO_CLUSTERS):
+                    self._cancel.check()
+                    masks = (0,) * min(_ZERO_CLUSTERS, end - at)
+                    run = ClusterRun(setup.dev_id, at, masks, 0)
+                    writer.write(Extent(0, 0, (run,)), memoryview(b""))
+                    writer.flush()
+
+    def _write_map(self, folder: str, states: Sequence[DiskState]) -> None:
+        ledger = self._ledger
+        disks = [
+            Salvaged(
+                state,
+                self._targets.path(state.device.dev_id),
+                functools.partial(ledger.ranges, state.device),
+            )
+            for state in states
+        ]
+        salvage = SalvageMap(
+            self._archive.source.name,
+            self._archive.header.uuid,
+            disks,
+            self._archive.notes,
+            self._finds,
+            self._find_count,
+        )
+        for name, lines in (
+            (JSON_NAME, salvage.json_lines()),
+            (TEXT_NAME, salvage.text_lines()),
+        ):
+            self._targets.add_text(os.path.join(folder, name), lines)
+
+    def _done(self, work: Work, damaged: Sequence[int]) -> None:
+        with self._knowing:
+            for index in damaged:
+                if index >= len(work.extents):
+                    raise Failure("a worker calls an extent damaged that it was not given")
+                self._ledger.wrong_digest(work.extents[index])
         if self._slots is not None and work.slot >= 0:
             self._slots.give(work.slot)
         self._done_bytes += work.cluster_bytes
@@ -302,6 +471,11 @@ class _Job:
                 "zero_bytes": totals.cluster_bytes - totals.data_bytes,
                 "kept_bytes": self._kept_bytes,
                 "digests_checked": result.digests_checked,
+                "salvaged": self._salvage_folder is not None and self._ledger.error is not None,
+                "devices": [
+                    {**state.fields(), "path": self._targets.path(state.device.dev_id)}
+                    for state in result.states
+                ],
                 "seconds": round(result.seconds, 3),
                 "cpu_s": round(result.cpu_s, 3),
                 "peak_rss_bytes": result.peak_rss_bytes,
@@ -316,3 +490,26 @@ class _Job:
         if self._journal is not None:
             text = f"what was written is kept ({self._journal.path}): the same command goes on"
             self._emit({"event": "notice", "text": text})
+
+
+def _notice(error: ArchiveError, wanted: Sequence[DiskState], states: Sequence[DiskState]) -> str:
+    whole = ", ".join(map(repr, whole_names(wanted))) or "nothing but configs"
+    others = [state_text(state.fields()) for state in states if not state.is_whole]
+    return "; ".join(
+        [
+            f"the archive is damaged, and what is restored of it ({whole}) is not",
+            *others,
+            str(error),
+        ]
+    )
+
+
+def _advice(states: Sequence[DiskState]) -> str:
+    """What can be had of a damaged archive all the same."""
+    whole = ", ".join(map(repr, whole_names(states)))
+    if whole:
+        return (
+            f"; whole are {whole}: restored when only they are named (--device NAME); what there "
+            "is of all others: vmapipe restore --salvage"
+        )
+    return "; no disk of it is whole; what there is of them: vmapipe restore --salvage"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from vmapipe.restore.errors import PlanError, RestoreError
 from vmapipe.restore.mapping import IMAGE_FORMATS, MapEntry
 from vmapipe.runtime.imageformat import format_of_name
-from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
+from vmapipe.runtime.texts import MAX_NAME_CHARS, name_text, one_line
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.names import safe_file_name
 
@@ -69,11 +69,13 @@ class Wishes(NamedTuple):
 class Plan(NamedTuple):
     """Targets by dev_id; a device that has none is skipped.
 
-    `configs_folder`: where the configs are written, or None.
+    `configs_folder`: where the configs are written, or None. `is_chosen`: the devices were
+    chosen one by one, so that those left out may be damaged.
     """
 
     targets: Mapping[int, TargetSpec] = MappingProxyType({})
     configs_folder: str | None = None
+    is_chosen: bool = False
 
 
 def disk_path(folder: str, device: Device, image_format: str = "") -> str:
@@ -86,10 +88,31 @@ def disk_path(folder: str, device: Device, image_format: str = "") -> str:
 
 
 def config_paths(header: Header, folder: str) -> list[str]:
-    """Where the configs go, in the header's order. Raises HeaderError for an unsafe name."""
+    """Where the configs go, in the header's order. Raises HeaderError for an unsafe name.
+
+    A second one of the same name gets the first free of `NAME.2`, `NAME.3`, …
+    """
+    names = {config.name for config in header.configs}
+    taken: set[str] = set()
+    paths = []
+    for index, config in enumerate(header.configs):
+        name = config.name
+        number = 1
+        while name in taken or (number > 1 and name in names):
+            number += 1
+            name = f"{config.name}.{number}"
+        taken.add(name)
+        paths.append(os.path.join(folder, safe_file_name(name, f"config {index}")))
+    return paths
+
+
+def renamed_configs(header: Header) -> list[str]:
+    """What to tell of configs that cannot have their own name: another one has it."""
     return [
-        os.path.join(folder, safe_file_name(config.name, f"config {index}"))
-        for index, config in enumerate(header.configs)
+        f"the archive has several configs of the name {name_text(config.name)}: one of them is "
+        f"written as {name_text(os.path.basename(path))}"
+        for config, path in zip(header.configs, config_paths(header, ""), strict=True)
+        if os.path.basename(path) != config.name
     ]
 
 
@@ -125,7 +148,7 @@ def plan_folder(
             targets[device.dev_id] = TargetSpec(path, Kind.NEW, image_format=image_format)
         else:
             targets[device.dev_id] = _target(device, target, image_format, wishes, exists)
-    return Plan(targets, folder if configs else None)
+    return Plan(targets, folder if configs else None, bool(chosen))
 
 
 def check_chosen(chosen: Iterable[tuple[str, str | None]]) -> None:
@@ -213,7 +236,7 @@ def plan_map(
                 wishes.overwrite,
                 wishes.larger,
             )
-    return Plan(targets)
+    return Plan(targets, is_chosen=any(entry.skip for entry in entries.values()))
 
 
 def device_named(header: Header, name: str) -> Device:
@@ -252,7 +275,6 @@ def check_plan(header: Header, plan: Plan) -> None:
     _check_distinct((known[dev_id].name for dev_id in plan.targets), "devices have the name")
     paths = [spec.path for spec in plan.targets.values() if spec.kind is Kind.NEW]
     if plan.configs_folder is not None:
-        _check_distinct((config.name for config in header.configs), "configs have the name")
         paths += config_paths(header, plan.configs_folder)
     _check_distinct(map(_canonical, paths), "things would be written to")
 

@@ -133,6 +133,7 @@ def manifest(raw: bytes, stored: bytes | None = None) -> bytes:
     """The manifest of a sound archive; `stored`: the file's bytes where it is compressed."""
     header: Header | None = None
     lines: list[str] = []
+    clusters: dict[int, list[tuple[int, bytes]]] = {}
     for event in Scanner().feed(raw):
         if isinstance(event, HeaderRead):
             header = event.header
@@ -141,14 +142,36 @@ def manifest(raw: bytes, stored: bytes | None = None) -> bytes:
         else:
             whole = event.raw_header + bytes(event.data)
             lines.append(extent_line(len(lines) - 1, ExtentDigest(len(whole), _digest(whole))))
+            for run in event.extent.runs:
+                at = run.data_at
+                for number, mask in enumerate(run.masks, run.first_cluster):
+                    end = at + mask.bit_count() * BLOCK_BYTES
+                    data = mask.to_bytes(2, "big") + bytes(event.data[at:end])
+                    clusters.setdefault(run.dev_id, []).append((number, data))
+                    at = end
     if header is None:
         raise ValueError("no archive")
     file = raw if stored is None else stored
     devices = tuple(
-        DeviceTotals(d.dev_id, d.name, d.size_bytes, d.clusters, 0, None) for d in header.devices
+        DeviceTotals(
+            d.dev_id,
+            d.name,
+            d.size_bytes,
+            len(clusters.get(d.dev_id, [])),
+            0,
+            _device_digest(clusters.get(d.dev_id, [])),
+        )
+        for d in header.devices
     )
     totals = Totals(len(lines) - 1, len(raw), len(file), xxh3_128(file).digest(), devices)
     return "".join([*lines, totals_line(totals)]).encode("ascii")
+
+
+def _device_digest(clusters: list[tuple[int, bytes]]) -> bytes | None:
+    """Only of clusters that came in order."""
+    if [number for number, _ in clusters] != list(range(len(clusters))):
+        return None
+    return _digest(b"".join(data for _, data in clusters))
 
 
 def _digest(data: bytes) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.extent import ClusterRun, Extent
@@ -66,11 +66,35 @@ class ClusterSet:
             self._pages[number] = None
         return double
 
-    def missing(self) -> Iterator[tuple[int, int]]:
-        """The runs (first, count) that are not in, page by page, in order."""
-        for number in range(-(-self.size // _PAGE)):
+    def add_all(self, first: int, count: int) -> None:
+        """Add a run of which some, or all, may be in already."""
+        at, end = first, first + count
+        while at < end:
+            stop = min(end, (at // _PAGE + 1) * _PAGE)
+            if self.add(at, stop - at) is not None:
+                for single in range(at, stop):
+                    self.add(single, 1)
+            at = stop
+
+    def present(self) -> Iterator[tuple[int, int]]:
+        """The runs (first, count) that are in, page by page, in order."""
+        for number in sorted(self._pages):
             base = number * _PAGE
             length = min(_PAGE, self.size - base)
+            page = self._pages[number]
+            if page is None:
+                yield base, length
+                continue
+            clear = bytes(byte ^ 0xFF for byte in page.bits())
+            for first, count in _clear_runs(clear, length):
+                yield base + first, count
+
+    def missing(self, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """The runs (first, count) below `end` that are not in, page by page, in order."""
+        size = self.size if end is None else end
+        for number in range(-(-size // _PAGE)):
+            base = number * _PAGE
+            length = min(_PAGE, size - base)
             if number not in self._pages:
                 yield base, length
                 continue
@@ -132,7 +156,7 @@ def _set_bits(bits: bytearray, first: int, stop: int) -> int | None:
     return None
 
 
-def _clear_runs(bits: bytearray, length: int) -> Iterator[tuple[int, int]]:
+def _clear_runs(bits: bytes | bytearray, length: int) -> Iterator[tuple[int, int]]:
     rest = ~int.from_bytes(bits, "little") & ((1 << length) - 1)
     at = 0
     while rest:
@@ -142,6 +166,20 @@ def _clear_runs(bits: bytearray, length: int) -> Iterator[tuple[int, int]]:
         rest >>= count
         yield at + skip, count
         at += skip + count
+
+
+def joined(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Runs (first, count) in order, neighbours made one."""
+    first = count = 0
+    for next_first, next_count in runs:
+        if count and next_first == first + count:
+            count += next_count
+            continue
+        if count:
+            yield first, count
+        first, count = next_first, next_count
+    if count:
+        yield first, count
 
 
 class _DeviceCoverage:
@@ -216,6 +254,14 @@ class Coverage:
                     f"found duplicated cluster {double} for stream {printable(device.name)}"
                 ),
             )
+
+    def missing_of(self, dev_id: int) -> Iterator[tuple[int, int]]:
+        """Runs (first cluster, count) of this device that have not come."""
+        return self._devices[dev_id].clusters.missing()
+
+    def clusters_seen(self, dev_id: int) -> int:
+        """How many of its clusters have come."""
+        return self._devices[dev_id].clusters.count
 
     def missing(self) -> Iterator[tuple[Device, int, int]]:
         """(device, first cluster, count) of what has not come; vmstate has no fixed length."""

@@ -24,8 +24,11 @@ class ArchiveError(VmaError):
 
     `offset` is the position in the plain archive stream, in bytes, of the
     structure in question (None: unknown). `reference_text` is the wording of
-    the reference tool where it has one: scripts look for it.
+    the reference tool where it has one: scripts look for it. `advice`: what can
+    be had of the archive all the same, in words; it is said behind the error.
     """
+
+    advice = ""
 
     def __init__(
         self, text: str, *, offset: int | None = None, reference_text: str | None = None

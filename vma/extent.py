@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Collection
 from typing import NamedTuple
 
 from vmapipe.vma.errors import ExtentError
@@ -16,10 +17,12 @@ from vmapipe.vma.layout import (
     EXTENT_MAGIC,
     FULL_MASK,
     MAX_SLOTS,
+    UUID_BYTES,
 )
 
 # magic, reserved, block_count, uuid, md5, 59 x blockinfo
 _EXTENT = struct.Struct(f">4sHH16s16s{MAX_SLOTS}Q")
+_UUID_AT = 8
 _MD5_AT = 24
 _NO_MD5 = bytes(16)
 _MASK_SHIFT = 48
@@ -191,6 +194,57 @@ def _runs(slots: list[int]) -> tuple[ClusterRun, ...]:
     if masks:
         runs.append(ClusterRun(device, first, tuple(masks), run_at))
     return tuple(runs)
+
+
+def without(runs: tuple[ClusterRun, ...], left_out: Collection[int]) -> tuple[ClusterRun, ...]:
+    """The runs without some of their clusters, which are counted through all runs from 0."""
+    kept: list[ClusterRun] = []
+    number = 0
+    for run in runs:
+        data_at = run.data_at
+        first = run.first_cluster
+        masks: list[int] = []
+        start_at = data_at
+        for index, mask in enumerate(run.masks):
+            if number in left_out:
+                if masks:
+                    kept.append(ClusterRun(run.dev_id, first, tuple(masks), start_at))
+                masks = []
+            else:
+                if not masks:
+                    first, start_at = run.first_cluster + index, data_at
+                masks.append(mask)
+            data_at += mask.bit_count() * BLOCK_BYTES
+            number += 1
+        if masks:
+            kept.append(ClusterRun(run.dev_id, first, tuple(masks), start_at))
+    return tuple(kept)
+
+
+def find_extent_header(data: bytes | memoryview, uuid: bytes | None, start: int = 0) -> int:
+    """Where in `data`, from `start` on, a sound extent header begins; -1: nowhere.
+
+    `uuid`: the archive's; None: any. Uuid and checksum keep a guest's data from being taken
+    for a header. Whoever cut bytes out need not have kept to any alignment.
+    """
+    raw = bytes(data)
+    at = raw.find(EXTENT_MAGIC, start)
+    while 0 <= at <= len(raw) - EXTENT_HEADER_BYTES:
+        # The uuid first: it is the quickest to tell, and guests have such bytes too.
+        found = raw[at + _UUID_AT : at + _UUID_AT + UUID_BYTES] if uuid is None else uuid
+        if raw.startswith(found, at + _UUID_AT):
+            try:
+                parse_extent_header(raw[at : at + EXTENT_HEADER_BYTES], found)
+                return at
+            except ExtentError:
+                pass
+        at = raw.find(EXTENT_MAGIC, at + 1)
+    return -1
+
+
+def extent_uuid(raw: bytes) -> bytes:
+    """The uuid in an extent's header."""
+    return raw[_UUID_AT : _UUID_AT + UUID_BYTES]
 
 
 def block_pieces(run: ClusterRun, size_bytes: int) -> list[tuple[int, int, int]]:

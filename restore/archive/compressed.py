@@ -13,6 +13,7 @@ from vmapipe.restore.archive.zstdframes import is_zstd
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.foreign import FOREIGN_COMPRESSIONS
+from vmapipe.vma.layout import VMA_MAGIC
 
 _LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
 # lzop's header up to its flags is the longest.
@@ -20,9 +21,13 @@ MAGIC_BYTES = 32
 
 
 class ReadOptions(NamedTuple):
-    """`max_window_bytes`: memory that a zstd file may ask for; 0: as much as `zstd -d` takes."""
+    """`max_window_bytes`: memory that a zstd file may ask for; 0: as much as `zstd -d` takes.
+
+    `salvage`: where the beginning is damaged, a file is compressed with what its name says.
+    """
 
     max_window_bytes: int = 0
+    salvage: bool = False
 
 
 def compression_of(start: bytes) -> str:
@@ -32,6 +37,15 @@ def compression_of(start: bytes) -> str:
     if start.startswith(_GZIP_MAGIC):
         return "gzip"
     return "lzo" if start.startswith(_LZOP_MAGIC) else "none"
+
+
+def salvaged_compression(name: str, start: bytes) -> str:
+    """As `compression_of`; for a file whose beginning may be damaged, as its name says."""
+    found = compression_of(start)
+    if found == "none" and not start.startswith(VMA_MAGIC):
+        endings = {".zst": "zstd", ".gz": "gzip"}
+        found = next((kind for end, kind in endings.items() if name.endswith(end)), "none")
+    return found
 
 
 def is_compressed(name: str, start: bytes) -> bool:
@@ -52,9 +66,11 @@ def decompressed(
 
     Imports only what it needs: a restore's time begins with its imports.
     """
-    if not is_compressed(name, start):
+    if not options.salvage:
+        is_compressed(name, start)  # refuses what is known and cannot be read
+    compression = salvaged_compression(name, start) if options.salvage else compression_of(start)
+    if compression == "none":
         return source, "none"
-    compression = compression_of(start)
     if compression == "lzo":
         from vmapipe.restore.archive.lzopped import LzopStream
 

@@ -80,7 +80,7 @@ class PartStream(io.RawIOBase):
         self._part_at = 0  # where in the file it begins
         self._plain_at = 0
         self._part_plain_at = 0
-        self._searching = False
+        self._searching = self._is_over = False
 
     def readable(self) -> bool:
         return True
@@ -105,7 +105,7 @@ class PartStream(io.RawIOBase):
 
     def _begin(self) -> bool:
         """Whether there is another part."""
-        if self._searching and not self._search():
+        if self._is_over or (self._searching and not self._search()):
             return False
         self._part_at = self._source.position
         self._part_plain_at = self._plain_at
@@ -122,9 +122,10 @@ class PartStream(io.RawIOBase):
         if part is not None and part.plain_bytes is not None and part.plain_bytes >= done:
             error.lost_bytes = part.plain_bytes - done
             self._plain_at += error.lost_bytes
-        error.resumes = True
+        # Behind a cut there is nothing; what looks like a part inside this one is chance.
+        error.resumes = self._searching = not error.cut
+        self._is_over = error.cut
         self._part = None
-        self._searching = True
         return error
 
     def _search(self) -> bool:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from vmapipe.restore.archive.compressed import (
     MAGIC_BYTES,
     ReadOptions,
+    compression_of,
     decompressed,
     is_compressed,
+    salvaged_compression,
 )
 from vmapipe.restore.archive.inputs import Input, ProgramInput
 from vmapipe.restore.archive.parts import Proof
@@ -206,7 +208,9 @@ def _open_object(archive: str, cancel: Cancel, options: ReadOptions) -> Source:
     try:
         start = interruptible(lambda: remote.pread(MAGIC_BYTES, 0), (cancel,))
         source = None
-        if is_compressed(archive, start) and is_zstd(start):
+        if (is_compressed(archive, start) and is_zstd(start)) or (
+            options.salvage and salvaged_compression(archive, start) == "zstd"
+        ):
             source = _open_frames(
                 archive, None, remote.pread, remote.size_bytes, remote.close, cancel
             )
@@ -258,7 +262,7 @@ def _recognise(
     """Takes `fd` over, also when it fails."""
     try:
         size_bytes = _size_if_seekable(name, fd)
-        source = _open_seekable(name, path, fd, size_bytes, cancel) if size_bytes else None
+        source = _open_seekable(name, path, fd, size_bytes, cancel, options) if size_bytes else None
     except OSError as error:
         os.close(fd)
         raise SourceError(f"cannot read {name}: {os_error_text(error)}") from error
@@ -283,13 +287,18 @@ def _size_if_seekable(name: str, fd: int) -> int:
 
 
 def _open_seekable(
-    name: str, path: str | None, fd: int, size_bytes: int, cancel: Cancel
+    name: str, path: str | None, fd: int, size_bytes: int, cancel: Cancel, options: ReadOptions
 ) -> Source | None:
     """None where it has to be read in order after all."""
     start = os.pread(fd, MAGIC_BYTES, 0)
-    if not is_compressed(name, start):
+    if options.salvage:
+        compression = salvaged_compression(name, start)
+    else:
+        is_compressed(name, start)  # refuses what is known and cannot be read
+        compression = compression_of(start)
+    if compression == "none":
         return PlainFile(name, path, fd, size_bytes)
-    if not is_zstd(start):
+    if compression != "zstd":
         return None
     return _open_frames(
         name,

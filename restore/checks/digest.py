@@ -14,6 +14,7 @@ _FILE_PIECE_BYTES = 1 << 20
 # An extent in one go: with smaller pieces, threads wait for each other (Python's lock).
 _PIECE_BYTES = 4 << 20
 _buffers = threading.local()
+Hasher = xxh3_128
 
 
 class Readable(Protocol):

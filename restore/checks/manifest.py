@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import io
 import os
-from typing import IO
+from collections import deque
+from collections.abc import Callable
+from typing import IO, NamedTuple
 
 from vmapipe.restore.archive.inputs import Input
 from vmapipe.restore.archive.source import Source, command_input
@@ -15,8 +17,12 @@ from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.objectnames import is_object
 from vmapipe.runtime.sidefiles import open_regular
 from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.extent import Extent
 from vmapipe.vma.manifest import MAX_LINE_BYTES, ExtentDigest, ManifestReader, Opening, Totals
 
+# How far away the line of an extent is looked for when bytes are missing or added: 14 GiB of
+# data, in some hundred KiB of memory.
+_LOOK_LINES = 4096
 SUFFIX = ".manifest.json"
 
 
@@ -50,6 +56,118 @@ def _open(path: str, cancel: Cancel) -> IO[bytes] | io.BufferedReader:
     from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 
     return io.BufferedReader(ObjectInput(RemoteObject(path, (cancel,)), (cancel,)))
+
+
+class ManifestWalk:
+    """Finds the line of each extent of an archive, damaged or not; `finish` at the end.
+
+    As long as nothing is wrong, that is the next line. Behind damage an extent is known by its
+    place, or by its digest, wherever it stands: bytes may be missing, or be there twice.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.totals: Totals | None = None
+        self.matched = 0
+        self._manifest = manifest
+        self._read = 0
+        self._last = 0
+        #: Lines in order with where their extents stood: those behind us, and those to come.
+        self._past: deque[_Line] = deque(maxlen=_LOOK_LINES)
+        self._coming: deque[_Line] = deque()
+        self._next_at = manifest.opening.header.total_bytes
+        self._shift = 0
+        self._certain = True
+
+    def doubt(self) -> None:
+        """Something is wrong with the archive: the next extent need not be that of the next line."""
+        self._certain = False
+
+    def digest_of(self, extent: Extent, compute: Callable[[], bytes]) -> bytes | None:
+        """What the extent's digest must be; None where the manifest does not list it.
+
+        `compute`: the digest that it has. Raises ArchiveError where the manifest is damaged.
+        """
+        line = self._line(0)
+        if self._certain and line is not None and self._fits(line, extent):
+            return self._take(0)
+        found = compute()
+        place = self._with_digest(extent, found)
+        if place is not None:
+            self._go_to(place)
+            self._certain = True
+            self._shift = extent.offset - self._coming[0].at
+            return self._take(0)
+        self._certain = False
+        index = 0
+        while (line := self._line(index)) is not None and line.at + self._shift < extent.offset:
+            index += 1
+            if index >= _LOOK_LINES:
+                self._go_to(index)
+                index = 0
+        return self._take(index) if line is not None and self._fits(line, extent) else None
+
+    def finish(self) -> int:
+        """How many lines there are behind that of the last extent. Raises ArchiveError."""
+        while self.totals is None:
+            self._line(0)
+            self._coming.clear()
+        return self._read - self._last
+
+    @property
+    def is_complete(self) -> bool:
+        """After `finish`: whether all extents that are listed were found."""
+        return self.matched == self._read
+
+    def _fits(self, line: _Line, extent: Extent) -> bool:
+        is_there = line.at + self._shift == extent.offset
+        return is_there and line.expected.total_bytes == extent.total_bytes
+
+    def _with_digest(self, extent: Extent, digest: bytes) -> int | None:
+        """The place of the line with this digest: 0 is the next one, -1 the last one passed."""
+        wanted = ExtentDigest(extent.total_bytes, digest)
+        self._line(_LOOK_LINES)
+        for index, line in enumerate(self._coming):
+            if line.expected == wanted:
+                return index
+        for index, line in enumerate(reversed(self._past), 1):
+            if line.expected == wanted and not line.used:
+                return -index
+        return None
+
+    def _go_to(self, place: int) -> None:
+        for _ in range(place):
+            self._past.append(self._coming.popleft())
+        for _ in range(-place):
+            self._coming.appendleft(self._past.pop())
+
+    def _take(self, place: int) -> bytes:
+        self._go_to(place)
+        line = self._coming.popleft()
+        self._past.append(line._replace(used=True))
+        self.matched += 0 if line.used else 1
+        self._last = max(self._last, line.number)
+        return line.expected.digest
+
+    def _line(self, index: int) -> _Line | None:
+        """A line to come; None behind the last one."""
+        while len(self._coming) <= index and self.totals is None:
+            line = self._manifest.next()
+            if isinstance(line, Totals):
+                self.totals = line
+            else:
+                self._read += 1
+                self._coming.append(_Line(self._read, self._next_at, line))
+                self._next_at += line.total_bytes
+        return self._coming[index] if index < len(self._coming) else None
+
+
+class _Line(NamedTuple):
+    """Where the extent stood when it was stored, and what it was; `used`: it was found."""
+
+    number: int
+    at: int
+    expected: ExtentDigest
+    used: bool = False
 
 
 class Manifest:

@@ -3,12 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from vmapipe.restore.archive.totals import Totals
 from vmapipe.runtime.events import Event
+from vmapipe.runtime.texts import name_text
+from vmapipe.vma.header import Device
 
+SOUND, UNCHECKED, INCOMPLETE, DAMAGED = "sound", "unchecked", "incomplete", "damaged"
+_STATE_WORDS = {
+    SOUND: "complete and sound",
+    UNCHECKED: "complete and unchecked",
+    INCOMPLETE: "incomplete",
+    DAMAGED: "damaged",
+}
 # More than a person reads; the rest is only counted.
 MAX_DAMAGE = 1000
 
@@ -33,6 +42,16 @@ class Damage(NamedTuple):
         """The reference tool's words, or ours where it has none."""
         return str(self) if self.reference_text is None else self.reference_text
 
+    def fields(self) -> dict[str, Any]:
+        """For events and for the map of a salvage."""
+        return {
+            "text": self.text,
+            "device": self.device,
+            "offset": self.offset,
+            "length": self.length,
+            "archive_offset": self.archive_offset,
+        }
+
     def __str__(self) -> str:
         words = self.text
         if self.device is not None and self.offset is not None and self.length is not None:
@@ -43,12 +62,83 @@ class Damage(NamedTuple):
         return words
 
 
+class DiskState(NamedTuple):
+    """What is known of one device.
+
+    `state`: `sound`, `unchecked` (all of it is there, and nothing has proved its data),
+    `damaged`, or `incomplete` (and perhaps damaged, too). `checked_by`: what has proved the
+    data of a sound one: `manifest`, or the checksums of `zstd`, `gzip` or `lzo`. `ranges`: the
+    first of those that are not as they should be, as (offset, length, `missing` or `damaged`,
+    reason); `range_count` is all of them.
+    """
+
+    device: Device
+    state: str
+    checked_by: str | None
+    missing_bytes: int
+    damaged_bytes: int
+    range_count: int
+    ranges: tuple[tuple[int, int, str, str], ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it can be restored as it was, as far as anybody can know."""
+        return self.state in (SOUND, UNCHECKED)
+
+    def fields(self) -> dict[str, Any]:
+        """For events and for the map of a salvage."""
+        return {
+            "dev_id": self.device.dev_id,
+            "name": self.device.name,
+            "bytes": self.device.size_bytes,
+            "state": self.state,
+            "checked_by": self.checked_by,
+            "missing_bytes": self.missing_bytes,
+            "damaged_bytes": self.damaged_bytes,
+            "range_count": self.range_count,
+        }
+
+
+def range_fields(offset: int, length: int, state: str, reason: str) -> dict[str, Any]:
+    """One range, for events and for the map of a salvage."""
+    return {"offset": offset, "length": length, "state": state, "reason": reason}
+
+
+def state_text(disk: Mapping[str, Any]) -> str:
+    """A device's `fields` in a line."""
+    text = f"device {name_text(disk['name'])}: {_STATE_WORDS[disk['state']]}"
+    checked_by = disk["checked_by"]
+    if checked_by == "manifest":
+        text += " (every byte compared with the manifest)"
+    elif checked_by is not None:
+        text += f" (as it was when it was compressed: its {checked_by} checksums are right)"
+    parts = [
+        (disk["missing_bytes"], "missing"),
+        (disk["damaged_bytes"], "in ranges that are damaged"),
+    ]
+    counts = " and ".join(f"{count} bytes {what}" for count, what in parts if count)
+    if counts:
+        text += f": {counts}, {disk['range_count']} range{'s' * (disk['range_count'] > 1)}"
+    elif disk["range_count"]:
+        text += ": its end may be missing"
+    return text
+
+
+def range_text(one: Mapping[str, Any]) -> str:
+    """One range's fields in a line."""
+    what = f"from byte {one['offset']} on"
+    if one["length"]:
+        what = f"bytes {one['offset']}..{one['offset'] + one['length'] - 1} ({one['length']})"
+    return f"{one['state']} {what}: {one['reason']}"
+
+
 class Report:
     """The verdict on one archive.
 
     `damage` has the first 1000 finds, `damage_count` is all of them.
     `data_checked`: all data was compared with a manifest; else only the
-    structure was, for the format has no checksum over its data.
+    structure was, for the format has no checksum over its data; `proved` is what the
+    checksums of the compression have proved of it then, in words.
     `file_checked`: the stored file as a whole was compared.
     """
 
@@ -58,6 +148,8 @@ class Report:
         self.manifest: str | None = None
         self.data_checked = False
         self.file_checked = False
+        self.proved: str | None = None
+        self.disks: list[DiskState] = []
         self.damage: list[Damage] = []
         self.damage_count = 0
         self.totals = Totals()
@@ -67,11 +159,10 @@ class Report:
     def ok(self) -> bool:
         return not self.damage_count
 
-    def add(self, finds: Iterable[Damage]) -> None:
-        for find in finds:
-            self.damage_count += 1
-            if len(self.damage) < MAX_DAMAGE:
-                self.damage.append(find)
+    def add(self, find: Damage) -> None:
+        self.damage_count += 1
+        if len(self.damage) < MAX_DAMAGE:
+            self.damage.append(find)
 
     def event(self) -> Event:
         """The report as one event."""
@@ -83,20 +174,16 @@ class Report:
             "manifest": self.manifest,
             "data_checked": self.data_checked,
             "file_checked": self.file_checked,
+            "proved": self.proved,
             "archive_bytes": self.totals.archive_bytes,
             "extents": self.totals.extents,
             "data_bytes": self.totals.data_bytes,
             "zero_bytes": self.totals.cluster_bytes - self.totals.data_bytes,
-            "damage_count": self.damage_count,
-            "damage": [
-                {
-                    "text": find.text,
-                    "device": find.device,
-                    "offset": find.offset,
-                    "length": find.length,
-                    "archive_offset": find.archive_offset,
-                }
-                for find in self.damage
+            "devices": [
+                {**disk.fields(), "ranges": [range_fields(*one) for one in disk.ranges]}
+                for disk in self.disks
             ],
+            "damage_count": self.damage_count,
+            "damage": [find.fields() for find in self.damage],
             "seconds": round(self.seconds, 3),
         }

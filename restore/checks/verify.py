@@ -10,17 +10,15 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmapipe.restore.archive.compressed import ReadOptions
-from vmapipe.restore.archive.reading import Archive, Piece, check_opening, open_archive
-from vmapipe.restore.checks.census import Census
-from vmapipe.restore.checks.comparing import Digests, damage_of
+from vmapipe.restore.archive.reading import Archive, Piece, open_archive
+from vmapipe.restore.archive.survey import Gap, survey
+from vmapipe.restore.checks.comparing import Comparer
+from vmapipe.restore.checks.ledger import Ledger, damage_of, open_manifest
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
 from vmapipe.restore.checks.report import Damage, Report
-from vmapipe.restore.checks.survey import Gap, survey
 from vmapipe.restore.checks.wholefile import must_be_there_twice, stored_digest
-from vmapipe.restore.errors import CompressionError, DigestError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Emit
-from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.manifest import Totals
 
@@ -72,64 +70,60 @@ class _Verification:
         self._options = options
         self._emit = emit
         self._cancel = cancel
-        self._census = Census(archive.header)
         self._next_progress = 0.0
         self._total_bytes = CLUSTER_BYTES * sum(d.clusters for d in archive.header.devices)
 
     def run(self) -> None:
+        report = self._report
+        report.totals.archive_bytes = self._archive.header.header_bytes
         with ExitStack() as stack:
-            digests = stack.enter_context(self._open_digests())
-            report = self._report
-            report.totals.archive_bytes = self._archive.header.header_bytes
-            try:
-                for find in survey(self._archive, self._cancel.check):
-                    self._cancel.check()
-                    self._take(find, digests)
-                    self._progress()
-            except CompressionError as error:
-                # There is no way on: the rest counts as missing.
-                report.add([damage_of(error)])
-                digests.give_up()
-            report.add(digests.finish(report.totals.archive_bytes))
-            report.add(self._census.finish())
-            report.data_checked = digests.complete
-            if self._options.file_digest and digests.totals is not None:
-                report.add(self._check_file(digests.totals))
+            manifest = self._open_manifest()
+            if manifest is not None:
+                stack.enter_context(manifest)
+            ledger = Ledger(self._archive, manifest, report.add, lambda piece: piece.data)
+            threads = self._options.threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+            needed = manifest is not None
+            comparer = Comparer(self._archive, threads, self._cancel, needed=needed)
+            stack.enter_context(comparer)
+            for find in survey(self._archive, self._cancel.check):
+                self._take(find, ledger, comparer)
+                self._progress()
+            for extent in comparer.finish():
+                ledger.wrong_digest(extent)
+            ledger.finish(report.totals.archive_bytes, self._cancel.check)
+            report.data_checked = ledger.data_checked
+            report.proved = ledger.proved
+            report.disks = ledger.states()
+            if self._options.file_digest and ledger.totals is not None:
+                for damage in self._check_file(ledger.totals):
+                    report.add(damage)
         self._next_progress = 0.0
         self._progress()
 
-    def _take(self, find: Piece | Gap, digests: Digests) -> None:
+    def _take(self, find: Piece | Gap, ledger: Ledger, comparer: Comparer) -> None:
         report = self._report
         if isinstance(find, Gap):
-            text = f"{find.error.text}; {find.length} bytes of the archive hold no extent"
-            words = find.error.reference_text
-            report.add([Damage(text, archive_offset=find.offset, reference_text=words)])
+            ledger.gap(find)
             report.totals.archive_bytes = find.offset + find.length
-        else:
-            report.totals.add(find.extent)
-            report.add(self._census.add(find.extent))
-            report.add(digests.check(find))
+            return
+        report.totals.add(find.extent)
+        piece = ledger.take(find)
+        if piece is not None and piece.digest:
+            for extent in comparer.compare(piece):
+                ledger.wrong_digest(extent)
 
-    def _open_digests(self) -> Digests:
+    def _open_manifest(self) -> Manifest | None:
         options = self._options
         path: str | None = None
         if options.check_digests:
             path = options.manifest or manifest_beside(self._archive.source, self._cancel)
-        manifest: Manifest | None = None
-        if path is not None:
-            self._report.manifest = path
-            try:
-                manifest = Manifest(path, self._cancel)
-                check_opening(self._archive, manifest)
-            except DigestError as error:
-                self._report.add([damage_of(error)])
-            except ArchiveError as error:
-                self._report.add([damage_of(error)])
-                if manifest is not None:
-                    manifest.close()
-                manifest = None
-        threads = options.threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
-        return Digests(self._archive, manifest, threads, self._cancel)
+        if path is None:
+            return None
+        self._report.manifest = path
+        manifest, error = open_manifest(self._archive, path, self._cancel)
+        if error is not None:
+            self._report.add(damage_of(error))
+        return manifest
 
     def _check_file(self, totals: Totals) -> Iterator[Damage]:
         source = self._archive.source

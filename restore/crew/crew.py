@@ -41,10 +41,11 @@ class Crew:
         children: Children,
         cancel: Cancel,
         pace: Pace,
-        done: Callable[[Work], None],
+        done: Callable[[Work, Sequence[int]], None],
         all_here: Callable[[], None],
     ) -> None:
-        """`done` is called for every piece of work that is done.
+        """`done` is called for every piece of work that is done, with those of its extents
+        whose digest was wrong.
 
         `all_here`: when all are connected, and nobody needs the socket's name any more.
         """
@@ -74,7 +75,7 @@ class Crew:
             if work is None and not feed.ended:
                 work = feed.poll()
             if work is not None and not work.parts:
-                self._done(work)
+                self._done(work, ())
                 work = None
                 continue
             if work is not None and self._give(work):
@@ -116,12 +117,12 @@ class Crew:
                     self._roster.joined(worker)
                     if len(self._roster.workers) == len(self._children.all):
                         self._all_here()
-                case Done(seq, kept_bytes):
+                case Done(seq, kept_bytes, damaged):
                     self.kept_bytes += kept_bytes
                     work = self._roster.done(worker, seq)
                     if work is None:
                         raise Failure(f"{worker} answers work {seq}, which it does not have")
-                    self._done(work)
+                    self._done(work, damaged)
         self._hear_children(0)
 
     def _send(self, worker: str, parts: Sequence[Part]) -> None:

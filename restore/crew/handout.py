@@ -16,6 +16,7 @@ from vmapipe.protocol.restore_work import (
 )
 from vmapipe.restore.archive.reading import Piece
 from vmapipe.restore.archive.totals import Totals
+from vmapipe.vma.extent import Extent
 from vmapipe.vma.layout import CLUSTER_BYTES
 
 # A piece of work out of a file: small enough that several workers end at about the
@@ -38,7 +39,8 @@ class Work(NamedTuple):
 
     `ahead`: how many like it one worker may have; `cluster_bytes`: of the
     devices it covers, for progress; `data_bytes`: per limited device; `slot`:
-    what is free when it is done, or -1; `end`: where in the archive it ends.
+    what is free when it is done, or -1; `end`: where in the archive it ends; `extents`: those
+    that are compared with a digest.
     """
 
     seq: int
@@ -48,6 +50,7 @@ class Work(NamedTuple):
     data_bytes: dict[int, int]
     slot: int = -1
     end: int = 0
+    extents: tuple[Extent, ...] = ()
 
 
 class WorkMaker:
@@ -84,10 +87,17 @@ class WorkMaker:
             self.totals.add(piece.extent)
             if not self._has_work(piece):
                 yield self._work([], [piece], slot=piece.slot)
+            elif piece.left_out and not self._from_stream:
+                # Alone: what is left out is counted in one extent.
+                yield self._work(self._range_of([piece]), [piece])
             elif self._from_stream:
                 parts = self._message_of(piece)
                 yield self._work(parts, [piece], _EXTENTS_AHEAD, piece.slot)
             else:
+                if batch and bool(piece.digest) != bool(batch[0].digest):
+                    # The manifest has ended too early: digests for all of a message, or for none.
+                    yield self._work(self._range_of(batch), batch)
+                    batch, batch_bytes = [], 0
                 batch.append(piece)
                 batch_bytes += piece.extent.total_bytes
                 last = piece.extent.offset + piece.extent.total_bytes == self._written_before
@@ -121,6 +131,7 @@ class WorkMaker:
                 piece.raw_header,
                 max(piece.slot, 0),
                 piece.extent.offset < self._written_before,
+                tuple(sorted(piece.left_out)),
             )
         )
 
@@ -130,8 +141,9 @@ class WorkMaker:
                 self._seq + 1,
                 tuple(piece.extent.offset for piece in batch),
                 tuple(piece.extent.total_bytes for piece in batch),
-                tuple(piece.digest for piece in batch if piece.digest),
+                tuple(piece.digest for piece in batch) if batch[0].digest else (),
                 batch[0].extent.offset < self._written_before,
+                tuple(sorted(batch[0].left_out)),
             )
         )
 
@@ -148,7 +160,8 @@ class WorkMaker:
                 data_bytes[ALL_DEVICES] = data_bytes.get(ALL_DEVICES, 0) + run.data_bytes
         cluster_bytes = CLUSTER_BYTES * sum(run.count for run in runs)
         end = batch[-1].extent.offset + batch[-1].extent.total_bytes
-        return Work(self._seq, parts, ahead, cluster_bytes, data_bytes, slot, end)
+        extents = tuple(piece.extent for piece in batch) if parts and batch[0].digest else ()
+        return Work(self._seq, parts, ahead, cluster_bytes, data_bytes, slot, end, extents)
 
 
 class Marks:

@@ -33,22 +33,20 @@ from vmapipe.protocol.restore_work import (
 from vmapipe.restore.crew.link import WorkerLink
 from vmapipe.restore.crew.slots import map_slots
 from vmapipe.restore.crew.writer import Writer
-from vmapipe.restore.errors import DigestError, SourceError
+from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, os_error_text
 from vmapipe.runtime.events import Emit, ignore
 from vmapipe.runtime.heldfolder import HeldFolder
 from vmapipe.runtime.process import run_child
 from vmapipe.vma.errors import ArchiveError
-from vmapipe.vma.extent import Extent, parse_extent_header
-from vmapipe.vma.layout import CLUSTER_BYTES, EXTENT_HEADER_BYTES
+from vmapipe.vma.extent import Extent, parse_extent_header, without
+from vmapipe.vma.layout import EXTENT_HEADER_BYTES
 
 # Only a bound: every reason to go on wakes us at once.
 _WAIT_S = 5.0
 # An extent, and whole huge pages.
 _BUFFER_BYTES = 4 << 20
-# A message need not name every range of an extent that mixes many disks.
-_MAX_PLACES = 8
 
 
 class Worker:
@@ -88,13 +86,13 @@ class Worker:
                 else:
                     self._slots = map_slots(work.memory_fd)
             case RangeWork(seq):
-                kept_bytes = self._do_range(work)
+                kept_bytes, damaged = self._do_range(work)
                 self._writer.flush()
-                self._link.send(encode(Done(seq, kept_bytes)))
+                self._link.send(encode(Done(seq, kept_bytes, damaged)))
             case ExtentWork(seq):
-                kept_bytes = self._do_extent(work)
+                kept_bytes, damaged = self._do_extent(work)
                 self._writer.flush()
-                self._link.send(encode(Done(seq, kept_bytes)))
+                self._link.send(encode(Done(seq, kept_bytes, damaged)))
             case SyncWork(seq, dev_id):
                 self._writer.sync(dev_id)
                 self._link.send(encode(Done(seq)))
@@ -112,18 +110,19 @@ class Worker:
             buffer.madvise(mmap.MADV_HUGEPAGE)
         self._buffer = memoryview(buffer)
 
-    def _do_extent(self, work: ExtentWork) -> int:
-        """How much of its data was on the targets already."""
+    def _do_extent(self, work: ExtentWork) -> tuple[int, tuple[int, ...]]:
+        """How much of its data was on the targets already; and (0,) where it is damaged."""
         extent = self._parse(work.raw_header, work.offset)
         data = self._slots[work.position : work.position + extent.data_bytes]
         if len(data) < extent.data_bytes:
             raise RemoteProtocolError("malformed", "an extent outside the shared memory")
-        self._check(extent, work.digest, work.raw_header, data)
-        return self._write(extent, data, written=work.written)
+        kept_bytes = self._write(extent, data, work)
+        return kept_bytes, () if _is_right(work.digest, work.raw_header, data) else (0,)
 
-    def _do_range(self, work: RangeWork) -> int:
-        """How much of its data was on the targets already."""
+    def _do_range(self, work: RangeWork) -> tuple[int, tuple[int, ...]]:
+        """How much of the data was on the targets already; which of the extents are damaged."""
         kept_bytes = 0
+        damaged: list[int] = []
         for index, (offset, size) in enumerate(zip(work.offsets, work.sizes, strict=True)):
             self._cancel.check()  # a slow target takes seconds for all of them
             raw = self._buffer[:size]
@@ -135,12 +134,15 @@ class Worker:
             extent = self._parse(raw, offset)
             if extent.total_bytes != size:
                 raise ArchiveError("the archive changes while it is read", offset=offset)
-            self._check(extent, digest, raw)
-            kept_bytes += self._write(extent, raw[EXTENT_HEADER_BYTES:], written=work.written)
-        return kept_bytes
+            if not _is_right(digest, raw):
+                damaged.append(index)
+            kept_bytes += self._write(extent, raw[EXTENT_HEADER_BYTES:], work)
+        return kept_bytes, tuple(damaged)
 
-    def _write(self, extent: Extent, data: memoryview, *, written: bool) -> int:
-        if written:
+    def _write(self, extent: Extent, data: memoryview, work: RangeWork | ExtentWork) -> int:
+        if work.left_out:
+            extent = extent._replace(runs=without(extent.runs, work.left_out))
+        if work.written:
             return self._writer.write_changed(extent, data)
         self._writer.write(extent, data)
         return 0
@@ -154,9 +156,7 @@ class Worker:
             return False  # it is said where it is read whole
         if not self._writer.read_back(extent, raw[EXTENT_HEADER_BYTES:]):
             return False
-        from vmapipe.restore.checks.digest import extent_digest
-
-        return extent_digest(raw) == digest
+        return _is_right(digest, raw)
 
     def _read(self, raw: memoryview, offset: int) -> None:
         done = 0
@@ -187,33 +187,14 @@ class Worker:
             with contextlib.suppress(OSError):
                 folder.remove(os.fsdecode(partial.name), partial.fd)
 
-    def _check(self, extent: Extent, digest: bytes, *parts: bytes | memoryview) -> None:
-        if not digest:
-            return
-        from vmapipe.restore.checks.digest import (
-            extent_digest,  # here: only where there is a manifest
-        )
 
-        if extent_digest(*parts) != digest:
-            names = {t.dev_id: t.name for t in self._setup.targets} if self._setup else {}
-            raise damaged_data(extent, names)
+def _is_right(digest: bytes, *parts: bytes | memoryview) -> bool:
+    """Whether the parts have this digest; an empty one says nothing."""
+    if not digest:
+        return True
+    from vmapipe.restore.checks.digest import extent_digest  # here: only where there is a manifest
 
-
-def damaged_data(extent: Extent, names: dict[int, bytes]) -> DigestError:
-    """An extent whose digest is wrong, in words: which bytes of which devices."""
-    places = []
-    for run in extent.runs[:_MAX_PLACES]:
-        start = run.first_cluster * CLUSTER_BYTES
-        raw = names.get(run.dev_id)
-        label = f"device {run.dev_id}" if raw is None else repr(raw.decode("utf-8", "replace"))
-        places.append(f"{label} bytes {start}..{start + run.count * CLUSTER_BYTES - 1}")
-    if len(extent.runs) > _MAX_PLACES:
-        places.append(f"{len(extent.runs) - _MAX_PLACES} more ranges")
-    return DigestError(
-        f"the data is damaged (its digest is not the manifest's), somewhere in "
-        f"{', '.join(places) or 'an extent without data'}",
-        offset=extent.offset,
-    )
+    return extent_digest(*parts) == digest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

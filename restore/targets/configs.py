@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 
 from vmapipe.restore.errors import TargetError
 from vmapipe.restore.plan import Plan, check_plan, config_paths
@@ -63,11 +64,20 @@ def _read(fd: int, length: int) -> bytes:
     return data
 
 
+def write_lines(file: NewFile, lines: Iterable[str]) -> None:
+    """Write a file of text, a few lines at a time. Raises TargetError."""
+    _write_all(file, (line.encode("utf-8", "surrogateescape") for line in lines))
+
+
 def _write(file: NewFile, data: bytes) -> None:
+    _write_all(file, [data])
+
+
+def _write_all(file: NewFile, pieces: Iterable[bytes]) -> None:
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(file.fd, view) :]
+        with open(file.fd, "wb", closefd=False) as out:
+            for piece in pieces:
+                out.write(piece)
         os.fsync(file.fd)
     except OSError as error:
         raise TargetError(f"cannot write {file.path}: {os_error_text(error)}") from error

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vmapipe.protocol.restore_work import Partial, TargetSetup
 from vmapipe.restore.archive.reading import Archive
 from vmapipe.restore.archive.source import PlainFile
+from vmapipe.restore.checks.ledger import Ledger
 from vmapipe.restore.errors import PlanError
 from vmapipe.restore.plan import Kind, Plan, TargetSpec, check_plan
-from vmapipe.restore.targets.configs import open_configs
+from vmapipe.restore.targets.configs import open_configs, write_lines
 from vmapipe.restore.targets.existing import ExistingTarget
 from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
-from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.header import Device
 from vmapipe.vma.layout import CLUSTER_BYTES
 
@@ -169,12 +170,18 @@ class OpenTargets:
     def existing_paths(self) -> list[str]:
         return [target.path for target in self._existing.values()]
 
-    def set_vmstate_size(self, coverage: Coverage) -> None:
+    def set_vmstate_size(self, ledger: Ledger) -> None:
         """All of the archive was read: vmstate is so long. Raises TargetError."""
         for device in self.devices:
             if device.is_vmstate:
-                clusters = coverage.vmstate_clusters(device.dev_id)
+                clusters = ledger.vmstate_clusters(device.dev_id)
                 self._new[device.dev_id].set_size(clusters * CLUSTER_BYTES)
+
+    def add_text(self, path: str, lines: Iterable[str]) -> None:
+        """A file of text that is published with the others. Raises TargetError."""
+        file = NewFile(path, self._folders)
+        self._configs.append(file)
+        write_lines(file, lines)
 
     def publish(self) -> None:
         """Everything is on the disk: give the new files their names, all or none."""

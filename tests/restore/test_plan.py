@@ -9,7 +9,17 @@ import pytest
 
 from vmapipe.restore.errors import PlanError, RestoreError
 from vmapipe.restore.mapping import MapEntry
-from vmapipe.restore.plan import Kind, Larger, Plan, TargetSpec, check_plan, plan_folder, plan_map
+from vmapipe.restore.plan import (
+    Kind,
+    Larger,
+    Plan,
+    TargetSpec,
+    check_plan,
+    config_paths,
+    plan_folder,
+    plan_map,
+    renamed_configs,
+)
 from vmapipe.vma.errors import HeaderError
 from vmapipe.vma.header import Config, Device, Header
 
@@ -101,11 +111,20 @@ def test_two_devices_of_one_name_are_refused() -> None:
         check_plan(twins, plan_map(twins, {"twin": MapEntry("/x")}, "/out"))
 
 
-def test_two_configs_of_one_name_are_refused() -> None:
-    twins = header((), (Config("twin", b"1"), Config("twin", b"2")))
-    with pytest.raises(RestoreError, match="two configs have the name 'twin'"):
-        check_plan(twins, plan_folder(twins, "/out"))
-    check_plan(twins, Plan())
+def test_of_configs_of_one_name_all_but_one_get_another() -> None:
+    names = ("twin", "twin", "twin.2", "twin", "other")
+    twins = header((), tuple(Config(name, b"1") for name in names))
+    assert config_paths(twins, "/out") == [
+        f"/out/{name}" for name in ("twin", "twin.3", "twin.2", "twin.4", "other")
+    ]
+    check_plan(twins, plan_folder(twins, "/out"))
+    assert [text.split("written as ")[1] for text in renamed_configs(twins)] == [
+        "'twin.3'",
+        "'twin.4'",
+    ]
+    # The configs themselves may have the names that others would get.
+    pair = header((), (Config("a.2", b""), Config("a", b""), Config("a", b""), Config("a.2", b"")))
+    assert len(set(config_paths(pair, ""))) == 4
 
 
 def test_two_things_for_one_file_are_refused(tmp_path: Path) -> None:

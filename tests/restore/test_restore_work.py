@@ -40,6 +40,7 @@ target = st.builds(
 )
 partial = st.builds(Partial, st.integers(0, 1000), st.integers(0, 1000), st.binary(max_size=300))
 extent_size = st.integers(512, 512 + 59 * 65536)
+left_out = st.lists(st.integers(0, 58), max_size=59, unique=True).map(tuple)
 digest = st.binary(min_size=16, max_size=16)
 
 
@@ -49,7 +50,8 @@ def ranges(draw: st.DrawFn) -> RangeWork:
     offsets = tuple(draw(st.lists(U64, min_size=count, max_size=count)))
     sizes = tuple(draw(st.lists(extent_size, min_size=count, max_size=count)))
     digests = draw(st.just([]) | st.lists(digest, min_size=count, max_size=count))
-    return RangeWork(draw(U64), offsets, sizes, tuple(digests))
+    some = draw(left_out) if count == 1 else ()
+    return RangeWork(draw(U64), offsets, sizes, tuple(digests), draw(st.booleans()), some)
 
 
 from_reader = st.one_of(
@@ -71,6 +73,8 @@ from_reader = st.one_of(
         st.just(b"") | digest,
         st.binary(min_size=512, max_size=512),
         U64,
+        st.booleans(),
+        left_out,
     ),
 )
 
@@ -80,7 +84,7 @@ def test_what_the_reader_says_arrives(message: FromReader) -> None:
     assert decode_for_worker(encode(message)) == message
 
 
-@given(st.builds(Done, U64, U64) | st.just(Ready(limits.VERSION)))
+@given(st.builds(Done, U64, U64, left_out) | st.just(Ready(limits.VERSION)))
 def test_what_a_worker_says_arrives(message: Done | Ready) -> None:
     assert decode_for_reader(encode(message)) == message
 

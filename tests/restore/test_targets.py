@@ -223,7 +223,6 @@ def test_configs_are_written_by_their_names(tmp_path: Path, folders: Folders) ->
         (["ok", "../evil"], HeaderError),
         (["ok", "/abs"], HeaderError),
         (["ok", "taken"], RestoreError),
-        (["ok", "ok"], RestoreError),
     ],
 )
 def test_where_one_config_cannot_be_written_none_is(

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walks along an archive, damaged or not: where an extent is not, looks for the next one.
+
+From a file only the extents' headers are read; the data stays where it is for whoever wants
+it. From a stream the data comes along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from vmapipe.restore.archive.reading import Archive, Piece
+from vmapipe.restore.archive.source import PlainFile
+from vmapipe.restore.crew.slots import Slots
+from vmapipe.restore.errors import CompressionError
+from vmapipe.vma.errors import ArchiveError, ExtentError
+from vmapipe.vma.extent import (
+    Extent,
+    extent_uuid,
+    find_extent_header,
+    parse_extent_header,
+)
+from vmapipe.vma.layout import EXTENT_HEADER_BYTES, EXTENT_MAGIC
+
+# Searched in one go.
+_SEARCH_BYTES = 1 << 20
+
+
+class Gap(NamedTuple):
+    """Archive bytes [offset, offset + length) that hold no extent, and why not.
+
+    `before`: the extent that ends where the gap begins, where another one comes behind it.
+    """
+
+    offset: int
+    length: int
+    error: ArchiveError
+    before: Extent | None = None
+
+    @property
+    def is_shift(self) -> bool:
+        """Whether bytes were added or removed here: no number of whole extents is so long.
+
+        The data of the extent in front may then be wrong, too.
+        """
+        return self.length % EXTENT_HEADER_BYTES != 0
+
+
+class _Cursor:
+    """A place in the archive; looks ahead, also in a stream, by a bounded number of bytes."""
+
+    def __init__(self, archive: Archive, at: int, held: bytes) -> None:
+        """`held`: what a stream has given already of what stands at `at`."""
+        self.at = at
+        self._source = archive.source
+        self._held = held
+        self._error: CompressionError | None = None
+
+    def peek(self, length: int) -> bytes:
+        """The next bytes, fewer only at the end. Raises CompressionError."""
+        window = self.window(length)
+        if len(window) < length:
+            self._raise_damage()
+        return window
+
+    def window(self, length: int) -> bytes:
+        """The next bytes, fewer only at the end or before damage; CompressionError there."""
+        source = self._source
+        if isinstance(source, PlainFile):
+            return source.pread(length, self.at)
+        while len(self._held) < length and self._error is None:
+            try:
+                piece = source.read(length - len(self._held), up_to_damage=True)
+            except CompressionError as error:
+                self._error = error
+                break
+            if not piece:
+                break
+            self._held += piece
+        if not self._held:
+            self._raise_damage()
+        return self._held[:length]
+
+    @property
+    def held(self) -> bytes:
+        """What a stream has given already of what comes next."""
+        return self._held
+
+    def _raise_damage(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def pass_over(self, length: int) -> None:
+        """Go behind what `peek` has shown."""
+        self._held = self._held[length:]
+        self.at += length
+
+    def put_back(self, data: bytes) -> None:
+        """These bytes of a stream are next once more."""
+        self._held = data + self._held
+        self.at -= len(data)
+
+    def fill(self, view: memoryview) -> int:
+        """Take a stream's next bytes; fewer only at the end. Raises CompressionError."""
+        done = min(len(view), len(self._held))
+        view[:done] = self._held[:done]
+        self.pass_over(done)
+        source = self._source
+        if isinstance(source, PlainFile):
+            raise RuntimeError("a file's data stays in the file")
+        while done < len(view):
+            self._raise_damage()
+            got = source.readinto(view[done:], up_to_damage=True)
+            if not got:
+                break
+            done += got
+            self.at += got
+        return done
+
+    def break_off(self, error: CompressionError) -> None:
+        """What is held has lost its end; what comes next stands behind the damage."""
+        self.at += len(self._held) + (error.lost_bytes or 0)
+        self._held = b""
+
+
+def survey(
+    archive: Archive, check: Callable[[], None], slots: Slots | None = None
+) -> Iterator[Piece | Gap]:
+    """All extents that can be found, and the gaps between them, in order.
+
+    `check` is called now and then. `slots`: where a stream's data goes; without them it comes
+    as bytes. Raises SourceError.
+    """
+    walk = _Walk(archive, check, slots)
+    error: ArchiveError | None = None
+    start = walk.cursor.at
+    while True:
+        check()
+        if error is not None:
+            before = walk.last if isinstance(error, ExtentError) else None
+            again: CompressionError | None = None
+            if isinstance(error, CompressionError):
+                walk.cursor.break_off(error)
+            if not isinstance(error, CompressionError) or error.resumes:
+                again = walk.search()
+            yield Gap(start, walk.cursor.at - start, error, None if walk.at_end else before)
+            if isinstance(error, CompressionError) and not error.resumes:
+                return
+            walk.last = None
+            start, error = walk.cursor.at, again
+            if again is not None:
+                continue
+        start = walk.cursor.at
+        try:
+            piece = walk.piece()
+        except (ExtentError, CompressionError) as broken:
+            error = broken
+            continue
+        if piece is None:
+            return
+        error = None
+        yield piece
+
+
+class _Walk:
+    """What `survey` does at one place."""
+
+    def __init__(self, archive: Archive, check: Callable[[], None], slots: Slots | None) -> None:
+        self.cursor = _Cursor(archive, archive.header.header_bytes, archive.held)
+        self.last: Extent | None = None
+        self.at_end = False
+        self._source = archive.source
+        self._uuid = archive.header.uuid
+        self._check = check
+        self._slots = slots
+        self._pending: CompressionError | None = None
+        # Where a header was found inside the data of the extent that was read last.
+        self._found_at = -1
+
+    def piece(self) -> Piece | None:
+        """The extent here; None at the end. Raises ExtentError, CompressionError."""
+        if self._pending is not None:
+            error, self._pending = self._pending, None
+            raise error
+        start = self.cursor.at
+        raw_header = self.cursor.peek(EXTENT_HEADER_BYTES)
+        if not raw_header:
+            if isinstance(self._source, PlainFile) and start < self._source.size_bytes:
+                self.cursor.at = self._source.size_bytes
+                raise ExtentError("the archive was cut while it was read", offset=start)
+            self.at_end = True
+            return None
+        extent = parse_extent_header(raw_header, self._uuid, start)
+        self.cursor.pass_over(EXTENT_HEADER_BYTES)
+        data, slot, got = self._data(extent)
+        if got < extent.data_bytes or not self._another_follows():
+            inside = self._header_inside(extent, data, slot, got)
+            if inside >= 0:
+                self._found_at = inside
+                self.last = None
+                raise ExtentError(
+                    "bytes of an extent's data are missing: the next one begins inside it",
+                    offset=start,
+                    reference_text="wrong vma extent header magic",
+                )
+        if got < extent.data_bytes:
+            self._give_back(slot)
+            raise cut_off(extent, got)
+        self.last = extent
+        return Piece(extent, raw_header, data, slot=slot)
+
+    def _data(self, extent: Extent) -> tuple[bytes | None, int, int]:
+        """(bytes, slot, length) of the extent's data, as far as there is any."""
+        source = self._source
+        if isinstance(source, PlainFile):
+            got = max(0, min(extent.data_bytes, source.size_bytes - self.cursor.at))
+            self.cursor.at += got
+            return None, -1, got
+        if not extent.data_bytes:
+            return (b"" if self._slots is None else None), -1, 0
+        if self._slots is None:
+            buffer = bytearray(extent.data_bytes)
+            got = self.cursor.fill(memoryview(buffer))
+            return bytes(memoryview(buffer)[:got]), -1, got
+        slot = self._slots.take()
+        try:
+            got = self.cursor.fill(self._slots.view(slot, extent.data_bytes))
+        except BaseException:
+            self._slots.give(slot)
+            raise
+        return None, slot, got
+
+    def _another_follows(self) -> bool:
+        """Whether what comes next looks like an extent, or is the end."""
+        try:
+            start = self.cursor.peek(EXTENT_HEADER_BYTES)
+        except CompressionError as error:
+            self._pending = error
+            return True
+        return not start or start.startswith(EXTENT_MAGIC)
+
+    def _header_inside(self, extent: Extent, data: bytes | None, slot: int, got: int) -> int:
+        """Where the next extent's header stands inside this one's data; -1: it does not.
+
+        The cursor is then put there.
+        """
+        source = self._source
+        if isinstance(source, PlainFile):
+            held = source.pread(got, self.cursor.at - got)
+        elif data is not None:
+            held = data
+        elif slot >= 0 and self._slots is not None:
+            held = bytes(self._slots.view(slot, got))
+        else:
+            return -1
+        at = find_extent_header(held, self._uuid)
+        if at >= 0:
+            if isinstance(source, PlainFile):
+                self.cursor.at -= got - at
+            else:
+                self.cursor.put_back(held[at:])
+            self._give_back(slot)
+        return at
+
+    def _give_back(self, slot: int) -> None:
+        if slot >= 0 and self._slots is not None:
+            self._slots.give(slot)
+
+    def search(self) -> CompressionError | None:
+        """Put the cursor to the next sound extent header, or to the end.
+
+        Where the compressed data is damaged on the way, returns the error instead.
+        """
+        try:
+            if self._found_at >= 0:
+                self._found_at = -1
+                return None
+            while window := self.cursor.window(_SEARCH_BYTES):
+                self._check()
+                at = find_extent_header(window, self._uuid)
+                if at >= 0:
+                    self.cursor.pass_over(at)
+                    return None
+                # The last bytes may be the beginning of a header.
+                whole = len(window) < _SEARCH_BYTES
+                self.cursor.pass_over(
+                    len(window) if whole else len(window) - EXTENT_HEADER_BYTES + 1
+                )
+            self.at_end = True
+        except CompressionError as error:
+            return error
+        return None
+
+
+def find_first_extent(archive: Archive, check: Callable[[], None]) -> bool:
+    """Whether there is any extent; the archive's header is then told its place and its uuid."""
+    cursor = _Cursor(archive, 0, b"")
+    while True:
+        check()
+        try:
+            window = cursor.window(_SEARCH_BYTES)
+        except CompressionError as error:
+            cursor.break_off(error)
+            if not error.resumes:
+                return False
+            continue
+        if not window:
+            return False
+        at = find_extent_header(window, None)
+        if at >= 0:
+            cursor.pass_over(at)
+            archive.header = archive.header._replace(
+                uuid=extent_uuid(window[at:]), header_bytes=cursor.at
+            )
+            archive.held = cursor.held
+            return True
+        whole = len(window) < _SEARCH_BYTES
+        cursor.pass_over(len(window) if whole else len(window) - EXTENT_HEADER_BYTES + 1)
+
+
+def cut_off(extent: Extent, got: int) -> ExtentError:
+    """The archive ends `got` bytes into this extent's data."""
+    return ExtentError(
+        f"the archive ends inside an extent's data ({got} of {extent.data_bytes} bytes)",
+        offset=extent.offset,
+        reference_text=(f"short vma extent ({EXTENT_HEADER_BYTES + got} < {extent.total_bytes})"),
+    )
