@@ -495,13 +495,8 @@ class _Job:
 def _notice(error: ArchiveError, wanted: Sequence[DiskState], states: Sequence[DiskState]) -> str:
     whole = ", ".join(map(repr, whole_names(wanted))) or "nothing but configs"
     others = [state_text(state.fields()) for state in states if not state.is_whole]
-    return "; ".join(
-        [
-            f"the archive is damaged, and what is restored of it ({whole}) is not",
-            *others,
-            str(error),
-        ]
-    )
+    first = f"the archive is damaged; what is restored of it is whole: {whole}"
+    return "; ".join([first, *others, str(error)])
 
 
 def _advice(states: Sequence[DiskState]) -> str:

@@ -195,7 +195,11 @@ class _Walk:
         extent = parse_extent_header(raw_header, self._uuid, start)
         self.cursor.pass_over(EXTENT_HEADER_BYTES)
         data, slot, got = self._data(extent)
-        if got < extent.data_bytes or not self._another_follows():
+        if (
+            got < extent.data_bytes
+            or not self._another_follows()
+            or self._ends_in_header(extent, data, slot)
+        ):
             inside = self._header_inside(extent, data, slot, got)
             if inside >= 0:
                 self._found_at = inside
@@ -240,6 +244,26 @@ class _Walk:
             self._pending = error
             return True
         return not start or start.startswith(EXTENT_MAGIC)
+
+    def _ends_in_header(self, extent: Extent, data: bytes | None, slot: int) -> bool:
+        """Whether an extent of zeroes stands where this one's data should end.
+
+        Then as many bytes of the data are missing, and what comes next is in its place again.
+        """
+        at = extent.data_bytes - EXTENT_HEADER_BYTES
+        if at < 0:
+            return False
+        source = self._source
+        mark = EXTENT_MAGIC
+        if isinstance(source, PlainFile):
+            tail = source.pread(len(mark), extent.offset + EXTENT_HEADER_BYTES + at)
+        elif data is not None:
+            tail = data[at : at + len(mark)]
+        elif slot >= 0 and self._slots is not None:
+            tail = bytes(self._slots.view(slot, extent.data_bytes)[at : at + len(mark)])
+        else:
+            return False
+        return tail == mark
 
     def _header_inside(self, extent: Extent, data: bytes | None, slot: int, got: int) -> int:
         """Where the next extent's header stands inside this one's data; -1: it does not.

@@ -357,6 +357,8 @@ class Ledger:
         if self._walk is not None:
             return "manifest" if device.dev_id not in self._unchecked else None
         proof = self._proof
+        if self._archive.header_error is not None:
+            return None  # nobody knows how long it was
         if proof is None or not proof.parts_with or proof.parts_with < proof.parts:
             return None
         whole = not self._unproven.holds(device.dev_id, proof)

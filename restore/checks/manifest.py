@@ -89,14 +89,14 @@ class ManifestWalk:
         """
         line = self._line(0)
         if self._certain and line is not None and self._fits(line, extent):
-            return self._take(0)
+            return self._take(0, extent)
         found = compute()
         place = self._with_digest(extent, found)
         if place is not None:
             self._go_to(place)
             self._certain = True
             self._shift = extent.offset - self._coming[0].at
-            return self._take(0)
+            return self._take(0, extent)
         self._certain = False
         index = 0
         while (line := self._line(index)) is not None and line.at + self._shift < extent.offset:
@@ -104,7 +104,7 @@ class ManifestWalk:
             if index >= _LOOK_LINES:
                 self._go_to(index)
                 index = 0
-        return self._take(index) if line is not None and self._fits(line, extent) else None
+        return self._take(index, extent) if line is not None and self._fits(line, extent) else None
 
     def finish(self) -> int:
         """How many lines there are behind that of the last extent. Raises ArchiveError."""
@@ -127,10 +127,11 @@ class ManifestWalk:
         wanted = ExtentDigest(extent.total_bytes, digest)
         self._line(_LOOK_LINES)
         for index, line in enumerate(self._coming):
-            if line.expected == wanted:
+            if line.expected == wanted and line.taken_by != _key(extent):
                 return index
         for index, line in enumerate(reversed(self._past), 1):
-            if line.expected == wanted and not line.used:
+            # One that this very extent has had: now it is there twice.
+            if line.expected == wanted and line.taken_by != _key(extent):
                 return -index
         return None
 
@@ -140,11 +141,11 @@ class ManifestWalk:
         for _ in range(-place):
             self._coming.appendleft(self._past.pop())
 
-    def _take(self, place: int) -> bytes:
+    def _take(self, place: int, extent: Extent) -> bytes:
         self._go_to(place)
         line = self._coming.popleft()
-        self._past.append(line._replace(used=True))
-        self.matched += 0 if line.used else 1
+        self._past.append(line._replace(taken_by=_key(extent)))
+        self.matched += 1 if line.taken_by is None else 0
         self._last = max(self._last, line.number)
         return line.expected.digest
 
@@ -162,12 +163,20 @@ class ManifestWalk:
 
 
 class _Line(NamedTuple):
-    """Where the extent stood when it was stored, and what it was; `used`: it was found."""
+    """Where the extent stood when it was stored, and what it was; `taken_by`: which one was found."""
 
     number: int
     at: int
     expected: ExtentDigest
-    used: bool = False
+    taken_by: tuple[int, int, int] | None = None
+
+
+def _key(extent: Extent) -> tuple[int, int, int]:
+    """What tells extents of one archive apart, unless one is there twice."""
+    if not extent.runs:
+        return 0, 0, 0
+    run = extent.runs[0]
+    return run.dev_id, run.first_cluster, run.count
 
 
 class Manifest:
