@@ -141,6 +141,8 @@ def _restore(options: argparse.Namespace) -> None:
         raise UsageError(f"--workers {options.workers}: use 1 to {_MAX_WORKERS}")
     if options.map and options.device:
         raise UsageError("--map and --device exclude each other")
+    if options.salvage and options.resume:
+        raise UsageError("--salvage and --resume exclude each other")
     if options.map == "-" and options.archive == "-":
         raise UsageError("the map and the archive cannot both come from stdin")
     inherited_fds(options.archive)

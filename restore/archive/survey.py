@@ -56,6 +56,7 @@ class _Cursor:
         self._source = archive.source
         self._held = held
         self._error: CompressionError | None = None
+        self._seen = -1, b""
 
     def peek(self, length: int) -> bytes:
         """The next bytes, fewer only at the end. Raises CompressionError."""
@@ -68,7 +69,12 @@ class _Cursor:
         """The next bytes, fewer only at the end or before damage; CompressionError there."""
         source = self._source
         if isinstance(source, PlainFile):
-            return source.pread(length, self.at)
+            # Whoever looks at what follows an extent comes there next.
+            at, seen = self._seen
+            if at != self.at or len(seen) != length:
+                seen = source.pread(length, self.at)
+                self._seen = self.at, seen
+            return seen
         while len(self._held) < length and self._error is None:
             try:
                 piece = source.read(length - len(self._held), up_to_damage=True)
