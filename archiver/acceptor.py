@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vmapipe.archiver.relay import Flow
+from vmapipe.archiver.relay import Flow, PipeStock
 from vmapipe.protocol.zmtp import Opening, Refused, Stage, greeting
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Emit, Event
@@ -82,6 +82,7 @@ class Acceptor:
         self._most_waiting: int = options.most_waiting
         self._most_judged: int = options.most_judged
         self._most: int = options.most
+        self._pipes = PipeStock(options.most_pipes)
         self._emit = emit
         self._epoll = select.epoll()
         self._masks: dict[int, int] = {}
@@ -278,8 +279,8 @@ class Acceptor:
         self._judged[guest] = None
         guest.since = now
         guest.service = service
-        guest.up = Flow(guest.client, service, may_pipe=True)
-        guest.down = Flow(service, guest.client, may_pipe=False)
+        guest.up = Flow(guest.client, service, self._pipes)
+        guest.down = Flow(service, guest.client, None)
         self._by_fd[service.fileno()] = guest
         self._watch(guest)
         return True
@@ -407,6 +408,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--curve", action="store_true")
     made.add_argument("--most-waiting", type=int, required=True)
     made.add_argument("--most-judged", type=int, required=True)
+    made.add_argument("--most-pipes", type=int, required=True)
     made.add_argument("--most", type=int, required=True)
     return made
 

@@ -18,17 +18,27 @@ _MOST_JUDGED = 64
 # Connections whose first words are awaited: in the acceptor's process, where they cost
 # a descriptor and some 2 KiB each.
 _MOST_WAITING = 1024
-# What a client that was let in and sends much costs the acceptor: two sockets, a pipe.
-_PER_GUEST = 4
+# What a client that was let in costs the acceptor: two sockets, and every second one a
+# pipe; those that send little need none.
+_PER_GUEST = 3
+# Who was let in and says nothing yet.
+_MOST_SILENT = 32
+# Who was refused, and has not gone.
+_MOST_VISITORS = 64
 
 
 class Budget(NamedTuple):
-    """`judged`, `waiting`, `guests`: see acceptor.py. `rest`: for whoever has proved who it is,
-    in the process behind it: connections, and what jobs need."""
+    """`waiting`, `judged`: see acceptor.py; `pipes`: for those that send much. `guests`: all that were
+    shown in: `silent` ones, `visitors` that belong to no job, and those of `jobs`. `rest`: descriptors of
+    the process behind for jobs, with their connections."""
 
-    judged: int
     waiting: int
+    judged: int
     guests: int
+    pipes: int
+    silent: int
+    visitors: int
+    jobs: int
     rest: int
 
 
@@ -41,7 +51,19 @@ def budget_of(limit: int, in_use: int) -> Budget:
             f"{in_use + RESERVE + _LEAST} or more: raise the limit (`ulimit -n`, LimitNOFILE= of a "
             "unit)"
         )
-    judged = min(_MOST_JUDGED, spare // 8)
     waiting = min(_MOST_WAITING, limit // 8)
-    guests = max(2, (limit - RESERVE - 2 * waiting) // _PER_GUEST)
-    return Budget(judged, waiting, guests, spare - judged)
+    guests = (limit - RESERVE - 2 * waiting) // _PER_GUEST
+    judged = min(_MOST_JUDGED, max(2, guests // 8))
+    silent = min(_MOST_SILENT, max(1, guests // 8))
+    visitors = min(_MOST_VISITORS, max(2, guests // 8))
+    others = judged + silent + visitors
+    return Budget(
+        waiting,
+        judged,
+        guests,
+        guests // 2,
+        silent,
+        visitors,
+        max(2, guests - others),
+        spare - others,
+    )

@@ -48,7 +48,8 @@ class Connections:
         self._silent: dict[int, None] = {}
         self._peers: dict[int, bytes] = {}
         self._fds: dict[bytes, int] = {}
-        self._left: dict[bytes, None] = {}
+        # Those that have gone, and whether what they had sent is still heard.
+        self._left: dict[bytes, bool] = {}
         self._gone: list[bytes] = []
         self._said = False
         self._notices: list[str] = []
@@ -67,8 +68,10 @@ class Connections:
     def heard(self, frame: zmq.Frame) -> bool:
         """A message came from `frame`; False when its sender must not be listened to."""
         peer = frame.bytes
-        if peer in self._fds or peer in self._left:
+        if peer in self._fds:
             return True
+        if peer in self._left:
+            return self._left[peer]
         try:
             fd = int(str(frame.get(_FD_PROPERTY)))
         except zmq.ZMQError:
@@ -77,7 +80,9 @@ class Connections:
         self.look()
         if _has_own_name(frame):
             self._notice_name()
-            self._shut(fd)
+            if fd in self._silent:
+                del self._silent[fd]
+                self._shut(fd)
             return False
         if fd in self._peers:
             # That one has gone, and had said something which came only afterwards.
@@ -92,10 +97,15 @@ class Connections:
         return True
 
     def drop(self, peer: bytes) -> None:
-        """End this peer's connection; it may come again."""
+        """End this peer's connection, and listen to it no more; it may come again over a new one."""
+        # If it has gone already, its number may be another's.
+        self.look()
         fd = self._fds.get(peer)
         if fd is not None:
+            del self._peers[fd]
+            self._forget(peer)
             self._shut(fd)
+        self._leave(peer, is_heard=False)
 
     def take_gone(self) -> list[bytes]:
         """Peers whose connection has ended since; what they had sent may still come."""
@@ -125,9 +135,10 @@ class Connections:
         del self._fds[peer]
         self._leave(peer)
 
-    def _leave(self, peer: bytes) -> None:
-        self._gone.append(peer)
-        self._left[peer] = None
+    def _leave(self, peer: bytes, *, is_heard: bool = True) -> None:
+        if peer not in self._left:
+            self._gone.append(peer)
+        self._left[peer] = is_heard
         if len(self._left) > _MAX_GONE:
             del self._left[next(iter(self._left))]
 

@@ -98,7 +98,8 @@ class Door:
         fd = self._listener.fileno()
         words = [f"--listener-fd={fd}", f"--path={self.inner.removeprefix('ipc://')}"]
         words += [f"--most-waiting={budget.waiting}", f"--most-judged={budget.judged}"]
-        words += [f"--most={budget.guests}", *(["--curve"] if self._curve else [])]
+        words += [f"--most-pipes={budget.pipes}", f"--most={budget.guests}"]
+        words += [*(["--curve"] if self._curve else [])]
         self._child = Child(
             "the acceptor of connections", "vmapipe.archiver.acceptor", words, [fd], fork=True
         )

@@ -49,8 +49,6 @@ TURN = 64
 _HANDSHAKE_MS = 10_000
 # Connections of the acceptor that nobody has taken yet.
 _BACKLOG = 1024
-# Who was let in and says nothing, beside those that are being judged.
-_MOST_SILENT = 32
 # Producers hear by these that the connection is alive (producer/link.py).
 _HEARTBEAT_MS = 3000
 # A connection that is dead takes a descriptor and nothing else. Behind a slow
@@ -112,7 +110,7 @@ class ListeningSocket:
             self._gate = _gate(self._context, self._socket, keys) if keys else None
             # On one host only its owner can open the socket's folder.
             self._connections = (
-                Connections(self._socket, self._door.budget.judged + _MOST_SILENT)
+                Connections(self._socket, self._door.budget.judged + self._door.budget.silent)
                 if self._door
                 else None
             )

@@ -16,6 +16,13 @@ _PIPE_BYTES = 512 << 10
 _SPLICE_FLAGS = getattr(os, "SPLICE_F_MOVE", 1) | getattr(os, "SPLICE_F_NONBLOCK", 2)
 
 
+class PipeStock:
+    """How many pipes there may be more."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
 class Flow:
     """`take` from one socket, `give` to the other.
 
@@ -23,14 +30,14 @@ class Flow:
     of copying them: a third of the processor time.
     """
 
-    def __init__(self, source: socket.socket, sink: socket.socket, *, may_pipe: bool) -> None:
+    def __init__(self, source: socket.socket, sink: socket.socket, pipes: PipeStock | None) -> None:
         self.source = source
         self.sink = sink
         #: Nothing more comes.
         self.ended = False
         #: Nothing more is taken; what was held is thrown away.
         self.lost = False
-        self._may_pipe = may_pipe and hasattr(os, "splice")
+        self._pipes = pipes if hasattr(os, "splice") else None
         self._held = b""
         self._pipe: tuple[int, int] | None = None
         self._piped_bytes = 0
@@ -62,8 +69,8 @@ class Flow:
                 data = self.source.recv(_PIECE_BYTES)
                 size = len(data)
                 self._held += data
-                if size == _PIECE_BYTES and self._may_pipe:
-                    self._make_pipe()
+                if size == _PIECE_BYTES and self._pipes is not None and self._pipes.left > 0:
+                    self._make_pipe(self._pipes)
         except BlockingIOError:
             self._is_full = self._piped_bytes > 0
             return
@@ -90,11 +97,13 @@ class Flow:
     def close(self) -> None:
         for fd in self._pipe or ():
             os.close(fd)
+        if self._pipe is not None and self._pipes is not None:
+            self._pipes.left += 1
         self._pipe = None
 
-    def _make_pipe(self) -> None:
-        self._may_pipe = False
+    def _make_pipe(self, pipes: PipeStock) -> None:
         with contextlib.suppress(OSError):  # it goes without
             self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            pipes.left -= 1
             with contextlib.suppress(OSError):
                 fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vmapipe.archiver.service.jobs import Place, Room, ServiceJob
+from vmapipe.archiver.service.jobs import Need, Place, Room, ServiceJob, need_of
 from vmapipe.protocol import jobs
 from vmapipe.protocol.errors import RemoteProtocolError
+from vmapipe.runtime.texts import one_line
 
 # What an archiver's process may take: some 45 MiB, its producers' window, compression.
 JOB_MEMORY_BYTES = 128 << 20
+_UNLIMITED = Need(1 << 30, 1 << 30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,12 @@ class Limits:
     min_memory_bytes: int = 256 << 20
     heartbeat_s: int = 90
     job_memory_bytes: int = JOB_MEMORY_BYTES
+    #: Nothing may come from a job's producers for so long; 0: for ever.
+    idle_s: int = 0
+    #: For jobs together.
+    most: Need = _UNLIMITED
+    #: Connections that belong to no job.
+    most_visitors: int = 64
 
 
 class Facts(Protocol):
@@ -45,7 +53,9 @@ def admit(
     """Raises RemoteProtocolError with the reason for which there will be no such job."""
     fault = jobs.archive_name_fault(request.name)
     if fault:
-        raise RemoteProtocolError("bad-name", f"no archive can be called {request.name!r}: {fault}")
+        raise RemoteProtocolError(
+            "bad-name", f"no archive can be called {one_line(request.name, 120)!r}: {fault}"
+        )
     place = facts.place(client, request)
     if place.exists or any(job.place.path == place.path for job in running):
         raise RemoteProtocolError(
@@ -58,6 +68,13 @@ def admit(
         raise RemoteProtocolError(
             "too-many-jobs", f"{mine} jobs of this client are running; try later"
         )
+    if place.shared and not place.max_jobs and mine >= bounds.max_jobs - len(running):
+        raise RemoteProtocolError(
+            "too-many-jobs",
+            f"{mine} jobs of this client are running, and the other places are kept for others; "
+            "try later",
+        )
+    _check_need(client, len(request.devices), running, bounds.most, shared=place.shared)
     if place.quota_bytes and place.used_bytes >= place.quota_bytes:
         raise RemoteProtocolError(
             "quota", f"{place.used_bytes} bytes are stored of a quota of {place.quota_bytes}"
@@ -74,3 +91,29 @@ def admit(
             "no-memory", f"{room.memory_bytes} bytes of memory are available; try later"
         )
     return place
+
+
+def _check_need(
+    client: str, devices: int, running: Sequence[ServiceJob], most: Need, *, shared: bool
+) -> None:
+    """A client may take half of what is left; so there is always room for another one's first job."""
+    need = need_of(devices)
+    if any(its > all_of_it for its, all_of_it in zip(need, most, strict=True)):
+        raise RemoteProtocolError(
+            "too-many-jobs",
+            f"a job of {devices} devices needs {need.connections} connections and "
+            f"{need.descriptors} open files, and the service has {most.connections} and "
+            f"{most.descriptors} for all jobs: its limit of open files has to be raised",
+        )
+    for number, what in enumerate(("connections", "open files")):
+        taken = sum(job.need[number] for job in running)
+        own = sum(job.need[number] for job in running if job.client == client)
+        left = most[number] - taken
+        # The first job of a client may take more than half.
+        fair = left if not own or not shared else min(left, left - own)
+        if need[number] > fair:
+            raise RemoteProtocolError(
+                "too-many-jobs",
+                f"the job needs {need[number]} {what} of the service's, and {max(0, fair)} are left "
+                "for this client; try later",
+            )

@@ -56,7 +56,8 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="jobs at once of each client (default: no limit of its own)",
+        help="jobs at once of each client (default: half of those that are left, where there are "
+        "other clients)",
     )
     group.add_argument(
         "--client-timeout",
@@ -65,6 +66,14 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
         default=90,
         metavar="SECONDS",
         help="a job whose `vmapipe backup` is silent for so long is ended (default: 90)",
+    )
+    group.add_argument(
+        "--idle-timeout",
+        type=_stop_time,
+        # The slowest honest job, with --speed 1K, has a cluster in a minute.
+        default=1800,
+        metavar="SECONDS",
+        help="a job from whose producers nothing comes for so long is ended (default: 1800; 0: never)",
     )
     group.add_argument(
         "--stop-timeout",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from vmapipe.archiver.service.admission import Facts, Limits, admit
 from vmapipe.archiver.service.instructions import (
+    Drop,
     Forward,
     Instruction,
     Kill,
@@ -20,16 +21,21 @@ from vmapipe.archiver.service.instructions import (
     Send,
     Start,
 )
-from vmapipe.archiver.service.jobs import STOP_S, Phase, ServiceJob
+from vmapipe.archiver.service.jobs import STOP_S, Phase, ServiceJob, said_reason
 from vmapipe.archiver.service.producers import Producer, Producers
 from vmapipe.archiver.service.strangers import Strangers
-from vmapipe.protocol import frames, jobs
+from vmapipe.archiver.service.visitors import LogLimit, Visitors
+from vmapipe.protocol import jobs
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.packing import Part
 from vmapipe.runtime.events import Event
+from vmapipe.runtime.texts import one_line
 
 # Last answers of an archiver that has ended may still be under way to us.
 DRAIN_S = 2.0
+# Of a refusal; a name that a job can have has 200 bytes at most.
+_LOGGED_NAME_CHARS = 200
+_LOGGED_REASON_CHARS = 300
 # Ended jobs that are remembered, for coordinators that ask again.
 _MAX_REMEMBERED = 1024
 # See archiver/job.py: after a longer gap we ourselves were stopped.
@@ -47,6 +53,8 @@ class Front:
         self._stopping = ""
         self._ticked = now
         self._strangers = Strangers()
+        self._visitors = Visitors(bounds.most_visitors)
+        self._log_limit = LogLimit()
 
     @property
     def running(self) -> list[ServiceJob]:
@@ -66,8 +74,12 @@ class Front:
         producer = self.producers.by_peer.get(peer)
         if producer is not None:
             if producer.client == client:
+                producer.heard = now
                 yield from self._pass_on(peer, producer, parts, now)
             return
+        gone = self._visitors.met(peer, client)
+        if gone is not None:
+            yield Drop(gone)
         try:
             name, fields = jobs.unpack_control(parts)
             message = jobs.read_of_coordinator(name, fields)
@@ -75,15 +87,30 @@ class Front:
                 case jobs.Open():
                     yield from self._open(peer, client, message, now)
                 case jobs.Beat(job_id):
-                    yield from self._job_of(job_id, client).meet(peer, now)
+                    yield from self._meet(self._job_of(job_id, client), peer, now)
                 case jobs.Cancel(job_id, reason):
                     job = self._job_of(job_id, client)
-                    yield from job.meet(peer, now)
+                    yield from self._meet(job, peer, now)
                     yield from job.stop(reason, now)
                 case None:
                     yield from self._attach(peer, client, name, fields.get("job"), now)
         except RemoteProtocolError as error:
             yield from self._refuse_stranger(peer, client, error, now)
+
+    def left(self, peer: bytes, now: float) -> None:
+        """This peer's connection has ended; what it had sent may still come."""
+        self._visitors.left(peer)
+        producer = self.producers.by_peer.get(peer)
+        if producer is not None:
+            producer.gone = now
+        for job in self.jobs.values():
+            job.left(peer)
+
+    def unattached(self, peer: bytes, job_id: bytes) -> Iterator[Instruction]:
+        """There was no descriptor for this producer."""
+        self.producers.forget(self.jobs[job_id], peer)
+        error = RemoteProtocolError("busy", "the service has no open files left; try later")
+        yield Send(peer, _refusal(error))
 
     def answer(self, peer: bytes, parts: Sequence[Part]) -> Iterator[Instruction]:
         """A message from the archiver of this producer."""
@@ -97,7 +124,13 @@ class Front:
 
     def told(self, job_id: bytes, event: Event) -> Iterator[Instruction]:
         """Any other event of a job's archiver."""
-        yield from self.jobs[job_id].told(event)
+        job = self.jobs[job_id]
+        for instruction in job.hear(event):
+            if isinstance(instruction, Log) and not self._log_limit.may_say(
+                job.client, self._ticked
+            ):
+                continue
+            yield instruction
 
     def ended(self, job_id: bytes, words: str, usage: Event, now: float) -> Iterator[Instruction]:
         """A job's archiver is gone. `words` say why if it failed; `usage` is for the log."""
@@ -114,6 +147,7 @@ class Front:
             yield from self._look_at(job, now)
         yield from self._hold_quotas(now)
         yield from map(_notice, self._strangers.more(now))
+        yield from map(_notice, self._log_limit.more(now))
 
     def stop(self, reason: str) -> None:
         """No new jobs from now on."""
@@ -128,6 +162,9 @@ class Front:
         for job in self.running:
             if job.client == client:
                 yield from job.stop(f"the key of client {client!r} was revoked", now)
+        for peer in self._visitors.of(client):
+            self._visitors.left(peer)
+            yield Drop(peer)
 
     # --- coordinators ---
 
@@ -136,24 +173,29 @@ class Front:
     ) -> Iterator[Instruction]:
         known = self.jobs.get(request.job)
         if known is not None:
-            yield from self._job_of(request.job, client).meet(peer, now)
+            yield from self._meet(self._job_of(request.job, client), peer, now)
             return
         try:
             if self._stopping:
                 raise RemoteProtocolError("stopping", self._stopping)
             place = admit(client, request, self.running, self._limits, self._facts)
         except RemoteProtocolError as error:
-            yield Log(
-                {
-                    "event": "job-refused",
-                    "client": client,
-                    "archive": request.name,
-                    "code": error.code,
-                    "text": error.reason,
-                }
-            )
-            yield Send(peer, _refusal(error))
+            if self._log_limit.may_say(client, now):
+                yield Log(
+                    {
+                        "event": "job-refused",
+                        "client": client,
+                        "archive": one_line(request.name, _LOGGED_NAME_CHARS),
+                        "code": error.code,
+                        "text": one_line(error.reason, _LOGGED_REASON_CHARS),
+                    }
+                )
+            if self._visitors.may_hear(peer):
+                yield Send(peer, _refusal(error))
+            else:
+                yield Drop(peer)
             return
+        self._visitors.left(peer)
         self.jobs[request.job] = ServiceJob(
             request.job,
             client,
@@ -164,8 +206,17 @@ class Front:
             coordinator=peer,
             heard=now,
             started=now,
+            idle_s=self._limits.idle_s,
         )
         yield Start(request.job, request, place.path)
+
+    def _meet(self, job: ServiceJob, peer: bytes, now: float) -> Iterator[Instruction]:
+        before = job.coordinator
+        yield from job.meet(peer, now)
+        if job.coordinator == peer:
+            self._visitors.left(peer)
+            if before not in (b"", peer):
+                yield Drop(before)
 
     # --- producers ---
 
@@ -181,6 +232,7 @@ class Front:
             raise RemoteProtocolError(code, error.reason) from error
         if job.phase is not Phase.RUNNING:
             raise RemoteProtocolError("unknown-job", f"the job is {job.phase.value}")
+        self._visitors.left(peer)
         yield from self.producers.attach(job, peer, client, now)
         yield Forward(peer)
 
@@ -213,11 +265,14 @@ class Front:
     ) -> Iterator[Instruction]:
         if self._strangers.is_new(peer):
             yield Send(peer, _refusal(error))
-            yield from map(_notice, self._strangers.refused(client, str(error), now))
+            yield from map(_notice, self._strangers.refused(client, one_line(str(error)), now))
+        elif not self._visitors.may_hear(peer):
+            yield Drop(peer)
 
     # --- time ---
 
     def _look_at(self, job: ServiceJob, now: float) -> Iterator[Instruction]:
+        yield from self.producers.detach_gone(job, now - DRAIN_S)
         overdue = job.overdue(now)
         if overdue:
             yield from job.stop(overdue, now)
@@ -246,7 +301,7 @@ class Front:
 
 
 def _refusal(error: RemoteProtocolError) -> list[Part]:
-    return jobs.encode(jobs.Refused(error.code, frames.sayable(error.reason)))
+    return jobs.encode(jobs.Refused(error.code, said_reason(error.reason)))
 
 
 def _notice(text: str) -> Log:

@@ -58,8 +58,14 @@ class Detach(NamedTuple):
     peer: bytes
 
 
+class Drop(NamedTuple):
+    """End this peer's connection; it may come again."""
+
+    peer: bytes
+
+
 class Log(NamedTuple):
     event: Event
 
 
-Instruction = Send | Start | Stop | Kill | Release | Attach | Forward | Detach | Log
+Instruction = Send | Start | Stop | Kill | Release | Attach | Forward | Detach | Drop | Log

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator, Sequence
 
 import zmq
@@ -61,9 +62,14 @@ class FrontLink(ListeningSocket):
                     break
                 yield peer, sock.recv_multipart(zmq.NOBLOCK)
 
-    def attach(self, peer: bytes, endpoint: str) -> None:
-        """Open a connection to an archiver for what this peer sends."""
-        sock = self._context.socket(zmq.DEALER)
+    def attach(self, peer: bytes, endpoint: str) -> bool:
+        """Open a connection to an archiver for what this peer sends; False: no descriptor is left."""
+        try:
+            sock = self._context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            return False
         sock.linger = LINGER_MS
         sock.sndhwm = _FORWARD_MARK
         sock.rcvhwm = ANSWER_MARK
@@ -72,6 +78,7 @@ class FrontLink(ListeningSocket):
         self._dealers[peer] = sock
         self._peers[sock] = peer
         self._poller.register(sock, zmq.POLLIN)
+        return True
 
     def detach(self, peer: bytes) -> None:
         sock = self._dealers.pop(peer)
@@ -82,5 +89,7 @@ class FrontLink(ListeningSocket):
     def forward(self, peer: bytes, parts: Frames) -> None:
         """Pass a message on to the peer's archiver, without a copy."""
         # Above the mark it is lost; the archiver then misses its number, and says so.
+        dealer = self._dealers.get(peer)
         with contextlib.suppress(zmq.Again):
-            self._dealers[peer].send_multipart(parts, zmq.NOBLOCK, copy=False)
+            if dealer is not None:
+                dealer.send_multipart(parts, zmq.NOBLOCK, copy=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -17,6 +16,7 @@ from vmapipe.archiver.jobspec import RECONNECT_S
 from vmapipe.archiver.service.admission import Limits
 from vmapipe.archiver.service.crew import Crew
 from vmapipe.archiver.service.front import Front
+from vmapipe.archiver.service.jobs import Need
 from vmapipe.archiver.service.link import FrontLink
 from vmapipe.archiver.service.objectplaces import JOB_MEMORY_BYTES, ObjectPlaces
 from vmapipe.archiver.service.places import Places
@@ -52,12 +52,18 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
         _MIN_FREE_BYTES if options.min_free is None else options.min_free,
         options.min_memory,
         options.client_timeout,
+        idle_s=options.idle_timeout,
     )
     if to_store:
         bounds = replace(bounds, job_memory_bytes=JOB_MEMORY_BYTES)
-    _allow_descriptors()
     link = FrontLink(options.listen, keys)
     try:
+        if link.budget is not None:
+            bounds = replace(
+                bounds,
+                most=Need(link.budget.jobs, link.budget.rest),
+                most_visitors=link.budget.visitors,
+            )
         words = _archiver_options(options, link)
         crew = Crew(words, link.watch, link.unwatch, to_store=to_store)
         try:
@@ -129,13 +135,6 @@ def _reconnect_limit_s(options: argparse.Namespace) -> int:
             f"({options.client_timeout} s), because after that a job's coordinator is given up"
         )
     return limit_s
-
-
-def _allow_descriptors() -> None:
-    """Each connection takes some: as many as we may have."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _say_json(event: Event) -> None:

@@ -52,7 +52,11 @@ class ObjectPlaces:
         except Failure as failure:
             raise RemoteProtocolError("failed", f"on the service's side: {failure}") from failure
         folder = f"{self._prefix}/{rules.folder}" if rules.folder else self._prefix
-        return Place(f"{folder}/{request.name}", max_jobs=rules.max_jobs)
+        return Place(
+            f"{folder}/{request.name}",
+            max_jobs=rules.max_jobs,
+            shared=self._rules.has_others(client),
+        )
 
     def room(self) -> Room:
         return Room(_WITHOUT_LIMIT_BYTES, available_memory_bytes())

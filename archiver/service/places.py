@@ -54,6 +54,7 @@ class Places:
             max_jobs=rules.max_jobs,
             quota_bytes=rules.quota_bytes,
             used_bytes=_used_bytes(folder) if rules.quota_bytes else 0,
+            shared=self._rules.has_others(client),
         )
 
     def room(self) -> Room:

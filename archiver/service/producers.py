@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vmapipe.archiver.service.instructions import Attach, Detach, Send
+from vmapipe.archiver.service.instructions import Attach, Detach, Drop, Send
 from vmapipe.archiver.service.jobs import ServiceJob
 from vmapipe.protocol import jobs, limits
 from vmapipe.protocol.packing import Part
@@ -35,6 +35,8 @@ class Producer:
     heard: float
     taken_bytes: int = 0
     dropped: int = 0
+    #: When its connection ended; what it had sent may still come.
+    gone: float = float("inf")
     _first_limit: int = -1
     _ceiling_bytes: int = SLACK_BYTES
     _unanswered: int = 0
@@ -67,12 +69,13 @@ class Producers:
 
     def attach(
         self, job: ServiceJob, peer: bytes, client: str, now: float
-    ) -> Iterator[Attach | Detach]:
+    ) -> Iterator[Attach | Detach | Drop]:
         """A new one, or one of the job's over a new connection."""
         if len(job.producers) >= job.most_producers:
             # The one whose connection has been dead the longest.
             oldest = min(job.producers, key=lambda other: self.by_peer[other].heard)
             yield self._detach(job, oldest)
+            yield Drop(oldest)
         job.producers.add(peer)
         producer = self.by_peer[peer] = Producer(job.id, client, now)
         producer.admits(1, 0)
@@ -80,6 +83,16 @@ class Producers:
 
     def detach_all(self, job: ServiceJob) -> Iterator[Detach]:
         for peer in list(job.producers):
+            yield self._detach(job, peer)
+
+    def forget(self, job: ServiceJob, peer: bytes) -> None:
+        """It could not be attached."""
+        job.producers.discard(peer)
+        self.by_peer.pop(peer, None)
+
+    def detach_gone(self, job: ServiceJob, before: float) -> Iterator[Detach]:
+        """Those whose connection ended before that."""
+        for peer in [peer for peer in job.producers if self.by_peer[peer].gone < before]:
             yield self._detach(job, peer)
 
     def _detach(self, job: ServiceJob, peer: bytes) -> Detach:

@@ -11,6 +11,7 @@ from pathlib import Path
 from vmapipe.protocol import jobs
 from vmapipe.runtime.cli import size
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.keys import client_names
 from vmapipe.runtime.trusted import read_trusted
 
 # A few lines are expected; more is not what we look for.
@@ -40,6 +41,15 @@ class ClientRules:
         self._per_client = per_client
         for file in sorted(folder.glob("*.toml")) if folder else ():
             read_rules(file, usual)
+
+    def has_others(self, client: str) -> bool:
+        """Whether other clients may come than this one."""
+        if not self._folder or not client:
+            return False
+        try:
+            return any(name != client for name in client_names(self._folder))
+        except OSError:
+            return True
 
     def of(self, client: str) -> Rules:
         """Raises Failure."""

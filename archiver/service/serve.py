@@ -45,6 +45,8 @@ class Service:
             for peer, answer in link.answers():
                 self._carry_out(front.answer(peer, answer))
             self._hear_crew(now)
+            for peer in link.gone():
+                front.left(peer, now)
             if cancel.asked and deadline == float("inf"):
                 link.unwatch(cancel.fd)
                 deadline = now + self._begin_stop(cancel, stop_timeout_s)
@@ -92,9 +94,12 @@ class Service:
                 case core.Send(peer, parts):
                     self._link.send(peer, parts)
                 case core.Attach(peer, job):
-                    self._link.attach(peer, self._crew.endpoint_of(job))
+                    if not self._link.attach(peer, self._crew.endpoint_of(job)):
+                        self._carry_out(self._front.unattached(peer, job))
                 case core.Detach(peer):
                     self._link.detach(peer)
+                case core.Drop(peer):
+                    self._link.drop(peer)
                 case core.Start():
                     self._start(instruction)
                 case core.Stop(job):

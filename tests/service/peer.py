@@ -18,9 +18,17 @@ JOB = bytes(range(16))
 class Peer:
     """A DEALER of anybody's."""
 
-    def __init__(self, context: zmq.Context[Any], served: Served, keys: Path | None = None) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        served: Served,
+        keys: Path | None = None,
+        name: bytes | None = None,
+    ) -> None:
         self.socket = context.socket(zmq.DEALER)
         self.socket.linger = 0
+        if name is not None:
+            self.socket.routing_id = name
         if keys:
             self.socket.curve_serverkey = (keys / "server.pub").read_bytes().strip()
             self.socket.curve_publickey = (keys / "client.pub").read_bytes().strip()

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from tests.service.world import World
 from vmapipe.archiver.service.admission import JOB_MEMORY_BYTES, Limits
 from vmapipe.archiver.service.front import DRAIN_S
-from vmapipe.archiver.service.jobs import START_S, STOP_S, Room
+from vmapipe.archiver.service.jobs import START_S, STOP_S, Need, Room, need_of
 from vmapipe.archiver.service.producers import SLACK_BYTES
+from vmapipe.archiver.service.visitors import MAX_REFUSALS, Visitors
 from vmapipe.protocol import frames, jobs, limits
 from vmapipe.protocol.messages import Abort, Grant, Ping, Welcome
 
@@ -263,6 +266,175 @@ def test_old_connections_of_a_jobs_producers_make_room_for_new_ones(world: World
         world.hello(number.to_bytes(4, "big"), "", job)
     assert len(world.attached) == most
     assert (0).to_bytes(4, "big") not in world.attached
+
+
+def test_a_producer_whose_connection_ended_is_let_go_when_all_that_it_sent_has_come(
+    world: World,
+) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.ready(job)
+    world.hello(b"p", "", job)
+    world.front.left(b"p", world.now)
+    world.say(b"p", "", [b"\x01", b"late"])
+    assert world.forwarded[-1] == b"p"
+    world.pass_time(DRAIN_S + 2)
+    assert world.attached == {}
+    world.hello(b"p2", "", job)
+    assert world.attached == {b"p2": job}
+
+
+def test_a_producer_for_which_there_is_no_descriptor_is_refused_and_harms_no_job(
+    world: World,
+) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.ready(job)
+    world.hello(b"p", "", job)
+    del world.attached[b"p"]  # it could not be done
+    world.carry_out(world.front.unattached(b"p", job))
+    assert [m.code for m in world.heard_by(b"p") if isinstance(m, jobs.Refused)] == ["busy"]
+    world.hello(b"p2", "", job)
+    assert world.attached == {b"p2": job}
+    assert world.stopping == set()
+
+
+def test_nobody_hears_what_is_said_to_a_coordinator_whose_connection_has_ended(
+    world: World,
+) -> None:
+    job = world.open(b"c", "alice", "vm.vma")
+    world.ready(job)
+    world.front.left(b"c", world.now)
+    world.said.clear()
+    world.carry_out(world.front.told(job, {"event": "notice", "text": "secret"}))
+    # Somebody else has its name now.
+    world.say(b"c", "eve", [b"x"])
+    world.carry_out(world.front.told(job, {"event": "notice", "text": "secret"}))
+    assert [m for _, m in world.said if isinstance(m, jobs.Notice)] == []
+
+
+def test_one_client_cannot_take_all_places_where_others_may_come() -> None:
+    world = World(Limits(max_jobs=64, heartbeat_s=HEARTBEAT_S))
+    world.shared = True
+    for client in ("eve", "mallory", "alice"):
+        for number in range(64):
+            world.open(b"%s-%d" % (client.encode(), number), client, f"{number}.vma")
+    taken = Counter(job.client for job in world.front.running)
+    assert taken == {"eve": 32, "mallory": 16, "alice": 8}
+
+
+def test_a_client_that_is_alone_may_take_all_places() -> None:
+    world = World(Limits(max_jobs=8, heartbeat_s=HEARTBEAT_S))
+    for number in range(9):
+        world.open(b"%d" % number, "host1", f"{number}.vma")
+    assert len(world.front.running) == 8
+
+
+def test_jobs_are_opened_only_as_far_as_descriptors_reach() -> None:
+    one = need_of(2)
+    world = World(
+        Limits(heartbeat_s=HEARTBEAT_S, most=Need(10 * one.connections, 7 * one.descriptors))
+    )
+    world.shared = True
+    for client in ("eve", "alice"):
+        for number in range(8):
+            world.open(b"%s-%d" % (client.encode(), number), client, f"{number}.vma")
+    taken = Counter(job.client for job in world.front.running)
+    assert (taken["eve"], taken["alice"]) == (4, 2)
+    (refused,) = [m for m in world.heard_by(b"eve-7") if isinstance(m, jobs.Refused)]
+    assert refused.code == "too-many-jobs"
+    assert "open files" in refused.reason
+
+
+def test_a_job_larger_than_the_service_is_refused_with_the_way_out() -> None:
+    world = World(Limits(heartbeat_s=HEARTBEAT_S, most=Need(2, 100)))
+    world.open(b"c", "", "vm.vma")
+    (refused,) = [m for m in world.heard_by(b"c") if isinstance(m, jobs.Refused)]
+    assert "limit of open files has to be raised" in refused.reason
+
+
+def test_a_job_from_whose_producers_nothing_comes_is_ended() -> None:
+    world = World(Limits(heartbeat_s=HEARTBEAT_S, idle_s=600))
+    job = world.open(b"c", "", "vm.vma")
+    world.ready(job)
+    sizes = [{"bytes": 65536}, {"bytes": 65536}]
+    begun = {"event": "begun", "uuid": "00" * 16, "devices": sizes}
+    world.carry_out(world.front.told(job, begun))
+
+    def tick(minutes: int, done: int) -> None:
+        for _ in range(minutes * 6):
+            world.hello(b"p", "", job) if b"p" not in world.attached else None
+            world.say(b"p", "", frames.encode_control(Ping()))
+            beat(world, b"c", job)
+            devices = [{"done_bytes": done, "zero_bytes": 0}] * 2
+            progress = {"stored_bytes": 0, "plain_bytes": 0, "devices": devices}
+            world.carry_out(world.front.told(job, {"event": "progress", **progress}))
+            world.pass_time(10)
+
+    for part in range(1, 5):
+        tick(9, part)
+    assert world.stopping == set()
+    tick(11, 4)
+    assert world.stopping == {job}
+    assert world.front.jobs[job].reason == "nothing has come from its producers for 600 s"
+
+
+def test_a_job_that_has_all_may_wait_for_its_output() -> None:
+    world = World(Limits(heartbeat_s=HEARTBEAT_S, idle_s=60))
+    job = world.open(b"c", "", "vm.vma")
+    world.ready(job)
+    begun = {"event": "begun", "uuid": "00" * 16, "devices": [{"bytes": 5}, {"bytes": 7}]}
+    world.carry_out(world.front.told(job, begun))
+    devices = [{"done_bytes": 5, "zero_bytes": 0}, {"done_bytes": 7, "zero_bytes": 0}]
+    progress = {"stored_bytes": 0, "plain_bytes": 0, "devices": devices}
+    world.carry_out(world.front.told(job, {"event": "progress", **progress}))
+    for _ in range(20):
+        beat(world, b"c", job)
+        world.pass_time(10)
+    assert world.stopping == set()
+
+
+def test_what_a_client_is_told_and_what_it_brings_into_the_log_is_bounded(world: World) -> None:
+    name = "\U0001f600" * 4000 + "/"
+    for number in range(2000):
+        world.open(b"e", "eve", name, job=number.to_bytes(16, "little"))
+    heard = world.heard_by(b"e")
+    assert len(heard) == MAX_REFUSALS
+    assert all(isinstance(m, jobs.Refused) and len(m.reason) <= 1000 for m in heard)
+    assert set(world.dropped) == {b"e"}
+    refusals = [event for event in world.log if event["event"] == "job-refused"]
+    assert len(refusals) == 10
+    assert all(len(str(event)) < 2000 for event in refusals)
+    world.pass_time(60)
+    (more,) = [e["text"] for e in world.log if e["event"] == "notice"]
+    assert more == "1990 more lines about client 'eve' were left out"
+    # Of another client it is said.
+    world.open(b"a", "alice", "no/name")
+    assert [e["client"] for e in world.log if e["event"] == "job-refused"][-1] == "alice"
+
+
+def test_a_coordinator_that_jumps_from_connection_to_connection_is_told_little(
+    world: World,
+) -> None:
+    job = world.open(b"c", "", "vm.vma")
+    world.ready(job)
+    for number in range(1000):
+        beat(world, b"c%d" % (number % 2), job)
+    assert len([m for _, m in world.said if isinstance(m, jobs.Opened)]) < 12
+    world.pass_time(20)
+    beat(world, b"c7", job)
+    assert any(isinstance(m, jobs.Opened) for m in world.heard_by(b"c7"))
+
+
+def test_peers_that_belong_to_no_job_make_room_for_each_other_and_for_other_clients() -> None:
+    visitors = Visitors(16)
+    gone = [visitors.met(b"e%d" % number, "eve") for number in range(100)]
+    assert gone[:4] == [None] * 4
+    assert gone[4:] == [b"e%d" % number for number in range(96)]
+    assert visitors.met(b"a", "alice") is None
+    for client in "bcdefgh":
+        for number in range(4):
+            dropped = visitors.met(b"%s%d" % (client.encode(), number), client)
+            assert dropped != b"a"
+    assert visitors.of("alice") == [b"a"]
 
 
 def test_a_revoked_client_loses_its_jobs_and_nobody_else_does(world: World) -> None:

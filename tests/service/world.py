@@ -36,6 +36,9 @@ class World:
         self.unreleased: set[bytes] = set()
         self.attached: dict[bytes, bytes] = {}
         self.forwarded: list[bytes] = []
+        self.dropped: list[bytes] = []
+        #: Whether other clients may come than the one that asks.
+        self.shared = False
         self.said: list[tuple[bytes, object]] = []
         self.log: list[Event] = []
 
@@ -51,6 +54,7 @@ class World:
             max_jobs=self.client_jobs,
             quota_bytes=self.quota_bytes,
             used_bytes=self.used.get(client, 0),
+            shared=self.shared,
         )
 
     def room(self) -> Room:
@@ -119,6 +123,8 @@ class World:
                 case core.Forward(peer):
                     assert peer in self.attached
                     self.forwarded.append(peer)
+                case core.Drop(peer):
+                    self.dropped.append(peer)
                 case core.Send(peer, parts):
                     self.said.append((peer, read(parts)))
                 case core.Log(event):
