@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from typing import Any
 
-from vmapipe.control.qemu.plan import Left, left_of
+from vmapipe.control.qemu.graph import Graph
+from vmapipe.control.qemu.plan import Left, left_of, writers_of
 from vmapipe.control.qemu.poweroff import let_go
 from vmapipe.control.qemu.qmp import Command, Qmp, QmpRefused
 from vmapipe.control.qemu.settling import settle
@@ -26,7 +28,18 @@ def look(qmp: Qmp, prefix: str) -> Left:
     """Raises QmpGone."""
     jobs = qmp.execute(Command("query-jobs", {}))
     nodes = qmp.execute(Command("query-named-block-nodes", {"flat": True}))
-    return left_of(jobs, nodes, prefix)
+    if not any(str(node.get("node-name", "")).startswith(prefix) for node in nodes):
+        return left_of(jobs, nodes, prefix)
+    blocks = _may_ask(qmp, "query-block") or ()
+    graph = Graph(nodes, _may_ask(qmp, "x-debug-query-block-graph"))
+    return left_of(jobs, nodes, prefix, writers_of(blocks, graph.below, prefix))
+
+
+def _may_ask(qmp: Qmp, name: str) -> Any:
+    """None where this QEMU does not answer such a question."""
+    with contextlib.suppress(QmpRefused):
+        return qmp.execute(Command(name, {}))
+    return None
 
 
 def clean(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float = CLEAN_S) -> None:
@@ -59,7 +72,7 @@ def take_out(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: floa
         if left.nothing:
             return
         if time.monotonic() > deadline:
-            names = ", ".join(dict.fromkeys(name for kind in left for name in kind))
+            names = ", ".join(left.names)
             raise Failure(f"QEMU still has {names} after {limit_s:.0f} s{refused}")
         time.sleep(_LOOK_S)
 

@@ -63,6 +63,10 @@ class Graph:
     def node(self, name: str) -> Answer | None:
         return self._nodes.get(name)
 
+    def below(self, node: str) -> str:
+        """The node that this one, a filter or a format, is put on; empty: none is known."""
+        return self._children.get(node, {}).get("file", "")
+
     def has_backing(self, node: str) -> bool:
         return "backing" in self._children.get(node, {})
 

@@ -19,8 +19,13 @@ from vmapipe.control.qemu.qmp import ANSWER_S, Command, Qmp, QmpRefused
 _LOOK_S = 0.002
 # The whole of a null device, and of what is read: QEMU counts in sectors.
 _SECTOR_BYTES = 512
-# What it says of a broken snapshot.
-_REFUSED = "Permission denied"
+#: What QEMU says to a reader of a broken snapshot, and what that means.
+REFUSED = "Permission denied"
+BROKEN = (
+    "old data that a write of the guest was about to replace could not be read or sent; the write "
+    "went on, but the archive would be wrong: look for read errors of the disk in the host's log, "
+    "and back it up again"
+)
 
 
 class Look(NamedTuple):
@@ -72,12 +77,8 @@ def why_not_intact(qmp: Qmp, look: Look) -> str:
             qmp.execute(command)
     except QmpRefused as refused:
         return f"QEMU does not show whether all old data was saved: {refused}"
-    if error == _REFUSED:
-        return (
-            "old data that a write of the guest was about to replace could not be read or sent; "
-            "the write went on, but the archive would be wrong: look for read errors of the "
-            "disk in the host's log, and back it up again"
-        )
+    if error == REFUSED:
+        return BROKEN
     return f"QEMU does not show whether all old data was saved: {error}" if error else ""
 
 

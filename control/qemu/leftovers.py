@@ -51,7 +51,7 @@ def remove_leftovers(qmp: Qmp) -> tuple[str, ...]:
         # A job has the name of its target.
         stand_ins = {t.node: stack.enter_context(_standing_in(t, places)) for t in targets}
         clean(qmp, PREFIX, lambda job: job not in stand_ins or stand_ins[job].served)
-    return tuple(dict.fromkeys([*(name for kind in left for name in kind), *notes, *held]))
+    return tuple(dict.fromkeys([*left.names, *notes, *held]))
 
 
 class _Places:

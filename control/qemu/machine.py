@@ -25,12 +25,14 @@ from vmapipe.control.qemu.disks import (
 )
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket, monitor_words
-from vmapipe.control.qemu.intact import Look, why_not_intact
+from vmapipe.control.qemu.handover import Handover, choose_way
+from vmapipe.control.qemu.intact import BROKEN, REFUSED, Look, why_not_intact
 from vmapipe.control.qemu.leftovers import connect, remove_leftovers
 from vmapipe.control.qemu.memory import progress_of
 from vmapipe.control.qemu.outside import found_outside, tpm_outside, tpm_words
 from vmapipe.control.qemu.owner import command_line, pid_of_qemu, uid_of_qemu
 from vmapipe.control.qemu.plan import (
+    SLOW_BYTES_S,
     Settings,
     Target,
     begin,
@@ -41,7 +43,7 @@ from vmapipe.control.qemu.plan import (
     run_prefix,
 )
 from vmapipe.control.qemu.qmp import Command, QmpRefused
-from vmapipe.control.qemu.saving import Jobs, Saving
+from vmapipe.control.qemu.saving import Saving
 from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.control.qemu.tpmstate import TpmState
 from vmapipe.producer.sink.export import EXPORT_NAME
@@ -55,8 +57,6 @@ _JOB_EVENTS = frozenset(
 )
 # What a job was at when an error ended it, in its event's word.
 _OPERATIONS = {"read": "read the disk", "write": "sent its data to us"}
-# How quick the disks' jobs are as long as the guest stands still for its memory.
-_SLOW_BYTES_S = 4096
 # With sinks that answer, jobs end within a tenth of a second. One that does not
 # (its process hangs) makes a guest wait: the guardian ends it, and cleans up itself.
 _CLEAN_S = 5.0
@@ -90,6 +90,7 @@ class RunningMachine:
         self._sinks: list[SinkSocket] = []
         self._guardian: Guardianship | None = None
         self._producers: list[Child] = []
+        self._handover: Handover | None = None
         # Disks whose producers know that QEMU's job has ended well, by index.
         self._told: set[int] = set()
         # By job: what it was at when QEMU met an error, in its own word.
@@ -210,42 +211,52 @@ class RunningMachine:
 
     def begin(self) -> Instant | None:
         """All producers listen: this is the instant. None: `look` will find it, in `held`."""
+        features = features_of(self._ask("query-qmp-schema"))
+        way = choose_way(self._link, self._run, features, self._disks, self._guest_wait_s)
+        if way.handed_over:
+            self._handover = Handover(self._link, self._run, way.handed_over, way.features)
         targets = [
-            Target(disk, sink.path, EXPORT_NAME)
-            for disk, sink in zip(self._disks, self._sinks, strict=True)
+            Target(disk, sink.path, EXPORT_NAME, index in way.handed_over, way.timeout_s)
+            for index, (disk, sink) in enumerate(zip(self._disks, self._sinks, strict=True))
         ]
-        speed = _SLOW_BYTES_S if self._saving else self._speed_bytes_s
+        speed = SLOW_BYTES_S if self._saving else self._speed_bytes_s
         settings = Settings(self._run, speed, self._guest_wait_s)
-        *adds, transaction = begin(targets, settings, features_of(self._ask("query-qmp-schema")))
+        jobs = begin(targets, settings, way.features)
         if self._tpm is not None:
-            adds.insert(0, self._tpm.add())
+            jobs = jobs._replace(targets=[self._tpm.add(), *jobs.targets])
         if self._saving is not None:
-            self._saving.begin(Jobs(adds, transaction))
+            self._saving.begin(jobs)
             return self.held()
         try:
-            for command in adds:
+            for command in jobs.targets:
                 self._link.execute(command)
+            for command in jobs.filters:
+                with contextlib.suppress(QmpRefused):
+                    self._link.execute(command)
             started = time.monotonic()
-            self._link.execute(transaction)
+            self._link.execute(jobs.transaction)
         except QmpRefused as error:
             raise Failure(f"QEMU refuses the backup: {error}{_hint(str(error))}") from error
-        self._has_begun = True
         instant = Instant("", time.monotonic() - started)
+        self._go_on()
+        return instant
+
+    def _go_on(self) -> None:
+        """The instant is behind us: from now on the jobs are as quick as they may be."""
+        self._has_begun = True
         if self._tpm is not None:
             self._tpm.check()
+        if self._handover is not None:
+            self._handover.carry_out()
+        self.set_speed(self._speed_bytes_s)
         self._hold_poweroff()
-        return instant
+        self._look_at_jobs()  # short ones may have ended
 
     def held(self) -> Instant | None:
         """The instant, once: when it is known that it was."""
         if self._has_begun or self._saving is None or self._saving.held is None:
             return None
-        self._has_begun = True
-        if self._tpm is not None:
-            self._tpm.check()
-        self.set_speed(self._speed_bytes_s)
-        self._hold_poweroff()
-        self._look_at_jobs()  # short ones may have ended
+        self._go_on()
         return self._saving.held
 
     def _hold_poweroff(self) -> None:
@@ -349,6 +360,8 @@ class RunningMachine:
 
     def _error_of(self, job: Answer) -> str:
         """QEMU tells how much was copied by then, and not where it met the error."""
+        if job["error"] == REFUSED:
+            return BROKEN
         for event in self._link.events():  # its word of it comes before the job's state
             self._hear_error(event)
         at = _OPERATIONS.get(self._failed_at.get(str(job["id"]), ""))

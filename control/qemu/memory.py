@@ -20,6 +20,8 @@ from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS, Unreadable, read_objec
 #: QEMU's name for the descriptor of it.
 FD_NAME = "vmapipe-memory"
 BACKGROUND = "background-snapshot"
+#: The migration mode without which a migration reboots or replaces QEMU.
+NORMAL = "normal"
 #: The run states in which a machine's memory can be saved, and a backup goes on from.
 RUNNING = "running"
 STANDING = frozenset({"paused", "prelaunch"})

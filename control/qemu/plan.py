@@ -8,7 +8,7 @@ tell from QEMU's own answers what the next command is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vmapipe.control.qemu.disks import Answer, MachineDisk
@@ -21,23 +21,31 @@ RECONNECT_S = 30
 # A write of the guest queues behind what the background copy has under way: with
 # 1 or 4 workers it waited 75 ms at most for a sink of 20 ms, with 64 over a second.
 MAX_WORKERS = 4
+# How quick a disk's job is as long as the guest stands still, or the job is to be replaced.
+SLOW_BYTES_S = 4096
 # Our sink ends the backup after guest-wait; QEMU, where it can, a little later.
-_CBW_GRACE_S = 5
+CBW_GRACE_S = 5
 
 _ACTIVE = frozenset({"created", "running", "paused", "ready", "standby"})
 # All is copied, and a word of somebody is awaited.
 _COPIED = frozenset({"waiting", "pending"})
-_LOOK = "-look"
+_LOOK, _FILTER = "-look", "-filter"
 _VIEW = "view"
 _ENDED = frozenset({"concluded", "null"})
 
 
 class Target(NamedTuple):
-    """One disk, and the socket and export of its sink."""
+    """One disk, and the socket and export of its sink.
+
+    `is_handed_over`: a filter of ours is to take the place of its job soon after the instant,
+    and gives up when it has taken `filter_timeout_s` over old data, 0: only when that fails.
+    """
 
     disk: MachineDisk
     socket: str
     export: str
+    is_handed_over: bool = False
+    filter_timeout_s: int = 0
 
 
 class Settings(NamedTuple):
@@ -49,15 +57,21 @@ class Settings(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The members that this QEMU's blockdev-backup has, and those of its x-perf."""
+    """The members that this QEMU's blockdev-backup has, those of its x-perf, and its drivers."""
 
     members: frozenset[str]
     x_perf: frozenset[str]
+    drivers: frozenset[str] = frozenset()
 
     @property
     def breaks_snapshots(self) -> bool:
         """Whether old data that cannot be saved costs the backup, and not the guest's write."""
         return "on-cbw-error" in self.members
+
+    def without_snapshots(self) -> Features:
+        """Of a QEMU that does not show snapshots: nobody could know whether one is broken."""
+        members = self.members - {"on-cbw-error", "cbw-timeout"}
+        return self._replace(members=members, drivers=self.drivers - {"snapshot-access"})
 
 
 def features_of(schema: Iterable[Answer]) -> Features:
@@ -65,7 +79,10 @@ def features_of(schema: Iterable[Answer]) -> Features:
     types = {str(entry["name"]): entry for entry in schema}
     command = types.get("blockdev-backup", {})
     members = _members(types, command.get("arg-type"))
-    return Features(frozenset(members), frozenset(_members(types, members.get("x-perf"))))
+    add = types.get(str(types.get("blockdev-add", {}).get("arg-type")), {})
+    drivers = frozenset(str(v["case"]) for v in add.get("variants", ()))
+    x_perf = frozenset(_members(types, members.get("x-perf")))
+    return Features(frozenset(members), x_perf, drivers)
 
 
 def _members(types: Mapping[str, Answer], name: Any) -> dict[str, str]:
@@ -83,8 +100,18 @@ def name_of(run: str, index: int) -> str:
 
 
 def filter_name(run: str, index: int) -> str:
-    """Of the node that a disk's job puts above the disk to copy before it is written to."""
-    return f"{name_of(run, index)}-filter"
+    """Of the node above a disk that copies before the disk is written to, or gives up."""
+    return f"{name_of(run, index)}{_FILTER}"
+
+
+def job_filter_name(run: str, index: int) -> str:
+    """Of such a node of a job that is to be replaced by ours."""
+    return f"{name_of(run, index)}-job"
+
+
+def snapshot_name(run: str, index: int) -> str:
+    """Of the node that shows a disk as it was at the instant."""
+    return f"{name_of(run, index)}-instant"
 
 
 def look_name(run: str, index: int) -> str:
@@ -106,9 +133,19 @@ def index_of(name: str) -> int:
     return int(tail) if name.startswith(PREFIX) and tail.isdecimal() else -1
 
 
-def begin(targets: Sequence[Target], settings: Settings, features: Features) -> list[Command]:
-    """In this order: the targets, then all jobs at one instant."""
-    commands = [
+class Beginning(NamedTuple):
+    """What begins the backup, in this order: the jobs' targets, filters of ours, then all jobs.
+
+    A filter that QEMU refuses is done without. The jobs begin at one instant.
+    """
+
+    targets: Sequence[Command]
+    filters: Sequence[Command]
+    transaction: Command
+
+
+def begin(targets: Sequence[Target], settings: Settings, features: Features) -> Beginning:
+    adds = [
         Command("blockdev-add", _nbd_node(target, name_of(settings.run, index)))
         for index, target in enumerate(targets)
     ]
@@ -116,7 +153,12 @@ def begin(targets: Sequence[Target], settings: Settings, features: Features) -> 
         {"type": "blockdev-backup", "data": _backup(target, index, settings, features)}
         for index, target in enumerate(targets)
     ]
-    return [*commands, Command("transaction", {"actions": actions})]
+    filters = [
+        _filter(target, settings.run, index)
+        for index, target in enumerate(targets)
+        if target.is_handed_over
+    ]
+    return Beginning(adds, filters, Command("transaction", {"actions": actions}))
 
 
 def _nbd_node(target: Target, name: str) -> dict[str, Any]:
@@ -137,25 +179,111 @@ def _backup(target: Target, index: int, settings: Settings, features: Features) 
         # Nothing is below it: "top" is all of the disk but what was never written to.
         "sync": "top" if target.disk.is_thin else "full",
         "speed": settings.speed_bytes_s,
-        "on-source-error": "report",
-        "on-target-error": "report",
-        # It stays until we have seen how it ended.
-        "auto-dismiss": False,
+        **_copying(features),
     }
-    if "max-workers" in features.x_perf:
-        data["x-perf"] = {"max-workers": MAX_WORKERS}
+    if target.is_handed_over:
+        # What was never written to is not for it to leave out: it ends before the guest has
+        # written there. It copies next to nothing itself.
+        data |= {"sync": "full", "speed": SLOW_BYTES_S}
+        data["filter-node-name"] = job_filter_name(settings.run, index)
     if features.breaks_snapshots:
         data["on-cbw-error"] = "break-snapshot"
         # The job then ends as if all were well. So it waits for us, who look before.
         data["auto-finalize"] = False
         data["filter-node-name"] = filter_name(settings.run, index)
     if "cbw-timeout" in features.members:
-        data["cbw-timeout"] = settings.guest_wait_s + _CBW_GRACE_S
+        data["cbw-timeout"] = settings.guest_wait_s + CBW_GRACE_S
     return data
 
 
+def _copying(features: Features) -> dict[str, Any]:
+    """What all jobs have in common that copy to a sink."""
+    words: dict[str, Any] = {
+        "on-source-error": "report",
+        "on-target-error": "report",
+        # It stays until we have seen how it ended.
+        "auto-dismiss": False,
+    }
+    if "max-workers" in features.x_perf:
+        words["x-perf"] = {"max-workers": MAX_WORKERS}
+    return words
+
+
+def _filter(target: Target, run: str, index: int) -> Command:
+    """With the job's target, and above the disk, where the job's own filter will come in between.
+
+    Not added above that: QEMU 7.2 keeps what a filter still has to copy in the node below it,
+    and ends itself when that node goes first.
+    """
+    words: dict[str, Any] = {
+        "driver": "copy-before-write",
+        "node-name": filter_name(run, index),
+        "file": target.disk.device,
+        "target": name_of(run, index),
+        "on-cbw-error": "break-snapshot",
+    }
+    if target.filter_timeout_s:
+        words["cbw-timeout"] = target.filter_timeout_s
+    return Command("blockdev-add", words)
+
+
+def rehearse(run: str, device: str) -> tuple[Command, Command]:
+    """Add, and delete again, what shows a snapshot: QEMUs exist that know it and refuse it."""
+    name = snapshot_name(run, 0)
+    words = {"driver": "snapshot-access", "node-name": name, "file": device, "read-only": True}
+    return Command("blockdev-add", words), Command("blockdev-del", {"node-name": name})
+
+
+def copy_snapshot(run: str, index: int, features: Features) -> list[Command]:
+    """What that filter shows, to the same target."""
+    name, source = name_of(run, index), snapshot_name(run, index)
+    view = {"driver": "snapshot-access", "node-name": source, "file": filter_name(run, index)}
+    words = {"job-id": name, "device": source, "target": name, "sync": "full"}
+    # As with a job that breaks its snapshot: we look before it ends.
+    more = {"speed": SLOW_BYTES_S, "auto-finalize": False, **_copying(features)}
+    return [
+        Command("blockdev-add", {**view, "read-only": True}),
+        Command("blockdev-backup", {**words, **more}),
+    ]
+
+
+class Writer(NamedTuple):
+    """A guest's device whose writes go through a filter of ours: where QEMU has it, the filter,
+    and the node below that."""
+
+    path: str
+    node: str
+    below: str
+
+    def put_back(self) -> Command:
+        return put_device(self.path, self.below)
+
+
+def put_device(path: str, node: str) -> Command:
+    """The device at this path uses this node from now on."""
+    return Command("qom-set", {"path": path, "property": "drive", "value": node})
+
+
+def device_path(block: Answer) -> str:
+    """Of the device in an entry of query-block; empty: it is none that can be put elsewhere."""
+    qdev = str(block.get("qdev", ""))
+    if not qdev or block.get("removable"):
+        return ""
+    return qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+
+
+def writers_of(blocks: Iterable[Answer], below: Callable[[str], str], prefix: str) -> list[Writer]:
+    """From query-block; `below`: what is below a node, empty: not known."""
+    found = []
+    for block in blocks:
+        node = str((block.get("inserted") or {}).get("node-name", ""))
+        if node.startswith(prefix) and node.endswith(_FILTER) and (path := device_path(block)):
+            found.append(Writer(path, node, below(node)))
+    return found
+
+
 class Left(NamedTuple):
-    """What is left of a backup, by name: jobs by their state, and nodes.
+    """What is left of a backup, by name: jobs by their state, nodes, devices not in their place.
 
     `copied`: jobs that have copied all and wait for a word; they send nothing any more.
     """
@@ -165,10 +293,17 @@ class Left(NamedTuple):
     ending: tuple[str, ...]
     ended: tuple[str, ...]
     nodes: tuple[str, ...]
+    writers: tuple[Writer, ...] = ()
 
     @property
     def nothing(self) -> bool:
         return not any(self)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of jobs and nodes."""
+        known = (*self.active, *self.copied, *self.ending, *self.ended, *self.nodes)
+        return tuple(dict.fromkeys(known))
 
     def unthrottle(self) -> list[Command]:
         """So that each job sends something: QEMU only connects again when it has to send."""
@@ -188,19 +323,31 @@ class Left(NamedTuple):
             Command("job-cancel", {"id": job}) for job in (*self.active, *self.copied) if job in now
         ]
         commands += [Command("job-dismiss", {"id": job}) for job in self.ended if job in now]
-        return commands if jobs else _delete(self.nodes)
+        if jobs:
+            return commands
+        # A device that goes back takes the node below the filter as it is now: somebody may have
+        # put another image there. Where that is refused, or not known, it is looked at again.
+        back = [writer.put_back() for writer in self.writers if writer.below]
+        return [*back, *_delete(self.nodes)]
 
 
 def _delete(nodes: Sequence[str]) -> list[Command]:
-    """Of those that look, a piece before the view that it needs."""
+    """Each before those that it needs."""
     return [Command("blockdev-del", {"node-name": node}) for node in sorted(nodes, key=_depth)]
 
 
 def _depth(node: str) -> int:
-    return 1 if node.endswith(f"-{_VIEW}") else 0
+    """Of those that look, what is read before the view; a snapshot before its filter; targets last."""
+    order = {"a": 0, "n": 0, _VIEW: 1, "instant": 1, "filter": 2}
+    return order.get(node.rpartition("-")[2], 3)
 
 
-def left_of(jobs: Sequence[Answer], nodes: Sequence[Answer], prefix: str) -> Left:
+def left_of(
+    jobs: Sequence[Answer],
+    nodes: Sequence[Answer],
+    prefix: str,
+    writers: Sequence[Writer] = (),
+) -> Left:
     """From query-jobs and query-named-block-nodes."""
     ours = {j["id"]: j["status"] for j in jobs if str(j.get("id", "")).startswith(prefix)}
     return Left(
@@ -213,6 +360,7 @@ def left_of(jobs: Sequence[Answer], nodes: Sequence[Answer], prefix: str) -> Lef
             for node in nodes
             if str(node.get("node-name", "")).startswith(prefix)
         ),
+        tuple(writers),
     )
 
 

@@ -16,11 +16,12 @@ import fcntl
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from vmapipe.control.instant import Instant
 from vmapipe.control.qemu import memory
 from vmapipe.control.qemu.memory import MIGRATED, RUNNING, STANDING, STOPPED, Note
+from vmapipe.control.qemu.plan import Beginning
 from vmapipe.control.qemu.qmp import ANSWER_S, Command, Link, QmpRefused
 from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.runtime.errors import Failure
@@ -32,17 +33,6 @@ _F_SETPIPE_SZ = 1031
 # A busy QEMU is not asked more often than this how far it is.
 _ASK_S = 0.1
 _LOOK_S = 0.005
-
-
-class Jobs(NamedTuple):
-    """What begins the disks' backup: the targets, and all jobs in one transaction.
-
-    The jobs should be slow until the guest runs again: what they have under way
-    then would have to end first.
-    """
-
-    targets: Sequence[Command]
-    transaction: Command
 
 
 class Saving:
@@ -57,7 +47,7 @@ class Saving:
         self._folder = folder
         self._guest_wait_s = guest_wait_s
         self._note: Note | None = None
-        self._jobs: Jobs | None = None
+        self._jobs: Beginning | None = None
         self._was_running = False
         self._ask_at = 0.0
         self._stopped_at = 0.0
@@ -87,7 +77,10 @@ class Saving:
         _close(self._qemu_fd, self._verdict)
         self._qemu_fd = self._verdict = -1
 
-    def begin(self, jobs: Jobs) -> None:
+    def begin(self, jobs: Beginning) -> None:
+        """The jobs should be slow until the guest runs again: what they have under way would have
+        to end first.
+        """
         self._jobs = jobs
         state = str(self._ask("query-status").get("status", ""))
         if memory.progress_of(self._ask("query-migrate")).is_moving:
@@ -98,8 +91,14 @@ class Saving:
                 "or paused (without --state its disks can be backed up all the same)"
             )
         self._was_running = state == RUNNING
+        parameters = self._ask("query-migrate-parameters")
+        if (mode := parameters.get("mode", memory.NORMAL)) != memory.NORMAL:
+            raise Failure(
+                f"the machine's migration mode is {mode!r}: with it a migration, which is how its "
+                f"memory is saved, does something else; set it to {memory.NORMAL!r}"
+            )
         on = memory.switched_on(self._link.execute(Command("query-migrate-capabilities", {})))
-        bandwidth = int(self._ask("query-migrate-parameters").get("max-bandwidth", 0))
+        bandwidth = int(parameters.get("max-bandwidth", 0))
         self._note = Note(self._folder.path, not self._was_running, "", on, bandwidth)
         self._execute(memory.write_note(self._name, self._note))
         self._execute(memory.quick())
@@ -148,9 +147,8 @@ class Saving:
             return False
         return True
 
-    def _save_in_background(self, jobs: Jobs) -> None:
-        for command in jobs.targets:
-            self._execute(command)
+    def _save_in_background(self, jobs: Beginning) -> None:
+        self._add_nodes(jobs)
         self._give_stream()
         self._rewrite(resume=STOPPED)
         try:
@@ -225,8 +223,8 @@ class Saving:
             with contextlib.suppress(QmpRefused):
                 self._link.execute(add)
                 self._link.execute(delete)
-        for command in (*self._jobs.targets, self._jobs.transaction):
-            self._execute(command)
+        self._add_nodes(self._jobs)
+        self._execute(self._jobs.transaction)
         if not self._was_running:
             self.held = Instant("the guest stood still", 0.0)
         else:
@@ -235,6 +233,13 @@ class Saving:
         self._rewrite(resume="")
 
     # --- both ---
+
+    def _add_nodes(self, jobs: Beginning) -> None:
+        for command in jobs.targets:
+            self._execute(command)
+        for command in jobs.filters:
+            with contextlib.suppress(QmpRefused):
+                self._link.execute(command)
 
     def _give_stream(self) -> None:
         """QEMU has it then, and nobody else holds an end that writes."""

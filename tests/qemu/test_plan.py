@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from vmapipe.control.qemu.disks import Machine, MachineDisk, Wishes, choose_disks
 from vmapipe.control.qemu.plan import (
     MAX_WORKERS,
+    SLOW_BYTES_S,
     Features,
+    Left,
     Settings,
     Target,
     begin,
@@ -25,6 +27,7 @@ from vmapipe.control.qemu.plan import (
     look_nodes,
     name_of,
     run_prefix,
+    writers_of,
 )
 from vmapipe.runtime.errors import Failure, UsageError
 
@@ -169,7 +172,8 @@ SETTINGS = Settings("01234567", 4096, 20)
 
 
 def test_all_jobs_begin_in_one_transaction_after_their_targets() -> None:
-    *adds, last = begin(TARGETS, SETTINGS, OLD)
+    adds, filters, last = begin(TARGETS, SETTINGS, OLD)
+    assert filters == []
     assert [command.name for command in adds] == ["blockdev-add", "blockdev-add"]
     first = adds[0].arguments
     assert first["node-name"] == "vmapipe-01234567-0"
@@ -208,18 +212,20 @@ def test_only_a_qcow2_image_without_a_backing_file_is_copied_without_its_empty_s
     assert disk.is_thin is is_thin
     (named,) = choose_disks(Machine([], [node], []), Wishes(["n0"])).disks
     assert named.is_thin is is_thin
-    data = begin([Target(disk, "/t/0.sock", "disk")], SETTINGS, OLD)[-1].arguments["actions"][0]
+    data = begin([Target(disk, "/t/0.sock", "disk")], SETTINGS, OLD).transaction.arguments[
+        "actions"
+    ][0]
     assert data["data"]["sync"] == ("top" if is_thin else "full")
 
 
 def test_members_are_used_only_where_the_schema_has_them() -> None:
-    old = begin(TARGETS, SETTINGS, OLD)[-1].arguments["actions"][0]["data"]
+    old = begin(TARGETS, SETTINGS, OLD).transaction.arguments["actions"][0]["data"]
     assert old["x-perf"] == {"max-workers": MAX_WORKERS}
     assert not {"on-cbw-error", "cbw-timeout"} & set(old)
     none = begin(TARGETS, SETTINGS, Features(frozenset(), frozenset()))
-    assert "x-perf" not in none[-1].arguments["actions"][0]["data"]
+    assert "x-perf" not in none.transaction.arguments["actions"][0]["data"]
     members = frozenset({"x-perf", "on-cbw-error", "cbw-timeout"})
-    new = begin(TARGETS, SETTINGS, Features(members, frozenset()))[-1]
+    new = begin(TARGETS, SETTINGS, Features(members, frozenset())).transaction
     data = new.arguments["actions"][0]["data"]
     assert (data["on-cbw-error"], data["cbw-timeout"]) == ("break-snapshot", 25)
 
@@ -246,54 +252,128 @@ STATUSES = ["created", "running", "paused", "ready", "standby", "waiting", "pend
 
 
 class Model:
-    """What QEMU does with the commands that undo."""
+    """What QEMU does with the commands that undo. `disks`: by device, the node that it uses."""
 
-    def __init__(self, jobs: dict[str, str], nodes: set[str]) -> None:
-        self.jobs, self.nodes = jobs, nodes
+    def __init__(self, jobs: dict[str, str], nodes: set[str], disks: dict[str, str]) -> None:
+        self.jobs, self.nodes, self.disks = jobs, nodes, disks
 
-    def state(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-        return (
+    def left(self, prefix: str) -> Left:
+        blocks = [
+            {"qdev": path, "inserted": {"node-name": node}} for path, node in self.disks.items()
+        ]
+        return left_of(
             [{"id": name, "status": status} for name, status in self.jobs.items()],
             [{"node-name": name} for name in self.nodes],
+            prefix,
+            writers_of(blocks, below, prefix),
         )
 
     def execute(self, name: str, arguments: Any) -> None:
         match name:
             case "job-cancel":
-                assert self.jobs[arguments["id"]] != "concluded"
+                assert self.jobs[arguments["id"]] not in ("concluded", "aborting")
                 self.jobs[arguments["id"]] = "aborting"
             case "job-dismiss":
                 assert self.jobs.pop(arguments["id"]) == "concluded"
+            case "qom-set":
+                assert not any(job.startswith("vmapipe-0") for job in self.jobs), "it still copies"
+                self.disks[arguments["path"]] = arguments["value"]
             case "blockdev-del":
-                assert arguments["node-name"] not in self.jobs, "a job needs it"
-                self.nodes.remove(arguments["node-name"])
+                node = arguments["node-name"]
+                assert node not in self.jobs, "a job needs it"
+                assert node not in self.disks.values(), "a device needs it"
+                assert not any(node in needed_by(other) for other in self.nodes - {node})
+                self.nodes.remove(node)
 
     def go_on(self) -> None:
+        """A job that has copied all waits for a word, for ever."""
         for name, status in self.jobs.items():
-            if status in ("waiting", "pending", "aborting"):
+            if status == "aborting":
                 self.jobs[name] = "concluded"
 
 
+def below(node: str) -> str:
+    """A filter is on a disk."""
+    return node.replace("vmapipe-", "disk-").removesuffix("-filter")
+
+
+def needed_by(node: str) -> set[str]:
+    """Nodes of ours that a node of ours is put on."""
+    name, _, tail = node.rpartition("-")
+    return {
+        "a": {f"{name}-view"},
+        "view": {f"{name.removesuffix('-look')}-filter"},
+        "instant": {f"{name}-filter"},
+        "filter": {name},
+    }.get(tail, set())
+
+
+_TAILS = ("", "-filter", "-instant", "-look-view", "-look-a", "-look-n")
+
+
 @given(
-    st.dictionaries(st.integers(0, 9), st.sampled_from([*STATUSES, "concluded"])),
+    st.dictionaries(
+        st.tuples(st.integers(0, 9), st.sampled_from(["", "-look"])),
+        st.sampled_from([*STATUSES, "concluded"]),
+    ),
+    st.sets(st.tuples(st.integers(0, 9), st.sampled_from(_TAILS))),
     st.sets(st.integers(0, 9)),
 )
 def test_from_any_state_undoing_ends_with_nothing_of_ours_and_all_of_others(
-    jobs: dict[int, str], nodes: set[int]
+    jobs: dict[tuple[int, str], str], nodes: set[tuple[int, str]], moved: set[int]
 ) -> None:
-    ours = {name_of("01234567", n): status for n, status in jobs.items()}
+    """`moved`: disks whose device writes through a filter of ours."""
+    ours = {name_of("01234567", n) + tail: status for (n, tail), status in jobs.items()}
+    filters = {filter_name("01234567", n) for n in moved}
+    there = {name_of("01234567", n) + tail for n, tail in nodes} | filters
+    while missing := {node for known in there for node in needed_by(known)} - there:
+        there |= missing
+    disks = {f"/machine/{n}": filter_name("01234567", n) for n in moved}
     model = Model(
         {**ours, "mirror0": "running", "vmapipe-89abcdef-0": "running"},
-        {*(name_of("01234567", n) for n in nodes), "disk", "vmapipe-89abcdef-0"},
+        {*there, "disk", "vmapipe-89abcdef-0"},
+        {**disks, "/machine/x": "disk"},
     )
     prefix = run_prefix("01234567")
-    for _ in range(5):
-        for name, arguments in left_of(*model.state(), prefix).undo():
+    for _ in range(7):
+        for name, arguments in model.left(prefix).undo():
             model.execute(name, arguments)
         model.go_on()
-    assert left_of(*model.state(), prefix).nothing
+    assert model.left(prefix).nothing
     assert model.jobs == {"mirror0": "running", "vmapipe-89abcdef-0": "running"}
     assert model.nodes == {"disk", "vmapipe-89abcdef-0"}
+    assert model.disks == {
+        "/machine/x": "disk",
+        **{f"/machine/{n}": below(filter_name("01234567", n)) for n in moved},
+    }
+
+
+def test_a_device_whose_filter_is_on_what_nobody_knows_is_left_where_it_is() -> None:
+    """Anything else might be the wrong image. A device that can be ejected is never moved."""
+    blocks: list[dict[str, Any]] = [
+        {"qdev": "virtio0", "inserted": {"node-name": "vmapipe-1-0-filter"}},
+        {"qdev": "fd0", "removable": True, "inserted": {"node-name": "vmapipe-1-1-filter"}},
+        {"qdev": "virtio2", "inserted": {"node-name": "vmapipe-1-2"}},
+    ]
+    (writer,) = writers_of(blocks, lambda node: "", "vmapipe-1-")
+    assert writer == ("/machine/peripheral/virtio0", "vmapipe-1-0-filter", "")
+    left = left_of([], [{"node-name": "vmapipe-1-0-filter"}], "vmapipe-1-", [writer])
+    assert left.undo() == [("blockdev-del", {"node-name": "vmapipe-1-0-filter"})]
+
+
+def test_a_disk_that_is_handed_over_has_a_filter_and_a_job_that_copies_next_to_nothing() -> None:
+    """All of the disk, whatever its image lacks: the guest writes there before the filter is."""
+    disk = MachineDisk("drive-scsi0", "drive-scsi0", GIB, is_thin=True)
+    targets = [Target(disk, "/t/0.sock", "disk", True, 25), TARGETS[1]]
+    _, filters, last = begin(targets, SETTINGS, OLD)
+    (added,) = filters
+    assert added.arguments["on-cbw-error"] == "break-snapshot"
+    assert (added.arguments["file"], added.arguments["cbw-timeout"]) == ("drive-scsi0", 25)
+    assert added.arguments["target"] == "vmapipe-01234567-0"
+    first, second = (action["data"] for action in last.arguments["actions"])
+    assert (first["sync"], first["speed"]) == ("full", SLOW_BYTES_S)
+    assert first["filter-node-name"] == "vmapipe-01234567-0-job"
+    assert "filter-node-name" not in second
 
 
 def test_names_tell_their_disk() -> None:

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hands a disk over from QEMU's backup job to a copy-before-write filter of our own.
+
+A backup job of QEMU before 10.1 fails a guest's write when the old data cannot be read. A
+filter node can be told to give the snapshot up instead. It cannot begin at one instant with
+others; jobs can. So the jobs begin, slowly, and a moment later the disks' filters take their
+places: what a guest has written in between was saved by the jobs, all else is as it was at
+the instant, and a sink keeps of each cluster what comes first. Then a job of ours copies
+what the filter shows. See docs/decisions/0021-read-errors.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmapipe.control.qemu.disks import Answer, MachineDisk
+from vmapipe.control.qemu.plan import (
+    CBW_GRACE_S,
+    Features,
+    copy_snapshot,
+    device_path,
+    filter_name,
+    job_filter_name,
+    name_of,
+    put_device,
+    rehearse,
+)
+from vmapipe.control.qemu.qmp import ANSWER_S, Command, Qmp, QmpRefused
+from vmapipe.runtime.errors import Failure
+
+_LOOK_S = 0.002
+# What a job that we have cancelled says.
+_CANCELLED = "Operation canceled"
+# QEMU sends a thin disk's empty part as requests of 1 MiB, when it is read through a filter;
+# a job can leave it out: 0.1 s a GiB. Up to so much that is no matter, or up to
+# so many times of what has to be copied anyway.
+_EMPTY_BYTES = 4 << 30
+_EMPTY_TIMES = 2
+# Before these QEMU may end itself when a snapshot is read through a filter: by an assertion on
+# overlapping reads, or on what a hole in a qcow2 image is.
+_FIRST_OLD, _AFTER_OLD = (7, 2, 15), (7, 3, 0)
+_FIRST_NEW = (10, 0, 0)
+
+
+# Before this a filter's timeout in nanoseconds has 32 bits: 25 s are 3.5 s.
+_LONG_TIMEOUT = (8, 0, 0)
+# Before this a node is added to a disk that is in use by another thread without that thread's
+# lock, and QEMU ends itself when the guest has a request under way.
+_UNLOCKED = (9, 0, 0)
+# A disk on a controller on a bridge.
+_MOST_BUSES = 3
+
+Release = tuple[int, ...]
+
+
+def to_hand_over(
+    qmp: Qmp, release: Release, disks: Sequence[MachineDisk], blocks: Sequence[Answer]
+) -> list[int]:
+    """The numbers of the disks for which it does no harm and costs little. Raises QmpGone."""
+    found = []
+    for index, disk in enumerate(disks):
+        users = [block for block in blocks if disk.device in _names(block)]
+        path = device_path(users[0]) if len(users) == 1 else ""
+        if not path or users[0]["inserted"].get("ro"):
+            continue
+        used_bytes = users[0]["inserted"].get("image", {}).get("actual-size", disk.size_bytes)
+        if disk.is_thin and not _is_quick(disk.size_bytes, int(used_bytes)):
+            continue
+        if release < _UNLOCKED and _has_iothread(qmp, path):
+            continue
+        found.append(index)
+    return found
+
+
+def _names(block: Answer) -> set[str]:
+    inserted = block.get("inserted") or {}
+    return {str(inserted.get("node-name", "")), str(block.get("device", ""))} if inserted else set()
+
+
+def _is_quick(size_bytes: int, used_bytes: int) -> bool:
+    return size_bytes - used_bytes <= max(_EMPTY_BYTES, _EMPTY_TIMES * used_bytes)
+
+
+def _has_iothread(qmp: Qmp, path: str) -> bool:
+    """Whether the device, or the controller whose bus it is on, has a thread of its own."""
+    for _ in range(_MOST_BUSES):
+        if _property(qmp, path, "iothread"):
+            return True
+        bus = _property(qmp, path, "parent_bus")
+        if not bus.startswith("/"):
+            return False
+        path = bus.rpartition("/")[0]
+    return False
+
+
+def _property(qmp: Qmp, path: str, name: str) -> str:
+    try:
+        return str(qmp.execute(Command("qom-get", {"path": path, "property": name})) or "")
+    except QmpRefused:
+        return ""
+
+
+def release_of(qmp: Qmp, features: Features) -> Release | None:
+    """Of a QEMU that needs this, and does it without harm; None: of all others. Raises QmpGone."""
+    needed = {"copy-before-write", "snapshot-access", "null-co"} <= features.drivers
+    if features.breaks_snapshots or not needed:
+        return None
+    try:
+        version = qmp.execute(Command("query-version", {}))["qemu"]
+        # Whoever cleans up has to see what is below a filter.
+        qmp.execute(Command("x-debug-query-block-graph", {}))
+    except QmpRefused:
+        return None
+    release = tuple(int(version.get(part, 0)) for part in ("major", "minor", "micro"))
+    return release if release >= _FIRST_NEW or _FIRST_OLD <= release < _AFTER_OLD else None
+
+
+def filter_timeout_s(release: Release, wanted_s: int) -> int:
+    """0: none. The sink's own bound, and QEMU's for a lost connection, remain."""
+    return wanted_s if release >= _LONG_TIMEOUT else 0
+
+
+def shows_snapshots(qmp: Qmp, run: str, device: str) -> bool:
+    """Whether it can be seen that one is broken. Raises QmpGone."""
+    add, delete = rehearse(run, device)
+    try:
+        qmp.execute(add)
+        qmp.execute(delete)
+    except QmpRefused:
+        return False
+    return True
+
+
+class Way(NamedTuple):
+    """How a backup begins: what of QEMU's features it uses, and which disks are handed over to
+    filters with this timeout.
+    """
+
+    features: Features
+    handed_over: Sequence[int]
+    timeout_s: int
+
+
+def choose_way(
+    qmp: Qmp, run: str, features: Features, disks: Sequence[MachineDisk], guest_wait_s: int
+) -> Way:
+    """Raises QmpGone."""
+    handed_over: list[int] = []
+    timeout_s = 0
+    if release := release_of(qmp, features):
+        blocks = qmp.execute(Command("query-block", {}))
+        handed_over = to_hand_over(qmp, release, disks, blocks)
+        timeout_s = filter_timeout_s(release, guest_wait_s + CBW_GRACE_S)
+    tried = handed_over or ([0] if features.breaks_snapshots else [])
+    if tried and not shows_snapshots(qmp, run, disks[tried[0]].device):
+        features, handed_over = features.without_snapshots(), []
+    return Way(features, handed_over, timeout_s)
+
+
+class Handover:
+    """Of the disks that `indices` number, in one backup whose jobs have just begun."""
+
+    def __init__(self, qmp: Qmp, run: str, indices: Sequence[int], features: Features) -> None:
+        self._qmp = qmp
+        self._run = run
+        self._indices = indices
+        self._features = features
+
+    def carry_out(self) -> list[int]:
+        """Which disks' writes go through a filter of ours from now on; the others keep their jobs.
+
+        Those copy slowly until they are told otherwise. Raises Failure, QmpGone.
+        """
+        blocks = self._qmp.execute(Command("query-block", {}))
+        taken = [index for index in self._indices if self._insert(index, blocks)]
+        for index in taken:
+            with contextlib.suppress(QmpRefused):  # it has ended
+                self._qmp.execute(Command("job-cancel", {"id": name_of(self._run, index)}))
+        return [index for index, error in self._ends(taken) if self._copy(index, error)]
+
+    def _insert(self, index: int, blocks: Sequence[Answer]) -> bool:
+        """Below the one device that uses this disk. False: it cannot be done; its job stays."""
+        below = job_filter_name(self._run, index)
+        users = [b for b in blocks if (b.get("inserted") or {}).get("node-name") == below]
+        path = device_path(users[0]) if len(users) == 1 else ""
+        filter_node = filter_name(self._run, index)
+        with contextlib.suppress(QmpRefused):
+            if path:
+                self._qmp.execute(put_device(path, filter_node))
+                return True
+        with contextlib.suppress(QmpRefused):  # it was refused itself
+            self._qmp.execute(Command("blockdev-del", {"node-name": filter_node}))
+        return False
+
+    def _ends(self, indices: Sequence[int]) -> list[tuple[int, str]]:
+        """The errors of the jobs, when all have ended."""
+        deadline = time.monotonic() + ANSWER_S
+        while True:
+            jobs = {job["id"]: job for job in self._qmp.execute(Command("query-jobs", {}))}
+            found = [(index, jobs.get(name_of(self._run, index), {})) for index in indices]
+            if all(job.get("status", "concluded") == "concluded" for _, job in found):
+                return [(index, str(job.get("error", ""))) for index, job in found]
+            if time.monotonic() > deadline:
+                raise Failure(f"QEMU's backup jobs do not end within {ANSWER_S:.0f} s")
+            time.sleep(_LOOK_S)
+
+    def _copy(self, index: int, error: str) -> bool:
+        """False: its job has ended by itself, well or badly, and stays to be seen."""
+        if error != _CANCELLED:
+            return False
+        commands = [
+            Command("job-dismiss", {"id": name_of(self._run, index)}),
+            *copy_snapshot(self._run, index, self._features),
+        ]
+        for command in commands:
+            try:
+                self._qmp.execute(command)
+            except QmpRefused as refused:
+                raise Failure(f"QEMU refuses the backup: {command.name}: {refused}") from refused
+        return True
