@@ -58,8 +58,7 @@ def main_list(argv: Sequence[str], prog: str) -> int:
     add_read_options(parser)
     parser.add_argument("archives", metavar="ARCHIVE", nargs="+", help=ARCHIVE_HELP)
     options = parser.parse_args(argv)
-    cancel = Cancel()
-    return run(prog, lambda: _each(prog, options, cancel, _list))
+    return run(prog, lambda: _each(prog, options, _list))
 
 
 def main_config(argv: Sequence[str], prog: str) -> int:
@@ -104,8 +103,7 @@ def main_verify(argv: Sequence[str], prog: str) -> int:
     add_report_options(parser)
     parser.add_argument("archives", metavar="ARCHIVE", nargs="+", help=ARCHIVE_HELP)
     options = parser.parse_args(argv)
-    cancel = Cancel()
-    return run(prog, lambda: _verify(prog, options, cancel))
+    return run(prog, lambda: _verify(prog, options))
 
 
 def add_read_options(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +129,6 @@ def read_options(options: argparse.Namespace) -> ReadOptions:
 def _each(
     prog: str,
     options: argparse.Namespace,
-    cancel: Cancel,
     work: Callable[[str, argparse.Namespace, Cancel], None],
 ) -> None:
     """Do `work` for each archive. Of several, tell each failure and go on; the worst one counts."""
@@ -140,6 +137,8 @@ def _each(
         raise UsageError("stdin holds one archive, and was named twice")
     for name in names:
         inherited_fds(name)
+    # Only now: it opens descriptors of its own.
+    cancel = Cancel()
     cancel.on_signals()
     codes: list[int] = []
     for name in names:
@@ -235,14 +234,14 @@ def find_config(configs: Sequence[Config], name: str | None) -> Config:
     return found
 
 
-def _verify(prog: str, options: argparse.Namespace, cancel: Cancel) -> None:
+def _verify(prog: str, options: argparse.Namespace) -> None:
     if options.manifest and options.no_manifest:
         raise UsageError("--manifest and --no-manifest exclude each other")
     if options.no_manifest and options.require_manifest:
         raise UsageError("--require-manifest and --no-manifest exclude each other")
     if options.manifest and len(options.archives) > 1:
         raise UsageError("--manifest names the manifest of one archive, and several were named")
-    _each(prog, options, cancel, _verify_one)
+    _each(prog, options, _verify_one)
 
 
 def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
