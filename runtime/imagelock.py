@@ -65,9 +65,9 @@ def lock_image(fd: int, use: Use) -> None:
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return
-        if error.errno != errno.EACCES:
+        # Somebody has locked a byte that we wanted to share, the whole file perhaps.
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
-        # Some systems' word for a lock that somebody else has.
         busy = True
     if busy:
         unlock_image(fd)

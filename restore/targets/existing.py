@@ -21,6 +21,16 @@ from vmapipe.vma.layout import TARGET_SLACK_BYTES
 _BLKROGET = 0x125E
 
 
+#: Equal for two paths of one file, or of one block device.
+Identity = tuple[str, int, int]
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    if stat.S_ISBLK(status.st_mode):
+        return "block", status.st_rdev, 0
+    return "file", status.st_dev, status.st_ino
+
+
 class ExistingTarget:
     """An existing file or block device. What stands in it is overwritten in place.
 
@@ -41,9 +51,7 @@ class ExistingTarget:
         except BaseException:
             os.close(self.fd)
             raise
-        self.identity = (
-            ("block", status.st_rdev, 0) if is_block else ("file", status.st_dev, status.st_ino)
-        )
+        self.identity = identity_of(status)
 
     def _check(self, spec: TargetSpec, device: Device, *, is_block: bool) -> None:
         """Raises TargetError, PlanError."""

@@ -11,7 +11,12 @@ import subprocess
 
 from vmapipe.restore.errors import TargetError
 from vmapipe.restore.plan import Larger, TargetSpec
-from vmapipe.restore.targets.existing import check_free, check_size, open_existing
+from vmapipe.restore.targets.existing import (
+    check_free,
+    check_size,
+    identity_of,
+    open_existing,
+)
 from vmapipe.restore.targets.newfile import Folders, NewFile
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.imageformat import format_of_content
@@ -114,10 +119,7 @@ class ExistingImage:
         except BaseException:
             self.close()
             raise
-        is_block = stat.S_ISBLK(status.st_mode)
-        self.identity = (
-            ("block", status.st_rdev, 0) if is_block else ("file", status.st_dev, status.st_ino)
-        )
+        self.identity = identity_of(status)
 
     def _check(self, spec: TargetSpec, device: Device) -> None:
         """Raises TargetError."""

@@ -11,10 +11,10 @@ from vmapipe.protocol.restore_work import Partial, TargetSetup
 from vmapipe.restore.archive.reading import Archive
 from vmapipe.restore.archive.source import PlainFile
 from vmapipe.restore.checks.ledger import Ledger
-from vmapipe.restore.errors import PlanError
+from vmapipe.restore.errors import PlanError, TargetError
 from vmapipe.restore.plan import Kind, Plan, TargetSpec, check_plan
 from vmapipe.restore.targets.configs import open_configs, write_lines
-from vmapipe.restore.targets.existing import ExistingTarget
+from vmapipe.restore.targets.existing import ExistingTarget, Identity, identity_of
 from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
 from vmapipe.vma.header import Device
 from vmapipe.vma.layout import CLUSTER_BYTES
@@ -47,13 +47,13 @@ class OpenTargets:
         self._existing: dict[int, ExistingTarget | ExistingImage] = {}
         self._configs: list[NewFile] = []
         self._inodes: dict[int, tuple[int, int]] = {}
+        self._identities = self._taken()
         check_plan(archive.header, plan)
         try:
             for device in archive.header.devices:
                 spec = plan.targets.get(device.dev_id)
                 if spec is not None:
                     self._open(device, spec)
-            self._check_identities()
             if plan.configs_folder is not None:
                 self._configs = open_configs(archive.header, plan.configs_folder, folders)
             if journal is not None:
@@ -78,7 +78,11 @@ class OpenTargets:
         self.devices.append(device)
         if spec.kind is Kind.EXISTING:
             self._folders.look_at(spec.path)
-            self._existing[device.dev_id] = self._opened(device, spec)
+            # Before it is opened: its own lock would be in the way of a second time.
+            self._take(spec.path)
+            target = self._existing[device.dev_id] = self._opened(device, spec)
+            if self._identities.get(target.identity) != spec.path:
+                raise TargetError(f"{spec.path} was replaced while it was opened")
         elif spec.is_raw:
             file = self._new[device.dev_id] = self._new_file(device, spec)
             if not device.is_vmstate:
@@ -109,22 +113,27 @@ class OpenTargets:
         image = self._images[device.dev_id] = ExistingImage(spec, device)
         return image
 
-    def _check_identities(self) -> None:
-        """Two paths may lead to one file, and a target may be the archive itself."""
-        seen: dict[tuple[str, int, int], str] = {}
+    def _taken(self) -> dict[Identity, str]:
+        """What no target may be: the archive itself, by whatever path."""
         source = self.archive.source
-        status = None
         if isinstance(source, PlainFile):
             status = os.fstat(source.fd)
         elif source.path is not None:
             status = os.stat(source.path)
-        if status is not None:
-            seen["file", status.st_dev, status.st_ino] = "the archive itself"
-            seen["block", status.st_rdev, 0] = "the archive itself"
-        for target in self._existing.values():
-            if target.identity in seen:
-                raise PlanError(f"{target.path} and {seen[target.identity]} are one and the same")
-            seen[target.identity] = target.path
+        else:
+            return {}
+        whole = "the archive itself"
+        return {("file", status.st_dev, status.st_ino): whole, ("block", status.st_rdev, 0): whole}
+
+    def _take(self, path: str) -> None:
+        """Two paths may lead to one file. Raises PlanError."""
+        try:
+            identity = identity_of(os.stat(path))
+        except OSError:
+            return  # it is told where it is opened
+        if identity in self._identities:
+            raise PlanError(f"{path} and {self._identities[identity]} are one and the same")
+        self._identities[identity] = path
 
     @property
     def setups(self) -> tuple[TargetSetup, ...]:
