@@ -11,6 +11,9 @@ from vmapipe.control.qemu.qmp import Command, Qmp, QmpRefused
 from vmapipe.runtime.errors import Failure
 
 _LOOK_S = 0.01
+# A terabyte of memory that nobody needs any more is read in less; a QEMU whose word is that it moves
+# and moves is not believed for ever.
+_LONGEST_S = 3600.0
 
 
 def find_notes(qmp: Qmp, prefix: str) -> dict[str, Note | None]:
@@ -30,8 +33,9 @@ def find_notes(qmp: Qmp, prefix: str) -> dict[str, Note | None]:
 def settle(qmp: Qmp, prefix: str, limit_s: float) -> None:
     """Until no note named `prefix` is left. Somebody has to read the stream meanwhile.
 
-    As long as that moves, there is no limit. Raises QmpGone, Failure.
+    As long as that moves it may take an hour. Raises QmpGone, Failure.
     """
+    over = time.monotonic() + _LONGEST_S
     deadline, moved, refused = time.monotonic() + limit_s, -1, ""
     while notes := find_notes(qmp, prefix):
         progress = progress_of(qmp.execute(Command("query-migrate", {})))
@@ -52,6 +56,6 @@ def settle(qmp: Qmp, prefix: str, limit_s: float) -> None:
                     # Else it ended meanwhile, or was never there: look again.
         if progress.is_moving and progress.sent_bytes != moved:
             deadline, moved = time.monotonic() + limit_s, progress.sent_bytes
-        if time.monotonic() > deadline:
+        if time.monotonic() > min(deadline, over):
             raise Failure(f"QEMU is not done with the machine's memory: {progress.why}{refused}")
         time.sleep(_LOOK_S)

@@ -17,6 +17,10 @@ from tests.machine import bad, end_of, eventually, good, run, started
 from tests.qemu.daemon_backup import BOTH, restored
 from tests.qemu.hostile import DISK, Flood, Raw, Refusal, event, hostile_qemu, line_of
 from tests.qemu.storage_daemon import StorageDaemon
+from vmapipe.control.qemu import settling
+from vmapipe.control.qemu.memory import Note
+from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.runtime.errors import Failure
 
 MIB = 1 << 20
 
@@ -45,6 +49,26 @@ def test_an_answer_that_is_not_valid_ends_the_backup_in_one_line(
 ) -> None:
     with hostile_qemu(tmp_path / "q", {command: answer}):
         said = bad("backup", "--qmp", tmp_path / "q", out / "vm.vma")
+    assert f"QEMU's answer to {command} is not valid: {text}" in said
+    assert list(out.iterdir()) == []
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "answer", "text"),
+    [
+        ("query-memory-size-summary", {"base-memory": "big"}, "base-memory is not a whole number"),
+        ("query-migrate", {"status": "active", "ram": 5}, "ram is not an object"),
+        ("query-migrate-capabilities", [5], "[0] is not an object"),
+        ("query-migrate-parameters", {"max-bandwidth": -1}, "max-bandwidth is -1"),
+        ("query-status", {"status": 5}, "status is not a string"),
+    ],
+)
+def test_an_answer_about_the_memory_that_is_not_valid_ends_the_backup_in_one_line(
+    tmp_path: Path, out: Path, temporary: Path, command: str, answer: Any, text: str
+) -> None:
+    with hostile_qemu(tmp_path / "q", {command: answer}):
+        said = bad("backup", "--qmp", tmp_path / "q", "--state", out / "vm.vma")
     assert f"QEMU's answer to {command} is not valid: {text}" in said
     assert list(out.iterdir()) == []
     assert list(temporary.iterdir()) == []
@@ -107,7 +131,7 @@ def floods_after(client: socket.socket, request: Any) -> Any:
 def peak_mib(process: psutil.Process) -> int:
     """The largest of a command's processes, so far."""
     most = 0
-    with contextlib.suppress(psutil.Error, OSError):
+    with contextlib.suppress(psutil.Error, OSError, LookupError):  # it has just ended
         for each in [process, *process.children(recursive=True)]:
             text = Path(f"/proc/{each.pid}/status").read_text()
             most = max(most, int(text.partition("VmHWM:")[2].split()[0]) >> 10)
@@ -180,3 +204,24 @@ def test_a_plain_installation_backs_up_a_running_qemu(daemon: StorageDaemon, out
     program += "sys.exit(main(sys.argv[1:]))"
     words = ("backup", "--qmp", daemon.qmp, *BOTH, out / "vm.vma")
     good(*words, tool=(sys.executable, "-P", "-c", program))
+
+
+def test_a_memory_that_moves_for_ever_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "_LONGEST_S", 0.5)
+    note = Note("/tmp/vmapipe-sinks-abcdefgh", False, "paused", (), 1).encode()
+    sent = iter(range(1 << 30))
+
+    def moves(client: socket.socket, request: Any) -> Any:
+        return {"status": "active", "ram": {"transferred": next(sent), "total": 1 << 30}}
+
+    entry = {"name": "vmapipe-0123abcd-memory", "type": "child<authz-simple>"}
+    odd = {"qom-list": [entry], "qom-get": note, "query-migrate": moves}
+    with hostile_qemu(tmp_path / "q", odd):
+        client = QmpClient(str(tmp_path / "q"))
+        try:
+            with pytest.raises(Failure, match="QEMU is not done with the machine's memory"):
+                settling.settle(client, "vmapipe-", 5.0)
+        finally:
+            client.close()
