@@ -334,7 +334,7 @@ class RunningMachine:
                 self._finish(index)
             if job["status"] == "concluded":
                 done += 1
-                self._tell_copied(index, job["current-progress"])
+                self._tell_copied(index, job.get("current-progress"))
         self._jobs_ended = done == len(self._disks)
 
     def _finish(self, index: int) -> None:
@@ -385,12 +385,17 @@ class RunningMachine:
             time.sleep(_LOOK_S)
         return "somebody has cancelled QEMU's backup job"
 
-    def _tell_copied(self, index: int, copied_bytes: int) -> None:
-        """Only what this allows may be stored: a job that failed in the last moment has failed."""
+    def _tell_copied(self, index: int, copied_bytes: int | None) -> None:
+        """Only what this allows may be stored: a job that failed in the last moment has failed.
+
+        Raises Failure when it is not known how much of a thin disk should have come.
+        """
+        disk = self._disks[index]
+        if copied_bytes is None and disk.is_thin:
+            raise Failure(f"disk {disk.name!r}: QEMU does not tell how much its job has copied")
         if index not in self._told:
             self._told.add(index)
-            order = copied_order(Copied(copied_bytes, self._disks[index].is_thin))
-            self._producers[index].tell(order)
+            self._producers[index].tell(copied_order(Copied(copied_bytes or 0, disk.is_thin)))
 
     def _clean(self) -> None:
         clean(self._link, run_prefix(self._run), lambda job: True, _CLEAN_S)

@@ -154,8 +154,8 @@ ANSWERS: Members = {
     "query-block-jobs": List(Record({}, {"device": NAME, "type": NAME})),
     "query-jobs": List(
         Record(
-            {"id": NAME, "status": NAME, "current-progress": SIZE},
-            {"type": NAME, "error": TEXT, "total-progress": SIZE},
+            {"id": NAME, "status": NAME},
+            {"type": NAME, "error": TEXT, "current-progress": SIZE, "total-progress": SIZE},
         )
     ),
     "query-uuid": Record({}, {"UUID": NAME}),

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coverage-guided fuzzing, by hand (pip install '.[fuzz]').
 
-python -m tests.fuzz.run decoder FOLDER -max_total_time=600   # or session, qmp, agent; libFuzzer's options
+python -m tests.fuzz.run decoder FOLDER -max_total_time=600   # libFuzzer's options
 python -m tests.fuzz.run keep decoder FOLDER                  # into tests/fuzz/corpus
 
-FOLDER gets the corpus, and every input that reaches new code. The tests replay
-what was kept. An input that finds a defect is written to the current folder.
+Its targets: decoder, session (the archiver's wire), qmp, agent, nbd-server-handshake, nbd-server,
+nbd-sink, nbd-client-handshake, nbd-client. FOLDER gets the corpus, and every input that reaches new
+code. The tests replay what was kept. An input that finds a defect is written to the current folder.
 """
 
 from __future__ import annotations

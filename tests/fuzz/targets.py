@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.archiver.jobworld import JOB, spec
-from tests.fuzz import talking
+from tests.fuzz import nbd_targets, talking
+from tests.fuzz.choices import Bytes
 from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
 from vmapipe.archiver.instructions import Ticked
@@ -41,26 +42,6 @@ _HONEST = bytes(5 * CLUSTER_BYTES // 2) + b"\xa5" * (CLUSTER_BYTES // 2)
 _SESSIONS = (b"", b"s" * 16, b"t" * 16)
 # Enough for every state; more makes a run slow and finds nothing new.
 _MAX_STEPS = 64
-
-
-class Bytes:
-    """Bytes as a source of choices; when they are used up, of zeroes."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = memoryview(data)
-        self._at = 0
-
-    @property
-    def more(self) -> bool:
-        return self._at < len(self._data)
-
-    def take(self, count: int) -> bytes:
-        piece = bytes(self._data[self._at : self._at + count])
-        self._at += count
-        return piece
-
-    def number(self, width: int = 1) -> int:
-        return int.from_bytes(self.take(width), "little")
 
 
 def decoder(data: bytes) -> None:
@@ -189,5 +170,12 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "session": session,
     "qmp": talking.qmp,
     "agent": talking.agent,
+    **nbd_targets.TARGETS,
 }
-LONGEST_BYTES = {"decoder": 6000, "session": 600, "qmp": 3000, "agent": 1000}
+LONGEST_BYTES = {
+    "decoder": 6000,
+    "session": 600,
+    "qmp": 3000,
+    "agent": 1000,
+    **nbd_targets.LONGEST_BYTES,
+}
