@@ -52,6 +52,7 @@ mount -t devtmpfs devtmpfs /dev
 exec </dev/ttyS1 >/dev/ttyS0 2>&1
 stty -echo
 say() { echo "$*" >/dev/ttyS1; }
+say # ends what UEFI firmware, which talks to every port, has left of a line
 for module in %s; do
     insmod /modules/$module.ko || say "failed: insmod $module"
 done
@@ -144,6 +145,8 @@ class Guest:
         self._folder = folder
         self._said: list[str] = []
         self._unread = b""
+        # The first line is not the script's.
+        self._has_begun = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(process.stdout, selectors.EVENT_READ)
 
@@ -197,6 +200,9 @@ class Guest:
                 return None
             self._unread += data
         raw, _, self._unread = self._unread.partition(b"\n")
+        if not self._has_begun:
+            self._has_begun = True
+            return self._line(deadline)
         line = raw.decode(errors="replace").rstrip("\r")
         self._said.append(line)
         if line.startswith("failed"):

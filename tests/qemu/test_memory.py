@@ -201,7 +201,7 @@ def test_a_qemu_that_answers_nobody_because_of_a_left_stream_is_found_and_freed(
     tmp_path: Path,
 ) -> None:
     """This process is the QEMU: a monitor without a word, and a pipe that is full."""
-    folder, monitor = tmp_path / "vmapipe-sinks-x", str(tmp_path / "qmp.sock")
+    folder, monitor = tmp_path / "vmapipe-sinks-0123abcd", str(tmp_path / "qmp.sock")
     folder.mkdir()
     os.mkfifo(folder / "memory.fifo")
     stream = os.open(folder / "memory.fifo", os.O_RDWR)
