@@ -31,11 +31,16 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def _clean_up(address: str, *, share: bool) -> None:
     # Imported here: `--help` comes sooner without.
+    from vmapipe.control.qemu.addresses import parse_address
     from vmapipe.control.qemu.leftovers import connect, remove_leftovers
+    from vmapipe.control.qemu.owner import pid_of_qemu, uid_of_qemu
 
     link = connect(address, share=share)
     try:
-        removed = remove_leftovers(link)
+        path = parse_address(address).path
+        removed = remove_leftovers(
+            link, lambda: uid_of_qemu(path, pid_of_qemu(link.peer_pid, uuid=""))
+        )
     finally:
         link.close()
     names = ", ".join(one_line(name, MAX_NAME_CHARS) for name in removed)

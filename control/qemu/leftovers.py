@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from vmapipe.control.qemu import poweroff
 from vmapipe.control.qemu.addresses import Address, is_listening, parse_address
@@ -17,12 +17,12 @@ from vmapipe.control.qemu.qmp import Command, Link, Qmp, QmpGone, QmpInvalid
 from vmapipe.control.qemu.qmp_shared import open_link
 from vmapipe.control.qemu.settling import find_notes
 from vmapipe.control.qemu.sinkfolder import STREAM_NAME, SinkFolder, sink_of
-from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.texts import name_text
 
 
-def remove_leftovers(qmp: Qmp) -> tuple[str, ...]:
-    """The names of jobs and nodes that are gone now.
+def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[str, ...]:
+    """The names of jobs and nodes that are gone now. `owner`: whom QEMU runs as.
 
     Raises Failure when they are no left-overs: their backup, or its guardian, lives.
     """
@@ -49,7 +49,7 @@ def remove_leftovers(qmp: Qmp) -> tuple[str, ...]:
                 _drain(folder.open_stream())
                 stack.callback(folder.remove_names, STREAM_NAME)
         # A job has the name of its target.
-        stand_ins = {t.node: stack.enter_context(_standing_in(t, places)) for t in targets}
+        stand_ins = {t.node: stack.enter_context(_standing_in(t, places, owner)) for t in targets}
         clean(qmp, PREFIX, lambda job: job not in stand_ins or stand_ins[job].served)
     return tuple(dict.fromkeys([*left.names, *notes, *held]))
 
@@ -124,7 +124,9 @@ def _is_alive(folder: SinkFolder) -> bool:
 
 
 @contextlib.contextmanager
-def _standing_in(target: LeftTarget, places: _Places) -> Iterator[Dropping]:
+def _standing_in(
+    target: LeftTarget, places: _Places, owner: Callable[[], int]
+) -> Iterator[Dropping]:
     """Serve where QEMU still looks for its sink: a guest's write may be waiting for it.
 
     Raises Failure where that is no place of ours: QEMU tells any address that it likes.
@@ -138,7 +140,17 @@ def _standing_in(target: LeftTarget, places: _Places) -> Iterator[Dropping]:
             "touched. If that was one of another user, or with another TMPDIR, run this as that "
             "user and with that TMPDIR; else remove the node in QEMU (blockdev-del)"
         )
-    dropping = Dropping(folder.listen(sink.name), target.size_bytes)
+    listener = folder.listen(sink.name)
+    try:
+        # Where the old socket is gone, nothing tells any more who may connect.
+        if os.geteuid() == 0 and (uid := owner()) != 0:
+            folder.give_to(uid)
+    except OSError as error:
+        listener.close()
+        raise Failure(
+            f"{target.socket}: cannot be given to QEMU: {os_error_text(error)}"
+        ) from error
+    dropping = Dropping(listener, target.size_bytes)
     dropping.start()
     try:
         yield dropping

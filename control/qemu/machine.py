@@ -117,7 +117,7 @@ class RunningMachine:
 
     def choose(self, wishes: Wishes) -> Choice:
         """What a crashed backup has left is removed first."""
-        remove_leftovers(self._link)
+        remove_leftovers(self._link, self._owner_of_qemu)
         self._check_run_state()
         ask = self._ask
         nodes = self._link.execute(Command("query-named-block-nodes", {"flat": True}))
@@ -459,9 +459,12 @@ class RunningMachine:
 
     def _give_to_qemu(self, folder: SinkFolder) -> None:
         """Another user's QEMU, when we are root, has to reach the sockets."""
-        owner = uid_of_qemu(self._address.path, self._qemu_pid())
+        owner = self._owner_of_qemu()
         if owner != os.geteuid() == 0:
             folder.give_to(owner)
+
+    def _owner_of_qemu(self) -> int:
+        return uid_of_qemu(self._address.path, self._qemu_pid())
 
     def _qemu_pid(self) -> int | None:
         uuid = str((self._may_ask("query-uuid") or {}).get("UUID", ""))

@@ -176,6 +176,27 @@ def test_what_a_crashed_backup_of_ours_left_is_served_and_removed(
 
 
 @needs_root
+def test_a_sink_that_is_made_again_is_given_to_qemus_user(place: Path, tmp_path: Path) -> None:
+    """Its folder has been cleaned away since the crash."""
+    address = place / "t" / "vmapipe-sinks-0a0a0a0a" / "0.sock"
+    nodes = node_at(address)
+    seen: list[tuple[int, int, int]] = []
+
+    def deleted(*words: Any) -> dict[str, Any]:
+        folder = address.parent.stat()
+        seen.append((address.stat().st_uid, folder.st_uid, stat.S_IMODE(folder.st_mode)))
+        nodes.clear()
+        return {}
+
+    odd = {"query-named-block-nodes": lambda *words: nodes, "blockdev-del": deleted}
+    with hostile_qemu(tmp_path / "q", odd):
+        os.chown(tmp_path / "q", NOBODY, NOBODY)
+        good("cleanup", "--qmp", tmp_path / "q")
+    assert seen == [(NOBODY, 0, 0o711)]
+    assert list((place / "t").iterdir()) == []
+
+
+@needs_root
 def test_a_pipe_that_qemu_calls_the_memorys_is_not_read_in_its_readers_place(
     place: Path, tmp_path: Path
 ) -> None:
