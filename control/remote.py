@@ -29,12 +29,16 @@ from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.process import run_child
+from vmapipe.runtime.texts import one_line
 
 # After CANCEL the service has so long to say how the job ended: its archiver
 # removes a partial file. Below the time that our parent gives us (children.STOP_S).
 _VERDICT_S = 8.0
 # A lost connection is tried anew so often.
 _PAUSE_S = 1.0
+# Notices of a job; an honest one has a line for each connection that was lost.
+_MAX_NOTICES = 1000
+_MAX_NOTICE_CHARS = 1000
 # See producer/session.py: after a longer sleep we ourselves were stopped.
 _STOPPED_S = 5.0
 
@@ -91,6 +95,8 @@ class RemoteJob:
         self._at = options.archiver
         self._job = options.job
         self._devices = options.device
+        self._name = options.output
+        self._notices = 0
         self._link = link
         self._cancel = cancel
         self._emit = emit
@@ -148,18 +154,25 @@ class RemoteJob:
                 self._opened = message
                 self._link.is_settled = True
                 self._emit({"event": "listening", "endpoint": self._at})
+            case jobs.Begun() | jobs.Progress() | jobs.Stored() if self._opened is None:
+                raise Failure(f"{self._at}: this is no archiver of ours: it did not open the job")
             case jobs.Begun() if self._begun is None and len(message.sizes) == len(self._devices):
                 self._begun = message
                 self._emit(self._begun_event(message))
             case jobs.Progress() if self._begun is not None:
                 self._emit(self._progress_event(message, self._begun))
             case jobs.Notice(text):
-                self._emit({"event": "notice", "text": f"{self._at}: {text}"})
+                self._pass_on(text)
+            case jobs.Stored() if self._begun is None:
+                raise Failure(
+                    f"{self._at}: this is no archiver of ours: it stored what never began"
+                )
             case jobs.Stored():
                 self._emit(
                     {
                         "event": "stored",
-                        "archive": f"{self._at}/{message.archive}",
+                        # As we have named it, whatever is said there.
+                        "archive": f"{self._at}/{self._name}",
                         "uuid": message.uuid.hex(),
                         "stored_bytes": message.stored,
                         "plain_bytes": message.plain,
@@ -173,6 +186,15 @@ class RemoteJob:
             case jobs.Refused(code, reason):
                 raise Failure(f"the archiver at {self._at} refused: {reason} [{code}]")
         return False
+
+    def _pass_on(self, text: str) -> None:
+        """A service that tells without end tells a terminal or a log only so much."""
+        self._notices += 1
+        if self._notices <= _MAX_NOTICES:
+            said = one_line(text, _MAX_NOTICE_CHARS)
+            self._emit({"event": "notice", "text": f"{self._at}: {said}"})
+        if self._notices == _MAX_NOTICES:
+            self._emit({"event": "notice", "text": f"{self._at}: more notices are left out"})
 
     def _begun_event(self, begun: jobs.Begun) -> Event:
         devices = [
