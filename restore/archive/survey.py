@@ -108,6 +108,10 @@ class _Cursor:
         self._held = data + self._held
         self.at -= len(data)
 
+    def postpone(self, error: CompressionError) -> None:
+        """Raise it once more when what is held has been taken."""
+        self._error = error
+
     def fill(self, view: memoryview) -> int:
         """Take a stream's next bytes; fewer only at the end. Raises CompressionError."""
         done = min(len(view), len(self._held))
@@ -285,14 +289,21 @@ class _Walk:
             held = bytes(self._slots.view(slot, got))
         else:
             return -1
-        at = find_extent_header(held, self._uuid)
-        if at >= 0:
+        # It may begin in the last bytes and go on behind them.
+        try:
+            ahead = self.cursor.window(EXTENT_HEADER_BYTES - 1)
+        except CompressionError as error:
+            self.cursor.postpone(error)
+            ahead = b""
+        at = find_extent_header(held + ahead, self._uuid)
+        if 0 <= at < len(held):
             if isinstance(source, PlainFile):
                 self.cursor.at -= got - at
             else:
                 self.cursor.put_back(held[at:])
             self._give_back(slot)
-        return at
+            return at
+        return -1
 
     def _give_back(self, slot: int) -> None:
         if slot >= 0 and self._slots is not None:
