@@ -252,6 +252,11 @@ _WORDS: dict[str, Callable[[Event], str]] = {
 }
 
 
+def _fit(text: str) -> str:
+    """Once more for whatever an event's words have not thought of; their own line breaks stay."""
+    return "\n".join(one_line(line) for line in text.split("\n"))
+
+
 class Bar(_Text):
     """One line that moves, and above it the lines that stay."""
 
@@ -262,7 +267,7 @@ class Bar(_Text):
             self.stream.flush()
         elif (text := self.summary(event)) is not None:
             self.clear()
-            self.stream.write(text + "\n")
+            self.stream.write(_fit(text) + "\n")
 
     def _line(self) -> str:
         head = f"{self.verb} {self.percent:3d} % "
@@ -306,5 +311,5 @@ class Log(_Text):
             self._say(text)
 
     def _say(self, text: str) -> None:
-        self.stream.write(text + "\n")
+        self.stream.write(_fit(text) + "\n")
         self.stream.flush()
