@@ -65,16 +65,17 @@ class Pool:
         self.changed = threading.Condition()
         self._requests = requests
         self._bytes = size_bytes
-        self._waiting: deque[object] = deque()
+        # A budget may be here once: its connection's thread waits.
+        self._waiting: deque[Budget] = deque()
 
-    @property
-    def is_wanted(self) -> bool:
-        """Somebody waits for what others hold."""
-        return bool(self._waiting)
+    def is_wanted(self, beside: Budget | None = None) -> bool:
+        """Somebody, other than `beside`, waits for what is taken."""
+        with self.changed:
+            return any(budget is not beside for budget in self._waiting)
 
-    def fits(self, size_bytes: int, ticket: object = None) -> bool:
-        """With `changed` held. `ticket`: whoever waits already, else none may be waiting."""
-        is_turn = self._waiting[0] is ticket if self._waiting else True
+    def fits(self, size_bytes: int, waiter: Budget | None = None) -> bool:
+        """With `changed` held. `waiter`: one that waits already, else none may be waiting."""
+        is_turn = self._waiting[0] is waiter if self._waiting else True
         return is_turn and self._requests > 0 and size_bytes <= self._bytes
 
     def take(self, size_bytes: int) -> None:
@@ -87,13 +88,13 @@ class Pool:
         self._requests += 1
         self._bytes += size_bytes
 
-    def enter(self, ticket: object) -> None:
+    def enter(self, budget: Budget) -> None:
         """Wait for it, with `changed` held."""
-        self._waiting.append(ticket)
+        self._waiting.append(budget)
 
-    def leave(self, ticket: object) -> None:
+    def leave(self, budget: Budget) -> None:
         """With `changed` held: no more."""
-        self._waiting.remove(ticket)
+        self._waiting.remove(budget)
         self.changed.notify_all()
 
 
@@ -112,8 +113,8 @@ class Budget:
 
     @property
     def is_in_the_way(self) -> bool:
-        """It holds a part of the pool for which somebody waits."""
-        return self._shared > 0 and self._pool.is_wanted
+        """It holds a part of the pool for which somebody else waits."""
+        return self._shared > 0 and self._pool.is_wanted(beside=self)
 
     def fits(self, size_bytes: int) -> bool:
         """Whether `take` would not wait."""
@@ -122,15 +123,14 @@ class Budget:
 
     def take(self, size_bytes: int) -> Share:
         """Waits until it fits. Never more than a request may have (MAX_PAYLOAD_BYTES)."""
-        ticket = object()
         with self._pool.changed:
             if not self._is_own(size_bytes) and not self._pool.fits(size_bytes):
-                self._pool.enter(ticket)
+                self._pool.enter(self)
                 try:
-                    while not self._is_own(size_bytes) and not self._pool.fits(size_bytes, ticket):
+                    while not self._is_own(size_bytes) and not self._pool.fits(size_bytes, self):
                         self._pool.changed.wait()
                 finally:
-                    self._pool.leave(ticket)
+                    self._pool.leave(self)
             share = Share(size_bytes, self._is_own(size_bytes))
             self._under_way += 1
             if share.is_own:

@@ -240,7 +240,7 @@ def _serve(source: Bytes, session: Session, backend: Backend) -> bytes:
     finally:
         wire.close()
     left = Pool()
-    if (pool._requests, pool._bytes) != (left._requests, left._bytes) or pool.is_wanted:
+    if (pool._requests, pool._bytes) != (left._requests, left._bytes) or pool.is_wanted():
         raise AssertionError("a share of the pool was not given back")
     return bytes(wire.sent)
 

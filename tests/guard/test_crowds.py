@@ -317,4 +317,18 @@ def test_who_waits_for_the_pool_is_served_in_turn_and_is_known() -> None:
     assert order == ["first", "second"]
     for budget in (holder, first, second):
         budget.wait_idle()
-    assert not pool.is_wanted
+    assert not pool.is_wanted()
+
+
+def test_a_connection_is_not_in_its_own_way() -> None:
+    """Cut off for itself, a guest that stands still would lose its disk while nobody needs it."""
+    pool = Pool(requests=4, size_bytes=8 * MIB)
+    greedy = Budget(pool)
+    held = greedy.take(8 * MIB)
+    more = threading.Thread(target=greedy.take, args=(8 * MIB,))
+    more.start()
+    assert eventually(pool.is_wanted)
+    assert not greedy.is_in_the_way
+    greedy.give_back(held)
+    more.join(LIMIT_S)
+    assert not pool.is_wanted()

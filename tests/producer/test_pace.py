@@ -28,14 +28,14 @@ def read_until(pace: Pace, now: float, end: float, piece: int) -> tuple[float, i
 
 @given(
     speed=st.integers(64 << 10, 1 << 30),
-    piece=st.integers(4096, 4 * MIB),
+    pieces_a_second=st.integers(8, 100),
     seconds=st.integers(1, 20),
 )
 def test_no_more_is_read_than_the_limit_allows_and_not_much_less(
-    speed: int, piece: int, seconds: int
+    speed: int, pieces_a_second: int, seconds: int
 ) -> None:
-    # In pieces as `frame_bytes` makes them.
-    piece = min(piece, max(4096, speed // 8))
+    # As `frame_bytes` makes them, and smaller ones.
+    piece = max(4096, speed // pieces_a_second)
     _, done = read_until(Pace(speed, 0.0), 0.0, float(seconds), piece)
     # One piece is under way at each end, and an eighth of a second may be caught up.
     assert done <= speed * (seconds + 0.125) + 2 * piece
