@@ -6,7 +6,7 @@ filter node can be told to give the snapshot up instead. It cannot begin at one 
 others; jobs can. So the jobs begin, slowly, and a moment later the disks' filters take their
 places: what a guest has written in between was saved by the jobs, all else is as it was at
 the instant, and a sink keeps of each cluster what comes first. Then a job of ours copies
-what the filter shows. See docs/decisions/0021-read-errors.md.
+what the filter shows. See docs/decisions/0022-read-errors.md.
 """
 
 from __future__ import annotations
