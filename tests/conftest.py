@@ -77,6 +77,13 @@ def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """An empty folder for a TMPDIR: sockets are made in it, as its path is short."""
+    with tempfile.TemporaryDirectory(prefix="vmapipe-t-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
 def out(tmp_path: Path) -> Path:
     """An empty folder for the archive, or the disks: whatever is in it at the end was left there."""
     folder = tmp_path / "out"

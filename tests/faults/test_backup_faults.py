@@ -33,11 +33,9 @@ def disk(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def temporary(tmp_path: Path) -> Path:
-    """Where the job puts its sockets."""
-    folder = tmp_path / "t"
-    folder.mkdir()
-    return folder
+def temporary(short_folder: Path) -> Path:
+    """TMPDIR of the backup."""
+    return short_folder
 
 
 @pytest.fixture

@@ -216,7 +216,7 @@ def test_a_monitor(scene: Scene) -> None:
     )
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as monitor:
         try:
-            while not listens(scene.ours / "m"):
+            while not (listens(scene.ours / "m") and export.exists()):
                 assert monitor.poll() is None
             assert (export.stat().st_mode & 0o777) == 0o666
         finally:

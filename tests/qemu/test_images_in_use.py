@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -53,9 +54,10 @@ def running(words: Sequence[str | Path], **more: Any) -> Iterator[subprocess.Pop
 def holds_locks(process: subprocess.Popen[bytes]) -> bool:
     """Whether it has an image open as a disk by now."""
     for fd in psutil.Process(process.pid).open_files():
-        info = Path(f"/proc/{process.pid}/fdinfo/{fd.fd}").read_text(encoding="utf-8")
-        if "OFDLCK" in info:
-            return True
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            info = Path(f"/proc/{process.pid}/fdinfo/{fd.fd}").read_text(encoding="utf-8")
+            if "OFDLCK" in info:
+                return True
     return False
 
 

@@ -117,16 +117,16 @@ def test_a_control_groups_limit_counts_without_the_pages_that_can_be_dropped(
 
 
 def test_the_folder_of_a_service_that_was_killed_is_removed_and_that_of_a_living_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(short_folder))
     living = WorkFolder()
-    killed = tmp_path / "vmapipe-service-killed"
+    killed = short_folder / "vmapipe-service-killed"
     (killed / "1").mkdir(parents=True)
-    (tmp_path / "vmapipe-service-link").symlink_to(tmp_path)
+    (short_folder / "vmapipe-service-link").symlink_to(short_folder)
     second = WorkFolder()
     assert os.path.isdir(living.path)
     assert not killed.exists()
     living.remove()
     second.remove()
-    assert [path.name for path in tmp_path.iterdir()] == ["vmapipe-service-link"]
+    assert [path.name for path in short_folder.iterdir()] == ["vmapipe-service-link"]
