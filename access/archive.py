@@ -31,6 +31,7 @@ from vmapipe.access.storage import (
     read_error,
 )
 from vmapipe.restore.archive.compressed import MAGIC_BYTES, is_compressed
+from vmapipe.restore.archive.reading import check_opening
 from vmapipe.restore.archive.source import Source, Stream, open_source
 from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.restore.archive.zstdframes import is_zstd
@@ -42,7 +43,7 @@ from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.objectnames import is_object
 from vmapipe.vma.errors import ArchiveError, ExtentError
 from vmapipe.vma.extent import Extent, parse_extent_header
-from vmapipe.vma.header import PEEK_BYTES, Device, Header, parse_header, peek_header_bytes
+from vmapipe.vma.header import PEEK_BYTES, Header, parse_header, peek_header_bytes
 from vmapipe.vma.layout import EXTENT_HEADER_BYTES
 from vmapipe.vma.manifest import ExtentDigest
 
@@ -62,8 +63,6 @@ class OpenArchive:
         self.header = header
         self.storage = storage
         self.index = ArchiveIndex(header.uuid)
-        #: Whether its data can be checked.
-        self.has_digests = False
         self._report = report
         # By extent: whether it was found good. Others are looked up in `_why`.
         self._good = bytearray()
@@ -163,9 +162,6 @@ class OpenArchive:
         if found.total_bytes != size or not self.index.agrees_with(extent, found):
             raise ExtentError("its header is not the one that was indexed", offset=offset)
 
-    def device(self, name: str) -> Device | None:
-        return next((d for d in self.header.devices if d.name == name), None)
-
     def close(self) -> None:
         self.storage.close()
 
@@ -192,7 +188,6 @@ def open_for_access(name: str, cancel: Cancel, report: Report, caches: Caches) -
         header, raw_header = _read_header(storage)
         archive = OpenArchive(name, storage, header, report)
         manifest = _manifest(name, header, raw_header, cancel)
-        archive.has_digests = manifest is not None
         if manifest is None:
             archive.tell("there is no manifest beside it, so its data cannot be checked")
         elif identity:
@@ -242,9 +237,9 @@ def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int
             raise SourceError(f"{name} is neither a file nor a block device: it cannot be served")
         size = os.lseek(fd, 0, os.SEEK_END)
         os.lseek(fd, 0, os.SEEK_SET)
+        identity = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
         start = os.pread(fd, MAGIC_BYTES, 0)
         if not is_compressed(name, start):
-            identity = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
             return PlainStorage(name, fd, size), identity
 
         def pread(length: int, offset: int) -> bytes:
@@ -252,7 +247,6 @@ def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int
 
         frames = seekable_frames(pread, size, (cancel,)) if is_zstd(start) else None
         if frames is not None:
-            identity = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
             return FrameStorage(name, pread, lambda: os.close(fd), frames), identity
         source = open_source(f"fd:{fd}", cancel)
     except OSError as error:
@@ -321,13 +315,11 @@ def _manifest(name: str, header: Header, raw_header: bytes, cancel: Cancel) -> M
     elif not os.path.exists(path):
         return None
     manifest = Manifest(path, cancel)
-    opening = manifest.opening
-    if opening.uuid != header.uuid:
+    try:
+        check_opening(header, raw_header, manifest)
+    except BaseException:
         manifest.close()
-        raise ArchiveError(f"the manifest {path} belongs to another archive (its uuid differs)")
-    if opening.header != ExtentDigest(len(raw_header), extent_digest(raw_header)):
-        manifest.close()
-        raise DigestError("the header is not the one that was stored: its digest differs", offset=0)
+        raise
     return manifest
 
 

@@ -135,9 +135,7 @@ def _open_all(
         try:
             with naming(name):
                 archive = open_for_access(name, cancel, report, caches)
-        except UsageError:
-            raise
-        except Cancelled:
+        except (UsageError, Cancelled):
             raise
         except Failure as error:
             if name in options.archives:

@@ -112,14 +112,14 @@ def _named(error: NotAnArchiveError, source: Source, read: bytes) -> NotAnArchiv
     return NotAnArchiveError(f"{error.text}: it is {kind}", reference_text=error.reference_text)
 
 
-def check_opening(archive: Archive, manifest: Manifest) -> None:
+def check_opening(header: Header, raw_header: bytes, manifest: Manifest) -> None:
     """Raises ArchiveError when the manifest belongs to another archive, DigestError for damage."""
     from vmapipe.restore.checks.digest import extent_digest  # here: only where there is a manifest
 
     opening = manifest.opening
-    if opening.uuid != archive.header.uuid:
+    if opening.uuid != header.uuid:
         raise ArchiveError(
             f"the manifest {manifest.path} belongs to another archive (its uuid differs)"
         )
-    if opening.header != ExtentDigest(len(archive.raw_header), extent_digest(archive.raw_header)):
+    if opening.header != ExtentDigest(len(raw_header), extent_digest(raw_header)):
         raise DigestError("the header is not the one that was stored: its digest differs", offset=0)

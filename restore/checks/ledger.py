@@ -56,7 +56,7 @@ def open_manifest(
     manifest: Manifest | None = None
     try:
         manifest = Manifest(path, cancel)
-        check_opening(archive, manifest)
+        check_opening(archive.header, archive.raw_header, manifest)
     except DigestError as error:
         return manifest, error
     except ArchiveError as error:

@@ -190,7 +190,7 @@ def test_a_compressed_piece_that_is_damaged_or_too_large_is_an_io_error(
     packed = bytearray(subprocess.run([program, "-1c"], input=raw, capture_output=True).stdout)
     path, content = tmp_path / "vm.vma.gz", disk.read_bytes()
     path.write_bytes(packed)
-    with serving(sock, path, "--cache-size", "1M") as served, Client(sock, "a") as client:
+    with serving(sock, path, "--cache-size", "3M") as served, Client(sock, "a") as client:
         assert client.read(0, 65536) == content[:65536]
         with pytest.raises(OSError) as caught:  # noqa: PT011  its number is looked at
             client.read(len(content) - 100, 100)
