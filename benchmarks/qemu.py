@@ -26,8 +26,8 @@ from typing import NamedTuple
 from benchmarks.images import dense
 from benchmarks.place import VMAPIPE
 from benchmarks.servers import wait_for_event
-from vmapipe.control.qemu.qmp import Command
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command
 
 #: The bar: a backup by vmapipe lets a guest wait hardly longer than QEMU's own.
 MOST = 1.2

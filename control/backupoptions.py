@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from vmapipe.control.qemu.monitoroptions import add_monitor_options
+from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.runtime.cli import add_connect_option, add_tcp_options, size
 
 

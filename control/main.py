@@ -10,7 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from vmapipe.runtime.process import keep_standard_descriptors, leave, raise_descriptor_limit
+from vmapipe.runtime.process import (
+    keep_standard_descriptors,
+    leave,
+    program_version,
+    raise_descriptor_limit,
+)
 
 DESCRIPTION = """\
 Back up disks of virtual machines into one VMA archive, the format of Proxmox
@@ -81,16 +86,6 @@ def program() -> NoReturn:
     """The console script."""
     gc.set_threshold(_GC_THRESHOLD)
     leave(main)
-
-
-def program_version() -> str:
-    # Imported here: it takes as long as all the rest of a start.
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("vmapipe")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from vmapipe.access.archive import (
     open_for_access,
 )
 from vmapipe.access.serve import Shown, serve
-from vmapipe.control.monitor.sockets import listen_unix
+from vmapipe.control.qmp.sockets import listen_unix
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.control.words import naming
 from vmapipe.runtime.cancel import Cancel

@@ -172,3 +172,14 @@ def run_child(
         emit({"event": "error", "text": failure[0]})
         return failure[1]
     return EXIT_OK
+
+
+def program_version() -> str:
+    """Return the version of the installed package, or `unknown` in a checkout without one."""
+    # Imported here: it takes as long as all the rest of a start.
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("vmapipe")
+    except PackageNotFoundError:
+        return "unknown"

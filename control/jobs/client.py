@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmapipe.control.qemu.qmp import Command, Peer, QmpGone, QmpInvalid
-from vmapipe.control.qemu.qmp_client import QmpClient
-from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command, Peer, QmpGone, QmpInvalid
+from vmapipe.control.qmp.reader import SHORT_LIMITS
 
 
 class _Job(Peer):

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 
-from vmapipe.control.monitor.sockets import Listener, alone_in, listen_unix, private_folder
+from vmapipe.control.qmp.sockets import Listener, alone_in, listen_unix, private_folder
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import temporary_folder
 from vmapipe.runtime.heldfolder import HeldFolder

@@ -11,8 +11,8 @@ from typing import Any
 from vmapipe.control.jobs.folder import listen
 from vmapipe.control.jobs.state import JobState
 from vmapipe.control.jobs.steady import now_s
-from vmapipe.control.monitor.clients import Clients
-from vmapipe.control.monitor.qmp import QmpError
+from vmapipe.control.qmp.clients import Clients
+from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Event

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmapipe.control.monitor.qmp import QmpError
+from vmapipe.control.qmp.server import QmpError
 
 
 class Arguments:

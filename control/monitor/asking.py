@@ -13,10 +13,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vmapipe.control.monitor.qmp import QmpError
-from vmapipe.control.qemu.addresses import parse_address
-from vmapipe.control.qemu.qmp import Command
-from vmapipe.control.qemu.qmp_shared import open_link
+from vmapipe.control.qmp.addresses import parse_address
+from vmapipe.control.qmp.client import open_link
+from vmapipe.control.qmp.connection import Command
+from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.errors import Failure
 
 # Each may take some seconds where QEMU does not answer: more is no use.

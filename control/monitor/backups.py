@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vmapipe.control.jobs.status import BackupStatus
-from vmapipe.control.monitor.qmp import QmpError
+from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.events import Event
 
 CANCELED = "backup canceled"

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from vmapipe.control.monitor.arguments import Arguments
 from vmapipe.control.monitor.backups import EVENTS
-from vmapipe.control.monitor.clients import Client
 from vmapipe.control.monitor.devices import Device, check_devices
 from vmapipe.control.monitor.fdsets import FdSets
 from vmapipe.control.monitor.human import Human
 from vmapipe.control.monitor.jobs import Jobs, Request
-from vmapipe.control.monitor.qmp import Command, Later, QmpError
 from vmapipe.control.proxmox import FIREWALL_NAME
+from vmapipe.control.qmp.clients import Client
+from vmapipe.control.qmp.server import Command, Later, QmpError
 from vmapipe.runtime.cli import split_named
 from vmapipe.runtime.errors import UsageError
 

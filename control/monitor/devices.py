@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vmapipe.control.monitor.qmp import QmpError
 from vmapipe.control.qemu.disks import Answer, names_of
+from vmapipe.control.qmp.server import QmpError
 
 _SEPARATORS = re.compile("[,;:]")
 

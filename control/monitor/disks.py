@@ -11,7 +11,7 @@ from vmapipe.control.monitor.asking import Asking
 from vmapipe.control.monitor.devices import Device, machine_devices, served_blocks
 from vmapipe.control.monitor.guards import Guards
 from vmapipe.control.monitor.jobs import Jobs
-from vmapipe.control.monitor.qmp import Command, Later, QmpError
+from vmapipe.control.qmp.server import Command, Later, QmpError
 
 Then = Callable[[list[Device] | QmpError], None]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmapipe.control.monitor.arguments import Arguments
-from vmapipe.control.monitor.clients import Client
-from vmapipe.control.monitor.qmp import Command, QmpError
+from vmapipe.control.qmp.clients import Client
+from vmapipe.control.qmp.server import Command, QmpError
 
 # One for each backup that a client could possibly wait for.
 MAX_FDS = 64

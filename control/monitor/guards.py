@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vmapipe.control.job import check_names
-from vmapipe.control.monitor.sockets import Listener, listen, listen_unix, private_folder
+from vmapipe.control.qmp.sockets import Listener, listen, listen_unix, private_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import Failure, UsageError

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vmapipe.control.monitor.arguments import human_size
-from vmapipe.control.monitor.qmp import Later, QmpError
+from vmapipe.control.qmp.server import Later, QmpError
 from vmapipe.runtime.texts import one_line
 
 # By command: how many words may follow it, what they are, and what it does.

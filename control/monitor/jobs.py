@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vmapipe.control.monitor.backups import Accepted, Backups, Moment, Outcome, Rejected, Told
-from vmapipe.control.monitor.qmp import Later, QmpError
+from vmapipe.control.qmp.server import Later, QmpError
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.orders import speed_order

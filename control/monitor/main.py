@@ -14,8 +14,8 @@ from vmapipe.control.monitor.disks import MachineDisks, ServedDisks
 from vmapipe.control.monitor.guards import Guards, ServedDisk, check_disks
 from vmapipe.control.monitor.jobs import Jobs
 from vmapipe.control.monitor.service import serve
-from vmapipe.control.monitor.sockets import Listener, listen_unix
-from vmapipe.control.qemu.monitoroptions import add_monitor_options
+from vmapipe.control.qmp.addresses import add_monitor_options
+from vmapipe.control.qmp.sockets import Listener, listen_unix
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.cli import (

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from vmapipe.control.monitor.clients import Clients
 from vmapipe.control.monitor.commands import Commands
 from vmapipe.control.monitor.jobs import Jobs
-from vmapipe.control.monitor.sockets import Listener
+from vmapipe.control.qmp.clients import Clients
+from vmapipe.control.qmp.sockets import Listener
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Emit
 

@@ -11,8 +11,8 @@ from typing import Any
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.plan import Left, left_of, writers_of
 from vmapipe.control.qemu.poweroff import let_go
-from vmapipe.control.qemu.qmp import Command, Qmp, QmpRefused
 from vmapipe.control.qemu.settling import settle
+from vmapipe.control.qmp.connection import Command, Qmp, QmpRefused
 from vmapipe.runtime.errors import Failure
 
 # A job ends when its requests have: milliseconds with a sink that answers at

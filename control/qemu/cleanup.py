@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vmapipe.control.qemu.monitoroptions import add_monitor_options
+from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.runtime.cli import make_parser
 from vmapipe.runtime.process import run
 from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
@@ -31,9 +31,9 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def _clean_up(address: str, *, share: bool) -> None:
     # Imported here: `--help` comes sooner without.
-    from vmapipe.control.qemu.addresses import parse_address
     from vmapipe.control.qemu.leftovers import connect, remove_leftovers
     from vmapipe.control.qemu.owner import pid_of_qemu, uid_of_qemu
+    from vmapipe.control.qmp.addresses import parse_address
 
     link = connect(address, share=share)
     try:

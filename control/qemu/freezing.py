@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from vmapipe.control.qemu.addresses import Address, connect
-from vmapipe.control.qemu.qmp_answers import SIZE
-from vmapipe.control.qemu.qmp_client import Wire
-from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS, JsonReader, Unreadable
+from vmapipe.control.qmp.addresses import Address, connect
+from vmapipe.control.qmp.answers import SIZE
+from vmapipe.control.qmp.client import Wire
+from vmapipe.control.qmp.reader import SHORT_LIMITS, JsonReader, Unreadable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import Cancelled, Failure, os_error_text

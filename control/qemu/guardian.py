@@ -19,14 +19,14 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vmapipe.control.qemu.addresses import is_listening, parse_address
 from vmapipe.control.qemu.cleaning import clean
 from vmapipe.control.qemu.draining import Draining
 from vmapipe.control.qemu.dropping import Dropping
 from vmapipe.control.qemu.plan import index_of, run_prefix
-from vmapipe.control.qemu.qmp import QmpGone
-from vmapipe.control.qemu.qmp_shared import open_link
 from vmapipe.control.qemu.sinkfolder import SinkFolder
+from vmapipe.control.qmp.addresses import is_listening, parse_address
+from vmapipe.control.qmp.client import open_link
+from vmapipe.control.qmp.connection import QmpGone
 from vmapipe.runtime.errors import Failure
 
 READY = b"ready"

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vmapipe.control.qemu.addresses import Address
 from vmapipe.control.qemu.guardian import BYE, MAX_MESSAGE_BYTES, READY, TAKE_OVER, WATCH
+from vmapipe.control.qmp.addresses import Address
 from vmapipe.runtime.errors import Failure
 
 # A Python starts within a tenth of a second, on a loaded machine within some.

@@ -28,7 +28,7 @@ from vmapipe.control.qemu.plan import (
     put_device,
     rehearse,
 )
-from vmapipe.control.qemu.qmp import ANSWER_S, Command, Qmp, QmpRefused
+from vmapipe.control.qmp.connection import ANSWER_S, Command, Qmp, QmpRefused
 from vmapipe.runtime.errors import Failure
 
 _LOOK_S = 0.002

@@ -13,7 +13,7 @@ import time
 from typing import NamedTuple
 
 from vmapipe.control.qemu.plan import look_nodes
-from vmapipe.control.qemu.qmp import ANSWER_S, Command, Qmp, QmpRefused
+from vmapipe.control.qmp.connection import ANSWER_S, Command, Qmp, QmpRefused
 
 # It takes some milliseconds.
 _LOOK_S = 0.002

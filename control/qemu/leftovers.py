@@ -8,15 +8,15 @@ import os
 from collections.abc import Callable, Iterator
 
 from vmapipe.control.qemu import poweroff
-from vmapipe.control.qemu.addresses import Address, is_listening, parse_address
 from vmapipe.control.qemu.cleaning import clean, look
 from vmapipe.control.qemu.draining import Draining, streams_of
 from vmapipe.control.qemu.dropping import Dropping
 from vmapipe.control.qemu.plan import PREFIX, LeftTarget, left_targets
-from vmapipe.control.qemu.qmp import Command, Link, Qmp, QmpGone, QmpInvalid
-from vmapipe.control.qemu.qmp_shared import open_link
 from vmapipe.control.qemu.settling import find_notes
 from vmapipe.control.qemu.sinkfolder import STREAM_NAME, SinkFolder, sink_of
+from vmapipe.control.qmp.addresses import Address, is_listening, parse_address
+from vmapipe.control.qmp.client import open_link
+from vmapipe.control.qmp.connection import Command, Link, Qmp, QmpGone, QmpInvalid
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.texts import name_text
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from vmapipe.control.instant import Instant
 from vmapipe.control.qemu import poweroff
-from vmapipe.control.qemu.addresses import parse_address
 from vmapipe.control.qemu.cleaning import clean
 from vmapipe.control.qemu.disks import (
     Answer,
@@ -42,10 +41,11 @@ from vmapipe.control.qemu.plan import (
     name_of,
     run_prefix,
 )
-from vmapipe.control.qemu.qmp import Command, QmpRefused
 from vmapipe.control.qemu.saving import Saving
 from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.control.qemu.tpmstate import TpmState
+from vmapipe.control.qmp.addresses import parse_address
+from vmapipe.control.qmp.connection import Command, QmpRefused
 from vmapipe.producer.sink.export import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from vmapipe.control.qemu.disks import Answer
 from vmapipe.control.qemu.plan import PREFIX, run_prefix
-from vmapipe.control.qemu.qmp import Command
-from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS, Unreadable, read_object
+from vmapipe.control.qmp.connection import Command
+from vmapipe.control.qmp.reader import SHORT_LIMITS, Unreadable, read_object
 
 #: QEMU's name for the descriptor of it.
 FD_NAME = "vmapipe-memory"

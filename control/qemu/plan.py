@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vmapipe.control.qemu.disks import Answer, MachineDisk
-from vmapipe.control.qemu.qmp import Command
+from vmapipe.control.qmp.connection import Command
 
 PREFIX = "vmapipe-"
 # The guardian serves within milliseconds. A SCSI disk of a Linux guest gives up

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vmapipe.control.qemu.plan import PREFIX, run_prefix
-from vmapipe.control.qemu.qmp import Command, Qmp, QmpGone, QmpRefused
-from vmapipe.control.qemu.qmp_reader import SHORT_LIMITS, Unreadable, read_object
+from vmapipe.control.qmp.connection import Command, Qmp, QmpGone, QmpRefused
+from vmapipe.control.qmp.reader import SHORT_LIMITS, Unreadable, read_object
 
 _TAIL = "-poweroff"
 # The run state of a machine that has powered off, or whose guest has panicked, and whose QEMU stays.

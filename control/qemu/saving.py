@@ -22,8 +22,8 @@ from vmapipe.control.instant import Instant
 from vmapipe.control.qemu import memory
 from vmapipe.control.qemu.memory import MIGRATED, RUNNING, STANDING, STOPPED, Note
 from vmapipe.control.qemu.plan import Beginning
-from vmapipe.control.qemu.qmp import ANSWER_S, Command, Link, QmpRefused
 from vmapipe.control.qemu.sinkfolder import SinkFolder
+from vmapipe.control.qmp.connection import ANSWER_S, Command, Link, QmpRefused
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.waiting import readable
 

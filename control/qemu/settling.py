@@ -7,7 +7,7 @@ import contextlib
 import time
 
 from vmapipe.control.qemu.memory import Note, decode_note, notes_in, progress_of, read_note, undo
-from vmapipe.control.qemu.qmp import Command, Qmp, QmpRefused
+from vmapipe.control.qmp.connection import Command, Qmp, QmpRefused
 from vmapipe.runtime.errors import Failure
 
 _LOOK_S = 0.01

@@ -10,8 +10,8 @@ from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.outside import TPM_NAME
 from vmapipe.control.qemu.owner import command_line
 from vmapipe.control.qemu.plan import run_prefix
-from vmapipe.control.qemu.qmp import Command, Link, QmpRefused
 from vmapipe.control.qemu.tpm import VOLUME_BYTES, find_place, read_now, read_volume
+from vmapipe.control.qmp.connection import Command, Link, QmpRefused
 from vmapipe.runtime.errors import Failure
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.control.monitor.qmp import MAX_LINE_BYTES, Later, QmpError, QmpServer
+from vmapipe.control.qmp.server import MAX_LINE_BYTES, Later, QmpError, QmpServer
 
 
 def refuse(arguments: dict[str, Any]) -> Any:

@@ -12,9 +12,9 @@ from unittest import mock
 from tests.qemu.answers import EVENT, GOOD, READERS
 from vmapipe.control.qemu import freezing
 from vmapipe.control.qemu.freezing import GuestAgent
-from vmapipe.control.qemu.qmp_answers import answer_fault, event_fault
-from vmapipe.control.qemu.qmp_client import EventQueue
-from vmapipe.control.qemu.qmp_reader import JsonReader, Limits, Unreadable
+from vmapipe.control.qmp.answers import answer_fault, event_fault
+from vmapipe.control.qmp.client import EventQueue
+from vmapipe.control.qmp.reader import JsonReader, Limits, Unreadable
 from vmapipe.runtime.errors import Failure
 
 # So low that a few hundred bytes reach them.

@@ -17,8 +17,8 @@ from vmapipe.control.jobs import client as jobs_module
 from vmapipe.control.jobs.client import JobClient
 from vmapipe.control.monitor import client as monitor_module
 from vmapipe.control.monitor.client import guarded_disks
-from vmapipe.control.qemu.qmp import Peer
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Peer
 from vmapipe.runtime.errors import Failure
 
 GREETING = b'{"QMP": {}}\r\n'

@@ -19,7 +19,7 @@ from vmapipe.control.monitor.backups import (
     Rejected,
     Told,
 )
-from vmapipe.control.monitor.qmp import QmpError
+from vmapipe.control.qmp.server import QmpError
 
 COUNTS = st.lists(
     st.tuples(st.integers(1, 1 << 40), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from vmapipe.control.monitor import clients as module
-from vmapipe.control.monitor.clients import MAX_CLIENTS, MAX_UNREAD_BYTES, Client, Clients
-from vmapipe.control.monitor.qmp import Later
-from vmapipe.control.monitor.sockets import listen_unix
+from vmapipe.control.qmp import clients as module
+from vmapipe.control.qmp.clients import MAX_CLIENTS, MAX_UNREAD_BYTES, Client, Clients
+from vmapipe.control.qmp.server import Later
+from vmapipe.control.qmp.sockets import listen_unix
 from vmapipe.runtime.waiting import readable
 
 LIMIT_S = 60.0

@@ -14,8 +14,8 @@ import pytest
 
 from tests.machine import LIMIT_S, next_event, started
 from tests.qemu.hostile import DISK, Flood, Raw, Silence, event, hostile_qemu, line_of
-from vmapipe.control.qemu.qmp import Command, Peer, QmpRefused
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command, Peer, QmpRefused
 
 
 class Patient(Peer):

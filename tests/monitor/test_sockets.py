@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vmapipe.control.monitor import sockets as module
-from vmapipe.control.monitor.sockets import Listener, listen_unix, private_folder
+from vmapipe.control.qmp import sockets as module
+from vmapipe.control.qmp.sockets import Listener, listen_unix, private_folder
 from vmapipe.runtime.errors import Failure
 
 

@@ -17,8 +17,7 @@ from vmapipe.control.monitor.devices import (
     split_devlist,
 )
 from vmapipe.control.monitor.human import Human, status_lines
-from vmapipe.control.monitor.qmp import Later, QmpError
-from vmapipe.control.monitor.requests import Requests
+from vmapipe.control.qmp.server import Later, QmpError, Requests
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from vmapipe.control.jobs.commands import matching
 from vmapipe.control.jobs.state import JobState
 from vmapipe.control.jobs.table import job_lines
 from vmapipe.control.monitor.devices import check_devices, machine_devices
-from vmapipe.control.monitor.qmp import QmpError
 from vmapipe.control.qemu import memory
 from vmapipe.control.qemu.disks import Machine, Wishes, choose_disks
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.outside import found_outside, tpm_outside, tpm_words
 from vmapipe.control.qemu.plan import features_of, left_of, left_targets
+from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.errors import Failure
 
 NODES: list[dict[str, Any]] = [

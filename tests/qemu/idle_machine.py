@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from tests.machine import LIMIT_S
 from tests.qemu.storage_daemon import wait_for_socket
-from vmapipe.control.qemu.qmp import Command
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command
 
 SECTOR = 512
 _TOLD = 16  # what qemu-io says of a good write begins so: "wrote 65536/65536 bytes"

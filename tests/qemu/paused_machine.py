@@ -11,8 +11,8 @@ from typing import Any
 
 from tests.machine import LIMIT_S, Need
 from tests.qemu.storage_daemon import wait_for_socket
-from vmapipe.control.qemu.qmp import Command
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command
 
 
 class PausedMachine:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from tests.guard.guest import SCSI_MODULES, Guest, Kernel, booted, make_initramfs
 from tests.machine import Need
-from vmapipe.control.qemu.qmp import Command
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command
 
 SYSTEM_BYTES = 48 << 20
 # QEMU sees whole sectors: the last one is padded with zeroes.

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.machine import LIMIT_S
-from vmapipe.control.qemu.qmp import Command, QmpGone
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command, QmpGone
 
 
 class StorageDaemon:

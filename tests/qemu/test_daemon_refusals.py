@@ -15,7 +15,7 @@ from tests.qemu.daemon_backup import (
     restored,
 )
 from tests.qemu.storage_daemon import StorageDaemon
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
 
 
 def test_a_second_backup_at_the_same_time_is_refused_and_the_first_goes_on(

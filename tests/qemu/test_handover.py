@@ -16,7 +16,7 @@ from vmapipe.control.qemu.handover import (
     to_hand_over,
 )
 from vmapipe.control.qemu.plan import Features
-from vmapipe.control.qemu.qmp import Command, QmpRefused
+from vmapipe.control.qmp.connection import Command, QmpRefused
 
 GIB = 1 << 30
 DRIVERS = frozenset({"copy-before-write", "snapshot-access", "null-co", "qcow2"})

@@ -19,7 +19,7 @@ from tests.qemu.hostile import DISK, Flood, Raw, Refusal, event, hostile_qemu, l
 from tests.qemu.storage_daemon import StorageDaemon
 from vmapipe.control.qemu import settling
 from vmapipe.control.qemu.memory import Note
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
 from vmapipe.runtime.errors import Failure
 
 MIB = 1 << 20

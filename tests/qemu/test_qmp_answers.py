@@ -20,8 +20,8 @@ from tests.qemu.hostile import DISK
 from vmapipe.control.qemu import memory, poweroff
 from vmapipe.control.qemu.disks import Machine, Wishes, choose_disks
 from vmapipe.control.qemu.graph import Graph
-from vmapipe.control.qemu.qmp_answers import ANSWERS as SHAPES
-from vmapipe.control.qemu.qmp_answers import answer_fault, event_fault
+from vmapipe.control.qmp.answers import ANSWERS as SHAPES
+from vmapipe.control.qmp.answers import answer_fault, event_fault
 from vmapipe.runtime.errors import Failure
 
 ODD: st.SearchStrategy[Any] = st.sampled_from(

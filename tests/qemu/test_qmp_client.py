@@ -31,9 +31,9 @@ from tests.qemu.hostile import (
     line_of,
 )
 from tests.qemu.storage_daemon import StorageDaemon
-from vmapipe.control.qemu.addresses import Address, parse_address
-from vmapipe.control.qemu.qmp import Command, Peer, QmpGone, QmpInvalid, QmpRefused
-from vmapipe.control.qemu.qmp_client import EventQueue, QmpClient
+from vmapipe.control.qmp.addresses import Address, parse_address
+from vmapipe.control.qmp.client import EventQueue, QmpClient
+from vmapipe.control.qmp.connection import Command, Peer, QmpGone, QmpInvalid, QmpRefused
 from vmapipe.runtime.errors import UsageError
 
 EVENT = line_of(event("BLOCK_JOB_ERROR", device="vmapipe-x-0", operation="write"))
@@ -301,8 +301,8 @@ def test_the_memory_for_hostile_answers_stays_small(path: Path) -> None:
     """Each of what took 161 MiB to 3 GiB once; what an honest client takes is some 30 MiB."""
     program = (
         "import sys\n"
-        "from vmapipe.control.qemu.qmp import Command, Peer, QmpGone\n"
-        "from vmapipe.control.qemu.qmp_client import QmpClient\n"
+        "from vmapipe.control.qmp.connection import Command, Peer, QmpGone\n"
+        "from vmapipe.control.qmp.client import QmpClient\n"
         "class Short(Peer):\n"
         "    answer_s = 3.0\n"
         "client = QmpClient(sys.argv[1], Short())\n"

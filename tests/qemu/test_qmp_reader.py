@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.control.qemu.qmp_reader import (
+from vmapipe.control.qmp.reader import (
     QMP_LIMITS,
     JsonReader,
     Limits,

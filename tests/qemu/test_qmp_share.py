@@ -19,10 +19,9 @@ import pytest
 from tests.machine import LIMIT_S, bad, end_of, eventually, good, next_event, started, without_limit
 from tests.qemu.daemon_backup import BOTH, busy_guest, restored
 from tests.qemu.storage_daemon import StorageDaemon
-from vmapipe.control.qemu.addresses import Address
-from vmapipe.control.qemu.qmp import Command, Peer, QmpGone, QmpRefused
-from vmapipe.control.qemu.qmp_client import QmpClient
-from vmapipe.control.qemu.qmp_shared import SharedQmp, _InTurn
+from vmapipe.control.qmp.addresses import Address
+from vmapipe.control.qmp.client import QmpClient, SharedQmp, _InTurn
+from vmapipe.control.qmp.connection import Command, Peer, QmpGone, QmpRefused
 
 
 class Neighbour(threading.Thread):

@@ -19,8 +19,8 @@ from tests.qemu.hammer import Hammer
 from tests.qemu.storage_daemon import StorageDaemon
 from vmapipe.control.jobs.client import JobClient
 from vmapipe.control.jobs.folder import sockets
-from vmapipe.control.qemu.qmp import Command
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command
 
 pytestmark = pytest.mark.every_qemu
 

@@ -19,8 +19,8 @@ from tests.machine import Need, end_of, eventually, good, make_disk, next_event,
 from tests.qemu.daemon_backup import BOTH, SIZES, restored, slow_backup
 from tests.qemu.hammer import CLUSTER, Hammer
 from tests.qemu.storage_daemon import StorageDaemon, storage_daemon
-from vmapipe.control.qemu.qmp import Command
-from vmapipe.control.qemu.qmp_client import QmpClient
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command
 
 pytestmark = pytest.mark.every_qemu
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from tests.machine import LIMIT_S, Need, eventually, good, listens
 from tests.qemu.paused_machine import paused_machine
-from vmapipe.control.qemu.qmp_client import QmpClient
 from vmapipe.control.qemu.tpm import (
     VOLUME_BYTES,
     Place,
@@ -24,6 +23,7 @@ from vmapipe.control.qemu.tpm import (
     check_volume,
     read_volume,
 )
+from vmapipe.control.qmp.client import QmpClient
 from vmapipe.runtime.errors import Failure
 
 NAME = "drive-tpmstate0-backup"

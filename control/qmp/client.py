@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connection to whoever speaks JSON objects: QEMU, our monitor, our running backups.
+"""The QMP client: connections to QEMU, to our monitor and to our running backups.
 
-It blocks, and every wait has an end on a clock that nobody sets. What comes is bounded in
-length, depth and number, and checked before anybody reads it.
+It blocks, and every wait has an end on the monotonic clock. Received objects are bounded in length,
+depth and number, and checked before any other code reads them.
+
+`QmpClient` stays connected; `SharedQmp` connects for each command, for a QEMU whose only monitor has
+other users that connect for a moment, too (Proxmox VE's services, panels). QEMU serves the next
+client in its queue as soon as one has left; events that come between two commands are lost.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vmapipe.control.qemu.addresses import Address, connect, parse_address
-from vmapipe.control.qemu.qmp import Command, Peer, QmpGone
-from vmapipe.control.qemu.qmp_answers import answer_fault, event_fault
-from vmapipe.control.qemu.qmp_reader import JsonReader, Unreadable, decode
+from vmapipe.control.qmp.addresses import Address, connect, parse_address
+from vmapipe.control.qmp.answers import answer_fault, event_fault
+from vmapipe.control.qmp.connection import Command, Link, Peer, QmpGone
+from vmapipe.control.qmp.reader import JsonReader, Unreadable, decode
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.waiting import readable, writable
@@ -352,3 +356,64 @@ def _listening_at(place: tuple[str, int]) -> int | None:
 def open_qmp(address: str) -> QmpClient:
     """QEMU's monitor at an address as a user writes it. Raises UsageError, QmpGone."""
     return QmpClient(parse_address(address))
+
+
+# A person's or a program's command takes seconds at the very most; who stays longer occupies it.
+_TURN_S = 30.0
+
+
+class _InTurn(Peer):
+    """QEMU, whose others are waited for."""
+
+    greeting_s = _TURN_S
+
+    def no_greeting(self, path: str) -> QmpGone:
+        return QmpGone(
+            f"{path}: the QMP monitor has served somebody else for {_TURN_S:.0f} s, who does not "
+            "share it (--qmp-share): give QEMU a second -qmp for backups"
+        )
+
+
+class SharedQmp:
+    """A connection for each command. `execute` raises QmpRefused, QmpGone."""
+
+    is_shared = True
+
+    def __init__(self, address: Address) -> None:
+        """Connects once, so that whoever does not answer is told now. Raises QmpGone."""
+        self.path = str(address)
+        self._address = address
+        self._peer = _InTurn()
+        client = QmpClient(address, self._peer)
+        #: The process at the other end; None: it is not known.
+        self.peer_pid = client.peer_pid
+        client.close()
+        # Nothing is ever told by itself.
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._is_closed = False
+
+    def execute(self, command: Command) -> Any:
+        client = QmpClient(self._address, self._peer, is_brief=True)
+        try:
+            return client.execute(command)
+        finally:
+            client.close()
+
+    def events(self) -> list[dict[str, Any]]:
+        return []
+
+    def give_fd(self, fd: int, name: str) -> None:
+        raise RuntimeError("a descriptor belongs to a connection that stays")
+
+    def add_fd(self, fd: int) -> int:
+        raise RuntimeError("a descriptor belongs to a connection that stays")
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            os.close(self.fd)
+
+
+def open_link(address: str, *, share: bool) -> Link:
+    """QEMU's monitor as a user names it. Raises UsageError, QmpGone."""
+    return SharedQmp(parse_address(address)) if share else open_qmp(address)

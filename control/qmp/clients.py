@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vmapipe.control.monitor.qmp import Command, QmpError, QmpServer
-from vmapipe.control.monitor.sockets import Listener
+from vmapipe.control.qmp.server import Command, QmpError, QmpServer
+from vmapipe.control.qmp.sockets import Listener
 from vmapipe.producer.descriptors import receive_fds
 from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.process import program_version
 
 MAX_CLIENTS = 64
 # Some thousand events: a client that is that far behind does not read at all.
@@ -142,9 +143,6 @@ class Clients:
             return
         sock.setblocking(False)
         client = Client(sock)
-        # Imported here: it takes as long as all the rest of a backup's start.
-        from vmapipe.control.main import program_version
-
         client.server = QmpServer(self._commands(client), program_version())
         self._clients[sock] = client
         self._selector.register(sock, selectors.EVENT_READ, client)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-from vmapipe.control.qemu.qmp_reader import QMP_LIMITS, Limits
+from vmapipe.control.qmp.reader import QMP_LIMITS, Limits
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.texts import one_line
 

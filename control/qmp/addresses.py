@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a monitor is: a path, or QEMU's own words for it, unix:PATH and tcp:HOST:PORT."""
+"""Addresses of QMP monitors: a path, or QEMU's own notation, unix:PATH and tcp:HOST:PORT.
+
+Also the command-line options that name the monitor of a QEMU.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import socket
@@ -117,3 +121,20 @@ def _is_socket(path: str) -> bool:
         return stat.S_ISSOCK(os.stat(path).st_mode)
     except OSError:
         return True  # it is gone: as the error says
+
+
+def add_monitor_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, required: bool = False, help: str
+) -> None:
+    parser.add_argument(
+        "--qmp",
+        required=required,
+        metavar="SOCKET",
+        help=f"{help}: its Unix socket, or tcp:HOST:PORT (QEMU: -qmp)",
+    )
+    parser.add_argument(
+        "--qmp-share",
+        action="store_true",
+        help="connect to it for the moment of each command only, so that others who do the same are "
+        "served; where it is the machine's only monitor",
+    )
