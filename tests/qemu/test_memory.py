@@ -80,17 +80,20 @@ def test_without_background_snapshots_a_machine_is_saved_by_live_migration(
     qemu: str, need: Need, kernel: Kernel, tmp_path: Path
 ) -> None:
     """And one that is paused stays so: both in one boot, of a machine with a SCSI disk."""
-    archive, folder = tmp_path / "vm.vma", tmp_path / "restored"
     disks = make_images(need, tmp_path)
     words = shared_memory(tmp_path)
     with running_guest(need, kernel, tmp_path, disks, *words, with_scsi=True) as guest:
         guest.console.hear("round 2")
-        before = guest.latest_round()
-        with started("backup", "--json", "--qmp", guest.qmp, "--state", archive) as process:
-            assert next_event(process, "instant")["memory"] == "live migration"
-            after = guest.latest_round() + 1
-            assert end_of(process)[0] == 0
-        guest.next_round()
+        for attempt in range(3):
+            try:
+                migrates_and_goes_on(need, kernel, guest, tmp_path / str(attempt))
+                break
+            except AssertionError as error:
+                # An emulated processor can write to a page just when QEMU begins to track it
+                # anew (tlb_set_dirty of accel/tcg/cputlb.c looks at the bit before it takes the
+                # lock), which the migration then misses. KVM cannot, nor a background snapshot.
+                if attempt == 2 or "Kernel panic" not in str(error):
+                    raise
         guest.goes_on(2)
         guest.is_untouched()
         guest.ask("stop")
@@ -103,7 +106,17 @@ def test_without_background_snapshots_a_machine_is_saved_by_live_migration(
         guest.next_round()
         guest.goes_on(2)
         guest.is_untouched()
-    folder.mkdir()
+
+
+def migrates_and_goes_on(need: Need, kernel: Kernel, guest: RunningGuest, scratch: Path) -> None:
+    archive, folder = scratch / "vm.vma", scratch / "restored"
+    folder.mkdir(parents=True)
+    before = guest.latest_round()
+    with started("backup", "--json", "--qmp", guest.qmp, "--state", archive) as process:
+        assert next_event(process, "instant")["memory"] == "live migration"
+        after = guest.latest_round() + 1
+        assert end_of(process)[0] == 0
+    guest.next_round()
     words = shared_memory(folder)
     goes_on_from(need, kernel, archive, folder, before, after, *words, with_scsi=True)
 
