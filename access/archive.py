@@ -40,7 +40,7 @@ from vmapipe.restore.checks.manifest import SUFFIX, Manifest
 from vmapipe.restore.errors import DigestError, SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.objectnames import is_object
+from vmapipe.runtime.objectstore import is_object
 from vmapipe.vma.errors import ArchiveError, ExtentError
 from vmapipe.vma.extent import Extent, parse_extent_header
 from vmapipe.vma.header import PEEK_BYTES, Header, parse_header, peek_header_bytes

@@ -25,7 +25,7 @@ from vmapipe.protocol.nbd.constants import (
 from vmapipe.protocol.nbd.export import Export
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 from vmapipe.vma.header import Device
 
 _READ_ONLY = NBD_FLAG_READ_ONLY | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_DF

@@ -11,7 +11,7 @@ import argparse
 import os
 
 from vmapipe.archiver.compression import MAX_THREADS
-from vmapipe.runtime.cli import job_id
+from vmapipe.runtime.arguments import job_id
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

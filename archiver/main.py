@@ -16,20 +16,19 @@ from vmapipe.archiver.options import read_configs, store_for
 from vmapipe.archiver.serve import Listen, serve
 from vmapipe.archiver.service.arguments import add_service_options
 from vmapipe.protocol.limits import MAX_RECONNECT_S
-from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import (
+from vmapipe.runtime.arguments import (
     add_child_options,
     add_tcp_options,
     check_endpoint,
     job_id,
     make_parser,
 )
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
-from vmapipe.runtime.objectnames import is_object
-from vmapipe.runtime.priority import stand_back
-from vmapipe.runtime.process import run, run_child
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.process import lower_priority, run, run_child
+from vmapipe.runtime.text import one_line
 from vmapipe.vma.layout import MAX_DEVICES
 
 DESCRIPTION = """\
@@ -165,7 +164,7 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     if not 0 <= reconnect_s <= MAX_RECONNECT_S:
         raise UsageError(f"--reconnect-limit is from 0 to {MAX_RECONNECT_S} seconds")
     if options.stand_back:
-        stand_back()
+        lower_priority()
     spec = JobSpec(
         uuid=options.uuid or (b"" if options.reproducible else uuid.uuid4().bytes),
         ctime_s=archive_time(reproducible=options.reproducible),

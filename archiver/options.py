@@ -21,12 +21,12 @@ from vmapipe.archiver.manifests import (
 from vmapipe.archiver.outputs.output import Output
 from vmapipe.archiver.outputs.spec import is_stream, open_output
 from vmapipe.archiver.store import Store
+from vmapipe.runtime.arguments import split_named
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import split_named
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.objectnames import is_object
-from vmapipe.runtime.sidefiles import read_awaited
+from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.side_files import read_awaited
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Config
 from vmapipe.vma.layout import MAX_BLOB_BYTES, MAX_CONFIGS

@@ -18,7 +18,7 @@ from vmapipe.archiver.store import Store
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.priority import give_way
+from vmapipe.runtime.process import yield_cpu
 
 if TYPE_CHECKING:
     from vmapipe.runtime.keys import ServerKeys
@@ -77,7 +77,7 @@ class _Server:
             self._link.wait(1.0)
             for peer, client, parts in self._link.receive():
                 self._handle(core.Received(peer, parts, time.monotonic(), client))
-                give_way()
+                yield_cpu()
             self._look_at_gate(time.monotonic())
             self._hear_store(wake_fd)
             if cancel.asked:

@@ -15,7 +15,7 @@ from vmapipe.archiver.compression import Compression
 from vmapipe.archiver.outputs.descriptor import IOV_MAX
 from vmapipe.archiver.outputs.errors import OutputFailure
 from vmapipe.archiver.outputs.output import Output
-from vmapipe.runtime.priority import give_way
+from vmapipe.runtime.process import yield_cpu
 from vmapipe.vma.header import Header
 from vmapipe.vma.packer import PackedExtent
 
@@ -208,10 +208,10 @@ class Store(Generic[Note]):
         self.plain_bytes += len(begin.raw_header)
 
     def _write_extents(self, batch: list[PackedExtent[Note]]) -> None:
-        give_way()
+        yield_cpu()
         if self._digests is not None:
             self._digests.extents(batch)
-            give_way()
+            yield_cpu()
         self._output.write([buffer for extent in batch for buffer in extent.buffers])
         self.plain_bytes += sum(extent.total_bytes for extent in batch)
         self._written.extend(batch)

@@ -15,11 +15,10 @@ from vmapipe.control.joblog import LEVELS, JobLog
 from vmapipe.control.jobs.server import JobServer
 from vmapipe.control.jobs.state import JobState
 from vmapipe.control.jobs.steady import now_s
+from vmapipe.runtime.arguments import wait_time
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import wait_time
 from vmapipe.runtime.errors import Failure, UsageError
-from vmapipe.runtime.events import Emit, Event
-from vmapipe.runtime.orders import Orders
+from vmapipe.runtime.events import ChildCommands, Emit, Event
 
 # Long enough to mount a share or to wake a host.
 _HOOK_S = 300
@@ -30,7 +29,7 @@ class Surroundings(NamedTuple):
 
     emit: Emit
     cancel: Cancel
-    orders: Orders
+    orders: ChildCommands
 
 
 class Attended(NamedTuple):
@@ -38,7 +37,7 @@ class Attended(NamedTuple):
 
     emit: Emit
     cancel: Cancel
-    orders: Orders
+    orders: ChildCommands
     server: JobServer
     job_id: bytes
 

@@ -38,16 +38,15 @@ from vmapipe.control.proxmox import (
     read_configs,
 )
 from vmapipe.control.render import add_report_options, renderer
-from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import (
+from vmapipe.runtime.arguments import (
     add_buffer_options,
     add_child_options,
     make_parser,
 )
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
-from vmapipe.runtime.events import ignore
-from vmapipe.runtime.objectnames import is_object
-from vmapipe.runtime.orders import Orders
+from vmapipe.runtime.events import ChildCommands, ignore
+from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import run, run_child
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     options = parser.parse_args(argv)
     if options.parent_fd is None:
         return run(prog, lambda: _backup(options))
-    orders = Orders()
+    orders = ChildCommands()
     return run_child(
         prog,
         options.parent_fd,
@@ -131,7 +130,7 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
     stream = sys.stderr if to_stdout else sys.stdout
     with (
         renderer("backup", options, stream) as emit,
-        attended(options, place, Surroundings(emit, cancel, Orders())) as around,
+        attended(options, place, Surroundings(emit, cancel, ChildCommands())) as around,
     ):
         _run_job(options, service, pass_fds, around)
 

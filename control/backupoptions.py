@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from vmapipe.control.qmp.addresses import add_monitor_options
-from vmapipe.runtime.cli import add_connect_option, add_tcp_options, size
+from vmapipe.runtime.arguments import add_connect_option, add_tcp_options, size
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,9 @@ import re
 import stat
 
 from vmapipe.control.job import Disk
-from vmapipe.runtime.cli import size, split_named
+from vmapipe.runtime.arguments import size, split_named
 from vmapipe.runtime.errors import UsageError
-from vmapipe.runtime.imageformat import format_of_content
+from vmapipe.runtime.image_format import format_of_content
 
 # What may follow an image's path, and what a format's name looks like.
 _READING = ("format", "snapshot", "offset", "others")

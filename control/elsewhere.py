@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+from vmapipe.runtime.arguments import check_endpoint
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
-from vmapipe.runtime.cli import check_endpoint
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.events import Emit
 

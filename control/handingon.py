@@ -8,7 +8,7 @@ import os
 import stat
 
 from vmapipe.control.priorities import buffer_of_each
-from vmapipe.runtime.cli import split_named
+from vmapipe.runtime.arguments import split_named
 from vmapipe.runtime.errors import Failure, os_error_text
 
 

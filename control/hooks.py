@@ -17,7 +17,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit, Event, ignore
 from vmapipe.runtime.folders import temporary_folder
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 if TYPE_CHECKING:
     import subprocess

@@ -16,11 +16,11 @@ from vmapipe.control.words import naming, source_name
 from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.reading import Archive, open_archive
 from vmapipe.restore.checks.verify import VerifyOptions, verify
+from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import make_parser, size
 from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
 from vmapipe.runtime.process import failure_of, run
-from vmapipe.runtime.texts import MAX_NAME_CHARS, name_text, one_line
+from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
 from vmapipe.vma.errors import ArchiveError, VmaError
 from vmapipe.vma.header import Config, Header
 

@@ -16,9 +16,8 @@ from vmapipe.control.priorities import AS_INHERITED, Priorities
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
-from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.events import ChildCommands, Emit, Event, speed_command, speed_in
 from vmapipe.runtime.folders import OwnFolder
-from vmapipe.runtime.orders import Orders, ordered_speed, speed_order
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, check_contents
 from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
@@ -78,9 +77,9 @@ class BackupJob:
     #: Uploads to object stores that the archiver has begun: name and id.
     uploads: list[tuple[str, str]] = field(default_factory=list)
 
-    def run(self, emit: Emit, cancel: Cancel, orders: Orders | None = None) -> None:
+    def run(self, emit: Emit, cancel: Cancel, orders: ChildCommands | None = None) -> None:
         """Raises Failure when nothing was stored. `orders` may change the speed meanwhile."""
-        orders = orders or Orders()
+        orders = orders or ChildCommands()
         self._check()
         self._read_bytes: dict[str, int] = {}
         self._shares = Shares(
@@ -123,7 +122,12 @@ class BackupJob:
         check_names([disk.name for disk in self.disks])
 
     def _watch(
-        self, children: Children, emit: Emit, cancel: Cancel, folder: OwnFolder, orders: Orders
+        self,
+        children: Children,
+        emit: Emit,
+        cancel: Cancel,
+        folder: OwnFolder,
+        orders: ChildCommands,
     ) -> None:
         """Until all have ended well. Raises Failure with the best reason there is."""
         archiver = children.all[0]
@@ -187,7 +191,7 @@ class BackupJob:
             elif event["event"] == "transfer":
                 self._read_bytes[event["device"]] = event["read_bytes"]
 
-    def _attend(self, children: Children, orders: Orders, emit: Emit) -> None:
+    def _attend(self, children: Children, orders: ChildCommands, emit: Emit) -> None:
         """Whoever else has something to say: QEMU, and who asks or steers us. Raises Failure."""
         for order in orders.take():
             self._obey(order, children, emit)
@@ -204,7 +208,7 @@ class BackupJob:
 
     def _obey(self, order: Event, children: Children, emit: Emit) -> None:
         """While it runs: another speed, of all disks together."""
-        speed = ordered_speed(order)
+        speed = speed_in(order)
         if speed is None:
             return
         self._shares.bytes_per_s = speed
@@ -226,7 +230,7 @@ class BackupJob:
         if self.machine:
             self.machine.set_speed(share)
         for child in children.all[1:]:
-            child.tell(speed_order(share))
+            child.tell(speed_command(share))
 
     @property
     def names(self) -> list[str]:

@@ -10,8 +10,8 @@ from types import TracebackType
 from vmapipe.control.render import human_bytes
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Emit, Event, ignore
-from vmapipe.runtime.sidefiles import open_new, open_to_append
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.side_files import open_new, open_to_append
+from vmapipe.runtime.text import one_line
 
 LEVELS = ("debug", "info", "warn", "error")
 

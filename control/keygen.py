@@ -6,10 +6,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vmapipe.runtime.cli import make_parser
+from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.keys import write_pair
 from vmapipe.runtime.process import run
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.text import one_line
 
 DESCRIPTION = """\
 Make a pair of keys, so that an archiver and its clients know each other over

@@ -14,8 +14,8 @@ from typing import Any
 
 from vmapipe.control.jobs.state import JobState
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.heldfolder import HeldFolder
-from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
+from vmapipe.runtime.folders import HeldFolder
+from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 
 SUFFIX = ".prom"
 _LAST_SUCCESS = "vmapipe_backup_last_success_timestamp_seconds"

@@ -7,7 +7,7 @@ import argparse
 import os
 from typing import NamedTuple
 
-from vmapipe.runtime.cli import MIN_BUFFER_BYTES, size
+from vmapipe.runtime.arguments import MIN_BUFFER_BYTES, size
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 
 # Classes of ioprio_set(2). Realtime is not among them: a backup must not starve guests.

@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from vmapipe.runtime.arguments import split_named
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import split_named
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.sidefiles import open_new, read_awaited
+from vmapipe.runtime.side_files import open_new, read_awaited
 
 CONFIG_NAME = "qemu-server.conf"
 FIREWALL_NAME = "qemu-server.fw"

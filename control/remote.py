@@ -17,19 +17,19 @@ from vmapipe.producer.link import Link
 from vmapipe.protocol import jobs, limits
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.packing import Part
-from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import (
+from vmapipe.runtime.arguments import (
     add_child_options,
     add_connect_option,
     add_tcp_options,
     job_id,
     make_parser,
 )
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.process import run_child
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.text import one_line
 
 # After CANCEL the service has so long to say how the job ended: its archiver
 # removes a partial file. Below the time that our parent gives us (children.STOP_S).

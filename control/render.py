@@ -14,7 +14,7 @@ from typing import TextIO
 
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
 from vmapipe.runtime.process import failure_of
-from vmapipe.runtime.texts import MAX_NAME_CHARS, name_text, one_line
+from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
 
 # In a log, a line at least so often, however slow the job is.
 _LOG_LINE_S = 10.0

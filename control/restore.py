@@ -20,10 +20,10 @@ from vmapipe.restore.mapping import IMAGE_FORMATS, parse_map
 from vmapipe.restore.plan import Larger, Plan, Wishes, check_chosen, plan_folder, plan_map
 from vmapipe.restore.salvagemap import TEXT_NAME
 from vmapipe.restore.targets.newfile import Folders
+from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.cancel import Cancel, awaited_lines
-from vmapipe.runtime.cli import make_parser, size
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
-from vmapipe.runtime.heldfolder import HeldFolder, MadeFolder
+from vmapipe.runtime.folders import HeldFolder, MadeFolder
 from vmapipe.runtime.process import run
 from vmapipe.vma.header import Header
 

@@ -22,12 +22,12 @@ from vmapipe.access.serve import Shown, serve
 from vmapipe.control.qmp.sockets import listen_unix
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.control.words import naming
+from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import make_parser, size
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.process import run
-from vmapipe.runtime.texts import name_text
+from vmapipe.runtime.text import name_text
 
 DESCRIPTION = """\
 Serve the devices of an archive over NBD, without restoring it: for qemu-nbd, guestfish,

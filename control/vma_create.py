@@ -13,7 +13,7 @@ from vmapipe.control.outputwords import goes_to_stdout, inherited_fds
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import Event
-from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
+from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 from vmapipe.vma.layout import MAX_BLOB_BYTES
 
 

@@ -25,8 +25,8 @@ from vmapipe.restore.targets.newfile import Folders, NewFile
 from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Event
-from vmapipe.runtime.heldfolder import HeldFolder, MadeFolder
-from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
+from vmapipe.runtime.folders import HeldFolder, MadeFolder
+from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import Header
 

@@ -23,7 +23,7 @@ from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.priority import give_way
+from vmapipe.runtime.process import yield_cpu
 
 # From a producer being ready to the instant that the coordinator chooses.
 _BEGIN_S = 60.0
@@ -133,7 +133,7 @@ class LiveSender:
             else:
                 did = background.ask()
             if did:
-                give_way()
+                yield_cpu()
                 session.hear()
                 session.keep_alive(now)
             elif gather_s > 0 and not background.asked:

@@ -13,8 +13,7 @@ from vmapipe.producer.pace import Pace
 from vmapipe.producer.sender import Sender
 from vmapipe.producer.source import RawSource, Sharing, Source
 from vmapipe.protocol.limits import CLUSTER_BYTES
-from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import (
+from vmapipe.runtime.arguments import (
     add_buffer_options,
     add_child_options,
     add_connect_option,
@@ -25,12 +24,11 @@ from vmapipe.runtime.cli import (
     size,
     split_named,
 )
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
-from vmapipe.runtime.events import Emit, Event
-from vmapipe.runtime.orders import Orders
-from vmapipe.runtime.priority import stand_back
-from vmapipe.runtime.process import run_child
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.events import ChildCommands, Emit, Event
+from vmapipe.runtime.process import lower_priority, run_child
+from vmapipe.runtime.text import one_line
 
 #: What the wire calls a machine's memory.
 VMSTATE = "vmstate"
@@ -167,7 +165,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> i
     add_options(parser)
     options = parser.parse_args(argv)
     options.pace = Pace(options.speed, time.monotonic())
-    options.orders = Orders()
+    options.orders = ChildCommands()
     return run_child(
         prog,
         options.parent_fd,
@@ -182,7 +180,7 @@ def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         raise UsageError("say what to send: --disk or --stream-fd")
     check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
     if options.guard:
-        stand_back()  # before ZeroMQ has threads of its own
+        lower_priority()  # before ZeroMQ has threads of its own
     keys = None
     if options.keys:
         # Imported here, as in the archiver: on one host nobody has keys.

@@ -26,9 +26,9 @@ from vmapipe.protocol.nbd.request import encode_request
 from vmapipe.protocol.nbd.session import Session
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.imagerefs import references
+from vmapipe.runtime.image_format import references
 from vmapipe.runtime.storage_daemon import StorageDaemon
-from vmapipe.runtime.texts import name_text
+from vmapipe.runtime.text import name_text
 
 EXPORT = "disk"
 # QEMU's server works on 16 requests of a connection at once; 256 KiB each were

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from vmapipe.protocol import limits
-from vmapipe.runtime.events import Event
-from vmapipe.runtime.orders import ordered_speed
+from vmapipe.runtime.events import Event, speed_in
 
 # How much may be caught up after a pause, as time: short, so that the limit
 # holds over any second, and long enough for a megabyte at 8 MiB/s.
@@ -24,7 +23,7 @@ class Pace:
 
     def hear(self, order: Event) -> None:
         """What the parent says; from any thread, and followed at the next question."""
-        wanted = ordered_speed(order)
+        wanted = speed_in(order)
         if wanted is not None:
             self._wanted = wanted
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from vmapipe.producer.reading import PairReader, ReadFailed, ShortRead
 from vmapipe.protocol.limits import CLUSTER_BYTES
-from vmapipe.runtime.diskuse import use_of
+from vmapipe.runtime.disk_use import use_of
 from vmapipe.runtime.errors import Failure, os_error_text
 
 

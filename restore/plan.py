@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from vmapipe.restore.errors import PlanError, RestoreError
 from vmapipe.restore.mapping import IMAGE_FORMATS, MapEntry
-from vmapipe.runtime.imageformat import format_of_name
-from vmapipe.runtime.texts import MAX_NAME_CHARS, name_text, one_line
+from vmapipe.runtime.image_format import format_of_name
+from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.names import safe_file_name
 

@@ -19,7 +19,7 @@ from vmapipe.restore.checks.report import (
     range_text,
     state_text,
 )
-from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
+from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 
 JSON_NAME, TEXT_NAME = "vmapipe-salvage.json", "vmapipe-salvage.txt"
 

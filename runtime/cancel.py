@@ -13,7 +13,7 @@ from types import FrameType
 
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Event, LineSplitter, ignore
-from vmapipe.runtime.waiting import writable
+from vmapipe.runtime.syscalls import writable
 
 # How long a process may take to put things in order after its parent died,
 # before it ends at once: removing a partial file takes milliseconds, but a

@@ -1,24 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting child processes, hearing their events, and leaving none behind."""
+"""Child processes: starting them, receiving their events, and leaving none behind.
+
+A child is a program of its own, or a copy of this process by fork(2): ready in milliseconds,
+its modules imported already. Why, and when not: docs/decisions/0012-forked-children.md.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import os
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from typing import NoReturn
+
+import psutil
 
 from vmapipe.runtime.events import Event, LineSplitter, encode_line
-from vmapipe.runtime.forking import can_fork, fork_module
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.process import leave
+from vmapipe.runtime.syscalls import readable
 
-if TYPE_CHECKING:
-    import subprocess
+# What a process of ours handles; the copy starts without its parent's handlers.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def can_fork() -> bool:
+    """Return whether a copy would be complete: it would lack all threads but this one."""
+    return len(os.listdir("/proc/self/task")) == 1
+
+
+def fork_module(module: str, args: Sequence[str], fds: Collection[int]) -> int:
+    """Run `module.main(args)` in a copy of this process; return its pid.
+
+    Of all descriptors it keeps `fds`, standard output and standard error;
+    standard input only if 0 is among `fds`.
+    """
+    # Here and not in the copy: the next copy has it, too.
+    main = importlib.import_module(module).main
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or both of us would write what waits in it
+    # A signal that came in between would run our handlers in the copy.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        pid = os.fork()
+        if not pid:
+            _become(module, main, args, fds, before)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
+
+
+def _become(
+    module: str,
+    main: object,
+    args: Sequence[str],
+    fds: Collection[int],
+    mask: Collection[signal.Signals | int],
+) -> NoReturn:
+    """Run in the copy; never returns, because the rest of the stack belongs to the parent."""
+
+    def work() -> object:
+        # Nothing of the parent's is ever collected here: its sockets and files
+        # would close numbers that are ours by then.
+        gc.freeze()
+        for signum in _SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _close_all_but({1, 2, *fds})
+        if 0 not in fds:
+            os.open(os.devnull, os.O_RDONLY)  # the lowest free number: 0
+        _name([module, *args])
+        return main(args) if callable(main) else 1
+
+    leave(work)
+
+
+def _close_all_but(fds: Collection[int]) -> None:
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number not in fds:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(number)
+
+
+def _name(words: Sequence[str]) -> None:
+    """Change what `ps` shows: our command line is overwritten, at most up to its length."""
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/self/stat", "rb") as status:
+            # proc(5); the fields behind the name in brackets, which may hold anything.
+            fields = status.read().rpartition(b")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end
+        text = b"\0".join(os.fsencode(word) for word in words)[: end - start - 1]
+        fd = os.open("/proc/self/mem", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, text.ljust(end - start, b"\0"), start)
+        finally:
+            os.close(fd)
+
 
 # A child that was told to stop removes its partial file and ends: milliseconds
 # on a healthy machine. After this it is killed.
@@ -27,7 +112,7 @@ _RECEIVE_BYTES = 1 << 16
 
 
 class Child:
-    """One process of ours, `python -m MODULE ARGS --parent-fd N`.
+    """A child process, `python -m MODULE ARGS --parent-fd N`.
 
     `fork`: as a copy of this process if that can be, else with an interpreter of its own.
     """
@@ -55,9 +140,6 @@ class Child:
             if fork and can_fork():
                 self.pid = fork_module(module, words, fds)
             else:
-                # Imported here: a backup's children are copies.
-                import subprocess
-
                 self._program = subprocess.Popen(
                     [sys.executable, "-P", "-m", module, *words],
                     pass_fds=fds,
@@ -72,7 +154,7 @@ class Child:
         return self.exit_code is None
 
     def read_events(self) -> tuple[list[Event], bool]:
-        """What it said since, and whether it has closed its end (it is ending)."""
+        """Return its new events, and whether it has closed its end (it is ending)."""
         try:
             data = self.socket.recv(_RECEIVE_BYTES)
         except BlockingIOError:
@@ -88,7 +170,7 @@ class Child:
         return events, False
 
     def tell(self, order: Event) -> None:
-        """Down to the child. Lost where it has ended, or has not listened for thousands of them."""
+        """Send a command to the child; dropped if it has exited or its buffer is full."""
         with contextlib.suppress(OSError):
             self.socket.send(encode_line(order))
 
@@ -110,13 +192,13 @@ class Child:
         return True
 
     def send_signal(self, signum: int) -> None:
-        """Nothing happens to one that has ended."""
+        """Send a signal; a child that has ended is left alone."""
         if self.exit_code is None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signum)
 
     def verdict(self) -> str:
-        """Why it ended, in words, or an empty string when all was well."""
+        """Return why it failed as a sentence; empty: it ended well."""
         if self.exit_code == 0:
             return ""
         if self.error:
@@ -154,25 +236,25 @@ class Children:
 
     @property
     def fd(self) -> int:
-        """Readable when `wait` has something to tell, for those who wait for other things, too."""
+        """A descriptor that is readable when `wait` would return something."""
         return self._selector.fileno()
 
     def watch(self, fd: int) -> None:
-        """Also wake up when `fd` (a Cancel's) becomes readable; -1 is none."""
+        """End `wait` also when `fd` (a Cancel's) becomes readable; -1: nothing to watch."""
         if fd >= 0:
             self._selector.register(fd, selectors.EVENT_READ, None)
 
     def unwatch(self, fd: int) -> None:
-        """Not any more, if it was: a descriptor whose other end is gone stays readable."""
+        """Undo `watch`: a descriptor whose other end is gone would stay readable."""
         with contextlib.suppress(KeyError):
             self._selector.unregister(fd)
 
     def pids(self) -> list[tuple[str, int]]:
-        """Of those that run, each by its name."""
+        """Return (name, pid) of each running child."""
         return [(child.name, child.pid) for child in self.all if child.running]
 
     def wait(self, timeout_s: float) -> list[tuple[Child, Event | None]]:
-        """What happened within `timeout_s`: (child, event), or (child, None) when one has ended."""
+        """Return what happened within `timeout_s`: (child, event), or (child, None) for its end."""
         happened: list[tuple[Child, Event | None]] = []
         for key, _ in self._selector.select(timeout_s):
             child = key.data
@@ -189,7 +271,7 @@ class Children:
         return happened
 
     def stop(self) -> None:
-        """End all that still run: ask, wait, kill. Returns when none is left."""
+        """Terminate all running children (ask, wait, kill); returns when none is left."""
         running = [child for child in self.all if child.running]
         for child in running:
             self._signal_tree(child, signal.SIGTERM)
@@ -201,9 +283,7 @@ class Children:
 
     @staticmethod
     def _signal_tree(child: Child, signum: int) -> None:
-        """The child itself, and with SIGKILL whatever it started (an exec: command)."""
-        import psutil
-
+        """Signal the child, and with SIGKILL also what it started (an exec: command)."""
         try:
             process = psutil.Process(child.pid)
             family = process.children(recursive=True) if signum == signal.SIGKILL else []

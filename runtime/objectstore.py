@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One object of an S3 store: its parts, its ranges, its uploads. Only this file imports botocore.
+"""One object of an S3 store, `s3://BUCKET/KEY`: its name, parts, ranges, uploads, and refusals.
+
+Only this file imports botocore, and only when a store is asked.
 
 Credentials, region and endpoint come from where every S3 tool looks for them:
 the environment (AWS_…) and ~/.aws. Why botocore: docs/decisions/0010-object-store.md.
@@ -12,14 +14,97 @@ import functools
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
-from vmapipe.runtime.errors import UsageError
-from vmapipe.runtime.objecterrors import MAX_WORDS, StoreError, refusal
-from vmapipe.runtime.objectnames import SCHEME, split_name
+from vmapipe.runtime.errors import Failure, UsageError
+
+SCHEME = "s3://"
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+# The limit of S3.
+_MAX_KEY_BYTES = 1024
+
+
+def is_object(name: str) -> bool:
+    return name.startswith(SCHEME)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`s3://BUCKET/KEY` to (bucket, key). Raises UsageError."""
+    bucket, key = _split(name, "KEY")
+    if not key or key.endswith("/"):
+        raise UsageError(f"{name!r} names no object in the bucket: use s3://BUCKET/KEY")
+    _check_key(name, key, _MAX_KEY_BYTES)
+    return bucket, key
+
+
+def check_prefix(name: str, longest_rest_bytes: int) -> None:
+    """Whether objects can be called `s3://BUCKET/PREFIX/...`, or `s3://BUCKET/...`. Raises UsageError.
+
+    `longest_rest_bytes`: what may follow the prefix.
+    """
+    _, prefix = _split(name, "PREFIX")
+    if prefix.rstrip("/"):
+        _check_key(name, prefix.removesuffix("/"), _MAX_KEY_BYTES - longest_rest_bytes)
+
+
+def _split(name: str, what: str) -> tuple[str, str]:
+    bucket, _, key = name.removeprefix(SCHEME).partition("/")
+    if not is_object(name) or not bucket:
+        raise UsageError(f"{name!r} names no bucket: use s3://BUCKET/{what}")
+    if not _BUCKET.fullmatch(bucket):
+        raise UsageError(
+            f"{name!r}: {bucket!r} is not a valid bucket name: that has 3 to 255 letters, digits, dots, "
+            "dashes and underscores, and begins and ends with a letter or digit"
+        )
+    return bucket, key
+
+
+def _check_key(name: str, key: str, most_bytes: int) -> None:
+    # What a library or a proxy on the way may take for another object.
+    if any(part in ("", ".", "..") for part in key.split("/")) or not key.isprintable():
+        raise UsageError(f"{name!r}: empty, . and .. parts and control characters are refused")
+    if len(key.encode()) > most_bytes:
+        raise UsageError(f"{name!r}: behind the bucket there may be at most {most_bytes} bytes")
+
+
+# A store's own words, of which there may be any number, in the one line that the user sees.
+MAX_WORDS = 300
+_CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+_WAY_OUT = {
+    "NoSuchBucket": "create the bucket, or mend its name",
+    "AccessDenied": "these credentials may not do that",
+    "403": "these credentials may not do that, or are wrong",
+    "InvalidAccessKeyId": "mend AWS_ACCESS_KEY_ID or ~/.aws/credentials",
+    "SignatureDoesNotMatch": "mend AWS_SECRET_ACCESS_KEY or ~/.aws/credentials",
+    "RequestTimeTooSkewed": "set this machine's clock",
+}
+
+
+class StoreError(Failure):
+    """The store cannot be reached or refuses; `code` is its own word for why, if it said one."""
+
+    def __init__(self, text: str, code: str = "") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class ConflictError(StoreError):
+    """The object is not as the request asked for: it exists already, or was replaced."""
+
+
+def refusal(what: str, reason: Mapping[str, Any], times: int) -> StoreError:
+    """`reason`: the store's `Code` and `Message`; `what`: "cannot write s3://…"."""
+    code = str(reason.get("Code") or "")[:MAX_WORDS]
+    words = str(reason.get("Message") or "no reason given")[:MAX_WORDS]
+    often = f", {times} times" if times > 1 else ""
+    out = f"; {_WAY_OUT[code]}" if code in _WAY_OUT else ""
+    kind = ConflictError if code in _CONFLICTS else StoreError
+    return kind(f"{what}: {code}: {words}{often}{out}", code)
+
 
 ALLOW_HTTP = "AWS_ALLOW_HTTP"
 # A healthy store answers within a second; one that completes an upload of

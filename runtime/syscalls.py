@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""System calls that Python's `os` does not have, through the C library."""
+"""System calls that Python's `os` does not have, and waiting for descriptors.
+
+The former go through the C library. The latter is poll(2) whatever the descriptors'
+numbers are: `select.select()` cannot take one above 1023, so a process with that many
+connections would end at its next wait. Nothing in this program calls that (`make lint`
+sees to it)."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
+import math
 import os
 import platform
+import select
 import struct
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import ctypes
+from collections.abc import Collection
 
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -35,8 +40,6 @@ _SCHED_ATTR = struct.Struct("=IIQiIQQQ")
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
-    import ctypes  # here: few processes need it
-
     libc = ctypes.CDLL(None, use_errno=True)
     # off64_t on every architecture, unlike off_t.
     libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -77,7 +80,7 @@ def openat2(folder_fd: int, path: str, flags: int, mode: int, resolve: int) -> i
 
 
 def set_time_slice(policy: int, nice: int, slice_ns: int) -> None:
-    """Of this thread, and those that it will start. Raises OSError where that is not known.
+    """Set the time slice of this thread and of those it will start. Raises OSError where unknown.
 
     Linux before 6.12 takes the call and has no slices of one's own.
     """
@@ -90,7 +93,37 @@ def set_time_slice(policy: int, nice: int, slice_ns: int) -> None:
 
 
 def _os_error() -> OSError:
-    import ctypes
-
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number))
+
+
+# poll() takes milliseconds as an int; a longer wait begins anew where it matters.
+_MAX_WAIT_S = 24 * 3600.0
+
+
+def readable(fds: Collection[int], timeout_s: float | None = None) -> list[int]:
+    """Return those of `fds` that can be read or have ended, as soon as one can; `timeout_s`: [].
+
+    None waits without an end. A signal does not shorten the wait: watch a
+    Cancel's descriptor with the others for that. Raises OSError for a descriptor
+    that is not open.
+    """
+    return _ready(fds, select.POLLIN, timeout_s)
+
+
+def writable(fd: int, timeout_s: float | None = None) -> bool:
+    """Wait until a write would not block (it may fail); False after `timeout_s`, see `readable`."""
+    return bool(_ready((fd,), select.POLLOUT, timeout_s))
+
+
+def _ready(fds: Collection[int], event: int, timeout_s: float | None) -> list[int]:
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, event)
+    if timeout_s is None or math.isinf(timeout_s):
+        found = poller.poll()
+    else:
+        found = poller.poll(min(max(timeout_s, 0.0), _MAX_WAIT_S) * 1000)
+    if any(events & select.POLLNVAL for _, events in found):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return [fd for fd, _ in found]

@@ -15,7 +15,7 @@ from vmapipe.archiver.outputs.output import Buffers
 from vmapipe.archiver.outputs.writebehind import WriteBehind
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 
 # What file systems without hard links answer (vfat, exfat, some network and
 # FUSE ones); EMLINK cannot happen to a file with one name, but costs nothing.

@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 from vmapipe.archiver.outputs.ending import ABANDON_WAIT_S
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.objecterrors import StoreError
-from vmapipe.runtime.objectstore import StoredObject
+from vmapipe.runtime.objectstore import StoredObject, StoreError
 
 # Nobody pauses a backup for a day: an upload of an archive to which no part was added for so
 # long was left behind by a process that was killed.

@@ -22,10 +22,9 @@ from vmapipe.archiver.outputs.file import exists_failure
 from vmapipe.archiver.outputs.leftuploads import abort, abort_left_over, in_a_while
 from vmapipe.archiver.outputs.output import Buffers
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.daemons import DaemonPool
 from vmapipe.runtime.events import Emit, ignore
-from vmapipe.runtime.objecterrors import ConflictError, StoreError
-from vmapipe.runtime.objectstore import StoredObject
+from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
+from vmapipe.runtime.threads import DaemonPool
 
 # An upload has 10,000 parts of at least 5 MiB, and nobody knows its length in advance. The parts
 # double after two thousand and after every further one: an archive of 31 GiB goes in parts of

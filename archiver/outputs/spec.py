@@ -20,7 +20,7 @@ from vmapipe.archiver.outputs.stream import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, ignore
-from vmapipe.runtime.objectnames import is_object
+from vmapipe.runtime.objectstore import is_object
 
 _STDOUT = 1
 # Digits alone, so that int() cannot be surprised by "+1", "1_0" or a thousand of them.

@@ -10,7 +10,7 @@ from typing import Protocol
 from vmapipe.archiver.service.jobs import Need, Place, Room, ServiceJob, need_of
 from vmapipe.protocol import jobs
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.text import one_line
 
 # What an archiver's process may take: some 45 MiB, its producers' window, compression.
 JOB_MEMORY_BYTES = 128 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from vmapipe.runtime.cli import size, wait_time
+from vmapipe.runtime.arguments import size, wait_time
 
 
 def add_service_options(parser: argparse.ArgumentParser) -> None:

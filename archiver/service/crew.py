@@ -20,7 +20,7 @@ from vmapipe.archiver.service.objectplaces import abort_uploads
 from vmapipe.archiver.service.workfolder import WorkFolder, note_upload
 from vmapipe.runtime.children import STOP_S, Child
 from vmapipe.runtime.events import Event
-from vmapipe.runtime.objectnames import is_object
+from vmapipe.runtime.objectstore import is_object
 
 # An archiver that has closed its end is looked at so often until it is gone.
 REAP_S = 0.02

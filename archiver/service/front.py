@@ -29,7 +29,7 @@ from vmapipe.protocol import jobs
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.packing import Part
 from vmapipe.runtime.events import Event
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.text import one_line
 
 # Last answers of an archiver that has ended may still be under way to us.
 DRAIN_S = 2.0

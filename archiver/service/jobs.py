@@ -17,7 +17,7 @@ from vmapipe.protocol import frames, jobs, limits
 from vmapipe.protocol.messages import Abort
 from vmapipe.protocol.packing import Part
 from vmapipe.runtime.events import Event
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.text import one_line
 
 # An archiver's process is ready in a fraction of a second; when twenty are started
 # at once on a machine that is busy already, in half a minute.

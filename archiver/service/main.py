@@ -26,9 +26,9 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Event, encode_line
 from vmapipe.runtime.keys import read_server_keys
-from vmapipe.runtime.notify import notify
-from vmapipe.runtime.objectnames import is_object
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.process import notify
+from vmapipe.runtime.text import one_line
 
 # What a file system is kept from being filled with, for its other users.
 _MIN_FREE_BYTES = 1 << 30

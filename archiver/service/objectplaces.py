@@ -21,8 +21,7 @@ from vmapipe.archiver.service.rules import ClientRules, Rules
 from vmapipe.protocol import jobs
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.objectnames import check_prefix
-from vmapipe.runtime.objectstore import StoredObject
+from vmapipe.runtime.objectstore import StoredObject, check_prefix
 
 # Parts that wait and five on their way are 96 MiB (and more above 31 GiB), the library 40.
 JOB_MEMORY_BYTES = 256 << 20

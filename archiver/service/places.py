@@ -16,7 +16,7 @@ from vmapipe.archiver.service.rules import ClientRules, Rules
 from vmapipe.protocol import jobs
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Config, Device, check_contents
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmapipe.protocol import jobs
-from vmapipe.runtime.cli import size
+from vmapipe.runtime.arguments import size
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.keys import client_names
-from vmapipe.runtime.trusted import read_trusted
+from vmapipe.runtime.keys import client_names, read_trusted
 
 # A few lines are expected; more is not what we look for.
 _MAX_RULES_BYTES = 1 << 16

@@ -14,7 +14,7 @@ from vmapipe.archiver.service.link import Frames, FrontLink
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.notify import notify
+from vmapipe.runtime.process import notify
 
 # Time passes for the core, and systemd's watchdog is fed, so often.
 _TICK_S = 0.5

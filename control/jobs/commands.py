@@ -13,10 +13,10 @@ from typing import Any
 
 from vmapipe.control.jobs.client import JobClient
 from vmapipe.control.jobs.folder import sockets
-from vmapipe.runtime.cli import make_parser, size
+from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.process import run
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.text import one_line
 
 _WHICH = """\
 JOB is the beginning of a job's id or of its archive's uuid, or the archive's

@@ -10,8 +10,7 @@ import socket
 
 from vmapipe.control.qmp.sockets import Listener, alone_in, listen_unix, private_folder
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.folders import temporary_folder
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder, temporary_folder
 
 _NAME = re.compile(r"[0-9a-f]{32}\.sock")
 # Whoever listens answers a connection at once; one that is stopped does so, too.

@@ -15,8 +15,7 @@ from vmapipe.control.qmp.clients import Clients
 from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.events import Event
-from vmapipe.runtime.orders import Orders, speed_order
+from vmapipe.runtime.events import ChildCommands, Event, speed_command
 
 # What `vma` and QEMU say, so that scripts know it.
 CANCELLED = "backup canceled"
@@ -28,7 +27,7 @@ class JobServer:
     Without a socket (the folder cannot be made) nobody can ask: `notice` says why.
     """
 
-    def __init__(self, job: str, archive: str, cancel: Cancel, orders: Orders) -> None:
+    def __init__(self, job: str, archive: str, cancel: Cancel, orders: ChildCommands) -> None:
         self.state = JobState(archive, now_s(), job=job)
         self.notice = ""
         self._cancel = cancel
@@ -89,7 +88,7 @@ class JobServer:
         if not isinstance(speed, int) or isinstance(speed, bool) or not 0 <= speed < 1 << 63:
             raise QmpError("Parameter 'speed' expects a number of bytes a second, 0 for no limit")
         # Obeyed by the job's own loop, which is the one that called us.
-        self._orders.put(speed_order(speed))
+        self._orders.put(speed_command(speed))
         self.state.speed_bytes_s = speed
         return {}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmapipe.runtime.events import Event
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.text import one_line
 
 
 @dataclass

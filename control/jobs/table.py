@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vmapipe.control.render import human_bytes, human_time
-from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
+from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 
 Details = Mapping[str, Any]
 

@@ -16,7 +16,7 @@ from vmapipe.control.monitor.jobs import Jobs, Request
 from vmapipe.control.proxmox import FIREWALL_NAME
 from vmapipe.control.qmp.clients import Client
 from vmapipe.control.qmp.server import Command, Later, QmpError
-from vmapipe.runtime.cli import split_named
+from vmapipe.runtime.arguments import split_named
 from vmapipe.runtime.errors import UsageError
 
 FORMATS = ("vma",)

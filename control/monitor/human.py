@@ -9,7 +9,7 @@ from typing import Any
 
 from vmapipe.control.monitor.arguments import human_size
 from vmapipe.control.qmp.server import Later, QmpError
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.text import one_line
 
 # By command: how many words may follow it, what they are, and what it does.
 _COMMANDS = {

@@ -17,8 +17,8 @@ from vmapipe.control.monitor.backups import Accepted, Backups, Moment, Outcome, 
 from vmapipe.control.qmp.server import Later, QmpError
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.orders import speed_order
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.events import speed_command
+from vmapipe.runtime.syscalls import readable
 
 # A backup that is told to stop gives its own processes 10 s, and a QEMU that is
 # slow to end its jobs 60 s. After that it is killed: then its guardian goes on.
@@ -99,7 +99,7 @@ class Jobs:
     def set_speed(self, bytes_per_s: int) -> None:
         """Of the one that runs."""
         if self._child is not None:
-            self._child.tell(speed_order(bytes_per_s))
+            self._child.tell(speed_command(bytes_per_s))
 
     def look(self) -> None:
         """What the backup has told since. Never raises for what it tells."""

@@ -17,13 +17,13 @@ from vmapipe.control.monitor.service import serve
 from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.control.qmp.sockets import Listener, listen_unix
 from vmapipe.control.render import add_report_options, renderer
-from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import (
+from vmapipe.runtime.arguments import (
     add_buffer_options,
     add_plain_tcp_option,
     make_parser,
     split_named,
 )
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.process import run

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vmapipe.control.qmp.addresses import add_monitor_options
-from vmapipe.runtime.cli import make_parser
+from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.process import run
-from vmapipe.runtime.texts import MAX_NAME_CHARS, one_line
+from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 
 DESCRIPTION = """\
 Remove from a running QEMU the jobs and nodes of a backup that was killed

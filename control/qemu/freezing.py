@@ -27,8 +27,8 @@ from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import Cancelled, Failure, os_error_text
 from vmapipe.runtime.events import Emit, Event, ignore
 from vmapipe.runtime.process import run_child
-from vmapipe.runtime.texts import one_line
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
+from vmapipe.runtime.text import one_line
 
 # An agent that is alive answers a ping at once; a guest under load takes longer.
 _SYNC_S = 10.0

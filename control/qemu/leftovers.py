@@ -18,7 +18,7 @@ from vmapipe.control.qmp.addresses import Address, is_listening, parse_address
 from vmapipe.control.qmp.client import open_link
 from vmapipe.control.qmp.connection import Command, Link, Qmp, QmpGone, QmpInvalid
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.texts import name_text
+from vmapipe.runtime.text import name_text
 
 
 def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ from vmapipe.control.qmp.connection import Command, QmpRefused
 from vmapipe.producer.sink.export import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.orders import JOB_SPEED_SET, Copied, copied_order
+from vmapipe.runtime.events import JOB_SPEED_SET, JobCopied, copied_command
 
 # Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
 _JOB_EVENTS = frozenset(
@@ -395,7 +395,7 @@ class RunningMachine:
             raise Failure(f"disk {disk.name!r}: QEMU does not tell how much its job has copied")
         if index not in self._told:
             self._told.add(index)
-            self._producers[index].tell(copied_order(Copied(copied_bytes or 0, disk.is_thin)))
+            self._producers[index].tell(copied_command(JobCopied(copied_bytes or 0, disk.is_thin)))
 
     def _clean(self) -> None:
         clean(self._link, run_prefix(self._run), lambda job: True, _CLEAN_S)

@@ -25,7 +25,7 @@ from vmapipe.control.qemu.plan import Beginning
 from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.control.qmp.connection import ANSWER_S, Command, Link, QmpRefused
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 # As much as the kernel gives everybody: fewer wake-ups.
 _PIPE_BYTES = 1 << 20

@@ -18,8 +18,7 @@ import stat
 from typing import NamedTuple
 
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.folders import made_with, temporary_folder
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder, made_with, temporary_folder
 
 #: In it: what QEMU writes the machine's memory to.
 STREAM_NAME = "memory.fifo"

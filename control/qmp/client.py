@@ -29,7 +29,7 @@ from vmapipe.control.qmp.connection import Command, Link, Peer, QmpGone
 from vmapipe.control.qmp.reader import JsonReader, Unreadable, decode
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.waiting import readable, writable
+from vmapipe.runtime.syscalls import readable, writable
 
 _READ_BYTES = 1 << 16
 # One look at the events reads no more than this, so that whoever looks gets to other things, too.

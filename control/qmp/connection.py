@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from vmapipe.control.qmp.reader import QMP_LIMITS, Limits
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.text import one_line
 
 # QEMU answers in milliseconds. A command that first has to see requests of a
 # slow disk end (a transaction) may take as long as these.

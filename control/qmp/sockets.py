@@ -13,8 +13,7 @@ import time
 from collections.abc import Iterator
 
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.folders import made_with
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder, made_with
 
 _BACKLOG = 128
 # sun_path has 108 bytes with its NUL.

@@ -16,11 +16,11 @@ from vmapipe.archiver.service.places import is_of_service
 from vmapipe.control.render import human_bytes
 from vmapipe.control.retention.names import PROTECTED, beside, parse
 from vmapipe.control.retention.rules import RULES, Archive, Clock, Mark, Verdict, flood, judge
-from vmapipe.runtime.cli import make_parser
+from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.process import run
-from vmapipe.runtime.texts import name_text, one_line
+from vmapipe.runtime.text import name_text, one_line
 
 DESCRIPTION = """\
 Say which archives in a folder are no longer needed, and with --yes remove them,

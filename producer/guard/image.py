@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 
 from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
+from vmapipe.runtime.disk_use import SERVING, lock_image
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.imagelock import SERVING, lock_image
 from vmapipe.runtime.syscalls import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,

@@ -25,12 +25,12 @@ from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_SEND_WRITE_ZEROES,
 )
 from vmapipe.protocol.nbd.export import Export
+from vmapipe.runtime.arguments import add_child_options, make_parser
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.cli import add_child_options, make_parser
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run_child
-from vmapipe.runtime.texts import one_line
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
+from vmapipe.runtime.text import one_line
 
 DESCRIPTION = """\
 Serve raw images or block devices over NBD on sockets that were opened by

@@ -39,7 +39,7 @@ from vmapipe.protocol.nbd.reply import error_reply, read_reply, status_reply, su
 from vmapipe.protocol.nbd.request import REQUEST_BYTES, Request, parse_request
 from vmapipe.protocol.nbd.session import Session
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 # One megabyte is what most clients send at most; larger writes get memory of their own.
 _BUFFER_BYTES = (1 << 20) + (64 << 10)

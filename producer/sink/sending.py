@@ -22,8 +22,14 @@ from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.events import Emit
-from vmapipe.runtime.orders import Copied, Orders, is_job_speed, ordered_copied, ordered_speed
+from vmapipe.runtime.events import (
+    ChildCommands,
+    Emit,
+    JobCopied,
+    copied_in,
+    is_job_speed_set,
+    speed_in,
+)
 
 # QEMU comes within a second and stays; an interrupted connection it opens again
 # at once. Twice its reconnect-delay without it: it does not come any more.
@@ -59,7 +65,7 @@ class SinkSender:
         job: bytes,
         link: Link,
         cancel: Cancel,
-        orders: Orders,
+        orders: ChildCommands,
     ) -> None:
         self._name = name
         self._options = options
@@ -160,8 +166,8 @@ class SinkSender:
         if sink.failure:
             raise Failure(sink.failure)
         for order in self._orders.take():
-            copied, speed = ordered_copied(order), ordered_speed(order)
-            if is_job_speed(order):
+            copied, speed = copied_in(order), speed_in(order)
+            if is_job_speed_set(order):
                 sink.job_is_limited()
             if copied is not None:
                 self._take_verdict(sink, copied)
@@ -191,7 +197,7 @@ class SinkSender:
             self._told_speed = speed
             emit({"event": "job-speed", "device": self._name, "bytes_per_s": speed})
 
-    def _take_verdict(self, sink: Sink, copied: Copied) -> None:
+    def _take_verdict(self, sink: Sink, copied: JobCopied) -> None:
         """QEMU's job has ended well. Raises Failure when less has come than that means."""
         came_bytes = sink.arrived * CLUSTER_BYTES
         if not copied.rest_is_zero and sink.missing:

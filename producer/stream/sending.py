@@ -20,7 +20,7 @@ from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 # The room for what was read must hold several pieces, or reading and sending take turns.
 _PIECES = 8

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 
 from vmapipe.restore.archive.inputs import Wait
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.daemons import DaemonPool
+from vmapipe.runtime.threads import DaemonPool
 
 # A read from a disk ends in time; one from a disk or a store that hangs is left behind.
 _END_WAIT_S = 2.0

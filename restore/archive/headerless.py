@@ -10,7 +10,7 @@ from vmapipe.restore.archive.survey import Gap, find_first_extent, survey
 from vmapipe.restore.checks.manifest import Manifest, manifest_beside
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.objectnames import is_object
+from vmapipe.runtime.objectstore import is_object
 from vmapipe.vma.errors import ArchiveError, NotAnArchiveError
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.layout import CLUSTER_BYTES, UUID_BYTES

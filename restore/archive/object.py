@@ -10,8 +10,7 @@ from vmapipe.restore.archive.ahead import Ahead, interruptible
 from vmapipe.restore.archive.inputs import Input
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.objecterrors import ConflictError, StoreError
-from vmapipe.runtime.objectstore import StoredObject
+from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
 
 # An archive's header fits, with the configs of most machines: `list` asks for no more.
 _FIRST_BYTES = 64 << 10

@@ -24,7 +24,7 @@ from vmapipe.restore.archive.zstdframes import is_zstd
 from vmapipe.restore.errors import CompressionError, SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
-from vmapipe.runtime.objectnames import is_object
+from vmapipe.runtime.objectstore import is_object
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

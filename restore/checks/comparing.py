@@ -12,7 +12,7 @@ from vmapipe.restore.checks.digest import extent_digest, read_digest
 from vmapipe.restore.checks.hashers import Hashers
 from vmapipe.restore.checks.mapped import MappedHashers
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.forking import can_fork
+from vmapipe.runtime.children import can_fork
 from vmapipe.vma.extent import Extent
 
 

@@ -14,8 +14,8 @@ from vmapipe.restore.archive.source import Source, command_input
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.objectnames import is_object
-from vmapipe.runtime.sidefiles import open_regular
+from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.side_files import open_regular
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import Extent
 from vmapipe.vma.manifest import MAX_LINE_BYTES, ExtentDigest, ManifestReader, Opening, Totals

@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 
 from vmapipe.restore.checks.digest import extent_digest
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.forking import fork_module
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.children import fork_module
+from vmapipe.runtime.syscalls import readable
 
 # Offset and length.
 _JOB = struct.Struct("=QI")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vmapipe.restore.archive.totals import Totals
 from vmapipe.runtime.events import Event
-from vmapipe.runtime.texts import name_text
+from vmapipe.runtime.text import name_text
 from vmapipe.vma.header import Device
 
 SOUND, UNCHECKED, INCOMPLETE, DAMAGED = "sound", "unchecked", "incomplete", "damaged"

@@ -11,7 +11,7 @@ from vmapipe.restore.checks.digest import file_digest
 from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
-from vmapipe.runtime.objectnames import is_object
+from vmapipe.runtime.objectstore import is_object
 
 
 def must_be_there_twice(source: Source) -> None:

@@ -37,7 +37,7 @@ from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, os_error_text
 from vmapipe.runtime.events import Emit, ignore
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.process import run_child
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import Extent, parse_extent_header, without

@@ -11,9 +11,9 @@ import stat
 from vmapipe.restore.errors import PlanError, TargetError
 from vmapipe.restore.mapping import IMAGE_FORMATS
 from vmapipe.restore.plan import Larger, TargetSpec
-from vmapipe.runtime.diskuse import device_in_use, use_of
+from vmapipe.runtime.disk_use import device_in_use, use_of
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.imageformat import format_of_content, format_of_name
+from vmapipe.runtime.image_format import format_of_content, format_of_name
 from vmapipe.vma.header import Device
 from vmapipe.vma.layout import TARGET_SLACK_BYTES
 

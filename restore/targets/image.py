@@ -18,12 +18,11 @@ from vmapipe.restore.targets.existing import (
     open_existing,
 )
 from vmapipe.restore.targets.newfile import Folders, NewFile
+from vmapipe.runtime.disk_use import unlock_image
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.imageformat import format_of_content
-from vmapipe.runtime.imagelock import unlock_image
-from vmapipe.runtime.imagerefs import references
+from vmapipe.runtime.image_format import format_of_content, references
 from vmapipe.runtime.storage_daemon import StorageDaemon
-from vmapipe.runtime.texts import name_text
+from vmapipe.runtime.text import name_text
 from vmapipe.vma.header import Device
 
 EXPORT = "disk"

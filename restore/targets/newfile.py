@@ -8,7 +8,7 @@ import os
 
 from vmapipe.restore.errors import TargetError
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 
 # What a new file is called where it has to have a name before it is complete.
 PARTIAL = (".vmapipe-", ".partial")

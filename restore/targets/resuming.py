@@ -22,7 +22,7 @@ from vmapipe.restore.errors import PlanError, TargetError
 from vmapipe.restore.plan import Kind, Plan
 from vmapipe.restore.targets.newfile import Folders, NewFile
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 
 NAME = ".vmapipe-resume"
 #: What a new file is called until it is complete.

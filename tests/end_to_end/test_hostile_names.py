@@ -17,7 +17,7 @@ import pytest
 
 from tests.machine import VMA, make_disk, run
 from tests.qemu.hostile import DISK, Refusal, hostile_qemu
-from vmapipe.runtime.texts import MAX_LINE_CHARS
+from vmapipe.runtime.text import MAX_LINE_CHARS
 
 STEERS = "x\x1b]0;pwned\x07\x1b[31m\r\nroot@host:~# \x9b2J\u202e\x7f"
 LONG = "very long " * 200

@@ -49,7 +49,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_CMD_TRIM,
     NBD_CMD_WRITE_ZEROES,
 )
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 CLUSTER = limits.CLUSTER_BYTES
 JOB = bytes(range(16))

@@ -16,7 +16,7 @@ from tests.machine import LIMIT_S
 from vmapipe.control.jobs import folder as module
 from vmapipe.control.jobs.folder import listen, runtime_folder, sockets
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 
 JOB, OTHER = "1" * 32, "2" * 32
 

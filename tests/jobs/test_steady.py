@@ -12,7 +12,7 @@ import pytest
 from vmapipe.control.jobs.server import JobServer
 from vmapipe.control.metrics import write
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.orders import Orders
+from vmapipe.runtime.events import ChildCommands
 
 
 @pytest.mark.parametrize("jump_s", [5 * 3600, -5 * 3600, 10 * 365 * 86400, -30 * 365 * 86400])
@@ -20,7 +20,7 @@ from vmapipe.runtime.orders import Orders
 def test_durations_are_true_when_the_clock_jumps_and_the_end_is_by_the_clock_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: int
 ) -> None:
-    cancel, orders = Cancel(), Orders()
+    cancel, orders = Cancel(), ChildCommands()
     wall = time.time
     with JobServer("1" * 32, "vm.vma", cancel, orders) as server:
         monkeypatch.setattr(time, "time", lambda: wall() + jump_s)

@@ -18,7 +18,7 @@ from vmapipe.control.qmp import clients as module
 from vmapipe.control.qmp.clients import MAX_CLIENTS, MAX_UNREAD_BYTES, Client, Clients
 from vmapipe.control.qmp.server import Later
 from vmapipe.control.qmp.sockets import listen_unix
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 LIMIT_S = 60.0
 

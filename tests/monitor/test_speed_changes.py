@@ -11,7 +11,7 @@ from tests.guard.serving import serving
 from tests.machine import LIMIT_S, good, make_disk
 from tests.qemu.storage_daemon import storage_daemon
 from vmapipe.runtime.children import Children
-from vmapipe.runtime.orders import speed_order
+from vmapipe.runtime.events import speed_command
 
 # At this speed the disk below would take four hours.
 CRAWL = "--speed=4K"
@@ -33,7 +33,7 @@ def backed_up_after_a_change(words: list[str], archive: Path) -> None:
                     continue
                 events.append(event["event"])
                 if event["event"] == "instant":
-                    child.tell(speed_order(0))
+                    child.tell(speed_command(0))
     assert child.verdict() == ""
     assert events.index("instant") < events.index("speed") < events.index("stored")
     good("verify", archive)
@@ -63,5 +63,5 @@ def test_a_disk_at_rest_is_read_at_the_new_speed(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             for _, event in children.wait(1.0):
                 if event is not None and event["event"] == "begun":
-                    child.tell(speed_order(0))
+                    child.tell(speed_command(0))
     assert child.verdict() == ""

@@ -9,7 +9,7 @@ import pytest
 
 from tests.machine import LIMIT_S
 from tests.network.cable import cable_to
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.02])

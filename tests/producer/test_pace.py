@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmapipe.producer.pace import Pace
-from vmapipe.runtime.orders import speed_order
+from vmapipe.runtime.events import speed_command
 
 MIB = 1 << 20
 
@@ -45,7 +45,7 @@ def test_no_more_is_read_than_the_limit_allows_and_not_much_less(
 def test_a_change_holds_from_the_next_question_on() -> None:
     pace = Pace(1 * MIB, 0.0)
     now, _ = read_until(pace, 0.0, 10.0, MIB // 8)
-    pace.hear(speed_order(8 * MIB))
+    pace.hear(speed_command(8 * MIB))
     start = now
     now, done = read_until(pace, now, now + 10.0, MIB)
     assert 0.95 * 8 * MIB * (now - start) <= done <= 1.05 * 8 * MIB * (now - start)
@@ -55,16 +55,16 @@ def test_what_was_owed_at_a_low_rate_is_not_waited_for_at_a_high_one() -> None:
     pace = Pace(1024, 0.0)
     pace.took(MIB, 0.0)
     assert pace.wait_s(0.0) > 0
-    pace.hear(speed_order(1 << 30))
+    pace.hear(speed_command(1 << 30))
     assert pace.wait_s(1.0) < 0.01
-    pace.hear(speed_order(0))
+    pace.hear(speed_command(0))
     assert pace.wait_s(1.0) == 0
 
 
 def test_a_limit_that_comes_late_does_not_punish_what_was_read_before() -> None:
     pace = Pace(0, 0.0)
     pace.took(1 << 40, 5.0)
-    pace.hear(speed_order(MIB))
+    pace.hear(speed_command(MIB))
     assert pace.wait_s(5.0) == 0
     pace.took(MIB, 5.0)
     assert pace.wait_s(5.0) > 0

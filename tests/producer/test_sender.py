@@ -25,8 +25,7 @@ from vmapipe.protocol.messages import Fail, Hello, Message, Ping
 from vmapipe.protocol.packing import Part
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
-from vmapipe.runtime.events import Event, ignore
-from vmapipe.runtime.orders import speed_order
+from vmapipe.runtime.events import Event, ignore, speed_command
 
 JOB = bytes(16)
 CLUSTER = 65536
@@ -225,7 +224,7 @@ def test_a_limit_that_changes_holds_from_then_on(clock: list[Archiver]) -> None:
             super().wait(timeout_s)
             for when in [when for when in at if self.now >= when]:
                 read.append(disk.read_bytes)
-                pace.hear(speed_order(at.pop(when)))
+                pace.hear(speed_command(at.pop(when)))
 
     class Counted(MemoryDisk):
         read_bytes = 0
@@ -268,7 +267,7 @@ def test_a_much_lower_limit_is_followed_at_once(clock: list[Archiver], before: i
 
         def _tell(self) -> None:
             if not self.told_at and disk.read_bytes >= 4 << 20:
-                pace.hear(speed_order(slow))
+                pace.hear(speed_command(slow))
                 self.told_at, self.read_then = self.now + 1e-9, disk.read_bytes
             if self.told_at and self.now >= self.told_at + 10:
                 cancel.ask("enough", 15)

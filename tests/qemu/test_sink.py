@@ -17,7 +17,7 @@ from tests.machine import LIMIT_S, Need, good
 from tests.protocol_nbd.client import Client
 from tests.qemu.sinks import SinkRun, sink
 from vmapipe.protocol.nbd import constants as c
-from vmapipe.runtime.orders import Copied, copied_order
+from vmapipe.runtime.events import JobCopied, copied_command
 
 CLUSTER = 65536
 SIZE = 90 * CLUSTER + 512
@@ -179,7 +179,7 @@ def test_a_sink_with_all_data_stores_nothing_before_qemus_job_has_ended_well(
             pass
         with pytest.raises(subprocess.TimeoutExpired):
             run.archiver.wait(0.5)
-        run.tell(copied_order(Copied(91 * CLUSTER, rest_is_zero=False)))
+        run.tell(copied_command(JobCopied(91 * CLUSTER, rest_is_zero=False)))
         assert run.ends() == (0, 0)
     assert restored(run.archive, tmp_path / "out") == content()
 
@@ -187,16 +187,16 @@ def test_a_sink_with_all_data_stores_nothing_before_qemus_job_has_ended_well(
 @pytest.mark.parametrize(
     ("copied", "text"),
     [
-        (Copied(91 * CLUSTER, rest_is_zero=False), "31 of 91 clusters have not come"),
-        (Copied(61 * CLUSTER, rest_is_zero=True), "3997696 bytes, but 3932160 have come"),
+        (JobCopied(91 * CLUSTER, rest_is_zero=False), "31 of 91 clusters have not come"),
+        (JobCopied(61 * CLUSTER, rest_is_zero=True), "3997696 bytes, but 3932160 have come"),
     ],
 )
 def test_a_job_that_has_copied_more_than_has_come_is_a_failure(
-    tmp_path: Path, copied: Copied, text: str
+    tmp_path: Path, copied: JobCopied, text: str
 ) -> None:
     with sink(tmp_path, SIZE, "--await-job") as run:
         fill(run, 60)
-        run.tell(copied_order(copied))
+        run.tell(copied_command(copied))
         assert text in run.next_event("draining")["text"]
         run.producer.terminate()
         assert run.ends()[0] == 1
@@ -209,7 +209,7 @@ def test_what_a_thin_disk_has_left_out_is_zero(tmp_path: Path) -> None:
             for cluster in (1, 40, 41, 89):
                 at = cluster * CLUSTER
                 client.write(at, content()[at : at + CLUSTER])
-        run.tell(copied_order(Copied(4 * CLUSTER, rest_is_zero=True)))
+        run.tell(copied_command(JobCopied(4 * CLUSTER, rest_is_zero=True)))
         assert run.ends() == (0, 0)
     wanted = bytearray(SIZE)
     for at in (1 * CLUSTER, 40 * CLUSTER, 41 * CLUSTER, 89 * CLUSTER):

@@ -17,7 +17,7 @@ from vmapipe.producer.sink.parts import MAX_PARTIAL_CLUSTERS
 from vmapipe.producer.sink.room import Room
 from vmapipe.producer.sink.sink import Sink
 from vmapipe.protocol.limits import MAX_RUN_CLUSTERS
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 CLUSTER = 65536
 SIZE = 5 * CLUSTER + 1536

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from tests.machine import LIMIT_S
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 
 class Wire(threading.Thread):

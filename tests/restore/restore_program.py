@@ -13,7 +13,7 @@ from vmapipe.restore.job import restore
 from vmapipe.restore.plan import plan_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Event, encode_line
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.process import run
 
 

@@ -23,7 +23,7 @@ from vmapipe.restore.crew.handout import Roster, Work, WorkMaker
 from vmapipe.restore.crew.pace import Pace
 from vmapipe.restore.crew.slots import Slots, map_slots
 from vmapipe.runtime.errors import Cancelled, Failure
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.layout import CLUSTER_BYTES
 

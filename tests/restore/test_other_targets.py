@@ -14,7 +14,7 @@ import pytest
 from tests.archives import archive
 from tests.machine import LIMIT_S, VMA, Need, bad, good, make_disk
 from tests.restore.support import is_root
-from vmapipe.runtime.imageformat import format_of_content, format_of_name
+from vmapipe.runtime.image_format import format_of_content, format_of_name
 
 MIB = 1 << 20
 DISK = (b"\xaa" * 65536 + bytes(65536)) * 32

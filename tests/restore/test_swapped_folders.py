@@ -19,7 +19,7 @@ from tests.restore.support import is_root
 from tests.restore.test_faults import program, workers_of
 from vmapipe.restore.errors import TargetError
 from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 
 DISK = b"\xaa" * (200 * 65536)
 ARCHIVE = archive({"d": DISK}, {"passwd": b"stranger::0:0\n", "cron-job": b"* * * * * evil\n"})

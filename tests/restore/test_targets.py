@@ -18,8 +18,8 @@ from vmapipe.restore.plan import Kind, TargetSpec
 from vmapipe.restore.targets.configs import write_configs
 from vmapipe.restore.targets.existing import ExistingTarget
 from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
-from vmapipe.runtime import heldfolder
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime import folders as runtime_folders
+from vmapipe.runtime.folders import HeldFolder
 from vmapipe.vma.errors import HeaderError
 from vmapipe.vma.header import Config, Device, Header
 
@@ -121,7 +121,7 @@ def test_a_file_system_without_links_renames(
     monkeypatch.setattr(HeldFolder, "make_unnamed", no_unnamed_files)
     monkeypatch.setattr(os, "link", refuse)
     if rename == "plain":
-        monkeypatch.setattr(heldfolder, "rename_noreplace", refuse_noreplace)
+        monkeypatch.setattr(runtime_folders, "rename_noreplace", refuse_noreplace)
     file = NewFile(str(tmp_path / "a"), folders)
     file.publish()
     file.close()

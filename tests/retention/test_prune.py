@@ -16,7 +16,7 @@ from tests.machine import LIMIT_S, VMAPIPE, bad, good, run
 from vmapipe.archiver.service.places import mark_as_service
 from vmapipe.control.retention.command import remove
 from vmapipe.control.retention.names import parse
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.events import Emit
-from vmapipe.runtime.orders import Orders, ordered_speed
+from vmapipe.runtime.events import ChildCommands, Emit, speed_in
 from vmapipe.runtime.process import run_child
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 
-def work(what: str, cancel: Cancel, emit: Emit, orders: Orders) -> None:
+def work(what: str, cancel: Cancel, emit: Emit, orders: ChildCommands) -> None:
     emit({"event": "started", "what": what})
     match what:
         case "ends":
@@ -34,7 +33,7 @@ def work(what: str, cancel: Cancel, emit: Emit, orders: Orders) -> None:
             while speed != 0:
                 readable([orders.fd])
                 for order in orders.take():
-                    speed = ordered_speed(order)
+                    speed = speed_in(order)
                     emit({"event": "obeyed", "speed": speed})
         case "is-stuck":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -44,7 +43,7 @@ def work(what: str, cancel: Cancel, emit: Emit, orders: Orders) -> None:
 
 def main(argv: Sequence[str]) -> int:
     what, _, parent_fd = argv
-    orders = Orders()
+    orders = ChildCommands()
     return run_child(
         "child", int(parent_fd), lambda c, e: work(what, c, e, orders), print, orders.put
     )

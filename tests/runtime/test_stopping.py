@@ -14,7 +14,7 @@ _PROGRAM = """
 import os, signal, threading
 from pathlib import Path
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.waiting import readable
+from vmapipe.runtime.syscalls import readable
 
 def stop():
     asleep = 0

@@ -16,7 +16,7 @@ from vmapipe.archiver.service.workfolder import WorkFolder
 from vmapipe.protocol import jobs, limits
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 
 REQUEST = jobs.Open(limits.VERSION, bytes(16), "vm.vma", ("a",))
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.machine import LIMIT_S
 from vmapipe.runtime.children import Child
-from vmapipe.runtime.waiting import readable, writable
+from vmapipe.runtime.syscalls import readable, writable
 
 # The first descriptor that select() cannot take is 1024.
 HIGH = 1500

@@ -16,7 +16,7 @@ import pytest
 from tests.machine import LIMIT_S, VMAPIPE, bad, good, listens, make_disk, run
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled
-from vmapipe.runtime.sidefiles import open_new, open_regular, open_to_append, read_awaited
+from vmapipe.runtime.side_files import open_new, open_regular, open_to_append, read_awaited
 
 NOBODY = 65534
 

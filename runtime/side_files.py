@@ -13,7 +13,7 @@ import select
 import stat
 
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.heldfolder import HeldFolder
+from vmapipe.runtime.folders import HeldFolder
 
 _READ_BYTES = 1 << 16
 _KINDS = {

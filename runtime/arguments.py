@@ -8,7 +8,7 @@ import os
 from typing import NoReturn
 
 from vmapipe.runtime.errors import EXIT_USAGE, UsageError
-from vmapipe.runtime.texts import one_line
+from vmapipe.runtime.text import one_line
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

@@ -7,7 +7,7 @@ import argparse
 
 import pytest
 
-from vmapipe.runtime.cli import check_endpoint, job_id, make_parser, size, split_named
+from vmapipe.runtime.arguments import check_endpoint, job_id, make_parser, size, split_named
 from vmapipe.runtime.errors import UsageError
 
 

@@ -8,7 +8,7 @@ import ast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.runtime.texts import MAX_LINE_CHARS, MAX_NAME_CHARS, name_text, one_line
+from vmapipe.runtime.text import MAX_LINE_CHARS, MAX_NAME_CHARS, name_text, one_line
 
 ANYTHING = st.text(st.characters(codec=None), max_size=400)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.runtime.imagerefs import Reference, references
+from vmapipe.runtime.image_format import Reference, references
 
 FORMATS = ("qcow2", "qcow", "qed", "vmdk", "vdi", "raw")
 
