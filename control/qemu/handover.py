@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmapipe.control.qemu.disks import Answer, MachineDisk
+from vmapipe.control.qemu.features import Features
 from vmapipe.control.qemu.plan import (
     CBW_GRACE_S,
-    Features,
     copy_snapshot,
     device_path,
     filter_name,

@@ -22,6 +22,7 @@ from vmapipe.control.qemu.disks import (
     choose_disks,
     names_of,
 )
+from vmapipe.control.qemu.features import find_features
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket, monitor_words
 from vmapipe.control.qemu.handover import Handover, choose_way
@@ -34,8 +35,8 @@ from vmapipe.control.qemu.plan import (
     SLOW_BYTES_S,
     Settings,
     Target,
+    absent_name,
     begin,
-    features_of,
     filter_name,
     look_name,
     name_of,
@@ -211,7 +212,7 @@ class RunningMachine:
 
     def begin(self) -> Instant | None:
         """All producers listen: this is the instant. None: `look` will find it, in `held`."""
-        features = features_of(self._ask("query-qmp-schema"))
+        features = find_features(self._link, absent_name(self._run))
         way = choose_way(self._link, self._run, features, self._disks, self._guest_wait_s)
         if way.handed_over:
             self._handover = Handover(self._link, self._run, way.handed_over, way.features)

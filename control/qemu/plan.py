@@ -8,10 +8,11 @@ tell from QEMU's own answers what the next command is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from vmapipe.control.qemu.disks import Answer, MachineDisk
+from vmapipe.control.qemu.features import Features
 from vmapipe.control.qmp.connection import Command
 
 PREFIX = "vmapipe-"
@@ -56,40 +57,6 @@ class Settings(NamedTuple):
     guest_wait_s: int
 
 
-class Features(NamedTuple):
-    """The members that this QEMU's blockdev-backup has, those of its x-perf, and its drivers."""
-
-    members: frozenset[str]
-    x_perf: frozenset[str]
-    drivers: frozenset[str] = frozenset()
-
-    @property
-    def breaks_snapshots(self) -> bool:
-        """Whether old data that cannot be saved costs the backup, and not the guest's write."""
-        return "on-cbw-error" in self.members
-
-    def without_snapshots(self) -> Features:
-        """Of a QEMU that does not show snapshots: nobody could know whether one is broken."""
-        members = self.members - {"on-cbw-error", "cbw-timeout"}
-        return self._replace(members=members, drivers=self.drivers - {"snapshot-access"})
-
-
-def features_of(schema: Iterable[Answer]) -> Features:
-    """From the answer to query-qmp-schema."""
-    types = {str(entry["name"]): entry for entry in schema}
-    command = types.get("blockdev-backup", {})
-    members = _members(types, command.get("arg-type"))
-    add = types.get(str(types.get("blockdev-add", {}).get("arg-type")), {})
-    drivers = frozenset(str(v["case"]) for v in add.get("variants", ()))
-    x_perf = frozenset(_members(types, members.get("x-perf")))
-    return Features(frozenset(members), x_perf, drivers)
-
-
-def _members(types: Mapping[str, Answer], name: Any) -> dict[str, str]:
-    members = types.get(str(name), {}).get("members", ())
-    return {member.get("name", ""): member.get("type", "") for member in members}
-
-
 def run_prefix(run: str) -> str:
     return f"{PREFIX}{run}-"
 
@@ -97,6 +64,11 @@ def run_prefix(run: str) -> str:
 def name_of(run: str, index: int) -> str:
     """Of the node, and of the job, of a backup's disk."""
     return f"{run_prefix(run)}{index}"
+
+
+def absent_name(run: str) -> str:
+    """Of nothing, ever: what is asked about it is refused."""
+    return f"{run_prefix(run)}none"
 
 
 def filter_name(run: str, index: int) -> str:

@@ -163,12 +163,6 @@ ANSWERS: Members = {
     "add-fd": Record({"fdset-id": SIZE}),
     "x-debug-query-block-graph": _GRAPH,
     "query-status": Record({"status": NAME}, {"running": FLAG}),
-    "query-qmp-schema": List(
-        Record(
-            {"name": NAME},
-            {"arg-type": NAME, "members": List(Record({}, {"name": NAME, "type": NAME}))},
-        )
-    ),
     "query-memory-size-summary": Record({}, {"base-memory": SIZE, "plugged-memory": SIZE}),
     "query-migrate": Record({}, {"status": NAME, "error-desc": TEXT, "ram": Record({}, _RAM)}),
     "query-migrate-capabilities": List(Record({"capability": NAME, "state": FLAG})),

@@ -42,6 +42,8 @@ _BYTES_OF_A_NAME = 256 << 10
 _MOST_NAMES = 200
 # The longest of QEMU's events tells of some hundred bytes.
 _EVENT_BYTES = 64 << 10
+# QEMU takes no other command before it.
+_NEGOTIATION = Command("qmp_capabilities", {})
 
 
 class Wire:
@@ -147,7 +149,8 @@ class QmpClient:
     ) -> None:
         """`address`: a path, or what parse_address returns; `peer`: QEMU.
 
-        `is_brief`: one command only; a long answer is looked at when the other end is free again.
+        `is_brief`: one command only, in one step with what opens the connection for it; a long
+        answer is looked at when the other end is free again.
         """
         self._address = address if isinstance(address, Address) else Address(address)
         self._peer = peer or Peer()
@@ -172,7 +175,8 @@ class QmpClient:
             self._epoll.register(fd, select.EPOLLIN)
         try:
             self._greet(deadline)
-            self.execute(Command("qmp_capabilities", {}))
+            if not is_brief:
+                self.execute(_NEGOTIATION)
         except BaseException:
             self.close()
             raise
@@ -261,14 +265,26 @@ class QmpClient:
         if self._lost is not None:
             raise self._lost
         deadline = time.monotonic() + self._peer.answer_s
-        self._number += 1
-        request = {
-            "execute": command.name,
-            "arguments": dict(command.arguments),
-            "id": self._number,
-        }
+        asked = [_NEGOTIATION, command] if self._is_brief else [command]
+        first = self._number + 1
+        requests = [
+            {"execute": each.name, "arguments": dict(each.arguments), "id": number}
+            for number, each in enumerate(asked, first)
+        ]
         try:
-            self._wire.send(request, deadline, fds)
+            data = b"".join(json.dumps(request).encode() + b"\n" for request in requests)
+            self._wire.send_bytes(data, deadline, fds)
+        except TimeoutError as error:
+            raise self._lose(self._peer.no_answer(self.path, command.name)) from error
+        except OSError as error:
+            raise self._lose(self._peer.hung_up(self.path)) from error
+        answer = None
+        for self._number, each in enumerate(asked, first):
+            answer = self._receive_answer(each, deadline)
+        return answer
+
+    def _receive_answer(self, command: Command, deadline: float) -> Any:
+        try:
             while True:
                 found = self._wire.receive_bytes(deadline)
                 if self._is_brief and len(found) > _EVENT_BYTES:

@@ -39,7 +39,7 @@ class Limits(NamedTuple):
 
 # The largest answers are those to query-block and query-named-block-nodes. QEMU 7.2 tells of each
 # node in 450 bytes, and with query-block of each image of a chain in 450: 254 disks whose chains have
-# 64 images come to 7.5 MB. The schema has 210 KB. A value takes QEMU 15 bytes and more.
+# 64 images come to 7.5 MB. A value takes QEMU 15 bytes and more.
 # Each image of a chain is nested in the one above it.
 QMP_LIMITS = Limits(most_bytes=8 << 20, most_values=500_000, most_depth=256)
 # An agent's answers to what we ask are numbers, its errors some words; a job's and a monitor's

@@ -16,7 +16,7 @@ from vmapipe.control.qemu import memory
 from vmapipe.control.qemu.disks import Machine, Wishes, choose_disks
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.outside import found_outside, tpm_outside, tpm_words
-from vmapipe.control.qemu.plan import features_of, left_of, left_targets
+from vmapipe.control.qemu.plan import left_of, left_targets
 from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.errors import Failure
 
@@ -32,17 +32,6 @@ NODES: list[dict[str, Any]] = [
     },
     {**DISK["inserted"], "node-name": "f0", "drv": "throttle"},
 ]
-SCHEMA = [
-    {"name": "blockdev-backup", "meta-type": "command", "arg-type": "7"},
-    {
-        "name": "7",
-        "meta-type": "object",
-        "members": [{"name": "x-perf", "type": "8"}, {"name": "on-cbw-error", "type": "9"}],
-    },
-    {"name": "8", "meta-type": "object", "members": [{"name": "max-workers", "type": "int"}]},
-    {"name": "9", "meta-type": "alternate", "members": [{"type": "str"}, {"type": "null"}]},
-]
-
 NOTE = memory.Note("/tmp/x", False, "paused", ("events",), 1 << 20).encode()
 
 
@@ -84,7 +73,6 @@ GOOD: dict[str, Any] = {
     "query-block-jobs": [{"device": "drive0", "type": "mirror", "len": 1, "speed": 0}],
     "query-jobs": JOBS,
     "query-status": ANSWERS["query-status"],
-    "query-qmp-schema": SCHEMA,
     "query-memory-size-summary": {"base-memory": 1 << 30, "plugged-memory": 0},
     "query-migrate": {
         "status": "active",
@@ -150,7 +138,6 @@ READERS: dict[str, Callable[[Any], object]] = {
     "x-debug-query-block-graph": lambda answer: read_disks(GOOD["query-block"], NODES, [], answer),
     "query-tpm": lambda answer: [(tpm_words(tpm), tpm_outside(tpm, "")) for tpm in answer],
     "query-jobs": lambda answer: left_of(answer, NODES, "vmapipe-").undo(),
-    "query-qmp-schema": features_of,
     "query-migrate": read_progress,
     "query-migrate-capabilities": memory.switched_on,
     "qom-list": lambda answer: (

@@ -37,7 +37,7 @@ DISK: dict[str, Any] = {
 ANSWERS: dict[str, Any] = {
     **{name: {} for name in ("qmp_capabilities", "blockdev-add", "blockdev-del", "transaction")},
     **{name: {} for name in ("job-cancel", "job-dismiss", "block-job-set-speed", "query-migrate")},
-    **{name: [] for name in ("query-jobs", "query-block-jobs", "qom-list", "query-qmp-schema")},
+    **{name: [] for name in ("query-jobs", "query-block-jobs", "qom-list")},
     **{name: [] for name in ("query-named-block-nodes", "query-migrate-capabilities")},
     "query-status": {"status": "running", "running": True, "singlestep": False},
     "query-migrate-parameters": {"max-bandwidth": 1},

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vmapipe.control.qemu.disks import MachineDisk
+from vmapipe.control.qemu.features import Features
 from vmapipe.control.qemu.handover import (
     Release,
     filter_timeout_s,
@@ -15,7 +16,6 @@ from vmapipe.control.qemu.handover import (
     shows_snapshots,
     to_hand_over,
 )
-from vmapipe.control.qemu.plan import Features
 from vmapipe.control.qmp.connection import Command, QmpRefused
 
 GIB = 1 << 30

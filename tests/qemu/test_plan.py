@@ -10,15 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmapipe.control.qemu.disks import Machine, MachineDisk, Wishes, choose_disks
+from vmapipe.control.qemu.features import Features
 from vmapipe.control.qemu.plan import (
     MAX_WORKERS,
     SLOW_BYTES_S,
-    Features,
     Left,
     Settings,
     Target,
     begin,
-    features_of,
     filter_name,
     index_of,
     left_of,
@@ -228,22 +227,6 @@ def test_members_are_used_only_where_the_schema_has_them() -> None:
     new = begin(TARGETS, SETTINGS, Features(members, frozenset())).transaction
     data = new.arguments["actions"][0]["data"]
     assert (data["on-cbw-error"], data["cbw-timeout"]) == ("break-snapshot", 25)
-
-
-def test_features_are_read_from_the_schema() -> None:
-    schema: list[dict[str, Any]] = [
-        {"name": "blockdev-backup", "meta-type": "command", "arg-type": "11"},
-        {
-            "name": "11",
-            "meta-type": "object",
-            "members": [{"name": "x-perf", "type": "97"}, {"name": "device", "type": "str"}],
-        },
-        {"name": "97", "meta-type": "object", "members": [{"name": "max-chunk", "type": "int"}]},
-    ]
-    assert features_of(schema) == Features(
-        frozenset({"x-perf", "device"}), frozenset({"max-chunk"})
-    )
-    assert features_of([]) == Features(frozenset(), frozenset())
 
 
 # --- the undoing: against a model of QEMU ---

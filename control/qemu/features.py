@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a QEMU can do of what we use, asked in commands that it refuses for a node that is not there.
+
+QEMU checks a command's members before it looks for the nodes that they name: the missing node is
+its reason only when it knows all the members. Each of these takes QEMU a millisecond; its schema
+(`query-qmp-schema`) takes 40 ms of processor time, and as long a monitor is nobody else's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vmapipe.control.qmp.connection import Command, Qmp, QmpRefused
+
+_ADD, _BACKUP = "blockdev-add", "blockdev-backup"
+
+
+class Features(NamedTuple):
+    """The members that this QEMU's blockdev-backup has, those of its x-perf, and its drivers."""
+
+    members: frozenset[str]
+    x_perf: frozenset[str]
+    drivers: frozenset[str] = frozenset()
+
+    @property
+    def breaks_snapshots(self) -> bool:
+        """Whether old data that cannot be saved costs the backup, and not the guest's write."""
+        return "on-cbw-error" in self.members
+
+    def without_snapshots(self) -> Features:
+        """Of a QEMU that does not show snapshots: nobody could know whether one is broken."""
+        members = self.members - {"on-cbw-error", "cbw-timeout"}
+        return self._replace(members=members, drivers=self.drivers - {"snapshot-access"})
+
+
+def find_features(qmp: Qmp, name: str) -> Features:
+    """`name`: of no node and no job, but of ours. Raises QmpGone."""
+    backup = {"job-id": name, "device": name, "target": name, "sync": "full"}
+    members: dict[str, Any] = {
+        "on-cbw-error": "break-snapshot",
+        "cbw-timeout": 1,
+        "x-perf": {"max-workers": 1},
+    }
+    known = {
+        member
+        for member, value in members.items()
+        if _misses(qmp, Command(_BACKUP, {**backup, member: value}), name)
+    }
+    nodes: dict[str, dict[str, Any]] = {
+        "copy-before-write": {"file": name, "target": name},
+        "snapshot-access": {"file": name},
+        # It is above no node: what is missing is a member of this name.
+        "null-co": {name: 1},
+    }
+    drivers = {
+        driver
+        for driver, words in nodes.items()
+        if _misses(qmp, Command(_ADD, {"driver": driver, "node-name": name, **words}), name)
+    }
+    x_perf = frozenset({"max-workers"} if "x-perf" in known else ())
+    return Features(frozenset(known - {"x-perf"}), x_perf, frozenset(drivers))
+
+
+def _misses(qmp: Qmp, command: Command, name: str) -> bool:
+    """Whether QEMU refuses it for nothing but that name."""
+    try:
+        qmp.execute(command)
+    except QmpRefused as refused:
+        return name in str(refused)
+    return False
