@@ -18,7 +18,7 @@ from typing import NamedTuple
 from vmapipe.access.index import (
     ArchiveIndex,
     IndexBuilder,
-    Place,
+    StoredRun,
     decode_index,
     encode_index,
 )
@@ -31,13 +31,13 @@ from vmapipe.access.storage import (
     read_error,
 )
 from vmapipe.restore.archive.compressed import MAGIC_BYTES, is_compressed
-from vmapipe.restore.archive.reading import check_opening
+from vmapipe.restore.archive.digest import extent_digest
+from vmapipe.restore.archive.errors import DigestError, InputError
+from vmapipe.restore.archive.manifest import SUFFIX, Manifest
+from vmapipe.restore.archive.reader import check_opening
 from vmapipe.restore.archive.source import Source, Stream, open_source
 from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.restore.archive.zstdframes import is_zstd
-from vmapipe.restore.checks.digest import extent_digest
-from vmapipe.restore.checks.manifest import SUFFIX, Manifest
-from vmapipe.restore.errors import DigestError, SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.objectstore import is_object
@@ -80,7 +80,7 @@ class OpenArchive:
             self._builder = None
             self._grown.notify_all()
 
-    def find(self, dev_id: int, cluster: int) -> Place:
+    def find(self, dev_id: int, cluster: int) -> StoredRun:
         """The run that `cluster` is in. Waits for it where the index is still being made."""
         disk = self.index.disks.get(dev_id)
         if disk is not None:
@@ -181,7 +181,7 @@ def open_for_access(name: str, cancel: Cancel, report: Report, caches: Caches) -
     """Open the archive `name`, a path or s3://…, with its manifest if that stands beside it.
 
     `report` is called with a line about what is damaged or cannot be checked. Raises
-    SourceError, ArchiveError, UsageError, Cancelled.
+    InputError, ArchiveError, UsageError, Cancelled.
     """
     storage, identity = _open(name, cancel, caches)
     try:
@@ -230,11 +230,11 @@ def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int
         # O_NONBLOCK: opening a FIFO would else wait for its writer, deaf to signals.
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise SourceError(f"cannot open the archive {name}: {os_error_text(error)}") from error
+        raise InputError(f"cannot open the archive {name}: {os_error_text(error)}") from error
     try:
         status = os.fstat(fd)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-            raise SourceError(f"{name} is neither a file nor a block device: it cannot be served")
+            raise InputError(f"{name} is neither a file nor a block device: it cannot be served")
         size = os.lseek(fd, 0, os.SEEK_END)
         os.lseek(fd, 0, os.SEEK_SET)
         identity = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
@@ -251,7 +251,7 @@ def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int
         source = open_source(f"fd:{fd}", cancel)
     except OSError as error:
         os.close(fd)
-        raise SourceError(f"cannot read {name}: {os_error_text(error)}") from error
+        raise InputError(f"cannot read {name}: {os_error_text(error)}") from error
     except BaseException:
         os.close(fd)
         raise
@@ -282,7 +282,7 @@ def _open_object(name: str, cancel: Cancel, caches: Caches) -> Storage:
 def _spool(name: str, source: Source, caches: Caches) -> Storage:
     if not isinstance(source, Stream):
         source.close()
-        raise SourceError(f"{name} changed while it was opened")
+        raise InputError(f"{name} changed while it was opened")
     return SpoolStorage(name, source, caches.spool_folder, caches.spool_bytes)
 
 
@@ -293,7 +293,7 @@ def _read_header(storage: Storage) -> tuple[Header, bytes]:
 
 
 def _read(storage: Storage, length: int, offset: int) -> bytes:
-    """Fewer bytes only at the end. Raises SourceError."""
+    """Fewer bytes only at the end. Raises InputError."""
     try:
         if isinstance(storage, FrameStorage):
             start = storage.read_start(length, offset)
@@ -302,7 +302,7 @@ def _read(storage: Storage, length: int, offset: int) -> bytes:
         view = memoryview(bytearray(length))
         return bytes(view[: storage.read_into(view, offset)])
     except OSError as error:
-        raise SourceError(error.strerror or str(error)) from error
+        raise InputError(error.strerror or str(error)) from error
 
 
 def _manifest(name: str, header: Header, raw_header: bytes, cancel: Cancel) -> Manifest | None:

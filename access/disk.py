@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from vmapipe.access.archive import OpenArchive
-from vmapipe.access.index import Place
+from vmapipe.access.index import StoredRun
 from vmapipe.access.storage import read_error
 from vmapipe.producer.nbd.backend import Write
 from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
@@ -64,10 +64,10 @@ class ArchiveDisk:
             at += len(piece)
         return True
 
-    def _find(self, offset: int) -> Place:
+    def _find(self, offset: int) -> StoredRun:
         return self._archive.find(self._dev_id, offset // CLUSTER_BYTES)
 
-    def _try_data(self, target: memoryview, offset: int, place: Place) -> bool:
+    def _try_data(self, target: memoryview, offset: int, place: StoredRun) -> bool:
         storage = self._archive.storage
         return all(
             _clear(piece) if position is None else storage.try_read_into(piece, position)
@@ -86,7 +86,7 @@ class ArchiveDisk:
                 self._read_data(piece, offset + at, place)
             at += len(piece)
 
-    def _read_data(self, target: memoryview, offset: int, place: Place) -> None:
+    def _read_data(self, target: memoryview, offset: int, place: StoredRun) -> None:
         if place.is_missing:
             raise self._fault(offset, "the archive does not hold these bytes, or holds them twice")
         try:
@@ -103,7 +103,7 @@ class ArchiveDisk:
         return read_error(f"device {self._name!r}", offset, why)
 
     def _pieces(
-        self, target: memoryview, offset: int, place: Place
+        self, target: memoryview, offset: int, place: StoredRun
     ) -> Iterator[tuple[memoryview, int | None]]:
         """Parts of `target`, and where each is in the plain archive; None: it is zero."""
         start = self._archive.index.offsets[place.extent] + EXTENT_HEADER_BYTES

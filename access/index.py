@@ -32,7 +32,7 @@ _MISSING = (1 << 64) - 1
 MAX_EXTENTS = (1 << 32) - 2
 
 
-class Place(NamedTuple):
+class StoredRun(NamedTuple):
     """A run of clusters `first` to `end` - 1 of one device.
 
     `extent` is the number of the extent that holds it, -1 for zeroes, -2 for clusters that
@@ -67,7 +67,7 @@ class DiskIndex:
         self.firsts = firsts
         self.places = places
 
-    def find(self, cluster: int) -> Place:
+    def find(self, cluster: int) -> StoredRun:
         """The run that `cluster` (0 to `clusters` - 1) is in."""
         at = bisect_right(self.firsts, cluster) - 1
         end = self.firsts[at + 1] if at + 1 < len(self.firsts) else self.clusters
@@ -102,11 +102,11 @@ class DiskIndex:
         ]
 
 
-def _place(first: int, end: int, packed: int) -> Place:
+def _place(first: int, end: int, packed: int) -> StoredRun:
     if packed == _MISSING:
-        return Place(first, end, -2, 0, 0)
+        return StoredRun(first, end, -2, 0, 0)
     block = packed >> _BLOCK_SHIFT & 0xFFFF
-    return Place(first, end, (packed >> _EXTENT_SHIFT) - 1, block, packed & _MASK_BITS)
+    return StoredRun(first, end, (packed >> _EXTENT_SHIFT) - 1, block, packed & _MASK_BITS)
 
 
 class ArchiveIndex:
@@ -208,7 +208,7 @@ class IndexBuilder:
                     packed = (number + 1) << _EXTENT_SHIFT | part.block << _BLOCK_SHIFT | part.mask
                 runs.add(part.first, part.clusters, packed)
 
-    def find(self, dev_id: int, cluster: int) -> Place | None:
+    def find(self, dev_id: int, cluster: int) -> StoredRun | None:
         """As `DiskIndex.find`, of what has come so far; None: it has not, or not in order."""
         return self._runs[dev_id].find(cluster)
 
@@ -245,7 +245,7 @@ class _Runs:
         self._counts.append(count)
         self._places.append(place)
 
-    def find(self, cluster: int) -> Place | None:
+    def find(self, cluster: int) -> StoredRun | None:
         at = bisect_right(self._firsts, cluster) - 1 if self._in_order else -1
         if at < 0 or cluster >= self._firsts[at] + self._counts[at]:
             return None

@@ -19,8 +19,8 @@ from typing import Protocol
 
 import zstandard
 
+from vmapipe.restore.archive.errors import InputError
 from vmapipe.restore.archive.source import Stream
-from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import Frame
@@ -238,7 +238,7 @@ class SpoolStorage:
     """
 
     def __init__(self, name: str, source: Stream, folder: str, limit_bytes: int) -> None:
-        """Raises SourceError where no file can be made."""
+        """Raises InputError where no file can be made."""
         self.size_bytes = _ENDLESS
         self._name = name
         self._source = source
@@ -251,7 +251,7 @@ class SpoolStorage:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by close()
         except OSError as error:
             source.close()
-            raise SourceError(
+            raise InputError(
                 f"cannot make a file in {folder} for what is decompressed: {os_error_text(error)}"
             ) from error
         self._thread = threading.Thread(target=self._fill, name="spool", daemon=True)
@@ -263,7 +263,7 @@ class SpoolStorage:
         try:
             while got := self._source.readinto(view):
                 if self._there + got > self._limit_bytes:
-                    raise SourceError(
+                    raise InputError(
                         f"{self._name} has more than {self._limit_bytes} bytes when it is "
                         "decompressed: raise --cache-size"
                     )

@@ -14,8 +14,8 @@ from vmapipe.control.outputwords import inherited_fds
 from vmapipe.control.render import add_report_options, human_bytes, renderer
 from vmapipe.control.words import naming, source_name
 from vmapipe.restore.archive.compressed import ReadOptions
-from vmapipe.restore.archive.reading import Archive, open_archive
-from vmapipe.restore.checks.verify import VerifyOptions, verify
+from vmapipe.restore.archive.reader import Archive, open_archive
+from vmapipe.restore.verify.verify import VerifyOptions, verify
 from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError

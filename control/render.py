@@ -194,7 +194,7 @@ def _serving_text(event: Event) -> str:
 def verified_text(event: Event) -> str:
     """What verification found, a line each, each disk's state, and what was checked at all."""
     # Here: backups use this file, too, and nothing of a restore.
-    from vmapipe.restore.checks.report import range_text, state_text
+    from vmapipe.restore.verify.report import range_text, state_text
 
     lines = [_damage_text(find) for find in event["damage"]]
     if event["damage_count"] > len(lines):

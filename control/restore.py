@@ -13,13 +13,20 @@ from vmapipe.control.outputwords import inherited_fds
 from vmapipe.control.priorities import add_io_priority_option, priorities
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.control.words import naming, source_name
-from vmapipe.restore.archive.headerless import open_damaged
-from vmapipe.restore.archive.reading import Archive, open_archive
+from vmapipe.restore.archive.reader import Archive, open_archive
+from vmapipe.restore.archive.survey import open_damaged
 from vmapipe.restore.job import Options, restore
-from vmapipe.restore.mapping import IMAGE_FORMATS, parse_map
-from vmapipe.restore.plan import Larger, Plan, Wishes, check_chosen, plan_folder, plan_map
-from vmapipe.restore.salvagemap import TEXT_NAME
-from vmapipe.restore.targets.newfile import Folders
+from vmapipe.restore.targets.files import Folders
+from vmapipe.restore.targets.map_file import IMAGE_FORMATS, parse_map
+from vmapipe.restore.targets.plan import (
+    Larger,
+    Plan,
+    TargetDefaults,
+    check_chosen,
+    plan_folder,
+    plan_map,
+)
+from vmapipe.restore.verify.report import TEXT_NAME
 from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
@@ -212,7 +219,7 @@ def _plan(
     cancel: Cancel,
 ) -> Plan:
     larger = Larger.ALWAYS if options.allow_larger else Larger.DEVICES
-    wishes = Wishes(options.format, options.overwrite, larger)
+    wishes = TargetDefaults(options.format, options.overwrite, larger)
     if not options.map:
         return plan_folder(
             header, options.folder, chosen, configs=not options.no_configs, wishes=wishes

@@ -13,15 +13,13 @@ from contextlib import ExitStack
 from vmapipe.control.inspect import find_config
 from vmapipe.control.outputwords import inherited_fds
 from vmapipe.control.words import reference_words
-from vmapipe.restore.archive.reading import open_archive
-from vmapipe.restore.archive.totals import Totals
-from vmapipe.restore.checks.verify import verify as check
-from vmapipe.restore.errors import RestoreError
+from vmapipe.restore.archive.errors import RestoreError
+from vmapipe.restore.archive.reader import ArchiveTotals, open_archive
 from vmapipe.restore.job import restore
-from vmapipe.restore.mapping import MapEntry, parse_map
-from vmapipe.restore.plan import Plan, device_named, plan_folder, plan_map
-from vmapipe.restore.targets.configs import write_configs
-from vmapipe.restore.targets.newfile import Folders, NewFile
+from vmapipe.restore.targets.files import Folders, NewFile, write_configs
+from vmapipe.restore.targets.map_file import MapEntry, parse_map
+from vmapipe.restore.targets.plan import Plan, device_named, plan_folder, plan_map
+from vmapipe.restore.verify.verify import verify as check
 from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Event
@@ -194,7 +192,7 @@ class _Report:
                 flush=True,
             )
 
-    def end(self, totals: Totals) -> None:
+    def end(self, totals: ArchiveTotals) -> None:
         if not self._verbose:
             return
         read_bytes, sparse_bytes = totals.cluster_bytes, totals.zero_cluster_bytes

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from vmapipe.restore.errors import RestoreError
+from vmapipe.restore.archive.errors import RestoreError
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.errors import ArchiveError
 

@@ -12,37 +12,41 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.protocol.restore_work import Setup
-from vmapipe.restore.archive.reading import Archive, Piece
+from vmapipe.restore.archive.manifest import Manifest, manifest_beside
+from vmapipe.restore.archive.reader import Archive, ArchiveTotals, FoundExtent
+from vmapipe.restore.archive.slots import ExtentSlots
 from vmapipe.restore.archive.source import PlainFile
 from vmapipe.restore.archive.survey import Gap, survey
-from vmapipe.restore.archive.totals import Totals
-from vmapipe.restore.checks.ledger import Ledger, open_manifest
-from vmapipe.restore.checks.manifest import Manifest, manifest_beside
-from vmapipe.restore.checks.report import (
+from vmapipe.restore.targets.files import Folders
+from vmapipe.restore.targets.plan import Plan, renamed_configs
+from vmapipe.restore.targets.targets import OpenTargets
+from vmapipe.restore.verify.ledger import Ledger, open_manifest
+from vmapipe.restore.verify.report import (
+    JSON_NAME,
     MAX_DAMAGE,
+    TEXT_NAME,
     Damage,
     DiskState,
+    Salvaged,
+    SalvageMap,
     range_fields,
     range_text,
     state_text,
-)
-from vmapipe.restore.crew.crew import Crew, start_workers
-from vmapipe.restore.crew.feed import Feed, InlineFeed, ThreadFeed
-from vmapipe.restore.crew.handout import ALL_DEVICES, Marks, Work, WorkMaker
-from vmapipe.restore.crew.link import ReaderLink
-from vmapipe.restore.crew.pace import Pace
-from vmapipe.restore.crew.slots import Slots
-from vmapipe.restore.crew.writer import Writer
-from vmapipe.restore.plan import Plan, renamed_configs
-from vmapipe.restore.salvagemap import (
-    JSON_NAME,
-    TEXT_NAME,
-    Salvaged,
-    SalvageMap,
     whole_names,
 )
-from vmapipe.restore.targets.newfile import Folders
-from vmapipe.restore.targets.opened import OpenTargets
+from vmapipe.restore.workers.pool import WorkerPool, start_workers
+from vmapipe.restore.workers.sockets import ReaderLink
+from vmapipe.restore.workers.work import (
+    ALL_DEVICES,
+    Feed,
+    InlineFeed,
+    Marks,
+    RateLimits,
+    ThreadFeed,
+    Work,
+    WorkBuilder,
+)
+from vmapipe.restore.workers.writer import TargetWriter
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Children
 from vmapipe.runtime.errors import Failure
@@ -53,7 +57,7 @@ from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.layout import CLUSTER_BYTES, cluster_count
 
 if TYPE_CHECKING:
-    from vmapipe.restore.targets.resuming import Journal
+    from vmapipe.restore.targets.resume import Journal
 
 # More writers than this were not quicker, whatever the storage.
 _MAX_WORKERS = 4
@@ -99,7 +103,7 @@ class Result(NamedTuple):
     """
 
     devices: tuple[Restored, ...]
-    totals: Totals
+    totals: ArchiveTotals
     digests_checked: bool
     states: tuple[DiskState, ...]
     damage: str | None
@@ -143,7 +147,7 @@ def restore(
         journal: Journal | None = None
         if options.resume and folders.own is not None:
             # Imported here: few restores need it.
-            from vmapipe.restore.targets.resuming import Journal
+            from vmapipe.restore.targets.resume import Journal
 
             journal = stack.enter_context(Journal(folders.own, archive, plan))
         targets = stack.enter_context(OpenTargets(archive, plan, folders, journal))
@@ -152,7 +156,7 @@ def restore(
         if plan.configs_folder is not None:
             for text in renamed_configs(archive.header):
                 emit({"event": "notice", "text": text})
-        job = _Job(archive, targets, manifest, options, emit, cancel, journal)
+        job = _RestoreJob(archive, targets, manifest, options, emit, cancel, journal)
         for error in (archive.header_error, wrong):
             if error is not None:
                 job.note(error)
@@ -164,7 +168,7 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
 
 
-class _Job:
+class _RestoreJob:
     def __init__(
         self,
         archive: Archive,
@@ -191,7 +195,7 @@ class _Job:
         self._limits = targets.limits
         if options.bytes_per_s:
             self._limits[ALL_DEVICES] = options.bytes_per_s
-        self._maker = WorkMaker(
+        self._maker = WorkBuilder(
             wanted=self._wanted,
             zeroed={setup.dev_id for setup in self._setups if setup.write_zeroes},
             limited=set(self._limits),
@@ -201,7 +205,7 @@ class _Job:
         self._journal = journal
         self._marks = Marks()
         self._kept_bytes = 0
-        self._slots: Slots | None = None
+        self._slots: ExtentSlots | None = None
         self._started = time.monotonic()
         self._next_progress = 0.0
         self._done_bytes = 0
@@ -242,7 +246,7 @@ class _Job:
         """Everything is written and on the disk when this returns."""
         endpoint = f"ipc://{folder.path}/sock"
         link: ReaderLink | None = None
-        crew: Crew | None = None
+        crew: WorkerPool | None = None
         finished = False
         try:
             with ExitStack() as stack:
@@ -250,19 +254,19 @@ class _Job:
                 if isinstance(source, PlainFile):
                     workers = min(workers, 1 + source.size_bytes // _BYTES_PER_WORKER)
                 else:
-                    self._slots = stack.enter_context(closing(Slots(workers)))
+                    self._slots = stack.enter_context(closing(ExtentSlots(workers)))
                 children = stack.enter_context(Children(fork=True))
                 setup, fds = self._setup()
                 # Before the socket: ZeroMQ has threads, and a copy of us would not have them.
                 start_workers(children, workers, endpoint, fds)
                 link = ReaderLink(endpoint)
-                pace = Pace(self._limits, self._started)
-                crew = Crew(link, children, self._cancel, pace, self._done, folder.clear)
+                pace = RateLimits(self._limits, self._started)
+                crew = WorkerPool(link, children, self._cancel, pace, self._done, folder.clear)
                 crew.welcome(setup)
                 with closing(self._feed()) as feed:
                     crew.carry_out(feed)
                 self._judge()
-                self._targets.set_vmstate_size(self._ledger)
+                self._targets.set_vmstate_sizes(self._ledger.vmstate_clusters)
                 crew.carry_out(InlineFeed(self._maker.syncs(s.dev_id for s in self._setups)))
                 crew.finish()
                 self._kept_bytes = crew.kept_bytes
@@ -295,7 +299,7 @@ class _Job:
             return InlineFeed(works)
         return ThreadFeed(works, source.stop, slots.stop)
 
-    def _pieces(self, slots: Slots | None) -> Iterator[Piece]:
+    def _pieces(self, slots: ExtentSlots | None) -> Iterator[FoundExtent]:
         """Those that are to be restored, with the digests that they must have."""
         for find in survey(self._archive, self._cancel.check, slots):
             with self._knowing:
@@ -320,7 +324,7 @@ class _Job:
             return self._ledger.are_spoilt(self._wanted)
         return self._ledger.error is not None
 
-    def _data_of(self, piece: Piece) -> bytes | memoryview | None:
+    def _data_of(self, piece: FoundExtent) -> bytes | memoryview | None:
         if piece.slot < 0 or self._slots is None:
             return piece.data
         return self._slots.view(piece.slot, piece.extent.data_bytes)
@@ -367,7 +371,7 @@ class _Job:
         for setup in self._setups:
             if not setup.write_zeroes:
                 continue
-            writer = Writer((setup,))
+            writer = TargetWriter((setup,))
             for one in self._ledger.ranges(devices[setup.dev_id]):
                 first = one.offset // CLUSTER_BYTES
                 end = first + cluster_count(one.length) if one.state == "missing" else first

@@ -4,16 +4,195 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
+import threading
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vmapipe.restore.archive.gzipped import MAGIC as _GZIP_MAGIC
-from vmapipe.restore.archive.inputs import Input
+from vmapipe.restore.archive.errors import CompressionError, InputError
+from vmapipe.restore.archive.input import Input, ProgramInput
+from vmapipe.restore.archive.parts import Proof, Rewindable
 from vmapipe.restore.archive.zstdframes import is_zstd
-from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
 from vmapipe.vma.foreign import FOREIGN_COMPRESSIONS
 from vmapipe.vma.layout import VMA_MAGIC
+
+# As much as a pipe holds.
+_PIECE_BYTES = 1 << 16
+
+
+# Its header's fields in front of the flags: magic, three versions of 2 bytes, method, level.
+# Older ones had neither the third version nor the level.
+_VERSION_AT, _NEW_VERSION, _FLAGS_AT, _OLD_FLAGS_AT = 9, 0x0940, 17, 14
+# Adler-32 or CRC-32 of each block's plain bytes.
+_PLAIN_CHECKSUMS = 0x1 | 0x100
+
+
+def has_checksums(start: bytes) -> bool:
+    """Whether the .lzo file that begins so has checksums of its blocks' plain bytes."""
+    version = int.from_bytes(start[_VERSION_AT : _VERSION_AT + 2], "big")
+    at = _FLAGS_AT if version >= _NEW_VERSION else _OLD_FLAGS_AT
+    return bool(int.from_bytes(start[at : at + 4], "big") & _PLAIN_CHECKSUMS)
+
+
+class LzopStream(ProgramInput):
+    """Owns `raw`, which a thread feeds to lzop. `start`: its first bytes."""
+
+    def __init__(self, name: str, raw: Input, start: bytes, halts: Sequence[Cancel]) -> None:
+        self.proof = Proof()
+        self._has_checksums = has_checksums(start)
+        lzop = shutil.which("lzop")
+        if lzop is None:
+            raise InputError(
+                f"{name} is compressed with lzop, and the program lzop is not installed"
+            )
+        self._raw = raw
+        # The feeder must end before `raw` is closed, whatever it waits for.
+        self._halt = Cancel()
+        raw.also_halt(self._halt)
+        stdin, self._to_lzop = os.pipe2(os.O_CLOEXEC)
+        try:
+            super().__init__(name, [lzop, "-dc"], halts, stdin=stdin, keep_words=True)
+        except BaseException:
+            os.close(self._to_lzop)
+            self._halt.close()
+            raise
+        finally:
+            os.close(stdin)
+        self._feeder = threading.Thread(target=self._feed, name="lzop-feeder", daemon=True)
+        self._feeder.start()
+
+    def _read_fd(self, view: memoryview) -> int:
+        got = super()._read_fd(view)
+        # lzop compares a block with its checksum before it writes it.
+        if self._has_checksums:
+            self.proof.proven_bytes += got
+        return got
+
+    def _ended(self) -> None:
+        super()._ended()
+        self.proof.ended(self.proof.proven_bytes, has_checksum=self._has_checksums)
+
+    def _feed(self) -> None:
+        try:
+            while data := self._raw.read(_PIECE_BYTES):
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(self._to_lzop, view) :]
+        except BrokenPipeError:
+            pass  # lzop has ended, and says itself why
+        except Failure as error:
+            self.failed_before = str(error)
+        finally:
+            os.close(self._to_lzop)
+
+    def _failure(self, how: str) -> Exception:
+        # lzop's own words are about anything; where it stopped is within what a pipe holds.
+        return CompressionError(
+            f"{self.name}: the lzo data is damaged or cut off: lzop {how}",
+            file_offset=self._raw.position,
+        )
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self._halt.ask("closed")
+        super().close()
+        self._feeder.join()
+        self._raw.close()
+        self._halt.close()
+
+
+_GZIP_MAGIC = b"\x1f\x8b"
+# With the only method there is.
+_MEMBER = _GZIP_MAGIC + b"\x08"
+_HEADER_BYTES = 10
+# Flags that exist; what compressors put into the byte about their effort; systems that exist.
+_MAX_FLAGS, _EFFORTS, _MAX_SYSTEM, _UNKNOWN_SYSTEM = 0x1F, (0, 2, 4), 13, 255
+# A zlib window with a gzip header and its CRC.
+_GZIP_WINDOW_BITS = 31
+
+
+class GzipMembers:
+    """Zero bytes after the last member are padding, as for gzip itself."""
+
+    magic_bytes = _HEADER_BYTES
+
+    def begin(self, source: Rewindable, name: str) -> GzipMember | None:
+        at = source.position
+        start = source.at_least(len(_MEMBER))
+        while start and not start.strip(b"\0") and at:
+            at = source.position
+            start = source.at_least(len(_MEMBER))
+        if at:  # not the first: there may be padding before it, and then nothing
+            stripped = start.lstrip(b"\0")
+            at += len(start) - len(stripped)
+            start = stripped
+        source.rewind(at)
+        if not start:
+            return None
+        if not start.startswith(_MEMBER[: len(start)]):
+            raise CompressionError(
+                f"{name}: the gzip data is damaged, or garbage follows it", file_offset=at
+            )
+        return GzipMember(source, name)
+
+    def find(self, data: bytes, start: int) -> int:
+        """Three bytes alone are in any 16 MiB of compressed data."""
+        at = data.find(_MEMBER, start)
+        while 0 <= at <= len(data) - _HEADER_BYTES:
+            flags, effort, system = data[at + 3], data[at + 8], data[at + 9]
+            if (
+                flags <= _MAX_FLAGS
+                and effort in _EFFORTS
+                and (system <= _MAX_SYSTEM or system == _UNKNOWN_SYSTEM)
+            ):
+                return at
+            at = data.find(_MEMBER, at + 1)
+        return -1
+
+
+class GzipMember:
+    """One member."""
+
+    has_checksum = True
+    plain_bytes: int | None = None
+
+    def __init__(self, source: Rewindable, name: str) -> None:
+        self._source = source
+        self._name = name
+        self._inflater = zlib.decompressobj(_GZIP_WINDOW_BITS)
+        self._ended = False
+
+    def readinto(self, view: memoryview) -> int:
+        if not len(view):
+            return 0
+        while not self._ended:
+            data = self._inflater.unconsumed_tail or self._source.read()
+            if not data:
+                raise CompressionError(
+                    f"{self._name} is cut off inside its gzip data",
+                    file_offset=self._source.position,
+                    cut=True,
+                )
+            try:
+                plain = self._inflater.decompress(data, len(view))
+            except zlib.error as error:
+                raise CompressionError(
+                    f"{self._name}: the gzip data is damaged: {error}",
+                    file_offset=self._source.position,
+                ) from error
+            if self._inflater.eof:
+                self._ended = True
+                self._source.rewind(self._source.position - len(self._inflater.unused_data))
+            if plain:
+                view[: len(plain)] = plain
+                return len(plain)
+        return 0
+
 
 _LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
 # lzop's header up to its flags is the longest.
@@ -49,10 +228,10 @@ def salvaged_compression(name: str, start: bytes) -> str:
 
 
 def is_compressed(name: str, start: bytes) -> bool:
-    """Raises SourceError for what is known and cannot be read here."""
+    """Raises InputError for what is known and cannot be read here."""
     for magic, (program, command) in FOREIGN_COMPRESSIONS.items():
         if start.startswith(magic):
-            raise SourceError(
+            raise InputError(
                 f"{name} is compressed with {program}, which is not known here: "
                 f"decompress it on the way, with exec:'{command} FILE'"
             )
@@ -72,15 +251,11 @@ def decompressed(
     if compression == "none":
         return source, "none"
     if compression == "lzo":
-        from vmapipe.restore.archive.lzopped import LzopStream
-
         return LzopStream(name, source, start, halts), compression
-    from vmapipe.restore.archive.parts import Parts, PartStream
+    from vmapipe.restore.archive.parts import PartFormat, PartStream
 
-    kind: Parts
+    kind: PartFormat
     if compression == "gzip":
-        from vmapipe.restore.archive.gzipped import GzipMembers
-
         kind = GzipMembers()
     else:
         from vmapipe.restore.archive.zstd import DEFAULT_WINDOW_BYTES, ZstdParts

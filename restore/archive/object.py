@@ -6,9 +6,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from vmapipe.restore.archive.ahead import Ahead, interruptible
-from vmapipe.restore.archive.inputs import Input
-from vmapipe.restore.errors import SourceError
+from vmapipe.restore.archive.errors import InputError
+from vmapipe.restore.archive.input import Input, ReadAhead, interruptible
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
 
@@ -20,12 +19,12 @@ _RANGE_BYTES = 8 << 20
 THREADS = 4
 
 
-class NoObjectError(SourceError):
+class NoObjectError(InputError):
     """There is no object of that name."""
 
 
 def object_exists(name: str, halts: Sequence[Cancel]) -> bool:
-    """Raises SourceError where that cannot be found out."""
+    """Raises InputError where that cannot be found out."""
     try:
         RemoteObject(name, halts).close()
     except NoObjectError:
@@ -34,7 +33,7 @@ def object_exists(name: str, halts: Sequence[Cancel]) -> bool:
 
 
 class RemoteObject:
-    """The object `name` as it is now. Raises SourceError where there is none or no way to it.
+    """The object `name` as it is now. Raises InputError where there is none or no way to it.
 
     `pread` may be called by any thread and is not ended by a stop: errors are
     told within a minute or two.
@@ -55,25 +54,25 @@ class RemoteObject:
         try:
             found = self._store.head()
         except StoreError as error:
-            raise SourceError(str(error)) from error
+            raise InputError(str(error)) from error
         if found is None:
             raise NoObjectError(f"cannot open {self.name}: there is no such object")
         self.size_bytes, self._etag = found.size_bytes, found.etag
         return b""
 
     def pread(self, length: int, offset: int) -> bytes:
-        """Fewer bytes than asked for only at the object's end. Raises SourceError."""
+        """Fewer bytes than asked for only at the object's end. Raises InputError."""
         length = min(length, self.size_bytes - offset)
         if length <= 0:
             return b""
         try:
             return self._store.read(length, offset, self._etag)
         except ConflictError as error:
-            raise SourceError(
+            raise InputError(
                 f"{self.name} was replaced while it was read (at offset {offset})"
             ) from error
         except StoreError as error:
-            raise SourceError(str(error)) from error
+            raise InputError(str(error)) from error
 
     def ranges(self) -> Iterator[Callable[[], bytes]]:
         """Jobs that read all of it in order."""
@@ -93,7 +92,7 @@ class ObjectInput(Input):
         wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         super().__init__(remote.name, wake_fd, halts)
         self._remote = remote
-        self._ahead = Ahead(remote.ranges(), THREADS, THREADS, wake_fd, self._wait)
+        self._ahead = ReadAhead(remote.ranges(), THREADS, THREADS, wake_fd, self._wait)
         self._piece = memoryview(b"")
 
     def _read_fd(self, view: memoryview) -> int:

@@ -18,10 +18,10 @@ from vmapipe.restore.archive.compressed import (
     is_compressed,
     salvaged_compression,
 )
-from vmapipe.restore.archive.inputs import Input, ProgramInput
+from vmapipe.restore.archive.errors import CompressionError, InputError
+from vmapipe.restore.archive.input import Input, ProgramInput
 from vmapipe.restore.archive.parts import Proof
 from vmapipe.restore.archive.zstdframes import is_zstd
-from vmapipe.restore.errors import CompressionError, SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.objectstore import is_object
@@ -48,14 +48,14 @@ class PlainFile:
         self.size_bytes = size_bytes
 
     def pread(self, length: int, offset: int) -> bytes:
-        """Fewer bytes than asked for only at the file's end. Raises SourceError."""
+        """Fewer bytes than asked for only at the file's end. Raises InputError."""
         pieces: list[bytes] = []
         done = 0
         while done < length:
             try:
                 piece = os.pread(self.fd, length - done, offset + done)
             except OSError as error:
-                raise SourceError(
+                raise InputError(
                     f"cannot read {self.name} at offset {offset + done}: {os_error_text(error)}"
                 ) from error
             if not piece:
@@ -65,13 +65,13 @@ class PlainFile:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill `view`; less than its length only at the file's end. Raises SourceError."""
+        """Fill `view`; less than its length only at the file's end. Raises InputError."""
         done = 0
         while done < len(view):
             try:
                 got = os.preadv(self.fd, [view[done:]], offset + done)
             except OSError as error:
-                raise SourceError(
+                raise InputError(
                     f"cannot read {self.name} at offset {offset + done}: {os_error_text(error)}"
                 ) from error
             if not got:
@@ -115,7 +115,7 @@ class Stream:
     def read(self, length: int, *, up_to_damage: bool = False) -> bytes:
         """Fewer bytes than asked for only at the end, which was then found to be sound.
 
-        Raises SourceError, CompressionError, Cancelled. With `up_to_damage`, what stands before
+        Raises InputError, CompressionError, Cancelled. With `up_to_damage`, what stands before
         damage is returned first, and the next call raises the error; the one after that goes on
         behind it where the error says that it can.
         """
@@ -175,7 +175,7 @@ Source = PlainFile | Stream
 def open_source(archive: str, cancel: Cancel, options: ReadOptions | None = None) -> Source:
     """Open `archive`: a path, `-`, `fd:N`, `/dev/fdset/N`, `exec:COMMAND` or `s3://BUCKET/KEY`.
 
-    Raises SourceError; UsageError for words that make no sense.
+    Raises InputError; UsageError for words that make no sense.
     """
     options = options or ReadOptions()
     if archive.startswith("exec:"):
@@ -191,7 +191,7 @@ def open_source(archive: str, cancel: Cancel, options: ReadOptions | None = None
 
 
 def command_input(word: str, halts: Sequence[Cancel]) -> Input:
-    """What the command of `exec:COMMAND` prints. Raises SourceError, UsageError."""
+    """What the command of `exec:COMMAND` prints. Raises InputError, UsageError."""
     command = word.removeprefix("exec:")
     if not command.strip():
         raise UsageError("exec: without a command")
@@ -201,7 +201,7 @@ def command_input(word: str, halts: Sequence[Cancel]) -> Input:
 
 
 def _open_object(archive: str, cancel: Cancel, options: ReadOptions) -> Source:
-    from vmapipe.restore.archive.ahead import interruptible
+    from vmapipe.restore.archive.input import interruptible
     from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 
     remote = RemoteObject(archive, (cancel,))
@@ -242,7 +242,7 @@ def _open_descriptor(archive: str, number: int, cancel: Cancel, options: ReadOpt
     try:
         fd = os.dup(number)
     except OSError as error:
-        raise SourceError(f"cannot read {name}: {os_error_text(error)}") from error
+        raise InputError(f"cannot read {name}: {os_error_text(error)}") from error
     return _recognise(name, None, fd, cancel, options)
 
 
@@ -251,7 +251,7 @@ def _open_path(path: str, cancel: Cancel, options: ReadOptions) -> Source:
         # O_NONBLOCK: opening a FIFO would else wait for its writer, deaf to signals.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise SourceError(f"cannot open the archive {path}: {os_error_text(error)}") from error
+        raise InputError(f"cannot open the archive {path}: {os_error_text(error)}") from error
     os.set_blocking(fd, True)
     return _recognise(path, path, fd, cancel, options)
 
@@ -265,7 +265,7 @@ def _recognise(
         source = _open_seekable(name, path, fd, size_bytes, cancel, options) if size_bytes else None
     except OSError as error:
         os.close(fd)
-        raise SourceError(f"cannot read {name}: {os_error_text(error)}") from error
+        raise InputError(f"cannot read {name}: {os_error_text(error)}") from error
     except BaseException:
         os.close(fd)
         raise
@@ -278,7 +278,7 @@ def _size_if_seekable(name: str, fd: int) -> int:
     """The file's size, or 0 for what is read in order: a pipe, or a file from its middle on."""
     mode = os.fstat(fd).st_mode
     if stat.S_ISDIR(mode):
-        raise SourceError(f"{name} is a folder, not an archive")
+        raise InputError(f"{name} is a folder, not an archive")
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) or os.lseek(fd, 0, os.SEEK_CUR):
         return 0
     size_bytes = os.lseek(fd, 0, os.SEEK_END)

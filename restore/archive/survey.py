@@ -10,18 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from vmapipe.restore.archive.reading import Archive, Piece
-from vmapipe.restore.archive.source import PlainFile
-from vmapipe.restore.crew.slots import Slots
-from vmapipe.restore.errors import CompressionError
-from vmapipe.vma.errors import ArchiveError, ExtentError
+from vmapipe.restore.archive.compressed import ReadOptions
+from vmapipe.restore.archive.errors import CompressionError, InputError
+from vmapipe.restore.archive.manifest import Manifest, manifest_beside
+from vmapipe.restore.archive.reader import Archive, FoundExtent, open_archive
+from vmapipe.restore.archive.slots import ExtentSlots
+from vmapipe.restore.archive.source import PlainFile, open_source
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.objectstore import is_object
+from vmapipe.vma.errors import ArchiveError, ExtentError, NotAnArchiveError
 from vmapipe.vma.extent import (
     Extent,
     extent_uuid,
     find_extent_header,
     parse_extent_header,
 )
-from vmapipe.vma.layout import EXTENT_HEADER_BYTES, EXTENT_MAGIC
+from vmapipe.vma.header import Device, Header
+from vmapipe.vma.layout import CLUSTER_BYTES, EXTENT_HEADER_BYTES, EXTENT_MAGIC, UUID_BYTES
+from vmapipe.vma.manifest import Totals
 
 # Searched in one go.
 _SEARCH_BYTES = 1 << 20
@@ -136,12 +142,12 @@ class _Cursor:
 
 
 def survey(
-    archive: Archive, check: Callable[[], None], slots: Slots | None = None
-) -> Iterator[Piece | Gap]:
+    archive: Archive, check: Callable[[], None], slots: ExtentSlots | None = None
+) -> Iterator[FoundExtent | Gap]:
     """All extents that can be found, and the gaps between them, in order.
 
     `check` is called now and then. `slots`: where a stream's data goes; without them it comes
-    as bytes. Raises SourceError.
+    as bytes. Raises InputError.
     """
     walk = _Walk(archive, check, slots)
     error: ArchiveError | None = None
@@ -177,7 +183,9 @@ def survey(
 class _Walk:
     """What `survey` does at one place."""
 
-    def __init__(self, archive: Archive, check: Callable[[], None], slots: Slots | None) -> None:
+    def __init__(
+        self, archive: Archive, check: Callable[[], None], slots: ExtentSlots | None
+    ) -> None:
         self.cursor = _Cursor(archive, archive.header.header_bytes, archive.held)
         self.last: Extent | None = None
         self.at_end = False
@@ -189,7 +197,7 @@ class _Walk:
         # Where a header was found inside the data of the extent that was read last.
         self._found_at = -1
 
-    def piece(self) -> Piece | None:
+    def piece(self) -> FoundExtent | None:
         """The extent here; None at the end. Raises ExtentError, CompressionError."""
         if self._pending is not None:
             error, self._pending = self._pending, None
@@ -223,7 +231,7 @@ class _Walk:
             self._give_back(slot)
             raise cut_off(extent, got)
         self.last = extent
-        return Piece(extent, raw_header, data, slot=slot)
+        return FoundExtent(extent, raw_header, data, slot=slot)
 
     def _data(self, extent: Extent) -> tuple[bytes | None, int, int]:
         """(bytes, slot, length) of the extent's data, as far as there is any."""
@@ -368,3 +376,99 @@ def cut_off(extent: Extent, got: int) -> ExtentError:
         offset=extent.offset,
         reference_text=(f"short vma extent ({EXTENT_HEADER_BYTES + got} < {extent.total_bytes})"),
     )
+
+
+def open_damaged(
+    name: str, cancel: Cancel, options: ReadOptions, manifest: str | None = None
+) -> Archive:
+    """As `open_archive`; but where the header is damaged, devices and sizes come from the extents.
+
+    `manifest`: where it is not beside the archive; it knows the sizes exactly. The archive's
+    `notes` tell what is lost or guessed. Raises as `open_archive`, where there is not one extent.
+    """
+    options = options._replace(salvage=True)
+    try:
+        return open_archive(name, cancel, options)
+    except ArchiveError as error:
+        return _open_without_header(name, cancel, options, manifest, error)
+
+
+def _open_without_header(
+    name: str, cancel: Cancel, options: ReadOptions, manifest: str | None, error: ArchiveError
+) -> Archive:
+    with _at_first_extent(name, cancel, options, error) as archive:
+        if archive.source.path is None and not is_object(name):
+            raise InputError(
+                f"{error}: without it the archive has to be read twice, and {archive.source.name} "
+                "can be read only once: store it in a file first"
+            )
+        ends: dict[int, int] = {}
+        for find in survey(archive, cancel.check):
+            if not isinstance(find, Gap):
+                for run in find.extent.runs:
+                    end = run.first_cluster + run.count
+                    ends[run.dev_id] = max(ends.get(run.dev_id, 0), end)
+        totals = _totals(archive, manifest, cancel)
+    return _with_devices(_at_first_extent(name, cancel, options, error), ends, totals, error)
+
+
+def _at_first_extent(
+    name: str, cancel: Cancel, options: ReadOptions, error: ArchiveError
+) -> Archive:
+    """The archive opened once more, its header empty but for what its first extent says.
+
+    Raises `error` where there is no extent.
+    """
+    source = open_source(name, cancel, options)
+    try:
+        archive = Archive(source, Header(bytes(UUID_BYTES), 0, (), ()), b"")
+        if not find_first_extent(archive, cancel.check):
+            raise error
+    except BaseException:
+        source.close()
+        raise
+    return archive
+
+
+def _totals(archive: Archive, path: str | None, cancel: Cancel) -> Totals | None:
+    """The manifest's, where there is one of this very archive."""
+    path = path or manifest_beside(archive.source, cancel)
+    if path is None:
+        return None
+    try:
+        with Manifest(path, cancel) as manifest:
+            if manifest.opening.uuid != archive.header.uuid:
+                return None
+            while not isinstance(line := manifest.next(), Totals):
+                cancel.check()
+            return line
+    except ArchiveError:
+        return None
+
+
+def _with_devices(
+    archive: Archive, ends: dict[int, int], totals: Totals | None, error: ArchiveError
+) -> Archive:
+    known = {device.dev_id: device for device in (totals.devices if totals is not None else ())}
+    kind = "it is not there" if isinstance(error, NotAnArchiveError) else str(error)
+    notes = [f"the header is lost ({kind}): the configs are, too, and the disks' names"]
+    devices: list[Device] = []
+    for dev_id in sorted({*ends, *known}):
+        listed = known.get(dev_id)
+        if listed is not None:
+            size_bytes = listed.size_bytes
+            notes.append(
+                f"disk {dev_id} was {listed.name!r}, {size_bytes} bytes: the manifest says so"
+            )
+        else:
+            size_bytes = ends[dev_id] * CLUSTER_BYTES
+            notes.append(
+                f"disk {dev_id} has at least {size_bytes - CLUSTER_BYTES + 1} bytes, and {size_bytes} "
+                "in its file: up to 65535 bytes at its end are not its own, unless more of its end "
+                "is missing"
+            )
+        devices.append(Device(dev_id, str(dev_id), size_bytes))
+    archive.header = archive.header._replace(devices=tuple(devices))
+    archive.notes = notes
+    archive.header_error = error
+    return archive

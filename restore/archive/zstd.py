@@ -15,10 +15,9 @@ from typing import IO, TYPE_CHECKING, cast
 
 import zstandard
 
-from vmapipe.restore.archive.ahead import Ahead, interruptible
-from vmapipe.restore.archive.inputs import Wait
-from vmapipe.restore.archive.parts import Proof
-from vmapipe.restore.archive.rewind import READ_BYTES, Rewindable
+from vmapipe.restore.archive.errors import CompressionError, InputError
+from vmapipe.restore.archive.input import ReadAhead, Wait, interruptible
+from vmapipe.restore.archive.parts import READ_BYTES, Proof, Rewindable
 from vmapipe.restore.archive.zstdframes import (
     MAX_HEADER_BYTES,
     SKIPPABLE_HEADER_BYTES,
@@ -28,7 +27,6 @@ from vmapipe.restore.archive.zstdframes import (
     is_skippable,
     is_zstd,
 )
-from vmapipe.restore.errors import CompressionError, SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import (
@@ -42,7 +40,7 @@ from vmapipe.vma.seektable import (
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-# (length, offset): fewer bytes only at the end. Raises SourceError.
+# (length, offset): fewer bytes only at the end. Raises InputError.
 Pread = Callable[[int, int], bytes]
 MIB = 1 << 20
 # What `zstd -d` takes without being asked. A window is memory that a stranger
@@ -88,7 +86,7 @@ class ZstdParts:
         if header is None:
             raise _cut_off(name, at + len(start))
         if header.dictionary_id:
-            raise SourceError(
+            raise InputError(
                 f"{name} was compressed with a zstd dictionary (number {header.dictionary_id}), "
                 "which is not stored with it: exec:'zstd -dc -D DICTIONARY FILE' reads it"
             )
@@ -179,14 +177,14 @@ def _cut_off(name: str, file_offset: int) -> CompressionError:
     )
 
 
-def too_large_window(name: str, wanted_bytes: int, limit_bytes: int) -> SourceError:
+def too_large_window(name: str, wanted_bytes: int, limit_bytes: int) -> InputError:
     """The file is good, and needs more memory than whoever reads it has allowed."""
     wanted_mib = -(-wanted_bytes // MIB)
     log = max(10, (wanted_bytes - 1).bit_length())
     way = f"exec:'zstd -dc --long={log} FILE'"
     if wanted_bytes <= MAX_WINDOW_BYTES:
         way = f"--zstd-window {wanted_mib}M, or {way}"
-    return SourceError(
+    return InputError(
         f"{name} was compressed with a zstd window of {wanted_mib} MiB; up to "
         f"{limit_bytes // MIB} MiB are taken without being asked, for it is memory: use {way}"
     )
@@ -242,7 +240,7 @@ class ZstdFrames(io.RawIOBase):
         self._release = release
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         wait = Wait(self._wake_fd, halts)
-        self._ahead = Ahead(self._jobs(frames), threads, 2 * threads, self._wake_fd, wait)
+        self._ahead = ReadAhead(self._jobs(frames), threads, 2 * threads, self._wake_fd, wait)
         self._current: memoryview | None = memoryview(b"")
 
     def readable(self) -> bool:

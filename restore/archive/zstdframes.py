@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vmapipe.restore.errors import CompressionError
+from vmapipe.restore.archive.errors import CompressionError
 from vmapipe.vma.seektable import ZSTD_MAGIC
 
 _SKIPPABLE_LOW, _SKIPPABLE_HIGH = 0x184D2A50, 0x184D2A5F

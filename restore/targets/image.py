@@ -9,15 +9,16 @@ import shutil
 import stat
 import subprocess
 
-from vmapipe.restore.errors import TargetError
-from vmapipe.restore.plan import Larger, TargetSpec
-from vmapipe.restore.targets.existing import (
+from vmapipe.restore.archive.errors import TargetError
+from vmapipe.restore.targets.files import (
+    Folders,
+    NewFile,
     check_free,
     check_size,
     identity_of,
     open_existing,
 )
-from vmapipe.restore.targets.newfile import Folders, NewFile
+from vmapipe.restore.targets.plan import Larger, TargetSpec
 from vmapipe.runtime.disk_use import unlock_image
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.image_format import format_of_content, references

@@ -191,8 +191,8 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
             "vmapipe.archiver.main",
             "psutil zstandard asyncio xxhash qemu subprocess vmapipe.restore vmapipe.runtime.keys",
         ),
-        ("vmapipe.restore.checks.verify", "psutil zstandard asyncio concurrent logging qemu"),
-        ("vmapipe.restore.crew.worker", "psutil zstandard asyncio xxhash subprocess qemu"),
+        ("vmapipe.restore.verify.verify", "psutil zstandard asyncio qemu"),
+        ("vmapipe.restore.workers.worker", "psutil zstandard asyncio xxhash subprocess qemu"),
     ],
 )
 def test_a_start_imports_only_what_it_needs(command: str, not_needed: str) -> None:

@@ -226,13 +226,13 @@ def test_a_stream_that_is_cut_is_a_failure_with_the_far_ends_status(
 def test_a_stream_that_is_cut_between_two_extents_is_a_failure_too(
     far: Far, stored: Path, tmp_path: Path
 ) -> None:
-    from vmapipe.restore.archive.reading import Piece, open_archive
+    from vmapipe.restore.archive.reader import FoundExtent, open_archive
     from vmapipe.restore.archive.survey import survey
     from vmapipe.runtime.cancel import Cancel
 
     cancel = Cancel()
     with open_archive(str(stored), cancel) as archive:
-        found = [find for find in survey(archive, cancel.check) if isinstance(find, Piece)]
+        found = [find for find in survey(archive, cancel.check) if isinstance(find, FoundExtent)]
         third = found[2].extent.offset
     cancel.close()
     cut = f"exec:{far.command(f'head -c {third} stored.vma')}"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 
-from vmapipe.restore.archive.reading import open_archive
+from vmapipe.restore.archive.reader import open_archive
 from vmapipe.restore.job import restore
-from vmapipe.restore.plan import plan_folder
+from vmapipe.restore.targets.plan import plan_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Event, encode_line
 from vmapipe.runtime.folders import HeldFolder

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import zstandard
 
-from vmapipe.restore.archive.reading import Archive, open_archive
+from vmapipe.restore.archive.reader import Archive, open_archive
 from vmapipe.restore.job import Options, Result, restore
-from vmapipe.restore.plan import Plan, plan_folder
+from vmapipe.restore.targets.plan import Plan, plan_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Event
 from vmapipe.vma.header import Header

@@ -23,10 +23,10 @@ from tests.restore.support import (
     restored_to,
 )
 from tests.vma.archives import with_md5
+from vmapipe.restore.archive.errors import CompressionError, DigestError
 from vmapipe.restore.archive.survey import Gap, survey
-from vmapipe.restore.errors import CompressionError, DigestError
 from vmapipe.restore.job import Options
-from vmapipe.restore.plan import Kind, Plan, TargetSpec, plan_folder
+from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, plan_folder
 from vmapipe.runtime.events import Event
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.errors import (

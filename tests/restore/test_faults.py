@@ -20,8 +20,8 @@ import pytest
 from tests.archives import archive, extents_of
 from tests.machine import next_event
 from tests.restore.support import CHANCE, a_cancel, contents, is_root, restored
-from vmapipe.restore.errors import TargetError
-from vmapipe.restore.plan import Kind, Plan, TargetSpec, plan_folder
+from vmapipe.restore.archive.errors import TargetError
+from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, plan_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Event
@@ -52,7 +52,7 @@ def half_a_pipe(data: bytes) -> Iterator[str]:
 
 def workers_of(pid: int) -> list[psutil.Process]:
     found = psutil.Process(pid).children()
-    return [process for process in found if "vmapipe.restore.crew.worker" in process.cmdline()]
+    return [process for process in found if "vmapipe.restore.workers.worker" in process.cmdline()]
 
 
 PIECE = RAW[: extents_of(RAW)[3].offset + 700]

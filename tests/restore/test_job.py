@@ -30,9 +30,9 @@ from tests.restore.support import (
     restored_to,
     sha256,
 )
-from vmapipe.restore.errors import PlanError, RestoreError, TargetError
+from vmapipe.restore.archive.errors import PlanError, RestoreError, TargetError
 from vmapipe.restore.job import Options
-from vmapipe.restore.plan import Kind, Plan, TargetSpec, plan_folder
+from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, plan_folder
 from vmapipe.runtime.events import Event
 from vmapipe.vma.layout import CLUSTER_BYTES
 

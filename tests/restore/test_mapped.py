@@ -20,8 +20,8 @@ RAW = archive(DISKS, CONFIGS, slots=2)
 PRELUDE = """
 import os, signal, sys
 from vmapipe.restore.archive.source import PlainFile
-from vmapipe.restore.checks.digest import read_digest
-from vmapipe.restore.checks.mapped import MappedHashers
+from vmapipe.restore.archive.digest import read_digest
+from vmapipe.restore.verify.mapped import MappedHashers
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled
 
@@ -103,7 +103,7 @@ def test_a_file_that_is_cut_while_it_is_looked_at_gives_the_digest_of_what_is_th
 ) -> None:
     # Mapped while it was whole: the look itself is what kills.
     code = """
-import mmap, vmapipe.restore.checks.mapped as mapped
+import mmap, vmapipe.restore.verify.mapped as mapped
 begin = mmap.mmap
 def cut(*args, **words):
     mapping = begin(*args, **words)

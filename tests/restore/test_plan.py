@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vmapipe.restore.errors import PlanError, RestoreError
-from vmapipe.restore.mapping import MapEntry
-from vmapipe.restore.plan import (
+from vmapipe.restore.archive.errors import PlanError, RestoreError
+from vmapipe.restore.targets.map_file import MapEntry
+from vmapipe.restore.targets.plan import (
     Kind,
     Larger,
     Plan,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.archives import archive
 from tests.machine import LIMIT_S, VMAPIPE, Need, bad, good, next_event
-from vmapipe.restore.crew.handout import Marks, Work
+from vmapipe.restore.workers.work import Marks, Work
 
 MIB = 1 << 20
 CHANCE = random.Random(11)

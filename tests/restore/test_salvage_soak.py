@@ -15,11 +15,11 @@ import pytest
 from tests.archives import UUID, ClusterAt, archive, extents_of, in_order, manifest
 from tests.restore.support import frames_with_table, members, one_frame, restored
 from vmapipe.restore.archive.compressed import ReadOptions
-from vmapipe.restore.archive.headerless import open_damaged
-from vmapipe.restore.checks.verify import verify
+from vmapipe.restore.archive.survey import open_damaged
 from vmapipe.restore.job import Options, Result, restore
-from vmapipe.restore.plan import plan_folder
-from vmapipe.restore.salvagemap import JSON_NAME, TEXT_NAME
+from vmapipe.restore.targets.plan import plan_folder
+from vmapipe.restore.verify.report import JSON_NAME, TEXT_NAME
+from vmapipe.restore.verify.verify import verify
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import parse_extent_header

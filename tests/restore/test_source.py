@@ -30,9 +30,9 @@ from tests.restore.support import (
     skippable,
 )
 from vmapipe.restore.archive.compressed import ReadOptions
+from vmapipe.restore.archive.errors import CompressionError, InputError
 from vmapipe.restore.archive.source import PlainFile, Source, Stream, open_source
 from vmapipe.restore.archive.zstd import ZstdFrames
-from vmapipe.restore.errors import CompressionError, SourceError
 from vmapipe.runtime.errors import Cancelled, UsageError
 from vmapipe.vma.seektable import Frame, encode_seek_table
 
@@ -66,7 +66,7 @@ def bytes_of(name: str | Path, options: ReadOptions | None = None) -> bytes:
             opened.close()
 
 
-def failure_of(name: str | Path, kind: type[Exception] = SourceError) -> str:
+def failure_of(name: str | Path, kind: type[Exception] = InputError) -> str:
     with pytest.raises(kind) as caught:
         bytes_of(name)
     return str(caught.value)
@@ -223,13 +223,13 @@ def with_window(raw: bytes, log: int) -> bytes:
 def test_a_window_that_wants_too_much_memory_is_no_damage_and_the_way_out_is_named(
     store: Callable[[bytes], Path],
 ) -> None:
-    text = failure_of(store(with_window(RAW, 28)), SourceError)
+    text = failure_of(store(with_window(RAW, 28)), InputError)
     assert "was compressed with a zstd window of 256 MiB; up to 128 MiB are taken" in text
     assert "use --zstd-window 256M, or exec:'zstd -dc --long=28 FILE'" in text
     assert "damage" not in text
     # Behind other frames, too.
     late = one_frame(RAW[:100]) + with_window(RAW[100:], 28)
-    assert "a zstd window of 256 MiB" in failure_of(f"exec:cat {store(late)}", SourceError)
+    assert "a zstd window of 256 MiB" in failure_of(f"exec:cat {store(late)}", InputError)
 
 
 def test_a_window_may_be_as_large_as_was_allowed(store: Callable[[bytes], Path]) -> None:
@@ -246,7 +246,7 @@ def test_a_window_beyond_what_the_library_can_do_names_the_program(
     data = bytearray(with_window(RAW, 28))
     assert data[5] == 18 << 3
     data[5] = 22 << 3
-    text = failure_of(store(bytes(data)), SourceError)
+    text = failure_of(store(bytes(data)), InputError)
     assert "a zstd window of 4096 MiB" in text
     assert "--zstd-window" not in text
 
@@ -256,7 +256,7 @@ def test_a_dictionary_that_is_missing_is_named(store: Callable[[bytes], Path]) -
     named = zstandard.train_dictionary(2000, [CHANCE.randbytes(900) + b"x" * 90] * 80)
     data = zstandard.ZstdCompressor(dict_data=named).compress(RAW)
     assert dictionary.dict_id() == 0
-    assert f"a zstd dictionary (number {named.dict_id()})" in failure_of(store(data), SourceError)
+    assert f"a zstd dictionary (number {named.dict_id()})" in failure_of(store(data), InputError)
 
 
 def salvaged(path: Path) -> list[bytes | CompressionError]:

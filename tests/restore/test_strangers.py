@@ -11,7 +11,7 @@ import pytest
 from tests.restore.support import a_cancel, contents, one_frame, restored_to
 from tests.strangers import ARCHIVES, archive_of
 from tests.vma.archives import read_whole
-from vmapipe.restore.checks.verify import verify
+from vmapipe.restore.verify.verify import verify
 
 
 @pytest.mark.parametrize("name", ARCHIVES)

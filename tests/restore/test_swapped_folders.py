@@ -17,8 +17,8 @@ from tests.archives import archive
 from tests.machine import LIMIT_S, VMA, VMAPIPE, Need, bad, good, next_event, run
 from tests.restore.support import is_root
 from tests.restore.test_faults import program, workers_of
-from vmapipe.restore.errors import TargetError
-from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
+from vmapipe.restore.archive.errors import TargetError
+from vmapipe.restore.targets.files import Folders, NewFile, publish_all
 from vmapipe.runtime.folders import HeldFolder
 
 DISK = b"\xaa" * (200 * 65536)

@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 
 from tests.machine import Need
-from vmapipe.restore.errors import RestoreError, TargetError
-from vmapipe.restore.plan import Kind, TargetSpec
-from vmapipe.restore.targets.configs import write_configs
-from vmapipe.restore.targets.existing import ExistingTarget
-from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
+from vmapipe.restore.archive.errors import RestoreError, TargetError
+from vmapipe.restore.targets.files import (
+    ExistingTarget,
+    Folders,
+    NewFile,
+    publish_all,
+    write_configs,
+)
+from vmapipe.restore.targets.plan import Kind, TargetSpec
 from vmapipe.runtime import folders as runtime_folders
 from vmapipe.runtime.folders import HeldFolder
 from vmapipe.vma.errors import HeaderError

@@ -29,8 +29,8 @@ from tests.restore.support import (
     members,
     one_frame,
 )
-from vmapipe.restore.checks.report import MAX_DAMAGE, Report
-from vmapipe.restore.checks.verify import VerifyOptions, verify
+from vmapipe.restore.verify.report import MAX_DAMAGE, Report
+from vmapipe.restore.verify.verify import VerifyOptions, verify
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled
 from vmapipe.runtime.events import Event

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 from tests.archives import UUID, ClusterAt, archive, in_order
 from vmapipe.protocol.restore_work import TargetSetup
-from vmapipe.restore.crew.writer import Writer
-from vmapipe.restore.errors import TargetError
-from vmapipe.restore.targets import zeroing
-from vmapipe.restore.targets.zeroing import RANGE_BYTES, Zeroer, zero_pages
+from vmapipe.restore.archive.errors import TargetError
+from vmapipe.restore.workers import writer as writer_module
+from vmapipe.restore.workers.writer import RANGE_BYTES, TargetWriter, Zeroer, zero_pages
 from vmapipe.runtime.syscalls import fallocate
 from vmapipe.vma.extent import encode_extent_header, parse_extent_header, slot_word
 from vmapipe.vma.layout import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES
@@ -74,7 +73,7 @@ def test_any_disk_in_any_order_is_written_as_it_was(
     raw = archive({"disk": disk}, order=order, slots=slots)
     old = b"\xaa" if write_zeroes else b"\0"
     with memory_file(old * (len(disk) + surplus)) as fd:
-        writer = Writer([target(fd, len(disk), write_zeroes=write_zeroes)])
+        writer = TargetWriter([target(fd, len(disk), write_zeroes=write_zeroes)])
         for event in Scanner().feed(raw):
             if isinstance(event, ExtentRead):
                 writer.write(event.extent, event.data)
@@ -85,7 +84,7 @@ def test_any_disk_in_any_order_is_written_as_it_was(
 def test_clusters_of_other_devices_are_left_out() -> None:
     disks = {"one": block(1) * 16, "two": block(2) * 16}
     with memory_file(bytes(CLUSTER_BYTES)) as fd:
-        writer = Writer([target(fd, CLUSTER_BYTES, write_zeroes=True)])
+        writer = TargetWriter([target(fd, CLUSTER_BYTES, write_zeroes=True)])
         for event in Scanner().feed(archive(disks)):
             if isinstance(event, ExtentRead):
                 writer.write(event.extent, event.data)
@@ -97,7 +96,7 @@ def test_a_full_last_cluster_is_cut_at_the_devices_end() -> None:
     data = b"".join(map(block, range(16)))
     header = encode_extent_header(UUID, [slot_word(0xFFFF, 1, 0)], 16)
     with memory_file(b"\xaa" * CLUSTER_BYTES) as fd:
-        writer = Writer([target(fd, 5000, write_zeroes=True)])
+        writer = TargetWriter([target(fd, 5000, write_zeroes=True)])
         writer.write(parse_extent_header(header, UUID), memoryview(data))
         writer.flush()
         assert os.pread(fd, CLUSTER_BYTES, 0) == data[:5000] + b"\xaa" * (CLUSTER_BYTES - 5000)
@@ -105,7 +104,7 @@ def test_a_full_last_cluster_is_cut_at_the_devices_end() -> None:
 
 def test_a_write_error_names_device_target_and_offset() -> None:
     fd = os.open("/dev/full", os.O_WRONLY)
-    writer = Writer([target(fd, MIB, write_zeroes=False)])
+    writer = TargetWriter([target(fd, MIB, write_zeroes=False)])
     header = encode_extent_header(UUID, [slot_word(1, 1, 3)], 1)
     with pytest.raises(TargetError) as caught:
         writer.write(parse_extent_header(header, UUID), memoryview(block(1)))
@@ -122,12 +121,12 @@ def test_neighbouring_zeroes_are_one_range(monkeypatch: pytest.MonkeyPatch) -> N
         calls.append((offset, length))
         fallocate(fd, mode, offset, length)
 
-    monkeypatch.setattr(zeroing, "fallocate", count)
+    monkeypatch.setattr(writer_module, "fallocate", count)
     clusters = 3000
     disk = bytes(clusters * CLUSTER_BYTES) + bytes(15 * BLOCK_BYTES) + block(1)
     with memory_file(b"") as fd:
         os.ftruncate(fd, len(disk))
-        writer = Writer([target(fd, len(disk), write_zeroes=True)])
+        writer = TargetWriter([target(fd, len(disk), write_zeroes=True)])
         order = [ClusterAt("disk", number) for number in range(clusters + 1)]
         for event in islice(Scanner().feed(archive({"disk": disk}, order=order)), 1, None):
             assert isinstance(event, ExtentRead)
@@ -153,7 +152,7 @@ def test_zeroed_ranges_are_zero_whatever_the_file_system_can(
 
     model = bytearray(b"\xaa" * (4 * MIB))
     with memory_file(bytes(model)) as fd, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zeroing, "fallocate", limited)
+        patch.setattr(writer_module, "fallocate", limited)
         zeroer = Zeroer(fd, zero_pages())
         for start, length in parts:
             zeroer.add(start, length)
@@ -180,7 +179,7 @@ def test_small_ranges_are_written() -> None:
 
 def test_an_error_while_zeroing_tells_where() -> None:
     fd = os.open("/dev/full", os.O_WRONLY)
-    writer = Writer([target(fd, MIB, write_zeroes=True)])
+    writer = TargetWriter([target(fd, MIB, write_zeroes=True)])
     header = encode_extent_header(UUID, [slot_word(0, 1, 3)], 0)
     writer.write(parse_extent_header(header, UUID), memoryview(b""))
     with pytest.raises(TargetError, match="at offset 196608: No space left"):

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.restore.support import CHANCE, one_frame, skippable
+from vmapipe.restore.archive.errors import CompressionError
 from vmapipe.restore.archive.zstdframes import (
     MAX_HEADER_BYTES,
     FrameWalk,
     frame_header,
     is_zstd,
 )
-from vmapipe.restore.errors import CompressionError
 from vmapipe.vma.seektable import ZSTD_MAGIC
 
 DATA = CHANCE.randbytes(200_000) + bytes(300_000)

@@ -23,11 +23,11 @@ from tests.restore.support import (
 )
 from tests.s3.proxy import FaultyProxy
 from tests.s3.server import BUCKET, S3Server
-from vmapipe.restore.archive import ahead
+from vmapipe.restore.archive import input as input_module
 from vmapipe.restore.archive import object as object_module
-from vmapipe.restore.archive.reading import open_archive
+from vmapipe.restore.archive.errors import InputError
+from vmapipe.restore.archive.reader import open_archive
 from vmapipe.restore.archive.source import PlainFile, open_source
-from vmapipe.restore.errors import SourceError
 from vmapipe.runtime import objectstore
 from vmapipe.runtime.errors import Cancelled
 from vmapipe.vma.errors import ArchiveError
@@ -116,7 +116,7 @@ def test_a_fault_that_stays_names_the_object_and_the_offset(
     s3.put(KEY, LONG)
     # The second range begins where the first, of 64 KiB, has ended.
     proxy.plan("GET .*bytes=65536-", what, times=100)
-    with pytest.raises(SourceError, match=rf"cannot read {NAME} at offset 65536: .*, 2 times"):
+    with pytest.raises(InputError, match=rf"cannot read {NAME} at offset 65536: .*, 2 times"):
         bytes_of(NAME)
 
 
@@ -129,16 +129,16 @@ def test_an_object_that_is_replaced_while_it_is_read_is_no_archive_of_two_halves
         assert not isinstance(opened, PlainFile)
         assert opened.read(10) == LONG[:10]
         s3.put(KEY, bytes(len(LONG)))
-        with pytest.raises(SourceError, match=f"{NAME} was replaced while it was read"):
+        with pytest.raises(InputError, match=f"{NAME} was replaced while it was read"):
             opened.read(len(LONG))
         opened.close()
 
 
 def test_what_is_not_there_is_said(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SourceError, match=f"cannot open {NAME}: there is no such object"):
+    with pytest.raises(InputError, match=f"cannot open {NAME}: there is no such object"):
         bytes_of(NAME)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(SourceError, match=f"cannot look at {NAME}: 403: .*credentials"):
+    with pytest.raises(InputError, match=f"cannot look at {NAME}: 403: .*credentials"):
         bytes_of(NAME)
 
 
@@ -153,7 +153,7 @@ def test_a_store_that_does_not_answer_does_not_keep_a_stop_waiting(
     s3: S3Server, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(ahead, "_END_WAIT_S", 0.1)
+    monkeypatch.setattr(input_module, "_END_WAIT_S", 0.1)
     s3.put(KEY, LONG)
     stalled = proxy.plan(where, "stall")
 

@@ -14,13 +14,19 @@ import tempfile
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
-from vmapipe.restore.errors import SourceError
+from vmapipe.restore.archive.errors import InputError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.folders import temporary_folder
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+from vmapipe.runtime.threads import DaemonPool
 
 # The largest pipe an unprivileged process may make: fewer, larger reads.
 _PIPE_BYTES = 1 << 20
@@ -55,7 +61,7 @@ class Input(io.RawIOBase):
     """Reads `fd` (which it owns) to its end. `position` counts the bytes handed out.
 
     Where `fd` may make us wait, the wait ends with Cancelled when one of
-    `halts` asks for a stop. OSError becomes SourceError, with the position.
+    `halts` asks for a stop. OSError becomes InputError, with the position.
     """
 
     def __init__(self, name: str, fd: int, halts: Sequence[Cancel]) -> None:
@@ -101,7 +107,7 @@ class Input(io.RawIOBase):
         try:
             got = os.readv(self._fd, [view])
         except OSError as error:
-            raise SourceError(
+            raise InputError(
                 f"cannot read {self.name} at offset {self.position}: {os_error_text(error)}"
             ) from error
         if not got and len(view):
@@ -131,7 +137,7 @@ class ProgramInput(Input):
     ) -> None:
         """`keep_words`: its stderr goes into our error instead of to the terminal.
 
-        Raises SourceError when it cannot be started.
+        Raises InputError when it cannot be started.
         """
         self._words: IO[bytes] | None = None
         if keep_words:
@@ -143,7 +149,7 @@ class ProgramInput(Input):
         except OSError as error:
             if self._words is not None:
                 self._words.close()
-            raise SourceError(f"cannot start {argv[0]}: {os_error_text(error)}") from error
+            raise InputError(f"cannot start {argv[0]}: {os_error_text(error)}") from error
         stdout = self._process.stdout
         if stdout is None:
             raise RuntimeError("a pipe was asked for")
@@ -156,7 +162,7 @@ class ProgramInput(Input):
         self._wait_exit()
         status = self._process.returncode
         if self.failed_before:
-            raise SourceError(self.failed_before)
+            raise InputError(self.failed_before)
         if status:
             how = (
                 f"was killed by {signal.Signals(-status).name}"
@@ -166,7 +172,7 @@ class ProgramInput(Input):
             raise self._failure(f"{how}{self._last_words()}")
 
     def _failure(self, how: str) -> Exception:
-        return SourceError(f"{self.name} {how}")
+        return InputError(f"{self.name} {how}")
 
     def _wait_exit(self) -> None:
         if self._process.poll() is None:
@@ -209,3 +215,83 @@ def stop_program(process: subprocess.Popen[bytes]) -> None:
                 child.kill()
         process.kill()
         process.wait()
+
+
+# A read from a disk ends in time; one from a disk or a store that hangs is left behind.
+_END_WAIT_S = 2.0
+
+
+def interruptible(job: Callable[[], bytes], halts: Sequence[Cancel]) -> bytes:
+    """The job's result; it is done in another thread, so that a stop ends the wait for it."""
+    wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    ahead = ReadAhead(iter([job]), 1, 1, wake_fd, Wait(wake_fd, halts))
+    try:
+        return ahead.next() or b""
+    finally:
+        ahead.close()
+        os.close(wake_fd)
+
+
+class ReadAhead:
+    """Does `jobs` in `threads` threads and gives their results in order.
+
+    The first is done alone: many readers want no more than an archive's header.
+    From the second on, the number of those ahead doubles up to `limit`.
+    `wait` ends when `wake_fd`, an eventfd of the owner's, was written to, or raises.
+    """
+
+    def __init__(
+        self,
+        jobs: Iterator[Callable[[], bytes]],
+        threads: int,
+        limit: int,
+        wake_fd: int,
+        wait: Callable[[], None],
+    ) -> None:
+        self._jobs = jobs
+        self._limit = limit
+        self._most = 1
+        self._wake_fd = wake_fd
+        self._wait = wait
+        self._ahead: deque[Future[bytes]] = deque()
+        # Whoever closes the descriptor may not be written to after that.
+        self._waking = threading.Lock()
+        self._closed = False
+        self._pool = DaemonPool(threads, "ahead")
+
+    def next(self) -> bytes | None:
+        """The next result, or its error; None at the end. Raises what `wait` raises."""
+        self._look_ahead()
+        if not self._ahead:
+            return None
+        future = self._ahead[0]
+        while not future.done():
+            self._wait()
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+        self._ahead.popleft()
+        if self._most > 1:
+            self._look_ahead()
+        self._most = min(2 * self._most, self._limit)
+        return future.result()
+
+    def close(self) -> bool:
+        """Whether all threads have ended; if not, what they use must stay open."""
+        with self._waking:
+            self._closed = True
+        self._ahead.clear()
+        return self._pool.close(_END_WAIT_S)
+
+    def _look_ahead(self) -> None:
+        while len(self._ahead) < self._most:
+            job = next(self._jobs, None)
+            if job is None:
+                return
+            future = self._pool.submit(job)
+            self._ahead.append(future)
+            future.add_done_callback(self._wake)
+
+    def _wake(self, _: Future[bytes]) -> None:
+        with self._waking:
+            if not self._closed:
+                os.eventfd_write(self._wake_fd, 1)

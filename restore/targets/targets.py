@@ -4,24 +4,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from vmapipe.protocol.restore_work import Partial, TargetSetup
-from vmapipe.restore.archive.reading import Archive
+from vmapipe.restore.archive.errors import PlanError, TargetError
+from vmapipe.restore.archive.reader import Archive
 from vmapipe.restore.archive.source import PlainFile
-from vmapipe.restore.checks.ledger import Ledger
-from vmapipe.restore.errors import PlanError, TargetError
-from vmapipe.restore.plan import Kind, Plan, TargetSpec, check_plan
-from vmapipe.restore.targets.configs import open_configs, write_lines
-from vmapipe.restore.targets.existing import ExistingTarget, Identity, identity_of
-from vmapipe.restore.targets.newfile import Folders, NewFile, publish_all
+from vmapipe.restore.targets.files import (
+    ExistingTarget,
+    Folders,
+    Identity,
+    NewFile,
+    identity_of,
+    open_configs,
+    publish_all,
+    write_lines,
+)
+from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, check_plan
 from vmapipe.vma.header import Device
 from vmapipe.vma.layout import CLUSTER_BYTES
 
 if TYPE_CHECKING:
     from vmapipe.restore.targets.image import ExistingImage, NewImage
-    from vmapipe.restore.targets.resuming import Journal
+    from vmapipe.restore.targets.resume import Journal
 
 # Where vmstate ends is not known before its end: no file is larger than this.
 _NO_END = (1 << 63) - 1
@@ -98,7 +104,7 @@ class OpenTargets:
         if self._journal is None:
             return NewFile(spec.path, self._folders)
         # Imported here: few restores need it.
-        from vmapipe.restore.targets.resuming import ResumableFile
+        from vmapipe.restore.targets.resume import ResumableFile
 
         known = self._journal.inode(device.dev_id)
         file = ResumableFile(spec.path, self._folders, self._journal, known)
@@ -179,11 +185,14 @@ class OpenTargets:
     def existing_paths(self) -> list[str]:
         return [target.path for target in self._existing.values()]
 
-    def set_vmstate_size(self, ledger: Ledger) -> None:
-        """All of the archive was read: vmstate is so long. Raises TargetError."""
+    def set_vmstate_sizes(self, clusters_of: Callable[[int], int]) -> None:
+        """Give each vmstate file its length, which `clusters_of` (dev_id) knows at the end.
+
+        Raises TargetError.
+        """
         for device in self.devices:
             if device.is_vmstate:
-                clusters = ledger.vmstate_clusters(device.dev_id)
+                clusters = clusters_of(device.dev_id)
                 self._new[device.dev_id].set_size(clusters * CLUSTER_BYTES)
 
     def add_text(self, path: str, lines: Iterable[str]) -> None:

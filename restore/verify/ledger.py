@@ -6,24 +6,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 
+from vmapipe.restore.archive.errors import CompressionError, DigestError
+from vmapipe.restore.archive.manifest import Manifest, ManifestWalk
 from vmapipe.restore.archive.parts import Proof
-from vmapipe.restore.archive.reading import Archive, Piece, check_opening
+from vmapipe.restore.archive.reader import Archive, FoundExtent, check_opening
 from vmapipe.restore.archive.source import PlainFile, Stream
 from vmapipe.restore.archive.survey import Gap
-from vmapipe.restore.checks.census import Census, Range
-from vmapipe.restore.checks.comparing import digest_of
-from vmapipe.restore.checks.devicedigests import DeviceDigests, digests_of_file
-from vmapipe.restore.checks.manifest import Manifest, ManifestWalk
-from vmapipe.restore.checks.report import (
+from vmapipe.restore.verify.compare import DeviceDigests, digest_of, digests_of_file
+from vmapipe.restore.verify.coverage import CoverageReport
+from vmapipe.restore.verify.report import (
     DAMAGED,
     INCOMPLETE,
     MAX_DAMAGE,
     SOUND,
     UNCHECKED,
+    BadRange,
     Damage,
     DiskState,
 )
-from vmapipe.restore.errors import CompressionError, DigestError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.coverage import ClusterSet
 from vmapipe.vma.errors import ArchiveError
@@ -77,7 +77,7 @@ class Ledger:
         archive: Archive,
         manifest: Manifest | None,
         tell: Callable[[Damage], None],
-        data_of: Callable[[Piece], bytes | memoryview | None],
+        data_of: Callable[[FoundExtent], bytes | memoryview | None],
     ) -> None:
         """`data_of`: a stream's piece to its stored blocks."""
         header = archive.header
@@ -89,7 +89,7 @@ class Ledger:
         self._header = header
         self._tell = tell
         self._data_of = data_of
-        self._census = Census(header)
+        self._census = CoverageReport(header)
         self._manifest = manifest
         self._walk = ManifestWalk(manifest) if manifest else None
         self._streamed: DeviceDigests | None = None
@@ -109,7 +109,7 @@ class Ledger:
 
     # --- While it is read
 
-    def take(self, piece: Piece) -> Piece | None:
+    def take(self, piece: FoundExtent) -> FoundExtent | None:
         """The piece with the digest that it must have; None for one that is not to be used."""
         extent = piece.extent
         if self._walk is not None:
@@ -129,7 +129,7 @@ class Ledger:
                 self._unproven.add(extent, self._proof)
         return piece._replace(left_out=self._census.left_out)
 
-    def _with_digest(self, piece: Piece) -> Piece:
+    def _with_digest(self, piece: FoundExtent) -> FoundExtent:
         """The piece as the manifest has it; without a digest where it does not list it."""
         if self._walk is None:
             return piece
@@ -295,12 +295,12 @@ class Ledger:
         """The verdict on each device, after `finish`."""
         return [self._state(device) for device in self._header.devices]
 
-    def ranges(self, device: Device) -> Iterator[Range]:
+    def ranges(self, device: Device) -> Iterator[BadRange]:
         """All that is missing or damaged of it, in order."""
         yield from self._census.ranges(device)
         if device.is_vmstate and self._end_may_be_missing(device):
             end = self.vmstate_clusters(device.dev_id) * CLUSTER_BYTES
-            yield Range(end, 0, "missing", "its end may be missing: its length stands nowhere")
+            yield BadRange(end, 0, "missing", "its end may be missing: its length stands nowhere")
 
     def vmstate_clusters(self, dev_id: int) -> int:
         """How long the vmstate stream is, in clusters."""
@@ -331,7 +331,7 @@ class Ledger:
         return f"{proof.parts_with} of {proof.parts} {name} {what}s have a {kind}"
 
     def _state(self, device: Device) -> DiskState:
-        shown: list[Range] = []
+        shown: list[BadRange] = []
         count = missing = damaged = 0
         is_complete = True
         for found in self.ranges(device):

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from vmapipe.protocol.packing import Part
@@ -14,8 +17,7 @@ from vmapipe.protocol.restore_work import (
     SyncWork,
     encode,
 )
-from vmapipe.restore.archive.reading import Piece
-from vmapipe.restore.archive.totals import Totals
+from vmapipe.restore.archive.reader import ArchiveTotals, FoundExtent
 from vmapipe.vma.extent import Extent
 from vmapipe.vma.layout import CLUSTER_BYTES
 
@@ -53,7 +55,7 @@ class Work(NamedTuple):
     extents: tuple[Extent, ...] = ()
 
 
-class WorkMaker:
+class WorkBuilder:
     """Makes work out of pieces. `totals` counts all pieces, wanted or not.
 
     `wanted`: the devices that are restored; `zeroed`: those of them where
@@ -71,7 +73,7 @@ class WorkMaker:
         from_stream: bool = False,
         written_before: int = 0,
     ) -> None:
-        self.totals = Totals()
+        self.totals = ArchiveTotals()
         self._wanted = wanted
         self._zeroed = zeroed
         self._limited = limited
@@ -79,8 +81,8 @@ class WorkMaker:
         self._written_before = written_before
         self._seq = 0
 
-    def works(self, pieces: Iterator[Piece]) -> Iterator[Work]:
-        batch: list[Piece] = []
+    def works(self, pieces: Iterator[FoundExtent]) -> Iterator[Work]:
+        batch: list[FoundExtent] = []
         batch_bytes = 0
         most_bytes = _LIMITED_RANGE_BYTES if self._limited else _RANGE_BYTES
         for piece in pieces:
@@ -114,7 +116,7 @@ class WorkMaker:
             self._seq += 1
             yield Work(self._seq, encode(SyncWork(self._seq, dev_id)), _RANGES_AHEAD, 0, {})
 
-    def _has_work(self, piece: Piece) -> bool:
+    def _has_work(self, piece: FoundExtent) -> bool:
         if piece.digest:
             return True
         return any(
@@ -122,7 +124,7 @@ class WorkMaker:
             for run in piece.extent.runs
         )
 
-    def _message_of(self, piece: Piece) -> list[Part]:
+    def _message_of(self, piece: FoundExtent) -> list[Part]:
         return encode(
             ExtentWork(
                 self._seq + 1,
@@ -135,7 +137,7 @@ class WorkMaker:
             )
         )
 
-    def _range_of(self, batch: list[Piece]) -> list[Part]:
+    def _range_of(self, batch: list[FoundExtent]) -> list[Part]:
         return encode(
             RangeWork(
                 self._seq + 1,
@@ -148,7 +150,11 @@ class WorkMaker:
         )
 
     def _work(
-        self, parts: list[Part], batch: list[Piece], ahead: int = _RANGES_AHEAD, slot: int = -1
+        self,
+        parts: list[Part],
+        batch: list[FoundExtent],
+        ahead: int = _RANGES_AHEAD,
+        slot: int = -1,
     ) -> Work:
         self._seq += 1
         runs = [run for piece in batch for run in piece.extent.runs]
@@ -179,7 +185,7 @@ class Marks:
             self._next_seq += 1
 
 
-class Roster:
+class WorkerTable:
     """Which worker has which work; decides who gets the next piece."""
 
     def __init__(self) -> None:
@@ -210,3 +216,122 @@ class Roster:
     def done(self, worker: str, seq: int) -> Work | None:
         """The work that is done; None when this worker does not have it."""
         return self._held.get(worker, {}).pop(seq, None)
+
+
+# Read ahead of the workers. The memory of data is bounded by its slots; this
+# is for archives that hold nothing but zeroes.
+_AHEAD_WORKS = 256
+# A thread that was told to stop ends at its next read; a hung disk may keep it.
+_JOIN_S = 5.0
+
+
+class InlineFeed:
+    """For a file: the next headers are there in microseconds."""
+
+    fd = -1
+
+    def __init__(self, works: Iterator[Work]) -> None:
+        self.ended = False
+        self._works = works
+
+    def poll(self) -> Work | None:
+        """The next work; None at the end. Raises what reading raises."""
+        work = next(self._works, None)
+        self.ended = work is None
+        return work
+
+    def close(self) -> None:
+        pass
+
+
+class ThreadFeed:
+    """For a pipe: a thread reads, `fd` becomes readable when there is something to poll."""
+
+    def __init__(self, works: Iterator[Work], *stops: Callable[[], None]) -> None:
+        """`stops` make the thread end whatever it waits for."""
+        self.ended = False
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._works = works
+        self._stops = stops
+        self._queue: deque[Work] = deque()
+        self._exhausted = False
+        self._closed = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._read, name="archive-reader", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> Work | None:
+        """The next work, if there is one yet; `ended` tells. Raises what reading raised."""
+        with self._changed:
+            if self._queue:
+                work = self._queue.popleft()
+                self._changed.notify()
+                return work
+            if self._error is not None:
+                raise self._error
+            self.ended = self._exhausted
+            if not self.ended:
+                # Nothing is there: only now may the descriptor fall silent.
+                try:
+                    os.eventfd_read(self.fd)
+                except BlockingIOError:
+                    pass
+            return None
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        for stop in self._stops:
+            stop()
+        self._thread.join(_JOIN_S)
+        os.close(self.fd)
+
+    def _read(self) -> None:
+        try:
+            for work in self._works:
+                if not self._put(work):
+                    return
+        except BaseException as error:  # noqa: BLE001  handed to whoever polls
+            self._error = error
+        with self._changed:
+            self._exhausted = True
+            if not self._closed:
+                os.eventfd_write(self.fd, 1)
+
+    def _put(self, work: Work) -> bool:
+        """False when nobody wants any more."""
+        with self._changed:
+            while not self._closed and len(self._queue) >= _AHEAD_WORKS:
+                self._changed.wait()
+            if self._closed:
+                return False
+            self._queue.append(work)
+            os.eventfd_write(self.fd, 1)
+            return True
+
+
+Feed = InlineFeed | ThreadFeed
+
+
+# What may be caught up after a pause: short, so that a limit holds over any second.
+_BURST_S = 0.125
+
+
+class RateLimits:
+    """Tells when the next piece may be handed out so that every device's limit is kept."""
+
+    def __init__(self, bytes_per_s: Mapping[int, int], now: float) -> None:
+        """`bytes_per_s` by dev_id, only those that have a limit."""
+        self._limits = dict(bytes_per_s)
+        self._due = dict.fromkeys(bytes_per_s, now)
+
+    def wait_s(self, data_bytes: Mapping[int, int], now: float) -> float:
+        """How long a piece with these bytes, by dev_id, has to wait."""
+        return max((self._due[dev_id] - now for dev_id in data_bytes), default=0.0)
+
+    def took(self, data_bytes: Mapping[int, int], now: float) -> None:
+        for dev_id, size in data_bytes.items():
+            start = max(self._due[dev_id], now - _BURST_S)
+            self._due[dev_id] = start + size / self._limits[dev_id]

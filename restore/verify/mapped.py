@@ -19,7 +19,7 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 
-from vmapipe.restore.checks.digest import extent_digest
+from vmapipe.restore.archive.digest import extent_digest
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import fork_module
 from vmapipe.runtime.syscalls import readable

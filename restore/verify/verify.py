@@ -7,18 +7,23 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from io import FileIO, RawIOBase
 from typing import NamedTuple
 
 from vmapipe.restore.archive.compressed import ReadOptions
-from vmapipe.restore.archive.reading import Archive, Piece, open_archive
+from vmapipe.restore.archive.digest import file_digest
+from vmapipe.restore.archive.errors import InputError
+from vmapipe.restore.archive.manifest import Manifest, manifest_beside
+from vmapipe.restore.archive.reader import Archive, FoundExtent, open_archive
+from vmapipe.restore.archive.source import Source
 from vmapipe.restore.archive.survey import Gap, survey
-from vmapipe.restore.checks.comparing import Comparer
-from vmapipe.restore.checks.ledger import Ledger, damage_of, open_manifest
-from vmapipe.restore.checks.manifest import Manifest, manifest_beside
-from vmapipe.restore.checks.report import Damage, Report
-from vmapipe.restore.checks.wholefile import must_be_there_twice, stored_digest
+from vmapipe.restore.verify.compare import Comparer
+from vmapipe.restore.verify.ledger import Ledger, damage_of, open_manifest
+from vmapipe.restore.verify.report import Damage, Report
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.objectstore import is_object
 from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.manifest import Totals
 
@@ -46,7 +51,7 @@ def verify(name: str, emit: Emit, cancel: Cancel, options: VerifyOptions | None 
     """Check the archive `name` (as for `open_source`).
 
     What is wrong with it is in the report. Raises ArchiveError where there is
-    no beginning (it is no archive, or its header is damaged), SourceError where
+    no beginning (it is no archive, or its header is damaged), InputError where
     it cannot be read, Cancelled.
     """
     options = options or VerifyOptions()
@@ -100,7 +105,7 @@ class _Verification:
         self._next_progress = 0.0
         self._progress()
 
-    def _take(self, find: Piece | Gap, ledger: Ledger, comparer: Comparer) -> None:
+    def _take(self, find: FoundExtent | Gap, ledger: Ledger, comparer: Comparer) -> None:
         report = self._report
         if isinstance(find, Gap):
             ledger.gap(find)
@@ -145,3 +150,31 @@ class _Verification:
                     "archive_bytes": totals.archive_bytes,
                 }
             )
+
+
+def must_be_there_twice(source: Source) -> None:
+    """Raises UsageError for what is gone once it was read."""
+    if source.path is None and not is_object(source.name):
+        raise UsageError(
+            f"--whole-file: {source.name} can be read only once; verify the stored file"
+        )
+
+
+def stored_digest(source: Source, cancel: Cancel) -> tuple[int, bytes]:
+    """(size in bytes, XXH3-128) of all of it, read once more. Raises InputError, Cancelled."""
+    try:
+        with _open(source, cancel) as file:
+            return file_digest(file, cancel.check)
+    except OSError as error:
+        raise InputError(f"cannot read {source.name}: {os_error_text(error)}") from error
+
+
+def _open(source: Source, cancel: Cancel) -> RawIOBase:
+    if source.path is not None:
+        file = FileIO(source.path)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return file
+    # Imported here: few archives are in a store.
+    from vmapipe.restore.archive.object import ObjectInput, RemoteObject
+
+    return ObjectInput(RemoteObject(source.name, (cancel,)), (cancel,))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process that writes: takes extents from the reader, or out of the archive itself.
 
-    python -m vmapipe.restore.crew.worker --parent-fd N --endpoint ipc://… --name worker-1
+    python -m vmapipe.restore.workers.worker --parent-fd N --endpoint ipc://… --name worker-1
 
 The reader hands on its descriptors and starts several of these; each writes to
 every target, for each cluster comes once and the order does not matter.
@@ -30,10 +30,10 @@ from vmapipe.protocol.restore_work import (
     decode_for_worker,
     encode,
 )
-from vmapipe.restore.crew.link import WorkerLink
-from vmapipe.restore.crew.slots import map_slots
-from vmapipe.restore.crew.writer import Writer
-from vmapipe.restore.errors import SourceError
+from vmapipe.restore.archive.errors import InputError
+from vmapipe.restore.archive.slots import map_slots
+from vmapipe.restore.workers.sockets import WorkerLink
+from vmapipe.restore.workers.writer import TargetWriter
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, os_error_text
 from vmapipe.runtime.events import Emit, ignore
@@ -56,13 +56,13 @@ class Worker:
         self._link = link
         self._cancel = cancel
         self._setup: Setup | None = None
-        self._writer = Writer(())
+        self._writer = TargetWriter(())
         self._archive_fd = -1
         self._buffer = memoryview(b"")
         self._slots = memoryview(b"")
 
     def run(self) -> None:
-        """Raises Cancelled, TargetError, SourceError, ArchiveError."""
+        """Raises Cancelled, TargetError, InputError, ArchiveError."""
         self._link.watch(self._cancel.fd)
         self._link.send(encode(Ready(limits.VERSION)))
         while True:
@@ -80,7 +80,7 @@ class Worker:
         match work:
             case Setup():
                 self._setup = work
-                self._writer = Writer(work.targets)
+                self._writer = TargetWriter(work.targets)
                 if work.archive_fd >= 0:
                     self._open_archive(work.archive_fd)
                 else:
@@ -164,7 +164,7 @@ class Worker:
             try:
                 got = os.preadv(self._archive_fd, [raw[done:]], offset + done)
             except OSError as error:
-                raise SourceError(
+                raise InputError(
                     f"cannot read the archive at offset {offset + done}: {os_error_text(error)}"
                 ) from error
             if not got:
@@ -192,13 +192,13 @@ def _is_right(digest: bytes, *parts: bytes | memoryview) -> bool:
     """Whether the parts have this digest; an empty one says nothing."""
     if not digest:
         return True
-    from vmapipe.restore.checks.digest import extent_digest  # here: only where there is a manifest
+    from vmapipe.restore.archive.digest import extent_digest  # here: only where there is a manifest
 
     return extent_digest(*parts) == digest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="vmapipe.restore.crew.worker")
+    parser = argparse.ArgumentParser(prog="vmapipe.restore.workers.worker")
     parser.add_argument("--parent-fd", type=int, default=None)
     parser.add_argument("--endpoint", required=True)
     parser.add_argument("--name", required=True)

@@ -17,11 +17,16 @@ from vmapipe.protocol.restore_work import (
     SyncWork,
     decode_for_worker,
 )
-from vmapipe.restore.archive.reading import Piece
-from vmapipe.restore.crew.feed import InlineFeed, ThreadFeed
-from vmapipe.restore.crew.handout import Roster, Work, WorkMaker
-from vmapipe.restore.crew.pace import Pace
-from vmapipe.restore.crew.slots import Slots, map_slots
+from vmapipe.restore.archive.reader import FoundExtent
+from vmapipe.restore.archive.slots import ExtentSlots, map_slots
+from vmapipe.restore.workers.work import (
+    InlineFeed,
+    RateLimits,
+    ThreadFeed,
+    Work,
+    WorkBuilder,
+    WorkerTable,
+)
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.syscalls import readable
 from vmapipe.vma.extent import ClusterRun, Extent
@@ -30,21 +35,23 @@ from vmapipe.vma.layout import CLUSTER_BYTES
 MIB = 1 << 20
 
 
-def piece(number: int, dev_id: int, mask: int, *, digest: bytes = b"", slot: int = -1) -> Piece:
+def piece(
+    number: int, dev_id: int, mask: int, *, digest: bytes = b"", slot: int = -1
+) -> FoundExtent:
     """An extent of 58 clusters."""
     data_bytes = 58 * mask.bit_count() * 4096
     run = ClusterRun(dev_id, number * 58, (mask,) * 58, 0)
-    return Piece(
+    return FoundExtent(
         Extent(12800 + number * 10 * MIB, data_bytes, (run,)), bytes(512), None, digest, slot
     )
 
 
-def works(maker: WorkMaker, pieces: list[Piece]) -> list[Work]:
+def works(maker: WorkBuilder, pieces: list[FoundExtent]) -> list[Work]:
     return list(maker.works(iter(pieces)))
 
 
 def test_extents_of_a_file_go_out_some_mebibytes_at_a_time() -> None:
-    maker = WorkMaker({1}, set())
+    maker = WorkBuilder({1}, set())
     made = works(maker, [piece(number, 1, 0xFFFF) for number in range(19)])
     messages = [decode_for_worker(work.parts) for work in made]
     assert [len(m.offsets) for m in messages if isinstance(m, RangeWork)] == [9, 9, 1]
@@ -61,7 +68,7 @@ def test_extents_without_work_cost_no_message_but_count() -> None:
         ({1, 2}, {2}, [1, 2, 3]),
         (set[int](), set[int](), []),
     ):
-        maker = WorkMaker(wanted, zeroed)
+        maker = WorkBuilder(wanted, zeroed)
         made = works(maker, pieces)
         offsets = [
             offset
@@ -75,20 +82,20 @@ def test_extents_without_work_cost_no_message_but_count() -> None:
 
 
 def test_what_has_a_digest_is_always_looked_at() -> None:
-    made = works(WorkMaker(set(), set()), [piece(0, 1, 0, digest=bytes(16))])
+    made = works(WorkBuilder(set(), set()), [piece(0, 1, 0, digest=bytes(16))])
     message = decode_for_worker(made[0].parts)
     assert isinstance(message, RangeWork)
     assert message.digests == (bytes(16),)
 
 
 def test_very_many_small_extents_stay_below_a_messages_limit() -> None:
-    made = works(WorkMaker({1}, {1}), [piece(n, 1, 0) for n in range(MAX_RANGE_EXTENTS + 1)])
+    made = works(WorkBuilder({1}, {1}), [piece(n, 1, 0) for n in range(MAX_RANGE_EXTENTS + 1)])
     messages = [decode_for_worker(work.parts) for work in made]
     assert [len(m.sizes) for m in messages if isinstance(m, RangeWork)] == [MAX_RANGE_EXTENTS, 1]
 
 
 def test_an_extent_of_a_stream_is_a_message_of_its_own_and_keeps_its_slot() -> None:
-    maker = WorkMaker({1}, set(), {1}, from_stream=True)
+    maker = WorkBuilder({1}, set(), {1}, from_stream=True)
     made = works(maker, [piece(0, 1, 1, slot=7), piece(1, 2, 1, slot=9), piece(2, 1, 0)])
     message = decode_for_worker(made[0].parts)
     assert isinstance(message, ExtentWork)
@@ -99,7 +106,7 @@ def test_an_extent_of_a_stream_is_a_message_of_its_own_and_keeps_its_slot() -> N
 
 
 def test_every_target_is_synced_once() -> None:
-    messages = [decode_for_worker(work.parts) for work in WorkMaker({1, 5}, ()).syncs([1, 5])]
+    messages = [decode_for_worker(work.parts) for work in WorkBuilder({1, 5}, ()).syncs([1, 5])]
     assert messages == [SyncWork(1, 1), SyncWork(2, 5)]
 
 
@@ -111,7 +118,7 @@ def work(seq: int, ahead: int = 2) -> Work:
 def test_nobody_has_too_much_and_work_never_stalls(
     count: int, limits: list[int], chance: object
 ) -> None:
-    roster = Roster()
+    roster = WorkerTable()
     for number in range(count):
         roster.joined(f"w{number}")
     under_way: list[tuple[str, Work]] = []
@@ -129,7 +136,7 @@ def test_nobody_has_too_much_and_work_never_stalls(
 
 
 def test_nobody_gets_work_before_anybody_is_there() -> None:
-    roster = Roster()
+    roster = WorkerTable()
     assert roster.free_worker(work(1)) is None
     assert roster.idle
     roster.joined("w")
@@ -137,7 +144,7 @@ def test_nobody_gets_work_before_anybody_is_there() -> None:
 
 
 def test_an_answer_to_work_that_was_not_given_is_not_taken() -> None:
-    roster = Roster()
+    roster = WorkerTable()
     roster.joined("w")
     roster.gave("w", work(1))
     assert roster.done("w", 2) is None
@@ -205,7 +212,7 @@ def test_a_feed_reads_ahead_only_so_far_and_stops_when_it_is_closed() -> None:
 
 
 def test_slots_are_waited_for_until_the_end() -> None:
-    slots = Slots(1)
+    slots = ExtentSlots(1)
     taken = [slots.take() for _ in range(5)]
     assert len(set(taken)) == 5
     slots.view(taken[1], 3)[:] = b"abc"
@@ -230,7 +237,7 @@ def test_slots_are_waited_for_until_the_end() -> None:
 
 
 def test_a_limit_holds_over_time_with_a_short_burst() -> None:
-    pace = Pace({1: 1000}, now=0.0)
+    pace = RateLimits({1: 1000}, now=0.0)
     assert pace.wait_s({}, 0.0) == 0
     assert pace.wait_s({1: 500}, 0.0) == 0
     pace.took({1: 500}, 0.0)

@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 
 from vmapipe.protocol.packing import Part
 from vmapipe.protocol.restore_work import Done, Finish, Ready, Setup, decode_for_reader, encode
-from vmapipe.restore.crew.feed import Feed
-from vmapipe.restore.crew.handout import Roster, Work
-from vmapipe.restore.crew.link import ReaderLink
-from vmapipe.restore.crew.pace import Pace
+from vmapipe.restore.workers.sockets import ReaderLink
+from vmapipe.restore.workers.work import Feed, RateLimits, Work, WorkerTable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import STOP_S, Children
 from vmapipe.runtime.errors import Failure
@@ -29,10 +27,10 @@ def start_workers(children: Children, count: int, endpoint: str, fds: Sequence[i
     for number in range(1, count + 1):
         name = f"worker-{number}"
         words = ["--endpoint", endpoint, "--name", name]
-        children.start(f"restore {name}", "vmapipe.restore.crew.worker", words, fds)
+        children.start(f"restore {name}", "vmapipe.restore.workers.worker", words, fds)
 
 
-class Crew:
+class WorkerPool:
     """Raises Failure, from any of its methods, as soon as one worker fails."""
 
     def __init__(
@@ -40,7 +38,7 @@ class Crew:
         link: ReaderLink,
         children: Children,
         cancel: Cancel,
-        pace: Pace,
+        pace: RateLimits,
         done: Callable[[Work, Sequence[int]], None],
         all_here: Callable[[], None],
     ) -> None:
@@ -58,7 +56,7 @@ class Crew:
         self._pace = pace
         self._done = done
         self._all_here = all_here
-        self._roster = Roster()
+        self._roster = WorkerTable()
         self._setup: Setup | None = None
         self._give_up = 0.0
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from vmapipe.restore.errors import PlanError, RestoreError
-from vmapipe.restore.mapping import IMAGE_FORMATS, MapEntry
+from vmapipe.restore.archive.errors import PlanError, RestoreError
+from vmapipe.restore.targets.map_file import IMAGE_FORMATS, MapEntry
 from vmapipe.runtime.image_format import format_of_name
 from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
 from vmapipe.vma.header import Device, Header
@@ -54,7 +54,7 @@ class TargetSpec(NamedTuple):
         return self.image_format in ("", "raw")
 
 
-class Wishes(NamedTuple):
+class TargetDefaults(NamedTuple):
     """What holds for all targets that do not say it themselves.
 
     `image_format`: of every disk; empty: raw, where that is plain. `overwrite`: what is
@@ -123,7 +123,7 @@ def plan_folder(
     *,
     exists: Callable[[str], bool] = os.path.exists,
     configs: bool = True,
-    wishes: Wishes = Wishes(),  # noqa: B008  it cannot be changed
+    wishes: TargetDefaults = TargetDefaults(),  # noqa: B008  it cannot be changed
 ) -> Plan:
     """Restore to new files in `folder`: all devices, or those `chosen`, as (name, target).
 
@@ -164,7 +164,7 @@ def _target(
     device: Device,
     target: str,
     image_format: str,
-    wishes: Wishes,
+    wishes: TargetDefaults,
     exists: Callable[[str], bool],
 ) -> TargetSpec:
     """Raises PlanError."""
@@ -207,7 +207,7 @@ def plan_map(
     header: Header,
     entries: Mapping[str, MapEntry],
     folder: str,
-    wishes: Wishes = Wishes(larger=Larger.NEVER),  # noqa: B008  it cannot be changed
+    wishes: TargetDefaults = TargetDefaults(larger=Larger.NEVER),  # noqa: B008  it cannot be changed
 ) -> Plan:
     """Restore as the reference tool's map says; vmstate always to a new file in `folder`.
 

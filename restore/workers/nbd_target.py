@@ -20,9 +20,9 @@ from vmapipe.protocol.nbd.constants import (
 from vmapipe.protocol.nbd.events import Done
 from vmapipe.protocol.nbd.request import encode_request
 from vmapipe.protocol.restore_work import TargetSetup
-from vmapipe.restore.errors import TargetError
+from vmapipe.restore.archive.errors import TargetError
 from vmapipe.restore.targets.image import EXPORT
-from vmapipe.restore.targets.zeroing import zero_pages
+from vmapipe.restore.workers.writer import zero_pages
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.extent import ClusterRun, block_pieces
 from vmapipe.vma.layout import CLUSTER_BYTES

@@ -10,9 +10,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from itertools import starmap
-from typing import NamedTuple
 
-from vmapipe.restore.checks.report import Damage
+from vmapipe.restore.verify.report import BadRange, Damage
 from vmapipe.vma.coverage import PAGE_CLUSTERS, ClusterSet, Coverage, joined
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.extent import ClusterRun, Extent
@@ -39,16 +38,7 @@ NOT_THERE = "no extent of the archive that can be read holds it"
 TWICE = "it is in the archive more than once; the first one counts"
 
 
-class Range(NamedTuple):
-    """Bytes of a device that are not as they should be. `state`: `missing` or `damaged`."""
-
-    offset: int
-    length: int
-    state: str
-    reason: str
-
-
-class Census:
+class CoverageReport:
     """Feed it every extent that was found, then `finish`; both tell what is wrong.
 
     `first_error`: the first of it, as an error. `left_out`: of the extent that was fed last,
@@ -115,7 +105,7 @@ class Census:
         """Why clusters of this device are marked."""
         return set(self._damaged.get(dev_id, {}))
 
-    def ranges(self, device: Device) -> Iterator[Range]:
+    def ranges(self, device: Device) -> Iterator[BadRange]:
         """All that is missing or damaged, in the device's order."""
         kinds = [_ranges(device, self._missing(device), "missing", NOT_THERE)]
         for reason, clusters in self._damaged.get(device.dev_id, {}).items():
@@ -233,9 +223,9 @@ def _why(device: Device | None, num: int, mask: int) -> str:
 
 def _ranges(
     device: Device, runs: Iterable[tuple[int, int]], state: str, reason: str
-) -> Iterator[Range]:
-    def of(first: int, count: int) -> Range:
-        return Range(first * CLUSTER_BYTES, _length(device, first, count), state, reason)
+) -> Iterator[BadRange]:
+    def of(first: int, count: int) -> BadRange:
+        return BadRange(first * CLUSTER_BYTES, _length(device, first, count), state, reason)
 
     return starmap(of, runs)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.restore.checks.census import Census
-from vmapipe.restore.checks.report import Damage
+from vmapipe.restore.verify.coverage import CoverageReport
+from vmapipe.restore.verify.report import Damage
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.layout import CLUSTER_BYTES
@@ -40,7 +40,7 @@ run = st.tuples(st.integers(FIRST, FIRST + COUNT - 1), st.integers(1, 59)).map(
 @given(st.lists(st.lists(run, min_size=1, max_size=4), max_size=8))
 def test_exactly_what_is_missing_or_double_is_told(extents: list[list[tuple[int, int]]]) -> None:
     device = Device(1, "d", (FIRST + COUNT) * CLUSTER_BYTES - 1000)
-    census = Census(Header(bytes(16), 0, (device,), ()))
+    census = CoverageReport(Header(bytes(16), 0, (device,), ()))
     assert list(census.add(extent((0, FIRST)))) == []
     seen: set[int] = set()
     for runs in extents:
@@ -63,7 +63,7 @@ def test_exactly_what_is_missing_or_double_is_told(extents: list[list[tuple[int,
 @given(st.lists(run, max_size=6), st.integers(1, 300))
 def test_clusters_beyond_the_end_do_not_count(runs: list[tuple[int, int]], size: int) -> None:
     device = Device(1, "d", size * CLUSTER_BYTES)
-    census = Census(Header(bytes(16), 0, (device,), ()))
+    census = CoverageReport(Header(bytes(16), 0, (device,), ()))
     for first, count in runs:
         finds = list(census.add(extent((first, count))))
         assert clusters(finds, "beyond") == [*range(first, first + count)]

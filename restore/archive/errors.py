@@ -15,7 +15,7 @@ class RestoreError(Failure):
         super().__init__(text)
 
 
-class SourceError(RestoreError):
+class InputError(RestoreError):
     """The archive's bytes cannot be got: no file, a read error, a command that failed."""
 
 

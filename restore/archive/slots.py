@@ -18,7 +18,7 @@ _READER_SLOTS = 2
 _MAX_SLOTS = 16
 
 
-class Slots:
+class ExtentSlots:
     """Places for the data of one extent each, in one memory file that workers inherit.
 
     One thread takes, another gives back.

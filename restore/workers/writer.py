@@ -9,14 +9,83 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from vmapipe.protocol.restore_work import TargetSetup
-from vmapipe.restore.errors import TargetError
-from vmapipe.restore.targets.zeroing import RANGE_BYTES, Zeroer, zero_pages
+from vmapipe.restore.archive.errors import TargetError
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.extent import ClusterRun, Extent, block_pieces
 from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES
 
 if TYPE_CHECKING:
-    from vmapipe.restore.crew.nbdtarget import NbdTarget
+    from vmapipe.restore.workers.nbd_target import NbdTarget
+import errno
+import mmap
+
+from vmapipe.runtime.syscalls import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    fallocate,
+)
+
+# Below this, writing zeroes is quicker than changing the file's extents.
+RANGE_BYTES = 64 * 1024
+_ZEROES_BYTES = 1 << 20
+# Not supported here; EINVAL: a block device's sectors are larger than the range's ends.
+_TRY_ANOTHER_WAY = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV}
+
+
+def zero_pages() -> memoryview:
+    """1 MiB of zeroes that costs next to no memory (all of it is one page)."""
+    return memoryview(mmap.mmap(-1, _ZEROES_BYTES, prot=mmap.PROT_READ))
+
+
+class Zeroer:
+    """Zeroes ranges of one descriptor, a file's or a block device's.
+
+    Neighbouring ranges that come one after the other are merged; `flush` at
+    the end. OSError carries no offset: `at` tells where it happened.
+    """
+
+    def __init__(self, fd: int, zeroes: memoryview) -> None:
+        self.at = 0
+        self._fd = fd
+        self._zeroes = zeroes
+        self._start = self._end = 0
+        # A hole gives the storage back. A block device that cannot discard
+        # still zeroes quicker itself than through us.
+        self._modes = [
+            FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+            FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
+        ]
+
+    def add(self, offset: int, length: int) -> None:
+        """Zero these bytes now or at the next `flush`. Raises OSError."""
+        if offset != self._end:
+            self.flush()
+            self._start = offset
+        self._end = offset + length
+
+    def flush(self) -> None:
+        start, end = self._start, self._end
+        self._start = self._end = 0
+        if start < end:
+            self.at = start
+            self._zero(start, end)
+
+    def _zero(self, start: int, end: int) -> None:
+        while self._modes and end - start >= RANGE_BYTES:
+            try:
+                fallocate(self._fd, self._modes[0], start, end - start)
+                return
+            except OSError as error:
+                if error.errno not in _TRY_ANOTHER_WAY:
+                    raise
+                if error.errno == errno.EINVAL:
+                    break  # for this range only
+                self._modes.pop(0)
+        while start < end:
+            self.at = start
+            start += os.pwrite(self._fd, self._zeroes[: end - start], start)
+
 
 # Buffered writes of 1 MiB and more into a new file were slower than these; over
 # what is there already, an extent's data in one go took 0.94 of their time.
@@ -30,13 +99,13 @@ _EARLY_BYTES = 1 << 20
 _MAX_BUFFERS = 1024
 
 
-class Writer:
+class TargetWriter:
     """Writes into the targets of one worker; what belongs to another device is left out."""
 
     def __init__(self, setups: Iterable[TargetSetup]) -> None:
         zeroes = zero_pages()
-        self._targets: dict[int, _Target | NbdTarget] = {
-            setup.dev_id: _nbd_target(setup) if setup.nbd else _Target(setup, zeroes)
+        self._targets: dict[int, _FileTarget | NbdTarget] = {
+            setup.dev_id: _nbd_target(setup) if setup.nbd else _FileTarget(setup, zeroes)
             for setup in setups
         }
 
@@ -89,12 +158,12 @@ class Writer:
 
 def _nbd_target(setup: TargetSetup) -> NbdTarget:
     # Imported here: few restores need it.
-    from vmapipe.restore.crew.nbdtarget import NbdTarget
+    from vmapipe.restore.workers.nbd_target import NbdTarget
 
     return NbdTarget(setup)
 
 
-class _Target:
+class _FileTarget:
     def __init__(self, setup: TargetSetup, zeroes: memoryview) -> None:
         self._fd = setup.fd
         self._size_bytes = setup.size_bytes

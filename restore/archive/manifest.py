@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import IO, NamedTuple
 
-from vmapipe.restore.archive.inputs import Input
+from vmapipe.restore.archive.errors import InputError
+from vmapipe.restore.archive.input import Input
 from vmapipe.restore.archive.source import Source, command_input
-from vmapipe.restore.errors import SourceError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.objectstore import is_object
@@ -27,7 +27,7 @@ SUFFIX = ".manifest.json"
 
 
 def manifest_beside(source: Source, cancel: Cancel) -> str | None:
-    """The manifest of this archive, if there is one. Raises SourceError, Cancelled."""
+    """The manifest of this archive, if there is one. Raises InputError, Cancelled."""
     if is_object(source.name):
         from vmapipe.restore.archive.object import object_exists
 
@@ -41,7 +41,7 @@ def manifest_beside(source: Source, cancel: Cancel) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise SourceError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
+        raise InputError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
     return path
 
 
@@ -185,14 +185,14 @@ class Manifest:
     def __init__(self, path: str, cancel: Cancel) -> None:
         """`path` may be an object's name.
 
-        Raises SourceError where it cannot be read, ArchiveError where it is damaged.
+        Raises InputError where it cannot be read, ArchiveError where it is damaged.
         """
         self.path = path
         self._reader = ManifestReader()
         try:
             self._file = _open(path, cancel)
         except OSError as error:
-            raise SourceError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
+            raise InputError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
         try:
             opening = self._line()
         except BaseException:
@@ -222,7 +222,7 @@ class Manifest:
         try:
             raw = self._file.readline(MAX_LINE_BYTES)
         except OSError as error:
-            raise SourceError(
+            raise InputError(
                 f"cannot read the manifest {self.path}: {os_error_text(error)}"
             ) from error
         if not raw.endswith(b"\n"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmapipe.restore.mapping import MapEntry, MapError, parse_map
+from vmapipe.restore.targets.map_file import MapEntry, MapError, parse_map
 
 
 def one(line: str) -> MapEntry:

@@ -17,10 +17,10 @@ import os
 import stat
 from typing import Any
 
-from vmapipe.restore.archive.reading import Archive
-from vmapipe.restore.errors import PlanError, TargetError
-from vmapipe.restore.plan import Kind, Plan
-from vmapipe.restore.targets.newfile import Folders, NewFile
+from vmapipe.restore.archive.errors import PlanError, TargetError
+from vmapipe.restore.archive.reader import Archive
+from vmapipe.restore.targets.files import Folders, NewFile
+from vmapipe.restore.targets.plan import Kind, Plan
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.folders import HeldFolder
 

@@ -11,19 +11,20 @@ import contextlib
 from typing import NamedTuple
 
 from vmapipe.restore.archive.compressed import ReadOptions
+from vmapipe.restore.archive.errors import DigestError
+from vmapipe.restore.archive.manifest import Manifest
 from vmapipe.restore.archive.source import PlainFile, Source, open_source
-from vmapipe.restore.checks.manifest import Manifest
-from vmapipe.restore.errors import DigestError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.errors import ArchiveError, HeaderError, NotAnArchiveError
 from vmapipe.vma.extent import Extent
 from vmapipe.vma.foreign import START_BYTES, foreign_kind
 from vmapipe.vma.header import Header
+from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.manifest import ExtentDigest
 from vmapipe.vma.scanner import HeaderRead, Scanner
 
 
-class Piece(NamedTuple):
+class FoundExtent(NamedTuple):
     """One extent. `digest` is empty where none is known.
 
     `data` is None where it stays in the file or went into a slot; `slot` is
@@ -64,7 +65,7 @@ class Archive:
 def open_archive(name: str, cancel: Cancel, options: ReadOptions | None = None) -> Archive:
     """Open an archive (see `open_source`) and read its header.
 
-    Raises SourceError, UsageError, Cancelled, and ArchiveError where the
+    Raises InputError, UsageError, Cancelled, and ArchiveError where the
     header is damaged or the file is no archive.
     """
     source = open_source(name, cancel, options)
@@ -114,7 +115,7 @@ def _named(error: NotAnArchiveError, source: Source, read: bytes) -> NotAnArchiv
 
 def check_opening(header: Header, raw_header: bytes, manifest: Manifest) -> None:
     """Raises ArchiveError when the manifest belongs to another archive, DigestError for damage."""
-    from vmapipe.restore.checks.digest import extent_digest  # here: only where there is a manifest
+    from vmapipe.restore.archive.digest import extent_digest  # here: only where there is a manifest
 
     opening = manifest.opening
     if opening.uuid != header.uuid:
@@ -123,3 +124,32 @@ def check_opening(header: Header, raw_header: bytes, manifest: Manifest) -> None
         )
     if opening.header != ExtentDigest(len(raw_header), extent_digest(raw_header)):
         raise DigestError("the header is not the one that was stored: its digest differs", offset=0)
+
+
+class ArchiveTotals:
+    """What the extents so far hold, in bytes; clusters in full, also a device's last one.
+
+    `clusters` of all devices; `zero_cluster_bytes`: of clusters that are all
+    zero; `zero_block_bytes`: of zero blocks inside the others; `data_bytes`:
+    what is stored. `archive_bytes`: of the plain archive, header included.
+    """
+
+    def __init__(self) -> None:
+        self.archive_bytes = self.extents = self.clusters = 0
+        self.data_bytes = self.zero_cluster_bytes = 0
+
+    @property
+    def cluster_bytes(self) -> int:
+        return self.clusters * CLUSTER_BYTES
+
+    @property
+    def zero_block_bytes(self) -> int:
+        return self.cluster_bytes - self.zero_cluster_bytes - self.data_bytes
+
+    def add(self, extent: Extent) -> None:
+        self.archive_bytes = extent.offset + extent.total_bytes
+        self.extents += 1
+        self.data_bytes += extent.data_bytes
+        for run in extent.runs:
+            self.clusters += run.count
+            self.zero_cluster_bytes += run.masks.count(0) * CLUSTER_BYTES
