@@ -24,6 +24,7 @@ from vmapipe.protocol import limits
 from vmapipe.protocol.packing import Part
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import made_with
+from vmapipe.runtime.process import require_memory
 
 if TYPE_CHECKING:
     from vmapipe.archiver.door import Door
@@ -102,6 +103,7 @@ class ListeningSocket:
         self.budget: Budget | None = self._door.budget if self._door else None
         try:
             _seed_names()
+            require_memory(1 + io_threads)
             self._context = zmq.Context(io_threads)
             if max_sockets:
                 self._context.max_sockets = max_sockets

@@ -85,7 +85,7 @@ _GC_THRESHOLD = 20_000
 def program() -> NoReturn:
     """The console script."""
     gc.set_threshold(_GC_THRESHOLD)
-    leave(main)
+    leave("vmapipe", main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

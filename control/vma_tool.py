@@ -7,10 +7,11 @@ import getopt
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from vmapipe.control.words import reference_words
 from vmapipe.runtime.errors import EXIT_OK, EXIT_USAGE, Failure, UsageError
-from vmapipe.runtime.process import keep_standard_descriptors, raise_descriptor_limit, run
+from vmapipe.runtime.process import keep_standard_descriptors, leave, raise_descriptor_limit, run
 from vmapipe.vma.errors import ArchiveError
 
 USAGE = """\
@@ -34,6 +35,11 @@ _COMMANDS = {
     "extract": ("vmapipe.control.vma_read", "extract"),
     "verify": ("vmapipe.control.vma_read", "verify"),
 }
+
+
+def program() -> NoReturn:
+    """The console script."""
+    leave("vma", main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,4 +68,4 @@ def _carry_out(command: Callable[[Sequence[str]], None], words: Sequence[str]) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

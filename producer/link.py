@@ -14,6 +14,7 @@ import zmq
 from vmapipe.protocol import limits
 from vmapipe.protocol.packing import Part
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.process import require_memory
 
 if TYPE_CHECKING:
     from vmapipe.runtime.keys import ClientKeys
@@ -85,6 +86,7 @@ class Link:
         self._missing_since: float | None = time.monotonic()
         #: There is no connection any more, or it could not be made: only `reconnect` helps.
         self.lost = False
+        require_memory()
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._open()

@@ -80,7 +80,7 @@ def _become(
         _name([module, *args])
         return main(args) if callable(main) else 1
 
-    leave(work)
+    leave(module, work)
 
 
 def _close_all_but(fds: Collection[int]) -> None:

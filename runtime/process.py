@@ -26,6 +26,12 @@ from vmapipe.runtime.text import one_line
 _DROPPABLE = frozenset({"progress", "buffer", "transfer"})
 # With 20 libzmq aborts in the middle of a small job; 24 were enough for one disk.
 _LEAST_DESCRIPTORS = 32
+# A thread's stack where the limit says nothing useful: glibc's own.
+_USUAL_STACK_BYTES = 8 << 20
+# What a library and we ourselves take at once beside the threads' stacks: messages, buffers.
+_SPARE_BYTES = 16 << 20
+# With less, modules of Python's print tracebacks of their own.
+_LEAST_MEMORY_BYTES = 24 << 20
 # Their text is for people.
 _WORDED = frozenset({"notice", "draining", "error"})
 
@@ -53,8 +59,17 @@ def _system_failure(error: BaseException) -> str:
         return "out of memory (see ulimit -v, and MemoryMax= of systemd)"
     # Python has no class of its own for this.
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
-        return "no more threads can be started here (see ulimit -u, and TasksMax= of systemd)"
+        return (
+            "no more threads can be started here (see ulimit -u and -v, and TasksMax= of systemd)"
+        )
+    if isinstance(error, ImportError) and _is_library(error):
+        return f"a library cannot be loaded: {error} (out of memory? see ulimit -v)"
     return ""
+
+
+def _is_library(error: ImportError) -> bool:
+    """Whether it is the system's loader that refuses, and not a name that a module lacks."""
+    return ".so" in f"{error.path or ''} {error}" and not isinstance(error, ModuleNotFoundError)
 
 
 def keep_standard_descriptors() -> None:
@@ -95,21 +110,60 @@ def _check_descriptor_limit() -> None:
         )
 
 
-def leave(work: Callable[[], object]) -> NoReturn:
+def require_memory(threads: int = 2) -> None:
+    """Raise Failure where a limit of address space leaves no room for ZeroMQ's threads.
+
+    It has a worker and a reaper, and ends the process with a line of its own when it cannot start one.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return
+    stack_bytes, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    if not 0 <= stack_bytes <= _USUAL_STACK_BYTES:
+        stack_bytes = _USUAL_STACK_BYTES
+    with open("/proc/self/statm", encoding="ascii") as status:
+        used_bytes = int(status.read().split()[0]) * resource.getpagesize()
+    needed_bytes = used_bytes + threads * stack_bytes + _SPARE_BYTES
+    if needed_bytes > limit:
+        raise Failure(
+            f"only {limit >> 20} MiB of memory may be used here, and this process needs "
+            f"{-(-needed_bytes >> 20)} MiB or more: raise the limit (`ulimit -v`, LimitAS= of a unit)"
+        )
+
+
+def _check_memory_limit() -> None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= limit < _LEAST_MEMORY_BYTES:
+        raise Failure(
+            f"only {limit >> 20} MiB of memory may be used here, and a command needs "
+            f"{_LEAST_MEMORY_BYTES >> 20} MiB or more: raise the limit (`ulimit -v`, LimitAS= of a unit)"
+        )
+
+
+def leave(program: str, work: Callable[[], object]) -> NoReturn:
     """Do `work`, and end this process with the exit code that it returns, at once.
+
+    What a limit refuses before `work` can say so itself, while modules are loaded, is one line, too.
 
     For processes whose children have ended and whose files are closed then:
     Skips the interpreter's shutdown, which takes about 10 % of a short run.
     """
     code: object = 1
     try:
+        _check_memory_limit()
         code = work()
     except SystemExit as end:
         code = end.code
-    except BaseException:  # noqa: BLE001  shown as the interpreter would
-        import traceback
+    except BaseException as error:  # noqa: BLE001  shown as the interpreter would
+        failure = failure_of(error)
+        if failure is None:
+            import traceback
 
-        traceback.print_exc()
+            traceback.print_exc()
+        else:
+            code = failure[1]
+            with contextlib.suppress(OSError):
+                print(f"{program}: {one_line(failure[0])}", file=sys.stderr, flush=True)
     finally:
         status = code if isinstance(code, int) else int(code is not None)
         for stream in (sys.stdout, sys.stderr):
@@ -161,7 +215,16 @@ def run_child(
     cancel.on_signals(has_parent=parent_fd is not None)
     if parent_fd is None:
         return run(program, lambda: work(cancel, by_hand))
-    parent = Parent(parent_fd, cancel, on_command)
+    try:
+        parent = Parent(parent_fd, cancel, on_command)
+    except RuntimeError as error:
+        # There is no thread to hear it with; it can be told all the same.
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        with contextlib.suppress(OSError):
+            os.write(parent_fd, encode_line({"event": "error", "text": failure[0]}))
+        return failure[1]
 
     def emit(event: Event) -> None:
         if event["event"] in _WORDED:

@@ -12,6 +12,7 @@ from vmapipe.protocol.packing import Part
 from vmapipe.protocol.restore_work import MAX_SETUP_BYTES
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import made_with
+from vmapipe.runtime.process import require_memory
 
 # How long a closing socket may still deliver its last words.
 _LINGER_MS = 2000
@@ -21,6 +22,7 @@ class ReaderLink:
     """ROUTER, bound to an ipc endpoint. Workers are known by their names."""
 
     def __init__(self, endpoint: str) -> None:
+        require_memory()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = _LINGER_MS
@@ -69,6 +71,7 @@ class WorkerLink:
     """DEALER, connected to the reader."""
 
     def __init__(self, endpoint: str, name: str) -> None:
+        require_memory()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = _LINGER_MS

@@ -13,6 +13,7 @@ import pytest
 from tests.machine import LIMIT_S, end_of, good, make_disk, next_event, started
 from vmapipe.control.jobs.client import JobClient
 from vmapipe.control.jobs.folder import sockets
+from vmapipe.control.jobs.server import process_usage
 from vmapipe.runtime.errors import Failure
 
 DISK_BYTES = 128 * 65536
@@ -110,3 +111,13 @@ def test_where_no_socket_can_be_made_the_backup_goes_on_and_says_so_once(
     out = good("backup", "--disk", disk, tmp_path / "vm.vma", env=environment)
     assert out.count(b"`vmapipe status` will not see this backup") == 1
     assert (tmp_path / "vm.vma").exists()
+
+
+def test_a_process_is_as_old_as_it_is_however_the_clock_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    usage = process_usage("this one", os.getpid())
+    assert usage is not None
+    with open("/proc/uptime", encoding="ascii") as uptime:
+        assert 0.0 < usage["age_s"] <= float(uptime.read().split()[0])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +43,7 @@ def failing(error: BaseException) -> int:
         (
             RuntimeError("can't start new thread"),
             1,
-            "no more threads can be started here (see ulimit -u, and TasksMax= of systemd)",
+            "no more threads can be started here (see ulimit -u and -v, and TasksMax= of systemd)",
         ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -84,7 +85,7 @@ def test_the_first_reason_to_stop_counts_and_wakes_whoever_waits() -> None:
 
 def leaving(work: str, stdout: str = "") -> subprocess.CompletedProcess[str]:
     """A process that leaves after `work`, an expression."""
-    code = f"import sys, vmapipe.runtime.process as p; p.leave(lambda: {work})"
+    code = f"import sys, vmapipe.runtime.process as p; p.leave('vmapipe', lambda: {work})"
     with open(stdout or os.devnull, "w") as target:
         return subprocess.run(
             [sys.executable, "-c", code],
@@ -144,3 +145,45 @@ def test_the_threads_of_a_process_that_stands_back_are_low_and_do_not_interrupt_
 
 def test_who_was_lower_already_stays_there() -> None:
     assert told("nice", "-n", "15").startswith(f"{min(19, 15 + os.getpriority(0, 0))} ")
+
+
+# From what Python itself needs to what each command needs; not each MiB, for the time that it takes.
+MEMORY_MIB = (18, 28, 38, 50)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-m", "vmapipe.control.main", "verify", "ARCHIVE"),
+        ("-m", "vmapipe.control.main", "backup", "--quiet", "--disk", "d=DISK", "NEW"),
+        ("-m", "vmapipe.control.main", "restore", "ARCHIVE", "NEW"),
+        ("-m", "vmapipe.control.vma_tool", "verify", "ARCHIVE"),
+    ],
+    ids=lambda words: f"{words[1][16:]}-{words[2]}",
+)
+def test_a_limit_of_address_space_is_one_line_whatever_it_is(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    disk = tmp_path / "DISK"
+    disk.write_bytes(bytes(range(256)) * 256)
+    good = [sys.executable, "-P", "-m", "vmapipe.control.main", "backup", "--quiet"]
+    made = [*good, "--disk", f"d={disk}", str(tmp_path / "ARCHIVE")]
+    subprocess.run(made, check=True, timeout=60)
+    for mib in MEMORY_MIB:
+        named = [
+            word.replace("DISK", str(disk))
+            .replace("NEW", str(tmp_path / f"new{mib}"))
+            .replace("ARCHIVE", str(tmp_path / "ARCHIVE"))
+            for word in words
+        ]
+        done = subprocess.run(
+            ["prlimit", f"--as={mib << 20}", sys.executable, "-P", *named],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode in (0, 1), (mib, done)
+        if done.returncode:
+            assert len(done.stderr.splitlines()) == 1, (mib, done.stderr)
+            assert done.stderr.startswith(("vmapipe", "vma")), (mib, done.stderr)
+            assert not (tmp_path / f"new{mib}").is_file()
