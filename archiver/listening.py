@@ -50,7 +50,7 @@ TURN = 64
 _HANDSHAKE_MS = 10_000
 # Connections of the acceptor that nobody has taken yet.
 _BACKLOG = 1024
-# Producers hear by these that the connection is alive (producer/link.py).
+# Producers hear by these that the connection is alive (producer/connection.py).
 _HEARTBEAT_MS = 3000
 # A connection that is dead takes a descriptor and nothing else. Behind a slow
 # network the largest frame may take minutes, and no beat overtakes it.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from vmapipe.archiver.options import read_configs
-from vmapipe.producer.link import Link
+from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.protocol import jobs, limits
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.packing import Part
@@ -80,7 +80,7 @@ def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     except ProtocolError as error:
         raise Failure(f"cannot be asked of {options.archiver}: {error}") from error
     keys = read_client_keys(options.keys) if options.keys else None
-    link = Link(options.archiver, keys, options.connect_timeout)
+    link = ArchiverConnection(options.archiver, keys, options.connect_timeout)
     try:
         link.watch(cancel.fd)
         RemoteJob(options, link, cancel, emit).run(opening)
@@ -91,7 +91,9 @@ def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
 class RemoteJob:
     """One job at a service, from OPEN to its end."""
 
-    def __init__(self, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit) -> None:
+    def __init__(
+        self, options: argparse.Namespace, link: ArchiverConnection, cancel: Cancel, emit: Emit
+    ) -> None:
         self._at = options.archiver
         self._job = options.job
         self._devices = options.device

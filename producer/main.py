@@ -8,10 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vmapipe.producer.link import Link
-from vmapipe.producer.pace import Pace
-from vmapipe.producer.sender import Sender
+from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.source import RawSource, Sharing, Source
+from vmapipe.producer.transmit import Sender
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.arguments import (
     add_buffer_options,
@@ -26,8 +25,9 @@ from vmapipe.runtime.arguments import (
 )
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
-from vmapipe.runtime.events import ChildCommands, Emit, Event
+from vmapipe.runtime.events import ChildCommands, Emit, Event, speed_in
 from vmapipe.runtime.process import lower_priority, run_child
+from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.runtime.text import one_line
 
 #: What the wire calls a machine's memory.
@@ -164,14 +164,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> i
     parser = make_parser(prog, DESCRIPTION, EPILOG)
     add_options(parser)
     options = parser.parse_args(argv)
-    options.pace = Pace(options.speed, time.monotonic())
+    options.limiter = RateLimiter(options.speed, time.monotonic())
     options.orders = ChildCommands()
+
+    def follow(command: Event) -> None:
+        speed = speed_in(command)
+        if speed is not None:
+            options.limiter.change(speed)
+
     return run_child(
         prog,
         options.parent_fd,
         lambda cancel, emit: _produce(options, cancel, emit),
         _print,
-        options.pace.hear if options.sink_fd is None else options.orders.put,
+        follow if options.sink_fd is None else options.orders.put,
     )
 
 
@@ -187,7 +193,7 @@ def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         from vmapipe.runtime.keys import read_client_keys
 
         keys = read_client_keys(options.keys)
-    link = Link(options.archiver, keys, options.connect_timeout)
+    link = ArchiverConnection(options.archiver, keys, options.connect_timeout)
     try:
         link.watch(cancel.fd)
         if options.stream_fd is not None:
@@ -215,12 +221,17 @@ def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
 
 
 def _send_at_rest(
-    name: str, path: str, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
+    name: str,
+    path: str,
+    options: argparse.Namespace,
+    link: ArchiverConnection,
+    cancel: Cancel,
+    emit: Emit,
 ) -> tuple[int, int]:
     source = _open_source(name, path, options, cancel, emit)
     try:
         emit({"event": "reading", "device": name, "path": path, "bytes": source.size_bytes})
-        sender = Sender(source, link, options.job, options.pace, cancel)
+        sender = Sender(source, link, options.job, options.limiter, cancel)
         sender.run(emit)
     finally:
         source.close()
@@ -235,35 +246,35 @@ def _open_source(
     if options.format == "raw" and not (options.snapshot or options.offset or "://" in path):
         return RawSource(name, path, sharing)
     # Imported here: few backups need it.
-    from vmapipe.producer.nbdsource import HowToRead, ImageSource
+    from vmapipe.producer.image_source import HowToRead, ImageSource
 
     how = HowToRead(options.format, options.snapshot, options.offset, options.others)
     return ImageSource(name, path, how, cancel, sharing)
 
 
 def _send_live(
-    name: str, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
+    name: str, options: argparse.Namespace, link: ArchiverConnection, cancel: Cancel, emit: Emit
 ) -> tuple[int, int]:
     # Imported here, as other kinds of disks are: a backup's time begins with its imports.
-    from vmapipe.producer.live import Buffering, LiveSender
+    from vmapipe.producer.guard_feed import Buffering, LiveSender
 
     buffering = Buffering(options.buffer, options.spool, options.spool_size, options.guest_wait)
     sender = LiveSender(name, options.guard, options.job, buffering, link, cancel)
     try:
         path = options.guard
         emit({"event": "reading", "device": name, "path": path, "bytes": sender.size_bytes})
-        sender.run(options.pace, emit)
+        sender.run(options.limiter, emit)
     finally:
         sender.close()
     return sender.size_bytes, sender.zero_clusters
 
 
 def _send_arriving(
-    name: str, options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
+    name: str, options: argparse.Namespace, link: ArchiverConnection, cancel: Cancel, emit: Emit
 ) -> tuple[int, int]:
     if not options.size:
         raise UsageError("--sink-fd needs --size")
-    from vmapipe.producer.sink.sending import SinkOptions, SinkSender
+    from vmapipe.producer.qemu_feed import SinkOptions, SinkSender
 
     settings = SinkOptions(
         options.sink_fd,
@@ -283,12 +294,12 @@ def _send_arriving(
 
 
 def _send_stream(
-    options: argparse.Namespace, link: Link, cancel: Cancel, emit: Emit
+    options: argparse.Namespace, link: ArchiverConnection, cancel: Cancel, emit: Emit
 ) -> tuple[int, int]:
     if not options.size:
         raise UsageError("--stream-fd needs --size: an estimate, such as the machine's memory")
     # Imported here: few backups need it.
-    from vmapipe.producer.stream.sending import StreamOptions, StreamSender
+    from vmapipe.producer.vmstate_feed import StreamOptions, StreamSender
 
     settings = StreamOptions(
         options.stream_fd, options.verdict_fd, options.size, options.buffer, options.guest_wait

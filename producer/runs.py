@@ -84,6 +84,13 @@ def piece_bytes(frame_bytes: int) -> int:
     return max(1, clusters) * CLUSTER_BYTES
 
 
+def largest_frame_bytes(allowed: int, bytes_per_s: int) -> int:
+    """Return the largest charge of a frame: with a speed limit several a second, so it holds evenly."""
+    if bytes_per_s:
+        allowed = min(allowed, bytes_per_s // 8)
+    return max(limits.MIN_FRAME_CHARGE, allowed)
+
+
 class _Cutter:
     """Clusters come in order. Behind `_zero_from` they are zero, up to the open run or `_next`."""
 

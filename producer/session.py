@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
-from vmapipe.producer.kept import Kept
-from vmapipe.producer.link import Link
-from vmapipe.producer.ring import Ring
+from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.runs import Run
+from vmapipe.producer.shared_memory import Ring
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import connection_lost
 from vmapipe.protocol.frames import scattered_bytes
@@ -19,6 +19,28 @@ from vmapipe.protocol.packing import Part
 from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
+
+
+class UnackedFrames:
+    """Data messages, oldest first. Credit bounds them; their data stays where it is."""
+
+    def __init__(self) -> None:
+        self._messages: deque[tuple[int, list[Part]]] = deque()
+
+    def add(self, seq: int, parts: list[Part]) -> None:
+        self._messages.append((seq, parts))
+
+    def release(self, acked: int) -> None:
+        """Those up to this number are written."""
+        while self._messages and self._messages[0][0] <= acked:
+            self._messages.popleft()
+
+    def behind(self, received: int) -> Iterator[list[Part]]:
+        """Those that have not arrived."""
+        for seq, parts in self._messages:
+            if seq > received:
+                yield parts
+
 
 # Beyond what a loaded machine may oversleep: then we were stopped (Ctrl-Z).
 _STOPPED_S = 5.0
@@ -33,7 +55,7 @@ _ASK_AGAIN_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 
 
-class Refused(Failure):
+class RefusedByArchiver(Failure):
     """The archiver said no, or the job failed elsewhere."""
 
 
@@ -41,7 +63,13 @@ class Session:
     """From HELLO to DONE. Runs lie in `ring`; what is acknowledged is free there again."""
 
     def __init__(
-        self, name: str, size_bytes: int, link: Link, job: bytes, ring: Ring, cancel: Cancel
+        self,
+        name: str,
+        size_bytes: int,
+        link: ArchiverConnection,
+        job: bytes,
+        ring: Ring,
+        cancel: Cancel,
     ) -> None:
         self._name = name
         self._link = link
@@ -52,7 +80,7 @@ class Session:
         # On one host a connection ends only with a process, and then there is nobody to go on with.
         session = b"" if link.is_local else os.urandom(limits.UUID_BYTES)
         self._side = ProducerSide(job, name, size_bytes, "vmapipe", shared_at, session)
-        self._kept = Kept()
+        self._kept = UnackedFrames()
         #: Nobody has answered on the new connection yet; since when that exists.
         self._away = False
         self._asked_at = 0.0
@@ -139,9 +167,11 @@ class Session:
             self._heard = time.monotonic()
             match self._side.receive(parts):
                 case Refuse(code, reason):
-                    raise Refused(f"the archiver refused {self._name!r}: {reason} [{code}]")
+                    raise RefusedByArchiver(
+                        f"the archiver refused {self._name!r}: {reason} [{code}]"
+                    )
                 case Abort(reason):
-                    raise Refused(f"the job was ended: {reason}")
+                    raise RefusedByArchiver(f"the job was ended: {reason}")
                 case Resumed(received, _, _, ended):
                     self._go_on(received, ended=ended)
                 case Done():

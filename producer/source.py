@@ -6,16 +6,120 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
-from vmapipe.producer.reading import PairReader, ReadFailed, ShortRead
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.disk_use import use_of
 from vmapipe.runtime.errors import Failure, os_error_text
 
+# Below it, waking the helper costs more than it saves.
+_WORTH_BYTES = 1 << 20
+_ALIGNED = 4096
 
-class SourceError(Failure):
+
+class ShortRead(Exception):
+    """The file ended at `offset`."""
+
+    def __init__(self, offset: int) -> None:
+        super().__init__(f"the file ended at offset {offset}")
+        self.offset = offset
+
+
+class ReadFailed(Exception):
+    """The file cannot be read at `offset`."""
+
+    def __init__(self, offset: int, error: OSError) -> None:
+        super().__init__(f"cannot read at offset {offset}")
+        self.offset = offset
+        self.error = error
+
+
+class PairReader:
+    """Fills buffers from a descriptor, which it does not own.
+
+    A disk likes to have two requests, so that a helper reads the second half of
+    what has to come from there. What is in the page cache is copied by this thread
+    alone: two cores copy hardly faster than one, and wait for each other.
+    With one core there is no helper.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        #: Whether the file's system can tell what would have to be waited for.
+        self._tells = True
+        self._todo: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
+        self._done: SimpleQueue[Exception | None] = SimpleQueue()
+        self._helper: threading.Thread | None = None
+        self._alone = len(os.sched_getaffinity(0)) < 2
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Raises ReadFailed, ShortRead: the first in the file's order."""
+        if not self._alone and self._tells:
+            cached = self._read_cached(buffer, offset)
+            buffer, offset = buffer[cached:], offset + cached
+        if self._alone or len(buffer) < _WORTH_BYTES:
+            _fill(self._fd, buffer, offset)
+        else:
+            self._read_halves(buffer, offset)
+
+    def _read_cached(self, buffer: memoryview, offset: int) -> int:
+        """As many bytes as come without waiting for the disk."""
+        try:
+            return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            # Not every file system can; one that cannot read at all says so below.
+            self._tells = False
+            return 0
+
+    def _read_halves(self, buffer: memoryview, offset: int) -> None:
+        if self._helper is None:
+            # A daemon: a read that hangs must not keep the process from ending.
+            self._helper = threading.Thread(target=self._help, name="reader", daemon=True)
+            self._helper.start()
+        half = len(buffer) // 2 // _ALIGNED * _ALIGNED
+        self._todo.put((buffer[half:], offset + half))
+        try:
+            _fill(self._fd, buffer[:half], offset)
+        finally:
+            # The buffer is the caller's again only when nobody writes to it.
+            error = self._done.get()
+        if error is not None:
+            raise error
+
+    def _help(self) -> None:
+        while (task := self._todo.get()) is not None:
+            try:
+                _fill(self._fd, *task)
+            except Exception as error:  # noqa: BLE001  raised by whoever waits for it
+                self._done.put(error)
+            else:
+                self._done.put(None)
+
+    def close(self) -> None:
+        """Before the descriptor is closed."""
+        if self._helper is not None:
+            self._todo.put(None)
+            self._helper.join()
+
+
+def _fill(fd: int, buffer: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(buffer):
+        try:
+            got = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise ReadFailed(offset + done, error) from error
+        if not got:
+            raise ShortRead(offset + done)
+        done += got
+
+
+class DiskSourceError(Failure):
     """A disk cannot be read; the text names the device, and the offset where there is one."""
 
 
@@ -64,21 +168,23 @@ def open_at_rest(name: str, path: str, sharing: Sharing) -> int:
         # O_NONBLOCK: opening a FIFO by mistake must not hang.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise SourceError(f"disk {name!r}: cannot open {path}: {os_error_text(error)}") from error
+        raise DiskSourceError(
+            f"disk {name!r}: cannot open {path}: {os_error_text(error)}"
+        ) from error
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
-            raise SourceError(f"disk {name!r}: {path} is a folder, not a disk image")
+            raise DiskSourceError(f"disk {name!r}: {path} is a folder, not a disk image")
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise SourceError(f"disk {name!r}: {path} is neither a file nor a block device")
+            raise DiskSourceError(f"disk {name!r}: {path} is neither a file nor a block device")
         try:
             used = use_of(fd, path, writing=False)
         except OSError as error:
-            raise SourceError(
+            raise DiskSourceError(
                 f"disk {name!r}: cannot see whether {path} is in use: {os_error_text(error)}"
             ) from error
         if used and not sharing.force:
-            raise SourceError(
+            raise DiskSourceError(
                 f"disk {name!r}: {path} is in use: {used}; back up the running machine (--qmp, "
                 "--monitor), or read the disk all the same with --force-share: the archive may "
                 "then hold what never was on it at one time"
@@ -114,7 +220,7 @@ class RawSource:
     def _checked_size(self, mode: int) -> int:
         size = self._size_now()
         if not size:
-            raise SourceError(f"disk {self.name!r}: {self.path} is empty: nothing to back up")
+            raise DiskSourceError(f"disk {self.name!r}: {self.path} is empty: nothing to back up")
         if stat.S_ISREG(mode):
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return size
@@ -151,12 +257,12 @@ class RawSource:
         try:
             self._reader.read_into(buffer, offset)
         except ReadFailed as failed:
-            raise SourceError(
+            raise DiskSourceError(
                 f"disk {self.name!r}: cannot read {self.path} at offset {failed.offset}: "
                 f"{os_error_text(failed.error)}"
             ) from failed.error
         except ShortRead as short:
-            raise SourceError(
+            raise DiskSourceError(
                 f"disk {self.name!r}: {self.path} ended at offset {short.offset}, but had "
                 f"{self.size_bytes} bytes: it shrank while it was read"
             ) from short
@@ -165,7 +271,7 @@ class RawSource:
         size = self._size_now()
         if size != self.size_bytes:
             change = "grew" if size > self.size_bytes else "shrank"
-            raise SourceError(
+            raise DiskSourceError(
                 f"disk {self.name!r}: {self.path} {change} from {self.size_bytes} to {size} bytes "
                 f"while it was read (offset {min(size, self.size_bytes)}): is it in use?"
             )
@@ -173,7 +279,7 @@ class RawSource:
         if self._sharing.force or not stat.S_ISREG(status.st_mode):
             return
         if status.st_mtime_ns != self._changed_ns:
-            raise SourceError(
+            raise DiskSourceError(
                 f"disk {self.name!r}: {self.path} was written to while it was read: is it in use?"
             )
 

@@ -130,7 +130,7 @@ def _text(line: bytes) -> str:
     return line.decode(errors="surrogateescape").replace("\r\n", "\n")
 
 
-class Parent:
+class ParentConnection:
     """A child's end of the socket to its parent: events go up, orders come down.
 
     `--parent-fd` names the descriptor. A thread gives the orders to `hear`; at

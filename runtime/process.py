@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from vmapipe.runtime.cancel import Cancel, Parent
+from vmapipe.runtime.cancel import Cancel, ParentConnection
 from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, Failure, os_error_text
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
 from vmapipe.runtime.syscalls import set_time_slice
@@ -216,7 +216,7 @@ def run_child(
     if parent_fd is None:
         return run(program, lambda: work(cancel, by_hand))
     try:
-        parent = Parent(parent_fd, cancel, on_command)
+        parent = ParentConnection(parent_fd, cancel, on_command)
     except RuntimeError as error:
         # There is no thread to hear it with; it can be told all the same.
         failure = failure_of(error)

@@ -26,7 +26,7 @@ ONLY_IN = {
         "archiver/listening.py",
         "archiver/service/link.py",
         "control/link.py",
-        "producer/link.py",
+        "producer/connection.py",
         "restore/workers/sockets.py",
     },
     "msgpack": {"protocol/packing.py"},

@@ -6,12 +6,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
-from vmapipe.producer.nbd.backend import Write
+from vmapipe.producer.nbd.backend import Write, WriteOnlyBackend, sink_export
 from vmapipe.producer.nbd.server import Offer, Server
-from vmapipe.producer.sink.export import TakesOnly, sink_export
 
 
-class Dropping(TakesOnly):
+class Dropping(WriteOnlyBackend):
     """The `Backend` of one disk, and its server. Nothing is accepted until `start`."""
 
     def __init__(self, listener: socket.socket, size_bytes: int) -> None:

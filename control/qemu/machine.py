@@ -47,7 +47,7 @@ from vmapipe.control.qemu.sinkfolder import SinkFolder
 from vmapipe.control.qemu.tpmstate import TpmState
 from vmapipe.control.qmp.addresses import parse_address
 from vmapipe.control.qmp.connection import Command, QmpRefused
-from vmapipe.producer.sink.export import EXPORT_NAME
+from vmapipe.producer.nbd.backend import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import JOB_SPEED_SET, JobCopied, copied_command

@@ -17,9 +17,9 @@ from typing import Any
 
 from vmapipe.control.qmp.server import Command, QmpError, QmpServer
 from vmapipe.control.qmp.sockets import Listener
-from vmapipe.producer.descriptors import receive_fds
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.process import program_version
+from vmapipe.runtime.syscalls import receive_fds
 
 MAX_CLIENTS = 64
 # Some thousand events: a client that is that far behind does not read at all.

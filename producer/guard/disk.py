@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from vmapipe.producer.guard.copyjob import CopyJob, JobOver
+from vmapipe.producer.guard.backup import BackupOver, DiskBackup
 from vmapipe.producer.guard.image import Image
-from vmapipe.producer.guard.peer import Peer
+from vmapipe.producer.guard.peer import GuardPeer
 from vmapipe.producer.nbd.backend import Write, one_by_one
 from vmapipe.protocol.guarding import MAX_SAVED_CLUSTERS, Attach
 from vmapipe.protocol.limits import CLUSTER_BYTES
@@ -25,7 +25,7 @@ HOLD_S = 5.0
 _TRIM_BYTES = 64 << 20
 
 
-class GuardedDisk:
+class ServedDisk:
     """The `Backend` of an export: reads pass; a write first waits for what has to be saved."""
 
     def __init__(self, image: Image) -> None:
@@ -33,7 +33,7 @@ class GuardedDisk:
         self._changed = threading.Condition(threading.Lock())
         self._writes = 0
         self._held = False
-        self._job: CopyJob | None = None
+        self._job: DiskBackup | None = None
 
     # --- for the guest ---
 
@@ -104,15 +104,15 @@ class GuardedDisk:
 
     # --- for a backup ---
 
-    def attach(self, attach: Attach, peer: Peer, fds: Sequence[int]) -> CopyJob:
+    def attach(self, attach: Attach, peer: GuardPeer, fds: Sequence[int]) -> DiskBackup:
         """A backup wants to begin. Takes over the descriptors. Raises Failure, OSError, ValueError."""
         with self._changed:
             if self._job is not None:
                 raise Failure(f"disk {self.image.name!r}: a backup of it is running already")
-            self._job = CopyJob(attach, self.image, peer, self._changed, fds)
+            self._job = DiskBackup(attach, self.image, peer, self._changed, fds)
             return self._job
 
-    def detach(self, job: CopyJob) -> None:
+    def detach(self, job: DiskBackup) -> None:
         """It has ended, well or not."""
         with self._changed:
             job.end()
@@ -157,7 +157,7 @@ class GuardedDisk:
     # --- inside ---
 
     @property
-    def _saving(self) -> CopyJob | None:
+    def _saving(self) -> DiskBackup | None:
         """The job that has begun and is not over."""
         job = self._job
         return job if job is not None and job.begun and not job.over else None
@@ -222,17 +222,17 @@ class GuardedDisk:
             if job is not None:
                 try:
                     self._save(job, offset, length, started + job.guest_wait_s)
-                except JobOver:
+                except BackupOver:
                     pass
 
-    def _save(self, job: CopyJob, offset: int, length: int, deadline: float) -> None:
+    def _save(self, job: DiskBackup, offset: int, length: int, deadline: float) -> None:
         """Raises JobOver."""
         first, end = offset // CLUSTER_BYTES, -(-(offset + length) // CLUSTER_BYTES)
         # Piece by piece, so that a huge range does not claim all of its clusters at once.
         for at in range(first, end, MAX_SAVED_CLUSTERS):
             with self._changed:
                 if job.over:
-                    raise JobOver
+                    raise BackupOver
                 plan = job.core.before_write(at, min(MAX_SAVED_CLUSTERS, end - at))
             if plan is not None:
                 job.save(plan, deadline)

@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from vmapipe.producer.guard.conversation import Conversations
-from vmapipe.producer.guard.disk import GuardedDisk
+from vmapipe.producer.guard.control_socket import Conversations
+from vmapipe.producer.guard.disk import ServedDisk
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.nbd.server import DRAIN_S, Offer, Server, answer_promptly
 from vmapipe.producer.nbd.workers import Pool
@@ -81,11 +81,11 @@ def _guard(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     def report(text: str) -> None:
         emit({"event": "notice", "text": text})
 
-    disks: dict[str, GuardedDisk] = {}
+    disks: dict[str, ServedDisk] = {}
     servers: list[Server] = []
     try:
         for name, path in zip(options.disk, options.path, strict=True):
-            disks[name] = GuardedDisk(Image(name, path))
+            disks[name] = ServedDisk(Image(name, path))
             size = disks[name].image.size_bytes
             emit({"event": "serving", "disk": name, "path": path, "bytes": size})
         servers = _servers(options.serve, disks, report)
@@ -106,7 +106,7 @@ def _guard(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
 
 
 def _servers(
-    words: Sequence[str], disks: dict[str, GuardedDisk], report: Callable[[str], None]
+    words: Sequence[str], disks: dict[str, ServedDisk], report: Callable[[str], None]
 ) -> list[Server]:
     names_by_fd: dict[int, list[str]] = {}
     for word in words:
@@ -121,7 +121,7 @@ def _servers(
     ]
 
 
-def offer(name: str, disk: GuardedDisk) -> Offer:
+def offer(name: str, disk: ServedDisk) -> Offer:
     """The export of a disk, under its name."""
     size = disk.image.size_bytes
     return Offer(Export(name, size, _FLAGS, f"vmapipe: {name}", allocation=True), disk)

@@ -11,13 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from vmapipe.producer.descriptors import receive_fds
 from vmapipe.protocol.guarding import MAX_PACKET_BYTES, FromGuard, ToGuard, decode_for_guard, encode
+from vmapipe.runtime.syscalls import receive_fds
 
 _MAX_FDS = 4
 
 
-class Peer:
+class GuardPeer:
     """One backup process. Whatever it does, `send` returns at once."""
 
     def __init__(self, sock: socket.socket) -> None:

@@ -18,6 +18,7 @@ from vmapipe.protocol.restore_work import (
     encode,
 )
 from vmapipe.restore.archive.reader import ArchiveTotals, FoundExtent
+from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.vma.extent import Extent
 from vmapipe.vma.layout import CLUSTER_BYTES
 
@@ -315,23 +316,17 @@ class ThreadFeed:
 Feed = InlineFeed | ThreadFeed
 
 
-# What may be caught up after a pause: short, so that a limit holds over any second.
-_BURST_S = 0.125
-
-
 class RateLimits:
-    """Tells when the next piece may be handed out so that every device's limit is kept."""
+    """The speed limits of the devices that have one: work waits until all of its devices allow it."""
 
     def __init__(self, bytes_per_s: Mapping[int, int], now: float) -> None:
-        """`bytes_per_s` by dev_id, only those that have a limit."""
-        self._limits = dict(bytes_per_s)
-        self._due = dict.fromkeys(bytes_per_s, now)
+        """`bytes_per_s` by dev_id."""
+        self._limiters = {dev_id: RateLimiter(limit, now) for dev_id, limit in bytes_per_s.items()}
 
     def wait_s(self, data_bytes: Mapping[int, int], now: float) -> float:
-        """How long a piece with these bytes, by dev_id, has to wait."""
-        return max((self._due[dev_id] - now for dev_id in data_bytes), default=0.0)
+        """Return how long a piece with these bytes, by dev_id, has to wait."""
+        return max((self._limiters[dev_id].wait_s(now) for dev_id in data_bytes), default=0.0)
 
     def took(self, data_bytes: Mapping[int, int], now: float) -> None:
         for dev_id, size in data_bytes.items():
-            start = max(self._due[dev_id], now - _BURST_S)
-            self._due[dev_id] = start + size / self._limits[dev_id]
+            self._limiters[dev_id].took(size, now)

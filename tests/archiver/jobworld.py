@@ -24,8 +24,8 @@ from vmapipe.archiver.instructions import (
 )
 from vmapipe.archiver.job import Job
 from vmapipe.archiver.jobspec import JobSpec
-from vmapipe.producer.ring import Ring
 from vmapipe.producer.runs import piece_bytes
+from vmapipe.producer.shared_memory import Ring
 from vmapipe.protocol import limits
 from vmapipe.protocol.messages import Abort, Done, Refuse, Welcome
 from vmapipe.protocol.packing import Part

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.machine import LIMIT_S, VMA, Need, bad, good, listens, make_disk, run, sha256
-from vmapipe.producer.nbdsource import HowToRead, ImageSource
-from vmapipe.producer.source import SourceError
+from vmapipe.producer.image_source import HowToRead, ImageSource
+from vmapipe.producer.source import DiskSourceError
 from vmapipe.runtime.cancel import Cancel
 
 
@@ -196,9 +196,9 @@ def test_a_reference_that_only_qemu_sees_is_refused_when_it_has_opened_the_file(
     secret = tmp_path / "shadow"
     secret.write_bytes(SECRET + bytes(-len(SECRET) % 512))
     image = image_with_a_reference("qcow2-backing", tmp_path, secret)
-    monkeypatch.setattr("vmapipe.producer.nbdsource.references", lambda *words: [])
+    monkeypatch.setattr("vmapipe.producer.image_source.references", lambda *words: [])
     cancel = Cancel()
-    with pytest.raises(SourceError, match=r"refers to another file.*shadow"):
+    with pytest.raises(DiskSourceError, match=r"refers to another file.*shadow"):
         ImageSource("d", str(image), HowToRead("qcow2"), cancel)
     cancel.close()
 

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from tests.fuzz.choices import Bytes
-from vmapipe.producer.nbd.backend import Backend, Write, one_by_one
+from vmapipe.producer.nbd.backend import Backend, Write, one_by_one, sink_export
 from vmapipe.producer.nbd.connection import Connection
 from vmapipe.producer.nbd.workers import Pool, Workers
-from vmapipe.producer.sink.export import sink_export
-from vmapipe.producer.sink.sink import Sink
+from vmapipe.producer.qemu_sink import QemuSink
 from vmapipe.protocol.nbd import constants as c
 from vmapipe.protocol.nbd.client_handshake import Goal, NbdClientHandshake
 from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
@@ -271,7 +270,7 @@ def sink(data: bytes) -> None:
     source = Bytes(data)
     room = (1 + source.number() % 8) * CLUSTER
     memory = memoryview(bytearray(4096 + room))
-    target = Sink("d", SIZE, memory, range(4096, 4096 + room), 4, guest_wait_s=0.0)
+    target = QemuSink("d", SIZE, memory, range(4096, 4096 + room), 4, guest_wait_s=0.0)
     try:
         _serve(source, _session(source, sink_export(SIZE)), cast(Backend, target))
         seen: list[int] = []

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.protocol_nbd.client import Client
-from vmapipe.producer.guard.conversation import Conversations
-from vmapipe.producer.guard.disk import GuardedDisk
+from vmapipe.producer.guard.control_socket import Conversations
+from vmapipe.producer.guard.disk import ServedDisk
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.guard.main import offer
-from vmapipe.producer.guarded import Guarded
+from vmapipe.producer.guard_client import GuardClient
 from vmapipe.producer.nbd.server import Server
-from vmapipe.producer.ring import RING_BYTES, Ring
+from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.protocol import limits
 from vmapipe.protocol.guarding import (
     MAX_PACKET_BYTES,
@@ -61,7 +61,7 @@ class Place:
     """A guard in this process: its image, its NBD socket and its control socket."""
 
     image: Path
-    disk: GuardedDisk
+    disk: ServedDisk
     nbd: Path
     control: Path
 
@@ -76,7 +76,7 @@ def guarding(folder: Path, image: Path, name: str = "d") -> Iterator[Place]:
         listener.bind(str(path))
         listener.listen()
         listeners.append(listener)
-    disk = GuardedDisk(Image(name, str(image)))
+    disk = ServedDisk(Image(name, str(image)))
     server = Server([listeners[0]], [offer(name, disk)])
     conversations = Conversations(listeners[1], {name: disk}, lambda text: None)
     server.start()
@@ -107,7 +107,7 @@ class Backup:
         attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, slots, spool_slots, guest_wait_s)
         fds = [self._ring.fd] + ([spool_fd] if spool_slots else [])
         try:
-            self.guard = Guarded("d", str(place.control), attach, fds)
+            self.guard = GuardClient("d", str(place.control), attach, fds)
         except BaseException:
             self._ring.close()
             raise

@@ -16,7 +16,7 @@ import pytest
 
 from tests.machine import LIMIT_S, eventually
 from tests.protocol_nbd.client import Client
-from vmapipe.producer.guard.disk import GuardedDisk
+from vmapipe.producer.guard.disk import ServedDisk
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.guard.main import offer
 from vmapipe.producer.nbd import connection as connections
@@ -56,7 +56,7 @@ def serving(folder: Path, pool: Pool, request_limit_s: float | None = None) -> I
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen(512)
-    disk, said = GuardedDisk(Image("d", str(image))), list[str]()
+    disk, said = ServedDisk(Image("d", str(image))), list[str]()
     server = Server([listener], [offer("d", disk)], said.append, pool, request_limit_s)
     server.start()
     try:

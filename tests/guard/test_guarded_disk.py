@@ -19,9 +19,9 @@ import pytest
 from tests.guard.hammer import CLUSTER, JOB, LIMIT_S, Backup, Place, begin, guarding, next_message
 from tests.machine import make_disk
 from tests.protocol_nbd.client import Client
-from vmapipe.producer.guard import conversation
-from vmapipe.producer.guarded import Guarded
-from vmapipe.producer.ring import RING_BYTES, Ring
+from vmapipe.producer.guard import control_socket
+from vmapipe.producer.guard_client import GuardClient
+from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.guarding import (
@@ -390,7 +390,7 @@ def test_a_second_backup_is_refused_and_one_after_the_first_is_not(place: Place)
 def test_writes_that_are_held_go_on_when_nobody_says_begin(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversation, "_BEGIN_S", 0.2)
+    monkeypatch.setattr(control_socket, "_BEGIN_S", 0.2)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect(str(place.control))
         sock.send(encode(Hold(limits.VERSION, JOB, ("d",))))
@@ -430,7 +430,7 @@ def test_memory_that_could_be_cut_is_not_used(place: Place) -> None:
     attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, 16, 0, 20)
     try:
         with pytest.raises(Failure, match="memory that could be cut"):
-            Guarded("d", str(place.control), attach, [fd])
+            GuardClient("d", str(place.control), attach, [fd])
     finally:
         os.close(fd)
 
@@ -440,7 +440,7 @@ def test_slots_that_do_not_fit_the_memory_are_refused(place: Place) -> None:
     assert ring.fd is not None
     attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, 1000, 0, 20)
     with pytest.raises(Failure, match="the offered memory cannot be used"):
-        Guarded("d", str(place.control), attach, [ring.fd])
+        GuardClient("d", str(place.control), attach, [ring.fd])
     ring.close()
 
 

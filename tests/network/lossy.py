@@ -22,7 +22,7 @@ from vmapipe.archiver.instructions import (
     Written,
 )
 from vmapipe.archiver.job import Job
-from vmapipe.producer.kept import Kept
+from vmapipe.producer.session import UnackedFrames
 from vmapipe.protocol import limits
 from vmapipe.protocol.messages import Done, Message, Resumed
 from vmapipe.protocol.packing import Part
@@ -38,7 +38,7 @@ class Producer:
         self.name = name
         self.data = data
         self.side = ProducerSide(JOB, name, len(data), session=session)
-        self.kept = Kept()
+        self.kept = UnackedFrames()
         self.away = False
         self.cluster = 0
         self.to_archiver: deque[list[bytes]] = deque()

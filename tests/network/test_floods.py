@@ -18,7 +18,7 @@ import pytest
 from tests.machine import end_of, good, make_disk, started
 from tests.network.cable import cable_to
 from tests.network.place import Place, until
-from vmapipe.producer.link import Link
+from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.protocol import frames
 from vmapipe.protocol.messages import Hello
 from vmapipe.runtime.keys import read_client_keys
@@ -123,7 +123,7 @@ def test_a_listed_client_that_says_nonsense_harms_only_itself(place: Place) -> N
         until(lambda: bool(list(place.folder.glob("*.partial"))), place.archiver)
         chance = random.Random(3)
         for number in range(40):
-            link = Link(place.endpoint, keys)
+            link = ArchiverConnection(place.endpoint, keys)
             try:
                 for _ in range(50):
                     link.send(

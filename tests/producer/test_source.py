@@ -5,13 +5,21 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from vmapipe.producer.source import RawSource, Segment, SourceError
+from vmapipe.producer.source import (
+    DiskSourceError,
+    PairReader,
+    RawSource,
+    ReadFailed,
+    Segment,
+    ShortRead,
+)
 
 CLUSTER = 65536
 
@@ -80,9 +88,9 @@ def disk(tmp_path: Path) -> Path:
 def test_a_disk_that_shrinks_is_an_error_with_device_and_offset(disk: Path) -> None:
     source = source_of(disk)
     os.truncate(disk, CLUSTER + 100)
-    with pytest.raises(SourceError, match=r"'drive-scsi0'.*ended at offset 65636.*shrank"):
+    with pytest.raises(DiskSourceError, match=r"'drive-scsi0'.*ended at offset 65636.*shrank"):
         read(source, 2 * CLUSTER, 0)
-    with pytest.raises(SourceError, match=r"'drive-scsi0'.*shrank from 262144 to 65636"):
+    with pytest.raises(DiskSourceError, match=r"'drive-scsi0'.*shrank from 262144 to 65636"):
         source.check_unchanged()
     source.close()
 
@@ -90,7 +98,7 @@ def test_a_disk_that_shrinks_is_an_error_with_device_and_offset(disk: Path) -> N
 def test_a_disk_that_grows_is_an_error_with_device_and_offset(disk: Path) -> None:
     source = source_of(disk)
     os.truncate(disk, 5 * CLUSTER)
-    with pytest.raises(SourceError, match=r"'drive-scsi0'.*grew from 262144 to 327680.*262144"):
+    with pytest.raises(DiskSourceError, match=r"'drive-scsi0'.*grew from 262144 to 327680.*262144"):
         source.check_unchanged()
     source.close()
 
@@ -110,7 +118,7 @@ def test_what_is_no_disk_is_refused_in_one_line(
 ) -> None:
     path = tmp_path / "disk"
     make(path)
-    with pytest.raises(SourceError, match=f"disk 'drive-scsi0': .*{words}") as caught:
+    with pytest.raises(DiskSourceError, match=f"disk 'drive-scsi0': .*{words}") as caught:
         source_of(path)
     assert "\n" not in str(caught.value)
 
@@ -156,6 +164,67 @@ def test_a_read_error_of_a_block_device_names_device_and_offset(
     source = source_of(device)
     # The device keeps its size, and its reads beyond the file's new end fail.
     os.truncate(backing, 512 * 1024)
-    with pytest.raises(SourceError, match=r"'drive-scsi0': cannot read .* at offset \d+: Input"):
+    with pytest.raises(
+        DiskSourceError, match=r"'drive-scsi0': cannot read .* at offset \d+: Input"
+    ):
         read(source, 1 << 20, 0)
     source.close()
+
+
+MIB = 1 << 20
+SIZE = 3 * MIB + 4096 + 17
+DATA = random.Random(1).randbytes(SIZE)
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    path = tmp_path / "image"
+    path.write_bytes(DATA)
+    number = os.open(path, os.O_RDONLY)
+    yield number
+    os.close(number)
+
+
+@pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
+def reader(
+    fd: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[PairReader]:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(request.param)))
+    reader = PairReader(fd)
+    yield reader
+    reader.close()
+
+
+@pytest.mark.parametrize("length", [1, 4096, MIB - 1, MIB, MIB + 1, 2 * MIB + 512, SIZE - 3])
+def test_a_piece_is_read_whole_whatever_its_length(reader: PairReader, length: int) -> None:
+    for offset in (0, 3, SIZE - length):
+        buffer = bytearray(length + 8)
+        with memoryview(buffer) as view, view[:length] as wanted:
+            reader.read_into(wanted, offset)
+        assert buffer == DATA[offset : offset + length] + bytes(8)
+
+
+@pytest.mark.parametrize("missing", [1, MIB // 2, 2 * MIB + 4096])
+def test_a_file_that_ends_in_either_half_is_short_where_it_ends(
+    reader: PairReader, missing: int
+) -> None:
+    with memoryview(bytearray(3 * MIB)) as view:
+        with pytest.raises(ShortRead) as caught:
+            reader.read_into(view, SIZE - 3 * MIB + missing)
+        assert caught.value.offset == SIZE
+        # And it goes on after that.
+        reader.read_into(view, 0)
+        assert view == DATA[: 3 * MIB]
+
+
+def test_a_read_that_fails_names_its_first_offset_and_the_reason(tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    reader = PairReader(folder)
+    try:
+        with memoryview(bytearray(2 * MIB)) as view, pytest.raises(ReadFailed) as caught:
+            reader.read_into(view, 8192)
+        assert caught.value.offset == 8192
+        assert isinstance(caught.value.error, IsADirectoryError)
+    finally:
+        reader.close()
+        os.close(folder)

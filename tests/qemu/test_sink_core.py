@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmapipe.producer.chunks import MAX_PARTIAL_CLUSTERS, ZeroRuns
 from vmapipe.producer.clusterbits import ClusterBits
+from vmapipe.producer.qemu_sink import QemuSink
 from vmapipe.producer.runs import packed
-from vmapipe.producer.sink.arrived import Zeroes
-from vmapipe.producer.sink.parts import MAX_PARTIAL_CLUSTERS
-from vmapipe.producer.sink.room import Room
-from vmapipe.producer.sink.sink import Sink
+from vmapipe.producer.shared_memory import RingAllocator
 from vmapipe.protocol.limits import MAX_RUN_CLUSTERS
 from vmapipe.runtime.syscalls import readable
 
@@ -29,7 +28,7 @@ class Target:
 
     def __init__(self, size: int = SIZE, room: int = 8 * CLUSTER, wait_s: float = 20) -> None:
         self.memory = memoryview(bytearray(START + room))
-        self.sink = Sink("d", size, self.memory, range(START, START + room), 4, wait_s)
+        self.sink = QemuSink("d", size, self.memory, range(START, START + room), 4, wait_s)
         self.disk = bytearray(b"?" * size)
         self.seen: list[int] = []
 
@@ -193,7 +192,7 @@ def test_neighbouring_zeroes_become_one_run(target: Target) -> None:
 def test_zeroes_become_the_fewest_runs_in_whatever_order_they_come(
     order: list[int], width: int
 ) -> None:
-    zeroes = Zeroes()
+    zeroes = ZeroRuns()
     for place in order:
         zeroes.add(place * width, width)
     runs = [(run.first, run.clusters) for run in zeroes.take()]
@@ -204,7 +203,7 @@ def test_zeroes_become_the_fewest_runs_in_whatever_order_they_come(
 
 
 def test_a_run_of_zeroes_longer_than_a_frame_is_cut() -> None:
-    zeroes = Zeroes()
+    zeroes = ZeroRuns()
     zeroes.add(0, MAX_RUN_CLUSTERS + 5)
     assert [run.clusters for run in zeroes.take()] == [MAX_RUN_CLUSTERS, 5]
 
@@ -289,7 +288,7 @@ def test_arrivals_know_what_is_new(ranges: list[tuple[int, int]]) -> None:
 
 @given(st.lists(st.one_of(st.integers(1, 9), st.none()), max_size=80), st.randoms())
 def test_room_is_never_given_twice_and_comes_back(steps: list[int | None], chance) -> None:  # type: ignore[no-untyped-def]
-    room, held = Room(100, 24), dict[int, int]()
+    room, held = RingAllocator(100, 24), dict[int, int]()
     for step in steps:
         if step is None:
             if held:

@@ -104,9 +104,9 @@ def test_a_child_is_started_heard_and_reaped_above_descriptor_1023(
 # Its own process: it ends by itself when its parent has gone.
 PARENT = """
 import fcntl, socket
-from vmapipe.runtime.cancel import Cancel, Parent
+from vmapipe.runtime.cancel import Cancel, ParentConnection
 ours, theirs = socket.socketpair()
-parent = Parent(fcntl.fcntl(theirs.detach(), fcntl.F_DUPFD_CLOEXEC, HIGH), Cancel())
+parent = ParentConnection(fcntl.fcntl(theirs.detach(), fcntl.F_DUPFD_CLOEXEC, HIGH), Cancel())
 parent.send(b"progress", droppable=True)
 print(ours.recv(100), flush=True)
 """

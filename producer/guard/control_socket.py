@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from vmapipe.producer.guard.copyjob import CopyJob
-from vmapipe.producer.guard.disk import HOLD_S, GuardedDisk
-from vmapipe.producer.guard.peer import Peer, close_all
+from vmapipe.producer.guard.backup import DiskBackup
+from vmapipe.producer.guard.disk import HOLD_S, ServedDisk
+from vmapipe.producer.guard.peer import GuardPeer, close_all
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.guarding import (
     Attach,
@@ -46,14 +46,14 @@ class Conversations:
     def __init__(
         self,
         listener: socket.socket,
-        disks: Mapping[str, GuardedDisk],
+        disks: Mapping[str, ServedDisk],
         report: Callable[[str], None],
     ) -> None:
         self._listener = listener
         self._disks = disks
         self._report = report
         self._lock = threading.Lock()
-        self._peers: dict[threading.Thread, Peer] = {}
+        self._peers: dict[threading.Thread, GuardPeer] = {}
         threading.Thread(target=self._accept, name="guard-control", daemon=True).start()
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class Conversations:
 
     def _converse(self, sock: socket.socket) -> None:
         """Raises RuntimeError, MemoryError: there is no thread for it."""
-        peer = Peer(sock)
+        peer = GuardPeer(sock)
         thread = threading.Thread(
             target=self._serve, args=(sock, peer), name="guard-peer", daemon=True
         )
@@ -96,7 +96,7 @@ class Conversations:
                 del self._peers[thread]
                 raise
 
-    def _serve(self, sock: socket.socket, peer: Peer) -> None:
+    def _serve(self, sock: socket.socket, peer: GuardPeer) -> None:
         try:
             received = peer.receive(_GREETING_S)
             if received is None:
@@ -121,7 +121,7 @@ class Conversations:
             with self._lock:
                 del self._peers[threading.current_thread()]
 
-    def _back_up(self, attach: Attach, fds: list[int], peer: Peer) -> None:
+    def _back_up(self, attach: Attach, fds: list[int], peer: GuardPeer) -> None:
         """Raises Failure, RemoteProtocolError."""
         try:
             disk = self._disks.get(attach.disk)
@@ -151,9 +151,9 @@ class Conversations:
             copied = "complete" if job.core.complete else "ended early"
             self._report(f"{attach.disk}: the backup is over ({copied})")
 
-    def _hold(self, hold: Hold, peer: Peer) -> None:
+    def _hold(self, hold: Hold, peer: GuardPeer) -> None:
         """Raises Failure, TimeoutError."""
-        held: list[GuardedDisk] = []
+        held: list[ServedDisk] = []
         try:
             for name in hold.disks:
                 disk = self._disks.get(name)
@@ -181,7 +181,7 @@ class Conversations:
         peer.send(Begun())
 
 
-def _obey(job: CopyJob, message: object) -> None:
+def _obey(job: DiskBackup, message: object) -> None:
     """With the disk's lock held. Raises Failure."""
     match message:
         case Claim(most):

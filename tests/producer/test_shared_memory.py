@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmapipe.archiver.shared import map_shared
-from vmapipe.producer.ring import RING_BYTES, Ring
+from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.protocol import limits
 
 # Behind the two hot places.

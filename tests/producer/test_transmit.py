@@ -12,20 +12,20 @@ from typing import cast
 import pytest
 
 from tests.producer.memorydisk import MemoryDisk
-from vmapipe.producer import sender as sender_module
 from vmapipe.producer import session as session_module
-from vmapipe.producer.link import Link
-from vmapipe.producer.pace import Pace
-from vmapipe.producer.sender import Sender
-from vmapipe.producer.session import Refused
-from vmapipe.producer.source import Segment, SourceError
+from vmapipe.producer import transmit as sender_module
+from vmapipe.producer.connection import ArchiverConnection
+from vmapipe.producer.session import RefusedByArchiver
+from vmapipe.producer.source import DiskSourceError, Segment
+from vmapipe.producer.transmit import Sender
 from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.messages import Fail, Hello, Message, Ping
 from vmapipe.protocol.packing import Part
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
-from vmapipe.runtime.events import Event, ignore, speed_command
+from vmapipe.runtime.events import Event, ignore
+from vmapipe.runtime.rate_limit import RateLimiter
 
 JOB = bytes(16)
 CLUSTER = 65536
@@ -88,7 +88,9 @@ def sender(
 ) -> tuple[Sender, Cancel]:
     clock.append(archiver)
     cancel = Cancel()
-    return Sender(disk, cast(Link, archiver), JOB, Pace(speed, 0.0), cancel), cancel
+    return Sender(
+        disk, cast(ArchiverConnection, archiver), JOB, RateLimiter(speed, 0.0), cancel
+    ), cancel
 
 
 def test_a_whole_disk_goes_through_the_smallest_window(clock: list[Archiver]) -> None:
@@ -172,12 +174,12 @@ def test_a_read_error_is_told_to_the_archiver_in_the_same_words(clock: list[Arch
     class Broken(MemoryDisk):
         def read_into(self, buffer: memoryview, offset: int) -> None:
             if offset >= 20 * CLUSTER:
-                raise SourceError(f"disk 'disk': cannot read x at offset {offset}: broken")
+                raise DiskSourceError(f"disk 'disk': cannot read x at offset {offset}: broken")
             super().read_into(buffer, offset)
 
     archiver = Archiver()
     producer, cancel = sender(Broken(b"A" * 64 * CLUSTER), archiver, clock)
-    with pytest.raises(SourceError, match="broken") as caught:
+    with pytest.raises(DiskSourceError, match="broken") as caught:
         producer.run(ignore)
     assert archiver.heard[-1] == Fail(str(caught.value))
     cancel.close()
@@ -187,7 +189,9 @@ def test_a_refusal_ends_the_producer_with_the_reason(clock: list[Archiver]) -> N
     archiver = Archiver(answers=False)
     archiver.post(ArchiverSide().refuse("unknown-device", "no such device"))
     producer, cancel = sender(MemoryDisk(b"A"), archiver, clock)
-    with pytest.raises(Refused, match=r"refused 'disk': no such device \[unknown-device\]"):
+    with pytest.raises(
+        RefusedByArchiver, match=r"refused 'disk': no such device \[unknown-device\]"
+    ):
         producer.run(ignore)
     assert not any(isinstance(message, Fail) for message in archiver.heard)
     cancel.close()
@@ -224,7 +228,7 @@ def test_a_limit_that_changes_holds_from_then_on(clock: list[Archiver]) -> None:
             super().wait(timeout_s)
             for when in [when for when in at if self.now >= when]:
                 read.append(disk.read_bytes)
-                pace.hear(speed_command(at.pop(when)))
+                limiter.change(at.pop(when))
 
     class Counted(MemoryDisk):
         read_bytes = 0
@@ -238,8 +242,8 @@ def test_a_limit_that_changes_holds_from_then_on(clock: list[Archiver]) -> None:
     archiver = Timed(window=8 << 20)
     clock.append(archiver)
     cancel = Cancel()
-    pace = Pace(1 << 20, 0.0)
-    Sender(disk, cast(Link, archiver), JOB, pace, cancel).run(ignore)
+    limiter = RateLimiter(1 << 20, 0.0)
+    Sender(disk, cast(ArchiverConnection, archiver), JOB, limiter, cancel).run(ignore)
     assert read == [
         pytest.approx(4 << 20, rel=0.05),
         pytest.approx((4 << 20) + (16 << 20), rel=0.05),
@@ -267,7 +271,7 @@ def test_a_much_lower_limit_is_followed_at_once(clock: list[Archiver], before: i
 
         def _tell(self) -> None:
             if not self.told_at and disk.read_bytes >= 4 << 20:
-                pace.hear(speed_command(slow))
+                limiter.change(slow)
                 self.told_at, self.read_then = self.now + 1e-9, disk.read_bytes
             if self.told_at and self.now >= self.told_at + 10:
                 cancel.ask("enough", 15)
@@ -286,10 +290,10 @@ def test_a_much_lower_limit_is_followed_at_once(clock: list[Archiver], before: i
     archiver = Timed(window=16 << 20)
     clock.append(archiver)
     cancel = Cancel()
-    pace = Pace(before, 0.0)
+    limiter = RateLimiter(before, 0.0)
     with contextlib.closing(cancel):
         with pytest.raises(Cancelled):
-            Sender(disk, cast(Link, archiver), JOB, pace, cancel).run(ignore)
+            Sender(disk, cast(ArchiverConnection, archiver), JOB, limiter, cancel).run(ignore)
         # Within 5 per cent, and a piece at the beginning.
         within = 10 * slow * 0.05 + CLUSTER
         assert disk.read_bytes - archiver.read_then == pytest.approx(10 * slow, abs=within)

@@ -61,7 +61,7 @@ _EVENTS = (
 )
 
 
-class Link:
+class ArchiverConnection:
     """DEALER, connected to one archiver. Closing it in vain delays by 2 s at most.
 
     With `keys` it talks to nobody but the owner of the server key among them.

@@ -8,15 +8,15 @@ import time
 from collections import deque
 from typing import NamedTuple
 
-from vmapipe.producer.link import Link
+from vmapipe.producer.chunks import Chunk
+from vmapipe.producer.connection import ArchiverConnection
+from vmapipe.producer.nbd.backend import sink_export
 from vmapipe.producer.nbd.server import Offer, Server, answer_promptly
-from vmapipe.producer.ring import RING_BYTES, Ring
+from vmapipe.producer.qemu_sink import MAX_PIECE_CLUSTERS, QemuSink
 from vmapipe.producer.runs import Run, packed, piece_bytes, whole_blocks
-from vmapipe.producer.session import Refused, Session
-from vmapipe.producer.sink.arrived import Arrived
-from vmapipe.producer.sink.export import sink_export
-from vmapipe.producer.sink.sink import MAX_PIECE_CLUSTERS, Sink
-from vmapipe.producer.telling import TELL_S, Teller, Transfer, Waiting
+from vmapipe.producer.session import RefusedByArchiver, Session
+from vmapipe.producer.shared_memory import RING_BYTES, Ring
+from vmapipe.producer.transmit import REPORT_S, BufferUse, ProgressReporter, Transfer
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.limits import CLUSTER_BYTES
@@ -63,7 +63,7 @@ class SinkSender:
         name: str,
         options: SinkOptions,
         job: bytes,
-        link: Link,
+        link: ArchiverConnection,
         cancel: Cancel,
         orders: ChildCommands,
     ) -> None:
@@ -102,7 +102,7 @@ class SinkSender:
             self._session.end()
         except (Failure, ProtocolError) as failure:
             sink.fail(str(failure))
-            if not isinstance(failure, Refused):
+            if not isinstance(failure, RefusedByArchiver):
                 self._session.fail(str(failure))
             emit({"event": "draining", "device": self._name, "text": str(failure)})
             self._drain(server)
@@ -112,9 +112,9 @@ class SinkSender:
     def close(self) -> None:
         self._ring.close()
 
-    def _new_sink(self) -> Sink:
+    def _new_sink(self) -> QemuSink:
         frame_clusters = piece_bytes(self._session.frame_bytes) // CLUSTER_BYTES
-        return Sink(
+        return QemuSink(
             self._name,
             self._options.size_bytes,
             self._ring.view,
@@ -124,7 +124,7 @@ class SinkSender:
             self._options.speed_bytes_s,
         )
 
-    def _serve(self, sink: Sink, emit: Emit) -> Server:
+    def _serve(self, sink: QemuSink, emit: Emit) -> Server:
         """Never stopped: that would shut the socket down, and its other holder needs it."""
         server = Server(
             [self._listener],
@@ -135,32 +135,32 @@ class SinkSender:
         server.start()
         return server
 
-    def _send_all(self, sink: Sink, server: Server, emit: Emit) -> None:
+    def _send_all(self, sink: QemuSink, server: Server, emit: Emit) -> None:
         session = self._session
-        teller = Teller(self._name, emit)
+        teller = ProgressReporter(self._name, emit)
         while not self._is_complete(sink):
             arrived = sink.next()
             if arrived is not None and self._send(sink, arrived):
                 session.hear()
                 session.keep_alive(time.monotonic())
             elif not self._is_complete(sink):
-                session.step(TELL_S)
+                session.step(REPORT_S)
             self._release(sink)
-            teller.tell(Waiting(sink.used_bytes, 0, sink.waiting_writes))
+            teller.tell(BufferUse(sink.used_bytes, 0, sink.waiting_writes))
             teller.tell_transfer(self._transfer(sink))
             self._check(sink, server)
             self._tell_job_speed(sink, emit)
         teller.tell_transfer(self._transfer(sink), last=True)
 
-    def _is_complete(self, sink: Sink) -> bool:
+    def _is_complete(self, sink: QemuSink) -> bool:
         """All is sent, and QEMU's job has ended well: before that, nothing may be stored."""
         return self._job_ended and self._session.sent_clusters >= sink.clusters
 
-    def _transfer(self, sink: Sink) -> Transfer:
+    def _transfer(self, sink: QemuSink) -> Transfer:
         """QEMU reads, and does not tell what it copied before a write."""
         return Transfer(sink.taken_bytes, self._session.sent_bytes, 0)
 
-    def _check(self, sink: Sink, server: Server) -> None:
+    def _check(self, sink: QemuSink, server: Server) -> None:
         """Raises Failure."""
         self._cancel.check()
         if sink.failure:
@@ -191,13 +191,13 @@ class SinkSender:
                 f"and QEMU has not been seen for {_ABSENCE_S:.0f} s"
             )
 
-    def _tell_job_speed(self, sink: Sink, emit: Emit) -> None:
+    def _tell_job_speed(self, sink: QemuSink, emit: Emit) -> None:
         speed = sink.job_speed
         if speed != self._told_speed:
             self._told_speed = speed
             emit({"event": "job-speed", "device": self._name, "bytes_per_s": speed})
 
-    def _take_verdict(self, sink: Sink, copied: JobCopied) -> None:
+    def _take_verdict(self, sink: QemuSink, copied: JobCopied) -> None:
         """QEMU's job has ended well. Raises Failure when less has come than that means."""
         came_bytes = sink.arrived * CLUSTER_BYTES
         if not copied.rest_is_zero and sink.missing:
@@ -215,7 +215,7 @@ class SinkSender:
             sink.rest_is_zero()
         self._job_ended = True
 
-    def _send(self, sink: Sink, arrived: Arrived) -> bool:
+    def _send(self, sink: QemuSink, arrived: Chunk) -> bool:
         """One frame; False when the credit does not suffice."""
         session = self._session
         if arrived.position < 0:
@@ -237,7 +237,7 @@ class SinkSender:
             sink.give_back([position])
         return True
 
-    def _release(self, sink: Sink) -> None:
+    def _release(self, sink: QemuSink) -> None:
         free = []
         while self._sent and self._sent[0][0] <= self._session.acked:
             free.append(self._sent.popleft()[1])

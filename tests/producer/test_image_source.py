@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from tests.machine import LIMIT_S, Need, listens, make_disk
-from vmapipe.producer.nbdsource import HowToRead, ImageSource, NbdSource
-from vmapipe.producer.source import Segment, SourceError
+from vmapipe.producer.image_source import HowToRead, ImageSource, NbdSource
+from vmapipe.producer.source import DiskSourceError, Segment
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
@@ -145,7 +145,7 @@ def test_a_server_that_dies_is_an_error_with_device_and_offset(disk: Path, need:
         for child in psutil.Process().children():
             child.kill()
         with pytest.raises(
-            SourceError, match=r"^disk 'd': .* offset 65536.*qemu-nbd was killed by SIGKILL"
+            DiskSourceError, match=r"^disk 'd': .* offset 65536.*qemu-nbd was killed by SIGKILL"
         ):
             source.read_into(memoryview(bytearray(1 << 20)), 65536)
 
@@ -170,7 +170,7 @@ def test_a_read_error_behind_qemu_nbd_is_told_with_its_offset_and_its_reason(
                 source.read_into(memoryview(bytearray(CLUSTER)), 0)
                 broken.touch()
                 with pytest.raises(
-                    SourceError,
+                    DiskSourceError,
                     match=r"^disk 'd': cannot read near offset 655360: Input/output error",
                 ):
                     source.read_into(memoryview(bytearray(CLUSTER)), 10 * CLUSTER)
@@ -194,7 +194,7 @@ def test_a_server_that_says_much_is_not_held_up_by_a_pipe_that_nobody_reads(
         assert content(source) == disk.read_bytes()[512:]
         for child in psutil.Process().children():
             child.kill()
-        with pytest.raises(SourceError) as raised:
+        with pytest.raises(DiskSourceError) as raised:
             source.read_into(memoryview(bytearray(CLUSTER)), 0)
         assert "warning" not in str(raised.value)
 
@@ -211,7 +211,7 @@ def test_a_read_error_of_the_server_is_an_error_with_device_and_offset(
                 assert server.poll() is None
             source = NbdSource("d", str(socket))
             with pytest.raises(
-                SourceError,
+                DiskSourceError,
                 match=r"disk 'd': cannot read near offset (131072|393216): Input/output error",
             ):
                 source.read_into(memoryview(bytearray(300_000)), 131072)

@@ -8,15 +8,67 @@ slower and still right.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from vmapipe.protocol.limits import CLUSTER_BYTES
+from vmapipe.protocol.limits import CLUSTER_BYTES, MAX_RUN_CLUSTERS
+
+
+class Chunk(NamedTuple):
+    """A run of clusters that waits to be sent. `position` -1: they are all zero."""
+
+    first: int
+    clusters: int
+    position: int
+    length: int
+
+
+class ZeroRuns:
+    """Runs of zero clusters: neighbours become one, in whatever order they come.
+
+    QEMU sends each megabyte of empty space as a request of its own: a frame for
+    each would cost more than all else of an empty disk.
+    """
+
+    def __init__(self) -> None:
+        # The same runs by both of their ends: first cluster -> end, end -> first cluster.
+        self._ends: dict[int, int] = {}
+        self._firsts: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        """How many runs there are."""
+        return len(self._ends)
+
+    def add(self, first: int, count: int) -> None:
+        """None of these clusters may be here already."""
+        end = first + count
+        before = self._firsts.pop(first, None)
+        if before is not None:
+            first = before
+        behind = self._ends.pop(end, None)
+        if behind is not None:
+            del self._firsts[behind]
+            end = behind
+        self._ends[first] = end
+        self._firsts[end] = first
+
+    def take(self) -> list[Chunk]:
+        """All of them, in the order of the disk, each at most as long as a frame may be."""
+        runs = sorted(self._ends.items())
+        self._ends.clear()
+        self._firsts.clear()
+        return [
+            Chunk(at, min(MAX_RUN_CLUSTERS, end - at), -1, 0)
+            for first, end in runs
+            for at in range(first, end, MAX_RUN_CLUSTERS)
+        ]
+
 
 # Each costs 64 KiB. QEMU has at most 16 requests under way, each with two
 # clusters that it may have cut; somewhat more for a client with more of them.
 MAX_PARTIAL_CLUSTERS = 128
 
 
-class TooManyParts(Exception):
+class TooManyPartialClusters(Exception):
     """More clusters were begun than memory is meant for."""
 
 
@@ -39,7 +91,7 @@ class _Begun:
         self.missing = left
 
 
-class Parts:
+class PartialClusters:
     """Of a disk of `size_bytes` bytes. Pure."""
 
     def __init__(self, size_bytes: int) -> None:
@@ -55,7 +107,7 @@ class Parts:
         begun = self._begun.get(cluster)
         if begun is None:
             if len(self._begun) >= MAX_PARTIAL_CLUSTERS:
-                raise TooManyParts
+                raise TooManyPartialClusters
             length = min(CLUSTER_BYTES, self._size_bytes - cluster * CLUSTER_BYTES)
             begun = self._begun[cluster] = _Begun(length)
         begun.put(at, data)

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands behind the export that QEMU's backup job writes to.
-
-Two rules. A request never fails and never waits for long, because a guest's
-write may stand behind it: when something is wrong, the backup ends and the sink
-takes, acknowledges and drops. And a cluster counts once, however often it comes.
-"""
+"""Writes that wait for something: the first one that came is the first one served."""
 
 from __future__ import annotations
 
@@ -14,16 +9,49 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from vmapipe.producer.chunks import (
+    Chunk,
+    PartialClusters,
+    TooManyPartialClusters,
+    ZeroRuns,
+    is_whole,
+    pieces,
+)
 from vmapipe.producer.clusterbits import ClusterBits
-from vmapipe.producer.nbd.backend import Write, one_by_one
+from vmapipe.producer.nbd.backend import Write, WriteOnlyBackend, one_by_one
 from vmapipe.producer.runs import whole_blocks
-from vmapipe.producer.sink.arrived import Arrived, Zeroes
-from vmapipe.producer.sink.export import TakesOnly
-from vmapipe.producer.sink.jobspeed import JobSpeed
-from vmapipe.producer.sink.parts import Parts, TooManyParts, is_whole, pieces
-from vmapipe.producer.sink.room import Room
-from vmapipe.producer.sink.turns import Turns
+from vmapipe.producer.shared_memory import RingAllocator
 from vmapipe.protocol.limits import CLUSTER_BYTES, MAX_RUN_CLUSTERS
+from vmapipe.runtime.rate_limit import JobRateLimiter
+
+
+class FairWait:
+    """All is called with the lock of `changed` held; notify it when something may be reached."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self._changed = changed
+        self._tickets: deque[object] = deque()
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._tickets)
+
+    def wait(self, reached: Callable[[], bool], over: Callable[[], bool], deadline: float) -> bool:
+        """False: it is over. Raises TimeoutError at `deadline` (time.monotonic())."""
+        ticket = object()
+        self._tickets.append(ticket)
+        try:
+            while not over():
+                if self._tickets[0] is ticket and reached():
+                    return True
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError
+            return False
+        finally:
+            self._tickets.remove(ticket)
+            # It may be the next one's turn.
+            self._changed.notify_all()
+
 
 # QEMU sends up to a megabyte at once: so much lies together and makes one frame.
 MAX_PIECE_CLUSTERS = 16
@@ -44,7 +72,7 @@ _HOLD_CLUSTERS = 2
 _RANGE_CLUSTERS = 1 << 14
 
 
-class Sink(TakesOnly):
+class QemuSink(WriteOnlyBackend):
     """The `Backend` on one side, a queue of `Arrived` on the other.
 
     What has arrived lies in `memory`, in the range `room`. `piece_clusters`: the
@@ -73,20 +101,20 @@ class Sink(TakesOnly):
         self._guest_wait_s = guest_wait_s
         self._changed = threading.Condition(threading.Lock())
         self._arrivals = ClusterBits(-(-size_bytes // CLUSTER_BYTES))
-        self._parts = Parts(size_bytes)
-        self._room = Room(room.start, len(room))
+        self._parts = PartialClusters(size_bytes)
+        self._room = RingAllocator(room.start, len(room))
         self._piece_clusters = piece_clusters
-        self._queue: deque[Arrived] = deque()
+        self._queue: deque[Chunk] = deque()
         # Not in the queue yet, and when they may go there again.
-        self._zeroes = Zeroes()
+        self._zeroes = ZeroRuns()
         self._zeroes_at = 0.0
         # Behind it is what has not come and will not come; -1: that may still come.
         self._rest_from = -1
         # Positions of runs in the queue whose data is still being copied.
         self._filling: set[int] = set()
         self._sleeping = self._woken = False
-        self._turns = Turns(self._changed)
-        self._job_speed = JobSpeed(speed_bytes_s, time.monotonic())
+        self._turns = FairWait(self._changed)
+        self._job_speed = JobRateLimiter(speed_bytes_s, time.monotonic())
         self._hold_until = 0.0
 
     # --- for the sender ---
@@ -124,7 +152,7 @@ class Sink(TakesOnly):
     def job_speed(self) -> int:
         """What QEMU's job is to be limited to now, in bytes a second; 0: not at all."""
         with self._changed:
-            return self._job_speed.look(time.monotonic())
+            return self._job_speed.wanted_at(time.monotonic())
 
     @property
     def waiting_writes(self) -> int:
@@ -139,7 +167,7 @@ class Sink(TakesOnly):
     def used_bytes(self) -> int:
         return self._room.used
 
-    def next(self) -> Arrived | None:
+    def next(self) -> Chunk | None:
         """What to send next; it stays first until `sent`. None: nothing; `fd` will tell."""
         with self._changed:
             if self._woken:
@@ -162,7 +190,7 @@ class Sink(TakesOnly):
                 return
             first, count, _, _ = self._queue.popleft()
             if clusters < count:
-                self._queue.appendleft(Arrived(first + clusters, count - clusters, -1, 0))
+                self._queue.appendleft(Chunk(first + clusters, count - clusters, -1, 0))
             if self._turns:
                 self._changed.notify_all()
 
@@ -209,7 +237,7 @@ class Sink(TakesOnly):
                 return False
             self._arrivals.add(first, count)
             self._parts.forget(first, count)
-            self._enter(Arrived(first, count, position, length))
+            self._enter(Chunk(first, count, position, length))
         self._fill(position, data)
         return True
 
@@ -279,7 +307,7 @@ class Sink(TakesOnly):
                 position = self._wait_for_room(whole_blocks(len(piece)), deadline)
                 if position is None:
                     return
-                self._enter(Arrived(run[0], run[1], position, len(piece)))
+                self._enter(Chunk(run[0], run[1], position, len(piece)))
             self._fill(position, piece)
             data, first = data[start + len(piece) :], run[0] + run[1]
 
@@ -290,7 +318,7 @@ class Sink(TakesOnly):
                 return
             try:
                 whole = self._parts.add(offset, data)
-            except TooManyParts:
+            except TooManyPartialClusters:
                 self._fail(
                     f"disk {self._name!r}: QEMU sends its clusters in pieces, and too many at "
                     "once; please report its version"
@@ -326,7 +354,7 @@ class Sink(TakesOnly):
             self._queue += self._zeroes.take()
             self._zeroes_at = now + _ZEROES_S
 
-    def _enter(self, arrived: Arrived) -> None:
+    def _enter(self, arrived: Chunk) -> None:
         """With the lock held: its turn is that of its room, whoever is filled first.
 
         The room is a ring, given back from its oldest piece on. Were that one sent
@@ -355,7 +383,7 @@ class Sink(TakesOnly):
             longest = min(end, first + MAX_RUN_CLUSTERS)
             self._rest_from = arrivals.next_here(first, longest)
             arrivals.add(first, self._rest_from - first)
-            self._queue.append(Arrived(first, self._rest_from - first, -1, 0))
+            self._queue.append(Chunk(first, self._rest_from - first, -1, 0))
 
     def _wake(self) -> None:
         if self._sleeping:

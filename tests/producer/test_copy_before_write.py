@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from vmapipe.producer.guard.cbw import Copy, CopyBeforeWrite
+from vmapipe.producer.guard.copy_before_write import Copy, CopyBeforeWrite
 
 TOP = 90
 

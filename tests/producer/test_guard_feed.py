@@ -11,19 +11,17 @@ from typing import Any, cast
 
 import pytest
 
-from vmapipe.producer.background import Background
-from vmapipe.producer.guarded import Guarded
-from vmapipe.producer.live import LiveSender
-from vmapipe.producer.pace import Pace
-from vmapipe.producer.ring import Ring
+from vmapipe.producer.guard_client import GuardClient
+from vmapipe.producer.guard_feed import BackgroundReader, LiveSender, SavedClusters
 from vmapipe.producer.runs import Run
-from vmapipe.producer.saved import SavedData
 from vmapipe.producer.session import Session
+from vmapipe.producer.shared_memory import Ring
 from vmapipe.protocol import limits
 from vmapipe.protocol.guarding import Claimed, FromGuard, Saved
 from vmapipe.protocol.messages import SharedCluster
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import ignore
+from vmapipe.runtime.rate_limit import RateLimiter
 
 CLUSTER = 65536
 CLUSTERS = 64
@@ -128,12 +126,12 @@ def test_what_a_claim_was_asked_for_with_is_still_there_when_it_is_answered(
     ring = Ring(16 * CLUSTER)
     ring.view[-16 * CLUSTER :] = os.urandom(16 * CLUSTER)
     sender: Any = object.__new__(LiveSender)
-    session, guarded = cast(Session, archiver), cast(Guarded, guard)
+    session, guarded = cast(Session, archiver), cast(GuardClient, guard)
     cancel = Cancel()
     sender._name, sender.size_bytes = "d", guard.size_bytes
     sender._session, sender._guard, sender._cancel = session, guarded, cancel
-    sender._saved = SavedData(guard.size_bytes, 16, -1, ring, guarded)
-    sender._background = Background("d", ring, guarded, Pace(0, 0.0), session)
+    sender._saved = SavedClusters(guard.size_bytes, 16, -1, ring, guarded)
+    sender._background = BackgroundReader("d", ring, guarded, RateLimiter(0, 0.0), session)
     sender._waiting_writes, sender._gather_until = 0, 0.0
     sender._send_all(sender._background, ignore)
     assert archiver.sent_clusters == CLUSTERS

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from vmapipe.producer.source import UNSHARED, Segment, Sharing, SourceError, open_at_rest
+from vmapipe.producer.source import UNSHARED, DiskSourceError, Segment, Sharing, open_at_rest
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
@@ -60,7 +60,7 @@ class NbdSource:
         self._codec = NbdClientTransmission(self._session)
         if not self.size_bytes:
             self._socket.close()
-            raise SourceError(f"disk {name!r}: it is empty: nothing to back up")
+            raise DiskSourceError(f"disk {name!r}: it is empty: nothing to back up")
 
     def _connect(self, path: str) -> Session:
         self._socket.settimeout(_TIMEOUT_S)
@@ -128,7 +128,9 @@ class NbdSource:
                     for extent in event.extents()
                 ]
             if not extents:
-                raise SourceError(f"disk {self.name!r}: the server tells nothing of offset {at}")
+                raise DiskSourceError(
+                    f"disk {self.name!r}: the server tells nothing of offset {at}"
+                )
             for extent_bytes, flags in extents:
                 end = min(self.size_bytes, at + extent_bytes)
                 if not flags & NBD_STATE_ZERO:
@@ -179,12 +181,12 @@ class NbdSource:
                 said = [e for e in events if isinstance(e, Failure) and e.cookie == event.cookie]
                 places = [e.offset for e in said if e.offset is not None]
                 words = [os.strerror(event.error), *(e.message for e in said)]
-                raise SourceError(
+                raise DiskSourceError(
                     f"disk {self.name!r}: cannot read near offset {[*places, offset][0]}: "
                     + "; ".join(dict.fromkeys(filter(None, words)))
                 )
 
-    def _error(self, error: Exception | None) -> SourceError:
+    def _error(self, error: Exception | None) -> DiskSourceError:
         """For a connection that has failed; None: the server has hung up."""
         near = min(self._offsets.values(), default=self._offset)
         text = "its server has hung up"
@@ -192,7 +194,7 @@ class NbdSource:
             text = os_error_text(error) if isinstance(error, OSError) else str(error)
         if reason := self._reason():
             text += f"; {reason}"
-        return SourceError(f"disk {self.name!r}: cannot read near offset {near}: {text}")
+        return DiskSourceError(f"disk {self.name!r}: cannot read near offset {near}: {text}")
 
     def _reason(self) -> str:
         """What is known of a server that has hung up."""
@@ -251,10 +253,10 @@ class ImageSource(NbdSource):
             self._socket.close()
             self._daemon.close()
             raise
-        except SourceError as error:
+        except DiskSourceError as error:
             # It listens before it looks at the image, and then ends.
             said = self._daemon.last_words()
-            raise SourceError(f"disk {name!r}: {said}" if said else str(error)) from error
+            raise DiskSourceError(f"disk {name!r}: {said}" if said else str(error)) from error
         except BaseException:
             self._daemon.close()
             raise
@@ -295,7 +297,7 @@ def _shared_image(path: str, fd: int, image_format: str) -> str:
     )
 
 
-class _OtherFileError(SourceError):
+class _OtherFileError(DiskSourceError):
     """An image is not all that QEMU would read."""
 
 
@@ -305,7 +307,7 @@ def _checked(name: str, path: str, how: HowToRead) -> str:
         # Else `a:b.qcow2` would be a protocol to it.
         path = os.path.abspath(path)
     elif ":" in path.partition("/")[0] and how.image_format != "raw" and not how.others:
-        raise SourceError(
+        raise DiskSourceError(
             f"disk {name!r}: {path} is not a file, so it cannot be seen which other files or "
             f"addresses the {how.image_format} image there refers to; add ,others=yes if you trust "
             "whoever wrote it"
@@ -315,15 +317,19 @@ def _checked(name: str, path: str, how: HowToRead) -> str:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise SourceError(f"disk {name!r}: cannot open {path}: {os_error_text(error)}") from error
+        raise DiskSourceError(
+            f"disk {name!r}: cannot open {path}: {os_error_text(error)}"
+        ) from error
     try:
         found = references(how.image_format, lambda offset, length: _read_at(fd, offset, length))
     except OSError as error:
-        raise SourceError(f"disk {name!r}: cannot read {path}: {os_error_text(error)}") from error
+        raise DiskSourceError(
+            f"disk {name!r}: cannot read {path}: {os_error_text(error)}"
+        ) from error
     finally:
         os.close(fd)
     if found:
-        raise SourceError(_refusal(name, str(found[0])))
+        raise DiskSourceError(_refusal(name, str(found[0])))
     return path
 
 

@@ -8,7 +8,6 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from vmapipe.producer.descriptors import receive_fds
 from vmapipe.protocol.guarding import (
     MAX_PACKET_BYTES,
     Attach,
@@ -24,13 +23,14 @@ from vmapipe.protocol.guarding import (
     encode,
 )
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.syscalls import receive_fds
 
 # A guard answers at once; only one that was stopped or hangs does not.
 _ANSWER_S = 10.0
 _AT_ONCE = int(socket.MSG_DONTWAIT)  # see descriptors.py
 
 
-class Guarded:
+class GuardClient:
     """An attached backup. Every method raises Failure when the guard says no or is gone."""
 
     def __init__(self, name: str, path: str, attach: Attach, fds: Sequence[int]) -> None:

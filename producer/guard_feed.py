@@ -1,0 +1,480 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Old data that guests' writes have saved: from the guard's slots into frames."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmapipe.producer import transmit
+from vmapipe.producer.connection import ArchiverConnection
+from vmapipe.producer.guard_client import GuardClient
+from vmapipe.producer.runs import Run, largest_frame_bytes, packed, piece_bytes, whole_blocks
+from vmapipe.producer.session import RefusedByArchiver, Session
+from vmapipe.producer.shared_memory import RING_BYTES, Ring
+from vmapipe.protocol import limits
+from vmapipe.protocol.errors import ProtocolError, RemoteProtocolError
+from vmapipe.protocol.guarding import (
+    MAX_CLAIM_CLUSTERS,
+    Attach,
+    Begun,
+    Claimed,
+    FromGuard,
+    Saved,
+    SavedHole,
+    Waiting,
+)
+from vmapipe.protocol.limits import CLUSTER_BYTES
+from vmapipe.protocol.messages import SharedCluster
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.events import Emit
+from vmapipe.runtime.process import yield_cpu
+from vmapipe.runtime.rate_limit import RateLimiter
+
+# What a cluster takes of a frame's charge when all of it is data.
+_FULL_CHARGE = limits.CHARGE_PER_CLUSTER + CLUSTER_BYTES
+# Of a frame, if all of them are.
+_MOST_SCATTERED = limits.MAX_PAYLOAD_BYTES // CLUSTER_BYTES
+
+
+class SavedClusters:
+    """What was saved and is not acknowledged yet; slots are given back when they are.
+
+    Slots below `memory_slots` lie behind the ring in its memory, the others in
+    the spool file.
+    """
+
+    def __init__(
+        self, size_bytes: int, memory_slots: int, spool_fd: int, ring: Ring, guard: GuardClient
+    ) -> None:
+        self.used_memory = self.used_spool = 0
+        #: All that have ever come.
+        self.saved_clusters = 0
+        self._size_bytes = size_bytes
+        self._memory_slots = memory_slots
+        self._spool_fd = spool_fd
+        self._ring = ring
+        self._guard = guard
+        # (cluster, slot), oldest first.
+        self._waiting: deque[tuple[int, int] | SavedHole] = deque()
+        # (frame, its slots)
+        self._sent: deque[tuple[int, Sequence[int]]] = deque()
+
+    def __bool__(self) -> bool:
+        """Whether there is something to send."""
+        return bool(self._waiting)
+
+    @property
+    def is_many(self) -> bool:
+        """A frame full."""
+        return len(self._waiting) >= _MOST_SCATTERED
+
+    def add(self, message: Saved | SavedHole) -> None:
+        if isinstance(message, SavedHole):
+            self._waiting.append(message)
+            return
+        self._waiting.extend(zip(message.clusters, message.slots, strict=True))
+        spooled = self._spooled(message.slots)
+        self.used_spool += spooled
+        self.used_memory += len(message.slots) - spooled
+        self.saved_clusters += len(message.slots)
+
+    def send(self, session: Session, most_clusters: int) -> bool:
+        """Send one frame; False when credit or room is missing.
+
+        A run has at most so many clusters.
+        """
+        oldest = self._waiting[0]
+        if isinstance(oldest, SavedHole):
+            return self._send_hole(session, oldest)
+        if oldest[1] < self._memory_slots and session.scatters:
+            return self._send_scattered(session)
+        return self._send_run(session, *oldest, most_clusters)
+
+    def _send_hole(self, session: Session, hole: SavedHole) -> bool:
+        if session.credit < limits.charge(hole.clusters, 0):
+            return False
+        session.send(Run(hole.first, hole.clusters, b"", 0, 0))
+        self._waiting.popleft()
+        return True
+
+    def _send_scattered(self, session: Session) -> bool:
+        """As many as there are in memory, and as there may be in a frame."""
+        room = min(session.credit, session.frame_bytes) - limits.CHARGE_PER_FRAME
+        most = min(room // _FULL_CHARGE, _MOST_SCATTERED)
+        clusters: list[SharedCluster] = []
+        slots: list[int] = []
+        while self._waiting and len(clusters) < most:
+            oldest = self._waiting[0]
+            if isinstance(oldest, SavedHole) or oldest[1] >= self._memory_slots:
+                break
+            cluster, slot = self._waiting.popleft()
+            position = RING_BYTES + slot * CLUSTER_BYTES
+            run = packed(self._ring.view, position, cluster, self._length(cluster, 1))
+            clusters.append(SharedCluster(cluster, position, int.from_bytes(run.masks, "big")))
+            slots.append(slot)
+        if clusters:
+            session.send_scattered(clusters)
+            self._sent.append((session.sent_frames, slots))
+        return bool(clusters)
+
+    def _send_run(self, session: Session, first: int, slot: int, most_clusters: int) -> bool:
+        """Of slots that lie one behind the other in memory; those of the spool come singly."""
+        spooled = slot >= self._memory_slots
+        count = 1 if spooled else self._consecutive(first, slot, most_clusters)
+        length = self._length(first, count)
+        if session.credit < limits.charge(count, whole_blocks(length)):
+            return False
+        if not spooled:
+            self._send_from_memory(session, first, range(slot, slot + count), length)
+        elif not self._send_from_spool(session, first, slot, length):
+            return False
+        for _ in range(count):
+            self._waiting.popleft()
+        return True
+
+    def _length(self, first: int, count: int) -> int:
+        return min(count * CLUSTER_BYTES, self._size_bytes - first * CLUSTER_BYTES)
+
+    def _spooled(self, slots: Sequence[int]) -> int:
+        return sum([slot >= self._memory_slots for slot in slots])
+
+    def release(self, acked: int) -> None:
+        """Frames up to `acked` are out of our hands."""
+        free: list[int] = []
+        while self._sent and self._sent[0][0] <= acked:
+            free += self._sent.popleft()[1]
+        if free:
+            self._give_back(free)
+
+    def _consecutive(self, first: int, slot: int, most: int) -> int:
+        """How many of the oldest, this one first, follow each other on the disk and in memory."""
+        count = 1
+        while (
+            count < min(most, len(self._waiting))
+            and slot + count < self._memory_slots
+            and self._waiting[count] == (first + count, slot + count)
+        ):
+            count += 1
+        return count
+
+    def _send_from_memory(
+        self, session: Session, first: int, slots: Sequence[int], length: int
+    ) -> None:
+        position = RING_BYTES + slots[0] * CLUSTER_BYTES
+        run = packed(self._ring.view, position, first, length)
+        session.send(run)
+        if run.length:
+            self._sent.append((session.sent_frames, slots))
+        else:
+            self._give_back(slots)
+
+    def _send_from_spool(self, session: Session, first: int, slot: int, length: int) -> bool:
+        position = self._ring.take(CLUSTER_BYTES)
+        if position is None:
+            return False
+        target = self._ring.view[position : position + length]
+        read_exactly(self._spool_fd, target, (slot - self._memory_slots) * CLUSTER_BYTES, "spool")
+        run = packed(self._ring.view, position, first, length)
+        session.send(run)
+        if run.length:
+            self._ring.hold(session.sent_frames, position, run.length)
+        self._give_back((slot,))
+        return True
+
+    def _give_back(self, slots: Sequence[int]) -> None:
+        spooled = self._spooled(slots)
+        self.used_spool -= spooled
+        self.used_memory -= len(slots) - spooled
+        self._guard.release(slots)
+
+
+def read_exactly(fd: int, target: memoryview, offset: int, what: str) -> None:
+    """Raises Failure."""
+    while target:
+        try:
+            got = os.preadv(fd, [target], offset)
+        except OSError as error:
+            raise Failure(
+                f"{what}: cannot read at offset {offset}: {os_error_text(error)}"
+            ) from error
+        if not got:
+            raise Failure(f"{what}: ended at offset {offset}: it was cut from outside")
+        target, offset = target[got:], offset + got
+
+
+# A guest that writes to what is being read waits for it: a megabyte is read
+# within the time of a few of its own requests, even from a disk that turns.
+_PIECE_CLUSTERS = 16
+_ASK_AGAIN_S = 0.25
+
+
+class BackgroundReader:
+    """Nothing is claimed that cannot be read at once, because a guest may wait for it."""
+
+    def __init__(
+        self, name: str, ring: Ring, guard: GuardClient, limiter: RateLimiter, session: Session
+    ) -> None:
+        self._name = name
+        self._ring = ring
+        self._guard = guard
+        self._limiter = limiter
+        self._session = session
+        # The limit may change meanwhile: the ring has room for the largest pieces.
+        ring.fit(min(_PIECE_CLUSTERS * CLUSTER_BYTES, piece_bytes(session.frame_bytes)))
+        #: The largest frame, in clusters.
+        self.piece = 1
+        self._fit_pieces()
+        #: A claim is under way: what it needs is not to be used for anything else.
+        self.asked = False
+        #: From the disk, not counting holes.
+        self.read_bytes = 0
+        self._ask_at = 0.0
+        self._next = 0
+
+    def _fit_pieces(self) -> None:
+        """To the speed limit, so that it holds evenly."""
+        frame_bytes = largest_frame_bytes(self._session.frame_bytes, self._limiter.bytes_per_s)
+        self._fitted_to = self._limiter.bytes_per_s
+        self.piece = min(_PIECE_CLUSTERS, piece_bytes(frame_bytes) // CLUSTER_BYTES)
+        # A hole is one frame, however long, as long as its charge is allowed.
+        room = frame_bytes - limits.CHARGE_PER_FRAME
+        self._longest_hole = min(MAX_CLAIM_CLUSTERS, room // limits.CHARGE_PER_CLUSTER)
+        self._least_credit = limits.charge(self.piece, self.piece * CLUSTER_BYTES)
+
+    def ask(self) -> bool:
+        """Claim the next piece, if it could be read at once; whether that was done."""
+        if self.asked or self.pause_s() > 0 or time.monotonic() < self._ask_at:
+            return False
+        if self._limiter.bytes_per_s != self._fitted_to:
+            self._fit_pieces()
+        if self._session.credit < self._least_credit:
+            return False
+        if self._ring.take(self.piece * CLUSTER_BYTES) is None:
+            return False
+        # The claim may begin behind `_next`, where guests were quicker.
+        hole = (self._data_from(self._next * CLUSTER_BYTES) // CLUSTER_BYTES) - self._next
+        if self._session.credit < limits.charge(self._longest_hole, 0):
+            hole = 0
+        self.asked = True
+        self._guard.claim(max(self.piece, min(hole, self._longest_hole)))
+        return True
+
+    def pause_s(self) -> float:
+        """So long until the speed limit allows more."""
+        return 0.0 if self.asked else self._limiter.wait_s(time.monotonic())
+
+    def take(self, claimed: Claimed) -> None:
+        """Read and send what was claimed. Raises Failure."""
+        self.asked = False
+        first, clusters = claimed
+        if not clusters:
+            # Guests are copying the last ones, and may yet leave one to us.
+            self._ask_at = time.monotonic() + _ASK_AGAIN_S
+            return
+        at, end = first * CLUSTER_BYTES, (first + clusters) * CLUSTER_BYTES
+        data = self._data_from(at)
+        hole = clusters if data >= end else (data - at) // CLUSTER_BYTES
+        run = Run(first, hole, b"", 0, 0) if hole else self._read(first, min(clusters, self.piece))
+        self._guard.copied(run.clusters)
+        self._session.send(run)
+        if run.length:
+            self._ring.hold(self._session.sent_frames, run.position, run.length)
+        if not hole:
+            self._limiter.took(run.clusters * CLUSTER_BYTES, self._session.spoke)
+        self._next = first + run.clusters
+
+    def _read(self, first: int, clusters: int) -> Run:
+        at = first * CLUSTER_BYTES
+        length = min(clusters * CLUSTER_BYTES, self._guard.size_bytes - at)
+        position = self._ring.take(whole_blocks(length))
+        if position is None:
+            raise RuntimeError("room in the ring has vanished")
+        target = self._ring.view[position : position + length]
+        read_exactly(self._guard.disk_fd, target, at, f"disk {self._name!r}")
+        self.read_bytes += length
+        return packed(self._ring.view, position, first, length)
+
+    def _data_from(self, at: int) -> int:
+        """Where the next data is; a number beyond every cluster when there is none."""
+        try:
+            return os.lseek(self._guard.disk_fd, at, os.SEEK_DATA)
+        except OSError:
+            # A disk without any more data; or one that does not know holes, whose
+            # SEEK_DATA does not fail.
+            return 1 << 62
+
+
+# From a producer being ready to the instant that the coordinator chooses.
+_BEGIN_S = 60.0
+# What is looked at between frames costs as much as a frame of one cluster. So many
+# take a millisecond, in which nobody waits for us: a claim is not under way then.
+_FRAMES_IN_A_ROW = 16
+# What guests save within this time goes together: each message wakes five threads on
+# its way into the archive, on processors that the guests need.
+_GATHER_S = 0.002
+
+
+class Buffering(NamedTuple):
+    """Where old data may wait for a slow archiver (sizes in bytes), and how long a guest may.
+
+    `spool_folder` is empty where there is to be no spool file.
+    """
+
+    memory_bytes: int
+    spool_folder: str
+    spool_bytes: int
+    guest_wait_s: int
+
+
+class LiveSender:
+    """One guarded disk, from HELLO to DONE. Raises Failure when the guard will not."""
+
+    def __init__(
+        self,
+        name: str,
+        guard: str,
+        job: bytes,
+        buffering: Buffering,
+        link: ArchiverConnection,
+        cancel: Cancel,
+    ) -> None:
+        self._name = name
+        self._cancel = cancel
+        memory_slots = buffering.memory_bytes // CLUSTER_BYTES
+        spool_slots = buffering.spool_bytes // CLUSTER_BYTES if buffering.spool_folder else 0
+        self._ring = Ring(memory_slots * CLUSTER_BYTES)
+        self._spool_fd = _open_spool(buffering.spool_folder) if spool_slots else -1
+        fds = [fd for fd in (self._ring.fd, self._spool_fd) if fd is not None and fd >= 0]
+        if self._ring.fd is None:
+            raise Failure(f"disk {name!r}: no shared memory is to be had (ulimit -f?)")
+        attach = Attach(
+            limits.VERSION,
+            job,
+            name,
+            RING_BYTES,
+            memory_slots,
+            spool_slots,
+            buffering.guest_wait_s,
+        )
+        self._guard = GuardClient(name, guard, attach, fds)
+        self.size_bytes = self._guard.size_bytes
+        self._session = Session(name, self.size_bytes, link, job, self._ring, cancel)
+        self._saved = SavedClusters(
+            self.size_bytes, memory_slots, self._spool_fd, self._ring, self._guard
+        )
+        self._background: BackgroundReader | None = None
+        self._gather_until = 0.0
+        self._begun = False
+        self._waiting_writes = 0
+        link.watch(self._guard.fd)
+
+    @property
+    def zero_clusters(self) -> int:
+        return self._session.zero_clusters
+
+    def run(self, limiter: RateLimiter, emit: Emit) -> None:
+        """Raises Failure, and tells the archiver why."""
+        try:
+            self._session.greet()
+            emit({"event": "attached", "device": self._name})
+            self._wait_for_instant()
+            self._background = BackgroundReader(
+                self._name, self._ring, self._guard, limiter, self._session
+            )
+            self._send_all(self._background, emit)
+            self._session.end()
+        except RefusedByArchiver:
+            raise
+        except (Failure, ProtocolError) as failure:
+            self._session.fail(str(failure))
+            raise
+
+    def close(self) -> None:
+        self._guard.close()
+        self._ring.close()
+        if self._spool_fd >= 0:
+            os.close(self._spool_fd)
+
+    def _wait_for_instant(self) -> None:
+        deadline = time.monotonic() + _BEGIN_S
+        while not self._begun:
+            self._session.step(1.0)
+            self._listen()
+            if time.monotonic() > deadline:
+                raise Failure(f"disk {self._name!r}: nobody said when the backup begins")
+
+    def _send_all(self, background: BackgroundReader, emit: Emit) -> None:
+        session, saved = self._session, self._saved
+        clusters = -(-self.size_bytes // CLUSTER_BYTES)
+        teller = transmit.ProgressReporter(self._name, emit)
+        while session.sent_clusters < clusters:
+            self._listen()
+            # What guests' writes saved comes first: it takes room that others wait for.
+            # Not while a claim is under way: it was asked for with the credit and the
+            # room that there were then.
+            now = time.monotonic()
+            gather_s = self._gather_until - now if saved and not saved.is_many else 0.0
+            if saved and gather_s <= 0 and not background.asked:
+                did = self._send_saved(background.piece)
+                self._gather_until = now + _GATHER_S
+            else:
+                did = background.ask()
+            if did:
+                yield_cpu()
+                session.hear()
+                session.keep_alive(now)
+            elif gather_s > 0 and not background.asked:
+                time.sleep(gather_s)
+            elif session.sent_clusters < clusters:
+                session.step(min(background.pause_s() or transmit.REPORT_S, transmit.REPORT_S))
+            saved.release(session.acked)
+            memory, spool = saved.used_memory * CLUSTER_BYTES, saved.used_spool * CLUSTER_BYTES
+            teller.tell(transmit.BufferUse(memory, spool, self._waiting_writes))
+            teller.tell_transfer(self._transfer(background))
+            self._cancel.check()
+        teller.tell_transfer(self._transfer(background), last=True)
+
+    def _send_saved(self, most_clusters: int) -> bool:
+        """Some frames in a row; False when credit or room is missing for the first."""
+        sent = 0
+        while self._saved and sent < _FRAMES_IN_A_ROW:
+            if not self._saved.send(self._session, most_clusters):
+                break
+            sent += 1
+        return sent > 0
+
+    def _transfer(self, background: BackgroundReader) -> transmit.Transfer:
+        sent_bytes = self._session.sent_bytes
+        return transmit.Transfer(background.read_bytes, sent_bytes, self._saved.saved_clusters)
+
+    def _listen(self) -> None:
+        while (message := self._guard.receive()) is not None:
+            self._take(message)
+
+    def _take(self, message: FromGuard) -> None:
+        match message:
+            case Begun():
+                self._begun = True
+            case Claimed() if self._background:
+                self._background.take(message)
+            case Saved() | SavedHole():
+                self._saved.add(message)
+            case Waiting(writes):
+                self._waiting_writes = writes
+            case _:
+                raise RemoteProtocolError("sequence", f"{type(message).__name__} from the guard")
+
+
+def _open_spool(folder: str) -> int:
+    """A file without a name: whatever happens, nothing is left of it. Raises Failure."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise Failure(f"cannot make a spool file in {folder}: {os_error_text(error)}") from error
