@@ -254,11 +254,11 @@ def choose_disks(
     if machine is None and options.monitor is None and not configured:
         return _disks_at_rest(options), []
     # Imported here: a backup of disks at rest starts sooner without.
-    from vmapipe.control.qemu.disks import LeftOut, Wishes
+    from vmapipe.control.qemu.disks import DiskChoiceOptions, LeftOut
 
     if machine:
         read_only = {d.device for d in configured if d.options.get("media") != "cdrom"}
-        wishes = Wishes(options.disk, excluded, frozenset(read_only - set(excluded)))
+        wishes = DiskChoiceOptions(options.disk, excluded, frozenset(read_only - set(excluded)))
         choice = machine.choose(wishes)
         disks = [Disk(disk.name, "", size_bytes=disk.size_bytes) for disk in choice.disks]
         left_out = list(choice.left_out)

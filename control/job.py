@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmapipe.control.instant import Instant, begin_together
 from vmapipe.control.jobprocesses import remove_leftovers, start_archiver, start_producers
 from vmapipe.control.jobs.shares import Shares
+from vmapipe.control.monitor.client import begin_together
 from vmapipe.control.priorities import AS_INHERITED, Priorities
+from vmapipe.control.qemu.disks import check_names
+from vmapipe.control.qemu.vmstate import Instant
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.events import ChildCommands, Emit, Event, speed_command, speed_in
 from vmapipe.runtime.folders import OwnFolder
-from vmapipe.vma.errors import LimitError
-from vmapipe.vma.header import Device, check_contents
 from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ class BackupJob:
             held = self._choose_instant()
         elif self.agent:
             # Imported here: it takes as long as all the rest of a start.
-            from vmapipe.control.qemu.freezing import frozen
+            from vmapipe.control.qemu.guest_agent import frozen
 
             with frozen(self.agent, emit, cancel):
                 held = self._choose_instant()
@@ -283,21 +283,3 @@ def _has_failed(child: Child, event: Event | None) -> bool:
         child.error = child.error or str(event["text"])
         return True
     return event is None and bool(child.exit_code)
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raises UsageError for disks that no archive could hold together."""
-    if VMSTATE_NAME in names:
-        raise UsageError(f"the name {VMSTATE_NAME!r} is the memory's; give the disk another one")
-    if len(names) > MAX_DEVICES:
-        raise UsageError(f"too many drives: {len(names)}; the limit is {MAX_DEVICES}")
-    for name in names:
-        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-            # Archives keep such names; the protocol of producers is UTF-8.
-            raise UsageError(f"device name {name!r} is no UTF-8 text; give another: NAME=PATH")
-    devices = tuple(Device(index, name, 1) for index, name in enumerate(names, start=1))
-    try:
-        if devices:
-            check_contents(devices, ())
-    except LimitError as error:
-        raise UsageError(str(error)) from error

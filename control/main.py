@@ -69,7 +69,7 @@ COMMANDS = {
     "cancel": "vmapipe.control.jobs.commands",
     "prune": "vmapipe.control.retention.command",
     "monitor": "vmapipe.control.monitor.main",
-    "cleanup": "vmapipe.control.qemu.cleanup",
+    "cleanup": "vmapipe.control.cleanup",
     "producer": "vmapipe.producer.main",
     "archiver": "vmapipe.archiver.main",
     "keygen": "vmapipe.control.keygen",

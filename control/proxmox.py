@@ -17,9 +17,8 @@ from vmapipe.runtime.arguments import split_named
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.side_files import open_new, read_awaited
+from vmapipe.vma.names import CONFIG_NAME, FIREWALL_NAME
 
-CONFIG_NAME = "qemu-server.conf"
-FIREWALL_NAME = "qemu-server.fw"
 # Proxmox VE's own bounds.
 MIN_VMID, MAX_VMID = 100, 999_999_999
 # What a backup's configuration does not have: traces of other backups, what holds only for the

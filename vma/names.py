@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names out of an archive, before they touch a file system."""
+"""Names in an archive: Proxmox VE's own, and a check before any touches a file system."""
 
 from __future__ import annotations
 
 from vmapipe.vma.errors import HeaderError
 
+# What Proxmox VE calls the configurations of a machine in an archive.
+CONFIG_NAME = "qemu-server.conf"
+FIREWALL_NAME = "qemu-server.fw"
 # What Linux file systems take as one component, in bytes.
 _MAX_COMPONENT_BYTES = 255
 

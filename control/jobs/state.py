@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from vmapipe.control.jobs.status import BackupStatus
+from vmapipe.control.monitor.backups import BackupStatus
 from vmapipe.runtime.events import Event
 
 # The rate "now" is that of so long: it follows a change soon, and does not jump.

@@ -8,12 +8,86 @@ events and is asked `query-backup`.
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vmapipe.control.jobs.status import BackupStatus
 from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.events import Event
+from vmapipe.runtime.text import one_line
+
+
+@dataclass
+class BackupStatus:
+    """Times are seconds since 1970; `archive` is called as its user called it."""
+
+    archive: str
+    started: float = 0.0
+    #: In hex; empty until the archive's header is written.
+    uuid: str = ""
+    #: The first error.
+    errmsg: str = ""
+    #: 0: it is running.
+    ended: float = 0.0
+    total_bytes: int = 0
+    done_bytes: int = 0
+    zero_bytes: int = 0
+
+    @property
+    def status(self) -> str:
+        if not self.ended:
+            return "active"
+        return "error" if self.errmsg else "done"
+
+    def take(self, event: Event, now: float) -> None:
+        """What the backup's coordinator tells."""
+        match event["event"]:
+            case "begun":
+                self.uuid = event["uuid"]
+                self._count(event["devices"])
+            case "progress":
+                self._count(event["devices"])
+
+    def fail(self, reason: str, now: float) -> None:
+        """It has ended without an archive, unless it has ended already."""
+        if not self.ended:
+            self.errmsg = self.errmsg or one_line(reason)
+            self.ended = max(now, self.started)
+
+    def succeed(self, now: float) -> None:
+        """It is stored, whatever was said on the way."""
+        self.errmsg = ""
+        self.done_bytes = self.total_bytes
+        self.ended = max(now, self.started)
+
+    def members(self) -> dict[str, Any]:
+        """The answer to `query-backup`; what is not known yet is left out."""
+        members: dict[str, Any] = {"status": self.status}
+        if members["status"] == "error":
+            members["errmsg"] = self.errmsg
+        members |= self.counts()
+        members["start-time"] = int(self.started)
+        if self.ended:
+            members["end-time"] = int(self.ended)
+        members["backupfile"] = self.archive
+        if self.uuid:
+            members["uuid"] = str(uuid.UUID(self.uuid))
+        return members
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "total": self.total_bytes,
+            "transferred": self.done_bytes,
+            "zero-bytes": self.zero_bytes,
+        }
+
+    def _count(self, devices: Sequence[dict[str, Any]]) -> None:
+        self.done_bytes = sum(device.get("done_bytes", 0) for device in devices)
+        # A memory's size is an estimate, and may be exceeded.
+        self.total_bytes = max(self.done_bytes, sum(device["bytes"] for device in devices))
+        self.zero_bytes = sum(device.get("zero_bytes", 0) for device in devices)
+
 
 CANCELED = "backup canceled"
 # A client draws a bar from them; more would only be work.

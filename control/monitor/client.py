@@ -3,12 +3,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vmapipe.control.qmp.client import QmpClient
 from vmapipe.control.qmp.connection import Command, Peer, QmpGone, QmpInvalid, QmpRefused
 from vmapipe.control.qmp.reader import SHORT_LIMITS
-from vmapipe.runtime.errors import Failure
+from vmapipe.protocol import limits
+from vmapipe.protocol.errors import ProtocolError
+from vmapipe.protocol.guarding import (
+    MAX_PACKET_BYTES,
+    Begin,
+    Begun,
+    FromGuard,
+    Held,
+    Hold,
+    Refused,
+    ToGuard,
+    decode_from_guard,
+    encode,
+)
+from vmapipe.runtime.errors import Failure, os_error_text
 
 # How an NBD server begins.
 _NBD_GREETING = b"NBDMAGIC"
@@ -60,3 +78,60 @@ def guarded_disks(monitor: str) -> list[GuardedDisk]:
         return [GuardedDisk(disk["name"], disk["size"], disk["guard"]) for disk in answer]
     except QmpRefused as error:
         raise Failure(f"{monitor}: {error}; is it a vmapipe monitor that serves disks?") from error
+
+
+# A guard gives up holding after 5 s; a little longer, so that it says why.
+_ANSWER_S = 6.0
+
+
+def begin_together(guards: Mapping[str, Sequence[str]], job: bytes) -> float:
+    """The disks of each guard (by its control socket) begin; returns for how long they were held.
+
+    Raises Failure; the disks are then served on, as ever.
+    """
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        connections: list[tuple[str, socket.socket]] = []
+        for path, disks in guards.items():
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            names = ", ".join(map(repr, disks))
+            connections.append((names, sock))
+            sock.settimeout(_ANSWER_S)
+            with _naming(names):
+                sock.connect(path)
+                sock.send(encode(Hold(limits.VERSION, job, tuple(disks))))
+        for names, sock in connections:
+            _expect(names, sock, Held)
+        for names, sock in connections:
+            _say(names, sock, Begin())
+        for names, sock in connections:
+            _expect(names, sock, Begun)
+    return time.monotonic() - started
+
+
+def _say(names: str, sock: socket.socket, message: ToGuard) -> None:
+    with _naming(names):
+        sock.send(encode(message))
+
+
+def _expect(names: str, sock: socket.socket, kind: type[FromGuard]) -> None:
+    with _naming(names):
+        packet = sock.recv(MAX_PACKET_BYTES)
+        message = decode_from_guard(packet) if packet else None
+    if isinstance(message, Refused):
+        raise Failure(message.reason)
+    if not isinstance(message, kind):
+        raise Failure(f"disk {names}: its guard is gone, or answers out of turn")
+
+
+@contextlib.contextmanager
+def _naming(names: str) -> Iterator[None]:
+    """Errors of a socket say whose it is."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(
+            f"disk {names}: no instant could be found for the backup: {os_error_text(error)}"
+        ) from error
+    except ProtocolError as error:
+        raise Failure(f"disk {names}: {error}") from error

@@ -7,17 +7,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from vmapipe.control.monitor.arguments import Arguments
+from vmapipe.control.monitor.backup_runner import BackupRequest, BackupRunner
 from vmapipe.control.monitor.backups import EVENTS
-from vmapipe.control.monitor.devices import Device, check_devices
+from vmapipe.control.monitor.disks import Device, check_devices
 from vmapipe.control.monitor.fdsets import FdSets
-from vmapipe.control.monitor.human import Human
-from vmapipe.control.monitor.jobs import Jobs, Request
-from vmapipe.control.proxmox import FIREWALL_NAME
+from vmapipe.control.monitor.hmp import HumanMonitor
 from vmapipe.control.qmp.clients import Client
-from vmapipe.control.qmp.server import Command, Later, QmpError
+from vmapipe.control.qmp.server import Arguments, Command, Later, QmpError
 from vmapipe.runtime.arguments import split_named
 from vmapipe.runtime.errors import UsageError
+from vmapipe.vma.names import FIREWALL_NAME
 
 FORMATS = ("vma",)
 # Members that only Proxmox VE's command has: who knows them wants its answer.
@@ -44,7 +43,7 @@ class Commands:
     def __init__(
         self,
         disks: Disks,
-        jobs: Jobs,
+        jobs: BackupRunner,
         options: Sequence[str],
         agent: str,
         leave: Callable[[], None],
@@ -80,7 +79,7 @@ class Commands:
                 return client.server.describe_version()
             return table[name](arguments)
 
-        human = Human(execute)
+        human = HumanMonitor(execute)
         table["human-monitor-command"] = lambda arguments: _human(human, Arguments(arguments))
         return table
 
@@ -141,7 +140,7 @@ class Commands:
                 _close(fds)
                 self._jobs.give_up(error)
                 return
-            self._jobs.start(Request(file, [*self._disks.words, *names, *words, output], fds))
+            self._jobs.start(BackupRequest(file, [*self._disks.words, *names, *words, output], fds))
 
         try:
             self._disks.look_up(go_on)
@@ -192,7 +191,7 @@ class Commands:
         return {}
 
 
-def _human(human: Human, arguments: Arguments) -> Any:
+def _human(human: HumanMonitor, arguments: Arguments) -> Any:
     line = arguments.need_text("command-line")
     arguments.number("cpu-index")
     arguments.end()

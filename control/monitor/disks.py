@@ -3,17 +3,157 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import queue
+import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from vmapipe.control.monitor.arguments import Arguments
-from vmapipe.control.monitor.asking import Asking
-from vmapipe.control.monitor.devices import Device, machine_devices, served_blocks
+from vmapipe.control.monitor.backup_runner import BackupRunner
 from vmapipe.control.monitor.guards import Guards
-from vmapipe.control.monitor.jobs import Jobs
-from vmapipe.control.qmp.server import Command, Later, QmpError
+from vmapipe.control.qemu.disks import names_of
+from vmapipe.control.qmp.addresses import parse_address
+from vmapipe.control.qmp.client import open_link
+from vmapipe.control.qmp.connection import Answer
+from vmapipe.control.qmp.connection import Command as QmpCommand
+from vmapipe.control.qmp.server import Arguments, Command, Later, QmpError
+from vmapipe.runtime.errors import Failure
 
-Then = Callable[[list[Device] | QmpError], None]
+# Each may take some seconds where QEMU does not answer: more is no use.
+_MAX_QUESTIONS = 16
+
+OnAnswers = Callable[[list[Any] | QmpError], None]
+
+
+class QemuQueries:
+    """One question after the other. `fd` is readable when `look` has answers to give."""
+
+    def __init__(self, address: str, *, share: bool) -> None:
+        """Raises UsageError for what is not an address."""
+        self._address = address
+        self._share = share
+        parse_address(address)
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._questions: queue.SimpleQueue[tuple[Sequence[str], OnAnswers]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[OnAnswers, list[Any] | QmpError]] = (
+            queue.SimpleQueue()
+        )
+        self._pending = 0
+        # A daemon: at the end nobody waits for a QEMU that does not answer.
+        threading.Thread(target=self._work, name="queries", daemon=True).start()
+
+    def ask(self, commands: Sequence[str], then: OnAnswers) -> None:
+        """`then` gets an answer for each, or what went wrong, from within `look`. Raises QmpError."""
+        if self._pending >= _MAX_QUESTIONS:
+            raise QmpError(f"{self._address}: QEMU does not answer, and others wait for it already")
+        self._pending += 1
+        self._questions.put((commands, then))
+
+    def look(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+        while True:
+            try:
+                then, answers = self._answers.get_nowait()
+            except queue.Empty:
+                return
+            self._pending -= 1
+            then(answers)
+
+    def _work(self) -> None:
+        while True:
+            commands, then = self._questions.get()
+            self._answers.put((then, self._answer(commands)))
+            os.eventfd_write(self.fd, 1)
+
+    def _answer(self, commands: Sequence[str]) -> list[Any] | QmpError:
+        try:
+            qmp = open_link(self._address, share=self._share)
+            try:
+                return [qmp.execute(QmpCommand(name, {})) for name in commands]
+            finally:
+                qmp.close()
+        except Failure as error:
+            return QmpError(str(error))
+
+
+_SEPARATORS = re.compile("[,;:]")
+
+
+class Device(NamedTuple):
+    """`words`: what it may be asked for by; `unasked`: it is taken when nobody names any."""
+
+    words: frozenset[str]
+    has_medium: bool = True
+    read_only: bool = False
+    unasked: bool = True
+
+
+def split_devlist(text: str) -> list[str]:
+    """The names, separated by `,`, `;` or `:`; each once."""
+    return list(dict.fromkeys(word for word in _SEPARATORS.split(text) if word))
+
+
+def check_devices(devices: Sequence[Device], devlist: str | None) -> list[str]:
+    """The names to back up, none: all that can be. Raises QmpError."""
+    if devlist is None:
+        if not any(d.unasked and d.has_medium and not d.read_only for d in devices):
+            raise QmpError("empty device list")
+        return []
+    names = split_devlist(devlist)
+    if not names:
+        raise QmpError("empty device list")
+    for name in names:
+        found = next((device for device in devices if name in device.words), None)
+        if found is None:
+            raise QmpError(f"Device '{name}' not found", "DeviceNotFound")
+        if not found.has_medium:
+            raise QmpError(f"Device '{name}' has no medium")
+        if found.read_only:
+            raise QmpError(f"Device '{name}' is read only")
+    return names
+
+
+def machine_devices(blocks: Sequence[Answer], nodes: Sequence[Answer]) -> list[Device]:
+    """From a QEMU's answers to query-block and query-named-block-nodes."""
+    devices = []
+    for block in blocks:
+        inserted = block.get("inserted")
+        read_only = bool(inserted and inserted.get("ro"))
+        devices.append(Device(names_of(block).words, bool(inserted), read_only))
+    for node in nodes:
+        words = frozenset({str(node.get("node-name", ""))} - {""})
+        devices.append(Device(words, read_only=bool(node.get("ro")), unasked=False))
+    return devices
+
+
+def served_blocks(disks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The answer to `query-block`, from the disks that a monitor serves itself."""
+    return [
+        {
+            "device": disk["name"],
+            "type": "unknown",
+            "locked": False,
+            "removable": False,
+            "inserted": {
+                "file": disk["path"],
+                "drv": "raw",
+                "ro": False,
+                "encrypted": False,
+                "image": {
+                    "filename": disk["path"],
+                    "format": "raw",
+                    "virtual-size": disk["size"],
+                },
+            },
+        }
+        for disk in disks
+    ]
+
+
+OnDevices = Callable[[list[Device] | QmpError], None]
 
 
 class ServedDisks:
@@ -25,7 +165,7 @@ class ServedDisks:
         self.words: Sequence[str] = (f"--monitor={listen}",)
         self._guards = guards
 
-    def look_up(self, then: Then) -> None:
+    def look_up(self, then: OnDevices) -> None:
         then([Device(frozenset({disk.name})) for disk in self._guards.disks])
 
     def commands(self) -> Mapping[str, Command]:
@@ -45,15 +185,17 @@ class MachineDisks:
     Unless they share it: then each asks for a moment.
     """
 
-    def __init__(self, address: str, asking: Asking, jobs: Jobs, *, share: bool) -> None:
+    def __init__(
+        self, address: str, queries: QemuQueries, jobs: BackupRunner, *, share: bool
+    ) -> None:
         self.words: Sequence[str] = (f"--qmp={address}", *(["--qmp-share"] if share else []))
         self.takes_state = not share
         self._share = share
-        self._asking = asking
+        self._queries = queries
         self._jobs = jobs
         self._blocks: list[Any] | None = None
 
-    def look_up(self, then: Then) -> None:
+    def look_up(self, then: OnDevices) -> None:
         def take(answers: list[Any] | QmpError) -> None:
             if isinstance(answers, QmpError):
                 then(answers)
@@ -61,7 +203,7 @@ class MachineDisks:
             self._blocks, nodes = answers
             then(machine_devices(self._blocks or (), nodes))
 
-        self._asking.ask(("query-block", "query-named-block-nodes"), take)
+        self._queries.ask(("query-block", "query-named-block-nodes"), take)
 
     def commands(self) -> Mapping[str, Command]:
         return {"query-block": self._query_block, "query-status": self._query_status}
@@ -88,5 +230,5 @@ class MachineDisks:
             else:
                 later.answer(answers[0])
 
-        self._asking.ask((command,), take)
+        self._queries.ask((command,), take)
         return later

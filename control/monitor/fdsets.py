@@ -13,9 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from vmapipe.control.monitor.arguments import Arguments
 from vmapipe.control.qmp.clients import Client
-from vmapipe.control.qmp.server import Command, QmpError
+from vmapipe.control.qmp.server import Arguments, Command, QmpError
 
 # One for each backup that a client could possibly wait for.
 MAX_FDS = 64

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vmapipe.control.job import check_names
+from vmapipe.control.qemu.disks import check_names
 from vmapipe.control.qmp.sockets import Listener, listen, listen_unix, private_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children

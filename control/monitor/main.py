@@ -6,15 +6,14 @@ from __future__ import annotations
 import argparse
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from vmapipe.control.monitor.asking import Asking
+from vmapipe.control.monitor.backup_runner import BackupRunner
 from vmapipe.control.monitor.commands import Commands, Disks
-from vmapipe.control.monitor.disks import MachineDisks, ServedDisks
+from vmapipe.control.monitor.disks import MachineDisks, QemuQueries, ServedDisks
 from vmapipe.control.monitor.guards import Guards, ServedDisk, check_disks
-from vmapipe.control.monitor.jobs import Jobs
-from vmapipe.control.monitor.service import serve
 from vmapipe.control.qmp.addresses import add_monitor_options
+from vmapipe.control.qmp.clients import Clients
 from vmapipe.control.qmp.sockets import Listener, listen_unix
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.arguments import (
@@ -27,6 +26,40 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.process import run
+
+# What happens wakes it; this is for what only time brings (a guard's next start).
+_POLL_S = 1.0
+
+
+def serve(
+    listener: Listener,
+    jobs: BackupRunner,
+    commands: Commands,
+    cancel: Cancel,
+    beside: Mapping[int, Callable[[], None]],
+    emit: Emit,
+) -> None:
+    """Until a stop is asked for; a backup that runs is ended then, in order.
+
+    `beside`: by a descriptor that wakes us, what has to be looked at.
+    """
+
+    def notice(text: str) -> None:
+        emit({"event": "notice", "text": text})
+
+    with Clients(listener, commands.table, commands.fdsets.left, notice) as clients:
+        jobs.tell = clients.tell
+        for fd in (cancel.fd, jobs.fd, *beside):
+            clients.watch(fd)
+        while not cancel.asked:
+            clients.serve(_POLL_S)
+            for look in beside.values():
+                look()
+            jobs.look()
+            clients.go_on()
+        jobs.close()
+        clients.go_on()
+
 
 DESCRIPTION = """\
 Serve raw images or block devices to guests over NBD, so that they can be backed
@@ -154,7 +187,7 @@ def _serve_disks(
         insecure_tcp=options.insecure_plain_tcp,
     ) as guards:
         guards.start(cancel)
-        jobs = Jobs()
+        jobs = BackupRunner()
         commands = _commands(ServedDisks(guards, options.listen), jobs, options, cancel)
         emit({"event": "ready", "listen": options.listen, "disks": guards.describe()})
         serve(listener, jobs, commands, cancel, {guards.fd: lambda: guards.watch(0)}, emit)
@@ -163,15 +196,17 @@ def _serve_disks(
 def _serve_machine(
     options: argparse.Namespace, listener: Listener, cancel: Cancel, emit: Emit
 ) -> None:
-    asking = Asking(options.qmp, share=options.qmp_share)
-    jobs = Jobs()
-    disks = MachineDisks(options.qmp, asking, jobs, share=options.qmp_share)
+    queries = QemuQueries(options.qmp, share=options.qmp_share)
+    jobs = BackupRunner()
+    disks = MachineDisks(options.qmp, queries, jobs, share=options.qmp_share)
     commands = _commands(disks, jobs, options, cancel)
     emit({"event": "ready", "listen": options.listen, "disks": []})
-    serve(listener, jobs, commands, cancel, {asking.fd: asking.look}, emit)
+    serve(listener, jobs, commands, cancel, {queries.fd: queries.look}, emit)
 
 
-def _commands(disks: Disks, jobs: Jobs, options: argparse.Namespace, cancel: Cancel) -> Commands:
+def _commands(
+    disks: Disks, jobs: BackupRunner, options: argparse.Namespace, cancel: Cancel
+) -> Commands:
     words = [
         f"--buffer={options.buffer}",
         f"--spool={options.spool}",

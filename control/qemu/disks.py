@@ -6,13 +6,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from vmapipe.control.qemu.graph import JOB_FILTERS, Graph
-from vmapipe.control.qemu.outside import Outside
+from vmapipe.control.qmp.connection import Answer
 from vmapipe.runtime.errors import Failure, UsageError
-
-Answer = Mapping[str, Any]
+from vmapipe.vma.errors import LimitError
+from vmapipe.vma.header import Device, check_contents
+from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
 
 # A device that has an id: as itself, or as the virtio device around it.
 _DEVICE = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/virtio-backend)?")
@@ -39,11 +40,11 @@ class Machine(NamedTuple):
     nodes: Sequence[Answer]
     jobs: Sequence[Answer]
     graph: Graph = Graph()
-    outside: Sequence[Outside] = ()
+    outside: Sequence[OutsideStorage] = ()
     added: Sequence[tuple[MachineDisk, frozenset[str]]] = ()
 
 
-class Wishes(NamedTuple):
+class DiskChoiceOptions(NamedTuple):
     """What is to be taken. `words`: what was asked for, `[NAME=]DEVICE` each; none: all that can be.
 
     Of that all: `excluded`, by name with the reason, stay out, and `read_only`, by name, are taken
@@ -124,7 +125,7 @@ class _Found(NamedTuple):
         return LeftOut(self.disk.name, self.skipped, self.level)
 
 
-def choose_disks(machine: Machine, wishes: Wishes) -> Choice:
+def choose_disks(machine: Machine, wishes: DiskChoiceOptions) -> Choice:
     """All that are in and can be written to, or what is asked for. Raises Failure, UsageError."""
     found = [_found_block(block, machine) for block in machine.blocks]
     found += [_Found(disk, words, words) for disk, words in machine.added]
@@ -151,7 +152,7 @@ def choose_disks(machine: Machine, wishes: Wishes) -> Choice:
     return Choice(tuple(dict.fromkeys(disk.disk for disk in chosen)), left_out)
 
 
-def _as_wished(disk: _Found, wishes: Wishes) -> _Found:
+def _as_wished(disk: _Found, wishes: DiskChoiceOptions) -> _Found:
     if not disk.skipped and disk.disk.name in wishes.excluded:
         return disk._replace(skipped=wishes.excluded[disk.disk.name], level="info")
     if disk.disk.size_bytes and disk.disk.name in wishes.read_only:
@@ -335,3 +336,84 @@ def _job_text(job: Answer) -> str:
 def _jobs_named(names: set[str], jobs: Sequence[Answer]) -> Iterator[Answer]:
     """A job that was started without an id has the name of its disk."""
     return (job for job in jobs if job.get("device") in names - {""})
+
+
+#: As Proxmox VE's vzdump calls the state of a TPM in an archive.
+TPM_NAME = "drive-tpmstate0-backup"
+
+_ELSEWHERE = "another process has its data ({}), and QEMU cannot read it: back it up there"
+_PASSED = "a device of the host is passed through ({}): what is stored on it is not in the archive"
+_PERSISTENT = "it is persistent memory ({}), no disk: back its file up when the machine is off"
+_TPM = (
+    "the state of the TPM {!r}: {}; a guest that seals its keys with it (BitLocker, LUKS) may ask "
+    "for its recovery key when it is restored without"
+)
+_CHIP = "the TPM is a chip of this host, whose state cannot be copied"
+# QEMU's types of devices. What QEMU 7.2 to 11.1 have of them is in all three.
+_KINDS: Sequence[tuple[re.Pattern[str], str, str]] = (
+    (re.compile(r"vhost-user-(?:blk|scsi|device)|vhost-scsi|vhost-vdpa"), "warn", _ELSEWHERE),
+    (re.compile(r"nvdimm|virtio-pmem|cxl-type3"), "warn", _PERSISTENT),
+    (re.compile(r"vfio-|usb-host"), "info", _PASSED),
+)
+_CHILD = re.compile(r"child<(.+)>")
+
+
+class OutsideStorage(NamedTuple):
+    """`words`: what it may be asked for by; `level`: how much a person has to know of it."""
+
+    name: str
+    words: frozenset[str]
+    reason: str
+    level: str
+
+
+def storage_outside(devices: Mapping[str, Sequence[Answer]]) -> list[OutsideStorage]:
+    """From the answers to qom-list, by path (/machine/peripheral and -anon)."""
+    found = []
+    for path, entries in devices.items():
+        for entry in entries:
+            name, child = str(entry.get("name", "")), _CHILD.fullmatch(str(entry.get("type", "")))
+            for pattern, level, reason in _KINDS if child else ():
+                if child and pattern.match(child[1]):
+                    named = f"drive-{name.removeprefix('drive-')}"
+                    if path.endswith("-anon"):
+                        named = f"{path}/{name}"
+                    words = frozenset({name, named, f"{path}/{name}"})
+                    found.append(OutsideStorage(named, words, reason.format(child[1]), level))
+                    break
+    return found
+
+
+def tpm_words(tpm: Answer) -> frozenset[str]:
+    """What the state of a TPM may be asked for by, from an entry of query-tpm."""
+    return frozenset({str(tpm.get("id", "")), TPM_NAME, "tpmstate0"} - {""})
+
+
+def is_emulated(tpm: Answer) -> bool:
+    """By swtpm, which keeps its state in files."""
+    return (tpm.get("options") or {}).get("type") == "emulator"
+
+
+def tpm_outside(tpm: Answer, why: str) -> OutsideStorage:
+    """`why` its state cannot be had."""
+    name = str(tpm.get("id", ""))
+    reason = _TPM.format(name, why) if is_emulated(tpm) else _CHIP
+    return OutsideStorage(TPM_NAME, tpm_words(tpm), reason, "warn")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises UsageError for disks that no archive could hold together."""
+    if VMSTATE_NAME in names:
+        raise UsageError(f"the name {VMSTATE_NAME!r} is the memory's; give the disk another one")
+    if len(names) > MAX_DEVICES:
+        raise UsageError(f"too many drives: {len(names)}; the limit is {MAX_DEVICES}")
+    for name in names:
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            # Archives keep such names; the protocol of producers is UTF-8.
+            raise UsageError(f"device name {name!r} is no UTF-8 text; give another: NAME=PATH")
+    devices = tuple(Device(index, name, 1) for index, name in enumerate(names, start=1))
+    try:
+        if devices:
+            check_contents(devices, ())
+    except LimitError as error:
+        raise UsageError(str(error)) from error

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-Answer = Mapping[str, Any]
+from vmapipe.control.qmp.connection import Answer
 
 #: What QEMU puts above a disk while one of its block jobs works on it.
 JOB_FILTERS = frozenset({"backup-top", "commit_top", "copy-before-write", "mirror_top"})
@@ -18,7 +18,7 @@ _GUESTS_FILTERS = frozenset({"throttle", "copy-on-read"})
 _DRIVER, _JOB = "block-driver", "block-job"
 
 
-class Parent(NamedTuple):
+class NodeUser(NamedTuple):
     """Whoever uses a node, in a role: `file`, `backing`, `root`, `source`, `target` …"""
 
     kind: str
@@ -35,21 +35,21 @@ class Graph:
 
     def __init__(self, nodes: Sequence[Answer] = (), answer: Answer | None = None) -> None:
         self._nodes = {str(node.get("node-name", "")): node for node in nodes}
-        self._parents: dict[str, list[Parent]] = {}
+        self._parents: dict[str, list[NodeUser]] = {}
         self._children: dict[str, dict[str, str]] = {}
         found = answer or {}
         for name, node in () if found else self._nodes.items():
             for child in node.get("children") or ():
-                self._add(Parent(_DRIVER, name, str(child.get("child", ""))), child["node-name"])
+                self._add(NodeUser(_DRIVER, name, str(child.get("child", ""))), child["node-name"])
         known = {entry.get("id"): entry for entry in found.get("nodes", ())}
         for edge in found.get("edges", ()):
             parent, child = known.get(edge.get("parent"), {}), known.get(edge.get("child"), {})
             if child.get("type") != _DRIVER:
                 continue
             kind, name = str(parent.get("type", "")), str(parent.get("name", ""))
-            self._add(Parent(kind, name, str(edge.get("name", ""))), str(child.get("name", "")))
+            self._add(NodeUser(kind, name, str(edge.get("name", ""))), str(child.get("name", "")))
 
-    def _add(self, parent: Parent, below: str) -> None:
+    def _add(self, parent: NodeUser, below: str) -> None:
         self._parents.setdefault(below, []).append(parent)
         if parent.kind == _DRIVER:
             self._children.setdefault(parent.name, {})[parent.role] = below
@@ -70,7 +70,7 @@ class Graph:
     def has_backing(self, node: str) -> bool:
         return "backing" in self._children.get(node, {})
 
-    def jobs(self, node: str) -> Iterator[Parent]:
+    def jobs(self, node: str) -> Iterator[NodeUser]:
         """The block jobs that work with this node."""
         return (parent for parent in self._parents.get(node, ()) if parent.kind == _JOB)
 
@@ -90,7 +90,7 @@ class Graph:
             if is_filter:
                 end = len(chain)
 
-    def owner(self, node: str) -> Parent | None:
+    def owner(self, node: str) -> NodeUser | None:
         """The node of which this one is only a part; None: it is a disk's by itself.
 
         What is below a guest's filter is not a part of it, but the same disk.

@@ -19,11 +19,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vmapipe.control.qemu.cleaning import clean
-from vmapipe.control.qemu.draining import Draining
-from vmapipe.control.qemu.dropping import Dropping
-from vmapipe.control.qemu.plan import index_of, run_prefix
-from vmapipe.control.qemu.sinkfolder import SinkFolder
+from vmapipe.control.qemu.drop_targets import DropTarget, StreamDrain
+from vmapipe.control.qemu.jobs import index_of, run_prefix
+from vmapipe.control.qemu.sink_folder import SinkFolder
+from vmapipe.control.qemu.undo import clean_up
 from vmapipe.control.qmp.addresses import is_listening, parse_address
 from vmapipe.control.qmp.client import open_link
 from vmapipe.control.qmp.connection import QmpGone
@@ -57,7 +56,7 @@ class Guardian:
         share: bool,
         run: str,
         folder: str,
-        targets: Sequence[Dropping | Draining],
+        targets: Sequence[DropTarget | StreamDrain],
         control: socket.socket,
     ) -> None:
         self._qmp = qmp
@@ -66,7 +65,7 @@ class Guardian:
         self._folder = folder
         # What each producer serves, in their order: sinks, and maybe the memory's stream.
         self._targets = targets
-        self._sinks = [target for target in targets if isinstance(target, Dropping)]
+        self._sinks = [target for target in targets if isinstance(target, DropTarget)]
         self._control = control
         # By pidfd: the target's number, and for how many looks it has stood still.
         self._producers: dict[int, int] = {}
@@ -121,7 +120,7 @@ class Guardian:
             try:
                 qmp = open_link(self._qmp, share=self._share)
                 try:
-                    clean(qmp, run_prefix(self._run), self._is_served)
+                    clean_up(qmp, run_prefix(self._run), self._is_served)
                     return True
                 finally:
                     qmp.close()
@@ -192,12 +191,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stream", type=int, metavar="FD")
     options = parser.parse_args(argv)
     _stay()
-    targets: list[Dropping | Draining] = []
+    targets: list[DropTarget | StreamDrain] = []
     for word in options.sink:
         fd, _, size = word.partition("=")
-        targets.append(Dropping(socket.socket(fileno=int(fd)), int(size)))
+        targets.append(DropTarget(socket.socket(fileno=int(fd)), int(size)))
     if options.stream is not None:
-        targets.append(Draining(options.stream))
+        targets.append(StreamDrain(options.stream))
     control = socket.socket(fileno=options.control_fd)
     guardian = Guardian(
         options.qmp, options.qmp_share, options.run, options.folder, targets, control

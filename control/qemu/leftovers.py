@@ -8,12 +8,10 @@ import os
 from collections.abc import Callable, Iterator
 
 from vmapipe.control.qemu import poweroff
-from vmapipe.control.qemu.cleaning import clean, look
-from vmapipe.control.qemu.draining import Draining, streams_of
-from vmapipe.control.qemu.dropping import Dropping
-from vmapipe.control.qemu.plan import PREFIX, LeftTarget, left_targets
-from vmapipe.control.qemu.settling import find_notes
-from vmapipe.control.qemu.sinkfolder import STREAM_NAME, SinkFolder, sink_of
+from vmapipe.control.qemu.drop_targets import DropTarget, StreamDrain, streams_of
+from vmapipe.control.qemu.jobs import PREFIX, OwnTarget, own_targets
+from vmapipe.control.qemu.sink_folder import STREAM_NAME, SinkFolder, sink_of
+from vmapipe.control.qemu.undo import clean_up, find_memory_notes, find_own_objects
 from vmapipe.control.qmp.addresses import Address, is_listening, parse_address
 from vmapipe.control.qmp.client import open_link
 from vmapipe.control.qmp.connection import Command, Link, Qmp, QmpGone, QmpInvalid
@@ -26,11 +24,11 @@ def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[s
 
     Raises Failure when they are no left-overs: their backup, or its guardian, lives.
     """
-    left, notes = look(qmp, PREFIX), find_notes(qmp, PREFIX)
-    held = poweroff.find_notes(qmp, PREFIX)
+    left, notes = find_own_objects(qmp, PREFIX), find_memory_notes(qmp, PREFIX)
+    held = poweroff.find_poweroff_notes(qmp, PREFIX)
     if left.nothing and not notes and not held:
         return ()
-    targets = left_targets(qmp.execute(Command("query-named-block-nodes", {"flat": True})))
+    targets = own_targets(qmp.execute(Command("query-named-block-nodes", {"flat": True})))
     with contextlib.ExitStack() as stack:
         places = _Places(stack)
         streams = {name: places.find(note.folder) for name, note in notes.items() if note}
@@ -50,7 +48,7 @@ def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[s
                 stack.callback(folder.remove_names, STREAM_NAME)
         # A job has the name of its target.
         stand_ins = {t.node: stack.enter_context(_standing_in(t, places, owner)) for t in targets}
-        clean(qmp, PREFIX, lambda job: job not in stand_ins or stand_ins[job].served)
+        clean_up(qmp, PREFIX, lambda job: job not in stand_ins or stand_ins[job].served)
     return tuple(dict.fromkeys([*left.names, *notes, *held]))
 
 
@@ -74,7 +72,7 @@ class _Places:
         folder = self.find(path)
         return folder is not None and _is_alive(folder)
 
-    def listens(self, target: LeftTarget) -> bool:
+    def listens(self, target: OwnTarget) -> bool:
         """Whether somebody does at the address of a sink of ours."""
         sink = sink_of(target.socket)
         folder = self.find(sink.folder) if sink else None
@@ -115,7 +113,7 @@ def unblock(path: str) -> bool:
 def _drain(fd: int | None) -> None:
     """For as long as this process lives: the stream ends before its note goes."""
     if fd is not None:
-        Draining(fd).start()
+        StreamDrain(fd).start()
 
 
 def _is_alive(folder: SinkFolder) -> bool:
@@ -125,8 +123,8 @@ def _is_alive(folder: SinkFolder) -> bool:
 
 @contextlib.contextmanager
 def _standing_in(
-    target: LeftTarget, places: _Places, owner: Callable[[], int]
-) -> Iterator[Dropping]:
+    target: OwnTarget, places: _Places, owner: Callable[[], int]
+) -> Iterator[DropTarget]:
     """Serve where QEMU still looks for its sink: a guest's write may be waiting for it.
 
     Raises Failure where that is no place of ours: QEMU tells any address that it likes.
@@ -150,10 +148,10 @@ def _standing_in(
         raise Failure(
             f"{target.socket}: cannot be given to QEMU: {os_error_text(error)}"
         ) from error
-    dropping = Dropping(listener, target.size_bytes)
-    dropping.start()
+    target_server = DropTarget(listener, target.size_bytes)
+    target_server.start()
     try:
-        yield dropping
+        yield target_server
     finally:
-        dropping.stop()
+        target_server.stop()
         folder.remove_names(sink.name)

@@ -10,43 +10,49 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from vmapipe.control.instant import Instant
 from vmapipe.control.qemu import poweroff
-from vmapipe.control.qemu.cleaning import clean
+from vmapipe.control.qemu.cbw_filters import (
+    BROKEN,
+    REFUSED,
+    Handover,
+    SnapshotCheck,
+    broken_reason,
+    choose_way,
+)
 from vmapipe.control.qemu.disks import (
-    Answer,
     Choice,
+    DiskChoiceOptions,
     Machine,
     MachineDisk,
-    Wishes,
     choose_disks,
     names_of,
+    storage_outside,
+    tpm_outside,
+    tpm_words,
 )
 from vmapipe.control.qemu.features import find_features
 from vmapipe.control.qemu.graph import Graph
-from vmapipe.control.qemu.guardianship import Guardianship, SinkSocket, monitor_words
-from vmapipe.control.qemu.handover import Handover, choose_way
-from vmapipe.control.qemu.intact import BROKEN, REFUSED, Look, why_not_intact
-from vmapipe.control.qemu.leftovers import connect, remove_leftovers
-from vmapipe.control.qemu.memory import progress_of
-from vmapipe.control.qemu.outside import found_outside, tpm_outside, tpm_words
-from vmapipe.control.qemu.owner import command_line, pid_of_qemu, uid_of_qemu
-from vmapipe.control.qemu.plan import (
+from vmapipe.control.qemu.guardian_client import GuardianClient, SinkSocket, monitor_arguments
+from vmapipe.control.qemu.jobs import (
     SLOW_BYTES_S,
     Settings,
     Target,
     absent_name,
-    begin,
+    begin_commands,
+    check_name,
     filter_name,
-    look_name,
     name_of,
     run_prefix,
 )
-from vmapipe.control.qemu.saving import Saving
-from vmapipe.control.qemu.sinkfolder import SinkFolder
-from vmapipe.control.qemu.tpmstate import TpmState
+from vmapipe.control.qemu.leftovers import connect, remove_leftovers
+from vmapipe.control.qemu.qemu_process import command_line, pid_of_qemu, uid_of_qemu
+from vmapipe.control.qemu.sink_folder import SinkFolder
+from vmapipe.control.qemu.tpm import TpmState
+from vmapipe.control.qemu.undo import clean_up
+from vmapipe.control.qemu.vmstate import Instant, Saving
+from vmapipe.control.qemu.vmstate_commands import migration_progress
 from vmapipe.control.qmp.addresses import parse_address
-from vmapipe.control.qmp.connection import Command, QmpRefused
+from vmapipe.control.qmp.connection import Answer, Command, QmpRefused
 from vmapipe.producer.nbd.backend import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
@@ -89,7 +95,7 @@ class RunningMachine:
         self._speed_bytes_s = 0
         self._folder: SinkFolder | None = None
         self._sinks: list[SinkSocket] = []
-        self._guardian: Guardianship | None = None
+        self._guardian: GuardianClient | None = None
         self._producers: list[Child] = []
         self._handover: Handover | None = None
         # Disks whose producers know that QEMU's job has ended well, by index.
@@ -101,7 +107,7 @@ class RunningMachine:
         # Whose state is one of the disks.
         self._tpm: TpmState | None = None
         # Told to stay when its guest powers off.
-        self._held: poweroff.Note | None = None
+        self._held: poweroff.PoweroffNote | None = None
         self._is_off = False
         self._look_at = 0.0
         self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
@@ -116,14 +122,14 @@ class RunningMachine:
         """QEMU is rid of us: what it says now, and whether it ends, is no concern of ours."""
         return self._is_clean
 
-    def choose(self, wishes: Wishes) -> Choice:
+    def choose(self, wishes: DiskChoiceOptions) -> Choice:
         """What a crashed backup has left is removed first."""
         remove_leftovers(self._link, self._owner_of_qemu)
         self._check_run_state()
         ask = self._ask
         nodes = self._link.execute(Command("query-named-block-nodes", {"flat": True}))
         graph = Graph(nodes, self._may_ask("x-debug-query-block-graph"))
-        outside = found_outside(
+        outside = storage_outside(
             {
                 path: self._may_ask("qom-list", path=path) or ()
                 for path in ("/machine/peripheral", "/machine/peripheral-anon")
@@ -151,7 +157,7 @@ class RunningMachine:
                 "the machine waits for an incoming migration (run state inmigrate): its disks are "
                 "still the other host's; back it up there, or here when it has arrived"
             )
-        if progress_of(self._may_ask("query-migrate") or {}).is_moving:
+        if migration_progress(self._may_ask("query-migrate") or {}).is_moving:
             raise Failure(
                 "the machine is being migrated: back it up when that has ended, where it is then"
             )
@@ -169,8 +175,8 @@ class RunningMachine:
         if self._with_memory:
             self._saving = Saving(self._link, self._run, folder, self._guest_wait_s)
             stream_fd = self._saving.stream_fd
-        self._guardian = Guardianship(
-            monitor_words(self._address, share=self._link.is_shared),
+        self._guardian = GuardianClient(
+            monitor_arguments(self._address, share=self._link.is_shared),
             self._run,
             folder.path,
             self._sinks,
@@ -222,7 +228,7 @@ class RunningMachine:
         ]
         speed = SLOW_BYTES_S if self._saving else self._speed_bytes_s
         settings = Settings(self._run, speed, self._guest_wait_s)
-        jobs = begin(targets, settings, way.features)
+        jobs = begin_commands(targets, settings, way.features)
         if self._tpm is not None:
             jobs = jobs._replace(targets=[self._tpm.add(), *jobs.targets])
         if self._saving is not None:
@@ -265,8 +271,8 @@ class RunningMachine:
         pid = self._qemu_pid()
         words = command_line(pid) if pid else []
         status = self._may_ask("query-status") or {}
-        note = poweroff.plan(words, status, self._folder_path)
-        if note and poweroff.hold(self._link, self._run, note):
+        note = poweroff.poweroff_note(words, status, self._folder_path)
+        if note and poweroff.hold_at_poweroff(self._link, self._run, note):
             self._held = note
 
     def set_speed(self, bytes_per_s: int) -> None:
@@ -340,8 +346,8 @@ class RunningMachine:
 
     def _finish(self, index: int) -> None:
         """Let a job end that has copied all, if what it has copied is of the instant."""
-        look = Look(look_name(self._run, index), filter_name(self._run, index))
-        if reason := why_not_intact(self._link, look):
+        look = SnapshotCheck(check_name(self._run, index), filter_name(self._run, index))
+        if reason := broken_reason(self._link, look):
             raise Failure(f"disk {self._disks[index].name!r}: {reason}")
         # An event tells that it has ended.
         with contextlib.suppress(QmpRefused):
@@ -399,7 +405,7 @@ class RunningMachine:
             self._producers[index].tell(copied_command(JobCopied(copied_bytes or 0, disk.is_thin)))
 
     def _clean(self) -> None:
-        clean(self._link, run_prefix(self._run), lambda job: True, _CLEAN_S)
+        clean_up(self._link, run_prefix(self._run), lambda job: True, _CLEAN_S)
         self._is_clean = True
 
     def end(self) -> str:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vmapipe.control.qemu.plan import PREFIX, run_prefix
+from vmapipe.control.qemu.jobs import PREFIX, run_prefix
 from vmapipe.control.qmp.connection import Command, Qmp, QmpGone, QmpRefused
 from vmapipe.control.qmp.reader import SHORT_LIMITS, Unreadable, read_object
 
@@ -28,7 +28,7 @@ _WISHES = frozenset({"shutdown=pause", "panic=exit-failure"})
 _PANIC_WISHES = frozenset({"panic=pause", "panic=none"})
 
 
-class Note(NamedTuple):
+class PoweroffNote(NamedTuple):
     """`folder`: of the backup's sockets; `panics_end`: QEMU would end when its guest panics, too."""
 
     folder: str
@@ -43,7 +43,7 @@ class Note(NamedTuple):
         return state == _OFF or (state == _PANICKED and self.panics_end)
 
 
-def decode_note(text: str) -> Note:
+def decode_poweroff_note(text: str) -> PoweroffNote:
     """Raises ValueError."""
     try:
         found = read_object(text, SHORT_LIMITS)
@@ -51,11 +51,13 @@ def decode_note(text: str) -> Note:
         raise ValueError(str(error)) from error
     match found:
         case {"folder": str(folder), "panics_end": bool(panics)} if folder.startswith("/"):
-            return Note(folder, panics)
+            return PoweroffNote(folder, panics)
     raise ValueError("this is not a note of ours")
 
 
-def plan(words: Sequence[str], status: Mapping[str, Any], folder: str) -> Note | None:
+def poweroff_note(
+    words: Sequence[str], status: Mapping[str, Any], folder: str
+) -> PoweroffNote | None:
     """What to note of a QEMU that is known to end when its guest powers off; nobody can ask it.
 
     `words`: its command line, empty when it is not known; `status`: the answer to query-status.
@@ -72,7 +74,7 @@ def plan(words: Sequence[str], status: Mapping[str, Any], folder: str) -> Note |
     }
     if "no-shutdown" in options or actions & _WISHES:
         return None
-    return Note(folder, not actions & _PANIC_WISHES)
+    return PoweroffNote(folder, not actions & _PANIC_WISHES)
 
 
 def may_be_off(event: Mapping[str, Any]) -> bool:
@@ -80,23 +82,23 @@ def may_be_off(event: Mapping[str, Any]) -> bool:
     return event.get("event") in ("SHUTDOWN", "GUEST_PANICKED")
 
 
-def hold(qmp: Qmp, run: str, note: Note) -> bool:
+def hold_at_poweroff(qmp: Qmp, run: str, note: PoweroffNote) -> bool:
     """From now on it stays; False: this QEMU cannot. Raises QmpGone."""
-    words = {"qom-type": "authz-simple", "id": note_name(run), "identity": note.encode()}
+    words = {"qom-type": "authz-simple", "id": poweroff_note_name(run), "identity": note.encode()}
     try:
         qmp.execute(Command("object-add", words))
         qmp.execute(Command("set-action", {"shutdown": "pause"}))
     except QmpRefused:
-        let_go(qmp, run_prefix(run))
+        release_poweroff(qmp, run_prefix(run))
         return False
     return True
 
 
-def note_name(run: str) -> str:
+def poweroff_note_name(run: str) -> str:
     return f"{run_prefix(run)}{_TAIL.removeprefix('-')}"
 
 
-def find_notes(qmp: Qmp, prefix: str) -> dict[str, Note | None]:
+def find_poweroff_notes(qmp: Qmp, prefix: str) -> dict[str, PoweroffNote | None]:
     """By name; None: QEMU has one that we cannot read. Raises QmpGone."""
     try:
         objects: Iterable[Mapping[str, Any]] = qmp.execute(
@@ -104,20 +106,20 @@ def find_notes(qmp: Qmp, prefix: str) -> dict[str, Note | None]:
         )
     except QmpRefused:
         return {}
-    found: dict[str, Note | None] = {}
+    found: dict[str, PoweroffNote | None] = {}
     for entry in objects:
         name = str(entry.get("name", ""))
         if name.startswith(prefix or PREFIX) and name.endswith(_TAIL):
             found[name] = None
             read = Command("qom-get", {"path": f"/objects/{name}", "property": "identity"})
             with contextlib.suppress(ValueError, QmpRefused):
-                found[name] = decode_note(qmp.execute(read))
+                found[name] = decode_poweroff_note(qmp.execute(read))
     return found
 
 
-def let_go(qmp: Qmp, prefix: str) -> None:
+def release_poweroff(qmp: Qmp, prefix: str) -> None:
     """QEMU ends again when its guest powers off, and now if it has done so. Raises QmpGone."""
-    notes = find_notes(qmp, prefix)
+    notes = find_poweroff_notes(qmp, prefix)
     if not notes:
         return
     with contextlib.suppress(QmpRefused):

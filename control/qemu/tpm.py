@@ -8,6 +8,7 @@ changes, and once more when the disks' backup has begun.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
@@ -15,7 +16,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from vmapipe.control.qemu.owner import command_line
+from vmapipe.control.qemu.disks import TPM_NAME, MachineDisk
+from vmapipe.control.qemu.jobs import run_prefix
+from vmapipe.control.qemu.qemu_process import command_line
+from vmapipe.control.qmp.connection import Command, Link, QmpRefused
 from vmapipe.runtime.errors import Failure, os_error_text
 
 #: As Proxmox VE's volumes are.
@@ -37,14 +41,14 @@ _LOOK_S = 0.02
 _LOOKS = 100
 
 
-class Place(NamedTuple):
+class TpmPlace(NamedTuple):
     """Where swtpm keeps a state, as we can reach it: a folder, or a volume."""
 
     path: str
     is_folder: bool
 
 
-def find_place(qemu_words: Sequence[str]) -> Place:
+def find_tpm(qemu_words: Sequence[str]) -> TpmPlace:
     """Of the swtpm that this QEMU, by its command line, is connected to. Raises Failure."""
     sockets = {
         word.removeprefix("path=")
@@ -58,7 +62,7 @@ def find_place(qemu_words: Sequence[str]) -> Place:
         words = _options(command_line(pid))
         control = _fields(words.get("ctrl", "")).get("path", "")
         if control and _absolute(pid, control) in sockets:
-            return _place_of(pid, words.get("tpmstate", ""))
+            return _place(pid, words.get("tpmstate", ""))
     raise Failure("no swtpm was found that QEMU is connected to")
 
 
@@ -92,7 +96,7 @@ def _absolute(pid: int, path: str) -> str:
         return path
 
 
-def _place_of(pid: int, words: str) -> Place:
+def _place(pid: int, words: str) -> TpmPlace:
     """Raises Failure."""
     fields = _fields(words)
     uri = fields.get("backend-uri", "")
@@ -101,10 +105,10 @@ def _place_of(pid: int, words: str) -> Place:
     if not folder and not volume:
         raise Failure(f"swtpm's own words do not say where it keeps the state: {words!r}")
     # By its own root: it may be in a namespace of its own.
-    return Place(f"/proc/{pid}/root{_absolute(pid, folder or volume)}", bool(folder))
+    return TpmPlace(f"/proc/{pid}/root{_absolute(pid, folder or volume)}", bool(folder))
 
 
-def read_volume(place: Place) -> bytes:
+def read_volume(place: TpmPlace) -> bytes:
     """The state as a volume of VOLUME_BYTES. Raises Failure when it cannot be had whole."""
     before = read_now(place)
     for _ in range(_LOOKS):
@@ -117,7 +121,7 @@ def read_volume(place: Place) -> bytes:
     raise Failure("swtpm writes to its state all the time")
 
 
-def read_now(place: Place) -> bytes:
+def read_now(place: TpmPlace) -> bytes:
     """The same, as it is at this moment, which may be in the middle of a change. Raises Failure."""
     try:
         data = _read_folder(place.path) if place.is_folder else _read_file(place.path)
@@ -172,3 +176,52 @@ def check_volume(data: bytes) -> None:
         is_inside = offset >= _HEADER_BYTES and offset + length <= len(data) and length <= section
         if length and not is_inside:
             raise Failure("its state is not whole")
+
+
+class TpmState:
+    """In this order: `add`, then the jobs begin, then `check`. All raise Failure."""
+
+    def __init__(self, link: Link, run: str, qemu_pid: int | None) -> None:
+        """Raises Failure when it cannot be had, with the reason."""
+        if link.is_shared or link.peer_pid is None:
+            raise Failure("QEMU takes it only over a Unix socket that is ours (not --qmp-share)")
+        if not qemu_pid:
+            raise Failure("its QEMU is not among the processes that we see")
+        self._link = link
+        self._place = find_tpm(command_line(qemu_pid))
+        self._content = read_volume(self._place)
+        self._fdset = -1
+        self.disk = MachineDisk(TPM_NAME, f"{run_prefix(run)}tpm", VOLUME_BYTES)
+
+    def add(self) -> Command:
+        """What makes it a node of QEMU's. It is read here, as it is now."""
+        self._content = read_volume(self._place)
+        memory = os.memfd_create(TPM_NAME)
+        try:
+            with open(memory, "wb", closefd=False) as file:
+                file.write(self._content)
+            # QEMU wants a descriptor that cannot be written to for what it only reads.
+            lent = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(memory)
+        try:
+            self._fdset = self._link.add_fd(lent)
+        except QmpRefused as error:
+            raise Failure(f"disk {TPM_NAME!r}: QEMU does not take it: {error}") from error
+        finally:
+            os.close(lent)
+        file_node = {"driver": "file", "read-only": True, "locking": "off"}
+        file_node["filename"] = f"/dev/fdset/{self._fdset}"
+        words = {"node-name": self.disk.device, "driver": "raw", "read-only": True}
+        return Command("blockdev-add", {**words, "file": file_node})
+
+    def check(self) -> None:
+        """Of the instant it is only when nothing has changed until the jobs had begun."""
+        # The node has it open; QEMU keeps it no longer than that.
+        with contextlib.suppress(QmpRefused):
+            self._link.execute(Command("remove-fd", {"fdset-id": self._fdset}))
+        if read_now(self._place) != self._content:
+            raise Failure(
+                f"disk {TPM_NAME!r}: the TPM changed its state in the moment of the instant: start "
+                "the backup again"
+            )

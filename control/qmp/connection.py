@@ -22,6 +22,10 @@ _NBD = b"NBDMAGIC"
 _HUMAN_MONITOR = b"QEMU "
 
 
+#: What QEMU answers, or an object in it, whose shape has been checked.
+Answer = Mapping[str, Any]
+
+
 class Command(NamedTuple):
     """A QMP command and its arguments."""
 

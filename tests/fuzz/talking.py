@@ -10,8 +10,8 @@ import time
 from unittest import mock
 
 from tests.qemu.answers import EVENT, GOOD, READERS
-from vmapipe.control.qemu import freezing
-from vmapipe.control.qemu.freezing import GuestAgent
+from vmapipe.control.qemu import guest_agent
+from vmapipe.control.qemu.guest_agent import GuestAgent
 from vmapipe.control.qmp.answers import answer_fault, event_fault
 from vmapipe.control.qmp.client import EventQueue
 from vmapipe.control.qmp.reader import JsonReader, Limits, Unreadable
@@ -61,7 +61,7 @@ def agent(data: bytes) -> None:
         theirs.shutdown(socket.SHUT_WR)
         ours.setblocking(False)
         with (
-            mock.patch.object(freezing, "connect", return_value=ours),
+            mock.patch.object(guest_agent, "connect", return_value=ours),
             mock.patch.object(time, "monotonic_ns", return_value=_NUMBER),
         ):
             try:
@@ -69,7 +69,7 @@ def agent(data: bytes) -> None:
             except Failure:
                 return
             try:
-                client.execute(freezing.FREEZE, 5.0)
+                client.execute(guest_agent.FREEZE, 5.0)
             except Failure as error:
                 if not str(error).isprintable() or len(str(error)) > 2000:
                     raise AssertionError(f"{str(error)!r:.100} is not a line for people") from error

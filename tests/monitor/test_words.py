@@ -9,15 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.control.monitor.arguments import Arguments, human_size
-from vmapipe.control.monitor.devices import (
+from vmapipe.control.monitor.disks import (
     Device,
     check_devices,
     machine_devices,
     split_devlist,
 )
-from vmapipe.control.monitor.human import Human, status_lines
-from vmapipe.control.qmp.server import Later, QmpError, Requests
+from vmapipe.control.monitor.hmp import HumanMonitor, status_lines
+from vmapipe.control.qmp.server import Arguments, Later, QmpError, Requests, human_size
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_lines_of_people_become_the_commands_of_programs() -> None:
         heard.append((name, arguments))
         return {} if name == "query-backup" else later
 
-    human = Human(execute)
+    human = HumanMonitor(execute)
     answer = human.command("backup '/srv/a file' 10M ide0,ide1")
     assert isinstance(answer, Later)
     assert not answer.done

@@ -20,8 +20,7 @@ from tests.network.cable import cable_to
 from tests.network.hosts import ARCHIVER_ADDRESS, two_hosts
 from tests.network.keys import make_client, make_server
 from tests.network.place import lose_connections
-from vmapipe.control.instant import begin_together
-from vmapipe.control.monitor.client import guarded_disks
+from vmapipe.control.monitor.client import begin_together, guarded_disks
 
 MIB = 1 << 20
 JOB = bytes(16)

@@ -61,7 +61,7 @@ def be_killed_while_frozen(socket: Path) -> None:
     """A process freezes the guest and is killed at once."""
     program = (
         "import os, signal\n"
-        "from vmapipe.control.qemu.freezing import frozen\n"
+        "from vmapipe.control.qemu.guest_agent import frozen\n"
         "from vmapipe.runtime.cancel import Cancel\n"
         f"with frozen({str(socket)!r}, print, Cancel()):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -11,12 +11,18 @@ from tests.qemu.hostile import ANSWERS, DISK
 from vmapipe.control.jobs.commands import matching
 from vmapipe.control.jobs.state import JobState
 from vmapipe.control.jobs.table import job_lines
-from vmapipe.control.monitor.devices import check_devices, machine_devices
-from vmapipe.control.qemu import memory
-from vmapipe.control.qemu.disks import Machine, Wishes, choose_disks
+from vmapipe.control.monitor.disks import check_devices, machine_devices
+from vmapipe.control.qemu import vmstate_commands
+from vmapipe.control.qemu.disks import (
+    DiskChoiceOptions,
+    Machine,
+    choose_disks,
+    storage_outside,
+    tpm_outside,
+    tpm_words,
+)
 from vmapipe.control.qemu.graph import Graph
-from vmapipe.control.qemu.outside import found_outside, tpm_outside, tpm_words
-from vmapipe.control.qemu.plan import left_of, left_targets
+from vmapipe.control.qemu.jobs import own_objects, own_targets
 from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.errors import Failure
 
@@ -32,7 +38,8 @@ NODES: list[dict[str, Any]] = [
     },
     {**DISK["inserted"], "node-name": "f0", "drv": "throttle"},
 ]
-NOTE = memory.Note("/tmp/x", False, "paused", ("events",), 1 << 20).encode()
+
+NOTE = vmstate_commands.MemoryNote("/tmp/x", False, "paused", ("events",), 1 << 20).encode()
 
 
 def a_job() -> dict[str, Any]:
@@ -100,7 +107,7 @@ def read_disks(blocks: Any, nodes: Any, jobs: Any, graph: Any = None) -> None:
     read = Graph(nodes, graph)
     for wanted in ([], ["scsi0"], ["n0"], ["x=f0"]):
         try:
-            choose_disks(Machine(blocks, nodes, jobs, read), Wishes(wanted))
+            choose_disks(Machine(blocks, nodes, jobs, read), DiskChoiceOptions(wanted))
         except Failure:
             pass
     for devlist in (None, "scsi0"):
@@ -112,13 +119,15 @@ def read_disks(blocks: Any, nodes: Any, jobs: Any, graph: Any = None) -> None:
 
 def read_nodes(nodes: Any) -> None:
     read_disks(GOOD["query-block"], nodes, [])
-    left_of(JOBS, nodes, "vmapipe-")
-    left_targets(nodes)
+    own_objects(JOBS, nodes, "vmapipe-")
+    own_targets(nodes)
 
 
 def read_progress(answer: Any) -> None:
-    progress = memory.progress_of(answer)
-    memory.undo("x", memory.decode_note(NOTE), progress, "paused")
+    progress = vmstate_commands.migration_progress(answer)
+    vmstate_commands.undo_commands(
+        "x", vmstate_commands.decode_memory_note(NOTE), progress, "paused"
+    )
     assert isinstance(progress.is_endless, bool)
 
 
@@ -137,12 +146,12 @@ READERS: dict[str, Callable[[Any], object]] = {
     "query-block-jobs": lambda answer: read_disks(GOOD["query-block"], NODES, answer),
     "x-debug-query-block-graph": lambda answer: read_disks(GOOD["query-block"], NODES, [], answer),
     "query-tpm": lambda answer: [(tpm_words(tpm), tpm_outside(tpm, "")) for tpm in answer],
-    "query-jobs": lambda answer: left_of(answer, NODES, "vmapipe-").undo(),
+    "query-jobs": lambda answer: own_objects(answer, NODES, "vmapipe-").undo(),
     "query-migrate": read_progress,
-    "query-migrate-capabilities": memory.switched_on,
+    "query-migrate-capabilities": vmstate_commands.enabled_capabilities,
     "qom-list": lambda answer: (
-        memory.notes_in(answer, "vmapipe-"),
-        found_outside({"/machine/peripheral": answer}),
+        vmstate_commands.memory_notes_in(answer, "vmapipe-"),
+        storage_outside({"/machine/peripheral": answer}),
     ),
     "query-job": read_job,
 }

@@ -22,8 +22,8 @@ import pytest
 from tests.machine import LIMIT_S
 from tests.qemu.agent import be_killed_while_frozen
 from tests.qemu.hostile import Flood, hostile_qemu
-from vmapipe.control.qemu import freezing
-from vmapipe.control.qemu.freezing import GuestAgent, frozen
+from vmapipe.control.qemu import guest_agent
+from vmapipe.control.qemu.guest_agent import GuestAgent, frozen
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Event, ignore
@@ -353,7 +353,7 @@ def test_whatever_an_earlier_client_has_left_is_passed_over(
 def test_an_agent_that_floods_is_given_up_in_time_within_a_small_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(freezing, "_SYNC_S", 0.5)
+    monkeypatch.setattr(guest_agent, "_SYNC_S", 0.5)
     for data in (b"{}\n" * 20_000, b"x" * 65536, b"\xff{", b'\xff{"return": 1}\n' * 5000):
         with (
             hostile_qemu(tmp_path / "a.sock", greeting=Flood(data)),

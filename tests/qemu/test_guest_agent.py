@@ -17,7 +17,7 @@ from tests.monitor.beside import beside
 from tests.monitor.foreign import connected
 from tests.qemu.agent import be_killed_while_frozen, find_agent, with_agent
 from tests.qemu.running_guest import RunningGuest, make_images, running_guest
-from vmapipe.control.qemu.freezing import GuestAgent, frozen
+from vmapipe.control.qemu.guest_agent import GuestAgent, frozen
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import ignore

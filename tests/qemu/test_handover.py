@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from vmapipe.control.qemu.disks import MachineDisk
-from vmapipe.control.qemu.features import Features
-from vmapipe.control.qemu.handover import (
+from vmapipe.control.qemu.cbw_filters import (
     Release,
     filter_timeout_s,
     release_of,
     shows_snapshots,
     to_hand_over,
 )
+from vmapipe.control.qemu.disks import MachineDisk
+from vmapipe.control.qemu.features import Features
 from vmapipe.control.qmp.connection import Command, QmpRefused
 
 GIB = 1 << 30

@@ -17,8 +17,8 @@ from tests.machine import bad, end_of, eventually, good, run, started
 from tests.qemu.daemon_backup import BOTH, restored
 from tests.qemu.hostile import DISK, Flood, Raw, Refusal, event, hostile_qemu, line_of
 from tests.qemu.storage_daemon import StorageDaemon
-from vmapipe.control.qemu import settling
-from vmapipe.control.qemu.memory import Note
+from vmapipe.control.qemu import undo
+from vmapipe.control.qemu.vmstate_commands import MemoryNote
 from vmapipe.control.qmp.client import QmpClient
 from vmapipe.runtime.errors import Failure
 
@@ -208,8 +208,8 @@ def test_a_plain_installation_backs_up_a_running_qemu(daemon: StorageDaemon, out
 def test_a_memory_that_moves_for_ever_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settling, "_LONGEST_S", 0.5)
-    note = Note("/tmp/vmapipe-sinks-abcdefgh", False, "paused", (), 1).encode()
+    monkeypatch.setattr(undo, "_LONGEST_STREAM_S", 0.5)
+    note = MemoryNote("/tmp/vmapipe-sinks-abcdefgh", False, "paused", (), 1).encode()
     sent = iter(range(1 << 30))
 
     def moves(client: socket.socket, request: Any) -> Any:
@@ -221,6 +221,6 @@ def test_a_memory_that_moves_for_ever_is_not_waited_for_for_ever(
         client = QmpClient(str(tmp_path / "q"))
         try:
             with pytest.raises(Failure, match="QEMU is not done with the machine's memory"):
-                settling.settle(client, "vmapipe-", 5.0)
+                undo.undo_memory(client, "vmapipe-", 5.0)
         finally:
             client.close()

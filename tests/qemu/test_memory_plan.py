@@ -9,26 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.control.qemu.memory import (
-    Note,
-    Progress,
-    decode_note,
-    note_name,
-    notes_in,
-    progress_of,
-    settings_back,
-    switched_on,
-    to_save,
-    undo,
+from vmapipe.control.qemu.jobs import index_of
+from vmapipe.control.qemu.vmstate_commands import (
+    MemoryNote,
+    MigrationProgress,
+    decode_memory_note,
+    enable_capabilities,
+    enabled_capabilities,
+    memory_note_name,
+    memory_notes_in,
+    migration_progress,
+    restore_settings,
+    undo_commands,
 )
-from vmapipe.control.qemu.plan import index_of
 
 MOVING = ("setup", "active", "device", "cancelling")
 RESTING = ("", "completed", "failed", "cancelled")
-NOTE = Note("/run/x", False, "paused", ("xbzrle",), 1 << 27)
+NOTE = MemoryNote("/run/x", False, "paused", ("xbzrle",), 1 << 27)
 
 notes = st.builds(
-    Note,
+    MemoryNote,
     st.text().map(lambda text: "/" + text),
     st.booleans(),
     st.sampled_from(["", "paused", "postmigrate"]),
@@ -46,8 +46,8 @@ def states(command: Any) -> dict[str, bool]:
 
 
 @given(notes)
-def test_a_note_is_read_as_it_was_written(note: Note) -> None:
-    assert decode_note(note.encode()) == note
+def test_a_note_is_read_as_it_was_written(note: MemoryNote) -> None:
+    assert decode_memory_note(note.encode()) == note
 
 
 @pytest.mark.parametrize(
@@ -62,30 +62,30 @@ def test_a_note_is_read_as_it_was_written(note: Note) -> None:
 )
 def test_what_is_no_note_of_ours_is_not_taken_for_one(text: str) -> None:
     with pytest.raises(ValueError, match=r".*"):
-        decode_note(text)
+        decode_memory_note(text)
 
 
 def test_notes_are_found_among_qemus_objects() -> None:
     objects = [{"name": name} for name in ("type", "vmapipe-ab-memory", "pc.ram", "vmapipe-cd-0")]
-    assert notes_in(objects, "vmapipe-") == ["vmapipe-ab-memory"]
-    assert notes_in(objects, "vmapipe-cd-") == []
-    assert index_of(note_name("ab")) == -1
+    assert memory_notes_in(objects, "vmapipe-") == ["vmapipe-ab-memory"]
+    assert memory_notes_in(objects, "vmapipe-cd-") == []
+    assert index_of(memory_note_name("ab")) == -1
 
 
 @given(notes, st.sampled_from(MOVING), st.text())
 def test_only_a_live_migration_is_ever_cancelled_and_nothing_else_is_done_meanwhile(
-    note: Note, status: str, run_state: str
+    note: MemoryNote, status: str, run_state: str
 ) -> None:
-    commands = names(undo("n", note, Progress(status, 0, 0, ""), run_state))
+    commands = names(undo_commands("n", note, MigrationProgress(status, 0, 0, ""), run_state))
     can_be = note.is_live and status != "cancelling"
     assert commands == (["migrate_cancel"] if can_be else [])
 
 
 @given(notes, st.sampled_from(RESTING), st.sampled_from(["running", "paused", "postmigrate"]))
 def test_a_guest_that_we_stopped_goes_on_first_and_the_note_goes_last(
-    note: Note, status: str, run_state: str
+    note: MemoryNote, status: str, run_state: str
 ) -> None:
-    commands = names(undo("n", note, Progress(status, 0, 0, ""), run_state))
+    commands = names(undo_commands("n", note, MigrationProgress(status, 0, 0, ""), run_state))
     assert (commands[0] == "cont") == (note.resume == run_state)
     assert commands[-1] == "object-del"
     assert {"migrate-set-capabilities", "migrate-set-parameters", "closefd"} <= set(commands)
@@ -95,19 +95,19 @@ def test_a_guest_that_we_stopped_goes_on_first_and_the_note_goes_last(
 def test_capabilities_are_set_back_to_what_they_were(on: set[str]) -> None:
     note = NOTE._replace(capabilities=tuple(on))
     now = dict.fromkeys(on, True)
-    now |= states(to_save(note.capabilities, background=True))
+    now |= states(enable_capabilities(note.capabilities, background=True))
     assert {name for name, state in now.items() if state} == {"events", "background-snapshot"}
-    now |= states(settings_back(note)[0])
+    now |= states(restore_settings(note)[0])
     assert {name for name, state in now.items() if state} == on
 
 
 def test_what_qemu_says_is_understood() -> None:
-    assert switched_on([{"capability": "a", "state": True}, {"capability": "b"}]) == ("a",)
-    none = progress_of({})
+    assert enabled_capabilities([{"capability": "a", "state": True}, {"capability": "b"}]) == ("a",)
+    none = migration_progress({})
     assert (none.is_moving, none.is_complete, none.why) == (False, False, "it was not begun")
-    active = progress_of({"status": "active", "ram": {"transferred": 9, "total": 2}})
+    active = migration_progress({"status": "active", "ram": {"transferred": 9, "total": 2}})
     assert (active.is_moving, active.is_endless) == (True, True)
     assert active.saved_pages == 0
-    assert progress_of({"ram": {"normal": 2, "duplicate": 3}}).saved_pages == 5
-    failed = progress_of({"status": "failed", "error-desc": "no"})
+    assert migration_progress({"ram": {"normal": 2, "duplicate": 3}}).saved_pages == 5
+    failed = migration_progress({"status": "failed", "error-desc": "no"})
     assert (failed.is_moving, failed.why) == (False, "no")

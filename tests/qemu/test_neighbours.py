@@ -24,7 +24,7 @@ from tests.conftest import absent
 from tests.machine import good, run
 from tests.qemu.hostile import DISK, HostileQemu, Refusal, hostile_qemu
 from vmapipe.control.qemu.leftovers import remove_leftovers
-from vmapipe.control.qemu.sinkfolder import SinkFolder, sink_of
+from vmapipe.control.qemu.sink_folder import SinkFolder, sink_of
 from vmapipe.control.qmp.client import QmpClient
 from vmapipe.runtime.errors import Failure
 

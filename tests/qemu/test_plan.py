@@ -9,24 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.control.qemu.disks import Machine, MachineDisk, Wishes, choose_disks
+from vmapipe.control.qemu.disks import DiskChoiceOptions, Machine, MachineDisk, choose_disks
 from vmapipe.control.qemu.features import Features
-from vmapipe.control.qemu.plan import (
+from vmapipe.control.qemu.jobs import (
     MAX_WORKERS,
     SLOW_BYTES_S,
-    Left,
+    OwnObjects,
     Settings,
     Target,
-    begin,
+    begin_commands,
+    check_name,
+    check_nodes,
+    devices_above_filters,
     filter_name,
     index_of,
-    left_of,
-    left_targets,
-    look_name,
-    look_nodes,
     name_of,
+    own_objects,
+    own_targets,
     run_prefix,
-    writers_of,
 )
 from vmapipe.runtime.errors import Failure, UsageError
 
@@ -73,7 +73,7 @@ def machine(*blocks: dict[str, Any], jobs: Any = (), nodes: Any = ()) -> Machine
 
 
 def names(*blocks: dict[str, Any], wanted: tuple[str, ...] = ()) -> list[str]:
-    return [disk.name for disk in choose_disks(machine(*blocks), Wishes(wanted)).disks]
+    return [disk.name for disk in choose_disks(machine(*blocks), DiskChoiceOptions(wanted)).disks]
 
 
 def test_disks_are_called_as_proxmox_calls_them() -> None:
@@ -93,7 +93,7 @@ def test_the_variables_of_uefi_firmware_are_called_as_proxmox_calls_them(device:
 
 
 def test_commands_use_the_drive_where_there_is_one_and_else_the_node() -> None:
-    disks = choose_disks(machine(SCSI, VIRTIO), Wishes()).disks
+    disks = choose_disks(machine(SCSI, VIRTIO), DiskChoiceOptions()).disks
     assert disks == (
         MachineDisk("drive-scsi0", "drive-scsi0", GIB, is_thin=True),
         MachineDisk("drive-virtio1", "n1", 3 * GIB, is_thin=True),
@@ -102,7 +102,7 @@ def test_commands_use_the_drive_where_there_is_one_and_else_the_node() -> None:
 
 def test_qemu_takes_the_names_of_all_our_nodes_whatever_the_disks_number() -> None:
     run, index = "0" * 8, 253
-    looks = look_nodes(look_name(run, index))
+    looks = check_nodes(check_name(run, index))
     for name in (name_of(run, index), filter_name(run, index), *looks):
         assert len(name) <= 31
 
@@ -118,7 +118,7 @@ def test_a_disk_can_be_asked_for_by_any_of_its_names(word: str) -> None:
 
 def test_a_node_of_no_device_can_be_asked_for() -> None:
     node = inserted("bare", 5 << 20)
-    wishes = Wishes(("bare", "n0"))
+    wishes = DiskChoiceOptions(("bare", "n0"))
     found = choose_disks(machine(SCSI, nodes=[node, inserted("n0")]), wishes).disks
     assert [(disk.name, disk.device) for disk in found] == [
         ("bare", "bare"),
@@ -152,12 +152,12 @@ def test_what_cannot_be_backed_up_is_refused_with_the_reason(
 ) -> None:
     jobs = [{"device": "m1", "type": "mirror"}]
     with pytest.raises(Failure, match=text):
-        choose_disks(machine(*blocks, jobs=jobs), Wishes(wanted))
+        choose_disks(machine(*blocks, jobs=jobs), DiskChoiceOptions(wanted))
 
 
 def test_an_unknown_disk_is_wrong_use() -> None:
     with pytest.raises(UsageError):
-        choose_disks(machine(SCSI), Wishes(("sda",)))
+        choose_disks(machine(SCSI), DiskChoiceOptions(("sda",)))
 
 
 # --- the commands ---
@@ -171,7 +171,7 @@ SETTINGS = Settings("01234567", 4096, 20)
 
 
 def test_all_jobs_begin_in_one_transaction_after_their_targets() -> None:
-    adds, filters, last = begin(TARGETS, SETTINGS, OLD)
+    adds, filters, last = begin_commands(TARGETS, SETTINGS, OLD)
     assert filters == []
     assert [command.name for command in adds] == ["blockdev-add", "blockdev-add"]
     first = adds[0].arguments
@@ -207,24 +207,24 @@ def test_only_a_qcow2_image_without_a_backing_file_is_copied_without_its_empty_s
     """Where something lies below, what is not allocated is not zero."""
     node = {**inserted("n0"), **more}
     block = {"device": "drive-scsi0", "qdev": "scsi0", "inserted": node}
-    (disk,) = choose_disks(machine(block), Wishes()).disks
+    (disk,) = choose_disks(machine(block), DiskChoiceOptions()).disks
     assert disk.is_thin is is_thin
-    (named,) = choose_disks(Machine([], [node], []), Wishes(["n0"])).disks
+    (named,) = choose_disks(Machine([], [node], []), DiskChoiceOptions(["n0"])).disks
     assert named.is_thin is is_thin
-    data = begin([Target(disk, "/t/0.sock", "disk")], SETTINGS, OLD).transaction.arguments[
+    data = begin_commands([Target(disk, "/t/0.sock", "disk")], SETTINGS, OLD).transaction.arguments[
         "actions"
     ][0]
     assert data["data"]["sync"] == ("top" if is_thin else "full")
 
 
 def test_members_are_used_only_where_the_schema_has_them() -> None:
-    old = begin(TARGETS, SETTINGS, OLD).transaction.arguments["actions"][0]["data"]
+    old = begin_commands(TARGETS, SETTINGS, OLD).transaction.arguments["actions"][0]["data"]
     assert old["x-perf"] == {"max-workers": MAX_WORKERS}
     assert not {"on-cbw-error", "cbw-timeout"} & set(old)
-    none = begin(TARGETS, SETTINGS, Features(frozenset(), frozenset()))
+    none = begin_commands(TARGETS, SETTINGS, Features(frozenset(), frozenset()))
     assert "x-perf" not in none.transaction.arguments["actions"][0]["data"]
     members = frozenset({"x-perf", "on-cbw-error", "cbw-timeout"})
-    new = begin(TARGETS, SETTINGS, Features(members, frozenset())).transaction
+    new = begin_commands(TARGETS, SETTINGS, Features(members, frozenset())).transaction
     data = new.arguments["actions"][0]["data"]
     assert (data["on-cbw-error"], data["cbw-timeout"]) == ("break-snapshot", 25)
 
@@ -240,15 +240,15 @@ class Model:
     def __init__(self, jobs: dict[str, str], nodes: set[str], disks: dict[str, str]) -> None:
         self.jobs, self.nodes, self.disks = jobs, nodes, disks
 
-    def left(self, prefix: str) -> Left:
+    def left(self, prefix: str) -> OwnObjects:
         blocks = [
             {"qdev": path, "inserted": {"node-name": node}} for path, node in self.disks.items()
         ]
-        return left_of(
+        return own_objects(
             [{"id": name, "status": status} for name, status in self.jobs.items()],
             [{"node-name": name} for name in self.nodes],
             prefix,
-            writers_of(blocks, below, prefix),
+            devices_above_filters(blocks, below, prefix),
         )
 
     def execute(self, name: str, arguments: Any) -> None:
@@ -338,9 +338,9 @@ def test_a_device_whose_filter_is_on_what_nobody_knows_is_left_where_it_is() -> 
         {"qdev": "fd0", "removable": True, "inserted": {"node-name": "vmapipe-1-1-filter"}},
         {"qdev": "virtio2", "inserted": {"node-name": "vmapipe-1-2"}},
     ]
-    (writer,) = writers_of(blocks, lambda node: "", "vmapipe-1-")
+    (writer,) = devices_above_filters(blocks, lambda node: "", "vmapipe-1-")
     assert writer == ("/machine/peripheral/virtio0", "vmapipe-1-0-filter", "")
-    left = left_of([], [{"node-name": "vmapipe-1-0-filter"}], "vmapipe-1-", [writer])
+    left = own_objects([], [{"node-name": "vmapipe-1-0-filter"}], "vmapipe-1-", [writer])
     assert left.undo() == [("blockdev-del", {"node-name": "vmapipe-1-0-filter"})]
 
 
@@ -348,7 +348,7 @@ def test_a_disk_that_is_handed_over_has_a_filter_and_a_job_that_copies_next_to_n
     """All of the disk, whatever its image lacks: the guest writes there before the filter is."""
     disk = MachineDisk("drive-scsi0", "drive-scsi0", GIB, is_thin=True)
     targets = [Target(disk, "/t/0.sock", "disk", True, 25), TARGETS[1]]
-    _, filters, last = begin(targets, SETTINGS, OLD)
+    _, filters, last = begin_commands(targets, SETTINGS, OLD)
     (added,) = filters
     assert added.arguments["on-cbw-error"] == "break-snapshot"
     assert (added.arguments["file"], added.arguments["cbw-timeout"]) == ("drive-scsi0", 25)
@@ -381,12 +381,12 @@ def test_the_targets_of_a_crashed_run_tell_where_they_look_for_their_sink() -> N
             "file": "nbd+unix:///disk?socket=/tmp/y",
         },
     ]
-    (target,) = left_targets(nodes)
+    (target,) = own_targets(nodes)
     assert target == ("vmapipe-01234567-0", "/tmp/vmapipe-sinks-x/0.sock", 512)
 
 
 def test_a_job_is_made_to_send_something_before_it_is_cancelled() -> None:
-    left = left_of([{"id": "vmapipe-1-0", "status": "running"}], [], "vmapipe-")
+    left = own_objects([{"id": "vmapipe-1-0", "status": "running"}], [], "vmapipe-")
     assert left.unthrottle() == [
         ("block-job-set-speed", {"device": "vmapipe-1-0", "speed": 0}),
     ]

@@ -24,7 +24,7 @@ from tests.machine import (
     without_limit,
 )
 from tests.qemu.paused_machine import PausedMachine, paused_machine
-from vmapipe.control.qemu.poweroff import Note, decode_note, plan
+from vmapipe.control.qemu.poweroff import PoweroffNote, decode_poweroff_note, poweroff_note
 
 SIZE = 8 << 20
 # A whole guest: it says that it is there, waits for a key, and powers off at `p` (ACPI's port on
@@ -226,11 +226,15 @@ RUNS = {"status": "running"}
 @pytest.mark.parametrize(
     ("words", "status", "expected"),
     [
-        (QEMU, RUNS, Note("/f", panics_end=True)),
-        (QEMU, {"status": "paused"}, Note("/f", panics_end=True)),
-        ([*QEMU, "-action", "reboot=shutdown,panic=shutdown"], RUNS, Note("/f", panics_end=True)),
-        ([*QEMU, "-no-reboot"], RUNS, Note("/f", panics_end=True)),
-        ([*QEMU, "-action", "panic=pause"], RUNS, Note("/f", panics_end=False)),
+        (QEMU, RUNS, PoweroffNote("/f", panics_end=True)),
+        (QEMU, {"status": "paused"}, PoweroffNote("/f", panics_end=True)),
+        (
+            [*QEMU, "-action", "reboot=shutdown,panic=shutdown"],
+            RUNS,
+            PoweroffNote("/f", panics_end=True),
+        ),
+        ([*QEMU, "-no-reboot"], RUNS, PoweroffNote("/f", panics_end=True)),
+        ([*QEMU, "-action", "panic=pause"], RUNS, PoweroffNote("/f", panics_end=False)),
         ([*QEMU, "-no-shutdown"], RUNS, None),
         ([*QEMU, "--no-shutdown"], RUNS, None),
         ([*QEMU, "-action", "panic=none,shutdown=pause"], RUNS, None),
@@ -241,12 +245,12 @@ RUNS = {"status": "running"}
     ],
 )
 def test_a_qemu_is_held_only_when_it_is_known_to_end_with_its_guest(
-    words: list[str], status: dict[str, str], expected: Note | None
+    words: list[str], status: dict[str, str], expected: PoweroffNote | None
 ) -> None:
-    assert plan(words, status, "/f") == expected
+    assert poweroff_note(words, status, "/f") == expected
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"folder": "x", "panics_end": true}', "[1]"])
 def test_what_is_no_note_of_ours_is_not_read_as_one(text: str) -> None:
     with pytest.raises(ValueError, match=r"not (a note of ours|one JSON object|a JSON object)"):
-        decode_note(text)
+        decode_poweroff_note(text)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.machine import Need, bad, end_of, good, next_event, started, without_limit
 from tests.qemu.paused_machine import paused_machine
-from vmapipe.control.qemu.owner import pid_of_qemu, uid_of, uid_of_qemu
+from vmapipe.control.qemu.qemu_process import pid_of_qemu, uid_of, uid_of_qemu
 
 NOBODY = pwd.getpwnam("nobody").pw_uid
 UUID = "8d1d4a5e-6f6e-4c6a-9a53-2f1d0c9b7e11"

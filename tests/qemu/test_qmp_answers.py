@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from tests.qemu.answers import EVENT, GOOD, NOTE, READERS
 from tests.qemu.hostile import DISK
-from vmapipe.control.qemu import memory, poweroff
-from vmapipe.control.qemu.disks import Machine, Wishes, choose_disks
+from vmapipe.control.qemu import poweroff, vmstate_commands
+from vmapipe.control.qemu.disks import DiskChoiceOptions, Machine, choose_disks
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qmp.answers import ANSWERS as SHAPES
 from vmapipe.control.qmp.answers import answer_fault, event_fault
@@ -104,7 +104,7 @@ def test_a_graph_of_nodes_that_has_circles_is_read_to_its_end(
     graph = Graph(nodes, answer)
     for wanted in ([], ["a"], ["b"], ["d"]):
         try:
-            choose_disks(Machine(blocks, nodes, [], graph), Wishes(wanted))
+            choose_disks(Machine(blocks, nodes, [], graph), DiskChoiceOptions(wanted))
         except Failure:
             pass
 
@@ -145,7 +145,7 @@ def test_the_place_of_what_is_wrong_is_told() -> None:
     ],
 )
 def test_a_note_that_is_not_ours_is_a_value_error(text: str) -> None:
-    for decode in (memory.decode_note, poweroff.decode_note):
+    for decode in (vmstate_commands.decode_memory_note, poweroff.decode_poweroff_note):
         with pytest.raises(ValueError, match=r"not|nested"):
             decode(text)
 

@@ -18,7 +18,7 @@ from tests.machine import LIMIT_S, Need, eventually, good, listens
 from tests.qemu.paused_machine import paused_machine
 from vmapipe.control.qemu.tpm import (
     VOLUME_BYTES,
-    Place,
+    TpmPlace,
     as_volume,
     check_volume,
     read_volume,
@@ -148,12 +148,12 @@ def test_states_are_laid_out_so_that_each_is_found(
 
 def test_a_state_is_read_as_it_is_when_nobody_changes_it(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="has not kept any state yet"):
-        read_volume(Place(str(tmp_path), is_folder=True))
+        read_volume(TpmPlace(str(tmp_path), is_folder=True))
     (tmp_path / "tpm2-00.permall").write_bytes(b"x" * 1315)
-    volume = read_volume(Place(str(tmp_path), is_folder=True))
+    volume = read_volume(TpmPlace(str(tmp_path), is_folder=True))
     assert len(volume) == VOLUME_BYTES
     (tmp_path / "volume").write_bytes(volume[: 192 + 2048])
-    assert read_volume(Place(str(tmp_path / "volume"), is_folder=False)) == volume
+    assert read_volume(TpmPlace(str(tmp_path / "volume"), is_folder=False)) == volume
     (tmp_path / "volume").write_bytes(b"\x55" * 4096)
     with pytest.raises(Failure, match="not in the layout"):
-        read_volume(Place(str(tmp_path / "volume"), is_folder=False))
+        read_volume(TpmPlace(str(tmp_path / "volume"), is_folder=False))

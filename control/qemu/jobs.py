@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from vmapipe.control.qemu.disks import Answer, MachineDisk
+from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.features import Features
-from vmapipe.control.qmp.connection import Command
+from vmapipe.control.qmp.connection import Answer, Command
 
 PREFIX = "vmapipe-"
 # The guardian serves within milliseconds. A SCSI disk of a Linux guest gives up
@@ -86,12 +86,12 @@ def snapshot_name(run: str, index: int) -> str:
     return f"{name_of(run, index)}-instant"
 
 
-def look_name(run: str, index: int) -> str:
+def check_name(run: str, index: int) -> str:
     """Of the job that looks whether a disk's snapshot is still whole."""
     return f"{name_of(run, index)}{_LOOK}"
 
 
-def look_nodes(name: str) -> tuple[str, str, str]:
+def check_nodes(name: str) -> tuple[str, str, str]:
     """Of such a job, each before those that it needs: a sector, the snapshot, the target.
 
     Short, because QEMU takes names of nodes of up to 31 characters.
@@ -116,7 +116,7 @@ class Beginning(NamedTuple):
     transaction: Command
 
 
-def begin(targets: Sequence[Target], settings: Settings, features: Features) -> Beginning:
+def begin_commands(targets: Sequence[Target], settings: Settings, features: Features) -> Beginning:
     adds = [
         Command("blockdev-add", _nbd_node(target, name_of(settings.run, index)))
         for index, target in enumerate(targets)
@@ -219,7 +219,7 @@ def copy_snapshot(run: str, index: int, features: Features) -> list[Command]:
     ]
 
 
-class Writer(NamedTuple):
+class DeviceAboveFilter(NamedTuple):
     """A guest's device whose writes go through a filter of ours: where QEMU has it, the filter,
     and the node below that."""
 
@@ -244,17 +244,19 @@ def device_path(block: Answer) -> str:
     return qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
 
 
-def writers_of(blocks: Iterable[Answer], below: Callable[[str], str], prefix: str) -> list[Writer]:
+def devices_above_filters(
+    blocks: Iterable[Answer], below: Callable[[str], str], prefix: str
+) -> list[DeviceAboveFilter]:
     """From query-block; `below`: what is below a node, empty: not known."""
     found = []
     for block in blocks:
         node = str((block.get("inserted") or {}).get("node-name", ""))
         if node.startswith(prefix) and node.endswith(_FILTER) and (path := device_path(block)):
-            found.append(Writer(path, node, below(node)))
+            found.append(DeviceAboveFilter(path, node, below(node)))
     return found
 
 
-class Left(NamedTuple):
+class OwnObjects(NamedTuple):
     """What is left of a backup, by name: jobs by their state, nodes, devices not in their place.
 
     `copied`: jobs that have copied all and wait for a word; they send nothing any more.
@@ -265,7 +267,7 @@ class Left(NamedTuple):
     ending: tuple[str, ...]
     ended: tuple[str, ...]
     nodes: tuple[str, ...]
-    writers: tuple[Writer, ...] = ()
+    writers: tuple[DeviceAboveFilter, ...] = ()
 
     @property
     def nothing(self) -> bool:
@@ -314,15 +316,15 @@ def _depth(node: str) -> int:
     return order.get(node.rpartition("-")[2], 3)
 
 
-def left_of(
+def own_objects(
     jobs: Sequence[Answer],
     nodes: Sequence[Answer],
     prefix: str,
-    writers: Sequence[Writer] = (),
-) -> Left:
+    writers: Sequence[DeviceAboveFilter] = (),
+) -> OwnObjects:
     """From query-jobs and query-named-block-nodes."""
     ours = {j["id"]: j["status"] for j in jobs if str(j.get("id", "")).startswith(prefix)}
-    return Left(
+    return OwnObjects(
         tuple(name for name, status in ours.items() if status in _ACTIVE),
         tuple(name for name, status in ours.items() if status in _COPIED),
         tuple(name for name, status in ours.items() if status not in _ACTIVE | _COPIED | _ENDED),
@@ -336,7 +338,7 @@ def left_of(
     )
 
 
-class LeftTarget(NamedTuple):
+class OwnTarget(NamedTuple):
     """A target node of a crashed run, and where it looks for its sink."""
 
     node: str
@@ -344,7 +346,7 @@ class LeftTarget(NamedTuple):
     size_bytes: int
 
 
-def left_targets(nodes: Sequence[Answer]) -> list[LeftTarget]:
+def own_targets(nodes: Sequence[Answer]) -> list[OwnTarget]:
     """Of all runs, by QEMU's own answer: it names the socket of each."""
     found = []
     for node in nodes:
@@ -352,5 +354,5 @@ def left_targets(nodes: Sequence[Answer]) -> list[LeftTarget]:
         # The file of a filter is that of the disk below it.
         if name.startswith(PREFIX) and node.get("drv") == "nbd" and "?socket=" in file:
             size = (node.get("image") or {}).get("virtual-size", 0)
-            found.append(LeftTarget(name, file.partition("?socket=")[2], size))
+            found.append(OwnTarget(name, file.partition("?socket=")[2], size))
     return found

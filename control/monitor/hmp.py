@@ -7,8 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from vmapipe.control.monitor.arguments import human_size
-from vmapipe.control.qmp.server import Later, QmpError
+from vmapipe.control.qmp.server import Later, QmpError, human_size
 from vmapipe.runtime.text import one_line
 
 # By command: how many words may follow it, what they are, and what it does.
@@ -21,7 +20,7 @@ _COMMANDS = {
 _INFO_HELP = ["info backup  -- show backup status", "info version  -- show vmapipe's version"]
 
 
-class Human:
+class HumanMonitor:
     """Carries out lines by `execute`, which knows the QMP commands of these names."""
 
     def __init__(self, execute: Callable[[str, dict[str, Any]], Any]) -> None:

@@ -16,10 +16,11 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vmapipe.control.qemu.disks import Answer, MachineDisk
+from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.features import Features
-from vmapipe.control.qemu.plan import (
+from vmapipe.control.qemu.jobs import (
     CBW_GRACE_S,
+    check_nodes,
     copy_snapshot,
     device_path,
     filter_name,
@@ -28,10 +29,10 @@ from vmapipe.control.qemu.plan import (
     put_device,
     rehearse,
 )
-from vmapipe.control.qmp.connection import ANSWER_S, Command, Qmp, QmpRefused
+from vmapipe.control.qmp.connection import ANSWER_S, Answer, Command, Qmp, QmpRefused
 from vmapipe.runtime.errors import Failure
 
-_LOOK_S = 0.002
+_POLL_S = 0.002
 # What a job that we have cancelled says.
 _CANCELLED = "Operation canceled"
 # QEMU sends a thin disk's empty part as requests of 1 MiB, when it is read through a filter;
@@ -205,7 +206,7 @@ class Handover:
                 return [(index, str(job.get("error", ""))) for index, job in found]
             if time.monotonic() > deadline:
                 raise Failure(f"QEMU's backup jobs do not end within {ANSWER_S:.0f} s")
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def _copy(self, index: int, error: str) -> bool:
         """False: its job has ended by itself, well or badly, and stays to be seen."""
@@ -221,3 +222,85 @@ class Handover:
             except QmpRefused as refused:
                 raise Failure(f"QEMU refuses the backup: {command.name}: {refused}") from refused
         return True
+
+
+# It takes some milliseconds.
+_CHECK_POLL_S = 0.002
+# The whole of a null device, and of what is read: QEMU counts in sectors.
+_SECTOR_BYTES = 512
+#: What QEMU says to a reader of a broken snapshot, and what that means.
+REFUSED = "Permission denied"
+BROKEN = (
+    "old data that a write of the guest was about to replace could not be read or sent; the write "
+    "went on, but the archive would be wrong: look for read errors of the disk in the host's log, "
+    "and back it up again"
+)
+
+
+class SnapshotCheck(NamedTuple):
+    """The commands of one look through the filter node `filter_node`; `name` is the job's."""
+
+    name: str
+    filter_node: str
+
+    def begin(self) -> list[Command]:
+        piece, view, nowhere = check_nodes(self.name)
+        return [
+            _node(view, "snapshot-access", {"file": self.filter_node, "read-only": True}),
+            _node(piece, "raw", {"file": view, "size": _SECTOR_BYTES, "read-only": True}),
+            _node(nowhere, "null-co", {"size": _SECTOR_BYTES}),
+            Command(
+                "blockdev-backup",
+                {
+                    "job-id": self.name,
+                    "device": piece,
+                    "target": nowhere,
+                    "sync": "full",
+                    "on-source-error": "report",
+                    "auto-dismiss": False,
+                },
+            ),
+        ]
+
+    def end(self) -> list[Command]:
+        """When the job has ended."""
+        nodes = [Command("blockdev-del", {"node-name": node}) for node in check_nodes(self.name)]
+        return [Command("job-dismiss", {"id": self.name}), *nodes]
+
+
+def _node(name: str, driver: str, words: dict[str, object]) -> Command:
+    return Command("blockdev-add", {"driver": driver, "node-name": name, **words})
+
+
+def broken_reason(qmp: Qmp, look: SnapshotCheck) -> str:
+    """The reason why the snapshot does not count; empty: it is whole. Raises QmpGone.
+
+    Any doubt is a reason. What it has added to QEMU is gone afterwards, or is left to
+    whoever cleans up.
+    """
+    try:
+        for command in look.begin():
+            qmp.execute(command)
+        error = _job_error(qmp, look.name)
+        for command in look.end():
+            qmp.execute(command)
+    except QmpRefused as refused:
+        return f"QEMU does not show whether all old data was saved: {refused}"
+    if error == REFUSED:
+        return BROKEN
+    return f"QEMU does not show whether all old data was saved: {error}" if error else ""
+
+
+def _job_error(qmp: Qmp, name: str) -> str:
+    """The error of a job that has ended."""
+    deadline = time.monotonic() + ANSWER_S
+    while True:
+        jobs = qmp.execute(Command("query-jobs", {}))
+        job = next((job for job in jobs if job.get("id") == name), None)
+        if job is None:
+            return "somebody has removed the job that looks"
+        if job.get("status") == "concluded":
+            return str(job.get("error", ""))
+        if time.monotonic() > deadline:
+            raise QmpRefused(f"reading one sector takes more than {ANSWER_S:.0f} s")
+        time.sleep(_CHECK_POLL_S)

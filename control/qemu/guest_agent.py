@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps a guest's file systems frozen for the moment in which a backup begins.
 
-    python -m vmapipe.control.qemu.freezing --parent-fd N --agent SOCKET
+    python -m vmapipe.control.qemu.guest_agent --parent-fd N --agent SOCKET
 
 A process of its own, because a guest that stays frozen hangs: it thaws when it
 is told to, when its parent dies, when anything fails, and after a bound.
@@ -160,7 +160,7 @@ def frozen(agent: str, emit: Emit, cancel: Cancel) -> Iterator[None]:
     with Children() as children:
         children.watch(cancel.fd)
         child = children.start(
-            "the guest's freezer", "vmapipe.control.qemu.freezing", [f"--agent={agent}"]
+            "the guest's freezer", "vmapipe.control.qemu.guest_agent", [f"--agent={agent}"]
         )
         try:
             _await_frozen(children, child, cancel)
@@ -232,7 +232,7 @@ def _end(child: Child, agent: str, emit: Emit) -> _End:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="vmapipe.control.qemu.freezing")
+    parser = argparse.ArgumentParser(prog="vmapipe.control.qemu.guest_agent")
     parser.add_argument("--parent-fd", type=int, default=None)
     parser.add_argument("--agent", required=True, metavar="SOCKET")
     options = parser.parse_args(argv)

@@ -29,12 +29,12 @@ class SinkSocket(NamedTuple):
     size_bytes: int
 
 
-def monitor_words(address: Address, *, share: bool) -> list[str]:
+def monitor_arguments(address: Address, *, share: bool) -> list[str]:
     """How a guardian is told QEMU's monitor; it works in another folder."""
     return ["--qmp", address.absolute, *(["--qmp-share"] if share else [])]
 
 
-class Guardianship:
+class GuardianClient:
     """Raises Failure when there is no guardian: no backup without one."""
 
     def __init__(

@@ -26,7 +26,7 @@ _STOP_S = 90.0
 _NAME = "the backup process"
 
 
-class Request(NamedTuple):
+class BackupRequest(NamedTuple):
     """`file` as the client spelled it; `words` and descriptors for the process."""
 
     file: str
@@ -34,7 +34,7 @@ class Request(NamedTuple):
     fds: Sequence[int] = ()
 
 
-class Jobs:
+class BackupRunner:
     """One backup at a time. `fd` is readable when `look` has something."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Jobs:
         self._started = Later()
         return self._started
 
-    def start(self, request: Request) -> None:
+    def start(self, request: BackupRequest) -> None:
         """The request's descriptors are closed here. Never raises."""
         try:
             if self._backups.canceled:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str], prog: str) -> int:
 def _clean_up(address: str, *, share: bool) -> None:
     # Imported here: `--help` comes sooner without.
     from vmapipe.control.qemu.leftovers import connect, remove_leftovers
-    from vmapipe.control.qemu.owner import pid_of_qemu, uid_of_qemu
+    from vmapipe.control.qemu.qemu_process import pid_of_qemu, uid_of_qemu
     from vmapipe.control.qmp.addresses import parse_address
 
     link = connect(address, share=share)

@@ -16,13 +16,12 @@ import fcntl
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from vmapipe.control.instant import Instant
-from vmapipe.control.qemu import memory
-from vmapipe.control.qemu.memory import MIGRATED, RUNNING, STANDING, STOPPED, Note
-from vmapipe.control.qemu.plan import Beginning
-from vmapipe.control.qemu.sinkfolder import SinkFolder
+from vmapipe.control.qemu import vmstate_commands
+from vmapipe.control.qemu.jobs import Beginning
+from vmapipe.control.qemu.sink_folder import SinkFolder
+from vmapipe.control.qemu.vmstate_commands import MIGRATED, RUNNING, STANDING, STOPPED, MemoryNote
 from vmapipe.control.qmp.connection import ANSWER_S, Command, Link, QmpRefused
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.syscalls import readable
@@ -35,6 +34,16 @@ _ASK_S = 0.1
 _LOOK_S = 0.005
 
 
+class Instant(NamedTuple):
+    """For how long a guest's writes, or the guest itself, stood still for the instant.
+
+    `how` its memory was saved; empty: it was not.
+    """
+
+    how: str
+    seconds: float
+
+
 class Saving:
     """Of one backup. In this order: `begin`, then `look` until `is_done`. Both raise Failure."""
 
@@ -43,10 +52,10 @@ class Saving:
         #: Set as soon as it is known.
         self.held: Instant | None = None
         self._link = link
-        self._name = memory.note_name(run)
+        self._name = vmstate_commands.memory_note_name(run)
         self._folder = folder
         self._guest_wait_s = guest_wait_s
-        self._note: Note | None = None
+        self._note: MemoryNote | None = None
         self._jobs: Beginning | None = None
         self._was_running = False
         self._ask_at = 0.0
@@ -83,7 +92,7 @@ class Saving:
         """
         self._jobs = jobs
         state = str(self._ask("query-status").get("status", ""))
-        if memory.progress_of(self._ask("query-migrate")).is_moving:
+        if vmstate_commands.migration_progress(self._ask("query-migrate")).is_moving:
             raise Failure("the machine is being migrated: wait for the end of that")
         if state != RUNNING and state not in STANDING:
             raise Failure(
@@ -92,30 +101,32 @@ class Saving:
             )
         self._was_running = state == RUNNING
         parameters = self._ask("query-migrate-parameters")
-        if (mode := parameters.get("mode", memory.NORMAL)) != memory.NORMAL:
+        if (mode := parameters.get("mode", vmstate_commands.NORMAL)) != vmstate_commands.NORMAL:
             raise Failure(
                 f"the machine's migration mode is {mode!r}: with it a migration, which is how its "
-                f"memory is saved, does something else; set it to {memory.NORMAL!r}"
+                f"memory is saved, does something else; set it to {vmstate_commands.NORMAL!r}"
             )
-        on = memory.switched_on(self._link.execute(Command("query-migrate-capabilities", {})))
+        on = vmstate_commands.enabled_capabilities(
+            self._link.execute(Command("query-migrate-capabilities", {}))
+        )
         bandwidth = int(parameters.get("max-bandwidth", 0))
-        self._note = Note(self._folder.path, not self._was_running, "", on, bandwidth)
-        self._execute(memory.write_note(self._name, self._note))
-        self._execute(memory.quick())
+        self._note = MemoryNote(self._folder.path, not self._was_running, "", on, bandwidth)
+        self._execute(vmstate_commands.write_memory_note(self._name, self._note))
+        self._execute(vmstate_commands.lift_bandwidth())
         if self._was_running and self._background_works(on):
             self._save_in_background(jobs)
         else:
-            self._execute(memory.to_save(on, background=False))
+            self._execute(vmstate_commands.enable_capabilities(on, background=False))
             self._rewrite(is_live=True, resume=MIGRATED if self._was_running else "")
             self._give_stream()
-            self._execute(memory.migrate())
+            self._execute(vmstate_commands.start_migration())
 
     def look(self) -> None:
         """How far is it? Asked now and then, and when QEMU has said something."""
         if self._note is None or self.is_done or time.monotonic() < self._ask_at:
             return
         self._see_it_run()
-        progress = memory.progress_of(self._ask("query-migrate"))
+        progress = vmstate_commands.migration_progress(self._ask("query-migrate"))
         self._ask_at = time.monotonic() + _ASK_S
         if progress.is_complete:
             self._finish()
@@ -142,7 +153,7 @@ class Saving:
     def _background_works(self, on: Sequence[str]) -> bool:
         """Refused where QEMU has none, the kernel or a permission is missing, or memory is shared."""
         try:
-            self._link.execute(memory.to_save(on, background=True))
+            self._link.execute(vmstate_commands.enable_capabilities(on, background=True))
         except QmpRefused:
             return False
         return True
@@ -154,13 +165,13 @@ class Saving:
         try:
             self._execute(Command("stop", {}))
             self._execute(jobs.transaction)
-            self._execute(memory.migrate())
+            self._execute(vmstate_commands.start_migration())
         except Failure:
             # The sooner the better; whoever cleans up would do it, too.
             with contextlib.suppress(Failure):
                 self._link.execute(Command("cont", {}))
             raise
-        self._wait_for_guest(memory.BACKGROUND)
+        self._wait_for_guest(vmstate_commands.BACKGROUND)
         self._ask_at = time.monotonic() + _ASK_S
 
     def _wait_for_guest(self, how: str) -> None:
@@ -172,7 +183,7 @@ class Saving:
                 self.hear(event)
                 if event.get("event") == "RESUME":
                     self.held = Instant(how, _time_of(event) - self._stopped_at)
-            progress = memory.progress_of(self._ask("query-migrate"))
+            progress = vmstate_commands.migration_progress(self._ask("query-migrate"))
             if self.held is None and not progress.is_moving and not progress.is_complete:
                 raise Failure(f"QEMU could not save the machine's memory: {progress.why}")
             if self.held is None and progress.saved_pages and self._stays_stopped():
@@ -207,7 +218,7 @@ class Saving:
         with contextlib.suppress(OSError):  # its producer is dead: others say so
             os.write(self._verdict, b"!")
         if self._note is not None:
-            for command in memory.settings_back(self._note):
+            for command in vmstate_commands.restore_settings(self._note):
                 self._execute(command)
         self._execute(Command("object-del", {"id": self._name}))
         self.is_done = True
@@ -218,7 +229,7 @@ class Saving:
             raise RuntimeError("nothing has begun")
         for block in self._link.execute(Command("query-block", {})):
             node = (block.get("inserted") or {}).get("node-name", "")
-            add, delete = memory.activate(node, self._folder.qemus_socket())
+            add, delete = vmstate_commands.activate_disks(node, self._folder.qemus_socket())
             # Where such exports are not built in, the transaction may do without.
             with contextlib.suppress(QmpRefused):
                 self._link.execute(add)
@@ -243,14 +254,14 @@ class Saving:
 
     def _give_stream(self) -> None:
         """QEMU has it then, and nobody else holds an end that writes."""
-        self._link.give_fd(self._qemu_fd, memory.FD_NAME)
+        self._link.give_fd(self._qemu_fd, vmstate_commands.FD_NAME)
         _close(self._qemu_fd)
         self._qemu_fd = -1
 
     def _rewrite(self, **changes: Any) -> None:
         if self._note is not None:
             self._note = self._note._replace(**changes)
-            self._execute(memory.rewrite_note(self._name, self._note))
+            self._execute(vmstate_commands.rewrite_memory_note(self._name, self._note))
 
     def _execute(self, command: Command) -> None:
         try:

@@ -12,9 +12,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from vmapipe.control.qemu.disks import Answer
-from vmapipe.control.qemu.plan import PREFIX, run_prefix
-from vmapipe.control.qmp.connection import Command
+from vmapipe.control.qemu.jobs import PREFIX, run_prefix
+from vmapipe.control.qmp.connection import Answer, Command
 from vmapipe.control.qmp.reader import SHORT_LIMITS, Unreadable, read_object
 
 #: QEMU's name for the descriptor of it.
@@ -40,7 +39,7 @@ _MOVING = frozenset({"setup", "active", "device", "pre-switchover", "wait-unplug
 _ENDING = frozenset({"cancelling"})
 
 
-class Note(NamedTuple):
+class MemoryNote(NamedTuple):
     """`resume`: found in this run state, the guest is to go on; empty: it runs, or is to stay.
 
     `is_live`: by a live migration, which can be cancelled; a background snapshot
@@ -57,7 +56,7 @@ class Note(NamedTuple):
         return json.dumps(self._asdict(), separators=(",", ":"))
 
 
-def decode_note(text: str) -> Note:
+def decode_memory_note(text: str) -> MemoryNote:
     """Raises ValueError."""
     try:
         found = read_object(text, SHORT_LIMITS)
@@ -71,50 +70,50 @@ def decode_note(text: str) -> Note:
             "capabilities": [*capabilities],
             "bandwidth_bytes_s": int(bandwidth),
         } if folder.startswith("/") and all(isinstance(name, str) for name in capabilities):
-            return Note(folder, is_live, resume, tuple(capabilities), bandwidth)
+            return MemoryNote(folder, is_live, resume, tuple(capabilities), bandwidth)
     raise ValueError("this is not a note of ours")
 
 
-def note_name(run: str) -> str:
+def memory_note_name(run: str) -> str:
     return f"{run_prefix(run)}memory"
 
 
-def notes_in(objects: Iterable[Answer], prefix: str) -> list[str]:
+def memory_notes_in(objects: Iterable[Answer], prefix: str) -> list[str]:
     """The names of notes, from the answer to qom-list of /objects."""
     names = (str(found.get("name", "")) for found in objects)
     return [n for n in names if n.startswith(prefix or PREFIX) and n.endswith("-memory")]
 
 
-def write_note(name: str, note: Note) -> Command:
+def write_memory_note(name: str, note: MemoryNote) -> Command:
     text = note.encode()
     return Command("object-add", {"qom-type": "authz-simple", "id": name, "identity": text})
 
 
-def rewrite_note(name: str, note: Note) -> Command:
+def rewrite_memory_note(name: str, note: MemoryNote) -> Command:
     path = f"/objects/{name}"
     return Command("qom-set", {"path": path, "property": "identity", "value": note.encode()})
 
 
-def read_note(name: str) -> Command:
+def read_memory_note(name: str) -> Command:
     return Command("qom-get", {"path": f"/objects/{name}", "property": "identity"})
 
 
-def switched_on(capabilities: Iterable[Answer]) -> tuple[str, ...]:
+def enabled_capabilities(capabilities: Iterable[Answer]) -> tuple[str, ...]:
     """From the answer to query-migrate-capabilities."""
     return tuple(str(c["capability"]) for c in capabilities if c.get("state"))
 
 
-def quick() -> Command:
+def lift_bandwidth() -> Command:
     return Command("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH_BYTES_S})
 
 
-def to_save(before: Sequence[str], *, background: bool) -> Command:
+def enable_capabilities(before: Sequence[str], *, background: bool) -> Command:
     """The capabilities that saving needs, where `before` were on."""
     states = {**dict.fromkeys(before, False), _EVENTS: True, BACKGROUND: background}
     return _set_capabilities(states)
 
 
-def settings_back(note: Note) -> list[Command]:
+def restore_settings(note: MemoryNote) -> list[Command]:
     states = {_EVENTS: False, BACKGROUND: False, **dict.fromkeys(note.capabilities, True)}
     bandwidth = {"max-bandwidth": note.bandwidth_bytes_s}
     return [_set_capabilities(states), Command("migrate-set-parameters", bandwidth)]
@@ -125,11 +124,11 @@ def _set_capabilities(states: dict[str, bool]) -> Command:
     return Command("migrate-set-capabilities", {"capabilities": changes})
 
 
-def migrate() -> Command:
+def start_migration() -> Command:
     return Command("migrate", {"uri": f"fd:{FD_NAME}"})
 
 
-def activate(node: str, socket: str) -> tuple[Command, Command]:
+def activate_disks(node: str, socket: str) -> tuple[Command, Command]:
     """A migration that is complete leaves the disks to the other side; this takes one back.
 
     An export does that when it is made, and nobody connects to it.
@@ -140,7 +139,7 @@ def activate(node: str, socket: str) -> tuple[Command, Command]:
     return Command("block-export-add", words), Command("block-export-del", {"id": name})
 
 
-class Progress(NamedTuple):
+class MigrationProgress(NamedTuple):
     """From the answer to query-migrate."""
 
     status: str
@@ -166,15 +165,17 @@ class Progress(NamedTuple):
         return self.status in _MOVING
 
 
-def progress_of(answer: Answer) -> Progress:
+def migration_progress(answer: Answer) -> MigrationProgress:
     ram: Any = answer.get("ram") or {}
     sent, total = int(ram.get("transferred", 0)), int(ram.get("total", 0))
     pages = int(ram.get("normal", 0)) + int(ram.get("duplicate", 0))
     why = str(answer.get("error-desc") or answer.get("status") or "it was not begun")
-    return Progress(str(answer.get("status", "")), sent, total, why, pages)
+    return MigrationProgress(str(answer.get("status", "")), sent, total, why, pages)
 
 
-def undo(name: str, note: Note, progress: Progress, run_state: str) -> list[Command]:
+def undo_commands(
+    name: str, note: MemoryNote, progress: MigrationProgress, run_state: str
+) -> list[Command]:
     """What can be done now; look again afterwards. The guest first, the note last."""
     if progress.is_moving:
         # A background snapshot that is cancelled, or whose stream breaks, leaves
@@ -182,4 +183,4 @@ def undo(name: str, note: Note, progress: Progress, run_state: str) -> list[Comm
         return [Command("migrate_cancel", {})] if note.is_live and progress.can_be_cancelled else []
     go_on = [Command("cont", {})] if note.resume and run_state == note.resume else []
     delete = Command("object-del", {"id": name})
-    return [*go_on, *settings_back(note), Command("closefd", {"fdname": FD_NAME}), delete]
+    return [*go_on, *restore_settings(note), Command("closefd", {"fdname": FD_NAME}), delete]

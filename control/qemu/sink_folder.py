@@ -28,7 +28,7 @@ _FOLDER = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
 _SINK = re.compile(r"(?:0|[1-9][0-9]{0,2})\.sock")
 # Producers, and after a crash QEMU's connections, come one by one.
 _BACKLOG = 128
-# In it, QEMU's own: where QEMU makes a socket for a moment (see memory.activate).
+# In it, QEMU's own: where QEMU makes a socket for a moment (see vmstate_commands.activate_disks).
 _QEMUS = "qemu"
 # QEMU's user passes through; what is in it is told by no list.
 _PASS_THROUGH = 0o711
@@ -195,18 +195,18 @@ class SinkFolder:
         return status.st_uid
 
 
-class Sink(NamedTuple):
+class SinkName(NamedTuple):
     """Where a sink's socket is."""
 
     folder: str
     name: str
 
 
-def sink_of(path: str) -> Sink | None:
+def sink_of(path: str) -> SinkName | None:
     """None: this is not the shape of one of ours."""
     folder, name = os.path.split(path)
     fits = path.startswith("/") and _FOLDER.fullmatch(os.path.basename(folder))
-    return Sink(folder, name) if fits and _SINK.fullmatch(name) else None
+    return SinkName(folder, name) if fits and _SINK.fullmatch(name) else None
 
 
 def open_stream(path: str, folder_fd: int | None = None) -> int | None:

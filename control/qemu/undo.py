@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes a backup's jobs and nodes out of QEMU, in the order that costs a guest nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vmapipe.control.qemu.graph import Graph
+from vmapipe.control.qemu.jobs import OwnObjects, devices_above_filters, own_objects
+from vmapipe.control.qemu.poweroff import release_poweroff
+from vmapipe.control.qemu.vmstate_commands import (
+    MemoryNote,
+    decode_memory_note,
+    memory_notes_in,
+    migration_progress,
+    read_memory_note,
+    undo_commands,
+)
+from vmapipe.control.qmp.connection import Command, Qmp, QmpRefused
+from vmapipe.runtime.errors import Failure
+
+# A job ends when its requests have: milliseconds with a sink that answers at
+# once; a slow disk may have to be read first.
+CLEAN_UP_S = 30.0
+# A target that QEMU has to connect to again is served within milliseconds of its
+# next request. Where nobody listened for long, QEMU tries again every 16 s.
+_SERVED_S = 20.0
+_POLL_S = 0.02
+
+
+def find_own_objects(qmp: Qmp, prefix: str) -> OwnObjects:
+    """Raises QmpGone."""
+    jobs = qmp.execute(Command("query-jobs", {}))
+    nodes = qmp.execute(Command("query-named-block-nodes", {"flat": True}))
+    if not any(str(node.get("node-name", "")).startswith(prefix) for node in nodes):
+        return own_objects(jobs, nodes, prefix)
+    blocks = _answer_or_none(qmp, "query-block") or ()
+    graph = Graph(nodes, _answer_or_none(qmp, "x-debug-query-block-graph"))
+    return own_objects(jobs, nodes, prefix, devices_above_filters(blocks, graph.below, prefix))
+
+
+def _answer_or_none(qmp: Qmp, name: str) -> Any:
+    """None where this QEMU does not answer such a question."""
+    with contextlib.suppress(QmpRefused):
+        return qmp.execute(Command(name, {}))
+    return None
+
+
+def clean_up(
+    qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float = CLEAN_UP_S
+) -> None:
+    """Take all that is named `prefix` out, and let QEMU end if its guest has powered off meanwhile.
+
+    As `take_out`.
+    """
+    remove_objects(qmp, prefix, served, limit_s)
+    release_poweroff(qmp, prefix)
+
+
+def remove_objects(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float) -> None:
+    """Until nothing named `prefix` is left. Raises QmpGone, and Failure when it takes too long.
+
+    `served`: whether a job's target is connected. A job must not be cancelled
+    while its target is not: the guest's write that waits for it would fail. The
+    memory's stream, if there is one, has to be read meanwhile.
+    """
+    undo_memory(qmp, prefix, limit_s)
+    left = _await_targets(qmp, prefix, served)
+    deadline = time.monotonic() + limit_s
+    refused = ""
+    while not left.nothing:
+        for command in left.undo():
+            try:
+                qmp.execute(command)
+            except QmpRefused as error:
+                refused = f": {error}"  # it ended meanwhile, or is in use for a moment: look again
+        left = find_own_objects(qmp, prefix)
+        if left.nothing:
+            return
+        if time.monotonic() > deadline:
+            names = ", ".join(left.names)
+            raise Failure(f"QEMU still has {names} after {limit_s:.0f} s{refused}")
+        time.sleep(_POLL_S)
+
+
+def _await_targets(qmp: Qmp, prefix: str, served: Callable[[str], bool]) -> OwnObjects:
+    """Returns what is left then. A job that has come to its end meanwhile needs no target."""
+    left = find_own_objects(qmp, prefix)
+    if all(served(job) for job in left.active):
+        return left
+    for command in left.unthrottle():
+        with contextlib.suppress(QmpRefused):
+            qmp.execute(command)
+    until = time.monotonic() + _SERVED_S
+    while not all(served(job) for job in left.active) and time.monotonic() < until:
+        time.sleep(_POLL_S)
+        left = find_own_objects(qmp, prefix)
+    return left
+
+
+_MEMORY_POLL_S = 0.01
+# A terabyte of memory that nobody needs any more is read in less; a QEMU whose word is that it moves
+# and moves is not believed for ever.
+_LONGEST_STREAM_S = 3600.0
+
+
+def find_memory_notes(qmp: Qmp, prefix: str) -> dict[str, MemoryNote | None]:
+    """By name; None: QEMU has one that we cannot read. Raises QmpGone."""
+    try:
+        objects = qmp.execute(Command("qom-list", {"path": "/objects"}))
+    except QmpRefused:
+        return {}
+    found: dict[str, MemoryNote | None] = {}
+    for name in memory_notes_in(objects, prefix):
+        found[name] = None
+        with contextlib.suppress(ValueError, QmpRefused):
+            found[name] = decode_memory_note(qmp.execute(read_memory_note(name)))
+    return found
+
+
+def undo_memory(qmp: Qmp, prefix: str, limit_s: float) -> None:
+    """Until no note named `prefix` is left. Somebody has to read the stream meanwhile.
+
+    As long as that moves it may take an hour. Raises QmpGone, Failure.
+    """
+    over = time.monotonic() + _LONGEST_STREAM_S
+    deadline, moved, refused = time.monotonic() + limit_s, -1, ""
+    while notes := find_memory_notes(qmp, prefix):
+        progress = migration_progress(qmp.execute(Command("query-migrate", {})))
+        run_state = str(qmp.execute(Command("query-status", {})).get("status", ""))
+        for name, note in notes.items():
+            commands = (
+                undo_commands(name, note, progress, run_state)
+                if note
+                else [Command("object-del", {"id": name})]
+            )
+            for command in commands:
+                try:
+                    qmp.execute(command)
+                except QmpRefused as error:
+                    if command.name == "cont":
+                        refused = f"; the guest stands still: {error}"
+                        break
+                    # Else it ended meanwhile, or was never there: look again.
+        if progress.is_moving and progress.sent_bytes != moved:
+            deadline, moved = time.monotonic() + limit_s, progress.sent_bytes
+        if time.monotonic() > min(deadline, over):
+            raise Failure(f"QEMU is not done with the machine's memory: {progress.why}{refused}")
+        time.sleep(_MEMORY_POLL_S)
