@@ -30,6 +30,7 @@ from vmapipe.access.storage import (
     Storage,
     read_error,
 )
+from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.restore.archive.compressed import MAGIC_BYTES, is_compressed
 from vmapipe.restore.archive.digest import extent_digest
 from vmapipe.restore.archive.errors import DigestError, InputError
@@ -44,7 +45,6 @@ from vmapipe.runtime.objectstore import is_object
 from vmapipe.vma.errors import ArchiveError, ExtentError
 from vmapipe.vma.extent import Extent, parse_extent_header
 from vmapipe.vma.header import PEEK_BYTES, Header, parse_header, peek_header_bytes
-from vmapipe.vma.layout import EXTENT_HEADER_BYTES
 from vmapipe.vma.manifest import ExtentDigest
 
 # Headers of zeroes stand one behind the other: so many are read at a time.

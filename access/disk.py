@@ -10,16 +10,11 @@ from collections.abc import Iterator, Sequence
 from vmapipe.access.archive import OpenArchive
 from vmapipe.access.index import StoredRun
 from vmapipe.access.storage import read_error
+from vmapipe.clusters.masks import mask_runs
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES, FULL_MASK
 from vmapipe.producer.nbd.backend import Write
 from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
-from vmapipe.vma.extent import mask_runs
 from vmapipe.vma.header import Device
-from vmapipe.vma.layout import (
-    BLOCK_BYTES,
-    CLUSTER_BYTES,
-    EXTENT_HEADER_BYTES,
-    FULL_MASK,
-)
 
 _ZEROES = memoryview(bytes(1 << 20))
 

@@ -16,9 +16,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Header
-from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK, UUID_BYTES
+from vmapipe.vma.layout import UUID_BYTES
 from vmapipe.vma.manifest import DIGEST_BYTES
 
 # A run's place, as one 64-bit number: the extent's number + 1, the first block in the

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from vmapipe.access.disk import ArchiveDisk
+from vmapipe.clusters.sizes import BLOCK_BYTES
 from vmapipe.producer.nbd.backend import Write, one_by_one
 from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
 from vmapipe.runtime.errors import Failure, os_error_text
@@ -26,7 +27,6 @@ from vmapipe.runtime.syscalls import (
     FALLOC_FL_PUNCH_HOLE,
     fallocate,
 )
-from vmapipe.vma.layout import BLOCK_BYTES
 
 _TRAILER = struct.Struct("<16s16sIQ")
 _MAGIC = b"vmapipe-cow-1\n\0\0"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from vmapipe.archiver.instructions import Notice, Send
 from vmapipe.archiver.jobspec import JobSpec
 from vmapipe.archiver.peers import Peer, Peers
+from vmapipe.clusters.sizes import MAX_DEVICE_BYTES
 from vmapipe.protocol.archiver_side import State
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.messages import Hello, Resume
-from vmapipe.vma.layout import MAX_DEVICE_BYTES
 
 # Strangers that are told of: a log that one of them can fill is no log.
 _MAX_TOLD = 100

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vmapipe.protocol import blocks
+from vmapipe.clusters.cluster_set import ClusterSet
+from vmapipe.clusters.masks import cluster_masks, collect
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES
 from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.frames import masked_bytes
-from vmapipe.protocol.limits import BLOCK_BYTES, CLUSTER_BYTES
 from vmapipe.protocol.messages import (
     ClusterFrame,
     DataFrame,
@@ -19,7 +20,7 @@ from vmapipe.protocol.messages import (
     SharedRun,
 )
 from vmapipe.protocol.packing import Part
-from vmapipe.vma.coverage import ClusterSet, mask_fits
+from vmapipe.vma.coverage import mask_fits
 from vmapipe.vma.header import Device
 
 # A producer's memory is a few MiB, and it waits for acknowledgements to use
@@ -155,8 +156,8 @@ class DeviceState:
                 f"cluster {frame.cluster_num} has {len(data)} bytes; {max(expected, 0)} must come",
             )
         padded = data + bytes(-len(data) % BLOCK_BYTES)
-        masks = blocks.cluster_masks(padded, len(padded))
-        return Run(frame.cluster_num, 1, masks, memoryview(blocks.collect(padded, masks)))
+        masks = cluster_masks(padded, len(padded))
+        return Run(frame.cluster_num, 1, masks, memoryview(collect(padded, masks)))
 
     def written(self, mark: Mark | None) -> None:
         """One of its queued extents was written; `mark` tells how far that brings it."""

@@ -16,8 +16,8 @@ from xxhash import xxh3_128
 from vmapipe.archiver.manifests import ManifestSink
 from vmapipe.archiver.outputs.around import OutputAround
 from vmapipe.archiver.outputs.output import Buffers, Output
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.vma.manifest import (
     DeviceTotals,
     ExtentDigest,

@@ -7,6 +7,7 @@ from vmapipe.archiver.device import DeviceState, Mark
 from vmapipe.archiver.instructions import Put, Send
 from vmapipe.archiver.jobspec import JobSpec
 from vmapipe.archiver.peers import Peer
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import limits
 from vmapipe.protocol.messages import DataFrame
 from vmapipe.vma.header import Device, Header
@@ -37,7 +38,7 @@ class Flow:
             peer.side.welcome(
                 device.dev_id,
                 self._window_bytes if may_send else 0,
-                max(self._window_bytes // 2, limits.charge(1, limits.CLUSTER_BYTES)),
+                max(self._window_bytes // 2, limits.charge(1, CLUSTER_BYTES)),
                 self._spec.heartbeat_s,
                 shared=shared is not None,
                 reconnect_s=self._spec.reconnect_s,

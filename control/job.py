@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmapipe.clusters.sizes import VMSTATE_NAME
 from vmapipe.control.jobprocesses import remove_leftovers, start_archiver, start_producers
 from vmapipe.control.jobs.shares import Shares
 from vmapipe.control.monitor.client import begin_together
@@ -20,7 +21,7 @@ from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.events import ChildCommands, Emit, Event, speed_command, speed_in
 from vmapipe.runtime.folders import OwnFolder
-from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
+from vmapipe.vma.layout import MAX_DEVICES
 
 if TYPE_CHECKING:
     from vmapipe.control.elsewhere import Service

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from vmapipe.protocol.limits import CLUSTER_BYTES, MAX_RUN_CLUSTERS
+from vmapipe.clusters.sizes import CLUSTER_BYTES
+from vmapipe.protocol.limits import MAX_RUN_CLUSTERS
 
 
 class Chunk(NamedTuple):

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer import transmit
 from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.guard_client import GuardClient
@@ -28,7 +29,6 @@ from vmapipe.protocol.guarding import (
     SavedHole,
     Waiting,
 )
-from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.protocol.messages import SharedCluster
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, os_error_text

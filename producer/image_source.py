@@ -9,9 +9,9 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.source import UNSHARED, DiskSourceError, Segment, Sharing, open_at_rest
 from vmapipe.protocol.errors import ProtocolError
-from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
 from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
 from vmapipe.protocol.nbd.constants import (

@@ -8,10 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES, VMSTATE_NAME
 from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.source import RawSource, Sharing, Source
 from vmapipe.producer.transmit import Sender
-from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.arguments import (
     add_buffer_options,
     add_child_options,
@@ -29,9 +29,6 @@ from vmapipe.runtime.events import ChildCommands, Emit, Event, speed_in
 from vmapipe.runtime.process import lower_priority, run_child
 from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.runtime.text import one_line
-
-#: What the wire calls a machine's memory.
-VMSTATE = "vmstate"
 
 DESCRIPTION = """\
 Send the clusters of one disk to an archiver: of a disk at rest (a raw image
@@ -197,7 +194,7 @@ def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     try:
         link.watch(cancel.fd)
         if options.stream_fd is not None:
-            name = VMSTATE
+            name = VMSTATE_NAME
             size_bytes, zero_clusters = _send_stream(options, link, cancel, emit)
         elif options.guard:
             name = options.name or options.disk
@@ -304,9 +301,9 @@ def _send_stream(
     settings = StreamOptions(
         options.stream_fd, options.verdict_fd, options.size, options.buffer, options.guest_wait
     )
-    sender = StreamSender(VMSTATE, settings, options.job, link, cancel)
+    sender = StreamSender(VMSTATE_NAME, settings, options.job, link, cancel)
     try:
-        emit({"event": "reading", "device": VMSTATE, "path": "QEMU", "bytes": options.size})
+        emit({"event": "reading", "device": VMSTATE_NAME, "path": "QEMU", "bytes": options.size})
         sender.run(emit)
     finally:
         sender.close()

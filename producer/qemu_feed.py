@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.chunks import Chunk
 from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.nbd.backend import sink_export
@@ -19,7 +20,6 @@ from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.producer.transmit import REPORT_S, BufferUse, ProgressReporter, Transfer
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import ProtocolError
-from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import (

@@ -9,6 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from vmapipe.clusters.cluster_set import ClusterSet
+from vmapipe.clusters.sizes import CLUSTER_BYTES, cluster_count
 from vmapipe.producer.chunks import (
     Chunk,
     PartialClusters,
@@ -17,11 +19,10 @@ from vmapipe.producer.chunks import (
     is_whole,
     pieces,
 )
-from vmapipe.producer.clusterbits import ClusterBits
 from vmapipe.producer.nbd.backend import Write, WriteOnlyBackend, one_by_one
 from vmapipe.producer.runs import whole_blocks
 from vmapipe.producer.shared_memory import RingAllocator
-from vmapipe.protocol.limits import CLUSTER_BYTES, MAX_RUN_CLUSTERS
+from vmapipe.protocol.limits import MAX_RUN_CLUSTERS
 from vmapipe.runtime.rate_limit import JobRateLimiter
 
 
@@ -100,7 +101,7 @@ class QemuSink(WriteOnlyBackend):
         self._memory = memory
         self._guest_wait_s = guest_wait_s
         self._changed = threading.Condition(threading.Lock())
-        self._arrivals = ClusterBits(-(-size_bytes // CLUSTER_BYTES))
+        self._arrivals = ClusterSet(cluster_count(size_bytes))
         self._parts = PartialClusters(size_bytes)
         self._room = RingAllocator(room.start, len(room))
         self._piece_clusters = piece_clusters
@@ -122,7 +123,7 @@ class QemuSink(WriteOnlyBackend):
     @property
     def missing(self) -> int:
         """Clusters that have not come yet."""
-        return self._arrivals.missing
+        return self._arrivals.size - self._arrivals.count
 
     @property
     def arrived(self) -> int:
@@ -161,7 +162,7 @@ class QemuSink(WriteOnlyBackend):
 
     @property
     def clusters(self) -> int:
-        return self._arrivals.clusters
+        return self._arrivals.size
 
     @property
     def used_bytes(self) -> int:
@@ -229,7 +230,7 @@ class QemuSink(WriteOnlyBackend):
                 or (self._hold_until and count >= _HOLD_CLUSTERS)
             ):
                 return False
-            here = self._arrivals.how_many(first, count)
+            here = self._arrivals.count_in(first, count)
             if here:
                 return here == count
             position = self._room.take(whole_blocks(length))
@@ -254,7 +255,7 @@ class QemuSink(WriteOnlyBackend):
                 or self._is_crowded
             ):
                 return False
-            here = self._arrivals.how_many(first, count)
+            here = self._arrivals.count_in(first, count)
             if here:
                 return here == count
             self._arrive_as_zeroes(first, count)
@@ -295,7 +296,7 @@ class QemuSink(WriteOnlyBackend):
         first = offset // CLUSTER_BYTES
         while data:
             with self._changed:
-                runs = self._arrivals.new(first, -(-len(data) // CLUSTER_BYTES))
+                runs = self._arrivals.missing(first, first + cluster_count(len(data)))
                 run = None if self.failure else next(runs, None)
                 if run is None:
                     return
@@ -331,7 +332,7 @@ class QemuSink(WriteOnlyBackend):
         with self._changed:
             if not self._wait(lambda: not self._is_crowded, deadline):
                 return
-            for run in list(self._arrivals.new(first, count)):
+            for run in list(self._arrivals.missing(first, first + count)):
                 self._arrive_as_zeroes(*run)
 
     @property
@@ -344,13 +345,13 @@ class QemuSink(WriteOnlyBackend):
         self._parts.forget(first, count)
         self._zeroes.add(first, count)
         # Else the sender takes them when it looks next, with those that come meanwhile.
-        if not self._arrivals.missing or self._is_crowded:
+        if not self.missing or self._is_crowded:
             self._zeroes_at = 0.0
             self._wake()
 
     def _queue_zeroes(self, now: float) -> None:
         """With the lock held: what there is, when it is time."""
-        if now >= self._zeroes_at or not self._arrivals.missing:
+        if now >= self._zeroes_at or not self.missing:
             self._queue += self._zeroes.take()
             self._zeroes_at = now + _ZEROES_S
 
@@ -377,11 +378,11 @@ class QemuSink(WriteOnlyBackend):
 
     def _queue_rest(self) -> None:
         """With the lock held: some of what has not come, as zeroes."""
-        arrivals, end = self._arrivals, self._arrivals.clusters
-        while arrivals.missing and len(self._queue) < _REST_RUNS:
+        arrivals, end = self._arrivals, self._arrivals.size
+        while self.missing and len(self._queue) < _REST_RUNS:
             first = arrivals.next_missing(self._rest_from, end)
             longest = min(end, first + MAX_RUN_CLUSTERS)
-            self._rest_from = arrivals.next_here(first, longest)
+            self._rest_from = arrivals.next_present(first, longest)
             arrivals.add(first, self._rest_from - first)
             self._queue.append(Chunk(first, self._rest_from - first, -1, 0))
 

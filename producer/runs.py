@@ -7,13 +7,11 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from vmapipe.clusters.masks import cluster_masks, compact
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_CLUSTERS
 from vmapipe.producer.source import Source
-from vmapipe.protocol import blocks, limits
-from vmapipe.protocol.limits import BLOCK_BYTES, CLUSTER_BYTES
+from vmapipe.protocol import limits
 
-# An extent of the archive has so many. No rule of the wire: frames that end where an
-# extent does are written, and acknowledged, as a whole.
-EXTENT_CLUSTERS = 58
 # Of a frame that has data: where most clusters are zero, a message for each extent
 # of the archive would be little data for its cost. Four extents of a disk that is a
 # quarter full are one full extent of data.
@@ -202,8 +200,8 @@ def packed(memory: memoryview, position: int, first_cluster: int, length: int) -
     padded = whole_blocks(length)
     view = memory[position : position + padded]
     view[length:] = bytes(padded - length)
-    masks = blocks.cluster_masks(view, padded)
-    stored = blocks.compact(view, masks) if masks else 0
+    masks = cluster_masks(view, padded)
+    stored = compact(view, masks) if masks else 0
     return Run(first_cluster, -(-length // CLUSTER_BYTES), masks, position, stored)
 
 

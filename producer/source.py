@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
-from vmapipe.protocol.limits import CLUSTER_BYTES
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.runtime.disk_use import use_of
 from vmapipe.runtime.errors import Failure, os_error_text
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.runs import Run, largest_frame_bytes, piece_bytes, runs
 from vmapipe.producer.session import RefusedByArchiver, Session
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.source import Source
 from vmapipe.protocol.errors import ProtocolError
-from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.runs import packed, piece_bytes
 from vmapipe.producer.session import RefusedByArchiver, Session
@@ -22,7 +23,6 @@ from vmapipe.producer.shared_memory import RING_BYTES, Ring, RingAllocator
 from vmapipe.producer.transmit import REPORT_S, BufferUse, ProgressReporter
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import ProtocolError
-from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Emit

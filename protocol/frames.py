@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, MAX_CLUSTERS
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.messages import (
@@ -118,9 +119,9 @@ def _decode_data(parts: Sequence[Part]) -> DataFrame:
         dev_id, cluster_num, data = frame
         if not is_uint(cluster_num) or not isinstance(data, bytes):
             raise RemoteProtocolError("malformed", "a cluster frame of wrong types")
-        if len(data) > limits.CLUSTER_BYTES:
+        if len(data) > CLUSTER_BYTES:
             raise RemoteProtocolError("too-large", f"a cluster of {len(data)} bytes")
-        if cluster_num >= limits.MAX_CLUSTERS:
+        if cluster_num >= MAX_CLUSTERS:
             raise RemoteProtocolError("malformed", f"cluster {cluster_num}")
         return ClusterFrame(seq, dev_id, cluster_num, data)
     if len(frame) == 2 and len(parts) == 2:
@@ -171,7 +172,7 @@ def _decode_scattered(seq: int, frame: list[Any]) -> Scattered:
 
 def masked_bytes(masks: bytes) -> int:
     """How much data the masks stand for, in bytes."""
-    return int.from_bytes(masks, "big").bit_count() * limits.BLOCK_BYTES
+    return int.from_bytes(masks, "big").bit_count() * BLOCK_BYTES
 
 
 def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[str, str] | None:
@@ -183,7 +184,7 @@ def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[st
     ):
         if amount > limit:
             return "too-large", f"a run with {amount} {what}, at most {limit}"
-    if first < 0 or count < 1 or first + count > limits.MAX_CLUSTERS:
+    if first < 0 or count < 1 or first + count > MAX_CLUSTERS:
         return "malformed", f"a run of clusters {first} + {count}"
     if masks and len(masks) != 2 * count:
         return "malformed", f"{len(masks)} bytes of masks for {count} clusters"
@@ -195,7 +196,7 @@ def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[st
 
 def scattered_bytes(clusters: Sequence[SharedCluster]) -> int:
     """How much data these clusters have, in bytes."""
-    return sum([mask.bit_count() for _, _, mask in clusters]) * limits.BLOCK_BYTES
+    return sum([mask.bit_count() for _, _, mask in clusters]) * BLOCK_BYTES
 
 
 def scattered_fault(clusters: Sequence[SharedCluster]) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
-from vmapipe.protocol import limits
+from vmapipe.clusters.sizes import MAX_CLUSTERS
 from vmapipe.protocol.schema import Dialogue, Uuid, between, lengths
 
 # Clusters that one guest's write saves at a time.
@@ -32,8 +32,8 @@ MAX_PACKET_BYTES = 64 * 1024
 MAX_WAIT_S = 3600
 _MAX_ITEMS = 1024
 
-_Clusters = Annotated[int, between(0, limits.MAX_CLUSTERS)]
-_Cluster = Annotated[int, between(0, limits.MAX_CLUSTERS - 1)]
+_Clusters = Annotated[int, between(0, MAX_CLUSTERS)]
+_Cluster = Annotated[int, between(0, MAX_CLUSTERS - 1)]
 _Slot = Annotated[int, between(0, 2 * MAX_SLOTS - 1)]
 _Claim = Annotated[int, between(1, MAX_CLAIM_CLUSTERS)]
 

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
+
 VERSION = 1
 
-BLOCK_BYTES = 4096
-CLUSTER_BYTES = 65536
-BLOCKS_PER_CLUSTER = 16
 MAX_DEV_ID = 254
-MAX_CLUSTERS = 1 << 32
 
 # A run carries at most this much data: larger messages were not quicker, and
 # each costs a buffer on both sides.

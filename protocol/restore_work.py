@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
+from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES, MAX_EXTENT_BYTES
 from vmapipe.protocol import limits
 from vmapipe.protocol.packing import Part
 from vmapipe.protocol.schema import (
@@ -26,8 +27,6 @@ from vmapipe.protocol.schema import (
     lengths,
 )
 
-EXTENT_HEADER_BYTES = 512
-MAX_EXTENT_BYTES = EXTENT_HEADER_BYTES + 59 * limits.CLUSTER_BYTES
 DIGEST_BYTES = 16
 # Extents in one piece of work: 512 of zeroes only are 1.8 GiB of disk, enough
 # to be zeroed in few system calls, and 14 KiB of message.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES, cluster_count
 from vmapipe.protocol.restore_work import Setup
 from vmapipe.restore.archive.manifest import Manifest, manifest_beside
 from vmapipe.restore.archive.reader import Archive, ArchiveTotals, FoundExtent
@@ -54,7 +55,6 @@ from vmapipe.runtime.events import Emit
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import ClusterRun, Extent
-from vmapipe.vma.layout import CLUSTER_BYTES, cluster_count
 
 if TYPE_CHECKING:
     from vmapipe.restore.targets.resume import Journal

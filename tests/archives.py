@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 from xxhash import xxh3_128
 
-from vmapipe.vma.header import Config, Device, Header, encode_header
-from vmapipe.vma.layout import (
+from vmapipe.clusters.sizes import (
     BLOCK_BYTES,
     BLOCKS_PER_CLUSTER,
     CLUSTER_BYTES,
+    EXTENT_CLUSTERS,
     EXTENT_HEADER_BYTES,
-    WRITER_SLOTS,
     cluster_count,
 )
+from vmapipe.vma.header import Config, Device, Header, encode_header
 from vmapipe.vma.manifest import (
     DeviceTotals,
     ExtentDigest,
@@ -47,7 +47,7 @@ def archive(
     configs: Mapping[str, bytes] | None = None,
     *,
     order: Sequence[ClusterAt] | None = None,
-    slots: int = WRITER_SLOTS,
+    slots: int = EXTENT_CLUSTERS,
     uuid: bytes = UUID,
 ) -> bytes:
     """The archive of these disks: dev_ids 1, 2, … in the mapping's order.

@@ -14,8 +14,18 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("access", "archiver", "control", "producer", "protocol", "restore", "runtime", "vma")
-PURE_ROOMS = ("protocol", "vma")
+ROOMS = (
+    "access",
+    "archiver",
+    "clusters",
+    "control",
+    "producer",
+    "protocol",
+    "restore",
+    "runtime",
+    "vma",
+)
+PURE_ROOMS = ("clusters", "protocol", "vma")
 
 # A library that only these files import, so that it can be replaced, limited
 # and reasoned about in one place. The next file goes on this list with thought.

@@ -8,20 +8,20 @@ import struct
 from collections.abc import Collection
 from typing import NamedTuple
 
-from vmapipe.vma.errors import ExtentError
-from vmapipe.vma.layout import (
+from vmapipe.clusters.masks import mask_runs
+from vmapipe.clusters.sizes import (
     BLOCK_BYTES,
     BLOCKS_PER_CLUSTER,
     CLUSTER_BYTES,
     EXTENT_HEADER_BYTES,
-    EXTENT_MAGIC,
     FULL_MASK,
-    MAX_SLOTS,
-    UUID_BYTES,
+    MAX_EXTENT_CLUSTERS,
 )
+from vmapipe.vma.errors import ExtentError
+from vmapipe.vma.layout import EXTENT_MAGIC, UUID_BYTES
 
 # magic, reserved, block_count, uuid, md5, 59 x blockinfo
-_EXTENT = struct.Struct(f">4sHH16s16s{MAX_SLOTS}Q")
+_EXTENT = struct.Struct(f">4sHH16s16s{MAX_EXTENT_CLUSTERS}Q")
 _UUID_AT = 8
 _MD5_AT = 24
 _NO_MD5 = bytes(16)
@@ -78,7 +78,7 @@ class Extent(NamedTuple):
 
 def encode_extent_header(uuid: bytes, slots: list[int], block_count: int) -> bytes:
     """512 bytes. `slots` are blockinfo words (`slot_word`), at most 59."""
-    padded = slots + [0] * (MAX_SLOTS - len(slots))
+    padded = slots + [0] * (MAX_EXTENT_CLUSTERS - len(slots))
     raw = bytearray(_EXTENT.pack(EXTENT_MAGIC, 0, block_count, uuid, _NO_MD5, *padded))
     raw[_MD5_AT : _MD5_AT + 16] = hashlib.md5(raw, usedforsecurity=False).digest()
     return bytes(raw)
@@ -92,9 +92,9 @@ def encode_zero_extents(uuid: bytes, first_word: int, slots: int, count: int) ->
     """
     ones = sum(1 << 64 * lane for lane in range(slots))
     words = first_word * ones + sum(slot << 64 * (slots - 1 - slot) for slot in range(slots))
-    head = _EXTENT.pack(EXTENT_MAGIC, 0, 0, uuid, _NO_MD5, *[0] * MAX_SLOTS)[:_MD5_AT]
+    head = _EXTENT.pack(EXTENT_MAGIC, 0, 0, uuid, _NO_MD5, *[0] * MAX_EXTENT_CLUSTERS)[:_MD5_AT]
     unsummed = head + _NO_MD5
-    unused = bytes(8 * (MAX_SLOTS - slots))
+    unused = bytes(8 * (MAX_EXTENT_CLUSTERS - slots))
     out: list[bytes] = []
     for _ in range(count):
         body = words.to_bytes(8 * slots, "big") + unused
@@ -160,7 +160,7 @@ def _alike(slots: list[int]) -> ClusterRun | None:
     comparison: a word is then by one larger than the word before it.
     """
     first = slots[0]
-    count = slots.index(0) if 0 in slots else MAX_SLOTS
+    count = slots.index(0) if 0 in slots else MAX_EXTENT_CLUSTERS
     dev_id, num = first >> _DEV_SHIFT & _DEV_BITS, first & _NUM_BITS
     in_order = slots[:count] == list(range(first, first + count))
     # Beyond the number's bits the next word is another device's.
@@ -273,20 +273,3 @@ def block_pieces(run: ClusterRun, size_bytes: int) -> list[tuple[int, int, int]]
                 pieces.append((at, data_at, length))
             data_at += length
     return [(at, data, min(n, size_bytes - at)) for at, data, n in pieces if at < size_bytes]
-
-
-def mask_runs(mask: int) -> list[tuple[int, int]]:
-    """The set bits of a mask as (first bit, count), in order."""
-    if mask == FULL_MASK:
-        return [(0, BLOCKS_PER_CLUSTER)]
-    runs = []
-    bit = 0
-    while mask:
-        skip = (mask & -mask).bit_length() - 1
-        mask >>= skip
-        bit += skip
-        count = (~mask & (mask + 1)).bit_length() - 1
-        runs.append((bit, count))
-        mask >>= count
-        bit += count
-    return runs

@@ -7,6 +7,7 @@ import hashlib
 import struct
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import MAX_DEVICE_BYTES, VMSTATE_NAME, cluster_count
 from vmapipe.vma.blobs import BlobReader, BlobTable, name_bytes
 from vmapipe.vma.errors import HeaderError, LimitError, NotAnArchiveError
 from vmapipe.vma.layout import (
@@ -14,14 +15,11 @@ from vmapipe.vma.layout import (
     MAX_BLOB_BYTES,
     MAX_CONFIGS,
     MAX_CTIME_S,
-    MAX_DEVICE_BYTES,
     MAX_DEVICES,
     MAX_HEADER_BYTES,
     UUID_BYTES,
     VMA_MAGIC,
     VMA_VERSION,
-    VMSTATE_NAME,
-    cluster_count,
 )
 from vmapipe.vma.names import is_unsafe
 

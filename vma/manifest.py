@@ -12,14 +12,9 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES, MAX_EXTENT_BYTES
 from vmapipe.vma.errors import ArchiveError
-from vmapipe.vma.layout import (
-    EXTENT_HEADER_BYTES,
-    HEADER_BYTES,
-    MAX_EXTENT_BYTES,
-    MAX_HEADER_BYTES,
-    UUID_BYTES,
-)
+from vmapipe.vma.layout import HEADER_BYTES, MAX_HEADER_BYTES, UUID_BYTES
 
 FORMAT = "vmapipe-manifest"
 VERSION = 1

@@ -6,19 +6,18 @@ from __future__ import annotations
 import struct
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
-from vmapipe.vma.errors import LimitError
-from vmapipe.vma.extent import encode_extent_header, encode_zero_extents, slot_word
-from vmapipe.vma.layout import (
+from vmapipe.clusters.sizes import (
     BLOCK_BYTES,
     CLUSTER_BYTES,
+    EXTENT_CLUSTERS,
     EXTENT_HEADER_BYTES,
     FULL_MASK,
     MAX_CLUSTERS,
-    MAX_DEVICES,
-    MAX_SLOTS,
-    UUID_BYTES,
-    WRITER_SLOTS,
+    MAX_EXTENT_CLUSTERS,
 )
+from vmapipe.vma.errors import LimitError
+from vmapipe.vma.extent import encode_extent_header, encode_zero_extents, slot_word
+from vmapipe.vma.layout import MAX_DEVICES, UUID_BYTES
 
 _FULL = FULL_MASK.to_bytes(2, "big")
 # Extents of zeroes that are handed on as one: each is only a header, and what is
@@ -52,9 +51,11 @@ class PackedExtent(NamedTuple, Generic[Note]):
 class Packer(Generic[Note]):
     """Packs runs of clusters, in any order and of any devices, into full extents."""
 
-    def __init__(self, uuid: bytes, slots_per_extent: int = WRITER_SLOTS) -> None:
-        if not 1 <= slots_per_extent <= MAX_SLOTS:
-            raise LimitError(f"an extent has 1..{MAX_SLOTS} slots, not {slots_per_extent}")
+    def __init__(self, uuid: bytes, slots_per_extent: int = EXTENT_CLUSTERS) -> None:
+        if not 1 <= slots_per_extent <= MAX_EXTENT_CLUSTERS:
+            raise LimitError(
+                f"an extent has 1..{MAX_EXTENT_CLUSTERS} slots, not {slots_per_extent}"
+            )
         if len(uuid) != UUID_BYTES:
             raise LimitError(f"an archive's uuid has {UUID_BYTES} bytes, not {len(uuid)}")
         self._uuid = uuid

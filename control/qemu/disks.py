@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
+from vmapipe.clusters.sizes import VMSTATE_NAME
 from vmapipe.control.qemu.graph import JOB_FILTERS, Graph
 from vmapipe.control.qmp.connection import Answer
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, check_contents
-from vmapipe.vma.layout import MAX_DEVICES, VMSTATE_NAME
+from vmapipe.vma.layout import MAX_DEVICES
 
 # A device that has an id: as itself, or as the virtio device around it.
 _DEVICE = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/virtio-backend)?")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.guard.copy_before_write import BeforeWrite, Copy, CopyBeforeWrite
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.guard.peer import GuardPeer
@@ -24,7 +25,6 @@ from vmapipe.protocol.guarding import (
     SavedHole,
     Waiting,
 )
-from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.errors import Failure, os_error_text
 
 

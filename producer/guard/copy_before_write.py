@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vmapipe.producer.clusterbits import ClusterBits
+from vmapipe.clusters.cluster_set import ClusterSet
 
 
 class Copy:
@@ -39,11 +39,11 @@ class BeforeWrite(NamedTuple):
 
 
 class CopyBeforeWrite:
-    """One job on one disk of `clusters` clusters. Memory: one bit a cluster (2 MiB a TiB)."""
+    """One job on one disk of `clusters` clusters. Memory: at most one bit a cluster (2 MiB a TiB)."""
 
     def __init__(self, clusters: int) -> None:
         self.clusters = clusters
-        self._done = ClusterBits(clusters)
+        self._done = ClusterSet(clusters)
         self._copying: list[Copy] = []
         # Everything below is done or being copied.
         self._cursor = 0
@@ -90,7 +90,7 @@ class CopyBeforeWrite:
         if num is None:
             self._cursor = self.clusters
             return None
-        end = self._done.next_here(num, min(self.clusters, num + most))
+        end = self._done.next_present(num, min(self.clusters, num + most))
         end = min([end, *(copy.first for copy in self._copying if copy.first > num)])
         self._cursor = end
         return self._begin(num, end - num)

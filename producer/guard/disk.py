@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.guard.backup import BackupOver, DiskBackup
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.guard.peer import GuardPeer
 from vmapipe.producer.nbd.backend import Write, one_by_one
 from vmapipe.protocol.guarding import MAX_SAVED_CLUSTERS, Attach
-from vmapipe.protocol.limits import CLUSTER_BYTES
 from vmapipe.runtime.errors import Failure
 
 # A guest notices a second, and none minds: by then the writes that are under

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.errors import DigestError
 from vmapipe.restore.archive.manifest import Manifest
@@ -19,7 +20,6 @@ from vmapipe.vma.errors import ArchiveError, HeaderError, NotAnArchiveError
 from vmapipe.vma.extent import Extent
 from vmapipe.vma.foreign import START_BYTES, foreign_kind
 from vmapipe.vma.header import Header
-from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.manifest import ExtentDigest
 from vmapipe.vma.scanner import HeaderRead, Scanner
 

@@ -8,8 +8,8 @@ import mmap
 import os
 import threading
 
+from vmapipe.clusters.sizes import MAX_EXTENT_DATA_BYTES
 from vmapipe.runtime.errors import Cancelled
-from vmapipe.vma.layout import MAX_EXTENT_DATA_BYTES
 
 # For each worker an extent that it writes, one that waits, and one under way;
 # and two for the reader. Never more than 60 MiB.

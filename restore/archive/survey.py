@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.errors import CompressionError, InputError
 from vmapipe.restore.archive.manifest import Manifest, manifest_beside
@@ -26,7 +27,7 @@ from vmapipe.vma.extent import (
     parse_extent_header,
 )
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import CLUSTER_BYTES, EXTENT_HEADER_BYTES, EXTENT_MAGIC, UUID_BYTES
+from vmapipe.vma.layout import EXTENT_MAGIC, UUID_BYTES
 from vmapipe.vma.manifest import Totals
 
 # Searched in one go.

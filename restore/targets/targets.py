@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.restore_work import Partial, TargetSetup
 from vmapipe.restore.archive.errors import PlanError, TargetError
 from vmapipe.restore.archive.reader import Archive
@@ -23,7 +24,6 @@ from vmapipe.restore.targets.files import (
 )
 from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, check_plan
 from vmapipe.vma.header import Device
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 if TYPE_CHECKING:
     from vmapipe.restore.targets.image import ExistingImage, NewImage

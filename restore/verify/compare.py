@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from vmapipe.clusters.sizes import BLOCK_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.restore.archive.digest import Hasher, extent_digest, read_digest
 from vmapipe.restore.archive.reader import Archive, FoundExtent
 from vmapipe.restore.archive.source import PlainFile
@@ -20,7 +21,6 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import can_fork
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import ClusterRun, Extent
-from vmapipe.vma.layout import BLOCK_BYTES, EXTENT_HEADER_BYTES
 
 
 class Comparer:

@@ -11,12 +11,13 @@ import heapq
 from collections.abc import Iterable, Iterator
 from itertools import starmap
 
+from vmapipe.clusters.cluster_set import PAGE_CLUSTERS, ClusterSet, joined
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK, MAX_CLUSTERS
 from vmapipe.restore.verify.report import BadRange, Damage
-from vmapipe.vma.coverage import PAGE_CLUSTERS, ClusterSet, Coverage, joined
+from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK, MAX_CLUSTERS
 
 _UNKNOWN = "of a device that the header does not list"
 _BEYOND = "beyond the device's end"
@@ -129,7 +130,7 @@ class CoverageReport:
     def _missing(self, device: Device) -> Iterator[tuple[int, int]]:
         if device.is_vmstate:
             stream = self._vmstate[device.dev_id]
-            return joined(stream.clusters.missing(stream.end))
+            return joined(stream.clusters.missing(0, stream.end))
         return joined(self._coverage.missing_of(device.dev_id))
 
     def _found(self, error: CoverageError) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 
+from vmapipe.clusters.cluster_set import ClusterSet
+from vmapipe.clusters.sizes import CLUSTER_BYTES, MAX_CLUSTERS
 from vmapipe.restore.archive.errors import CompressionError, DigestError
 from vmapipe.restore.archive.manifest import Manifest, ManifestWalk
 from vmapipe.restore.archive.parts import Proof
@@ -25,11 +27,9 @@ from vmapipe.restore.verify.report import (
     DiskState,
 )
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.vma.coverage import ClusterSet
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import CLUSTER_BYTES, MAX_CLUSTERS
 from vmapipe.vma.manifest import Totals
 
 _WRONG_DIGEST = "its data is not what was stored, somewhere in this range (the manifest's digest)"

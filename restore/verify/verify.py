@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from io import FileIO, RawIOBase
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.digest import file_digest
 from vmapipe.restore.archive.errors import InputError
@@ -24,7 +25,6 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.objectstore import is_object
-from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.manifest import Totals
 
 # Hashing is quicker than any disk; beyond four threads nothing was gained.

@@ -8,6 +8,7 @@ import socket
 from collections import deque
 from typing import NoReturn
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
 from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
@@ -25,7 +26,6 @@ from vmapipe.restore.targets.image import EXPORT
 from vmapipe.restore.workers.writer import zero_pages
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.extent import ClusterRun, block_pieces
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 # QEMU's server works on 16 requests of a connection at once.
 _IN_FLIGHT = 16

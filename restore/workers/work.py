@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.packing import Part
 from vmapipe.protocol.restore_work import (
     MAX_RANGE_EXTENTS,
@@ -20,7 +21,6 @@ from vmapipe.protocol.restore_work import (
 from vmapipe.restore.archive.reader import ArchiveTotals, FoundExtent
 from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.vma.extent import Extent
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 # A piece of work out of a file: small enough that several workers end at about the
 # same time. Each is four wake-ups on cores that are busy: with 8 MiB, 4 GiB onto a

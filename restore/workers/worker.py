@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.restore_work import (
@@ -41,7 +42,6 @@ from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.process import run_child
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import Extent, parse_extent_header, without
-from vmapipe.vma.layout import EXTENT_HEADER_BYTES
 
 # Only a bound: every reason to go on wakes us at once.
 _WAIT_S = 5.0

@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES
 from vmapipe.protocol.restore_work import TargetSetup
 from vmapipe.restore.archive.errors import TargetError
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.extent import ClusterRun, Extent, block_pieces
-from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES
 
 if TYPE_CHECKING:
     from vmapipe.restore.workers.nbd_target import NbdTarget

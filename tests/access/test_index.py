@@ -16,9 +16,9 @@ from vmapipe.access.index import (
     decode_index,
     encode_index,
 )
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES, FULL_MASK
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES, FULL_MASK
 
 CLUSTERS = 40
 HEADER = Header(

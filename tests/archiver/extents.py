@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from tests.vma.archives import UUID, Run, header
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.vma.header import Device, Header, encode_header
-from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.packer import PackedExtent, Packer
 
 

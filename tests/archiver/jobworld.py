@@ -24,13 +24,13 @@ from vmapipe.archiver.instructions import (
 )
 from vmapipe.archiver.job import Job
 from vmapipe.archiver.jobspec import JobSpec
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.runs import piece_bytes
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.protocol import limits
 from vmapipe.protocol.messages import Abort, Done, Refuse, Welcome
 from vmapipe.protocol.packing import Part
 from vmapipe.protocol.producer_side import ProducerSide, State
-from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.packer import PackedExtent
 
 JOB = bytes(range(16))

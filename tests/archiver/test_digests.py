@@ -25,9 +25,9 @@ from vmapipe.archiver.manifests import ManifestFile, ManifestLines, beside
 from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.memory import Fault, MemoryOutput
 from vmapipe.archiver.outputs.output import Output
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.header import Device
-from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.manifest import ExtentDigest, ManifestReader, Opening, Totals
 
 

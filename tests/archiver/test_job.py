@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tests.archiver.jobworld import JOB, UUID, Producer, World, disk, read_images, spec
 from vmapipe.archiver.instructions import GivenUp, Stored, Ticked
 from vmapipe.archiver.job import Job, Phase
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import frames, limits
 from vmapipe.protocol.messages import Abort, Done, Refuse
 from vmapipe.protocol.packing import Part
 from vmapipe.vma.header import Config
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 
 @settings(max_examples=25)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.archiver.jobworld import JOB, World, disk, read_images, spec
 from vmapipe.archiver.instructions import Stored
 from vmapipe.archiver.job import Job, Phase
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.messages import Abort, Done, Refuse, SharedCluster, Welcome
 from vmapipe.protocol.packing import Part
 from vmapipe.protocol.producer_side import ProducerSide
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 NAME = "a"
 

@@ -15,18 +15,18 @@ from types import FrameType
 import pytest
 
 from tests.machine import VMAPIPE, make_disk
-from vmapipe.producer.runs import EXTENT_CLUSTERS, piece_bytes, runs
+from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_CLUSTERS, EXTENT_HEADER_BYTES, FULL_MASK
+from vmapipe.producer.runs import piece_bytes, runs
 from vmapipe.producer.source import RawSource
 from vmapipe.protocol import limits
 from vmapipe.vma.extent import encode_extent_header, parse_extent_header, slot_word
-from vmapipe.vma.layout import CLUSTER_BYTES, EXTENT_HEADER_BYTES, FULL_MASK, WRITER_SLOTS
 from vmapipe.vma.packer import Packer
 
 MIB = 1 << 20
 SIZE_MIB = 64
 #: As with one disk: half of the archiver's window.
 FRAME_BYTES = 8 * MIB
-EXTENT_BYTES = WRITER_SLOTS * CLUSTER_BYTES
+EXTENT_BYTES = EXTENT_CLUSTERS * CLUSTER_BYTES
 _COUNTED = "trace=read,pread64,preadv,preadv2,write,pwrite64,writev,pwritev,sendmsg,sendto,recvfrom,recvmsg"
 _MOVED = re.compile(r" (preadv2?|writev|pread64|pwrite64|pwritev)\(.* = (\d+)$")
 
@@ -64,7 +64,7 @@ def test_a_disk_that_is_a_quarter_full_takes_a_frame_for_several_extents(tmp_pat
 
 
 def test_the_archives_extents_are_what_frames_are_cut_to() -> None:
-    assert EXTENT_CLUSTERS == WRITER_SLOTS
+    assert EXTENT_CLUSTERS == EXTENT_CLUSTERS
 
 
 def test_a_tib_of_holes_takes_a_frame_for_each_64_gib(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_zeroes_are_packed_64_extents_at_a_time_and_hold_their_headers_only() ->
     finally:
         tracemalloc.stop()
     extents = sum(extent.extents for extent in made)
-    assert extents == clusters // WRITER_SLOTS
+    assert extents == clusters // EXTENT_CLUSTERS
     assert len(made) <= extents / 64 + 2
     # The parts of 64 of them beside the headers that are handed on.
     assert peak_bytes < (extents + 8 * 64) * EXTENT_HEADER_BYTES
@@ -136,7 +136,7 @@ def test_a_restore_reads_each_byte_once_and_writes_it_once_in_few_system_calls(
     assert SIZE_MIB * MIB < read < archive.stat().st_size
     assert SIZE_MIB * MIB <= written < SIZE_MIB * MIB + 4096
     # A read for an extent and one for its header, a write for 256 KiB; and a few of the import's.
-    extents = SIZE_MIB * MIB // (WRITER_SLOTS * CLUSTER_BYTES) + 1
+    extents = SIZE_MIB * MIB // (EXTENT_CLUSTERS * CLUSTER_BYTES) + 1
     assert calls < 2 * extents + (SIZE_MIB * MIB >> 18) + extents + 40
 
 
@@ -162,8 +162,8 @@ def traced(log: Path, words: list[str]) -> tuple[int, int, int]:
 
 def test_a_dense_extents_header_is_read_in_few_steps() -> None:
     """Steps of Python: its 59 slots are looked at together, not one by one."""
-    slots = [slot_word(FULL_MASK, 1, number) for number in range(WRITER_SLOTS)]
-    raw = encode_extent_header(bytes(16), slots, 16 * WRITER_SLOTS)
+    slots = [slot_word(FULL_MASK, 1, number) for number in range(EXTENT_CLUSTERS)]
+    raw = encode_extent_header(bytes(16), slots, 16 * EXTENT_CLUSTERS)
     calls = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -175,7 +175,7 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
         parse_extent_header(raw, bytes(16))
     finally:
         sys.setprofile(None)
-    assert calls < 2 * WRITER_SLOTS
+    assert calls < 2 * EXTENT_CLUSTERS
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
 from vmapipe.archiver.instructions import Ticked
 from vmapipe.archiver.job import Job, Phase
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import frames
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.messages import (
@@ -31,7 +32,6 @@ from vmapipe.protocol.messages import (
     SharedCluster,
     SharedRun,
 )
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 CODES = {
     *("malformed", "too-large", "version", "sequence", "wrong-device", "credit", "counts"),

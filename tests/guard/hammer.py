@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.protocol_nbd.client import Client
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.guard.control_socket import Conversations
 from vmapipe.producer.guard.disk import ServedDisk
 from vmapipe.producer.guard.image import Image
@@ -51,7 +52,7 @@ from vmapipe.protocol.nbd.constants import (
 )
 from vmapipe.runtime.syscalls import readable
 
-CLUSTER = limits.CLUSTER_BYTES
+CLUSTER = CLUSTER_BYTES
 JOB = bytes(range(16))
 LIMIT_S = 60.0
 

@@ -19,6 +19,7 @@ import pytest
 from tests.guard.hammer import CLUSTER, JOB, LIMIT_S, Backup, Place, begin, guarding, next_message
 from tests.machine import make_disk
 from tests.protocol_nbd.client import Client
+from vmapipe.clusters.sizes import MAX_CLUSTERS
 from vmapipe.producer.guard import control_socket
 from vmapipe.producer.guard_client import GuardClient
 from vmapipe.producer.shared_memory import RING_BYTES, Ring
@@ -495,7 +496,7 @@ def test_messages_that_make_no_sense_are_refused(message: object) -> None:
     [
         Saved((), ()),
         Saved((1, 2), (0,)),
-        Saved((limits.MAX_CLUSTERS,), (0,)),
+        Saved((MAX_CLUSTERS,), (0,)),
         Saved(tuple(range(65)), tuple(range(65))),
         Saved((1,), (1 << 40,)),
     ],

@@ -22,12 +22,12 @@ from vmapipe.archiver.instructions import (
     Written,
 )
 from vmapipe.archiver.job import Job
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.session import UnackedFrames
 from vmapipe.protocol import limits
 from vmapipe.protocol.messages import Done, Message, Resumed
 from vmapipe.protocol.packing import Part
 from vmapipe.protocol.producer_side import ProducerSide, State
-from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.packer import PackedExtent
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.machine import make_disk
 from tests.network.place import Place
 from vmapipe.archiver import flow
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import limits
 
 
@@ -18,6 +19,6 @@ def test_a_run_of_the_largest_payload_comes_through_encrypted(tmp_path: Path) ->
     with ExitStack() as stack:
         place = Place(tmp_path, stack)
         place.disk = make_disk(
-            tmp_path / "large.raw", "A" * (2 * limits.MAX_PAYLOAD_BYTES // limits.CLUSTER_BYTES)
+            tmp_path / "large.raw", "A" * (2 * limits.MAX_PAYLOAD_BYTES // CLUSTER_BYTES)
         )
         place.honest_job_succeeds()

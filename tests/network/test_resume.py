@@ -16,6 +16,7 @@ from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
 from vmapipe.archiver.instructions import Received, Revoked, Ticked
 from vmapipe.archiver.job import Job, Phase
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import frames, limits
 from vmapipe.protocol.errors import connection_lost
 from vmapipe.protocol.messages import (
@@ -30,7 +31,6 @@ from vmapipe.protocol.messages import (
     RunFrame,
 )
 from vmapipe.protocol.producer_side import State
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 
 def disk(seed: int, clusters: int, tail: int = CLUSTER_BYTES) -> bytes:

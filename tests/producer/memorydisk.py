@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.source import Segment
-from vmapipe.protocol.limits import CLUSTER_BYTES
 
 
 class MemoryDisk:

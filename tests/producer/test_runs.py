@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.producer.memorydisk import MemoryDisk
-from vmapipe.producer.runs import EXTENT_CLUSTERS, Run, runs
+from vmapipe.clusters.masks import nonzero_pieces
+from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_CLUSTERS
+from vmapipe.producer.runs import Run, runs
 from vmapipe.producer.source import Segment
 from vmapipe.protocol import limits
-from vmapipe.protocol.blocks import nonzero_pieces
-from vmapipe.protocol.limits import CLUSTER_BYTES
 
 MEMORY = memoryview(bytearray(limits.MAX_PAYLOAD_BYTES))
 

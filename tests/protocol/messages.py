@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES, MAX_CLUSTERS
 from vmapipe.protocol import limits
 from vmapipe.protocol.frames import (
     encode_cluster,
@@ -39,7 +40,7 @@ from vmapipe.protocol.packing import Part
 
 UUID = bytes(range(16))
 U64 = (1 << 64) - 1
-FULL_CLUSTER = b"\x5a" * limits.CLUSTER_BYTES
+FULL_CLUSTER = b"\x5a" * CLUSTER_BYTES
 
 # One valid message of every kind.
 EXAMPLES: dict[str, Message] = {
@@ -107,7 +108,7 @@ cluster_frames = st.builds(
     ClusterFrame,
     st.integers(1, U64),
     st.integers(1, 254),
-    st.integers(0, limits.MAX_CLUSTERS - 1),
+    st.integers(0, MAX_CLUSTERS - 1),
     st.one_of(
         st.just(b""),
         st.just(FULL_CLUSTER),
@@ -130,7 +131,7 @@ def run_frames(draw: st.DrawFn) -> RunFrame:
     return RunFrame(
         draw(st.integers(1, U64)),
         draw(st.integers(1, 254)),
-        draw(st.integers(0, limits.MAX_CLUSTERS - count)),
+        draw(st.integers(0, MAX_CLUSTERS - count)),
         count,
         masks,
         memoryview(b"\xa5" * (4096 * int.from_bytes(masks, "big").bit_count())),
@@ -147,7 +148,7 @@ def shared_runs(draw: st.DrawFn) -> SharedRun:
 def scattered(draw: st.DrawFn) -> Scattered:
     cluster = st.builds(
         SharedCluster,
-        st.integers(0, limits.MAX_CLUSTERS - 1),
+        st.integers(0, MAX_CLUSTERS - 1),
         uints,
         st.sampled_from((0, 1, 0x8001, 0xFFFF)) | st.integers(0, 0xFFFF),
     )

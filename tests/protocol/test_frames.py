@@ -19,6 +19,7 @@ from tests.protocol.messages import (
     uints,
 )
 from tests.vma.memory import peak_bytes
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
 from vmapipe.protocol.frames import decode, encode_control, encode_run, run_fault, sayable
@@ -322,7 +323,7 @@ def test_a_run_in_shared_memory_with_a_third_part_is_malformed() -> None:
 
 
 def test_a_run_in_shared_memory_is_held_to_the_limits_of_a_run() -> None:
-    most = limits.MAX_PAYLOAD_BYTES // limits.CLUSTER_BYTES
+    most = limits.MAX_PAYLOAD_BYTES // CLUSTER_BYTES
     full = b"\xff\xff" * most
     decode(data(1, [1, 0, most, full, U64]))
     assert refusal(*data(1, [1, 0, most + 1, full + b"\0\1", 0])).code == "too-large"
@@ -340,7 +341,7 @@ def test_scattered_clusters_may_be_as_many_as_the_limit_and_not_more() -> None:
 
 
 def test_scattered_clusters_may_have_as_much_data_as_a_run_and_not_more() -> None:
-    most = limits.MAX_PAYLOAD_BYTES // limits.CLUSTER_BYTES
+    most = limits.MAX_PAYLOAD_BYTES // CLUSTER_BYTES
     full = (b"\xff" * 14) * most
     decode(data(1, [1, full]))
     assert refusal(*data(1, [1, full + bytes(13) + b"\1"])).code == "too-large"
@@ -362,7 +363,7 @@ def test_data_without_masks_is_malformed() -> None:
 
 
 def test_a_run_may_have_as_much_data_as_the_limit_and_not_more() -> None:
-    most = limits.MAX_PAYLOAD_BYTES // limits.CLUSTER_BYTES
+    most = limits.MAX_PAYLOAD_BYTES // CLUSTER_BYTES
     decode(data(1, [1, 0, most, b"\xff\xff" * most], bytes(limits.MAX_PAYLOAD_BYTES)))
     more = data(
         1, [1, 0, most + 1, b"\xff\xff" * most + b"\0\1"], bytes(limits.MAX_PAYLOAD_BYTES + 4096)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmapipe.clusters.cluster_set import ClusterSet
 from vmapipe.producer.chunks import MAX_PARTIAL_CLUSTERS, ZeroRuns
-from vmapipe.producer.clusterbits import ClusterBits
 from vmapipe.producer.qemu_sink import QemuSink
 from vmapipe.producer.runs import packed
 from vmapipe.producer.shared_memory import RingAllocator
@@ -272,13 +272,13 @@ def test_the_last_cluster_has_room_for_whole_blocks(target: Target) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 40))))
 def test_arrivals_know_what_is_new(ranges: list[tuple[int, int]]) -> None:
-    arrivals, model = ClusterBits(140), set[int]()
+    arrivals, model = ClusterSet(140), set[int]()
     for first, count in ranges:
         wanted = set(range(first, first + count))
-        runs = list(arrivals.new(first, count))
+        runs = list(arrivals.missing(first, first + count))
         new = {c for a, n in runs for c in range(a, a + n)}
         assert new == wanted - model
-        assert arrivals.how_many(first, count) == len(wanted & model)
+        assert arrivals.count_in(first, count) == len(wanted & model)
         for run in runs:
             arrivals.add(*run)
         model |= wanted

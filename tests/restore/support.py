@@ -14,13 +14,13 @@ from pathlib import Path
 
 import zstandard
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.reader import Archive, open_archive
 from vmapipe.restore.job import Options, Result, restore
 from vmapipe.restore.targets.plan import Plan, plan_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Event
 from vmapipe.vma.header import Header
-from vmapipe.vma.layout import CLUSTER_BYTES
 from vmapipe.vma.seektable import Frame, encode_seek_table
 
 MakePlan = Callable[[Header], Plan]

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.verify.coverage import CoverageReport
 from vmapipe.restore.verify.report import Damage
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 # Runs may cross what the set of clusters is made of (65,536).
 FIRST = 65536 - 20

@@ -20,12 +20,12 @@ import pytest
 from tests.archives import archive, extents_of
 from tests.machine import next_event
 from tests.restore.support import CHANCE, a_cancel, contents, is_root, restored
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.errors import TargetError
 from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, plan_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Event
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 ROOT = Path(__file__).parents[2]
 # No restore of these takes longer, however slow the machine.

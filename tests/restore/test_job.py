@@ -30,11 +30,11 @@ from tests.restore.support import (
     restored_to,
     sha256,
 )
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.errors import PlanError, RestoreError, TargetError
 from vmapipe.restore.job import Options
 from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, plan_folder
 from vmapipe.runtime.events import Event
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 RAW = archive(DISKS, CONFIGS)
 MIB = 1 << 20

@@ -14,6 +14,7 @@ import zstandard
 from tests.archives import ClusterAt, archive, extents_of, in_order, manifest
 from tests.machine import VMA, Need, bad, good, run
 from tests.restore.support import CHANCE, a_cancel, contents, flipped, frames_with_table, lzop
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.survey import open_damaged
 from vmapipe.restore.job import Options, restore
@@ -21,7 +22,6 @@ from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec
 from vmapipe.restore.verify.report import JSON_NAME, TEXT_NAME, Report
 from vmapipe.restore.verify.verify import VerifyOptions, verify
 from vmapipe.vma.header import Config, Device, Header, encode_header
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 A = CHANCE.randbytes(10 * CLUSTER_BYTES)
 B = CHANCE.randbytes(8 * CLUSTER_BYTES + 5000)

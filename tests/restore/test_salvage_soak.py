@@ -14,6 +14,7 @@ import pytest
 
 from tests.archives import UUID, ClusterAt, archive, extents_of, in_order, manifest
 from tests.restore.support import frames_with_table, members, one_frame, restored
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.survey import open_damaged
 from vmapipe.restore.job import Options, Result, restore
@@ -23,7 +24,6 @@ from vmapipe.restore.verify.verify import verify
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import parse_extent_header
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 # In `make test`, and as many in `make soak` that both are 500.
 SEEDS, SOAK_SEEDS = 30, 470

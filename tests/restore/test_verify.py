@@ -29,13 +29,13 @@ from tests.restore.support import (
     members,
     one_frame,
 )
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.verify.report import MAX_DAMAGE, Report
 from vmapipe.restore.verify.verify import VerifyOptions, verify
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled
 from vmapipe.runtime.events import Event
 from vmapipe.vma.errors import HeaderError, NotAnArchiveError
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 RAW = archive(DISKS, CONFIGS, slots=2)
 EXTENTS = extents_of(RAW)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.restore_work import (
     MAX_RANGE_EXTENTS,
     ExtentWork,
@@ -30,7 +31,6 @@ from vmapipe.restore.workers.work import (
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.syscalls import readable
 from vmapipe.vma.extent import ClusterRun, Extent
-from vmapipe.vma.layout import CLUSTER_BYTES
 
 MIB = 1 << 20
 

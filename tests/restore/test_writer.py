@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.archives import UUID, ClusterAt, archive, in_order
+from vmapipe.clusters.sizes import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES
 from vmapipe.protocol.restore_work import TargetSetup
 from vmapipe.restore.archive.errors import TargetError
 from vmapipe.restore.workers import writer as writer_module
 from vmapipe.restore.workers.writer import RANGE_BYTES, TargetWriter, Zeroer, zero_pages
 from vmapipe.runtime.syscalls import fallocate
 from vmapipe.vma.extent import encode_extent_header, parse_extent_header, slot_word
-from vmapipe.vma.layout import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES
 from vmapipe.vma.scanner import ExtentRead, Scanner
 
 MIB = 1 << 20

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
+from vmapipe.clusters.sizes import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES, FULL_MASK
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.extent import block_pieces
 from vmapipe.vma.header import Config, Device, Header, encode_header
-from vmapipe.vma.layout import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES, FULL_MASK
 from vmapipe.vma.packer import Packer
 from vmapipe.vma.scanner import ExtentRead, HeaderRead, Scanner
 

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 
 from tests.vma.archives import Run, devices_and_runs, header
+from vmapipe.clusters.sizes import CLUSTER_BYTES, FULL_MASK
 from vmapipe.vma.coverage import Coverage, mask_fits
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device
-from vmapipe.vma.layout import CLUSTER_BYTES, FULL_MASK
 
 DISK = Device(3, "drive-scsi0", 5 * CLUSTER_BYTES + 4097)  # 6 clusters, 2 blocks in the last
 STATE = Device(9, "vmstate", 2 * CLUSTER_BYTES)

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vma.archives import UUID, masks, with_md5
+from vmapipe.clusters.masks import mask_runs
+from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_HEADER_BYTES, FULL_MASK
 from vmapipe.vma.errors import ExtentError
 from vmapipe.vma.extent import (
     ClusterRun,
     block_pieces,
     encode_extent_header,
-    mask_runs,
     parse_extent_header,
     slot_word,
 )
-from vmapipe.vma.layout import CLUSTER_BYTES, EXTENT_HEADER_BYTES, FULL_MASK
 
 MD5_AT = 24
 SLOTS_AT = 40

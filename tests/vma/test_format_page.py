@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vmapipe.clusters import sizes
 from vmapipe.vma import header, layout, manifest, seektable
 from vmapipe.vma.manifest import ManifestReader
 
@@ -25,7 +26,7 @@ def table(title: str) -> list[list[str]]:
 def test_the_sizes_of_the_page_are_those_of_the_code() -> None:
     ours = {
         name: value
-        for name, value in vars(layout).items()
+        for name, value in (vars(sizes) | vars(layout)).items()
         if name.isupper() and isinstance(value, int)
     }
     assert {name: int(value) for name, value, _ in table(r"\| name \|")} == ours
@@ -36,7 +37,7 @@ def test_the_sizes_of_the_page_are_those_of_the_code() -> None:
     [
         ("## Header\n", layout.HEADER_BYTES),
         ("offset in slot", 32),
-        ("## Extent\n", layout.EXTENT_HEADER_BYTES),
+        ("## Extent\n", sizes.EXTENT_HEADER_BYTES),
     ],
 )
 def test_the_fields_of_a_structure_fill_it_without_a_gap(title: str, size: int) -> None:

@@ -18,9 +18,10 @@ from tests.vma.archives import (
     repack,
     scan,
 )
+from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.vma.errors import ArchiveError, CoverageError, ExtentError
 from vmapipe.vma.header import PEEK_BYTES, encode_header
-from vmapipe.vma.layout import EXTENT_HEADER_BYTES, HEADER_BYTES
+from vmapipe.vma.layout import HEADER_BYTES
 from vmapipe.vma.scanner import HeaderRead, Scanner
 
 ARCHIVES = sorted(path.stem for path in GOLDEN_DIR.glob("*.vma.xz"))

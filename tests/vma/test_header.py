@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.vma.archives import CTIME_S, UUID, with_md5
 from tests.vma.memory import peak_bytes
+from vmapipe.clusters.sizes import MAX_DEVICE_BYTES
 from vmapipe.vma.errors import HeaderError, LimitError, NotAnArchiveError
 from vmapipe.vma.header import (
     PEEK_BYTES,
@@ -19,12 +20,7 @@ from vmapipe.vma.header import (
     parse_header,
     peek_header_bytes,
 )
-from vmapipe.vma.layout import (
-    HEADER_BYTES,
-    MAX_BLOB_BYTES,
-    MAX_DEVICE_BYTES,
-    MAX_HEADER_BYTES,
-)
+from vmapipe.vma.layout import HEADER_BYTES, MAX_BLOB_BYTES, MAX_HEADER_BYTES
 from vmapipe.vma.names import is_unsafe
 
 MD5_AT = 32

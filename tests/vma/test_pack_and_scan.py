@@ -20,17 +20,12 @@ from tests.vma.archives import (
     scan,
     stored_blocks,
 )
+from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_HEADER_BYTES, FULL_MASK, MAX_CLUSTERS
 from vmapipe.protocol.limits import MAX_RUN_CLUSTERS
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.extent import encode_extent_header, encode_zero_extents, slot_word
 from vmapipe.vma.header import Config, Device
-from vmapipe.vma.layout import (
-    CLUSTER_BYTES,
-    EXTENT_HEADER_BYTES,
-    FULL_MASK,
-    HEADER_BYTES,
-    MAX_CLUSTERS,
-)
+from vmapipe.vma.layout import HEADER_BYTES
 from vmapipe.vma.packer import PackedExtent, Packer
 from vmapipe.vma.scanner import HeaderRead, Scanner
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.vma.archives import UUID, Run, devices_and_runs, pack_extents
-from vmapipe.vma.coverage import ClusterSet, joined
+from vmapipe.clusters.cluster_set import ClusterSet, joined
+from vmapipe.clusters.sizes import BLOCK_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.vma.extent import (
     ClusterRun,
     extent_uuid,
@@ -18,7 +19,6 @@ from vmapipe.vma.extent import (
     without,
 )
 from vmapipe.vma.header import Device
-from vmapipe.vma.layout import BLOCK_BYTES, EXTENT_HEADER_BYTES
 
 Case = tuple[tuple[Device, ...], list[Run]]
 
@@ -85,7 +85,7 @@ def test_a_set_knows_what_is_in_and_what_is_missing(runs: list[tuple[int, int]])
     present = [n for first, count in found.present() for n in range(first, first + count)]
     assert present == sorted(inside)
     missing = [
-        n for first, count in found.missing(65536 + 100) for n in range(first, first + count)
+        n for first, count in found.missing(0, 65536 + 100) for n in range(first, first + count)
     ]
     assert missing == [n for n in range(65536 + 100) if n not in inside]
     whole = list(joined(found.missing()))

@@ -18,6 +18,13 @@ from tests.vma.archives import (
     with_md5,
 )
 from tests.vma.memory import peak_bytes
+from vmapipe.clusters.sizes import (
+    CLUSTER_BYTES,
+    EXTENT_HEADER_BYTES,
+    FULL_MASK,
+    MAX_CLUSTERS,
+    MAX_EXTENT_BYTES,
+)
 from vmapipe.vma.errors import (
     ArchiveError,
     CoverageError,
@@ -27,15 +34,7 @@ from vmapipe.vma.errors import (
 )
 from vmapipe.vma.extent import encode_extent_header, slot_word
 from vmapipe.vma.header import Config, Device, encode_header
-from vmapipe.vma.layout import (
-    CLUSTER_BYTES,
-    EXTENT_HEADER_BYTES,
-    FULL_MASK,
-    HEADER_BYTES,
-    MAX_CLUSTERS,
-    MAX_EXTENT_BYTES,
-    MAX_HEADER_BYTES,
-)
+from vmapipe.vma.layout import HEADER_BYTES, MAX_HEADER_BYTES
 from vmapipe.vma.scanner import ExtentRead, Scanner
 
 DISK = Device(1, "drive-scsi0", 3 * CLUSTER_BYTES)

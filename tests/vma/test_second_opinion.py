@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vma.archives import CTIME_S, UUID, Run, devices_and_runs, disk_image, header, pack, scan
+from vmapipe.clusters.sizes import CLUSTER_BYTES, FULL_MASK
 from vmapipe.vma.header import Config, Device
-from vmapipe.vma.layout import CLUSTER_BYTES, FULL_MASK
 
 
 @given(devices_and_runs(), st.integers(1, 59))

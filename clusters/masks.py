@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which 4 KiB blocks of a piece of disk are zero, found fast."""
+"""Zero blocks of a piece of disk, found fast, and the masks that record them."""
 
 from __future__ import annotations
 
+import functools
 import re
 
-from vmapipe.protocol.limits import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES
+from vmapipe.clusters.sizes import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES, FULL_MASK
 
 # Bytearrays, because they compare themselves with any buffer, in place and with
 # memcmp: 40 GB/s. Bytes would need a copy (22 GB/s), and memoryviews compare
 # item by item. 64 KiB stay in the processor's cache.
 _ZEROES = (bytearray(CLUSTER_BYTES), bytearray(BLOCK_BYTES))
-_FULL = b"\xff\xff"
+_FULL = FULL_MASK.to_bytes(2, "big")
 _ZERO_BYTES = re.compile(rb"\0+")
 _ONES = re.compile("1+")
 
@@ -79,12 +80,24 @@ def nonzero_pieces(masks: bytes) -> list[tuple[int, int]]:
     """The non-zero blocks as (offset, length) in bytes, neighbours merged, in order."""
     if masks and masks == _FULL * (len(masks) // 2):
         return [(0, len(masks) // 2 * CLUSTER_BYTES)]
-    bits = int.from_bytes(_swapped(masks), "little")
-    # The lowest bit first. One pass over a text is quicker than shifts of a long number.
-    return [
-        (ones.start() * BLOCK_BYTES, (ones.end() - ones.start()) * BLOCK_BYTES)
-        for ones in _ONES.finditer(f"{bits:b}"[::-1])
-    ]
+    runs = bit_runs(int.from_bytes(_swapped(masks), "little"))
+    return [(first * BLOCK_BYTES, count * BLOCK_BYTES) for first, count in runs]
+
+
+def bit_runs(bits: int) -> list[tuple[int, int]]:
+    """Return the runs of set bits as (first bit, count), lowest first."""
+    # One pass over a text is quicker than shifts of a long number.
+    text = f"{bits:b}"[::-1]
+    return [(ones.start(), ones.end() - ones.start()) for ones in _ONES.finditer(text)]
+
+
+@functools.lru_cache(maxsize=1024)
+def mask_runs(mask: int) -> tuple[tuple[int, int], ...]:
+    """Return the stored blocks of one cluster as runs (first block, count).
+
+    Kept for a thousand masks: a disk has few different ones beside the full and the empty.
+    """
+    return tuple(bit_runs(mask))
 
 
 def collect(data: Data, masks: bytes) -> bytes | memoryview:

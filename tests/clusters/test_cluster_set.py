@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vma.memory import peak_bytes
-from vmapipe.vma import coverage
-from vmapipe.vma.coverage import ClusterSet
-from vmapipe.vma.layout import MAX_CLUSTERS
+from vmapipe.clusters import cluster_set
+from vmapipe.clusters.cluster_set import ClusterSet, joined
+from vmapipe.clusters.sizes import MAX_CLUSTERS
 
 PAGE = 1 << 16
 
@@ -38,7 +38,7 @@ def test_a_cluster_set_is_a_set(case: tuple[int, list[tuple[int, int]]]) -> None
     size, runs = case
     model: set[int] = set()
     # The same code with pages of 64 instead of 65536: edges come up all the time.
-    with mock.patch.multiple(coverage, _PAGE=64, _FEW=6):
+    with mock.patch.multiple(cluster_set, _PAGE=64, _FEW=6):
         clusters = ClusterSet(size)
         for first, count in runs:
             new = set(range(first, first + count))
@@ -51,6 +51,31 @@ def test_a_cluster_set_is_a_set(case: tuple[int, list[tuple[int, int]]]) -> None
         missing = list(clusters.missing())
     assert flat(missing) == sorted(set(range(size)) - model)
     assert all(count > 0 for _, count in missing)
+
+
+@given(size_and_runs(), st.data())
+@settings(max_examples=100)
+def test_every_question_is_answered_as_by_a_set_of_numbers(
+    case: tuple[int, list[tuple[int, int]]], data: st.DataObject
+) -> None:
+    size, runs = case
+    with mock.patch.multiple(cluster_set, _PAGE=64, _FEW=data.draw(st.sampled_from([0, 6, 64]))):
+        clusters = ClusterSet(size)
+        model: set[int] = set()
+        for first, count in runs:
+            clusters.add_all(first, count)
+            model |= set(range(first, first + count))
+        assert clusters.count == len(model)
+        low = data.draw(st.integers(0, size - 1))
+        end = data.draw(st.integers(low + 1, size))
+        asked = set(range(low, end))
+        assert clusters.has(low) == (low in model)
+        assert clusters.has_all(low, end - low) == (asked <= model)
+        assert clusters.count_in(low, end - low) == len(asked & model)
+        assert flat(list(joined(clusters.present(low, end)))) == sorted(asked & model)
+        assert flat(list(joined(clusters.missing(low, end)))) == sorted(asked - model)
+        assert clusters.next_present(low, end) == min(asked & model, default=end)
+        assert clusters.next_missing(low, end) == min(asked - model, default=end)
 
 
 @pytest.mark.parametrize("size", [1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmapipe.protocol.blocks import cluster_masks, collect, compact, is_zero, nonzero_pieces
+from vmapipe.clusters.masks import cluster_masks, collect, compact, is_zero, nonzero_pieces
 
 BLOCK = 4096
 CLUSTER = 65536
