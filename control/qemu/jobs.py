@@ -133,6 +133,26 @@ def begin_commands(targets: Sequence[Target], settings: Settings, features: Feat
     return Beginning(adds, filters, Command("transaction", {"actions": actions}))
 
 
+def refusal_hint(text: str) -> str:
+    """Return the way out of a refusal, as the end of its message; empty: none is known."""
+    if "ailed to connect" in text:
+        return (
+            "; QEMU must be able to reach our socket: does it run as another user than root and "
+            "the owner of its monitor's socket, or is it confined (AppArmor, SELinux, a container)? "
+            "TMPDIR chooses the folder"
+        )
+    if "read-only" in text or "nactive" in text:
+        return (
+            "; has the machine been migrated to another host (run state postmigrate)? Then its "
+            "disks are that host's"
+        )
+    if "different sizes" in text:
+        return "; the disk was resized just now: start the backup again"
+    if "in use" in text or "busy" in text:
+        return "; another block job works on the disk: wait for its end, or cancel it"
+    return ""
+
+
 def _nbd_node(target: Target, name: str) -> dict[str, Any]:
     return {
         "driver": "nbd",

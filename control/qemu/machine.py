@@ -42,6 +42,7 @@ from vmapipe.control.qemu.jobs import (
     check_name,
     filter_name,
     name_of,
+    refusal_hint,
     run_prefix,
 )
 from vmapipe.control.qemu.leftovers import connect, remove_leftovers
@@ -243,7 +244,7 @@ class RunningMachine:
             started = time.monotonic()
             self._link.execute(jobs.transaction)
         except QmpRefused as error:
-            raise Failure(f"QEMU refuses the backup: {error}{_hint(str(error))}") from error
+            raise Failure(f"QEMU refuses the backup: {error}{refusal_hint(str(error))}") from error
         instant = Instant("", time.monotonic() - started)
         self._go_on()
         return instant
@@ -487,23 +488,3 @@ class RunningMachine:
     def _ask(self, name: str) -> list[dict[str, Any]]:
         answer: list[dict[str, Any]] = self._link.execute(Command(name, {}))
         return answer
-
-
-def _hint(text: str) -> str:
-    """A way out, for what QEMU is known to say."""
-    if "ailed to connect" in text:
-        return (
-            "; QEMU must be able to reach our socket: does it run as another user than root and "
-            "the owner of its monitor's socket, or is it confined (AppArmor, SELinux, a container)? "
-            "TMPDIR chooses the folder"
-        )
-    if "read-only" in text or "nactive" in text:
-        return (
-            "; has the machine been migrated to another host (run state postmigrate)? Then its "
-            "disks are that host's"
-        )
-    if "different sizes" in text:
-        return "; the disk was resized just now: start the backup again"
-    if "in use" in text or "busy" in text:
-        return "; another block job works on the disk: wait for its end, or cancel it"
-    return ""

@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmapipe monitor`: the command line, and the socket that backups ask."""
+"""`vmapipe monitor`: the command line of the monitor."""
 
 from __future__ import annotations
 
 import argparse
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
-from vmapipe.control.monitor.backup_runner import BackupRunner
-from vmapipe.control.monitor.commands import Commands, Disks
-from vmapipe.control.monitor.disks import MachineDisks, QemuQueries, ServedDisks
-from vmapipe.control.monitor.guards import Guards, ServedDisk, check_disks
+from vmapipe.control.monitor.guards import ServedDisk, check_disks
+from vmapipe.control.monitor.service import serve_disks, serve_machine
 from vmapipe.control.qmp.addresses import add_monitor_options
-from vmapipe.control.qmp.clients import Clients
-from vmapipe.control.qmp.sockets import Listener, listen_unix
+from vmapipe.control.qmp.sockets import listen_unix
 from vmapipe.control.render import add_report_options, renderer
 from vmapipe.runtime.arguments import (
     add_buffer_options,
@@ -24,42 +21,7 @@ from vmapipe.runtime.arguments import (
 )
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
-from vmapipe.runtime.events import Emit
 from vmapipe.runtime.process import run
-
-# What happens wakes it; this is for what only time brings (a guard's next start).
-_POLL_S = 1.0
-
-
-def serve(
-    listener: Listener,
-    jobs: BackupRunner,
-    commands: Commands,
-    cancel: Cancel,
-    beside: Mapping[int, Callable[[], None]],
-    emit: Emit,
-) -> None:
-    """Until a stop is asked for; a backup that runs is ended then, in order.
-
-    `beside`: by a descriptor that wakes us, what has to be looked at.
-    """
-
-    def notice(text: str) -> None:
-        emit({"event": "notice", "text": text})
-
-    with Clients(listener, commands.table, commands.fdsets.left, notice) as clients:
-        jobs.tell = clients.tell
-        for fd in (cancel.fd, jobs.fd, *beside):
-            clients.watch(fd)
-        while not cancel.asked:
-            clients.serve(_POLL_S)
-            for look in beside.values():
-                look()
-            jobs.look()
-            clients.go_on()
-        jobs.close()
-        clients.go_on()
-
 
 DESCRIPTION = """\
 Serve raw images or block devices to guests over NBD, so that they can be backed
@@ -164,57 +126,12 @@ def _serve(options: argparse.Namespace) -> None:
         listener = listen_unix(options.listen, 0o600, socket.SOCK_STREAM)
         try:
             if options.qmp is None:
-                _serve_disks(disks, options, listener, cancel, emit)
+                serve_disks(disks, options, listener, cancel, emit)
             else:
-                _serve_machine(options, listener, cancel, emit)
+                serve_machine(options, listener, cancel, emit)
         finally:
             listener.close()
         emit({"event": "notice", "text": f"{cancel.reason}: what guests are doing is finished"})
-
-
-def _serve_disks(
-    disks: list[ServedDisk],
-    options: argparse.Namespace,
-    listener: Listener,
-    cancel: Cancel,
-    emit: Emit,
-) -> None:
-    with Guards(
-        disks,
-        options.socket_mode,
-        emit,
-        folder=f"{options.listen}.guards",
-        insecure_tcp=options.insecure_plain_tcp,
-    ) as guards:
-        guards.start(cancel)
-        jobs = BackupRunner()
-        commands = _commands(ServedDisks(guards, options.listen), jobs, options, cancel)
-        emit({"event": "ready", "listen": options.listen, "disks": guards.describe()})
-        serve(listener, jobs, commands, cancel, {guards.fd: lambda: guards.watch(0)}, emit)
-
-
-def _serve_machine(
-    options: argparse.Namespace, listener: Listener, cancel: Cancel, emit: Emit
-) -> None:
-    queries = QemuQueries(options.qmp, share=options.qmp_share)
-    jobs = BackupRunner()
-    disks = MachineDisks(options.qmp, queries, jobs, share=options.qmp_share)
-    commands = _commands(disks, jobs, options, cancel)
-    emit({"event": "ready", "listen": options.listen, "disks": []})
-    serve(listener, jobs, commands, cancel, {queries.fd: queries.look}, emit)
-
-
-def _commands(
-    disks: Disks, jobs: BackupRunner, options: argparse.Namespace, cancel: Cancel
-) -> Commands:
-    words = [
-        f"--buffer={options.buffer}",
-        f"--spool={options.spool}",
-        f"--spool-size={options.spool_size}",
-        f"--guest-wait={options.guest_wait}",
-    ]
-    agent = options.agent or ""
-    return Commands(disks, jobs, words, agent, lambda: cancel.ask("ended by a client's quit"))
 
 
 def parse_disks(disks: Sequence[str], exports: Sequence[str]) -> list[ServedDisk]:
