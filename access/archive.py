@@ -38,7 +38,6 @@ from vmapipe.restore.archive.manifest import SUFFIX, Manifest
 from vmapipe.restore.archive.reader import check_opening
 from vmapipe.restore.archive.source import Source, Stream, open_source
 from vmapipe.restore.archive.zstd import seekable_frames
-from vmapipe.restore.archive.zstdframes import is_zstd
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.objectstore import is_object
@@ -46,6 +45,7 @@ from vmapipe.vma.errors import ArchiveError, ExtentError
 from vmapipe.vma.extent import Extent, parse_extent_header
 from vmapipe.vma.header import PEEK_BYTES, Header, parse_header, peek_header_bytes
 from vmapipe.vma.manifest import ExtentDigest
+from vmapipe.vma.seektable import is_zstd
 
 # Headers of zeroes stand one behind the other: so many are read at a time.
 _HEADERS_BYTES = 64 << 10

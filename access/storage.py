@@ -14,13 +14,12 @@ import threading
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
-
-import zstandard
 
 from vmapipe.restore.archive.errors import InputError
 from vmapipe.restore.archive.source import Stream
+from vmapipe.restore.archive.zstd import decompress_frame, decompress_start
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import Frame
@@ -112,7 +111,6 @@ class FrameStorage:
             self._file_at.append(self._file_at[-1] + frame.compressed_bytes)
             self._plain_at.append(self._plain_at[-1] + frame.plain_bytes)
         self.size_bytes = self._plain_at[-1]
-        self._local = threading.local()
 
     def read_into(self, view: memoryview, offset: int) -> int:
         done = 0
@@ -135,16 +133,15 @@ class FrameStorage:
         if kept is not None:
             return kept[at : at + length]
         file_at, end = self._file_at[number], self._file_at[number + 1]
-        decompressor = zstandard.ZstdDecompressor().decompressobj()
-        plain = b""
-        while len(plain) < at + length and file_at < end:
-            piece = self._pread(min(_START_BYTES, end - file_at), file_at)
-            file_at += len(piece)
-            try:
-                plain += decompressor.decompress(piece)
-            except zstandard.ZstdError as error:
-                raise read_error(self._name, offset, f"zstd: {error}") from error
-        return plain[at : at + length]
+
+        def pieces() -> Iterator[bytes]:
+            for piece_at in range(file_at, end, _START_BYTES):
+                yield self._pread(min(_START_BYTES, end - piece_at), piece_at)
+
+        try:
+            return decompress_start(pieces(), at + length)[at:]
+        except ValueError as error:
+            raise read_error(self._name, offset, str(error)) from error
 
     def try_read_into(self, view: memoryview, offset: int) -> bool:
         number = bisect_right(self._plain_at, offset) - 1
@@ -161,20 +158,10 @@ class FrameStorage:
         file_at = self._file_at[number]
         plain_bytes = self._plain_at[number + 1] - self._plain_at[number]
         data = self._pread(self._file_at[number + 1] - file_at, file_at)
-        decompressor = getattr(self._local, "decompressor", None)
-        if decompressor is None:
-            decompressor = self._local.decompressor = zstandard.ZstdDecompressor()
         try:
-            # Before it is believed: it says how much memory to take.
-            announced = zstandard.frame_content_size(data)
-            plain: bytes = b""
-            if announced in (-1, plain_bytes):
-                plain = decompressor.decompress(data, max_output_size=plain_bytes)
-        except zstandard.ZstdError as error:
-            raise read_error(self._name, file_at, f"the zstd data is damaged: {error}") from error
-        if len(plain) != plain_bytes:
-            raise read_error(self._name, file_at, "a zstd frame is not as its seek table says")
-        return plain
+            return decompress_frame(data, plain_bytes)
+        except ValueError as error:
+            raise read_error(self._name, file_at, str(error)) from error
 
     def _pread(self, length: int, offset: int) -> bytes:
         data = _whole(self._name, self._pread_file, length, offset)

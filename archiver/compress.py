@@ -2,7 +2,7 @@
 """zstd between the store and an output: independent frames, and a seek table at the end.
 
 `zstd -dc` reads the result, and a reader that knows the table
-(vma/seektable.py) jumps into it. Only this file of the room imports zstandard.
+(vma/seektable.py) jumps into it. Only this file of the room imports the zstd library.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import zstandard
-
 from vmapipe.archiver.compression import MAX_LEVEL, Compression
 from vmapipe.archiver.outputs.around import OutputAround
 from vmapipe.archiver.outputs.errors import OutputFailure
 from vmapipe.archiver.outputs.output import Buffers, Output
 from vmapipe.runtime.errors import UsageError
 from vmapipe.vma.seektable import seek_table_ends
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 # A frame is closed at the end of the write that brings it to this length. A
 # dense extent (3.6 MiB) is then a frame of its own, and jumping to any extent
@@ -93,13 +96,17 @@ class ZstdOutput(OutputAround):
             self._write_frame()
 
     def _compress(self, plain: bytearray) -> tuple[bytes, int]:
-        compressor: zstandard.ZstdCompressor | None = getattr(self._thread, "compressor", None)
+        compressor: zstd.ZstdCompressor | None = getattr(self._thread, "compressor", None)
         if compressor is None:
             # One for each thread: it must not be shared, and making one is slow.
-            compressor = self._thread.compressor = zstandard.ZstdCompressor(
-                level=self._level, write_checksum=True, write_content_size=True
+            compressor = self._thread.compressor = zstd.ZstdCompressor(
+                options={
+                    zstd.CompressionParameter.compression_level: self._level,
+                    zstd.CompressionParameter.checksum_flag: 1,
+                }
             )
-        return compressor.compress(plain), len(plain)
+        # In one go: so the frame announces how long it is.
+        return compressor.compress(plain, mode=compressor.FLUSH_FRAME), len(plain)
 
     def _write_frame(self) -> None:
         compressed, plain_bytes = self._frames.popleft().result()

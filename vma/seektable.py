@@ -14,6 +14,8 @@ from vmapipe.vma.errors import ArchiveError, LimitError
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE_MAGIC = 0x184D2A5E
+# All magic numbers of frames that decoders skip.
+_SKIPPABLE_LOW, _SKIPPABLE_HIGH = 0x184D2A50, 0x184D2A5F
 _SEEKABLE_MAGIC = 0x8F92EAB1
 _HEAD = struct.Struct("<II")
 _ENTRY = struct.Struct("<II")
@@ -31,6 +33,18 @@ class Frame(NamedTuple):
 
     compressed_bytes: int
     plain_bytes: int
+
+
+def is_zstd(start: bytes) -> bool:
+    """Whether a file that begins with these 4 bytes is zstd, skippable frames included."""
+    return start[:4] == ZSTD_MAGIC or is_skippable(start)
+
+
+def is_skippable(start: bytes) -> bool:
+    """Whether these bytes begin a frame that decoders skip."""
+    return len(start) >= 4 and (
+        _SKIPPABLE_LOW <= int.from_bytes(start[:4], "little") <= _SKIPPABLE_HIGH
+    )
 
 
 def encode_seek_table(frames: list[Frame]) -> bytes:

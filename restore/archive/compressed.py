@@ -14,11 +14,11 @@ from typing import NamedTuple
 from vmapipe.restore.archive.errors import CompressionError, InputError
 from vmapipe.restore.archive.input import Input, ProgramInput
 from vmapipe.restore.archive.parts import Proof, Rewindable
-from vmapipe.restore.archive.zstdframes import is_zstd
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.foreign import FOREIGN_COMPRESSIONS
 from vmapipe.vma.layout import VMA_MAGIC
+from vmapipe.vma.seektable import is_zstd
 
 # As much as a pipe holds.
 _PIECE_BYTES = 1 << 16

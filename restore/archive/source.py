@@ -21,10 +21,10 @@ from vmapipe.restore.archive.compressed import (
 from vmapipe.restore.archive.errors import CompressionError, InputError
 from vmapipe.restore.archive.input import Input, ProgramInput
 from vmapipe.restore.archive.parts import Proof
-from vmapipe.restore.archive.zstdframes import is_zstd
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.objectstore import is_object
+from vmapipe.vma.seektable import is_zstd
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

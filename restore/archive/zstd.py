@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain bytes out of a zstd file. The only file of this room that knows the zstd library.
+"""Plain bytes out of a zstd file. The only file of this room that imports the zstd library.
 
 Any zstd file is read in order by one thread. One with a seek table (ours have
 one) is read frame by frame, several threads ahead of the reader.
@@ -10,32 +10,29 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, cast
-
-import zstandard
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.restore.archive.errors import CompressionError, InputError
 from vmapipe.restore.archive.input import ReadAhead, Wait, interruptible
 from vmapipe.restore.archive.parts import READ_BYTES, Proof, Rewindable
-from vmapipe.restore.archive.zstdframes import (
-    MAX_HEADER_BYTES,
-    SKIPPABLE_HEADER_BYTES,
-    FrameHeader,
-    FrameWalk,
-    frame_header,
-    is_skippable,
-    is_zstd,
-)
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import (
     FOOTER_BYTES,
     ZSTD_MAGIC,
     Frame,
+    is_skippable,
+    is_zstd,
     parse_seek_table,
     seek_table_bytes,
 )
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -48,6 +45,13 @@ MIB = 1 << 20
 DEFAULT_WINDOW_BYTES = 128 * MIB
 # What the library can do: `zstd --long=31`.
 MAX_WINDOW_BYTES = 2048 * MIB
+# What is too large was refused before the library sees it.
+_ANY_WINDOW: Mapping[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
+# Magic, descriptor, window, dictionary id, content size; and the least that a frame can have.
+_MAX_HEADER_BYTES = 4 + 1 + 1 + 4 + 8
+_MIN_FRAME_BYTES = 4 + 1 + 1 + 3
+# At a time: a bomb's plain data fills no more memory than this.
+_PIECE_BYTES = 1 << 20
 # Frames are held whole, twice as many as there are threads: larger ones are
 # read in order instead. Ours have a few MiB.
 _MAX_FRAME_BYTES = 32 << 20
@@ -59,32 +63,32 @@ _MAX_TABLE_BYTES = 2 << 20
 class ZstdParts:
     """A zstd file's frames, whatever they are, for a `PartStream`."""
 
-    magic_bytes = MAX_HEADER_BYTES
+    magic_bytes = _MAX_HEADER_BYTES
 
     def __init__(self, max_window_bytes: int) -> None:
         self._max_window_bytes = max_window_bytes
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=max_window_bytes)
 
     def begin(self, source: Rewindable, name: str) -> ZstdFrame | None:
         while True:
             at = source.position
-            start = source.at_least(MAX_HEADER_BYTES)
+            start = source.at_least(_MAX_HEADER_BYTES)
             source.rewind(at)
             if not start:
                 return None
-            if is_skippable(start):
-                self._pass_over(source, name, start)
-                continue
-            return ZstdFrame(source, name, self._header(start, name, at), self._decompressor)
+            if not is_skippable(start):
+                return ZstdFrame(source, name, self._header(start, name, at))
+            # To the library it is a frame like others, that holds nothing.
+            ZstdFrame(source, name, _NO_HEADER).readinto(memoryview(bytearray(1)))
 
-    def _header(self, start: bytes, name: str, at: int) -> FrameHeader:
+    def _header(self, start: bytes, name: str, at: int) -> _Header:
+        """Raises CompressionError where no frame begins here, InputError for one not to be read."""
         try:
-            header = frame_header(start) if len(start) >= len(ZSTD_MAGIC) else None
+            header = _frame_header(start)
         except ValueError as error:
+            if ZSTD_MAGIC.startswith(start[:4]) and len(start) < _MAX_HEADER_BYTES:
+                raise _cut_off(name, at + len(start)) from error
             what = "garbage after the last zstd frame" if at and not is_zstd(start) else str(error)
             raise CompressionError(f"{name}: {what}", file_offset=at) from error
-        if header is None:
-            raise _cut_off(name, at + len(start))
         if header.dictionary_id:
             raise InputError(
                 f"{name} was compressed with a zstd dictionary (number {header.dictionary_id}), "
@@ -94,20 +98,11 @@ class ZstdParts:
             raise too_large_window(name, header.window_bytes, self._max_window_bytes)
         return header
 
-    def _pass_over(self, source: Rewindable, name: str, start: bytes) -> None:
-        """A skippable frame."""
-        size_bytes = int.from_bytes(start[4:SKIPPABLE_HEADER_BYTES], "little")
-        end = source.position + SKIPPABLE_HEADER_BYTES + size_bytes
-        while source.position < end:
-            if not source.read():
-                raise _cut_off(name, source.position)
-        source.rewind(end)
-
     def find(self, data: bytes, start: int) -> int:
         at = data.find(ZSTD_MAGIC, start)
         while at >= 0:
             try:
-                header = frame_header(data[at : at + MAX_HEADER_BYTES])
+                header = _frame_header(data[at : at + _MAX_HEADER_BYTES])
             except ValueError:
                 header = None
             # One in four milliards of other bytes looks like it: it must not end the reading.
@@ -121,54 +116,108 @@ class ZstdParts:
         return -1
 
 
+class _Header(NamedTuple):
+    """`window_bytes`: what a decoder must hold; `plain_bytes`: None where it is not announced."""
+
+    window_bytes: int
+    plain_bytes: int | None
+    dictionary_id: int
+    has_checksum: bool
+
+
+_NO_HEADER = _Header(0, 0, 0, has_checksum=False)
+
+
+def _frame_header(start: bytes) -> _Header:
+    """The header of the frame that begins so. Raises ValueError where none does, or not all of it.
+
+    Two facts the library does not tell, and both stand at fixed places (RFC 8878, 3.1.1.1): bit 2
+    of byte 4 announces a checksum; byte 5 is the window, unless bit 5 of byte 4 says that
+    the window is as large as the content.
+    """
+    if not start.startswith(ZSTD_MAGIC):
+        raise ValueError("not a zstd frame")
+    window_bytes = 0
+    if len(start) > 5 and not start[4] & 0x20:
+        base = 1 << 10 + (start[5] >> 3)
+        window_bytes = base + base // 8 * (start[5] & 7)
+    if window_bytes > MAX_WINDOW_BYTES:
+        return _Header(window_bytes, None, 0, has_checksum=False)  # the library knows none of it
+    try:
+        known = zstd.get_frame_info(start)
+    except zstd.ZstdError as error:
+        raise ValueError("a zstd frame with a damaged header, or of an unknown kind") from error
+    plain_bytes = known.decompressed_size
+    window_bytes = window_bytes or plain_bytes or 0
+    return _Header(window_bytes, plain_bytes, known.dictionary_id, _has_checksum(start))
+
+
+def _has_checksum(start: bytes) -> bool:
+    return bool(start[4] & 4)
+
+
 class ZstdFrame:
     """One frame, decompressed a little at a time."""
 
-    def __init__(
-        self,
-        source: Rewindable,
-        name: str,
-        header: FrameHeader,
-        decompressor: zstandard.ZstdDecompressor,
-    ) -> None:
+    def __init__(self, source: Rewindable, name: str, header: _Header) -> None:
         self.has_checksum = header.has_checksum
         self.plain_bytes = header.plain_bytes
         self._source = source
         self._name = name
-        self._walk = FrameWalk(name, header, source.position)
-        self._error: CompressionError | None = None
-        self._plain = decompressor.stream_reader(
-            cast(IO[bytes], self),  # it calls `read` only
-            read_size=READ_BYTES,
-            read_across_frames=False,
-        )
+        self._decompressor = zstd.ZstdDecompressor(options=_ANY_WINDOW)
 
     def readinto(self, view: memoryview) -> int:
-        try:
-            got = int(self._plain.readinto(view))
-        except zstandard.ZstdError as error:
-            raise CompressionError(
-                f"{self._name}: the zstd data is damaged, in the {READ_BYTES} bytes before the "
-                f"file's offset {self._source.position}: {error}"
-            ) from error
-        if not got and not self._walk.ended:
-            raise self._error or _cut_off(self._name, self._source.position)
-        return got
+        decompressor = self._decompressor
+        while len(view) and not decompressor.eof:
+            data = b""
+            if decompressor.needs_input:
+                data = self._source.read()
+                if not data:
+                    raise _cut_off(self._name, self._source.position)
+            try:
+                plain = decompressor.decompress(data, min(len(view), _PIECE_BYTES))
+            except zstd.ZstdError as error:
+                raise CompressionError(
+                    f"{self._name}: the zstd data is damaged, in the {READ_BYTES} bytes before the "
+                    f"file's offset {self._source.position}: {error}"
+                ) from error
+            # Behind the frame's end.
+            if decompressor.unused_data:
+                self._source.rewind(self._source.position - len(decompressor.unused_data))
+            if plain:
+                view[: len(plain)] = plain
+                return len(plain)
+        return 0
 
-    def read(self, size: int) -> bytes:
-        """What the decompressor reads: the frame's bytes, and nothing behind them."""
-        if self._walk.ended or self._error is not None:
-            return b""
-        piece = self._source.read()
-        try:
-            taken = self._walk.feed(piece)
-        except CompressionError as error:
-            # What stands before the first damaged byte is still good.
-            self._error = error
-            return piece[: error.sound_bytes]
-        if taken < len(piece):
-            self._source.rewind(self._source.position - (len(piece) - taken))
-        return piece[:taken]
+
+def decompress_frame(data: bytes, plain_bytes: int) -> bytes:
+    """The frame `data`, which must hold exactly `plain_bytes`. Raises ValueError where it does not."""
+    decompressor = zstd.ZstdDecompressor(options=_ANY_WINDOW)
+    try:
+        # One byte more than there may be, so that it goes on to the end and its checksum.
+        plain = decompressor.decompress(data, plain_bytes + 1)
+    except zstd.ZstdError as error:
+        raise ValueError(f"the zstd data is damaged: {error}") from error
+    if len(plain) != plain_bytes or not decompressor.eof or decompressor.unused_data:
+        raise ValueError("a zstd frame is not as long as its seek table says")
+    return plain
+
+
+def decompress_start(pieces: Iterable[bytes], length: int) -> bytes:
+    """The first `length` plain bytes of a frame, of which no more `pieces` are taken than needed.
+
+    Fewer where it ends before. Raises ValueError where it is damaged.
+    """
+    decompressor = zstd.ZstdDecompressor(options=_ANY_WINDOW)
+    plain = b""
+    try:
+        for piece in pieces:
+            plain += decompressor.decompress(piece, length - len(plain))
+            if len(plain) == length or decompressor.eof:
+                break
+    except zstd.ZstdError as error:
+        raise ValueError(f"the zstd data is damaged: {error}") from error
+    return plain
 
 
 def _cut_off(name: str, file_offset: int) -> CompressionError:
@@ -286,25 +335,12 @@ class ZstdFrames(io.RawIOBase):
     def _decompress(self, file_at: int, frame: Frame) -> bytes:
         data = self._pread(frame.compressed_bytes, file_at)
         try:
-            # Before it is believed: it says how much memory to take.
-            header = frame_header(data[:MAX_HEADER_BYTES])
-            self._checked[file_at] = header is not None and header.has_checksum
-            announced = zstandard.frame_content_size(data)
-            plain = b""
-            if announced in (-1, frame.plain_bytes):
-                plain = zstandard.ZstdDecompressor().decompress(
-                    data, max_output_size=frame.plain_bytes, allow_extra_data=False
-                )
-        except (zstandard.ZstdError, ValueError) as error:
-            raise CompressionError(
-                f"{self._name}: the zstd data is damaged: {error}", file_offset=file_at
-            ) from error
-        if len(plain) != frame.plain_bytes:
-            raise CompressionError(
-                f"{self._name}: a zstd frame is not as long as its seek table says",
-                file_offset=file_at,
-            )
-        return plain
+            if not data.startswith(ZSTD_MAGIC) or len(data) < _MIN_FRAME_BYTES:
+                raise ValueError("the zstd data is damaged: no frame begins here")
+            self._checked[file_at] = _has_checksum(data)
+            return decompress_frame(data, frame.plain_bytes)
+        except ValueError as error:
+            raise CompressionError(f"{self._name}: {error}", file_offset=file_at) from error
 
     def close(self) -> None:
         if not self.closed:

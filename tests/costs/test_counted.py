@@ -181,18 +181,21 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
 @pytest.mark.parametrize(
     ("command", "not_needed"),
     [
-        ("vmapipe.control.inspect", "zmq msgpack psutil zstandard asyncio vmapipe.control.job"),
+        (
+            "vmapipe.control.inspect",
+            "zmq msgpack psutil backports.zstd asyncio vmapipe.control.job",
+        ),
         (
             "vmapipe.control.backup",
-            "psutil zstandard asyncio xxhash qemu subprocess vmapipe.restore vmapipe.protocol.jobs",
+            "psutil backports.zstd asyncio xxhash qemu subprocess vmapipe.restore vmapipe.protocol.jobs",
         ),
-        ("vmapipe.producer.main", "psutil zstandard asyncio xxhash subprocess vmapipe.vma"),
+        ("vmapipe.producer.main", "psutil backports.zstd asyncio xxhash subprocess vmapipe.vma"),
         (
             "vmapipe.archiver.main",
-            "psutil zstandard asyncio xxhash qemu subprocess vmapipe.restore vmapipe.runtime.keys",
+            "psutil backports.zstd asyncio xxhash qemu subprocess vmapipe.restore vmapipe.runtime.keys",
         ),
-        ("vmapipe.restore.verify.verify", "psutil zstandard asyncio qemu"),
-        ("vmapipe.restore.workers.worker", "psutil zstandard asyncio xxhash subprocess qemu"),
+        ("vmapipe.restore.verify.verify", "psutil backports.zstd asyncio qemu"),
+        ("vmapipe.restore.workers.worker", "psutil backports.zstd asyncio xxhash subprocess qemu"),
     ],
 )
 def test_a_start_imports_only_what_it_needs(command: str, not_needed: str) -> None:
