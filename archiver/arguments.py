@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 
-from vmapipe.archiver.compression import MAX_THREADS
-from vmapipe.runtime.arguments import job_id
+from vmapipe.archiver.outputs.compress import MAX_THREADS
+from vmapipe.runtime.arguments import job_id, size, split_named, wait_time
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.side_files import read_awaited
+from vmapipe.vma.errors import LimitError
+from vmapipe.vma.header import Config
+from vmapipe.vma.layout import MAX_BLOB_BYTES, MAX_CONFIGS
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -52,3 +59,107 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--uuid", type=job_id, metavar="UUID", help="the archive's uuid (default: a random one)"
     )
+
+
+def add_service_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "as a service",
+        "Any number of jobs, each in a process of its own, opened by `vmapipe backup --archiver`. "
+        "Clients can only write new archives: not read, list, change or remove any.",
+    )
+    group.add_argument(
+        "--directory",
+        metavar="DIR",
+        help="be a service, and store the archives here: a folder, or s3://BUCKET/PREFIX",
+    )
+    group.add_argument(
+        "--max-jobs",
+        type=int,
+        default=64,
+        metavar="N",
+        help="jobs at once (default: 64); further ones are refused",
+    )
+    group.add_argument(
+        "--min-free",
+        type=size,
+        metavar="SIZE",
+        help="no new job when less is free in DIR (default: 1G; not with s3://)",
+    )
+    group.add_argument(
+        "--min-memory",
+        type=size,
+        default=256 << 20,
+        metavar="SIZE",
+        help="no new job when less memory would be left (default: 256M)",
+    )
+    group.add_argument(
+        "--per-client",
+        action="store_true",
+        help="a folder for each client, called as its key is (with --keys)",
+    )
+    group.add_argument(
+        "--quota",
+        type=size,
+        default=0,
+        metavar="SIZE",
+        help="what each client may have in its folder (default: no limit; not with s3://)",
+    )
+    group.add_argument(
+        "--client-jobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="jobs at once of each client (default: half of those that are left, where there are "
+        "other clients)",
+    )
+    group.add_argument(
+        "--client-timeout",
+        type=wait_time,
+        # Half as much again as a producer's lost connection is waited for: see main.py.
+        default=90,
+        metavar="SECONDS",
+        help="a job whose `vmapipe backup` is silent for so long is ended (default: 90)",
+    )
+    group.add_argument(
+        "--idle-timeout",
+        type=_stop_time,
+        # The slowest honest job, with --speed 1K, has a cluster in a minute.
+        default=1800,
+        metavar="SECONDS",
+        help="a job from whose producers nothing comes for so long is ended (default: 1800; 0: never)",
+    )
+    group.add_argument(
+        "--stop-timeout",
+        type=_stop_time,
+        # Below the 90 s after which systemd kills.
+        default=60,
+        metavar="SECONDS",
+        help="after SIGTERM jobs may go on for so long (default: 60)",
+    )
+    group.add_argument("--json", action="store_true", help="log JSON lines")
+
+
+def _stop_time(text: str) -> int:
+    """As any wait, and 0: at once."""
+    return 0 if text == "0" else wait_time(text)
+
+
+def read_configs(texts: Sequence[str], cancel: Cancel) -> tuple[Config, ...]:
+    """`[NAME=]PATH` each. Raises Failure for what cannot be read or is too large."""
+    if len(texts) > MAX_CONFIGS:
+        raise UsageError(f"too many configs: {len(texts)}; the limit is {MAX_CONFIGS}")
+    configs = []
+    for text in texts:
+        name, path = split_named(text)
+        try:
+            # One byte more than fits tells that it is too large, however large it is.
+            data = read_awaited(path, MAX_BLOB_BYTES + 1, cancel)
+        except OSError as error:
+            raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error
+        if len(data) > MAX_BLOB_BYTES:
+            raise LimitError(
+                f"config {name!r}: {path} has {os.path.getsize(path)} bytes; the limit is "
+                f"{MAX_BLOB_BYTES}"
+            )
+        configs.append(Config(name, data))
+    return tuple(configs)

@@ -8,13 +8,26 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from vmapipe.archiver.arguments import add_output_options
-from vmapipe.archiver.jobspec import RECONNECT_S, JobSpec
-from vmapipe.archiver.options import read_configs, store_for
-from vmapipe.archiver.serve import Listen, serve
-from vmapipe.archiver.service.arguments import add_service_options
+from vmapipe.archiver.arguments import add_output_options, add_service_options, read_configs
+from vmapipe.archiver.job.device import FrameMark
+from vmapipe.archiver.job.server import Listen, serve
+from vmapipe.archiver.job.spec import RECONNECT_S, JobSpec
+from vmapipe.archiver.job.writer import ArchiveWriter
+from vmapipe.archiver.outputs.base import Output
+from vmapipe.archiver.outputs.compress import parse_compression
+from vmapipe.archiver.outputs.manifests import (
+    Digests,
+    ManifestFile,
+    ManifestLines,
+    ManifestObject,
+    ManifestOutput,
+    ManifestSink,
+    beside,
+)
+from vmapipe.archiver.outputs.object import ObjectOutput
+from vmapipe.archiver.outputs.open import is_stream, open_output
 from vmapipe.protocol.limits import MAX_RECONNECT_S
 from vmapipe.runtime.arguments import (
     add_child_options,
@@ -26,6 +39,7 @@ from vmapipe.runtime.arguments import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.keys import read_server_keys
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import lower_priority, run, run_child
 from vmapipe.runtime.text import one_line
@@ -140,7 +154,7 @@ def _names_a_prefix(options: argparse.Namespace) -> bool:
 
 def _serve_jobs(options: argparse.Namespace) -> None:
     check_endpoint(options.listen, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
-    # Imported here: the archiver of one job starts sooner without.
+    # A program of its own, which the archiver of one job does not load.
     from vmapipe.archiver.service.main import serve_jobs
 
     cancel = Cancel()
@@ -177,12 +191,7 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         reconnect_s=reconnect_s,
         start_timeout_s=options.start_timeout,
     )
-    keys = None
-    if options.keys:
-        # Imported here: on one host nobody has keys, and a backup starts sooner without.
-        from vmapipe.runtime.keys import read_server_keys
-
-        keys = read_server_keys(options.keys)
+    keys = read_server_keys(options.keys) if options.keys else None
     at = Listen(options.listen, keys, from_afar=options.from_afar)
     serve(spec, at, lambda wake: store_for(options, wake, cancel, emit), cancel, emit)
 
@@ -208,6 +217,48 @@ def _print(event: Event) -> None:
         case _:
             return
     print(one_line(text), file=sys.stderr, flush=True)
+
+
+def store_for(
+    options: argparse.Namespace, wake: Callable[[], None], cancel: Cancel, emit: Emit
+) -> ArchiveWriter[FrameMark]:
+    """Open the output and what goes beside it. Raises Failure; nothing is then left."""
+    compression = None
+    if options.compress:
+        compression = parse_compression(options.compress, options.threads)
+    if options.manifest and options.no_manifest:
+        raise UsageError("--manifest and --no-manifest exclude each other")
+    output = open_output(options.output, cancel=cancel, emit=emit)
+    try:
+        sink = _manifest_sink(options, output, cancel, emit)
+    except BaseException:
+        output.abandon()
+        raise
+    return ArchiveWriter(output, Digests(sink) if sink else None, wake, compression)
+
+
+def _manifest_sink(
+    options: argparse.Namespace, output: Output, cancel: Cancel, emit: Emit
+) -> ManifestSink | None:
+    if options.no_manifest:
+        return None
+    if options.manifest or not output.is_stream:
+        name = options.manifest or beside(options.output)
+        if is_object(name):
+            return _manifest_object(name, not options.manifest, output, cancel, emit)
+        if options.manifest and is_stream(name):
+            return ManifestOutput(open_output(name, cancel=cancel))
+        return ManifestFile(name, replace=not options.manifest)
+    if options.manifest_events:
+        return ManifestLines(lambda text: emit({"event": "manifest", "text": text}))
+    return None
+
+
+def _manifest_object(
+    name: str, replace: bool, output: Output, cancel: Cancel, emit: Emit
+) -> ManifestSink:
+    prepare = output.prepare if isinstance(output, ObjectOutput) else lambda: None
+    return ManifestObject(ObjectOutput(name, cancel=cancel, emit=emit, replace=replace), prepare)
 
 
 if __name__ == "__main__":

@@ -83,12 +83,12 @@ def remove_leftovers(job: BackupJob, children: Children) -> None:
     if not killed or job.service:
         return
     for name, upload in job.uploads:
-        from vmapipe.archiver.outputs.leftuploads import abort_upload
+        from vmapipe.archiver.outputs.object import abort_upload
 
         abort_upload(name, upload)
     # Imported here: it is seldom needed, and a backup starts sooner without.
-    from vmapipe.archiver.manifests import beside
     from vmapipe.archiver.outputs.file import remove_leftover
+    from vmapipe.archiver.outputs.manifests import beside
 
     named = [w.removeprefix("--manifest=") for w in job.archiver_options if "--manifest=" in w]
     ours = [job.archive, beside(job.archive)] if is_path(job.archive) else []

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from vmapipe.archiver.options import read_configs
+from vmapipe.archiver.arguments import read_configs
 from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.protocol import jobs, limits
 from vmapipe.protocol.errors import ProtocolError

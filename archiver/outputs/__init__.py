@@ -1,2 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an archive goes: a file, a stream, a command. `spec.open_output` is the door."""
+"""Where the bytes of an archive go.
+
+Read in this order: base.py (what each output does, and how it ends), open.py (from
+the option's text to an output), file.py, stream.py, command.py, object.py (the four
+kinds), manifests.py (the digests, and where they go), compress.py (zstd).
+
+Invariants: `commit` returns when the archive is complete at its place; `abandon` may
+come from any thread, takes seconds at most, never raises and leaves nothing that
+looks like an archive; no output replaces an archive; a file has the name
+NAME.partial, and a lock, while it is written.
+"""

@@ -11,8 +11,7 @@ import select
 import signal
 import subprocess
 
-from vmapipe.archiver.outputs.descriptor import DescriptorOutput
-from vmapipe.archiver.outputs.errors import OutputFailure, open_failure, size_text
+from vmapipe.archiver.outputs.base import DescriptorOutput, OutputFailure, open_failure, size_text
 from vmapipe.archiver.outputs.stream import PIPE_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
@@ -115,7 +114,7 @@ class CommandOutput(DescriptorOutput):
         poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
 
-    def _break_off(self) -> None:
+    def _before_abort(self) -> None:
         # Before anything else: a command that sees the end of its input first
         # would take half an archive for a whole one.
         self._signal_group(signal.SIGTERM)
@@ -127,7 +126,7 @@ class CommandOutput(DescriptorOutput):
         if self._has_ended(TERM_WAIT_S):
             self._process.wait()
 
-    def _forsake(self) -> None:
+    def _abort_without_lock(self) -> None:
         self._signal_group(signal.SIGKILL)
 
     def _signal_group(self, signum: int) -> None:

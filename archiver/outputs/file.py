@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 
-from vmapipe.archiver.outputs import partial
-from vmapipe.archiver.outputs.descriptor import DescriptorOutput
-from vmapipe.archiver.outputs.errors import OutputFailure, open_failure
-from vmapipe.archiver.outputs.output import Buffers
-from vmapipe.archiver.outputs.writebehind import WriteBehind
+from vmapipe.archiver.outputs import file
+from vmapipe.archiver.outputs.base import Buffers, DescriptorOutput, OutputFailure, open_failure
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.folders import HeldFolder
@@ -40,13 +38,13 @@ class FileOutput(DescriptorOutput):
         folder, self._name = os.path.split(path)
         if self._name in ("", ".", ".."):
             raise UsageError(f"{path!r} is no name for a file")
-        self._partial = self._name + partial.SUFFIX
+        self._partial = self._name + file.SUFFIX
         try:
             self._folder_fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise open_failure("open the folder of", path, error) from error
         try:
-            fd = partial.claim(self._folder_fd, self._partial, path)
+            fd = file.claim(self._folder_fd, self._partial, path)
         except BaseException:
             os.close(self._folder_fd)
             raise
@@ -112,7 +110,7 @@ class FileOutput(DescriptorOutput):
         for name in [*names, self._partial]:
             self._remove(name)
 
-    def _forsake(self) -> None:
+    def _abort_without_lock(self) -> None:
         # A disk that hangs may still do this much; if not, the next backup
         # of this name removes the file.
         self._remove(self._partial)
@@ -144,7 +142,7 @@ class FileOutput(DescriptorOutput):
 def remove_leftover(path: str) -> None:
     """Remove NAME.partial of a writer that was killed, if nobody writes it. Never raises."""
     with contextlib.suppress(Failure, OSError):
-        if os.path.lexists(path + partial.SUFFIX):
+        if os.path.lexists(path + file.SUFFIX):
             # Whoever claims the name removes what is left; and takes its own away again.
             FileOutput(path, replace=True).abandon()
 
@@ -161,3 +159,151 @@ def sync_folder(folder_fd: int) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:  # a file system that has nothing to do there
             raise
+
+
+SUFFIX = ".partial"
+# Disks hold passwords and keys: only the owner may read a backup. Whoever
+# wants to share it can chmod the finished file; the umask may take more away.
+MODE = 0o600
+# Each turn of the loop means that another process did something between two
+# of our calls. So often in a row it is no chance any more.
+_TRIES = 100
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class _LockedError(Exception):
+    """Somebody else has the lock."""
+
+
+def claim(folder_fd: int, name: str, path: str) -> int:
+    """Create `name` in the folder and lock it; return its descriptor.
+
+    Raises OutputFailure, naming `path`, when another process is writing it or
+    the folder cannot be written.
+    """
+    try:
+        for _ in range(_TRIES):
+            fd = _create(folder_fd, name)
+            if fd is None:
+                _remove_leftover(folder_fd, name, path)
+            elif _is_ours(fd, folder_fd, name):
+                return fd
+            else:
+                os.close(fd)
+    except _LockedError as error:
+        raise _busy(path) from error
+    except OSError as error:
+        raise open_failure("create", path, error) from error
+    raise _busy(path)
+
+
+def _create(folder_fd: int, name: str) -> int | None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, MODE, dir_fd=folder_fd)
+    except FileExistsError:
+        return None
+
+
+def _is_ours(fd: int, folder_fd: int, name: str) -> bool:
+    """Lock a file that we created; whether it still has its name then.
+
+    Somebody may have taken it for a leftover in the moment before the lock.
+    """
+    try:
+        _lock(fd)
+    except _LockedError:
+        return False
+    return _has_name(fd, folder_fd, name)
+
+
+def _remove_leftover(folder_fd: int, name: str, path: str) -> None:
+    """Raises _LockedError when it is none."""
+    try:
+        # Writable, because a lock on NFS asks for it; NONBLOCK, in case it is a FIFO.
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(name, flags, dir_fd=folder_fd)
+    except FileNotFoundError:
+        return  # gone meanwhile
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise _foreign(path) from error
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _foreign(path)
+        if not _lock(fd):
+            text = (
+                f"{path}{SUFFIX} exists, and this file system cannot tell whether it is being "
+                f"written; remove it if no backup is running"
+            )
+            raise OutputFailure(text, target=path, errno=errno.EEXIST)
+        if _has_name(fd, folder_fd, name):
+            os.unlink(name, dir_fd=folder_fd)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> bool:
+    """False where the file system has no locks. Raises _LockedError."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _LockedError from error
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def _has_name(fd: int, folder_fd: int, name: str) -> bool:
+    try:
+        named = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(fd), named)
+
+
+def _busy(path: str) -> OutputFailure:
+    text = f"{path}: another backup is writing it; choose another name or wait for its end"
+    return OutputFailure(text, target=path, errno=errno.EEXIST)
+
+
+def _foreign(path: str) -> OutputFailure:
+    text = f"{path}{SUFFIX} is no file of vmapipe; remove it or choose another name"
+    return OutputFailure(text, target=path, errno=errno.EEXIST)
+
+
+# Measured with 2 GiB into new files: with these two numbers the write took
+# 1.1 s together with its fsync and seldom more; left to the kernel 1.4 to 3.1 s,
+# of which 0.4 to 0.7 s were the fsync. Pages that are given back are taken
+# again for what follows, and pages that were used before are quicker than new
+# ones. Steps of 8 MiB, or no second look, lost half of it.
+STEP_BYTES = 32 << 20
+# How far behind pages may still be on their way to the disk. A disk that is
+# slower than that loses nothing: its pages stay in memory as usual.
+LAG_BYTES = 256 << 20
+
+
+class WriteBehind:
+    """Tell it how long the file is; `start` is where the archive begins in it, in bytes."""
+
+    def __init__(self, fd: int, start: int = 0) -> None:
+        self._fd = fd
+        self._start = start
+        self._next = start + STEP_BYTES
+        self._works = True
+
+    def reached(self, position: int) -> None:
+        """The file is written up to `position`, in bytes."""
+        if position < self._next or not self._works:
+            return
+        self._next = position + STEP_BYTES
+        begin = max(self._start, position - LAG_BYTES)
+        try:
+            # DONTNEED starts writing dirty pages and drops clean ones. The
+            # guests' page cache is worth more than that of an archive.
+            os.posix_fadvise(self._fd, begin, position - begin, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            self._works = False  # a file system without it: only slower

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from typing import Any, TypeVar
 
-from vmapipe.archiver.outputs.ending import EndsOnce
-from vmapipe.archiver.outputs.errors import OutputFailure, size_text
+from vmapipe.archiver.outputs.base import (
+    ABANDON_WAIT_S,
+    AbortableOutput,
+    Buffers,
+    OutputFailure,
+    size_text,
+)
 from vmapipe.archiver.outputs.file import exists_failure
-from vmapipe.archiver.outputs.leftuploads import abort, abort_left_over, in_a_while
-from vmapipe.archiver.outputs.output import Buffers
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit, ignore
 from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
 from vmapipe.runtime.threads import DaemonPool
@@ -48,7 +53,7 @@ def part_bytes(number: int, first_bytes: int) -> int:
     return first_bytes << min(doublings, _MAX_DOUBLINGS)
 
 
-class ObjectOutput(EndsOnce):
+class ObjectOutput(AbortableOutput):
     """See `Output`. `replace`: an object that exists now may be replaced, and no other.
 
     `upload` is the id of the upload under way, told as an event as soon as there
@@ -88,7 +93,9 @@ class ObjectOutput(EndsOnce):
             if found is not None:
                 self._condition = {"IfMatch": found.etag}
             elif not replace:
-                self._wait(self._pool.submit(lambda: abort_left_over(self._store, self._notice)))
+                self._wait(
+                    self._pool.submit(lambda: abort_stale_uploads(self._store, self._notice))
+                )
         except BaseException as error:
             self.abandon()
             if isinstance(error, StoreError):
@@ -126,7 +133,7 @@ class ObjectOutput(EndsOnce):
 
     def remove(self) -> None:
         """Take a committed object back, if it is still the one that was committed. Never raises."""
-        in_a_while(self._remove_ours)
+        run_with_timeout(self._remove_ours)
 
     # --- the thread that writes ---
 
@@ -244,14 +251,14 @@ class ObjectOutput(EndsOnce):
 
     # --- giving up ---
 
-    def _give_up(self) -> None:
+    def _rollback(self) -> None:
         sending: list[Future[Any]] = [future for future, _ in self._sending]
         if self._began is not None:
             sending.append(self._began)
         self._end()
         # Before parts that still go up have ended, and once more after that: a
         # part that arrives after its upload was aborted may stay with the store.
-        in_a_while(lambda: self._clean_up(sending))
+        run_with_timeout(lambda: self._clean_up(sending))
 
     def _clean_up(self, sending: Sequence[Future[Any]]) -> None:
         under_way = [future for future in sending if not future.done()]
@@ -277,3 +284,44 @@ class ObjectOutput(EndsOnce):
         self._part = bytearray()
         self._pool.close()
         self._interrupt.close()
+
+
+# Nobody pauses a backup for a day: an upload of an archive to which no part was added for so
+# long was left behind by a process that was killed.
+STALE_S = 24 * 3600.0
+_ENDINGS = (".vma", ".vma.zst", ".manifest.json")
+
+
+def abort(store: StoredObject, upload: str) -> None:
+    """Never raises: what cannot be aborted now is the next backup's, or the bucket's lifecycle's."""
+    with contextlib.suppress(StoreError):
+        store.abort(upload)
+
+
+def abort_stale_uploads(
+    store: StoredObject, tell: Callable[[str], None], *, below: bool = False
+) -> None:
+    """In the folder of this object, what processes that were killed have left. Never raises.
+
+    `below`: in the folders below that, too.
+    """
+    with contextlib.suppress(StoreError):
+        for key, upload, idle_s in store.uploads_beside(_ENDINGS, below=below):
+            if idle_s >= STALE_S:
+                sibling = store.sibling(key)
+                sibling.abort(upload)
+                sibling.close()
+                tell(f"an upload of {key} that was left behind was aborted")
+
+
+def abort_upload(name: str, upload: str) -> None:
+    """For whoever outlives an archiver that was killed. Never raises; quick."""
+    with contextlib.suppress(Failure), contextlib.closing(StoredObject(name)) as store:
+        run_with_timeout(lambda: abort(store, upload))
+
+
+def run_with_timeout(work: Callable[[], None]) -> None:
+    """Do it; when it takes longer than giving up may take, leave it to itself."""
+    thread = threading.Thread(target=work, name="s3-cleaner", daemon=True)
+    thread.start()
+    thread.join(ABANDON_WAIT_S)

@@ -18,11 +18,14 @@ import stat
 import time
 from collections.abc import Callable
 
-from vmapipe.archiver.outputs.descriptor import DescriptorOutput
-from vmapipe.archiver.outputs.errors import OutputFailure, open_failure
-from vmapipe.archiver.outputs.interrupt import Interrupt
-from vmapipe.archiver.outputs.output import Buffers
-from vmapipe.archiver.outputs.writebehind import WriteBehind
+from vmapipe.archiver.outputs.base import (
+    Buffers,
+    DescriptorOutput,
+    Interrupt,
+    OutputFailure,
+    open_failure,
+)
+from vmapipe.archiver.outputs.file import WriteBehind
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 

@@ -10,21 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from vmapipe.archiver.service.admission import Facts, Limits, admit
-from vmapipe.archiver.service.instructions import (
-    Drop,
-    Forward,
-    Instruction,
-    Kill,
-    Log,
-    Release,
-    Send,
-    Start,
+from vmapipe.archiver.service.jobs import (
+    STOP_S,
+    DropPeer,
+    ForwardMessage,
+    KillArchiver,
+    LogEvent,
+    ReleaseJob,
+    SendAnswer,
+    ServiceInstruction,
+    ServiceJob,
+    ServiceLimits,
+    ServicePhase,
+    ServiceStorage,
+    StartArchiver,
+    admit,
+    said_reason,
 )
-from vmapipe.archiver.service.jobs import STOP_S, Phase, ServiceJob, said_reason
-from vmapipe.archiver.service.producers import Producer, Producers
-from vmapipe.archiver.service.strangers import Strangers
-from vmapipe.archiver.service.visitors import LogLimit, Visitors
+from vmapipe.archiver.service.peers import (
+    ForwardedProducer,
+    ForwardedProducers,
+    LogLimit,
+    RejectedPeers,
+    UnassignedPeers,
+)
 from vmapipe.protocol import jobs
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.packing import Part
@@ -38,27 +47,27 @@ _LOGGED_NAME_CHARS = 200
 _LOGGED_REASON_CHARS = 300
 # Ended jobs that are remembered, for coordinators that ask again.
 _MAX_REMEMBERED = 1024
-# See archiver/job.py: after a longer gap we ourselves were stopped.
+# See archiver/job/job.py: after a longer gap we ourselves were stopped.
 _STOPPED_S = 5.0
 
 
 class Front:
     """All jobs of a service. `now` is any monotonic clock, in seconds."""
 
-    def __init__(self, bounds: Limits, facts: Facts, now: float) -> None:
+    def __init__(self, bounds: ServiceLimits, facts: ServiceStorage, now: float) -> None:
         self.jobs: dict[bytes, ServiceJob] = {}
-        self.producers = Producers()
+        self.producers = ForwardedProducers()
         self._limits = bounds
         self._facts = facts
         self._stopping = ""
         self._ticked = now
-        self._strangers = Strangers()
-        self._visitors = Visitors(bounds.most_visitors)
+        self._strangers = RejectedPeers()
+        self._visitors = UnassignedPeers(bounds.most_visitors)
         self._log_limit = LogLimit()
 
     @property
     def running(self) -> list[ServiceJob]:
-        return [job for job in self.jobs.values() if job.phase is not Phase.ENDED]
+        return [job for job in self.jobs.values() if job.phase is not ServicePhase.ENDED]
 
     @property
     def idle(self) -> bool:
@@ -69,7 +78,7 @@ class Front:
 
     def receive(
         self, peer: bytes, client: str, parts: Sequence[Part], now: float
-    ) -> Iterator[Instruction]:
+    ) -> Iterator[ServiceInstruction]:
         """A message from `peer`, who has proved to be `client` (empty: nobody has to)."""
         producer = self.producers.by_peer.get(peer)
         if producer is not None:
@@ -79,7 +88,7 @@ class Front:
             return
         gone = self._visitors.met(peer, client)
         if gone is not None:
-            yield Drop(gone)
+            yield DropPeer(gone)
         try:
             name, fields = jobs.unpack_control(parts)
             message = jobs.read_of_coordinator(name, fields)
@@ -106,39 +115,41 @@ class Front:
         for job in self.jobs.values():
             job.left(peer)
 
-    def unattached(self, peer: bytes, job_id: bytes) -> Iterator[Instruction]:
+    def unattached(self, peer: bytes, job_id: bytes) -> Iterator[ServiceInstruction]:
         """There was no descriptor for this producer."""
         self.producers.forget(self.jobs[job_id], peer)
         error = RemoteProtocolError("busy", "the service has no open files left; try later")
-        yield Send(peer, _refusal(error))
+        yield SendAnswer(peer, _refusal(error))
 
-    def answer(self, peer: bytes, parts: Sequence[Part]) -> Iterator[Instruction]:
+    def answer(self, peer: bytes, parts: Sequence[Part]) -> Iterator[ServiceInstruction]:
         """A message from the archiver of this producer."""
         yield from self.producers.answer(peer, parts)
 
     # --- archivers ---
 
-    def listening(self, job_id: bytes) -> Iterator[Instruction]:
+    def listening(self, job_id: bytes) -> Iterator[ServiceInstruction]:
         """A job's archiver is ready for producers."""
         yield from self.jobs[job_id].listening()
 
-    def told(self, job_id: bytes, event: Event) -> Iterator[Instruction]:
+    def told(self, job_id: bytes, event: Event) -> Iterator[ServiceInstruction]:
         """Any other event of a job's archiver."""
         job = self.jobs[job_id]
         for instruction in job.hear(event):
-            if isinstance(instruction, Log) and not self._log_limit.may_say(
+            if isinstance(instruction, LogEvent) and not self._log_limit.may_say(
                 job.client, self._ticked
             ):
                 continue
             yield instruction
 
-    def ended(self, job_id: bytes, words: str, usage: Event, now: float) -> Iterator[Instruction]:
+    def ended(
+        self, job_id: bytes, words: str, usage: Event, now: float
+    ) -> Iterator[ServiceInstruction]:
         """A job's archiver is gone. `words` say why if it failed; `usage` is for the log."""
         yield from self.jobs[job_id].end(words, usage, now)
 
     # --- time, and the end ---
 
-    def tick(self, now: float) -> Iterator[Instruction]:
+    def tick(self, now: float) -> Iterator[ServiceInstruction]:
         """Time has passed: call it about once a second."""
         gap, self._ticked = now - self._ticked, now
         for job in list(self.jobs.values()):
@@ -153,24 +164,24 @@ class Front:
         """No new jobs from now on."""
         self._stopping = reason
 
-    def fail_all(self, reason: str, now: float) -> Iterator[Instruction]:
+    def fail_all(self, reason: str, now: float) -> Iterator[ServiceInstruction]:
         for job in self.running:
             yield from job.stop(reason, now)
 
-    def revoke(self, client: str, now: float) -> Iterator[Instruction]:
+    def revoke(self, client: str, now: float) -> Iterator[ServiceInstruction]:
         """A client may no longer come: what it was sending is given up."""
         for job in self.running:
             if job.client == client:
                 yield from job.stop(f"the key of client {client!r} was revoked", now)
         for peer in self._visitors.of(client):
             self._visitors.left(peer)
-            yield Drop(peer)
+            yield DropPeer(peer)
 
     # --- coordinators ---
 
     def _open(
         self, peer: bytes, client: str, request: jobs.Open, now: float
-    ) -> Iterator[Instruction]:
+    ) -> Iterator[ServiceInstruction]:
         known = self.jobs.get(request.job)
         if known is not None:
             yield from self._meet(self._job_of(request.job, client), peer, now)
@@ -181,7 +192,7 @@ class Front:
             place = admit(client, request, self.running, self._limits, self._facts)
         except RemoteProtocolError as error:
             if self._log_limit.may_say(client, now):
-                yield Log(
+                yield LogEvent(
                     {
                         "event": "job-refused",
                         "client": client,
@@ -191,9 +202,9 @@ class Front:
                     }
                 )
             if self._visitors.may_hear(peer):
-                yield Send(peer, _refusal(error))
+                yield SendAnswer(peer, _refusal(error))
             else:
-                yield Drop(peer)
+                yield DropPeer(peer)
             return
         self._visitors.left(peer)
         self.jobs[request.job] = ServiceJob(
@@ -208,21 +219,21 @@ class Front:
             started=now,
             idle_s=self._limits.idle_s,
         )
-        yield Start(request.job, request, place.path)
+        yield StartArchiver(request.job, request, place.path)
 
-    def _meet(self, job: ServiceJob, peer: bytes, now: float) -> Iterator[Instruction]:
+    def _meet(self, job: ServiceJob, peer: bytes, now: float) -> Iterator[ServiceInstruction]:
         before = job.coordinator
         yield from job.meet(peer, now)
         if job.coordinator == peer:
             self._visitors.left(peer)
             if before not in (b"", peer):
-                yield Drop(before)
+                yield DropPeer(before)
 
     # --- producers ---
 
     def _attach(
         self, peer: bytes, client: str, name: str, job_id: object, now: float
-    ) -> Iterator[Instruction]:
+    ) -> Iterator[ServiceInstruction]:
         if name not in ("HELLO", "RESUME"):
             raise RemoteProtocolError("unknown-job", "no session of this peer is known here")
         try:
@@ -230,11 +241,11 @@ class Front:
         except RemoteProtocolError as error:
             code = "unknown-session" if name == "RESUME" else error.code
             raise RemoteProtocolError(code, error.reason) from error
-        if job.phase is not Phase.RUNNING:
+        if job.phase is not ServicePhase.RUNNING:
             raise RemoteProtocolError("unknown-job", f"the job is {job.phase.value}")
         self._visitors.left(peer)
         yield from self.producers.attach(job, peer, client, now)
-        yield Forward(peer)
+        yield ForwardMessage(peer)
 
     def _job_of(self, job_id: object, client: str) -> ServiceJob:
         """Raises RemoteProtocolError, in the same words for no job and somebody else's."""
@@ -246,52 +257,54 @@ class Front:
         return job
 
     def _pass_on(
-        self, peer: bytes, producer: Producer, parts: Sequence[Part], now: float
-    ) -> Iterator[Instruction]:
+        self, peer: bytes, producer: ForwardedProducer, parts: Sequence[Part], now: float
+    ) -> Iterator[ServiceInstruction]:
         """What is not passed on is lost, and its job with it where that was data."""
         if producer.admits(len(parts), sum(memoryview(part).nbytes for part in parts)):
-            yield Forward(peer)
+            yield ForwardMessage(peer)
             return
         producer.dropped += 1
         job = self.jobs[producer.job]
-        if len(parts) == 1 or job.phase is not Phase.RUNNING:
+        if len(parts) == 1 or job.phase is not ServicePhase.RUNNING:
             return
         error = RemoteProtocolError("credit", "a producer's data exceeds the credit by far")
-        yield Send(peer, _refusal(error))
+        yield SendAnswer(peer, _refusal(error))
         yield from job.stop(error.reason, now)
 
     def _refuse_stranger(
         self, peer: bytes, client: str, error: RemoteProtocolError, now: float
-    ) -> Iterator[Instruction]:
+    ) -> Iterator[ServiceInstruction]:
         if self._strangers.is_new(peer):
-            yield Send(peer, _refusal(error))
+            yield SendAnswer(peer, _refusal(error))
             yield from map(_notice, self._strangers.refused(client, one_line(str(error)), now))
         elif not self._visitors.may_hear(peer):
-            yield Drop(peer)
+            yield DropPeer(peer)
 
     # --- time ---
 
-    def _look_at(self, job: ServiceJob, now: float) -> Iterator[Instruction]:
+    def _look_at(self, job: ServiceJob, now: float) -> Iterator[ServiceInstruction]:
         yield from self.producers.detach_gone(job, now - DRAIN_S)
         overdue = job.overdue(now)
         if overdue:
             yield from job.stop(overdue, now)
-        elif job.phase is Phase.STOPPING and now > job.kill_at:
+        elif job.phase is ServicePhase.STOPPING and now > job.kill_at:
             job.kill_at = now + STOP_S
-            yield Kill(job.id)
-        elif job.phase is Phase.ENDED:
+            yield KillArchiver(job.id)
+        elif job.phase is ServicePhase.ENDED:
             if not job.released and now - job.ended > DRAIN_S:
                 job.released = True
                 yield from self.producers.detach_all(job)
-                yield Release(job.id)
+                yield ReleaseJob(job.id)
             forget = now - job.ended > self._limits.heartbeat_s or len(self.jobs) > _MAX_REMEMBERED
             if job.released and forget:
                 del self.jobs[job.id]
 
-    def _hold_quotas(self, now: float) -> Iterator[Instruction]:
+    def _hold_quotas(self, now: float) -> Iterator[ServiceInstruction]:
         """A client above its quota loses its youngest job, and in a second the next."""
         running = [
-            job for job in self.running if job.place.quota_bytes and job.phase is Phase.RUNNING
+            job
+            for job in self.running
+            if job.place.quota_bytes and job.phase is ServicePhase.RUNNING
         ]
         for job in {job.client: job for job in running}.values():
             if self._facts.used_bytes(job.client) > job.place.quota_bytes:
@@ -304,5 +317,5 @@ def _refusal(error: RemoteProtocolError) -> list[Part]:
     return jobs.encode(jobs.Refused(error.code, said_reason(error.reason)))
 
 
-def _notice(text: str) -> Log:
-    return Log({"event": "notice", "text": text})
+def _notice(text: str) -> LogEvent:
+    return LogEvent({"event": "notice", "text": text})

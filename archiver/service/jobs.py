@@ -7,17 +7,90 @@ Methods that give instructions are lazy iterators: exhaust each before the next 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from vmapipe.archiver.service.instructions import Instruction, Log, Send, Stop
-from vmapipe.archiver.service.telling import message_of
 from vmapipe.protocol import frames, jobs, limits
+from vmapipe.protocol.errors import RemoteProtocolError
+from vmapipe.protocol.jobs import Open
 from vmapipe.protocol.messages import Abort
 from vmapipe.protocol.packing import Part
 from vmapipe.runtime.events import Event
 from vmapipe.runtime.text import one_line
+
+
+class SendAnswer(NamedTuple):
+    peer: bytes
+    parts: list[Part]
+
+
+class StartArchiver(NamedTuple):
+    """An archiver for this job, that makes the archive `path`."""
+
+    job: bytes
+    request: Open
+    path: str
+
+
+class StopArchiver(NamedTuple):
+    """Ask the job's archiver to give up."""
+
+    job: bytes
+
+
+class KillArchiver(NamedTuple):
+    """It was asked, and does not."""
+
+    job: bytes
+
+
+class ReleaseJob(NamedTuple):
+    """Nobody of this job is needed any more: what belongs to it may go."""
+
+    job: bytes
+
+
+class AttachProducer(NamedTuple):
+    """From now on what this peer sends is passed to the job's archiver, and its answers back."""
+
+    peer: bytes
+    job: bytes
+
+
+class ForwardMessage(NamedTuple):
+    """Pass on the message that has just come from this peer."""
+
+    peer: bytes
+
+
+class DetachProducer(NamedTuple):
+    peer: bytes
+
+
+class DropPeer(NamedTuple):
+    """End this peer's connection; it may come again."""
+
+    peer: bytes
+
+
+class LogEvent(NamedTuple):
+    event: Event
+
+
+ServiceInstruction = (
+    SendAnswer
+    | StartArchiver
+    | StopArchiver
+    | KillArchiver
+    | ReleaseJob
+    | AttachProducer
+    | ForwardMessage
+    | DetachProducer
+    | DropPeer
+    | LogEvent
+)
+
 
 # An archiver's process is ready in a fraction of a second; when twenty are started
 # at once on a machine that is busy already, in half a minute.
@@ -33,14 +106,14 @@ _REASON_CHARS = 1000
 _MOST_SPARE = 8
 
 
-class Phase(enum.Enum):
+class ServicePhase(enum.Enum):
     STARTING = "starting"
     RUNNING = "running"
     STOPPING = "stopping"
     ENDED = "ended"
 
 
-class Place(NamedTuple):
+class ArchivePlace(NamedTuple):
     """Where a client's archive would go, and what stands against it."""
 
     path: str
@@ -71,7 +144,7 @@ def spare_of(devices: int) -> int:
     return min(_MOST_SPARE, devices // 2)
 
 
-class Room(NamedTuple):
+class FreeSpace(NamedTuple):
     """What the host has left."""
 
     free_bytes: int
@@ -86,13 +159,13 @@ class ServiceJob:
     client: str
     name: str
     devices: tuple[str, ...]
-    place: Place
+    place: ArchivePlace
     #: A coordinator that is silent so long is dead.
     heartbeat_s: int
     coordinator: bytes
     heard: float
     started: float
-    phase: Phase = Phase.STARTING
+    phase: ServicePhase = ServicePhase.STARTING
     opened: bool = False
     begun: jobs.Begun | None = None
     stored: jobs.Stored | None = None
@@ -128,20 +201,20 @@ class ServiceJob:
 
     # --- its coordinator ---
 
-    def meet(self, peer: bytes, now: float) -> Iterator[Instruction]:
+    def meet(self, peer: bytes, now: float) -> Iterator[ServiceInstruction]:
         """Its coordinator has spoken; over a new connection it is told again what holds."""
         self.heard = now
-        yield Send(peer, jobs.encode(jobs.Alive()))
+        yield SendAnswer(peer, jobs.encode(jobs.Alive()))
         anew = self.coordinator != peer
         if (anew or self.verdict is not None) and not self._may_retell(now):
             return
         self.coordinator = peer
         if anew and self.opened:
-            yield Send(peer, self._opened())
+            yield SendAnswer(peer, self._opened())
             if self.begun is not None:
-                yield Send(peer, jobs.encode(self.begun))
+                yield SendAnswer(peer, jobs.encode(self.begun))
         if self.verdict is not None:
-            yield Send(peer, jobs.encode(self.verdict))
+            yield SendAnswer(peer, jobs.encode(self.verdict))
 
     def left(self, peer: bytes) -> None:
         """Its coordinator's connection has ended: nobody hears what is said there."""
@@ -154,24 +227,24 @@ class ServiceJob:
         self._retellings = left - 1.0 if left >= 1.0 else left
         return left >= 1.0
 
-    def _tell(self, parts: list[Part]) -> Iterator[Send]:
+    def _tell(self, parts: list[Part]) -> Iterator[SendAnswer]:
         if self.coordinator:
-            yield Send(self.coordinator, parts)
+            yield SendAnswer(self.coordinator, parts)
 
     def _opened(self) -> list[Part]:
         return jobs.encode(jobs.Opened(limits.VERSION, self.heartbeat_s))
 
     # --- its archiver ---
 
-    def listening(self) -> Iterator[Instruction]:
+    def listening(self) -> Iterator[ServiceInstruction]:
         """Its archiver is ready for producers."""
-        if self.phase is Phase.STARTING:
-            self.phase = Phase.RUNNING
+        if self.phase is ServicePhase.STARTING:
+            self.phase = ServicePhase.RUNNING
             self.opened = True
             yield self._log("job-opened", devices=list(self.devices))
             yield from self._tell(self._opened())
 
-    def hear(self, event: Event) -> Iterator[Instruction]:
+    def hear(self, event: Event) -> Iterator[ServiceInstruction]:
         """Any other event of its archiver."""
         told = message_of(event, self.name)
         match told:
@@ -187,20 +260,20 @@ class ServiceJob:
         if told is not None:
             yield from self._tell(jobs.encode(told))
 
-    def stop(self, reason: str, now: float) -> Iterator[Instruction]:
+    def stop(self, reason: str, now: float) -> Iterator[ServiceInstruction]:
         """Let its archiver give up, if it has not yet ended nor been told so."""
-        if self.phase in (Phase.STARTING, Phase.RUNNING):
-            self.phase = Phase.STOPPING
+        if self.phase in (ServicePhase.STARTING, ServicePhase.RUNNING):
+            self.phase = ServicePhase.STOPPING
             self.reason = reason
             self.kill_at = now + STOP_S
             if self.stored is None:
                 # Before its archiver tells them only that it was told to end.
                 yield from self._abort(said_reason(reason))
-            yield Stop(self.id)
+            yield StopArchiver(self.id)
 
-    def end(self, words: str, usage: Event, now: float) -> Iterator[Instruction]:
+    def end(self, words: str, usage: Event, now: float) -> Iterator[ServiceInstruction]:
         """Its archiver is gone. `words` say why if it failed; `usage` is for the log."""
-        self.phase = Phase.ENDED
+        self.phase = ServicePhase.ENDED
         self.ended = now
         usage = {**usage, "seconds": round(now - self.started, 3)}
         if self.stored is not None:
@@ -214,13 +287,13 @@ class ServiceJob:
         # One that was killed could not tell them itself.
         yield from self._abort(said)
 
-    def _abort(self, said: str) -> Iterator[Send]:
+    def _abort(self, said: str) -> Iterator[SendAnswer]:
         for peer in self.producers:
-            yield Send(peer, frames.encode_control(Abort(said)))
+            yield SendAnswer(peer, frames.encode_control(Abort(said)))
 
-    def _log(self, event: str, **more: object) -> Log:
+    def _log(self, event: str, **more: object) -> LogEvent:
         whose = {"job": self.id.hex(), "client": self.client, "archive": self.place.path}
-        return Log({"event": event, **whose, **more})
+        return LogEvent({"event": event, **whose, **more})
 
     # --- time ---
 
@@ -232,9 +305,9 @@ class ServiceJob:
 
     def overdue(self, now: float) -> str:
         """Why it is to be ended now; empty: it is not."""
-        if self.phase is Phase.STARTING and now - self.started > START_S:
+        if self.phase is ServicePhase.STARTING and now - self.started > START_S:
             return f"its archiver was not ready within {START_S:.0f} s"
-        if self.phase is Phase.RUNNING and now - self.heard > self.heartbeat_s:
+        if self.phase is ServicePhase.RUNNING and now - self.heard > self.heartbeat_s:
             return f"its coordinator has been silent for {self.heartbeat_s} s"
         if self._done != self._looked:
             self._looked, self._progressed = self._done, now
@@ -245,7 +318,7 @@ class ServiceJob:
     def _has_all(self) -> bool:
         """What is still to be done is the archiver's: its output may be slow."""
         if self.begun is None or self._done is None:
-            return self.phase is not Phase.RUNNING
+            return self.phase is not ServicePhase.RUNNING
         return all(
             done >= size for done, size in zip(self._done.done, self.begun.sizes, strict=False)
         )
@@ -254,3 +327,132 @@ class ServiceJob:
 def said_reason(reason: str) -> str:
     """As a message has it, and short: it is kept for whoever does not read it."""
     return frames.sayable(one_line(reason, _REASON_CHARS))
+
+
+def message_of(event: Event, name: str) -> jobs.FromService | None:
+    """`name` is the archive's, as the client knows it. None: nothing for a coordinator."""
+    match event["event"]:
+        case "begun":
+            sizes = tuple(device["bytes"] for device in event["devices"])
+            return jobs.Begun(bytes.fromhex(event["uuid"]), sizes)
+        case "progress":
+            done = tuple(device["done_bytes"] for device in event["devices"])
+            zero = tuple(device["zero_bytes"] for device in event["devices"])
+            return jobs.Progress(event["stored_bytes"], event["plain_bytes"], done, zero)
+        case "notice":
+            return jobs.Notice(frames.sayable(event["text"]))
+        case "stored":
+            uuid = bytes.fromhex(event["uuid"])
+            return jobs.Stored(name, uuid, event["stored_bytes"], event["plain_bytes"])
+    return None
+
+
+# What an archiver's process may take: some 45 MiB, its producers' window, compression.
+JOB_MEMORY_BYTES = 128 << 20
+_UNLIMITED = Need(1 << 30, 1 << 30)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """Of the whole service. `heartbeat_s`: a coordinator that is silent so long is dead."""
+
+    max_jobs: int = 64
+    min_free_bytes: int = 1 << 30
+    min_memory_bytes: int = 256 << 20
+    heartbeat_s: int = 90
+    job_memory_bytes: int = JOB_MEMORY_BYTES
+    #: Nothing may come from a job's producers for so long; 0: for ever.
+    idle_s: int = 0
+    #: For jobs together.
+    most: Need = _UNLIMITED
+    #: Connections that belong to no job.
+    most_visitors: int = 64
+
+
+class ServiceStorage(Protocol):
+    """What the core asks the world."""
+
+    def place(self, client: str, request: jobs.Open) -> ArchivePlace:
+        """Where its archive would go. Raises RemoteProtocolError."""
+
+    def room(self) -> FreeSpace:
+        """What the host has left."""
+
+    def used_bytes(self, client: str) -> int:
+        """What a client with a quota has stored, with what is being written."""
+
+
+def admit(
+    client: str,
+    request: jobs.Open,
+    running: Sequence[ServiceJob],
+    bounds: ServiceLimits,
+    facts: ServiceStorage,
+) -> ArchivePlace:
+    """Raises RemoteProtocolError with the reason for which there will be no such job."""
+    fault = jobs.archive_name_fault(request.name)
+    if fault:
+        raise RemoteProtocolError(
+            "bad-name", f"no archive can be called {one_line(request.name, 120)!r}: {fault}"
+        )
+    place = facts.place(client, request)
+    if place.exists or any(job.place.path == place.path for job in running):
+        raise RemoteProtocolError(
+            "exists", f"{request.name} exists or is being made; choose another name"
+        )
+    if len(running) >= bounds.max_jobs:
+        raise RemoteProtocolError("too-many-jobs", f"{len(running)} jobs are running; try later")
+    mine = sum(job.client == client for job in running)
+    if place.max_jobs and mine >= place.max_jobs:
+        raise RemoteProtocolError(
+            "too-many-jobs", f"{mine} jobs of this client are running; try later"
+        )
+    if place.shared and not place.max_jobs and mine >= bounds.max_jobs - len(running):
+        raise RemoteProtocolError(
+            "too-many-jobs",
+            f"{mine} jobs of this client are running, and the other places are kept for others; "
+            "try later",
+        )
+    _check_need(client, len(request.devices), running, bounds.most, shared=place.shared)
+    if place.quota_bytes and place.used_bytes >= place.quota_bytes:
+        raise RemoteProtocolError(
+            "quota", f"{place.used_bytes} bytes are stored of a quota of {place.quota_bytes}"
+        )
+    room = facts.room()
+    if room.free_bytes < bounds.min_free_bytes:
+        raise RemoteProtocolError(
+            "no-space",
+            f"{room.free_bytes} bytes are free; {bounds.min_free_bytes} are kept free",
+        )
+    starting = 1 + sum(job.begun is None for job in running)
+    if room.memory_bytes < bounds.min_memory_bytes + starting * bounds.job_memory_bytes:
+        raise RemoteProtocolError(
+            "no-memory", f"{room.memory_bytes} bytes of memory are available; try later"
+        )
+    return place
+
+
+def _check_need(
+    client: str, devices: int, running: Sequence[ServiceJob], most: Need, *, shared: bool
+) -> None:
+    """A client may take half of what is left; so there is always room for another one's first job."""
+    need = need_of(devices)
+    if any(its > all_of_it for its, all_of_it in zip(need, most, strict=True)):
+        raise RemoteProtocolError(
+            "too-many-jobs",
+            f"a job of {devices} devices needs {need.connections} connections and "
+            f"{need.descriptors} open files, and the service has {most.connections} and "
+            f"{most.descriptors} for all jobs: its limit of open files has to be raised",
+        )
+    for number, what in enumerate(("connections", "open files")):
+        taken = sum(job.need[number] for job in running)
+        own = sum(job.need[number] for job in running if job.client == client)
+        left = most[number] - taken
+        # The first job of a client may take more than half.
+        fair = left if not own or not shared else min(left, left - own)
+        if need[number] > fair:
+            raise RemoteProtocolError(
+                "too-many-jobs",
+                f"the job needs {need[number]} {what} of the service's, and {max(0, fair)} are left "
+                "for this client; try later",
+            )

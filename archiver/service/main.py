@@ -11,17 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from vmapipe.archiver.compression import MAX_THREADS
-from vmapipe.archiver.jobspec import RECONNECT_S
-from vmapipe.archiver.service.admission import Limits
-from vmapipe.archiver.service.crew import Crew
+from vmapipe.archiver.job.spec import RECONNECT_S
+from vmapipe.archiver.outputs.compress import MAX_THREADS
+from vmapipe.archiver.service.archivers import ArchiverProcesses
 from vmapipe.archiver.service.front import Front
-from vmapipe.archiver.service.jobs import Need
-from vmapipe.archiver.service.link import FrontLink
-from vmapipe.archiver.service.objectplaces import JOB_MEMORY_BYTES, ObjectPlaces
-from vmapipe.archiver.service.places import Places
-from vmapipe.archiver.service.rules import ClientRules, Rules
-from vmapipe.archiver.service.serve import Service
+from vmapipe.archiver.service.jobs import Need, ServiceLimits
+from vmapipe.archiver.service.server import ServiceLoop, ServiceSockets
+from vmapipe.archiver.service.storage import (
+    STORE_JOB_MEMORY_BYTES,
+    ClientLimits,
+    ClientRules,
+    FolderStorage,
+    ObjectStorage,
+)
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Event, encode_line
@@ -39,15 +41,15 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
     _check(options)
     emit = _say_json if options.json else _say
     keys = read_server_keys(options.keys) if options.keys else None
-    usual = Rules(quota_bytes=options.quota, max_jobs=options.client_jobs)
+    usual = ClientLimits(quota_bytes=options.quota, max_jobs=options.client_jobs)
     rules = ClientRules(
         usual,
         Path(options.keys, "clients") if options.keys else None,
         per_client=options.per_client,
     )
     to_store = is_object(options.directory)
-    places = (ObjectPlaces if to_store else Places)(options.directory, rules)
-    bounds = Limits(
+    places = (ObjectStorage if to_store else FolderStorage)(options.directory, rules)
+    bounds = ServiceLimits(
         options.max_jobs,
         _MIN_FREE_BYTES if options.min_free is None else options.min_free,
         options.min_memory,
@@ -55,8 +57,8 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
         idle_s=options.idle_timeout,
     )
     if to_store:
-        bounds = replace(bounds, job_memory_bytes=JOB_MEMORY_BYTES)
-    link = FrontLink(options.listen, keys)
+        bounds = replace(bounds, job_memory_bytes=STORE_JOB_MEMORY_BYTES)
+    link = ServiceSockets(options.listen, keys)
     try:
         if link.budget is not None:
             bounds = replace(
@@ -65,16 +67,16 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
                 most_visitors=link.budget.visitors,
             )
         words = _archiver_options(options, link)
-        crew = Crew(words, link.watch, link.unwatch, to_store=to_store)
+        crew = ArchiverProcesses(words, link.watch, link.unwatch, to_store=to_store)
         try:
-            if isinstance(places, ObjectPlaces):
+            if isinstance(places, ObjectStorage):
                 places.check(
                     crew.left_uploads, lambda text: emit({"event": "notice", "text": text})
                 )
             front = Front(bounds, places, time.monotonic())
             emit({"event": "ready", "listen": link.endpoint, "directory": options.directory})
             notify("READY=1", "STATUS=0 jobs are running")
-            Service(front, link, crew, emit).run(cancel, options.stop_timeout)
+            ServiceLoop(front, link, crew, emit).run(cancel, options.stop_timeout)
         finally:
             crew.close()
     finally:
@@ -111,7 +113,7 @@ def _check_for_store(options: argparse.Namespace) -> None:
         raise UsageError("--min-free: an object store does not say what is free")
 
 
-def _archiver_options(options: argparse.Namespace, link: FrontLink) -> list[str]:
+def _archiver_options(options: argparse.Namespace, link: ServiceSockets) -> list[str]:
     """What every job's archiver is told."""
     words = [f"--threads={options.threads}", f"--heartbeat={options.heartbeat}"]
     words.append(f"--reconnect-limit={_reconnect_limit_s(options)}")

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from vmapipe.archiver.service.places import is_of_service
+from vmapipe.archiver.service.storage import is_of_service
 from vmapipe.control.render import human_bytes
 from vmapipe.control.retention.names import PROTECTED, beside, parse
 from vmapipe.control.retention.rules import RULES, Archive, Clock, Mark, Verdict, flood, judge

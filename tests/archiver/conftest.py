@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from vmapipe.archiver.outputs.descriptor import DescriptorOutput
-from vmapipe.archiver.outputs.memory import Fault, MemoryOutput
+from tests.archiver.memory import Fault, MemoryOutput
+from vmapipe.archiver.outputs.base import DescriptorOutput
 
 
 @pytest.fixture

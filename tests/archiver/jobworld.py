@@ -8,22 +8,22 @@ from collections import deque
 from collections.abc import Iterable
 
 from tests.vma.archives import disk_image, read_whole, scan
-from vmapipe.archiver.device import Mark
-from vmapipe.archiver.instructions import (
-    Abandon,
-    Begin,
-    Finish,
-    Instruction,
-    Notice,
-    Put,
-    Received,
+from vmapipe.archiver.job.device import FrameMark
+from vmapipe.archiver.job.job import Job
+from vmapipe.archiver.job.spec import (
+    AbandonArchive,
+    ArchiveStored,
+    BeginArchive,
+    ExtentWritten,
+    FinishArchive,
+    JobInstruction,
+    JobSpec,
+    JobStarted,
+    LogNotice,
+    MessageReceived,
     Send,
-    Started,
-    Stored,
-    Written,
+    StoreExtent,
 )
-from vmapipe.archiver.job import Job
-from vmapipe.archiver.jobspec import JobSpec
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.runs import piece_bytes
 from vmapipe.producer.shared_memory import Ring
@@ -46,13 +46,13 @@ class Store:
 
     def __init__(self) -> None:
         self.archive = bytearray()
-        self.queue: deque[PackedExtent[Mark]] = deque()
+        self.queue: deque[PackedExtent[FrameMark]] = deque()
         self.finished = self.abandoned = False
 
-    def write_one(self, job: Job) -> Iterable[Instruction]:
+    def write_one(self, job: Job) -> Iterable[JobInstruction]:
         extent = self.queue.popleft()
         self.archive += b"".join(extent.buffers)
-        return job.handle(Written(extent.notes, {cluster[0] for cluster in extent.clusters}))
+        return job.handle(ExtentWritten(extent.notes, {cluster[0] for cluster in extent.clusters}))
 
 
 class World:
@@ -63,27 +63,27 @@ class World:
         self.store = Store()
         self.producers: dict[bytes, Producer] = {}
         self.notices: list[str] = []
-        self.carry_out(job.handle(Started()))
+        self.carry_out(job.handle(JobStarted()))
 
-    def carry_out(self, instructions: Iterable[Instruction]) -> None:
+    def carry_out(self, instructions: Iterable[JobInstruction]) -> None:
         for instruction in instructions:
             match instruction:
                 case Send(peer, parts):
                     if peer in self.producers:
                         self.producers[peer].hear([bytes(part) for part in parts])
-                case Begin(_, raw_header):
+                case BeginArchive(_, raw_header):
                     self.store.archive += raw_header
-                case Put(extent):
+                case StoreExtent(extent):
                     self.store.queue.append(extent)
-                case Finish():
+                case FinishArchive():
                     self.store.finished = True
-                case Abandon():
+                case AbandonArchive():
                     self.store.abandoned = True
-                case Notice(text):
+                case LogNotice(text):
                     self.notices.append(text)
 
     def deliver(self, peer: bytes, parts: list[Part], now: float = 0.0) -> None:
-        self.carry_out(self.job.handle(Received(peer, [bytes(part) for part in parts], now)))
+        self.carry_out(self.job.handle(MessageReceived(peer, [bytes(part) for part in parts], now)))
 
     def add(self, name: str, data: bytes, job: bytes = JOB) -> Producer:
         producer = Producer(name, data, job)
@@ -104,7 +104,7 @@ class World:
             else:
                 self.deliver(step.name.encode(), step.next_message())
         if self.store.finished and not self.store.queue:
-            self.carry_out(self.job.handle(Stored()))
+            self.carry_out(self.job.handle(ArchiveStored()))
 
 
 class Producer:

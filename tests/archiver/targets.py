@@ -13,14 +13,12 @@ from typing import Protocol
 
 import zstandard
 
-from vmapipe.archiver.compress import ZstdOutput
-from vmapipe.archiver.compression import Compression
-from vmapipe.archiver.digests import DigestedOutput, Digests
-from vmapipe.archiver.manifests import ManifestLines
+from tests.archiver.memory import MemoryOutput
+from vmapipe.archiver.outputs.base import Output
+from vmapipe.archiver.outputs.compress import Compression, ZstdOutput
 from vmapipe.archiver.outputs.file import FileOutput
-from vmapipe.archiver.outputs.memory import MemoryOutput
-from vmapipe.archiver.outputs.output import Output
-from vmapipe.archiver.outputs.spec import open_output
+from vmapipe.archiver.outputs.manifests import DigestedOutput, Digests, ManifestLines
+from vmapipe.archiver.outputs.open import open_output
 from vmapipe.runtime.cancel import Cancel
 
 # Nothing here takes so long; only a hang meets it.

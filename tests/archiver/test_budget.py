@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.archiver.budget import RESERVE, budget_of
+from vmapipe.archiver.listener.tcp import RESERVE, budget_of
 from vmapipe.archiver.service.jobs import need_of
 from vmapipe.runtime.errors import Failure
 

@@ -12,11 +12,10 @@ from collections.abc import Callable
 import pytest
 import zstandard
 
+from tests.archiver.memory import Fault, MemoryOutput
 from tests.archiver.targets import LIMIT_S, decompressed, in_thread
-from vmapipe.archiver import compress
-from vmapipe.archiver.compress import FRAME_BYTES, ZstdOutput
-from vmapipe.archiver.compression import Compression
-from vmapipe.archiver.outputs.memory import Fault, MemoryOutput
+from vmapipe.archiver.outputs import compress
+from vmapipe.archiver.outputs.compress import FRAME_BYTES, Compression, ZstdOutput
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.vma.seektable import FOOTER_BYTES, parse_seek_table, seek_table_bytes
 

@@ -16,15 +16,19 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128
 
 from tests.archiver.extents import Archive, archive, dense, device, disk, sparse
+from tests.archiver.memory import Fault, MemoryOutput
 from tests.archiver.targets import FileTarget
 from tests.vma.archives import CTIME_S, UUID, Run
-from vmapipe.archiver.compress import ZstdOutput
-from vmapipe.archiver.compression import Compression
-from vmapipe.archiver.digests import DigestedOutput, Digests
-from vmapipe.archiver.manifests import ManifestFile, ManifestLines, beside
+from vmapipe.archiver.outputs.base import Output
+from vmapipe.archiver.outputs.compress import Compression, ZstdOutput
 from vmapipe.archiver.outputs.file import FileOutput
-from vmapipe.archiver.outputs.memory import Fault, MemoryOutput
-from vmapipe.archiver.outputs.output import Output
+from vmapipe.archiver.outputs.manifests import (
+    DigestedOutput,
+    Digests,
+    ManifestFile,
+    ManifestLines,
+    beside,
+)
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.header import Device

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.archiver.jobworld import JOB, UUID, Producer, World, disk, read_images, spec
-from vmapipe.archiver.instructions import GivenUp, Stored, Ticked
-from vmapipe.archiver.job import Job, Phase
+from vmapipe.archiver.job.job import Job, JobPhase
+from vmapipe.archiver.job.spec import ArchiveStored, JobAborted, TimePassed
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import frames, limits
 from vmapipe.protocol.messages import Abort, Done, Refuse
@@ -38,7 +38,7 @@ def test_a_job_ends_with_every_disk_whatever_the_order_and_the_speed_of_each(
     for name in reversed(disks):
         world.add(name, disks[name])
     world.run(random.Random(seed))
-    assert world.job.phase is Phase.DONE, world.job.reason
+    assert world.job.phase is JobPhase.DONE, world.job.reason
     assert read_images(bytes(world.store.archive)) == disks
     assert all(p.end_of_session == Done(UUID) for p in world.producers.values())
 
@@ -71,7 +71,7 @@ def test_an_archive_of_configs_only_needs_no_producer() -> None:
     world = World(Job(spec(configs=(Config("vm.conf", b"x"),)), 0.0))
     assert world.store.finished
     world.run(random.Random(0))
-    assert world.job.phase is Phase.DONE
+    assert world.job.phase is JobPhase.DONE
 
 
 def test_254_devices_go_through_with_the_smallest_windows() -> None:
@@ -81,7 +81,7 @@ def test_254_devices_go_through_with_the_smallest_windows() -> None:
         world.add(name, data)
     assert sum(p.side.credit for p in world.producers.values()) <= 254 * limits.MIN_WINDOW_BYTES
     world.run(random.Random(1))
-    assert world.job.phase is Phase.DONE
+    assert world.job.phase is JobPhase.DONE
     assert read_images(bytes(world.store.archive)) == disks
 
 
@@ -117,7 +117,7 @@ def test_a_second_producer_of_a_device_is_refused_and_the_first_goes_on() -> Non
     world.producers[b"twin"] = twin
     world.deliver(b"twin", twin.side.hello())
     assert twin.end_of_session == Refuse("duplicate-device", "'a' is here already")
-    assert world.job.phase is Phase.GATHERING
+    assert world.job.phase is JobPhase.GATHERING
 
 
 def one_device(clusters: int = 3) -> tuple[World, Producer]:
@@ -149,7 +149,7 @@ def test_a_cluster_beyond_the_end_fails_the_job_and_names_the_device(
     producer = world.add("a", disk(1, 3, tail=4096))
     payload = bytes([1]) * 4096 if masks else b""
     world.deliver(b"a", raw_run(producer, first, count, masks, payload))
-    assert world.job.phase is Phase.FAILED
+    assert world.job.phase is JobPhase.FAILED
     assert world.store.abandoned
     assert words in world.job.reason
     assert "'a'" in world.job.reason
@@ -178,10 +178,10 @@ def test_a_failing_producer_fails_the_job_with_its_own_words() -> None:
 
 def test_a_failing_output_tells_every_producer_why() -> None:
     world, producer = one_device()
-    world.carry_out(world.job.handle(GivenUp("No space left on device")))
+    world.carry_out(world.job.handle(JobAborted("No space left on device")))
     assert producer.end_of_session == Abort("No space left on device")
     assert world.store.abandoned
-    world.carry_out(world.job.handle(GivenUp("something else")))
+    world.carry_out(world.job.handle(JobAborted("something else")))
     assert world.job.reason == "No space left on device"
 
 
@@ -195,24 +195,24 @@ def test_a_silent_producer_fails_the_job_after_the_heartbeat_limit() -> None:
 def ticks_until_the_end(world: World, start: float) -> int:
     """A tick a second; the second at which the job has failed."""
     for second in range(200):
-        world.carry_out(world.job.handle(Ticked(start + second)))
-        if world.job.phase is Phase.FAILED:
+        world.carry_out(world.job.handle(TimePassed(start + second)))
+        if world.job.phase is JobPhase.FAILED:
             return second
     pytest.fail("the job goes on for ever")
 
 
 def test_while_the_archiver_itself_was_stopped_nobodys_silence_counts() -> None:
     world, _ = one_device()
-    world.carry_out(world.job.handle(Ticked(1.0)))
-    world.carry_out(world.job.handle(Ticked(1000.0)))
-    assert world.job.phase is Phase.RUNNING
+    world.carry_out(world.job.handle(TimePassed(1.0)))
+    world.carry_out(world.job.handle(TimePassed(1000.0)))
+    assert world.job.phase is JobPhase.RUNNING
     # Of the 30 s, one had passed before.
     assert ticks_until_the_end(world, 1000.0) == 30
 
 
 def test_who_spoke_right_after_the_stop_is_noticed_as_soon_as_anybody_when_it_dies() -> None:
     world, producer = one_device()
-    world.carry_out(world.job.handle(Ticked(1.0)))
+    world.carry_out(world.job.handle(TimePassed(1.0)))
     world.deliver(b"a", producer.side.ping(), now=1000.0)
     world.deliver(b"b", world.producers[b"b"].side.ping(), now=1000.0)
     assert ticks_until_the_end(world, 1000.0) == 31
@@ -222,14 +222,14 @@ def test_before_the_welcome_a_producer_may_be_silent_for_30_s_whatever_the_limit
     world = World(Job(spec("a", "b", heartbeat_s=3), 0.0))
     first = world.add("a", b"x")
     for second in range(25):
-        world.carry_out(world.job.handle(Ticked(float(second))))
+        world.carry_out(world.job.handle(TimePassed(float(second))))
     second_one = Producer("b", b"y", JOB)
     world.producers[b"b"] = second_one
     world.deliver(b"b", second_one.side.hello(), now=25.0)
-    world.carry_out(world.job.handle(Ticked(27.0)))
-    assert world.job.phase is Phase.RUNNING
+    world.carry_out(world.job.handle(TimePassed(27.0)))
+    assert world.job.phase is JobPhase.RUNNING
     world.deliver(b"b", second_one.side.ping(), now=27.0)
-    world.carry_out(world.job.handle(Ticked(29.0)))
+    world.carry_out(world.job.handle(TimePassed(29.0)))
     assert world.job.reason == "the producer of device 'a' has been silent for 3 s"
     assert isinstance(first.end_of_session, Abort)
 
@@ -241,8 +241,8 @@ def test_a_failure_while_the_archive_is_stored_is_not_turned_into_success() -> N
         world.deliver(b"a", producer.next_message())
     assert world.store.finished
     world.deliver(b"a", producer.side.fail("cancelled"))
-    world.carry_out(world.job.handle(Stored()))
-    assert world.job.phase is Phase.FAILED
+    world.carry_out(world.job.handle(ArchiveStored()))
+    assert world.job.phase is JobPhase.FAILED
 
 
 def test_a_producer_that_never_comes_is_named_after_the_start_limit() -> None:
@@ -251,8 +251,8 @@ def test_a_producer_that_never_comes_is_named_after_the_start_limit() -> None:
     for now in range(0, 60, 10):
         world.deliver(b"a", world.producers[b"a"].side.ping(), now=float(now))
         for second in range(0, 10, 4):
-            world.carry_out(world.job.handle(Ticked(float(now + second))))
-    world.carry_out(world.job.handle(Ticked(61.0)))
+            world.carry_out(world.job.handle(TimePassed(float(now + second))))
+    world.carry_out(world.job.handle(TimePassed(61.0)))
     assert world.job.reason == "the producer of device 'b', 'c' did not come within 60 s"
 
 
@@ -261,7 +261,7 @@ def test_vmstate_is_taken_in_order_only_and_its_length_is_what_came() -> None:
     producer = world.add("vmstate", b"x" * 100)
     world.deliver(b"vmstate", raw_run(producer, 0, 5, b"", b""))
     producer.side.sent_frames, producer.side.sent_clusters = 1, 5
-    assert world.job.phase is Phase.RUNNING
+    assert world.job.phase is JobPhase.RUNNING
     world.deliver(b"vmstate", raw_run(producer, 6, 1, b"", b""))
     assert "non sequential vmstate write" in world.job.reason
 

@@ -132,7 +132,7 @@ def test_a_write_that_waits_for_its_reader_ends_when_the_archive_is_abandoned(
     slow_target: Target, stuck: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So long a busy machine does not take for a write that ends: the two are told apart.
-    monkeypatch.setattr("vmapipe.archiver.outputs.ending.ABANDON_WAIT_S", 2 * LIMIT_S)
+    monkeypatch.setattr("vmapipe.archiver.outputs.base.ABANDON_WAIT_S", 2 * LIMIT_S)
     output = slow_target.open(asleep=True)
     with in_thread(lambda: output.write([TOO_MUCH])) as errors:
         assert stuck.wait(LIMIT_S)

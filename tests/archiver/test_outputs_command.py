@@ -16,9 +16,9 @@ import pytest
 
 from tests.archiver.targets import LIMIT_S, in_thread
 from vmapipe.archiver.outputs import command
+from vmapipe.archiver.outputs.base import OutputFailure
 from vmapipe.archiver.outputs.command import CommandOutput
-from vmapipe.archiver.outputs.errors import OutputFailure
-from vmapipe.archiver.outputs.spec import open_output
+from vmapipe.archiver.outputs.open import open_output
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, UsageError
 
@@ -161,7 +161,7 @@ def test_abandoning_ends_every_process_of_a_pipeline(tmp_path: Path) -> None:
 
 def test_what_the_command_says_goes_to_standard_error() -> None:
     program = (
-        "from vmapipe.archiver.outputs.spec import open_output;"
+        "from vmapipe.archiver.outputs.open import open_output;"
         "output = open_output('exec:echo hello; cat >/dev/null'); output.commit()"
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True)

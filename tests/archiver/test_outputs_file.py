@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from vmapipe.archiver.outputs import partial, writebehind
-from vmapipe.archiver.outputs.errors import OutputFailure, size_text
+from vmapipe.archiver.outputs import file
+from vmapipe.archiver.outputs.base import OutputFailure, size_text
 from vmapipe.archiver.outputs.file import FileOutput
-from vmapipe.archiver.outputs.spec import open_output
+from vmapipe.archiver.outputs.open import open_output
 from vmapipe.runtime.errors import Failure, UsageError
 
 MB = 1_000_000
@@ -387,7 +387,7 @@ def test_an_archive_that_is_abandoned_during_its_fsync_gets_no_name(
 ) -> None:
     output = FileOutput(str(archive))
     output.write([b"data"])
-    monkeypatch.setattr("vmapipe.archiver.outputs.ending.ABANDON_WAIT_S", 0.01)
+    monkeypatch.setattr("vmapipe.archiver.outputs.base.ABANDON_WAIT_S", 0.01)
     monkeypatch.setattr(os, "fsync", lambda fd: output.abandon())
     with pytest.raises(OutputFailure, match="abandoned"):
         output.commit()
@@ -407,8 +407,8 @@ def test_a_long_file_is_sent_to_the_disk_while_it_grows(
     archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(writebehind, "STEP_BYTES", 2 * MB)
-    monkeypatch.setattr(writebehind, "LAG_BYTES", 3 * MB)
+    monkeypatch.setattr(file, "STEP_BYTES", 2 * MB)
+    monkeypatch.setattr(file, "LAG_BYTES", 3 * MB)
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, n, advice: asked.append((at, n)))
     output = FileOutput(str(archive))
     for _ in range(6):
@@ -420,7 +420,7 @@ def test_a_long_file_is_sent_to_the_disk_while_it_grows(
 def test_a_file_system_without_advice_is_only_slower(
     archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writebehind, "STEP_BYTES", 1)
+    monkeypatch.setattr(file, "STEP_BYTES", 1)
     monkeypatch.setattr(os, "posix_fadvise", failing(errno.ENOSYS))
     output = FileOutput(str(archive))
     output.write([b"data"])
@@ -445,7 +445,7 @@ def test_sizes_are_told_in_three_digits(size_bytes: int, text: str) -> None:
 
 
 def test_the_mode_of_a_backup_is_private() -> None:
-    assert partial.MODE & 0o077 == 0
+    assert file.MODE & 0o077 == 0
 
 
 @pytest.mark.parametrize("turn", [1, 2])

@@ -19,9 +19,8 @@ import pytest
 
 from tests.archiver.targets import LIMIT_S, Reader, in_thread
 from vmapipe.archiver.outputs import stream
-from vmapipe.archiver.outputs.errors import OutputFailure
-from vmapipe.archiver.outputs.output import Output
-from vmapipe.archiver.outputs.spec import open_output
+from vmapipe.archiver.outputs.base import Output, OutputFailure
+from vmapipe.archiver.outputs.open import open_output
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, UsageError
 
@@ -281,7 +280,7 @@ def test_a_full_device_is_an_error() -> None:
 
 PROGRAM = """
 import sys
-from vmapipe.archiver.outputs.spec import open_output
+from vmapipe.archiver.outputs.open import open_output
 output = open_output("-")
 output.write([b"the archive"])
 getattr(output, sys.argv[1])()

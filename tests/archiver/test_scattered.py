@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.archiver.jobworld import JOB, World, disk, read_images, spec
-from vmapipe.archiver.instructions import Stored
-from vmapipe.archiver.job import Job, Phase
+from vmapipe.archiver.job.job import Job, JobPhase
+from vmapipe.archiver.job.spec import ArchiveStored
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.messages import Abort, Done, Refuse, SharedCluster, Welcome
 from vmapipe.protocol.packing import Part
@@ -95,8 +95,8 @@ def test_they_make_the_disk_although_acknowledged_memory_is_used_again_at_once(
     world.deliver(NAME.encode(), producer.side.end())
     while world.store.queue:
         world.carry_out(world.store.write_one(world.job))
-    world.carry_out(world.job.handle(Stored()))
-    assert world.job.phase is Phase.DONE, world.job.reason
+    world.carry_out(world.job.handle(ArchiveStored()))
+    assert world.job.phase is JobPhase.DONE, world.job.reason
     assert read_images(bytes(world.store.archive)) == {NAME: data}
 
 
@@ -134,7 +134,7 @@ def test_one_that_cannot_be_right_fails_the_job_and_names_the_device(
     world.deliver(
         NAME.encode(), producer.side.scattered([SharedCluster(*each) for each in clusters])
     )
-    assert world.job.phase is Phase.FAILED
+    assert world.job.phase is JobPhase.FAILED
     assert words in world.job.reason
     assert "'a'" in world.job.reason
 

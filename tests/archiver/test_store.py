@@ -18,14 +18,13 @@ from typing import Any
 import pytest
 
 from tests.archiver.extents import Archive, archive, dense, device, disk, sparse
+from tests.archiver.memory import Fault, MemoryOutput
 from tests.archiver.targets import LIMIT_S, decompressed
-from vmapipe.archiver.compression import Compression
-from vmapipe.archiver.digests import Digests
-from vmapipe.archiver.manifests import ManifestFile, ManifestLines, beside
-from vmapipe.archiver.outputs.memory import Fault, MemoryOutput
-from vmapipe.archiver.outputs.output import Output
-from vmapipe.archiver.outputs.spec import open_output
-from vmapipe.archiver.store import GATHER_BYTES, Store, StoreState
+from vmapipe.archiver.job.writer import GATHER_BYTES, ArchiveWriter, WriterState
+from vmapipe.archiver.outputs.base import Output
+from vmapipe.archiver.outputs.compress import Compression
+from vmapipe.archiver.outputs.manifests import Digests, ManifestFile, ManifestLines, beside
+from vmapipe.archiver.outputs.open import open_output
 
 DENSE = dense(58 * 4)
 
@@ -40,7 +39,9 @@ class Loop:
         compression: Compression | None = None,
     ) -> None:
         self._wake = threading.Semaphore(0)
-        self.store: Store[int] = Store(output, digests, self._wake.release, compression)
+        self.store: ArchiveWriter[int] = ArchiveWriter(
+            output, digests, self._wake.release, compression
+        )
         self.written: list[dict[int, int]] = []
 
     def put(self, made: Archive) -> None:
@@ -55,7 +56,7 @@ class Loop:
             self.written += [extent.notes for extent in self.store.take_written()]
 
     def until_over(self) -> None:
-        self.until(lambda: self.store.state is not StoreState.RUNNING)
+        self.until(lambda: self.store.state is not WriterState.RUNNING)
         # What was written before the end is told with it.
         self.written += [extent.notes for extent in self.store.take_written()]
 
@@ -66,7 +67,7 @@ def test_a_whole_archive_is_written_and_committed(memory: Callable[..., MemoryOu
     loop.put(DENSE)
     loop.store.finish()
     loop.until_over()
-    assert loop.store.state is StoreState.COMMITTED
+    assert loop.store.state is WriterState.COMMITTED
     assert loop.store.committed
     assert loop.store.error is None
     assert output.committed
@@ -109,7 +110,7 @@ def test_putting_never_waits_for_the_output(memory: Callable[..., MemoryOutput])
     loop.put(DENSE)  # would hang
     loop.store.finish()
     assert stall.fired.wait(LIMIT_S)
-    assert loop.store.state is StoreState.RUNNING
+    assert loop.store.state is WriterState.RUNNING
     stall.release()
     loop.until_over()
     assert loop.store.committed
@@ -160,7 +161,7 @@ def test_a_failed_write_ends_the_job_with_its_words(
     loop = Loop(output)
     loop.put(DENSE)
     loop.until_over()
-    assert loop.store.state is StoreState.FAILED
+    assert loop.store.state is WriterState.FAILED
     assert str(loop.store.error) == "cannot write X: no space"
     assert loop.written == [extent.notes for extent in DENSE.extents[: max(0, write - 2)]]
     loop.store.abandon()
@@ -174,7 +175,7 @@ def test_a_failed_commit_ends_the_job_with_its_words(memory: Callable[..., Memor
     loop.put(DENSE)
     loop.store.finish()
     loop.until_over()
-    assert loop.store.state is StoreState.FAILED
+    assert loop.store.state is WriterState.FAILED
     assert str(loop.store.error) == "the command ended with exit status 3"
     loop.store.abandon()
     assert output.abandoned
@@ -190,7 +191,7 @@ def test_what_is_put_after_an_error_is_dropped(memory: Callable[..., MemoryOutpu
     loop.store.finish()
     assert loop.store.backlog_bytes == before
     loop.store.abandon()
-    assert loop.store.state is StoreState.FAILED
+    assert loop.store.state is WriterState.FAILED
 
 
 def test_a_defect_of_ours_fails_the_job_as_well(memory: Callable[..., MemoryOutput]) -> None:
@@ -199,7 +200,7 @@ def test_a_defect_of_ours_fails_the_job_as_well(memory: Callable[..., MemoryOutp
     no_bytes: Any = ["no bytes"]
     loop.store.put(DENSE.extents[0]._replace(buffers=no_bytes))
     loop.until_over()
-    assert loop.store.state is StoreState.FAILED
+    assert loop.store.state is WriterState.FAILED
     assert isinstance(loop.store.error, TypeError)
     loop.store.abandon()
 
@@ -212,7 +213,7 @@ def test_a_store_that_never_began_can_be_abandoned(memory: Callable[..., MemoryO
     loop = Loop(output)
     loop.store.abandon()
     assert output.abandoned
-    assert loop.store.state is StoreState.FAILED
+    assert loop.store.state is WriterState.FAILED
 
 
 def test_abandoning_twice_or_after_the_commit_is_no_error(
@@ -242,14 +243,14 @@ def test_a_write_or_commit_that_stands_still_can_be_abandoned(
     assert stall.fired.wait(LIMIT_S)
     loop.store.abandon()
     assert output.abandoned
-    assert loop.store.state is StoreState.FAILED
+    assert loop.store.state is WriterState.FAILED
     assert "abandoned" in str(loop.store.error)
 
 
 def test_a_store_that_was_abandoned_wakes_nobody(memory: Callable[..., MemoryOutput]) -> None:
     calls: list[int] = []
     stall = Fault(2, stalls=True)
-    store: Store[int] = Store(memory(stall), None, lambda: calls.append(1))
+    store: ArchiveWriter[int] = ArchiveWriter(memory(stall), None, lambda: calls.append(1))
     store.begin(DENSE.header, DENSE.raw_header)
     store.put(DENSE.extents[0])
     assert stall.fired.wait(LIMIT_S)
@@ -268,7 +269,7 @@ def test_a_full_pipe_does_not_hold_up_an_abandon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # So long a busy machine does not take for a write that ends: the two are told apart.
-    monkeypatch.setattr("vmapipe.archiver.outputs.ending.ABANDON_WAIT_S", 2 * LIMIT_S)
+    monkeypatch.setattr("vmapipe.archiver.outputs.base.ABANDON_WAIT_S", 2 * LIMIT_S)
     theirs, ours = os.pipe()
     if "{}" not in spec:
         os.close(ours)
@@ -285,7 +286,7 @@ def test_a_full_pipe_does_not_hold_up_an_abandon(
     started = time.monotonic()
     loop.store.abandon()
     assert time.monotonic() - started < LIMIT_S
-    assert loop.store.state is StoreState.FAILED
+    assert loop.store.state is WriterState.FAILED
     os.close(theirs)
 
 
@@ -340,9 +341,9 @@ STUCK = """
 import os
 from tests.archiver.extents import dense
 from vmapipe.archiver.outputs import stream
-from vmapipe.archiver.outputs.spec import open_output
-from vmapipe.archiver.store import Store
-from vmapipe.runtime.syscalls import writable
+from vmapipe.archiver.outputs.open import open_output
+from vmapipe.archiver.job.writer import Store
+from vmapipe.runtime.waiting import writable
 
 # A pipe that can only be written by waiting: nobody can get the writer out of it.
 stream._open_anew = lambda number: None

@@ -13,8 +13,8 @@ from tests.fuzz import nbd_targets, talking
 from tests.fuzz.choices import Bytes
 from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
-from vmapipe.archiver.instructions import Ticked
-from vmapipe.archiver.job import Job, Phase
+from vmapipe.archiver.job.job import Job, JobPhase
+from vmapipe.archiver.job.spec import TimePassed
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import frames
 from vmapipe.protocol.errors import RemoteProtocolError
@@ -94,7 +94,7 @@ def _step(source: Bytes, world: World, honest: Producer, now: float) -> float:
             world.write()
         case 5:
             now += source.number() / 8
-            world.carry_out(world.job.handle(Ticked(now)))
+            world.carry_out(world.job.handle(TimePassed(now)))
         case 6:
             world.store_if_ready()
         case 7:
@@ -159,9 +159,9 @@ def _check(world: World, honest: Producer) -> None:
         raise AssertionError(f"{held} bytes wait to be written")
     # Somebody may have come as `a` first: then the honest one was refused.
     is_honest = any(peer.side.session == b"h" * 16 for peer in peers.all)
-    if job.phase is Phase.DONE and is_honest and world.images()["a"] != _HONEST:
+    if job.phase is JobPhase.DONE and is_honest and world.images()["a"] != _HONEST:
         raise AssertionError("the archive does not hold what the honest producer sent")
-    if job.phase is Phase.FAILED and not job.reason:
+    if job.phase is JobPhase.FAILED and not job.reason:
         raise AssertionError("the job failed without a reason")
 
 

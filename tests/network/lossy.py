@@ -8,20 +8,20 @@ from collections.abc import Iterable
 
 from tests.archiver.jobworld import JOB
 from tests.vma.archives import disk_image, read_whole, scan
-from vmapipe.archiver.device import Mark
-from vmapipe.archiver.instructions import (
-    Abandon,
-    Begin,
-    Finish,
-    Instruction,
-    Notice,
-    Put,
-    Received,
+from vmapipe.archiver.job.device import FrameMark
+from vmapipe.archiver.job.job import Job
+from vmapipe.archiver.job.spec import (
+    AbandonArchive,
+    ArchiveStored,
+    BeginArchive,
+    ExtentWritten,
+    FinishArchive,
+    JobInstruction,
+    LogNotice,
+    MessageReceived,
     Send,
-    Stored,
-    Written,
+    StoreExtent,
 )
-from vmapipe.archiver.job import Job
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.session import UnackedFrames
 from vmapipe.protocol import limits
@@ -103,7 +103,7 @@ class World:
         self.job = job
         self.producers: list[Producer] = []
         self.archive = bytearray()
-        self.queue: deque[PackedExtent[Mark]] = deque()
+        self.queue: deque[PackedExtent[FrameMark]] = deque()
         self.notices: list[str] = []
         self.finished = self.abandoned = False
         self.replies: dict[bytes, deque[list[bytes]]] = {}
@@ -113,7 +113,7 @@ class World:
         self._connections += 1
         producer.connect(b"%d" % self._connections)
 
-    def carry_out(self, instructions: Iterable[Instruction]) -> None:
+    def carry_out(self, instructions: Iterable[JobInstruction]) -> None:
         for instruction in instructions:
             match instruction:
                 case Send(peer, parts):
@@ -122,31 +122,31 @@ class World:
                     for producer in self.producers:
                         if producer.connection == peer:
                             producer.from_archiver.append(message)
-                case Begin(_, raw_header):
+                case BeginArchive(_, raw_header):
                     self.archive += raw_header
-                case Put(extent):
+                case StoreExtent(extent):
                     self.queue.append(extent)
-                case Finish():
+                case FinishArchive():
                     self.finished = True
-                case Abandon():
+                case AbandonArchive():
                     self.abandoned = True
-                case Notice(text):
+                case LogNotice(text):
                     self.notices.append(text)
 
     def deliver(self, peer: bytes, parts: list[bytes], now: float = 0.0, client: str = "") -> None:
-        self.carry_out(self.job.handle(Received(peer, parts, now, client)))
+        self.carry_out(self.job.handle(MessageReceived(peer, parts, now, client)))
 
     def write(self) -> None:
         extent = self.queue.popleft()
         self.archive += b"".join(bytes(part) for part in extent.buffers)
         self.carry_out(
-            self.job.handle(Written(extent.notes, {each[0] for each in extent.clusters}))
+            self.job.handle(ExtentWritten(extent.notes, {each[0] for each in extent.clusters}))
         )
         self.store_if_ready()
 
     def store_if_ready(self) -> None:
         if self.finished and not self.queue:
-            self.carry_out(self.job.handle(Stored()))
+            self.carry_out(self.job.handle(ArchiveStored()))
 
     def images(self) -> dict[str, bytes]:
         raw = bytes(self.archive)

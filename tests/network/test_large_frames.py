@@ -8,14 +8,14 @@ from pathlib import Path
 
 from tests.machine import make_disk
 from tests.network.place import Place
-from vmapipe.archiver import flow
+from vmapipe.archiver.job import job
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import limits
 
 
 def test_a_run_of_the_largest_payload_comes_through_encrypted(tmp_path: Path) -> None:
     # The window that one device gets; it must leave room for such a run.
-    assert flow.WINDOW_TOTAL_BYTES // 2 > limits.MAX_PAYLOAD_BYTES
+    assert job.WINDOW_TOTAL_BYTES // 2 > limits.MAX_PAYLOAD_BYTES
     with ExitStack() as stack:
         place = Place(tmp_path, stack)
         place.disk = make_disk(

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.archiver.jobworld import JOB, UUID, spec
 from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
-from vmapipe.archiver.instructions import Received, Revoked, Ticked
-from vmapipe.archiver.job import Job, Phase
+from vmapipe.archiver.job.job import Job, JobPhase
+from vmapipe.archiver.job.spec import KeyRevoked, MessageReceived, TimePassed
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import frames, limits
 from vmapipe.protocol.errors import connection_lost
@@ -103,7 +103,7 @@ class BrokenConnections(RuleBasedStateMachine):
     @invariant()
     def nothing_has_failed(self) -> None:
         if hasattr(self, "world"):
-            assert self.world.job.phase is not Phase.FAILED, self.world.job.reason
+            assert self.world.job.phase is not JobPhase.FAILED, self.world.job.reason
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):
@@ -160,7 +160,7 @@ def test_a_session_that_is_not_known_is_refused_and_the_job_goes_on() -> None:
     world.deliver(b"x", raw(Resume(1, JOB, b"x" * 16, 1)))
     world.deliver(b"y", raw(Resume(1, b"y" * 16, SESSION, 1)))
     assert code_of(answers(world, b"x")) == code_of(answers(world, b"y")) == ["unknown-session"]
-    assert world.job.phase is Phase.RUNNING
+    assert world.job.phase is JobPhase.RUNNING
 
 
 def test_a_session_is_its_clients_alone() -> None:
@@ -169,14 +169,14 @@ def test_a_session_is_its_clients_alone() -> None:
     assert code_of(answers(world, b"x")) == ["unknown-session"]
     world.deliver(b"y", raw(Resume(1, JOB, SESSION, 1)), 0.0, "host1")
     assert code_of(answers(world, b"y")) == []
-    assert world.job.phase is Phase.RUNNING
+    assert world.job.phase is JobPhase.RUNNING
 
 
 def test_a_producer_that_was_started_again_is_told_apart_from_one_that_comes_back() -> None:
     world, _ = job_with_one()
     world.deliver(b"x", raw(Hello(1, JOB, "a", 3 * CLUSTER_BYTES, session=b"n" * 16)))
     assert code_of(answers(world, b"x")) == ["restarted"]
-    assert world.job.phase is Phase.RUNNING
+    assert world.job.phase is JobPhase.RUNNING
 
 
 def test_what_comes_over_the_old_connection_afterwards_is_ignored() -> None:
@@ -185,7 +185,7 @@ def test_what_comes_over_the_old_connection_afterwards_is_ignored() -> None:
     for message in (RunFrame(1, 1, 0, 3, b"", memoryview(b"")), End(9, 9), Hello(1, JOB, "a", 1)):
         world.deliver(b"1", raw(message))
     assert answers(world, b"1")[1:] == []
-    assert world.job.phase is Phase.RUNNING
+    assert world.job.phase is JobPhase.RUNNING
     assert world.notices == ["device 'a': connected again after 0 s"]
 
 
@@ -228,10 +228,10 @@ def test_a_hello_again_after_data_has_come_is_refused() -> None:
 def test_a_cut_within_the_limit_is_told_once_and_one_beyond_it_fails_the_job() -> None:
     world, _ = job_with_one(heartbeat_s=10, reconnect_s=60)
     for now in range(61):
-        world.carry_out(world.job.handle(Ticked(float(now))))
-    assert world.job.phase is Phase.RUNNING
+        world.carry_out(world.job.handle(TimePassed(float(now))))
+    assert world.job.phase is JobPhase.RUNNING
     assert world.notices == ["device 'a': nothing comes; it is waited for, up to 60 s"]
-    world.carry_out(world.job.handle(Ticked(60.5)))
+    world.carry_out(world.job.handle(TimePassed(60.5)))
     assert world.job.reason == connection_lost("a", 60)
     assert world.abandoned
     assert answers(world, b"1")[-1] == Abort(connection_lost("a", 60))
@@ -241,8 +241,8 @@ def test_a_producer_that_cannot_come_back_is_not_waited_for() -> None:
     world = World(Job(spec("a", heartbeat_s=10, reconnect_s=60), 0.0))
     world.deliver(b"1", raw(Hello(1, JOB, "a", CLUSTER_BYTES)))
     for now in range(11):
-        world.carry_out(world.job.handle(Ticked(float(now))))
-    world.carry_out(world.job.handle(Ticked(10.5)))
+        world.carry_out(world.job.handle(TimePassed(float(now))))
+    world.carry_out(world.job.handle(TimePassed(10.5)))
     assert world.job.reason == "the producer of device 'a' has been silent for 10 s"
 
 
@@ -254,7 +254,7 @@ def stored(world: World, producer: Producer) -> None:
     while world.queue:
         world.write()
     world.store_if_ready()
-    assert world.job.phase is Phase.DONE
+    assert world.job.phase is JobPhase.DONE
 
 
 def test_who_has_not_heard_that_it_is_done_is_told_again() -> None:
@@ -274,18 +274,18 @@ def test_nobody_waits_for_ever_for_one_who_has_not_heard_that_it_is_done() -> No
     world, producer = job_with_one(heartbeat_s=10, reconnect_s=20)
     stored(world, producer)
     for now in range(22):
-        world.carry_out(world.job.handle(Ticked(float(now))))
+        world.carry_out(world.job.handle(TimePassed(float(now))))
     assert world.job.over
-    assert world.job.phase is Phase.DONE
+    assert world.job.phase is JobPhase.DONE
     assert world.notices[-1] == f"{connection_lost('a', 20)}, after all was stored"
 
 
 def test_connections_without_number_cost_no_memory() -> None:
     world, _ = job_with_one()
     for number in range(5000):
-        world.carry_out(world.job.handle(Received(b"n%d" % number, raw(Bye()), 0.0)))
+        world.carry_out(world.job.handle(MessageReceived(b"n%d" % number, raw(Bye()), 0.0)))
         resume = Resume(1, JOB, SESSION, 1 + number)
-        world.carry_out(world.job.handle(Received(b"r%d" % number, raw(resume), 0.0)))
+        world.carry_out(world.job.handle(MessageReceived(b"r%d" % number, raw(resume), 0.0)))
     assert world.job._admission.refused == 5000
     assert len([text for text in world.notices if "stranger" in text]) <= 101
     assert len(world.job._peers._ignored) <= 1024
@@ -295,8 +295,8 @@ def test_connections_without_number_cost_no_memory() -> None:
 @pytest.mark.parametrize("client", ["host1", "host2"])
 def test_a_revoked_client_fails_only_its_own_job(client: str) -> None:
     world, _ = job_with_one("host1")
-    world.carry_out(world.job.handle(Revoked(client)))
-    assert (world.job.phase is Phase.FAILED) == (client == "host1")
+    world.carry_out(world.job.handle(KeyRevoked(client)))
+    assert (world.job.phase is JobPhase.FAILED) == (client == "host1")
 
 
 @given(st.integers(1, 200), st.lists(st.integers(0, 400), max_size=30))

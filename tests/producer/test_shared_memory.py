@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.archiver.shared import map_shared
+from vmapipe.archiver.job.server import map_shared
 from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.protocol import limits
 

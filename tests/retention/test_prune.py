@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine import LIMIT_S, VMAPIPE, bad, good, run
-from vmapipe.archiver.service.places import mark_as_service
+from vmapipe.archiver.service.storage import mark_as_service
 from vmapipe.control.retention.command import remove
 from vmapipe.control.retention.names import parse
 from vmapipe.runtime.folders import HeldFolder

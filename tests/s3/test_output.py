@@ -29,13 +29,10 @@ from tests.archiver.test_outputs import (  # noqa: F401  they run here, with the
 )
 from tests.s3.proxy import FaultyProxy, proxy_to
 from tests.s3.server import BUCKET, S3Server
-from vmapipe.archiver.outputs import leftuploads
 from vmapipe.archiver.outputs import object as object_module
-from vmapipe.archiver.outputs.ending import ABANDON_WAIT_S
-from vmapipe.archiver.outputs.errors import OutputFailure
+from vmapipe.archiver.outputs.base import ABANDON_WAIT_S, Output, OutputFailure
 from vmapipe.archiver.outputs.object import MAX_PARTS, ObjectOutput, part_bytes
-from vmapipe.archiver.outputs.output import Output
-from vmapipe.archiver.outputs.spec import open_output
+from vmapipe.archiver.outputs.open import open_output
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError
 
@@ -242,7 +239,7 @@ def test_a_store_that_does_not_answer_keeps_nobody_waiting(
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     # As long as a part that is stuck is waited for before its upload is left to itself.
-    monkeypatch.setattr(leftuploads, "ABANDON_WAIT_S", 0.3)
+    monkeypatch.setattr(object_module, "ABANDON_WAIT_S", 0.3)
     cancel = Cancel()
     made: list[ObjectOutput] = []
     stalled = proxy.plan(where, "stall")
@@ -301,7 +298,7 @@ def test_uploads_that_were_left_behind_are_aborted_by_the_next_backup_to_that_fo
     events: list[dict[str, object]] = []
     small_parts().abandon()
     assert len(s3.uploads()) == 4, "they are young: somebody may be at work"
-    monkeypatch.setattr(leftuploads, "LEFT_OVER_S", -60.0)
+    monkeypatch.setattr(object_module, "STALE_S", -60.0)
     small_parts(emit=events.append).abandon()
     assert sorted(s3.uploads()) == ["elsewhere/old.vma", "folder/film.mkv"]
     assert sorted(str(event["text"]) for event in events) == [

@@ -26,9 +26,8 @@ from tests.machine import (
 from tests.s3.proxy import FaultyProxy
 from tests.s3.server import BUCKET, S3Server
 from tests.service.serving import Served, make_keys, serving
-from vmapipe.archiver.outputs import leftuploads
-from vmapipe.archiver.service.objectplaces import ObjectPlaces
-from vmapipe.archiver.service.rules import ClientRules, Rules
+from vmapipe.archiver.outputs import object as object_module
+from vmapipe.archiver.service.storage import ClientLimits, ClientRules, ObjectStorage
 
 STORE = f"s3://{BUCKET}/hosts"
 
@@ -155,11 +154,11 @@ def test_the_next_service_aborts_what_one_left_that_was_killed_with_its_archiver
 def test_old_uploads_are_aborted_in_all_folders_below_the_prefix_and_nowhere_else(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leftuploads, "LEFT_OVER_S", -60.0)  # the store's clock need not be ours
+    monkeypatch.setattr(object_module, "STALE_S", -60.0)  # the store's clock need not be ours
     for key in ("hosts/a.vma", "hosts/alice/b.vma.zst", "other/c.vma", "hosts/alice/photo.jpg"):
         s3.begin_upload(key)
     said: list[str] = []
-    places = ObjectPlaces(STORE, ClientRules(Rules(), None, per_client=True))
+    places = ObjectStorage(STORE, ClientRules(ClientLimits(), None, per_client=True))
     places.check([], said.append)
     assert sorted(s3.uploads()) == ["hosts/alice/photo.jpg", "other/c.vma"]
     assert len(said) == 2

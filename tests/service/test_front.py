@@ -8,16 +8,24 @@ from collections import Counter
 import pytest
 
 from tests.service.world import World
-from vmapipe.archiver.service.admission import JOB_MEMORY_BYTES, Limits
 from vmapipe.archiver.service.front import DRAIN_S
-from vmapipe.archiver.service.jobs import START_S, STOP_S, Need, Room, need_of
-from vmapipe.archiver.service.producers import SLACK_BYTES
-from vmapipe.archiver.service.visitors import MAX_REFUSALS, Visitors
+from vmapipe.archiver.service.jobs import (
+    JOB_MEMORY_BYTES,
+    START_S,
+    STOP_S,
+    FreeSpace,
+    Need,
+    ServiceLimits,
+    need_of,
+)
+from vmapipe.archiver.service.peers import MAX_REFUSALS, SLACK_BYTES, UnassignedPeers
 from vmapipe.protocol import frames, jobs, limits
 from vmapipe.protocol.messages import Abort, Grant, Ping, Welcome
 
 HEARTBEAT_S = 20
-BOUNDS = Limits(max_jobs=3, min_free_bytes=1000, min_memory_bytes=1000, heartbeat_s=HEARTBEAT_S)
+BOUNDS = ServiceLimits(
+    max_jobs=3, min_free_bytes=1000, min_memory_bytes=1000, heartbeat_s=HEARTBEAT_S
+)
 
 
 @pytest.fixture
@@ -115,14 +123,14 @@ def test_each_limit_refuses_with_its_code(world: World) -> None:
     world.open(b"g", "bob", "4.vma")
     assert refusal(world, b"g") == "too-many-jobs"
     world.end(first, "it failed")
-    world.room_left = Room(999, 1 << 40)
+    world.room_left = FreeSpace(999, 1 << 40)
     world.open(b"h", "bob", "4.vma")
     assert refusal(world, b"h") == "no-space"
     # Two archivers are starting and have not taken their memory yet.
-    world.room_left = Room(1000, 1000 + 3 * JOB_MEMORY_BYTES - 1)
+    world.room_left = FreeSpace(1000, 1000 + 3 * JOB_MEMORY_BYTES - 1)
     world.open(b"i", "bob", "4.vma")
     assert refusal(world, b"i") == "no-memory"
-    world.room_left = Room(1000, 1000 + 3 * JOB_MEMORY_BYTES)
+    world.room_left = FreeSpace(1000, 1000 + 3 * JOB_MEMORY_BYTES)
     world.quota_bytes, world.used["bob"] = 500, 500
     world.open(b"j", "bob", "4.vma")
     assert refusal(world, b"j") == "quota"
@@ -312,7 +320,7 @@ def test_nobody_hears_what_is_said_to_a_coordinator_whose_connection_has_ended(
 
 
 def test_one_client_cannot_take_all_places_where_others_may_come() -> None:
-    world = World(Limits(max_jobs=64, heartbeat_s=HEARTBEAT_S))
+    world = World(ServiceLimits(max_jobs=64, heartbeat_s=HEARTBEAT_S))
     world.shared = True
     for client in ("eve", "mallory", "alice"):
         for number in range(64):
@@ -322,7 +330,7 @@ def test_one_client_cannot_take_all_places_where_others_may_come() -> None:
 
 
 def test_a_client_that_is_alone_may_take_all_places() -> None:
-    world = World(Limits(max_jobs=8, heartbeat_s=HEARTBEAT_S))
+    world = World(ServiceLimits(max_jobs=8, heartbeat_s=HEARTBEAT_S))
     for number in range(9):
         world.open(b"%d" % number, "host1", f"{number}.vma")
     assert len(world.front.running) == 8
@@ -331,7 +339,7 @@ def test_a_client_that_is_alone_may_take_all_places() -> None:
 def test_jobs_are_opened_only_as_far_as_descriptors_reach() -> None:
     one = need_of(2)
     world = World(
-        Limits(heartbeat_s=HEARTBEAT_S, most=Need(10 * one.connections, 7 * one.descriptors))
+        ServiceLimits(heartbeat_s=HEARTBEAT_S, most=Need(10 * one.connections, 7 * one.descriptors))
     )
     world.shared = True
     for client in ("eve", "alice"):
@@ -345,14 +353,14 @@ def test_jobs_are_opened_only_as_far_as_descriptors_reach() -> None:
 
 
 def test_a_job_larger_than_the_service_is_refused_with_the_way_out() -> None:
-    world = World(Limits(heartbeat_s=HEARTBEAT_S, most=Need(2, 100)))
+    world = World(ServiceLimits(heartbeat_s=HEARTBEAT_S, most=Need(2, 100)))
     world.open(b"c", "", "vm.vma")
     (refused,) = [m for m in world.heard_by(b"c") if isinstance(m, jobs.Refused)]
     assert "limit of open files has to be raised" in refused.reason
 
 
 def test_a_job_from_whose_producers_nothing_comes_is_ended() -> None:
-    world = World(Limits(heartbeat_s=HEARTBEAT_S, idle_s=600))
+    world = World(ServiceLimits(heartbeat_s=HEARTBEAT_S, idle_s=600))
     job = world.open(b"c", "", "vm.vma")
     world.ready(job)
     sizes = [{"bytes": 65536}, {"bytes": 65536}]
@@ -378,7 +386,7 @@ def test_a_job_from_whose_producers_nothing_comes_is_ended() -> None:
 
 
 def test_a_job_that_has_all_may_wait_for_its_output() -> None:
-    world = World(Limits(heartbeat_s=HEARTBEAT_S, idle_s=60))
+    world = World(ServiceLimits(heartbeat_s=HEARTBEAT_S, idle_s=60))
     job = world.open(b"c", "", "vm.vma")
     world.ready(job)
     begun = {"event": "begun", "uuid": "00" * 16, "devices": [{"bytes": 5}, {"bytes": 7}]}
@@ -425,7 +433,7 @@ def test_a_coordinator_that_jumps_from_connection_to_connection_is_told_little(
 
 
 def test_peers_that_belong_to_no_job_make_room_for_each_other_and_for_other_clients() -> None:
-    visitors = Visitors(16)
+    visitors = UnassignedPeers(16)
     gone = [visitors.met(b"e%d" % number, "eve") for number in range(100)]
     assert gone[:4] == [None] * 4
     assert gone[4:] == [b"e%d" % number for number in range(96)]

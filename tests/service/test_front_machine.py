@@ -11,13 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.protocol.jobs import of_coordinators
 from tests.service.world import World
-from vmapipe.archiver.service.admission import Limits
-from vmapipe.archiver.service.jobs import START_S, Phase
+from vmapipe.archiver.service.jobs import START_S, ServiceLimits, ServicePhase
 from vmapipe.protocol import frames, jobs
 from vmapipe.protocol.messages import Ping
 from vmapipe.protocol.packing import Part
 
-BOUNDS = Limits(max_jobs=4, heartbeat_s=20)
+BOUNDS = ServiceLimits(max_jobs=4, heartbeat_s=20)
 CLIENT_JOBS = 2
 clients = st.sampled_from(["alice", "bob", "eve"])
 peers = st.integers(0, 11).map(lambda number: bytes([number]))
@@ -117,7 +116,7 @@ class ServiceMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_is_told_of_another_ones_job(self) -> None:
         for job in self.world.front.jobs.values():
-            if job.phase is Phase.ENDED:
+            if job.phase is ServicePhase.ENDED:
                 assert job.verdict is not None
 
     def teardown(self) -> None:

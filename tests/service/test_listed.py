@@ -70,7 +70,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 FIRST_NAME = """
 import zmq
-from vmapipe.archiver.link import Link
+from vmapipe.archiver.job.server import Link
 link = Link("tcp://127.0.0.1:*")
 context = zmq.Context()
 dealer = context.socket(zmq.DEALER)

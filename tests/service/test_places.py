@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from vmapipe.archiver.service.memory import available_memory_bytes, left_in_group
-from vmapipe.archiver.service.places import Places, is_of_service
-from vmapipe.archiver.service.rules import ClientRules, Rules, read_rules
-from vmapipe.archiver.service.workfolder import WorkFolder
+from vmapipe.archiver.service.archivers import WorkFolder
+from vmapipe.archiver.service.storage import (
+    ClientLimits,
+    ClientRules,
+    FolderStorage,
+    available_memory_bytes,
+    is_of_service,
+    left_in_group,
+    read_client_limits,
+)
 from vmapipe.protocol import jobs, limits
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.errors import Failure
@@ -21,8 +27,10 @@ from vmapipe.runtime.folders import HeldFolder
 REQUEST = jobs.Open(limits.VERSION, bytes(16), "vm.vma", ("a",))
 
 
-def places(folder: Path, usual: Rules | None = None, rules: Path | None = None) -> Places:
-    return Places(str(folder), ClientRules(usual or Rules(), rules, per_client=True))
+def places(
+    folder: Path, usual: ClientLimits | None = None, rules: Path | None = None
+) -> FolderStorage:
+    return FolderStorage(str(folder), ClientRules(usual or ClientLimits(), rules, per_client=True))
 
 
 def test_each_client_has_a_folder_that_only_the_service_can_enter(tmp_path: Path) -> None:
@@ -68,7 +76,7 @@ def test_a_name_is_taken_by_an_archive_a_manifest_or_a_link_to_nowhere(
 def test_rules_of_a_client_stand_above_the_usual_ones_and_are_read_anew(tmp_path: Path) -> None:
     rules = tmp_path / "clients"
     rules.mkdir()
-    there = places(tmp_path, Rules(quota_bytes=1000, max_jobs=5), rules)
+    there = places(tmp_path, ClientLimits(quota_bytes=1000, max_jobs=5), rules)
     assert there.place("alice", REQUEST)[2:4] == (5, 1000)
     (rules / "alice.toml").write_text('quota = "2K"\ndirectory = "other"\n')
     place = there.place("alice", REQUEST)
@@ -98,9 +106,9 @@ def test_rules_of_a_client_stand_above_the_usual_ones_and_are_read_anew(tmp_path
 def test_rules_that_make_no_sense_name_their_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "alice.toml").write_text(text)
     with pytest.raises(Failure, match=r"alice\.toml"):
-        read_rules(tmp_path / "alice.toml", Rules())
+        read_client_limits(tmp_path / "alice.toml", ClientLimits())
     with pytest.raises(Failure, match=r"alice\.toml"):
-        ClientRules(Rules(), tmp_path, per_client=False)
+        ClientRules(ClientLimits(), tmp_path, per_client=False)
 
 
 def test_a_control_groups_limit_counts_without_the_pages_that_can_be_dropped(

@@ -125,7 +125,7 @@ def test_strangers_cost_the_service_no_memory(
                     for _ in range(3):
                         sock.sendall(blob)
             good("backup", "--quiet", *served.words, "--disk", f"a={disk}", "x.vma")
-            acceptors = children(served.process, "vmapipe.archiver.acceptor")
+            acceptors = children(served.process, "vmapipe.archiver.listener.acceptor")
             assert sum(each.memory_info().rss for each in acceptors) < 60 * MIB
         assert served.rss_peak_bytes() - before < 20 * MIB
         served.stop()
@@ -142,7 +142,7 @@ def test_the_process_that_takes_connections_may_die(
         ) as running,
     ):
         next_event(running, "begun")
-        (acceptor,) = children(served.process, "vmapipe.archiver.acceptor")
+        (acceptor,) = children(served.process, "vmapipe.archiver.listener.acceptor")
         acceptor.kill()
         told = served.next_event("notice")["text"]
         assert "the acceptor of connections was killed by SIGKILL" in told
@@ -154,7 +154,7 @@ def test_the_process_that_takes_connections_may_die(
 
 def test_the_acceptor_ends_with_its_service(tmp_path: Path, keys: tuple[Path, Path]) -> None:
     with serving(tmp_path / "store", keys=keys) as served:
-        (acceptor,) = children(served.process, "vmapipe.archiver.acceptor")
+        (acceptor,) = children(served.process, "vmapipe.archiver.listener.acceptor")
         served.process.kill()
         served.process.wait(LIMIT_S)
         acceptor.wait(LIMIT_S)
@@ -169,7 +169,7 @@ def test_strangers_that_connect_and_go_cost_little_processor_time(
 ) -> None:
     """With no descriptor left the port is not asked again and again."""
     with serving(tmp_path / "store", keys=keys, **limited(64)) as served, crowd(served, 600):
-        (acceptor,) = children(served.process, "vmapipe.archiver.acceptor")
+        (acceptor,) = children(served.process, "vmapipe.archiver.listener.acceptor")
         processes = [acceptor, psutil.Process(served.process.pid)]
         spent = [sum(each.cpu_times()[:2]) for each in processes]
         time.sleep(3)  # what is measured is what happens in three seconds, however fast the machine

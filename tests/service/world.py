@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vmapipe.archiver.service import instructions as core
-from vmapipe.archiver.service.admission import Limits
+from vmapipe.archiver.service import jobs as core
 from vmapipe.archiver.service.front import Front
-from vmapipe.archiver.service.jobs import Place, Room
+from vmapipe.archiver.service.jobs import ArchivePlace, FreeSpace, ServiceLimits
 from vmapipe.protocol import frames, jobs, limits
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.messages import Hello, Message
@@ -21,10 +20,10 @@ MANY = 1 << 40
 class World:
     """Facts, clock and processes. `said` is what peers were sent, decoded."""
 
-    def __init__(self, bounds: Limits) -> None:
+    def __init__(self, bounds: ServiceLimits) -> None:
         self.now = 0.0
         self.front = Front(bounds, self, self.now)
-        self.room_left = Room(MANY, MANY)
+        self.room_left = FreeSpace(MANY, MANY)
         self.stored: set[str] = set()
         self.client_jobs = 0
         self.opened = 0
@@ -44,11 +43,11 @@ class World:
 
     # --- facts ---
 
-    def place(self, client: str, request: jobs.Open) -> Place:
+    def place(self, client: str, request: jobs.Open) -> ArchivePlace:
         if request.name == "refused":
             raise RemoteProtocolError("bad-contents", "such a thing cannot be archived")
         path = f"/{client}/{request.name}"
-        return Place(
+        return ArchivePlace(
             path,
             exists=path in self.stored,
             max_jobs=self.client_jobs,
@@ -57,7 +56,7 @@ class World:
             shared=self.shared,
         )
 
-    def room(self) -> Room:
+    def room(self) -> FreeSpace:
         return self.room_left
 
     def used_bytes(self, client: str) -> int:
@@ -102,32 +101,32 @@ class World:
             seconds -= 1.0
             self.carry_out(self.front.tick(self.now))
 
-    def carry_out(self, instructions: Iterator[core.Instruction]) -> None:
+    def carry_out(self, instructions: Iterator[core.ServiceInstruction]) -> None:
         for instruction in instructions:
             match instruction:
-                case core.Start(job):
+                case core.StartArchiver(job):
                     assert job not in self.unreleased
                     self.archivers.add(job)
                     self.unreleased.add(job)
-                case core.Stop(job) | core.Kill(job):
+                case core.StopArchiver(job) | core.KillArchiver(job):
                     assert job in self.archivers
                     self.stopping.add(job)
-                case core.Release(job):
+                case core.ReleaseJob(job):
                     assert job not in self.archivers
                     self.unreleased.remove(job)
-                case core.Attach(peer, job):
+                case core.AttachProducer(peer, job):
                     assert peer not in self.attached
                     self.attached[peer] = job
-                case core.Detach(peer):
+                case core.DetachProducer(peer):
                     del self.attached[peer]
-                case core.Forward(peer):
+                case core.ForwardMessage(peer):
                     assert peer in self.attached
                     self.forwarded.append(peer)
-                case core.Drop(peer):
+                case core.DropPeer(peer):
                     self.dropped.append(peer)
-                case core.Send(peer, parts):
+                case core.SendAnswer(peer, parts):
                     self.said.append((peer, read(parts)))
-                case core.Log(event):
+                case core.LogEvent(event):
                     self.log.append(event)
 
     def heard_by(self, peer: bytes) -> list[object]:

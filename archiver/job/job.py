@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core of one backup job. Pure: an event in, a list of instructions out; no clock, no I/O.
+
+The process around it (serve.py) carries out the instructions in order and
+reports back, as events, what the store has written.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+from vmapipe.archiver.job.device import DeviceState, FrameMark
+from vmapipe.archiver.job.producers import Admission, JobProducer, JobProducers, Lost
+from vmapipe.archiver.job.spec import (
+    AbandonArchive,
+    ArchiveStored,
+    BeginArchive,
+    ExtentWritten,
+    FinishArchive,
+    JobAborted,
+    JobEvent,
+    JobInstruction,
+    JobSpec,
+    JobStarted,
+    KeyRevoked,
+    LogNotice,
+    MessageReceived,
+    Send,
+    StoreExtent,
+    TimePassed,
+    uuid_of,
+)
+from vmapipe.clusters.sizes import CLUSTER_BYTES
+from vmapipe.protocol import limits
+from vmapipe.protocol.archiver_side import ArchiverSide, State
+from vmapipe.protocol.errors import RemoteProtocolError
+from vmapipe.protocol.messages import (
+    ClusterFrame,
+    DataFrame,
+    End,
+    Fail,
+    Hello,
+    Message,
+    Ping,
+    Resume,
+    RunFrame,
+    Scattered,
+    SharedRun,
+)
+from vmapipe.vma.errors import LimitError
+from vmapipe.vma.header import Device, Header, encode_header
+from vmapipe.vma.packer import PackedExtent, Packer
+
+# `Ticked` comes several times a second. After a longer gap this process itself
+# was stopped (Ctrl-Z, a stalled machine), and nobody else's silence counts.
+_STOPPED_S = 5.0
+
+
+class JobPhase(enum.Enum):
+    GATHERING = "waiting for producers"
+    RUNNING = "receiving"
+    FINISHING = "storing"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Job:
+    """One archive in the making. `now` is any monotonic clock, in seconds.
+
+    `map_shared` maps the memory that a producer on this host offers, or
+    returns None where that cannot be done; its data then comes in frames.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        now: float,
+        map_shared: Callable[[str], memoryview | None] = lambda offer: None,
+    ) -> None:
+        self.phase = JobPhase.GATHERING
+        self.reason = ""
+        self.uuid = spec.uuid
+        self._spec = spec
+        self._peers = JobProducers()
+        self._admission = Admission(spec, self._peers)
+        self._flow: JobDevices | None = None
+        self._map_shared = map_shared
+        self._started = self._ticked = now
+
+    @property
+    def devices(self) -> list[DeviceState]:
+        """In the order of their dev_ids; none before all producers have come."""
+        return self._flow.devices if self._flow else []
+
+    @property
+    def over(self) -> bool:
+        """Nobody is to be told anything any more."""
+        if self.phase is not JobPhase.DONE:
+            return self.phase is JobPhase.FAILED
+        return all(peer.side.state is State.CLOSED for peer in self._peers.all)
+
+    def handle(self, event: JobEvent) -> list[JobInstruction]:
+        """The one door: whatever happens comes in here, and what is to be done goes out."""
+        instructions: list[JobInstruction] = []
+        match event:
+            case MessageReceived():
+                instructions = self._received(event)
+            case ExtentWritten(marks, dev_ids) if self._flow:
+                instructions += self._flow.written(marks, dev_ids)
+            case TimePassed(now):
+                instructions = self._ticked_to(now)
+            case JobStarted() if self._admission.complete:
+                instructions = self._begin()
+            case ArchiveStored() if self.phase is JobPhase.FINISHING:
+                # Otherwise it was given up in the meantime, and nobody waits for DONE.
+                self.phase = JobPhase.DONE
+                instructions += (Send(peer, s.side.done(self.uuid)) for peer, s in self._peers)
+            case JobAborted(reason):
+                instructions = self._fail(reason)
+            case KeyRevoked(client):
+                instructions = self._revoke(client)
+        return instructions
+
+    # --- what each event leads to ---
+
+    def _received(self, event: MessageReceived) -> list[JobInstruction]:
+        if self._peers.is_ignored(event.peer):
+            return []
+        state = self._peers.get(event.peer)
+        side = state.side if state else ArchiverSide()
+        try:
+            message = side.receive(event.parts)
+            if state is not None:
+                state.heard = event.now
+            return self._answer(event, side, message)
+        except RemoteProtocolError as error:
+            refusal = Send(event.peer, side.refuse(error.code, error.reason))
+            return [refusal, *self._misbehaved(event.peer, error)]
+
+    def _answer(
+        self, event: MessageReceived, side: ArchiverSide, message: Message
+    ) -> list[JobInstruction]:
+        """Raises RemoteProtocolError."""
+        peer, _, now, client = event
+        state = self._peers.get(peer)
+        instructions: list[JobInstruction] = []
+        match message:
+            case Ping():
+                instructions = [Send(peer, side.pong())]
+            case Hello():
+                newcomer = JobProducer(side, now, client, attempt=message.attempt)
+                instructions = self._greet(peer, newcomer, message)
+            case Resume():
+                instructions += self._admission.resume(peer, message, client, now, self.uuid)
+            case Fail(reason):
+                instructions = self._producer_failed(peer, reason)
+            case _ if self._flow and state and state.device:
+                instructions = self._data(self._flow, state.device, message)
+        return instructions
+
+    def _data(
+        self, flow: JobDevices, device: DeviceState, message: Message
+    ) -> list[JobInstruction]:
+        """Raises RemoteProtocolError."""
+        match message:
+            case ClusterFrame() | RunFrame() | SharedRun() | Scattered():
+                return list(flow.take(device, message))
+            case End():
+                return [*flow.end(device), *self._finish_if_complete(flow)]
+        return []
+
+    def _fail(self, reason: str) -> list[JobInstruction]:
+        if self.phase in (JobPhase.DONE, JobPhase.FAILED):
+            return []
+        self.phase = JobPhase.FAILED
+        self.reason = reason
+        aborts = [
+            Send(peer, state.side.abort(reason))
+            for peer, state in self._peers
+            if state.side.state is not State.CLOSED
+        ]
+        return [AbandonArchive(reason), *aborts]
+
+    def _revoke(self, client: str) -> list[JobInstruction]:
+        for state in self._peers.all:
+            if client and state.client == client:
+                return self._fail(
+                    f"device {state.side.device!r}: the key of client {client!r} was revoked"
+                )
+        return []
+
+    def _ticked_to(self, now: float) -> list[JobInstruction]:
+        gap, self._ticked = now - self._ticked, now
+        if gap > _STOPPED_S:
+            self._started += gap
+            for state in self._peers.all:
+                # Never move a last-heard time past `now`.
+                state.heard = min(now, state.heard + gap)
+        instructions: list[JobInstruction] = []
+        gathering = self.phase is JobPhase.GATHERING
+        if gathering and now - self._started > self._spec.start_timeout_s:
+            instructions += self._fail(
+                f"{self._admission.missing()} did not come within {self._spec.start_timeout_s} s"
+            )
+        for state in self._peers.all:
+            missed = state.miss(now - state.heard, self._spec.heartbeat_s, gathering=gathering)
+            if isinstance(missed, Lost):
+                instructions += self._fail(missed.reason)
+            elif missed:
+                instructions.append(LogNotice(missed))
+        return instructions
+
+    # --- producers come, and all have sent everything ---
+
+    def _greet(self, peer: bytes, newcomer: JobProducer, hello: Hello) -> list[JobInstruction]:
+        gathering = self.phase is JobPhase.GATHERING
+        answers = self._admission.greet(peer, newcomer, hello, gathering=gathering)
+        if not (gathering and self._admission.complete):
+            return list(answers)
+        # From now on a shorter limit may hold: it counts from here.
+        for state in self._peers.all:
+            state.heard = newcomer.heard
+        return [*answers, *self._begin()]
+
+    def _begin(self) -> list[JobInstruction]:
+        peers = list(self._peers)
+        if self._spec.devices:
+            peers.sort(key=lambda item: self._spec.devices.index(item[1].side.device))
+        devices = tuple(
+            Device(index, state.side.device, state.side.size_bytes)
+            for index, (_, state) in enumerate(peers, start=1)
+        )
+        self.uuid = self._spec.uuid or uuid_of(self._spec, devices)
+        header = Header(self.uuid, self._spec.ctime_s, devices, self._spec.configs)
+        try:
+            raw_header = encode_header(header)
+        except LimitError as error:
+            return self._fail(str(error))
+        self.phase = JobPhase.RUNNING
+        flow = self._flow = JobDevices(self._spec, header)
+        instructions: list[JobInstruction] = [BeginArchive(header, raw_header)]
+        for (peer, state), device in zip(peers, devices, strict=True):
+            offer = state.side.shared_at
+            shared = self._map_shared(offer) if offer else None
+            instructions.append(flow.welcome(peer, state, device, shared))
+        return instructions + self._finish_if_complete(flow)
+
+    def _finish_if_complete(self, flow: JobDevices) -> list[JobInstruction]:
+        if not flow.complete:
+            return []
+        self.phase = JobPhase.FINISHING
+        return [*flow.flush(), FinishArchive()]
+
+    # --- trouble ---
+
+    def _producer_failed(self, peer: bytes, reason: str) -> list[JobInstruction]:
+        state = self._peers.get(peer)
+        if state is None:
+            return []
+        # The reason names the device: the producer wrote it for a reader.
+        unsaid = f"device {state.side.device!r}: its producer failed and did not say why"
+        return self._fail(reason or unsaid)
+
+    def _misbehaved(self, peer: bytes, error: RemoteProtocolError) -> list[JobInstruction]:
+        state = self._peers.get(peer)
+        if state is not None:
+            return self._fail(f"device {state.side.device!r}: {error}")
+        return list(self._admission.refuse(peer, error))
+
+
+# Data that may be under way or queued for writing, all devices together: room
+# for a few of the largest frames. More did not make a local backup quicker.
+WINDOW_TOTAL_BYTES = 16 << 20
+
+
+class JobDevices:
+    """All devices of a job, each with its share of the window."""
+
+    def __init__(self, spec: JobSpec, header: Header) -> None:
+        self.devices: list[DeviceState] = []
+        self._spec = spec
+        self._packer: Packer[FrameMark] = Packer(header.uuid)
+        share_bytes = WINDOW_TOTAL_BYTES // max(1, len(header.devices))
+        self._window_bytes = max(limits.MIN_WINDOW_BYTES, share_bytes)
+
+    def welcome(
+        self, at: bytes, peer: JobProducer, device: Device, shared: memoryview | None
+    ) -> Send:
+        """One device more, in the header's order: tells its producer how much it may send."""
+        may_send = not self._spec.in_order or not self.devices
+        peer.device = DeviceState(at, peer.side, device, self._window_bytes, shared)
+        self.devices.append(peer.device)
+        return Send(
+            at,
+            peer.side.welcome(
+                device.dev_id,
+                self._window_bytes if may_send else 0,
+                max(self._window_bytes // 2, limits.charge(1, CLUSTER_BYTES)),
+                self._spec.heartbeat_s,
+                shared=shared is not None,
+                reconnect_s=self._spec.reconnect_s,
+            ),
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Every device has come to its end."""
+        return all(device.complete for device in self.devices)
+
+    def take(self, device: DeviceState, message: DataFrame) -> list[StoreExtent | Send]:
+        """Raises RemoteProtocolError for a frame that cannot be."""
+        puts = [
+            self._put(extent)
+            for run, mark in device.take(message)
+            for extent in self._packer.add(device.dev_id, *run, mark)
+        ]
+        return [*puts, *self._grant(device)]
+
+    def written(self, marks: dict[int, FrameMark], dev_ids: set[int]) -> list[Send]:
+        """An extent that held data of `dev_ids` was written; `marks` are its notes."""
+        grants: list[Send] = []
+        for device in self.devices:
+            if device.dev_id in dev_ids:
+                device.written(marks.get(device.dev_id))
+                grants += self._grant(device)
+        return grants
+
+    def end(self, device: DeviceState) -> list[Send]:
+        """Its producer said END. Raises RemoteProtocolError when clusters are missing."""
+        device.end()
+        following = self._current()
+        if self._spec.in_order and following is not None:
+            return self._grant(following)
+        return []
+
+    def flush(self) -> list[StoreExtent]:
+        """What is left, when all devices are complete."""
+        return [self._put(extent) for extent in self._packer.flush()]
+
+    def _put(self, extent: PackedExtent[FrameMark]) -> StoreExtent:
+        held = {cluster[0] for cluster in extent.clusters}
+        for device in self.devices:
+            if device.dev_id in held:
+                device.queued_extents += 1
+        return StoreExtent(extent)
+
+    def _grant(self, device: DeviceState) -> list[Send]:
+        if self._spec.in_order and not device.complete and device is not self._current():
+            return []
+        parts = device.grant()
+        return [] if parts is None else [Send(device.peer, parts)]
+
+    def _current(self) -> DeviceState | None:
+        return next((device for device in self.devices if not device.complete), None)

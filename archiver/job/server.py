@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The archiver's loop: carries messages to the job's core and its instructions out."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from vmapipe.archiver.job import spec as core
+from vmapipe.archiver.job.device import FrameMark
+from vmapipe.archiver.job.job import Job, JobPhase
+from vmapipe.archiver.job.spec import JobSpec
+from vmapipe.archiver.job.writer import ArchiveWriter
+from vmapipe.archiver.listener.socket import ListeningSocket
+from vmapipe.protocol.packing import Part
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Cancelled, Failure
+from vmapipe.runtime.events import Emit
+from vmapipe.runtime.keys import ServerKeys
+from vmapipe.runtime.process import yield_cpu
+
+# Some frames of each producer, so that none of them waits for us between two turns.
+_RECEIVE_MARK = 32
+
+
+class ProducerSocket(ListeningSocket):
+    """Large parts are views of what ZeroMQ received."""
+
+    def __init__(self, endpoint: str, keys: ServerKeys | None = None) -> None:
+        """Raises Failure."""
+        super().__init__(endpoint, keys, receive_mark=_RECEIVE_MARK)
+
+    def receive(self) -> Iterator[tuple[bytes, str, list[Part]]]:
+        """What has come: (peer, client, parts); `client` is empty where nobody has to prove it."""
+        for peer, client, frames in self._messages():
+            yield peer, client, [frame.buffer for frame in frames]
+
+
+# Often enough for a bar that moves, seldom enough to cost nothing.
+PROGRESS_S = 0.25
+
+MakeStore = Callable[[Callable[[], None]], ArchiveWriter[FrameMark]]
+
+
+class Listen(NamedTuple):
+    """Where producers connect, and for TCP the keys of those that may."""
+
+    endpoint: str
+    keys: ServerKeys | None = None
+    #: Whether what comes over ipc:// may come from elsewhere: no memory is shared then.
+    from_afar: bool = False
+
+
+def serve(spec: JobSpec, at: Listen, make_store: MakeStore, cancel: Cancel, emit: Emit) -> None:
+    """Make one archive. Raises Failure when nothing was stored."""
+    wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    link: ProducerSocket | None = None
+    try:
+        store = make_store(lambda: os.eventfd_write(wake_fd, 1))
+        try:
+            link = ProducerSocket(at.endpoint, at.keys)
+            link.watch(wake_fd)
+            link.watch(cancel.fd)
+            emit({"event": "listening", "endpoint": link.endpoint})
+            shares = link.is_local and not at.from_afar
+            job = Job(spec, time.monotonic(), map_shared if shares else refuse_shared)
+            _Server(job, link, store, emit).run(wake_fd, cancel)
+        finally:
+            # Nothing to do where the archive was stored.
+            store.abandon()
+    finally:
+        if link is not None:
+            link.close()
+        os.close(wake_fd)
+
+
+class _Server:
+    def __init__(
+        self, job: Job, link: ProducerSocket, store: ArchiveWriter[FrameMark], emit: Emit
+    ) -> None:
+        self._job = job
+        self._link = link
+        self._store = store
+        self._emit = emit
+        self._next_progress = 0.0
+        self._told = False
+
+    def run(self, wake_fd: int, cancel: Cancel) -> None:
+        job = self._job
+        self._handle(core.JobStarted())
+        while not job.over and not (cancel.asked and job.phase is JobPhase.DONE):
+            self._link.wait(1.0)
+            for peer, client, parts in self._link.receive():
+                self._handle(core.MessageReceived(peer, parts, time.monotonic(), client))
+                yield_cpu()
+            self._look_at_gate(time.monotonic())
+            self._hear_store(wake_fd)
+            if cancel.asked:
+                self._handle(core.JobAborted(cancel.reason))
+            self._pass_time(time.monotonic())
+        # A stop that comes while the archive gets its name may come too late.
+        if job.phase is JobPhase.FAILED and not self._store.committed:
+            if cancel.asked:
+                raise Cancelled(cancel.reason, cancel.signum)
+            raise Failure(job.reason)
+        self._tell_stored()
+
+    def _tell_stored(self) -> None:
+        """At once, although a producer whose connection was lost may still have to hear of it."""
+        if not self._told:
+            self._told = True
+            self._progress()
+            self._emit(
+                {
+                    "event": "stored",
+                    "archive": self._store.description,
+                    "uuid": self._job.uuid.hex(),
+                    "stored_bytes": self._store.stored_bytes,
+                    "plain_bytes": self._store.plain_bytes,
+                }
+            )
+
+    def _look_at_gate(self, now: float) -> None:
+        for client in self._link.revoked(now):
+            self._handle(core.KeyRevoked(client))
+        for text in self._link.take_notices():
+            self._emit({"event": "notice", "text": text})
+
+    def _handle(self, event: core.JobEvent) -> None:
+        for instruction in self._job.handle(event):
+            match instruction:
+                case core.Send(peer, parts):
+                    self._link.send(peer, parts)
+                case core.StoreExtent(extent):
+                    self._store.put(extent)
+                case core.BeginArchive(header, raw_header):
+                    self._store.begin(header, raw_header)
+                    self._emit(
+                        {
+                            "event": "begun",
+                            "uuid": header.uuid.hex(),
+                            "devices": [
+                                {"dev_id": d.dev_id, "name": d.name, "bytes": d.size_bytes}
+                                for d in header.devices
+                            ],
+                        }
+                    )
+                case core.FinishArchive():
+                    self._store.finish()
+                case core.AbandonArchive():
+                    self._store.abandon()
+                case core.LogNotice(text):
+                    self._emit({"event": "notice", "text": text})
+
+    def _hear_store(self, wake_fd: int) -> None:
+        try:
+            os.eventfd_read(wake_fd)
+        except BlockingIOError:
+            return
+        for extent in self._store.take_written():
+            held = {cluster[0] for cluster in extent.clusters}
+            self._handle(core.ExtentWritten(extent.notes, held))
+        if self._store.error is not None:
+            self._handle(core.JobAborted(str(self._store.error)))
+        elif self._store.committed:
+            self._handle(core.ArchiveStored())
+            self._tell_stored()
+
+    def _pass_time(self, now: float) -> None:
+        if now >= self._next_progress:
+            self._next_progress = now + PROGRESS_S
+            self._handle(core.TimePassed(now))
+            if not self._told:
+                self._progress()
+
+    def _progress(self) -> None:
+        if not self._job.devices:
+            return
+        self._emit(
+            {
+                "event": "progress",
+                "stored_bytes": self._store.stored_bytes,
+                "plain_bytes": self._store.plain_bytes,
+                "devices": [
+                    {
+                        "name": d.device.name,
+                        "bytes": d.device.size_bytes,
+                        "done_bytes": d.done_bytes,
+                        "zero_bytes": d.zero_bytes,
+                    }
+                    for d in self._job.devices
+                ],
+            }
+        )
+
+
+# Larger than any ring of ours; a mapping costs address space only, but a
+# stranger need not have more of it.
+MAX_SHARED_BYTES = 256 << 20
+# A descriptor of a process, and nothing else: a stranger's path must not make
+# us open (and thereby wake or block on) anything.
+_OFFER = re.compile(r"/proc/[0-9]{1,10}/fd/[0-9]{1,10}")
+# Without these seals the owner could cut the file, and reading the mapping
+# would then kill this process.
+_SEALS = fcntl.F_SEAL_SHRINK
+
+
+def map_shared(offer: str) -> memoryview | None:
+    """The memory file at `offer`, read-only; None when it cannot be shared.
+
+    Not being able to is no error (another user, another pid namespace): the
+    data then comes in the frames.
+    """
+    if not _OFFER.fullmatch(offer):
+        return None
+    try:
+        fd = os.open(offer, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= MAX_SHARED_BYTES:
+            return None
+        # Only memory files have seals; any other file fails here.
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            return None
+        return memoryview(mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ))
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def refuse_shared(offer: str) -> memoryview | None:
+    """For producers that may be on another host."""
+    return None

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one archive is to hold, as whoever starts its archiver says it. Pure."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmapipe.archiver.job.device import FrameMark
+from vmapipe.protocol.packing import Part
+from vmapipe.vma.header import Config, Device, Header
+from vmapipe.vma.packer import PackedExtent
+
+# A switch or a router that is started again is back by then.
+RECONNECT_S = 60
+# Drawn once at random; it makes our name-based uuids ours.
+_NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
+
+
+class JobSpec(NamedTuple):
+    """What one archive is to hold.
+
+    `uuid`: 16 bytes, or empty: one made from what the header holds, always the
+    same for the same. `devices`: the names that must come, in the order of their dev_ids; empty:
+    the first `expect` that come. `job`: the id that producers must name; None:
+    whatever the first one names. `in_order`: one device after the other, so
+    that the same disks make the same archive.
+    """
+
+    uuid: bytes
+    ctime_s: int
+    configs: tuple[Config, ...] = ()
+    devices: tuple[str, ...] = ()
+    expect: int = 0
+    job: bytes | None = None
+    in_order: bool = False
+    heartbeat_s: int = 30
+    #: So long a producer's lost connection is waited for, in seconds.
+    reconnect_s: int = RECONNECT_S
+    #: Until all producers have come, in seconds.
+    start_timeout_s: int = 60
+
+
+def uuid_of(spec: JobSpec, devices: tuple[Device, ...]) -> bytes:
+    """The same 16 bytes for the same header contents (a name-based uuid, version 5)."""
+    contents = repr((spec.ctime_s, devices, [(c.name, c.data) for c in spec.configs]))
+    return uuid.uuid5(_NAMESPACE, contents).bytes
+
+
+class JobStarted(NamedTuple):
+    """The first event of a job: an archive of configs only needs no producer."""
+
+
+class MessageReceived(NamedTuple):
+    """A message from `peer`, whoever that is; from `client` if it has proved to be that."""
+
+    peer: bytes
+    parts: Sequence[Part]
+    now: float
+    client: str = ""
+
+
+class ExtentWritten(NamedTuple):
+    """An extent that held data of `dev_ids` was written; `marks` are its notes."""
+
+    marks: dict[int, FrameMark]
+    dev_ids: set[int]
+
+
+class ArchiveStored(NamedTuple):
+    """The archive is complete, on disk, under its name."""
+
+
+class JobAborted(NamedTuple):
+    """The output failed, or the job was cancelled. The first reason counts."""
+
+    reason: str
+
+
+class KeyRevoked(NamedTuple):
+    """A client may no longer come: what it was sending is given up."""
+
+    client: str
+
+
+class TimePassed(NamedTuple):
+    """Time has passed: about once a second. `now`, as everywhere: a monotonic clock's seconds."""
+
+    now: float
+
+
+JobEvent = (
+    JobStarted
+    | MessageReceived
+    | ExtentWritten
+    | ArchiveStored
+    | JobAborted
+    | KeyRevoked
+    | TimePassed
+)
+
+
+class Send(NamedTuple):
+    peer: bytes
+    parts: list[Part]
+
+
+class BeginArchive(NamedTuple):
+    header: Header
+    raw_header: bytes
+
+
+class StoreExtent(NamedTuple):
+    extent: PackedExtent[FrameMark]
+
+
+class FinishArchive(NamedTuple):
+    """All extents are out: store the archive under its name."""
+
+
+class AbandonArchive(NamedTuple):
+    """The job failed: leave nothing behind."""
+
+    reason: str
+
+
+class LogNotice(NamedTuple):
+    """Something worth a line in the log."""
+
+    text: str
+
+
+JobInstruction = Send | BeginArchive | StoreExtent | FinishArchive | AbandonArchive | LogNotice

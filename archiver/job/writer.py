@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between the job and its output: a queue, and the thread that writes."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+from vmapipe.archiver.outputs.base import IOV_MAX, Output, OutputFailure
+from vmapipe.archiver.outputs.compress import Compression, ZstdOutput
+from vmapipe.archiver.outputs.manifests import DigestedOutput, Digests
+from vmapipe.runtime.process import yield_cpu
+from vmapipe.vma.header import Header
+from vmapipe.vma.packer import PackedExtent
+
+Note = TypeVar("Note")
+
+# Small extents are written together up to here (an extent of zeroes is 512
+# bytes, and 1 TiB of zeroes is 289,000 of them). More does not make a write
+# any quicker, and would only delay the acknowledgements.
+GATHER_BYTES = 1 << 20
+# The thread ends within this after its output let go of it; where the output
+# could not (a dead disk), the thread is left to the end of the process.
+_END_WAIT_S = 1.0
+
+
+class WriterState(enum.Enum):
+    RUNNING = "running"
+    COMMITTED = "committed"
+    FAILED = "failed"
+
+
+class _Begin(NamedTuple):
+    header: Header
+    raw_header: bytes
+
+
+class _Order(enum.Enum):
+    FINISH = "finish"
+    STOP = "stop"
+
+
+_Item = _Begin | PackedExtent[Note] | _Order
+
+
+class ArchiveWriter(Generic[Note]):
+    """Writes one archive: `begin`, then `put` each extent, then `finish` or `abandon`.
+
+    None of these waits for the output, except `abandon` (seconds at most).
+    The queue has no bound of its own: what lies in it is bounded by the credit
+    that the archiver gives its producers, see `backlog_bytes`.
+
+    After every write, and when the state changes, `on_progress` is called from
+    the writer thread; the other members may then be read from any thread.
+
+    The store owns `output` and `digests` from the start.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        digests: Digests | None,
+        on_progress: Callable[[], None],
+        compression: Compression | None = None,
+    ) -> None:
+        # The digest of the file is that of its bytes as stored: below the compression.
+        if digests is not None:
+            output = DigestedOutput(output, digests)
+        if compression is not None:
+            output = ZstdOutput(output, compression)
+        self.state = WriterState.RUNNING
+        self.error: Exception | None = None
+        #: Bytes of the plain archive that the output has taken.
+        self.plain_bytes = 0
+        self._output = output
+        self._compressed = compression is not None
+        self._digests = digests
+        self._on_progress = on_progress
+        self._put_bytes = 0
+        self._queue: queue.SimpleQueue[_Item[Note]] = queue.SimpleQueue()
+        self._written: deque[PackedExtent[Note]] = deque()
+        self._ending = threading.Lock()
+        self._stopping = False
+        # A daemon: one that hangs in the kernel must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+
+    @property
+    def description(self) -> str:
+        return self._output.description
+
+    @property
+    def committed(self) -> bool:
+        return self.state is WriterState.COMMITTED
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that have left for the target: fewer than `plain_bytes` when compressed."""
+        return self._output.written_bytes
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Bytes of extents that were put and are not written yet."""
+        return self._put_bytes - self.plain_bytes
+
+    def begin(self, header: Header, raw_header: bytes) -> None:
+        self._put_bytes += len(raw_header)
+        self._queue.put(_Begin(header, raw_header))
+        self._thread.start()
+
+    def put(self, extent: PackedExtent[Note]) -> None:
+        """Never waits. After an error the extent is dropped."""
+        if self.state is WriterState.RUNNING:
+            self._put_bytes += extent.total_bytes
+            self._queue.put(extent)
+
+    def finish(self) -> None:
+        """All extents were put: bring them to the disk and the archive to its name."""
+        self._queue.put(_Order.FINISH)
+
+    def take_written(self) -> list[PackedExtent[Note]]:
+        """The extents that were written since the last call, in order.
+
+        Nothing looks at their buffers any more.
+        """
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self._written.popleft())
+        return taken
+
+    def abandon(self) -> None:
+        """Leave nothing behind; after a commit it does nothing. Never raises.
+
+        Where a commit was under way, `state` tells afterwards who won.
+        """
+        self._stopping = True
+        self._queue.put(_Order.STOP)
+        self._output.abandon()
+        if self._thread.is_alive():
+            self._thread.join(_END_WAIT_S)
+        self._end(WriterState.FAILED, _abandoned())
+
+    # --- the writer thread ---
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # noqa: BLE001  a defect, too, must reach the main loop
+            # After `abandon`, errors are only how the output lets go of us.
+            self._end(WriterState.FAILED, _abandoned() if self._stopping else error)
+            self._report()
+            self._output.abandon()
+            self._drop_queue()
+
+    def _work(self) -> None:
+        item = self._queue.get()
+        while item is not _Order.STOP:
+            if item is _Order.FINISH:
+                self._output.commit()
+                self._end(WriterState.COMMITTED, None)
+                self._report()
+                return
+            following: _Item[Note] | None = None
+            if isinstance(item, _Begin):
+                self._write_header(item)
+            else:
+                batch, following = self._gather(item)
+                self._write_extents(batch)
+            item = self._queue.get() if following is None else following
+
+    def _gather(
+        self, extent: PackedExtent[Note]
+    ) -> tuple[list[PackedExtent[Note]], _Item[Note] | None]:
+        """What can be written together with `extent`, and the item after that if there is one."""
+        batch = [extent]
+        size_bytes, buffers = extent.total_bytes, len(extent.buffers)
+        # What is gathered depends on timing, and a compressor cuts its frames between
+        # writes: alone, the same disks give the same bytes.
+        most = 0 if self._compressed else GATHER_BYTES
+        with contextlib.suppress(queue.Empty):
+            while size_bytes < most and buffers < IOV_MAX:
+                item = self._queue.get_nowait()
+                if not isinstance(item, PackedExtent):
+                    return batch, item
+                batch.append(item)
+                size_bytes += item.total_bytes
+                buffers += len(item.buffers)
+        return batch, None
+
+    def _write_header(self, begin: _Begin) -> None:
+        if self._digests is not None:
+            self._digests.begin(begin.header, begin.raw_header)
+        self._output.write([begin.raw_header])
+        self.plain_bytes += len(begin.raw_header)
+
+    def _write_extents(self, batch: list[PackedExtent[Note]]) -> None:
+        yield_cpu()
+        if self._digests is not None:
+            self._digests.extents(batch)
+            yield_cpu()
+        self._output.write([buffer for extent in batch for buffer in extent.buffers])
+        self.plain_bytes += sum(extent.total_bytes for extent in batch)
+        self._written.extend(batch)
+        self._report()
+
+    def _end(self, state: WriterState, error: Exception | None) -> None:
+        """The first end counts."""
+        with self._ending:
+            if self.state is WriterState.RUNNING:
+                # The error first: whoever sees the state finds it.
+                self.error = error
+                self.state = state
+
+    def _drop_queue(self) -> None:
+        """Give the memory back, to the producers that share it with us, too."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+
+    def _report(self) -> None:
+        # After `abandon` nobody listens; what the callback wakes may be gone.
+        if not self._stopping:
+            self._on_progress()
+
+
+def _abandoned() -> OutputFailure:
+    return OutputFailure("the archive was abandoned")

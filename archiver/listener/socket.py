@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A listening socket and all that guards it: who may come in, how many, how much each may say.
+
+An archiver of one job and a service have this in common (link.py,
+service/link.py); the security of the port is here, in gate.py, in
+connections.py and in the process that takes the connections (acceptor.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+
+import zmq
+
+from vmapipe.archiver.listener.curve import CurveAuthenticator
+from vmapipe.archiver.listener.tcp import DescriptorBudget, TcpPort
+from vmapipe.protocol import limits
+from vmapipe.protocol.packing import Part
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.folders import made_with
+from vmapipe.runtime.keys import ServerKeys
+from vmapipe.runtime.process import require_memory
+
+# How long a closing socket may still deliver its last words.
+LINGER_MS = 2000
+# Answers waiting for a peer that does not read; above it ZeroMQ drops them.
+# Grants are cumulative, so an honest peer never has more than a few hundred.
+ANSWER_MARK = 10_000
+# The same for one that comes over TCP: each is some hundred bytes, of thousands of peers.
+_ANSWER_MARK_AFAR = 1000
+# What encryption adds to a message (RFC 26: a name, a nonce, a tag, flags; 33
+# bytes), rounded up: ZeroMQ closes a connection whose message is larger than allowed.
+_CURVE_BYTES = 64
+# As numbers: pyzmq's own flags take a microsecond each time they are combined.
+_POLLIN, _NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)
+# Messages taken in one turn, so that everything else gets its.
+TURN = 64
+# Who has been shown in must have proved who it is by then. Honest ones need a few
+# milliseconds and four messages.
+_HANDSHAKE_MS = 10_000
+# Connections of the acceptor that nobody has taken yet.
+_BACKLOG = 1024
+# Producers hear by these that the connection is alive (producer/connection.py).
+_HEARTBEAT_MS = 3000
+# A connection that is dead takes a descriptor and nothing else. Behind a slow
+# network the largest frame may take minutes, and no beat overtakes it.
+_DEAD_MS = 300_000
+
+
+def make_way(path: str) -> None:
+    """ZeroMQ removes whatever has the socket's name: let that be a dead socket and nothing else."""
+    try:
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return  # nothing there; or bind will say what is wrong
+    if not is_socket:
+        raise Failure(f"cannot listen on ipc://{path}: a file of that name exists")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise Failure(f"cannot listen on ipc://{path}: another process listens there")
+
+
+class ListeningSocket:
+    """ROUTER, bound to one endpoint. With `keys` only the clients on their list come in.
+
+    `receive_mark`: messages a peer may have waiting here before its connection
+    is no longer read; an honest one is bounded by its credit, a hostile one by
+    this.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        keys: ServerKeys | None,
+        *,
+        receive_mark: int,
+        io_threads: int = 1,
+        max_sockets: int = 0,
+    ) -> None:
+        """Raises Failure. `max_sockets`: of the context; 0: as ZeroMQ has it."""
+        self._asked = endpoint
+        #: Whether peers are on this host, so that memory can be shared.
+        self.is_local = endpoint.startswith("ipc://")
+        if self.is_local:
+            make_way(endpoint.removeprefix("ipc://"))
+        # Before libzmq has threads: a copy of this process would lack them.
+        self._door = None if self.is_local else TcpPort(endpoint, curve=keys is not None)
+        #: What the descriptors of this process are for; none where nobody comes from elsewhere.
+        self.budget: DescriptorBudget | None = self._door.budget if self._door else None
+        try:
+            _seed_names()
+            require_memory(1 + io_threads)
+            self._context = zmq.Context(io_threads)
+            if max_sockets:
+                self._context.max_sockets = max_sockets
+            self._socket = self._context.socket(zmq.ROUTER)
+            self._set_options(receive_mark)
+            self._gate = CurveAuthenticator(self._context, keys) if keys else None
+            if self._gate:
+                self._gate.secure(self._socket)
+            # On one host only its owner can open the socket's folder.
+            self._connections = (
+                Connections(self._socket, self._door.budget.judged + self._door.budget.silent)
+                if self._door
+                else None
+            )
+            self._bind(self._door.inner if self._door else endpoint)
+        except BaseException:
+            if self._door:
+                self._door.close()
+            raise
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        if self._gate:
+            self._poller.register(self._gate.socket, zmq.POLLIN)
+        if self._connections:
+            self._poller.register(self._connections.monitor, zmq.POLLIN)
+
+    def _set_options(self, receive_mark: int) -> None:
+        self._socket.linger = LINGER_MS
+        self._socket.rcvhwm = receive_mark
+        self._socket.sndhwm = ANSWER_MARK if self.is_local else _ANSWER_MARK_AFAR
+        self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES + _CURVE_BYTES
+        self._socket.handshake_ivl = _HANDSHAKE_MS
+        if not self.is_local:
+            self._socket.backlog = _BACKLOG
+            self._socket.heartbeat_ivl = _HEARTBEAT_MS
+            self._socket.heartbeat_timeout = _DEAD_MS
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint as bound: a port of 0 or * has become a real one."""
+        if self._door:
+            return self._door.endpoint
+        return self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+    def watch(self, fd: int) -> None:
+        """Let `wait` also end when `fd` becomes readable."""
+        self._poller.register(fd, zmq.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        self._poller.unregister(fd)
+
+    def wait(self, timeout_s: float) -> list[tuple[object, int]]:
+        """Until something is ready; returns that, for whoever has registered more."""
+        ready: list[tuple[object, int]] = list(self._poller.poll(int(timeout_s * 1000)))
+        if self._door:
+            self._door.look()
+        if self._gate:
+            self._gate.answer(self._door.judged if self._door else ())
+        if self._connections:
+            self._connections.look()
+        return ready
+
+    def send(self, peer: bytes, parts: Sequence[Part]) -> None:
+        """A peer that is gone loses its message; the heartbeat will tell."""
+        self._socket.send_multipart([peer, *parts])
+
+    def revoked(self, now: float) -> list[str]:
+        """Clients that are no longer on the list; nothing more comes from them. Each once."""
+        return self._gate.revoked(now) if self._gate else []
+
+    def take_notices(self) -> list[str]:
+        """What is worth a line in the log, once."""
+        watchers = [w for w in (self._gate, self._connections, self._door) if w]
+        return [text for watcher in watchers for text in watcher.take_notices()]
+
+    def drop(self, peer: bytes) -> None:
+        """End this peer's connection; it may come again."""
+        if self._connections:
+            self._connections.drop(peer)
+
+    def gone(self) -> list[bytes]:
+        """Peers whose connection has ended; what they had sent may still come. Each once."""
+        return self._connections.take_gone() if self._connections else []
+
+    def close(self) -> None:
+        self._context.destroy(linger=LINGER_MS)
+        if self._door:
+            self._door.close()
+        if self.is_local:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._asked.removeprefix("ipc://"))
+
+    def _messages(self) -> Iterator[tuple[bytes, str, list[zmq.Frame]]]:
+        """What has come: (peer, client, parts), the parts as ZeroMQ received them.
+
+        `client` is the name of whoever has proved to be it; empty where nobody has to.
+        """
+        for _ in range(TURN):
+            # Asking first is quicker than an exception for "nothing there".
+            if not int(self._socket.get(zmq.EVENTS)) & _POLLIN:
+                return
+            peer, *parts = self._socket.recv_multipart(_NOBLOCK, copy=False)
+            if self._connections and not self._connections.heard(peer):
+                continue
+            client = self._gate.name_of(peer) if self._gate else ""
+            if client is not None:
+                yield peer.bytes, client, parts
+
+    def _bind(self, endpoint: str) -> None:
+        # The socket file is for its owner alone.
+        try:
+            with made_with(0o700):
+                self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error
+
+
+def _seed_names() -> None:
+    """Let nobody know beforehand what libzmq calls its peers.
+
+    It counts from what rand() of the C library gives first, which is always the same
+    without a seed; and whoever knows the next name can take it.
+    """
+    ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4), "big")))
+
+
+# Not EVENT_HANDSHAKE_FAILED_PROTOCOL: libzmq 4.3.5 tells it of a message that was
+# garbled, too, and forgets over that to end the connection. When the peer ends it,
+# the next heartbeat aborts the process ("Assertion failed: !_io_error").
+_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+# zmq_socket_monitor(3): an event and its value. pyzmq's own parser imports asyncio,
+# which takes longer than all the rest of a start.
+_EVENT = struct.Struct("=Hi")
+# What libzmq writes on each message: the descriptor that it came from. (The event
+# that tells of a handshake's success does not name it.)
+_FD_PROPERTY = "__fd"
+# The name that a peer has chosen for itself. libzmq would take it, and give it the
+# answers for another peer that had this name, or end the process when the name that
+# it is about to choose itself is taken.
+_NAME_PROPERTY = "Identity"
+# Of whom something may still come after they have gone.
+_MAX_GONE = 4096
+
+
+class Connections:
+    """Register `monitor` in the poller, and call `look` when it is readable.
+
+    `most_silent`: connections that have not said anything yet.
+    """
+
+    def __init__(self, listener: zmq.Socket[bytes], most_silent: int) -> None:
+        self._listener = listener
+        self._most_silent = most_silent
+        # Descriptors of libzmq's, in the order of their coming.
+        self._silent: dict[int, None] = {}
+        self._peers: dict[int, bytes] = {}
+        self._fds: dict[bytes, int] = {}
+        # Those that have gone, and whether what they had sent is still heard.
+        self._left: dict[bytes, bool] = {}
+        self._gone: list[bytes] = []
+        self._said = False
+        self._notices: list[str] = []
+        self.monitor = listener.get_monitor_socket(_EVENTS)
+        self.monitor.linger = 0
+
+    @property
+    def count(self) -> int:
+        return len(self._silent) + len(self._peers)
+
+    def look(self) -> None:
+        """Take in what has happened."""
+        while self.monitor.poll(0):
+            self._take(*_EVENT.unpack(self.monitor.recv_multipart()[0]))
+
+    def heard(self, frame: zmq.Frame) -> bool:
+        """A message came from `frame`; False when its sender must not be listened to."""
+        peer = frame.bytes
+        if peer in self._fds:
+            return True
+        if peer in self._left:
+            return self._left[peer]
+        try:
+            fd = int(str(frame.get(_FD_PROPERTY)))
+        except zmq.ZMQError:
+            return False  # ZMTP 1.0, which has no properties and which nobody lets in
+        # What has happened before the message came: its number may have been another's.
+        self.look()
+        if _has_own_name(frame):
+            self._notice_name()
+            if fd in self._silent:
+                del self._silent[fd]
+                self._shut(fd)
+            return False
+        if fd in self._peers:
+            # That one has gone, and had said something which came only afterwards.
+            self._forget(self._peers.pop(fd))
+        elif fd in self._silent:
+            del self._silent[fd]
+        else:
+            self._leave(peer)  # it has gone already
+            return True
+        self._peers[fd] = peer
+        self._fds[peer] = fd
+        return True
+
+    def drop(self, peer: bytes) -> None:
+        """End this peer's connection, and listen to it no more; it may come again over a new one."""
+        # If it has gone already, its number may be another's.
+        self.look()
+        fd = self._fds.get(peer)
+        if fd is not None:
+            del self._peers[fd]
+            self._forget(peer)
+            self._shut(fd)
+        self._leave(peer, is_heard=False)
+
+    def take_gone(self) -> list[bytes]:
+        """Peers whose connection has ended since; what they had sent may still come."""
+        gone, self._gone = self._gone, []
+        return gone
+
+    def take_notices(self) -> list[str]:
+        """What is worth a line in the log, once."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def _take(self, event: int, fd: int) -> None:
+        if event == zmq.EVENT_ACCEPTED:
+            self._silent[fd] = None
+            if len(self._silent) > self._most_silent:
+                oldest = next(iter(self._silent))
+                # At once: of a burst each must make room for one.
+                del self._silent[oldest]
+                self._shut(oldest)
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._silent.pop(fd, None)
+            peer = self._peers.pop(fd, None)
+            if peer is not None:
+                self._forget(peer)
+
+    def _forget(self, peer: bytes) -> None:
+        del self._fds[peer]
+        self._leave(peer)
+
+    def _leave(self, peer: bytes, *, is_heard: bool = True) -> None:
+        if peer not in self._left:
+            self._gone.append(peer)
+        self._left[peer] = is_heard
+        if len(self._left) > _MAX_GONE:
+            del self._left[next(iter(self._left))]
+
+    def _shut(self, fd: int) -> None:
+        """End a connection of libzmq's, which then closes it.
+
+        It may have done so already, and the number may be another file's: only a
+        connection to our own socket is touched. Whoever is met by mistake comes again.
+        """
+        endpoint = self._listener.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        path = endpoint.removeprefix("ipc://")
+        with contextlib.suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                return
+            with socket.socket(fileno=os.dup(fd)) as connection:
+                if connection.family == socket.AF_UNIX and connection.getsockname() == path:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _notice_name(self) -> None:
+        if not self._said:
+            self._said = True
+            self._notices.append("refused a connection that wants a name of its own choice")
+
+
+def _has_own_name(frame: zmq.Frame) -> bool:
+    try:
+        return bool(str(frame.get(_NAME_PROPERTY)))
+    except zmq.ZMQError:
+        return False

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TCP port of a listening socket: the acceptor's process, from the side of whoever needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import signal
+import socket
+import time
+from typing import NamedTuple
+
+from vmapipe.runtime.children import STOP_S, Child
+from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.folders import OwnFolder
+
+# What is needed for a moment, whatever else there is: to start a child (ten), to read
+# the list of keys, an archive's folder, the host's memory.
+RESERVE = 16
+# With less a job of one disk would not fit.
+_LEAST = 24
+# Handshakes that are under way. Each is milliseconds of work and may hold 1 KiB; the
+# producers of the largest job come together, and wait for each other.
+_MOST_JUDGED = 64
+# Connections whose first words are awaited: in the acceptor's process, where they cost
+# a descriptor and some 2 KiB each.
+_MOST_WAITING = 1024
+# What a client that was let in costs the acceptor: two sockets, and every second one a
+# pipe; those that send little need none.
+_PER_GUEST = 3
+# Who was let in and says nothing yet.
+_MOST_SILENT = 32
+# Who was refused, and has not gone.
+_MOST_VISITORS = 64
+
+
+class DescriptorBudget(NamedTuple):
+    """`waiting`, `judged`: see acceptor.py; `pipes`: for those that send much. `guests`: all that were
+    shown in: `silent` ones, `visitors` that belong to no job, and those of `jobs`. `rest`: descriptors of
+    the process behind for jobs, with their connections."""
+
+    waiting: int
+    judged: int
+    guests: int
+    pipes: int
+    silent: int
+    visitors: int
+    jobs: int
+    rest: int
+
+
+def budget_of(limit: int, in_use: int) -> DescriptorBudget:
+    """`limit`: how many descriptors each of the two processes may have. Raises Failure."""
+    spare = limit - in_use - RESERVE
+    if spare < _LEAST:
+        raise Failure(
+            f"only {limit} files may be open here, and an archiver that listens on TCP needs "
+            f"{in_use + RESERVE + _LEAST} or more: raise the limit (`ulimit -n`, LimitNOFILE= of a "
+            "unit)"
+        )
+    waiting = min(_MOST_WAITING, limit // 8)
+    guests = (limit - RESERVE - 2 * waiting) // _PER_GUEST
+    judged = min(_MOST_JUDGED, max(2, guests // 8))
+    silent = min(_MOST_SILENT, max(1, guests // 8))
+    visitors = min(_MOST_VISITORS, max(2, guests // 8))
+    others = judged + silent + visitors
+    return DescriptorBudget(
+        waiting,
+        judged,
+        guests,
+        guests // 2,
+        silent,
+        visitors,
+        max(2, guests - others),
+        spare - others,
+    )
+
+
+# The system's own bound (net.core.somaxconn) is usually the same.
+_BACKLOG = 4096
+# Whoever else has the port keeps it; the acceptor of a process that was killed does not.
+_LEAVES_S = 1.0
+# An acceptor that was killed is started anew, but not again and again.
+_AGAIN_S = 1.0
+# Descriptors that libzmq takes when it starts, its socket and the gate: counted.
+_LIBZMQ_DESCRIPTORS = 16
+# Of the acceptor: those that are being judged; more are not remembered.
+_MAX_JUDGED = 1024
+
+
+class TcpPort:
+    """`inner`: where the ZeroMQ socket listens. `judged`: addresses of those that it decides about."""
+
+    def __init__(self, endpoint: str, *, curve: bool) -> None:
+        """Takes the port. Raises Failure."""
+        self._curve = curve
+        self.judged: list[str] = []
+        self._notices: list[str] = []
+        self._listener = _listen(endpoint)
+        host, port = self._listener.getsockname()[:2]
+        #: With the address that a name or a star stands for.
+        self.endpoint = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        try:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            in_use = len(os.listdir("/proc/self/fd")) + _LIBZMQ_DESCRIPTORS
+            self.budget: DescriptorBudget = budget_of(limit, in_use)
+            # Whoever can open the socket in it comes past the acceptor.
+            self._folder = OwnFolder("port")
+        except BaseException:
+            self._listener.close()
+            raise
+        self.inner = f"ipc://{self._folder.path}/in.sock"
+        self._child: Child | None = None
+        self._started_at = float("-inf")
+        self._start()
+
+    def look(self) -> None:
+        """Take in what the acceptor has told; start it anew if it is gone."""
+        if self._child is None:
+            if time.monotonic() - self._started_at > _AGAIN_S:
+                with contextlib.suppress(OSError):
+                    self._start()
+            return
+        events, ending = self._child.read_events()
+        for event in events:
+            match event:
+                case {"event": "notice", "text": str(text)}:
+                    self._notices.append(text)
+                case {"event": "judged", "address": str(address)}:
+                    self.judged = [*self.judged, address][-_MAX_JUDGED:]
+                case {"event": "decided", "address": str(address)} if address in self.judged:
+                    self.judged.remove(address)
+        if ending:
+            self._reap(self._child)
+            self._notices.append(
+                f"the process that takes connections has ended ({self._child.verdict() or 'no error'})"
+                " and is started anew; clients come again by themselves"
+            )
+            self._child, self.judged = None, []
+
+    def take_notices(self) -> list[str]:
+        """What is worth a line in the log, once."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def close(self) -> None:
+        """The inner socket is closed: its last words go out, and nobody comes any more."""
+        self._listener.close()
+        if self._child is not None:
+            with contextlib.suppress(OSError):
+                self._child.socket.shutdown(socket.SHUT_WR)
+            self._reap(self._child)
+        self._folder.remove()
+
+    def _start(self) -> None:
+        self._started_at = time.monotonic()
+        budget = self.budget
+        fd = self._listener.fileno()
+        words = [f"--listener-fd={fd}", f"--path={self.inner.removeprefix('ipc://')}"]
+        words += [f"--most-waiting={budget.waiting}", f"--most-judged={budget.judged}"]
+        words += [f"--most-pipes={budget.pipes}", f"--most={budget.guests}"]
+        words += [*(["--curve"] if self._curve else [])]
+        self._child = Child(
+            "the acceptor of connections",
+            "vmapipe.archiver.listener.acceptor",
+            words,
+            [fd],
+            fork=True,
+        )
+
+    @staticmethod
+    def _reap(child: Child) -> None:
+        if not child.reap(STOP_S):
+            child.send_signal(signal.SIGKILL)
+            child.reap(STOP_S)
+
+
+def _listen(endpoint: str) -> socket.socket:
+    """Raises Failure."""
+    try:
+        family, address = _address_of(endpoint)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                # [::] is every address that this host has.
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            _bind(listener, address)
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise Failure(f"cannot listen on {endpoint}: {os_error_text(error)}") from error
+    return listener
+
+
+def _bind(listener: socket.socket, address: tuple[str, int]) -> None:
+    """The acceptor of one that was killed just now may have the port for another moment."""
+    deadline = time.monotonic() + _LEAVES_S
+    while True:
+        try:
+            listener.bind(address)
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        time.sleep(_LEAVES_S / 20)
+
+
+def _address_of(endpoint: str) -> tuple[int, tuple[str, int]]:
+    """`tcp://HOST:PORT`, with an address, a name, * or a network interface. Raises OSError."""
+    host, _, text = endpoint.removeprefix("tcp://").rpartition(":")
+    port = 0 if text == "*" else int(text)
+    host = "0.0.0.0" if host == "*" else host.strip("[]")
+    if host in dict(socket.if_nameindex()).values():
+        import psutil
+
+        for each in psutil.net_if_addrs().get(host, ()):
+            if each.family == socket.AF_INET:
+                host = each.address
+                break
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = found[0]
+    return family, (str(address[0]), port)

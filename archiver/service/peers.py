@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producers of all jobs: whose messages are passed on to which archiver, and how many. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vmapipe.archiver.service.jobs import (
+    AttachProducer,
+    DetachProducer,
+    DropPeer,
+    SendAnswer,
+    ServiceJob,
+)
+from vmapipe.protocol import jobs, limits
+from vmapipe.protocol.packing import Part
+
+# What may be under way to a job's archiver, from one producer, above what that
+# has granted: twice the most that an archiver ever grants in advance, so that
+# no honest producer meets it, even one that sends again after a reconnect.
+SLACK_BYTES = 2 * (16 << 20)
+# The least that a data message is counted with: its least charge (section 7 of
+# the wire's page), so that tiny ones are bounded, too.
+_LEAST_BYTES = limits.charge(1, 0)
+# Control messages under way without an answer. An honest producer has three.
+_MAX_UNANSWERED = 1000
+
+
+@dataclass(slots=True)
+class ForwardedProducer:
+    """One peer whose messages are passed on, and the bound on them.
+
+    An archiver grants credit for what it has dealt with: so what lies between
+    is at most what came, less what was granted since the beginning.
+    """
+
+    job: bytes
+    client: str
+    heard: float
+    taken_bytes: int = 0
+    dropped: int = 0
+    #: When its connection ended; what it had sent may still come.
+    gone: float = float("inf")
+    _first_limit: int = -1
+    _ceiling_bytes: int = SLACK_BYTES
+    _unanswered: int = 0
+
+    def admits(self, parts: int, size_bytes: int) -> bool:
+        """Whether a message may be passed on; it is counted then."""
+        if parts == 1:
+            self._unanswered += 1
+            return self._unanswered <= _MAX_UNANSWERED
+        cost = max(size_bytes, _LEAST_BYTES)
+        if self.taken_bytes + cost > self._ceiling_bytes:
+            return False
+        self.taken_bytes += cost
+        return True
+
+    def answered(self, limit: int | None) -> None:
+        """The archiver has said something; `limit` if it was about credit."""
+        self._unanswered = 0
+        if limit is not None:
+            if self._first_limit < 0:
+                self._first_limit = limit
+            self._ceiling_bytes = max(self._ceiling_bytes, limit - self._first_limit + SLACK_BYTES)
+
+
+class ForwardedProducers:
+    """`by_peer`: those that are attached to an archiver."""
+
+    def __init__(self) -> None:
+        self.by_peer: dict[bytes, ForwardedProducer] = {}
+
+    def attach(
+        self, job: ServiceJob, peer: bytes, client: str, now: float
+    ) -> Iterator[AttachProducer | DetachProducer | DropPeer]:
+        """A new one, or one of the job's over a new connection."""
+        if len(job.producers) >= job.most_producers:
+            # The one whose connection has been dead the longest.
+            oldest = min(job.producers, key=lambda other: self.by_peer[other].heard)
+            yield self._detach(job, oldest)
+            yield DropPeer(oldest)
+        job.producers.add(peer)
+        producer = self.by_peer[peer] = ForwardedProducer(job.id, client, now)
+        producer.admits(1, 0)
+        yield AttachProducer(peer, job.id)
+
+    def detach_all(self, job: ServiceJob) -> Iterator[DetachProducer]:
+        for peer in list(job.producers):
+            yield self._detach(job, peer)
+
+    def forget(self, job: ServiceJob, peer: bytes) -> None:
+        """It could not be attached."""
+        job.producers.discard(peer)
+        self.by_peer.pop(peer, None)
+
+    def detach_gone(self, job: ServiceJob, before: float) -> Iterator[DetachProducer]:
+        """Those whose connection ended before that."""
+        for peer in [peer for peer in job.producers if self.by_peer[peer].gone < before]:
+            yield self._detach(job, peer)
+
+    def _detach(self, job: ServiceJob, peer: bytes) -> DetachProducer:
+        job.producers.discard(peer)
+        del self.by_peer[peer]
+        return DetachProducer(peer)
+
+    def answer(self, peer: bytes, parts: Sequence[Part]) -> Iterator[SendAnswer]:
+        """A message from the archiver of this producer."""
+        producer = self.by_peer.get(peer)
+        if producer is None:
+            return
+        limit = None
+        if len(parts) == 1:
+            _, fields = jobs.unpack_control(parts)
+            limit = fields.get("limit", fields.get("credit"))
+        producer.answered(limit)
+        yield SendAnswer(peer, list(parts))
+
+
+# Refusals that one connection hears; then it is closed. An honest client needs one.
+MAX_REFUSALS = 16
+# Lines of a client's in the log at once, and one more in so many seconds: a log that
+# one client can fill is no log.
+_LINES = 10
+_LINE_S = 10.0
+# Clients that are counted; more than any service has.
+_MAX_CLIENTS = 4096
+
+
+class UnassignedPeers:
+    """`most`: of all clients together; one client may have a quarter of them."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        # In the order of their coming.
+        self._clients: dict[bytes, str] = {}
+        self._refusals: Counter[bytes] = Counter()
+
+    def met(self, peer: bytes, client: str) -> bytes | None:
+        """It has spoken, and belongs to no job; returns who has to go for it."""
+        if peer in self._clients:
+            return None
+        self._clients[peer] = client
+        counts = Counter(self._clients.values())
+        most_own = max(1, self._most // 4) if client else self._most
+        if counts[client] > most_own:
+            crowd = client
+        elif len(self._clients) > self._most:
+            crowd = counts.most_common(1)[0][0]
+        else:
+            return None
+        oldest = next(other for other, its in self._clients.items() if its == crowd)
+        self.left(oldest)
+        return oldest
+
+    def left(self, peer: bytes) -> None:
+        """It is gone, or belongs to a job now."""
+        self._clients.pop(peer, None)
+        self._refusals.pop(peer, None)
+
+    def of(self, client: str) -> list[bytes]:
+        return [peer for peer, its in self._clients.items() if its == client]
+
+    def may_hear(self, peer: bytes) -> bool:
+        """Whether one more refusal may be sent to it: it may not be reading them."""
+        self._refusals[peer] += 1
+        if len(self._refusals) > _MAX_CLIENTS:
+            del self._refusals[next(iter(self._refusals))]
+        return self._refusals[peer] <= MAX_REFUSALS
+
+
+class LogLimit:
+    """For each client, how many lines of its making come into the log."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, float] = {}
+        self._at: dict[str, float] = {}
+        self._unsaid: Counter[str] = Counter()
+
+    def may_say(self, client: str, now: float) -> bool:
+        left = self._left.get(client, float(_LINES))
+        left = min(float(_LINES), left + (now - self._at.get(client, now)) / _LINE_S)
+        self._at[client] = now
+        self._left[client] = left
+        if left < 1.0:
+            self._unsaid[client] += 1
+            return False
+        self._left[client] = left - 1.0
+        if len(self._at) > _MAX_CLIENTS:
+            oldest = next(iter(self._at))
+            del self._at[oldest], self._left[oldest]
+        return True
+
+    def more(self, now: float) -> Iterator[str]:
+        """What was left out, when there is room for a line about it."""
+        for client in list(self._unsaid):
+            if now - self._at[client] < _LINE_S and self._left[client] < 0.5:
+                continue
+            count = self._unsaid.pop(client)
+            who = f"client {client!r}" if client else "clients"
+            yield f"{count} more lines about {who} were left out"
+
+
+# Remembered, so that each is answered once; a peer's name has some ten bytes.
+_MAX_REMEMBERED = 4096
+# One is logged with its reason only so often; of the others, their number is.
+_LOG_S = 60.0
+
+
+class RejectedPeers:
+    """`refused` and `more` give lines for the log."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._peers: dict[bytes, None] = {}
+        self._unsaid = 0
+        self._said = float("-inf")
+
+    def is_new(self, peer: bytes) -> bool:
+        """Whether it was not refused before; from now on it was."""
+        if peer in self._peers:
+            return False
+        if len(self._peers) >= _MAX_REMEMBERED:
+            del self._peers[next(iter(self._peers))]
+        self._peers[peer] = None
+        return True
+
+    def refused(self, client: str, why: str, now: float) -> Iterator[str]:
+        self.count += 1
+        if now - self._said < _LOG_S:
+            self._unsaid += 1
+            return
+        self._said = now
+        who = f" from client {client!r}" if client else ""
+        yield f"refused a stranger{who}: {why}"
+
+    def more(self, now: float) -> Iterator[str]:
+        if self._unsaid and now - self._said >= _LOG_S:
+            count, self._unsaid, self._said = self._unsaid, 0, now
+            yield f"{count} more strangers were refused"
