@@ -70,8 +70,8 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 FIRST_NAME = """
 import zmq
-from vmapipe.archiver.job.server import Link
-link = Link("tcp://127.0.0.1:*")
+from vmapipe.archiver.job.server import ProducerSocket
+link = ProducerSocket("tcp://127.0.0.1:*")
 context = zmq.Context()
 dealer = context.socket(zmq.DEALER)
 dealer.connect(link.endpoint)
