@@ -342,14 +342,14 @@ import os
 from tests.archiver.extents import dense
 from vmapipe.archiver.outputs import stream
 from vmapipe.archiver.outputs.open import open_output
-from vmapipe.archiver.job.writer import Store
+from vmapipe.archiver.job.writer import ArchiveWriter
 from vmapipe.runtime.waiting import writable
 
 # A pipe that can only be written by waiting: nobody can get the writer out of it.
 stream._open_anew = lambda number: None
 theirs, ours = os.pipe()
 made = dense(580)
-store = Store(open_output(f"fd:{ours}"), None, lambda: None)
+store = ArchiveWriter(open_output(f"fd:{ours}"), None, lambda: None)
 store.begin(made.header, made.raw_header)
 for extent in made.extents:
     store.put(extent)
