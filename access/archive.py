@@ -34,7 +34,8 @@ from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.restore.archive.compressed import MAGIC_BYTES, is_compressed
 from vmapipe.restore.archive.digest import extent_digest
 from vmapipe.restore.archive.errors import DigestError, InputError
-from vmapipe.restore.archive.manifest import SUFFIX, Manifest
+from vmapipe.restore.archive.manifest import Manifest, manifest_beside
+from vmapipe.restore.archive.object import RemoteObject
 from vmapipe.restore.archive.reader import check_opening
 from vmapipe.restore.archive.source import Source, Stream, open_source
 from vmapipe.restore.archive.zstd import seekable_frames
@@ -260,8 +261,6 @@ def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int
 
 
 def _open_object(name: str, cancel: Cancel, caches: Caches) -> Storage:
-    from vmapipe.restore.archive.object import RemoteObject  # botocore takes a second
-
     remote = RemoteObject(name, (cancel,))
     try:
         start = remote.pread(MAGIC_BYTES, 0)
@@ -306,13 +305,8 @@ def _read(storage: Storage, length: int, offset: int) -> bytes:
 
 
 def _manifest(name: str, header: Header, raw_header: bytes, cancel: Cancel) -> Manifest | None:
-    path = name + SUFFIX
-    if is_object(name):
-        from vmapipe.restore.archive.object import object_exists
-
-        if not object_exists(path, (cancel,)):
-            return None
-    elif not os.path.exists(path):
+    path = manifest_beside(name, cancel)
+    if path is None:
         return None
     manifest = Manifest(path, cancel)
     try:

@@ -26,6 +26,9 @@ from vmapipe.runtime.syscalls import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     fallocate,
+    read_exactly_at,
+    try_read_at,
+    write_at,
 )
 
 _TRAILER = struct.Struct("<16s16sIQ")
@@ -72,7 +75,7 @@ class OverlayDisk:
                     f"{self._path} exists, and does not hold writes to this device of this archive"
                 )
             else:
-                self._table[:] = _pread_whole(fd, len(self._table), self._table_at)
+                read_exactly_at(fd, memoryview(self._table), self._table_at, self._path)
         except BlockingIOError:
             os.close(fd)
             raise Failure(f"{self._path} is in use by another process") from None
@@ -113,10 +116,7 @@ class OverlayDisk:
         for start, length, here in self._runs(offset, len(target)):
             piece = target[start - at : start - at + length]
             if here:
-                try:
-                    if os.preadv(self._fd, [piece], start, os.RWF_NOWAIT) != length:
-                        return False
-                except OSError:
+                if not try_read_at(self._fd, piece, start):
                     return False
             elif not self._below.try_read(piece, start):
                 return False
@@ -127,7 +127,7 @@ class OverlayDisk:
         for start, length, here in self._runs(offset, len(target)):
             piece = target[start - at : start - at + length]
             if here:
-                _pread_into(self._fd, piece, start)
+                read_exactly_at(self._fd, piece, start, self._path)
             else:
                 self._below.read(piece, start)
 
@@ -174,13 +174,13 @@ class OverlayDisk:
         start = block * BLOCK_BYTES
         piece = memoryview(bytearray(min(BLOCK_BYTES, self.size_bytes - start)))
         self._below.read(piece, start)
-        _pwrite_all(self._fd, piece, start)
+        write_at(self._fd, piece, start)
         self._mark(block, block + 1)
 
     def _write_blocks(self, data: memoryview, offset: int) -> None:
         if not len(data):
             return
-        _pwrite_all(self._fd, data, offset)
+        write_at(self._fd, data, offset)
         with self._lock:
             self._mark(offset // BLOCK_BYTES, -(-(offset + len(data)) // BLOCK_BYTES))
 
@@ -208,7 +208,7 @@ class OverlayDisk:
                 raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from error
             for at in range(middle, after, _ZEROES_BYTES):
                 zeroes = memoryview(bytes(min(_ZEROES_BYTES, after - at)))
-                _pwrite_all(self._fd, zeroes, at)
+                write_at(self._fd, zeroes, at)
         with self._lock:
             self._mark(first, last)
 
@@ -227,7 +227,7 @@ class OverlayDisk:
         try:
             os.fdatasync(self._fd)
             for page, raw in pages:
-                _pwrite_all(self._fd, memoryview(raw), self._table_at + page * _PAGE_BYTES)
+                write_at(self._fd, memoryview(raw), self._table_at + page * _PAGE_BYTES)
             if pages:
                 os.fdatasync(self._fd)
         except OSError:
@@ -244,23 +244,3 @@ class OverlayDisk:
             self.flush()
         finally:
             os.close(self._fd)
-
-
-def _pread_whole(fd: int, length: int, offset: int) -> bytes:
-    view = memoryview(bytearray(length))
-    _pread_into(fd, view, offset)
-    return bytes(view)
-
-
-def _pread_into(fd: int, view: memoryview, offset: int) -> None:
-    while view:
-        got = os.preadv(fd, [view], offset)
-        if not got:
-            raise OSError(errno.EIO, f"the file ends at {offset}: it was cut from outside")
-        view, offset = view[got:], offset + got
-
-
-def _pwrite_all(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(fd, data, offset)
-        data, offset = data[done:], offset + done

@@ -21,6 +21,7 @@ from vmapipe.restore.archive.errors import InputError
 from vmapipe.restore.archive.source import Stream
 from vmapipe.restore.archive.zstd import decompress_frame, decompress_start
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.syscalls import read_at, try_read_at, write_at
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import Frame
 
@@ -65,22 +66,13 @@ class PlainStorage:
         self._fd = fd
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(self._fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise read_error(self._name, offset + done, os_error_text(error)) from error
-            if not got:
-                break
-            done += got
-        return done
+        return read_at(self._fd, view, offset, self._failed)
+
+    def _failed(self, offset: int, error: OSError) -> OSError:
+        return read_error(self._name, offset, os_error_text(error))
 
     def try_read_into(self, view: memoryview, offset: int) -> bool:
-        try:
-            return os.preadv(self._fd, [view], offset, os.RWF_NOWAIT) == len(view)
-        except OSError:
-            return False  # EAGAIN, or an error that `read_into` tells
+        return try_read_at(self._fd, view, offset)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -254,11 +246,7 @@ class SpoolStorage:
                         f"{self._name} has more than {self._limit_bytes} bytes when it is "
                         "decompressed: raise --cache-size"
                     )
-                rest = view[:got]
-                while rest:
-                    rest = rest[
-                        os.pwrite(self._file.fileno(), rest, self._there + got - len(rest)) :
-                    ]
+                write_at(self._file.fileno(), view[:got], self._there)
                 with self._changed:
                     self._there += got
                     self._changed.notify_all()
@@ -277,21 +265,11 @@ class SpoolStorage:
                 self._changed.wait()
             if self._error and self._there < offset + len(view):
                 raise read_error(self._name, self._there, self._error)
-        done = 0
-        while done < len(view):
-            got = os.preadv(self._file.fileno(), [view[done:]], offset + done)
-            if not got:
-                break
-            done += got
-        return done
+        return read_at(self._file.fileno(), view, offset)
 
     def try_read_into(self, view: memoryview, offset: int) -> bool:
-        if self._there < offset + len(view):
-            return False
-        try:
-            return os.preadv(self._file.fileno(), [view], offset, os.RWF_NOWAIT) == len(view)
-        except OSError:
-            return False
+        there = offset + len(view) <= self._there
+        return there and try_read_at(self._file.fileno(), view, offset)
 
     def close(self) -> None:
         self._source.stop()

@@ -35,6 +35,7 @@ from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.process import yield_cpu
 from vmapipe.runtime.rate_limit import RateLimiter
+from vmapipe.runtime.syscalls import read_at
 
 # What a cluster takes of a frame's charge when all of it is data.
 _FULL_CHARGE = limits.CHARGE_PER_CLUSTER + CLUSTER_BYTES
@@ -196,16 +197,13 @@ class SavedClusters:
 
 def read_exactly(fd: int, target: memoryview, offset: int, what: str) -> None:
     """Raises Failure."""
-    while target:
-        try:
-            got = os.preadv(fd, [target], offset)
-        except OSError as error:
-            raise Failure(
-                f"{what}: cannot read at offset {offset}: {os_error_text(error)}"
-            ) from error
-        if not got:
-            raise Failure(f"{what}: ended at offset {offset}: it was cut from outside")
-        target, offset = target[got:], offset + got
+
+    def failed(at: int, error: OSError) -> Failure:
+        return Failure(f"{what}: cannot read at offset {at}: {os_error_text(error)}")
+
+    done = read_at(fd, target, offset, failed)
+    if done < len(target):
+        raise Failure(f"{what}: ended at offset {offset + done}: it was cut from outside")
 
 
 # A guest that writes to what is being read waits for it: a megabyte is read

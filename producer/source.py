@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.runtime.disk_use import use_of
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.syscalls import read_at
 
 # Below it, waking the helper costs more than it saves.
 _WORTH_BYTES = 1 << 20
@@ -108,15 +109,9 @@ class PairReader:
 
 
 def _fill(fd: int, buffer: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(buffer):
-        try:
-            got = os.preadv(fd, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise ReadFailed(offset + done, error) from error
-        if not got:
-            raise ShortRead(offset + done)
-        done += got
+    done = read_at(fd, buffer, offset, ReadFailed)
+    if done < len(buffer):
+        raise ShortRead(offset + done)
 
 
 class DiskSourceError(Failure):

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES, cluster_count
 from vmapipe.protocol.restore_work import Setup
@@ -20,6 +20,7 @@ from vmapipe.restore.archive.source import PlainFile
 from vmapipe.restore.archive.survey import Gap, survey
 from vmapipe.restore.targets.files import Folders
 from vmapipe.restore.targets.plan import Plan, renamed_configs
+from vmapipe.restore.targets.resume import Journal
 from vmapipe.restore.targets.targets import OpenTargets
 from vmapipe.restore.verify.ledger import Ledger, open_manifest
 from vmapipe.restore.verify.report import (
@@ -32,8 +33,9 @@ from vmapipe.restore.verify.report import (
     SalvageMap,
     range_fields,
     range_text,
+    restored_part_text,
+    salvage_advice,
     state_text,
-    whole_names,
 )
 from vmapipe.restore.workers.pool import WorkerPool, start_workers
 from vmapipe.restore.workers.sockets import ReaderLink
@@ -55,9 +57,6 @@ from vmapipe.runtime.events import Emit
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import ClusterRun, Extent
-
-if TYPE_CHECKING:
-    from vmapipe.restore.targets.resume import Journal
 
 # More writers than this were not quicker, whatever the storage.
 _MAX_WORKERS = 4
@@ -132,7 +131,7 @@ def restore(
     options = options or Options()
     manifest_path: str | None = None
     if options.check_digests:
-        manifest_path = options.manifest or manifest_beside(archive.source, cancel)
+        manifest_path = options.manifest or manifest_beside(archive.source.place, cancel)
     with ExitStack() as stack:
         manifest: Manifest | None = None
         wrong: ArchiveError | None = None
@@ -146,9 +145,6 @@ def restore(
             folders = stack.enter_context(Folders())
         journal: Journal | None = None
         if options.resume and folders.own is not None:
-            # Imported here: few restores need it.
-            from vmapipe.restore.targets.resume import Journal
-
             journal = stack.enter_context(Journal(folders.own, archive, plan))
         targets = stack.enter_context(OpenTargets(archive, plan, folders, journal))
         for text in folders.notices:
@@ -353,7 +349,7 @@ class _RestoreJob:
         broken = next((state for state in wanted if not state.is_whole), None)
         is_chosen = self._targets.plan.is_chosen
         if is_chosen and broken is None and not ledger.manifest_failed:
-            self._emit({"event": "notice", "text": _notice(error, wanted, states)})
+            self._emit({"event": "notice", "text": restored_part_text(error, wanted, states)})
             return
         if is_chosen and broken is not None:
             first = range_fields(*broken.ranges[0])
@@ -362,7 +358,7 @@ class _RestoreJob:
                 f"the archive: {error}",
                 reference_text=error.reference_text,
             )
-        error.advice = _advice(states)
+        error.advice = salvage_advice(states)
         raise error
 
     def _zero_missing(self) -> None:
@@ -494,21 +490,3 @@ class _RestoreJob:
         if self._journal is not None:
             text = f"what was written is kept ({self._journal.path}): the same command goes on"
             self._emit({"event": "notice", "text": text})
-
-
-def _notice(error: ArchiveError, wanted: Sequence[DiskState], states: Sequence[DiskState]) -> str:
-    whole = ", ".join(map(repr, whole_names(wanted))) or "nothing but configs"
-    others = [state_text(state.fields()) for state in states if not state.is_whole]
-    first = f"the archive is damaged; what is restored of it is whole: {whole}"
-    return "; ".join([first, *others, str(error)])
-
-
-def _advice(states: Sequence[DiskState]) -> str:
-    """What can be had of a damaged archive all the same."""
-    whole = ", ".join(map(repr, whole_names(states)))
-    if whole:
-        return (
-            f"; whole are {whole}: restored when only they are named (--device NAME); what there "
-            "is of all others: vmapipe restore --salvage"
-        )
-    return "; no disk of it is whole; what there is of them: vmapipe restore --salvage"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""System calls that Python's `os` does not have, and waiting for descriptors.
+"""System calls that Python's `os` does not have, whole reads and writes, and waiting for descriptors.
 
 The former go through the C library. The latter is poll(2) whatever the descriptors'
 numbers are: `select.select()` cannot take one above 1023, so a process with that many
@@ -18,7 +18,7 @@ import platform
 import select
 import socket
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -79,6 +79,52 @@ def openat2(folder_fd: int, path: str, flags: int, mode: int, resolve: int) -> i
     if fd < 0:
         raise _os_error()
     return int(fd)
+
+
+def read_at(
+    fd: int,
+    view: memoryview,
+    offset: int,
+    failed: Callable[[int, OSError], Exception] | None = None,
+) -> int:
+    """Fill `view` from `offset` on; returns how much there is, less only at the file's end.
+
+    Raises OSError, or what `failed` makes of the offset that could not be read and the OSError.
+    """
+    done = 0
+    while done < len(view):
+        try:
+            got = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            if failed is None:
+                raise
+            raise failed(offset + done, error) from error
+        if not got:
+            break
+        done += got
+    return done
+
+
+def try_read_at(fd: int, view: memoryview, offset: int) -> bool:
+    """Fill `view` without waiting for a disk; False where that cannot be done, or has an error."""
+    try:
+        return os.preadv(fd, [view], offset, os.RWF_NOWAIT) == len(view)
+    except OSError:
+        return False
+
+
+def read_exactly_at(fd: int, view: memoryview, offset: int, name: str) -> None:
+    """Fill `view` from `offset` on. Raises OSError, also (EIO) where the file `name` ends before."""
+    done = read_at(fd, view, offset)
+    if done < len(view):
+        raise OSError(errno.EIO, f"{name} ends at {offset + done}: it was cut from outside")
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`. Raises OSError."""
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
 
 
 def set_time_slice(policy: int, nice: int, slice_ns: int) -> None:

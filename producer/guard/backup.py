@@ -26,6 +26,7 @@ from vmapipe.protocol.guarding import (
     Waiting,
 )
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.syscalls import write_at
 
 
 class SaveSlots:
@@ -90,9 +91,7 @@ class SaveSlots:
         """Write a slot of the spool file; False when it cannot hold it."""
         at = (slot - self._in_memory) * CLUSTER_BYTES
         try:
-            while data:
-                done = os.pwrite(self._spool_fd, data, at)
-                data, at = data[done:], at + done
+            write_at(self._spool_fd, data, at)
         except OSError:
             return False
         return True

@@ -19,6 +19,8 @@ from vmapipe.runtime.syscalls import (
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
     fallocate,
+    read_exactly_at,
+    write_at,
 )
 
 _PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -84,16 +86,10 @@ class Image:
             raise
 
     def read(self, target: memoryview, offset: int) -> None:
-        while target:
-            got = os.preadv(self.fd, [target], offset)
-            if not got:
-                raise OSError(errno.EIO, f"{self.path} ends at {offset}: it was cut from outside")
-            target, offset = target[got:], offset + got
+        read_exactly_at(self.fd, target, offset, self.path)
 
     def write(self, data: memoryview, offset: int) -> None:
-        done = os.pwrite(self.fd, data, offset)
-        while done < len(data):
-            done += os.pwrite(self.fd, data[done:], offset + done)
+        write_at(self.fd, data, offset)
 
     def write_zeroes(self, offset: int, length: int, *, may_hole: bool, fast_only: bool) -> None:
         for mode in (_PUNCH, _ZERO) if may_hole else (_ZERO,):

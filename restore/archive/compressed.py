@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from vmapipe.restore.archive.errors import CompressionError, InputError
 from vmapipe.restore.archive.input import Input, ProgramInput
-from vmapipe.restore.archive.parts import Proof, Rewindable
+from vmapipe.restore.archive.parts import PartFormat, PartStream, Proof, Rewindable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.foreign import FOREIGN_COMPRESSIONS
@@ -241,10 +241,7 @@ def is_compressed(name: str, start: bytes) -> bool:
 def decompressed(
     name: str, source: Input, start: bytes, halts: Sequence[Cancel], options: ReadOptions
 ) -> tuple[io.RawIOBase, str]:
-    """Plain bytes of what begins with `start`, and the name of its compression.
-
-    Imports only what it needs: a restore's time begins with its imports.
-    """
+    """Plain bytes of what begins with `start`, and the name of its compression."""
     if not options.salvage:
         is_compressed(name, start)  # refuses what is known and cannot be read
     compression = salvaged_compression(name, start) if options.salvage else compression_of(start)
@@ -252,12 +249,11 @@ def decompressed(
         return source, "none"
     if compression == "lzo":
         return LzopStream(name, source, start, halts), compression
-    from vmapipe.restore.archive.parts import PartFormat, PartStream
-
     kind: PartFormat
     if compression == "gzip":
         kind = GzipMembers()
     else:
+        # A compiled library: 15 ms.
         from vmapipe.restore.archive.zstd import DEFAULT_WINDOW_BYTES, ZstdParts
 
         kind = ZstdParts(options.max_window_bytes or DEFAULT_WINDOW_BYTES)

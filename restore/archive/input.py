@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
+import psutil
+
 from vmapipe.restore.archive.errors import InputError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
@@ -207,8 +209,6 @@ def stop_program(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(_STOP_S)
     except subprocess.TimeoutExpired:
-        import psutil  # here: it takes 10 ms, and is almost never needed
-
         # A shell waits for its children before it ends: those too.
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(process.pid).children(recursive=True):

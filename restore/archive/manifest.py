@@ -11,7 +11,8 @@ from typing import IO, NamedTuple
 
 from vmapipe.restore.archive.errors import InputError
 from vmapipe.restore.archive.input import Input
-from vmapipe.restore.archive.source import Source, command_input
+from vmapipe.restore.archive.object import ObjectInput, RemoteObject, object_exists
+from vmapipe.restore.archive.source import command_input
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.objectstore import is_object
@@ -26,16 +27,16 @@ _LOOK_LINES = 4096
 SUFFIX = ".manifest.json"
 
 
-def manifest_beside(source: Source, cancel: Cancel) -> str | None:
-    """The manifest of this archive, if there is one. Raises InputError, Cancelled."""
-    if is_object(source.name):
-        from vmapipe.restore.archive.object import object_exists
+def manifest_beside(archive: str | None, cancel: Cancel) -> str | None:
+    """The manifest of the archive at this `place` (path or object; None: nowhere), if there is one.
 
-        name = source.name + SUFFIX
-        return name if object_exists(name, (cancel,)) else None
-    if source.path is None:
+    Raises InputError, Cancelled.
+    """
+    if archive is None:
         return None
-    path = source.path + SUFFIX
+    path = archive + SUFFIX
+    if is_object(archive):
+        return path if object_exists(path, (cancel,)) else None
     try:
         os.close(open_regular(path))
     except FileNotFoundError:
@@ -53,8 +54,6 @@ def _open(path: str, cancel: Cancel) -> IO[bytes] | io.BufferedReader:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         os.set_blocking(fd, True)
         return io.BufferedReader(Input(f"the manifest {path}", fd, (cancel,)))
-    from vmapipe.restore.archive.object import ObjectInput, RemoteObject
-
     return io.BufferedReader(ObjectInput(RemoteObject(path, (cancel,)), (cancel,)))
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.compressed import ReadOptions
+from vmapipe.restore.archive.digest import extent_digest
 from vmapipe.restore.archive.errors import DigestError
 from vmapipe.restore.archive.manifest import Manifest
 from vmapipe.restore.archive.source import PlainFile, Source, open_source
@@ -115,8 +116,6 @@ def _named(error: NotAnArchiveError, source: Source, read: bytes) -> NotAnArchiv
 
 def check_opening(header: Header, raw_header: bytes, manifest: Manifest) -> None:
     """Raises ArchiveError when the manifest belongs to another archive, DigestError for damage."""
-    from vmapipe.restore.archive.digest import extent_digest  # here: only where there is a manifest
-
     opening = manifest.opening
     if opening.uuid != header.uuid:
         raise ArchiveError(

@@ -19,11 +19,13 @@ from vmapipe.restore.archive.compressed import (
     salvaged_compression,
 )
 from vmapipe.restore.archive.errors import CompressionError, InputError
-from vmapipe.restore.archive.input import Input, ProgramInput
+from vmapipe.restore.archive.input import Input, ProgramInput, interruptible
+from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 from vmapipe.restore.archive.parts import Proof
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.syscalls import read_at
 from vmapipe.vma.seektable import is_zstd
 
 if TYPE_CHECKING:
@@ -47,37 +49,31 @@ class PlainFile:
         self.fd = fd
         self.size_bytes = size_bytes
 
+    @property
+    def place(self) -> str | None:
+        """The path by which it can be opened once more; None where it came as a descriptor."""
+        return self.path
+
     def pread(self, length: int, offset: int) -> bytes:
         """Fewer bytes than asked for only at the file's end. Raises InputError."""
-        pieces: list[bytes] = []
-        done = 0
-        while done < length:
-            try:
-                piece = os.pread(self.fd, length - done, offset + done)
-            except OSError as error:
-                raise InputError(
-                    f"cannot read {self.name} at offset {offset + done}: {os_error_text(error)}"
-                ) from error
-            if not piece:
-                break
-            pieces.append(piece)
-            done += len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        # Mostly a header of some hundred bytes, in one go.
+        try:
+            data = os.pread(self.fd, length, offset)
+        except OSError as error:
+            raise self._failed(offset, error) from error
+        if not data or len(data) == length:
+            return data
+        view = memoryview(bytearray(length))
+        view[: len(data)] = data
+        done = len(data) + self.read_into(view[len(data) :], offset + len(data))
+        return bytes(view[:done])
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view`; less than its length only at the file's end. Raises InputError."""
-        done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(self.fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise InputError(
-                    f"cannot read {self.name} at offset {offset + done}: {os_error_text(error)}"
-                ) from error
-            if not got:
-                break
-            done += got
-        return done
+        return read_at(self.fd, view, offset, self._failed)
+
+    def _failed(self, offset: int, error: OSError) -> InputError:
+        return InputError(f"cannot read {self.name} at offset {offset}: {os_error_text(error)}")
 
     def close(self) -> None:
         os.close(self.fd)
@@ -106,6 +102,11 @@ class Stream:
         self._halt = halt
         self._damage = _DamageHeldBack(raw)
         self._reader = io.BufferedReader(self._damage, _BUFFER_BYTES)
+
+    @property
+    def place(self) -> str | None:
+        """The path or object by which it can be opened once more; None where it comes only once."""
+        return self.name if is_object(self.name) else self.path
 
     @property
     def proof(self) -> Proof | None:
@@ -201,9 +202,6 @@ def command_input(word: str, halts: Sequence[Cancel]) -> Input:
 
 
 def _open_object(archive: str, cancel: Cancel, options: ReadOptions) -> Source:
-    from vmapipe.restore.archive.input import interruptible
-    from vmapipe.restore.archive.object import ObjectInput, RemoteObject
-
     remote = RemoteObject(archive, (cancel,))
     try:
         start = interruptible(lambda: remote.pread(MAGIC_BYTES, 0), (cancel,))
@@ -319,7 +317,7 @@ def _open_frames(
     cancel: Cancel,
 ) -> Source | None:
     """A zstd file by its seek table; None where it has none that can be used."""
-    from vmapipe.restore.archive import zstd  # here: plain archives need not wait 15 ms for it
+    from vmapipe.restore.archive import zstd  # a compiled library: 15 ms
 
     frames = zstd.seekable_frames(pread, size_bytes, (cancel,))
     if frames is None:

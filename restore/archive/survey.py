@@ -18,7 +18,6 @@ from vmapipe.restore.archive.reader import Archive, FoundExtent, open_archive
 from vmapipe.restore.archive.slots import ExtentSlots
 from vmapipe.restore.archive.source import PlainFile, open_source
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.objectstore import is_object
 from vmapipe.vma.errors import ArchiveError, ExtentError, NotAnArchiveError
 from vmapipe.vma.extent import (
     Extent,
@@ -398,7 +397,7 @@ def _open_without_header(
     name: str, cancel: Cancel, options: ReadOptions, manifest: str | None, error: ArchiveError
 ) -> Archive:
     with _at_first_extent(name, cancel, options, error) as archive:
-        if archive.source.path is None and not is_object(name):
+        if archive.source.place is None:
             raise InputError(
                 f"{error}: without it the archive has to be read twice, and {archive.source.name} "
                 "can be read only once: store it in a file first"
@@ -433,7 +432,7 @@ def _at_first_extent(
 
 def _totals(archive: Archive, path: str | None, cancel: Cancel) -> Totals | None:
     """The manifest's, where there is one of this very archive."""
-    path = path or manifest_beside(archive.source, cancel)
+    path = path or manifest_beside(archive.source.place, cancel)
     if path is None:
         return None
     try:

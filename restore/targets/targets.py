@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.restore_work import Partial, TargetSetup
@@ -22,12 +21,10 @@ from vmapipe.restore.targets.files import (
     publish_all,
     write_lines,
 )
+from vmapipe.restore.targets.image import ExistingImage, NewImage
 from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, check_plan
+from vmapipe.restore.targets.resume import Journal, ResumableFile
 from vmapipe.vma.header import Device
-
-if TYPE_CHECKING:
-    from vmapipe.restore.targets.image import ExistingImage, NewImage
-    from vmapipe.restore.targets.resume import Journal
 
 # Where vmstate ends is not known before its end: no file is larger than this.
 _NO_END = (1 << 63) - 1
@@ -94,18 +91,12 @@ class OpenTargets:
             if not device.is_vmstate:
                 file.set_size(device.size_bytes)
         else:
-            # Imported here: few restores need it.
-            from vmapipe.restore.targets.image import NewImage
-
             image = NewImage(spec.path, self._folders, spec.image_format, device.size_bytes)
             self._new[device.dev_id] = self._images[device.dev_id] = image
 
     def _new_file(self, device: Device, spec: TargetSpec) -> NewFile:
         if self._journal is None:
             return NewFile(spec.path, self._folders)
-        # Imported here: few restores need it.
-        from vmapipe.restore.targets.resume import ResumableFile
-
         known = self._journal.inode(device.dev_id)
         file = ResumableFile(spec.path, self._folders, self._journal, known)
         self._inodes[device.dev_id] = file.inode
@@ -114,8 +105,6 @@ class OpenTargets:
     def _opened(self, device: Device, spec: TargetSpec) -> ExistingTarget | ExistingImage:
         if spec.is_raw:
             return ExistingTarget(spec, device)
-        from vmapipe.restore.targets.image import ExistingImage
-
         image = self._images[device.dev_id] = ExistingImage(spec, device)
         return image
 

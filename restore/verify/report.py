@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from vmapipe.restore.archive.reader import ArchiveTotals
 from vmapipe.runtime.events import Event
 from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
+from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import Device
 
 SOUND, UNCHECKED, INCOMPLETE, DAMAGED = "sound", "unchecked", "incomplete", "damaged"
@@ -264,3 +265,24 @@ class SalvageMap(NamedTuple):
 def whole_names(states: Iterable[DiskState]) -> list[str]:
     """The devices that can be restored as they were."""
     return [one_line(s.device.name, MAX_NAME_CHARS) for s in states if s.is_whole]
+
+
+def restored_part_text(
+    error: ArchiveError, wanted: Sequence[DiskState], states: Sequence[DiskState]
+) -> str:
+    """What is told of a damaged archive whose chosen devices are whole."""
+    whole = ", ".join(map(repr, whole_names(wanted))) or "nothing but configs"
+    others = [state_text(state.fields()) for state in states if not state.is_whole]
+    first = f"the archive is damaged; what is restored of it is whole: {whole}"
+    return "; ".join([first, *others, str(error)])
+
+
+def salvage_advice(states: Sequence[DiskState]) -> str:
+    """What can be had of a damaged archive all the same."""
+    whole = ", ".join(map(repr, whole_names(states)))
+    if whole:
+        return (
+            f"; whole are {whole}: restored when only they are named (--device NAME); what there "
+            "is of all others: vmapipe restore --salvage"
+        )
+    return "; no disk of it is whole; what there is of them: vmapipe restore --salvage"

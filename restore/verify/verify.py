@@ -15,6 +15,7 @@ from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.digest import file_digest
 from vmapipe.restore.archive.errors import InputError
 from vmapipe.restore.archive.manifest import Manifest, manifest_beside
+from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 from vmapipe.restore.archive.reader import Archive, FoundExtent, open_archive
 from vmapipe.restore.archive.source import Source
 from vmapipe.restore.archive.survey import Gap, survey
@@ -24,7 +25,6 @@ from vmapipe.restore.verify.report import Damage, Report
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.objectstore import is_object
 from vmapipe.vma.manifest import Totals
 
 # Hashing is quicker than any disk; beyond four threads nothing was gained.
@@ -121,7 +121,7 @@ class _Verification:
         options = self._options
         path: str | None = None
         if options.check_digests:
-            path = options.manifest or manifest_beside(self._archive.source, self._cancel)
+            path = options.manifest or manifest_beside(self._archive.source.place, self._cancel)
         if path is None:
             return None
         self._report.manifest = path
@@ -154,7 +154,7 @@ class _Verification:
 
 def must_be_there_twice(source: Source) -> None:
     """Raises UsageError for what is gone once it was read."""
-    if source.path is None and not is_object(source.name):
+    if source.place is None:
         raise UsageError(
             f"--whole-file: {source.name} can be read only once; verify the stored file"
         )
@@ -174,7 +174,4 @@ def _open(source: Source, cancel: Cancel) -> RawIOBase:
         file = FileIO(source.path)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return file
-    # Imported here: few archives are in a store.
-    from vmapipe.restore.archive.object import ObjectInput, RemoteObject
-
     return ObjectInput(RemoteObject(source.name, (cancel,)), (cancel,))

@@ -23,7 +23,6 @@ from vmapipe.protocol.nbd.request import encode_request
 from vmapipe.protocol.restore_work import TargetSetup
 from vmapipe.restore.archive.errors import TargetError
 from vmapipe.restore.targets.image import EXPORT
-from vmapipe.restore.workers.writer import zero_pages
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.vma.extent import ClusterRun, block_pieces
 
@@ -41,8 +40,8 @@ _RECEIVE_BYTES = 4096
 class NbdTarget:
     """One connection, of one worker. Zeroes are written where the image may hold other data."""
 
-    def __init__(self, setup: TargetSetup) -> None:
-        """Raises TargetError."""
+    def __init__(self, setup: TargetSetup, zeroes: memoryview) -> None:
+        """`zeroes`: of `_WRITE_BYTES`, for a server that cannot zero. Raises TargetError."""
         self._size_bytes = setup.size_bytes
         self._write_zeroes = setup.write_zeroes
         # A range of zeroes that is not written yet: the next one may go on there.
@@ -71,7 +70,7 @@ class NbdTarget:
         self._knows_zeroes = bool(export.flags & NBD_FLAG_SEND_WRITE_ZEROES)
         most = min(_ZERO_BYTES, export.block_sizes.maximum)
         self._zero_bytes = (most if self._knows_zeroes else _WRITE_BYTES) & -_SECTOR_BYTES
-        self._zeroes = memoryview(b"") if self._knows_zeroes else zero_pages()
+        self._zeroes = zeroes
 
     def write(self, run: ClusterRun, data: memoryview) -> None:
         """`data` must not change before `flush`. Raises TargetError."""

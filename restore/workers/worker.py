@@ -31,6 +31,7 @@ from vmapipe.protocol.restore_work import (
     decode_for_worker,
     encode,
 )
+from vmapipe.restore.archive.digest import extent_digest
 from vmapipe.restore.archive.errors import InputError
 from vmapipe.restore.archive.slots import map_slots
 from vmapipe.restore.workers.sockets import WorkerLink
@@ -40,6 +41,7 @@ from vmapipe.runtime.errors import Cancelled, os_error_text
 from vmapipe.runtime.events import Emit, ignore
 from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.process import run_child
+from vmapipe.runtime.syscalls import read_at
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import Extent, parse_extent_header, without
 
@@ -159,17 +161,9 @@ class Worker:
         return _is_right(digest, raw)
 
     def _read(self, raw: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(raw):
-            try:
-                got = os.preadv(self._archive_fd, [raw[done:]], offset + done)
-            except OSError as error:
-                raise InputError(
-                    f"cannot read the archive at offset {offset + done}: {os_error_text(error)}"
-                ) from error
-            if not got:
-                raise ArchiveError("the archive is cut while it is read", offset=offset + done)
-            done += got
+        done = read_at(self._archive_fd, raw, offset, _unreadable)
+        if done < len(raw):
+            raise ArchiveError("the archive is cut while it is read", offset=offset + done)
 
     def _parse(self, raw: bytes | memoryview, offset: int) -> Extent:
         uuid = self._setup.uuid if self._setup is not None else b""
@@ -188,12 +182,14 @@ class Worker:
                 folder.remove(os.fsdecode(partial.name), partial.fd)
 
 
+def _unreadable(offset: int, error: OSError) -> InputError:
+    return InputError(f"cannot read the archive at offset {offset}: {os_error_text(error)}")
+
+
 def _is_right(digest: bytes, *parts: bytes | memoryview) -> bool:
     """Whether the parts have this digest; an empty one says nothing."""
     if not digest:
         return True
-    from vmapipe.restore.archive.digest import extent_digest  # here: only where there is a manifest
-
     return extent_digest(*parts) == digest
 
 

@@ -4,27 +4,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import mmap
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES
 from vmapipe.protocol.restore_work import TargetSetup
 from vmapipe.restore.archive.errors import TargetError
+from vmapipe.restore.workers.nbd_target import NbdTarget
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.vma.extent import ClusterRun, Extent, block_pieces
-
-if TYPE_CHECKING:
-    from vmapipe.restore.workers.nbd_target import NbdTarget
-import errno
-import mmap
-
 from vmapipe.runtime.syscalls import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
     fallocate,
+    read_at,
 )
+from vmapipe.vma.extent import ClusterRun, Extent, block_pieces
 
 # Below this, writing zeroes is quicker than changing the file's extents.
 RANGE_BYTES = 64 * 1024
@@ -105,7 +102,7 @@ class TargetWriter:
     def __init__(self, setups: Iterable[TargetSetup]) -> None:
         zeroes = zero_pages()
         self._targets: dict[int, _FileTarget | NbdTarget] = {
-            setup.dev_id: _nbd_target(setup) if setup.nbd else _FileTarget(setup, zeroes)
+            setup.dev_id: NbdTarget(setup, zeroes) if setup.nbd else _FileTarget(setup, zeroes)
             for setup in setups
         }
 
@@ -154,13 +151,6 @@ class TargetWriter:
     def sync(self, dev_id: int) -> None:
         """Bring a target to the disk. Raises TargetError."""
         self._targets[dev_id].sync()
-
-
-def _nbd_target(setup: TargetSetup) -> NbdTarget:
-    # Imported here: few restores need it.
-    from vmapipe.restore.workers.nbd_target import NbdTarget
-
-    return NbdTarget(setup)
 
 
 class _FileTarget:
@@ -233,15 +223,11 @@ class _FileTarget:
     def _read(self, at: int, length: int) -> memoryview:
         """What is beyond the target's end reads as zero."""
         buffer = memoryview(bytearray(length))
-        done = 0
-        try:
-            while done < length and (got := os.preadv(self._fd, [buffer[done:]], at + done)):
-                done += got
-        except OSError as error:
-            raise TargetError(
-                f"{self._label} (nor read it) at offset {at + done}: {os_error_text(error)}"
-            ) from error
+        read_at(self._fd, buffer, at, self._unreadable)
         return buffer
+
+    def _unreadable(self, at: int, error: OSError) -> TargetError:
+        return TargetError(f"{self._label} (nor read it) at offset {at}: {os_error_text(error)}")
 
     def _write_data(self, at: int, data: memoryview) -> None:
         done = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import random
 from pathlib import Path
 
@@ -118,3 +119,13 @@ def _is_data(raw: bytes, stored: bytearray) -> bool:
     headers = [(0, extents_of(raw)[0].offset)]
     headers += [(e.offset, e.offset + 512) for e in extents_of(raw)]
     return not any(start <= at < end for start, end in headers)
+
+
+def test_a_fifo_where_the_manifest_should_be_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "vm.vma"
+    path.write_bytes(archive({"a": b"x" * 65536}))
+    os.mkfifo(tmp_path / "vm.vma.manifest.json")
+    cancel = Cancel()
+    with pytest.raises(Failure, match="cannot open the manifest"):
+        open_for_access(str(path), cancel, print, Caches(None, "/tmp", 1 << 30))
+    cancel.close()

@@ -183,19 +183,19 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
     [
         (
             "vmapipe.control.inspect",
-            "zmq msgpack psutil backports.zstd asyncio vmapipe.control.job",
+            "zmq msgpack backports.zstd asyncio vmapipe.control.job",
         ),
         (
             "vmapipe.control.backup",
-            "psutil backports.zstd asyncio xxhash qemu subprocess vmapipe.restore vmapipe.protocol.jobs",
+            "backports.zstd asyncio xxhash qemu vmapipe.restore vmapipe.protocol.jobs",
         ),
-        ("vmapipe.producer.main", "psutil backports.zstd asyncio xxhash subprocess vmapipe.vma"),
+        ("vmapipe.producer.main", "backports.zstd asyncio xxhash vmapipe.vma"),
         (
             "vmapipe.archiver.main",
-            "psutil backports.zstd asyncio xxhash qemu subprocess vmapipe.restore vmapipe.runtime.keys",
+            "backports.zstd asyncio xxhash qemu vmapipe.restore vmapipe.runtime.keys",
         ),
-        ("vmapipe.restore.verify.verify", "psutil backports.zstd asyncio qemu"),
-        ("vmapipe.restore.workers.worker", "psutil backports.zstd asyncio xxhash subprocess qemu"),
+        ("vmapipe.restore.verify.verify", "backports.zstd asyncio qemu"),
+        ("vmapipe.restore.workers.worker", "backports.zstd asyncio qemu"),
     ],
 )
 def test_a_start_imports_only_what_it_needs(command: str, not_needed: str) -> None:

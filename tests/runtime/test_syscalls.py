@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting for descriptors works whatever their numbers are."""
+"""Waiting works whatever the descriptors' numbers are; reads and writes are whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ import pytest
 
 from tests.machine import LIMIT_S
 from vmapipe.runtime.children import Child
-from vmapipe.runtime.syscalls import readable, writable
+from vmapipe.runtime.syscalls import (
+    read_at,
+    read_exactly_at,
+    readable,
+    try_read_at,
+    writable,
+    write_at,
+)
 
 # The first descriptor that select() cannot take is 1024.
 HIGH = 1500
@@ -116,3 +123,43 @@ def test_a_parent_is_told_above_descriptor_1023(room: None) -> None:
     words = [sys.executable, "-c", PARENT.replace("HIGH", str(HIGH))]
     done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.stdout == "b'progress'\n", done.stderr
+
+
+def test_what_the_kernel_does_in_pieces_is_done_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:3], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:3]], at))
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    write_at(fd, memoryview(b"0123456789"), 5)
+    view = memoryview(bytearray(10))
+    read_exactly_at(fd, view, 5, "it")
+    assert bytes(view) == b"0123456789"
+    assert read_at(fd, view, 8) == 7
+    assert bytes(view[:7]) == b"3456789"
+    with pytest.raises(OSError, match="it ends at 15: it was cut from outside"):
+        read_exactly_at(fd, view, 8, "it")
+    os.close(fd)
+
+
+def test_a_failed_read_names_the_offset_that_could_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv = os.preadv
+
+    def first_part_only(fd: int, views: list[memoryview], at: int, flags: int = 0) -> int:
+        if at >= 8:
+            raise OSError(5, "Input/output error")
+        return preadv(fd, [views[0][:4]], at)
+
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 20)
+    monkeypatch.setattr(os, "preadv", first_part_only)
+    with path.open("rb") as file:
+        view = memoryview(bytearray(20))
+        with pytest.raises(RuntimeError, match="at 8"):
+            read_at(file.fileno(), view, 0, lambda at, error: RuntimeError(f"at {at}"))
+        with pytest.raises(OSError, match="Input/output error"):
+            read_at(file.fileno(), view, 0)
+        assert not try_read_at(file.fileno(), view, 0)
