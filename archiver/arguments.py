@@ -75,9 +75,9 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-jobs",
         type=int,
-        default=64,
+        default=0,
         metavar="N",
-        help="jobs at once (default: 64); further ones are refused",
+        help="jobs at once (default: 64, or as many as clients are listed); further ones are refused",
     )
     group.add_argument(
         "--min-free",

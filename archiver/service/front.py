@@ -31,6 +31,7 @@ from vmapipe.archiver.service.peers import (
     ForwardedProducer,
     ForwardedProducers,
     LogLimit,
+    Openings,
     RejectedPeers,
     UnassignedPeers,
 )
@@ -64,6 +65,7 @@ class Front:
         self._strangers = RejectedPeers()
         self._visitors = UnassignedPeers(bounds.most_visitors)
         self._log_limit = LogLimit()
+        self._openings = Openings()
 
     @property
     def running(self) -> list[ServiceJob]:
@@ -145,7 +147,10 @@ class Front:
         self, job_id: bytes, words: str, usage: Event, now: float
     ) -> Iterator[ServiceInstruction]:
         """A job's archiver is gone. `words` say why if it failed; `usage` is for the log."""
-        yield from self.jobs[job_id].end(words, usage, now)
+        job = self.jobs[job_id]
+        if job.stored is not None:
+            self._openings.stored(job.client)
+        yield from job.end(words, usage, now)
 
     # --- time, and the end ---
 
@@ -190,6 +195,13 @@ class Front:
             if self._stopping:
                 raise RemoteProtocolError("stopping", self._stopping)
             place = admit(client, request, self.running, self._limits, self._facts)
+            wait_s = self._openings.wait_s(client, now)
+            if wait_s:
+                raise RemoteProtocolError(
+                    "too-often",
+                    "this client has opened many jobs that stored nothing; the next one may be "
+                    f"opened in {wait_s} s",
+                )
         except RemoteProtocolError as error:
             if self._log_limit.may_say(client, now):
                 yield LogEvent(

@@ -7,6 +7,7 @@ Methods that give instructions are lazy iterators: exhaust each before the next 
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -122,8 +123,8 @@ class ArchivePlace(NamedTuple):
     max_jobs: int = 0
     quota_bytes: int = 0
     used_bytes: int = 0
-    #: Other clients may come, for whom there has to be room.
-    shared: bool = False
+    #: Other clients that may come, for whom there has to be room.
+    others: frozenset[str] = frozenset()
 
 
 class Need(NamedTuple):
@@ -350,13 +351,17 @@ def message_of(event: Event, name: str) -> jobs.FromService | None:
 # What an archiver's process may take: some 45 MiB, its producers' window, compression.
 JOB_MEMORY_BYTES = 128 << 20
 _UNLIMITED = Need(1 << 30, 1 << 30)
+_USUAL_JOBS = 64
+# What is kept for each listed client, however many others there are: a host with so many disks.
+_KEPT_DEVICES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceLimits:
     """Of the whole service. `heartbeat_s`: a coordinator that is silent so long is dead."""
 
-    max_jobs: int = 64
+    #: 0: as many as are usual, and not less than clients are listed.
+    max_jobs: int = 0
     min_free_bytes: int = 1 << 30
     min_memory_bytes: int = 256 << 20
     heartbeat_s: int = 90
@@ -400,20 +405,8 @@ def admit(
         raise RemoteProtocolError(
             "exists", f"{request.name} exists or is being made; choose another name"
         )
-    if len(running) >= bounds.max_jobs:
-        raise RemoteProtocolError("too-many-jobs", f"{len(running)} jobs are running; try later")
-    mine = sum(job.client == client for job in running)
-    if place.max_jobs and mine >= place.max_jobs:
-        raise RemoteProtocolError(
-            "too-many-jobs", f"{mine} jobs of this client are running; try later"
-        )
-    if place.shared and not place.max_jobs and mine >= bounds.max_jobs - len(running):
-        raise RemoteProtocolError(
-            "too-many-jobs",
-            f"{mine} jobs of this client are running, and the other places are kept for others; "
-            "try later",
-        )
-    _check_need(client, len(request.devices), running, bounds.most, shared=place.shared)
+    _check_places(client, running, place, bounds.max_jobs)
+    _check_need(client, len(request.devices), running, place, bounds.most)
     if place.quota_bytes and place.used_bytes >= place.quota_bytes:
         raise RemoteProtocolError(
             "quota", f"{place.used_bytes} bytes are stored of a quota of {place.quota_bytes}"
@@ -432,10 +425,36 @@ def admit(
     return place
 
 
-def _check_need(
-    client: str, devices: int, running: Sequence[ServiceJob], most: Need, *, shared: bool
+def _check_places(
+    client: str, running: Sequence[ServiceJob], place: ArchivePlace, max_jobs: int
 ) -> None:
-    """A client may take half of what is left; so there is always room for another one's first job."""
+    """A client may take half of what is left, and no place that a listed one without a job needs."""
+    most = max_jobs or max(_USUAL_JOBS, 1 + len(place.others))
+    left = most - len(running)
+    mine = sum(job.client == client for job in running)
+    if left <= 0:
+        raise RemoteProtocolError("too-many-jobs", f"{len(running)} jobs are running; try later")
+    if place.max_jobs and mine >= place.max_jobs:
+        raise RemoteProtocolError(
+            "too-many-jobs", f"{mine} jobs of this client are running; try later"
+        )
+    if not mine or not place.others:
+        return
+    waiting = len(place.others - {job.client for job in running})
+    # Where there are more clients than places, not all can have one at a time.
+    kept = min(waiting, most // 2)
+    if left <= kept or (not place.max_jobs and mine >= left):
+        raise RemoteProtocolError(
+            "too-many-jobs",
+            f"{mine} jobs of this client are running, and the other places are kept for others; "
+            "try later",
+        )
+
+
+def _check_need(
+    client: str, devices: int, running: Sequence[ServiceJob], place: ArchivePlace, most: Need
+) -> None:
+    """A client may take half of what is left, and nothing of what is kept for others."""
     need = need_of(devices)
     if any(its > all_of_it for its, all_of_it in zip(need, most, strict=True)):
         raise RemoteProtocolError(
@@ -445,14 +464,29 @@ def _check_need(
             f"{most.descriptors} for all jobs: its limit of open files has to be raised",
         )
     for number, what in enumerate(("connections", "open files")):
-        taken = sum(job.need[number] for job in running)
-        own = sum(job.need[number] for job in running if job.client == client)
-        left = most[number] - taken
-        # The first job of a client may take more than half.
-        fair = left if not own or not shared else min(left, left - own)
-        if need[number] > fair:
+        taken: Counter[str] = Counter()
+        for job in running:
+            taken[job.client] += job.need[number]
+        own, left = taken[client], most[number] - taken.total()
+        fair = left
+        if place.others:
+            share = kept_share(most[number], number, 1 + len(place.others))
+            unkept = left - sum(max(0, share - taken[other]) for other in place.others)
+            # The first job of a client may take more than half of what nobody needs.
+            fair = max(share - own, min(unkept, left - own) if own else unkept)
+        if need[number] > min(left, fair):
             raise RemoteProtocolError(
                 "too-many-jobs",
                 f"the job needs {need[number]} {what} of the service's, and {max(0, fair)} are left "
                 "for this client; try later",
             )
+
+
+def kept_share(total: int, number: int, clients: int) -> int:
+    """Return what of `total` is kept for each listed client: half of an equal part, or less.
+
+    The other half is for whoever comes, so that a large job finds room where little is shared.
+    """
+    least, usual = need_of(1)[number], need_of(_KEPT_DEVICES)[number]
+    share = max(least, min(usual, total // (2 * clients)))
+    return share if share * clients <= total else 0

@@ -99,8 +99,8 @@ def _check(options: argparse.Namespace) -> None:
     _reconnect_limit_s(options)
     if not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(f"--threads {options.threads}: use 1 to {MAX_THREADS}")
-    if options.max_jobs < 1 or options.client_jobs < 0:
-        raise UsageError("--max-jobs is at least 1, --client-jobs at least 0")
+    if options.max_jobs < 0 or options.client_jobs < 0:
+        raise UsageError("--max-jobs and --client-jobs are at least 0")
 
 
 def _check_for_store(options: argparse.Namespace) -> None:

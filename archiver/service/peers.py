@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,39 @@ class UnassignedPeers:
         if len(self._refusals) > _MAX_CLIENTS:
             del self._refusals[next(iter(self._refusals))]
         return self._refusals[peer] <= MAX_REFUSALS
+
+
+# Jobs of a client that store nothing, at once: as many as a service usually has places, so that a host with many machines may
+# lose all its jobs to a cut and open them again.
+_BURST = 64
+# And one more in so many seconds: each is the start of a process, a tenth of a second's work.
+_OPENING_S = 2.0
+
+
+class Openings:
+    """Count the jobs that each client opens, less those that are stored."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, float] = {}
+        self._at: dict[str, float] = {}
+
+    def wait_s(self, client: str, now: float) -> int:
+        """Return 0 and count a job, or the seconds after which one may be opened."""
+        left = self._left.get(client, float(_BURST))
+        left = min(float(_BURST), left + (now - self._at.pop(client, now)) / _OPENING_S)
+        may = left >= 1.0
+        # The last one who came is the last one to be forgotten.
+        self._left[client] = left - 1.0 if may else left
+        self._at[client] = now
+        if len(self._at) > _MAX_CLIENTS:
+            oldest = next(iter(self._at))
+            del self._at[oldest], self._left[oldest]
+        return 0 if may else math.ceil((1.0 - left) * _OPENING_S)
+
+    def stored(self, client: str) -> None:
+        """One of its jobs was stored: it counts no more."""
+        if client in self._left:
+            self._left[client] = min(float(_BURST), self._left[client] + 1.0)
 
 
 class LogLimit:

@@ -53,17 +53,18 @@ class ClientRules:
         self._usual = usual
         self._folder = folder
         self._per_client = per_client
+        self._listed: frozenset[str] = frozenset()
         for file in sorted(folder.glob("*.toml")) if folder else ():
             read_client_limits(file, usual)
 
-    def has_others(self, client: str) -> bool:
-        """Whether other clients may come than this one."""
+    def others_of(self, client: str) -> frozenset[str]:
+        """Return the clients that may come beside this one, as they were listed last."""
         if not self._folder or not client:
-            return False
-        try:
-            return any(name != client for name in client_names(self._folder))
-        except OSError:
-            return True
+            return frozenset()
+        # What cannot be read for a moment takes nobody's place away.
+        with contextlib.suppress(OSError):
+            self._listed = frozenset(client_names(self._folder))
+        return self._listed - {client}
 
     def of(self, client: str) -> ClientLimits:
         """Raises Failure."""
@@ -135,7 +136,7 @@ class FolderStorage:
             max_jobs=rules.max_jobs,
             quota_bytes=rules.quota_bytes,
             used_bytes=_used_bytes(folder) if rules.quota_bytes else 0,
-            shared=self._rules.has_others(client),
+            others=self._rules.others_of(client),
         )
 
     def room(self) -> FreeSpace:
@@ -275,7 +276,7 @@ class ObjectStorage:
         return ArchivePlace(
             f"{folder}/{request.name}",
             max_jobs=rules.max_jobs,
-            shared=self._rules.has_others(client),
+            others=self._rules.others_of(client),
         )
 
     def room(self) -> FreeSpace:

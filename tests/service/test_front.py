@@ -321,7 +321,7 @@ def test_nobody_hears_what_is_said_to_a_coordinator_whose_connection_has_ended(
 
 def test_one_client_cannot_take_all_places_where_others_may_come() -> None:
     world = World(ServiceLimits(max_jobs=64, heartbeat_s=HEARTBEAT_S))
-    world.shared = True
+    world.others = {"eve", "mallory", "alice"}
     for client in ("eve", "mallory", "alice"):
         for number in range(64):
             world.open(b"%s-%d" % (client.encode(), number), client, f"{number}.vma")
@@ -341,7 +341,7 @@ def test_jobs_are_opened_only_as_far_as_descriptors_reach() -> None:
     world = World(
         ServiceLimits(heartbeat_s=HEARTBEAT_S, most=Need(10 * one.connections, 7 * one.descriptors))
     )
-    world.shared = True
+    world.others = {"eve", "alice"}
     for client in ("eve", "alice"):
         for number in range(8):
             world.open(b"%s-%d" % (client.encode(), number), client, f"{number}.vma")
@@ -486,3 +486,56 @@ def test_control_messages_without_an_answer_are_bounded(world: World) -> None:
     for _ in range(5000):
         world.say(b"p", "", frames.encode_control(Ping()))
     assert len(world.forwarded) <= 1000
+
+
+@pytest.mark.parametrize(
+    ("clients", "descriptors"),
+    [(2, 400), (13, 400), (13, 5000), (40, 1000), (64, 5000), (100, 5000)],
+)
+def test_however_many_clients_take_what_they_can_each_other_has_room_for_a_job(
+    clients: int, descriptors: int
+) -> None:
+    most = Need(descriptors // 3, descriptors)
+    world = World(ServiceLimits(heartbeat_s=HEARTBEAT_S, most=most))
+    names = [f"c{number}" for number in range(clients)]
+    world.others = set(names)
+    greedy, honest = names[:-1], names[-1]
+    for number in range(70 if clients < 40 else 4):
+        for client in greedy:
+            # All that come and are refused come again.
+            world.now += 2.0
+            world.open(b"%s-%d" % (client.encode(), number), client, f"{number}.vma")
+    world.open(b"honest", honest, "vm.vma")
+    assert world.front.running[-1].client == honest
+    if clients == 2:
+        assert len(world.front.running) > 1  # the other one had more than one
+
+
+def test_who_opens_jobs_that_store_nothing_again_and_again_waits_and_others_do_not() -> None:
+    world = World(ServiceLimits(heartbeat_s=HEARTBEAT_S))
+    world.others = {"eve", "alice"}
+    opened = 0
+    for number in range(200):
+        job = world.open(b"e%d" % number, "eve", f"{number}.vma")
+        if job in world.archivers:
+            opened += 1
+            world.say(b"e%d" % number, "eve", jobs.encode(jobs.Cancel(job, "")))
+            world.end(job, "cancelled")
+            world.pass_time(0.01)
+    assert opened == 64
+    (refused,) = [m for m in world.heard_by(b"e199") if isinstance(m, jobs.Refused)]
+    assert refused.code == "too-often"
+    assert "may be opened in" in refused.reason
+    job = world.open(b"alice", "alice", "vm.vma")
+    assert job in world.archivers
+    world.pass_time(20)
+    assert world.open(b"late", "eve", "late.vma") in world.archivers
+
+
+def test_jobs_that_are_stored_are_not_counted() -> None:
+    world = World(ServiceLimits(heartbeat_s=HEARTBEAT_S))
+    for number in range(300):
+        job = world.open(b"h%d" % number, "host", f"{number}.vma")
+        world.ready(job)
+        world.store(job)
+    assert len(world.stored) == 300

@@ -36,8 +36,8 @@ class World:
         self.attached: dict[bytes, bytes] = {}
         self.forwarded: list[bytes] = []
         self.dropped: list[bytes] = []
-        #: Whether other clients may come than the one that asks.
-        self.shared = False
+        #: Clients that are listed.
+        self.others: set[str] = set()
         self.said: list[tuple[bytes, object]] = []
         self.log: list[Event] = []
 
@@ -53,7 +53,7 @@ class World:
             max_jobs=self.client_jobs,
             quota_bytes=self.quota_bytes,
             used_bytes=self.used.get(client, 0),
-            shared=self.shared,
+            others=frozenset(self.others - {client}),
         )
 
     def room(self) -> FreeSpace:
