@@ -197,13 +197,13 @@ class BackupJob:
         for order in orders.take():
             self._obey(order, children, emit)
         if self.machine:
-            self.machine.look()
+            self.machine.poll()
             for text in self.machine.notices:
                 emit({"event": "notice", "text": text})
             self.machine.notices.clear()
             if self.machine.is_done:
                 children.unwatch(self.machine.fd)
-            _tell_instant(self.machine.held(), emit)
+            _tell_instant(self.machine.take_instant(), emit)
         if self.server:
             self.server.serve()
 

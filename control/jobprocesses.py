@@ -56,7 +56,7 @@ def start_producers(job: BackupJob, children: Children, folder: OwnFolder, speed
         job.priorities.apply(child.pid, guest_waits=bool(disk.guard or job.machine))
     if job.machine and job.with_memory:
         words = [*common, *job.buffer_options]
-        more, fds = job.machine.stream_words()
+        more, fds = job.machine.stream_arguments()
         name = "the producer of the machine's memory"
         child = children.start(name, "vmapipe.producer.main", [*words, *more], fds)
         job.priorities.apply(child.pid, guest_waits=True)

@@ -31,11 +31,11 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def _clean_up(address: str, *, share: bool) -> None:
     # Imported here: `--help` comes sooner without.
-    from vmapipe.control.qemu.leftovers import connect, remove_leftovers
+    from vmapipe.control.qemu.leftovers import connect_or_unblock, remove_leftovers
     from vmapipe.control.qemu.qemu_process import pid_of_qemu, uid_of_qemu
     from vmapipe.control.qmp.addresses import parse_address
 
-    link = connect(address, share=share)
+    link = connect_or_unblock(address, share=share)
     try:
         path = parse_address(address).path
         removed = remove_leftovers(

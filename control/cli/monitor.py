@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from vmapipe.control.monitor.guards import ServedDisk, check_disks
+from vmapipe.control.monitor.guards import MonitorDisk, check_disks
 from vmapipe.control.monitor.service import serve_disks, serve_machine
 from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.control.qmp.sockets import listen_unix
@@ -134,9 +134,9 @@ def _serve(options: argparse.Namespace) -> None:
         emit({"event": "notice", "text": f"{cancel.reason}: what guests are doing is finished"})
 
 
-def parse_disks(disks: Sequence[str], exports: Sequence[str]) -> list[ServedDisk]:
+def parse_disks(disks: Sequence[str], exports: Sequence[str]) -> list[MonitorDisk]:
     """Raises UsageError."""
-    served = [ServedDisk(*split_named(text)) for text in disks]
+    served = [MonitorDisk(*split_named(text)) for text in disks]
     check_disks(served)
     for text in exports:
         # The disks' names are known, and may have a "=" in them.

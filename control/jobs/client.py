@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 from vmapipe.control.qmp.client import QmpClient
-from vmapipe.control.qmp.connection import Command, Peer, QmpGone, QmpInvalid
+from vmapipe.control.qmp.connection import Command, QmpGone, QmpInvalid, QmpPeer
 from vmapipe.control.qmp.reader import SHORT_LIMITS
 
 
-class _Job(Peer):
+class _Job(QmpPeer):
     # A job answers within a second, but not while it waits for QEMU or for a guest's file systems.
     name = "the backup"
     greeting_s = answer_s = 10.0

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vmapipe.control.monitor.backups import Accepted, Backups, Moment, Outcome, Rejected, Told
-from vmapipe.control.qmp.server import Later, QmpError
+from vmapipe.control.monitor.backups import Accepted, Backups, Moment, Outcome, QmpEvent, Rejected
+from vmapipe.control.qmp.server import DeferredAnswer, QmpError
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.events import speed_command
@@ -27,24 +27,24 @@ _NAME = "the backup process"
 
 
 class BackupRequest(NamedTuple):
-    """`file` as the client spelled it; `words` and descriptors for the process."""
+    """`file` as the client spelled it; `argv` and descriptors for the process."""
 
     file: str
-    words: Sequence[str]
+    argv: Sequence[str]
     fds: Sequence[int] = ()
 
 
 class BackupRunner:
-    """One backup at a time. `fd` is readable when `look` has something."""
+    """One backup at a time. `fd` is readable when `poll` has something."""
 
     def __init__(self) -> None:
         #: Who hears QMP events.
-        self.tell: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None
+        self.send_event: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None
         self._backups = Backups()
         self._children = Children()
         self._child: Child | None = None
-        self._started: Later | None = None
-        self._over: list[Later] = []
+        self._started: DeferredAnswer | None = None
+        self._cancels: list[DeferredAnswer] = []
         self._kill_at = float("inf")
 
     @property
@@ -58,10 +58,10 @@ class BackupRunner:
     def status(self) -> dict[str, Any]:
         return self._backups.status()
 
-    def begin(self, file: str, *, with_state: bool) -> Later:
+    def begin(self, file: str, *, with_state: bool) -> DeferredAnswer:
         """From now on no other can begin; `start` or `give_up` follow. Raises QmpError."""
         self._backups.begin(file, with_state=with_state)
-        self._started = Later()
+        self._started = DeferredAnswer()
         return self._started
 
     def start(self, request: BackupRequest) -> None:
@@ -71,7 +71,7 @@ class BackupRunner:
                 self.give_up(QmpError("backup canceled"))
                 return
             self._child = self._children.start(
-                _NAME, "vmapipe.control.backup", request.words, request.fds
+                _NAME, "vmapipe.control.backup", request.argv, request.fds
             )
         except (OSError, ValueError) as error:
             # No memory for it, too many descriptors; a name that no file can have.
@@ -83,15 +83,15 @@ class BackupRunner:
 
     def give_up(self, error: QmpError) -> None:
         self._carry_out(self._backups.refuse(error))
-        self._settle()
+        self._answer_cancels()
 
-    def cancel(self) -> Later:
+    def cancel(self) -> DeferredAnswer:
         """Answered when nothing runs any more: at once, if nothing does."""
-        over = Later()
+        over = DeferredAnswer()
         if not self.busy:
             over.answer({})
             return over
-        self._over.append(over)
+        self._cancels.append(over)
         self._backups.cancel()
         self._stop()
         return over
@@ -101,7 +101,7 @@ class BackupRunner:
         if self._child is not None:
             self._child.tell(speed_command(bytes_per_s))
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """What the backup has told since. Never raises for what it tells."""
         child = self._child
         if child is None:
@@ -112,7 +112,7 @@ class BackupRunner:
             happened = self._children.wait(0)
             for _, event in happened:
                 if event is not None:
-                    self._carry_out(self._backups.hear(event, _now()))
+                    self._carry_out(self._backups.handle_event(event, _now()))
         except (AttributeError, LookupError, TypeError, ValueError):
             # It is not what it was, or has gone mad: it must not take us with it.
             child.error = child.error or f"{_NAME} tells what makes no sense"
@@ -122,7 +122,7 @@ class BackupRunner:
             self._child, self._kill_at = None, float("inf")
             self._children.all.remove(child)
             self._carry_out(self._backups.end(child.verdict(), _now()))
-            self._settle()
+            self._answer_cancels()
 
     def close(self) -> None:
         """End the one that runs, in order, within a bound."""
@@ -131,7 +131,7 @@ class BackupRunner:
             self._stop()
         while self._child is not None:
             readable([self.fd], 1.0)
-            self.look()
+            self.poll()
         with self._children:
             pass  # none is left; what it holds is closed
 
@@ -140,17 +140,17 @@ class BackupRunner:
             self._child.send_signal(signal.SIGTERM)
             self._kill_at = min(self._kill_at, time.monotonic() + _STOP_S)
 
-    def _settle(self) -> None:
+    def _answer_cancels(self) -> None:
         """Nothing runs any more."""
-        waiting, self._over = self._over, []
+        waiting, self._cancels = self._cancels, []
         for over in waiting:
             over.answer({})
 
     def _carry_out(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             match outcome:
-                case Told(name, data):
-                    self.tell(name, data)
+                case QmpEvent(name, data):
+                    self.send_event(name, data)
                 case Accepted(uuid) if self._started:
                     self._started.answer(uuid)
                 case Rejected(error) if self._started:

@@ -101,7 +101,7 @@ class Moment(NamedTuple):
     clock_s: float
 
 
-class Told(NamedTuple):
+class QmpEvent(NamedTuple):
     """A QMP event for everybody."""
 
     name: str
@@ -120,7 +120,7 @@ class Rejected(NamedTuple):
     error: QmpError
 
 
-Outcome = Told | Accepted | Rejected
+Outcome = QmpEvent | Accepted | Rejected
 
 EVENTS = (
     "BACKUP_CANCELLED",
@@ -142,7 +142,7 @@ class _Backup(BackupStatus):
 
 
 class Backups:
-    """In this order: `begin`, `hear` …, `end` or `refuse`; `cancel` and `status` at any time."""
+    """In this order: `begin`, `handle_event` …, `end` or `refuse`; `cancel` and `status` at any time."""
 
     def __init__(self) -> None:
         self._running: _Backup | None = None
@@ -168,7 +168,7 @@ class Backups:
             raise QmpError("previous backup not finished")
         self._running = _Backup(file, starts_with="begun" if with_state else "instant")
 
-    def hear(self, event: Event, now: Moment) -> list[Outcome]:
+    def handle_event(self, event: Event, now: Moment) -> list[Outcome]:
         """What the coordinator tells."""
         backup = self._running
         if backup is None:
@@ -186,7 +186,7 @@ class Backups:
             and now.clock_s >= backup.next_progress_s
         ):
             backup.next_progress_s = now.clock_s + PROGRESS_S
-            return [Told("BACKUP_PROGRESS", {"uuid": _name(backup), **backup.counts()})]
+            return [QmpEvent("BACKUP_PROGRESS", {"uuid": _name(backup), **backup.counts()})]
         return []
 
     def cancel(self) -> None:
@@ -212,7 +212,7 @@ class Backups:
             # Also when it was cancelled too late.
             backup.succeed(now.wall_s)
             name = "BACKUP_COMPLETED"
-        return [*first, Told(name, backup.members())]
+        return [*first, QmpEvent(name, backup.members())]
 
     def refuse(self, error: QmpError) -> list[Outcome]:
         """It has come to nothing before there was a coordinator."""
@@ -229,7 +229,7 @@ class Backups:
         backup.started = now.wall_s
         backup.next_progress_s = now.clock_s + PROGRESS_S
         self._shown = backup
-        return [Accepted(_name(backup)), Told("BACKUP_STARTED", backup.members())]
+        return [Accepted(_name(backup)), QmpEvent("BACKUP_STARTED", backup.members())]
 
 
 def _name(backup: _Backup) -> str:

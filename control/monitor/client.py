@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vmapipe.control.qmp.client import QmpClient
-from vmapipe.control.qmp.connection import Command, Peer, QmpGone, QmpInvalid, QmpRefused
+from vmapipe.control.qmp.connection import Command, QmpGone, QmpInvalid, QmpPeer, QmpRefused
 from vmapipe.control.qmp.reader import SHORT_LIMITS
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import ProtocolError
@@ -32,7 +32,7 @@ from vmapipe.runtime.errors import Failure, os_error_text
 _NBD_GREETING = b"NBDMAGIC"
 
 
-class _Monitor(Peer):
+class _Monitor(QmpPeer):
     name = "the monitor"
     greeting_s = 10.0
     limits = SHORT_LIMITS

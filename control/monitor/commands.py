@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from vmapipe.control.monitor.backup_runner import BackupRequest, BackupRunner
 from vmapipe.control.monitor.backups import EVENTS
-from vmapipe.control.monitor.disks import Device, check_devices
+from vmapipe.control.monitor.disks import BackupDevice, check_devices
 from vmapipe.control.monitor.fdsets import FdSets
 from vmapipe.control.monitor.hmp import HumanMonitor
 from vmapipe.control.qmp.clients import Client
-from vmapipe.control.qmp.server import Arguments, Command, Later, QmpError
+from vmapipe.control.qmp.server import Arguments, CommandHandler, DeferredAnswer, QmpError
 from vmapipe.runtime.arguments import split_named
 from vmapipe.runtime.errors import UsageError
 from vmapipe.vma.names import FIREWALL_NAME
@@ -27,13 +27,13 @@ class Disks(Protocol):
     """The disks of a monitor: those that it serves itself, or a QEMU's."""
 
     #: The options by which `vmapipe backup` finds them.
-    words: Sequence[str]
+    argv: Sequence[str]
     takes_state: bool
 
-    def look_up(self, then: Callable[[list[Device] | QmpError], None]) -> None:
+    def look_up(self, then: Callable[[list[BackupDevice] | QmpError], None]) -> None:
         """Before a backup: which there are now. Raises QmpError."""
 
-    def commands(self) -> Mapping[str, Command]:
+    def commands(self) -> Mapping[str, CommandHandler]:
         """Those that tell about the disks."""
 
 
@@ -55,9 +55,9 @@ class Commands:
         self._options = options
         self._leave = leave
 
-    def table(self, client: Client) -> Mapping[str, Command]:
+    def table(self, client: Client) -> Mapping[str, CommandHandler]:
         """The commands of one client."""
-        table: dict[str, Command] = {
+        table: dict[str, CommandHandler] = {
             "backup": lambda arguments: self._backup(Arguments(arguments)),
             "backup-cancel": self._cancel,
             "backup-set-speed": self._set_speed,
@@ -122,7 +122,7 @@ class Commands:
         *,
         with_state: bool,
         as_proxmox: bool,
-    ) -> Later:
+    ) -> DeferredAnswer:
         """Raises QmpError."""
         output, fds = self._output(file)
         try:
@@ -131,7 +131,7 @@ class Commands:
             _close(fds)
             raise
 
-        def go_on(found: list[Device] | QmpError) -> None:
+        def go_on(found: list[BackupDevice] | QmpError) -> None:
             try:
                 if isinstance(found, QmpError):
                     raise found
@@ -140,7 +140,7 @@ class Commands:
                 _close(fds)
                 self._jobs.give_up(error)
                 return
-            self._jobs.start(BackupRequest(file, [*self._disks.words, *names, *words, output], fds))
+            self._jobs.start(BackupRequest(file, [*self._disks.argv, *names, *words, output], fds))
 
         try:
             self._disks.look_up(go_on)
@@ -216,9 +216,9 @@ def _config_word(name: str, path: str) -> str:
     return f"--config={word}"
 
 
-def _in_an_object(started: Later) -> Later:
+def _in_an_object(started: DeferredAnswer) -> DeferredAnswer:
     """As Proxmox VE's command answers."""
-    outer = Later()
+    outer = DeferredAnswer()
 
     def answer() -> None:
         try:

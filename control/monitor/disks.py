@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 from vmapipe.control.monitor.backup_runner import BackupRunner
 from vmapipe.control.monitor.guards import Guards
-from vmapipe.control.qemu.disks import names_of
+from vmapipe.control.qemu.disks import disk_names
 from vmapipe.control.qmp.addresses import parse_address
 from vmapipe.control.qmp.client import open_link
-from vmapipe.control.qmp.connection import Answer
-from vmapipe.control.qmp.connection import Command as QmpCommand
-from vmapipe.control.qmp.server import Arguments, Command, Later, QmpError
+from vmapipe.control.qmp.connection import Answer, Command
+from vmapipe.control.qmp.server import Arguments, CommandHandler, DeferredAnswer, QmpError
 from vmapipe.runtime.errors import Failure
 
 # Each may take some seconds where QEMU does not answer: more is no use.
@@ -28,7 +27,7 @@ OnAnswers = Callable[[list[Any] | QmpError], None]
 
 
 class QemuQueries:
-    """One question after the other. `fd` is readable when `look` has answers to give."""
+    """One question after the other. `fd` is readable when `poll` has answers to give."""
 
     def __init__(self, address: str, *, share: bool) -> None:
         """Raises UsageError for what is not an address."""
@@ -45,13 +44,13 @@ class QemuQueries:
         threading.Thread(target=self._work, name="queries", daemon=True).start()
 
     def ask(self, commands: Sequence[str], then: OnAnswers) -> None:
-        """`then` gets an answer for each, or what went wrong, from within `look`. Raises QmpError."""
+        """`then` gets an answer for each, or what went wrong, from within `poll`. Raises QmpError."""
         if self._pending >= _MAX_QUESTIONS:
             raise QmpError(f"{self._address}: QEMU does not answer, and others wait for it already")
         self._pending += 1
         self._questions.put((commands, then))
 
-    def look(self) -> None:
+    def poll(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fd)
         while True:
@@ -72,7 +71,7 @@ class QemuQueries:
         try:
             qmp = open_link(self._address, share=self._share)
             try:
-                return [qmp.execute(QmpCommand(name, {})) for name in commands]
+                return [qmp.execute(Command(name, {})) for name in commands]
             finally:
                 qmp.close()
         except Failure as error:
@@ -82,10 +81,10 @@ class QemuQueries:
 _SEPARATORS = re.compile("[,;:]")
 
 
-class Device(NamedTuple):
-    """`words`: what it may be asked for by; `unasked`: it is taken when nobody names any."""
+class BackupDevice(NamedTuple):
+    """`aliases`: what it may be asked for by; `unasked`: it is taken when nobody names any."""
 
-    words: frozenset[str]
+    aliases: frozenset[str]
     has_medium: bool = True
     read_only: bool = False
     unasked: bool = True
@@ -96,7 +95,7 @@ def split_devlist(text: str) -> list[str]:
     return list(dict.fromkeys(word for word in _SEPARATORS.split(text) if word))
 
 
-def check_devices(devices: Sequence[Device], devlist: str | None) -> list[str]:
+def check_devices(devices: Sequence[BackupDevice], devlist: str | None) -> list[str]:
     """The names to back up, none: all that can be. Raises QmpError."""
     if devlist is None:
         if not any(d.unasked and d.has_medium and not d.read_only for d in devices):
@@ -106,7 +105,7 @@ def check_devices(devices: Sequence[Device], devlist: str | None) -> list[str]:
     if not names:
         raise QmpError("empty device list")
     for name in names:
-        found = next((device for device in devices if name in device.words), None)
+        found = next((device for device in devices if name in device.aliases), None)
         if found is None:
             raise QmpError(f"Device '{name}' not found", "DeviceNotFound")
         if not found.has_medium:
@@ -116,16 +115,16 @@ def check_devices(devices: Sequence[Device], devlist: str | None) -> list[str]:
     return names
 
 
-def machine_devices(blocks: Sequence[Answer], nodes: Sequence[Answer]) -> list[Device]:
+def machine_devices(blocks: Sequence[Answer], nodes: Sequence[Answer]) -> list[BackupDevice]:
     """From a QEMU's answers to query-block and query-named-block-nodes."""
     devices = []
     for block in blocks:
         inserted = block.get("inserted")
         read_only = bool(inserted and inserted.get("ro"))
-        devices.append(Device(names_of(block).words, bool(inserted), read_only))
+        devices.append(BackupDevice(disk_names(block).aliases, bool(inserted), read_only))
     for node in nodes:
         words = frozenset({str(node.get("node-name", ""))} - {""})
-        devices.append(Device(words, read_only=bool(node.get("ro")), unasked=False))
+        devices.append(BackupDevice(words, read_only=bool(node.get("ro")), unasked=False))
     return devices
 
 
@@ -153,7 +152,7 @@ def served_blocks(disks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-OnDevices = Callable[[list[Device] | QmpError], None]
+OnDevices = Callable[[list[BackupDevice] | QmpError], None]
 
 
 class ServedDisks:
@@ -162,13 +161,13 @@ class ServedDisks:
     takes_state = False
 
     def __init__(self, guards: Guards, listen: str) -> None:
-        self.words: Sequence[str] = (f"--monitor={listen}",)
+        self.argv: Sequence[str] = (f"--monitor={listen}",)
         self._guards = guards
 
     def look_up(self, then: OnDevices) -> None:
-        then([Device(frozenset({disk.name})) for disk in self._guards.disks])
+        then([BackupDevice(frozenset({disk.name})) for disk in self._guards.disks])
 
-    def commands(self) -> Mapping[str, Command]:
+    def commands(self) -> Mapping[str, CommandHandler]:
         return {
             "query-disks": self._describe,
             "query-block": lambda arguments: served_blocks(self._describe(arguments)),
@@ -188,7 +187,7 @@ class MachineDisks:
     def __init__(
         self, address: str, queries: QemuQueries, jobs: BackupRunner, *, share: bool
     ) -> None:
-        self.words: Sequence[str] = (f"--qmp={address}", *(["--qmp-share"] if share else []))
+        self.argv: Sequence[str] = (f"--qmp={address}", *(["--qmp-share"] if share else []))
         self.takes_state = not share
         self._share = share
         self._queries = queries
@@ -205,7 +204,7 @@ class MachineDisks:
 
         self._queries.ask(("query-block", "query-named-block-nodes"), take)
 
-    def commands(self) -> Mapping[str, Command]:
+    def commands(self) -> Mapping[str, CommandHandler]:
         return {"query-block": self._query_block, "query-status": self._query_status}
 
     def _query_block(self, arguments: dict[str, Any]) -> Any:
@@ -218,11 +217,11 @@ class MachineDisks:
         Arguments(arguments).end()
         return self._ask("query-status")
 
-    def _ask(self, command: str) -> Later:
+    def _ask(self, command: str) -> DeferredAnswer:
         """Raises QmpError."""
         if self._jobs.busy and not self._share:
             raise QmpError("QEMU's monitor serves one client at a time, and a backup has it now")
-        later = Later()
+        later = DeferredAnswer()
 
         def take(answers: list[Any] | QmpError) -> None:
             if isinstance(answers, QmpError):

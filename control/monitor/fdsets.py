@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmapipe.control.qmp.clients import Client
-from vmapipe.control.qmp.server import Arguments, Command, QmpError
+from vmapipe.control.qmp.server import Arguments, CommandHandler, QmpError
 
 # One for each backup that a client could possibly wait for.
 MAX_FDS = 64
@@ -36,7 +36,7 @@ class FdSets:
     def __init__(self) -> None:
         self._fds: list[_Fd] = []
 
-    def commands(self, client: Client) -> dict[str, Command]:
+    def commands(self, client: Client) -> dict[str, CommandHandler]:
         """Those whose descriptors come with the command."""
         return {
             "add-fd": lambda arguments: self._add(client, Arguments(arguments)),

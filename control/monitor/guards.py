@@ -27,7 +27,7 @@ _START_S = 60.0
 
 
 @dataclass
-class ServedDisk:
+class MonitorDisk:
     """A disk, where its exports are, and (once it is served) its size in bytes."""
 
     name: str
@@ -40,7 +40,7 @@ class ServedDisk:
 class _Guard:
     """One process; disks that share an export's socket share it."""
 
-    disks: list[ServedDisk]
+    disks: list[MonitorDisk]
     control: Listener
     listeners: list[tuple[Listener, list[str]]]
     child: Child | None = None
@@ -53,7 +53,7 @@ class Guards:
 
     def __init__(
         self,
-        disks: Sequence[ServedDisk],
+        disks: Sequence[MonitorDisk],
         mode: int,
         emit: Emit,
         *,
@@ -156,7 +156,7 @@ class Guards:
             self._emit(event)
 
     def _prepare(
-        self, number: int, disks: list[ServedDisk], mode: int, *, insecure_tcp: bool
+        self, number: int, disks: list[MonitorDisk], mode: int, *, insecure_tcp: bool
     ) -> _Guard:
         path = os.path.join(self._folder, str(number))
         guard = _Guard(disks, listen_unix(path, 0o600, socket.SOCK_SEQPACKET), [])
@@ -183,9 +183,9 @@ class Guards:
         )
 
 
-def _groups(disks: Sequence[ServedDisk]) -> list[list[ServedDisk]]:
+def _groups(disks: Sequence[MonitorDisk]) -> list[list[MonitorDisk]]:
     """Disks that have an export in common, directly or through others, belong together."""
-    groups: list[list[ServedDisk]] = []
+    groups: list[list[MonitorDisk]] = []
     for disk in disks:
         related = [g for g in groups if any(set(d.exports) & set(disk.exports) for d in g)]
         groups = [g for g in groups if g not in related]
@@ -193,7 +193,7 @@ def _groups(disks: Sequence[ServedDisk]) -> list[list[ServedDisk]]:
     return groups
 
 
-def check_disks(disks: Sequence[ServedDisk]) -> None:
+def check_disks(disks: Sequence[MonitorDisk]) -> None:
     """Raises UsageError."""
     if not disks:
         raise UsageError("no disk to serve: name one with --disk NAME=PATH")

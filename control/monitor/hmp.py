@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from vmapipe.control.qmp.server import Later, QmpError, human_size
+from vmapipe.control.qmp.server import DeferredAnswer, QmpError, human_size
 from vmapipe.runtime.text import one_line
 
 # By command: how many words may follow it, what they are, and what it does.
@@ -26,7 +26,7 @@ class HumanMonitor:
     def __init__(self, execute: Callable[[str, dict[str, Any]], Any]) -> None:
         self._execute = execute
 
-    def command(self, line: str) -> str | Later:
+    def command(self, line: str) -> str | DeferredAnswer:
         """What a person would read; an error is text, too."""
         try:
             words = shlex.split(line)
@@ -44,7 +44,7 @@ class HumanMonitor:
         except QmpError as error:
             return _text([str(error)])
 
-    def _carry_out(self, name: str, words: list[str]) -> str | Later:
+    def _carry_out(self, name: str, words: list[str]) -> str | DeferredAnswer:
         """Raises QmpError."""
         if name == "backup":
             return self._backup(words)
@@ -54,7 +54,7 @@ class HumanMonitor:
             return _text(self._info(words))
         return _text(_INFO_HELP if words == ["info"] else _help(words))
 
-    def _backup(self, words: list[str]) -> str | Later:
+    def _backup(self, words: list[str]) -> str | DeferredAnswer:
         """Raises QmpError."""
         if not words:
             return _text(["backup: string expected", 'Try "help backup" for more information'])
@@ -99,11 +99,11 @@ def _help(words: list[str]) -> list[str]:
     return [f"{word} {_COMMANDS[word][1]} -- {_COMMANDS[word][2]}" for word in shown]
 
 
-def _silent(value: Any) -> str | Later:
+def _silent(value: Any) -> str | DeferredAnswer:
     """Who has done what he was asked to says nothing."""
-    if not isinstance(value, Later):
+    if not isinstance(value, DeferredAnswer):
         return ""
-    inner, outer = value, Later()
+    inner, outer = value, DeferredAnswer()
 
     def answer() -> None:
         try:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from vmapipe.control.monitor.backup_runner import BackupRunner
 from vmapipe.control.monitor.commands import Commands, Disks
 from vmapipe.control.monitor.disks import MachineDisks, QemuQueries, ServedDisks
-from vmapipe.control.monitor.guards import Guards, ServedDisk
+from vmapipe.control.monitor.guards import Guards, MonitorDisk
 from vmapipe.control.qmp.clients import Clients
 from vmapipe.control.qmp.sockets import Listener
 from vmapipe.runtime.cancel import Cancel
@@ -20,7 +20,7 @@ _POLL_S = 1.0
 
 
 def serve_disks(
-    disks: list[ServedDisk],
+    disks: list[MonitorDisk],
     options: argparse.Namespace,
     listener: Listener,
     cancel: Cancel,
@@ -50,7 +50,7 @@ def serve_machine(
     disks = MachineDisks(options.qmp, queries, jobs, share=options.qmp_share)
     commands = _commands(disks, jobs, options, cancel)
     emit({"event": "ready", "listen": options.listen, "disks": []})
-    _serve(listener, jobs, commands, cancel, {queries.fd: queries.look}, emit)
+    _serve(listener, jobs, commands, cancel, {queries.fd: queries.poll}, emit)
 
 
 def _commands(
@@ -83,14 +83,14 @@ def _serve(
         emit({"event": "notice", "text": text})
 
     with Clients(listener, commands.table, commands.fdsets.left, notice) as clients:
-        jobs.tell = clients.tell
+        jobs.send_event = clients.send_event
         for fd in (cancel.fd, jobs.fd, *beside):
             clients.watch(fd)
         while not cancel.asked:
             clients.serve(_POLL_S)
-            for look in beside.values():
-                look()
-            jobs.look()
+            for poll in beside.values():
+                poll()
+            jobs.poll()
             clients.go_on()
         jobs.close()
         clients.go_on()

@@ -25,7 +25,7 @@ from vmapipe.control.qemu.jobs import (
     device_path,
     filter_name,
     job_filter_name,
-    name_of,
+    job_name,
     put_device,
     rehearse,
 )
@@ -57,7 +57,7 @@ _MOST_BUSES = 3
 Release = tuple[int, ...]
 
 
-def to_hand_over(
+def disks_to_hand_over(
     qmp: Qmp, release: Release, disks: Sequence[MachineDisk], blocks: Sequence[Answer]
 ) -> list[int]:
     """The numbers of the disks for which it does no harm and costs little. Raises QmpGone."""
@@ -104,7 +104,7 @@ def _property(qmp: Qmp, path: str, name: str) -> str:
         return ""
 
 
-def release_of(qmp: Qmp, features: Features) -> Release | None:
+def needed_release(qmp: Qmp, features: Features) -> Release | None:
     """Of a QEMU that needs this, and does it without harm; None: of all others. Raises QmpGone."""
     needed = {"copy-before-write", "snapshot-access", "null-co"} <= features.drivers
     if features.breaks_snapshots or not needed:
@@ -135,7 +135,7 @@ def shows_snapshots(qmp: Qmp, run: str, device: str) -> bool:
     return True
 
 
-class Way(NamedTuple):
+class BackupMethod(NamedTuple):
     """How a backup begins: what of QEMU's features it uses, and which disks are handed over to
     filters with this timeout.
     """
@@ -145,20 +145,20 @@ class Way(NamedTuple):
     timeout_s: int
 
 
-def choose_way(
+def choose_method(
     qmp: Qmp, run: str, features: Features, disks: Sequence[MachineDisk], guest_wait_s: int
-) -> Way:
+) -> BackupMethod:
     """Raises QmpGone."""
     handed_over: list[int] = []
     timeout_s = 0
-    if release := release_of(qmp, features):
+    if release := needed_release(qmp, features):
         blocks = qmp.execute(Command("query-block", {}))
-        handed_over = to_hand_over(qmp, release, disks, blocks)
+        handed_over = disks_to_hand_over(qmp, release, disks, blocks)
         timeout_s = filter_timeout_s(release, guest_wait_s + CBW_GRACE_S)
     tried = handed_over or ([0] if features.breaks_snapshots else [])
     if tried and not shows_snapshots(qmp, run, disks[tried[0]].device):
         features, handed_over = features.without_snapshots(), []
-    return Way(features, handed_over, timeout_s)
+    return BackupMethod(features, handed_over, timeout_s)
 
 
 class Handover:
@@ -179,7 +179,7 @@ class Handover:
         taken = [index for index in self._indices if self._insert(index, blocks)]
         for index in taken:
             with contextlib.suppress(QmpRefused):  # it has ended
-                self._qmp.execute(Command("job-cancel", {"id": name_of(self._run, index)}))
+                self._qmp.execute(Command("job-cancel", {"id": job_name(self._run, index)}))
         return [index for index, error in self._ends(taken) if self._copy(index, error)]
 
     def _insert(self, index: int, blocks: Sequence[Answer]) -> bool:
@@ -201,7 +201,7 @@ class Handover:
         deadline = time.monotonic() + ANSWER_S
         while True:
             jobs = {job["id"]: job for job in self._qmp.execute(Command("query-jobs", {}))}
-            found = [(index, jobs.get(name_of(self._run, index), {})) for index in indices]
+            found = [(index, jobs.get(job_name(self._run, index), {})) for index in indices]
             if all(job.get("status", "concluded") == "concluded" for _, job in found):
                 return [(index, str(job.get("error", ""))) for index, job in found]
             if time.monotonic() > deadline:
@@ -213,7 +213,7 @@ class Handover:
         if error != _CANCELLED:
             return False
         commands = [
-            Command("job-dismiss", {"id": name_of(self._run, index)}),
+            Command("job-dismiss", {"id": job_name(self._run, index)}),
             *copy_snapshot(self._run, index, self._features),
         ]
         for command in commands:

@@ -46,13 +46,13 @@ class Machine(NamedTuple):
 
 
 class DiskChoiceOptions(NamedTuple):
-    """What is to be taken. `words`: what was asked for, `[NAME=]DEVICE` each; none: all that can be.
+    """What is to be taken. `requested`: what was asked for, `[NAME=]DEVICE` each; none: all that can be.
 
     Of that all: `excluded`, by name with the reason, stay out, and `read_only`, by name, are taken
     although nobody can write to them.
     """
 
-    words: Sequence[str] = ()
+    requested: Sequence[str] = ()
     excluded: Mapping[str, str] = MappingProxyType({})
     read_only: frozenset[str] = frozenset()
 
@@ -69,14 +69,14 @@ class MachineDisk(NamedTuple):
     is_thin: bool = False
 
 
-class Names(NamedTuple):
+class DiskNames(NamedTuple):
     """Of a disk: its name in the archive, and all that it may be asked for by."""
 
     name: str
-    words: frozenset[str]
+    aliases: frozenset[str]
 
 
-def names_of(block: Answer) -> Names:
+def disk_names(block: Answer) -> DiskNames:
     """From an entry of query-block."""
     device, qdev = block.get("device", ""), block.get("qdev", "")
     node = (block.get("inserted") or {}).get("node-name", "")
@@ -85,7 +85,7 @@ def names_of(block: Answer) -> Names:
     if qdev == _FLASH_VARIABLES and device in _FLASH_DEVICES:
         name = _FLASH_NAME
     words = {name, device, node, qdev, match[1] if match else ""}
-    return Names(name, frozenset(words - {""}))
+    return DiskNames(name, frozenset(words - {""}))
 
 
 class LeftOut(NamedTuple):
@@ -100,7 +100,7 @@ class LeftOut(NamedTuple):
     level: str
 
 
-class Choice(NamedTuple):
+class DiskChoice(NamedTuple):
     disks: tuple[MachineDisk, ...]
     left_out: tuple[LeftOut, ...]
 
@@ -108,13 +108,13 @@ class Choice(NamedTuple):
 class _Found(NamedTuple):
     """A disk, and why it is not taken when nobody asks (`skipped`), or never (`refused`).
 
-    `own_words`: what QEMU itself calls it; `words`: its name in the archive, too. `is_node`: no
+    `qemu_names`: what QEMU itself calls it; `aliases`: its name in the archive, too. `is_node`: no
     guest's device; `part_of`: nor a disk at all.
     """
 
     disk: MachineDisk
-    own_words: frozenset[str]
-    words: frozenset[str]
+    qemu_names: frozenset[str]
+    aliases: frozenset[str]
     skipped: str = ""
     level: str = "warn"
     refused: str = ""
@@ -126,12 +126,12 @@ class _Found(NamedTuple):
         return LeftOut(self.disk.name, self.skipped, self.level)
 
 
-def choose_disks(machine: Machine, wishes: DiskChoiceOptions) -> Choice:
+def choose_disks(machine: Machine, wishes: DiskChoiceOptions) -> DiskChoice:
     """All that are in and can be written to, or what is asked for. Raises Failure, UsageError."""
     found = [_found_block(block, machine) for block in machine.blocks]
     found += [_Found(disk, words, words) for disk, words in machine.added]
-    if wishes.words:
-        chosen = _asked_for(machine, found, wishes.words)
+    if wishes.requested:
+        chosen = _asked_for(machine, found, wishes.requested)
         rest = [disk._replace(skipped=NOT_CHOSEN) for disk in _rest(found, chosen)]
         rest = [disk._replace(level="debug" if disk.level == "debug" else "info") for disk in rest]
         outside = [LeftOut(o.name, o.reason, "info") for o in machine.outside]
@@ -150,7 +150,7 @@ def choose_disks(machine: Machine, wishes: DiskChoiceOptions) -> Choice:
             + "".join(f"; {disk.device}: {disk.reason}" for disk in left_out)
         )
     _check_names_differ(chosen)
-    return Choice(tuple(dict.fromkeys(disk.disk for disk in chosen)), left_out)
+    return DiskChoice(tuple(dict.fromkeys(disk.disk for disk in chosen)), left_out)
 
 
 def _as_wished(disk: _Found, wishes: DiskChoiceOptions) -> _Found:
@@ -183,30 +183,30 @@ def _asked_for(machine: Machine, found: list[_Found], words: Sequence[str]) -> l
 
 def _named(word: str, found: Sequence[_Found]) -> _Found | None:
     """QEMU's own names go first: a disk's name in the archive may be another one's id. Raises UsageError."""
-    for words_of in (_own_words, _all_words):
+    for words_of in (_qemu_names, _aliases):
         disks = [disk for disk in found if word in words_of(disk)]
         # A device's node is among the nodes, too.
         disks = [disk for disk in disks if not disk.is_node] or disks
         if len({disk.disk.device for disk in disks}) > 1:
-            ids = ", ".join(sorted(min(disk.own_words, key=len) for disk in disks))
+            ids = ", ".join(sorted(min(disk.qemu_names, key=len) for disk in disks))
             raise UsageError(f"{word!r} may be several disks: name one of {ids}")
         if disks:
             return disks[0]
     return None
 
 
-def _own_words(disk: _Found) -> frozenset[str]:
-    return disk.own_words
+def _qemu_names(disk: _Found) -> frozenset[str]:
+    return disk.qemu_names
 
 
-def _all_words(disk: _Found) -> frozenset[str]:
-    return disk.words
+def _aliases(disk: _Found) -> frozenset[str]:
+    return disk.aliases
 
 
 def _refuse_word(word: str, machine: Machine, found: Sequence[_Found]) -> NoReturn:
     """Raises Failure for what the machine has and no backup takes, UsageError for all else."""
     for outside in machine.outside:
-        if word in outside.words:
+        if word in outside.aliases:
             raise Failure(f"disk {outside.name!r}: {outside.reason}")
     disks = [disk for disk in found if not disk.is_node] or [d for d in found if not d.part_of]
     known = ", ".join(sorted({disk.disk.name for disk in disks}))
@@ -223,7 +223,7 @@ def _check_names_differ(chosen: Sequence[_Found]) -> None:
     """Raises UsageError."""
     by_name: dict[str, dict[MachineDisk, str]] = {}
     for found in chosen:
-        word = min(found.own_words, key=lambda w: (w.startswith(("/", "#")), len(w)), default="")
+        word = min(found.qemu_names, key=lambda w: (w.startswith(("/", "#")), len(w)), default="")
         by_name.setdefault(found.disk.name, {})[found.disk] = word
     for name, devices in by_name.items():
         if len(devices) > 1:
@@ -237,7 +237,7 @@ def _found_block(block: Answer, machine: Machine) -> _Found:
     inserted = block.get("inserted") or {}
     device, node = block.get("device", ""), inserted.get("node-name", "")
     qdev = block.get("qdev", "")
-    name, words = names_of(block)
+    name, words = disk_names(block)
     size = (inserted.get("image") or {}).get("virtual-size", 0)
     chain = machine.graph.below_filters(node)
     # The name where there is one: QEMU's commands know it as well as the node's.
@@ -360,10 +360,10 @@ _CHILD = re.compile(r"child<(.+)>")
 
 
 class OutsideStorage(NamedTuple):
-    """`words`: what it may be asked for by; `level`: how much a person has to know of it."""
+    """`aliases`: what it may be asked for by; `level`: how much a person has to know of it."""
 
     name: str
-    words: frozenset[str]
+    aliases: frozenset[str]
     reason: str
     level: str
 
@@ -385,7 +385,7 @@ def storage_outside(devices: Mapping[str, Sequence[Answer]]) -> list[OutsideStor
     return found
 
 
-def tpm_words(tpm: Answer) -> frozenset[str]:
+def tpm_aliases(tpm: Answer) -> frozenset[str]:
     """What the state of a TPM may be asked for by, from an entry of query-tpm."""
     return frozenset({str(tpm.get("id", "")), TPM_NAME, "tpmstate0"} - {""})
 
@@ -399,7 +399,7 @@ def tpm_outside(tpm: Answer, why: str) -> OutsideStorage:
     """`why` its state cannot be had."""
     name = str(tpm.get("id", ""))
     reason = _TPM.format(name, why) if is_emulated(tpm) else _CHIP
-    return OutsideStorage(TPM_NAME, tpm_words(tpm), reason, "warn")
+    return OutsideStorage(TPM_NAME, tpm_aliases(tpm), reason, "warn")
 
 
 def check_names(names: Sequence[str]) -> None:

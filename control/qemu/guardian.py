@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 
 from vmapipe.control.qemu.drop_targets import DropTarget, StreamDrain
-from vmapipe.control.qemu.jobs import index_of, run_prefix
+from vmapipe.control.qemu.jobs import disk_index, run_prefix
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qemu.undo import clean_up
 from vmapipe.control.qmp.addresses import is_listening, parse_address
@@ -36,8 +36,8 @@ MAX_MESSAGE_BYTES = 64
 
 # A producer that was stopped (Ctrl-Z, SIGSTOP) answers nobody, and the guest
 # waits; looked at so often, and ended when it stands still this many times.
-_LOOK_MS = 1000
-_STOPPED_LOOKS = 5
+_POLL_MS = 1000
+_STOPPED_POLLS = 5
 # A monitor that is taken by another client may become free: tried this often.
 _RETRY_S = 0.5
 # Nothing listens at the monitor's path and nobody is connected to us: QEMU is gone.
@@ -67,7 +67,7 @@ class Guardian:
         self._targets = targets
         self._sinks = [target for target in targets if isinstance(target, DropTarget)]
         self._control = control
-        # By pidfd: the target's number, and for how many looks it has stood still.
+        # By pidfd: the target's number, and for how many polls it has stood still.
         self._producers: dict[int, int] = {}
         self._stopped: dict[int, int] = {}
 
@@ -75,14 +75,14 @@ class Guardian:
         """Until it is over: True when this process has to take over."""
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
-        self._say(READY)
+        self._send(READY)
         while True:
-            for fd, _ in poller.poll(_LOOK_MS) or self._end_stopped():
+            for fd, _ in poller.poll(_POLL_MS) or self._end_stopped():
                 if fd != self._control.fileno():
                     poller.unregister(fd)
                     self._serve_for(fd)
                     continue
-                message, pidfds = self._hear()
+                message, pidfds = self._receive()
                 if message.startswith(WATCH) and pidfds:
                     self._producers[pidfds[0]] = int(message.removeprefix(WATCH))
                     poller.register(pidfds[0], select.POLLIN)
@@ -93,9 +93,9 @@ class Guardian:
     def _end_stopped(self) -> tuple[tuple[int, int], ...]:
         """Nothing has happened for a while: rather no producer than one that stands still."""
         for pidfd in self._producers:
-            looks = self._stopped.get(pidfd, 0) + 1 if is_stopped(pidfd) else 0
-            self._stopped[pidfd] = looks
-            if looks >= _STOPPED_LOOKS:
+            polls = self._stopped.get(pidfd, 0) + 1 if is_stopped(pidfd) else 0
+            self._stopped[pidfd] = polls
+            if polls >= _STOPPED_POLLS:
                 _kill(pidfd)
         return ()
 
@@ -135,7 +135,7 @@ class Guardian:
         return False
 
     def _is_served(self, job: str) -> bool:
-        index = index_of(job)
+        index = disk_index(job)
         return not 0 <= index < len(self._sinks) or self._sinks[index].served
 
     def _has_monitor(self) -> bool:
@@ -145,14 +145,14 @@ class Guardian:
     def _serve_for(self, pidfd: int) -> None:
         self._targets[self._producers[pidfd]].start()
 
-    def _hear(self) -> tuple[bytes, list[int]]:
+    def _receive(self) -> tuple[bytes, list[int]]:
         try:
             message, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 1)
         except OSError:
             return b"", []
         return message, fds
 
-    def _say(self, message: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         with contextlib.suppress(OSError):
             self._control.send(message)
 
@@ -172,7 +172,7 @@ def _kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
-def _stay() -> None:
+def _ignore_signals() -> None:
     """Whatever ends a backup must not end its guardian; SIGKILL can."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(signum, signal.SIG_IGN)
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sink", action="append", default=[], metavar="FD=BYTES")
     parser.add_argument("--stream", type=int, metavar="FD")
     options = parser.parse_args(argv)
-    _stay()
+    _ignore_signals()
     targets: list[DropTarget | StreamDrain] = []
     for word in options.sink:
         fd, _, size = word.partition("=")

@@ -45,7 +45,7 @@ class GuardianClient:
         sinks: Sequence[SinkSocket],
         stream_fd: int = -1,
     ) -> None:
-        """`monitor`: QEMU's, from monitor_words.
+        """`monitor`: QEMU's, from monitor_arguments.
 
         `stream_fd`: what the machine's memory is read from; -1: it is not saved.
         """

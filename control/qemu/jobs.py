@@ -35,7 +35,7 @@ _VIEW = "view"
 _ENDED = frozenset({"concluded", "null"})
 
 
-class Target(NamedTuple):
+class BackupTarget(NamedTuple):
     """One disk, and the socket and export of its sink.
 
     `is_handed_over`: a filter of ours is to take the place of its job soon after the instant,
@@ -49,7 +49,7 @@ class Target(NamedTuple):
     filter_timeout_s: int = 0
 
 
-class Settings(NamedTuple):
+class BackupSettings(NamedTuple):
     """`run` is the short id of this backup; `speed_bytes_s` is each disk's, 0: no limit."""
 
     run: str
@@ -61,7 +61,7 @@ def run_prefix(run: str) -> str:
     return f"{PREFIX}{run}-"
 
 
-def name_of(run: str, index: int) -> str:
+def job_name(run: str, index: int) -> str:
     """Of the node, and of the job, of a backup's disk."""
     return f"{run_prefix(run)}{index}"
 
@@ -73,22 +73,22 @@ def absent_name(run: str) -> str:
 
 def filter_name(run: str, index: int) -> str:
     """Of the node above a disk that copies before the disk is written to, or gives up."""
-    return f"{name_of(run, index)}{_FILTER}"
+    return f"{job_name(run, index)}{_FILTER}"
 
 
 def job_filter_name(run: str, index: int) -> str:
     """Of such a node of a job that is to be replaced by ours."""
-    return f"{name_of(run, index)}-job"
+    return f"{job_name(run, index)}-job"
 
 
 def snapshot_name(run: str, index: int) -> str:
     """Of the node that shows a disk as it was at the instant."""
-    return f"{name_of(run, index)}-instant"
+    return f"{job_name(run, index)}-instant"
 
 
 def check_name(run: str, index: int) -> str:
     """Of the job that looks whether a disk's snapshot is still whole."""
-    return f"{name_of(run, index)}{_LOOK}"
+    return f"{job_name(run, index)}{_LOOK}"
 
 
 def check_nodes(name: str) -> tuple[str, str, str]:
@@ -99,13 +99,13 @@ def check_nodes(name: str) -> tuple[str, str, str]:
     return f"{name}-a", f"{name}-{_VIEW}", f"{name}-n"
 
 
-def index_of(name: str) -> int:
+def disk_index(name: str) -> int:
     """The disk's number from such a name; -1: it is none."""
     tail = name.rpartition("-")[2]
     return int(tail) if name.startswith(PREFIX) and tail.isdecimal() else -1
 
 
-class Beginning(NamedTuple):
+class BackupCommands(NamedTuple):
     """What begins the backup, in this order: the jobs' targets, filters of ours, then all jobs.
 
     A filter that QEMU refuses is done without. The jobs begin at one instant.
@@ -116,9 +116,11 @@ class Beginning(NamedTuple):
     transaction: Command
 
 
-def begin_commands(targets: Sequence[Target], settings: Settings, features: Features) -> Beginning:
+def begin_commands(
+    targets: Sequence[BackupTarget], settings: BackupSettings, features: Features
+) -> BackupCommands:
     adds = [
-        Command("blockdev-add", _nbd_node(target, name_of(settings.run, index)))
+        Command("blockdev-add", _nbd_node(target, job_name(settings.run, index)))
         for index, target in enumerate(targets)
     ]
     actions = [
@@ -130,7 +132,7 @@ def begin_commands(targets: Sequence[Target], settings: Settings, features: Feat
         for index, target in enumerate(targets)
         if target.is_handed_over
     ]
-    return Beginning(adds, filters, Command("transaction", {"actions": actions}))
+    return BackupCommands(adds, filters, Command("transaction", {"actions": actions}))
 
 
 def refusal_hint(text: str) -> str:
@@ -153,7 +155,7 @@ def refusal_hint(text: str) -> str:
     return ""
 
 
-def _nbd_node(target: Target, name: str) -> dict[str, Any]:
+def _nbd_node(target: BackupTarget, name: str) -> dict[str, Any]:
     return {
         "driver": "nbd",
         "node-name": name,
@@ -163,11 +165,13 @@ def _nbd_node(target: Target, name: str) -> dict[str, Any]:
     }
 
 
-def _backup(target: Target, index: int, settings: Settings, features: Features) -> dict[str, Any]:
+def _backup(
+    target: BackupTarget, index: int, settings: BackupSettings, features: Features
+) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "job-id": name_of(settings.run, index),
+        "job-id": job_name(settings.run, index),
         "device": target.disk.device,
-        "target": name_of(settings.run, index),
+        "target": job_name(settings.run, index),
         # Nothing is below it: "top" is all of the disk but what was never written to.
         "sync": "top" if target.disk.is_thin else "full",
         "speed": settings.speed_bytes_s,
@@ -201,7 +205,7 @@ def _copying(features: Features) -> dict[str, Any]:
     return words
 
 
-def _filter(target: Target, run: str, index: int) -> Command:
+def _filter(target: BackupTarget, run: str, index: int) -> Command:
     """With the job's target, and above the disk, where the job's own filter will come in between.
 
     Not added above that: QEMU 7.2 keeps what a filter still has to copy in the node below it,
@@ -211,7 +215,7 @@ def _filter(target: Target, run: str, index: int) -> Command:
         "driver": "copy-before-write",
         "node-name": filter_name(run, index),
         "file": target.disk.device,
-        "target": name_of(run, index),
+        "target": job_name(run, index),
         "on-cbw-error": "break-snapshot",
     }
     if target.filter_timeout_s:
@@ -228,7 +232,7 @@ def rehearse(run: str, device: str) -> tuple[Command, Command]:
 
 def copy_snapshot(run: str, index: int, features: Features) -> list[Command]:
     """What that filter shows, to the same target."""
-    name, source = name_of(run, index), snapshot_name(run, index)
+    name, source = job_name(run, index), snapshot_name(run, index)
     view = {"driver": "snapshot-access", "node-name": source, "file": filter_name(run, index)}
     words = {"job-id": name, "device": source, "target": name, "sync": "full"}
     # As with a job that breaks its snapshot: we look before it ends.

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from vmapipe.control.qemu import poweroff
 from vmapipe.control.qemu.drop_targets import DropTarget, StreamDrain, streams_of
 from vmapipe.control.qemu.jobs import PREFIX, OwnTarget, own_targets
-from vmapipe.control.qemu.sink_folder import STREAM_NAME, SinkFolder, sink_of
+from vmapipe.control.qemu.sink_folder import STREAM_NAME, SinkFolder, sink_name
 from vmapipe.control.qemu.undo import clean_up, find_memory_notes, find_own_objects
 from vmapipe.control.qmp.addresses import Address, is_listening, parse_address
 from vmapipe.control.qmp.client import open_link
-from vmapipe.control.qmp.connection import Command, Link, Qmp, QmpGone, QmpInvalid
+from vmapipe.control.qmp.connection import Command, Qmp, QmpGone, QmpInvalid, QmpLink
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.text import name_text
 
@@ -47,7 +47,7 @@ def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[s
                 _drain(folder.open_stream())
                 stack.callback(folder.remove_names, STREAM_NAME)
         # A job has the name of its target.
-        stand_ins = {t.node: stack.enter_context(_standing_in(t, places, owner)) for t in targets}
+        stand_ins = {t.node: stack.enter_context(_drop_target(t, places, owner)) for t in targets}
         clean_up(qmp, PREFIX, lambda job: job not in stand_ins or stand_ins[job].served)
     return tuple(dict.fromkeys([*left.names, *notes, *held]))
 
@@ -74,24 +74,24 @@ class _Places:
 
     def listens(self, target: OwnTarget) -> bool:
         """Whether somebody does at the address of a sink of ours."""
-        sink = sink_of(target.socket)
+        sink = sink_name(target.socket)
         folder = self.find(sink.folder) if sink else None
         return bool(sink and folder and is_listening(Address(folder.address(sink.name))))
 
 
-def connect(address: str, *, share: bool) -> Link:
+def connect_or_unblock(address: str, *, share: bool) -> QmpLink:
     """QEMU's monitor as a user names it. Raises UsageError, QmpGone."""
     try:
         return open_link(address, share=share)
     except QmpInvalid:
         raise
     except QmpGone:
-        if not unblock(parse_address(address).path):
+        if not drain_stale_streams(parse_address(address).path):
             raise
         return open_link(address, share=share)
 
 
-def unblock(path: str) -> bool:
+def drain_stale_streams(path: str) -> bool:
     """Whether this QEMU answered nobody because of a stream that a crashed backup has left.
 
     `path`: its monitor's socket; empty: it has none.
@@ -122,14 +122,14 @@ def _is_alive(folder: SinkFolder) -> bool:
 
 
 @contextlib.contextmanager
-def _standing_in(
+def _drop_target(
     target: OwnTarget, places: _Places, owner: Callable[[], int]
 ) -> Iterator[DropTarget]:
     """Serve where QEMU still looks for its sink: a guest's write may be waiting for it.
 
     Raises Failure where that is no place of ours: QEMU tells any address that it likes.
     """
-    sink = sink_of(target.socket)
+    sink = sink_name(target.socket)
     folder = places.find(sink.folder, make=True) if sink else None
     if sink is None or folder is None:
         raise Failure(

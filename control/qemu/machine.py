@@ -17,40 +17,40 @@ from vmapipe.control.qemu.cbw_filters import (
     Handover,
     SnapshotCheck,
     broken_reason,
-    choose_way,
+    choose_method,
 )
 from vmapipe.control.qemu.disks import (
-    Choice,
+    DiskChoice,
     DiskChoiceOptions,
     Machine,
     MachineDisk,
     choose_disks,
-    names_of,
+    disk_names,
     storage_outside,
+    tpm_aliases,
     tpm_outside,
-    tpm_words,
 )
 from vmapipe.control.qemu.features import find_features
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.guardian_client import GuardianClient, SinkSocket, monitor_arguments
 from vmapipe.control.qemu.jobs import (
     SLOW_BYTES_S,
-    Settings,
-    Target,
+    BackupSettings,
+    BackupTarget,
     absent_name,
     begin_commands,
     check_name,
     filter_name,
-    name_of,
+    job_name,
     refusal_hint,
     run_prefix,
 )
-from vmapipe.control.qemu.leftovers import connect, remove_leftovers
+from vmapipe.control.qemu.leftovers import connect_or_unblock, remove_leftovers
 from vmapipe.control.qemu.qemu_process import command_line, pid_of_qemu, uid_of_qemu
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qemu.tpm import TpmState
 from vmapipe.control.qemu.undo import clean_up
-from vmapipe.control.qemu.vmstate import Instant, Saving
+from vmapipe.control.qemu.vmstate import Instant, MemorySaving
 from vmapipe.control.qemu.vmstate_commands import migration_progress
 from vmapipe.control.qmp.addresses import parse_address
 from vmapipe.control.qmp.connection import Answer, Command, QmpRefused
@@ -70,13 +70,13 @@ _OPERATIONS = {"read": "read the disk", "write": "sent its data to us"}
 _CLEAN_S = 5.0
 # QEMU frees a device within milliseconds of the end of its drive's jobs.
 _UNPLUG_S = 0.5
-_LOOK_S = 0.02
+_POLL_S = 0.02
 # How often QEMU is asked about its jobs where it is asked only now and then.
-_SHARED_LOOK_S = 0.5
+_SHARED_POLL_S = 0.5
 
 
 class RunningMachine:
-    """In this order: `choose`, `prepare`, `protect`, `begin`, `look` …, `end`.
+    """In this order: `choose`, `prepare`, `protect`, `begin`, `poll` …, `end`.
 
     All but `end` raise Failure.
     """
@@ -87,8 +87,8 @@ class RunningMachine:
         """`share`: QEMU's monitor is ours for the moment of each command only."""
         self._guest_wait_s = guest_wait_s
         self._with_memory = with_memory
-        self._saving: Saving | None = None
-        self._link = connect(qmp, share=share)
+        self._saving: MemorySaving | None = None
+        self._link = connect_or_unblock(qmp, share=share)
         self._address = parse_address(qmp)
         # Also in a node's name, of which QEMU takes 31 characters.
         self._run = secrets.token_hex(4)
@@ -100,7 +100,7 @@ class RunningMachine:
         self._producers: list[Child] = []
         self._handover: Handover | None = None
         # Disks whose producers know that QEMU's job has ended well, by index.
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
         # By job: what it was at when QEMU met an error, in its own word.
         self._failed_at: dict[str, str] = {}
         #: What people should know; whoever tells them takes it away.
@@ -108,14 +108,14 @@ class RunningMachine:
         # Whose state is one of the disks.
         self._tpm: TpmState | None = None
         # Told to stay when its guest powers off.
-        self._held: poweroff.PoweroffNote | None = None
+        self._poweroff_note: poweroff.PoweroffNote | None = None
         self._is_off = False
-        self._look_at = 0.0
+        self._poll_at = 0.0
         self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
 
     @property
     def fd(self) -> int:
-        """Readable when `look` has something to see."""
+        """Readable when `poll` has something to see."""
         return self._link.fd
 
     @property
@@ -123,24 +123,24 @@ class RunningMachine:
         """QEMU is rid of us: what it says now, and whether it ends, is no concern of ours."""
         return self._is_clean
 
-    def choose(self, wishes: DiskChoiceOptions) -> Choice:
+    def choose(self, wishes: DiskChoiceOptions) -> DiskChoice:
         """What a crashed backup has left is removed first."""
         remove_leftovers(self._link, self._owner_of_qemu)
         self._check_run_state()
         ask = self._ask
         nodes = self._link.execute(Command("query-named-block-nodes", {"flat": True}))
-        graph = Graph(nodes, self._may_ask("x-debug-query-block-graph"))
+        graph = Graph(nodes, self._ask_if_known("x-debug-query-block-graph"))
         outside = storage_outside(
             {
-                path: self._may_ask("qom-list", path=path) or ()
+                path: self._ask_if_known("qom-list", path=path) or ()
                 for path in ("/machine/peripheral", "/machine/peripheral-anon")
             }
         )
         added = []
-        for tpm in self._may_ask("query-tpm") or ():
+        for tpm in self._ask_if_known("query-tpm") or ():
             try:
                 self._tpm = TpmState(self._link, self._run, self._qemu_pid())
-                added.append((self._tpm.disk, tpm_words(tpm)))
+                added.append((self._tpm.disk, tpm_aliases(tpm)))
             except Failure as failure:
                 outside.append(tpm_outside(tpm, str(failure)))
         blocks, jobs = ask("query-block"), ask("query-block-jobs")
@@ -152,13 +152,13 @@ class RunningMachine:
 
     def _check_run_state(self) -> None:
         """Raises Failure where the disks are another QEMU's, or soon will be."""
-        status = self._may_ask("query-status") or {}
+        status = self._ask_if_known("query-status") or {}
         if status.get("status") == "inmigrate":
             raise Failure(
                 "the machine waits for an incoming migration (run state inmigrate): its disks are "
                 "still the other host's; back it up there, or here when it has arrived"
             )
-        if migration_progress(self._may_ask("query-migrate") or {}).is_moving:
+        if migration_progress(self._ask_if_known("query-migrate") or {}).is_moving:
             raise Failure(
                 "the machine is being migrated: back it up when that has ended, where it is then"
             )
@@ -174,7 +174,7 @@ class RunningMachine:
         self._give_to_qemu(folder)
         stream_fd = -1
         if self._with_memory:
-            self._saving = Saving(self._link, self._run, folder, self._guest_wait_s)
+            self._saving = MemorySaving(self._link, self._run, folder, self._guest_wait_s)
             stream_fd = self._saving.stream_fd
         self._guardian = GuardianClient(
             monitor_arguments(self._address, share=self._link.is_shared),
@@ -189,7 +189,7 @@ class RunningMachine:
         """The listening socket for the producer of this disk."""
         return self._sinks[index].listener.fileno()
 
-    def stream_words(self) -> tuple[list[str], list[int]]:
+    def stream_arguments(self) -> tuple[list[str], list[int]]:
         """For the producer of the memory: options, and descriptors that it inherits."""
         if self._saving is None:
             raise RuntimeError("the memory is not saved")
@@ -218,23 +218,23 @@ class RunningMachine:
             return True
 
     def begin(self) -> Instant | None:
-        """All producers listen: this is the instant. None: `look` will find it, in `held`."""
+        """All producers listen: this is the instant. None: `poll` will find it, in `take_instant`."""
         features = find_features(self._link, absent_name(self._run))
-        way = choose_way(self._link, self._run, features, self._disks, self._guest_wait_s)
+        way = choose_method(self._link, self._run, features, self._disks, self._guest_wait_s)
         if way.handed_over:
             self._handover = Handover(self._link, self._run, way.handed_over, way.features)
         targets = [
-            Target(disk, sink.path, EXPORT_NAME, index in way.handed_over, way.timeout_s)
+            BackupTarget(disk, sink.path, EXPORT_NAME, index in way.handed_over, way.timeout_s)
             for index, (disk, sink) in enumerate(zip(self._disks, self._sinks, strict=True))
         ]
         speed = SLOW_BYTES_S if self._saving else self._speed_bytes_s
-        settings = Settings(self._run, speed, self._guest_wait_s)
+        settings = BackupSettings(self._run, speed, self._guest_wait_s)
         jobs = begin_commands(targets, settings, way.features)
         if self._tpm is not None:
             jobs = jobs._replace(targets=[self._tpm.add(), *jobs.targets])
         if self._saving is not None:
             self._saving.begin(jobs)
-            return self.held()
+            return self.take_instant()
         try:
             for command in jobs.targets:
                 self._link.execute(command)
@@ -258,23 +258,23 @@ class RunningMachine:
             self._handover.carry_out()
         self.set_speed(self._speed_bytes_s)
         self._hold_poweroff()
-        self._look_at_jobs()  # short ones may have ended
+        self._poll_jobs()  # short ones may have ended
 
-    def held(self) -> Instant | None:
+    def take_instant(self) -> Instant | None:
         """The instant, once: when it is known that it was."""
-        if self._has_begun or self._saving is None or self._saving.held is None:
+        if self._has_begun or self._saving is None or self._saving.instant is None:
             return None
         self._go_on()
-        return self._saving.held
+        return self._saving.instant
 
     def _hold_poweroff(self) -> None:
         """A guest that powers off from now on does not take its QEMU, and the backup, with it."""
         pid = self._qemu_pid()
         words = command_line(pid) if pid else []
-        status = self._may_ask("query-status") or {}
+        status = self._ask_if_known("query-status") or {}
         note = poweroff.poweroff_note(words, status, self._folder_path)
         if note and poweroff.hold_at_poweroff(self._link, self._run, note):
-            self._held = note
+            self._poweroff_note = note
 
     def set_speed(self, bytes_per_s: int) -> None:
         """Of each disk, from now on; 0: no limit."""
@@ -296,12 +296,12 @@ class RunningMachine:
             self._producers[index].tell(JOB_SPEED_SET)
 
     def _set_job_speed(self, index: int, bytes_per_s: int) -> None:
-        arguments = {"device": name_of(self._run, index), "speed": bytes_per_s}
+        arguments = {"device": job_name(self._run, index), "speed": bytes_per_s}
         # A job that has ended needs no limit.
         with contextlib.suppress(QmpRefused):
             self._link.execute(Command("block-job-set-speed", arguments))
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Take in what QEMU has said: jobs that have ended well are removed, a failure raises."""
         if self._is_clean or self._link_closed:
             return
@@ -312,28 +312,28 @@ class RunningMachine:
             )
         events = self._link.events()
         is_due = any(event["event"] in _JOB_EVENTS for event in events)
-        if self._link.is_shared and time.monotonic() >= self._look_at:
+        if self._link.is_shared and time.monotonic() >= self._poll_at:
             # Nobody tells us anything.
-            is_due, self._look_at = True, time.monotonic() + _SHARED_LOOK_S
+            is_due, self._poll_at = True, time.monotonic() + _SHARED_POLL_S
         if self._saving is not None:
             for event in events:
-                self._saving.hear(event)
-            self._saving.look()
+                self._saving.handle_event(event)
+            self._saving.poll()
         for event in events:
-            self._hear_error(event)
-        if self._held and not self._is_off and self._has_powered_off(events, asks=is_due):
+            self._note_error(event)
+        if self._poweroff_note and not self._is_off and self._has_powered_off(events, asks=is_due):
             self._is_off = True
             self.notices.append("the guest has powered off; QEMU ends when its backup is done")
         if self._has_begun and is_due:
-            self._look_at_jobs()
+            self._poll_jobs()
         if self._jobs_ended and (self._saving is None or self._saving.is_done):
-            self._clean()
+            self._clean_up()
 
-    def _look_at_jobs(self) -> None:
+    def _poll_jobs(self) -> None:
         jobs = {job["id"]: job for job in self._ask("query-jobs")}
         done = 0
         for index, disk in enumerate(self._disks):
-            job = jobs.get(name_of(self._run, index))
+            job = jobs.get(job_name(self._run, index))
             if job is None:
                 raise Failure(f"disk {disk.name!r}: somebody has removed QEMU's backup job")
             if job.get("error"):
@@ -342,7 +342,7 @@ class RunningMachine:
                 self._finish(index)
             if job["status"] == "concluded":
                 done += 1
-                self._tell_copied(index, job.get("current-progress"))
+                self._report_copied(index, job.get("current-progress"))
         self._jobs_ended = done == len(self._disks)
 
     def _finish(self, index: int) -> None:
@@ -352,16 +352,16 @@ class RunningMachine:
             raise Failure(f"disk {self._disks[index].name!r}: {reason}")
         # An event tells that it has ended.
         with contextlib.suppress(QmpRefused):
-            self._link.execute(Command("job-finalize", {"id": name_of(self._run, index)}))
+            self._link.execute(Command("job-finalize", {"id": job_name(self._run, index)}))
 
     def _has_powered_off(self, events: Sequence[dict[str, Any]], *, asks: bool) -> bool:
         """By its state, when an event says so, or none would."""
         asks = asks and self._link.is_shared
-        if self._held is None or not (asks or any(map(poweroff.may_be_off, events))):
+        if self._poweroff_note is None or not (asks or any(map(poweroff.may_be_off, events))):
             return False
-        return self._held.is_off(self._may_ask("query-status") or {})
+        return self._poweroff_note.is_off(self._ask_if_known("query-status") or {})
 
-    def _hear_error(self, event: dict[str, Any]) -> None:
+    def _note_error(self, event: dict[str, Any]) -> None:
         data = event.get("data") or {}
         if event.get("event") == "BLOCK_JOB_ERROR":
             self._failed_at[str(data.get("device", ""))] = str(data.get("operation", ""))
@@ -371,7 +371,7 @@ class RunningMachine:
         if job["error"] == REFUSED:
             return BROKEN
         for event in self._link.events():  # its word of it comes before the job's state
-            self._hear_error(event)
+            self._note_error(event)
         at = _OPERATIONS.get(self._failed_at.get(str(job["id"]), ""))
         copied = f"{job.get('current-progress', 0)} of {job.get('total-progress', 0)} bytes"
         what = f" while it {at}" if at else ""
@@ -384,16 +384,16 @@ class RunningMachine:
         # A device that goes is there a moment longer than the job of its drive.
         deadline = time.monotonic() + _UNPLUG_S
         while time.monotonic() < deadline:
-            plugged = [b for b in self._may_ask("query-block") or () if b.get("qdev")]
-            if not any({disk.device, disk.name} & names_of(block).words for block in plugged):
+            plugged = [b for b in self._ask_if_known("query-block") or () if b.get("qdev")]
+            if not any({disk.device, disk.name} & disk_names(block).aliases for block in plugged):
                 return (
                     "it was removed from the machine while it was backed up (or somebody has "
                     "cancelled QEMU's backup job)"
                 )
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         return "somebody has cancelled QEMU's backup job"
 
-    def _tell_copied(self, index: int, copied_bytes: int | None) -> None:
+    def _report_copied(self, index: int, copied_bytes: int | None) -> None:
         """Only what this allows may be stored: a job that failed in the last moment has failed.
 
         Raises Failure when it is not known how much of a thin disk should have come.
@@ -401,11 +401,11 @@ class RunningMachine:
         disk = self._disks[index]
         if copied_bytes is None and disk.is_thin:
             raise Failure(f"disk {disk.name!r}: QEMU does not tell how much its job has copied")
-        if index not in self._told:
-            self._told.add(index)
+        if index not in self._reported:
+            self._reported.add(index)
             self._producers[index].tell(copied_command(JobCopied(copied_bytes or 0, disk.is_thin)))
 
-    def _clean(self) -> None:
+    def _clean_up(self) -> None:
         clean_up(self._link, run_prefix(self._run), lambda job: True, _CLEAN_S)
         self._is_clean = True
 
@@ -443,7 +443,7 @@ class RunningMachine:
         can_wait = not (saving and guardian.is_alive)
         if can_wait and all(child.running for child in self._producers):
             with contextlib.suppress(Failure):
-                self._clean()
+                self._clean_up()
                 guardian.dismiss()
                 return ""
         # A target is gone, or QEMU does not answer us: the guardian knows the
@@ -475,10 +475,10 @@ class RunningMachine:
         return uid_of_qemu(self._address.path, self._qemu_pid())
 
     def _qemu_pid(self) -> int | None:
-        uuid = str((self._may_ask("query-uuid") or {}).get("UUID", ""))
+        uuid = str((self._ask_if_known("query-uuid") or {}).get("UUID", ""))
         return pid_of_qemu(self._link.peer_pid, uuid)
 
-    def _may_ask(self, name: str, **arguments: str) -> Any:
+    def _ask_if_known(self, name: str, **arguments: str) -> Any:
         """None where this QEMU (an old one, a storage daemon) does not know the command."""
         try:
             return self._link.execute(Command(name, arguments))

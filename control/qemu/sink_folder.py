@@ -202,7 +202,7 @@ class SinkName(NamedTuple):
     name: str
 
 
-def sink_of(path: str) -> SinkName | None:
+def sink_name(path: str) -> SinkName | None:
     """None: this is not the shape of one of ours."""
     folder, name = os.path.split(path)
     fits = path.startswith("/") and _FOLDER.fullmatch(os.path.basename(folder))

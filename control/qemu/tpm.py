@@ -19,7 +19,7 @@ from typing import NamedTuple
 from vmapipe.control.qemu.disks import TPM_NAME, MachineDisk
 from vmapipe.control.qemu.jobs import run_prefix
 from vmapipe.control.qemu.qemu_process import command_line
-from vmapipe.control.qmp.connection import Command, Link, QmpRefused
+from vmapipe.control.qmp.connection import Command, QmpLink, QmpRefused
 from vmapipe.runtime.errors import Failure, os_error_text
 
 #: As Proxmox VE's volumes are.
@@ -181,7 +181,7 @@ def check_volume(data: bytes) -> None:
 class TpmState:
     """In this order: `add`, then the jobs begin, then `check`. All raise Failure."""
 
-    def __init__(self, link: Link, run: str, qemu_pid: int | None) -> None:
+    def __init__(self, link: QmpLink, run: str, qemu_pid: int | None) -> None:
         """Raises Failure when it cannot be had, with the reason."""
         if link.is_shared or link.peer_pid is None:
             raise Failure("QEMU takes it only over a Unix socket that is ours (not --qmp-share)")

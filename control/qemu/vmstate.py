@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vmapipe.control.qemu import vmstate_commands
-from vmapipe.control.qemu.jobs import Beginning
+from vmapipe.control.qemu.jobs import BackupCommands
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qemu.vmstate_commands import MIGRATED, RUNNING, STANDING, STOPPED, MemoryNote
-from vmapipe.control.qmp.connection import ANSWER_S, Command, Link, QmpRefused
+from vmapipe.control.qmp.connection import ANSWER_S, Command, QmpLink, QmpRefused
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.syscalls import readable
 
@@ -31,7 +31,7 @@ _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031
 # A busy QEMU is not asked more often than this how far it is.
 _ASK_S = 0.1
-_LOOK_S = 0.005
+_POLL_S = 0.005
 
 
 class Instant(NamedTuple):
@@ -44,19 +44,19 @@ class Instant(NamedTuple):
     seconds: float
 
 
-class Saving:
-    """Of one backup. In this order: `begin`, then `look` until `is_done`. Both raise Failure."""
+class MemorySaving:
+    """Of one backup. In this order: `begin`, then `poll` until `is_done`. Both raise Failure."""
 
-    def __init__(self, link: Link, run: str, folder: SinkFolder, guest_wait_s: int) -> None:
+    def __init__(self, link: QmpLink, run: str, folder: SinkFolder, guest_wait_s: int) -> None:
         self.is_done = False
         #: Set as soon as it is known.
-        self.held: Instant | None = None
+        self.instant: Instant | None = None
         self._link = link
         self._name = vmstate_commands.memory_note_name(run)
         self._folder = folder
         self._guest_wait_s = guest_wait_s
         self._note: MemoryNote | None = None
-        self._jobs: Beginning | None = None
+        self._jobs: BackupCommands | None = None
         self._was_running = False
         self._ask_at = 0.0
         self._stopped_at = 0.0
@@ -86,7 +86,7 @@ class Saving:
         _close(self._qemu_fd, self._verdict)
         self._qemu_fd = self._verdict = -1
 
-    def begin(self, jobs: Beginning) -> None:
+    def begin(self, jobs: BackupCommands) -> None:
         """The jobs should be slow until the guest runs again: what they have under way would have
         to end first.
         """
@@ -121,11 +121,11 @@ class Saving:
             self._give_stream()
             self._execute(vmstate_commands.start_migration())
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """How far is it? Asked now and then, and when QEMU has said something."""
         if self._note is None or self.is_done or time.monotonic() < self._ask_at:
             return
-        self._see_it_run()
+        self._check_it_runs()
         progress = vmstate_commands.migration_progress(self._ask("query-migrate"))
         self._ask_at = time.monotonic() + _ASK_S
         if progress.is_complete:
@@ -138,10 +138,10 @@ class Saving:
                 "quieter time, or paused, or without --state"
             )
 
-    def hear(self, event: dict[str, Any]) -> None:
+    def handle_event(self, event: dict[str, Any]) -> None:
         """One of QEMU's events."""
         name = event.get("event")
-        if name == "STOP" and self.held is None:
+        if name == "STOP" and self.instant is None:
             self._stopped_at = _time_of(event)
         elif name == "STOP":
             self._stopped_since = True
@@ -158,7 +158,7 @@ class Saving:
             return False
         return True
 
-    def _save_in_background(self, jobs: Beginning) -> None:
+    def _save_in_background(self, jobs: BackupCommands) -> None:
         self._add_nodes(jobs)
         self._give_stream()
         self._rewrite(resume=STOPPED)
@@ -177,16 +177,16 @@ class Saving:
     def _wait_for_guest(self, how: str) -> None:
         """Until it goes on; for how long it stood still, QEMU's events tell."""
         deadline = time.monotonic() + self._guest_wait_s + ANSWER_S
-        while self.held is None:
-            readable([self._link.fd], _LOOK_S)
+        while self.instant is None:
+            readable([self._link.fd], _POLL_S)
             for event in self._link.events():
-                self.hear(event)
+                self.handle_event(event)
                 if event.get("event") == "RESUME":
-                    self.held = Instant(how, _time_of(event) - self._stopped_at)
+                    self.instant = Instant(how, _time_of(event) - self._stopped_at)
             progress = vmstate_commands.migration_progress(self._ask("query-migrate"))
-            if self.held is None and not progress.is_moving and not progress.is_complete:
+            if self.instant is None and not progress.is_moving and not progress.is_complete:
                 raise Failure(f"QEMU could not save the machine's memory: {progress.why}")
-            if self.held is None and progress.saved_pages and self._stays_stopped():
+            if self.instant is None and progress.saved_pages and self._stays_stopped():
                 self._execute(Command("cont", {}))
             if time.monotonic() > deadline:
                 raise Failure("the guest does not go on after its memory was saved")
@@ -200,7 +200,7 @@ class Saving:
         self._ask("query-status")
         return not self._ask("query-status").get("running")
 
-    def _see_it_run(self) -> None:
+    def _check_it_runs(self) -> None:
         """Only then need nobody let it go on: QEMU 10 sets a state back that it found, unasked."""
         if self._note is None or self._note.is_live or not self._note.resume:
             return
@@ -237,7 +237,7 @@ class Saving:
         self._add_nodes(self._jobs)
         self._execute(self._jobs.transaction)
         if not self._was_running:
-            self.held = Instant("the guest stood still", 0.0)
+            self.instant = Instant("the guest stood still", 0.0)
         else:
             self._execute(Command("cont", {}))
             self._wait_for_guest("live migration")
@@ -245,7 +245,7 @@ class Saving:
 
     # --- both ---
 
-    def _add_nodes(self, jobs: Beginning) -> None:
+    def _add_nodes(self, jobs: BackupCommands) -> None:
         for command in jobs.targets:
             self._execute(command)
         for command in jobs.filters:

@@ -25,7 +25,7 @@ from typing import Any
 
 from vmapipe.control.qmp.addresses import Address, connect, parse_address
 from vmapipe.control.qmp.answers import answer_fault, event_fault
-from vmapipe.control.qmp.connection import Command, Link, Peer, QmpGone
+from vmapipe.control.qmp.connection import Command, QmpGone, QmpLink, QmpPeer
 from vmapipe.control.qmp.reader import JsonReader, Unreadable, decode
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
@@ -145,7 +145,7 @@ class QmpClient:
     is_shared = False
 
     def __init__(
-        self, address: Address | str, peer: Peer | None = None, *, is_brief: bool = False
+        self, address: Address | str, peer: QmpPeer | None = None, *, is_brief: bool = False
     ) -> None:
         """`address`: a path, or what parse_address returns; `peer`: QEMU.
 
@@ -153,7 +153,7 @@ class QmpClient:
         answer is looked at when the other end is free again.
         """
         self._address = address if isinstance(address, Address) else Address(address)
-        self._peer = peer or Peer()
+        self._peer = peer or QmpPeer()
         self.path = str(self._address)
         self._lost: QmpGone | None = None
         self._is_brief = is_brief
@@ -378,7 +378,7 @@ def open_qmp(address: str) -> QmpClient:
 _TURN_S = 30.0
 
 
-class _InTurn(Peer):
+class _SharedPeer(QmpPeer):
     """QEMU, whose others are waited for."""
 
     greeting_s = _TURN_S
@@ -399,7 +399,7 @@ class SharedQmp:
         """Connects once, so that whoever does not answer is told now. Raises QmpGone."""
         self.path = str(address)
         self._address = address
-        self._peer = _InTurn()
+        self._peer = _SharedPeer()
         client = QmpClient(address, self._peer)
         #: The process at the other end; None: it is not known.
         self.peer_pid = client.peer_pid
@@ -430,6 +430,6 @@ class SharedQmp:
             os.close(self.fd)
 
 
-def open_link(address: str, *, share: bool) -> Link:
+def open_link(address: str, *, share: bool) -> QmpLink:
     """QEMU's monitor as a user names it. Raises UsageError, QmpGone."""
     return SharedQmp(parse_address(address)) if share else open_qmp(address)

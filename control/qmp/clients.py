@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vmapipe.control.qmp.server import Command, QmpError, QmpServer
+from vmapipe.control.qmp.server import CommandHandler, QmpError, QmpServer
 from vmapipe.control.qmp.sockets import Listener
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.process import program_version
@@ -45,7 +45,7 @@ class Client:
         self.fds: list[int] = []
         self.server = QmpServer({}, "")
         self.unread = b""
-        self.connected = self.heard = time.monotonic()
+        self.connected_at = self.received_at = time.monotonic()
 
     def take_fd(self) -> int:
         """The descriptor that came with a command; it is the caller's then. Raises QmpError."""
@@ -66,7 +66,7 @@ class Clients:
     def __init__(
         self,
         listener: Listener,
-        commands: Callable[[Client], Mapping[str, Command]],
+        commands: Callable[[Client], Mapping[str, CommandHandler]],
         left: Callable[[Client], None] = lambda client: None,
         notice: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -114,7 +114,7 @@ class Clients:
                 self._accept()
             elif isinstance(key.data, Client):
                 if ready & selectors.EVENT_READ:
-                    self._hear(key.data)
+                    self._receive(key.data)
                 if ready & selectors.EVENT_WRITE:
                     self._send(key.data, b"")
         self._end_silent()
@@ -124,7 +124,7 @@ class Clients:
         for client in list(self._clients.values()):
             self._send(client, client.server.go_on())
 
-    def tell(self, name: str, data: Mapping[str, Any]) -> None:
+    def send_event(self, name: str, data: Mapping[str, Any]) -> None:
         """An event, to everybody who has negotiated."""
         now = time.time()
         for client in list(self._clients.values()):
@@ -156,8 +156,8 @@ class Clients:
             self._notice(f"a client has to wait: {os_error_text(error)}")
 
     def _make_room(self) -> bool:
-        quietest = min(self._clients.values(), key=lambda client: client.heard)
-        if time.monotonic() - quietest.heard < _IDLE_S:
+        quietest = min(self._clients.values(), key=lambda client: client.received_at)
+        if time.monotonic() - quietest.received_at < _IDLE_S:
             return False
         self._drop(quietest)
         return True
@@ -165,10 +165,10 @@ class Clients:
     def _end_silent(self) -> None:
         now = time.monotonic()
         for client in list(self._clients.values()):
-            if not client.server.negotiated and now - client.connected > _NEGOTIATE_S:
+            if not client.server.negotiated and now - client.connected_at > _NEGOTIATE_S:
                 self._drop(client)
 
-    def _hear(self, client: Client) -> None:
+    def _receive(self, client: Client) -> None:
         try:
             data, fds = receive_fds(client.socket, _RECEIVE_BYTES, _MAX_FDS)
         except BlockingIOError:
@@ -181,7 +181,7 @@ class Clients:
         if not data:
             self._drop(client)
             return
-        client.heard = time.monotonic()
+        client.received_at = time.monotonic()
         self._send(client, client.server.feed(data))
         if client.server.closed:
             self._drop(client)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-from vmapipe.control.qmp.reader import QMP_LIMITS, Limits
+from vmapipe.control.qmp.reader import QMP_LIMITS, JsonLimits
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.text import one_line
 
@@ -51,7 +51,7 @@ class Qmp(Protocol):
     def execute(self, command: Command) -> Any: ...
 
 
-class Link(Qmp, Protocol):
+class QmpLink(Qmp, Protocol):
     """A connection to QEMU for as long as a backup takes; all but `close` raise QmpGone, too."""
 
     @property
@@ -82,13 +82,13 @@ class Link(Qmp, Protocol):
     def close(self) -> None: ...
 
 
-class Peer:
+class QmpPeer:
     """Who is at the other end: its bounds, and how its failures are told. Here: QEMU."""
 
     name = "QEMU"
     greeting_s = GREETING_S
     answer_s = ANSWER_S
-    limits: Limits = QMP_LIMITS
+    limits: JsonLimits = QMP_LIMITS
 
     def not_reached(self, path: str, why: str) -> QmpGone:
         return QmpGone(f"cannot reach QEMU's monitor at {path}: {why}; is the machine running?")

@@ -28,7 +28,7 @@ _MOST_DIGITS = 20
 SHOWN_BYTES = 200
 
 
-class Limits(NamedTuple):
+class JsonLimits(NamedTuple):
     """Of one message."""
 
     most_bytes: int
@@ -41,10 +41,10 @@ class Limits(NamedTuple):
 # node in 450 bytes, and with query-block of each image of a chain in 450: 254 disks whose chains have
 # 64 images come to 7.5 MB. A value takes QEMU 15 bytes and more.
 # Each image of a chain is nested in the one above it.
-QMP_LIMITS = Limits(most_bytes=8 << 20, most_values=500_000, most_depth=256)
+QMP_LIMITS = JsonLimits(most_bytes=8 << 20, most_values=500_000, most_depth=256)
 # An agent's answers to what we ask are numbers, its errors some words; a job's and a monitor's
 # answers some hundred bytes a disk.
-SHORT_LIMITS = Limits(most_bytes=1 << 20, most_values=50_000, most_depth=32)
+SHORT_LIMITS = JsonLimits(most_bytes=1 << 20, most_values=50_000, most_depth=32)
 
 
 class Unreadable(Exception):
@@ -61,7 +61,7 @@ class JsonReader:
     After `next` has raised Unreadable nothing more can be read, unless some is dropped.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: JsonLimits) -> None:
         self._limits = limits
         self._held = bytearray()
         self._begin()
@@ -163,7 +163,7 @@ class JsonReader:
         return Unreadable(text, bytes(self._held[:SHOWN_BYTES]))
 
 
-def read_object(text: str, limits: Limits) -> dict[str, Any]:
+def read_object(text: str, limits: JsonLimits) -> dict[str, Any]:
     """A text that is one object. Raises Unreadable."""
     reader = JsonReader(limits)
     reader.feed(text.encode(errors="replace"))

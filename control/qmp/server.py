@@ -20,7 +20,7 @@ _DECODER = json.JSONDecoder()
 _WHITE = b" \t\r\n"
 
 
-class Request(NamedTuple):
+class QmpRequest(NamedTuple):
     """An object, or why it is none; and how long it was, in bytes."""
 
     value: dict[str, Any] | None
@@ -28,7 +28,7 @@ class Request(NamedTuple):
     size: int
 
 
-class Requests:
+class RequestReader:
     """Bytes in any pieces to requests. `held_bytes` are those of one that is not complete."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Requests:
     def held_bytes(self) -> int:
         return len(self._rest)
 
-    def feed(self, data: bytes) -> list[Request]:
+    def feed(self, data: bytes) -> list[QmpRequest]:
         self._rest = (self._rest + data).lstrip(_WHITE)
         # Nothing ends but by one of these.
         if b"}" not in data and b"\n" not in data:
@@ -48,7 +48,7 @@ class Requests:
             found.append(request)
         return found
 
-    def _next(self) -> Request | None:
+    def _next(self) -> QmpRequest | None:
         if not self._rest:
             return None
         if not self._rest.startswith(b"{"):
@@ -64,9 +64,9 @@ class Requests:
         rest = text[end:].encode("utf-8", "surrogateescape")
         size = len(self._rest) - len(rest)
         self._rest = rest.lstrip(_WHITE)
-        return Request(value, "", size)
+        return QmpRequest(value, "", size)
 
-    def _line_of_junk(self) -> Request | None:
+    def _line_of_junk(self) -> QmpRequest | None:
         line, newline, rest = self._rest.partition(b"\n")
         if not newline:
             return None
@@ -74,8 +74,8 @@ class Requests:
         try:
             json.loads(line)
         except (ValueError, RecursionError):
-            return Request(None, "this is no JSON", len(line))
-        return Request(None, "a command is a JSON object", len(line))
+            return QmpRequest(None, "this is no JSON", len(line))
+        return QmpRequest(None, "a command is a JSON object", len(line))
 
 
 def _is_hopeless(error: ValueError, text: str) -> bool:
@@ -104,7 +104,7 @@ _DEFECTS = (
     ValueError,
 )
 
-Command = Callable[[dict[str, Any]], Any]
+CommandHandler = Callable[[dict[str, Any]], Any]
 
 
 class QmpError(Exception):
@@ -115,7 +115,7 @@ class QmpError(Exception):
         super().__init__(text)
 
 
-class Later:
+class DeferredAnswer:
     """What a command returns whose answer takes time; the first answer counts."""
 
     def __init__(self) -> None:
@@ -154,14 +154,14 @@ class Later:
 class QmpServer:
     """One client. `closed`: it has broken the protocol beyond repair."""
 
-    def __init__(self, commands: Mapping[str, Command], version: str) -> None:
+    def __init__(self, commands: Mapping[str, CommandHandler], version: str) -> None:
         self.closed = False
         self.negotiated = False
         self._commands = commands
         self._version = version
-        self._incoming = Requests()
-        self._requests: deque[Request] = deque()
-        self._awaited: tuple[Later, Any] | None = None
+        self._incoming = RequestReader()
+        self._requests: deque[QmpRequest] = deque()
+        self._awaited: tuple[DeferredAnswer, Any] | None = None
 
     @property
     def takes_more(self) -> bool:
@@ -204,7 +204,7 @@ class QmpServer:
         stamp = {"seconds": seconds, "microseconds": microseconds}
         return _line({"event": name, "data": dict(data), "timestamp": stamp})
 
-    def _answer(self, incoming: Request) -> bytes:
+    def _answer(self, incoming: QmpRequest) -> bytes:
         request = incoming.value
         if request is None:
             return _error("GenericError", incoming.problem, None)
@@ -225,7 +225,7 @@ class QmpServer:
         except _DEFECTS as error:
             # Guests' disks depend on this process: a mistake of ours ends one command.
             return _error("GenericError", f"a defect of vmapipe: {error!r}", identity)
-        if isinstance(value, Later):
+        if isinstance(value, DeferredAnswer):
             self._awaited = (value, identity)
             return b""
         return _line(_with_id({"return": value}, identity))

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.control.qmp.server import MAX_LINE_BYTES, Later, QmpError, QmpServer
+from vmapipe.control.qmp.server import MAX_LINE_BYTES, DeferredAnswer, QmpError, QmpServer
 
 
 def refuse(arguments: dict[str, Any]) -> Any:
@@ -99,7 +99,7 @@ def test_members_that_a_command_does_not_have_are_refused() -> None:
 
 
 def test_what_follows_a_command_whose_answer_takes_time_waits_for_it() -> None:
-    later = Later()
+    later = DeferredAnswer()
     qmp = QmpServer({"wait": lambda arguments: later, "ask": lambda arguments: 1}, "1")
     qmp.feed(b'{"execute": "qmp_capabilities"}')
     assert qmp.feed(b'{"execute": "wait", "id": 1}{"execute": "ask", "id": 2}') == b""
@@ -110,7 +110,7 @@ def test_what_follows_a_command_whose_answer_takes_time_waits_for_it() -> None:
 
 
 def test_a_client_whose_commands_wait_is_not_read_from_without_end() -> None:
-    later = Later()
+    later = DeferredAnswer()
     qmp = QmpServer({"wait": lambda arguments: later}, "1")
     qmp.feed(b'{"execute": "qmp_capabilities"}{"execute": "wait"}')
     rounds = 0

@@ -14,11 +14,11 @@ from vmapipe.control.qemu import guest_agent
 from vmapipe.control.qemu.guest_agent import GuestAgent
 from vmapipe.control.qmp.answers import answer_fault, event_fault
 from vmapipe.control.qmp.client import EventQueue
-from vmapipe.control.qmp.reader import JsonReader, Limits, Unreadable
+from vmapipe.control.qmp.reader import JsonLimits, JsonReader, Unreadable
 from vmapipe.runtime.errors import Failure
 
 # So low that a few hundred bytes reach them.
-_LIMITS = Limits(most_bytes=2000, most_values=200, most_depth=20)
+_LIMITS = JsonLimits(most_bytes=2000, most_values=200, most_depth=20)
 _COMMANDS = sorted(GOOD)
 _NUMBER = 7
 

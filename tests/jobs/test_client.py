@@ -18,7 +18,7 @@ from vmapipe.control.jobs.client import JobClient
 from vmapipe.control.monitor import client as monitor_module
 from vmapipe.control.monitor.client import guarded_disks
 from vmapipe.control.qmp.client import QmpClient
-from vmapipe.control.qmp.connection import Peer
+from vmapipe.control.qmp.connection import QmpPeer
 from vmapipe.runtime.errors import Failure
 
 GREETING = b'{"QMP": {}}\r\n'
@@ -92,7 +92,7 @@ def stranger(says: Sequence[bytes]) -> Iterator[str]:
 def test_a_stranger_is_told_in_the_words_of_who_was_expected(
     monkeypatch: pytest.MonkeyPatch, client: str, says: list[bytes], text: str
 ) -> None:
-    for peer in (jobs_module._Job, monitor_module._Monitor, Peer):
+    for peer in (jobs_module._Job, monitor_module._Monitor, QmpPeer):
         monkeypatch.setattr(peer, "greeting_s", LIMIT_S if says[0] else 0.2)
         monkeypatch.setattr(peer, "answer_s", LIMIT_S if all(says) else 0.2)
     with stranger(says) as path, pytest.raises(Failure, match=text):

@@ -16,8 +16,8 @@ from vmapipe.control.monitor.backups import (
     Backups,
     Moment,
     Outcome,
+    QmpEvent,
     Rejected,
-    Told,
 )
 from vmapipe.control.qmp.server import QmpError
 
@@ -114,7 +114,7 @@ class Machine(RuleBasedStateMachine):
         if self.started and self.now.clock_s >= self.told_progress_at + 1.0:
             self.told_progress_at = self.now.clock_s
             keys = ("uuid", "total", "transferred", "zero-bytes")
-            assert out == [Told("BACKUP_PROGRESS", {key: self.new[key] for key in keys})]
+            assert out == [QmpEvent("BACKUP_PROGRESS", {key: self.new[key] for key in keys})]
         else:
             assert out == []
 
@@ -139,7 +139,7 @@ class Machine(RuleBasedStateMachine):
         self.running = False
         self.new["transferred"] = self.new["total"]
         self.status = self.finished("done")
-        assert out == [Told("BACKUP_COMPLETED", self.status)]
+        assert out == [QmpEvent("BACKUP_COMPLETED", self.status)]
 
     @rule(verdict=st.sampled_from(("it was killed by SIGKILL", "ended with exit code 1")))
     def ends_badly(self, verdict: str) -> None:
@@ -156,7 +156,7 @@ class Machine(RuleBasedStateMachine):
             return
         self.status = {**self.finished("error"), "errmsg": errmsg}
         name = "BACKUP_CANCELLED" if self.canceled else "BACKUP_FAILED"
-        assert out == [Told(name, self.status)]
+        assert out == [QmpEvent(name, self.status)]
 
     @rule()
     def never_becomes_a_process(self) -> None:
@@ -185,7 +185,7 @@ class Machine(RuleBasedStateMachine):
         assert self.backups.busy == self.running
 
     def hear(self, event: dict[str, Any]) -> list[Outcome]:
-        return self.backups.hear(event, self.now)
+        return self.backups.handle_event(event, self.now)
 
     def expect_start(self, out: list[Outcome]) -> None:
         at_instant = self.begun if self.with_state else self.instant
@@ -196,7 +196,7 @@ class Machine(RuleBasedStateMachine):
         self.told_progress_at = self.now.clock_s
         self.new["start-time"] = int(self.now.wall_s)
         active = {**self.new, "status": "active"}
-        assert out == [Accepted(self.new["uuid"]), Told("BACKUP_STARTED", active)]
+        assert out == [Accepted(self.new["uuid"]), QmpEvent("BACKUP_STARTED", active)]
 
     def finished(self, status: str) -> dict[str, Any]:
         return {**self.new, "status": status, "end-time": int(self.now.wall_s)}
@@ -210,8 +210,8 @@ TestStatusesAgree.settings = settings(max_examples=40, stateful_step_count=50, d
 def test_a_clock_that_goes_back_does_not_let_it_end_before_it_began() -> None:
     backups = Backups()
     backups.begin("x")
-    backups.hear({"event": "begun", "uuid": "0" * 32, "devices": []}, Moment(100.0, 1.0))
-    backups.hear({"event": "instant"}, Moment(100.0, 1.0))
+    backups.handle_event({"event": "begun", "uuid": "0" * 32, "devices": []}, Moment(100.0, 1.0))
+    backups.handle_event({"event": "instant"}, Moment(100.0, 1.0))
     backups.end("", Moment(50.0, 2.0))
     assert backups.status()["end-time"] == backups.status()["start-time"] == 100
 
@@ -221,8 +221,8 @@ def test_a_memory_that_was_larger_than_estimated_is_never_more_than_all() -> Non
     now = Moment(1.0, 1.0)
     backups.begin("x", with_state=True)
     begun = [{"name": "vmstate", "bytes": 10}, {"name": "a", "bytes": 5}]
-    backups.hear({"event": "begun", "uuid": "0" * 32, "devices": begun}, now)
+    backups.handle_event({"event": "begun", "uuid": "0" * 32, "devices": begun}, now)
     more = [{"name": "vmstate", "bytes": 10, "done_bytes": 90, "zero_bytes": 0}]
-    backups.hear({"event": "progress", "devices": more}, now)
+    backups.handle_event({"event": "progress", "devices": more}, now)
     status = backups.status()
     assert status["transferred"] == status["total"] == 90

@@ -16,7 +16,7 @@ import pytest
 
 from vmapipe.control.qmp import clients as module
 from vmapipe.control.qmp.clients import MAX_CLIENTS, MAX_UNREAD_BYTES, Client, Clients
-from vmapipe.control.qmp.server import Later
+from vmapipe.control.qmp.server import DeferredAnswer
 from vmapipe.control.qmp.sockets import listen_unix
 from vmapipe.runtime.syscalls import readable
 
@@ -28,7 +28,7 @@ class Server:
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
-        self.later: list[Later] = []
+        self.later: list[DeferredAnswer] = []
         self.gone: list[Client] = []
         self.notices: list[str] = []
         listener = listen_unix(self.path, 0o600, socket.SOCK_STREAM)
@@ -37,8 +37,8 @@ class Server:
             listener, lambda client: commands, self.gone.append, self.notices.append
         )
 
-    def _wait(self, arguments: dict[str, Any]) -> Later:
-        self.later.append(Later())
+    def _wait(self, arguments: dict[str, Any]) -> DeferredAnswer:
+        self.later.append(DeferredAnswer())
         return self.later[-1]
 
     def run(self) -> None:
@@ -82,12 +82,12 @@ def test_a_client_that_does_not_read_events_is_dropped_at_a_bound(server: Server
     with server.connect() as deaf, server.connect() as other:
         told = 0
         while not server.gone:
-            server.clients.tell("BACKUP_PROGRESS", {"n": told})
+            server.clients.send_event("BACKUP_PROGRESS", {"n": told})
             server.run()
             other.recv(1 << 16)
             told += 1
             assert told * 100 < 4 * MAX_UNREAD_BYTES, "it is never dropped"
-            server.clients.tell("X", {"filler": "x" * 10_000})
+            server.clients.send_event("X", {"filler": "x" * 10_000})
             server.run()
             while len(other.recv(1 << 16)) == 1 << 16:
                 pass

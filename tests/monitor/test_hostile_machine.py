@@ -15,10 +15,10 @@ import pytest
 from tests.machine import LIMIT_S, next_event, started
 from tests.qemu.hostile import DISK, Flood, Raw, Silence, event, hostile_qemu, line_of
 from vmapipe.control.qmp.client import QmpClient
-from vmapipe.control.qmp.connection import Command, Peer, QmpRefused
+from vmapipe.control.qmp.connection import Command, QmpPeer, QmpRefused
 
 
-class Patient(Peer):
+class Patient(QmpPeer):
     """For whoever asks a monitor that asks a QEMU."""
 
     greeting_s = answer_s = LIMIT_S

@@ -10,13 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmapipe.control.monitor.disks import (
-    Device,
+    BackupDevice,
     check_devices,
     machine_devices,
     split_devlist,
 )
 from vmapipe.control.monitor.hmp import HumanMonitor, status_lines
-from vmapipe.control.qmp.server import Arguments, Later, QmpError, Requests, human_size
+from vmapipe.control.qmp.server import (
+    Arguments,
+    DeferredAnswer,
+    QmpError,
+    RequestReader,
+    human_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,7 @@ def test_a_machines_disks_are_known_by_all_their_names() -> None:
     with pytest.raises(QmpError, match=r"^Device 'spare' is read only$"):
         check_devices(devices, "spare")
     with pytest.raises(QmpError, match=r"^empty device list$"):
-        check_devices([Device(frozenset({"a"}), read_only=True)], None)
+        check_devices([BackupDevice(frozenset({"a"}), read_only=True)], None)
 
 
 def test_a_member_has_one_spelling_at_a_time() -> None:
@@ -111,7 +117,7 @@ def test_a_status_looks_for_people_as_in_the_rfc() -> None:
 
 def test_lines_of_people_become_the_commands_of_programs() -> None:
     heard: list[tuple[str, dict[str, Any]]] = []
-    later = Later()
+    later = DeferredAnswer()
 
     def execute(name: str, arguments: dict[str, Any]) -> Any:
         heard.append((name, arguments))
@@ -119,7 +125,7 @@ def test_lines_of_people_become_the_commands_of_programs() -> None:
 
     human = HumanMonitor(execute)
     answer = human.command("backup '/srv/a file' 10M ide0,ide1")
-    assert isinstance(answer, Later)
+    assert isinstance(answer, DeferredAnswer)
     assert not answer.done
     later.refuse(QmpError("Device 'ide1' not found"))
     assert answer.result() == "Device 'ide1' not found\r\n"
@@ -135,12 +141,12 @@ def test_lines_of_people_become_the_commands_of_programs() -> None:
 @given(data=st.binary(max_size=200), cuts=st.lists(st.integers(0, 200), max_size=6))
 def test_requests_are_the_same_however_the_bytes_are_cut(data: bytes, cuts: list[int]) -> None:
     stream = b'{"execute": "a", "id": "\xc3\xa4"}{"b": [1,\n2]}' + data + b"\n"
-    whole = Requests().feed(stream)
+    whole = RequestReader().feed(stream)
     assert [request.value for request in whole[:2]] == [
         {"execute": "a", "id": "ä"},
         {"b": [1, 2]},
     ]
-    pieces, at = Requests(), 0
+    pieces, at = RequestReader(), 0
     found = []
     for cut in [*sorted(cuts), len(stream)]:
         found += pieces.feed(stream[at:cut])

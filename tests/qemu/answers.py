@@ -18,8 +18,8 @@ from vmapipe.control.qemu.disks import (
     Machine,
     choose_disks,
     storage_outside,
+    tpm_aliases,
     tpm_outside,
-    tpm_words,
 )
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.jobs import own_objects, own_targets
@@ -145,7 +145,7 @@ READERS: dict[str, Callable[[Any], object]] = {
     "query-named-block-nodes": read_nodes,
     "query-block-jobs": lambda answer: read_disks(GOOD["query-block"], NODES, answer),
     "x-debug-query-block-graph": lambda answer: read_disks(GOOD["query-block"], NODES, [], answer),
-    "query-tpm": lambda answer: [(tpm_words(tpm), tpm_outside(tpm, "")) for tpm in answer],
+    "query-tpm": lambda answer: [(tpm_aliases(tpm), tpm_outside(tpm, "")) for tpm in answer],
     "query-jobs": lambda answer: own_objects(answer, NODES, "vmapipe-").undo(),
     "query-migrate": read_progress,
     "query-migrate-capabilities": vmstate_commands.enabled_capabilities,

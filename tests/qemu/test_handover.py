@@ -9,10 +9,10 @@ import pytest
 
 from vmapipe.control.qemu.cbw_filters import (
     Release,
+    disks_to_hand_over,
     filter_timeout_s,
-    release_of,
+    needed_release,
     shows_snapshots,
-    to_hand_over,
 )
 from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.features import Features
@@ -61,21 +61,21 @@ def qemu(*numbers: int, **more: Any) -> Qmp:
 def test_only_releases_that_were_tried_and_need_it_have_their_disks_handed_over(
     numbers: tuple[int, int, int], fit: bool
 ) -> None:
-    assert release_of(qemu(*numbers), OLD) == (numbers if fit else None)
+    assert needed_release(qemu(*numbers), OLD) == (numbers if fit else None)
 
 
 def test_a_qemu_that_needs_no_filter_or_has_none_keeps_its_jobs() -> None:
-    assert release_of(qemu(11, 1, 3), NEW) is None
-    assert release_of(qemu(10, 0, 0), OLD._replace(drivers=frozenset({"qcow2"}))) is None
+    assert needed_release(qemu(11, 1, 3), NEW) is None
+    assert needed_release(qemu(10, 0, 0), OLD._replace(drivers=frozenset({"qcow2"}))) is None
     # Nobody could see what is below a filter when it has to go.
-    assert release_of(Qmp(**{"query-version": {"qemu": {"major": 10}}}), OLD) is None
+    assert needed_release(Qmp(**{"query-version": {"qemu": {"major": 10}}}), OLD) is None
 
 
 def test_a_qemu_that_refuses_to_show_snapshots_is_not_asked_to_break_any() -> None:
     assert shows_snapshots(Qmp(**{"blockdev-add": {}, "blockdev-del": {}}), "1", "disk")
     assert not shows_snapshots(Qmp(), "1", "disk")
     assert not NEW.without_snapshots().breaks_snapshots
-    assert release_of(qemu(10, 0, 0), OLD.without_snapshots()) is None
+    assert needed_release(qemu(10, 0, 0), OLD.without_snapshots()) is None
 
 
 def test_an_old_filter_has_no_timeout_for_its_seconds_would_be_others() -> None:
@@ -91,7 +91,7 @@ def block(node: str, qdev: str = "virtio0", used: int = GIB, **more: Any) -> dic
 def handed_over(
     disk: MachineDisk, *blocks: dict[str, Any], release: Release = (10, 0, 0), **answers: Any
 ) -> bool:
-    return to_hand_over(Qmp(**answers), release, [disk], blocks) == [0]
+    return disks_to_hand_over(Qmp(**answers), release, [disk], blocks) == [0]
 
 
 def test_a_disk_is_handed_over_that_one_device_writes_to_which_can_be_put_elsewhere() -> None:

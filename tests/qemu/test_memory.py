@@ -18,7 +18,7 @@ import pytest
 from tests.guard.guest import Kernel
 from tests.machine import LIMIT_S, Need, bad, children, end_of, good, next_event, started
 from tests.qemu.running_guest import RunningGuest, is_clean, make_images, running_guest
-from vmapipe.control.qemu.leftovers import unblock
+from vmapipe.control.qemu.leftovers import drain_stale_streams
 
 
 def goes_on_from(
@@ -223,9 +223,11 @@ def test_a_qemu_that_answers_nobody_because_of_a_left_stream_is_found_and_freed(
         listener.listen()
         sink.bind(str(folder / "0.sock"))
         sink.listen()
-        assert unblock(monitor) is False  # somebody still listens for it: a backup lives
+        assert (
+            drain_stale_streams(monitor) is False
+        )  # somebody still listens for it: a backup lives
         sink.close()
-        assert unblock(monitor) is True
+        assert drain_stale_streams(monitor) is True
         view = memoryview(bytes(4 << 20))
         while view:
             view = view[os.write(stream, view) :]

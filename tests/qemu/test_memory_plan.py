@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.control.qemu.jobs import index_of
+from vmapipe.control.qemu.jobs import disk_index
 from vmapipe.control.qemu.vmstate_commands import (
     MemoryNote,
     MigrationProgress,
@@ -69,7 +69,7 @@ def test_notes_are_found_among_qemus_objects() -> None:
     objects = [{"name": name} for name in ("type", "vmapipe-ab-memory", "pc.ram", "vmapipe-cd-0")]
     assert memory_notes_in(objects, "vmapipe-") == ["vmapipe-ab-memory"]
     assert memory_notes_in(objects, "vmapipe-cd-") == []
-    assert index_of(memory_note_name("ab")) == -1
+    assert disk_index(memory_note_name("ab")) == -1
 
 
 @given(notes, st.sampled_from(MOVING), st.text())

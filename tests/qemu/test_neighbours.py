@@ -24,7 +24,7 @@ from tests.conftest import absent
 from tests.machine import good, run
 from tests.qemu.hostile import DISK, HostileQemu, Refusal, hostile_qemu
 from vmapipe.control.qemu.leftovers import remove_leftovers
-from vmapipe.control.qemu.sink_folder import SinkFolder, sink_of
+from vmapipe.control.qemu.sink_folder import SinkFolder, sink_name
 from vmapipe.control.qmp.client import QmpClient
 from vmapipe.runtime.errors import Failure
 
@@ -332,7 +332,7 @@ def test_a_neighbour_that_races_for_roots_sockets_gets_none_of_roots_files(
 
 
 def test_only_the_shape_of_a_sinks_path_is_taken_for_one() -> None:
-    assert sink_of("/tmp/vmapipe-sinks-ab_9cd1x/17.sock") == (
+    assert sink_name("/tmp/vmapipe-sinks-ab_9cd1x/17.sock") == (
         "/tmp/vmapipe-sinks-ab_9cd1x",
         "17.sock",
     )
@@ -346,7 +346,7 @@ def test_only_the_shape_of_a_sinks_path_is_taken_for_one() -> None:
         "/tmp/vmapipe-sinks-aaaaaaaa\n/0.sock",
         "",
     ):
-        assert sink_of(path) is None
+        assert sink_name(path) is None
 
 
 def test_who_is_told_another_shape_says_the_way_out(place: Path, tmp_path: Path) -> None:

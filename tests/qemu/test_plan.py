@@ -14,16 +14,16 @@ from vmapipe.control.qemu.features import Features
 from vmapipe.control.qemu.jobs import (
     MAX_WORKERS,
     SLOW_BYTES_S,
+    BackupSettings,
+    BackupTarget,
     OwnObjects,
-    Settings,
-    Target,
     begin_commands,
     check_name,
     check_nodes,
     devices_above_filters,
+    disk_index,
     filter_name,
-    index_of,
-    name_of,
+    job_name,
     own_objects,
     own_targets,
     run_prefix,
@@ -103,7 +103,7 @@ def test_commands_use_the_drive_where_there_is_one_and_else_the_node() -> None:
 def test_qemu_takes_the_names_of_all_our_nodes_whatever_the_disks_number() -> None:
     run, index = "0" * 8, 253
     looks = check_nodes(check_name(run, index))
-    for name in (name_of(run, index), filter_name(run, index), *looks):
+    for name in (job_name(run, index), filter_name(run, index), *looks):
         assert len(name) <= 31
 
 
@@ -163,11 +163,11 @@ def test_an_unknown_disk_is_wrong_use() -> None:
 # --- the commands ---
 
 TARGETS = [
-    Target(MachineDisk("drive-scsi0", "drive-scsi0", GIB), "/t/0.sock", "disk"),
-    Target(MachineDisk("drive-virtio1", "n1", GIB), "/t/1.sock", "disk"),
+    BackupTarget(MachineDisk("drive-scsi0", "drive-scsi0", GIB), "/t/0.sock", "disk"),
+    BackupTarget(MachineDisk("drive-virtio1", "n1", GIB), "/t/1.sock", "disk"),
 ]
 OLD = Features(frozenset({"x-perf"}), frozenset({"max-workers", "max-chunk"}))
-SETTINGS = Settings("01234567", 4096, 20)
+SETTINGS = BackupSettings("01234567", 4096, 20)
 
 
 def test_all_jobs_begin_in_one_transaction_after_their_targets() -> None:
@@ -211,9 +211,9 @@ def test_only_a_qcow2_image_without_a_backing_file_is_copied_without_its_empty_s
     assert disk.is_thin is is_thin
     (named,) = choose_disks(Machine([], [node], []), DiskChoiceOptions(["n0"])).disks
     assert named.is_thin is is_thin
-    data = begin_commands([Target(disk, "/t/0.sock", "disk")], SETTINGS, OLD).transaction.arguments[
-        "actions"
-    ][0]
+    data = begin_commands(
+        [BackupTarget(disk, "/t/0.sock", "disk")], SETTINGS, OLD
+    ).transaction.arguments["actions"][0]
     assert data["data"]["sync"] == ("top" if is_thin else "full")
 
 
@@ -306,9 +306,9 @@ def test_from_any_state_undoing_ends_with_nothing_of_ours_and_all_of_others(
     jobs: dict[tuple[int, str], str], nodes: set[tuple[int, str]], moved: set[int]
 ) -> None:
     """`moved`: disks whose device writes through a filter of ours."""
-    ours = {name_of("01234567", n) + tail: status for (n, tail), status in jobs.items()}
+    ours = {job_name("01234567", n) + tail: status for (n, tail), status in jobs.items()}
     filters = {filter_name("01234567", n) for n in moved}
-    there = {name_of("01234567", n) + tail for n, tail in nodes} | filters
+    there = {job_name("01234567", n) + tail for n, tail in nodes} | filters
     while missing := {node for known in there for node in needed_by(known)} - there:
         there |= missing
     disks = {f"/machine/{n}": filter_name("01234567", n) for n in moved}
@@ -347,7 +347,7 @@ def test_a_device_whose_filter_is_on_what_nobody_knows_is_left_where_it_is() -> 
 def test_a_disk_that_is_handed_over_has_a_filter_and_a_job_that_copies_next_to_nothing() -> None:
     """All of the disk, whatever its image lacks: the guest writes there before the filter is."""
     disk = MachineDisk("drive-scsi0", "drive-scsi0", GIB, is_thin=True)
-    targets = [Target(disk, "/t/0.sock", "disk", True, 25), TARGETS[1]]
+    targets = [BackupTarget(disk, "/t/0.sock", "disk", True, 25), TARGETS[1]]
     _, filters, last = begin_commands(targets, SETTINGS, OLD)
     (added,) = filters
     assert added.arguments["on-cbw-error"] == "break-snapshot"
@@ -360,8 +360,8 @@ def test_a_disk_that_is_handed_over_has_a_filter_and_a_job_that_copies_next_to_n
 
 
 def test_names_tell_their_disk() -> None:
-    assert index_of(name_of("01234567", 12)) == 12
-    assert [index_of(word) for word in ("disk-3", "vmapipe-x", "")] == [-1, -1, -1]
+    assert disk_index(job_name("01234567", 12)) == 12
+    assert [disk_index(word) for word in ("disk-3", "vmapipe-x", "")] == [-1, -1, -1]
 
 
 def test_the_targets_of_a_crashed_run_tell_where_they_look_for_their_sink() -> None:

@@ -33,7 +33,7 @@ from tests.qemu.hostile import (
 from tests.qemu.storage_daemon import StorageDaemon
 from vmapipe.control.qmp.addresses import Address, parse_address
 from vmapipe.control.qmp.client import EventQueue, QmpClient
-from vmapipe.control.qmp.connection import Command, Peer, QmpGone, QmpInvalid, QmpRefused
+from vmapipe.control.qmp.connection import Command, QmpGone, QmpInvalid, QmpPeer, QmpRefused
 from vmapipe.runtime.errors import UsageError
 
 EVENT = line_of(event("BLOCK_JOB_ERROR", device="vmapipe-x-0", operation="write"))
@@ -46,7 +46,7 @@ def path(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def client_of(qemu: HostileQemu, answer_s: float = LIMIT_S) -> Iterator[QmpClient]:
-    peer = Peer()
+    peer = QmpPeer()
     peer.answer_s = answer_s
     client = QmpClient(str(qemu.path), peer)
     try:
@@ -241,7 +241,7 @@ def test_whoever_greets_otherwise_is_told_as_what_it_is(
 
 @pytest.mark.parametrize("greeting", [Silence(), Flood(b"\r\n" * 1000), Raw(b'{"QMP": {')])
 def test_a_greeting_that_never_ends_has_an_end(path: Path, greeting: Any) -> None:
-    peer = Peer()
+    peer = QmpPeer()
     peer.greeting_s = 0.5
     with (
         hostile_qemu(path, greeting=greeting) as qemu,

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from vmapipe.control.qmp.reader import (
     QMP_LIMITS,
+    JsonLimits,
     JsonReader,
-    Limits,
     Unreadable,
     read_object,
 )
 
-SMALL = Limits(most_bytes=4096, most_values=100, most_depth=8)
+SMALL = JsonLimits(most_bytes=4096, most_values=100, most_depth=8)
 _LEAVES = (
     st.none()
     | st.booleans()
@@ -33,7 +33,7 @@ _VALUES = st.recursive(
 _OBJECTS = st.dictionaries(st.text(max_size=4), _VALUES, max_size=4)
 
 
-def read(data: bytes, limits: Limits = QMP_LIMITS) -> list[dict[str, Any]]:
+def read(data: bytes, limits: JsonLimits = QMP_LIMITS) -> list[dict[str, Any]]:
     """All at once."""
     reader = JsonReader(limits)
     reader.feed(data)

@@ -20,8 +20,8 @@ from tests.machine import LIMIT_S, bad, end_of, eventually, good, next_event, st
 from tests.qemu.daemon_backup import BOTH, busy_guest, restored
 from tests.qemu.storage_daemon import StorageDaemon
 from vmapipe.control.qmp.addresses import Address
-from vmapipe.control.qmp.client import QmpClient, SharedQmp, _InTurn
-from vmapipe.control.qmp.connection import Command, Peer, QmpGone, QmpRefused
+from vmapipe.control.qmp.client import QmpClient, SharedQmp, _SharedPeer
+from vmapipe.control.qmp.connection import Command, QmpGone, QmpPeer, QmpRefused
 
 
 class Neighbour(threading.Thread):
@@ -36,7 +36,7 @@ class Neighbour(threading.Thread):
         self.took_s: list[float] = []
 
     def run(self) -> None:
-        peer = Peer()
+        peer = QmpPeer()
         peer.greeting_s = peer.answer_s = LIMIT_S
         while not self._is_over.wait(self._pause_s):
             asked_at = time.monotonic()
@@ -216,7 +216,7 @@ def test_a_job_that_somebody_cancels_fails_the_backup(daemon: StorageDaemon, out
 def test_somebody_who_stays_connected_is_named(
     daemon: StorageDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_InTurn, "greeting_s", 0.5)
+    monkeypatch.setattr(_SharedPeer, "greeting_s", 0.5)
     with (
         contextlib.closing(QmpClient(str(daemon.qmp))),
         pytest.raises(QmpGone, match="has served somebody else for 30 s, who does not share it"),
@@ -241,7 +241,7 @@ def test_a_monitor_that_shares_answers_while_its_backup_runs(
     words = ("monitor", "--json", "--listen", tmp_path / "m.sock", "--qmp", daemon.qmp)
 
     def ask(name: str, **arguments: Any) -> Any:
-        peer = Peer()
+        peer = QmpPeer()
         peer.answer_s = LIMIT_S
         client = QmpClient(str(tmp_path / "m.sock"), peer)
         try:
