@@ -59,7 +59,8 @@ devices), those of a running QEMU, or those that a monitor serves to a running
 guest; disks in use all at one instant.
 A process of its own reads each disk; another writes the archive, which appears
 under its name only when it is complete and on disk. Holes and zeroes cost
-next to nothing.
+next to nothing; of a running QEMU's disk some 0.04 s a GiB, but in qcow2
+without a backing file.
 """
 
 EPILOG = """\
@@ -67,6 +68,13 @@ ARCHIVE is a new file, - (stdout), a FIFO or character device, exec:COMMAND,
 fd:N, /dev/fdset/N or s3://BUCKET/KEY (credentials as for any S3 tool: AWS_... or
 ~/.aws). Beside a file or object, ARCHIVE.manifest.json gets the digests with
 which `vmapipe verify` finds damaged data.
+
+A disk that cannot be read where a running guest writes costs the backup, not
+the guest's write, with QEMU from 10.1 on, with 10.0, and with 7.2 from 7.2.15
+on. Not with the two last ones for a moment at the instant itself, nor for disks
+of a qemu-storage-daemon, below a throttle filter, of several devices, removable
+ones, 7.2's in an I/O thread, and large thin ones that are mostly empty: there
+and with other versions the write fails as QEMU's own backup lets it.
 
 examples:
   vmapipe backup --disk drive-scsi0=/srv/vm.raw --config qemu-server.conf vm.vma

@@ -161,6 +161,7 @@ def survey(
                 walk.cursor.break_off(error)
             if not isinstance(error, CompressionError) or error.resumes:
                 again = walk.search()
+            _forget_frames(error)
             yield Gap(start, walk.cursor.at - start, error, None if walk.at_end else before)
             if isinstance(error, CompressionError) and not error.resumes:
                 return
@@ -178,6 +179,14 @@ def survey(
             return
         error = None
         yield piece
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Whoever keeps an error keeps its frames, too, and with them views of the data's memory."""
+    while error is not None:
+        before, error.__context__ = error.__cause__ or error.__context__, None
+        error.__traceback__ = error.__cause__ = None
+        error = before
 
 
 class _Walk:
