@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from vmapipe.archiver.job import spec as core
@@ -17,8 +17,7 @@ from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.job import Job, JobPhase
 from vmapipe.archiver.job.spec import JobSpec
 from vmapipe.archiver.job.writer import ArchiveWriter
-from vmapipe.archiver.listener.socket import ListeningSocket
-from vmapipe.protocol.packing import Part
+from vmapipe.archiver.listener.socket import TURN, ListeningSocket
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
@@ -27,19 +26,6 @@ from vmapipe.runtime.process import yield_cpu
 
 # Some frames of each producer, so that none of them waits for us between two turns.
 _RECEIVE_MARK = 32
-
-
-class ProducerSocket(ListeningSocket):
-    """Large parts are views of what ZeroMQ received."""
-
-    def __init__(self, endpoint: str, keys: ServerKeys | None = None) -> None:
-        """Raises Failure."""
-        super().__init__(endpoint, keys, receive_mark=_RECEIVE_MARK)
-
-    def receive(self) -> Iterator[tuple[bytes, str, list[Part]]]:
-        """What has come: (peer, client, parts); `client` is empty where nobody has to prove it."""
-        for peer, client, frames in self._messages():
-            yield peer, client, [frame.buffer for frame in frames]
 
 
 # Often enough for a bar that moves, seldom enough to cost nothing.
@@ -60,11 +46,11 @@ class Listen(NamedTuple):
 def serve(spec: JobSpec, at: Listen, make_store: MakeStore, cancel: Cancel, emit: Emit) -> None:
     """Make one archive. Raises Failure when nothing was stored."""
     wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    link: ProducerSocket | None = None
+    link: ListeningSocket | None = None
     try:
         store = make_store(lambda: os.eventfd_write(wake_fd, 1))
         try:
-            link = ProducerSocket(at.endpoint, at.keys)
+            link = ListeningSocket(at.endpoint, at.keys, receive_mark=_RECEIVE_MARK)
             link.watch(wake_fd)
             link.watch(cancel.fd)
             emit({"event": "listening", "endpoint": link.endpoint})
@@ -82,7 +68,7 @@ def serve(spec: JobSpec, at: Listen, make_store: MakeStore, cancel: Cancel, emit
 
 class _Server:
     def __init__(
-        self, job: Job, link: ProducerSocket, store: ArchiveWriter[FrameMark], emit: Emit
+        self, job: Job, link: ListeningSocket, store: ArchiveWriter[FrameMark], emit: Emit
     ) -> None:
         self._job = job
         self._link = link
@@ -96,9 +82,7 @@ class _Server:
         self._handle(core.JobStarted())
         while not job.over and not (cancel.asked and job.phase is JobPhase.DONE):
             self._link.wait(1.0)
-            for peer, client, parts in self._link.receive():
-                self._handle(core.MessageReceived(peer, parts, time.monotonic(), client))
-                yield_cpu()
+            self._receive()
             self._look_at_gate(time.monotonic())
             self._hear_store(wake_fd)
             if cancel.asked:
@@ -110,6 +94,17 @@ class _Server:
                 raise Cancelled(cancel.reason, cancel.signum)
             raise Failure(job.reason)
         self._tell_stored()
+
+    def _receive(self) -> None:
+        """Handle some messages; large parts are views of the memory that ZeroMQ received."""
+        for _ in range(TURN):
+            message = self._link.take_message()
+            if message is None:
+                return
+            peer, client, frames = message
+            parts = [frame.buffer for frame in frames]
+            self._handle(core.MessageReceived(peer, parts, time.monotonic(), client))
+            yield_cpu()
 
     def _tell_stored(self) -> None:
         """At once, although a producer whose connection was lost may still have to hear of it."""

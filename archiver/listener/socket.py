@@ -14,7 +14,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import zmq
 
@@ -192,21 +192,23 @@ class ListeningSocket:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._asked.removeprefix("ipc://"))
 
-    def _messages(self) -> Iterator[tuple[bytes, str, list[zmq.Frame]]]:
-        """What has come: (peer, client, parts), the parts as ZeroMQ received them.
+    def take_message(self) -> tuple[bytes, str, list[zmq.Frame]] | None:
+        """The next message: (peer, client, parts); None when nothing more is there now.
 
-        `client` is the name of whoever has proved to be it; empty where nobody has to.
+        The parts are as ZeroMQ received them. `client` is the name that the peer has
+        proved to have; empty where no keys are asked for.
         """
         for _ in range(TURN):
             # Asking first is quicker than an exception for "nothing there".
             if not int(self._socket.get(zmq.EVENTS)) & _POLLIN:
-                return
+                break
             peer, *parts = self._socket.recv_multipart(_NOBLOCK, copy=False)
             if self._connections and not self._connections.heard(peer):
                 continue
             client = self._gate.name_of(peer) if self._gate else ""
             if client is not None:
-                yield peer.bytes, client, parts
+                return peer.bytes, client, parts
+        return None
 
     def _bind(self, endpoint: str) -> None:
         # The socket file is for its owner alone.

@@ -33,12 +33,12 @@ _PER_GUEST = 3
 # Who was let in and says nothing yet.
 _MOST_SILENT = 32
 # Who was refused, and has not gone.
-_MOST_VISITORS = 64
+_MOST_UNASSIGNED = 64
 
 
 class DescriptorBudget(NamedTuple):
     """`waiting`, `judged`: see acceptor.py; `pipes`: for those that send much. `guests`: all that were
-    shown in: `silent` ones, `visitors` that belong to no job, and those of `jobs`. `rest`: descriptors of
+    shown in: `silent` ones, `unassigned` that belong to no job, and those of `jobs`. `rest`: descriptors of
     the process behind for jobs, with their connections."""
 
     waiting: int
@@ -46,7 +46,7 @@ class DescriptorBudget(NamedTuple):
     guests: int
     pipes: int
     silent: int
-    visitors: int
+    unassigned: int
     jobs: int
     rest: int
 
@@ -64,15 +64,15 @@ def budget_of(limit: int, in_use: int) -> DescriptorBudget:
     guests = (limit - RESERVE - 2 * waiting) // _PER_GUEST
     judged = min(_MOST_JUDGED, max(2, guests // 8))
     silent = min(_MOST_SILENT, max(1, guests // 8))
-    visitors = min(_MOST_VISITORS, max(2, guests // 8))
-    others = judged + silent + visitors
+    unassigned = min(_MOST_UNASSIGNED, max(2, guests // 8))
+    others = judged + silent + unassigned
     return DescriptorBudget(
         waiting,
         judged,
         guests,
         guests // 2,
         silent,
-        visitors,
+        unassigned,
         max(2, guests - others),
         spare - others,
     )

@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,9 +105,10 @@ class ArchiverProcesses:
     def endpoint_of(self, job: bytes) -> str:
         return _endpoint(self._members[job].folder)
 
-    def events(self) -> Iterator[tuple[bytes, Event | None]]:
-        """What has happened: (job, event), or (job, None) when its archiver is gone."""
+    def take_events(self) -> list[tuple[bytes, Event | None]]:
+        """What has happened since: (job, event), or (job, None) when its archiver is gone."""
         now = time.monotonic()
+        taken: list[tuple[bytes, Event | None]] = []
         for job, member in list(self._members.items()):
             if member.ending is None:
                 try:
@@ -117,7 +118,7 @@ class ArchiverProcesses:
                     member.child.send_signal(signal.SIGKILL)
                 for event in events:
                     self._heed(member, event)
-                    yield job, event
+                    taken.append((job, event))
                 if ending:
                     self._unwatch(member.child.socket.fileno())
                     member.ending = now
@@ -126,9 +127,10 @@ class ArchiverProcesses:
                 if member.gone:
                     if (member.child.exit_code or 0) < 0:
                         self._remove_leftovers(member)
-                    yield job, None
+                    taken.append((job, None))
                 elif now - member.ending > STOP_S:
                     member.child.send_signal(signal.SIGKILL)
+        return taken
 
     def verdict(self, job: bytes) -> str:
         return self._members[job].child.verdict()

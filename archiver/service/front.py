@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core of the service. Pure: messages and facts in, instructions out; no clock, no I/O.
+"""The core of the service. Pure: an event in, a list of instructions out; no clock, no I/O.
 
-It opens jobs, knows whose they are, and says to which archiver a producer's
-messages go. What is in them it does not know. Methods are lazy iterators:
-exhaust each before the next call.
+It opens jobs, knows which client owns each, and says to which archiver a
+producer's messages go. It does not look into these messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from vmapipe.archiver.service.jobs import (
     STOP_S,
@@ -41,15 +41,101 @@ from vmapipe.protocol.packing import Part
 from vmapipe.runtime.events import Event
 from vmapipe.runtime.text import one_line
 
-# Last answers of an archiver that has ended may still be under way to us.
+# How long the last answers of an archiver that has ended may take to arrive.
 DRAIN_S = 2.0
-# Of a refusal; a name that a job can have has 200 bytes at most.
+# What the log has of a refused name and of the reason; a valid name has 200 bytes at most.
 _LOGGED_NAME_CHARS = 200
 _LOGGED_REASON_CHARS = 300
-# Ended jobs that are remembered, for coordinators that ask again.
+# How many ended jobs are remembered, for coordinators that ask again.
 _MAX_REMEMBERED = 1024
-# See archiver/job/job.py: after a longer gap we ourselves were stopped.
+# After a longer gap between two `TimePassed` this process itself was stopped: see job/job.py.
 _STOPPED_S = 5.0
+
+
+class PeerMessage(NamedTuple):
+    """A message from `peer`, which has proved to be `client` (empty: no keys are asked for)."""
+
+    peer: bytes
+    client: str
+    parts: Sequence[Part]
+    now: float
+
+
+class PeerGone(NamedTuple):
+    """The connection of `peer` has ended; what it had sent may still come."""
+
+    peer: bytes
+    now: float
+
+
+class AttachFailed(NamedTuple):
+    """No descriptor was left to attach this producer to its job's archiver."""
+
+    peer: bytes
+    job: bytes
+
+
+class ArchiverAnswer(NamedTuple):
+    """A message from an archiver to one of its producers."""
+
+    peer: bytes
+    parts: Sequence[Part]
+
+
+class ArchiverEvent(NamedTuple):
+    """An event of a job's archiver, as it reports them to its parent."""
+
+    job: bytes
+    event: Event
+
+
+class ArchiverEnded(NamedTuple):
+    """A job's archiver is gone. `words` say why if it failed; `usage` is for the log."""
+
+    job: bytes
+    words: str
+    usage: Event
+    now: float
+
+
+class TimePassed(NamedTuple):
+    """Sent about once a second. `now`, as everywhere: a monotonic clock's seconds."""
+
+    now: float
+
+
+class StopAsked(NamedTuple):
+    """No new job is opened from now on."""
+
+    reason: str
+
+
+class StopNow(NamedTuple):
+    """All running jobs are ended."""
+
+    reason: str
+    now: float
+
+
+class ClientRevoked(NamedTuple):
+    """The key of a client is no longer accepted: its jobs are ended."""
+
+    client: str
+    now: float
+
+
+FrontEvent = (
+    PeerMessage
+    | PeerGone
+    | AttachFailed
+    | ArchiverAnswer
+    | ArchiverEvent
+    | ArchiverEnded
+    | TimePassed
+    | StopAsked
+    | StopNow
+    | ClientRevoked
+)
 
 
 class Front:
@@ -62,8 +148,8 @@ class Front:
         self._facts = facts
         self._stopping = ""
         self._ticked = now
-        self._strangers = RejectedPeers()
-        self._visitors = UnassignedPeers(bounds.most_visitors)
+        self._rejected = RejectedPeers()
+        self._unassigned = UnassignedPeers(bounds.most_unassigned)
         self._log_limit = LogLimit()
         self._openings = Openings()
 
@@ -73,124 +159,108 @@ class Front:
 
     @property
     def idle(self) -> bool:
-        """No archiver runs, and nobody waits for its last words."""
+        """No archiver runs, and no last answer of one is under way."""
         return all(job.released for job in self.jobs.values())
 
-    # --- messages ---
+    def handle(self, event: FrontEvent) -> list[ServiceInstruction]:
+        """The one door: each event comes in here; the result is to be carried out in order."""
+        instructions: list[ServiceInstruction] = []
+        match event:
+            case PeerMessage():
+                instructions = self._received(event)
+            case ArchiverAnswer(peer, parts):
+                instructions = self.producers.answer(peer, parts)
+            case ArchiverEvent(job_id, {"event": "listening"}):
+                instructions = self.jobs[job_id].listening()
+            case ArchiverEvent(job_id, report):
+                instructions = self._reported(self.jobs[job_id], report)
+            case ArchiverEnded(job_id, words, usage, now):
+                job = self.jobs[job_id]
+                if job.stored is not None:
+                    self._openings.stored(job.client)
+                instructions = job.end(words, usage, now)
+            case TimePassed(now):
+                instructions = self._pass_time(now)
+            case PeerGone(peer, now):
+                self._gone(peer, now)
+            case AttachFailed(peer, job_id):
+                self.producers.forget(self.jobs[job_id], peer)
+                error = RemoteProtocolError("busy", "the service has no open files left; try later")
+                instructions = [SendAnswer(peer, _refusal(error))]
+            case StopAsked(reason):
+                self._stopping = reason
+            case StopNow(reason, now):
+                instructions = [each for job in self.running for each in job.stop(reason, now)]
+            case ClientRevoked(client, now):
+                instructions = self._revoke(client, now)
+        return instructions
 
-    def receive(
-        self, peer: bytes, client: str, parts: Sequence[Part], now: float
-    ) -> Iterator[ServiceInstruction]:
-        """A message from `peer`, who has proved to be `client` (empty: nobody has to)."""
+    # --- peers ---
+
+    def _received(self, message: PeerMessage) -> list[ServiceInstruction]:
+        peer, client, parts, now = message
         producer = self.producers.by_peer.get(peer)
         if producer is not None:
-            if producer.client == client:
-                producer.heard = now
-                yield from self._pass_on(peer, producer, parts, now)
-            return
-        gone = self._visitors.met(peer, client)
-        if gone is not None:
-            yield DropPeer(gone)
+            if producer.client != client:
+                return []
+            producer.heard = now
+            return self._forward(peer, producer, parts, now)
+        excess = self._unassigned.add(peer, client)
+        instructions: list[ServiceInstruction] = [] if excess is None else [DropPeer(excess)]
         try:
-            name, fields = jobs.unpack_control(parts)
-            message = jobs.read_of_coordinator(name, fields)
-            match message:
-                case jobs.Open():
-                    yield from self._open(peer, client, message, now)
-                case jobs.Beat(job_id):
-                    yield from self._meet(self._job_of(job_id, client), peer, now)
-                case jobs.Cancel(job_id, reason):
-                    job = self._job_of(job_id, client)
-                    yield from self._meet(job, peer, now)
-                    yield from job.stop(reason, now)
-                case None:
-                    yield from self._attach(peer, client, name, fields.get("job"), now)
+            return instructions + self._answer(peer, client, parts, now)
         except RemoteProtocolError as error:
-            yield from self._refuse_stranger(peer, client, error, now)
+            return instructions + self._reject(peer, client, error, now)
 
-    def left(self, peer: bytes, now: float) -> None:
-        """This peer's connection has ended; what it had sent may still come."""
-        self._visitors.left(peer)
+    def _answer(
+        self, peer: bytes, client: str, parts: Sequence[Part], now: float
+    ) -> list[ServiceInstruction]:
+        """Raises RemoteProtocolError before anything has changed."""
+        name, fields = jobs.unpack_control(parts)
+        match jobs.read_of_coordinator(name, fields):
+            case jobs.Open() as request:
+                return self._open(peer, client, request, now)
+            case jobs.Beat(job_id):
+                return self._coordinator_seen(self._job_of(job_id, client), peer, now)
+            case jobs.Cancel(job_id, reason):
+                job = self._job_of(job_id, client)
+                return [*self._coordinator_seen(job, peer, now), *job.stop(reason, now)]
+            case None:
+                return self._attach(peer, client, name, fields.get("job"), now)
+
+    def _gone(self, peer: bytes, now: float) -> None:
+        self._unassigned.remove(peer)
         producer = self.producers.by_peer.get(peer)
         if producer is not None:
             producer.gone = now
         for job in self.jobs.values():
-            job.left(peer)
+            job.coordinator_gone(peer)
 
-    def unattached(self, peer: bytes, job_id: bytes) -> Iterator[ServiceInstruction]:
-        """There was no descriptor for this producer."""
-        self.producers.forget(self.jobs[job_id], peer)
-        error = RemoteProtocolError("busy", "the service has no open files left; try later")
-        yield SendAnswer(peer, _refusal(error))
+    def _revoke(self, client: str, now: float) -> list[ServiceInstruction]:
+        reason = f"the key of client {client!r} was revoked"
+        instructions = [
+            each for job in self.running if job.client == client for each in job.stop(reason, now)
+        ]
+        for peer in self._unassigned.of(client):
+            self._unassigned.remove(peer)
+            instructions.append(DropPeer(peer))
+        return instructions
 
-    def answer(self, peer: bytes, parts: Sequence[Part]) -> Iterator[ServiceInstruction]:
-        """A message from the archiver of this producer."""
-        yield from self.producers.answer(peer, parts)
-
-    # --- archivers ---
-
-    def listening(self, job_id: bytes) -> Iterator[ServiceInstruction]:
-        """A job's archiver is ready for producers."""
-        yield from self.jobs[job_id].listening()
-
-    def told(self, job_id: bytes, event: Event) -> Iterator[ServiceInstruction]:
-        """Any other event of a job's archiver."""
-        job = self.jobs[job_id]
-        for instruction in job.hear(event):
-            if isinstance(instruction, LogEvent) and not self._log_limit.may_say(
-                job.client, self._ticked
-            ):
-                continue
-            yield instruction
-
-    def ended(
-        self, job_id: bytes, words: str, usage: Event, now: float
-    ) -> Iterator[ServiceInstruction]:
-        """A job's archiver is gone. `words` say why if it failed; `usage` is for the log."""
-        job = self.jobs[job_id]
-        if job.stored is not None:
-            self._openings.stored(job.client)
-        yield from job.end(words, usage, now)
-
-    # --- time, and the end ---
-
-    def tick(self, now: float) -> Iterator[ServiceInstruction]:
-        """Time has passed: call it about once a second."""
-        gap, self._ticked = now - self._ticked, now
-        for job in list(self.jobs.values()):
-            if gap > _STOPPED_S:
-                job.excuse(gap, now)
-            yield from self._look_at(job, now)
-        yield from self._hold_quotas(now)
-        yield from map(_notice, self._strangers.more(now))
-        yield from map(_notice, self._log_limit.more(now))
-
-    def stop(self, reason: str) -> None:
-        """No new jobs from now on."""
-        self._stopping = reason
-
-    def fail_all(self, reason: str, now: float) -> Iterator[ServiceInstruction]:
-        for job in self.running:
-            yield from job.stop(reason, now)
-
-    def revoke(self, client: str, now: float) -> Iterator[ServiceInstruction]:
-        """A client may no longer come: what it was sending is given up."""
-        for job in self.running:
-            if job.client == client:
-                yield from job.stop(f"the key of client {client!r} was revoked", now)
-        for peer in self._visitors.of(client):
-            self._visitors.left(peer)
-            yield DropPeer(peer)
+    def _reject(
+        self, peer: bytes, client: str, error: RemoteProtocolError, now: float
+    ) -> list[ServiceInstruction]:
+        if self._rejected.add(peer):
+            lines = self._rejected.report(client, one_line(str(error)), now)
+            return [SendAnswer(peer, _refusal(error)), *map(_notice, lines)]
+        return [] if self._unassigned.may_be_refused(peer) else [DropPeer(peer)]
 
     # --- coordinators ---
 
     def _open(
         self, peer: bytes, client: str, request: jobs.Open, now: float
-    ) -> Iterator[ServiceInstruction]:
-        known = self.jobs.get(request.job)
-        if known is not None:
-            yield from self._meet(self._job_of(request.job, client), peer, now)
-            return
+    ) -> list[ServiceInstruction]:
+        if request.job in self.jobs:
+            return self._coordinator_seen(self._job_of(request.job, client), peer, now)
         try:
             if self._stopping:
                 raise RemoteProtocolError("stopping", self._stopping)
@@ -203,22 +273,8 @@ class Front:
                     f"opened in {wait_s} s",
                 )
         except RemoteProtocolError as error:
-            if self._log_limit.may_say(client, now):
-                yield LogEvent(
-                    {
-                        "event": "job-refused",
-                        "client": client,
-                        "archive": one_line(request.name, _LOGGED_NAME_CHARS),
-                        "code": error.code,
-                        "text": one_line(error.reason, _LOGGED_REASON_CHARS),
-                    }
-                )
-            if self._visitors.may_hear(peer):
-                yield SendAnswer(peer, _refusal(error))
-            else:
-                yield DropPeer(peer)
-            return
-        self._visitors.left(peer)
+            return self._refuse_job(peer, client, request.name, error, now)
+        self._unassigned.remove(peer)
         self.jobs[request.job] = ServiceJob(
             request.job,
             client,
@@ -231,21 +287,50 @@ class Front:
             started=now,
             idle_s=self._limits.idle_s,
         )
-        yield StartArchiver(request.job, request, place.path)
+        return [StartArchiver(request.job, request, place.path)]
 
-    def _meet(self, job: ServiceJob, peer: bytes, now: float) -> Iterator[ServiceInstruction]:
+    def _refuse_job(
+        self, peer: bytes, client: str, name: str, error: RemoteProtocolError, now: float
+    ) -> list[ServiceInstruction]:
+        instructions: list[ServiceInstruction] = []
+        if self._log_limit.allows(client, now):
+            event = {
+                "event": "job-refused",
+                "client": client,
+                "archive": one_line(name, _LOGGED_NAME_CHARS),
+                "code": error.code,
+                "text": one_line(error.reason, _LOGGED_REASON_CHARS),
+            }
+            instructions.append(LogEvent(event))
+        may_hear = self._unassigned.may_be_refused(peer)
+        instructions.append(SendAnswer(peer, _refusal(error)) if may_hear else DropPeer(peer))
+        return instructions
+
+    def _coordinator_seen(
+        self, job: ServiceJob, peer: bytes, now: float
+    ) -> list[ServiceInstruction]:
         before = job.coordinator
-        yield from job.meet(peer, now)
+        instructions = job.coordinator_seen(peer, now)
         if job.coordinator == peer:
-            self._visitors.left(peer)
+            self._unassigned.remove(peer)
             if before not in (b"", peer):
-                yield DropPeer(before)
+                instructions.append(DropPeer(before))
+        return instructions
+
+    def _job_of(self, job_id: object, client: str) -> ServiceJob:
+        """Raises RemoteProtocolError; another client's job gets the same text as none at all."""
+        job = self.jobs.get(job_id) if isinstance(job_id, bytes) else None
+        if job is None or job.client != client:
+            raise RemoteProtocolError(
+                "unknown-job", "there is no such job here; was the service started again?"
+            )
+        return job
 
     # --- producers ---
 
     def _attach(
         self, peer: bytes, client: str, name: str, job_id: object, now: float
-    ) -> Iterator[ServiceInstruction]:
+    ) -> list[ServiceInstruction]:
         if name not in ("HELLO", "RESUME"):
             raise RemoteProtocolError("unknown-job", "no session of this peer is known here")
         try:
@@ -255,74 +340,76 @@ class Front:
             raise RemoteProtocolError(code, error.reason) from error
         if job.phase is not ServicePhase.RUNNING:
             raise RemoteProtocolError("unknown-job", f"the job is {job.phase.value}")
-        self._visitors.left(peer)
-        yield from self.producers.attach(job, peer, client, now)
-        yield ForwardMessage(peer)
+        self._unassigned.remove(peer)
+        return [*self.producers.attach(job, peer, client, now), ForwardMessage(peer)]
 
-    def _job_of(self, job_id: object, client: str) -> ServiceJob:
-        """Raises RemoteProtocolError, in the same words for no job and somebody else's."""
-        job = self.jobs.get(job_id) if isinstance(job_id, bytes) else None
-        if job is None or job.client != client:
-            raise RemoteProtocolError(
-                "unknown-job", "there is no such job here; was the service started again?"
-            )
-        return job
-
-    def _pass_on(
+    def _forward(
         self, peer: bytes, producer: ForwardedProducer, parts: Sequence[Part], now: float
-    ) -> Iterator[ServiceInstruction]:
-        """What is not passed on is lost, and its job with it where that was data."""
+    ) -> list[ServiceInstruction]:
+        """A message that is not passed on is lost, and its job with it if that was data."""
         if producer.admits(len(parts), sum(memoryview(part).nbytes for part in parts)):
-            yield ForwardMessage(peer)
-            return
-        producer.dropped += 1
+            return [ForwardMessage(peer)]
         job = self.jobs[producer.job]
         if len(parts) == 1 or job.phase is not ServicePhase.RUNNING:
-            return
+            return []
         error = RemoteProtocolError("credit", "a producer's data exceeds the credit by far")
-        yield SendAnswer(peer, _refusal(error))
-        yield from job.stop(error.reason, now)
+        return [SendAnswer(peer, _refusal(error)), *job.stop(error.reason, now)]
 
-    def _refuse_stranger(
-        self, peer: bytes, client: str, error: RemoteProtocolError, now: float
-    ) -> Iterator[ServiceInstruction]:
-        if self._strangers.is_new(peer):
-            yield SendAnswer(peer, _refusal(error))
-            yield from map(_notice, self._strangers.refused(client, one_line(str(error)), now))
-        elif not self._visitors.may_hear(peer):
-            yield DropPeer(peer)
+    # --- archivers ---
+
+    def _reported(self, job: ServiceJob, event: Event) -> list[ServiceInstruction]:
+        return [
+            each
+            for each in job.archiver_event(event)
+            if not isinstance(each, LogEvent) or self._log_limit.allows(job.client, self._ticked)
+        ]
 
     # --- time ---
 
-    def _look_at(self, job: ServiceJob, now: float) -> Iterator[ServiceInstruction]:
-        yield from self.producers.detach_gone(job, now - DRAIN_S)
+    def _pass_time(self, now: float) -> list[ServiceInstruction]:
+        gap_s, self._ticked = now - self._ticked, now
+        instructions: list[ServiceInstruction] = []
+        for job in list(self.jobs.values()):
+            if gap_s > _STOPPED_S:
+                job.extend_deadlines(gap_s, now)
+            instructions += self._poll(job, now)
+        instructions += self._enforce_quotas(now)
+        instructions += map(_notice, self._rejected.report_rest(now))
+        instructions += map(_notice, self._log_limit.report_rest(now))
+        return instructions
+
+    def _poll(self, job: ServiceJob, now: float) -> list[ServiceInstruction]:
+        instructions: list[ServiceInstruction] = [*self.producers.detach_gone(job, now - DRAIN_S)]
         overdue = job.overdue(now)
         if overdue:
-            yield from job.stop(overdue, now)
+            instructions += job.stop(overdue, now)
         elif job.phase is ServicePhase.STOPPING and now > job.kill_at:
             job.kill_at = now + STOP_S
-            yield KillArchiver(job.id)
+            instructions.append(KillArchiver(job.id))
         elif job.phase is ServicePhase.ENDED:
             if not job.released and now - job.ended > DRAIN_S:
                 job.released = True
-                yield from self.producers.detach_all(job)
-                yield ReleaseJob(job.id)
+                instructions += [*self.producers.detach_all(job), ReleaseJob(job.id)]
             forget = now - job.ended > self._limits.heartbeat_s or len(self.jobs) > _MAX_REMEMBERED
             if job.released and forget:
                 del self.jobs[job.id]
+        return instructions
 
-    def _hold_quotas(self, now: float) -> Iterator[ServiceInstruction]:
+    def _enforce_quotas(self, now: float) -> list[ServiceInstruction]:
         """A client above its quota loses its youngest job, and in a second the next."""
         running = [
             job
             for job in self.running
             if job.place.quota_bytes and job.phase is ServicePhase.RUNNING
         ]
-        for job in {job.client: job for job in running}.values():
-            if self._facts.used_bytes(job.client) > job.place.quota_bytes:
-                yield from job.stop(
-                    f"the client's quota of {job.place.quota_bytes} bytes is used up", now
-                )
+        return [
+            each
+            for job in {job.client: job for job in running}.values()
+            if self._facts.used_bytes(job.client) > job.place.quota_bytes
+            for each in job.stop(
+                f"the client's quota of {job.place.quota_bytes} bytes is used up", now
+            )
+        ]
 
 
 def _refusal(error: RemoteProtocolError) -> list[Part]:

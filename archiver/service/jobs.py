@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job of the service: its archiver's life, and what its coordinator is told of it. Pure.
+"""One job of the service: its admission, its archiver's life, what its coordinator hears. Pure.
 
-Methods that give instructions are lazy iterators: exhaust each before the next call.
+`admit` checks names, limits, quotas and what the host has left; a `ServiceJob` answers
+each event of its archiver or its coordinator with a list of instructions.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -202,23 +203,24 @@ class ServiceJob:
 
     # --- its coordinator ---
 
-    def meet(self, peer: bytes, now: float) -> Iterator[ServiceInstruction]:
-        """Its coordinator has spoken; over a new connection it is told again what holds."""
+    def coordinator_seen(self, peer: bytes, now: float) -> list[ServiceInstruction]:
+        """Its coordinator has spoken; over a new connection it hears the job's state again."""
         self.heard = now
-        yield SendAnswer(peer, jobs.encode(jobs.Alive()))
+        instructions: list[ServiceInstruction] = [SendAnswer(peer, jobs.encode(jobs.Alive()))]
         anew = self.coordinator != peer
         if (anew or self.verdict is not None) and not self._may_retell(now):
-            return
+            return instructions
         self.coordinator = peer
         if anew and self.opened:
-            yield SendAnswer(peer, self._opened())
+            instructions.append(SendAnswer(peer, self._opened()))
             if self.begun is not None:
-                yield SendAnswer(peer, jobs.encode(self.begun))
+                instructions.append(SendAnswer(peer, jobs.encode(self.begun)))
         if self.verdict is not None:
-            yield SendAnswer(peer, jobs.encode(self.verdict))
+            instructions.append(SendAnswer(peer, jobs.encode(self.verdict)))
+        return instructions
 
-    def left(self, peer: bytes) -> None:
-        """Its coordinator's connection has ended: nobody hears what is said there."""
+    def coordinator_gone(self, peer: bytes) -> None:
+        """The connection of `peer` has ended: if it is the coordinator's, nothing is sent there."""
         if self.coordinator == peer:
             self.coordinator = b""
 
@@ -228,69 +230,71 @@ class ServiceJob:
         self._retellings = left - 1.0 if left >= 1.0 else left
         return left >= 1.0
 
-    def _tell(self, parts: list[Part]) -> Iterator[SendAnswer]:
-        if self.coordinator:
-            yield SendAnswer(self.coordinator, parts)
+    def _tell(self, parts: list[Part]) -> list[ServiceInstruction]:
+        return [SendAnswer(self.coordinator, parts)] if self.coordinator else []
 
     def _opened(self) -> list[Part]:
         return jobs.encode(jobs.Opened(limits.VERSION, self.heartbeat_s))
 
     # --- its archiver ---
 
-    def listening(self) -> Iterator[ServiceInstruction]:
+    def listening(self) -> list[ServiceInstruction]:
         """Its archiver is ready for producers."""
-        if self.phase is ServicePhase.STARTING:
-            self.phase = ServicePhase.RUNNING
-            self.opened = True
-            yield self._log("job-opened", devices=list(self.devices))
-            yield from self._tell(self._opened())
+        if self.phase is not ServicePhase.STARTING:
+            return []
+        self.phase = ServicePhase.RUNNING
+        self.opened = True
+        opened = self._log("job-opened", devices=list(self.devices))
+        return [opened, *self._tell(self._opened())]
 
-    def hear(self, event: Event) -> Iterator[ServiceInstruction]:
+    def archiver_event(self, event: Event) -> list[ServiceInstruction]:
         """Any other event of its archiver."""
-        told = message_of(event, self.name)
-        match told:
+        instructions: list[ServiceInstruction] = []
+        message = message_of(event, self.name)
+        match message:
             case jobs.Begun():
-                self.begun = told
+                self.begun = message
             case jobs.Stored():
-                # Its process may live on for a producer that has to hear of it.
-                self.stored = self.verdict = told
+                # Its process may live on for a producer that has not heard DONE yet.
+                self.stored = self.verdict = message
             case jobs.Progress():
-                self._done = told
+                self._done = message
             case jobs.Notice(text):
-                yield self._log("job-notice", text=text)
-        if told is not None:
-            yield from self._tell(jobs.encode(told))
+                instructions.append(self._log("job-notice", text=text))
+        if message is not None:
+            instructions += self._tell(jobs.encode(message))
+        return instructions
 
-    def stop(self, reason: str, now: float) -> Iterator[ServiceInstruction]:
-        """Let its archiver give up, if it has not yet ended nor been told so."""
-        if self.phase in (ServicePhase.STARTING, ServicePhase.RUNNING):
-            self.phase = ServicePhase.STOPPING
-            self.reason = reason
-            self.kill_at = now + STOP_S
-            if self.stored is None:
-                # Before its archiver tells them only that it was told to end.
-                yield from self._abort(said_reason(reason))
-            yield StopArchiver(self.id)
+    def stop(self, reason: str, now: float) -> list[ServiceInstruction]:
+        """Let its archiver give up, if it has not yet ended or been told so."""
+        if self.phase not in (ServicePhase.STARTING, ServicePhase.RUNNING):
+            return []
+        self.phase = ServicePhase.STOPPING
+        self.reason = reason
+        self.kill_at = now + STOP_S
+        # Its archiver would say to the producers only that it was told to end.
+        aborts = self._aborts(said_reason(reason)) if self.stored is None else []
+        return [*aborts, StopArchiver(self.id)]
 
-    def end(self, words: str, usage: Event, now: float) -> Iterator[ServiceInstruction]:
+    def end(self, words: str, usage: Event, now: float) -> list[ServiceInstruction]:
         """Its archiver is gone. `words` say why if it failed; `usage` is for the log."""
         self.phase = ServicePhase.ENDED
         self.ended = now
         usage = {**usage, "seconds": round(now - self.started, 3)}
         if self.stored is not None:
-            yield self._log("job-stored", stored_bytes=self.stored.stored, **usage)
-            return
+            return [self._log("job-stored", stored_bytes=self.stored.stored, **usage)]
         reason = self.reason or words
-        yield self._log("job-failed", text=reason, **usage)
         said = said_reason(reason)
         self.verdict = jobs.Failed(said) if self.opened else jobs.Refused("failed", said)
-        yield from self._tell(jobs.encode(self.verdict))
-        # One that was killed could not tell them itself.
-        yield from self._abort(said)
+        return [
+            self._log("job-failed", text=reason, **usage),
+            *self._tell(jobs.encode(self.verdict)),
+            # An archiver that was killed could not tell its producers itself.
+            *self._aborts(said),
+        ]
 
-    def _abort(self, said: str) -> Iterator[SendAnswer]:
-        for peer in self.producers:
-            yield SendAnswer(peer, frames.encode_control(Abort(said)))
+    def _aborts(self, said: str) -> list[ServiceInstruction]:
+        return [SendAnswer(peer, frames.encode_control(Abort(said))) for peer in self.producers]
 
     def _log(self, event: str, **more: object) -> LogEvent:
         whose = {"job": self.id.hex(), "client": self.client, "archive": self.place.path}
@@ -298,8 +302,8 @@ class ServiceJob:
 
     # --- time ---
 
-    def excuse(self, gap_s: float, now: float) -> None:
-        """We ourselves were stopped for so long, and heard nobody."""
+    def extend_deadlines(self, gap_s: float, now: float) -> None:
+        """This process itself was stopped for `gap_s` and received nothing meanwhile."""
         self.heard = min(now, self.heard + gap_s)
         self.started = min(now, self.started + gap_s)
         self._progressed = min(now, self._progressed + gap_s)
@@ -371,7 +375,7 @@ class ServiceLimits:
     #: For jobs together.
     most: Need = _UNLIMITED
     #: Connections that belong to no job.
-    most_visitors: int = 64
+    most_unassigned: int = 64
 
 
 class ServiceStorage(Protocol):

@@ -64,7 +64,7 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
             bounds = replace(
                 bounds,
                 most=Need(link.budget.jobs, link.budget.rest),
-                most_visitors=link.budget.visitors,
+                most_unassigned=link.budget.unassigned,
             )
         words = _archiver_options(options, link)
         crew = ArchiverProcesses(words, link.watch, link.unwatch, to_store=to_store)

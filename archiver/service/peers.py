@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmapipe.archiver.service.jobs import (
@@ -13,6 +13,7 @@ from vmapipe.archiver.service.jobs import (
     DetachProducer,
     DropPeer,
     SendAnswer,
+    ServiceInstruction,
     ServiceJob,
 )
 from vmapipe.protocol import jobs, limits
@@ -41,7 +42,6 @@ class ForwardedProducer:
     client: str
     heard: float
     taken_bytes: int = 0
-    dropped: int = 0
     #: When its connection ended; what it had sent may still come.
     gone: float = float("inf")
     _first_limit: int = -1
@@ -76,48 +76,47 @@ class ForwardedProducers:
 
     def attach(
         self, job: ServiceJob, peer: bytes, client: str, now: float
-    ) -> Iterator[AttachProducer | DetachProducer | DropPeer]:
+    ) -> list[ServiceInstruction]:
         """A new one, or one of the job's over a new connection."""
+        instructions: list[ServiceInstruction] = []
         if len(job.producers) >= job.most_producers:
             # The one whose connection has been dead the longest.
             oldest = min(job.producers, key=lambda other: self.by_peer[other].heard)
-            yield self._detach(job, oldest)
-            yield DropPeer(oldest)
+            instructions += [self._detach(job, oldest), DropPeer(oldest)]
         job.producers.add(peer)
         producer = self.by_peer[peer] = ForwardedProducer(job.id, client, now)
         producer.admits(1, 0)
-        yield AttachProducer(peer, job.id)
+        return [*instructions, AttachProducer(peer, job.id)]
 
-    def detach_all(self, job: ServiceJob) -> Iterator[DetachProducer]:
-        for peer in list(job.producers):
-            yield self._detach(job, peer)
+    def detach_all(self, job: ServiceJob) -> list[DetachProducer]:
+        return [self._detach(job, peer) for peer in list(job.producers)]
 
     def forget(self, job: ServiceJob, peer: bytes) -> None:
         """It could not be attached."""
         job.producers.discard(peer)
         self.by_peer.pop(peer, None)
 
-    def detach_gone(self, job: ServiceJob, before: float) -> Iterator[DetachProducer]:
-        """Those whose connection ended before that."""
-        for peer in [peer for peer in job.producers if self.by_peer[peer].gone < before]:
-            yield self._detach(job, peer)
+    def detach_gone(self, job: ServiceJob, before: float) -> list[DetachProducer]:
+        """Detach the producers whose connection ended before that time."""
+        gone = [peer for peer in job.producers if self.by_peer[peer].gone < before]
+        return [self._detach(job, peer) for peer in gone]
 
     def _detach(self, job: ServiceJob, peer: bytes) -> DetachProducer:
         job.producers.discard(peer)
         del self.by_peer[peer]
         return DetachProducer(peer)
 
-    def answer(self, peer: bytes, parts: Sequence[Part]) -> Iterator[SendAnswer]:
+    def answer(self, peer: bytes, parts: Sequence[Part]) -> list[ServiceInstruction]:
         """A message from the archiver of this producer."""
         producer = self.by_peer.get(peer)
         if producer is None:
-            return
+            return []
         limit = None
         if len(parts) == 1:
             _, fields = jobs.unpack_control(parts)
             limit = fields.get("limit", fields.get("credit"))
         producer.answered(limit)
-        yield SendAnswer(peer, list(parts))
+        return [SendAnswer(peer, list(parts))]
 
 
 # Refusals that one connection hears; then it is closed. An honest client needs one.
@@ -139,7 +138,7 @@ class UnassignedPeers:
         self._clients: dict[bytes, str] = {}
         self._refusals: Counter[bytes] = Counter()
 
-    def met(self, peer: bytes, client: str) -> bytes | None:
+    def add(self, peer: bytes, client: str) -> bytes | None:
         """It has spoken, and belongs to no job; returns who has to go for it."""
         if peer in self._clients:
             return None
@@ -153,10 +152,10 @@ class UnassignedPeers:
         else:
             return None
         oldest = next(other for other, its in self._clients.items() if its == crowd)
-        self.left(oldest)
+        self.remove(oldest)
         return oldest
 
-    def left(self, peer: bytes) -> None:
+    def remove(self, peer: bytes) -> None:
         """It is gone, or belongs to a job now."""
         self._clients.pop(peer, None)
         self._refusals.pop(peer, None)
@@ -164,7 +163,7 @@ class UnassignedPeers:
     def of(self, client: str) -> list[bytes]:
         return [peer for peer, its in self._clients.items() if its == client]
 
-    def may_hear(self, peer: bytes) -> bool:
+    def may_be_refused(self, peer: bytes) -> bool:
         """Whether one more refusal may be sent to it: it may not be reading them."""
         self._refusals[peer] += 1
         if len(self._refusals) > _MAX_CLIENTS:
@@ -213,7 +212,7 @@ class LogLimit:
         self._at: dict[str, float] = {}
         self._unsaid: Counter[str] = Counter()
 
-    def may_say(self, client: str, now: float) -> bool:
+    def allows(self, client: str, now: float) -> bool:
         left = self._left.get(client, float(_LINES))
         left = min(float(_LINES), left + (now - self._at.get(client, now)) / _LINE_S)
         self._at[client] = now
@@ -227,14 +226,16 @@ class LogLimit:
             del self._at[oldest], self._left[oldest]
         return True
 
-    def more(self, now: float) -> Iterator[str]:
+    def report_rest(self, now: float) -> list[str]:
         """What was left out, when there is room for a line about it."""
+        lines = []
         for client in list(self._unsaid):
             if now - self._at[client] < _LINE_S and self._left[client] < 0.5:
                 continue
             count = self._unsaid.pop(client)
             who = f"client {client!r}" if client else "clients"
-            yield f"{count} more lines about {who} were left out"
+            lines.append(f"{count} more lines about {who} were left out")
+        return lines
 
 
 # Remembered, so that each is answered once; a peer's name has some ten bytes.
@@ -252,7 +253,7 @@ class RejectedPeers:
         self._unsaid = 0
         self._said = float("-inf")
 
-    def is_new(self, peer: bytes) -> bool:
+    def add(self, peer: bytes) -> bool:
         """Whether it was not refused before; from now on it was."""
         if peer in self._peers:
             return False
@@ -261,16 +262,17 @@ class RejectedPeers:
         self._peers[peer] = None
         return True
 
-    def refused(self, client: str, why: str, now: float) -> Iterator[str]:
+    def report(self, client: str, why: str, now: float) -> list[str]:
         self.count += 1
         if now - self._said < _LOG_S:
             self._unsaid += 1
-            return
+            return []
         self._said = now
         who = f" from client {client!r}" if client else ""
-        yield f"refused a stranger{who}: {why}"
+        return [f"refused a stranger{who}: {why}"]
 
-    def more(self, now: float) -> Iterator[str]:
-        if self._unsaid and now - self._said >= _LOG_S:
-            count, self._unsaid, self._said = self._unsaid, 0, now
-            yield f"{count} more strangers were refused"
+    def report_rest(self, now: float) -> list[str]:
+        if not self._unsaid or now - self._said < _LOG_S:
+            return []
+        count, self._unsaid, self._said = self._unsaid, 0, now
+        return [f"{count} more strangers were refused"]

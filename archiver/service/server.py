@@ -7,14 +7,27 @@ import contextlib
 import errno
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import zmq
 
 from vmapipe.archiver.listener.socket import ANSWER_MARK, LINGER_MS, TURN, ListeningSocket
 from vmapipe.archiver.service import jobs as core
 from vmapipe.archiver.service.archivers import REAP_S, ArchiverProcesses
-from vmapipe.archiver.service.front import Front
+from vmapipe.archiver.service.front import (
+    ArchiverAnswer,
+    ArchiverEnded,
+    ArchiverEvent,
+    AttachFailed,
+    ClientRevoked,
+    Front,
+    FrontEvent,
+    PeerGone,
+    PeerMessage,
+    StopAsked,
+    StopNow,
+    TimePassed,
+)
 from vmapipe.protocol import limits
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
@@ -47,27 +60,34 @@ class ServiceLoop:
         while not (deadline < float("inf") and front.idle):
             link.wait(REAP_S if self._crew.in_a_hurry else _TICK_S)
             now = time.monotonic()
-            for peer, client, frames in link.receive():
-                parts = [frame.buffer for frame in frames]
-                self._carry_out(front.receive(peer, client, parts, now), frames)
+            self._receive(now)
             for peer, answer in link.answers():
-                self._carry_out(front.answer(peer, answer))
+                self._handle(ArchiverAnswer(peer, answer))
             self._hear_crew(now)
             for peer in link.gone():
-                front.left(peer, now)
+                self._handle(PeerGone(peer, now))
             if cancel.asked and deadline == float("inf"):
                 link.unwatch(cancel.fd)
                 deadline = now + self._begin_stop(cancel, stop_timeout_s)
             if now >= deadline:
-                self._carry_out(front.fail_all("the service was stopped", now))
+                self._handle(StopNow("the service was stopped", now))
             if now >= self._next_tick:
                 self._next_tick = now + _TICK_S
                 self._pass_time(now)
 
+    def _receive(self, now: float) -> None:
+        for _ in range(TURN):
+            message = self._link.take_message()
+            if message is None:
+                return
+            peer, client, frames = message
+            parts = [frame.buffer for frame in frames]
+            self._handle(PeerMessage(peer, client, parts, now), frames)
+
     def _begin_stop(self, cancel: Cancel, stop_timeout_s: int) -> float:
         """For how long jobs may go on. Ctrl-C means at once."""
         left_s = 0 if cancel.signum == signal.SIGINT else stop_timeout_s
-        self._front.stop("the service is being stopped")
+        self._handle(StopAsked("the service is being stopped"))
         notify("STOPPING=1")
         count = len(self._front.running)
         text = f"{cancel.reason}: {count} jobs may go on for {left_s} s"
@@ -75,29 +95,25 @@ class ServiceLoop:
         return left_s
 
     def _hear_crew(self, now: float) -> None:
-        for job, event in self._crew.events():
+        for job, event in self._crew.take_events():
             if event is None:
                 words, usage = self._crew.verdict(job), self._crew.usage(job)
-                self._carry_out(self._front.ended(job, words, usage, now))
-            elif event["event"] == "listening":
-                self._carry_out(self._front.listening(job))
+                self._handle(ArchiverEnded(job, words, usage, now))
             else:
-                self._carry_out(self._front.told(job, event))
+                self._handle(ArchiverEvent(job, event))
 
     def _pass_time(self, now: float) -> None:
         for client in self._link.revoked(now):
-            self._carry_out(self._front.revoke(client, now))
+            self._handle(ClientRevoked(client, now))
         for text in self._link.take_notices():
             self._emit({"event": "notice", "text": text})
-        self._carry_out(self._front.tick(now))
+        self._handle(TimePassed(now))
         status = f"{len(self._front.running)} jobs are running"
         notify("WATCHDOG=1", *([f"STATUS={status}"] if status != self._status else ()))
         self._status = status
 
-    def _carry_out(
-        self, instructions: Iterator[core.ServiceInstruction], frames: Frames = ()
-    ) -> None:
-        for instruction in instructions:
+    def _handle(self, event: FrontEvent, frames: Frames = ()) -> None:
+        for instruction in self._front.handle(event):
             match instruction:
                 case core.ForwardMessage(peer):
                     self._link.forward(peer, frames)
@@ -105,7 +121,7 @@ class ServiceLoop:
                     self._link.send(peer, parts)
                 case core.AttachProducer(peer, job):
                     if not self._link.attach(peer, self._crew.endpoint_of(job)):
-                        self._carry_out(self._front.unattached(peer, job))
+                        self._handle(AttachFailed(peer, job))
                 case core.DetachProducer(peer):
                     self._link.detach(peer)
                 case core.DropPeer(peer):
@@ -118,15 +134,15 @@ class ServiceLoop:
                     self._crew.signal(job, signal.SIGKILL)
                 case core.ReleaseJob(job):
                     self._crew.release(job)
-                case core.LogEvent(event):
-                    self._emit(event)
+                case core.LogEvent(line):
+                    self._emit(line)
 
     def _start(self, order: core.StartArchiver) -> None:
         try:
             self._crew.start(order)
         except OSError as error:
             words = f"no archiver could be started: {os_error_text(error)}"
-            self._carry_out(self._front.ended(order.job, words, {}, time.monotonic()))
+            self._handle(ArchiverEnded(order.job, words, {}, time.monotonic()))
 
 
 # We pass messages on at once, so that only a flood ever fills it, and each may have 4 MiB.
@@ -165,18 +181,16 @@ class ServiceSockets(ListeningSocket):
         ]
         return ready
 
-    def receive(self) -> Iterator[tuple[bytes, str, list[zmq.Frame]]]:
-        """What has come: (peer, client, parts), the parts as ZeroMQ received them."""
-        return self._messages()
-
-    def answers(self) -> Iterator[tuple[bytes, list[bytes]]]:
-        """What archivers have said: (to which peer, parts)."""
+    def answers(self) -> list[tuple[bytes, list[bytes]]]:
+        """Messages from archivers: (to which peer, parts), of at most MAX_CONTROL_BYTES each."""
+        answers = []
         for sock in self._ready:
             for _ in range(TURN):
                 peer = self._peers.get(sock)
                 if peer is None or not int(sock.get(zmq.EVENTS)) & zmq.POLLIN:
                     break
-                yield peer, sock.recv_multipart(zmq.NOBLOCK)
+                answers.append((peer, sock.recv_multipart(zmq.NOBLOCK)))
+        return answers
 
     def attach(self, peer: bytes, endpoint: str) -> bool:
         """Open a connection to an archiver for what this peer sends; False: no descriptor is left."""

@@ -22,7 +22,7 @@ def test_strangers_and_clients_leave_what_a_new_child_needs(limit: int) -> None:
             budget_of(limit, IN_USE)
         return
     budget = budget_of(limit, IN_USE)
-    inside = IN_USE + budget.judged + budget.silent + budget.visitors + budget.rest
+    inside = IN_USE + budget.judged + budget.silent + budget.unassigned + budget.rest
     assert inside + RESERVE <= limit
     # The acceptor: its own, strangers before and behind their first word, guests and pipes.
     acceptor = 10 + 2 * budget.waiting + 2 * budget.guests + 2 * budget.pipes

@@ -8,7 +8,15 @@ from collections import Counter
 import pytest
 
 from tests.service.world import World
-from vmapipe.archiver.service.front import DRAIN_S
+from vmapipe.archiver.service.front import (
+    DRAIN_S,
+    ArchiverAnswer,
+    ArchiverEvent,
+    AttachFailed,
+    ClientRevoked,
+    PeerGone,
+    StopAsked,
+)
 from vmapipe.archiver.service.jobs import (
     JOB_MEMORY_BYTES,
     START_S,
@@ -136,7 +144,7 @@ def test_each_limit_refuses_with_its_code(world: World) -> None:
     assert refusal(world, b"j") == "quota"
     world.open(b"k", "bob", "refused")
     assert refusal(world, b"k") == "bad-contents"
-    world.front.stop("later")
+    world.handle(StopAsked("later"))
     world.open(b"l", "alice", "5.vma")
     assert refusal(world, b"l") == "stopping"
     assert [event["code"] for event in world.log if event["event"] == "job-refused"][
@@ -189,7 +197,7 @@ def test_a_coordinator_that_comes_back_is_told_again_what_holds(world: World) ->
     world.ready(job)
     sizes = [{"bytes": 65536}, {"bytes": 1}]
     begun = {"event": "begun", "uuid": "00" * 16, "devices": sizes}
-    world.carry_out(world.front.told(job, begun))
+    world.handle(ArchiverEvent(job, begun))
     beat(world, b"c2", job)
     opened, told = jobs.Opened(limits.VERSION, HEARTBEAT_S), jobs.Begun(bytes(16), (65536, 1))
     assert world.heard_by(b"c2") == [jobs.Alive(), opened, told]
@@ -282,7 +290,7 @@ def test_a_producer_whose_connection_ended_is_let_go_when_all_that_it_sent_has_c
     job = world.open(b"c", "", "vm.vma")
     world.ready(job)
     world.hello(b"p", "", job)
-    world.front.left(b"p", world.now)
+    world.handle(PeerGone(b"p", world.now))
     world.say(b"p", "", [b"\x01", b"late"])
     assert world.forwarded[-1] == b"p"
     world.pass_time(DRAIN_S + 2)
@@ -298,7 +306,7 @@ def test_a_producer_for_which_there_is_no_descriptor_is_refused_and_harms_no_job
     world.ready(job)
     world.hello(b"p", "", job)
     del world.attached[b"p"]  # it could not be done
-    world.carry_out(world.front.unattached(b"p", job))
+    world.handle(AttachFailed(b"p", job))
     assert [m.code for m in world.heard_by(b"p") if isinstance(m, jobs.Refused)] == ["busy"]
     world.hello(b"p2", "", job)
     assert world.attached == {b"p2": job}
@@ -310,12 +318,12 @@ def test_nobody_hears_what_is_said_to_a_coordinator_whose_connection_has_ended(
 ) -> None:
     job = world.open(b"c", "alice", "vm.vma")
     world.ready(job)
-    world.front.left(b"c", world.now)
+    world.handle(PeerGone(b"c", world.now))
     world.said.clear()
-    world.carry_out(world.front.told(job, {"event": "notice", "text": "secret"}))
+    world.handle(ArchiverEvent(job, {"event": "notice", "text": "secret"}))
     # Somebody else has its name now.
     world.say(b"c", "eve", [b"x"])
-    world.carry_out(world.front.told(job, {"event": "notice", "text": "secret"}))
+    world.handle(ArchiverEvent(job, {"event": "notice", "text": "secret"}))
     assert [m for _, m in world.said if isinstance(m, jobs.Notice)] == []
 
 
@@ -365,7 +373,7 @@ def test_a_job_from_whose_producers_nothing_comes_is_ended() -> None:
     world.ready(job)
     sizes = [{"bytes": 65536}, {"bytes": 65536}]
     begun = {"event": "begun", "uuid": "00" * 16, "devices": sizes}
-    world.carry_out(world.front.told(job, begun))
+    world.handle(ArchiverEvent(job, begun))
 
     def tick(minutes: int, done: int) -> None:
         for _ in range(minutes * 6):
@@ -374,7 +382,7 @@ def test_a_job_from_whose_producers_nothing_comes_is_ended() -> None:
             beat(world, b"c", job)
             devices = [{"done_bytes": done, "zero_bytes": 0}] * 2
             progress = {"stored_bytes": 0, "plain_bytes": 0, "devices": devices}
-            world.carry_out(world.front.told(job, {"event": "progress", **progress}))
+            world.handle(ArchiverEvent(job, {"event": "progress", **progress}))
             world.pass_time(10)
 
     for part in range(1, 5):
@@ -390,10 +398,10 @@ def test_a_job_that_has_all_may_wait_for_its_output() -> None:
     job = world.open(b"c", "", "vm.vma")
     world.ready(job)
     begun = {"event": "begun", "uuid": "00" * 16, "devices": [{"bytes": 5}, {"bytes": 7}]}
-    world.carry_out(world.front.told(job, begun))
+    world.handle(ArchiverEvent(job, begun))
     devices = [{"done_bytes": 5, "zero_bytes": 0}, {"done_bytes": 7, "zero_bytes": 0}]
     progress = {"stored_bytes": 0, "plain_bytes": 0, "devices": devices}
-    world.carry_out(world.front.told(job, {"event": "progress", **progress}))
+    world.handle(ArchiverEvent(job, {"event": "progress", **progress}))
     for _ in range(20):
         beat(world, b"c", job)
         world.pass_time(10)
@@ -434,13 +442,13 @@ def test_a_coordinator_that_jumps_from_connection_to_connection_is_told_little(
 
 def test_peers_that_belong_to_no_job_make_room_for_each_other_and_for_other_clients() -> None:
     visitors = UnassignedPeers(16)
-    gone = [visitors.met(b"e%d" % number, "eve") for number in range(100)]
+    gone = [visitors.add(b"e%d" % number, "eve") for number in range(100)]
     assert gone[:4] == [None] * 4
     assert gone[4:] == [b"e%d" % number for number in range(96)]
-    assert visitors.met(b"a", "alice") is None
+    assert visitors.add(b"a", "alice") is None
     for client in "bcdefgh":
         for number in range(4):
-            dropped = visitors.met(b"%s%d" % (client.encode(), number), client)
+            dropped = visitors.add(b"%s%d" % (client.encode(), number), client)
             assert dropped != b"a"
     assert visitors.of("alice") == [b"a"]
 
@@ -450,7 +458,7 @@ def test_a_revoked_client_loses_its_jobs_and_nobody_else_does(world: World) -> N
     other = world.open(b"d", "bob", "2.vma")
     world.ready(job)
     world.ready(other)
-    world.carry_out(world.front.revoke("alice", world.now))
+    world.handle(ClientRevoked("alice", world.now))
     assert world.stopping == {job}
 
 
@@ -469,14 +477,14 @@ def test_what_a_producer_may_have_under_way_is_what_its_archiver_grants_and_a_bi
         return (len(world.forwarded) - before) * ((1 << 20) + 1)
 
     def told(message: Welcome | Grant) -> None:
-        world.carry_out(world.front.answer(b"p", frames.encode_control(message)))
+        world.handle(ArchiverAnswer(b"p", frames.encode_control(message)))
 
     told(Welcome(limits.VERSION, 1, 8 << 20, 4 << 20, 30))
     assert SLACK_BYTES - (2 << 20) < flood() <= SLACK_BYTES
     assert flood() == 0
     told(Grant((8 << 20) + (5 << 20), 0))
     assert (3 << 20) < flood() <= (6 << 20)
-    assert world.front.producers.by_peer[b"p"].dropped
+    assert flood() == 0
 
 
 def test_control_messages_without_an_answer_are_bounded(world: World) -> None:

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.protocol.jobs import of_coordinators
 from tests.service.world import World
+from vmapipe.archiver.service.front import ClientRevoked
 from vmapipe.archiver.service.jobs import START_S, ServiceLimits, ServicePhase
 from vmapipe.protocol import frames, jobs
 from vmapipe.protocol.messages import Ping
@@ -86,7 +87,7 @@ class ServiceMachine(RuleBasedStateMachine):
 
     @rule(client=clients)
     def revoke(self, client: str) -> None:
-        self.world.carry_out(self.world.front.revoke(client, self.world.now))
+        self.world.handle(ClientRevoked(client, self.world.now))
 
     @rule(seconds=st.integers(1, 30))
     def time_passes(self, seconds: int) -> None:

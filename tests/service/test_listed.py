@@ -70,15 +70,15 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 FIRST_NAME = """
 import zmq
-from vmapipe.archiver.job.server import ProducerSocket
-link = ProducerSocket("tcp://127.0.0.1:*")
+from vmapipe.archiver.listener.socket import ListeningSocket
+link = ListeningSocket("tcp://127.0.0.1:*", None, receive_mark=32)
 context = zmq.Context()
 dealer = context.socket(zmq.DEALER)
 dealer.connect(link.endpoint)
 dealer.send(b"x")
-while not (names := [peer for peer, _, _ in link.receive()]):
+while not (message := link.take_message()):
     link.wait(1.0)
-print(names[0].hex())
+print(message[0].hex())
 context.destroy(linger=0)
 link.close()
 """

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from vmapipe.archiver.service import jobs as core
-from vmapipe.archiver.service.front import Front
+from vmapipe.archiver.service.front import (
+    ArchiverEnded,
+    ArchiverEvent,
+    Front,
+    FrontEvent,
+    PeerMessage,
+    TimePassed,
+)
 from vmapipe.archiver.service.jobs import ArchivePlace, FreeSpace, ServiceLimits
 from vmapipe.protocol import frames, jobs, limits
 from vmapipe.protocol.errors import RemoteProtocolError
@@ -65,7 +70,7 @@ class World:
     # --- what happens ---
 
     def say(self, peer: bytes, client: str, parts: list[Part]) -> None:
-        self.carry_out(self.front.receive(peer, client, parts, self.now))
+        self.handle(PeerMessage(peer, client, parts, self.now))
 
     def open(self, peer: bytes, client: str, name: str, job: bytes | None = None) -> bytes:
         # Counted, not drawn: the same steps must be the same again.
@@ -80,29 +85,29 @@ class World:
         self.say(peer, client, frames.encode_control(hello))
 
     def ready(self, job: bytes) -> None:
-        self.carry_out(self.front.listening(job))
+        self.handle(ArchiverEvent(job, {"event": "listening"}))
 
     def store(self, job: bytes) -> None:
         """The job's archiver ends well."""
         self.stored.add(self.front.jobs[job].place.path)
         uuid_hex = job.hex()
         event = {"event": "stored", "uuid": uuid_hex, "stored_bytes": 1, "plain_bytes": 1}
-        self.carry_out(self.front.told(job, event))
+        self.handle(ArchiverEvent(job, event))
         self.end(job, "")
 
     def end(self, job: bytes, words: str) -> None:
         self.archivers.remove(job)
-        self.carry_out(self.front.ended(job, words, {}, self.now))
+        self.handle(ArchiverEnded(job, words, {}, self.now))
 
     def pass_time(self, seconds: float) -> None:
         """In steps, as the loop does; a longer one would look like a stopped machine."""
         while seconds > 0:
             self.now += min(seconds, 1.0)
             seconds -= 1.0
-            self.carry_out(self.front.tick(self.now))
+            self.handle(TimePassed(self.now))
 
-    def carry_out(self, instructions: Iterator[core.ServiceInstruction]) -> None:
-        for instruction in instructions:
+    def handle(self, event: FrontEvent) -> None:
+        for instruction in self.front.handle(event):
             match instruction:
                 case core.StartArchiver(job):
                     assert job not in self.unreleased
@@ -126,8 +131,8 @@ class World:
                     self.dropped.append(peer)
                 case core.SendAnswer(peer, parts):
                     self.said.append((peer, read(parts)))
-                case core.LogEvent(event):
-                    self.log.append(event)
+                case core.LogEvent(line):
+                    self.log.append(line)
 
     def heard_by(self, peer: bytes) -> list[object]:
         """What it was sent since this was asked last."""
