@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Old data that guests' writes have saved: from the guard's slots into frames."""
+"""The feed of a disk that a guard serves to a guest: saved clusters first, the rest in background.
+
+What guests' writes have saved comes from the guard in slots of shared memory or a spool file
+(SavedClusters). What no guest has written to yet is claimed and read here, one claim at a time
+(BackgroundReader). GuardFeed decides which of the two is next.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +16,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.producer import transmit
-from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.guard_client import GuardClient
 from vmapipe.producer.runs import Run, largest_frame_bytes, packed, piece_bytes, whole_blocks
-from vmapipe.producer.session import RefusedByArchiver, Session
+from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import RING_BYTES, Ring
+from vmapipe.producer.transmit import REPORT_S, Buffered, Transfer
 from vmapipe.protocol import limits
-from vmapipe.protocol.errors import ProtocolError, RemoteProtocolError
+from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.guarding import (
     MAX_CLAIM_CLUSTERS,
     Attach,
@@ -30,7 +34,6 @@ from vmapipe.protocol.guarding import (
     Waiting,
 )
 from vmapipe.protocol.messages import SharedCluster
-from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.process import yield_cpu
@@ -44,7 +47,7 @@ _MOST_SCATTERED = limits.MAX_PAYLOAD_BYTES // CLUSTER_BYTES
 
 
 class SavedClusters:
-    """What was saved and is not acknowledged yet; slots are given back when they are.
+    """The saved clusters that are not acknowledged yet; their slots are given back then.
 
     Slots below `memory_slots` lie behind the ring in its memory, the others in
     the spool file.
@@ -54,7 +57,7 @@ class SavedClusters:
         self, size_bytes: int, memory_slots: int, spool_fd: int, ring: Ring, guard: GuardClient
     ) -> None:
         self.used_memory = self.used_spool = 0
-        #: All that have ever come.
+        #: All that the guard has saved so far.
         self.saved_clusters = 0
         self._size_bytes = size_bytes
         self._memory_slots = memory_slots
@@ -63,8 +66,8 @@ class SavedClusters:
         self._guard = guard
         # (cluster, slot), oldest first.
         self._waiting: deque[tuple[int, int] | SavedHole] = deque()
-        # (frame, its slots)
-        self._sent: deque[tuple[int, Sequence[int]]] = deque()
+        # Slots that are free and not given back yet.
+        self._free: list[int] = []
 
     def __bool__(self) -> bool:
         """Whether there is something to send."""
@@ -72,7 +75,7 @@ class SavedClusters:
 
     @property
     def is_many(self) -> bool:
-        """A frame full."""
+        """Whether there is enough for a full frame."""
         return len(self._waiting) >= _MOST_SCATTERED
 
     def add(self, message: Saved | SavedHole) -> None:
@@ -105,7 +108,7 @@ class SavedClusters:
         return True
 
     def _send_scattered(self, session: Session) -> bool:
-        """As many as there are in memory, and as there may be in a frame."""
+        """Send as many as there are in memory, and as there may be in a frame."""
         room = min(session.credit, session.frame_bytes) - limits.CHARGE_PER_FRAME
         most = min(room // _FULL_CHARGE, _MOST_SCATTERED)
         clusters: list[SharedCluster] = []
@@ -120,12 +123,11 @@ class SavedClusters:
             clusters.append(SharedCluster(cluster, position, int.from_bytes(run.masks, "big")))
             slots.append(slot)
         if clusters:
-            session.send_scattered(clusters)
-            self._sent.append((session.sent_frames, slots))
+            session.send_scattered(clusters, lambda: self._free.extend(slots))
         return bool(clusters)
 
     def _send_run(self, session: Session, first: int, slot: int, most_clusters: int) -> bool:
-        """Of slots that lie one behind the other in memory; those of the spool come singly."""
+        """Send adjacent memory slots as one run; spooled slots one at a time."""
         spooled = slot >= self._memory_slots
         count = 1 if spooled else self._consecutive(first, slot, most_clusters)
         length = self._length(first, count)
@@ -145,16 +147,17 @@ class SavedClusters:
     def _spooled(self, slots: Sequence[int]) -> int:
         return sum([slot >= self._memory_slots for slot in slots])
 
-    def release(self, acked: int) -> None:
-        """Frames up to `acked` are out of our hands."""
-        free: list[int] = []
-        while self._sent and self._sent[0][0] <= acked:
-            free += self._sent.popleft()[1]
-        if free:
-            self._give_back(free)
+    def give_back(self) -> None:
+        """Give the slots back whose frames are acknowledged, all in one message."""
+        if self._free:
+            free, self._free = self._free, []
+            spooled = self._spooled(free)
+            self.used_spool -= spooled
+            self.used_memory -= len(free) - spooled
+            self._guard.release(free)
 
     def _consecutive(self, first: int, slot: int, most: int) -> int:
-        """How many of the oldest, this one first, follow each other on the disk and in memory."""
+        """Return how many of the oldest, this one first, are adjacent on the disk and in memory."""
         count = 1
         while (
             count < min(most, len(self._waiting))
@@ -169,11 +172,7 @@ class SavedClusters:
     ) -> None:
         position = RING_BYTES + slots[0] * CLUSTER_BYTES
         run = packed(self._ring.view, position, first, length)
-        session.send(run)
-        if run.length:
-            self._sent.append((session.sent_frames, slots))
-        else:
-            self._give_back(slots)
+        session.send(run, lambda: self._free.extend(slots))
 
     def _send_from_spool(self, session: Session, first: int, slot: int, length: int) -> bool:
         position = self._ring.take(CLUSTER_BYTES)
@@ -182,17 +181,9 @@ class SavedClusters:
         target = self._ring.view[position : position + length]
         read_exactly(self._spool_fd, target, (slot - self._memory_slots) * CLUSTER_BYTES, "spool")
         run = packed(self._ring.view, position, first, length)
-        session.send(run)
-        if run.length:
-            self._ring.hold(session.sent_frames, position, run.length)
-        self._give_back((slot,))
+        session.send_from_ring(run)
+        self._free.append(slot)
         return True
-
-    def _give_back(self, slots: Sequence[int]) -> None:
-        spooled = self._spooled(slots)
-        self.used_spool -= spooled
-        self.used_memory -= len(slots) - spooled
-        self._guard.release(slots)
 
 
 def read_exactly(fd: int, target: memoryview, offset: int, what: str) -> None:
@@ -213,7 +204,9 @@ _ASK_AGAIN_S = 0.25
 
 
 class BackgroundReader:
-    """Nothing is claimed that cannot be read at once, because a guest may wait for it."""
+    """Claims and reads what no guest has written to: never more than can be read at once,
+    because a guest may wait for it.
+    """
 
     def __init__(
         self, name: str, ring: Ring, guard: GuardClient, limiter: RateLimiter, session: Session
@@ -223,11 +216,9 @@ class BackgroundReader:
         self._guard = guard
         self._limiter = limiter
         self._session = session
-        # The limit may change meanwhile: the ring has room for the largest pieces.
-        ring.fit(min(_PIECE_CLUSTERS * CLUSTER_BYTES, piece_bytes(session.frame_bytes)))
         #: The largest frame, in clusters.
         self.piece = 1
-        self._fit_pieces()
+        self._fitted_to = self._longest_hole = self._least_credit = 0
         #: A claim is under way: what it needs is not to be used for anything else.
         self.asked = False
         #: From the disk, not counting holes.
@@ -235,8 +226,15 @@ class BackgroundReader:
         self._ask_at = 0.0
         self._next = 0
 
+    def begin(self) -> None:
+        """Fit the pieces to the archiver's frames."""
+        # The limit may change meanwhile: the ring has room for the largest pieces.
+        largest = piece_bytes(self._session.frame_bytes)
+        self._ring.fit(min(_PIECE_CLUSTERS * CLUSTER_BYTES, largest))
+        self._fit_pieces()
+
     def _fit_pieces(self) -> None:
-        """To the speed limit, so that it holds evenly."""
+        """Fit the pieces to the speed limit, so that it holds evenly."""
         frame_bytes = largest_frame_bytes(self._session.frame_bytes, self._limiter.bytes_per_s)
         self._fitted_to = self._limiter.bytes_per_s
         self.piece = min(_PIECE_CLUSTERS, piece_bytes(frame_bytes) // CLUSTER_BYTES)
@@ -246,7 +244,7 @@ class BackgroundReader:
         self._least_credit = limits.charge(self.piece, self.piece * CLUSTER_BYTES)
 
     def ask(self) -> bool:
-        """Claim the next piece, if it could be read at once; whether that was done."""
+        """Claim the next piece, if it could be read at once; return whether that was done."""
         if self.asked or self.pause_s() > 0 or time.monotonic() < self._ask_at:
             return False
         if self._limiter.bytes_per_s != self._fitted_to:
@@ -264,7 +262,7 @@ class BackgroundReader:
         return True
 
     def pause_s(self) -> float:
-        """So long until the speed limit allows more."""
+        """Return how long until the speed limit allows more."""
         return 0.0 if self.asked else self._limiter.wait_s(time.monotonic())
 
     def take(self, claimed: Claimed) -> None:
@@ -280,9 +278,7 @@ class BackgroundReader:
         hole = clusters if data >= end else (data - at) // CLUSTER_BYTES
         run = Run(first, hole, b"", 0, 0) if hole else self._read(first, min(clusters, self.piece))
         self._guard.copied(run.clusters)
-        self._session.send(run)
-        if run.length:
-            self._ring.hold(self._session.sent_frames, run.position, run.length)
+        self._session.send_from_ring(run)
         if not hole:
             self._limiter.took(run.clusters * CLUSTER_BYTES, self._session.spoke)
         self._next = first + run.clusters
@@ -299,7 +295,7 @@ class BackgroundReader:
         return packed(self._ring.view, position, first, length)
 
     def _data_from(self, at: int) -> int:
-        """Where the next data is; a number beyond every cluster when there is none."""
+        """Return where the next data is; a number beyond every cluster: there is none."""
         try:
             return os.lseek(self._guard.disk_fd, at, os.SEEK_DATA)
         except OSError:
@@ -329,129 +325,124 @@ class Buffering(NamedTuple):
     spool_bytes: int
     guest_wait_s: int
 
+    @property
+    def memory_slots(self) -> int:
+        return self.memory_bytes // CLUSTER_BYTES
 
-class LiveSender:
-    """One guarded disk, from HELLO to DONE. Raises Failure when the guard will not."""
+    @property
+    def spool_slots(self) -> int:
+        return self.spool_bytes // CLUSTER_BYTES if self.spool_folder else 0
+
+
+def attach(
+    name: str, guard: str, job: bytes, buffering: Buffering, ring: Ring, spool_fd: int
+) -> GuardClient:
+    """Attach to the guard at the socket `guard`; it saves into `ring` and the spool file.
+
+    `spool_fd` -1: there is none. Raises Failure when the guard refuses.
+    """
+    if ring.fd is None:
+        raise Failure(f"disk {name!r}: no shared memory is to be had (ulimit -f?)")
+    message = Attach(
+        *(limits.VERSION, job, name, RING_BYTES),
+        *(buffering.memory_slots, buffering.spool_slots, buffering.guest_wait_s),
+    )
+    return GuardClient(name, guard, message, [fd for fd in (ring.fd, spool_fd) if fd >= 0])
+
+
+class GuardFeed:
+    """A disk in use, as it was at the instant that the coordinator chooses."""
 
     def __init__(
         self,
         name: str,
-        guard: str,
-        job: bytes,
-        buffering: Buffering,
-        link: ArchiverConnection,
-        cancel: Cancel,
+        guard: GuardClient,
+        session: Session,
+        saved: SavedClusters,
+        background: BackgroundReader,
     ) -> None:
-        self._name = name
-        self._cancel = cancel
-        memory_slots = buffering.memory_bytes // CLUSTER_BYTES
-        spool_slots = buffering.spool_bytes // CLUSTER_BYTES if buffering.spool_folder else 0
-        self._ring = Ring(memory_slots * CLUSTER_BYTES)
-        self._spool_fd = _open_spool(buffering.spool_folder) if spool_slots else -1
-        fds = [fd for fd in (self._ring.fd, self._spool_fd) if fd is not None and fd >= 0]
-        if self._ring.fd is None:
-            raise Failure(f"disk {name!r}: no shared memory is to be had (ulimit -f?)")
-        attach = Attach(
-            limits.VERSION,
-            job,
-            name,
-            RING_BYTES,
-            memory_slots,
-            spool_slots,
-            buffering.guest_wait_s,
-        )
-        self._guard = GuardClient(name, guard, attach, fds)
-        self.size_bytes = self._guard.size_bytes
-        self._session = Session(name, self.size_bytes, link, job, self._ring, cancel)
-        self._saved = SavedClusters(
-            self.size_bytes, memory_slots, self._spool_fd, self._ring, self._guard
-        )
-        self._background: BackgroundReader | None = None
+        self.name = name
+        self._guard = guard
+        self._session = session
+        self._saved = saved
+        self._background = background
+        self._clusters = -(-guard.size_bytes // CLUSTER_BYTES)
         self._gather_until = 0.0
         self._begun = False
         self._waiting_writes = 0
-        link.watch(self._guard.fd)
 
-    @property
-    def zero_clusters(self) -> int:
-        return self._session.zero_clusters
-
-    def run(self, limiter: RateLimiter, emit: Emit) -> None:
-        """Raises Failure, and tells the archiver why."""
-        try:
-            self._session.greet()
-            emit({"event": "attached", "device": self._name})
-            self._wait_for_instant()
-            self._background = BackgroundReader(
-                self._name, self._ring, self._guard, limiter, self._session
-            )
-            self._send_all(self._background, emit)
-            self._session.end()
-        except RefusedByArchiver:
-            raise
-        except (Failure, ProtocolError) as failure:
-            self._session.fail(str(failure))
-            raise
-
-    def close(self) -> None:
-        self._guard.close()
-        self._ring.close()
-        if self._spool_fd >= 0:
-            os.close(self._spool_fd)
-
-    def _wait_for_instant(self) -> None:
+    def begin(self, emit: Emit) -> None:
+        """Wait for the instant."""
+        self._session.watch(self._guard.fd)
+        self._background.begin()
+        emit({"event": "attached", "device": self.name})
         deadline = time.monotonic() + _BEGIN_S
+        self._receive()
         while not self._begun:
             self._session.step(1.0)
-            self._listen()
+            self._receive()
             if time.monotonic() > deadline:
-                raise Failure(f"disk {self._name!r}: nobody said when the backup begins")
+                raise Failure(f"disk {self.name!r}: nobody said when the backup begins")
 
-    def _send_all(self, background: BackgroundReader, emit: Emit) -> None:
-        session, saved = self._session, self._saved
-        clusters = -(-self.size_bytes // CLUSTER_BYTES)
-        teller = transmit.ProgressReporter(self._name, emit)
-        while session.sent_clusters < clusters:
-            self._listen()
-            # What guests' writes saved comes first: it takes room that others wait for.
-            # Not while a claim is under way: it was asked for with the credit and the
-            # room that there were then.
-            now = time.monotonic()
-            gather_s = self._gather_until - now if saved and not saved.is_many else 0.0
-            if saved and gather_s <= 0 and not background.asked:
-                did = self._send_saved(background.piece)
-                self._gather_until = now + _GATHER_S
-            else:
-                did = background.ask()
-            if did:
-                yield_cpu()
-                session.hear()
-                session.keep_alive(now)
-            elif gather_s > 0 and not background.asked:
-                time.sleep(gather_s)
-            elif session.sent_clusters < clusters:
-                session.step(min(background.pause_s() or transmit.REPORT_S, transmit.REPORT_S))
-            saved.release(session.acked)
-            memory, spool = saved.used_memory * CLUSTER_BYTES, saved.used_spool * CLUSTER_BYTES
-            teller.tell(transmit.BufferUse(memory, spool, self._waiting_writes))
-            teller.tell_transfer(self._transfer(background))
-            self._cancel.check()
-        teller.tell_transfer(self._transfer(background), last=True)
+    @property
+    def ended(self) -> bool:
+        return self._session.sent_clusters >= self._clusters
 
-    def _send_saved(self, most_clusters: int) -> bool:
-        """Some frames in a row; False when credit or room is missing for the first."""
+    @property
+    def pause_s(self) -> float:
+        return self._background.pause_s() or REPORT_S
+
+    def advance(self) -> bool:
+        self._receive()
+        if self.ended:
+            return False
+        # What guests' writes saved comes first: it takes room that others wait for.
+        # Not while a claim is under way: it was asked for with the credit and the
+        # room that there were then.
+        saved, background = self._saved, self._background
+        now = time.monotonic()
+        gather_s = self._gather_until - now if saved and not saved.is_many else 0.0
+        if saved and gather_s <= 0 and not background.asked:
+            did = self._send_saved()
+            self._gather_until = now + _GATHER_S
+        else:
+            did = background.ask()
+        if did:
+            yield_cpu()
+        elif gather_s > 0 and not background.asked:
+            time.sleep(gather_s)
+            did = True
+        return did
+
+    def _send_saved(self) -> bool:
+        """Send some frames in a row; False: credit or room is missing for the first."""
         sent = 0
         while self._saved and sent < _FRAMES_IN_A_ROW:
-            if not self._saved.send(self._session, most_clusters):
+            if not self._saved.send(self._session, self._background.piece):
                 break
             sent += 1
         return sent > 0
 
-    def _transfer(self, background: BackgroundReader) -> transmit.Transfer:
-        sent_bytes = self._session.sent_bytes
-        return transmit.Transfer(background.read_bytes, sent_bytes, self._saved.saved_clusters)
+    @property
+    def buffered(self) -> Buffered:
+        memory, spool = self._saved.used_memory, self._saved.used_spool
+        return Buffered(memory * CLUSTER_BYTES, spool * CLUSTER_BYTES, self._waiting_writes)
 
-    def _listen(self) -> None:
+    @property
+    def transfer(self) -> Transfer:
+        sent_bytes = self._session.sent_bytes
+        return Transfer(self._background.read_bytes, sent_bytes, self._saved.saved_clusters)
+
+    def check(self) -> None:
+        self._saved.give_back()
+
+    def finish(self) -> None: ...
+
+    def fail(self, reason: str) -> None: ...
+
+    def leave(self) -> None: ...
+
+    def _receive(self) -> None:
         while (message := self._guard.receive()) is not None:
             self._take(message)
 
@@ -459,7 +450,7 @@ class LiveSender:
         match message:
             case Begun():
                 self._begun = True
-            case Claimed() if self._background:
+            case Claimed() if self._begun:
                 self._background.take(message)
             case Saved() | SavedHole():
                 self._saved.add(message)
@@ -469,8 +460,8 @@ class LiveSender:
                 raise RemoteProtocolError("sequence", f"{type(message).__name__} from the guard")
 
 
-def _open_spool(folder: str) -> int:
-    """A file without a name: whatever happens, nothing is left of it. Raises Failure."""
+def open_spool(folder: str) -> int:
+    """Open a file without a name, of which nothing is ever left. Raises Failure."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             return os.dup(file.fileno())

@@ -4,14 +4,30 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES, VMSTATE_NAME
 from vmapipe.producer.connection import ArchiverConnection
+from vmapipe.producer.disk_feed import DiskFeed
+from vmapipe.producer.guard_feed import (
+    BackgroundReader,
+    Buffering,
+    GuardFeed,
+    SavedClusters,
+    attach,
+    open_spool,
+)
+from vmapipe.producer.image_source import HowToRead, ImageSource
+from vmapipe.producer.qemu_feed import QemuFeed, SinkOptions
+from vmapipe.producer.session import Session
+from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.source import RawSource, Sharing, Source
-from vmapipe.producer.transmit import Sender
+from vmapipe.producer.transmit import transmit
+from vmapipe.producer.vmstate_feed import StreamOptions, VmstateFeed
 from vmapipe.runtime.arguments import (
     add_buffer_options,
     add_child_options,
@@ -26,6 +42,7 @@ from vmapipe.runtime.arguments import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import ChildCommands, Emit, Event, speed_in
+from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.process import lower_priority, run_child
 from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.runtime.text import one_line
@@ -161,153 +178,147 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> i
     parser = make_parser(prog, DESCRIPTION, EPILOG)
     add_options(parser)
     options = parser.parse_args(argv)
-    options.limiter = RateLimiter(options.speed, time.monotonic())
-    options.orders = ChildCommands()
+    limiter = RateLimiter(options.speed, time.monotonic())
+    commands = ChildCommands()
 
     def follow(command: Event) -> None:
         speed = speed_in(command)
         if speed is not None:
-            options.limiter.change(speed)
+            limiter.change(speed)
 
     return run_child(
         prog,
         options.parent_fd,
-        lambda cancel, emit: _produce(options, cancel, emit),
+        lambda cancel, emit: _Producer(options, limiter, commands, cancel, emit).run(),
         _print,
-        follow if options.sink_fd is None else options.orders.put,
+        follow if options.sink_fd is None else commands.put,
     )
 
 
-def _produce(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
-    if (options.disk is None) == (options.stream_fd is None):
-        raise UsageError("say what to send: --disk or --stream-fd")
-    check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
-    if options.guard:
-        lower_priority()  # before ZeroMQ has threads of its own
-    keys = None
-    if options.keys:
-        # Imported here, as in the archiver: on one host nobody has keys.
-        from vmapipe.runtime.keys import read_client_keys
+class _Producer:
+    """One device from its source to the archiver, by what the command line says it is."""
 
-        keys = read_client_keys(options.keys)
-    link = ArchiverConnection(options.archiver, keys, options.connect_timeout)
-    try:
-        link.watch(cancel.fd)
-        if options.stream_fd is not None:
-            name = VMSTATE_NAME
-            size_bytes, zero_clusters = _send_stream(options, link, cancel, emit)
-        elif options.guard:
-            name = options.name or options.disk
-            size_bytes, zero_clusters = _send_live(name, options, link, cancel, emit)
-        elif options.sink_fd is not None:
-            name = options.name or options.disk
-            size_bytes, zero_clusters = _send_arriving(name, options, link, cancel, emit)
-        else:
-            name, path = (options.name, options.disk) if options.name else split_named(options.disk)
-            size_bytes, zero_clusters = _send_at_rest(name, path, options, link, cancel, emit)
-        emit(
-            {
-                "event": "sent",
-                "device": name,
-                "bytes": size_bytes,
-                "zero_bytes": min(zero_clusters * CLUSTER_BYTES, size_bytes),
-            }
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        limiter: RateLimiter,
+        commands: ChildCommands,
+        cancel: Cancel,
+        emit: Emit,
+    ) -> None:
+        self._options = options
+        self._limiter = limiter
+        self._commands = commands
+        self._cancel = cancel
+        self._emit = emit
+
+    def run(self) -> None:
+        """Raises Failure."""
+        options = self._options
+        if (options.disk is None) == (options.stream_fd is None):
+            raise UsageError("say what to send: --disk or --stream-fd")
+        check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
+        if options.guard:
+            lower_priority()  # before ZeroMQ has threads of its own
+        keys = read_client_keys(options.keys) if options.keys else None
+        name = VMSTATE_NAME if options.disk is None else options.name or options.disk
+        with ExitStack() as stack:
+            connection = ArchiverConnection(options.archiver, keys, options.connect_timeout)
+            stack.callback(connection.close)
+            connection.watch(self._cancel.fd)
+            if options.stream_fd is not None:
+                sent = self._send_vmstate(name, connection)
+            elif options.guard:
+                sent = self._send_guarded(name, connection)
+            elif options.sink_fd is not None:
+                sent = self._send_arriving(name, connection)
+            else:
+                if not options.name:
+                    name, path = split_named(options.disk)
+                else:
+                    path = options.disk
+                sent = self._send_at_rest(name, path, connection)
+            size_bytes, zero_clusters = sent
+            self._emit(
+                {
+                    "event": "sent",
+                    "device": name,
+                    "bytes": size_bytes,
+                    "zero_bytes": min(zero_clusters * CLUSTER_BYTES, size_bytes),
+                }
+            )
+
+    def _session(
+        self, name: str, size_bytes: int, path: str, connection: ArchiverConnection, ring: Ring
+    ) -> Session:
+        self._emit({"event": "reading", "device": name, "path": path, "bytes": size_bytes})
+        return Session(name, size_bytes, connection, self._options.job, ring, self._cancel)
+
+    def _send_at_rest(
+        self, name: str, path: str, connection: ArchiverConnection
+    ) -> tuple[int, int]:
+        with closing(self._open_source(name, path)) as source, closing(Ring()) as ring:
+            session = self._session(name, source.size_bytes, path, connection, ring)
+            feed = DiskFeed(source, ring, session, self._limiter)
+            transmit(feed, session, self._cancel, self._emit)
+            return source.size_bytes, session.zero_clusters
+
+    def _open_source(self, name: str, path: str) -> Source:
+        """Raises DiskSourceError, Failure."""
+        options = self._options
+        sharing = Sharing(
+            options.force_share, lambda text: self._emit({"event": "notice", "text": text})
         )
-    finally:
-        link.close()
+        if options.format == "raw" and not (options.snapshot or options.offset or "://" in path):
+            return RawSource(name, path, sharing)
+        how = HowToRead(options.format, options.snapshot, options.offset, options.others)
+        return ImageSource(name, path, how, self._cancel, sharing)
 
+    def _send_guarded(self, name: str, connection: ArchiverConnection) -> tuple[int, int]:
+        options = self._options
+        buffering = Buffering(options.buffer, options.spool, options.spool_size, options.guest_wait)
+        memory_slots = buffering.memory_slots
+        with ExitStack() as stack:
+            ring = stack.enter_context(closing(Ring(memory_slots * CLUSTER_BYTES)))
+            spool_fd = -1
+            if buffering.spool_slots:
+                spool_fd = open_spool(buffering.spool_folder)
+                stack.callback(os.close, spool_fd)
+            guard = attach(name, options.guard, options.job, buffering, ring, spool_fd)
+            stack.callback(guard.close)
+            session = self._session(name, guard.size_bytes, options.guard, connection, ring)
+            saved = SavedClusters(guard.size_bytes, memory_slots, spool_fd, ring, guard)
+            background = BackgroundReader(name, ring, guard, self._limiter, session)
+            feed = GuardFeed(name, guard, session, saved, background)
+            transmit(feed, session, self._cancel, self._emit)
+            return guard.size_bytes, session.zero_clusters
 
-def _send_at_rest(
-    name: str,
-    path: str,
-    options: argparse.Namespace,
-    link: ArchiverConnection,
-    cancel: Cancel,
-    emit: Emit,
-) -> tuple[int, int]:
-    source = _open_source(name, path, options, cancel, emit)
-    try:
-        emit({"event": "reading", "device": name, "path": path, "bytes": source.size_bytes})
-        sender = Sender(source, link, options.job, options.limiter, cancel)
-        sender.run(emit)
-    finally:
-        source.close()
-    return source.size_bytes, sender.zero_clusters
+    def _send_arriving(self, name: str, connection: ArchiverConnection) -> tuple[int, int]:
+        options = self._options
+        if not options.size:
+            raise UsageError("--sink-fd needs --size")
+        settings = SinkOptions(
+            *(options.sink_fd, options.size, options.buffer, options.guest_wait),
+            *(options.speed, options.await_job),
+        )
+        with closing(Ring(options.buffer)) as ring:
+            session = self._session(name, options.size, "QEMU", connection, ring)
+            feed = QemuFeed(name, settings, ring, session, self._cancel, self._commands)
+            transmit(feed, session, self._cancel, self._emit)
+            return options.size, session.zero_clusters
 
-
-def _open_source(
-    name: str, path: str, options: argparse.Namespace, cancel: Cancel, emit: Emit
-) -> Source:
-    """Raises SourceError, Failure."""
-    sharing = Sharing(options.force_share, lambda text: emit({"event": "notice", "text": text}))
-    if options.format == "raw" and not (options.snapshot or options.offset or "://" in path):
-        return RawSource(name, path, sharing)
-    # Imported here: few backups need it.
-    from vmapipe.producer.image_source import HowToRead, ImageSource
-
-    how = HowToRead(options.format, options.snapshot, options.offset, options.others)
-    return ImageSource(name, path, how, cancel, sharing)
-
-
-def _send_live(
-    name: str, options: argparse.Namespace, link: ArchiverConnection, cancel: Cancel, emit: Emit
-) -> tuple[int, int]:
-    # Imported here, as other kinds of disks are: a backup's time begins with its imports.
-    from vmapipe.producer.guard_feed import Buffering, LiveSender
-
-    buffering = Buffering(options.buffer, options.spool, options.spool_size, options.guest_wait)
-    sender = LiveSender(name, options.guard, options.job, buffering, link, cancel)
-    try:
-        path = options.guard
-        emit({"event": "reading", "device": name, "path": path, "bytes": sender.size_bytes})
-        sender.run(options.limiter, emit)
-    finally:
-        sender.close()
-    return sender.size_bytes, sender.zero_clusters
-
-
-def _send_arriving(
-    name: str, options: argparse.Namespace, link: ArchiverConnection, cancel: Cancel, emit: Emit
-) -> tuple[int, int]:
-    if not options.size:
-        raise UsageError("--sink-fd needs --size")
-    from vmapipe.producer.qemu_feed import SinkOptions, SinkSender
-
-    settings = SinkOptions(
-        options.sink_fd,
-        options.size,
-        options.buffer,
-        options.guest_wait,
-        options.speed,
-        options.await_job,
-    )
-    sender = SinkSender(name, settings, options.job, link, cancel, options.orders)
-    try:
-        emit({"event": "reading", "device": name, "path": "QEMU", "bytes": options.size})
-        sender.run(emit)
-    finally:
-        sender.close()
-    return options.size, sender.zero_clusters
-
-
-def _send_stream(
-    options: argparse.Namespace, link: ArchiverConnection, cancel: Cancel, emit: Emit
-) -> tuple[int, int]:
-    if not options.size:
-        raise UsageError("--stream-fd needs --size: an estimate, such as the machine's memory")
-    # Imported here: few backups need it.
-    from vmapipe.producer.vmstate_feed import StreamOptions, StreamSender
-
-    settings = StreamOptions(
-        options.stream_fd, options.verdict_fd, options.size, options.buffer, options.guest_wait
-    )
-    sender = StreamSender(VMSTATE_NAME, settings, options.job, link, cancel)
-    try:
-        emit({"event": "reading", "device": VMSTATE_NAME, "path": "QEMU", "bytes": options.size})
-        sender.run(emit)
-    finally:
-        sender.close()
-    return sender.size_bytes, sender.zero_clusters
+    def _send_vmstate(self, name: str, connection: ArchiverConnection) -> tuple[int, int]:
+        options = self._options
+        if not options.size:
+            raise UsageError("--stream-fd needs --size: an estimate, such as the machine's memory")
+        settings = StreamOptions(
+            options.stream_fd, options.verdict_fd, options.buffer, options.guest_wait
+        )
+        with closing(Ring(options.buffer)) as ring:
+            session = self._session(name, options.size, "QEMU", connection, ring)
+            feed = VmstateFeed(name, settings, ring, session)
+            transmit(feed, session, self._cancel, self._emit)
+            return feed.size_bytes, session.zero_clusters
 
 
 def _print(event: Event) -> None:

@@ -76,8 +76,7 @@ _RANGE_CLUSTERS = 1 << 14
 class QemuSink(WriteOnlyBackend):
     """The `Backend` on one side, a queue of `Arrived` on the other.
 
-    What has arrived lies in `memory`, in the range `room`. `piece_clusters`: the
-    longest run with data.
+    What has arrived lies in `memory`, in the range `room`.
     """
 
     def __init__(
@@ -86,7 +85,6 @@ class QemuSink(WriteOnlyBackend):
         size_bytes: int,
         memory: memoryview,
         room: range,
-        piece_clusters: int,
         guest_wait_s: float,
         speed_bytes_s: int = 0,
     ) -> None:
@@ -104,7 +102,8 @@ class QemuSink(WriteOnlyBackend):
         self._arrivals = ClusterSet(cluster_count(size_bytes))
         self._parts = PartialClusters(size_bytes)
         self._room = RingAllocator(room.start, len(room))
-        self._piece_clusters = piece_clusters
+        #: The longest run with data.
+        self.piece_clusters = MAX_PIECE_CLUSTERS
         self._queue: deque[Chunk] = deque()
         # Not in the queue yet, and when they may go there again.
         self._zeroes = ZeroRuns()
@@ -225,7 +224,7 @@ class QemuSink(WriteOnlyBackend):
                 return True
             if (
                 not is_whole(offset, length, self._size_bytes)
-                or count > self._piece_clusters
+                or count > self.piece_clusters
                 or self._turns
                 or (self._hold_until and count >= _HOLD_CLUSTERS)
             ):
@@ -265,7 +264,7 @@ class QemuSink(WriteOnlyBackend):
         deadline = time.monotonic() + self._guest_wait_s
         if len(data) >= _HOLD_CLUSTERS * CLUSTER_BYTES:
             self._hold()
-        for at, length in pieces(offset, len(data), self._size_bytes, self._piece_clusters):
+        for at, length in pieces(offset, len(data), self._size_bytes, self.piece_clusters):
             piece = data[at - offset : at - offset + length]
             if is_whole(at, length, self._size_bytes):
                 self._take_in(piece, at, deadline)

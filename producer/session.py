@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import deque
@@ -20,32 +21,13 @@ from vmapipe.protocol.producer_side import ProducerSide, State
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
-
-class UnackedFrames:
-    """Data messages, oldest first. Credit bounds them; their data stays where it is."""
-
-    def __init__(self) -> None:
-        self._messages: deque[tuple[int, list[Part]]] = deque()
-
-    def add(self, seq: int, parts: list[Part]) -> None:
-        self._messages.append((seq, parts))
-
-    def release(self, acked: int) -> None:
-        """Those up to this number are written."""
-        while self._messages and self._messages[0][0] <= acked:
-            self._messages.popleft()
-
-    def behind(self, received: int) -> Iterator[list[Part]]:
-        """Those that have not arrived."""
-        for seq, parts in self._messages:
-            if seq > received:
-                yield parts
-
-
+# The connection itself is looked at at least so often while there is always something to
+# send or to read: well below any heartbeat, and far above the time of a read.
+_QUIET_S = 0.25
 # Beyond what a loaded machine may oversleep: then we were stopped (Ctrl-Z).
 _STOPPED_S = 5.0
-# Who has not answered on a new connection by then is asked on another one: a
-# connection that is dead is noticed after 9 s (link.py). What is said on a living
+# An archiver that has not answered on a new connection by then is asked on another: a
+# connection that is dead is noticed after 9 s (connection.py). What is said on a living
 # one is not lost: of 207 resumed connections each was answered at the first asking,
 # within 4 ms. What needs this is a handshake that was garbled so that both sides
 # wait for more; the archiver gives that up after as long (listening.py).
@@ -55,39 +37,66 @@ _ASK_AGAIN_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 
 
+class UnackedFrames:
+    """The frames in flight, oldest first. Pure.
+
+    Their messages are kept where a lost connection may have lost them. Credit bounds them;
+    their data stays where it is.
+    """
+
+    def __init__(self) -> None:
+        self._frames: deque[tuple[int, list[Part], Callable[[], None] | None]] = deque()
+
+    def add(self, seq: int, parts: list[Part], on_ack: Callable[[], None] | None = None) -> None:
+        self._frames.append((seq, parts, on_ack))
+
+    def acknowledge(self, acked: int) -> None:
+        """Frames up to `acked` are written: call what was to be called then."""
+        while self._frames and self._frames[0][0] <= acked:
+            _, _, on_ack = self._frames.popleft()
+            if on_ack is not None:
+                on_ack()
+
+    def behind(self, received: int) -> Iterator[list[Part]]:
+        """Yield the messages of frames that have not arrived."""
+        for seq, parts, _ in self._frames:
+            if seq > received:
+                yield parts
+
+
 class RefusedByArchiver(Failure):
-    """The archiver said no, or the job failed elsewhere."""
+    """The archiver refused the device, or the job failed elsewhere."""
 
 
 class Session:
-    """From HELLO to DONE. Runs lie in `ring`; what is acknowledged is free there again."""
+    """A producer's session, from HELLO to DONE; the data of its runs lies in `ring`."""
 
     def __init__(
         self,
         name: str,
         size_bytes: int,
-        link: ArchiverConnection,
+        connection: ArchiverConnection,
         job: bytes,
         ring: Ring,
         cancel: Cancel,
     ) -> None:
         self._name = name
-        self._link = link
+        self._connection = connection
         self._cancel = cancel
         self._ring = ring
         # Over a network nobody could open it; and nobody needs to know its name.
-        shared_at = ring.shared_at if link.is_local else ""
+        shared_at = ring.shared_at if connection.is_local else ""
         # On one host a connection ends only with a process, and then there is nobody to go on with.
-        session = b"" if link.is_local else os.urandom(limits.UUID_BYTES)
+        session = b"" if connection.is_local else os.urandom(limits.UUID_BYTES)
         self._side = ProducerSide(job, name, size_bytes, "vmapipe", shared_at, session)
-        self._kept = UnackedFrames()
+        self._in_flight = UnackedFrames()
         #: Nobody has answered on the new connection yet; since when that exists.
         self._away = False
         self._asked_at = 0.0
         self._pause_s = _FIRST_PAUSE_S
-        self._heard = self._pinged = self.spoke = time.monotonic()
+        self._heard = self._pinged = self.spoke = self._looked = time.monotonic()
         self.zero_clusters = 0
-        #: Of data; what says only that something is zero has none.
+        #: Payload bytes; zero runs carry none.
         self.sent_bytes = 0
 
     @property
@@ -103,43 +112,50 @@ class Session:
     def sent_clusters(self) -> int:
         return self._side.sent_clusters
 
-    @property
-    def sent_frames(self) -> int:
-        return self._side.sent_frames
-
-    @property
-    def acked(self) -> int:
-        """Frames up to this number are out of our hands."""
-        return self._side.acked
-
     def greet(self) -> None:
-        """Until the archiver has taken us, and everybody else of the job. Raises Failure."""
+        """Return when the archiver has accepted this device and all others of the job. Raises Failure."""
         self._say(self._side.hello())
         self.wait_until(lambda: self._side.state is State.SENDING)
-        self._link.is_settled = True
+        self._connection.is_settled = True
 
-    def send(self, run: Run) -> None:
-        """The credit must suffice. The run's memory is held until it is acknowledged."""
+    def send(self, run: Run, on_ack: Callable[[], None] | None = None) -> None:
+        """Send a run, for which the credit must suffice.
+
+        `on_ack` is called when its memory is free: it is acknowledged, or has no data.
+        """
         parts = self._frame(run)
-        if self._side.reconnect_s:
-            self._kept.add(self._side.sent_frames, parts)
         self._say(parts)
+        if not run.length and on_ack is not None:
+            on_ack()
+            on_ack = None
+        if on_ack is not None or self._side.reconnect_s:
+            kept = parts if self._side.reconnect_s else []
+            self._in_flight.add(self._side.sent_frames, kept, on_ack)
         self.sent_bytes += run.length
         self.zero_clusters += run.zero_clusters
+
+    def send_from_ring(self, run: Run) -> None:
+        """Send a run whose data lies in a piece of the ring, which is held until it is free."""
+        if run.length:
+            self._ring.hold(run.position, run.length)
+            self.send(run, functools.partial(self._ring.free, run.position))
+        else:
+            self.send(run)
 
     @property
     def scatters(self) -> bool:
         """Whether `send_scattered` can be."""
         return self._side.scatters
 
-    def send_scattered(self, clusters: Sequence[SharedCluster]) -> None:
-        """Clusters of the ring's memory, as `send`. Memory is shared: no connection is lost."""
+    def send_scattered(self, clusters: Sequence[SharedCluster], on_ack: Callable[[], None]) -> None:
+        """Send clusters of the ring's memory, as `send`. Memory is shared: no connection is lost."""
         self._say(self._side.scattered(clusters))
+        self._in_flight.add(self._side.sent_frames, [], on_ack)
         self.sent_bytes += scattered_bytes(clusters)
         self.zero_clusters += sum(not cluster.mask for cluster in clusters)
 
     def end(self) -> None:
-        """All is sent; until it is stored. Raises Failure."""
+        """Say that all is sent; return when the archive is stored. Raises Failure."""
         self._say(self._side.end())
         self.wait_until(lambda: self._side.state is State.CLOSED)
         if self._side.reconnect_s:
@@ -158,12 +174,12 @@ class Session:
     def _say(self, parts: list[Part]) -> None:
         # While nobody answers, what is kept is sent again later, and the rest is worth nothing.
         if not self._away:
-            self._link.send(parts)
+            self._connection.send(parts)
         self.spoke = time.monotonic()
 
     def hear(self) -> None:
-        """Take in what has come. Raises Refused."""
-        while (parts := self._link.receive()) is not None:
+        """Take in what has come. Raises RefusedByArchiver."""
+        while (parts := self._connection.receive()) is not None:
             self._heard = time.monotonic()
             match self._side.receive(parts):
                 case Refuse(code, reason):
@@ -175,9 +191,21 @@ class Session:
                 case Resumed(received, _, _, ended):
                     self._go_on(received, ended=ended)
                 case Done():
-                    return
-        self._kept.release(self._side.acked)
-        self._ring.release(self._side.acked)
+                    break
+        self._in_flight.acknowledge(self._side.acked)
+
+    def poll(self) -> None:
+        """Take in what has come, and keep the session alive, without waiting."""
+        now = time.monotonic()
+        if now - self._looked > _QUIET_S:
+            self.step(0)
+        else:
+            self.hear()
+            self.keep_alive(now)
+
+    def watch(self, fd: int) -> None:
+        """End each wait also when `fd` becomes readable."""
+        self._connection.watch(fd)
 
     def wait_until(self, reached: Callable[[], bool]) -> None:
         while not reached():
@@ -191,12 +219,12 @@ class Session:
         """Wait for anything for at most `longest_s`; keep the session alive meanwhile."""
         before = time.monotonic()
         longest_s = min(longest_s, self._side.ping_s)
-        if self._link.lost:
+        if self._connection.lost:
             longest_s = min(longest_s, max(0.0, self._asked_at + self._pause_s - before))
-        self._link.wait(longest_s)
+        self._connection.wait(longest_s)
         self._cancel.check()
         self.hear()
-        now = time.monotonic()
+        now = self._looked = time.monotonic()
         if now - before > longest_s + _STOPPED_S:
             # This process itself was stopped: nobody else's silence counts.
             self._heard = now
@@ -210,7 +238,7 @@ class Session:
         if self._side.state is State.CLOSED:
             return
         asked_s = now - self._asked_at
-        if (self._link.lost and asked_s >= self._pause_s) or (
+        if (self._connection.lost and asked_s >= self._pause_s) or (
             self._away and asked_s > _ASK_AGAIN_S
         ):
             self._reconnect(now)
@@ -231,21 +259,21 @@ class Session:
     def _reconnect(self, now: float) -> None:
         """On a new connection, say who we are, and send nothing until the archiver knows us."""
         greeting = self._side.state is State.GREETING
-        if self._link.is_local or not (greeting or self._side.reconnect_s):
+        if self._connection.is_local or not (greeting or self._side.reconnect_s):
             return
-        self._link.reconnect()
+        self._connection.reconnect()
         self._asked_at = now
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         if greeting:
-            self._link.send(self._side.hello())
+            self._connection.send(self._side.hello())
         else:
             self._away = True
-            self._link.send(self._side.resume())
+            self._connection.send(self._side.resume())
 
     def _go_on(self, received: int, *, ended: bool) -> None:
         self._away = False
         self._pause_s = _FIRST_PAUSE_S
-        for parts in self._kept.behind(received):
+        for parts in self._in_flight.behind(received):
             self._say(parts)
         if self._side.state is State.ENDING and not ended:
             self._say(self._side.end_again())

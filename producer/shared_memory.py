@@ -31,87 +31,6 @@ _HOT_BYTES = _HOT_PLACES * limits.MAX_PAYLOAD_BYTES
 RING_BYTES = _HOT_BYTES + _HELD_BACK_BYTES + _PIECES * limits.MAX_PAYLOAD_BYTES
 
 
-class Ring:
-    """Pieces are taken in order and freed in order; `take` tells when none is free.
-
-    `beside_bytes` of the same memory lie behind the ring, for others to use.
-    """
-
-    def __init__(self, beside_bytes: int = 0) -> None:
-        size = RING_BYTES + beside_bytes
-        self._fd = _sealed_memory(size)
-        self._map = mmap.mmap(-1 if self._fd is None else self._fd, size)
-        self.view = memoryview(self._map)
-        self._size = RING_BYTES
-        self._head = _HOT_BYTES
-        # (frame number, first byte, first byte behind), oldest first.
-        self._held: deque[tuple[int, int, int]] = deque()
-        # The frame that each hot place belongs to; 0: it is free.
-        self._hot = [0] * _HOT_PLACES
-
-    @property
-    def shared_at(self) -> str:
-        """Where a process of the same user on this host can open it; empty: nowhere."""
-        return "" if self._fd is None else f"/proc/{os.getpid()}/fd/{self._fd}"
-
-    @property
-    def fd(self) -> int | None:
-        """The memory file; None where there is none."""
-        return self._fd
-
-    def fit(self, piece_bytes: int) -> None:
-        """Use only as much as pieces of this size need: what is touched is memory, and cache."""
-        self._size = min(RING_BYTES, _HOT_BYTES + _HELD_BACK_BYTES + _PIECES * piece_bytes)
-
-    def take(self, length: int) -> int | None:
-        """Where `length` bytes are free, or None. Nothing is held until `hold`."""
-        for place, seq in enumerate(self._hot):
-            if not seq:
-                return place * limits.MAX_PAYLOAD_BYTES
-        if not self._held:
-            self._head = _HOT_BYTES
-            return self._head
-        tail = self._held[0][1]
-        if self._head > tail:
-            if self._head + length <= self._size:
-                return self._head
-            return _HOT_BYTES if _HOT_BYTES + length < tail else None
-        return self._head if self._head + length < tail else None
-
-    def hold(self, seq: int, start: int, length: int) -> None:
-        """The piece belongs to frame `seq` until that is acknowledged."""
-        if start < _HOT_BYTES:
-            self._hot[start // limits.MAX_PAYLOAD_BYTES] = seq
-            return
-        self._held.append((seq, start, start + length))
-        self._head = start + length
-
-    def release(self, acked: int) -> None:
-        """Frames up to `acked` are no longer needed."""
-        self._hot = [0 if seq <= acked else seq for seq in self._hot]
-        while self._held and self._held[0][0] <= acked:
-            self._held.popleft()
-
-    def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-        # The mapping lives on while a message that is still being sent needs it.
-
-
-def _sealed_memory(size: int) -> int | None:
-    """A memory file; None where none is to be had (a limit on file sizes)."""
-    fd = os.memfd_create("vmapipe-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, size)
-        # Who maps it must be able to trust its length: a shorter file would
-        # kill the archiver by SIGBUS.
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
-
-
 class _Piece:
     __slots__ = ("end", "free", "start")
 
@@ -138,15 +57,23 @@ class RingAllocator:
         self.used = 0
 
     def take(self, length: int) -> int | None:
-        """Where `length` bytes are yours until `give_back`; None: there is no room now."""
-        position = self._find(length)
+        """Return where `length` bytes are held until `give_back`; None: there is no room now."""
+        position = self.find(length)
         if position is not None:
-            piece = _Piece(position, position + length)
-            self._pieces.append(piece)
-            self._by_start[position] = piece
-            self._head = piece.end
-            self.used += length
+            self.hold(position, length)
         return position
+
+    def hold(self, position: int, length: int) -> None:
+        """Hold `length` bytes of what `find` has just found."""
+        piece = _Piece(position, position + length)
+        self._pieces.append(piece)
+        self._by_start[position] = piece
+        self._head = piece.end
+        self.used += length
+
+    def resize(self, size: int) -> None:
+        """Take no more beyond `size` bytes; what is held there already stays."""
+        self._end = self._start + size
 
     def give_back(self, position: int) -> None:
         piece = self._by_start.pop(position)
@@ -155,7 +82,8 @@ class RingAllocator:
         while self._pieces and self._pieces[0].free:
             self._pieces.popleft()
 
-    def _find(self, length: int) -> int | None:
+    def find(self, length: int) -> int | None:
+        """Return where `length` bytes are free, or None."""
         if not self._pieces:
             return self._start if length <= self._end - self._start else None
         tail = self._pieces[0].start
@@ -165,3 +93,80 @@ class RingAllocator:
             # Strictly below: a head that meets the tail would look like an empty ring.
             return self._start if self._start + length < tail else None
         return self._head if self._head + length < tail else None
+
+
+class PieceAllocator:
+    """Places for the pieces of a disk: the hot ones, and the ring behind them. Pure."""
+
+    def __init__(self, hot_places: int = _HOT_PLACES) -> None:
+        self._allocator = RingAllocator(_HOT_BYTES, RING_BYTES - _HOT_BYTES)
+        self._hot_held = [False] * hot_places
+
+    def fit(self, piece_bytes: int) -> None:
+        """Use only as much as pieces of this size need: what is touched is memory, and cache."""
+        self._allocator.resize(
+            min(RING_BYTES - _HOT_BYTES, _HELD_BACK_BYTES + _PIECES * piece_bytes)
+        )
+
+    def take(self, length: int) -> int | None:
+        """Return where `length` bytes are free, or None. Nothing is held until `hold`."""
+        for place, held in enumerate(self._hot_held):
+            if not held:
+                return place * limits.MAX_PAYLOAD_BYTES
+        return self._allocator.find(length)
+
+    def hold(self, position: int, length: int) -> None:
+        """Hold what `take` has found, or less of it, until `free`."""
+        if position < _HOT_BYTES:
+            self._hot_held[position // limits.MAX_PAYLOAD_BYTES] = True
+        else:
+            self._allocator.hold(position, length)
+
+    def free(self, position: int) -> None:
+        if position < _HOT_BYTES:
+            self._hot_held[position // limits.MAX_PAYLOAD_BYTES] = False
+        else:
+            self._allocator.give_back(position)
+
+
+class Ring(PieceAllocator):
+    """Memory for the pieces of a disk; `take` returns None when no piece is free.
+
+    `beside_bytes` of the same memory lie behind the ring, for others to use.
+    """
+
+    def __init__(self, beside_bytes: int = 0) -> None:
+        super().__init__()
+        size = RING_BYTES + beside_bytes
+        self._fd = _sealed_memory(size)
+        self._map = mmap.mmap(-1 if self._fd is None else self._fd, size)
+        self.view = memoryview(self._map)
+
+    @property
+    def shared_at(self) -> str:
+        """The path by which a process of the same user on this host can open it; empty: none."""
+        return "" if self._fd is None else f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    @property
+    def fd(self) -> int | None:
+        """The memory file; None where there is none."""
+        return self._fd
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+        # The mapping lives on while a message that is still being sent needs it.
+
+
+def _sealed_memory(size: int) -> int | None:
+    """A memory file; None where none is to be had (a limit on file sizes)."""
+    fd = os.memfd_create("vmapipe-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        # Who maps it must be able to trust its length: a shorter file would
+        # kill the archiver by SIGBUS.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import deque
 from collections.abc import Iterable
@@ -26,7 +27,8 @@ from vmapipe.archiver.job.spec import (
 )
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.runs import piece_bytes
-from vmapipe.producer.shared_memory import Ring
+from vmapipe.producer.session import UnackedFrames
+from vmapipe.producer.shared_memory import PieceAllocator
 from vmapipe.protocol import limits
 from vmapipe.protocol.messages import Abort, Done, Refuse, Welcome
 from vmapipe.protocol.packing import Part
@@ -114,7 +116,9 @@ class Producer:
         self.name = name
         self.data = data
         self.side = ProducerSide(job, name, len(data) or 1)
-        self.ring = RingModel()
+        # Without the hot places: the ring alone has to do.
+        self.ring = PieceAllocator(hot_places=0)
+        self.in_flight = UnackedFrames()
         self.cluster = 0
         self.end_of_session: object = None
 
@@ -124,7 +128,7 @@ class Producer:
             self.ring.fit(self.piece)
         if isinstance(message, Done | Refuse | Abort):
             self.end_of_session = message
-        self.ring.release(self.side.acked)
+        self.in_flight.acknowledge(self.side.acked)
 
     @property
     def piece(self) -> int:
@@ -155,18 +159,12 @@ class Producer:
         if payload:
             position = self.ring.take(self.piece)
             assert position is not None
-            self.ring.hold(self.side.sent_frames, position, len(payload))
+            self.ring.hold(position, len(payload))
+            self.in_flight.add(
+                self.side.sent_frames, [], functools.partial(self.ring.free, position)
+            )
         self.cluster += 1
         return message
-
-
-class RingModel(Ring):
-    """The ring's book-keeping without its memory, and without the places before it: it has to do alone."""
-
-    def __init__(self) -> None:
-        self._hot = []
-        self._head = 0
-        self._held = deque()
 
 
 def read_images(raw: bytes) -> dict[str, bytes]:

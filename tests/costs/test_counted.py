@@ -15,8 +15,9 @@ from types import FrameType
 import pytest
 
 from tests.machine import VMAPIPE, make_disk
+from tests.producer.memorydisk import cut
 from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_CLUSTERS, EXTENT_HEADER_BYTES, FULL_MASK
-from vmapipe.producer.runs import piece_bytes, runs
+from vmapipe.producer.runs import piece_bytes
 from vmapipe.producer.source import RawSource
 from vmapipe.protocol import limits
 from vmapipe.vma.extent import encode_extent_header, parse_extent_header, slot_word
@@ -42,7 +43,7 @@ def test_a_dense_disk_takes_a_frame_an_extent_and_its_data_is_stored_where_it_wa
     memory = memoryview(bytearray(piece_bytes(FRAME_BYTES)))
     source = RawSource("dense", str(dense))
     try:
-        made = list(runs(source, memory, lambda length: 0, FRAME_BYTES))
+        made = list(cut(source, memory, FRAME_BYTES))
     finally:
         source.close()
     assert len(made) == -(-SIZE_MIB * MIB // EXTENT_BYTES)
@@ -55,7 +56,7 @@ def test_a_disk_that_is_a_quarter_full_takes_a_frame_for_several_extents(tmp_pat
     source = RawSource("quarter", str(image))
     memory = memoryview(bytearray(piece_bytes(FRAME_BYTES)))
     try:
-        made = list(runs(source, memory, lambda length: 0, FRAME_BYTES))
+        made = list(cut(source, memory, FRAME_BYTES))
     finally:
         source.close()
     assert sum(run.length for run in made) == 64 * MIB
@@ -73,7 +74,7 @@ def test_a_tib_of_holes_takes_a_frame_for_each_64_gib(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     source = RawSource("holes", str(image))
     try:
-        made = list(runs(source, memoryview(b""), lambda length: 0, FRAME_BYTES))
+        made = list(cut(source, memoryview(b""), FRAME_BYTES))
     finally:
         source.close()
     assert len(made) <= 1024 // 64 + 1

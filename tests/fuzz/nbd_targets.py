@@ -270,7 +270,8 @@ def sink(data: bytes) -> None:
     source = Bytes(data)
     room = (1 + source.number() % 8) * CLUSTER
     memory = memoryview(bytearray(4096 + room))
-    target = QemuSink("d", SIZE, memory, range(4096, 4096 + room), 4, guest_wait_s=0.0)
+    target = QemuSink("d", SIZE, memory, range(4096, 4096 + room), guest_wait_s=0.0)
+    target.piece_clusters = 4
     try:
         _serve(source, _session(source, sink_export(SIZE)), cast(Backend, target))
         seen: list[int] = []

@@ -92,7 +92,7 @@ class Producer:
                     self.say(self.side.end_again())
             case Done():
                 self.say(self.side.bye())
-        self.kept.release(self.side.acked)
+        self.kept.acknowledge(self.side.acked)
         self.heard = message
 
 

@@ -305,7 +305,7 @@ def test_kept_frames_are_those_behind_the_acknowledged_ones(sent: int, acked: li
     for seq in range(1, sent + 1):
         producer.kept.add(seq, [b"%d" % seq])
     for number in acked:
-        producer.kept.release(number)
+        producer.kept.acknowledge(number)
     most = max(acked, default=0)
     left = [int(bytes(parts[0])) for parts in producer.kept.behind(0)]
     assert left == list(range(most + 1, sent + 1))

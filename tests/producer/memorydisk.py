@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk in memory, as a source that a producer reads."""
+"""A disk in memory, as a source that a producer reads; and a disk cut into runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.producer.source import Segment
+from vmapipe.producer.disk_feed import RunCutter
+from vmapipe.producer.runs import Run, piece_bytes
+from vmapipe.producer.source import Segment, Source
 
 
 class MemoryDisk:
@@ -33,3 +35,15 @@ class MemoryDisk:
     def check_unchanged(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def cut(
+    source: Source, memory: memoryview, frame_bytes: int, step: Callable[[], int] | None = None
+) -> Iterator[Run]:
+    """The runs of a disk, each with its data at the beginning of `memory` until the next."""
+    cutter = RunCutter(source, memory, frame_bytes)
+    while not cutter.ended:
+        if cutter.at_hole:
+            yield from cutter.pass_hole()
+        else:
+            yield from cutter.read(step() if step else piece_bytes(frame_bytes), 0)

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
 from vmapipe.producer.guard_client import GuardClient
-from vmapipe.producer.guard_feed import BackgroundReader, LiveSender, SavedClusters
+from vmapipe.producer.guard_feed import BackgroundReader, GuardFeed, SavedClusters
 from vmapipe.producer.runs import Run
 from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import Ring
+from vmapipe.producer.transmit import transmit
 from vmapipe.protocol import limits
-from vmapipe.protocol.guarding import Claimed, FromGuard, Saved
+from vmapipe.protocol.guarding import Begun, Claimed, FromGuard, Saved
 from vmapipe.protocol.messages import SharedCluster
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import ignore
@@ -48,20 +49,26 @@ class Archiver:
     def sent_clusters(self) -> int:
         return sum(run.clusters for run in self.sent)
 
-    @property
-    def sent_frames(self) -> int:
-        return len(self.sent)
+    def greet(self) -> None:
+        pass
 
-    @property
-    def acked(self) -> int:
-        return len(self.sent)
+    def watch(self, fd: int) -> None:
+        pass
 
-    def send(self, run: Run) -> None:
+    def end(self) -> None:
+        pass
+
+    def send_from_ring(self, run: Run) -> None:
+        self.send(run)
+
+    def send(self, run: Run, on_ack: Callable[[], None] | None = None) -> None:
         assert run.charge <= self.credit, "more than the archiver allows"
         self.credit -= run.charge
         self.sent.append(run)
+        if on_ack is not None:
+            on_ack()
 
-    def send_scattered(self, clusters: Sequence[SharedCluster]) -> None:
+    def send_scattered(self, clusters: Sequence[SharedCluster], on_ack: Callable[[], None]) -> None:
         assert self.scatters
         for cluster in clusters:
             assert cluster.mask == 0xFFFF
@@ -69,11 +76,9 @@ class Archiver:
         assert charge <= min(self.credit, self.frame_bytes), "more than the archiver allows"
         self.credit -= charge
         self.sent.append(Run(clusters[0].cluster_num, len(clusters), b"", 0, charge))
+        on_ack()
 
-    def hear(self) -> None:
-        pass
-
-    def keep_alive(self, now: float) -> None:
+    def poll(self) -> None:
         pass
 
     def step(self, longest_s: float) -> None:
@@ -88,8 +93,10 @@ class Guard:
     def __init__(self, disk: Path) -> None:
         self.size_bytes = CLUSTERS * CLUSTER
         self.disk_fd = os.open(disk, os.O_RDONLY)
+        self.fd = -1
         self.claims = 0
-        self._mail: deque[FromGuard | None] = deque()
+        self.released: list[int] = []
+        self._mail: deque[FromGuard | None] = deque([Begun()])
         self._next = 0
 
     def has_more(self) -> bool:
@@ -111,8 +118,8 @@ class Guard:
     def copied(self, clusters: int) -> None:
         assert clusters == 16
 
-    def release(self, slots: tuple[int, ...]) -> None:
-        pass
+    def release(self, slots: Sequence[int]) -> None:
+        self.released += slots
 
 
 @pytest.mark.parametrize("scatters", [False, True])
@@ -125,18 +132,15 @@ def test_what_a_claim_was_asked_for_with_is_still_there_when_it_is_answered(
     archiver = Archiver(guard, scatters=scatters)
     ring = Ring(16 * CLUSTER)
     ring.view[-16 * CLUSTER :] = os.urandom(16 * CLUSTER)
-    sender: Any = object.__new__(LiveSender)
-    session, guarded = cast(Session, archiver), cast(GuardClient, guard)
+    session, client = cast(Session, archiver), cast(GuardClient, guard)
+    saved = SavedClusters(guard.size_bytes, 16, -1, ring, client)
+    background = BackgroundReader("d", ring, client, RateLimiter(0, 0.0), session)
     cancel = Cancel()
-    sender._name, sender.size_bytes = "d", guard.size_bytes
-    sender._session, sender._guard, sender._cancel = session, guarded, cancel
-    sender._saved = SavedClusters(guard.size_bytes, 16, -1, ring, guarded)
-    sender._background = BackgroundReader("d", ring, guarded, RateLimiter(0, 0.0), session)
-    sender._waiting_writes, sender._gather_until = 0, 0.0
-    sender._send_all(sender._background, ignore)
+    transmit(GuardFeed("d", client, session, saved, background), session, cancel, ignore)
     assert archiver.sent_clusters == CLUSTERS
     assert guard.claims == 2
+    assert sorted(guard.released) == sorted(2 * [*range(16)])
     os.close(guard.disk_fd)
     ring.close()
     cancel.close()
-    del sender._saved, sender._background, ring
+    del saved, background, ring

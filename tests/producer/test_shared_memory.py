@@ -13,11 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmapipe.archiver.job.server import map_shared
-from vmapipe.producer.shared_memory import RING_BYTES, Ring
-from vmapipe.protocol import limits
-
-# Behind the two hot places.
-_RING_AT = 2 * limits.MAX_PAYLOAD_BYTES
+from vmapipe.producer.shared_memory import RING_BYTES, PieceAllocator, Ring
 
 
 @pytest.fixture(scope="module")
@@ -31,76 +27,66 @@ def ring() -> Iterator[Ring]:
 def test_no_byte_is_given_out_twice_before_it_is_acknowledged(
     ring: Ring, steps: list[tuple[bool, int]]
 ) -> None:
-    held: deque[tuple[int, range]] = deque()
-    seq = 0
+    held: deque[range] = deque()
     for free, length in steps:
         if free and held:
-            ring.release(held.popleft()[0])
+            ring.free(held.popleft().start)
         position = ring.take(length)
         if position is None:
             continue
         taken = range(position, position + length)
         assert taken.stop <= RING_BYTES
-        for _, other in held:
+        for other in held:
             assert taken.stop <= other.start or other.stop <= taken.start
-        seq += 1
-        ring.hold(seq, position, length)
-        held.append((seq, taken))
-    ring.release(seq)
+        ring.hold(position, length)
+        held.append(taken)
+    for taken in held:
+        ring.free(taken.start)
 
 
 @pytest.mark.parametrize("piece", [1 << 16, 1 << 18, 1 << 20, 2 << 20, 4 << 20])
 def test_room_for_a_piece_is_left_while_an_archiver_holds_back_what_it_may(piece: int) -> None:
-    ring = Ring()
-    ring.fit(piece)
     held_back = 58 * 65536 + piece + 512 * 1024
     size = 4 * 65536 * (RING_BYTES // (4 * 65536))
     for start in range(0, size, 4096 * 37):
-        ring.release(1 << 61)
-        _fill_hot_places(ring)
-        # Bring the ring to an arbitrary position first.
+        # The ring alone, without the hot places, at an arbitrary position.
+        ring = PieceAllocator(hot_places=0)
+        ring.fit(piece)
         if not _at(ring, start):
             continue
         total = 0
         while total < held_back:
             position = ring.take(65536)
             assert position is not None, (start, total)
-            ring.hold(3, position, 65536)
+            ring.hold(position, 65536)
             total += 65536
         assert ring.take(piece) is not None, start
-    ring.close()
 
 
 def test_a_piece_goes_to_the_same_memory_as_long_as_the_one_before_last_is_acknowledged() -> None:
-    ring = Ring()
-    used = set()
-    for seq in range(1, 100):
+    ring = PieceAllocator()
+    used = []
+    for number in range(100):
         position = ring.take(4 << 20)
         assert position is not None
-        used.add(position)
-        ring.hold(seq, position, 4 << 20)
-        ring.release(seq - 1)
-    assert len(used) == 2
-    ring.close()
+        used.append(position)
+        ring.hold(position, 4 << 20)
+        if number:
+            ring.free(used[-2])
+    assert len(set(used)) == 2
 
 
-def _fill_hot_places(ring: Ring) -> None:
-    """Behind them the ring begins; it alone has to do."""
-    while ring.take(1) != _RING_AT:
-        ring.hold(1 << 62, ring.take(1) or 0, 1)
-
-
-def _at(ring: Ring, start: int) -> bool:
+def _at(ring: PieceAllocator, start: int) -> bool:
     """Nothing is held but a byte at `start`; False where the ring ends before that."""
     first = ring.take(max(1, start))
     if first is None or first + start >= RING_BYTES - 1:
         return False
-    ring.hold(1, first, max(1, start))
+    ring.hold(first, max(1, start))
     position = ring.take(1)
     if position is None:
         return False
-    ring.hold(2, position, 1)
-    ring.release(1)
+    ring.hold(position, 1)
+    ring.free(first)
     return True
 
 

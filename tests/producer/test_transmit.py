@@ -12,19 +12,22 @@ from typing import cast
 import pytest
 
 from tests.producer.memorydisk import MemoryDisk
+from vmapipe.producer import disk_feed as disk_feed_module
 from vmapipe.producer import session as session_module
-from vmapipe.producer import transmit as sender_module
+from vmapipe.producer import transmit as transmit_module
 from vmapipe.producer.connection import ArchiverConnection
-from vmapipe.producer.session import RefusedByArchiver
+from vmapipe.producer.disk_feed import DiskFeed
+from vmapipe.producer.session import RefusedByArchiver, Session
+from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.source import DiskSourceError, Segment
-from vmapipe.producer.transmit import Sender
+from vmapipe.producer.transmit import transmit
 from vmapipe.protocol import limits
 from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.messages import Fail, Hello, Message, Ping
 from vmapipe.protocol.packing import Part
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
-from vmapipe.runtime.events import Event, ignore
+from vmapipe.runtime.events import Emit, Event, ignore
 from vmapipe.runtime.rate_limit import RateLimiter
 
 JOB = bytes(16)
@@ -78,9 +81,32 @@ class Archiver:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[Archiver]:
     """Put the archiver whose clock counts into the list."""
     holder: list[Archiver] = []
-    for module in (sender_module, session_module):
+    for module in (disk_feed_module, session_module, transmit_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: holder[0].now))
     return holder
+
+
+class Sender:
+    """One disk, and all that sends it to the archiver."""
+
+    def __init__(
+        self, disk: MemoryDisk, archiver: Archiver, limiter: RateLimiter, cancel: Cancel
+    ) -> None:
+        self.ring = Ring()
+        connection = cast(ArchiverConnection, archiver)
+        self.session = Session("disk", disk.size_bytes, connection, JOB, self.ring, cancel)
+        self.feed = DiskFeed(disk, self.ring, self.session, limiter)
+        self.cancel = cancel
+
+    def run(self, emit: Emit) -> None:
+        try:
+            transmit(self.feed, self.session, self.cancel, emit)
+        finally:
+            self.ring.close()
+
+    @property
+    def zero_clusters(self) -> int:
+        return self.session.zero_clusters
 
 
 def sender(
@@ -88,9 +114,7 @@ def sender(
 ) -> tuple[Sender, Cancel]:
     clock.append(archiver)
     cancel = Cancel()
-    return Sender(
-        disk, cast(ArchiverConnection, archiver), JOB, RateLimiter(speed, 0.0), cancel
-    ), cancel
+    return Sender(disk, archiver, RateLimiter(speed, 0.0), cancel), cancel
 
 
 def test_a_whole_disk_goes_through_the_smallest_window(clock: list[Archiver]) -> None:
@@ -243,7 +267,7 @@ def test_a_limit_that_changes_holds_from_then_on(clock: list[Archiver]) -> None:
     clock.append(archiver)
     cancel = Cancel()
     limiter = RateLimiter(1 << 20, 0.0)
-    Sender(disk, cast(ArchiverConnection, archiver), JOB, limiter, cancel).run(ignore)
+    Sender(disk, archiver, limiter, cancel).run(ignore)
     assert read == [
         pytest.approx(4 << 20, rel=0.05),
         pytest.approx((4 << 20) + (16 << 20), rel=0.05),
@@ -293,7 +317,7 @@ def test_a_much_lower_limit_is_followed_at_once(clock: list[Archiver], before: i
     limiter = RateLimiter(before, 0.0)
     with contextlib.closing(cancel):
         with pytest.raises(Cancelled):
-            Sender(disk, cast(ArchiverConnection, archiver), JOB, limiter, cancel).run(ignore)
+            Sender(disk, archiver, limiter, cancel).run(ignore)
         # Within 5 per cent, and a piece at the beginning.
         within = 10 * slow * 0.05 + CLUSTER
         assert disk.read_bytes - archiver.read_then == pytest.approx(10 * slow, abs=within)

@@ -28,7 +28,8 @@ class Target:
 
     def __init__(self, size: int = SIZE, room: int = 8 * CLUSTER, wait_s: float = 20) -> None:
         self.memory = memoryview(bytearray(START + room))
-        self.sink = QemuSink("d", size, self.memory, range(START, START + room), 4, wait_s)
+        self.sink = QemuSink("d", size, self.memory, range(START, START + room), wait_s)
+        self.sink.piece_clusters = 4
         self.disk = bytearray(b"?" * size)
         self.seen: list[int] = []
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.producer.memorydisk import MemoryDisk
+from tests.producer.memorydisk import MemoryDisk, cut
 from vmapipe.clusters.masks import nonzero_pieces
 from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_CLUSTERS
-from vmapipe.producer.runs import Run, runs
+from vmapipe.producer.runs import Run
 from vmapipe.producer.source import Segment
 from vmapipe.protocol import limits
 
@@ -21,7 +21,7 @@ MEMORY = memoryview(bytearray(limits.MAX_PAYLOAD_BYTES))
 def put_together(disk: MemoryDisk, frame_bytes: int) -> tuple[bytes, list[Run]]:
     image = bytearray(disk.size_bytes)
     seen: list[Run] = []
-    for run in runs(disk, MEMORY, lambda length: 0, frame_bytes):
+    for run in cut(disk, MEMORY, frame_bytes):
         assert run.charge <= frame_bytes
         seen.append(run)
         at = 0
@@ -80,14 +80,14 @@ def test_a_huge_hole_is_cut_at_the_longest_run_of_the_wire() -> None:
     disk = HugeHole(b"")
     clusters = 3 * limits.MAX_RUN_CLUSTERS + 5
     disk.size_bytes = clusters * CLUSTER_BYTES
-    lengths = [run.clusters for run in runs(disk, MEMORY, lambda length: 0, 16 << 20)]
+    lengths = [run.clusters for run in cut(disk, MEMORY, 16 << 20)]
     assert lengths == [limits.MAX_RUN_CLUSTERS] * 3 + [5]
 
 
 def test_a_run_that_was_begun_before_steps_became_small_is_ended() -> None:
     steps = iter([32 * CLUSTER_BYTES] * 3 + [CLUSTER_BYTES] * 100)
     disk = MemoryDisk(b"A" * (20 * CLUSTER_BYTES))
-    made = runs(disk, MEMORY, lambda length: 0, 8 << 20, lambda: next(steps))
+    made = cut(disk, MEMORY, 8 << 20, lambda: next(steps))
     assert [run.clusters for run in made] == [4] + [1] * 16
 
 
