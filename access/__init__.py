@@ -7,7 +7,7 @@ archive: its index, and its extents checked when they are first touched), disk.p
 (a device as an NBD export, read-only), overlay.py (the same with writes kept in
 a file beside it).
 
-Invariants: an archive is opened once, so that removing or replacing it hurts nobody; a
+Invariants: an archive is opened once, so that removing or replacing it does no harm; a
 byte that could not be proved, or that is damaged, is an I/O error and never other
 data; memory does not depend on the size of a disk, but on how often its data changes
 place in the archive.

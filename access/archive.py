@@ -48,13 +48,13 @@ from vmapipe.vma.header import PEEK_BYTES, Header, parse_header, peek_header_byt
 from vmapipe.vma.manifest import ExtentDigest
 from vmapipe.vma.seektable import is_zstd
 
-# Headers of zeroes stand one behind the other: so many are read at a time.
+# Bytes read at a time while headers of zero extents follow each other.
 _HEADERS_BYTES = 64 << 10
 Report = Callable[[str], None]
 
 
 class OpenArchive:
-    """One archive, opened once: what becomes of its name afterwards does not matter.
+    """One archive, opened once; its name may change or vanish afterwards.
 
     Every method may be called by any thread.
     """
@@ -219,7 +219,7 @@ def open_for_access(name: str, cancel: Cancel, report: Report, caches: Caches) -
 
 
 def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int, ...]]:
-    """What is read, and by what an index that was kept is known to belong to it (empty: none is)."""
+    """Return the storage and the identity that a kept index must have (empty: do not keep one)."""
     if name == "-" or name.startswith(("fd:", "exec:", "/dev/fdset/")):
         raise UsageError(
             f"{name}: what comes in order, and once, cannot be read at any place: "
@@ -323,7 +323,7 @@ def _build(
     """Walk along all extents' headers.
 
     What is damaged is told and left out: its clusters are missing from the index, and so an
-    I/O error to who reads them. With a manifest the walk goes on behind a damaged header.
+    I/O error to their readers. With a manifest the walk goes on behind a damaged header.
     """
     header, storage = archive.header, archive.storage
     chunk, chunk_at = b"", 0
@@ -401,7 +401,7 @@ def _kept_index(
         status = os.fstat(fd)
         ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
         if not ours or status.st_mode & 0o022:
-            return None  # somebody else could have written it
+            return None  # another user could have written it
         with os.fdopen(fd, "rb", closefd=False) as file:
             raw = file.read()
     except OSError:
@@ -420,7 +420,7 @@ def _identity_line(identity: tuple[int, ...]) -> bytes:
 
 
 def _keep_index(folder: str | None, identity: tuple[int, ...], index: ArchiveIndex) -> None:
-    """It is comfort: whatever is in the way leaves the next start slower, no more."""
+    """Keep the index, if that is possible: without it only the next start is slower."""
     if folder is None:
         return
     body = encode_index(index)

@@ -178,7 +178,7 @@ def _parts(run: ClusterRun) -> Iterable[_Part]:
 class IndexBuilder:
     """Takes an archive's extents in any order; `finish` gives the index.
 
-    Clusters that come twice are missing from it: nobody can say which is right. `double` has
+    Clusters that come twice are missing from it: which of them is right cannot be known. `double` has
     the first of each device.
     """
 
@@ -210,7 +210,7 @@ class IndexBuilder:
                 runs.add(part.first, part.clusters, packed)
 
     def find(self, dev_id: int, cluster: int) -> StoredRun | None:
-        """As `DiskIndex.find`, of what has come so far; None: it has not, or not in order."""
+        """Like `DiskIndex.find`, for the runs so far; None where the cluster has not come, or not in order."""
         return self._runs[dev_id].find(cluster)
 
     def finish(self) -> ArchiveIndex:
@@ -223,7 +223,7 @@ class IndexBuilder:
 
 
 class _Runs:
-    """One device's runs as they come; most archives have them in order."""
+    """Runs of one device as they come; most archives have them in order."""
 
     def __init__(self, clusters: int) -> None:
         self._clusters = clusters
@@ -311,7 +311,7 @@ class _Sorted:
 
 
 def _without(disk: DiskIndex, doubles: Sequence[tuple[int, int]]) -> DiskIndex:
-    """The same with these clusters missing; they are in order and do not overlap."""
+    """Mark these clusters, which are in order and do not overlap, as missing."""
     kept = _Sorted()
     ends = [*disk.firsts[1:], disk.clusters]
     at = 0
@@ -336,7 +336,7 @@ _DISK = struct.Struct("<IQQ")
 
 
 def encode_index(index: ArchiveIndex) -> bytes:
-    """All of it, in this machine's byte order; a file of another kind of machine is not read."""
+    """Encode the index in this machine's byte order; a machine of the other order does not read it."""
     parts = [
         _MAGIC,
         sys.byteorder.encode()[:1],
@@ -375,7 +375,7 @@ def decode_index(raw: bytes, header: Header) -> ArchiveIndex | None:
 
 
 def _is_sound(index: ArchiveIndex, header: Header) -> bool:
-    """Whether nothing of it can lead a reader beyond what there is."""
+    """Return whether all positions in the index lie inside the archive."""
     sizes = {d.dev_id: d.clusters for d in header.devices if not d.is_vmstate}
     if {dev_id: disk.clusters for dev_id, disk in index.disks.items()} != sizes:
         return False

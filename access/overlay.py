@@ -147,7 +147,7 @@ class OverlayDisk:
         return one_by_one(self._try_write, writes)
 
     def _try_write(self, data: memoryview, offset: int) -> bool:
-        """Whole blocks only: a part of one may have to be filled up from the archive."""
+        """Write whole blocks only: a part of one may have to be filled up from the archive."""
         end = offset + len(data)
         if offset % BLOCK_BYTES or (end % BLOCK_BYTES and end != self.size_bytes):
             return False
@@ -213,7 +213,7 @@ class OverlayDisk:
             self._mark(first, last)
 
     def trim(self, offset: int, length: int) -> None:
-        """As zeroes, but for the parts of blocks at both ends."""
+        """Zero whole blocks; parts of blocks at both ends stay."""
         first = -(-offset // BLOCK_BYTES) * BLOCK_BYTES
         end = offset + length
         last = end if end == self.size_bytes else end // BLOCK_BYTES * BLOCK_BYTES

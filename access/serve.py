@@ -41,7 +41,7 @@ _WRITABLE = (
 
 
 class Shown(NamedTuple):
-    """One device under the name of its export. `overlay`: the file for its writes; None: none."""
+    """A device and its export's name. `overlay`: the file for its writes; None: read-only."""
 
     export: str
     archive: OpenArchive

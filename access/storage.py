@@ -48,7 +48,7 @@ class Storage(Protocol):
         """Fill `view`; less only at the archive's end. Raises OSError (EIO) with the reason."""
 
     def try_read_into(self, view: memoryview, offset: int) -> bool:
-        """The same where it need not wait; False, and nothing is done, where it would."""
+        """Like `read_into` if that need not wait; else return False and do nothing."""
 
     def close(self) -> None: ...
 
@@ -83,7 +83,7 @@ class FrameStorage:
 
     `pread` (length, offset) reads the compressed bytes, fewer only at the end, and may
     raise OSError or Failure. A frame is decompressed whole when it is read, and kept while there is room in
-    the cache; who wants one that another thread is at work with waits for that.
+    the cache; a thread that wants a frame which another one decompresses waits for it.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class RangeStorage:
 class SpoolStorage:
     """A stream's plain bytes, in a nameless file of `folder` that fills while it is read.
 
-    Who reads what has not come yet waits for it. `size_bytes` is the size once all is there, and
+    A read of bytes that have not come yet waits for them. `size_bytes` is the size once all is there, and
     far beyond anything until then. Owns `source`.
     """
 

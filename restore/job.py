@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One restore: opens the targets, has the archive brought to them, publishes."""
+"""One restore: opens the targets, has the workers write the archive to them, publishes them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Options(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """One device and where it went (None: it was skipped)."""
+    """A device and its target's path (None: it was skipped)."""
 
     dev_id: int
     name: str
@@ -160,7 +160,7 @@ def restore(
 
 
 def default_workers() -> int:
-    """One a core that we may use, at most 4."""
+    """Return the number of usable cores, at most 4."""
     return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
 
 
@@ -275,7 +275,7 @@ class _RestoreJob:
                 self._warn()
 
     def _setup(self) -> tuple[Setup, list[int]]:
-        """What each worker has to know, and the descriptors that it needs for that."""
+        """Return the message that sets up a worker, and the descriptors that it inherits."""
         source = self._archive.source
         archive_fd = source.fd if isinstance(source, PlainFile) else -1
         memory_fd = self._slots.fd if self._slots is not None else -1
@@ -306,14 +306,14 @@ class _RestoreJob:
                 piece = self._ledger.take(find)
                 is_hopeless = self._is_hopeless()
             if piece is None or is_hopeless:
-                # Read on all the same: whoever asks wants to know what is whole.
+                # Read on all the same: the error has to say which disks are whole.
                 if find.slot >= 0 and slots is not None:
                     slots.give(find.slot)
                 continue
             yield piece
 
     def _is_hopeless(self) -> bool:
-        """Whether it is clear already that nothing will be restored."""
+        """Return whether it is clear already that nothing will be restored."""
         if self._salvage_folder is not None:
             return False
         if self._targets.plan.is_chosen:
@@ -335,7 +335,7 @@ class _RestoreJob:
         self._ledger.found(error)
 
     def _judge(self) -> None:
-        """All was read and compared. Raises ArchiveError for what may not be published."""
+        """Judge what was read and compared. Raises ArchiveError for what may not be published."""
         ledger = self._ledger
         ledger.finish(self._maker.totals.archive_bytes, self._cancel.check)
         error = ledger.error
@@ -362,7 +362,7 @@ class _RestoreJob:
         raise error
 
     def _zero_missing(self) -> None:
-        """What is missing of a target that may hold old data is made to read as zero."""
+        """Zero what is missing in targets that may hold old data."""
         devices = {device.dev_id: device for device in self._archive.header.devices}
         for setup in self._setups:
             if not setup.write_zeroes:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an archive is compressed with: seen from its first bytes, never from its name."""
+"""Compression of an archive, recognised by its first bytes: gzip and lzo are read here, zstd in zstd.py.
+
+An archive's name says nothing, except in a salvage where the beginning is damaged.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,7 @@ class LzopStream(ProgramInput):
             os.close(self._to_lzop)
 
     def _failure(self, how: str) -> Exception:
-        # lzop's own words are about anything; where it stopped is within what a pipe holds.
+        # lzop's own message names no place; it stopped within what a pipe holds of this position.
         return CompressionError(
             f"{self.name}: the lzo data is damaged or cut off: lzop {how}",
             file_offset=self._raw.position,
@@ -156,7 +159,7 @@ class GzipMembers:
 
 
 class GzipMember:
-    """One member."""
+    """One gzip member that is being read."""
 
     has_checksum = True
     plain_bytes: int | None = None
@@ -210,7 +213,7 @@ class ReadOptions(NamedTuple):
 
 
 def compression_of(start: bytes) -> str:
-    """What a file that begins so is compressed with; `none` for anything that is not known."""
+    """Return the compression of a file that begins so; `none` for anything unknown."""
     if is_zstd(start):
         return "zstd"
     if start.startswith(_GZIP_MAGIC):
@@ -219,7 +222,7 @@ def compression_of(start: bytes) -> str:
 
 
 def salvaged_compression(name: str, start: bytes) -> str:
-    """As `compression_of`; for a file whose beginning may be damaged, as its name says."""
+    """Like `compression_of`; where the beginning may be damaged, by the file's name."""
     found = compression_of(start)
     if found == "none" and not start.startswith(VMA_MAGIC):
         endings = {".zst": "zstd", ".gz": "gzip"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ends a restore. Damage of an archive is an `ArchiveError` of `vmapipe.vma.errors`."""
+"""Errors of a restore. Damage of an archive is an `ArchiveError` of `vmapipe.vma.errors`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vmapipe.vma.errors import ArchiveError
 
 
 class RestoreError(Failure):
-    """The restore cannot be done. `reference_text`: the reference tool's words, where it has any."""
+    """The restore cannot be done. `reference_text`: the reference tool's message, if it has one."""
 
     def __init__(self, text: str, *, reference_text: str | None = None) -> None:
         self.reference_text = reference_text if reference_text is not None else text
@@ -38,7 +38,7 @@ class CompressionError(ArchiveError):
     """The compressed file is damaged; `file_offset` is the place in it, in bytes, if known.
 
     `cut`: it ends too early, and nothing says that what came is wrong. `resumes`: reading again
-    goes on behind the damage, `lost_bytes` of plain data further on (None: nobody knows).
+    goes on behind the damage, `lost_bytes` of plain data further on (None: unknown).
     `unproven_from`: what came from this plain position on is covered by a checksum that was
     wrong or was not reached (None: all that came was checked). `sound_bytes`: of the piece that
     was looked at, what stands before the damage.

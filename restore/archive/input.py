@@ -34,7 +34,7 @@ from vmapipe.runtime.threads import DaemonPool
 _PIPE_BYTES = 1 << 20
 # A program that was told to end ends at once; after this it is killed.
 _STOP_S = 2.0
-# A program's last words, for the one line the user sees.
+# Characters of a program's last error output, for the one line that the user sees.
 _MAX_WORDS = 300
 
 
@@ -126,7 +126,7 @@ class Input(io.RawIOBase):
 
 
 class ProgramInput(Input):
-    """What a program writes to its standard output. Its failure is ours."""
+    """Standard output of a program, whose failure ends the reading with an error."""
 
     def __init__(
         self,
@@ -254,7 +254,7 @@ class ReadAhead:
         self._wake_fd = wake_fd
         self._wait = wait
         self._ahead: deque[Future[bytes]] = deque()
-        # Whoever closes the descriptor may not be written to after that.
+        # After its owner has closed the descriptor nothing may be written to it.
         self._waking = threading.Lock()
         self._closed = False
         self._pool = DaemonPool(threads, "ahead")
@@ -276,7 +276,7 @@ class ReadAhead:
         return future.result()
 
     def close(self) -> bool:
-        """Whether all threads have ended; if not, what they use must stay open."""
+        """Return whether all threads have ended; if not, what they use must stay open."""
         with self._waking:
             self._closed = True
         self._ahead.clear()

@@ -82,7 +82,7 @@ class ManifestWalk:
         self._certain = False
 
     def digest_of(self, extent: Extent, compute: Callable[[], bytes]) -> bytes | None:
-        """What the extent's digest must be; None where the manifest does not list it.
+        """Return the digest that the extent must have; None where the manifest does not list it.
 
         `compute`: the digest that it has. Raises ArchiveError where the manifest is damaged.
         """
@@ -162,7 +162,7 @@ class ManifestWalk:
 
 
 class _Line(NamedTuple):
-    """Where the extent stood when it was stored, and what it was; `taken_by`: which one was found."""
+    """Place and digest of an extent when it was stored; `taken_by`: key of the extent found for it."""
 
     number: int
     at: int
@@ -171,7 +171,7 @@ class _Line(NamedTuple):
 
 
 def _key(extent: Extent) -> tuple[int, int, int]:
-    """What tells extents of one archive apart, unless one is there twice."""
+    """Return a key that differs between extents of an archive, unless one is there twice."""
     if not extent.runs:
         return 0, 0, 0
     run = extent.runs[0]

@@ -20,7 +20,7 @@ THREADS = 4
 
 
 class NoObjectError(InputError):
-    """There is no object of that name."""
+    """The store has no object of that name."""
 
 
 def object_exists(name: str, halts: Sequence[Cancel]) -> bool:

@@ -2,8 +2,7 @@
 """Plain bytes out of files of independent parts: zstd's frames, gzip's members.
 
 A part that is damaged is told by a `CompressionError`, behind which reading goes on with the
-next part that can be found. So whoever takes the first error for the end notices nothing of
-it, and whoever salvages goes on.
+next part that can be found. A restore or verify ends at the first error; a salvage goes on.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class Rewindable:
 
 
 class Proof:
-    """What the checksums of a compressed file have proved so far.
+    """Counts of what the checksums of a compressed file have proved so far.
 
     `proven_bytes`: the plain bytes before this position came out of parts whose checksum was
     right. `parts`, `parts_with`: of those that have ended, how many there were, and how many
@@ -100,7 +99,7 @@ class Proof:
 
 
 class Part(Protocol):
-    """One part that is being read. `plain_bytes`: what it announces to hold; None: nothing."""
+    """A part that is being read. `plain_bytes`: announced length of its content; None: not announced."""
 
     has_checksum: bool
     plain_bytes: int | None
@@ -110,7 +109,7 @@ class Part(Protocol):
 
 
 class PartFormat(Protocol):
-    """One kind of parts."""
+    """A format of independent parts."""
 
     def begin(self, source: Rewindable, name: str) -> Part | None:
         """The part that begins here; None at the end of the file.
@@ -119,11 +118,11 @@ class PartFormat(Protocol):
         """
 
     def find(self, data: bytes, start: int) -> int:
-        """Where in `data`, from `start` on, a part may begin; -1: nowhere."""
+        """Return where in `data`, from `start` on, a part may begin; -1: nowhere."""
 
     @property
     def magic_bytes(self) -> int:
-        """As many bytes `find` must see."""
+        """Number of bytes that `find` needs to recognise a part."""
 
 
 class PartStream(io.RawIOBase):
@@ -164,7 +163,7 @@ class PartStream(io.RawIOBase):
             self._part = None
 
     def _begin(self) -> bool:
-        """Whether there is another part."""
+        """Begin the next part; return False where there is none."""
         if self._is_over or (self._searching and not self._search()):
             return False
         self._part_at = self._source.position

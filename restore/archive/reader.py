@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Walks along an open archive: its header, then extent after extent.
 
-From a file only the extents' headers are read; the data stays where it is for
-whoever wants it. From a pipe the data comes along.
+From a file only the extents' headers are read; the data stays where it is until
+it is needed. From a pipe the data comes along.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vmapipe.vma.scanner import HeaderRead, Scanner
 
 
 class FoundExtent(NamedTuple):
-    """One extent. `digest` is empty where none is known.
+    """An extent that was found. `digest` is empty where none is known.
 
     `data` is None where it stays in the file or went into a slot; `slot` is
     the slot's position, -1 where there is none. `left_out`: which of its clusters, counted
@@ -52,7 +52,7 @@ class Archive:
         self.header = header
         self.raw_header = raw_header
         self.held = held
-        #: What of the header is lost or only guessed, in words.
+        #: Texts for the user: what of the header is lost or only guessed.
         self.notes: list[str] = []
         self.header_error: ArchiveError | None = None
 
@@ -67,7 +67,7 @@ def open_archive(name: str, cancel: Cancel, options: ReadOptions | None = None) 
     """Open an archive (see `open_source`) and read its header.
 
     Raises InputError, UsageError, Cancelled, and ArchiveError where the
-    header is damaged or the file is no archive.
+    header is damaged or the file is not an archive.
     """
     source = open_source(name, cancel, options)
     try:
@@ -126,7 +126,7 @@ def check_opening(header: Header, raw_header: bytes, manifest: Manifest) -> None
 
 
 class ArchiveTotals:
-    """What the extents so far hold, in bytes; clusters in full, also a device's last one.
+    """Sums over the extents so far, in bytes; clusters in full, also a device's last one.
 
     `clusters` of all devices; `zero_cluster_bytes`: of clusters that are all
     zero; `zero_block_bytes`: of zero blocks inside the others; `data_bytes`:

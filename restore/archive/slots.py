@@ -57,7 +57,7 @@ class ExtentSlots:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Whoever waits in `take` is to wait no longer."""
+        """End a wait in `take`, now and later, with Cancelled."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an archive's bytes come from: a file, a pipe, a command, a store; plain or compressed."""
+"""Sources of an archive's bytes: a file, a pipe, a command, a store; plain or compressed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Stream:
 
     @property
     def proof(self) -> Proof | None:
-        """What the compression's checksums have proved; None where there are none."""
+        """State of the compression's checksums; None without compression."""
         return getattr(self._raw, "proof", None)
 
     def read(self, length: int, *, up_to_damage: bool = False) -> bytes:
@@ -176,7 +176,7 @@ Source = PlainFile | Stream
 def open_source(archive: str, cancel: Cancel, options: ReadOptions | None = None) -> Source:
     """Open `archive`: a path, `-`, `fd:N`, `/dev/fdset/N`, `exec:COMMAND` or `s3://BUCKET/KEY`.
 
-    Raises InputError; UsageError for words that make no sense.
+    Raises InputError; UsageError for a name that makes no sense.
     """
     options = options or ReadOptions()
     if archive.startswith("exec:"):
@@ -192,7 +192,7 @@ def open_source(archive: str, cancel: Cancel, options: ReadOptions | None = None
 
 
 def command_input(word: str, halts: Sequence[Cancel]) -> Input:
-    """What the command of `exec:COMMAND` prints. Raises InputError, UsageError."""
+    """Open the output of the command in `exec:COMMAND`. Raises InputError, UsageError."""
     command = word.removeprefix("exec:")
     if not command.strip():
         raise UsageError("exec: without a command")
@@ -230,7 +230,7 @@ def _descriptor_number(archive: str) -> int | None:
             number = archive.removeprefix(prefix)
             # What fits into a C int, so that nothing after this can be surprised.
             if not (number.isascii() and number.isdigit() and len(number) <= _MAX_DIGITS):
-                raise UsageError(f"{archive}: {number!r} is no descriptor's number")
+                raise UsageError(f"{archive}: {number!r} is not a descriptor's number")
             return int(number)
     return None
 

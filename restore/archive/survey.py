@@ -46,7 +46,7 @@ class Gap(NamedTuple):
 
     @property
     def is_shift(self) -> bool:
-        """Whether bytes were added or removed here: no number of whole extents is so long.
+        """Whether bytes were added or removed here: the gap is not a multiple of 512 bytes.
 
         The data of the extent in front may then be wrong, too.
         """
@@ -75,7 +75,7 @@ class _Cursor:
         """The next bytes, fewer only at the end or before damage; CompressionError there."""
         source = self._source
         if isinstance(source, PlainFile):
-            # Whoever looks at what follows an extent comes there next.
+            # The walk comes next to the place behind an extent that it has looked at.
             at, seen = self._seen
             if at != self.at or len(seen) != length:
                 seen = source.pread(length, self.at)
@@ -96,7 +96,7 @@ class _Cursor:
 
     @property
     def held(self) -> bytes:
-        """What a stream has given already of what comes next."""
+        """Bytes of a stream that were read already and come next."""
         return self._held
 
     def _raise_damage(self) -> None:
@@ -110,7 +110,7 @@ class _Cursor:
         self.at += length
 
     def put_back(self, data: bytes) -> None:
-        """These bytes of a stream are next once more."""
+        """Let these bytes of a stream come next once more."""
         self._held = data + self._held
         self.at -= len(data)
 
@@ -136,7 +136,7 @@ class _Cursor:
         return done
 
     def break_off(self, error: CompressionError) -> None:
-        """What is held has lost its end; what comes next stands behind the damage."""
+        """Drop what is held, which has lost its end, and go on behind the damage."""
         self.at += len(self._held) + (error.lost_bytes or 0)
         self._held = b""
 
@@ -144,7 +144,7 @@ class _Cursor:
 def survey(
     archive: Archive, check: Callable[[], None], slots: ExtentSlots | None = None
 ) -> Iterator[FoundExtent | Gap]:
-    """All extents that can be found, and the gaps between them, in order.
+    """Yield all extents that can be found, and the gaps between them, in order.
 
     `check` is called now and then. `slots`: where a stream's data goes; without them it comes
     as bytes. Raises InputError.
@@ -190,7 +190,7 @@ def _forget_frames(error: BaseException | None) -> None:
 
 
 class _Walk:
-    """What `survey` does at one place."""
+    """State of a `survey`, and its work at one place."""
 
     def __init__(
         self, archive: Archive, check: Callable[[], None], slots: ExtentSlots | None
@@ -264,7 +264,7 @@ class _Walk:
         return None, slot, got
 
     def _another_follows(self) -> bool:
-        """Whether what comes next looks like an extent, or is the end."""
+        """Return whether an extent seems to come next, or the end."""
         try:
             start = self.cursor.peek(EXTENT_HEADER_BYTES)
         except CompressionError as error:
@@ -273,7 +273,7 @@ class _Walk:
         return not start or start.startswith(EXTENT_MAGIC)
 
     def _ends_in_header(self, extent: Extent, data: bytes | None, slot: int) -> bool:
-        """Whether an extent of zeroes stands where this one's data should end.
+        """Return whether an extent of zeroes stands where this one's data should end.
 
         Then as many bytes of the data are missing, and what comes next is in its place again.
         """
@@ -293,7 +293,7 @@ class _Walk:
         return tail == mark
 
     def _header_inside(self, extent: Extent, data: bytes | None, slot: int, got: int) -> int:
-        """Where the next extent's header stands inside this one's data; -1: it does not.
+        """Return where the next extent's header stands inside this one's data; -1: it does not.
 
         The cursor is then put there.
         """
@@ -353,7 +353,7 @@ class _Walk:
 
 
 def find_first_extent(archive: Archive, check: Callable[[], None]) -> bool:
-    """Whether there is any extent; the archive's header is then told its place and its uuid."""
+    """Go to the first extent and give the archive's header its place and uuid; False: there is none."""
     cursor = _Cursor(archive, 0, b"")
     while True:
         check()
@@ -390,7 +390,7 @@ def cut_off(extent: Extent, got: int) -> ExtentError:
 def open_damaged(
     name: str, cancel: Cancel, options: ReadOptions, manifest: str | None = None
 ) -> Archive:
-    """As `open_archive`; but where the header is damaged, devices and sizes come from the extents.
+    """Like `open_archive`; where the header is damaged, devices and sizes come from the extents.
 
     `manifest`: where it is not beside the archive; it knows the sizes exactly. The archive's
     `notes` tell what is lost or guessed. Raises as `open_archive`, where there is not one extent.

@@ -105,7 +105,7 @@ class ZstdParts:
                 header = _frame_header(data[at : at + _MAX_HEADER_BYTES])
             except ValueError:
                 header = None
-            # One in four milliards of other bytes looks like it: it must not end the reading.
+            # One in 4 billion of other bytes looks like it: it must not end the reading.
             if (
                 header is not None
                 and not header.dictionary_id
@@ -157,7 +157,7 @@ def _has_checksum(start: bytes) -> bool:
 
 
 class ZstdFrame:
-    """One frame, decompressed a little at a time."""
+    """A zstd frame, decompressed a little at a time."""
 
     def __init__(self, source: Rewindable, name: str, header: _Header) -> None:
         self.has_checksum = header.has_checksum
@@ -227,7 +227,7 @@ def _cut_off(name: str, file_offset: int) -> CompressionError:
 
 
 def too_large_window(name: str, wanted_bytes: int, limit_bytes: int) -> InputError:
-    """The file is good, and needs more memory than whoever reads it has allowed."""
+    """Make the error for a good file that needs more memory than was allowed."""
     wanted_mib = -(-wanted_bytes // MIB)
     log = max(10, (wanted_bytes - 1).bit_length())
     way = f"exec:'zstd -dc --long={log} FILE'"

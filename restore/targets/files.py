@@ -88,7 +88,7 @@ class NewFile:
 
     A file without a name is gone whatever happens to us. Elsewhere (NFS, FUSE)
     `partial` is the name of a hidden file in the target's folder, which is locked, so that
-    the next restore removes it if nobody else could.
+    the next restore removes it if nothing else could.
     """
 
     #: Whether it may hold other data than zeroes before anything is written.
@@ -132,7 +132,7 @@ class NewFile:
             self._published = True
             self.partial = ""
             if not self.folder.holds(self._name, self.fd):
-                raise TargetError(f"{self.path} was replaced by somebody else")
+                raise TargetError(f"{self.path} was replaced by another program")
         except FileExistsError as error:
             raise TargetError(
                 f"{self.path} has appeared meanwhile and is not overwritten"
@@ -154,7 +154,7 @@ class NewFile:
             self._published = False
 
     def close(self) -> None:
-        """What was not published is gone."""
+        """Remove what was not published."""
         if self.partial:
             with contextlib.suppress(OSError):
                 self.folder.remove(self.partial, self.fd)
@@ -187,7 +187,7 @@ def _sync(folder: HeldFolder) -> None:
 
 
 def open_configs(header: Header, folder: str, folders: Folders) -> list[NewFile]:
-    """All configs, written and on the disk, but without their names. Raises RestoreError.
+    """Write all configs to the disk, still without their names. Raises RestoreError.
 
     One that stands there already with the same content is left as it is, so that disks can
     be restored one after the other. A name that is unsafe, or taken by something else, is
@@ -210,7 +210,7 @@ def open_configs(header: Header, folder: str, folders: Folders) -> list[NewFile]
 
 
 def _is_there(path: str, data: bytes, folders: Folders) -> bool:
-    """Whether this very config is there. Raises TargetError where something else has its name."""
+    """Return whether this very config is there. Raises TargetError for anything else of its name."""
     try:
         folder, name = folders.of(path)
         if folder.status(name) is None:
@@ -317,7 +317,7 @@ class ExistingTarget:
         check_size(spec.path, device, there, larger=allowed, in_the_reference=spec.larger)
 
     def _check_content(self, path: str, name: str, size_bytes: int) -> None:
-        """What is not a raw disk is not overwritten with one, unless that was said."""
+        """Refuse to overwrite an image of another format with raw bytes, unless that was asked for."""
         found = format_of_content(lambda at, length: os.pread(self.fd, length, at), size_bytes)
         promised = found.driver if found is not None else format_of_name(path)
         if found is None and not promised:

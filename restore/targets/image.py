@@ -63,7 +63,7 @@ class Served:
         return self._daemon.opened_files() if self._daemon is not None else []
 
     def finish(self) -> None:
-        """All is written: bring it to the disk. Raises TargetError."""
+        """Bring what was written to the disk. Raises TargetError."""
         try:
             if self._daemon is not None:
                 self._daemon.stop()
@@ -179,7 +179,7 @@ def _create(path: str, place: str, image_format: str, size_bytes: int) -> None:
 
 
 def _qemu_img(path: str, image_format: str, words: list[str], failed: str) -> str:
-    """What qemu-img prints; `failed` begins the TargetError."""
+    """Run qemu-img and return what it prints; `failed` begins the TargetError."""
     qemu_img = shutil.which("qemu-img")
     if qemu_img is None:
         raise TargetError(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from vmapipe.runtime.errors import UsageError
 
-# The reference's own buffer; a longer line is no map's.
+# The reference tool's own buffer; it takes no longer line.
 MAX_LINE_CHARS = 8191
 _OPTIONS = ("format", "throttling.bps", "throttling.group", "cache")
 _CACHE_MODES = ("writeback", "writethrough", "none", "directsync", "unsafe")
@@ -30,7 +30,7 @@ class MapError(UsageError):
 
 
 class MapEntry(NamedTuple):
-    """One line. `bytes_per_s` is 0 without a limit; with `skip` the rest means nothing.
+    """A line of the map. `bytes_per_s` is 0 without a limit; with `skip` the rest means nothing.
 
     `image_format`: what stands in the line; empty: nothing.
     """
@@ -116,7 +116,7 @@ def _check_format(image_format: str | None, name: str) -> None:
 
 
 def _number(text: str) -> int:
-    """As strtoull with base 0: decimal, 0x hexadecimal or 0 octal."""
+    """Parse a number like strtoull with base 0: decimal, 0x hexadecimal or 0 octal."""
     value = -1
     if re.fullmatch(r"0[0-7]*", text):
         value = int(text, 8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be restored to where. Pure: nothing is opened or written here."""
+"""Plans: which device is restored to which target. Pure: nothing is opened or written here."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Larger(enum.Enum):
 
 
 class TargetSpec(NamedTuple):
-    """Where one device goes.
+    """Target of one device.
 
     `write_zeroes`: an existing target may hold old data; else it reads as zero
     already, as a new file always does. `bytes_per_s`: 0, or a limit.
-    `image_format`: as QEMU calls it; empty: raw, where nobody said so. `overwrite`: an
+    `image_format`: as QEMU calls it; empty: raw, by default. `overwrite`: an
     existing file is overwritten whatever it is.
     """
 
@@ -55,7 +55,7 @@ class TargetSpec(NamedTuple):
 
 
 class TargetDefaults(NamedTuple):
-    """What holds for all targets that do not say it themselves.
+    """Options of all targets that have none of their own.
 
     `image_format`: of every disk; empty: raw, where that is plain. `overwrite`: what is
     there is overwritten, whatever it is. `larger`: how much larger it may be.
@@ -88,7 +88,7 @@ def disk_path(folder: str, device: Device, image_format: str = "") -> str:
 
 
 def config_paths(header: Header, folder: str) -> list[str]:
-    """Where the configs go, in the header's order. Raises HeaderError for an unsafe name.
+    """Return the configs' paths, in the header's order. Raises HeaderError for an unsafe name.
 
     A second one of the same name gets the first free of `NAME.2`, `NAME.3`, …
     """
@@ -107,7 +107,7 @@ def config_paths(header: Header, folder: str) -> list[str]:
 
 
 def renamed_configs(header: Header) -> list[str]:
-    """What to tell of configs that cannot have their own name: another one has it."""
+    """Return notices about configs that get another name because theirs is taken."""
     return [
         f"the archive has several configs of the name {name_text(config.name)}: one of them is "
         f"written as {name_text(os.path.basename(path))}"
@@ -152,7 +152,7 @@ def plan_folder(
 
 
 def check_chosen(chosen: Iterable[tuple[str, str | None]]) -> None:
-    """Raises PlanError for words that name no device or no target, before any archive is opened."""
+    """Raises PlanError for options without a device or target, before any archive is opened."""
     for name, target in chosen:
         if not name:
             raise PlanError(f"--device ={target or ''} names no device")
@@ -186,7 +186,7 @@ def _target(
 
 
 def ways_to_say(name: str, path: str, image_format: str) -> str:
-    """The words to choose from where it is not clear what is to be written."""
+    """Return the options to choose from where it is not clear what is to be written."""
     raw = f"{name}={path},format=raw if raw bytes are meant"
     return (
         f"{name}={path},format={image_format}, or {raw}" if image_format in IMAGE_FORMATS else raw
@@ -213,8 +213,8 @@ def plan_map(
 
     A target of a format other than raw is an image that exists, and is written into.
 
-    The configs are not part of the plan: whoever answers with the map reads
-    them first. Raises PlanError, in the reference tool's words where it has some.
+    The configs are not part of the plan: the caller that answers with the map reads
+    them first. Raises PlanError, with the reference tool's text where it has one.
     """
     unknown = [name for name in entries if name not in {d.name for d in header.devices}]
     if unknown:

@@ -100,11 +100,11 @@ class Journal:
         self._opening = opening
 
     def inode(self, dev_id: int) -> Inode | None:
-        """Of the new file that the interrupted restore had for a device."""
+        """Return the inode of the new file that the interrupted restore had for a device."""
         return self._files.get(dev_id)
 
     def opened(self, files: dict[int, Inode]) -> None:
-        """All targets are open: so the new files are known again. Raises TargetError."""
+        """Note the new files, so that they are known again. All targets are open. Raises TargetError."""
         second = json.dumps({str(dev_id): list(inode) for dev_id, inode in files.items()})
         if self._files != files:
             # Without these files nothing is there that could be believed.
@@ -119,14 +119,14 @@ class Journal:
             raise TargetError(f"cannot write {self.path}: {os_error_text(error)}") from error
 
     def note(self, mark: int) -> None:
-        """All before this offset of the archive was written. A full disk costs the note only."""
+        """Note that all before this offset of the archive was written. Errors are ignored."""
         if mark > self._noted:
             self._noted = mark
             with contextlib.suppress(OSError):
                 os.pwrite(self._fd, f"{mark:0{_MARK_DIGITS}}\n".encode(), self._mark_at)
 
     def remove(self) -> None:
-        """All is complete, or nothing was begun."""
+        """Remove the journal: all is complete, or nothing was begun."""
         with contextlib.suppress(OSError):
             self._folder.remove(NAME, self._fd)
 
@@ -149,7 +149,7 @@ def _opening(archive: Archive, plan: Plan) -> str:
 
 
 def _identity(path: str) -> list[int]:
-    """Of an existing target; one that is not there is refused where it is opened."""
+    """Return what identifies an existing target; one that is not there is refused when it is opened."""
     try:
         status = os.stat(path)
     except OSError:
@@ -158,7 +158,7 @@ def _identity(path: str) -> list[int]:
 
 
 def _files(line: str) -> dict[int, Inode]:
-    """What cannot be read is nothing: the files are then written anew."""
+    """Parse the second line; empty where it is damaged: the files are then written anew."""
     files: dict[int, Inode] = {}
     try:
         told = json.loads(line)
@@ -226,21 +226,21 @@ class ResumableFile(NewFile):
     def _give_name(self) -> None:
         if not self._published:
             if not self.folder.holds(self._unfinished, self.fd):
-                raise OSError(errno.ESTALE, "it was replaced by somebody else")
+                raise OSError(errno.ESTALE, "it was replaced by another program")
             self.folder.rename_new(self._unfinished, self._name)
         elif self.folder.holds(self._unfinished, self.fd):
             # Killed between its two names.
             self.folder.remove(self._unfinished, self.fd)
 
     def withdraw(self) -> None:
-        """It is complete, and the others may be soon."""
+        """Give it its unfinished name back: it is complete, and the others may be soon."""
         if self._published:
             with contextlib.suppress(OSError):
                 self.folder.rename_new(self._name, self._unfinished)
             self._published = False
 
     def close(self) -> None:
-        """What was not begun is gone; the rest stays."""
+        """Close it; remove it only if nothing was written."""
         if self.fd >= 0:
             if self._is_new and not self._journal.begun:
                 with contextlib.suppress(OSError):

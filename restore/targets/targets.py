@@ -109,7 +109,7 @@ class OpenTargets:
         return image
 
     def _taken(self) -> dict[Identity, str]:
-        """What no target may be: the archive itself, by whatever path."""
+        """Return the identities that no target may have: the archive's own."""
         source = self.archive.source
         if isinstance(source, PlainFile):
             status = os.fstat(source.fd)
@@ -132,7 +132,7 @@ class OpenTargets:
 
     @property
     def setups(self) -> tuple[TargetSetup, ...]:
-        """What a worker has to know of each."""
+        """What a worker has to know of each target."""
         return tuple(self._setup(device) for device in self.devices)
 
     def _setup(self, device: Device) -> TargetSetup:
@@ -153,7 +153,7 @@ class OpenTargets:
 
     @property
     def partials(self) -> tuple[Partial, ...]:
-        """What a worker has to remove when nobody else can."""
+        """Partial files that a worker has to remove when the reader has died."""
         return tuple(
             Partial(file.fd, file.folder.fd, os.fsencode(file.partial))
             for file in (*self._new.values(), *self._configs)
@@ -167,7 +167,7 @@ class OpenTargets:
         return {dev_id: spec.bytes_per_s for dev_id, spec in specs if spec.bytes_per_s}
 
     def path(self, dev_id: int) -> str | None:
-        """Where a device goes; None: nowhere."""
+        """Return the path of a device's target; None: it is skipped."""
         spec = self.plan.targets.get(dev_id)
         return None if spec is None else spec.path
 

@@ -34,8 +34,8 @@ class Comparer:
             self._processes = MappedHashers(archive.source.fd, count, self._read_digest, cancel)
         # Starts a thread only when it is given something to do.
         self._threads = ThreadPoolExecutor(count, "digest")
-        # Each holds an extent of up to 3.7 MiB, if not in a process that maps the file: who
-        # has many to compare at a time wakes up less often for it, a tenth of all the work.
+        # Each holds an extent of up to 3.7 MiB, except in processes that map the file: there,
+        # many at a time mean fewer wake-ups, a tenth of all the work.
         self._limit, self._rest = 2 * count, 2 * count - 1
         if self._processes is not None:
             self._limit, self._rest = 16 * count, 8 * count

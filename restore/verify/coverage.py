@@ -81,12 +81,12 @@ class CoverageReport:
             self._found(error)
 
     def mark(self, runs: Iterable[ClusterRun], reason: str) -> None:
-        """These clusters are damaged; those that no device has are passed over."""
+        """Mark clusters as damaged; ignore those that no device has."""
         for run in runs:
             self.mark_clusters(run.dev_id, run.first_cluster, run.count, reason)
 
     def mark_clusters(self, dev_id: int, first: int, count: int, reason: str) -> None:
-        """As `mark`."""
+        """Like `mark`, for one run."""
         device = self._devices.get(dev_id)
         if device is None:
             return
@@ -99,7 +99,7 @@ class CoverageReport:
             sets[reason].add_all(first, count)
 
     def unmark(self, dev_id: int, reason: str) -> None:
-        """What was marked so has proved to be right."""
+        """Remove marks: what was marked so has proved to be right."""
         self._damaged.get(dev_id, {}).pop(reason, None)
 
     def reasons(self, dev_id: int) -> set[str]:
@@ -107,14 +107,14 @@ class CoverageReport:
         return set(self._damaged.get(dev_id, {}))
 
     def ranges(self, device: Device) -> Iterator[BadRange]:
-        """All that is missing or damaged, in the device's order."""
+        """Yield all that is missing or damaged, in the device's order."""
         kinds = [_ranges(device, self._missing(device), "missing", NOT_THERE)]
         for reason, clusters in self._damaged.get(device.dev_id, {}).items():
             kinds.append(_ranges(device, joined(clusters.present()), "damaged", reason))
         yield from heapq.merge(*kinds)
 
     def is_complete(self, device: Device) -> bool:
-        """Whether all of its clusters have come (of memory: none is missing in between)."""
+        """Return whether all clusters have come (of vmstate: none is missing in between)."""
         return next(self._missing(device), None) is None
 
     def vmstate_clusters(self, dev_id: int) -> int:
@@ -211,7 +211,7 @@ def _within_pages(run: ClusterRun) -> Iterator[ClusterRun]:
 
 
 def _why(device: Device | None, num: int, mask: int) -> str:
-    """What is wrong with a cluster that Coverage refuses."""
+    """Return what is wrong with a cluster that Coverage refuses."""
     if device is None:
         return _UNKNOWN
     if num >= device.clusters:

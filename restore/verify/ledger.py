@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of each disk of an archive while it is read, and the verdict at the end."""
+"""State of each disk of an archive while it is read, and the verdict at the end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _MAX_PLACES = 8
 
 
 def damage_of(error: ArchiveError) -> Damage:
-    """What ended the reading, as a find."""
+    """Make a finding of the error that ended the reading."""
     if isinstance(error, CompressionError):
         more = "" if error.resumes else "; what follows could not be checked"
         return Damage(f"{error}{more}")
@@ -201,7 +201,7 @@ class Ledger:
         self.error = self.error or error
 
     def are_spoilt(self, dev_ids: Collection[int]) -> bool:
-        """Whether it is clear already that one of these devices will not be whole."""
+        """Return whether it is clear already that one of these devices will not be whole."""
         return self.manifest_failed or any(
             dev_id in self._surely_damaged or self._census.reasons(dev_id) - {_WRONG_DIGEST}
             for dev_id in dev_ids
@@ -259,7 +259,7 @@ class Ledger:
             )
 
     def _acquit(self, check: Callable[[], None]) -> None:
-        """Of damaged extents that hold several devices, find out whose data is right.
+        """Find out which devices are whole although they share a damaged extent.
 
         A device's own digest says so, where its clusters came in order.
         """
@@ -296,7 +296,7 @@ class Ledger:
         return [self._state(device) for device in self._header.devices]
 
     def ranges(self, device: Device) -> Iterator[BadRange]:
-        """All that is missing or damaged of it, in order."""
+        """Yield all that is missing or damaged of a device, in order."""
         yield from self._census.ranges(device)
         if device.is_vmstate and self._end_may_be_missing(device):
             end = self.vmstate_clusters(device.dev_id) * CLUSTER_BYTES
@@ -312,7 +312,7 @@ class Ledger:
 
     @property
     def proved(self) -> str | None:
-        """What the checksums of the compression have proved, in words; None without any."""
+        """Text about what the compression's checksums have proved; None without compression."""
         proof = self._proof
         if proof is None:
             return None
@@ -353,12 +353,12 @@ class Ledger:
         return DiskState(device, state, checked_by, missing, damaged, count, tuple(shown))
 
     def _checked_by(self, device: Device) -> str | None:
-        """What has proved the data of a device that has nothing wrong."""
+        """Return what has proved the data of a device that has nothing wrong."""
         if self._walk is not None:
             return "manifest" if device.dev_id not in self._unchecked else None
         proof = self._proof
         if self._archive.header_error is not None:
-            return None  # nobody knows how long it was
+            return None  # its length is unknown
         if proof is None or not proof.parts_with or proof.parts_with < proof.parts:
             return None
         whole = not self._unproven.holds(device.dev_id, proof)
@@ -398,7 +398,7 @@ class _Unproven:
             self._older = {}
 
     def failed(self, start: int, mark: Callable[[int, int, int], None]) -> None:
-        """What came from this plain position on is not to be trusted."""
+        """Mark what came from this plain position on as damaged."""
         if self._older_end > start:
             for dev_id, clusters in self._older.items():
                 for first, count in clusters.present():
@@ -411,7 +411,7 @@ class _Unproven:
         self._recent = deque(one for one in self._recent if one[0] <= start)
 
     def holds(self, dev_id: int, proof: Proof) -> bool:
-        """Whether something of this device is unproven at the end."""
+        """Return whether something of this device is unproven at the end."""
         self._forget(proof)
         return dev_id in self._older or any(
             run.dev_id == dev_id for _, runs in self._recent for run in runs
@@ -419,7 +419,7 @@ class _Unproven:
 
 
 def damaged_data(extent: Extent, names: dict[int, str]) -> DigestError:
-    """An extent whose digest is wrong, in words: which bytes of which devices."""
+    """Make the error for an extent whose digest is wrong: which bytes of which devices."""
     places = []
     for run in extent.runs[:_MAX_PLACES]:
         start = run.first_cluster * CLUSTER_BYTES

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that compute digests of an archive's file without copying it: it is mapped.
 
-A file that is cut, or cannot be read, while it is mapped kills who looks at it
-(SIGBUS). So it is looked at in processes of their own, whose end is harmless:
-when one has ended like that, all that is left is read and computed by whoever
-wants it, who then gets the error with its offset.
+A file that is cut, or cannot be read, while it is mapped kills the process that touches
+the mapping (SIGBUS). So that is done in processes of their own, whose end is harmless:
+when one has died, the caller reads and computes the rest itself, and gets the error with
+its offset.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class MappedHashers:
         self._answers: dict[int, bytes] = {}
         #: Of each process, its pid, and a descriptor that is readable when it has ended.
         self._workers: list[tuple[int, int]] = []
-        # Messages with bounds: whoever reads has a whole job.
+        # SEQPACKET keeps messages apart: each read is a whole job.
         self._jobs, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             for _ in range(count):
@@ -64,7 +64,7 @@ class MappedHashers:
 
         Offsets are told apart by: none twice at a time.
         """
-        with contextlib.suppress(OSError):  # all have ended: nobody will answer
+        with contextlib.suppress(OSError):  # all have ended: there will be no answer
             self._jobs.send(_JOB.pack(offset, length))
 
         def result() -> bytes:
@@ -110,15 +110,18 @@ class MappedHashers:
 
 
 def main(argv: Sequence[str]) -> int:
-    """One of the processes: serves until the other end is closed, as it is when its owner dies."""
+    """Run one of the processes, until the other end is closed, as it is when its owner dies."""
     jobs = socket.socket(fileno=int(argv[0]))
     fd = int(argv[1])
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # SIGBUS may be, and is no bug
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # SIGBUS is expected, and not a bug
     while len(job := jobs.recv(_JOB.size)) == _JOB.size:
         offset, length = _JOB.unpack(job)
         try:
             jobs.send(_ANSWER.pack(offset, _digest(fd, offset, length)))
-        except (OSError, ValueError):  # nobody listens; or a file that is cut, or cannot be mapped
+        except (
+            OSError,
+            ValueError,
+        ):  # the owner has ended; or the file is cut, or cannot be mapped
             break
     return 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What verification found."""
+"""Findings, the verdict on each disk, and how both are told: event, text, map of a salvage. Pure."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ MAX_DAMAGE = 1000
 
 
 class Damage(NamedTuple):
-    """One thing that is wrong.
+    """A finding: one thing that is wrong.
 
     `device`, `offset`, `length`: what is lost or not to be trusted, in bytes of
     that device, where it is known. `archive_offset`: where in the plain archive.
-    `reference_text`: what the reference tool says of it, where it has words.
+    `reference_text`: the reference tool's text, if it has one.
     """
 
     text: str
@@ -41,7 +41,7 @@ class Damage(NamedTuple):
 
     @property
     def reference_words(self) -> str:
-        """The reference tool's words, or ours where it has none."""
+        """The reference tool's text, or ours where it has none."""
         return str(self) if self.reference_text is None else self.reference_text
 
     def fields(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class BadRange(NamedTuple):
 
 
 class DiskState(NamedTuple):
-    """What is known of one device.
+    """Verdict on one device.
 
     `state`: `sound`, `unchecked` (all of it is there, and nothing has proved its data),
     `damaged`, or `incomplete` (and perhaps damaged, too). `checked_by`: what has proved the
@@ -93,7 +93,7 @@ class DiskState(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it can be restored as it was, as far as anybody can know."""
+        """Whether all of it can be restored as it was, as far as can be known."""
         return self.state in (SOUND, UNCHECKED)
 
     def fields(self) -> dict[str, Any]:
@@ -111,12 +111,12 @@ class DiskState(NamedTuple):
 
 
 def range_fields(offset: int, length: int, state: str, reason: str) -> dict[str, Any]:
-    """One range, for events and for the map of a salvage."""
+    """Return a range's fields, for events and for the map of a salvage."""
     return {"offset": offset, "length": length, "state": state, "reason": reason}
 
 
 def state_text(disk: Mapping[str, Any]) -> str:
-    """A device's `fields` in a line."""
+    """Return a device's `fields` as a line of text."""
     text = f"device {name_text(disk['name'])}: {_STATE_WORDS[disk['state']]}"
     checked_by = disk["checked_by"]
     if checked_by == "manifest":
@@ -136,7 +136,7 @@ def state_text(disk: Mapping[str, Any]) -> str:
 
 
 def range_text(one: Mapping[str, Any]) -> str:
-    """One range's fields in a line."""
+    """Return a range's fields as a line of text."""
     what = f"from byte {one['offset']} on"
     if one["length"]:
         what = f"bytes {one['offset']}..{one['offset'] + one['length'] - 1} ({one['length']})"
@@ -149,7 +149,7 @@ class Report:
     `damage` has the first 1000 finds, `damage_count` is all of them.
     `data_checked`: all data was compared with a manifest; else only the
     structure was, for the format has no checksum over its data; `proved` is what the
-    checksums of the compression have proved of it then, in words.
+    checksums of the compression have proved of it then, as text.
     `file_checked`: the stored file as a whole was compared.
     """
 
@@ -222,7 +222,7 @@ class SalvageMap(NamedTuple):
     damage_count: int
 
     def json_lines(self) -> Iterator[str]:
-        """One JSON document, in lines."""
+        """Yield a JSON document, in lines."""
         head = {
             "format": "vmapipe-salvage",
             "version": 1,
@@ -242,7 +242,7 @@ class SalvageMap(NamedTuple):
         yield "]}\n"
 
     def text_lines(self) -> Iterator[str]:
-        """For people."""
+        """Yield the map as text for people, in lines."""
         yield f"What could not be restored of {one_line(self.archive)}\n"
         for note in self.notes:
             yield f"note: {one_line(note)}\n"
@@ -270,7 +270,7 @@ def whole_names(states: Iterable[DiskState]) -> list[str]:
 def restored_part_text(
     error: ArchiveError, wanted: Sequence[DiskState], states: Sequence[DiskState]
 ) -> str:
-    """What is told of a damaged archive whose chosen devices are whole."""
+    """Return the notice about a damaged archive whose chosen devices are whole."""
     whole = ", ".join(map(repr, whole_names(wanted))) or "nothing but configs"
     others = [state_text(state.fields()) for state in states if not state.is_whole]
     first = f"the archive is damaged; what is restored of it is whole: {whole}"
@@ -278,7 +278,7 @@ def restored_part_text(
 
 
 def salvage_advice(states: Sequence[DiskState]) -> str:
-    """What can be had of a damaged archive all the same."""
+    """Return what can still be restored of a damaged archive, and how."""
     whole = ", ".join(map(repr, whole_names(states)))
     if whole:
         return (

@@ -51,7 +51,7 @@ def verify(name: str, emit: Emit, cancel: Cancel, options: VerifyOptions | None 
     """Check the archive `name` (as for `open_source`).
 
     What is wrong with it is in the report. Raises ArchiveError where there is
-    no beginning (it is no archive, or its header is damaged), InputError where
+    no beginning (it is not an archive, or its header is damaged), InputError where
     it cannot be read, Cancelled.
     """
     options = options or VerifyOptions()

@@ -38,7 +38,7 @@ _RECEIVE_BYTES = 4096
 
 
 class NbdTarget:
-    """One connection, of one worker. Zeroes are written where the image may hold other data."""
+    """A worker's connection to one image. Zeroes are written where it may hold other data."""
 
     def __init__(self, setup: TargetSetup, zeroes: memoryview) -> None:
         """`zeroes`: of `_WRITE_BYTES`, for a server that cannot zero. Raises TargetError."""
@@ -115,7 +115,7 @@ class NbdTarget:
                 self._request(NBD_CMD_WRITE, at, self._zeroes[:length], length)
 
     def flush(self) -> None:
-        """All that was given is written. Raises TargetError."""
+        """Wait until all that was given is written. Raises TargetError."""
         self._flush_zeroes()
         while self._codec.in_flight:
             self._receive()

@@ -23,7 +23,7 @@ _VERDICT_S = 2.0
 
 
 def start_workers(children: Children, count: int, endpoint: str, fds: Sequence[int]) -> None:
-    """Start `count` workers, which inherit `fds`; they wait for who listens at `endpoint`."""
+    """Start `count` workers, which inherit `fds`; they wait for the reader to listen at `endpoint`."""
     for number in range(1, count + 1):
         name = f"worker-{number}"
         words = ["--endpoint", endpoint, "--name", name]
@@ -45,7 +45,7 @@ class WorkerPool:
         """`done` is called for every piece of work that is done, with those of its extents
         whose digest was wrong.
 
-        `all_here`: when all are connected, and nobody needs the socket's name any more.
+        `all_here` is called when all are connected, and the socket's name is no longer needed.
         """
         self.gave_work = False
         #: Data that was on the targets already.
@@ -86,7 +86,7 @@ class WorkerPool:
             self._hear(self._wait_s(work), [feed.fd] if work is None and feed.fd >= 0 else [])
 
     def _give(self, work: Work) -> bool:
-        """Whether somebody took it."""
+        """Give the work to a free worker; return False where there is none."""
         now = time.monotonic()
         worker = self._roster.free_worker(work)
         if worker is None or self._pace.wait_s(work.data_bytes, now) > 0:
@@ -141,7 +141,7 @@ class WorkerPool:
             raise Failure(f"no worker process has started within {_START_S:.0f} s")
 
     def finish(self) -> None:
-        """All is done: let the workers end by themselves. Who had not even started is ended."""
+        """Let the workers exit; terminate those that have never connected. All work is done."""
         for worker in self._roster.workers:
             self._send(worker, encode(Finish()))
         ending = [

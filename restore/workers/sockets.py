@@ -14,7 +14,7 @@ from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import made_with
 from vmapipe.runtime.process import require_memory
 
-# How long a closing socket may still deliver its last words.
+# How long a closing socket may still deliver its last messages.
 _LINGER_MS = 2000
 
 
@@ -47,7 +47,7 @@ class ReaderLink:
         poller.poll(int(timeout_s * 1000) + 1 if timeout_s > 0 else 0)
 
     def receive(self) -> Iterator[tuple[str, list[Part]]]:
-        """What has come, as (worker, parts)."""
+        """Yield what has come, as (worker, parts)."""
         while True:
             try:
                 worker, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -95,7 +95,7 @@ class WorkerLink:
         self._poller.poll(int(timeout_s * 1000))
 
     def receive(self) -> list[Part] | None:
-        """One message; None when there is none."""
+        """Return one message; None when there is none."""
         try:
             return list(self._socket.recv_multipart(zmq.NOBLOCK))
         except zmq.Again:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns an archive's extents into pieces of work, and keeps count of who has which. Pure."""
+"""Pieces of work for the workers: made out of extents, counted, limited in rate, and fed in order.
+
+`WorkBuilder`, `Marks`, `WorkerTable` and `RateLimits` are pure; the feeds get the next piece
+of work without ever making the coordinator wait for it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ _EXTENTS_AHEAD = 64
 
 
 class Work(NamedTuple):
-    """One message to a worker. `parts` is empty where there is nothing to do.
+    """A message to a worker. `parts` is empty where there is nothing to do.
 
     `ahead`: how many like it one worker may have; `cluster_bytes`: of the
     devices it covers, for progress; `data_bytes`: per limited device; `slot`:
@@ -187,7 +191,7 @@ class Marks:
 
 
 class WorkerTable:
-    """Which worker has which work; decides who gets the next piece."""
+    """Record of which worker has which work; decides which one gets the next piece."""
 
     def __init__(self) -> None:
         self._held: dict[str, dict[int, Work]] = {}
@@ -201,11 +205,11 @@ class WorkerTable:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is under way."""
+        """Whether no work is under way."""
         return not any(self._held.values())
 
     def free_worker(self, work: Work) -> str | None:
-        """Who takes this work now: the one with least to do, or nobody."""
+        """Return the worker that takes this work now, the one with least to do; None: all are busy."""
         worker = min(self._held, key=lambda w: len(self._held[w]), default=None)
         if worker is None or len(self._held[worker]) >= work.ahead:
             return None
@@ -294,7 +298,7 @@ class ThreadFeed:
             for work in self._works:
                 if not self._put(work):
                     return
-        except BaseException as error:  # noqa: BLE001  handed to whoever polls
+        except BaseException as error:  # noqa: BLE001  raised again by `poll`
             self._error = error
         with self._changed:
             self._exhausted = True
@@ -302,7 +306,7 @@ class ThreadFeed:
                 os.eventfd_write(self.fd, 1)
 
     def _put(self, work: Work) -> bool:
-        """False when nobody wants any more."""
+        """Queue the work; return False after `close`."""
         with self._changed:
             while not self._closed and len(self._queue) >= _AHEAD_WORKS:
                 self._changed.wait()

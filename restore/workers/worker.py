@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process that writes: takes extents from the reader, or out of the archive itself.
+"""A worker process: writes extents that it gets from the reader, or out of the archive itself.
 
     python -m vmapipe.restore.workers.worker --parent-fd N --endpoint ipc://… --name worker-1
 
@@ -150,7 +150,7 @@ class Worker:
         return 0
 
     def _is_there(self, raw: memoryview, offset: int, digest: bytes) -> bool:
-        """Whether the targets hold an extent, by its digest: its data need not be read."""
+        """Return whether the targets hold an extent, by its digest: its data need not be read."""
         head = raw[:EXTENT_HEADER_BYTES]
         self._read(head, offset)
         extent = self._parse(head, offset)
@@ -187,7 +187,7 @@ def _unreadable(offset: int, error: OSError) -> InputError:
 
 
 def _is_right(digest: bytes, *parts: bytes | memoryview) -> bool:
-    """Whether the parts have this digest; an empty one says nothing."""
+    """Return whether the parts have this digest; True where it is empty (unknown)."""
     if not digest:
         return True
     return extent_digest(*parts) == digest

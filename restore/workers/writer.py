@@ -114,7 +114,7 @@ class TargetWriter:
                 target.write(run, data)
 
     def write_changed(self, extent: Extent, data: memoryview) -> int:
-        """As `write`, where the targets do not hold it already; how many bytes of data they did.
+        """Write what the targets do not hold yet; return how many bytes of data they held.
 
         Raises TargetError.
         """
@@ -181,7 +181,7 @@ class _FileTarget:
                 os.posix_fadvise(self._fd, start, run.count * CLUSTER_BYTES, os.POSIX_FADV_DONTNEED)
 
     def holds(self, run: ClusterRun, data: memoryview) -> bool:
-        """Whether all of this run is there already. Raises TargetError."""
+        """Return whether all of this run is there already. Raises TargetError."""
         return self._compare(run, lambda there, at, length: there == data[at : at + length])
 
     def read_back(self, run: ClusterRun, data: memoryview) -> bool:
@@ -215,13 +215,13 @@ class _FileTarget:
 
     def _is_zero(self, there: memoryview) -> bool:
         if self._zeroer is None:
-            return True  # where zeroes are not written it is the user's word that they are there
+            return True  # zeroes are not written because the user says that they are there
         step = len(self._zeroes)
         pieces = (there[at : at + step] for at in range(0, len(there), step))
         return all(piece == self._zeroes[: len(piece)] for piece in pieces)
 
     def _read(self, at: int, length: int) -> memoryview:
-        """What is beyond the target's end reads as zero."""
+        """Read from the target; beyond its end there are zeroes. Raises TargetError."""
         buffer = memoryview(bytearray(length))
         read_at(self._fd, buffer, at, self._unreadable)
         return buffer

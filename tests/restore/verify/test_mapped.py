@@ -19,6 +19,7 @@ RAW = archive(DISKS, CONFIGS, slots=2)
 # In a process of its own: one without threads can fork.
 PRELUDE = """
 import os, signal, sys
+import psutil
 from vmapipe.restore.archive.source import PlainFile
 from vmapipe.restore.archive.digest import read_digest
 from vmapipe.restore.verify.mapped import MappedHashers
@@ -33,7 +34,7 @@ def compute(offset, length):
     return read_digest(PlainFile(path, None, fd, 0).read_into, offset, length)
 cancel = Cancel()
 hashers = MappedHashers(fd, 2, compute, cancel)
-pids = [pid for pid, _ in hashers._workers]
+pids = [child.pid for child in psutil.Process().children()]
 def kill(pid):
     os.kill(pid, signal.SIGKILL)  # SIGBUS would wait for one that stands still
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -112,7 +113,7 @@ def cut(*args, **words):
 hashers.close()
 mmap.mmap = cut
 hashers = MappedHashers(fd, 2, compute, cancel)
-pids = [pid for pid, _ in hashers._workers]
+pids = [child.pid for child in psutil.Process().children()]
 """
     assert outcome(path, code + ASK).startswith("True")
 
