@@ -106,7 +106,7 @@ def _octal(text: str) -> int:
     except ValueError:
         value = -1
     if not 0 <= value <= 0o777:
-        raise argparse.ArgumentTypeError(f"{text!r} is no mode like 660")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid mode like 660")
     return value
 
 
@@ -122,7 +122,7 @@ def _serve(options: argparse.Namespace) -> None:
     cancel = Cancel()
     cancel.on_signals()
     with renderer("serve", options, sys.stdout) as emit:
-        # First of all: whoever serves there already has the disks, too.
+        # First of all: a monitor that serves there already has the disks, too.
         listener = listen_unix(options.listen, 0o600, socket.SOCK_STREAM)
         try:
             if options.qmp is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries out a monitor's backups: each is a process of its own, `vmapipe backup`.
+"""The processes of a monitor's backups: each is a `vmapipe backup` of its own.
 
 So nothing of a backup happens in the process that owns the guards, and whatever
 becomes of a backup, they do not notice.
@@ -27,7 +27,7 @@ _NAME = "the backup process"
 
 
 class BackupRequest(NamedTuple):
-    """`file` as the client spelled it; `argv` and descriptors for the process."""
+    """A backup to run: `file` as the client spelled it; `argv` and descriptors for the process."""
 
     file: str
     argv: Sequence[str]
@@ -35,10 +35,10 @@ class BackupRequest(NamedTuple):
 
 
 class BackupRunner:
-    """One backup at a time. `fd` is readable when `poll` has something."""
+    """Runs one backup at a time. `fd` is readable when `poll` has something to do."""
 
     def __init__(self) -> None:
-        #: Who hears QMP events.
+        #: Sends a QMP event to all clients.
         self.send_event: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None
         self._backups = Backups()
         self._children = Children()
@@ -59,7 +59,7 @@ class BackupRunner:
         return self._backups.status()
 
     def begin(self, file: str, *, with_state: bool) -> DeferredAnswer:
-        """From now on no other can begin; `start` or `give_up` follow. Raises QmpError."""
+        """Reserve the one place; `start` or `give_up` follow. Raises QmpError."""
         self._backups.begin(file, with_state=with_state)
         self._started = DeferredAnswer()
         return self._started
@@ -97,12 +97,12 @@ class BackupRunner:
         return over
 
     def set_speed(self, bytes_per_s: int) -> None:
-        """Of the one that runs."""
+        """Change the speed of the running backup."""
         if self._child is not None:
             self._child.tell(speed_command(bytes_per_s))
 
     def poll(self) -> None:
-        """What the backup has told since. Never raises for what it tells."""
+        """Process what the backup has reported. Never raises for that."""
         child = self._child
         if child is None:
             return
@@ -141,7 +141,7 @@ class BackupRunner:
             self._kill_at = min(self._kill_at, time.monotonic() + _STOP_S)
 
     def _answer_cancels(self) -> None:
-        """Nothing runs any more."""
+        """Answer all `backup-cancel`: nothing runs any more."""
         waiting, self._cancels = self._cancels, []
         for over in waiting:
             over.answer({})

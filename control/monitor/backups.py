@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a monitor knows of its backups, one at a time. Pure.
+"""The state of a monitor's backups, one at a time. Pure.
 
 A coordinator's events in; status, answers and QMP events out. The members are
-those of the RFC's BackupStatus. Also for whoever else hears a coordinator's
-events and is asked `query-backup`.
+those of the RFC's BackupStatus, which a running backup's own socket answers, too.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class BackupStatus:
         return "error" if self.errmsg else "done"
 
     def take(self, event: Event, now: float) -> None:
-        """What the backup's coordinator tells."""
+        """Take an event of the backup's coordinator into account."""
         match event["event"]:
             case "begun":
                 self.uuid = event["uuid"]
@@ -50,13 +49,13 @@ class BackupStatus:
                 self._count(event["devices"])
 
     def fail(self, reason: str, now: float) -> None:
-        """It has ended without an archive, unless it has ended already."""
+        """Record a failure, unless it has ended already."""
         if not self.ended:
             self.errmsg = self.errmsg or one_line(reason)
             self.ended = max(now, self.started)
 
     def succeed(self, now: float) -> None:
-        """It is stored, whatever was said on the way."""
+        """Record success, whatever was reported on the way."""
         self.errmsg = ""
         self.done_bytes = self.total_bytes
         self.ended = max(now, self.started)
@@ -102,7 +101,7 @@ class Moment(NamedTuple):
 
 
 class QmpEvent(NamedTuple):
-    """A QMP event for everybody."""
+    """A QMP event for all clients."""
 
     name: str
     data: dict[str, Any]
@@ -115,7 +114,7 @@ class Accepted(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """It is refused; the status stays what it was."""
+    """The command `backup` is refused; the status stays what it was."""
 
     error: QmpError
 
@@ -133,7 +132,7 @@ EVENTS = (
 
 @dataclass
 class _Backup(BackupStatus):
-    """`starts_with`: the event at which the archive's instant is behind us."""
+    """A backup and its state. `starts_with`: the event at which the archive's instant is behind us."""
 
     starts_with: str = ""
     canceled: bool = False
@@ -142,7 +141,10 @@ class _Backup(BackupStatus):
 
 
 class Backups:
-    """In this order: `begin`, `handle_event` …, `end` or `refuse`; `cancel` and `status` at any time."""
+    """A monitor's backups.
+
+    In this order: `begin`, `handle_event` …, `end` or `refuse`; `cancel` and `status` at any time.
+    """
 
     def __init__(self) -> None:
         self._running: _Backup | None = None
@@ -159,7 +161,7 @@ class Backups:
         return self._running is not None and self._running.canceled
 
     def begin(self, file: str, *, with_state: bool = False) -> None:
-        """Raises QmpError when one is running. The answer comes with an outcome.
+        """Begin a backup; the answer comes with an outcome. Raises QmpError when one is running.
 
         Where the machine's memory is saved, too, the instant may be minutes away:
         then the answer does not wait for it.
@@ -169,7 +171,7 @@ class Backups:
         self._running = _Backup(file, starts_with="begun" if with_state else "instant")
 
     def handle_event(self, event: Event, now: Moment) -> list[Outcome]:
-        """What the coordinator tells."""
+        """Take an event of the coordinator; return what follows from it."""
         backup = self._running
         if backup is None:
             return []
@@ -190,7 +192,7 @@ class Backups:
         return []
 
     def cancel(self) -> None:
-        """Whoever carries it out has been told to stop, or will be, if anything runs."""
+        """Record that the running backup is being cancelled."""
         if self._running is not None and not self._running.errmsg:
             self._running.canceled = True
             self._running.errmsg = CANCELED
@@ -215,7 +217,7 @@ class Backups:
         return [*first, QmpEvent(name, backup.members())]
 
     def refuse(self, error: QmpError) -> list[Outcome]:
-        """It has come to nothing before there was a coordinator."""
+        """End a backup that failed before there was a coordinator."""
         backup, self._running = self._running, None
         if backup is None:
             return []

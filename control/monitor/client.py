@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a monitor which disks it serves."""
+"""The client's side of a monitor: its disks, and one instant for all of them.
+
+For the instant the writes of all disks are held, the backup begins on all, then all are released.
+While every disk is held no write is under way anywhere. Whatever was acknowledged before is on all
+disks, and whatever comes after finds the backup begun on all of them: it does not matter that they
+are released one by one.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +48,7 @@ class _Monitor(QmpPeer):
 
     def no_greeting(self, path: str) -> QmpGone:
         return QmpGone(
-            f"{path}: nobody greets us within {self.greeting_s:.0f} s; is this a monitor's socket?"
+            f"{path}: no greeting came within {self.greeting_s:.0f} s; is this a monitor's socket?"
         )
 
     def no_qmp(self, path: str, said: bytes) -> QmpGone:
@@ -68,7 +74,7 @@ class GuardedDisk(NamedTuple):
 
 
 def guarded_disks(monitor: str) -> list[GuardedDisk]:
-    """Raises Failure."""
+    """Return the disks that a monitor serves. Raises Failure."""
     try:
         qmp = QmpClient(monitor, _Monitor())
         try:

@@ -19,7 +19,7 @@ from vmapipe.runtime.errors import UsageError
 from vmapipe.vma.names import FIREWALL_NAME
 
 FORMATS = ("vma",)
-# Members that only Proxmox VE's command has: who knows them wants its answer.
+# Members that only Proxmox VE's command has: a client that sends one expects its form of answer.
 _PROXMOX = ("firewall-file", "max-workers", "fleecing")
 
 
@@ -38,7 +38,7 @@ class Disks(Protocol):
 
 
 class Commands:
-    """`options` and `agent` are handed on to each backup; `leave` ends the monitor."""
+    """The commands of a monitor. `options` and `agent` go to each backup; `leave` ends the monitor."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Commands:
         with_state: bool,
         as_proxmox: bool,
     ) -> DeferredAnswer:
-        """Raises QmpError."""
+        """Begin a backup with these options. Raises QmpError."""
         output, fds = self._output(file)
         try:
             started = self._jobs.begin(file, with_state=with_state)
@@ -156,14 +156,14 @@ class Commands:
             return f"fd:{fd}", [fd]
         if file in ("", "-") or file.startswith("fd:") or "\0" in file:
             raise QmpError(
-                f"'{file}' is no place for an archive here: name a file, or hand a descriptor in "
-                "by add-fd and name it /dev/fdset/N"
+                f"'{file}' is not a valid place for an archive here: name a file, or hand a "
+                "descriptor in by add-fd and name it /dev/fdset/N"
             )
         return (f"./{file}" if file.startswith("-") else file), []
 
     @staticmethod
     def _config_words(arguments: Arguments) -> list[str]:
-        """Raises QmpError for what cannot be read."""
+        """Return the options for configuration files. Raises QmpError for one that cannot be read."""
         config = arguments.text("config-file", "config-filename", "config_filename", "config_file")
         firewall = arguments.text("firewall-file", "firewall_file")
         words = [] if config is None else [_config_word(os.path.basename(config), config)]
@@ -204,7 +204,10 @@ def _nothing_else(arguments: dict[str, Any], answer: Any) -> Any:
 
 
 def _config_word(name: str, path: str) -> str:
-    """Raises QmpError for a file that cannot be read, or not be named on a command line."""
+    """Return a file as an option.
+
+    Raises QmpError when it cannot be read, or not be named on a command line.
+    """
     word = f"{name}={path}"
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb"):
@@ -217,7 +220,7 @@ def _config_word(name: str, path: str) -> str:
 
 
 def _in_an_object(started: DeferredAnswer) -> DeferredAnswer:
-    """As Proxmox VE's command answers."""
+    """Wrap an answer as Proxmox VE's command does."""
     outer = DeferredAnswer()
 
     def answer() -> None:

@@ -27,10 +27,13 @@ OnAnswers = Callable[[list[Any] | QmpError], None]
 
 
 class QemuQueries:
-    """One question after the other. `fd` is readable when `poll` has answers to give."""
+    """Queries to QEMU in a thread, because it may be slow or busy; its monitor is held for a moment
+    each.
+
+    One at a time. `fd` is readable when `poll` has answers to give."""
 
     def __init__(self, address: str, *, share: bool) -> None:
-        """Raises UsageError for what is not an address."""
+        """Start the thread. Raises UsageError for what is not an address."""
         self._address = address
         self._share = share
         parse_address(address)
@@ -40,7 +43,7 @@ class QemuQueries:
             queue.SimpleQueue()
         )
         self._pending = 0
-        # A daemon: at the end nobody waits for a QEMU that does not answer.
+        # A daemon: at the end a QEMU that does not answer is not waited for.
         threading.Thread(target=self._work, name="queries", daemon=True).start()
 
     def ask(self, commands: Sequence[str], then: OnAnswers) -> None:
@@ -82,7 +85,10 @@ _SEPARATORS = re.compile("[,;:]")
 
 
 class BackupDevice(NamedTuple):
-    """`aliases`: what it may be asked for by; `unasked`: it is taken when nobody names any."""
+    """A device that can be backed up.
+
+    `aliases`: its names; `unasked`: it is taken when none is named.
+    """
 
     aliases: frozenset[str]
     has_medium: bool = True
@@ -116,7 +122,7 @@ def check_devices(devices: Sequence[BackupDevice], devlist: str | None) -> list[
 
 
 def machine_devices(blocks: Sequence[Answer], nodes: Sequence[Answer]) -> list[BackupDevice]:
-    """From a QEMU's answers to query-block and query-named-block-nodes."""
+    """Return the devices in a QEMU's answers to query-block and query-named-block-nodes."""
     devices = []
     for block in blocks:
         inserted = block.get("inserted")
@@ -156,7 +162,7 @@ OnDevices = Callable[[list[BackupDevice] | QmpError], None]
 
 
 class ServedDisks:
-    """A backup asks this monitor itself, at its socket, where their guards are."""
+    """Disks that the monitor serves; a backup asks the monitor for their guards."""
 
     takes_state = False
 
@@ -179,9 +185,11 @@ class ServedDisks:
 
 
 class MachineDisks:
-    """QEMU's monitor belongs to the backup while one runs: what it said before is told then.
+    """The disks of a QEMU.
 
-    Unless they share it: then each asks for a moment.
+    While a backup runs QEMU's monitor is its own, and earlier answers are repeated.
+
+    Unless they share it: then each connects for a moment.
     """
 
     def __init__(
@@ -218,7 +226,7 @@ class MachineDisks:
         return self._ask("query-status")
 
     def _ask(self, command: str) -> DeferredAnswer:
-        """Raises QmpError."""
+        """Ask QEMU one command. Raises QmpError."""
         if self._jobs.busy and not self._share:
             raise QmpError("QEMU's monitor serves one client at a time, and a backup has it now")
         later = DeferredAnswer()

@@ -2,7 +2,7 @@
 """Descriptors that clients have handed in: `/dev/fdset/N` and `/dev/fdname/NAME`.
 
 As QEMU's add-fd and getfd. They belong to the client that brought them, and are
-closed when it leaves: whoever reads the other end of a pipe hears its end then.
+closed when it leaves, so that the reader of a pipe's other end sees its end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Fd:
 
 
 class FdSets:
-    """All descriptors of all clients; they share the numbers, as they do in QEMU."""
+    """The descriptors of all clients; they share the numbers, as they do in QEMU."""
 
     def __init__(self) -> None:
         self._fds: list[_Fd] = []
@@ -47,7 +47,7 @@ class FdSets:
         }
 
     def open(self, path: str) -> int | None:
-        """A duplicate of the descriptor that `path` names, to be written to; None: it names none.
+        """Duplicate the descriptor that `path` names, to be written to; None: it names none.
 
         Raises QmpError when there is no such descriptor.
         """
@@ -64,7 +64,7 @@ class FdSets:
         raise _not_found(path.removeprefix("/dev/fdname/"))
 
     def left(self, client: Client) -> None:
-        """What the client has handed in goes with it."""
+        """Close what the client has handed in."""
         self._drop([held for held in self._fds if held.owner is client])
 
     def close(self) -> None:

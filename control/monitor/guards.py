@@ -38,7 +38,7 @@ class MonitorDisk:
 
 @dataclass
 class _Guard:
-    """One process; disks that share an export's socket share it."""
+    """A guard process; disks that share an export's socket share it."""
 
     disks: list[MonitorDisk]
     control: Listener
@@ -60,7 +60,7 @@ class Guards:
         folder: str,
         insecure_tcp: bool,
     ) -> None:
-        """`folder`, for the guards' own sockets, is made, and taken over after a crash."""
+        """Make all sockets. `folder`, for the guards' own, is made, or taken over after a crash."""
         self.disks = disks
         self._emit = emit
         self._folder = private_folder(folder)
@@ -80,7 +80,7 @@ class Guards:
         self.close()
 
     def close(self) -> None:
-        """What guests are doing comes to an end first, within a bound."""
+        """Stop all guards; requests of guests are finished first, within a bound."""
         self._children.stop()
         for guard in self._guards:
             for listener, _ in guard.listeners:
@@ -90,7 +90,7 @@ class Guards:
             os.rmdir(self._folder)
 
     def start(self, cancel: Cancel) -> None:
-        """All of them; returns when all disks are served. Raises Failure."""
+        """Start all guards; returns when all disks are served. Raises Failure."""
         self._children.watch(cancel.fd)
         for guard in self._guards:
             self._start(guard)
@@ -109,7 +109,7 @@ class Guards:
                     waiting.discard(child)
 
     def watch(self, timeout_s: float) -> None:
-        """What happens within `timeout_s`; a guard that has ended is started again."""
+        """Process events for `timeout_s`; a guard that has ended is started again."""
         for child, event in self._children.wait(timeout_s):
             if event is not None:
                 self._take(child, event)
@@ -194,7 +194,7 @@ def _groups(disks: Sequence[MonitorDisk]) -> list[list[MonitorDisk]]:
 
 
 def check_disks(disks: Sequence[MonitorDisk]) -> None:
-    """Raises UsageError."""
+    """Refuse disks that cannot be served or backed up together. Raises UsageError."""
     if not disks:
         raise UsageError("no disk to serve: name one with --disk NAME=PATH")
     names = [disk.name for disk in disks]

@@ -21,13 +21,13 @@ _INFO_HELP = ["info backup  -- show backup status", "info version  -- show vmapi
 
 
 class HumanMonitor:
-    """Carries out lines by `execute`, which knows the QMP commands of these names."""
+    """The human monitor: carries out lines by `execute`, which knows the QMP commands."""
 
     def __init__(self, execute: Callable[[str, dict[str, Any]], Any]) -> None:
         self._execute = execute
 
     def command(self, line: str) -> str | DeferredAnswer:
-        """What a person would read; an error is text, too."""
+        """Carry out a line; return what a person would read; an error is text, too."""
         try:
             words = shlex.split(line)
         except ValueError as error:
@@ -45,7 +45,7 @@ class HumanMonitor:
             return _text([str(error)])
 
     def _carry_out(self, name: str, words: list[str]) -> str | DeferredAnswer:
-        """Raises QmpError."""
+        """Carry out one command. Raises QmpError."""
         if name == "backup":
             return self._backup(words)
         if name == "backup_cancel":
@@ -55,7 +55,7 @@ class HumanMonitor:
         return _text(_INFO_HELP if words == ["info"] else _help(words))
 
     def _backup(self, words: list[str]) -> str | DeferredAnswer:
-        """Raises QmpError."""
+        """Begin a backup. Raises QmpError."""
         if not words:
             return _text(["backup: string expected", 'Try "help backup" for more information'])
         arguments: dict[str, Any] = {"backupfile": words[0]}
@@ -100,7 +100,7 @@ def _help(words: list[str]) -> list[str]:
 
 
 def _silent(value: Any) -> str | DeferredAnswer:
-    """Who has done what he was asked to says nothing."""
+    """Return an answer without text: successful commands print nothing."""
     if not isinstance(value, DeferredAnswer):
         return ""
     inner, outer = value, DeferredAnswer()
@@ -117,5 +117,5 @@ def _silent(value: Any) -> str | DeferredAnswer:
 
 
 def _text(lines: Iterable[str]) -> str:
-    """With a terminal's line ends, as QEMU has them."""
+    """Join lines with a terminal's line ends, as QEMU has them."""
     return "".join(f"{one_line(line)}\r\n" for line in lines)

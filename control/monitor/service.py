@@ -74,9 +74,9 @@ def _serve(
     beside: Mapping[int, Callable[[], None]],
     emit: Emit,
 ) -> None:
-    """Until a stop is asked for; a backup that runs is ended then, in order.
+    """Serve clients until a stop is asked for; a running backup is ended then, in order.
 
-    `beside`: by a descriptor that wakes us, what has to be looked at.
+    `beside`: functions to call in each round, by the descriptor that wakes the loop for them.
     """
 
     def notice(text: str) -> None:

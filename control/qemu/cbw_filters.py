@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hands a disk over from QEMU's backup job to a copy-before-write filter of our own.
+"""Copy-before-write filters of our own: a disk handed over to one, and its snapshot checked.
 
 A backup job of QEMU before 10.1 fails a guest's write when the old data cannot be read. A
 filter node can be told to give the snapshot up instead. It cannot begin at one instant with
@@ -7,6 +7,11 @@ others; jobs can. So the jobs begin, slowly, and a moment later the disks' filte
 places: what a guest has written in between was saved by the jobs, all else is as it was at
 the instant, and a sink keeps of each cluster what comes first. Then a job of ours copies
 what the filter shows. See docs/decisions/0022-read-errors.md.
+
+A filter with `on-cbw-error: break-snapshot` lets a guest's write go on when the old data cannot be
+saved, saves nothing from then on, and reports nothing. But a reader of its snapshot is refused then,
+so one sector of it is copied to nowhere (`SnapshotCheck`). Checked when all of a disk has been copied,
+the answer counts for all of it.
 """
 
 from __future__ import annotations
@@ -60,7 +65,7 @@ Release = tuple[int, ...]
 def disks_to_hand_over(
     qmp: Qmp, release: Release, disks: Sequence[MachineDisk], blocks: Sequence[Answer]
 ) -> list[int]:
-    """The numbers of the disks for which it does no harm and costs little. Raises QmpGone."""
+    """Return the indices of the disks whose hand-over is harmless and cheap. Raises QmpGone."""
     found = []
     for index, disk in enumerate(disks):
         users = [block for block in blocks if disk.device in _names(block)]
@@ -86,7 +91,7 @@ def _is_quick(size_bytes: int, used_bytes: int) -> bool:
 
 
 def _has_iothread(qmp: Qmp, path: str) -> bool:
-    """Whether the device, or the controller whose bus it is on, has a thread of its own."""
+    """Tell whether the device, or the controller whose bus it is on, has an I/O thread of its own."""
     for _ in range(_MOST_BUSES):
         if _property(qmp, path, "iothread"):
             return True
@@ -105,13 +110,16 @@ def _property(qmp: Qmp, path: str, name: str) -> str:
 
 
 def needed_release(qmp: Qmp, features: Features) -> Release | None:
-    """Of a QEMU that needs this, and does it without harm; None: of all others. Raises QmpGone."""
+    """Return the release of a QEMU that needs hand-overs and supports them; else None.
+
+    Raises QmpGone.
+    """
     needed = {"copy-before-write", "snapshot-access", "null-co"} <= features.drivers
     if features.breaks_snapshots or not needed:
         return None
     try:
         version = qmp.execute(Command("query-version", {}))["qemu"]
-        # Whoever cleans up has to see what is below a filter.
+        # A later cleanup has to see what is below a filter.
         qmp.execute(Command("x-debug-query-block-graph", {}))
     except QmpRefused:
         return None
@@ -120,12 +128,15 @@ def needed_release(qmp: Qmp, features: Features) -> Release | None:
 
 
 def filter_timeout_s(release: Release, wanted_s: int) -> int:
-    """0: none. The sink's own bound, and QEMU's for a lost connection, remain."""
+    """Return the filter's timeout; 0: none.
+
+    The sink's own bound, and QEMU's for a lost connection, remain.
+    """
     return wanted_s if release >= _LONG_TIMEOUT else 0
 
 
 def shows_snapshots(qmp: Qmp, run: str, device: str) -> bool:
-    """Whether it can be seen that one is broken. Raises QmpGone."""
+    """Tell whether this QEMU shows when a snapshot is broken. Raises QmpGone."""
     add, delete = rehearse(run, device)
     try:
         qmp.execute(add)
@@ -136,7 +147,7 @@ def shows_snapshots(qmp: Qmp, run: str, device: str) -> bool:
 
 
 class BackupMethod(NamedTuple):
-    """How a backup begins: what of QEMU's features it uses, and which disks are handed over to
+    """The method of a backup: the features of QEMU that it uses, and which disks are handed over to
     filters with this timeout.
     """
 
@@ -148,7 +159,7 @@ class BackupMethod(NamedTuple):
 def choose_method(
     qmp: Qmp, run: str, features: Features, disks: Sequence[MachineDisk], guest_wait_s: int
 ) -> BackupMethod:
-    """Raises QmpGone."""
+    """Choose how the disks of this QEMU are backed up. Raises QmpGone."""
     handed_over: list[int] = []
     timeout_s = 0
     if release := needed_release(qmp, features):
@@ -162,7 +173,7 @@ def choose_method(
 
 
 class Handover:
-    """Of the disks that `indices` number, in one backup whose jobs have just begun."""
+    """The hand-over of the disks with these `indices`, in one backup whose jobs have just begun."""
 
     def __init__(self, qmp: Qmp, run: str, indices: Sequence[int], features: Features) -> None:
         self._qmp = qmp
@@ -171,9 +182,10 @@ class Handover:
         self._features = features
 
     def carry_out(self) -> list[int]:
-        """Which disks' writes go through a filter of ours from now on; the others keep their jobs.
+        """Return the disks whose writes go through a filter of ours from now on; the others keep
+        their jobs.
 
-        Those copy slowly until they are told otherwise. Raises Failure, QmpGone.
+        These copy slowly until they are told otherwise. Raises Failure, QmpGone.
         """
         blocks = self._qmp.execute(Command("query-block", {}))
         taken = [index for index in self._indices if self._insert(index, blocks)]
@@ -183,7 +195,10 @@ class Handover:
         return [index for index, error in self._ends(taken) if self._copy(index, error)]
 
     def _insert(self, index: int, blocks: Sequence[Answer]) -> bool:
-        """Below the one device that uses this disk. False: it cannot be done; its job stays."""
+        """Insert the filter below the one device that uses this disk.
+
+        False: impossible; its job stays.
+        """
         below = job_filter_name(self._run, index)
         users = [b for b in blocks if (b.get("inserted") or {}).get("node-name") == below]
         path = device_path(users[0]) if len(users) == 1 else ""
@@ -197,7 +212,7 @@ class Handover:
         return False
 
     def _ends(self, indices: Sequence[int]) -> list[tuple[int, str]]:
-        """The errors of the jobs, when all have ended."""
+        """Wait until all jobs have ended; return the error of each."""
         deadline = time.monotonic() + ANSWER_S
         while True:
             jobs = {job["id"]: job for job in self._qmp.execute(Command("query-jobs", {}))}
@@ -209,7 +224,10 @@ class Handover:
             time.sleep(_POLL_S)
 
     def _copy(self, index: int, error: str) -> bool:
-        """False: its job has ended by itself, well or badly, and stays to be seen."""
+        """Begin to copy what the filter shows.
+
+        False: the disk's job has ended by itself, and is judged later.
+        """
         if error != _CANCELLED:
             return False
         commands = [
@@ -238,7 +256,7 @@ BROKEN = (
 
 
 class SnapshotCheck(NamedTuple):
-    """The commands of one look through the filter node `filter_node`; `name` is the job's."""
+    """The commands of one check through the filter node `filter_node`; `name` is the job's."""
 
     name: str
     filter_node: str
@@ -263,7 +281,7 @@ class SnapshotCheck(NamedTuple):
         ]
 
     def end(self) -> list[Command]:
-        """When the job has ended."""
+        """Return the commands that remove the check when its job has ended."""
         nodes = [Command("blockdev-del", {"node-name": node}) for node in check_nodes(self.name)]
         return [Command("job-dismiss", {"id": self.name}), *nodes]
 
@@ -273,10 +291,9 @@ def _node(name: str, driver: str, words: dict[str, object]) -> Command:
 
 
 def broken_reason(qmp: Qmp, look: SnapshotCheck) -> str:
-    """The reason why the snapshot does not count; empty: it is whole. Raises QmpGone.
+    """Return why a snapshot is not valid; empty: it is whole. Raises QmpGone.
 
-    Any doubt is a reason. What it has added to QEMU is gone afterwards, or is left to
-    whoever cleans up.
+    Any doubt is a reason. Objects added to QEMU are removed again, or left to the cleanup (undo.py).
     """
     try:
         for command in look.begin():
@@ -292,13 +309,13 @@ def broken_reason(qmp: Qmp, look: SnapshotCheck) -> str:
 
 
 def _job_error(qmp: Qmp, name: str) -> str:
-    """The error of a job that has ended."""
+    """Wait until a job has ended; return its error."""
     deadline = time.monotonic() + ANSWER_S
     while True:
         jobs = qmp.execute(Command("query-jobs", {}))
         job = next((job for job in jobs if job.get("id") == name), None)
         if job is None:
-            return "somebody has removed the job that looks"
+            return "the job that checks it was removed"
         if job.get("status") == "concluded":
             return str(job.get("error", ""))
         if time.monotonic() > deadline:

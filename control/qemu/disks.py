@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which disks of a running machine a backup takes, and what they are called. Pure."""
+"""The disks of a running machine: which a backup takes, their names, and storage outside of QEMU.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _DEVICE = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/virtio-backend)?")
 # Where UEFI firmware keeps its variables: a flash memory, which has no id of its own.
 _FLASH_VARIABLES = "/machine/system.flash1"
 _FLASH_NAME = "drive-efidisk0"
-# QEMU's own word for it where nobody gave it one.
+# QEMU's own name for it where the user gave none.
 _FLASH_DEVICES = frozenset({"", "pflash1"})
 # Where its code is: the same in all machines, and never written to.
 _FLASH_CODE = "/machine/system.flash0"
@@ -46,10 +49,12 @@ class Machine(NamedTuple):
 
 
 class DiskChoiceOptions(NamedTuple):
-    """What is to be taken. `requested`: what was asked for, `[NAME=]DEVICE` each; none: all that can be.
+    """The disks that a user wants.
+
+    `requested`: what was asked for, `[NAME=]DEVICE` each; none: all that can be.
 
     Of that all: `excluded`, by name with the reason, stay out, and `read_only`, by name, are taken
-    although nobody can write to them.
+    although they are not writable.
     """
 
     requested: Sequence[str] = ()
@@ -58,7 +63,7 @@ class DiskChoiceOptions(NamedTuple):
 
 
 class MachineDisk(NamedTuple):
-    """`name` in the archive; `device` is what QEMU's commands call it.
+    """A disk with its `name` in the archive; `device` is its name in QEMU's commands.
 
     `is_thin`: what its image was never given is zero, and QEMU can leave it out.
     """
@@ -70,14 +75,14 @@ class MachineDisk(NamedTuple):
 
 
 class DiskNames(NamedTuple):
-    """Of a disk: its name in the archive, and all that it may be asked for by."""
+    """The names of a disk: that in the archive, and all by which a user may ask for it."""
 
     name: str
     aliases: frozenset[str]
 
 
 def disk_names(block: Answer) -> DiskNames:
-    """From an entry of query-block."""
+    """Return the names of the disk in an entry of query-block."""
     device, qdev = block.get("device", ""), block.get("qdev", "")
     node = (block.get("inserted") or {}).get("node-name", "")
     match = _DEVICE.fullmatch(qdev)
@@ -91,7 +96,7 @@ def disk_names(block: Answer) -> DiskNames:
 class LeftOut(NamedTuple):
     """A disk of the machine that is not in the archive, and why.
 
-    `level` is the log's: `warn` where somebody may rely on its being there, `debug` where nothing
+    `level` is the log's: `warn` where a user may rely on its being there, `debug` where nothing
     is lost.
     """
 
@@ -106,7 +111,7 @@ class DiskChoice(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A disk, and why it is not taken when nobody asks (`skipped`), or never (`refused`).
+    """A disk, and why it is not taken unasked (`skipped`), or never (`refused`).
 
     `qemu_names`: what QEMU itself calls it; `aliases`: its name in the archive, too. `is_node`: no
     guest's device; `part_of`: nor a disk at all.
@@ -127,7 +132,7 @@ class _Found(NamedTuple):
 
 
 def choose_disks(machine: Machine, wishes: DiskChoiceOptions) -> DiskChoice:
-    """All that are in and can be written to, or what is asked for. Raises Failure, UsageError."""
+    """Choose the disks that a user asks for, or all that are writable. Raises Failure, UsageError."""
     found = [_found_block(block, machine) for block in machine.blocks]
     found += [_Found(disk, words, words) for disk, words in machine.added]
     if wishes.requested:
@@ -182,7 +187,10 @@ def _asked_for(machine: Machine, found: list[_Found], words: Sequence[str]) -> l
 
 
 def _named(word: str, found: Sequence[_Found]) -> _Found | None:
-    """QEMU's own names go first: a disk's name in the archive may be another one's id. Raises UsageError."""
+    """Find a disk by name, QEMU's own names first: an archive's name may be another disk's id.
+
+    Raises UsageError.
+    """
     for words_of in (_qemu_names, _aliases):
         disks = [disk for disk in found if word in words_of(disk)]
         # A device's node is among the nodes, too.
@@ -204,7 +212,7 @@ def _aliases(disk: _Found) -> frozenset[str]:
 
 
 def _refuse_word(word: str, machine: Machine, found: Sequence[_Found]) -> NoReturn:
-    """Raises Failure for what the machine has and no backup takes, UsageError for all else."""
+    """Raise Failure for storage that no backup can take, UsageError for an unknown name."""
     for outside in machine.outside:
         if word in outside.aliases:
             raise Failure(f"disk {outside.name!r}: {outside.reason}")
@@ -214,13 +222,13 @@ def _refuse_word(word: str, machine: Machine, found: Sequence[_Found]) -> NoRetu
 
 
 def _rest(found: Sequence[_Found], chosen: Sequence[_Found]) -> list[_Found]:
-    """Who asks for the node of a disk has the disk."""
+    """Return the disks not chosen; asking for a disk's node chooses the disk."""
     taken = {disk.disk.device for disk in chosen}
     return [disk for disk in found if disk.disk.device not in taken]
 
 
 def _check_names_differ(chosen: Sequence[_Found]) -> None:
-    """Raises UsageError."""
+    """Refuse two devices with one name. Raises UsageError."""
     by_name: dict[str, dict[MachineDisk, str]] = {}
     for found in chosen:
         word = min(found.qemu_names, key=lambda w: (w.startswith(("/", "#")), len(w)), default="")
@@ -262,7 +270,7 @@ def _found_block(block: Answer, machine: Machine) -> _Found:
 
 
 def _found_node(node: Answer, machine: Machine) -> _Found:
-    """A node that is no guest device's: one of a qemu-storage-daemon, or asked for by its name."""
+    """Return a node without a guest device: of a qemu-storage-daemon, or asked for by its name."""
     graph, name = machine.graph, node.get("node-name", "")
     size = (node.get("image") or {}).get("virtual-size", 0)
     skipped = "" if size else "it is empty, or QEMU does not know its size"
@@ -281,7 +289,7 @@ def _found_node(node: Answer, machine: Machine) -> _Found:
 
 
 def _is_thin(node: Answer, graph: Graph) -> bool:
-    """Whether what is not allocated in this node is certain to be zero.
+    """Tell whether unallocated clusters of this node are certain to be zero.
 
     So it is in a qcow2 image without a backing file. A raw file tells its holes as
     zeroes that are allocated; other formats are not worth a doubt.
@@ -295,12 +303,12 @@ def _is_thin(node: Answer, graph: Graph) -> bool:
 
 
 def _drive_name(device_id: str) -> str:
-    """As Proxmox VE calls it, so that its restore knows where it belongs."""
+    """Return Proxmox VE's name for the drive, so that its restore knows where it belongs."""
     return device_id if device_id.startswith("drive-") else f"drive-{device_id}"
 
 
 def _job_on(node: Answer, names: set[str], jobs: Sequence[Answer]) -> str:
-    """Why a job stands in the way; empty: none is known. QEMU itself looks again."""
+    """Return why a block job prevents the backup; empty: none is known. QEMU itself checks again."""
     running = list(_jobs_named(names, jobs))
     if running:
         return _job_text(running[0])
@@ -311,7 +319,7 @@ def _job_on(node: Answer, names: set[str], jobs: Sequence[Answer]) -> str:
 
 
 def _job_among(chain: Sequence[str], machine: Machine) -> str:
-    """The same for all nodes from a disk down to the one that is read."""
+    """Return the same for all nodes from a disk down to the one that is read."""
     for node in chain:
         for parent in machine.graph.jobs(node):
             jobs = [job for job in machine.jobs if job.get("device") == parent.name]
@@ -360,7 +368,10 @@ _CHILD = re.compile(r"child<(.+)>")
 
 
 class OutsideStorage(NamedTuple):
-    """`aliases`: what it may be asked for by; `level`: how much a person has to know of it."""
+    """Storage outside of QEMU's block layer.
+
+    `aliases`: names by which a user may ask for it; `level`: the log's.
+    """
 
     name: str
     aliases: frozenset[str]
@@ -369,7 +380,7 @@ class OutsideStorage(NamedTuple):
 
 
 def storage_outside(devices: Mapping[str, Sequence[Answer]]) -> list[OutsideStorage]:
-    """From the answers to qom-list, by path (/machine/peripheral and -anon)."""
+    """Find such storage in the answers to qom-list, by path (/machine/peripheral and -anon)."""
     found = []
     for path, entries in devices.items():
         for entry in entries:
@@ -386,24 +397,24 @@ def storage_outside(devices: Mapping[str, Sequence[Answer]]) -> list[OutsideStor
 
 
 def tpm_aliases(tpm: Answer) -> frozenset[str]:
-    """What the state of a TPM may be asked for by, from an entry of query-tpm."""
+    """Return the names of a TPM's state, from an entry of query-tpm."""
     return frozenset({str(tpm.get("id", "")), TPM_NAME, "tpmstate0"} - {""})
 
 
 def is_emulated(tpm: Answer) -> bool:
-    """By swtpm, which keeps its state in files."""
+    """Tell whether a TPM is emulated by swtpm, which keeps its state in files."""
     return (tpm.get("options") or {}).get("type") == "emulator"
 
 
 def tpm_outside(tpm: Answer, why: str) -> OutsideStorage:
-    """`why` its state cannot be had."""
+    """Describe a TPM whose state cannot be read, and `why`."""
     name = str(tpm.get("id", ""))
     reason = _TPM.format(name, why) if is_emulated(tpm) else _CHIP
     return OutsideStorage(TPM_NAME, tpm_aliases(tpm), reason, "warn")
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises UsageError for disks that no archive could hold together."""
+    """Refuse names of disks that no archive could hold together. Raises UsageError."""
     if VMSTATE_NAME in names:
         raise UsageError(f"the name {VMSTATE_NAME!r} is the memory's; give the disk another one")
     if len(names) > MAX_DEVICES:
@@ -411,7 +422,7 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
             # Archives keep such names; the protocol of producers is UTF-8.
-            raise UsageError(f"device name {name!r} is no UTF-8 text; give another: NAME=PATH")
+            raise UsageError(f"device name {name!r} is not UTF-8 text; give another: NAME=PATH")
     devices = tuple(Device(index, name, 1) for index, name in enumerate(names, start=1))
     try:
         if devices:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A target in place of a dead sink: takes QEMU's requests, acknowledges and drops them."""
+"""Stand-ins for dead sinks and dead readers of the memory: they take QEMU's data and drop it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from vmapipe.producer.nbd.server import Offer, Server
 
 
 class DropTarget(WriteOnlyBackend):
-    """The `Backend` of one disk, and its server. Nothing is accepted until `start`."""
+    """An NBD server in place of a disk's dead sink: acknowledges and drops all.
+
+    Accepts after `start`.
+    """
 
     def __init__(self, listener: socket.socket, size_bytes: int) -> None:
         #: Whether QEMU has sent something.
@@ -61,7 +64,10 @@ _STREAM = re.compile(rf"(/.*)/{re.escape(STREAM_NAME)}(?: \(deleted\))?")
 
 
 class StreamDrain:
-    """Of the pipe `fd`, which is ours. Nothing is read until `start`; then all, to its end."""
+    """A reader of the memory's pipe `fd`, which it owns, so that the guest goes on.
+
+    Reads after `start`, to the end.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -77,16 +83,16 @@ class StreamDrain:
             while os.read(self._fd, _DROP_BYTES):
                 pass
         except OSError:
-            pass  # it is gone, and nobody waits for us any more
+            pass  # the writer is gone, and waits no more
         finally:
             os.close(self._fd)
 
 
 def streams_of(qmp: str) -> dict[str, int]:
-    """Of the QEMU behind this monitor: pipes of ours that it writes memory to, open for reading.
+    """Open for reading the pipes of ours that the QEMU behind this monitor writes memory to.
 
-    By their folder. Found without asking it: while nobody reads there, it may
-    answer nobody. Empty also when we may not look.
+    By their folder. Found in /proc, because a QEMU whose pipe is not read may not answer. Empty also
+    without permission to look.
     """
     found = {}
     with contextlib.suppress(OSError):  # it ended, or is another user's

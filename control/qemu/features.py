@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a QEMU can do of what we use, asked in commands that it refuses for a node that is not there.
+"""The features of a QEMU that a backup uses, probed by commands that name a missing node.
 
 QEMU checks a command's members before it looks for the nodes that they name: the missing node is
 its reason only when it knows all the members. Each of these takes QEMU a millisecond; its schema
-(`query-qmp-schema`) takes 40 ms of processor time, and as long a monitor is nobody else's.
+(`query-qmp-schema`) takes 40 ms of processor time, during which its monitor serves no other client.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Features(NamedTuple):
 
     @property
     def breaks_snapshots(self) -> bool:
-        """Whether old data that cannot be saved costs the backup, and not the guest's write."""
+        """Whether old data that cannot be saved fails the backup, not the guest's write."""
         return "on-cbw-error" in self.members
 
     def without_snapshots(self) -> Features:
-        """Of a QEMU that does not show snapshots: nobody could know whether one is broken."""
+        """Return the features without snapshots, for a QEMU that cannot show whether one is broken."""
         members = self.members - {"on-cbw-error", "cbw-timeout"}
         return self._replace(members=members, drivers=self.drivers - {"snapshot-access"})
 
 
 def find_features(qmp: Qmp, name: str) -> Features:
-    """`name`: of no node and no job, but of ours. Raises QmpGone."""
+    """Probe QEMU's features; `name` has our prefix, and no node or job has it. Raises QmpGone."""
     backup = {"job-id": name, "device": name, "target": name, "sync": "full"}
     members: dict[str, Any] = {
         "on-cbw-error": "break-snapshot",
@@ -62,7 +62,7 @@ def find_features(qmp: Qmp, name: str) -> Features:
 
 
 def _misses(qmp: Qmp, command: Command, name: str) -> bool:
-    """Whether QEMU refuses it for nothing but that name."""
+    """Tell whether QEMU refuses the command only because of that name."""
     try:
         qmp.execute(command)
     except QmpRefused as refused:

@@ -12,14 +12,14 @@ from vmapipe.control.qmp.connection import Answer
 JOB_FILTERS = frozenset({"backup-top", "commit_top", "copy-before-write", "mirror_top"})
 # Filters that only the guest should pay for, and below which its disk reads the same: the guest's
 # I/O limit, and what fills an image from its backing file with whatever is read. All others stay
-# in the way: blkdebug and its kin are there to change what a reader sees, and of a filter that we
-# do not know nobody can say that it changes nothing.
+# in the way: blkdebug and its kin are there to change what a reader sees, and an
+# unknown filter may change anything.
 _GUESTS_FILTERS = frozenset({"throttle", "copy-on-read"})
 _DRIVER, _JOB = "block-driver", "block-job"
 
 
 class NodeUser(NamedTuple):
-    """Whoever uses a node, in a role: `file`, `backing`, `root`, `source`, `target` …"""
+    """The user of a node, in a role: `file`, `backing`, `root`, `source`, `target` …"""
 
     kind: str
     name: str
@@ -27,7 +27,7 @@ class NodeUser(NamedTuple):
 
 
 class Graph:
-    """From the answers to query-named-block-nodes (flat) and x-debug-query-block-graph.
+    """The graph in the answers to query-named-block-nodes (flat) and x-debug-query-block-graph.
 
     The second may be missing (a QEMU that refuses unstable commands). QEMU 11 then tells the
     children of each node in the first; with an older one each node stands for itself.
@@ -75,7 +75,8 @@ class Graph:
         return (parent for parent in self._parents.get(node, ()) if parent.kind == _JOB)
 
     def below_filters(self, node: str) -> tuple[str, ...]:
-        """`node` and all below it that show the same bytes, down to below the last guest's filter.
+        """Return `node` and the nodes below that show the same bytes, to the one below the guest's
+        last filter.
 
         Only `node` when there is no such filter: then it is the one to read.
         """
@@ -119,6 +120,6 @@ class Graph:
             seen.add(node)
 
     def _is_plain_raw(self, node: str, below: str) -> bool:
-        """Of equal sizes there is no offset in between."""
+        """Tell whether a raw node adds nothing: of equal sizes there is no offset in between."""
         size = self.size_bytes(node)
         return self.driver(node) == "raw" and size > 0 and size == self.size_bytes(below)

@@ -34,21 +34,21 @@ TAKE_OVER = b"take over"
 BYE = b"bye"
 MAX_MESSAGE_BYTES = 64
 
-# A producer that was stopped (Ctrl-Z, SIGSTOP) answers nobody, and the guest
+# A producer that was stopped (Ctrl-Z, SIGSTOP) does not answer, and the guest
 # waits; looked at so often, and ended when it stands still this many times.
 _POLL_MS = 1000
 _STOPPED_POLLS = 5
 # A monitor that is taken by another client may become free: tried this often.
 _RETRY_S = 0.5
-# Nothing listens at the monitor's path and nobody is connected to us: QEMU is gone.
+# Nothing listens at the monitor's path and no client is connected to us: QEMU is gone.
 _GONE_S = 2.0
-# Without a monitor the jobs still end by themselves, all dropped. Whoever waits
-# longer than this waits for something else than QEMU.
+# Without a monitor the jobs still end by themselves, all dropped. A longer
+# wait would be for something else than QEMU.
 _PATIENCE_S = 3600.0
 
 
 class Guardian:
-    """Of one backup. `producers` are told later, one pidfd a target."""
+    """The guardian of one backup. Producers are registered later, one pidfd a target."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Guardian:
         self._stopped: dict[int, int] = {}
 
     def watch(self) -> bool:
-        """Until it is over: True when this process has to take over."""
+        """Wait until the backup is over; True: this process has to take over."""
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
         self._send(READY)
@@ -91,7 +91,7 @@ class Guardian:
                     return message != BYE
 
     def _end_stopped(self) -> tuple[tuple[int, int], ...]:
-        """Nothing has happened for a while: rather no producer than one that stands still."""
+        """Kill producers that have been stopped for long: a guest would wait for them for ever."""
         for pidfd in self._producers:
             polls = self._stopped.get(pidfd, 0) + 1 if is_stopped(pidfd) else 0
             self._stopped[pidfd] = polls
@@ -100,7 +100,9 @@ class Guardian:
         return ()
 
     def take_over(self) -> bool:
-        """Whether QEMU is clean, or gone, at the end."""
+        """End the producers and serve QEMU in their place; tell whether QEMU is clean, or gone, at
+        the end.
+        """
         for pidfd in self._producers:
             # One that lives would answer beside us, and one that hangs would not.
             _kill(pidfd)
@@ -139,7 +141,7 @@ class Guardian:
         return not 0 <= index < len(self._sinks) or self._sinks[index].served
 
     def _has_monitor(self) -> bool:
-        """Whether somebody listens there, busy or not."""
+        """Tell whether a process listens at the monitor's address, busy or not."""
         return is_listening(parse_address(self._qmp))
 
     def _serve_for(self, pidfd: int) -> None:
@@ -173,7 +175,7 @@ def _kill(pidfd: int) -> None:
 
 
 def _ignore_signals() -> None:
-    """Whatever ends a backup must not end its guardian; SIGKILL can."""
+    """Ignore the signals that end a backup: they must not end its guardian. SIGKILL can."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(signum, signal.SIG_IGN)
     # When memory runs out others go first; only root may ask for that.

@@ -30,12 +30,15 @@ class SinkSocket(NamedTuple):
 
 
 def monitor_arguments(address: Address, *, share: bool) -> list[str]:
-    """How a guardian is told QEMU's monitor; it works in another folder."""
+    """Return the options that name QEMU's monitor to a guardian, which works in another folder."""
     return ["--qmp", address.absolute, *(["--qmp-share"] if share else [])]
 
 
 class GuardianClient:
-    """Raises Failure when there is no guardian: no backup without one."""
+    """A guardian process, started here.
+
+    Raises Failure when it does not start: no backup without one.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class GuardianClient:
                     *("--control-fd", str(theirs.fileno())),
                 ],
                 pass_fds=[theirs.fileno(), *fds],
-                # It may outlive us: nobody must wait for the end of our output,
+                # It may outlive us: readers of our output must see its end,
                 # and no terminal's signal is meant for it.
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -87,7 +90,7 @@ class GuardianClient:
         return self._process.poll() is None
 
     def watch(self, index: int, pid: int) -> None:
-        """The producer of this sink. It must not have been waited for."""
+        """Register the producer of this sink, which must not have been reaped."""
         pidfd = os.pidfd_open(pid)
         try:
             socket.send_fds(self._socket, [WATCH + str(index).encode()], [pidfd])
@@ -97,11 +100,11 @@ class GuardianClient:
             os.close(pidfd)
 
     def dismiss(self) -> None:
-        """QEMU is clean: it may go."""
+        """Let it exit: QEMU is clean."""
         self._end(BYE)
 
     def take_over(self) -> bool:
-        """It ends what is left in QEMU; False: it is still at it."""
+        """Let it end what is left in QEMU; False: it is not done yet."""
         return self._end(TAKE_OVER)
 
     def _end(self, word: bytes) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps a guest's file systems frozen for the moment in which a backup begins.
+"""The guest agent (qemu-ga): file systems kept frozen for the moment in which a backup begins.
 
     python -m vmapipe.control.qemu.guest_agent --parent-fd N --agent SOCKET
 
@@ -72,7 +72,7 @@ class GuestAgent:
     """A connection to qemu-ga. Every method raises Failure."""
 
     def __init__(self, path: str, cancel: Cancel | None = None) -> None:
-        """With `cancel`, a stop ends every wait: Cancelled."""
+        """Connect and synchronise; a stop that `cancel` asks for ends every wait: Cancelled."""
         self._path = path
         deadline = time.monotonic() + _SYNC_S
         try:
@@ -182,7 +182,7 @@ def frozen(agent: str, emit: Emit, cancel: Cancel) -> Iterator[None]:
 
 
 def _await_frozen(children: Children, child: Child, cancel: Cancel) -> None:
-    """Raises Failure, Cancelled."""
+    """Wait until the guest's file systems are frozen. Raises Failure, Cancelled."""
     limit_s = _SYNC_S + _FREEZE_S + _THAW_LIMIT_S
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
@@ -203,7 +203,7 @@ class _End(NamedTuple):
 
 
 def _end(child: Child, agent: str, emit: Emit) -> _End:
-    """The freezer thaws and ends; where it cannot, we do what it would have done."""
+    """End the freezing process, which thaws; where it was killed, thaw in its place."""
     child.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + _THAW_LIMIT_S
     is_over = dict.fromkeys((_THAWED, _NOT_THAWED), False)
@@ -273,7 +273,7 @@ def _freeze(path: str, cancel: Cancel, emit: Emit) -> None:
 
 
 def _thaw(path: str) -> None:
-    """Raises Failure when the guest cannot be thawed, however often it is tried."""
+    """Thaw, trying again for a minute. Raises Failure when the guest cannot be thawed."""
     until, refusals = time.monotonic() + _THAW_FOR_S, 0
     while True:
         try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands that begin a backup, and those that end what is left of one. Pure.
 
-What has to be undone is not remembered but seen: nodes and jobs of ours have
-names that begin with `vmapipe-`, so whoever comes later, after any crash, can
-tell from QEMU's own answers what the next command is.
+What has to be undone is not remembered but seen: our nodes and jobs have names that begin with
+`vmapipe-`, so a later process, after any crash, can tell from QEMU's own answers what the next
+command is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vmapipe.control.qmp.connection import Answer, Command
 
 PREFIX = "vmapipe-"
 # The guardian serves within milliseconds. A SCSI disk of a Linux guest gives up
-# after 30 s; longer than that nobody is helped by waiting.
+# after 30 s; a longer wait helps no guest.
 RECONNECT_S = 30
 # A write of the guest queues behind what the background copy has under way: with
 # 1 or 4 workers it waited 75 ms at most for a sink of 20 ms, with 64 over a second.
@@ -28,7 +28,7 @@ SLOW_BYTES_S = 4096
 CBW_GRACE_S = 5
 
 _ACTIVE = frozenset({"created", "running", "paused", "ready", "standby"})
-# All is copied, and a word of somebody is awaited.
+# All is copied, and the job waits to be finished.
 _COPIED = frozenset({"waiting", "pending"})
 _LOOK, _FILTER = "-look", "-filter"
 _VIEW = "view"
@@ -36,7 +36,7 @@ _ENDED = frozenset({"concluded", "null"})
 
 
 class BackupTarget(NamedTuple):
-    """One disk, and the socket and export of its sink.
+    """One disk to back up, and the socket and export of its sink.
 
     `is_handed_over`: a filter of ours is to take the place of its job soon after the instant,
     and gives up when it has taken `filter_timeout_s` over old data, 0: only when that fails.
@@ -50,7 +50,7 @@ class BackupTarget(NamedTuple):
 
 
 class BackupSettings(NamedTuple):
-    """`run` is the short id of this backup; `speed_bytes_s` is each disk's, 0: no limit."""
+    """The settings of a backup. `run` is its short id; `speed_bytes_s` is each disk's, 0: no limit."""
 
     run: str
     speed_bytes_s: int
@@ -62,37 +62,38 @@ def run_prefix(run: str) -> str:
 
 
 def job_name(run: str, index: int) -> str:
-    """Of the node, and of the job, of a backup's disk."""
+    """Return the name of the node, and of the job, of a backup's disk."""
     return f"{run_prefix(run)}{index}"
 
 
 def absent_name(run: str) -> str:
-    """Of nothing, ever: what is asked about it is refused."""
+    """Return a name of ours that no node or job ever has."""
     return f"{run_prefix(run)}none"
 
 
 def filter_name(run: str, index: int) -> str:
-    """Of the node above a disk that copies before the disk is written to, or gives up."""
+    """Return the name of our copy-before-write filter above a disk."""
     return f"{job_name(run, index)}{_FILTER}"
 
 
 def job_filter_name(run: str, index: int) -> str:
-    """Of such a node of a job that is to be replaced by ours."""
+    """Return the name of the filter of a job that is to be replaced by ours."""
     return f"{job_name(run, index)}-job"
 
 
 def snapshot_name(run: str, index: int) -> str:
-    """Of the node that shows a disk as it was at the instant."""
+    """Return the name of the node that shows a disk as it was at the instant."""
     return f"{job_name(run, index)}-instant"
 
 
 def check_name(run: str, index: int) -> str:
-    """Of the job that looks whether a disk's snapshot is still whole."""
+    """Return the name of the job that checks whether a disk's snapshot is still whole."""
     return f"{job_name(run, index)}{_LOOK}"
 
 
 def check_nodes(name: str) -> tuple[str, str, str]:
-    """Of such a job, each before those that it needs: a sector, the snapshot, the target.
+    """Return the names of its nodes, each before those that it needs: a sector, the snapshot, the
+    target.
 
     Short, because QEMU takes names of nodes of up to 31 characters.
     """
@@ -100,13 +101,14 @@ def check_nodes(name: str) -> tuple[str, str, str]:
 
 
 def disk_index(name: str) -> int:
-    """The disk's number from such a name; -1: it is none."""
+    """Return the disk's index from a job's name; -1: the name is not one of ours."""
     tail = name.rpartition("-")[2]
     return int(tail) if name.startswith(PREFIX) and tail.isdecimal() else -1
 
 
 class BackupCommands(NamedTuple):
-    """What begins the backup, in this order: the jobs' targets, filters of ours, then all jobs.
+    """The commands that begin a backup, in this order: the jobs' targets, filters of ours, then all
+    jobs.
 
     A filter that QEMU refuses is done without. The jobs begin at one instant.
     """
@@ -184,7 +186,7 @@ def _backup(
         data["filter-node-name"] = job_filter_name(settings.run, index)
     if features.breaks_snapshots:
         data["on-cbw-error"] = "break-snapshot"
-        # The job then ends as if all were well. So it waits for us, who look before.
+        # The job then ends as if all were well. So it waits until we have checked.
         data["auto-finalize"] = False
         data["filter-node-name"] = filter_name(settings.run, index)
     if "cbw-timeout" in features.members:
@@ -193,7 +195,7 @@ def _backup(
 
 
 def _copying(features: Features) -> dict[str, Any]:
-    """What all jobs have in common that copy to a sink."""
+    """Return the arguments that all jobs have that copy to a sink."""
     words: dict[str, Any] = {
         "on-source-error": "report",
         "on-target-error": "report",
@@ -206,7 +208,7 @@ def _copying(features: Features) -> dict[str, Any]:
 
 
 def _filter(target: BackupTarget, run: str, index: int) -> Command:
-    """With the job's target, and above the disk, where the job's own filter will come in between.
+    """Add our filter with the job's target, above the disk; the job's own filter will come in between.
 
     Not added above that: QEMU 7.2 keeps what a filter still has to copy in the node below it,
     and ends itself when that node goes first.
@@ -224,14 +226,14 @@ def _filter(target: BackupTarget, run: str, index: int) -> Command:
 
 
 def rehearse(run: str, device: str) -> tuple[Command, Command]:
-    """Add, and delete again, what shows a snapshot: QEMUs exist that know it and refuse it."""
+    """Return commands that add and delete a snapshot's node: some QEMUs know it and refuse it."""
     name = snapshot_name(run, 0)
     words = {"driver": "snapshot-access", "node-name": name, "file": device, "read-only": True}
     return Command("blockdev-add", words), Command("blockdev-del", {"node-name": name})
 
 
 def copy_snapshot(run: str, index: int, features: Features) -> list[Command]:
-    """What that filter shows, to the same target."""
+    """Return the commands that copy what our filter shows to the job's target."""
     name, source = job_name(run, index), snapshot_name(run, index)
     view = {"driver": "snapshot-access", "node-name": source, "file": filter_name(run, index)}
     words = {"job-id": name, "device": source, "target": name, "sync": "full"}
@@ -244,8 +246,8 @@ def copy_snapshot(run: str, index: int, features: Features) -> list[Command]:
 
 
 class DeviceAboveFilter(NamedTuple):
-    """A guest's device whose writes go through a filter of ours: where QEMU has it, the filter,
-    and the node below that."""
+    """A guest's device whose writes go through a filter of ours: its path in QEMU, the filter, and the
+    node below that."""
 
     path: str
     node: str
@@ -256,12 +258,12 @@ class DeviceAboveFilter(NamedTuple):
 
 
 def put_device(path: str, node: str) -> Command:
-    """The device at this path uses this node from now on."""
+    """Return the command by which the device at this path uses this node."""
     return Command("qom-set", {"path": path, "property": "drive", "value": node})
 
 
 def device_path(block: Answer) -> str:
-    """Of the device in an entry of query-block; empty: it is none that can be put elsewhere."""
+    """Return the path of the device in an entry of query-block; empty: it cannot use another node."""
     qdev = str(block.get("qdev", ""))
     if not qdev or block.get("removable"):
         return ""
@@ -271,7 +273,7 @@ def device_path(block: Answer) -> str:
 def devices_above_filters(
     blocks: Iterable[Answer], below: Callable[[str], str], prefix: str
 ) -> list[DeviceAboveFilter]:
-    """From query-block; `below`: what is below a node, empty: not known."""
+    """Find them in query-block's answer; `below` returns the node below a node, empty: not known."""
     found = []
     for block in blocks:
         node = str((block.get("inserted") or {}).get("node-name", ""))
@@ -281,9 +283,9 @@ def devices_above_filters(
 
 
 class OwnObjects(NamedTuple):
-    """What is left of a backup, by name: jobs by their state, nodes, devices not in their place.
+    """The objects of a backup in QEMU, by name: jobs by state, nodes, devices above filters of ours.
 
-    `copied`: jobs that have copied all and wait for a word; they send nothing any more.
+    `copied`: jobs that have copied all and wait to be finished; they send nothing any more.
     """
 
     active: tuple[str, ...]
@@ -299,18 +301,20 @@ class OwnObjects(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of jobs and nodes."""
+        """The names of jobs and nodes."""
         known = (*self.active, *self.copied, *self.ending, *self.ended, *self.nodes)
         return tuple(dict.fromkeys(known))
 
     def unthrottle(self) -> list[Command]:
-        """So that each job sends something: QEMU only connects again when it has to send."""
+        """Lift the jobs' limits so that each sends something: QEMU reconnects only when it has to
+        send.
+        """
         return [Command("block-job-set-speed", {"device": job, "speed": 0}) for job in self.active]
 
-    def undo(self) -> list[Command]:
-        """What can be done now; look again afterwards. Nodes go when no job needs them.
+    def cleanup_commands(self) -> list[Command]:
+        """Return what can be undone now; ask QEMU again afterwards. Nodes go when no job needs them.
 
-        What looks at a disk's snapshot goes before the job that keeps it.
+        The check of a disk's snapshot goes before the job that keeps it.
         """
         jobs = {*self.active, *self.copied, *self.ending, *self.ended}
         looks = {job for job in jobs if job.endswith(_LOOK)}
@@ -323,7 +327,7 @@ class OwnObjects(NamedTuple):
         commands += [Command("job-dismiss", {"id": job}) for job in self.ended if job in now]
         if jobs:
             return commands
-        # A device that goes back takes the node below the filter as it is now: somebody may have
+        # A device that goes back takes the node below the filter as it is now: a user may have
         # put another image there. Where that is refused, or not known, it is looked at again.
         back = [writer.put_back() for writer in self.writers if writer.below]
         return [*back, *_delete(self.nodes)]
@@ -335,7 +339,9 @@ def _delete(nodes: Sequence[str]) -> list[Command]:
 
 
 def _depth(node: str) -> int:
-    """Of those that look, what is read before the view; a snapshot before its filter; targets last."""
+    """Rank nodes for deletion: a check's nodes before its view, a snapshot before its filter,
+    targets last.
+    """
     order = {"a": 0, "n": 0, _VIEW: 1, "instant": 1, "filter": 2}
     return order.get(node.rpartition("-")[2], 3)
 
@@ -346,7 +352,9 @@ def own_objects(
     prefix: str,
     writers: Sequence[DeviceAboveFilter] = (),
 ) -> OwnObjects:
-    """From query-jobs and query-named-block-nodes."""
+    """Find the objects whose names begin with `prefix`, from query-jobs and query-named-block-
+    nodes.
+    """
     ours = {j["id"]: j["status"] for j in jobs if str(j.get("id", "")).startswith(prefix)}
     return OwnObjects(
         tuple(name for name, status in ours.items() if status in _ACTIVE),
@@ -371,7 +379,7 @@ class OwnTarget(NamedTuple):
 
 
 def own_targets(nodes: Sequence[Answer]) -> list[OwnTarget]:
-    """Of all runs, by QEMU's own answer: it names the socket of each."""
+    """Find the targets of all runs; QEMU's answer names the socket of each."""
     found = []
     for node in nodes:
         name, file = str(node.get("node-name", "")), str(node.get("file", ""))

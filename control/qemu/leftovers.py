@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs that crashed as a whole, guardian and all, have left in a QEMU."""
+"""Left-overs in a QEMU of backups that crashed as a whole, guardian and all: found and removed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from vmapipe.runtime.text import name_text
 
 
 def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[str, ...]:
-    """The names of jobs and nodes that are gone now. `owner`: whom QEMU runs as.
+    """Remove left-overs; return their names. `owner`: the uid that QEMU runs as.
 
-    Raises Failure when they are no left-overs: their backup, or its guardian, lives.
+    Raises Failure when their backup, or its guardian, is alive.
     """
     left, notes = find_own_objects(qmp, PREFIX), find_memory_notes(qmp, PREFIX)
     held = poweroff.find_poweroff_notes(qmp, PREFIX)
@@ -73,14 +73,14 @@ class _Places:
         return folder is not None and _is_alive(folder)
 
     def listens(self, target: OwnTarget) -> bool:
-        """Whether somebody does at the address of a sink of ours."""
+        """Tell whether a process listens at the address of a sink of ours."""
         sink = sink_name(target.socket)
         folder = self.find(sink.folder) if sink else None
         return bool(sink and folder and is_listening(Address(folder.address(sink.name))))
 
 
 def connect_or_unblock(address: str, *, share: bool) -> QmpLink:
-    """QEMU's monitor as a user names it. Raises UsageError, QmpGone."""
+    """Connect to QEMU's monitor, freed from a crashed backup's stream. Raises UsageError, QmpGone."""
     try:
         return open_link(address, share=share)
     except QmpInvalid:
@@ -92,7 +92,7 @@ def connect_or_unblock(address: str, *, share: bool) -> QmpLink:
 
 
 def drain_stale_streams(path: str) -> bool:
-    """Whether this QEMU answered nobody because of a stream that a crashed backup has left.
+    """Read the streams of crashed backups for which this QEMU waits; tell whether there were any.
 
     `path`: its monitor's socket; empty: it has none.
     """
@@ -111,13 +111,13 @@ def drain_stale_streams(path: str) -> bool:
 
 
 def _drain(fd: int | None) -> None:
-    """For as long as this process lives: the stream ends before its note goes."""
+    """Read and drop a stream for as long as this process lives: it ends before its note goes."""
     if fd is not None:
         StreamDrain(fd).start()
 
 
 def _is_alive(folder: SinkFolder) -> bool:
-    """Whether somebody, at least the guardian, still listens for QEMU in this folder."""
+    """Tell whether a process, at least the guardian, still listens for QEMU in this folder."""
     return any(is_listening(Address(address)) for address in folder.sinks())
 
 
@@ -127,7 +127,7 @@ def _drop_target(
 ) -> Iterator[DropTarget]:
     """Serve where QEMU still looks for its sink: a guest's write may be waiting for it.
 
-    Raises Failure where that is no place of ours: QEMU tells any address that it likes.
+    Raises Failure for an address that is not ours: QEMU may report any address.
     """
     sink = sink_name(target.socket)
     folder = places.find(sink.folder, make=True) if sink else None

@@ -76,7 +76,9 @@ _SHARED_POLL_S = 0.5
 
 
 class RunningMachine:
-    """In this order: `choose`, `prepare`, `protect`, `begin`, `poll` …, `end`.
+    """One backup's connection to its QEMU.
+
+    Call in this order: `choose`, `prepare`, `protect`, `begin`, `poll` …, `end`.
 
     All but `end` raise Failure.
     """
@@ -84,7 +86,7 @@ class RunningMachine:
     def __init__(
         self, qmp: str, guest_wait_s: int, *, with_memory: bool = False, share: bool = False
     ) -> None:
-        """`share`: QEMU's monitor is ours for the moment of each command only."""
+        """Connect. `share`: QEMU's monitor is ours for the moment of each command only."""
         self._guest_wait_s = guest_wait_s
         self._with_memory = with_memory
         self._saving: MemorySaving | None = None
@@ -103,7 +105,7 @@ class RunningMachine:
         self._reported: set[int] = set()
         # By job: what it was at when QEMU met an error, in its own word.
         self._failed_at: dict[str, str] = {}
-        #: What people should know; whoever tells them takes it away.
+        #: Texts for the user; the caller that prints them removes them.
         self.notices: list[str] = []
         # Whose state is one of the disks.
         self._tpm: TpmState | None = None
@@ -120,11 +122,11 @@ class RunningMachine:
 
     @property
     def is_done(self) -> bool:
-        """QEMU is rid of us: what it says now, and whether it ends, is no concern of ours."""
+        """QEMU holds nothing of ours any more: whether it ends does not matter now."""
         return self._is_clean
 
     def choose(self, wishes: DiskChoiceOptions) -> DiskChoice:
-        """What a crashed backup has left is removed first."""
+        """Remove what a crashed backup has left, and choose the disks."""
         remove_leftovers(self._link, self._owner_of_qemu)
         self._check_run_state()
         ask = self._ask
@@ -151,7 +153,7 @@ class RunningMachine:
         return choice
 
     def _check_run_state(self) -> None:
-        """Raises Failure where the disks are another QEMU's, or soon will be."""
+        """Refuse a machine whose disks are another QEMU's, or soon will be. Raises Failure."""
         status = self._ask_if_known("query-status") or {}
         if status.get("status") == "inmigrate":
             raise Failure(
@@ -164,7 +166,7 @@ class RunningMachine:
             )
 
     def prepare(self, speed_bytes_s: int) -> None:
-        """The sockets of the sinks, and their guardian. `speed_bytes_s` is each disk's."""
+        """Make the sockets of the sinks, and start their guardian. `speed_bytes_s` is each disk's."""
         self._speed_bytes_s = speed_bytes_s
         folder = self._folder = SinkFolder.make()
         for index, disk in enumerate(self._disks):
@@ -190,7 +192,7 @@ class RunningMachine:
         return self._sinks[index].listener.fileno()
 
     def stream_arguments(self) -> tuple[list[str], list[int]]:
-        """For the producer of the memory: options, and descriptors that it inherits."""
+        """Return the options of the memory's producer, and the descriptors that it inherits."""
         if self._saving is None:
             raise RuntimeError("the memory is not saved")
         fds = [self._saving.stream_fd, self._saving.verdict_fd]
@@ -198,7 +200,9 @@ class RunningMachine:
         return [f"--stream-fd={fds[0]}", f"--verdict-fd={fds[1]}", f"--size={size_bytes}"], fds
 
     def protect(self, producers: Sequence[Child]) -> None:
-        """Who serves the sinks, in the order of the disks; at the end the memory's, if any."""
+        """Register the producers with the guardian, in the order of the disks; last the memory's,
+        if any.
+        """
         self._producers = list(producers)
         if self._guardian is None:
             raise RuntimeError("there is no guardian")
@@ -211,14 +215,17 @@ class RunningMachine:
 
     @property
     def is_running(self) -> bool:
-        """Its guest; a qemu-storage-daemon has none, and cannot be asked."""
+        """Whether the guest runs; a qemu-storage-daemon has none, and counts as running."""
         try:
             return bool(self._link.execute(Command("query-status", {})).get("running", True))
         except QmpRefused:
             return True
 
     def begin(self) -> Instant | None:
-        """All producers listen: this is the instant. None: `poll` will find it, in `take_instant`."""
+        """Begin the jobs of all disks: this is the instant.
+
+        None: it comes later, see `take_instant`.
+        """
         features = find_features(self._link, absent_name(self._run))
         way = choose_method(self._link, self._run, features, self._disks, self._guest_wait_s)
         if way.handed_over:
@@ -250,7 +257,7 @@ class RunningMachine:
         return instant
 
     def _go_on(self) -> None:
-        """The instant is behind us: from now on the jobs are as quick as they may be."""
+        """Continue after the instant: from now on the jobs are as quick as they may be."""
         self._has_begun = True
         if self._tpm is not None:
             self._tpm.check()
@@ -261,14 +268,14 @@ class RunningMachine:
         self._poll_jobs()  # short ones may have ended
 
     def take_instant(self) -> Instant | None:
-        """The instant, once: when it is known that it was."""
+        """Return the instant of a backup with memory, once, as soon as it is known."""
         if self._has_begun or self._saving is None or self._saving.instant is None:
             return None
         self._go_on()
         return self._saving.instant
 
     def _hold_poweroff(self) -> None:
-        """A guest that powers off from now on does not take its QEMU, and the backup, with it."""
+        """Keep QEMU, and the backup, alive when the guest powers off from now on."""
         pid = self._qemu_pid()
         words = command_line(pid) if pid else []
         status = self._ask_if_known("query-status") or {}
@@ -277,7 +284,7 @@ class RunningMachine:
             self._poweroff_note = note
 
     def set_speed(self, bytes_per_s: int) -> None:
-        """Of each disk, from now on; 0: no limit."""
+        """Limit each disk's job from now on; 0: no limit."""
         self._speed_bytes_s = bytes_per_s
         if not self._has_begun or self._is_clean or self._link_closed:
             return
@@ -302,7 +309,7 @@ class RunningMachine:
             self._link.execute(Command("block-job-set-speed", arguments))
 
     def poll(self) -> None:
-        """Take in what QEMU has said: jobs that have ended well are removed, a failure raises."""
+        """Process QEMU's events and the state of its jobs. Raises Failure for one that has failed."""
         if self._is_clean or self._link_closed:
             return
         if self._guardian is not None and not self._guardian.is_alive:
@@ -313,7 +320,7 @@ class RunningMachine:
         events = self._link.events()
         is_due = any(event["event"] in _JOB_EVENTS for event in events)
         if self._link.is_shared and time.monotonic() >= self._poll_at:
-            # Nobody tells us anything.
+            # Events are missed.
             is_due, self._poll_at = True, time.monotonic() + _SHARED_POLL_S
         if self._saving is not None:
             for event in events:
@@ -355,7 +362,7 @@ class RunningMachine:
             self._link.execute(Command("job-finalize", {"id": job_name(self._run, index)}))
 
     def _has_powered_off(self, events: Sequence[dict[str, Any]], *, asks: bool) -> bool:
-        """By its state, when an event says so, or none would."""
+        """Ask for the run state when an event calls for it, or when events are missed."""
         asks = asks and self._link.is_shared
         if self._poweroff_note is None or not (asks or any(map(poweroff.may_be_off, events))):
             return False
@@ -367,7 +374,7 @@ class RunningMachine:
             self._failed_at[str(data.get("device", ""))] = str(data.get("operation", ""))
 
     def _error_of(self, job: Answer) -> str:
-        """QEMU tells how much was copied by then, and not where it met the error."""
+        """Word a job's error; QEMU reports how much was copied by then, not where it met the error."""
         if job["error"] == REFUSED:
             return BROKEN
         for event in self._link.events():  # its word of it comes before the job's state
@@ -378,7 +385,9 @@ class RunningMachine:
         return f"QEMU's backup job failed{what}, with {copied} copied: {job['error']}"
 
     def _why_failed(self, disk: MachineDisk, job: Answer) -> str:
-        """QEMU cancels a job itself when its -drive goes; both look the same in the job."""
+        """Word a job's end; QEMU cancels a job itself when its -drive goes, which looks like a
+        user's cancel.
+        """
         if job["error"] != "Operation canceled":
             return self._error_of(job)
         # A device that goes is there a moment longer than the job of its drive.
@@ -394,7 +403,7 @@ class RunningMachine:
         return "somebody has cancelled QEMU's backup job"
 
     def _report_copied(self, index: int, copied_bytes: int | None) -> None:
-        """Only what this allows may be stored: a job that failed in the last moment has failed.
+        """Report the job's end to its producer, without which nothing is stored.
 
         Raises Failure when it is not known how much of a thin disk should have come.
         """
@@ -410,7 +419,7 @@ class RunningMachine:
         self._is_clean = True
 
     def end(self) -> str:
-        """Nothing of ours is in QEMU afterwards; if it is, the text says so. Never raises.
+        """Remove all that is ours from QEMU; return a text when something remains. Never raises.
 
         Call it while the producers still serve: QEMU's requests have to be
         answered until its jobs have ended.
@@ -479,7 +488,7 @@ class RunningMachine:
         return pid_of_qemu(self._link.peer_pid, uuid)
 
     def _ask_if_known(self, name: str, **arguments: str) -> Any:
-        """None where this QEMU (an old one, a storage daemon) does not know the command."""
+        """Execute a command; None where this QEMU (an old one, a storage daemon) does not know it."""
         try:
             return self._link.execute(Command(name, arguments))
         except QmpRefused:

@@ -2,8 +2,8 @@
 """A guest that powers off while it is backed up: QEMU stays until the backup has ended.
 
 For that time QEMU is told to pause where it would end. As long as that has to be undone, QEMU
-itself holds a note of it, an object that does nothing but carry a text, so that whoever comes
-later, after any crash, undoes it: QEMU ends then if its guest has powered off.
+itself holds a note of it, an object that does nothing but carry a text, so that a later
+process, after any crash, undoes it: QEMU ends then if its guest has powered off.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ _TAIL = "-poweroff"
 # The run state of a machine that has powered off, or whose guest has panicked, and whose QEMU stays.
 _OFF, _PANICKED = "shutdown", "guest-panicked"
 # What may follow `-action` and makes QEMU do something else than to end when its guest powers off,
-# or end with another exit code: then that is somebody's wish.
+# or end with another exit code: then that is its user's choice.
 _WISHES = frozenset({"shutdown=pause", "panic=exit-failure"})
 # Of these: what may be said there, and a guest that panics does not end its QEMU.
 _PANIC_WISHES = frozenset({"panic=pause", "panic=none"})
 
 
 class PoweroffNote(NamedTuple):
-    """`folder`: of the backup's sockets; `panics_end`: QEMU would end when its guest panics, too."""
+    """The note about a machine held at power-off.
+
+    `folder`: of the backup's sockets; `panics_end`: QEMU would end when its guest panics, too.
+    """
 
     folder: str
     panics_end: bool
@@ -38,13 +41,13 @@ class PoweroffNote(NamedTuple):
         return json.dumps(self._asdict(), separators=(",", ":"))
 
     def is_off(self, status: Mapping[str, Any]) -> bool:
-        """Whether QEMU would have ended by now: from the answer to query-status."""
+        """Tell from the answer to query-status whether QEMU would have ended by now."""
         state = status.get("status")
         return state == _OFF or (state == _PANICKED and self.panics_end)
 
 
 def decode_poweroff_note(text: str) -> PoweroffNote:
-    """Raises ValueError."""
+    """Decode a note. Raises ValueError."""
     try:
         found = read_object(text, SHORT_LIMITS)
     except Unreadable as error:
@@ -58,10 +61,10 @@ def decode_poweroff_note(text: str) -> PoweroffNote:
 def poweroff_note(
     words: Sequence[str], status: Mapping[str, Any], folder: str
 ) -> PoweroffNote | None:
-    """What to note of a QEMU that is known to end when its guest powers off; nobody can ask it.
+    """Return the note for a QEMU that ends when its guest powers off, by its command line; else None.
 
     `words`: its command line, empty when it is not known; `status`: the answer to query-status.
-    libvirt and Proxmox VE start theirs with -no-shutdown, and end them themselves: None.
+    libvirt and Proxmox VE start theirs with -no-shutdown, and end them themselves.
     """
     if not words or status.get("status") in (None, _OFF, _PANICKED):
         return None
@@ -78,12 +81,12 @@ def poweroff_note(
 
 
 def may_be_off(event: Mapping[str, Any]) -> bool:
-    """Whether this event of QEMU's may mean so."""
+    """Tell whether this event may mean that the guest has powered off."""
     return event.get("event") in ("SHUTDOWN", "GUEST_PANICKED")
 
 
 def hold_at_poweroff(qmp: Qmp, run: str, note: PoweroffNote) -> bool:
-    """From now on it stays; False: this QEMU cannot. Raises QmpGone."""
+    """Let QEMU pause at power-off; False: this QEMU cannot. Raises QmpGone."""
     words = {"qom-type": "authz-simple", "id": poweroff_note_name(run), "identity": note.encode()}
     try:
         qmp.execute(Command("object-add", words))
@@ -99,7 +102,7 @@ def poweroff_note_name(run: str) -> str:
 
 
 def find_poweroff_notes(qmp: Qmp, prefix: str) -> dict[str, PoweroffNote | None]:
-    """By name; None: QEMU has one that we cannot read. Raises QmpGone."""
+    """Find notes by name; None: QEMU has one that we cannot read. Raises QmpGone."""
     try:
         objects: Iterable[Mapping[str, Any]] = qmp.execute(
             Command("qom-list", {"path": "/objects"})
@@ -118,7 +121,7 @@ def find_poweroff_notes(qmp: Qmp, prefix: str) -> dict[str, PoweroffNote | None]
 
 
 def release_poweroff(qmp: Qmp, prefix: str) -> None:
-    """QEMU ends again when its guest powers off, and now if it has done so. Raises QmpGone."""
+    """Let QEMU end when its guest powers off, and now if it has done so. Raises QmpGone."""
     notes = find_poweroff_notes(qmp, prefix)
     if not notes:
         return

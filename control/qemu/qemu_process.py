@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which user a QEMU runs as: the one who has to reach the sockets of its backup."""
+"""The process of a QEMU: found behind its monitor; its user, who must reach our sockets, and its
+argv.
+"""
 
 from __future__ import annotations
 
 import os
 
-# QEMU's answer to query-uuid where nobody gave it one.
+# QEMU's answer to query-uuid where the user gave none.
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
 
 
 def pid_of_qemu(peer_pid: int | None, uuid: str) -> int | None:
-    """The QEMU behind a monitor; None: it is not to be found.
+    """Find the QEMU behind a monitor; None: not found.
 
-    `peer_pid`: who listens there, 0 or None: not known (it is in another pid namespace, or far
-    away); `uuid`: the machine's, by which it is looked for where something stands in between
+    `peer_pid`: the process that listens there, 0 or None: not known (in another pid namespace, or on
+    another host); `uuid`: the machine's, by which it is looked for where something stands in between
     (libvirt, a proxy).
     """
     if peer_pid and is_qemu(peer_pid):
@@ -23,7 +25,8 @@ def pid_of_qemu(peer_pid: int | None, uuid: str) -> int | None:
 
 
 def uid_of_qemu(path: str, pid: int | None) -> int:
-    """From what pid_of_qemu has found; else the owner of the monitor's socket, at `path`.
+    """Return the uid of the process that pid_of_qemu has found; else the owner of the monitor's
+    socket at `path`.
 
     A QEMU that gave up root (-runas, -run-with) has made that socket before.
     """
@@ -37,7 +40,7 @@ def uid_of_qemu(path: str, pid: int | None) -> int:
 
 
 def uid_of(pid: int) -> int | None:
-    """As it counts for files; None: the process has ended."""
+    """Return a process's uid for file systems; None: it has ended."""
     try:
         with open(f"/proc/{pid}/status") as file:
             line = next(line for line in file if line.startswith("Uid:"))
@@ -48,7 +51,7 @@ def uid_of(pid: int) -> int | None:
 
 
 def is_qemu(pid: int) -> bool:
-    """By its program's name; one that was started by the dynamic loader has that one's."""
+    """Tell by its program's name whether it is a QEMU, also if started by the dynamic loader."""
     try:
         program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
     except OSError:
@@ -64,7 +67,7 @@ def _is_name(program: str) -> bool:
 
 
 def command_line(pid: int) -> list[str]:
-    """Its words; empty when it has ended, or may not be asked."""
+    """Return its argv; empty when it has ended, or without permission."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return [os.fsdecode(word) for word in file.read().split(b"\0")]
@@ -73,7 +76,7 @@ def command_line(pid: int) -> list[str]:
 
 
 def _running(uuid: str) -> list[int]:
-    """The QEMUs that were started with this uuid, which stands on their command line."""
+    """Find the QEMUs that have this uuid on their command line."""
     if not uuid or uuid == _NO_UUID:
         return []
     pids = (int(name) for name in os.listdir("/proc") if name.isdecimal())

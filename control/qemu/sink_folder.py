@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder where QEMU finds the sinks of one backup: made, given to it, found again, removed.
+"""The folder with the sockets of one backup's sinks: made, given to QEMU, found again, removed.
 
 Only we can make or remove names in it; QEMU, if it is another user's, may pass through it
 and connect. TMPDIR may be a folder that QEMU's user can change (confined QEMUs reach
@@ -37,7 +37,7 @@ _LONGEST_BELOW = len(f"/{_PREFIX}12345678/{_QEMUS}/activate.sock")
 
 
 class SinkFolder:
-    """One of ours, held open."""
+    """A folder of ours, held open."""
 
     def __init__(self, above: HeldFolder, folder: HeldFolder) -> None:
         """Both are this object's now. Use `make` or `find`."""
@@ -46,7 +46,7 @@ class SinkFolder:
 
     @classmethod
     def make(cls) -> SinkFolder:
-        """A new one in TMPDIR. Raises Failure."""
+        """Make a new one in TMPDIR. Raises Failure."""
         place = temporary_folder(_LONGEST_BELOW)
         try:
             above = HeldFolder(place)
@@ -64,7 +64,7 @@ class SinkFolder:
 
     @classmethod
     def find(cls, path: str, *, make: bool = False) -> SinkFolder | None:
-        """The one at this path; None: there is none of ours. QEMU has told us the path.
+        """Open the one at a path that QEMU reports; None: there is none of ours.
 
         `make`: one that is gone is made again, but only in our own TMPDIR.
         """
@@ -91,11 +91,14 @@ class SinkFolder:
 
     @property
     def path(self) -> str:
-        """As QEMU is told; what we do ourselves is not done by it."""
+        """The path, for QEMU and messages; our own work is done by descriptor."""
         return self._folder.path
 
     def listen(self, name: str) -> socket.socket:
-        """A socket of this name, `0.sock`, `1.sock` …; one that is left over goes. Raises Failure."""
+        """Listen on a socket of this name, `0.sock`, `1.sock` …, in place of a left-over.
+
+        Raises Failure.
+        """
         if not _SINK.fullmatch(name):
             raise Failure(f"{name!r} is not a sink's name")
         listener = socket.socket(socket.AF_UNIX)
@@ -116,7 +119,7 @@ class SinkFolder:
         """A pipe for the memory: QEMU's end, and the reader's. Raises OSError.
 
         QEMU gets an end that reads as well as it writes: the stream cannot break,
-        whoever dies; at worst it stands still until somebody reads again.
+        whatever dies; at worst it stands still until it is read again.
         """
         os.mkfifo(STREAM_NAME, 0o600, dir_fd=self._folder.fd)
         qemu_fd = self._folder.open(STREAM_NAME, os.O_RDWR)
@@ -133,8 +136,8 @@ class SinkFolder:
     def give_to(self, uid: int) -> None:
         """QEMU's user may connect to all sinks, and pass through to them. Raises OSError.
 
-        The sockets first: until the folder's own mode changes nobody else can enter, so that a name
-        cannot be another file by the time it is given away. The folder stays ours: who owned it could
+        The sockets first: until the folder's own mode changes no other user can enter, so that a name
+        cannot be another file by the time it is given away. The folder stays ours: its owner could
         put something else in the place of its names later.
         """
         for name in self._folder.names():
@@ -155,11 +158,13 @@ class SinkFolder:
         return [self._folder.address(name) for name in names if _SINK.fullmatch(name)]
 
     def remove_names(self, *names: str) -> None:
-        """These, as far as they are sockets or the pipe; and the folder, if nothing else is in it."""
+        """Remove these, as far as they are sockets or the pipe; and the folder, if nothing else is
+        in it.
+        """
         for name in names:
             with contextlib.suppress(OSError):
                 self._remove(name)
-        # What is in QEMU's own its owner has made, whoever that is: only names in it go.
+        # QEMU's own folder holds what its user made: only names in it go.
         with contextlib.suppress(OSError):
             if self._folder.names() == [_QEMUS]:
                 with self._folder.folder(_QEMUS) as qemus:
@@ -170,13 +175,13 @@ class SinkFolder:
             self._above.remove_folder(os.path.basename(self.path), self._folder)
 
     def remove(self) -> None:
-        """It, and what is in it. Never raises."""
+        """Remove it, and what is in it. Never raises."""
         with contextlib.suppress(OSError):
             names = self._folder.names()
             self.remove_names(*(n for n in names if _SINK.fullmatch(n) or n == STREAM_NAME))
 
     def close(self) -> None:
-        """Let go of it; what is there stays."""
+        """Close it; what is there stays."""
         self._folder.close()
         self._above.close()
 
@@ -184,35 +189,38 @@ class SinkFolder:
         os.chown(name, uid, -1, dir_fd=self._folder.fd, follow_symlinks=False)
 
     def _remove(self, name: str) -> int | None:
-        """Its owner; None: it was not there. Raises OSError where it is neither socket nor pipe."""
+        """Remove a name; return its owner, None: it was not there.
+
+        Raises OSError for other kinds of files.
+        """
         status = self._folder.status(name)
         if status is None:
             return None
         is_pipe = stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
         if not (stat.S_ISSOCK(status.st_mode) or is_pipe):
-            raise FileExistsError(errno.EEXIST, "it exists, and is no socket", name)
+            raise FileExistsError(errno.EEXIST, "it exists, and is not a socket", name)
         os.unlink(name, dir_fd=self._folder.fd)
         return status.st_uid
 
 
 class SinkName(NamedTuple):
-    """Where a sink's socket is."""
+    """The folder and name of a sink's socket."""
 
     folder: str
     name: str
 
 
 def sink_name(path: str) -> SinkName | None:
-    """None: this is not the shape of one of ours."""
+    """Split the path of a sink's socket; None: not the shape of one of ours."""
     folder, name = os.path.split(path)
     fits = path.startswith("/") and _FOLDER.fullmatch(os.path.basename(folder))
     return SinkName(folder, name) if fits and _SINK.fullmatch(name) else None
 
 
 def open_stream(path: str, folder_fd: int | None = None) -> int | None:
-    """The reading end of a pipe that a user of our id has made; None: it is none.
+    """Open a pipe of our own uid for reading; None: the path is not one.
 
-    What QEMU calls ours, or has open, may be somebody else's pipe: nobody reads that in their place.
+    What QEMU reports as ours, or has open, may be another user's pipe, which must not be read here.
     """
     # Not waiting for a writer; reads wait again.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a machine's TPM, which swtpm keeps: found, read whole, and made one volume.
+"""The state of a machine's TPM, which swtpm keeps: found, read whole, and backed up as one disk.
 
 In an archive it is what swtpm itself reads as `--tpmstate backend-uri=file://…`, as the volumes of
 Proxmox VE are. swtpm writes to it without telling anybody, so it is read again until nothing
@@ -49,7 +49,7 @@ class TpmPlace(NamedTuple):
 
 
 def find_tpm(qemu_words: Sequence[str]) -> TpmPlace:
-    """Of the swtpm that this QEMU, by its command line, is connected to. Raises Failure."""
+    """Find the state of the swtpm that this QEMU, by its argv, is connected to. Raises Failure."""
     sockets = {
         word.removeprefix("path=")
         for words in qemu_words
@@ -97,7 +97,7 @@ def _absolute(pid: int, path: str) -> str:
 
 
 def _place(pid: int, words: str) -> TpmPlace:
-    """Raises Failure."""
+    """Return where swtpm keeps the state. Raises Failure."""
     fields = _fields(words)
     uri = fields.get("backend-uri", "")
     folder = fields.get("dir") or (uri.removeprefix("dir://") if uri.startswith("dir:") else "")
@@ -109,7 +109,7 @@ def _place(pid: int, words: str) -> TpmPlace:
 
 
 def read_volume(place: TpmPlace) -> bytes:
-    """The state as a volume of VOLUME_BYTES. Raises Failure when it cannot be had whole."""
+    """Return the state as a volume of VOLUME_BYTES. Raises Failure when it cannot be read whole."""
     before = read_now(place)
     for _ in range(_LOOKS):
         time.sleep(_LOOK_S)
@@ -122,7 +122,7 @@ def read_volume(place: TpmPlace) -> bytes:
 
 
 def read_now(place: TpmPlace) -> bytes:
-    """The same, as it is at this moment, which may be in the middle of a change. Raises Failure."""
+    """Return the state as it is now, maybe in the middle of a change. Raises Failure."""
     try:
         data = _read_folder(place.path) if place.is_folder else _read_file(place.path)
     except OSError as error:
@@ -131,7 +131,7 @@ def read_now(place: TpmPlace) -> bytes:
 
 
 def _read_folder(path: str) -> bytes:
-    """swtpm puts a complete file in the place of the one before."""
+    """Read a folder of states; swtpm replaces each file as a whole."""
     states = {}
     for name in sorted(os.listdir(path)):
         if match := _STATE_FILE.fullmatch(name):
@@ -140,7 +140,7 @@ def _read_folder(path: str) -> bytes:
 
 
 def _read_file(path: str) -> bytes:
-    """What is behind a volume's first 4 MiB is not swtpm's: its header tells where all is."""
+    """Read a state; what follows a volume's first 4 MiB is not swtpm's."""
     with open(path, "rb") as file:
         return file.read(VOLUME_BYTES)
 
@@ -165,7 +165,7 @@ def as_volume(states: Mapping[str, bytes]) -> bytes:
 
 
 def check_volume(data: bytes) -> None:
-    """Raises Failure for what swtpm would not read."""
+    """Refuse a volume that swtpm would not read. Raises Failure."""
     if len(data) < _HEADER_BYTES:
         raise Failure("swtpm has not kept any state yet")
     magic, version, header_bytes = _HEADER.unpack_from(data)
@@ -179,10 +179,13 @@ def check_volume(data: bytes) -> None:
 
 
 class TpmState:
-    """In this order: `add`, then the jobs begin, then `check`. All raise Failure."""
+    """The TPM's state as one of a backup's disks. Call `add`, begin the jobs, call `check`.
+
+    All raise Failure.
+    """
 
     def __init__(self, link: QmpLink, run: str, qemu_pid: int | None) -> None:
-        """Raises Failure when it cannot be had, with the reason."""
+        """Find and read it. Raises Failure, with the reason."""
         if link.is_shared or link.peer_pid is None:
             raise Failure("QEMU takes it only over a Unix socket that is ours (not --qmp-share)")
         if not qemu_pid:
@@ -194,7 +197,7 @@ class TpmState:
         self.disk = MachineDisk(TPM_NAME, f"{run_prefix(run)}tpm", VOLUME_BYTES)
 
     def add(self) -> Command:
-        """What makes it a node of QEMU's. It is read here, as it is now."""
+        """Read the state, and return the command that makes it a node of QEMU."""
         self._content = read_volume(self._place)
         memory = os.memfd_create(TPM_NAME)
         try:
@@ -216,7 +219,7 @@ class TpmState:
         return Command("blockdev-add", {**words, "file": file_node})
 
     def check(self) -> None:
-        """Of the instant it is only when nothing has changed until the jobs had begun."""
+        """Check that the state is of the instant: unchanged until the jobs had begun."""
         # The node has it open; QEMU keeps it no longer than that.
         with contextlib.suppress(QmpRefused):
             self._link.execute(Command("remove-fd", {"fdset-id": self._fdset}))

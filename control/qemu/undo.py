@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes a backup's jobs and nodes out of QEMU, in the order that costs a guest nothing."""
+"""Undoes a backup in QEMU: memory, jobs and nodes, power-off, in the order that costs a guest
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,13 @@ from vmapipe.runtime.errors import Failure
 # once; a slow disk may have to be read first.
 CLEAN_UP_S = 30.0
 # A target that QEMU has to connect to again is served within milliseconds of its
-# next request. Where nobody listened for long, QEMU tries again every 16 s.
+# next request. Where nothing listened for long, QEMU tries again every 16 s.
 _SERVED_S = 20.0
 _POLL_S = 0.02
 
 
 def find_own_objects(qmp: Qmp, prefix: str) -> OwnObjects:
-    """Raises QmpGone."""
+    """Find all that is named `prefix`. Raises QmpGone."""
     jobs = qmp.execute(Command("query-jobs", {}))
     nodes = qmp.execute(Command("query-named-block-nodes", {"flat": True}))
     if not any(str(node.get("node-name", "")).startswith(prefix) for node in nodes):
@@ -43,7 +45,7 @@ def find_own_objects(qmp: Qmp, prefix: str) -> OwnObjects:
 
 
 def _answer_or_none(qmp: Qmp, name: str) -> Any:
-    """None where this QEMU does not answer such a question."""
+    """Execute a command; None where this QEMU does not know it."""
     with contextlib.suppress(QmpRefused):
         return qmp.execute(Command(name, {}))
     return None
@@ -52,16 +54,16 @@ def _answer_or_none(qmp: Qmp, name: str) -> Any:
 def clean_up(
     qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float = CLEAN_UP_S
 ) -> None:
-    """Take all that is named `prefix` out, and let QEMU end if its guest has powered off meanwhile.
+    """Remove all that is named `prefix`, and let QEMU end if its guest has powered off meanwhile.
 
-    As `take_out`.
+    As `remove_objects`.
     """
     remove_objects(qmp, prefix, served, limit_s)
     release_poweroff(qmp, prefix)
 
 
 def remove_objects(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float) -> None:
-    """Until nothing named `prefix` is left. Raises QmpGone, and Failure when it takes too long.
+    """Remove jobs and nodes until nothing named `prefix` is left. Raises QmpGone; Failure: too slow.
 
     `served`: whether a job's target is connected. A job must not be cancelled
     while its target is not: the guest's write that waits for it would fail. The
@@ -72,7 +74,7 @@ def remove_objects(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s
     deadline = time.monotonic() + limit_s
     refused = ""
     while not left.nothing:
-        for command in left.undo():
+        for command in left.cleanup_commands():
             try:
                 qmp.execute(command)
             except QmpRefused as error:
@@ -87,7 +89,7 @@ def remove_objects(qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s
 
 
 def _await_targets(qmp: Qmp, prefix: str, served: Callable[[str], bool]) -> OwnObjects:
-    """Returns what is left then. A job that has come to its end meanwhile needs no target."""
+    """Wait until the targets of active jobs are connected; return what is left then."""
     left = find_own_objects(qmp, prefix)
     if all(served(job) for job in left.active):
         return left
@@ -102,13 +104,13 @@ def _await_targets(qmp: Qmp, prefix: str, served: Callable[[str], bool]) -> OwnO
 
 
 _MEMORY_POLL_S = 0.01
-# A terabyte of memory that nobody needs any more is read in less; a QEMU whose word is that it moves
-# and moves is not believed for ever.
+# A terabyte of memory is read and dropped in less; a QEMU that reports progress for ever is not
+# believed.
 _LONGEST_STREAM_S = 3600.0
 
 
 def find_memory_notes(qmp: Qmp, prefix: str) -> dict[str, MemoryNote | None]:
-    """By name; None: QEMU has one that we cannot read. Raises QmpGone."""
+    """Find notes by name; None: QEMU has one that we cannot read. Raises QmpGone."""
     try:
         objects = qmp.execute(Command("qom-list", {"path": "/objects"}))
     except QmpRefused:
@@ -122,9 +124,10 @@ def find_memory_notes(qmp: Qmp, prefix: str) -> dict[str, MemoryNote | None]:
 
 
 def undo_memory(qmp: Qmp, prefix: str, limit_s: float) -> None:
-    """Until no note named `prefix` is left. Somebody has to read the stream meanwhile.
+    """Let the guest go on and restore QEMU's migration settings, until no note named `prefix` is left.
 
-    As long as that moves it may take an hour. Raises QmpGone, Failure.
+    The stream must be read meanwhile; as long as it moves this may take an hour. Raises QmpGone,
+    Failure.
     """
     over = time.monotonic() + _LONGEST_STREAM_S
     deadline, moved, refused = time.monotonic() + limit_s, -1, ""

@@ -35,9 +35,9 @@ _POLL_S = 0.005
 
 
 class Instant(NamedTuple):
-    """For how long a guest's writes, or the guest itself, stood still for the instant.
+    """The instant: how long a guest's writes, or the guest itself, stood still for it.
 
-    `how` its memory was saved; empty: it was not.
+    `how`: the way in which its memory was saved; empty: it was not.
     """
 
     how: str
@@ -45,7 +45,7 @@ class Instant(NamedTuple):
 
 
 class MemorySaving:
-    """Of one backup. In this order: `begin`, then `poll` until `is_done`. Both raise Failure."""
+    """The saving of one machine's memory: `begin`, then `poll` until `is_done`. Both raise Failure."""
 
     def __init__(self, link: QmpLink, run: str, folder: SinkFolder, guest_wait_s: int) -> None:
         self.is_done = False
@@ -60,7 +60,7 @@ class MemorySaving:
         self._was_running = False
         self._ask_at = 0.0
         self._stopped_at = 0.0
-        # By somebody else, after the instant.
+        # By another client, after the instant.
         self._stopped_since = False
         self._qemu_fd, self.stream_fd = folder.make_stream()
         with contextlib.suppress(OSError):
@@ -69,7 +69,7 @@ class MemorySaving:
 
     @property
     def has_begun(self) -> bool:
-        """There is something to undo in QEMU."""
+        """Whether there is something to undo in QEMU."""
         return self._note is not None
 
     def estimate_bytes(self) -> int:
@@ -77,7 +77,7 @@ class MemorySaving:
         return max(1, int(sizes.get("base-memory", 0)) + int(sizes.get("plugged-memory", 0)))
 
     def started(self) -> None:
-        """Producer and guardian have their ends of the pipes."""
+        """Close the ends of the pipes that producer and guardian have inherited."""
         _close(self.stream_fd, self.verdict_fd)
         self.stream_fd = self.verdict_fd = -1
 
@@ -122,7 +122,7 @@ class MemorySaving:
             self._execute(vmstate_commands.start_migration())
 
     def poll(self) -> None:
-        """How far is it? Asked now and then, and when QEMU has said something."""
+        """Poll the migration's progress, at most every `_ASK_S` and after QEMU's events."""
         if self._note is None or self.is_done or time.monotonic() < self._ask_at:
             return
         self._check_it_runs()
@@ -139,7 +139,7 @@ class MemorySaving:
             )
 
     def handle_event(self, event: dict[str, Any]) -> None:
-        """One of QEMU's events."""
+        """Take one of QEMU's events into account."""
         name = event.get("event")
         if name == "STOP" and self.instant is None:
             self._stopped_at = _time_of(event)
@@ -151,7 +151,9 @@ class MemorySaving:
     # --- by background snapshot ---
 
     def _background_works(self, on: Sequence[str]) -> bool:
-        """Refused where QEMU has none, the kernel or a permission is missing, or memory is shared."""
+        """Try a background snapshot: refused without QEMU's or the kernel's support, or with shared
+        memory.
+        """
         try:
             self._link.execute(vmstate_commands.enable_capabilities(on, background=True))
         except QmpRefused:
@@ -167,7 +169,7 @@ class MemorySaving:
             self._execute(jobs.transaction)
             self._execute(vmstate_commands.start_migration())
         except Failure:
-            # The sooner the better; whoever cleans up would do it, too.
+            # The sooner the better; the cleanup would do it, too.
             with contextlib.suppress(Failure):
                 self._link.execute(Command("cont", {}))
             raise
@@ -175,7 +177,7 @@ class MemorySaving:
         self._ask_at = time.monotonic() + _ASK_S
 
     def _wait_for_guest(self, how: str) -> None:
-        """Until it goes on; for how long it stood still, QEMU's events tell."""
+        """Wait until the guest goes on; QEMU's events tell how long it stood still."""
         deadline = time.monotonic() + self._guest_wait_s + ANSWER_S
         while self.instant is None:
             readable([self._link.fd], _POLL_S)
@@ -192,7 +194,7 @@ class MemorySaving:
                 raise Failure("the guest does not go on after its memory was saved")
 
     def _stays_stopped(self) -> bool:
-        """Whether QEMU leaves a guest stopped that was so when its saving began.
+        """Tell whether QEMU leaves a guest stopped that was so when its saving began.
 
         7.2 lets it go on, 10.0 does not. Pages are saved after the devices, when the memory is
         protected and letting it go on is QEMU's next step, which only a first question may overtake.
@@ -201,7 +203,9 @@ class MemorySaving:
         return not self._ask("query-status").get("running")
 
     def _check_it_runs(self) -> None:
-        """Only then need nobody let it go on: QEMU 10 sets a state back that it found, unasked."""
+        """Note that the guest runs, or resume it: QEMU 10 restores, unasked, the state that it
+        found.
+        """
         if self._note is None or self._note.is_live or not self._note.resume:
             return
         if self._stopped_since or self._ask("query-status").get("running"):
@@ -253,7 +257,7 @@ class MemorySaving:
                 self._link.execute(command)
 
     def _give_stream(self) -> None:
-        """QEMU has it then, and nobody else holds an end that writes."""
+        """Give QEMU the pipe's end; no other process holds one that writes."""
         self._link.give_fd(self._qemu_fd, vmstate_commands.FD_NAME)
         _close(self._qemu_fd)
         self._qemu_fd = -1

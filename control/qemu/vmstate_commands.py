@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is decided about saving a machine's memory, and how it is undone. Pure.
+"""The commands that save a machine's memory, and those that undo it. Pure.
 
 As long as anything of it is to be undone, QEMU itself holds a note: an object
-that does nothing but carry a text. Whoever comes later, after any crash, reads
+that does nothing but carry a text. A later process, after any crash, reads
 there what was changed.
 """
 
@@ -24,7 +24,7 @@ NORMAL = "normal"
 #: The run states in which a machine's memory can be saved, and a backup goes on from.
 RUNNING = "running"
 STANDING = frozenset({"paused", "prelaunch"})
-#: In which we leave a machine for a moment; nobody else may go on from it meanwhile.
+#: In which we leave a machine for a moment; no other client may resume it meanwhile.
 STOPPED, MIGRATED = "paused", "postmigrate"
 
 # QEMU's default would take half a minute for 4 GiB; the archiver's pace decides.
@@ -40,7 +40,9 @@ _ENDING = frozenset({"cancelling"})
 
 
 class MemoryNote(NamedTuple):
-    """`resume`: found in this run state, the guest is to go on; empty: it runs, or is to stay.
+    """The note of what was changed.
+
+    `resume`: found in this run state, the guest is to go on; empty: it runs, or is to stay.
 
     `is_live`: by a live migration, which can be cancelled; a background snapshot
     must come to its end. `capabilities` were on, `bandwidth_bytes_s` was set before.
@@ -57,7 +59,7 @@ class MemoryNote(NamedTuple):
 
 
 def decode_memory_note(text: str) -> MemoryNote:
-    """Raises ValueError."""
+    """Decode a note. Raises ValueError."""
     try:
         found = read_object(text, SHORT_LIMITS)
     except Unreadable as error:
@@ -79,7 +81,7 @@ def memory_note_name(run: str) -> str:
 
 
 def memory_notes_in(objects: Iterable[Answer], prefix: str) -> list[str]:
-    """The names of notes, from the answer to qom-list of /objects."""
+    """Return the names of notes, from the answer to qom-list of /objects."""
     names = (str(found.get("name", "")) for found in objects)
     return [n for n in names if n.startswith(prefix or PREFIX) and n.endswith("-memory")]
 
@@ -99,7 +101,7 @@ def read_memory_note(name: str) -> Command:
 
 
 def enabled_capabilities(capabilities: Iterable[Answer]) -> tuple[str, ...]:
-    """From the answer to query-migrate-capabilities."""
+    """Return the enabled capabilities, from the answer to query-migrate-capabilities."""
     return tuple(str(c["capability"]) for c in capabilities if c.get("state"))
 
 
@@ -108,7 +110,7 @@ def lift_bandwidth() -> Command:
 
 
 def enable_capabilities(before: Sequence[str], *, background: bool) -> Command:
-    """The capabilities that saving needs, where `before` were on."""
+    """Return the command for the capabilities that saving needs, where `before` were on."""
     states = {**dict.fromkeys(before, False), _EVENTS: True, BACKGROUND: background}
     return _set_capabilities(states)
 
@@ -129,9 +131,9 @@ def start_migration() -> Command:
 
 
 def activate_disks(node: str, socket: str) -> tuple[Command, Command]:
-    """A migration that is complete leaves the disks to the other side; this takes one back.
+    """Return commands that take a disk back, which a complete migration leaves to the other side.
 
-    An export does that when it is made, and nobody connects to it.
+    Making an export does that; no client ever connects to it.
     """
     name = f"{PREFIX}activate"
     address = {"type": "unix", "path": socket}
@@ -140,7 +142,7 @@ def activate_disks(node: str, socket: str) -> tuple[Command, Command]:
 
 
 class MigrationProgress(NamedTuple):
-    """From the answer to query-migrate."""
+    """The progress of a migration, from the answer to query-migrate."""
 
     status: str
     sent_bytes: int
@@ -176,7 +178,7 @@ def migration_progress(answer: Answer) -> MigrationProgress:
 def undo_commands(
     name: str, note: MemoryNote, progress: MigrationProgress, run_state: str
 ) -> list[Command]:
-    """What can be done now; look again afterwards. The guest first, the note last."""
+    """Return what can be undone now; ask QEMU again afterwards. The guest first, the note last."""
     if progress.is_moving:
         # A background snapshot that is cancelled, or whose stream breaks, leaves
         # the guest's memory write-protected in QEMU 7.2: it is read to its end.

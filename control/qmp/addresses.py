@@ -38,12 +38,12 @@ class Address(NamedTuple):
 
     @property
     def absolute(self) -> str:
-        """As somebody in another folder would call it."""
+        """The address as a process in another folder has to name it."""
         return f"unix:{os.path.abspath(self.path)}".replace(",", ",,") if self.path else str(self)
 
 
 def parse_address(text: str) -> Address:
-    """Behind unix: and tcp: as QEMU reads it: ,options may follow. Raises UsageError."""
+    """Parse an address; unix: and tcp: as QEMU reads them, ,options may follow. Raises UsageError."""
     kind, colon, rest = text.partition(":")
     if colon and kind == "unix":
         path, *options = _words(rest)
@@ -73,7 +73,10 @@ def _is_abstract(options: list[str]) -> bool:
 
 
 def connect(address: Address, deadline: float) -> socket.socket:
-    """Not blocking. Raises OSError; TimeoutError: its queue of clients was full until then."""
+    """Return a connected, non-blocking socket.
+
+    Raises OSError; TimeoutError: its queue of clients stayed full.
+    """
     while True:
         left_s = max(0.001, deadline - time.monotonic())
         try:
@@ -106,7 +109,7 @@ def _connect_unix(path: str) -> socket.socket:
 
 
 def is_listening(address: Address) -> bool:
-    """Whether a process listens there, busy or not."""
+    """Tell whether a process listens there, busy or not."""
     try:
         connect(address, time.monotonic()).close()
     except TimeoutError:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shapes of the answers and events that we read: checked once, when they come. Pure.
 
-Whoever reads an answer relies on what stands here: a member that is listed has its type
-wherever it is, and a `needed` one is there. What is not listed may be anything, so list a member
-before you read it. An answer that does not fit is told with the place and what is wrong there.
+Code that reads an answer relies on these: a listed member has its type wherever it is, and a `needed`
+one is there. What is not listed may be anything, so list a member before you read it. The error for an
+answer that does not fit names the place and what is wrong there.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _MOST = (1 << 63) - 1
 
 
 class Shape(Protocol):
-    """What a value has to be."""
+    """What a value must be."""
 
     def fault(self, value: object) -> str:
-        """Where it does not fit and why, as `.member is …`; empty: it fits."""
+        """Return where a value does not fit and why, as `.member is …`; empty: it fits."""
 
 
 class Text(NamedTuple):
@@ -50,7 +50,7 @@ class Whole(NamedTuple):
 
 
 class Number(NamedTuple):
-    """Any number that an integer of 64 bits could hold the size of."""
+    """Any number within 63 bits."""
 
     def fault(self, value: object) -> str:
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -66,7 +66,7 @@ class Flag(NamedTuple):
 
 
 class Maybe(NamedTuple):
-    """Or null."""
+    """A value of this shape, or null."""
 
     shape: Shape
 
@@ -75,7 +75,7 @@ class Maybe(NamedTuple):
 
 
 class List(NamedTuple):
-    """Of any length."""
+    """A list of any length."""
 
     item: Shape
 
@@ -201,7 +201,7 @@ _EVENT = Record({"event": Text(128)}, {"data": Record(), "timestamp": _STAMP})
 
 
 def answer_fault(command: str, answer: object) -> str:
-    """Why it cannot be; empty: it can, or nobody knows its shape."""
+    """Return why an answer is not valid; empty: it is, or its shape is not listed."""
     shape = ANSWERS.get(command)
     return _worded(shape.fault(answer)) if shape else ""
 
@@ -215,5 +215,5 @@ def event_fault(event: Mapping[str, object]) -> str:
 
 
 def _worded(fault: str) -> str:
-    """`it` is the whole of it; a member is told without the dot before it."""
+    """Word a fault: `it` is the whole answer; a member is named without the leading dot."""
     return f"it{fault}" if fault.startswith(" ") else fault.removeprefix(".")

@@ -32,10 +32,10 @@ from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.syscalls import readable, writable
 
 _READ_BYTES = 1 << 16
-# One look at the events reads no more than this, so that whoever looks gets to other things, too.
+# One look at the events reads no more than this, so that the caller gets to other work, too.
 _LOOK_BYTES = 1 << 20
-# Of events of one name, so many wait: one for each of the 254 disks of a machine, four times. Who
-# knows of a thousand asks how things stand anyway.
+# Of events of one name, so many wait: one for each of the 254 disks of a machine, four times. A
+# reader of a thousand asks for the state anyway.
 _EVENTS_OF_A_NAME = 1024
 _BYTES_OF_A_NAME = 256 << 10
 # QEMU has some 60 kinds of events.
@@ -50,7 +50,7 @@ class Wire:
     """Objects both ways over a socket. Every method raises OSError, Unreadable, Cancelled."""
 
     def __init__(self, sock: socket.socket, reader: JsonReader, cancel: Cancel | None) -> None:
-        """`sock` does not block. A stop that `cancel` asks for ends every wait."""
+        """Wrap a non-blocking `sock`. A stop that `cancel` asks for ends every wait."""
         self.socket = sock
         self.reader = reader
         self._cancel = cancel
@@ -69,11 +69,14 @@ class Wire:
                 rights = []
 
     def receive(self, deadline: float) -> dict[str, Any]:
-        """The next object. TimeoutError: it is not there by then, however much else has come."""
+        """Return the next object.
+
+        TimeoutError: it is not there by then, however much else has come.
+        """
         return decode(self.receive_bytes(deadline))
 
     def receive_bytes(self, deadline: float) -> bytes:
-        """The same, for `decode`."""
+        """Return the next object undecoded, for `decode`."""
         while True:
             if time.monotonic() >= deadline:
                 raise TimeoutError("it does not answer")
@@ -95,7 +98,7 @@ class Wire:
         return len(data)
 
     def wait(self, deadline: float) -> None:
-        """Until something has come."""
+        """Wait until something has come."""
         fds = [self.socket.fileno()] + ([self._cancel.fd] if self._cancel else [])
         is_ready = readable(fds, deadline - time.monotonic())
         if self._cancel is not None:
@@ -119,7 +122,7 @@ class EventQueue:
         return len(self._events)
 
     def put(self, event: dict[str, Any], size_bytes: int) -> bool:
-        """False: more kinds of events than there are."""
+        """Keep an event. False: too many kinds of events."""
         name = event["event"]
         count, held_bytes = self._counts.get(name, (0, 0))
         if not count and len(self._counts) >= _MOST_NAMES:
@@ -187,7 +190,7 @@ class QmpClient:
 
     @property
     def peer_pid(self) -> int | None:
-        """The process at the other end, or who made its socket; None: it is not known."""
+        """The process at the other end, or the one that made its socket; None: not known."""
         if not self._address.path:
             return _listening_at(self._wire.socket.getpeername()[:2])
         size = struct.calcsize("3i")
@@ -213,7 +216,7 @@ class QmpClient:
         return int(self._execute(Command("add-fd", {}), (fd,))["fdset-id"])
 
     def events(self) -> list[dict[str, Any]]:
-        """What has come since, in order. Raises QmpGone, after the last."""
+        """Return the events since the last call, in order. Raises QmpGone, after the last."""
         if self._lost is None:
             with contextlib.suppress(QmpGone):  # told when all events are
                 self._take_what_is_there()
@@ -226,7 +229,7 @@ class QmpClient:
         return found
 
     def wait_for_end(self, timeout_s: float) -> bool:
-        """Whether the other end has closed by then; whatever it says is passed over."""
+        """Wait until the other end closes, ignoring what it sends; False: it has not by then."""
         deadline = time.monotonic() + timeout_s
         try:
             while time.monotonic() < deadline:
@@ -249,7 +252,7 @@ class QmpClient:
             self._lost = self._lost or self._peer.hung_up(self.path)
 
     def _greet(self, deadline: float) -> None:
-        """Raises QmpGone."""
+        """Read the greeting. Raises QmpGone."""
         try:
             greeting = self._wire.receive(deadline)
         except Unreadable as error:
@@ -350,7 +353,7 @@ class QmpClient:
         return self._lose(self._peer.not_valid(self.path, what, why))
 
     def _lose(self, error: QmpGone) -> QmpGone:
-        """From now on this is the answer to everything."""
+        """Mark the connection as lost: this error is raised from now on."""
         self._lost = error
         with contextlib.suppress(OSError):
             os.eventfd_write(self._waiting, 1)
@@ -358,7 +361,7 @@ class QmpClient:
 
 
 def _listening_at(place: tuple[str, int]) -> int | None:
-    """The process of this host whose TCP connection this is."""
+    """Return the process of this host that listens at the TCP address."""
     # Imported here: it takes time, and most monitors are Unix sockets.
     import psutil
 
@@ -374,18 +377,19 @@ def open_qmp(address: str) -> QmpClient:
     return QmpClient(parse_address(address))
 
 
-# A person's or a program's command takes seconds at the very most; who stays longer occupies it.
+# A person's or a program's command takes seconds at the very most; a client that stays longer
+# occupies it.
 _TURN_S = 30.0
 
 
 class _SharedPeer(QmpPeer):
-    """QEMU, whose others are waited for."""
+    """QEMU, whose other clients are waited for."""
 
     greeting_s = _TURN_S
 
     def no_greeting(self, path: str) -> QmpGone:
         return QmpGone(
-            f"{path}: the QMP monitor has served somebody else for {_TURN_S:.0f} s, who does not "
+            f"{path}: the QMP monitor has served another client for {_TURN_S:.0f} s, which does not "
             "share it (--qmp-share): give QEMU a second -qmp for backups"
         )
 
@@ -396,7 +400,7 @@ class SharedQmp:
     is_shared = True
 
     def __init__(self, address: Address) -> None:
-        """Connects once, so that whoever does not answer is told now. Raises QmpGone."""
+        """Connect once, so that a monitor that does not answer is reported now. Raises QmpGone."""
         self.path = str(address)
         self._address = address
         self._peer = _SharedPeer()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clients of a QMP server: who is connected, what they send, what they are told.
+"""The clients of a QMP server: their connections, commands and events.
 
-Nobody is waited for. What a client does not read is kept for it up to a bound,
+The server never waits for a client. What a client does not read is kept for it up to a bound,
 then it is dropped; one that says nothing gives way to others.
 """
 
@@ -26,19 +26,18 @@ MAX_CLIENTS = 64
 MAX_UNREAD_BYTES = 1 << 20
 # A client negotiates at once; a port scan never does.
 _NEGOTIATE_S = 30.0
-# When all places are taken, whoever has said nothing for so long gives up his.
+# When all places are taken, the client that has been silent for longest, and so long, is dropped.
 _IDLE_S = 60.0
 _RECEIVE_BYTES = 1 << 16
 # Linux passes 253 in one message; `add-fd` needs one.
 _MAX_FDS = 16
-# Who cannot be accepted now (no descriptor, no memory) waits in the kernel's queue
-# for so long, and we do not ask the kernel in a circle meanwhile.
+# Back-off after accept() fails (EMFILE, ENOMEM); the client stays in the listen queue.
 _PAUSE_S = 1.0
 _WITHOUT_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Client:
-    """One connection. `fds` are descriptors that came with its commands, oldest first."""
+    """A client's connection. `fds` are descriptors that came with its commands, oldest first."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
@@ -70,14 +69,17 @@ class Clients:
         left: Callable[[Client], None] = lambda client: None,
         notice: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`left` hears of each client that is not connected any more, `notice` of trouble."""
+        """Register the listener.
+
+        `left` is called for each client that has gone, `notice` with trouble.
+        """
         self._listener = listener
         self._commands = commands
         self._left = left
         self._notice = notice
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener.socket, selectors.EVENT_READ)
-        #: Until when nobody is accepted; 0: somebody may be.
+        #: Until when no client is accepted; 0: not paused.
         self._paused_until = 0.0
         self._is_told = False
         self._clients: dict[socket.socket, Client] = {}
@@ -105,7 +107,7 @@ class Clients:
         self._selector.register(fd, selectors.EVENT_READ)
 
     def serve(self, timeout_s: float) -> None:
-        """Whatever comes within `timeout_s`."""
+        """Process what comes within `timeout_s`."""
         if self._paused_until and time.monotonic() >= self._paused_until:
             self._paused_until = 0.0
             self._selector.register(self._listener.socket, selectors.EVENT_READ)
@@ -125,7 +127,7 @@ class Clients:
             self._send(client, client.server.go_on())
 
     def send_event(self, name: str, data: Mapping[str, Any]) -> None:
-        """An event, to everybody who has negotiated."""
+        """Send an event to all clients that have negotiated."""
         now = time.time()
         for client in list(self._clients.values()):
             self._send(client, client.server.event(name, data, now))
@@ -187,7 +189,7 @@ class Clients:
             self._drop(client)
 
     def _send(self, client: Client, data: bytes) -> None:
-        """What the client does not read now goes out when it does."""
+        """Send data; what the client does not read now goes out when it does."""
         if client.socket not in self._clients:
             return
         client.unread += data

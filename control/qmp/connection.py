@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a QMP connection does, how it fails, and in whose words."""
+"""The interface of a QMP connection: commands, errors, and what the two kinds of clients have in
+common.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from vmapipe.runtime.text import one_line
 # QEMU answers in milliseconds. A command that first has to see requests of a
 # slow disk end (a transaction) may take as long as these.
 ANSWER_S = 30.0
-# A monitor that serves somebody else takes our connection and says nothing.
+# A monitor that serves another client takes our connection and says nothing.
 GREETING_S = 5.0
 # QEMU's longest reasons name a node and a file; what a hostile one says has any length.
 _WORDS_CHARS = 1000
-# How others begin who may sit at a socket.
+# The first bytes of other servers that may be at a socket.
 _NBD = b"NBDMAGIC"
 _HUMAN_MONITOR = b"QEMU "
 
@@ -34,7 +36,7 @@ class Command(NamedTuple):
 
 
 class QmpRefused(Failure):
-    """QEMU said no; it is as it was before. The text is QEMU's."""
+    """QEMU refused a command and changed nothing. The text is QEMU's."""
 
 
 class QmpGone(Failure):
@@ -42,11 +44,11 @@ class QmpGone(Failure):
 
 
 class QmpInvalid(QmpGone):
-    """What came is not valid: nothing more is believed on this connection."""
+    """The peer sent something that is not valid; the connection is not used any more."""
 
 
 class Qmp(Protocol):
-    """One connection. `execute` raises QmpRefused, QmpGone."""
+    """A connection that executes commands. Raises QmpRefused, QmpGone."""
 
     def execute(self, command: Command) -> Any: ...
 
@@ -56,22 +58,22 @@ class QmpLink(Qmp, Protocol):
 
     @property
     def path(self) -> str:
-        """Where its monitor is, for messages."""
+        """The address of its monitor, for messages."""
 
     @property
     def peer_pid(self) -> int | None:
-        """The process at the other end, or who made its socket; None: it is not known."""
+        """The process at the other end, or the one that made its socket; None: not known."""
 
     @property
     def is_shared(self) -> bool:
-        """Events are missed: whoever wants to know how things stand asks now and then."""
+        """Whether events are missed, so that a caller has to poll."""
 
     @property
     def fd(self) -> int:
         """Readable when `events` has something to tell."""
 
     def events(self) -> list[dict[str, Any]]:
-        """What has come since, in order."""
+        """Return the events since the last call, in order."""
 
     def give_fd(self, fd: int, name: str) -> None:
         """QEMU gets a copy of a descriptor, under this name."""
@@ -83,7 +85,7 @@ class QmpLink(Qmp, Protocol):
 
 
 class QmpPeer:
-    """Who is at the other end: its bounds, and how its failures are told. Here: QEMU."""
+    """Timeouts, limits and error messages for a peer; the defaults are QEMU's."""
 
     name = "QEMU"
     greeting_s = GREETING_S
@@ -101,7 +103,7 @@ class QmpPeer:
         )
 
     def no_qmp(self, path: str, said: bytes) -> QmpGone:
-        """It began with what is not QMP."""
+        """Return the error for a peer that does not begin with QMP."""
         if said.startswith(_HUMAN_MONITOR) and b"monitor" in said:
             return QmpInvalid(
                 f"{path} is a human monitor (-monitor); --qmp wants a QMP monitor: start QEMU "
@@ -123,7 +125,7 @@ class QmpPeer:
         return QmpGone(f"{path}: QEMU has ended or closed its monitor")
 
     def not_valid(self, path: str, what: str, why: str) -> QmpGone:
-        """`what` came (an event, an answer to …) cannot be; `why`."""
+        """Return the error for `what` (an event, an answer to …) that is not valid, and `why`."""
         return QmpInvalid(f"{path}: {self.name}'s {what} is not valid: {why}")
 
     def refused(self, command: str, words: str) -> QmpRefused:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts what a peer sends into JSON objects, within bounds. Pure.
+"""A reader of JSON objects from a peer's bytes, within limits. Pure.
 
 For QEMU, the guest agent, our monitor and our running backups alike. An object
 may stand on one line or on several (QEMU's -qmp-pretty), and need not be
@@ -29,7 +29,7 @@ SHOWN_BYTES = 200
 
 
 class JsonLimits(NamedTuple):
-    """Of one message."""
+    """The limits of one message."""
 
     most_bytes: int
     #: Python makes some 50 to 100 bytes of each value, however short it was.
@@ -48,7 +48,7 @@ SHORT_LIMITS = JsonLimits(most_bytes=1 << 20, most_values=50_000, most_depth=32)
 
 
 class Unreadable(Exception):
-    """What was sent is not what can be read here; the text says why, `said` how it began."""
+    """Received bytes are not a valid object; the text says why, `said` is their beginning."""
 
     def __init__(self, text: str, said: bytes) -> None:
         super().__init__(text)
@@ -68,7 +68,7 @@ class JsonReader:
 
     @property
     def held_bytes(self) -> int:
-        """Of what is not complete yet, or was not asked for."""
+        """Bytes of objects that are not complete yet, or were not asked for."""
         return len(self._held)
 
     def feed(self, data: bytes) -> None:
@@ -88,12 +88,12 @@ class JsonReader:
         self._begin()
 
     def next(self) -> dict[str, Any] | None:
-        """None: there is none yet. Raises Unreadable."""
+        """Return the next object; None: there is none yet. Raises Unreadable."""
         message = self.next_bytes()
         return None if message is None else decode(message)
 
     def next_bytes(self) -> bytes | None:
-        """The same, for `decode`, which takes longer than to find it. Raises Unreadable."""
+        """Return the next object undecoded, for `decode`, which takes longer. Raises Unreadable."""
         if not self._depth:
             white = _WHITE.match(self._held)
             del self._held[: white.end() if white else 0]
@@ -118,7 +118,7 @@ class JsonReader:
         self._is_in_string = False
 
     def _find_end(self) -> int | None:
-        """Where the first object ends; what was looked at is not looked at again."""
+        """Find the end of the first object; scanned bytes are not scanned again."""
         while self._pass_string():
             match = _UP_TO_BRACKET.match(self._held, self._seen)
             self._seen = match.end() if match else self._seen
@@ -142,7 +142,7 @@ class JsonReader:
         return None
 
     def _pass_string(self) -> bool:
-        """Whether all is outside of strings: one that was not complete is now."""
+        """Scan to the end of an open string; False: it is not there yet."""
         while self._is_in_string:
             match = _IN_STRING.search(self._held, self._seen)
             if match is None:
@@ -164,7 +164,7 @@ class JsonReader:
 
 
 def read_object(text: str, limits: JsonLimits) -> dict[str, Any]:
-    """A text that is one object. Raises Unreadable."""
+    """Decode a text that is one object. Raises Unreadable."""
     reader = JsonReader(limits)
     reader.feed(text.encode(errors="replace"))
     found = reader.next()
@@ -174,7 +174,7 @@ def read_object(text: str, limits: JsonLimits) -> dict[str, Any]:
 
 
 def decode(message: bytes) -> dict[str, Any]:
-    """What `next_bytes` has found. Raises Unreadable."""
+    """Decode what `next_bytes` has returned. Raises Unreadable."""
     try:
         return _decode(message)
     except ValueError as error:
@@ -182,7 +182,7 @@ def decode(message: bytes) -> dict[str, Any]:
 
 
 def _decode(message: bytes) -> dict[str, Any]:
-    """It is not nested deeply. Raises ValueError in words for people."""
+    """Decode an object within limits. Raises ValueError with a text for people."""
     try:
         text = message.decode()
     except UnicodeDecodeError as error:

@@ -21,7 +21,7 @@ _WHITE = b" \t\r\n"
 
 
 class QmpRequest(NamedTuple):
-    """An object, or why it is none; and how long it was, in bytes."""
+    """A received object, or why it is not valid; and its length in bytes."""
 
     value: dict[str, Any] | None
     problem: str
@@ -29,7 +29,7 @@ class QmpRequest(NamedTuple):
 
 
 class RequestReader:
-    """Bytes in any pieces to requests. `held_bytes` are those of one that is not complete."""
+    """Cuts bytes, in any pieces, into requests. `held_bytes` are those of an incomplete one."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -74,12 +74,12 @@ class RequestReader:
         try:
             json.loads(line)
         except (ValueError, RecursionError):
-            return QmpRequest(None, "this is no JSON", len(line))
+            return QmpRequest(None, "this is not valid JSON", len(line))
         return QmpRequest(None, "a command is a JSON object", len(line))
 
 
 def _is_hopeless(error: ValueError, text: str) -> bool:
-    """Whether nothing that could follow would make it JSON."""
+    """Tell whether nothing that could follow would make it JSON."""
     if not isinstance(error, json.JSONDecodeError):
         return True  # a number of thousands of digits
     if error.msg.startswith("Unterminated string"):
@@ -87,7 +87,7 @@ def _is_hopeless(error: ValueError, text: str) -> bool:
     return error.pos < len(text.rstrip())
 
 
-# A command is some hundred bytes; what is longer is no command.
+# A command is some hundred bytes; anything longer is not a command.
 MAX_LINE_BYTES = 64 * 1024
 # Of commands that wait for the answer to the one before; the client's next ones
 # stay in its socket.
@@ -116,7 +116,7 @@ class QmpError(Exception):
 
 
 class DeferredAnswer:
-    """What a command returns whose answer takes time; the first answer counts."""
+    """The answer of a command that takes time; the first one set counts."""
 
     def __init__(self) -> None:
         self.done = False
@@ -131,14 +131,14 @@ class DeferredAnswer:
         self._settle(None, error)
 
     def then(self, hook: Callable[[], None]) -> None:
-        """Call it when the answer is there."""
+        """Call `hook` when the answer is there."""
         if self.done:
             hook()
         else:
             self._hooks.append(hook)
 
     def result(self) -> Any:
-        """Raises QmpError."""
+        """Return the answer. Raises QmpError."""
         if self._error is not None:
             raise self._error
         return self._value
@@ -152,7 +152,7 @@ class DeferredAnswer:
 
 
 class QmpServer:
-    """One client. `closed`: it has broken the protocol beyond repair."""
+    """The conversation with one client. `closed`: it has broken the protocol beyond repair."""
 
     def __init__(self, commands: Mapping[str, CommandHandler], version: str) -> None:
         self.closed = False
@@ -165,7 +165,7 @@ class QmpServer:
 
     @property
     def takes_more(self) -> bool:
-        """False: leave what the client sends where it is; it has commands enough waiting."""
+        """Whether to read more from the client; False: enough of its commands wait."""
         waiting = sum(request.size for request in self._requests)
         return self._awaited is None or waiting < _MAX_WAITING_BYTES
 
@@ -182,7 +182,7 @@ class QmpServer:
         return out
 
     def go_on(self) -> bytes:
-        """An awaited answer may have come; returns what is to be sent."""
+        """Continue after an awaited answer; returns what is to be sent."""
         out = b""
         while True:
             if self._awaited is not None:
@@ -197,7 +197,7 @@ class QmpServer:
                 return out
 
     def event(self, name: str, data: Mapping[str, Any], time_s: float) -> bytes:
-        """As it is to be sent; nothing to a client that has not negotiated yet."""
+        """Encode an event; empty for a client that has not negotiated yet."""
         if not self.negotiated:
             return b""
         seconds, microseconds = divmod(round(time_s * 1_000_000), 1_000_000)
@@ -276,27 +276,29 @@ def _error(kind: str, text: str, identity: Any) -> bytes:
 
 
 class Arguments:
-    """Members are taken one by one, by any of their spellings; `end` refuses what is left."""
+    """The members of a command, checked and worded as QEMU does.
+
+    They are taken one by one, by any of their spellings; `end` refuses what is left."""
 
     def __init__(self, members: dict[str, Any]) -> None:
         self._members = dict(members)
 
     def text(self, *spellings: str) -> str | None:
-        """Raises QmpError for what is there and no string."""
+        """Return a string; None: missing. Raises QmpError for another type."""
         value = self._take(spellings)
         if value is not None and not isinstance(value, str):
             raise _wrong_type(spellings, "string")
         return value
 
     def need_text(self, *spellings: str) -> str:
-        """Raises QmpError when it is missing, too."""
+        """Return a string. Raises QmpError when it is missing, too."""
         value = self.text(*spellings)
         if value is None:
             raise QmpError(f"Parameter '{spellings[0]}' is missing")
         return value
 
     def number(self, *spellings: str) -> int | None:
-        """An integer from 0 on; JSON's booleans are none. Raises QmpError."""
+        """Return an integer from 0 on; None: missing; a boolean is not valid. Raises QmpError."""
         value = self._take(spellings)
         if value is None:
             return None
@@ -307,7 +309,7 @@ class Arguments:
         return value
 
     def flag(self, *spellings: str) -> bool:
-        """False when it is missing. Raises QmpError."""
+        """Return a boolean, False when it is missing. Raises QmpError."""
         value = self._take(spellings)
         if value is not None and not isinstance(value, bool):
             raise _wrong_type(spellings, "boolean")
@@ -325,7 +327,7 @@ class Arguments:
         return any(spelling in self._members for spelling in spellings)
 
     def end(self) -> None:
-        """Raises QmpError when there is a member that nobody knows."""
+        """Refuse members that were not taken. Raises QmpError."""
         for name in self._members:
             raise QmpError(f"Parameter '{name}' is unexpected")
 
@@ -342,7 +344,7 @@ _UNITS = {unit: 1 << 10 * power for power, unit in enumerate("BKMGTPE")}
 
 
 def human_size(text: str) -> int:
-    """`10` is 10 MiB, `1.5G`, `4096B`. Raises QmpError."""
+    """Parse a size: `10` is 10 MiB, `1.5G`, `4096B`. Raises QmpError."""
     word = text.strip().upper()
     unit = word[-1:] if word[-1:] in _UNITS else ""
     number = word[: len(word) - len(unit)]

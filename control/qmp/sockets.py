@@ -18,7 +18,7 @@ from vmapipe.runtime.folders import HeldFolder, made_with
 _BACKLOG = 128
 # sun_path has 108 bytes with its NUL.
 _MAX_PATH_BYTES = 107
-# A turn takes a millisecond; somebody else's lock on the folder may last for ever.
+# A turn takes a millisecond; another process's lock on the folder may last for ever.
 _TURN_S = 5.0
 _TURN_LOOK_S = 0.01
 
@@ -40,7 +40,7 @@ class Listener:
         return self.socket.fileno()
 
     def close(self) -> None:
-        """The name goes too, unless somebody else has taken it meanwhile."""
+        """Close it and remove its name, unless another process has taken that meanwhile."""
         self.socket.close()
         folder, self._folder = self._folder, None
         if folder is None:
@@ -52,14 +52,14 @@ class Listener:
 
 
 def listen(address: str, mode: int, *, insecure_tcp: bool = False) -> Listener:
-    """A path, or tcp://HOST:PORT. Raises Failure, UsageError."""
+    """Listen on a path, or at tcp://HOST:PORT. Raises Failure, UsageError."""
     if address.startswith("tcp://"):
         return Listener(_listen_tcp(address, insecure_tcp=insecure_tcp))
     return listen_unix(address, mode, socket.SOCK_STREAM)
 
 
 def listen_unix(path: str, mode: int, kind: socket.SocketKind) -> Listener:
-    """Takes over the name of a socket that nobody listens on any more. Raises Failure."""
+    """Listen on a Unix socket, taking over the name of a dead one. Raises Failure."""
     if not 0 < len(os.fsencode(path)) <= _MAX_PATH_BYTES:
         raise UsageError(f"{path!r}: a socket's path has 1..{_MAX_PATH_BYTES} bytes")
     place, name = os.path.split(path)
@@ -77,10 +77,10 @@ def listen_unix(path: str, mode: int, kind: socket.SocketKind) -> Listener:
 
 
 def private_folder(path: str, *, others_may_look: bool = False) -> str:
-    """A folder that only we can enter: a new one, or the one that is there. Raises Failure.
+    """Make a folder that only we can enter, or check the existing one. Raises Failure.
 
-    `others_may_look`: one that somebody else made for us and that only we can write to will do.
-    Nobody else can put another one in its place, so that its path leads to it from now on.
+    `others_may_look`: one that another user made for us and that only we can write to will do.
+    No other user can replace it, so that its path leads to it from now on.
     """
     place, name = os.path.split(path.rstrip("/"))
     try:
@@ -98,7 +98,7 @@ def private_folder(path: str, *, others_may_look: bool = False) -> str:
     forbidden, do = (0o022, "write to") if others_may_look else (0o077, "enter")
     ours = status and stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
     if not ours or (status and status.st_mode & forbidden):
-        raise Failure(f"{path} exists, and is no folder that only this user can {do}: remove it")
+        raise Failure(f"{path} exists, and is not a folder that only this user can {do}: remove it")
     return path
 
 
@@ -145,7 +145,7 @@ def _remove_stale(folder: HeldFolder, name: str, kind: socket.SocketKind) -> Non
     if status is None:
         return
     if not stat.S_ISSOCK(status.st_mode):
-        raise Failure(f"cannot listen on {path}: it exists, and is no socket")
+        raise Failure(f"cannot listen on {path}: it exists, and is not a socket")
     with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.settimeout(1.0)
         try:
@@ -156,7 +156,7 @@ def _remove_stale(folder: HeldFolder, name: str, kind: socket.SocketKind) -> Non
                 os.unlink(name, dir_fd=folder.fd)
             return
         except OSError:
-            pass  # somebody is there, and busy, or of another kind
+            pass  # a process is there, and busy, or of another kind
     raise Failure(f"cannot listen on {path}: another process does")
 
 
@@ -164,7 +164,7 @@ def _listen_tcp(address: str, *, insecure_tcp: bool) -> socket.socket:
     host, colon, port = address.removeprefix("tcp://").rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
-        raise UsageError(f"{address!r} is no tcp://HOST:PORT")
+        raise UsageError(f"{address!r} is not a valid tcp://HOST:PORT")
     try:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
     except OSError as error:

@@ -82,7 +82,7 @@ def test_junk_is_answered_and_the_next_command_works(junk: bytes) -> None:
         assert answer["error"]["class"] in ("GenericError", "CommandNotFound")
     # What may still have become JSON is known to be none now.
     *late, answer = answers(qmp.feed(b'{"execute": "query-disks"}\n'))
-    assert [error["error"]["desc"] for error in late] in ([], ["this is no JSON"])
+    assert [error["error"]["desc"] for error in late] in ([], ["this is not valid JSON"])
     assert answer == {"return": ["a"]}
 
 

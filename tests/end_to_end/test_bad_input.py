@@ -27,7 +27,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
         "two devices have the name 'a'",
     ),
     "control character": (lambda d: ["--disk", f"a\nb={d}"], 2, "is not safe"),
-    "no text": (lambda d: ["--disk", f"a\udcff={d}"], 2, "is no UTF-8 text"),
+    "no text": (lambda d: ["--disk", f"a\udcff={d}"], 2, "is not UTF-8 text"),
     "no disk": (lambda d: [], 2, "name a disk with --disk"),
     "missing config": (
         lambda d: ["--disk", f"a={d}", "--config", "/nonexistent"],

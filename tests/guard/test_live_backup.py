@@ -405,7 +405,7 @@ def test_an_image_that_another_program_writes_to_is_not_served(tmp_path: Path, n
             ("--disk", "d=IMAGE", "--export", "d=tcp://0.0.0.0:10809"),
             "whoever reaches it can read and write the disk",
         ),
-        (("--disk", "d=IMAGE", "--export", "d=tcp://nowhere"), "is no tcp://HOST:PORT"),
+        (("--disk", "d=IMAGE", "--export", "d=tcp://nowhere"), "is not a valid tcp://HOST:PORT"),
     ],
 )
 def test_a_wrong_command_line_is_one_clear_line(
@@ -436,7 +436,7 @@ def test_a_socket_that_a_crash_left_is_taken_over_and_any_other_file_is_not(
         *("monitor", "--listen", tmp_path / "m.sock", "--disk", f"d={image}"),
         *("--export", f"d={tmp_path / 'd.sock'}"),
     )
-    assert "it exists, and is no socket" in words
+    assert "it exists, and is not a socket" in words
 
 
 @pytest.mark.parametrize(

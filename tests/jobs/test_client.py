@@ -72,7 +72,7 @@ def stranger(says: Sequence[bytes]) -> Iterator[str]:
         ("monitor", [NBD], "is an export's socket; --monitor wants the monitor's own"),
         ("monitor", [b"SSH-2.0\r\n"], "what answers there is not QMP; is this a monitor's socket"),
         ("monitor", [GREETING], "no monitor answers there, or it has too many clients"),
-        ("monitor", [b""], "nobody greets us within"),
+        ("monitor", [b""], "no greeting came within"),
         ("monitor", [GREETING, b""], "the monitor has not answered qmp_capabilities for"),
         (
             "monitor",

@@ -342,7 +342,10 @@ def test_other_refusals_name_their_reason(qmp: Foreign, tmp_path: Path) -> None:
     nowhere = refusal(qmp, "backup", {"backup-file": "/nix/vm.vma"})
     assert "No such file or directory" in nowhere.desc
     for file in ("-", "fd:3", "", "a\0b"):
-        assert "is no place for an archive" in refusal(qmp, "backup", {"backup-file": file}).desc
+        assert (
+            "is not a valid place for an archive"
+            in refusal(qmp, "backup", {"backup-file": file}).desc
+        )
     words = {"backup-file": str(tmp_path / "vm.vma")}
     assert "no state to save" in refusal(qmp, "backup", {**words, "state": True}).desc
     assert "fleecing" in refusal(qmp, "backup", {**words, "fleecing": True}).desc

@@ -146,7 +146,7 @@ READERS: dict[str, Callable[[Any], object]] = {
     "query-block-jobs": lambda answer: read_disks(GOOD["query-block"], NODES, answer),
     "x-debug-query-block-graph": lambda answer: read_disks(GOOD["query-block"], NODES, [], answer),
     "query-tpm": lambda answer: [(tpm_aliases(tpm), tpm_outside(tpm, "")) for tpm in answer],
-    "query-jobs": lambda answer: own_objects(answer, NODES, "vmapipe-").undo(),
+    "query-jobs": lambda answer: own_objects(answer, NODES, "vmapipe-").cleanup_commands(),
     "query-migrate": read_progress,
     "query-migrate-capabilities": vmstate_commands.enabled_capabilities,
     "qom-list": lambda answer: (

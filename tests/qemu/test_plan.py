@@ -319,7 +319,7 @@ def test_from_any_state_undoing_ends_with_nothing_of_ours_and_all_of_others(
     )
     prefix = run_prefix("01234567")
     for _ in range(7):
-        for name, arguments in model.left(prefix).undo():
+        for name, arguments in model.left(prefix).cleanup_commands():
             model.execute(name, arguments)
         model.go_on()
     assert model.left(prefix).nothing
@@ -341,7 +341,7 @@ def test_a_device_whose_filter_is_on_what_nobody_knows_is_left_where_it_is() -> 
     (writer,) = devices_above_filters(blocks, lambda node: "", "vmapipe-1-")
     assert writer == ("/machine/peripheral/virtio0", "vmapipe-1-0-filter", "")
     left = own_objects([], [{"node-name": "vmapipe-1-0-filter"}], "vmapipe-1-", [writer])
-    assert left.undo() == [("blockdev-del", {"node-name": "vmapipe-1-0-filter"})]
+    assert left.cleanup_commands() == [("blockdev-del", {"node-name": "vmapipe-1-0-filter"})]
 
 
 def test_a_disk_that_is_handed_over_has_a_filter_and_a_job_that_copies_next_to_nothing() -> None:

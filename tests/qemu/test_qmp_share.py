@@ -219,7 +219,7 @@ def test_somebody_who_stays_connected_is_named(
     monkeypatch.setattr(_SharedPeer, "greeting_s", 0.5)
     with (
         contextlib.closing(QmpClient(str(daemon.qmp))),
-        pytest.raises(QmpGone, match="has served somebody else for 30 s, who does not share it"),
+        pytest.raises(QmpGone, match="has served another client for 30 s, which does not share it"),
     ):
         SharedQmp(Address(str(daemon.qmp)))
 
