@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that parses a disk's file systems. It has one socket, and no rights.
+
+python -m vmapipe.access.files.child FD SIZE
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+
+from vmapipe.access.files import parser
+from vmapipe.access.files.messages import (
+    FILE,
+    FOLDER,
+    MAX_MESSAGE_BYTES,
+    Ask,
+    Bytes,
+    End,
+    Failed,
+    FromParser,
+    Notice,
+    Read,
+    Ready,
+    Unreadable,
+    decode_for_parser,
+    encode,
+)
+from vmapipe.protocol.errors import ProtocolError
+from vmapipe.runtime.sandbox import end_with_parent, give_up_rights
+
+# Python, msgpack and the parser take some 200 MiB of address space; what the largest
+# folders of real file systems need comes to some tens of MiB more.
+_MEMORY_BYTES = 1 << 30
+# An hour of work; a parser that a made-up file system has sent round in a circle ends there.
+_CPU_S = 3600
+
+
+class _Worker:
+    """Answers commands, one after the other, and asks for what it needs of the disk."""
+
+    def __init__(self, sock: socket.socket, size_bytes: int) -> None:
+        self._sock = sock
+        self._size_bytes = size_bytes
+
+    def tell(self, message: FromParser) -> None:
+        self._sock.sendall(encode(message))
+
+    def hear(self) -> Ask | Bytes | Unreadable | None:
+        """None: the other side has ended."""
+        raw = self._sock.recv(MAX_MESSAGE_BYTES)
+        return decode_for_parser([raw]) if raw else None
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the disk. Raises OSError where the archive is damaged."""
+        length = min(length, self._size_bytes - offset)
+        if length <= 0:
+            return b""
+        self.tell(Read(offset, length))
+        match self.hear():
+            case Bytes(data):
+                return data
+            case Unreadable(reason):
+                raise OSError(reason.decode(errors="replace"))
+        raise EOFError
+
+    def answer(self, ask: Ask) -> None:
+        try:
+            for message in self._answers(ask):
+                self.tell(message)
+        except OSError as error:
+            self.tell(Failed(b"", str(error).encode()[:400]))
+        self.tell(End())
+
+    def _answers(self, ask: Ask) -> Iterator[FromParser]:
+        found = parser.parts(self.read, self._size_bytes)
+        if ask.action == "volumes":
+            for part in found:
+                yield parser.volume_of(self.read, part)
+            return
+        holding = []
+        for part in found:
+            if ask.where and part.name.encode() != ask.where:
+                continue
+            volume = parser.volume_of(self.read, part)
+            if not volume.can_read:
+                # The asker says why a path cannot be looked for there.
+                yield volume
+                continue
+            file_system = parser.FileSystem(self.read, part)
+            place = file_system.find(ask.path)
+            if place is not None:
+                holding.append((volume, file_system, place))
+        for volume, _, _ in holding:
+            yield volume
+        if len(holding) != 1:
+            return
+        _, file_system, (path, file) = holding[0]
+        yield from self._tree(ask.action, file_system, path, file)
+
+    def _tree(
+        self, action: str, file_system: parser.FileSystem, path: bytes, file: object
+    ) -> Iterator[FromParser]:
+        for text in file_system.notices:
+            yield Notice(text.encode())
+        told = len(file_system.notices)
+        top = file_system.entry(path, file)
+        if action == "list" and top.kind == FOLDER:
+            items: Iterator[tuple[bytes, object] | Failed] = file_system.children(path, file)
+        elif action == "list":
+            items = iter([(path, file)])
+        else:
+            items = file_system.walk(path, file)
+        for item in items:
+            if isinstance(item, Failed):
+                yield item
+                continue
+            name, file = item
+            try:
+                entry = file_system.entry(name, file)
+                yield entry
+                if action == "read" and entry.kind == FILE:
+                    yield from file_system.content(file)
+            except OSError as error:
+                yield Failed(name, str(error).encode()[:400])
+            for text in file_system.notices[told:]:
+                yield Notice(text.encode())
+            told = len(file_system.notices)
+
+
+def main(argv: list[str]) -> int:
+    end_with_parent()
+    sock = socket.socket(fileno=int(argv[0]))
+    worker = _Worker(sock, int(argv[1]))
+    is_confined = give_up_rights(_MEMORY_BYTES, _CPU_S)
+    try:
+        worker.tell(Ready(is_confined))
+        while (message := worker.hear()) is not None:
+            if isinstance(message, Ask):
+                worker.answer(message)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0  # the asker has ended
+    except (ProtocolError, MemoryError, RecursionError, ValueError) as error:
+        traceback.print_exception(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    os._exit(main(sys.argv[1:]))

@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Partitions and file systems of one disk, read with The Sleuth Kit (pytsk3).
+
+What it reads may be made by a stranger: run it only in a process without rights (child.py).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytsk3
+
+from vmapipe.access.files import ext
+from vmapipe.access.files.messages import (
+    BLOCK_DEVICE,
+    CHARACTER_DEVICE,
+    FIFO,
+    FILE,
+    FOLDER,
+    LINK,
+    MAX_DATA_BYTES,
+    MAX_READ_BYTES,
+    MAX_XATTRS,
+    SOCKET,
+    Data,
+    Entry,
+    Failed,
+    Notice,
+    Volume,
+)
+
+#: Reads the disk: offset, length (at most MAX_READ_BYTES). Raises OSError where it is damaged.
+Read = Callable[[int, int], bytes]
+Answer = Volume | Entry | Data | Notice | Failed
+
+_KINDS = {
+    int(pytsk3.TSK_FS_META_TYPE_REG): FILE,
+    int(pytsk3.TSK_FS_META_TYPE_DIR): FOLDER,
+    int(pytsk3.TSK_FS_META_TYPE_LNK): LINK,
+    int(pytsk3.TSK_FS_META_TYPE_CHR): CHARACTER_DEVICE,
+    int(pytsk3.TSK_FS_META_TYPE_BLK): BLOCK_DEVICE,
+    int(pytsk3.TSK_FS_META_TYPE_FIFO): FIFO,
+    int(pytsk3.TSK_FS_META_TYPE_SOCK): SOCKET,
+}
+_EXT = {
+    int(pytsk3.TSK_FS_TYPE_EXT2): b"ext2",
+    int(pytsk3.TSK_FS_TYPE_EXT3): b"ext3",
+    int(pytsk3.TSK_FS_TYPE_EXT4): b"ext4",
+}
+_NTFS = int(pytsk3.TSK_FS_TYPE_NTFS)
+_NAMES = {
+    **_EXT,
+    _NTFS: b"ntfs",
+    int(pytsk3.TSK_FS_TYPE_FAT12): b"fat12",
+    int(pytsk3.TSK_FS_TYPE_FAT16): b"fat16",
+    int(pytsk3.TSK_FS_TYPE_FAT32): b"fat32",
+    int(pytsk3.TSK_FS_TYPE_EXFAT): b"exfat",
+    int(pytsk3.TSK_FS_TYPE_ISO9660): b"iso9660",
+    int(pytsk3.TSK_FS_TYPE_HFS): b"hfs+",
+    int(pytsk3.TSK_FS_TYPE_FFS1): b"ufs1",
+    int(pytsk3.TSK_FS_TYPE_FFS2): b"ufs2",
+}
+# What the kernel takes for these, and no parser here reads: where and how it begins.
+_OTHERS = (
+    (0, b"XFSB", b"xfs"),
+    (0x10040, b"_BHRfS_M", b"btrfs"),
+    (0, b"LUKS\xba\xbe\0\1", b"luks1"),
+    (0, b"LUKS\xba\xbe\0\2", b"luks2"),
+    (0x218, b"LVM2 001", b"lvm"),
+    (0, b"-FVE-FS-", b"bitlocker"),
+    (0xFF6, b"SWAPSPACE2", b"swap"),
+    (0x438, b"\x53\xef", b"ext4"),
+)
+_PARTITION = int(pytsk3.TSK_VS_PART_FLAG_ALLOC)
+_UNALLOCATED_NAME = int(pytsk3.TSK_FS_NAME_FLAG_UNALLOC)
+# No content on the disk: TSK_FS_ATTR_RUN_FLAG_FILLER and _SPARSE.
+_NO_CONTENT = 1 | 2
+_NTFS_DATA = int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA)
+# Deeper than any real one; a folder that holds itself would go on for ever.
+_MAX_DEPTH = 256
+
+
+class Part(NamedTuple):
+    """A stretch of the disk with at most one file system. Sizes in bytes; `name`: "" is all of it."""
+
+    name: str
+    offset: int
+    size_bytes: int
+
+
+class _Image(pytsk3.Img_Info):  # type: ignore[misc]
+    """A part of the disk, with blocks that a journal holds in place of the disk's."""
+
+    def __init__(self, read: Read, part: Part) -> None:
+        self._read = read
+        self._part = part
+        self._replayed: ext.Replayed | None = None
+        self._block_bytes = 0
+        self._journal: list[int] = []
+        super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL)
+
+    def use(self, replayed: ext.Replayed, journal: list[int], block_bytes: int) -> None:
+        """`journal`: the file system's blocks that the journal is in."""
+        self._replayed, self._journal, self._block_bytes = replayed, journal, block_bytes
+
+    def get_size(self) -> int:
+        return self._part.size_bytes
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Called by the parser, too. Raises OSError."""
+        length = max(0, min(length, self._part.size_bytes - offset))
+        raw = b"".join(self._pieces(offset, length))
+        if self._replayed is None or not self._replayed.blocks:
+            return raw
+        size, data = self._block_bytes, bytearray(raw)
+        for block in range(offset // size, (offset + len(raw) - 1) // size + 1):
+            place = self._replayed.blocks.get(block)
+            if place is None or place >= len(self._journal):
+                continue
+            start = self._journal[place] * size
+            new = self._replayed.content(block, b"".join(self._pieces(start, size)))
+            low, high = max(offset, block * size), min(offset + len(raw), (block + 1) * size)
+            data[low - offset : high - offset] = new[low - block * size : high - block * size]
+        return bytes(data)
+
+    def _pieces(self, offset: int, length: int) -> Iterator[bytes]:
+        while length > 0:
+            piece = self._read(self._part.offset + offset, min(length, MAX_READ_BYTES))
+            if not piece:
+                return
+            yield piece
+            offset += len(piece)
+            length -= len(piece)
+
+
+class FileSystem:
+    """One that could be opened, its log replayed in memory where that can be done."""
+
+    def __init__(self, read: Read, part: Part) -> None:
+        """Raises OSError where there is none that the parser knows."""
+        self.part = part
+        self.notices: list[str] = []
+        self._image = _Image(read, part)
+        self._fs = pytsk3.FS_Info(self._image)
+        kind = int(self._fs.info.ftype)
+        self.kind = _NAMES.get(kind, b"other")
+        self._superblock: ext.Superblock | None = None
+        if kind in _EXT:
+            self._replay(read)
+        elif kind == _NTFS:
+            self._look_at_ntfs()
+
+    def _replay(self, read: Read) -> None:
+        raw = self._image.read(ext.SUPERBLOCK_OFFSET, ext.SUPERBLOCK_BYTES)
+        try:
+            superblock = ext.parse_superblock(raw)
+            if superblock.needs_recovery:
+                self._replay_journal(read, superblock)
+            self._superblock = superblock
+        except (ext.ExtError, struct.error) as error:
+            self.notices.append(f"{error}: {_UNTRUE}")
+
+    def _replay_journal(self, read: Read, superblock: ext.Superblock) -> None:
+        if superblock.has_outer_journal:
+            raise ext.ExtError("its journal is on another disk")
+        size = superblock.block_bytes
+        journal = self._blocks_of(superblock.journal_inode)
+
+        def read_block(number: int) -> bytes:
+            if number >= len(journal):
+                return b""
+            return self._image.read(journal[number] * size, size)
+
+        replayed = ext.replayed_blocks(read_block)
+        # The parser keeps what it has read: with a new image it reads anew.
+        self._image = _Image(read, self.part)
+        self._image.use(replayed, journal, size)
+        self._fs = pytsk3.FS_Info(self._image)
+
+    def _blocks_of(self, inode: int) -> list[int]:
+        blocks: list[int] = []
+        limit = self.part.size_bytes // 1024
+        for attribute in self._fs.open_meta(inode=inode):
+            for run in attribute:
+                if int(run.flags) & _NO_CONTENT or len(blocks) + run.len > limit:
+                    raise ext.ExtError("its journal has holes")
+                blocks += range(run.addr, run.addr + run.len)
+            break
+        return blocks
+
+    def _look_at_ntfs(self) -> None:
+        """A log that was not played back: bit 0 of $Volume's flags says that it has to be."""
+        try:
+            for attribute in self._fs.open_meta(inode=3):
+                if int(attribute.info.type) == 0x70:
+                    raw = self._fs.open_meta(inode=3).read_random(0, 12, 0x70, attribute.info.id)
+                    if len(raw) >= 12 and raw[10] & 1:
+                        self.notices.append(_UNTRUE)
+        except OSError:
+            self.notices.append(_UNTRUE)
+
+    # --- entries ---
+
+    def find(self, path: bytes) -> tuple[bytes, object] | None:
+        """The file or folder of this path, each name compared as bytes; None: there is none."""
+        names = [name for name in path.split(b"/") if name]
+        current = self._fs.open_meta(inode=self._fs.info.root_inum)
+        for name in names:
+            if name in (b".", b".."):
+                return None
+            for child in self._children(current):
+                if child.info.name.name == name:
+                    current = child
+                    break
+            else:
+                return None
+        return b"/" + b"/".join(names), current
+
+    def _children(self, folder: object) -> Iterator[object]:
+        """Raises OSError where it is not a folder or cannot be read."""
+        for child in folder.as_directory():  # type: ignore[attr-defined]
+            name, meta = child.info.name, child.info.meta
+            if name is None or meta is None or name.name in (b".", b"..", b""):
+                continue
+            if int(name.flags) & _UNALLOCATED_NAME or int(meta.type) not in _KINDS:
+                continue
+            # NTFS names its short names and further streams, too: one entry for each name.
+            yield child
+
+    def entry(self, path: bytes, file: object) -> Entry:
+        """Raises OSError."""
+        meta = file.info.meta  # type: ignore[attr-defined]
+        kind = _KINDS[int(meta.type)]
+        mode, uid, gid = int(meta.mode) & 0o7777, int(meta.uid), int(meta.gid)
+        mtime_ns = int(meta.mtime) * 10**9 + int(meta.mtime_nano)
+        device, xattrs = 0, {}
+        if self._superblock is not None:
+            try:
+                inode = ext.read_inode(self._image.read, self._superblock, int(meta.addr))
+            except (ext.ExtError, struct.error):
+                self.notices.append("extended attributes and numbers of device nodes are missing")
+                self._superblock = None
+            else:
+                mode, uid, gid, mtime_ns = inode.mode & 0o7777, inode.uid, inode.gid, inode.mtime_ns
+                if kind in (CHARACTER_DEVICE, BLOCK_DEVICE):
+                    major, minor = inode.device
+                    device = (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & 0xFFF00) << 12
+                xattrs = inode.xattrs
+        target = self._link_target(file, meta) if kind == LINK else b""
+        flat = [word for pair in list(xattrs.items())[:MAX_XATTRS] for word in pair]
+        return Entry(
+            path,
+            kind,
+            mode,
+            uid & 0xFFFFFFFF,
+            gid & 0xFFFFFFFF,
+            max(0, int(meta.size)) if kind in (FILE, LINK) else 0,
+            mtime_ns,
+            int(meta.addr),
+            max(0, int(meta.nlink)) & 0xFFFFFFFF,
+            device,
+            target,
+            tuple(flat),
+        )
+
+    def _link_target(self, file: object, meta: object) -> bytes:
+        if meta.link is not None:  # type: ignore[attr-defined]
+            return bytes(meta.link)  # type: ignore[attr-defined]
+        size = min(int(meta.size), 4096)  # type: ignore[attr-defined]
+        return bytes(file.read_random(0, size)) if size else b""  # type: ignore[attr-defined]
+
+    def children(self, path: bytes, folder: object) -> Iterator[tuple[bytes, object]]:
+        """Its entries, by name. Raises OSError."""
+        seen: set[bytes] = set()
+        prefix = path.rstrip(b"/") + b"/"
+        for child in self._children(folder):
+            name = child.info.name.name  # type: ignore[attr-defined]
+            # A name with a slash would lead elsewhere; the parser's own folders are not the disk's.
+            if b"/" in name or name in seen or name == b"$OrphanFiles":
+                continue
+            seen.add(name)
+            yield prefix + name, child
+
+    def walk(self, path: bytes, file: object) -> Iterator[tuple[bytes, object] | Failed]:
+        """The entry and all below it, a folder before what is in it."""
+        stack: list[Iterator[tuple[bytes, object] | Failed]] = [iter([(path, file)])]
+        above: list[int] = []
+        while stack:
+            try:
+                item = next(stack[-1], None)
+            except OSError as error:
+                item = Failed(path, str(error).encode()[:400])
+                stack[-1] = iter(())
+            if item is None:
+                stack.pop()
+                if above:
+                    above.pop()
+                continue
+            yield item
+            if isinstance(item, Failed):
+                continue
+            path, file = item
+            meta = file.info.meta  # type: ignore[attr-defined]
+            if _KINDS[int(meta.type)] != FOLDER:
+                continue
+            if int(meta.addr) in above or len(stack) > _MAX_DEPTH:
+                yield Failed(path, b"the folder is inside itself, or too deep")
+                continue
+            stack.append(self.children(path, file))
+            above.append(int(meta.addr))
+
+    # --- content ---
+
+    def content(self, file: object) -> Iterator[Data]:
+        """What of the file is not zero by its extents. Raises OSError."""
+        size = max(0, int(file.info.meta.size))  # type: ignore[attr-defined]
+        for start, end in self._stretches(file, size):
+            at = start
+            while at < end:
+                raw = file.read_random(at, min(MAX_DATA_BYTES, end - at))  # type: ignore[attr-defined]
+                if not raw:
+                    raise OSError(f"its content ends at byte {at} of {size}")
+                yield Data(at, bytes(raw))
+                at += len(raw)
+
+    def _stretches(self, file: object, size: int) -> Iterator[tuple[int, int]]:
+        """Where there is data, by the runs of its content; all of it where there are none."""
+        block = int(self._fs.info.block_size)
+        runs = None
+        for attribute in file:  # type: ignore[attr-defined]
+            kind = int(attribute.info.type)
+            if kind == 1 or (kind == _NTFS_DATA and attribute.info.name is None):
+                is_compressed = int(attribute.info.flags) & int(pytsk3.TSK_FS_ATTR_COMP)
+                runs = None if is_compressed else list(attribute)
+                break
+        if not runs:
+            yield 0, size
+            return
+        covered = 0
+        for run in runs:
+            covered = max(covered, (run.offset + run.len) * block)
+            if not int(run.flags) & _NO_CONTENT:
+                yield min(run.offset * block, size), min((run.offset + run.len) * block, size)
+        if covered < size and self.kind not in _EXT.values():
+            yield covered, size
+
+
+_UNTRUE = (
+    "the log of this file system is not replayed: what was written in the last seconds before "
+    "the backup may be missing or old"
+)
+
+
+# --- parts of a disk ---
+
+
+def parts(read: Read, size_bytes: int) -> list[Part]:
+    """The disk's partitions, or the whole of it where it has none."""
+    whole = Part("", 0, size_bytes)
+    try:
+        table = pytsk3.Volume_Info(_Image(read, whole))
+        block = int(table.info.block_size)
+        found = [
+            (int(part.start) * block, int(part.len) * block)
+            for part in table
+            if int(part.flags) == _PARTITION
+        ]
+    except OSError:
+        return [whole]
+    inside = [(start, min(size, size_bytes - start)) for start, size in found if start < size_bytes]
+    named = [
+        Part(str(number), start, size) for number, (start, size) in enumerate(sorted(inside), 1)
+    ]
+    # The boot sector of a file system without partitions can pass for a partition table.
+    if not any(volume_of(read, part).kind for part in named) and volume_of(read, whole).kind:
+        return [whole]
+    return named or [whole]
+
+
+def volume_of(read: Read, part: Part) -> Volume:
+    """What there is in the part. Raises OSError where the archive is damaged there."""
+    name = part.name.encode()
+    kind, can_read = b"", False
+    try:
+        kind, can_read = FileSystem(read, part).kind, True
+    except OSError:
+        for offset, magic, other in _OTHERS:
+            if offset + len(magic) <= part.size_bytes:
+                if read(part.offset + offset, len(magic)) == magic:
+                    kind = other
+                    break
+    return Volume(name, part.offset, part.size_bytes, kind, can_read)
