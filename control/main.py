@@ -28,6 +28,7 @@ archives:
   list       tell what an archive holds
   config     print a configuration stored in an archive
   serve      attach an archive's disks over NBD, without restoring them
+  files      list an archive's files and take some out, without restoring it
   prune      remove old archives, by the rules that Proxmox has
 
 backups that are running:
@@ -64,6 +65,7 @@ COMMANDS = {
     "config": "vmapipe.control.inspect",
     "verify": "vmapipe.control.inspect",
     "serve": "vmapipe.control.serve",
+    "files": "vmapipe.control.files",
     "status": "vmapipe.control.jobs.commands",
     "speed": "vmapipe.control.jobs.commands",
     "cancel": "vmapipe.control.jobs.commands",

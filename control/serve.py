@@ -57,6 +57,17 @@ def main(argv: Sequence[str], prog: str) -> int:
         "--cow", metavar="FILE", help="keep writes in FILE (sparse); for one device"
     )
     parser.add_argument("--all", metavar="DIR", help="serve all archives of a folder")
+    add_cache_options(parser)
+    add_report_options(parser)
+    parser.add_argument(
+        "archives", nargs="*", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"
+    )
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _serve(options))
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Where what makes an archive quick to open and to read is kept."""
     parser.add_argument(
         "--index-cache",
         metavar="DIR",
@@ -78,12 +89,6 @@ def main(argv: Sequence[str], prog: str) -> int:
         metavar="SIZE",
         help="how much of that there may be (default: what is free there, less a tenth)",
     )
-    add_report_options(parser)
-    parser.add_argument(
-        "archives", nargs="*", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"
-    )
-    options = parser.parse_args(argv)
-    return run(prog, lambda: _serve(options))
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -125,7 +130,7 @@ def _open_all(
     stack: contextlib.ExitStack,
 ) -> list[OpenArchive]:
     """Of --all those that can be opened; of archives that were named, each one."""
-    caches = _caches(options)
+    caches = caches_of(options)
     opened = []
     for name in names:
 
@@ -147,7 +152,8 @@ def _open_all(
     return opened
 
 
-def _caches(options: argparse.Namespace) -> Caches:
+def caches_of(options: argparse.Namespace) -> Caches:
+    """What `add_cache_options` asked for. Raises Failure."""
     folder = options.cache or tempfile.gettempdir()
     limit = options.cache_size
     if limit is None:

@@ -23,24 +23,46 @@ _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM
 _INSTRUCTION = struct.Struct("=HBBI")
 _NUMBER_AT, _ARCHITECTURE_AT = 0, 4  # struct seccomp_data
-# By machine: its architecture, and the calls that Python and a parser of bytes need
-# (asm/unistd.h): read, write, close, lseek, poll, memory, signals' handling, futex, clocks,
-# waiting, chance, messages on sockets that are there, the end.
-_CALLS: dict[str, tuple[int, tuple[int, ...]]] = {
-    "x86_64": (
-        0xC000003E,
-        # fmt: off
-        (0, 1, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 24, 25, 28, 35, 39, 44, 45, 46, 47, 60,
-         96, 131, 186, 202, 219, 228, 229, 230, 231, 262, 271, 318),
-        # fmt: on
-    ),
-    "aarch64": (
-        0xC00000B7,
-        # fmt: off
-        (57, 62, 63, 64, 66, 73, 79, 80, 93, 94, 98, 101, 113, 114, 115, 124, 128, 132, 134, 135,
-         139, 169, 172, 178, 206, 207, 211, 212, 214, 215, 216, 222, 226, 233, 278),
-        # fmt: on
-    ),
+# By machine: linux/audit.h's number, and the column of the table below.
+_MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+# What Python and a parser of bytes need, by its numbers on both (asm/unistd.h): descriptors
+# that are there, memory, signals that come, threads that wait, clocks, chance, the end.
+_CALLS = {
+    "read": (0, 63),
+    "write": (1, 64),
+    "writev": (20, 66),
+    "close": (3, 57),
+    "lseek": (8, 62),
+    "fstat": (5, 80),
+    "newfstatat": (262, 79),
+    "ppoll": (271, 73),
+    "sendto": (44, 206),
+    "recvfrom": (45, 207),
+    "sendmsg": (46, 211),
+    "recvmsg": (47, 212),
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132),
+    "restart_syscall": (219, 128),
+    "getpid": (39, 172),
+    "gettid": (186, 178),
+    "futex": (202, 98),
+    "sched_yield": (24, 124),
+    "nanosleep": (35, 101),
+    "gettimeofday": (96, 169),
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115),
+    "getrandom": (318, 278),
+    "exit": (60, 93),
+    "exit_group": (231, 94),
 }
 _NOBODY = 65534
 
@@ -63,8 +85,8 @@ def give_up_rights(memory_bytes: int, cpu_s: int) -> bool:
         (resource.RLIMIT_CPU, cpu_s),
     ):
         _, most = resource.getrlimit(limit)
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
-        resource.setrlimit(limit, (value, value))
+        allowed = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(limit, (allowed, allowed))
     if os.geteuid() == 0:
         # A container may not map that user; the filter below is what counts.
         with contextlib.suppress(OSError):
@@ -81,10 +103,11 @@ def give_up_rights(memory_bytes: int, cpu_s: int) -> bool:
 
 
 def _filter_calls() -> bool:
-    known = _CALLS.get(platform.machine())
+    known = _MACHINES.get(platform.machine())
     if known is None:
         return False
-    architecture, calls = known
+    architecture, column = known
+    calls = [numbers[column] for numbers in _CALLS.values()]
     program = [
         _INSTRUCTION.pack(_LOAD, 0, 0, _ARCHITECTURE_AT),
         _INSTRUCTION.pack(_JUMP_IF_EQUAL, 1, 0, architecture),

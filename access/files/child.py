@@ -11,6 +11,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from vmapipe.access.files import parser
 from vmapipe.access.files.messages import (
@@ -76,40 +77,33 @@ class _Worker:
         self.tell(End())
 
     def _answers(self, ask: Ask) -> Iterator[FromParser]:
-        found = parser.parts(self.read, self._size_bytes)
-        if ask.action == "volumes":
-            for part in found:
-                yield parser.volume_of(self.read, part)
-            return
-        holding = []
-        for part in found:
+        for part in parser.parts(self.read, self._size_bytes):
             if ask.where and part.name.encode() != ask.where:
                 continue
             volume = parser.volume_of(self.read, part)
-            if not volume.can_read:
-                # The asker says why a path cannot be looked for there.
+            if ask.action == "volumes":
                 yield volume
-                continue
-            file_system = parser.FileSystem(self.read, part)
-            place = file_system.find(ask.path)
-            if place is not None:
-                holding.append((volume, file_system, place))
-        for volume, _, _ in holding:
-            yield volume
-        if len(holding) != 1:
-            return
-        _, file_system, (path, file) = holding[0]
-        yield from self._tree(ask.action, file_system, path, file)
+            elif not volume.can_read:
+                if ask.action == "find":
+                    yield volume
+            else:
+                file_system = parser.FileSystem(self.read, part)
+                place = file_system.find(ask.path)
+                if ask.action == "find" and place is not None:
+                    yield volume
+                elif place is not None:
+                    yield from self._tree(ask.action, file_system, *place)
+                    return
 
     def _tree(
-        self, action: str, file_system: parser.FileSystem, path: bytes, file: object
+        self, action: str, file_system: parser.FileSystem, path: bytes, file: Any
     ) -> Iterator[FromParser]:
         for text in file_system.notices:
             yield Notice(text.encode())
         told = len(file_system.notices)
         top = file_system.entry(path, file)
         if action == "list" and top.kind == FOLDER:
-            items: Iterator[tuple[bytes, object] | Failed] = file_system.children(path, file)
+            items: Iterator[tuple[bytes, Any] | Failed] = file_system.children(path, file)
         elif action == "list":
             items = iter([(path, file)])
         else:

@@ -210,9 +210,7 @@ def _tags(journal: _Journal, raw: bytes) -> Iterator[tuple[int, bool]]:
 def _revoked(journal: _Journal, raw: bytes) -> list[int]:
     used = min(struct.unpack_from(">I", raw, 12)[0], len(raw) - journal.tail_bytes)
     size = 8 if journal.features & _JOURNAL_64BIT else 4
-    return [
-        int.from_bytes(raw[at : at + size], "big") for at in range(16, used - size + 1, size)
-    ]
+    return [int.from_bytes(raw[at : at + size], "big") for at in range(16, used - size + 1, size)]
 
 
 # --- Inodes ---

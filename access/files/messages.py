@@ -36,10 +36,11 @@ FILE, FOLDER, LINK, CHARACTER_DEVICE, BLOCK_DEVICE, FIFO, SOCKET = range(7)
 
 
 class Ask(NamedTuple):
-    """One command. `where`: a volume's name (empty: find it); `path` begins below its root.
+    """One command. `where`: a volume's name; `path` begins at its root.
 
-    `action`: "volumes", "list" (a folder's entries, or the one that is no folder), "walk" (a
-    folder and all below it), "read" (a walk, with the content of files).
+    `action`: "volumes" (all of the disk), "find" (the volumes that have the path, and those
+    that cannot be read), "list" (a folder's entries, or the one file), "walk" (a folder and
+    all below it), "read" (a walk, with the content of files).
     """
 
     action: Annotated[str, lengths(1, 16)]
@@ -109,8 +110,15 @@ class Entry(NamedTuple):
     xattrs: Annotated[tuple[bytes, ...], lengths(0, 2 * MAX_XATTRS)]
 
 
+class Stretch(NamedTuple):
+    """Where the file whose entry came last has data; all of them, in order, before the first Data."""
+
+    offset: Uint
+    length: Uint
+
+
 class Data(NamedTuple):
-    """Content of the file whose entry came last; what no message holds is zero."""
+    """The content of such a stretch, in order; what lies in none is zero."""
 
     offset: Uint
     data: Annotated[bytes, lengths(1, MAX_DATA_BYTES)]
@@ -134,11 +142,11 @@ class End(NamedTuple):
 
 
 FromAsker = Ask | Bytes | Unreadable
-FromParser = Ready | Read | Volume | Entry | Data | Notice | Failed | End
+FromParser = Ready | Read | Volume | Entry | Stretch | Data | Notice | Failed | End
 
 _TO_PARSER = Dialogue(Ask, Bytes, Unreadable, keyed=False, max_bytes=MAX_MESSAGE_BYTES)
 _TO_ASKER = Dialogue(
-    *(Ready, Read, Volume, Entry, Data, Notice, Failed, End),
+    *(Ready, Read, Volume, Entry, Stretch, Data, Notice, Failed, End),
     keyed=False,
     max_bytes=MAX_MESSAGE_BYTES,
     max_items=2 * MAX_XATTRS + limits.MAX_ARRAY_ITEMS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytsk3
 
@@ -27,13 +27,12 @@ from vmapipe.access.files.messages import (
     Data,
     Entry,
     Failed,
-    Notice,
+    Stretch,
     Volume,
 )
 
 #: Reads the disk: offset, length (at most MAX_READ_BYTES). Raises OSError where it is damaged.
 Read = Callable[[int, int], bytes]
-Answer = Volume | Entry | Data | Notice | Failed
 
 _KINDS = {
     int(pytsk3.TSK_FS_META_TYPE_REG): FILE,
@@ -206,10 +205,10 @@ class FileSystem:
 
     # --- entries ---
 
-    def find(self, path: bytes) -> tuple[bytes, object] | None:
+    def find(self, path: bytes) -> tuple[bytes, Any] | None:
         """The file or folder of this path, each name compared as bytes; None: there is none."""
         names = [name for name in path.split(b"/") if name]
-        current = self._fs.open_meta(inode=self._fs.info.root_inum)
+        current: Any = self._fs.open_meta(inode=self._fs.info.root_inum)
         for name in names:
             if name in (b".", b".."):
                 return None
@@ -221,9 +220,9 @@ class FileSystem:
                 return None
         return b"/" + b"/".join(names), current
 
-    def _children(self, folder: object) -> Iterator[object]:
+    def _children(self, folder: Any) -> Iterator[Any]:
         """Raises OSError where it is not a folder or cannot be read."""
-        for child in folder.as_directory():  # type: ignore[attr-defined]
+        for child in folder.as_directory():
             name, meta = child.info.name, child.info.meta
             if name is None or meta is None or name.name in (b".", b"..", b""):
                 continue
@@ -232,9 +231,9 @@ class FileSystem:
             # NTFS names its short names and further streams, too: one entry for each name.
             yield child
 
-    def entry(self, path: bytes, file: object) -> Entry:
+    def entry(self, path: bytes, file: Any) -> Entry:
         """Raises OSError."""
-        meta = file.info.meta  # type: ignore[attr-defined]
+        meta = file.info.meta
         kind = _KINDS[int(meta.type)]
         mode, uid, gid = int(meta.mode) & 0o7777, int(meta.uid), int(meta.gid)
         mtime_ns = int(meta.mtime) * 10**9 + int(meta.mtime_nano)
@@ -268,27 +267,27 @@ class FileSystem:
             tuple(flat),
         )
 
-    def _link_target(self, file: object, meta: object) -> bytes:
-        if meta.link is not None:  # type: ignore[attr-defined]
-            return bytes(meta.link)  # type: ignore[attr-defined]
-        size = min(int(meta.size), 4096)  # type: ignore[attr-defined]
-        return bytes(file.read_random(0, size)) if size else b""  # type: ignore[attr-defined]
+    def _link_target(self, file: Any, meta: Any) -> bytes:
+        if meta.link is not None:
+            return bytes(meta.link)
+        size = min(int(meta.size), 4096)
+        return bytes(file.read_random(0, size)) if size else b""
 
-    def children(self, path: bytes, folder: object) -> Iterator[tuple[bytes, object]]:
+    def children(self, path: bytes, folder: Any) -> Iterator[tuple[bytes, Any]]:
         """Its entries, by name. Raises OSError."""
         seen: set[bytes] = set()
         prefix = path.rstrip(b"/") + b"/"
         for child in self._children(folder):
-            name = child.info.name.name  # type: ignore[attr-defined]
+            name = child.info.name.name
             # A name with a slash would lead elsewhere; the parser's own folders are not the disk's.
             if b"/" in name or name in seen or name == b"$OrphanFiles":
                 continue
             seen.add(name)
             yield prefix + name, child
 
-    def walk(self, path: bytes, file: object) -> Iterator[tuple[bytes, object] | Failed]:
+    def walk(self, path: bytes, file: Any) -> Iterator[tuple[bytes, Any] | Failed]:
         """The entry and all below it, a folder before what is in it."""
-        stack: list[Iterator[tuple[bytes, object] | Failed]] = [iter([(path, file)])]
+        stack: list[Iterator[tuple[bytes, Any] | Failed]] = [iter([(path, file)])]
         above: list[int] = []
         while stack:
             try:
@@ -305,7 +304,7 @@ class FileSystem:
             if isinstance(item, Failed):
                 continue
             path, file = item
-            meta = file.info.meta  # type: ignore[attr-defined]
+            meta = file.info.meta
             if _KINDS[int(meta.type)] != FOLDER:
                 continue
             if int(meta.addr) in above or len(stack) > _MAX_DEPTH:
@@ -316,23 +315,25 @@ class FileSystem:
 
     # --- content ---
 
-    def content(self, file: object) -> Iterator[Data]:
-        """What of the file is not zero by its extents. Raises OSError."""
-        size = max(0, int(file.info.meta.size))  # type: ignore[attr-defined]
-        for start, end in self._stretches(file, size):
+    def content(self, file: Any) -> Iterator[Stretch | Data]:
+        """What of the file is not a hole by its extents. Raises OSError."""
+        size = max(0, int(file.info.meta.size))
+        stretches = list(_joined(self._stretches(file, size)))
+        yield from (Stretch(start, end - start) for start, end in stretches)
+        for start, end in stretches:
             at = start
             while at < end:
-                raw = file.read_random(at, min(MAX_DATA_BYTES, end - at))  # type: ignore[attr-defined]
+                raw = file.read_random(at, min(MAX_DATA_BYTES, end - at))
                 if not raw:
                     raise OSError(f"its content ends at byte {at} of {size}")
                 yield Data(at, bytes(raw))
                 at += len(raw)
 
-    def _stretches(self, file: object, size: int) -> Iterator[tuple[int, int]]:
+    def _stretches(self, file: Any, size: int) -> Iterator[tuple[int, int]]:
         """Where there is data, by the runs of its content; all of it where there are none."""
         block = int(self._fs.info.block_size)
         runs = None
-        for attribute in file:  # type: ignore[attr-defined]
+        for attribute in file:
             kind = int(attribute.info.type)
             if kind == 1 or (kind == _NTFS_DATA and attribute.info.name is None):
                 is_compressed = int(attribute.info.flags) & int(pytsk3.TSK_FS_ATTR_COMP)
@@ -348,6 +349,21 @@ class FileSystem:
                 yield min(run.offset * block, size), min((run.offset + run.len) * block, size)
         if covered < size and self.kind not in _EXT.values():
             yield covered, size
+
+
+def _joined(stretches: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Those that touch as one. Raises OSError where they are not in order."""
+    last_start = last_end = 0
+    for start, end in stretches:
+        if start < last_end:
+            raise OSError("its extents overlap, or are not in order")
+        if start > last_end:
+            if last_end > last_start:
+                yield last_start, last_end
+            last_start = start
+        last_end = max(end, start)
+    if last_end > last_start:
+        yield last_start, last_end
 
 
 _UNTRUE = (
@@ -390,8 +406,8 @@ def volume_of(read: Read, part: Part) -> Volume:
         kind, can_read = FileSystem(read, part).kind, True
     except OSError:
         for offset, magic, other in _OTHERS:
-            if offset + len(magic) <= part.size_bytes:
-                if read(part.offset + offset, len(magic)) == magic:
-                    kind = other
-                    break
+            inside = offset + len(magic) <= part.size_bytes
+            if inside and read(part.offset + offset, len(magic)) == magic:
+                kind = other
+                break
     return Volume(name, part.offset, part.size_bytes, kind, can_read)

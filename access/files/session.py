@@ -51,7 +51,7 @@ class FileSession:
         self._cancel = cancel
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # Their own words, for the one line that tells how it ended.
-        self._words = tempfile.TemporaryFile()
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115  closed by __exit__
         command = [sys.executable, "-m", "vmapipe.access.files.child"]
         with theirs:
             self._process = subprocess.Popen(
