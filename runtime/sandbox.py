@@ -23,6 +23,8 @@ _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM
 _INSTRUCTION = struct.Struct("=HBBI")
 _NUMBER_AT, _ARCHITECTURE_AT = 0, 4  # struct seccomp_data
+# What it may write into files that are open: its last words, no more.
+_FILE_BYTES = 64 << 10
 # By machine: linux/audit.h's number, and the column of the table below.
 _MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 # What Python and a parser of bytes need, by its numbers on both (asm/unistd.h): descriptors
@@ -80,7 +82,7 @@ def give_up_rights(memory_bytes: int, cpu_s: int) -> bool:
     """
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_FSIZE, _FILE_BYTES),
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CPU, cpu_s),
     ):

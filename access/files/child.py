@@ -72,7 +72,7 @@ class _Worker:
         try:
             for message in self._answers(ask):
                 self.tell(message)
-        except OSError as error:
+        except parser.PARSER_ERRORS as error:
             self.tell(Failed(b"", str(error).encode()[:400]))
         self.tell(End())
 
@@ -118,7 +118,7 @@ class _Worker:
                 yield entry
                 if action == "read" and entry.kind == FILE:
                     yield from file_system.content(file)
-            except OSError as error:
+            except parser.PARSER_ERRORS as error:
                 yield Failed(name, str(error).encode()[:400])
             for text in file_system.notices[told:]:
                 yield Notice(text.encode())

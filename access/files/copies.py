@@ -50,9 +50,11 @@ def shown(path: bytes) -> str:
 def relative_path(path: bytes, top: bytes) -> bytes:
     """`path` below the folder that `top` is in. Raises Failure for one that could lead elsewhere."""
     base = top.rpartition(b"/")[0]
-    below = path[len(base) :].lstrip(b"/") if path.startswith(base) else b""
+    below = path[len(base) + 1 :]
     names = below.split(b"/")
-    if below and (b"\0" in below or any(name in (b"", b".", b"..") for name in names)):
+    is_inside = path == top or path.startswith(top.rstrip(b"/") + b"/")
+    is_plain = b"\0" not in below and not any(name in (b"", b".", b"..") for name in names)
+    if not is_inside or (below and not is_plain):
         raise Failure(f"the parser named a path that is not below {shown(top)}: {shown(path)}")
     return below
 

@@ -31,6 +31,8 @@ from vmapipe.access.files.messages import (
     Volume,
 )
 
+#: What the library raises: RuntimeError for what our own `read` raised below it.
+PARSER_ERRORS = (OSError, RuntimeError)
 #: Reads the disk: offset, length (at most MAX_READ_BYTES). Raises OSError where it is damaged.
 Read = Callable[[int, int], bytes]
 
@@ -70,13 +72,15 @@ _OTHERS = (
     (0x218, b"LVM2 001", b"lvm"),
     (0, b"-FVE-FS-", b"bitlocker"),
     (0xFF6, b"SWAPSPACE2", b"swap"),
-    (0x438, b"\x53\xef", b"ext4"),
+    (0x438, b"\x53\xef", b"ext4, damaged"),  # or the parser would have opened it
 )
 _PARTITION = int(pytsk3.TSK_VS_PART_FLAG_ALLOC)
 _UNALLOCATED_NAME = int(pytsk3.TSK_FS_NAME_FLAG_UNALLOC)
 # No content on the disk: TSK_FS_ATTR_RUN_FLAG_FILLER and _SPARSE.
 _NO_CONTENT = 1 | 2
 _NTFS_DATA = int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA)
+# How exactly a damaged place is found: a block of most file systems.
+_STEP_BYTES = 4096
 # Deeper than any real one; a folder that holds itself would go on for ever.
 _MAX_DEPTH = 256
 
@@ -128,13 +132,35 @@ class _Image(pytsk3.Img_Info):  # type: ignore[misc]
         return bytes(data)
 
     def _pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        while length > 0:
-            piece = self._read(self._part.offset + offset, min(length, MAX_READ_BYTES))
+        """What is there up to the end, or up to a damaged place. Raises OSError for that itself.
+
+        The parser reads ahead, 64 KiB at a time: damage behind what it needs must not cost it that.
+        """
+        done = 0
+        while done < length:
+            at, size = self._part.offset + offset + done, min(length - done, MAX_READ_BYTES)
+            try:
+                piece = self._read(at, size)
+            except OSError:
+                piece = self._before_damage(at, size)
+                if not piece and not done:
+                    raise
+                yield piece
+                return
             if not piece:
                 return
             yield piece
-            offset += len(piece)
-            length -= len(piece)
+            done += len(piece)
+
+    def _before_damage(self, at: int, size: int) -> bytes:
+        found = b""
+        try:
+            while len(found) < size:
+                step = _STEP_BYTES - (at + len(found)) % _STEP_BYTES
+                found += self._read(at + len(found), min(step, size - len(found)))
+        except OSError:
+            pass
+        return found
 
 
 class FileSystem:
@@ -200,7 +226,7 @@ class FileSystem:
                     raw = self._fs.open_meta(inode=3).read_random(0, 12, 0x70, attribute.info.id)
                     if len(raw) >= 12 and raw[10] & 1:
                         self.notices.append(_UNTRUE)
-        except OSError:
+        except PARSER_ERRORS:
             self.notices.append(_UNTRUE)
 
     # --- entries ---
@@ -228,7 +254,9 @@ class FileSystem:
                 continue
             if int(name.flags) & _UNALLOCATED_NAME or int(meta.type) not in _KINDS:
                 continue
-            # NTFS names its short names and further streams, too: one entry for each name.
+            # NTFS keeps its own tables as files, 0 to 23; 5 is the root.
+            if self.kind == b"ntfs" and int(meta.addr) < 24:
+                continue
             yield child
 
     def entry(self, path: bytes, file: Any) -> Entry:
@@ -292,7 +320,7 @@ class FileSystem:
         while stack:
             try:
                 item = next(stack[-1], None)
-            except OSError as error:
+            except PARSER_ERRORS as error:
                 item = Failed(path, str(error).encode()[:400])
                 stack[-1] = iter(())
             if item is None:
@@ -386,7 +414,7 @@ def parts(read: Read, size_bytes: int) -> list[Part]:
             for part in table
             if int(part.flags) == _PARTITION
         ]
-    except OSError:
+    except PARSER_ERRORS:
         return [whole]
     inside = [(start, min(size, size_bytes - start)) for start, size in found if start < size_bytes]
     named = [
@@ -399,15 +427,22 @@ def parts(read: Read, size_bytes: int) -> list[Part]:
 
 
 def volume_of(read: Read, part: Part) -> Volume:
-    """What there is in the part. Raises OSError where the archive is damaged there."""
+    """What there is in the part; `damaged`: the archive, where that would have to be read."""
     name = part.name.encode()
     kind, can_read = b"", False
     try:
         kind, can_read = FileSystem(read, part).kind, True
-    except OSError:
-        for offset, magic, other in _OTHERS:
+    except PARSER_ERRORS:
+        kind = _other_kind(read, part)
+    return Volume(name, part.offset, part.size_bytes, kind, can_read)
+
+
+def _other_kind(read: Read, part: Part) -> bytes:
+    try:
+        for offset, magic, kind in _OTHERS:
             inside = offset + len(magic) <= part.size_bytes
             if inside and read(part.offset + offset, len(magic)) == magic:
-                kind = other
-                break
-    return Volume(name, part.offset, part.size_bytes, kind, can_read)
+                return kind
+    except OSError:
+        return b"damaged"
+    return b""
