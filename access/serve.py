@@ -22,7 +22,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_SEND_TRIM,
     NBD_FLAG_SEND_WRITE_ZEROES,
 )
-from vmapipe.protocol.nbd.export import Export
+from vmapipe.protocol.nbd.session import Export
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.syscalls import readable

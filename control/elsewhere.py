@@ -32,7 +32,7 @@ def service_of(options: argparse.Namespace) -> Service | None:
         return None
     check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
     # Imported here: most archives are made on this host.
-    from vmapipe.protocol.jobs import archive_name_fault
+    from vmapipe.protocol.service import archive_name_fault
 
     fault = archive_name_fault(options.archive)
     if fault:

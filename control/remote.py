@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 
 from vmapipe.archiver.arguments import read_configs
 from vmapipe.producer.connection import ArchiverConnection
-from vmapipe.protocol import jobs, limits
+from vmapipe.protocol import limits, service
 from vmapipe.protocol.errors import ProtocolError
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import Part
 from vmapipe.runtime.arguments import (
     add_child_options,
     add_connect_option,
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe backup --archiv
 
 
 def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
-    request = jobs.Open(
+    request = service.Open(
         limits.VERSION,
         options.job,
         options.output,
@@ -76,7 +76,7 @@ def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         program="vmapipe",
     )
     try:
-        opening = jobs.encode(request)
+        opening = service.encode(request)
     except ProtocolError as error:
         raise Failure(f"cannot be asked of {options.archiver}: {error}") from error
     keys = read_client_keys(options.keys) if options.keys else None
@@ -102,8 +102,8 @@ class RemoteJob:
         self._link = link
         self._cancel = cancel
         self._emit = emit
-        self._opened: jobs.Opened | None = None
-        self._begun: jobs.Begun | None = None
+        self._opened: service.Opened | None = None
+        self._begun: service.JobBegun | None = None
         self._opening: list[Part] = []
         self._heard = self._spoke = self._connected = time.monotonic()
 
@@ -141,35 +141,39 @@ class RemoteJob:
     def _heartbeat_s(self) -> int:
         return self._opened.heartbeat_s if self._opened else limits.GREETING_HEARTBEAT_S
 
-    def _messages(self) -> Iterator[jobs.FromService]:
+    def _messages(self) -> Iterator[service.FromService]:
         while (parts := self._link.receive()) is not None:
             self._heard = time.monotonic()
             try:
-                yield jobs.decode_of_service(parts)
+                yield service.decode_of_service(parts)
             except ProtocolError as error:
                 raise Failure(f"{self._at}: this is no archiver of ours: {error}") from error
 
-    def _take(self, message: jobs.FromService) -> bool:
+    def _take(self, message: service.FromService) -> bool:
         """Whether it was the last one. Raises Failure."""
         match message:
-            case jobs.Opened() if self._opened is None:
+            case service.Opened() if self._opened is None:
                 self._opened = message
                 self._link.is_settled = True
                 self._emit({"event": "listening", "endpoint": self._at})
-            case jobs.Begun() | jobs.Progress() | jobs.Stored() if self._opened is None:
+            case service.JobBegun() | service.JobProgress() | service.JobStored() if (
+                self._opened is None
+            ):
                 raise Failure(f"{self._at}: this is no archiver of ours: it did not open the job")
-            case jobs.Begun() if self._begun is None and len(message.sizes) == len(self._devices):
+            case service.JobBegun() if self._begun is None and len(message.sizes) == len(
+                self._devices
+            ):
                 self._begun = message
                 self._emit(self._begun_event(message))
-            case jobs.Progress() if self._begun is not None:
+            case service.JobProgress() if self._begun is not None:
                 self._emit(self._progress_event(message, self._begun))
-            case jobs.Notice(text):
+            case service.JobNotice(text):
                 self._pass_on(text)
-            case jobs.Stored() if self._begun is None:
+            case service.JobStored() if self._begun is None:
                 raise Failure(
                     f"{self._at}: this is no archiver of ours: it stored what never began"
                 )
-            case jobs.Stored():
+            case service.JobStored():
                 self._emit(
                     {
                         "event": "stored",
@@ -181,11 +185,11 @@ class RemoteJob:
                     }
                 )
                 return True
-            case jobs.Failed(reason):
+            case service.JobFailed(reason):
                 if self._cancel.asked:
                     raise Cancelled(self._cancel.reason, self._cancel.signum)
                 raise Failure(f"the archiver at {self._at}: {reason}")
-            case jobs.Refused(code, reason):
+            case service.JobRefused(code, reason):
                 raise Failure(f"the archiver at {self._at} refused: {reason} [{code}]")
         return False
 
@@ -198,14 +202,14 @@ class RemoteJob:
         if self._notices == _MAX_NOTICES:
             self._emit({"event": "notice", "text": f"{self._at}: more notices are left out"})
 
-    def _begun_event(self, begun: jobs.Begun) -> Event:
+    def _begun_event(self, begun: service.JobBegun) -> Event:
         devices = [
             {"dev_id": index, "name": name, "bytes": size}
             for index, (name, size) in enumerate(zip(self._devices, begun.sizes, strict=True), 1)
         ]
         return {"event": "begun", "uuid": begun.uuid.hex(), "devices": devices}
 
-    def _progress_event(self, progress: jobs.Progress, begun: jobs.Begun) -> Event:
+    def _progress_event(self, progress: service.JobProgress, begun: service.JobBegun) -> Event:
         devices = [
             {"name": name, "bytes": size, "done_bytes": done, "zero_bytes": zero}
             for name, size, done, zero in zip(
@@ -245,11 +249,11 @@ class RemoteJob:
     def _say_who_we_are(self) -> None:
         """What was said before a connection was lost may be lost, too: the service knows a repetition."""
         if self._cancel.asked:
-            self._say(jobs.encode(jobs.Cancel(self._job, self._cancel.reason)))
+            self._say(service.encode(service.JobCancel(self._job, self._cancel.reason)))
         elif self._opened is None:
             self._say(self._opening)
         else:
-            self._say(jobs.encode(jobs.Beat(self._job)))
+            self._say(service.encode(service.Beat(self._job)))
 
 
 def _print(event: Event) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import zmq
 
 from vmapipe.protocol import limits
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import Part
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.process import require_memory
 

@@ -8,16 +8,16 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from vmapipe.protocol.guarding import (
+from vmapipe.protocol.guard import (
     MAX_PACKET_BYTES,
-    Attach,
     Attached,
     Claim,
-    Copied,
-    Failed,
     FromGuard,
-    Refused,
-    Release,
+    GuardAttach,
+    GuardCopied,
+    GuardFailed,
+    GuardRefused,
+    GuardRelease,
     ToGuard,
     decode_from_guard,
     encode,
@@ -33,7 +33,7 @@ _AT_ONCE = int(socket.MSG_DONTWAIT)  # see descriptors.py
 class GuardClient:
     """An attached backup. Every method raises Failure when the guard says no or is gone."""
 
-    def __init__(self, name: str, path: str, attach: Attach, fds: Sequence[int]) -> None:
+    def __init__(self, name: str, path: str, attach: GuardAttach, fds: Sequence[int]) -> None:
         self._name = name
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -79,10 +79,10 @@ class GuardClient:
         self._send(Claim(most))
 
     def copied(self, clusters: int) -> None:
-        self._send(Copied(clusters))
+        self._send(GuardCopied(clusters))
 
     def release(self, slots: Sequence[int]) -> None:
-        self._send(Release(tuple(slots)))
+        self._send(GuardRelease(tuple(slots)))
 
     def close(self) -> None:
         if self._socket.fileno() >= 0:
@@ -100,7 +100,7 @@ class GuardClient:
         if not packet:
             raise self._gone()
         message = decode_from_guard(packet)
-        if isinstance(message, Refused | Failed):
+        if isinstance(message, GuardRefused | GuardFailed):
             raise Failure(message.reason)
         return message, fds
 

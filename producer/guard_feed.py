@@ -23,17 +23,17 @@ from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.producer.transmit import REPORT_S, Buffered, Transfer
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.guarding import (
+from vmapipe.protocol.guard import (
     MAX_CLAIM_CLUSTERS,
-    Attach,
-    Begun,
     Claimed,
     FromGuard,
+    GuardAttach,
+    GuardBegun,
+    GuardWaiting,
     Saved,
     SavedHole,
-    Waiting,
 )
-from vmapipe.protocol.messages import SharedCluster
+from vmapipe.protocol.transfer import SharedCluster
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.process import yield_cpu
@@ -343,7 +343,7 @@ def attach(
     """
     if ring.fd is None:
         raise Failure(f"disk {name!r}: no shared memory is to be had (ulimit -f?)")
-    message = Attach(
+    message = GuardAttach(
         *(limits.VERSION, job, name, RING_BYTES),
         *(buffering.memory_slots, buffering.spool_slots, buffering.guest_wait_s),
     )
@@ -448,13 +448,13 @@ class GuardFeed:
 
     def _take(self, message: FromGuard) -> None:
         match message:
-            case Begun():
+            case GuardBegun():
                 self._begun = True
             case Claimed() if self._begun:
                 self._background.take(message)
             case Saved() | SavedHole():
                 self._saved.add(message)
-            case Waiting(writes):
+            case GuardWaiting(writes):
                 self._waiting_writes = writes
             case _:
                 raise RemoteProtocolError("sequence", f"{type(message).__name__} from the guard")

@@ -13,7 +13,7 @@ from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.source import UNSHARED, DiskSourceError, Segment, Sharing, open_at_rest
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
-from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
 from vmapipe.protocol.nbd.constants import (
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_FLAG_DF,
@@ -21,9 +21,8 @@ from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_SEND_DF,
     NBD_STATE_ZERO,
 )
-from vmapipe.protocol.nbd.events import Done, Event, Failure, Hole, Status
-from vmapipe.protocol.nbd.request import encode_request
-from vmapipe.protocol.nbd.session import Session
+from vmapipe.protocol.nbd.reply import Hole, ReplyEvent, RequestDone, RequestFailed, Status
+from vmapipe.protocol.nbd.session import NbdSession, encode_request
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.image_format import references
@@ -62,7 +61,7 @@ class NbdSource:
             self._socket.close()
             raise DiskSourceError(f"disk {name!r}: it is empty: nothing to back up")
 
-    def _connect(self, path: str) -> Session:
+    def _connect(self, path: str) -> NbdSession:
         self._socket.settimeout(_TIMEOUT_S)
         self._socket.connect(path)
         handshake = NbdClientHandshake(EXPORT)
@@ -149,7 +148,7 @@ class NbdSource:
         except (OSError, ProtocolError) as error:
             raise self._error(error) from error
 
-    def _receive(self, buffer: memoryview, base: int) -> list[Event]:
+    def _receive(self, buffer: memoryview, base: int) -> list[ReplyEvent]:
         """One message, or a piece of one. `buffer` takes the export's bytes from `base` on."""
         try:
             payload = self._codec.payload
@@ -171,14 +170,16 @@ class NbdSource:
                 buffer[start : start + event.length] = bytes(event.length)
         return events
 
-    def _check(self, events: Sequence[Event]) -> None:
+    def _check(self, events: Sequence[ReplyEvent]) -> None:
         """Raises SourceError for a request that has failed, with its offset and the reason."""
         for event in events:
-            if not isinstance(event, Done):
+            if not isinstance(event, RequestDone):
                 continue
             offset = self._offsets.pop(event.cookie, self._offset)
             if event.error:
-                said = [e for e in events if isinstance(e, Failure) and e.cookie == event.cookie]
+                said = [
+                    e for e in events if isinstance(e, RequestFailed) and e.cookie == event.cookie
+                ]
                 places = [e.offset for e in said if e.offset is not None]
                 words = [os.strerror(event.error), *(e.message for e in said)]
                 raise DiskSourceError(

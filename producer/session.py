@@ -14,10 +14,9 @@ from vmapipe.producer.runs import Run
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import connection_lost
-from vmapipe.protocol.frames import scattered_bytes
-from vmapipe.protocol.messages import Abort, Done, Refuse, Resumed, SharedCluster
-from vmapipe.protocol.packing import Part
-from vmapipe.protocol.producer_side import ProducerSide, State
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import Abort, Done, Refuse, Resumed, SharedCluster, scattered_bytes
+from vmapipe.protocol.transfer_state import ProducerSide, ProducerState
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
@@ -115,7 +114,7 @@ class Session:
     def greet(self) -> None:
         """Return when the archiver has accepted this device and all others of the job. Raises Failure."""
         self._say(self._side.hello())
-        self.wait_until(lambda: self._side.state is State.SENDING)
+        self.wait_until(lambda: self._side.state is ProducerState.SENDING)
         self._connection.is_settled = True
 
     def send(self, run: Run, on_ack: Callable[[], None] | None = None) -> None:
@@ -157,7 +156,7 @@ class Session:
     def end(self) -> None:
         """Say that all is sent; return when the archive is stored. Raises Failure."""
         self._say(self._side.end())
-        self.wait_until(lambda: self._side.state is State.CLOSED)
+        self.wait_until(lambda: self._side.state is ProducerState.CLOSED)
         if self._side.reconnect_s:
             self._say(self._side.bye())
 
@@ -235,7 +234,7 @@ class Session:
         silence_s, reconnect_s = now - self._heard, self._side.reconnect_s
         if silence_s > max(self._heartbeat_s, reconnect_s):
             raise Failure(self._silent_words())
-        if self._side.state is State.CLOSED:
+        if self._side.state is ProducerState.CLOSED:
             return
         asked_s = now - self._asked_at
         if (self._connection.lost and asked_s >= self._pause_s) or (
@@ -258,7 +257,7 @@ class Session:
 
     def _reconnect(self, now: float) -> None:
         """On a new connection, say who we are, and send nothing until the archiver knows us."""
-        greeting = self._side.state is State.GREETING
+        greeting = self._side.state is ProducerState.GREETING
         if self._connection.is_local or not (greeting or self._side.reconnect_s):
             return
         self._connection.reconnect()
@@ -275,5 +274,5 @@ class Session:
         self._pause_s = _FIRST_PAUSE_S
         for parts in self._in_flight.behind(received):
             self._say(parts)
-        if self._side.state is State.ENDING and not ended:
+        if self._side.state is ProducerState.ENDING and not ended:
             self._say(self._side.end_again())

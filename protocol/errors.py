@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who broke the protocol: this side (our bug) or the other one (a stranger)."""
+"""Protocol errors: local (our bug) and remote (the peer's)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The opening of a ZMTP 3 connection (ZeroMQ's RFC 37, CURVE: RFC 26), seen from between the two. Pure.
+"""The start of a ZMTP 3 connection (ZeroMQ's RFC 37; CURVE: RFC 26), as a relay between client and socket sees it. Pure.
 
-A client's first words have known forms and lengths. Whoever stands before a
-ZeroMQ socket can so tell when the socket has let a client in, and need never
-hold, nor pass on, more than a few hundred bytes of one that it has not:
-libzmq's own limit is that of the largest message.
+The first messages of a client have known forms and lengths. So a relay in front of a
+ZeroMQ socket can tell when the socket has accepted a client, and never holds or passes on
+more than a few hundred bytes of a client that it has not accepted: libzmq's own limit is
+that of the largest message.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COMMAND, _LONG = 0x04, 0x02
 _CURVE_HELLO_BYTES = 200
 
 
-class Refused(Exception):
+class HandshakeRefused(Exception):
     """What came is not the opening of a connection that we want."""
 
 
@@ -42,7 +42,7 @@ def greeting(*, curve: bool) -> bytes:
     return (head + bytes([curve])).ljust(GREETING_BYTES, b"\0")
 
 
-class Opening:
+class ConnectionOpening:
     """One connection's. Give `hear` what the client says and `answered` what the socket says."""
 
     def __init__(self, *, curve: bool) -> None:
@@ -122,7 +122,7 @@ class Opening:
                 self.pending += word
                 self.is_judged = True
         if len(self._held) > MAX_WORD_BYTES:
-            raise Refused("it says more than anybody has to before it is let in")
+            raise HandshakeRefused("it says more than anybody has to before it is let in")
 
     def _take_word(self, name: bytes) -> bytes:
         """The next word if it is there whole. Raises Refused for another one."""
@@ -130,19 +130,19 @@ class Opening:
         if not held:
             return b""
         if held[0] not in (_COMMAND, _COMMAND | _LONG):
-            raise Refused("no command where one has to be")
+            raise HandshakeRefused("no command where one has to be")
         size = _word_bytes(held, whole=False)
         if size > MAX_WORD_BYTES or (name == b"HELLO" and size and size != 2 + _CURVE_HELLO_BYTES):
-            raise Refused("a command of that length is none of an opening")
+            raise HandshakeRefused("a command of that length is none of an opening")
         start = _body_at(held)
         want = bytes([len(name)]) + name
         if not want.startswith(held[start : start + len(want)]):
-            raise Refused("another command than the one that has to be")
+            raise HandshakeRefused("another command than the one that has to be")
         if not size or len(held) < size:
             return b""
         word, self._held = held[:size], held[size:]
         if name == b"READY" and _has_identity(word[start + len(want) :]):
-            raise Refused("a name of its own choice, which could be another one's")
+            raise HandshakeRefused("a name of its own choice, which could be another one's")
         return word
 
     def _check_greeting(self, said: bytes) -> None:
@@ -150,14 +150,14 @@ class Opening:
         wanted = greeting(curve=self._curve)
         # The eight bytes between are a length for older protocols.
         if said[:1] != b"\xff"[: len(said)] or (len(said) > 9 and said[9] != 0x7F):
-            raise Refused("no greeting of ZMTP 3")
+            raise HandshakeRefused("no greeting of ZMTP 3")
         if len(said) > 10 and said[10] < 3:
-            raise Refused("an older ZMTP than 3")
+            raise HandshakeRefused("an older ZMTP than 3")
         part = said[_MECHANISM]
         if part != wanted[_MECHANISM][: len(part)]:
-            raise Refused("another way to prove who one is")
+            raise HandshakeRefused("another way to prove who one is")
         if len(said) > _AS_SERVER and said[_AS_SERVER]:
-            raise Refused("it greets as a server")
+            raise HandshakeRefused("it greets as a server")
 
 
 def _body_at(data: bytes) -> int:
@@ -189,11 +189,11 @@ def _has_identity(metadata: bytes) -> bool:
         name_end = at + 1 + metadata[at]
         value_at = name_end + 4
         if value_at > len(metadata):
-            raise Refused("metadata that end too early")
+            raise HandshakeRefused("metadata that end too early")
         size = int.from_bytes(metadata[name_end:value_at], "big")
         if metadata[at + 1 : name_end].lower() == b"identity" and size:
             return True
         at = value_at + size
     if at > len(metadata):
-        raise Refused("metadata that end too early")
+        raise HandshakeRefused("metadata that end too early")
     return False

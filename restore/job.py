@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES, cluster_count
-from vmapipe.protocol.restore_work import Setup
+from vmapipe.protocol.restore import Setup
 from vmapipe.restore.archive.manifest import Manifest, manifest_beside
 from vmapipe.restore.archive.reader import Archive, ArchiveTotals, FoundExtent
 from vmapipe.restore.archive.slots import ExtentSlots

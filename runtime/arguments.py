@@ -17,7 +17,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 MIN_BUFFER_BYTES = 8 << 20
 # Beside the ring (16.5 MiB) it has to fit into what an archiver maps (256 MiB).
 MAX_BUFFER_BYTES = 192 << 20
-# What a guard takes (protocol.guarding.MAX_SLOTS clusters).
+# What a guard takes (protocol.guard.MAX_SLOTS clusters).
 MAX_SPOOL_BYTES = 64 << 30
 
 

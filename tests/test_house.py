@@ -38,7 +38,7 @@ ONLY_IN = {
         "producer/connection.py",
         "restore/workers/sockets.py",
     },
-    "msgpack": {"protocol/packing.py"},
+    "msgpack": {"protocol/schema.py"},
     "xxhash": {"archiver/outputs/manifests.py", "restore/archive/digest.py"},
     "zstandard": set[str](),  # in tests: another library's opinion on our frames
     "backports": {"archiver/outputs/compress.py", "restore/archive/zstd.py"},

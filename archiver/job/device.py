@@ -8,18 +8,18 @@ from typing import NamedTuple
 from vmapipe.clusters.cluster_set import ClusterSet
 from vmapipe.clusters.masks import cluster_masks, collect
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES
-from vmapipe.protocol.archiver_side import ArchiverSide
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.frames import masked_bytes
-from vmapipe.protocol.messages import (
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import (
     ClusterFrame,
     DataFrame,
     RunFrame,
     Scattered,
     SharedCluster,
     SharedRun,
+    masked_bytes,
 )
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.transfer_state import ArchiverSide
 from vmapipe.vma.coverage import mask_fits
 from vmapipe.vma.header import Device
 

@@ -33,9 +33,8 @@ from vmapipe.archiver.job.spec import (
 )
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import limits
-from vmapipe.protocol.archiver_side import ArchiverSide, State
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.messages import (
+from vmapipe.protocol.transfer import (
     ClusterFrame,
     DataFrame,
     End,
@@ -48,6 +47,7 @@ from vmapipe.protocol.messages import (
     Scattered,
     SharedRun,
 )
+from vmapipe.protocol.transfer_state import ArchiverSide, ArchiverState
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Device, Header, encode_header
 from vmapipe.vma.packer import PackedExtent, Packer
@@ -98,7 +98,7 @@ class Job:
         """Nobody is to be told anything any more."""
         if self.phase is not JobPhase.DONE:
             return self.phase is JobPhase.FAILED
-        return all(peer.side.state is State.CLOSED for peer in self._peers.all)
+        return all(peer.side.state is ArchiverState.CLOSED for peer in self._peers.all)
 
     def handle(self, event: JobEvent) -> list[JobInstruction]:
         """The one door: whatever happens comes in here, and what is to be done goes out."""
@@ -178,7 +178,7 @@ class Job:
         aborts = [
             Send(peer, state.side.abort(reason))
             for peer, state in self._peers
-            if state.side.state is not State.CLOSED
+            if state.side.state is not ArchiverState.CLOSED
         ]
         return [AbandonArchive(reason), *aborts]
 

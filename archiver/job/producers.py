@@ -11,9 +11,9 @@ from vmapipe.archiver.job.device import DeviceState
 from vmapipe.archiver.job.spec import JobSpec, LogNotice, Send
 from vmapipe.clusters.sizes import MAX_DEVICE_BYTES
 from vmapipe.protocol import limits
-from vmapipe.protocol.archiver_side import ArchiverSide, State
 from vmapipe.protocol.errors import RemoteProtocolError, connection_lost
-from vmapipe.protocol.messages import Hello, Resume
+from vmapipe.protocol.transfer import Hello, Resume
+from vmapipe.protocol.transfer_state import ArchiverSide, ArchiverState
 
 # Of whom is remembered that nothing more is to be heard: strangers that were
 # refused, each once, and connections that a producer has left.
@@ -45,11 +45,11 @@ class JobProducer:
         # Before WELCOME a producer does not know our limit.
         least_s = limits.GREETING_HEARTBEAT_S if gathering else side.reconnect_s
         limit_s = max(heartbeat_s, least_s)
-        if silence_s <= heartbeat_s or side.state is State.CLOSED:
+        if silence_s <= heartbeat_s or side.state is ArchiverState.CLOSED:
             return ""
         if silence_s > limit_s:
-            if side.state is State.TOLD:
-                side.state = State.CLOSED
+            if side.state is ArchiverState.DONE_SENT:
+                side.state = ArchiverState.CLOSED
                 return f"{connection_lost(side.device, limit_s)}, after all was stored"
             if side.reconnect_s:
                 return Lost(connection_lost(side.device, limit_s))
@@ -115,7 +115,7 @@ class JobProducers:
 
     def is_ignored(self, at: bytes) -> bool:
         peer = self._peers.get(at)
-        return at in self._ignored or (peer is not None and peer.side.state is State.CLOSED)
+        return at in self._ignored or (peer is not None and peer.side.state is ArchiverState.CLOSED)
 
     def ignore(self, at: bytes) -> None:
         while len(self._ignored) >= _MAX_IGNORED:
@@ -171,7 +171,7 @@ class Admission:
         side = moved[0].side
         if (side.device, side.size_bytes) != (hello.device, hello.size):
             raise RemoteProtocolError("sequence", "HELLO again, and it says something else")
-        return [] if side.state is State.WAITING else [Send(at, side.welcome_again())]
+        return [] if side.state is ArchiverState.WAITING else [Send(at, side.welcome_again())]
 
     def resume(
         self, at: bytes, message: Resume, client: str, now: float, uuid: bytes
@@ -189,7 +189,7 @@ class Admission:
             return []
         peer, silence_s = moved
         answers = [Send(at, peer.side.resumed())]
-        if peer.side.state is State.TOLD:
+        if peer.side.state is ArchiverState.DONE_SENT:
             answers.append(Send(at, peer.side.done(uuid)))
         back = f"device {peer.side.device!r}: connected again after {silence_s:.0f} s"
         return [*answers, LogNotice(back)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmapipe.archiver.job.device import FrameMark
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import Part
 from vmapipe.vma.header import Config, Device, Header
 from vmapipe.vma.packer import PackedExtent
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 
 from vmapipe.archiver.listener.relay import PipeStock, Relay
-from vmapipe.protocol.zmtp import Opening, Refused, Stage, greeting
+from vmapipe.protocol.zmtp import ConnectionOpening, HandshakeRefused, Stage, greeting
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run_child
@@ -55,7 +55,7 @@ class _Guest:
         self.address = address
         self.host = _host_of(address)
         self.since = now
-        self.opening = Opening(curve=curve)
+        self.opening = ConnectionOpening(curve=curve)
         self.service: socket.socket | None = None
         self.up: Relay | None = None
         self.down: Relay | None = None
@@ -178,7 +178,7 @@ class Acceptor:
             elif guest.leaves_at < float("inf"):
                 # Closing at once, with something unread, could cost it the last words.
                 if _received(guest.client, 1 << 16) == b"":
-                    raise Refused("it has gone")
+                    raise HandshakeRefused("it has gone")
             else:
                 coming, going = (
                     (guest.up, guest.down)
@@ -190,7 +190,7 @@ class Acceptor:
                 if mask & ~_OUT:
                     self._carry(guest, coming, now)
                 self._end_if_done(guest, now)
-        except (OSError, Refused):
+        except (OSError, HandshakeRefused):
             self._refuse(guest)
             return
         if fd in self._by_fd:
@@ -199,7 +199,7 @@ class Acceptor:
     def _hear_first(self, guest: _Guest) -> None:
         data = guest.client.recv(guest.opening.wanted_bytes or 1)
         if not data:
-            raise Refused("it has gone")
+            raise HandshakeRefused("it has gone")
         guest.opening.hear(data)
         if guest.opening.stage is Stage.KNOCKED:
             del self._waiting[guest]
@@ -218,7 +218,7 @@ class Acceptor:
         if coming is guest.up:
             data = _received(guest.client, opening.wanted_bytes)
             if data == b"":
-                raise Refused("it has gone")
+                raise HandshakeRefused("it has gone")
             was_judged = opening.is_judged
             opening.hear(data or b"")
             if opening.is_judged and not was_judged:
@@ -385,7 +385,7 @@ def _received(sock: socket.socket, most_bytes: int) -> bytes | None:
         return b""
 
 
-def _taken(opening: Opening) -> bytes:
+def _taken(opening: ConnectionOpening) -> bytes:
     data, opening.pending = opening.pending, b""
     return data
 

@@ -21,7 +21,7 @@ import zmq
 from vmapipe.archiver.listener.curve import CurveAuthenticator
 from vmapipe.archiver.listener.tcp import DescriptorBudget, TcpPort
 from vmapipe.protocol import limits
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import Part
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import made_with
 from vmapipe.runtime.keys import ServerKeys

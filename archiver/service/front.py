@@ -35,9 +35,9 @@ from vmapipe.archiver.service.peers import (
     RejectedPeers,
     UnassignedPeers,
 )
-from vmapipe.protocol import jobs
+from vmapipe.protocol import service
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import Part
 from vmapipe.runtime.events import Event
 from vmapipe.runtime.text import one_line
 
@@ -216,13 +216,13 @@ class Front:
         self, peer: bytes, client: str, parts: Sequence[Part], now: float
     ) -> list[ServiceInstruction]:
         """Raises RemoteProtocolError before anything has changed."""
-        name, fields = jobs.unpack_control(parts)
-        match jobs.read_of_coordinator(name, fields):
-            case jobs.Open() as request:
+        name, fields = service.unpack_control(parts)
+        match service.read_of_coordinator(name, fields):
+            case service.Open() as request:
                 return self._open(peer, client, request, now)
-            case jobs.Beat(job_id):
+            case service.Beat(job_id):
                 return self._coordinator_seen(self._job_of(job_id, client), peer, now)
-            case jobs.Cancel(job_id, reason):
+            case service.JobCancel(job_id, reason):
                 job = self._job_of(job_id, client)
                 return [*self._coordinator_seen(job, peer, now), *job.stop(reason, now)]
             case None:
@@ -257,7 +257,7 @@ class Front:
     # --- coordinators ---
 
     def _open(
-        self, peer: bytes, client: str, request: jobs.Open, now: float
+        self, peer: bytes, client: str, request: service.Open, now: float
     ) -> list[ServiceInstruction]:
         if request.job in self.jobs:
             return self._coordinator_seen(self._job_of(request.job, client), peer, now)
@@ -413,7 +413,7 @@ class Front:
 
 
 def _refusal(error: RemoteProtocolError) -> list[Part]:
-    return jobs.encode(jobs.Refused(error.code, said_reason(error.reason)))
+    return service.encode(service.JobRefused(error.code, said_reason(error.reason)))
 
 
 def _notice(text: str) -> LogEvent:

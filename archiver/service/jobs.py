@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from vmapipe.protocol import frames, jobs, limits
+from vmapipe.protocol import limits, service, transfer
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.jobs import Open
-from vmapipe.protocol.messages import Abort
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.service import Open
+from vmapipe.protocol.transfer import Abort
 from vmapipe.runtime.events import Event
 from vmapipe.runtime.text import one_line
 
@@ -169,10 +169,10 @@ class ServiceJob:
     started: float
     phase: ServicePhase = ServicePhase.STARTING
     opened: bool = False
-    begun: jobs.Begun | None = None
-    stored: jobs.Stored | None = None
+    begun: service.JobBegun | None = None
+    stored: service.JobStored | None = None
     #: Once it has ended.
-    verdict: jobs.Stored | jobs.Failed | jobs.Refused | None = None
+    verdict: service.JobStored | service.JobFailed | service.JobRefused | None = None
     #: Why we end it; the archiver's own words otherwise.
     reason: str = ""
     kill_at: float = float("inf")
@@ -185,8 +185,8 @@ class ServiceJob:
     _retellings: float = _RETELLINGS
     _retold: float = 0.0
     #: What of its data has come, when it was looked at last, and when it was more.
-    _done: jobs.Progress | None = None
-    _looked: jobs.Progress | None = None
+    _done: service.JobProgress | None = None
+    _looked: service.JobProgress | None = None
     _progressed: float = 0.0
 
     def __post_init__(self) -> None:
@@ -206,7 +206,7 @@ class ServiceJob:
     def coordinator_seen(self, peer: bytes, now: float) -> list[ServiceInstruction]:
         """Its coordinator has spoken; over a new connection it hears the job's state again."""
         self.heard = now
-        instructions: list[ServiceInstruction] = [SendAnswer(peer, jobs.encode(jobs.Alive()))]
+        instructions: list[ServiceInstruction] = [SendAnswer(peer, service.encode(service.Alive()))]
         anew = self.coordinator != peer
         if (anew or self.verdict is not None) and not self._may_retell(now):
             return instructions
@@ -214,9 +214,9 @@ class ServiceJob:
         if anew and self.opened:
             instructions.append(SendAnswer(peer, self._opened()))
             if self.begun is not None:
-                instructions.append(SendAnswer(peer, jobs.encode(self.begun)))
+                instructions.append(SendAnswer(peer, service.encode(self.begun)))
         if self.verdict is not None:
-            instructions.append(SendAnswer(peer, jobs.encode(self.verdict)))
+            instructions.append(SendAnswer(peer, service.encode(self.verdict)))
         return instructions
 
     def coordinator_gone(self, peer: bytes) -> None:
@@ -234,7 +234,7 @@ class ServiceJob:
         return [SendAnswer(self.coordinator, parts)] if self.coordinator else []
 
     def _opened(self) -> list[Part]:
-        return jobs.encode(jobs.Opened(limits.VERSION, self.heartbeat_s))
+        return service.encode(service.Opened(limits.VERSION, self.heartbeat_s))
 
     # --- its archiver ---
 
@@ -252,17 +252,17 @@ class ServiceJob:
         instructions: list[ServiceInstruction] = []
         message = message_of(event, self.name)
         match message:
-            case jobs.Begun():
+            case service.JobBegun():
                 self.begun = message
-            case jobs.Stored():
+            case service.JobStored():
                 # Its process may live on for a producer that has not heard DONE yet.
                 self.stored = self.verdict = message
-            case jobs.Progress():
+            case service.JobProgress():
                 self._done = message
-            case jobs.Notice(text):
+            case service.JobNotice(text):
                 instructions.append(self._log("job-notice", text=text))
         if message is not None:
-            instructions += self._tell(jobs.encode(message))
+            instructions += self._tell(service.encode(message))
         return instructions
 
     def stop(self, reason: str, now: float) -> list[ServiceInstruction]:
@@ -285,16 +285,18 @@ class ServiceJob:
             return [self._log("job-stored", stored_bytes=self.stored.stored, **usage)]
         reason = self.reason or words
         said = said_reason(reason)
-        self.verdict = jobs.Failed(said) if self.opened else jobs.Refused("failed", said)
+        self.verdict = (
+            service.JobFailed(said) if self.opened else service.JobRefused("failed", said)
+        )
         return [
             self._log("job-failed", text=reason, **usage),
-            *self._tell(jobs.encode(self.verdict)),
+            *self._tell(service.encode(self.verdict)),
             # An archiver that was killed could not tell its producers itself.
             *self._aborts(said),
         ]
 
     def _aborts(self, said: str) -> list[ServiceInstruction]:
-        return [SendAnswer(peer, frames.encode_control(Abort(said))) for peer in self.producers]
+        return [SendAnswer(peer, transfer.encode_control(Abort(said))) for peer in self.producers]
 
     def _log(self, event: str, **more: object) -> LogEvent:
         whose = {"job": self.id.hex(), "client": self.client, "archive": self.place.path}
@@ -331,24 +333,24 @@ class ServiceJob:
 
 def said_reason(reason: str) -> str:
     """As a message has it, and short: it is kept for whoever does not read it."""
-    return frames.sayable(one_line(reason, _REASON_CHARS))
+    return transfer.sayable(one_line(reason, _REASON_CHARS))
 
 
-def message_of(event: Event, name: str) -> jobs.FromService | None:
+def message_of(event: Event, name: str) -> service.FromService | None:
     """`name` is the archive's, as the client knows it. None: nothing for a coordinator."""
     match event["event"]:
         case "begun":
             sizes = tuple(device["bytes"] for device in event["devices"])
-            return jobs.Begun(bytes.fromhex(event["uuid"]), sizes)
+            return service.JobBegun(bytes.fromhex(event["uuid"]), sizes)
         case "progress":
             done = tuple(device["done_bytes"] for device in event["devices"])
             zero = tuple(device["zero_bytes"] for device in event["devices"])
-            return jobs.Progress(event["stored_bytes"], event["plain_bytes"], done, zero)
+            return service.JobProgress(event["stored_bytes"], event["plain_bytes"], done, zero)
         case "notice":
-            return jobs.Notice(frames.sayable(event["text"]))
+            return service.JobNotice(transfer.sayable(event["text"]))
         case "stored":
             uuid = bytes.fromhex(event["uuid"])
-            return jobs.Stored(name, uuid, event["stored_bytes"], event["plain_bytes"])
+            return service.JobStored(name, uuid, event["stored_bytes"], event["plain_bytes"])
     return None
 
 
@@ -381,7 +383,7 @@ class ServiceLimits:
 class ServiceStorage(Protocol):
     """What the core asks the world."""
 
-    def place(self, client: str, request: jobs.Open) -> ArchivePlace:
+    def place(self, client: str, request: service.Open) -> ArchivePlace:
         """Where its archive would go. Raises RemoteProtocolError."""
 
     def room(self) -> FreeSpace:
@@ -393,13 +395,13 @@ class ServiceStorage(Protocol):
 
 def admit(
     client: str,
-    request: jobs.Open,
+    request: service.Open,
     running: Sequence[ServiceJob],
     bounds: ServiceLimits,
     facts: ServiceStorage,
 ) -> ArchivePlace:
     """Raises RemoteProtocolError with the reason for which there will be no such job."""
-    fault = jobs.archive_name_fault(request.name)
+    fault = service.archive_name_fault(request.name)
     if fault:
         raise RemoteProtocolError(
             "bad-name", f"no archive can be called {one_line(request.name, 120)!r}: {fault}"

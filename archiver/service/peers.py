@@ -16,8 +16,8 @@ from vmapipe.archiver.service.jobs import (
     ServiceInstruction,
     ServiceJob,
 )
-from vmapipe.protocol import jobs, limits
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol import limits, service
+from vmapipe.protocol.schema import Part
 
 # What may be under way to a job's archiver, from one producer, above what that
 # has granted: twice the most that an archiver ever grants in advance, so that
@@ -113,7 +113,7 @@ class ForwardedProducers:
             return []
         limit = None
         if len(parts) == 1:
-            _, fields = jobs.unpack_control(parts)
+            _, fields = service.unpack_control(parts)
             limit = fields.get("limit", fields.get("credit"))
         producer.answered(limit)
         return [SendAnswer(peer, list(parts))]

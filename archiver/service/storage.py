@@ -18,7 +18,7 @@ from vmapipe.archiver.outputs.compress import parse_compression
 from vmapipe.archiver.outputs.manifests import SUFFIX, beside
 from vmapipe.archiver.outputs.object import abort_stale_uploads, abort_upload
 from vmapipe.archiver.service.jobs import ArchivePlace, FreeSpace
-from vmapipe.protocol import jobs
+from vmapipe.protocol import service
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.arguments import size
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
@@ -84,7 +84,7 @@ def read_client_limits(file: Path, usual: ClientLimits) -> ClientLimits:
                     rules = replace(rules, quota_bytes=size(value))
                 case "jobs", int() if value > 0:
                     rules = replace(rules, max_jobs=value)
-                case "directory", str() if not jobs.archive_name_fault(value):
+                case "directory", str() if not service.archive_name_fault(value):
                     rules = replace(rules, folder=value)
                 case _:
                     raise Failure(
@@ -120,7 +120,7 @@ class FolderStorage:
         if not os.access(self._directory, os.W_OK | os.X_OK):
             raise Failure(f"--directory {directory}: we may not write there")
 
-    def place(self, client: str, request: jobs.Open) -> ArchivePlace:
+    def place(self, client: str, request: service.Open) -> ArchivePlace:
         """Raises RemoteProtocolError."""
         check_request(request)
         try:
@@ -179,7 +179,7 @@ def _used_bytes(folder: str) -> int:
     return used
 
 
-def check_request(request: jobs.Open) -> None:
+def check_request(request: service.Open) -> None:
     """Raises RemoteProtocolError when no archive could hold these."""
     devices = tuple(Device(index, name, 1) for index, name in enumerate(request.devices, 1))
     configs = tuple(Config(name, data) for name, data in request.configs)
@@ -248,7 +248,7 @@ def left_in_group(group: Path, otherwise: int) -> int:
 # Parts that wait and five on their way are 96 MiB (and more above 31 GiB), the library 40.
 STORE_JOB_MEMORY_BYTES = 256 << 20
 # The slashes, a folder, an archive's name, and what its manifest's has behind that.
-_LONGEST_REST_BYTES = 2 * (1 + jobs.MAX_ARCHIVE_NAME_BYTES) + len(SUFFIX)
+_LONGEST_REST_BYTES = 2 * (1 + service.MAX_ARCHIVE_NAME_BYTES) + len(SUFFIX)
 # A store does not say what is free.
 _WITHOUT_LIMIT_BYTES = 1 << 62
 
@@ -264,7 +264,7 @@ class ObjectStorage:
         self._prefix = prefix.removesuffix("/")
         self._rules = rules
 
-    def place(self, client: str, request: jobs.Open) -> ArchivePlace:
+    def place(self, client: str, request: service.Open) -> ArchivePlace:
         """Raises RemoteProtocolError."""
         check_request(request)
         try:

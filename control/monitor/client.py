@@ -20,14 +20,14 @@ from vmapipe.control.qmp.connection import Command, QmpGone, QmpInvalid, QmpPeer
 from vmapipe.control.qmp.reader import SHORT_LIMITS
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import ProtocolError
-from vmapipe.protocol.guarding import (
+from vmapipe.protocol.guard import (
     MAX_PACKET_BYTES,
-    Begin,
-    Begun,
     FromGuard,
+    GuardBegin,
+    GuardBegun,
+    GuardRefused,
     Held,
     Hold,
-    Refused,
     ToGuard,
     decode_from_guard,
     encode,
@@ -109,9 +109,9 @@ def begin_together(guards: Mapping[str, Sequence[str]], job: bytes) -> float:
         for names, sock in connections:
             _expect(names, sock, Held)
         for names, sock in connections:
-            _say(names, sock, Begin())
+            _say(names, sock, GuardBegin())
         for names, sock in connections:
-            _expect(names, sock, Begun)
+            _expect(names, sock, GuardBegun)
     return time.monotonic() - started
 
 
@@ -124,7 +124,7 @@ def _expect(names: str, sock: socket.socket, kind: type[FromGuard]) -> None:
     with _naming(names):
         packet = sock.recv(MAX_PACKET_BYTES)
         message = decode_from_guard(packet) if packet else None
-    if isinstance(message, Refused):
+    if isinstance(message, GuardRefused):
         raise Failure(message.reason)
     if not isinstance(message, kind):
         raise Failure(f"disk {names}: its guard is gone, or answers out of turn")

@@ -14,16 +14,16 @@ from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.guard.copy_before_write import BeforeWrite, Copy, CopyBeforeWrite
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.guard.peer import GuardPeer
-from vmapipe.protocol.guarding import (
+from vmapipe.protocol.guard import (
     MAX_SAVED_CLUSTERS,
     MAX_TOLD_CLUSTERS,
-    Attach,
-    Begun,
     Claimed,
-    Failed,
+    GuardAttach,
+    GuardBegun,
+    GuardFailed,
+    GuardWaiting,
     Saved,
     SavedHole,
-    Waiting,
 )
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.syscalls import write_at
@@ -35,7 +35,7 @@ class SaveSlots:
     Takes over the descriptors, unless it raises: OSError, ValueError, Failure.
     """
 
-    def __init__(self, attach: Attach, fds: Sequence[int]) -> None:
+    def __init__(self, attach: GuardAttach, fds: Sequence[int]) -> None:
         if not fds:
             raise Failure("the backup process offers no memory")
         self._at = attach.memory_at
@@ -138,7 +138,7 @@ class DiskBackup:
 
     def __init__(
         self,
-        attach: Attach,
+        attach: GuardAttach,
         image: Image,
         peer: GuardPeer,
         changed: threading.Condition,
@@ -165,7 +165,7 @@ class DiskBackup:
 
     def begin(self) -> None:
         self.begun = True
-        self._peer.send(Begun())
+        self._peer.send(GuardBegun())
 
     def claim(self, most: int) -> None:
         """Raises Failure for a peer that claims twice."""
@@ -293,7 +293,7 @@ class DiskBackup:
     def _fail(self, reason: str) -> None:
         """With the lock held."""
         if not self.over:
-            self._peer.send(Failed(reason))
+            self._peer.send(GuardFailed(reason))
             self.end()
             if not self._peer.backlog:
                 # Even if it never reads that: the disk is free for the next backup.
@@ -335,12 +335,12 @@ class DiskBackup:
             while self._slots.free < count:
                 self.tell(at_once=True)  # those slots will be the next to be free
                 self._waiting += 1
-                self._peer.send(Waiting(self._waiting))
+                self._peer.send(GuardWaiting(self._waiting))
                 try:
                     self._wait(deadline, "room for the old data: the archiver is too slow")
                 finally:
                     self._waiting -= 1
-                    self._peer.send(Waiting(self._waiting))
+                    self._peer.send(GuardWaiting(self._waiting))
             return self._slots.take(count)
 
     def _wait(self, deadline: float, what: str) -> None:

@@ -17,17 +17,17 @@ from vmapipe.producer.guard.backup import DiskBackup
 from vmapipe.producer.guard.disk import HOLD_S, ServedDisk
 from vmapipe.producer.guard.peer import GuardPeer, close_all
 from vmapipe.protocol.errors import ProtocolError
-from vmapipe.protocol.guarding import (
-    Attach,
+from vmapipe.protocol.guard import (
     Attached,
-    Begin,
-    Begun,
     Claim,
-    Copied,
+    GuardAttach,
+    GuardBegin,
+    GuardBegun,
+    GuardCopied,
+    GuardRefused,
+    GuardRelease,
     Held,
     Hold,
-    Refused,
-    Release,
 )
 from vmapipe.runtime.errors import Failure, os_error_text
 
@@ -103,7 +103,7 @@ class Conversations:
                 return
             message, fds = received
             match message:
-                case Attach():
+                case GuardAttach():
                     self._back_up(message, fds, peer)
                 case Hold():
                     close_all(fds)
@@ -112,16 +112,16 @@ class Conversations:
                     close_all(fds)
                     raise Failure(f"{type(message).__name__} comes too early")
         except (Failure, ProtocolError) as error:
-            peer.send(Refused(str(error)))
+            peer.send(GuardRefused(str(error)))
         except TimeoutError:
-            peer.send(Refused("nothing was heard for too long"))
+            peer.send(GuardRefused("nothing was heard for too long"))
         finally:
             peer.close()
             sock.close()
             with self._lock:
                 del self._peers[threading.current_thread()]
 
-    def _back_up(self, attach: Attach, fds: list[int], peer: GuardPeer) -> None:
+    def _back_up(self, attach: GuardAttach, fds: list[int], peer: GuardPeer) -> None:
         """Raises Failure, RemoteProtocolError."""
         try:
             disk = self._disks.get(attach.disk)
@@ -171,14 +171,14 @@ class Conversations:
                 return
             message, fds = received
             close_all(fds)
-            if not isinstance(message, Begin):
-                raise Failure(f"{type(message).__name__} in place of Begin")
+            if not isinstance(message, GuardBegin):
+                raise Failure(f"{type(message).__name__} in place of GuardBegin")
             for disk in held:
                 disk.begin(hold.job)
         finally:
             for disk in held:
                 disk.let_go()
-        peer.send(Begun())
+        peer.send(GuardBegun())
 
 
 def _obey(job: DiskBackup, message: object) -> None:
@@ -186,9 +186,9 @@ def _obey(job: DiskBackup, message: object) -> None:
     match message:
         case Claim(most):
             job.claim(most)
-        case Copied(clusters):
+        case GuardCopied(clusters):
             job.copied(clusters)
-        case Release(slots):
+        case GuardRelease(slots):
             job.release(slots)
         case _:
             raise Failure(f"{type(message).__name__} is not for a backup that is attached")

@@ -12,7 +12,7 @@ from vmapipe.producer.guard.backup import BackupOver, DiskBackup
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.guard.peer import GuardPeer
 from vmapipe.producer.nbd.backend import Write, one_by_one
-from vmapipe.protocol.guarding import MAX_SAVED_CLUSTERS, Attach
+from vmapipe.protocol.guard import MAX_SAVED_CLUSTERS, GuardAttach
 from vmapipe.runtime.errors import Failure
 
 # A guest notices a second, and none minds: by then the writes that are under
@@ -104,7 +104,7 @@ class ServedDisk:
 
     # --- for a backup ---
 
-    def attach(self, attach: Attach, peer: GuardPeer, fds: Sequence[int]) -> DiskBackup:
+    def attach(self, attach: GuardAttach, peer: GuardPeer, fds: Sequence[int]) -> DiskBackup:
         """A backup wants to begin. Takes over the descriptors. Raises Failure, OSError, ValueError."""
         with self._changed:
             if self._job is not None:

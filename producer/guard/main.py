@@ -24,7 +24,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_SEND_TRIM,
     NBD_FLAG_SEND_WRITE_ZEROES,
 )
-from vmapipe.protocol.nbd.export import Export
+from vmapipe.protocol.nbd.session import Export
 from vmapipe.runtime.arguments import add_child_options, make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Emit, Event

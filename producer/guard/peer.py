@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from vmapipe.protocol.guarding import MAX_PACKET_BYTES, FromGuard, ToGuard, decode_for_guard, encode
+from vmapipe.protocol.guard import MAX_PACKET_BYTES, FromGuard, ToGuard, decode_for_guard, encode
 from vmapipe.runtime.syscalls import receive_fds
 
 _MAX_FDS = 4

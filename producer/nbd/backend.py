@@ -12,7 +12,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_SEND_TRIM,
     NBD_FLAG_SEND_WRITE_ZEROES,
 )
-from vmapipe.protocol.nbd.export import Export
+from vmapipe.protocol.nbd.session import Export
 
 #: Data, and the offset where it goes.
 Write = tuple[memoryview, int]

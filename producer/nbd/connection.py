@@ -36,8 +36,7 @@ from vmapipe.protocol.nbd.constants import (
 )
 from vmapipe.protocol.nbd.errors import NbdProtocolError, error_of_errno
 from vmapipe.protocol.nbd.reply import error_reply, read_reply, status_reply, success_reply
-from vmapipe.protocol.nbd.request import REQUEST_BYTES, Request, parse_request
-from vmapipe.protocol.nbd.session import Session
+from vmapipe.protocol.nbd.session import REQUEST_BYTES, NbdRequest, NbdSession, parse_request
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.syscalls import readable
 
@@ -66,7 +65,7 @@ class Connection:
     def __init__(
         self,
         sock: socket.socket,
-        session: Session,
+        session: NbdSession,
         backend: Backend,
         workers: Workers,
         pool: Pool,
@@ -93,7 +92,7 @@ class Connection:
         self._scratch = memoryview(bytearray(_BUFFER_BYTES))
         self._scratch_used = 0
         # Writes that were read and not yet carried out; their data is where it was read.
-        self._writes: list[tuple[Request, memoryview]] = []
+        self._writes: list[tuple[NbdRequest, memoryview]] = []
         self._polls = False
         stall = struct.pack("@ll", int(_STALL_S), int(_STALL_S % 1 * 1e6))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
@@ -202,7 +201,7 @@ class Connection:
         self.is_amid = False
         return self._socket.recv_into(target)
 
-    def _take_large(self, request: Request, begun: memoryview) -> bool:
+    def _take_large(self, request: NbdRequest, begun: memoryview) -> bool:
         """A write whose data the buffer cannot hold; False: the client is gone."""
         share = self._budget.take(request.length)
         is_handed_over = False
@@ -227,7 +226,7 @@ class Connection:
             if not is_handed_over:
                 self._budget.give_back(share)
 
-    def _take(self, request: Request, payload: memoryview) -> None:
+    def _take(self, request: NbdRequest, payload: memoryview) -> None:
         """Answer it, or put it with the writes that are carried out before anything else."""
         error = self._session.fault_of(request)
         is_plain = request.type == NBD_CMD_WRITE and not request.flags & NBD_CMD_FLAG_FUA
@@ -259,7 +258,7 @@ class Connection:
                 self._hand_over(*writes[tried])
             writes = writes[tried + 1 :]
 
-    def _hand_over(self, request: Request, payload: memoryview) -> None:
+    def _hand_over(self, request: NbdRequest, payload: memoryview) -> None:
         """It may take long: to a thread of the workers."""
         size = request.length if request.type in (NBD_CMD_READ, NBD_CMD_WRITE) else 0
         if request.type == NBD_CMD_BLOCK_STATUS:
@@ -271,7 +270,7 @@ class Connection:
         work = functools.partial(self._carry_out, request, memoryview(bytes(payload)), share)
         self._workers.submit(work)
 
-    def _try_at_once(self, request: Request) -> bool:
+    def _try_at_once(self, request: NbdRequest) -> bool:
         """Whether it is a read, or zeroes, and could be answered at once."""
         if request.type == NBD_CMD_WRITE_ZEROES and not request.flags & ~NBD_CMD_FLAG_NO_HOLE:
             if not self._backend.try_zeroes(request.offset, request.length):
@@ -290,7 +289,7 @@ class Connection:
             return True
         return False
 
-    def _carry_out(self, request: Request, payload: memoryview, share: Share) -> None:
+    def _carry_out(self, request: NbdRequest, payload: memoryview, share: Share) -> None:
         """In a thread of the workers."""
         answered = False
         try:
@@ -308,7 +307,7 @@ class Connection:
                 self.stop()
             self._budget.give_back(share)
 
-    def _do(self, request: Request, payload: memoryview) -> Sequence[Bytes]:
+    def _do(self, request: NbdRequest, payload: memoryview) -> Sequence[Bytes]:
         backend, (flags, kind, _, offset, length) = self._backend, request
         if kind == NBD_CMD_READ:
             target = memoryview(bytearray(length))
@@ -333,7 +332,7 @@ class Connection:
             backend.flush()
         return [success_reply(request)]
 
-    def _failed(self, request: Request, failure: OSError) -> bytes:
+    def _failed(self, request: NbdRequest, failure: OSError) -> bytes:
         error = error_of_errno(failure.errno)
         return error_reply(self._session, request, error, os_error_text(failure))
 

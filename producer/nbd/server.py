@@ -15,9 +15,8 @@ from vmapipe.producer.nbd.backend import Backend
 from vmapipe.producer.nbd.connection import Connection
 from vmapipe.producer.nbd.workers import Pool, Workers
 from vmapipe.protocol.nbd.errors import NbdProtocolError
-from vmapipe.protocol.nbd.export import Export
 from vmapipe.protocol.nbd.server_handshake import NbdServerHandshake
-from vmapipe.protocol.nbd.session import Session
+from vmapipe.protocol.nbd.session import Export, NbdSession
 
 # A client that has not come to an end of its greeting by then is none.
 _HANDSHAKE_S = 30.0
@@ -255,7 +254,7 @@ class Server:
                 self._changed.notify_all()
             sock.close()
 
-    def _shake_hands(self, sock: socket.socket, handshake: NbdServerHandshake) -> Session | None:
+    def _shake_hands(self, sock: socket.socket, handshake: NbdServerHandshake) -> NbdSession | None:
         """None: the client has left. Raises NbdProtocolError, OSError."""
         deadline = time.monotonic() + _HANDSHAKE_S
         if sock.family != socket.AF_UNIX:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong between the two ends of an NBD connection.
+"""Errors of an NBD connection: protocol errors, and a refusal to open an export.
 
 `LocalProtocolError` (of the room) is this side's own fault. Errors of a single
 request are no exceptions: they are numbers (NBD_EIO, …) in a reply.

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server answers in the transmission phase: small bytes, to be sent before the data.
+"""Replies to requests: as bytes (server), and as the events that a client sees.
 
-proto.md, Simple reply message and Structured reply chunk message. For the data
-itself use `sendmsg([head, data])`: nothing here touches it.
+See proto.md: Structured reply types. Every event begins with the request's cookie.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from vmapipe.protocol.errors import LocalProtocolError
 from vmapipe.protocol.nbd.constants import (
+    MAX_EXTENTS_SENT,
+    MAX_STRING_BYTES,
     NBD_CMD_FLAG_REQ_ONE,
     NBD_REPLY_FLAG_DONE,
     NBD_REPLY_TYPE_BLOCK_STATUS,
@@ -24,9 +26,70 @@ from vmapipe.protocol.nbd.constants import (
     NBD_STRUCTURED_REPLY_MAGIC,
     NBD_SUCCESS,
 )
-from vmapipe.protocol.nbd.limits import MAX_EXTENTS_SENT, MAX_STRING_BYTES
-from vmapipe.protocol.nbd.request import Request
-from vmapipe.protocol.nbd.session import Session
+from vmapipe.protocol.nbd.session import NbdRequest, NbdSession
+
+
+class Data(NamedTuple):
+    """Bytes of the export at `offset`, as far as they were fed: one chunk may come as several."""
+
+    cookie: int
+    offset: int
+    data: memoryview
+
+
+class Hole(NamedTuple):
+    """`length` bytes at `offset` are zeroes."""
+
+    cookie: int
+    offset: int
+    length: int
+
+
+class Status(NamedTuple):
+    """Consecutive extents from `offset` on, of one metadata context."""
+
+    cookie: int
+    context_id: int
+    offset: int
+    descriptors: bytes
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Length in bytes and flags (NBD_STATE_ for base:allocation) of each.
+
+        They may end before the request does, and the last one after it.
+        """
+        return DESCRIPTOR.iter_unpack(self.descriptors)
+
+
+class RequestFailed(NamedTuple):
+    """The request fails, with an NBD_E number; at `offset`, if the server says where.
+
+    The request still ends with `Done`.
+    """
+
+    cookie: int
+    error: int
+    message: str = ""
+    offset: int | None = None
+
+
+class RequestDone(NamedTuple):
+    """The request is answered: NBD_SUCCESS, or the first error."""
+
+    cookie: int
+    error: int
+
+
+ReplyEvent = Data | Hole | Status | RequestFailed | RequestDone
+
+
+class Payload(NamedTuple):
+    """The next `length` bytes on the wire are the export's at `offset`."""
+
+    cookie: int
+    offset: int
+    length: int
+
 
 # magic, error, cookie
 SIMPLE_REPLY = struct.Struct(">IIQ")
@@ -45,14 +108,16 @@ _DATA_CHUNK = struct.Struct(">IHHQIQ")
 # --- Answers that fit what the session has settled ---
 
 
-def read_reply(session: Session, request: Request) -> bytes:
+def read_reply(session: NbdSession, request: NbdRequest) -> bytes:
     """What goes before the whole data of an NBD_CMD_READ, `request.length` bytes."""
     if session.structured:
         return data_chunk(request.cookie, request.offset, request.length)
     return simple_reply(request.cookie)
 
 
-def status_reply(session: Session, request: Request, extents: Iterable[tuple[int, int]]) -> bytes:
+def status_reply(
+    session: NbdSession, request: NbdRequest, extents: Iterable[tuple[int, int]]
+) -> bytes:
     """The answer to NBD_CMD_BLOCK_STATUS, of the one context that is known here.
 
     `extents`: length in bytes and NBD_STATE_ flags of each part of the export
@@ -66,12 +131,12 @@ def status_reply(session: Session, request: Request, extents: Iterable[tuple[int
     return status_chunk(request.cookie, context_id, _merged(extents, request.length, limit))
 
 
-def success_reply(request: Request) -> bytes:
+def success_reply(request: NbdRequest) -> bytes:
     """Done. For all commands but NBD_CMD_READ and NBD_CMD_BLOCK_STATUS, in every session."""
     return simple_reply(request.cookie)
 
 
-def error_reply(session: Session, request: Request, error: int, message: str = "") -> bytes:
+def error_reply(session: NbdSession, request: NbdRequest, error: int, message: str = "") -> bytes:
     """The command failed: `error` is an NBD_E number, `message` is for people."""
     if session.structured:
         return error_chunk(request.cookie, error, message)

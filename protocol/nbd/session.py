@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a handshake has settled, and which requests are valid under it."""
+"""What client and server know after the handshake: the export, requests, and what they agreed on.
+
+See proto.md: Transmission flags, Block size constraints, Request message.
+"""
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vmapipe.protocol.errors import LocalProtocolError
 from vmapipe.protocol.nbd.constants import (
     BASE_ALLOCATION,
+    COMMAND_NAMES,
+    KNOWN_TRANSMISSION_FLAGS,
+    MAX_EXPORT_BYTES,
+    MAX_MINIMUM_BLOCK_BYTES,
+    MAX_PAYLOAD_BYTES,
+    MAX_STRING_BYTES,
+    MIN_PREFERRED_BLOCK_BYTES,
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_CACHE,
     NBD_CMD_DISC,
@@ -24,6 +36,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_EINVAL,
     NBD_ENOSPC,
     NBD_EPERM,
+    NBD_FLAG_HAS_FLAGS,
     NBD_FLAG_READ_ONLY,
     NBD_FLAG_SEND_CACHE,
     NBD_FLAG_SEND_DF,
@@ -32,11 +45,154 @@ from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_SEND_FUA,
     NBD_FLAG_SEND_TRIM,
     NBD_FLAG_SEND_WRITE_ZEROES,
+    NBD_REQUEST_MAGIC,
     NBD_SUCCESS,
+    Bytes,
 )
-from vmapipe.protocol.nbd.export import Export
-from vmapipe.protocol.nbd.limits import MAX_PAYLOAD_BYTES
-from vmapipe.protocol.nbd.request import Request
+from vmapipe.protocol.nbd.errors import NbdProtocolError
+
+# "No inherent limit" as a maximum block size.
+UNLIMITED = 0xFFFFFFFF
+
+
+class BlockSizes(NamedTuple):
+    """All in bytes. Requests are multiples of `minimum`, and at most `maximum` long."""
+
+    minimum: int = 1
+    preferred: int = 4096
+    maximum: int = MAX_PAYLOAD_BYTES
+
+
+# What holds where a server says nothing. Its maximum is what a client may
+# expect of any server; the minimum of 1 lets it reach the last bytes.
+DEFAULT_BLOCK_SIZES = BlockSizes()
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """One export. `flags` are transmission flags; HAS_FLAGS is always among them.
+
+    `allocation`: it answers NBD_CMD_BLOCK_STATUS for base:allocation.
+    Raises LocalProtocolError for what the protocol cannot express.
+    """
+
+    name: str
+    size_bytes: int
+    flags: int = NBD_FLAG_HAS_FLAGS
+    description: str = ""
+    block_sizes: BlockSizes = DEFAULT_BLOCK_SIZES
+    allocation: bool = False
+
+    def __post_init__(self) -> None:
+        fault = (
+            string_fault(self.name)
+            or string_fault(self.description)
+            or size_fault(self.size_bytes)
+            or block_sizes_fault(self.block_sizes)
+        )
+        if self.flags != known_flags(self.flags):
+            fault = f"transmission flags {self.flags:#x} are not possible"
+        if fault:
+            raise LocalProtocolError(fault)
+        object.__setattr__(self, "flags", self.flags | NBD_FLAG_HAS_FLAGS)
+
+
+class ListedExport(NamedTuple):
+    """An answer to NBD_OPT_LIST."""
+
+    name: str
+    description: str = ""
+
+
+def known_flags(flags: int) -> int:
+    """Transmission flags without those that are unknown or contradict the others."""
+    if not flags & NBD_FLAG_SEND_WRITE_ZEROES:
+        flags &= ~NBD_FLAG_SEND_FAST_ZERO
+    return flags & KNOWN_TRANSMISSION_FLAGS
+
+
+def string_fault(text: str) -> str | None:
+    """Why this is no string of the protocol (proto.md, Conventions); None: it is one."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        return "a string that is not Unicode"
+    if len(raw) > MAX_STRING_BYTES:
+        return f"a string of {len(raw)} bytes; the limit is {MAX_STRING_BYTES}"
+    return "a string with a NUL in it" if b"\0" in raw else None
+
+
+def size_fault(size_bytes: int) -> str | None:
+    if 0 <= size_bytes <= MAX_EXPORT_BYTES:
+        return None
+    return f"an export of {size_bytes} bytes; the limit is {MAX_EXPORT_BYTES}"
+
+
+def block_sizes_fault(sizes: BlockSizes) -> str | None:
+    """Why these are no block sizes of the protocol; None: they are."""
+    minimum, preferred, maximum = sizes
+    if not _is_power_of_2(minimum) or minimum > MAX_MINIMUM_BLOCK_BYTES:
+        return f"a minimum block size of {minimum} bytes"
+    if not _is_power_of_2(preferred) or preferred < max(minimum, MIN_PREFERRED_BLOCK_BYTES):
+        return f"a preferred block size of {preferred} bytes"
+    if maximum != UNLIMITED and not (minimum <= maximum < UNLIMITED and maximum % minimum == 0):
+        return f"a maximum block size of {maximum} bytes"
+    return None
+
+
+def _is_power_of_2(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+# magic, command flags, type, cookie, offset, length
+REQUEST = struct.Struct(">IHHQQI")
+REQUEST_BYTES = REQUEST.size
+
+
+class NbdRequest(NamedTuple):
+    """`offset` and `length` in bytes; `type` is an NBD_CMD_ number, known or not.
+
+    `cookie` (proto.md also: handle) is the client's; the reply carries it back.
+    """
+
+    flags: int
+    type: int
+    cookie: int
+    offset: int
+    length: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """How many bytes of data follow the request."""
+        return self.length if self.type == NBD_CMD_WRITE else 0
+
+    def __str__(self) -> str:
+        name = COMMAND_NAMES.get(self.type, f"command {self.type}")
+        return f"{name} of {self.length} bytes at {self.offset} (flags {self.flags:#x})"
+
+
+def parse_request(header: Bytes) -> NbdRequest:
+    """Read a request's REQUEST_BYTES bytes; its payload, if any, follows them on the wire.
+
+    A request that only asks for something wrong comes back like any other: see
+    `Session.fault_of`. Raises NbdProtocolError when the connection has to be
+    closed: the bytes are no request, or announce more data than anyone may send.
+    """
+    try:
+        magic, flags, kind, cookie, offset, length = REQUEST.unpack(header)
+    except struct.error:
+        raise LocalProtocolError(f"{len(header)} bytes are no request header") from None
+    if magic != NBD_REQUEST_MAGIC:
+        raise NbdProtocolError(f"no request where one must be (magic {magic:#x})")
+    if kind == NBD_CMD_WRITE and length > MAX_PAYLOAD_BYTES:
+        raise NbdProtocolError(f"a write of {length} bytes; the limit is {MAX_PAYLOAD_BYTES}")
+    return NbdRequest(flags, kind, cookie, offset, length)
+
+
+def encode_request(request: NbdRequest) -> bytes:
+    """REQUEST_BYTES bytes, to be followed by the data of NBD_CMD_WRITE."""
+    return REQUEST.pack(NBD_REQUEST_MAGIC, *request)
+
 
 _CHANGING = frozenset({NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES})
 _FILLING = frozenset({NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES})
@@ -52,7 +208,7 @@ class MetaContext(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class NbdSession:
     """The transmission phase of one connection, seen from either end.
 
     `flags`: the transmission flags that the server announced. `structured`:
@@ -86,7 +242,7 @@ class Session:
         """The id of base:allocation in block status chunks, if it was selected."""
         return next((ctx.id for ctx in self.meta_contexts if ctx.name == BASE_ALLOCATION), None)
 
-    def fault_of(self, request: Request) -> int:
+    def fault_of(self, request: NbdRequest) -> int:
         """NBD_SUCCESS for a request that may be carried out, else the error to answer.
 
         proto.md, Error values, Command flags and Request types. What it rules:
@@ -133,3 +289,32 @@ class Session:
         if self.meta_contexts:
             valid[NBD_CMD_BLOCK_STATUS] = fua | NBD_CMD_FLAG_REQ_ONE
         return valid
+
+
+class ReceiveBuffer:
+    """Its memory grows with what has come, not with what was announced."""
+
+    def __init__(self, count: int) -> None:
+        #: Bytes that the structure still lacks.
+        self.missing_bytes = count
+        self._keep = True
+        self._held = bytearray()
+
+    def expect(self, count: int, *, keep: bool = True) -> None:
+        """The next structure has `count` bytes; without `keep` they are dropped as they come."""
+        self.missing_bytes = count
+        self._keep = keep
+
+    def add(self, piece: memoryview) -> memoryview:
+        """Take what belongs to the structure; returns what is left of the piece."""
+        taken = min(self.missing_bytes, len(piece))
+        if self._keep:
+            self._held += piece[:taken]
+        self.missing_bytes -= taken
+        return piece[taken:]
+
+    def take(self) -> bytes:
+        """The structure, when nothing is missing any more; empty if it was not kept."""
+        whole = bytes(self._held)
+        self._held.clear()
+        return whole

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.protocol.restore_work import Partial, TargetSetup
+from vmapipe.protocol.restore import Partial, TargetSetup
 from vmapipe.restore.archive.errors import PlanError, TargetError
 from vmapipe.restore.archive.reader import Archive
 from vmapipe.restore.archive.source import PlainFile

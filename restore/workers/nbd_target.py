@@ -11,16 +11,16 @@ from typing import NoReturn
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
-from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
 from vmapipe.protocol.nbd.constants import (
     NBD_CMD_FLUSH,
     NBD_CMD_WRITE,
     NBD_CMD_WRITE_ZEROES,
     NBD_FLAG_SEND_WRITE_ZEROES,
 )
-from vmapipe.protocol.nbd.events import Done
-from vmapipe.protocol.nbd.request import encode_request
-from vmapipe.protocol.restore_work import TargetSetup
+from vmapipe.protocol.nbd.reply import RequestDone
+from vmapipe.protocol.nbd.session import encode_request
+from vmapipe.protocol.restore import TargetSetup
 from vmapipe.restore.archive.errors import TargetError
 from vmapipe.restore.targets.image import EXPORT
 from vmapipe.runtime.errors import os_error_text
@@ -143,7 +143,7 @@ class NbdTarget:
             if not data:
                 raise EOFError("its storage daemon has ended")
             for event in self._codec.feed(data):
-                if isinstance(event, Done):
+                if isinstance(event, RequestDone):
                     self._offsets.popleft()
                     if event.error:
                         raise OSError(event.error, os.strerror(event.error))

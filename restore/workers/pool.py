@@ -6,8 +6,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from vmapipe.protocol.packing import Part
-from vmapipe.protocol.restore_work import Done, Finish, Ready, Setup, decode_for_reader, encode
+from vmapipe.protocol.restore import FinishWork, Ready, Setup, WorkDone, decode_for_reader, encode
+from vmapipe.protocol.schema import Part
 from vmapipe.restore.workers.sockets import ReaderLink
 from vmapipe.restore.workers.work import Feed, RateLimits, Work, WorkerTable
 from vmapipe.runtime.cancel import Cancel
@@ -115,7 +115,7 @@ class WorkerPool:
                     self._roster.joined(worker)
                     if len(self._roster.workers) == len(self._children.all):
                         self._all_here()
-                case Done(seq, kept_bytes, damaged):
+                case WorkDone(seq, kept_bytes, damaged):
                     self.kept_bytes += kept_bytes
                     work = self._roster.done(worker, seq)
                     if work is None:
@@ -143,7 +143,7 @@ class WorkerPool:
     def finish(self) -> None:
         """Let the workers exit; terminate those that have never connected. All work is done."""
         for worker in self._roster.workers:
-            self._send(worker, encode(Finish()))
+            self._send(worker, encode(FinishWork()))
         ending = [
             child
             for child in self._children.all

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import zmq
 
 from vmapipe.protocol.limits import MAX_CONTROL_BYTES
-from vmapipe.protocol.packing import Part
-from vmapipe.protocol.restore_work import MAX_SETUP_BYTES
+from vmapipe.protocol.restore import MAX_SETUP_BYTES
+from vmapipe.protocol.schema import Part
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import made_with
 from vmapipe.runtime.process import require_memory

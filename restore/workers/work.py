@@ -14,14 +14,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.protocol.packing import Part
-from vmapipe.protocol.restore_work import (
+from vmapipe.protocol.restore import (
     MAX_RANGE_EXTENTS,
     ExtentWork,
     RangeWork,
     SyncWork,
     encode,
 )
+from vmapipe.protocol.schema import Part
 from vmapipe.restore.archive.reader import ArchiveTotals, FoundExtent
 from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.vma.extent import Extent

@@ -19,15 +19,15 @@ from collections.abc import Sequence
 from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.restore_work import (
-    Done,
+from vmapipe.protocol.restore import (
     ExtentWork,
-    Finish,
+    FinishWork,
     FromReader,
     RangeWork,
     Ready,
     Setup,
     SyncWork,
+    WorkDone,
     decode_for_worker,
     encode,
 )
@@ -74,7 +74,7 @@ class Worker:
                 self._link.wait(_WAIT_S)
                 continue
             work = decode_for_worker(parts)
-            if isinstance(work, Finish):
+            if isinstance(work, FinishWork):
                 return
             self._do(work)
 
@@ -90,14 +90,14 @@ class Worker:
             case RangeWork(seq):
                 kept_bytes, damaged = self._do_range(work)
                 self._writer.flush()
-                self._link.send(encode(Done(seq, kept_bytes, damaged)))
+                self._link.send(encode(WorkDone(seq, kept_bytes, damaged)))
             case ExtentWork(seq):
                 kept_bytes, damaged = self._do_extent(work)
                 self._writer.flush()
-                self._link.send(encode(Done(seq, kept_bytes, damaged)))
+                self._link.send(encode(WorkDone(seq, kept_bytes, damaged)))
             case SyncWork(seq, dev_id):
                 self._writer.sync(dev_id)
-                self._link.send(encode(Done(seq)))
+                self._link.send(encode(WorkDone(seq)))
 
     def _open_archive(self, fd: int) -> None:
         try:

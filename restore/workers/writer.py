@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES
-from vmapipe.protocol.restore_work import TargetSetup
+from vmapipe.protocol.restore import TargetSetup
 from vmapipe.restore.archive.errors import TargetError
 from vmapipe.restore.workers.nbd_target import NbdTarget
 from vmapipe.runtime.errors import os_error_text

@@ -30,9 +30,9 @@ from vmapipe.producer.runs import piece_bytes
 from vmapipe.producer.session import UnackedFrames
 from vmapipe.producer.shared_memory import PieceAllocator
 from vmapipe.protocol import limits
-from vmapipe.protocol.messages import Abort, Done, Refuse, Welcome
-from vmapipe.protocol.packing import Part
-from vmapipe.protocol.producer_side import ProducerSide, State
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import Abort, Done, Refuse, Welcome
+from vmapipe.protocol.transfer_state import ProducerSide, ProducerState
 from vmapipe.vma.packer import PackedExtent
 
 JOB = bytes(range(16))
@@ -140,7 +140,7 @@ class Producer:
 
     @property
     def able(self) -> bool:
-        if self.side.state is not State.SENDING:
+        if self.side.state is not ProducerState.SENDING:
             return False
         if self.cluster == self.clusters:
             return True

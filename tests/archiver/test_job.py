@@ -13,9 +13,9 @@ from tests.archiver.jobworld import JOB, UUID, Producer, World, disk, read_image
 from vmapipe.archiver.job.job import Job, JobPhase
 from vmapipe.archiver.job.spec import ArchiveStored, JobAborted, TimePassed
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.protocol import frames, limits
-from vmapipe.protocol.messages import Abort, Done, Refuse
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol import limits, transfer
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import Abort, Done, Refuse
 from vmapipe.vma.header import Config
 
 
@@ -128,7 +128,7 @@ def one_device(clusters: int = 3) -> tuple[World, Producer]:
 
 
 def raw_run(producer: Producer, first: int, count: int, masks: bytes, payload: bytes) -> list[Part]:
-    return frames.encode_run(
+    return transfer.encode_run(
         producer.side.sent_frames + 1, producer.side.dev_id, first, count, masks, payload
     )
 

@@ -13,9 +13,9 @@ from tests.archiver.jobworld import JOB, World, disk, read_images, spec
 from vmapipe.archiver.job.job import Job, JobPhase
 from vmapipe.archiver.job.spec import ArchiveStored
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.protocol.messages import Abort, Done, Refuse, SharedCluster, Welcome
-from vmapipe.protocol.packing import Part
-from vmapipe.protocol.producer_side import ProducerSide
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import Abort, Done, Refuse, SharedCluster, Welcome
+from vmapipe.protocol.transfer_state import ProducerSide
 
 NAME = "a"
 

@@ -188,7 +188,7 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
         ),
         (
             "vmapipe.control.backup",
-            "backports.zstd asyncio xxhash qemu vmapipe.restore vmapipe.protocol.jobs",
+            "backports.zstd asyncio xxhash qemu vmapipe.restore vmapipe.protocol.service",
         ),
         ("vmapipe.producer.main", "backports.zstd asyncio xxhash vmapipe.vma"),
         (

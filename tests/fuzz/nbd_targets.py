@@ -20,15 +20,19 @@ from vmapipe.producer.nbd.workers import Pool, Workers
 from vmapipe.producer.qemu_sink import QemuSink
 from vmapipe.protocol.nbd import constants as c
 from vmapipe.protocol.nbd.client_handshake import Goal, NbdClientHandshake
-from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
 from vmapipe.protocol.nbd.errors import NbdProtocolError, NbdRefusedError
-from vmapipe.protocol.nbd.events import Data, Done, Hole, Status
-from vmapipe.protocol.nbd.export import Export
-from vmapipe.protocol.nbd.option import EXPORT_NAME_REPLY, GREETING, OPTION, OPTION_REPLY
-from vmapipe.protocol.nbd.reply import SIMPLE_REPLY, STRUCTURED_REPLY
-from vmapipe.protocol.nbd.request import REQUEST
+from vmapipe.protocol.nbd.handshake import EXPORT_NAME_REPLY, GREETING, OPTION, OPTION_REPLY
+from vmapipe.protocol.nbd.reply import (
+    SIMPLE_REPLY,
+    STRUCTURED_REPLY,
+    Data,
+    Hole,
+    RequestDone,
+    Status,
+)
 from vmapipe.protocol.nbd.server_handshake import NbdServerHandshake
-from vmapipe.protocol.nbd.session import MetaContext, Session
+from vmapipe.protocol.nbd.session import REQUEST, Export, MetaContext, NbdSession
 
 CLUSTER = 65536
 SIZE = 5 * CLUSTER + 1536
@@ -219,14 +223,14 @@ def _place(source: Bytes) -> tuple[int, int]:
     return offset, length
 
 
-def _session(source: Bytes, export: Export) -> Session:
+def _session(source: Bytes, export: Export) -> NbdSession:
     structured = bool(source.number() & 1)
     contexts = (MetaContext(1, c.BASE_ALLOCATION),) if structured and export.allocation else ()
     flags = export.flags if structured else export.flags & ~c.NBD_FLAG_SEND_DF
-    return Session(export, flags, structured, no_zeroes=True, meta_contexts=contexts)
+    return NbdSession(export, flags, structured, no_zeroes=True, meta_contexts=contexts)
 
 
-def _serve(source: Bytes, session: Session, backend: Backend) -> bytes:
+def _serve(source: Bytes, session: NbdSession, backend: Backend) -> bytes:
     """All that is answered. What ends the connection is the client's fault, or none."""
     wire, pool = _Wire(_requests(source), source), Pool()
     connection = Connection(
@@ -400,7 +404,7 @@ def _check(event: Any, ranges: dict[int, range], done: set[int]) -> None:
         case Status():
             if not any(length for length, _ in event.extents()):
                 raise AssertionError("a status without a length: whoever asks on never ends")
-        case Done(cookie, _):
+        case RequestDone(cookie, _):
             done.add(cookie)
 
 

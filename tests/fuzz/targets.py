@@ -16,9 +16,9 @@ from tests.protocol.messages import encode
 from vmapipe.archiver.job.job import Job, JobPhase
 from vmapipe.archiver.job.spec import TimePassed
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.protocol import frames
+from vmapipe.protocol import transfer
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.messages import (
+from vmapipe.protocol.transfer import (
     Bye,
     ClusterFrame,
     End,
@@ -49,12 +49,12 @@ def decoder(data: bytes) -> None:
     source = Bytes(data)
     parts = [source.take(source.number(2)) for _ in range(source.number() % 5)]
     try:
-        message = frames.decode(parts)
+        message = transfer.decode(parts)
     except RemoteProtocolError as error:
         if error.code not in CODES:
             raise AssertionError(f"the code {error.code!r} is not on the page") from error
         return
-    again = frames.decode(encode(message))
+    again = transfer.decode(encode(message))
     if again != message:
         raise AssertionError(f"{message!r:.200} is read back as {again!r:.200}")
 
@@ -128,7 +128,7 @@ def _message(source: Bytes) -> Message:
         lambda: Ping() if first & 1 else Bye() if first & 2 else Fail("x" * first),
     ]
     message = makers[source.number() % len(makers)]()
-    if isinstance(message, RunFrame | SharedRun) and frames.masked_bytes(message.masks) > 1 << 22:
+    if isinstance(message, RunFrame | SharedRun) and transfer.masked_bytes(message.masks) > 1 << 22:
         return Ping()
     return message
 
@@ -143,7 +143,7 @@ def _scattered(source: Bytes) -> Scattered:
 
 
 def _payload(masks: bytes) -> memoryview:
-    return memoryview(b"\x5a" * frames.masked_bytes(masks))
+    return memoryview(b"\x5a" * transfer.masked_bytes(masks))
 
 
 def _check(world: World, honest: Producer) -> None:

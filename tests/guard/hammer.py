@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.guard.control_socket import Conversations
 from vmapipe.producer.guard.disk import ServedDisk
@@ -27,19 +27,19 @@ from vmapipe.producer.guard_client import GuardClient
 from vmapipe.producer.nbd.server import Server
 from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.protocol import limits
-from vmapipe.protocol.guarding import (
+from vmapipe.protocol.guard import (
     MAX_PACKET_BYTES,
-    Attach,
-    Begin,
-    Begun,
     Claimed,
     FromGuard,
+    GuardAttach,
+    GuardBegin,
+    GuardBegun,
+    GuardWaiting,
     Held,
     Hold,
     Saved,
     SavedHole,
     ToGuard,
-    Waiting,
     decode_from_guard,
     encode,
 )
@@ -105,7 +105,7 @@ class Backup:
         self._ring = Ring(slots * CLUSTER)
         assert self._ring.fd is not None
         spool_fd, spool_slots = spool or (-1, 0)
-        attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, slots, spool_slots, guest_wait_s)
+        attach = GuardAttach(limits.VERSION, JOB, "d", RING_BYTES, slots, spool_slots, guest_wait_s)
         fds = [self._ring.fd] + ([spool_fd] if spool_slots else [])
         try:
             self.guard = GuardClient("d", str(place.control), attach, fds)
@@ -140,7 +140,7 @@ class Backup:
 
     def take(self, message: FromGuard) -> None:
         match message:
-            case Begun():
+            case GuardBegun():
                 self._may_claim = True
             case Claimed(first, clusters):
                 if clusters:
@@ -152,7 +152,7 @@ class Backup:
                 self.saved_clusters += clusters
                 for cluster in range(first, first + clusters):
                     self._put(cluster, bytes(CLUSTER))
-            case Waiting(writes):
+            case GuardWaiting(writes):
                 self.waits += bool(writes)
             case _:
                 raise AssertionError(message)
@@ -264,9 +264,9 @@ def begin(places: dict[str, Place], folder: Path, job: bytes = JOB) -> dict[str,
             shutil.copyfile(place.image, copy)
             copies[name] = copy.read_bytes()
         for sock in held:
-            _say(sock, Begin())
+            _say(sock, GuardBegin())
         for sock in held:
-            assert decode_from_guard(sock.recv(MAX_PACKET_BYTES)) == Begun()
+            assert decode_from_guard(sock.recv(MAX_PACKET_BYTES)) == GuardBegun()
         return copies
     finally:
         for sock in held:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.machine import LIMIT_S, eventually
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 from vmapipe.producer.guard.disk import ServedDisk
 from vmapipe.producer.guard.image import Image
 from vmapipe.producer.guard.main import offer
@@ -24,7 +24,7 @@ from vmapipe.producer.nbd import server as servers
 from vmapipe.producer.nbd.server import Server
 from vmapipe.producer.nbd.workers import OWN_BYTES, OWN_REQUESTS, Budget, Pool
 from vmapipe.protocol.nbd.constants import NBD_CMD_READ, NBD_CMD_WRITE
-from vmapipe.protocol.nbd.request import Request, encode_request
+from vmapipe.protocol.nbd.session import NbdRequest, encode_request
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -79,7 +79,7 @@ def raw(client: Client) -> socket.socket:
 
 
 def request(kind: int, length: int, offset: int = 0) -> bytes:
-    return encode_request(Request(0, kind, 7, offset, length))
+    return encode_request(NbdRequest(0, kind, 7, offset, length))
 
 
 # --- threads, descriptors ---

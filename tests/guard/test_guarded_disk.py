@@ -18,24 +18,24 @@ import pytest
 
 from tests.guard.hammer import CLUSTER, JOB, LIMIT_S, Backup, Place, begin, guarding, next_message
 from tests.machine import make_disk
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 from vmapipe.clusters.sizes import MAX_CLUSTERS
 from vmapipe.producer.guard import control_socket
 from vmapipe.producer.guard_client import GuardClient
 from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.guarding import (
-    Attach,
-    Begun,
+from vmapipe.protocol.guard import (
     Claimed,
-    Copied,
-    Failed,
     FromGuard,
+    GuardAttach,
+    GuardBegun,
+    GuardCopied,
+    GuardFailed,
+    GuardRefused,
+    GuardWaiting,
     Hold,
-    Refused,
     Saved,
-    Waiting,
     decode_for_guard,
     decode_from_guard,
     encode,
@@ -46,7 +46,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_CMD_WRITE,
     NBD_CMD_WRITE_ZEROES,
 )
-from vmapipe.protocol.nbd.request import REQUEST_BYTES, Request, encode_request
+from vmapipe.protocol.nbd.session import REQUEST_BYTES, NbdRequest, encode_request
 from vmapipe.runtime.errors import Failure
 
 CLUSTERS = 40
@@ -157,7 +157,7 @@ def cached(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_writes_that_come_together_are_told_together(place: Place, backup: Backup) -> None:
     with Client(place.nbd, "d") as client:
         wanted = (7, 3, 20, 11)
-        requests = [Request(0, NBD_CMD_WRITE, num, num * CLUSTER, 3) for num in wanted]
+        requests = [NbdRequest(0, NBD_CMD_WRITE, num, num * CLUSTER, 3) for num in wanted]
         client.send_raw(b"".join(encode_request(request) + b"new" for request in requests))
         message = next_message(backup)
         assert isinstance(message, Saved)
@@ -169,7 +169,7 @@ def test_what_a_client_saved_is_told_although_it_breaks_the_protocol_next(
     place: Place, backup: Backup
 ) -> None:
     with Client(place.nbd, "d") as client:
-        request = encode_request(Request(0, NBD_CMD_WRITE, 1, 7 * CLUSTER, 3))
+        request = encode_request(NbdRequest(0, NBD_CMD_WRITE, 1, 7 * CLUSTER, 3))
         client.send_raw(request + b"new" + b"?" * REQUEST_BYTES)
         message = next_message(backup)
         assert isinstance(message, Saved)
@@ -207,7 +207,7 @@ def test_a_change_of_the_last_partial_cluster_saves_what_there_is_of_it(
         backup = Backup(place, 16, random.Random(1))
         try:
             begin({"d": place}, tmp_path)
-            assert next_message(backup) == Begun()
+            assert next_message(backup) == GuardBegun()
             with Client(place.nbd, "d") as client:
                 match how:
                     case "write":
@@ -367,7 +367,9 @@ def test_a_spool_file_that_is_full_makes_writes_wait_for_memory(
                 message = next_message(backup)
                 assert isinstance(message, Saved)
                 kept.append(message)
-            assert next_message(backup) == Waiting(1), "the 17th found neither memory nor spool"
+            assert next_message(backup) == GuardWaiting(1), (
+                "the 17th found neither memory nor spool"
+            )
             for message in kept:
                 backup.take(message)
             while len(backup.seen) < CLUSTERS:
@@ -398,7 +400,7 @@ def test_writes_that_are_held_go_on_when_nobody_says_begin(
         sock.recv(1000)  # Held
         with Client(place.nbd, "d") as client:
             client.write(0, b"new")
-        assert isinstance(decode_from_guard(sock.recv(1000)), Refused)
+        assert isinstance(decode_from_guard(sock.recv(1000)), GuardRefused)
 
 
 def test_a_write_that_does_not_end_keeps_a_backup_from_beginning(
@@ -428,7 +430,7 @@ def test_a_write_that_does_not_end_keeps_a_backup_from_beginning(
 def test_memory_that_could_be_cut_is_not_used(place: Place) -> None:
     fd = os.memfd_create("unsealed")
     os.ftruncate(fd, RING_BYTES + 16 * CLUSTER)
-    attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, 16, 0, 20)
+    attach = GuardAttach(limits.VERSION, JOB, "d", RING_BYTES, 16, 0, 20)
     try:
         with pytest.raises(Failure, match="memory that could be cut"):
             GuardClient("d", str(place.control), attach, [fd])
@@ -439,13 +441,13 @@ def test_memory_that_could_be_cut_is_not_used(place: Place) -> None:
 def test_slots_that_do_not_fit_the_memory_are_refused(place: Place) -> None:
     ring = Ring(CLUSTER)
     assert ring.fd is not None
-    attach = Attach(limits.VERSION, JOB, "d", RING_BYTES, 1000, 0, 20)
+    attach = GuardAttach(limits.VERSION, JOB, "d", RING_BYTES, 1000, 0, 20)
     with pytest.raises(Failure, match="the offered memory cannot be used"):
         GuardClient("d", str(place.control), attach, [ring.fd])
     ring.close()
 
 
-@pytest.mark.parametrize("packet", [b"", b"\x00", b"junk" * 1000, encode(Copied(1)), b"\xc1"])
+@pytest.mark.parametrize("packet", [b"", b"\x00", b"junk" * 1000, encode(GuardCopied(1)), b"\xc1"])
 def test_strangers_at_the_control_socket_are_refused_and_nothing_else_happens(
     place: Place, packet: bytes
 ) -> None:
@@ -454,7 +456,7 @@ def test_strangers_at_the_control_socket_are_refused_and_nothing_else_happens(
         sock.connect(str(place.control))
         sock.send(packet)
         answer = sock.recv(1000)
-        assert not answer or isinstance(decode_from_guard(answer), Refused)
+        assert not answer or isinstance(decode_from_guard(answer), GuardRefused)
     with Client(place.nbd, "d") as client:
         client.write(0, b"fine")
 
@@ -462,16 +464,16 @@ def test_strangers_at_the_control_socket_are_refused_and_nothing_else_happens(
 @pytest.mark.parametrize(
     "message",
     [
-        Attach(limits.VERSION, JOB, "d", 0, 1, 0, 1),
+        GuardAttach(limits.VERSION, JOB, "d", 0, 1, 0, 1),
         Hold(limits.VERSION, JOB, ("a", "b")),
-        Copied(7),
+        GuardCopied(7),
     ],
 )
 def test_messages_come_back_as_they_were(message: object) -> None:
     assert decode_for_guard(encode(message)) == message  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("message", [Saved((3, 9), (1, 2)), Failed("why"), Claimed(0, 0)])
+@pytest.mark.parametrize("message", [Saved((3, 9), (1, 2)), GuardFailed("why"), Claimed(0, 0)])
 def test_answers_come_back_as_they_were(message: FromGuard) -> None:
     assert decode_from_guard(encode(message)) == message
 
@@ -479,10 +481,10 @@ def test_answers_come_back_as_they_were(message: FromGuard) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        Attach(limits.VERSION + 1, JOB, "d", 0, 1, 0, 1),
-        Attach(limits.VERSION, b"short", "d", 0, 1, 0, 1),
-        Attach(limits.VERSION, JOB, "d", 0, 0, 0, 1),
-        Attach(limits.VERSION, JOB, "d", 0, 1 << 40, 0, 1),
+        GuardAttach(limits.VERSION + 1, JOB, "d", 0, 1, 0, 1),
+        GuardAttach(limits.VERSION, b"short", "d", 0, 1, 0, 1),
+        GuardAttach(limits.VERSION, JOB, "d", 0, 0, 0, 1),
+        GuardAttach(limits.VERSION, JOB, "d", 0, 1 << 40, 0, 1),
         Saved((1,), (0,)),
     ],
 )

@@ -34,9 +34,9 @@ from tests.machine import (
     started,
     without_limit,
 )
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 from vmapipe.protocol.nbd.constants import NBD_CMD_WRITE
-from vmapipe.protocol.nbd.request import Request, encode_request
+from vmapipe.protocol.nbd.session import NbdRequest, encode_request
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -354,7 +354,7 @@ def test_a_disk_that_is_gone_for_a_while_harms_no_other_and_comes_back(tmp_path:
 def test_a_client_that_dies_in_the_middle_of_a_write_harms_nobody(tmp_path: Path) -> None:
     image = make_disk(tmp_path / "d.raw", "A" * 50)
     before = sha256(image)
-    request = encode_request(Request(0, NBD_CMD_WRITE, 1, 100_000, 300_000)) + bytes(300_000)
+    request = encode_request(NbdRequest(0, NBD_CMD_WRITE, 1, 100_000, 300_000)) + bytes(300_000)
     with (
         serving(tmp_path, d=image) as served,
         backing_up(served, tmp_path / "vm.vma", "--speed", "1M") as process,

@@ -14,8 +14,8 @@ import pytest
 
 from tests.guard.hammer import CLUSTER, LIMIT_S, Backup, Place, begin, guarding, next_message
 from tests.machine import make_disk
-from tests.protocol_nbd.client import shake_hands
-from vmapipe.protocol.guarding import Begun, Claimed
+from tests.protocol.nbd.client import shake_hands
+from vmapipe.protocol.guard import Claimed, GuardBegun
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
 from vmapipe.protocol.nbd.constants import (
     NBD_CMD_DISC,
@@ -24,7 +24,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_SIMPLE_REPLY_MAGIC,
 )
 from vmapipe.protocol.nbd.reply import SIMPLE_REPLY
-from vmapipe.protocol.nbd.request import Request, encode_request
+from vmapipe.protocol.nbd.session import NbdRequest, encode_request
 
 # More than are carried out at once.
 MANY = 15
@@ -48,7 +48,7 @@ def client(place: Place) -> Iterator[socket.socket]:
 def packet(*writes: tuple[int, bytes]) -> bytes:
     """(offset, data) each; their cookies count from 0."""
     return b"".join(
-        encode_request(Request(0, NBD_CMD_WRITE, cookie, offset, len(data))) + data
+        encode_request(NbdRequest(0, NBD_CMD_WRITE, cookie, offset, len(data))) + data
         for cookie, (offset, data) in enumerate(writes)
     )
 
@@ -65,7 +65,7 @@ def test_all_in_front_of_a_disconnect_are_written_and_answered(
     place: Place, client: socket.socket
 ) -> None:
     writes = [(number * CLUSTER + 5, b"new %d" % number) for number in range(MANY)]
-    client.sendall(packet(*writes) + encode_request(Request(0, NBD_CMD_DISC, 99, 0, 0)))
+    client.sendall(packet(*writes) + encode_request(NbdRequest(0, NBD_CMD_DISC, 99, 0, 0)))
     assert [answer(client) for _ in writes] == [(number, 0) for number in range(MANY)]
     assert client.recv(1) == b""
     content = place.image.read_bytes()
@@ -118,7 +118,7 @@ def test_one_that_has_to_wait_holds_up_none_of_the_others(
     before = place.image.read_bytes()
     try:
         begin({"d": place}, tmp_path)
-        assert isinstance(next_message(backup), Begun)
+        assert isinstance(next_message(backup), GuardBegun)
         backup.guard.claim(4)
         assert next_message(backup) == Claimed(0, 4)
         client.sendall(packet((20 * CLUSTER, b"a"), (2 * CLUSTER, b"new"), (21 * CLUSTER, b"c")))

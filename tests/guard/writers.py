@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.guard.serving import Served
 from tests.machine import LIMIT_S
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 
 
 class Writers:

@@ -14,7 +14,7 @@ import pytest
 from tests.guard.serving import Served, serving
 from tests.machine import LIMIT_S, VMAPIPE, children, make_disk, next_event
 from tests.monitor.foreign import Foreign, connected
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 
 SLOW = 64 << 10
 KILLED = "the backup process was killed by SIGKILL"

@@ -12,7 +12,7 @@ import pytest
 from tests.guard.serving import serving
 from tests.machine import good, make_disk, sha256
 from tests.monitor.foreign import Foreign, connected
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 
 MIB = 1 << 20
 CLUSTER = 65536

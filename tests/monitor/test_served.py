@@ -18,7 +18,7 @@ import pytest
 from tests.guard.serving import Served, serving
 from tests.machine import LIMIT_S, children, good, make_disk, sha256
 from tests.monitor.foreign import Foreign, Refused, connected
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 
 MIB = 1 << 20
 CLUSTER = 65536

@@ -25,9 +25,9 @@ from vmapipe.archiver.job.spec import (
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.session import UnackedFrames
 from vmapipe.protocol import limits
-from vmapipe.protocol.messages import Done, Message, Resumed
-from vmapipe.protocol.packing import Part
-from vmapipe.protocol.producer_side import ProducerSide, State
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import Done, Message, Resumed
+from vmapipe.protocol.transfer_state import ProducerSide, ProducerState
 from vmapipe.vma.packer import PackedExtent
 
 
@@ -51,9 +51,9 @@ class Producer:
         self.connection = connection
         self.to_archiver.clear()
         self.from_archiver.clear()
-        if self.side.state is State.GREETING:
+        if self.side.state is ProducerState.GREETING:
             self.say(self.side.hello())
-        elif self.side.state is not State.CLOSED:
+        elif self.side.state is not ProducerState.CLOSED:
             self.away = False
             self.say(self.side.resume())
             self.away = True
@@ -64,7 +64,7 @@ class Producer:
 
     def step(self) -> bool:
         """Send the next thing; whether there was one."""
-        if self.side.state is not State.SENDING or self.away:
+        if self.side.state is not ProducerState.SENDING or self.away:
             return False
         at = self.cluster * CLUSTER_BYTES
         if at >= len(self.data):
@@ -88,7 +88,7 @@ class Producer:
                 self.away = False
                 for parts in self.kept.behind(received):
                     self.say(parts)
-                if self.side.state is State.ENDING and not ended:
+                if self.side.state is ProducerState.ENDING and not ended:
                     self.say(self.side.end_again())
             case Done():
                 self.say(self.side.bye())

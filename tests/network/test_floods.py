@@ -19,8 +19,8 @@ from tests.machine import end_of, good, make_disk, started
 from tests.network.cable import cable_to
 from tests.network.place import Place, until
 from vmapipe.producer.connection import ArchiverConnection
-from vmapipe.protocol import frames
-from vmapipe.protocol.messages import Hello
+from vmapipe.protocol import transfer
+from vmapipe.protocol.transfer import Hello
 from vmapipe.runtime.keys import read_client_keys
 
 MIB = 1 << 20
@@ -129,7 +129,7 @@ def test_a_listed_client_that_says_nonsense_harms_only_itself(place: Place) -> N
                     link.send(
                         [chance.randbytes(chance.randrange(1, 200)) for _ in range(1 + number % 4)]
                     )
-                link.send(frames.encode_control(Hello(1, os.urandom(16), "x", 1 << 62)))
+                link.send(transfer.encode_control(Hello(1, os.urandom(16), "x", 1 << 62)))
                 link.send([bytes(65_000)])  # larger ones start a thread of pyzmq that stays
                 answer = None
                 while answer is None:

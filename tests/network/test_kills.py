@@ -14,41 +14,44 @@ import pytest
 from tests.machine import end_of, good, make_disk, started
 from tests.network.cable import Cable, cable_to
 from tests.network.place import Place, until
-from vmapipe.protocol.archiver_side import State
+from vmapipe.protocol.transfer_state import ArchiverState
 
 LOST = "device 'a': the connection was lost for 2 s"
 REFUSED = "cannot be reached within 1 s: Connection refused; is an archiver running there?"
 
 # (the state of the session as the archiver sees it, who is killed): the exit code
 # and the end of the last words of the other one, and whether the archive is there.
-EXPECTED: dict[tuple[State, str], tuple[int, str, bool]] = {
-    (State.GREETING, "producer"): (1, "1 of 1 producers did not come within 1 s", False),
-    (State.GREETING, "archiver"): (1, REFUSED, False),
-    (State.WAITING, "producer"): (1, "1 of 2 producers did not come within 10 s", False),
-    (State.WAITING, "archiver"): (1, REFUSED, False),
-    (State.RECEIVING, "producer"): (1, LOST, False),
-    (State.RECEIVING, "archiver"): (1, LOST, False),
-    (State.ENDED, "producer"): (1, LOST, False),
-    (State.ENDED, "archiver"): (1, LOST, False),
+EXPECTED: dict[tuple[ArchiverState, str], tuple[int, str, bool]] = {
+    (ArchiverState.GREETING, "producer"): (1, "1 of 1 producers did not come within 1 s", False),
+    (ArchiverState.GREETING, "archiver"): (1, REFUSED, False),
+    (ArchiverState.WAITING, "producer"): (1, "1 of 2 producers did not come within 10 s", False),
+    (ArchiverState.WAITING, "archiver"): (1, REFUSED, False),
+    (ArchiverState.RECEIVING, "producer"): (1, LOST, False),
+    (ArchiverState.RECEIVING, "archiver"): (1, LOST, False),
+    (ArchiverState.ENDED, "producer"): (1, LOST, False),
+    (ArchiverState.ENDED, "archiver"): (1, LOST, False),
     # All is stored, and nobody can tell the producer so.
-    (State.TOLD, "producer"): (0, f"{LOST}, after all was stored", True),
-    (State.TOLD, "archiver"): (1, LOST, True),
+    (ArchiverState.DONE_SENT, "producer"): (0, f"{LOST}, after all was stored", True),
+    (ArchiverState.DONE_SENT, "archiver"): (1, LOST, True),
 }
 
 
 def test_every_state_is_here() -> None:
-    states = set(State) - {State.CLOSED}
+    states = set(ArchiverState) - {ArchiverState.CLOSED}
     assert set(EXPECTED) == {(state, who) for state in states for who in ("producer", "archiver")}
 
 
 class Scene:
     """A session of the device `a`, over a cable, held in the state that a test asks for."""
 
-    def __init__(self, folder: Path, stack: ExitStack, state: State, victim: str) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, state: ArchiverState, victim: str) -> None:
         self._stack = stack
-        two = state in (State.WAITING, State.ENDED)
+        two = state in (ArchiverState.WAITING, ArchiverState.ENDED)
         # Only where it is to be reached is it short; and `a` has to come in time even then.
-        limits = {(State.GREETING, "producer"): "1", (State.WAITING, "producer"): "10"}
+        limits = {
+            (ArchiverState.GREETING, "producer"): "1",
+            (ArchiverState.WAITING, "producer"): "10",
+        }
         start_by = limits.get((state, victim), "90")
         words = ("--heartbeat", "1", "--reconnect-limit", "2", "--start-timeout", start_by)
         self.place = Place(folder, stack, *words, "--expect", "2" if two else "1")
@@ -106,7 +109,7 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, state: State, victim: str) -> Iterator[Scene]:
+def scene(tmp_path: Path, state: ArchiverState, victim: str) -> Iterator[Scene]:
     with ExitStack() as stack:
         yield Scene(tmp_path, stack, state, victim)
 
@@ -114,7 +117,9 @@ def scene(tmp_path: Path, state: State, victim: str) -> Iterator[Scene]:
 @pytest.mark.parametrize(
     ("state", "victim"), EXPECTED, ids=[f"{state.value}-{victim}" for state, victim in EXPECTED]
 )
-def test_the_other_one_ends_with_the_right_words(scene: Scene, state: State, victim: str) -> None:
+def test_the_other_one_ends_with_the_right_words(
+    scene: Scene, state: ArchiverState, victim: str
+) -> None:
     code, words, is_stored = EXPECTED[state, victim]
     if victim == "producer":
         scene.producer.kill()

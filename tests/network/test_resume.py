@@ -17,9 +17,9 @@ from tests.protocol.messages import encode
 from vmapipe.archiver.job.job import Job, JobPhase
 from vmapipe.archiver.job.spec import KeyRevoked, MessageReceived, TimePassed
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.protocol import frames, limits
+from vmapipe.protocol import limits, transfer
 from vmapipe.protocol.errors import connection_lost
-from vmapipe.protocol.messages import (
+from vmapipe.protocol.transfer import (
     Abort,
     Bye,
     Done,
@@ -30,7 +30,7 @@ from vmapipe.protocol.messages import (
     Resume,
     RunFrame,
 )
-from vmapipe.protocol.producer_side import State
+from vmapipe.protocol.transfer_state import ProducerState
 
 
 def disk(seed: int, clusters: int, tail: int = CLUSTER_BYTES) -> bytes:
@@ -119,7 +119,7 @@ class BrokenConnections(RuleBasedStateMachine):
         assert self.world.images() == self.disks
         for producer in self.world.producers:
             assert producer.heard == Done(UUID)
-            assert producer.side.state is State.CLOSED
+            assert producer.side.state is ProducerState.CLOSED
 
 
 TestBrokenConnections = BrokenConnections.TestCase
@@ -143,7 +143,7 @@ def job_with_one(client: str = "", **changes: object) -> tuple[World, Producer]:
 
 
 def answers(world: World, peer: bytes) -> list[Message]:
-    return [frames.decode(parts) for parts in world.replies.get(peer, ())]
+    return [transfer.decode(parts) for parts in world.replies.get(peer, ())]
 
 
 def raw(message: Message) -> list[bytes]:

@@ -15,7 +15,7 @@ import pytest
 from tests.machine import VMAPIPE, end_of
 from tests.network.cable import cable_to
 from tests.network.place import Place, lose_connections
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 
 MIB = 1 << 20
 CLUSTER = 65536

@@ -18,8 +18,8 @@ from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.transmit import transmit
 from vmapipe.protocol import limits
-from vmapipe.protocol.guarding import Begun, Claimed, FromGuard, Saved
-from vmapipe.protocol.messages import SharedCluster
+from vmapipe.protocol.guard import Claimed, FromGuard, GuardBegun, Saved
+from vmapipe.protocol.transfer import SharedCluster
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import ignore
 from vmapipe.runtime.rate_limit import RateLimiter
@@ -96,7 +96,7 @@ class Guard:
         self.fd = -1
         self.claims = 0
         self.released: list[int] = []
-        self._mail: deque[FromGuard | None] = deque([Begun()])
+        self._mail: deque[FromGuard | None] = deque([GuardBegun()])
         self._next = 0
 
     def has_more(self) -> bool:

@@ -22,9 +22,9 @@ from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.source import DiskSourceError, Segment
 from vmapipe.producer.transmit import transmit
 from vmapipe.protocol import limits
-from vmapipe.protocol.archiver_side import ArchiverSide
-from vmapipe.protocol.messages import Fail, Hello, Message, Ping
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import Fail, Hello, Message, Ping
+from vmapipe.protocol.transfer_state import ArchiverSide
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit, Event, ignore

@@ -6,14 +6,14 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from tests.protocol.messages import U64, names, reasons, uuids
-from vmapipe.protocol import jobs, limits
+from vmapipe.protocol import limits, service
 
 uints = st.integers(0, U64)
 numbers = st.lists(uints, max_size=5).map(tuple)
 contents = st.binary(max_size=50)
 config_names = names.filter(lambda name: "/" not in name)
 opens = st.builds(
-    jobs.Open,
+    service.Open,
     st.just(limits.VERSION),
     uuids,
     reasons,
@@ -24,16 +24,16 @@ opens = st.builds(
     st.just(b"") | uuids,
     reasons,
 )
-of_coordinators: st.SearchStrategy[jobs.FromCoordinator] = st.one_of(
-    opens, st.builds(jobs.Beat, uuids), st.builds(jobs.Cancel, uuids, reasons)
+of_coordinators: st.SearchStrategy[service.FromCoordinator] = st.one_of(
+    opens, st.builds(service.Beat, uuids), st.builds(service.JobCancel, uuids, reasons)
 )
-of_services: st.SearchStrategy[jobs.FromService] = st.one_of(
-    st.builds(jobs.Opened, st.just(limits.VERSION), st.integers(1, limits.MAX_HEARTBEAT_S)),
-    st.builds(jobs.Begun, uuids, numbers),
-    st.builds(jobs.Progress, uints, uints, numbers, numbers),
-    st.builds(jobs.Notice, reasons),
-    st.builds(jobs.Stored, reasons, uuids, uints, uints),
-    st.builds(jobs.Failed, reasons),
-    st.builds(jobs.Refused, reasons, reasons),
-    st.just(jobs.Alive()),
+of_services: st.SearchStrategy[service.FromService] = st.one_of(
+    st.builds(service.Opened, st.just(limits.VERSION), st.integers(1, limits.MAX_HEARTBEAT_S)),
+    st.builds(service.JobBegun, uuids, numbers),
+    st.builds(service.JobProgress, uints, uints, numbers, numbers),
+    st.builds(service.JobNotice, reasons),
+    st.builds(service.JobStored, reasons, uuids, uints, uints),
+    st.builds(service.JobFailed, reasons),
+    st.builds(service.JobRefused, reasons, reasons),
+    st.just(service.Alive()),
 )

@@ -7,14 +7,8 @@ from hypothesis import strategies as st
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES, MAX_CLUSTERS
 from vmapipe.protocol import limits
-from vmapipe.protocol.frames import (
-    encode_cluster,
-    encode_control,
-    encode_run,
-    encode_scattered,
-    encode_shared_run,
-)
-from vmapipe.protocol.messages import (
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import (
     Abort,
     Bye,
     ClusterFrame,
@@ -35,8 +29,12 @@ from vmapipe.protocol.messages import (
     SharedCluster,
     SharedRun,
     Welcome,
+    encode_cluster,
+    encode_control,
+    encode_run,
+    encode_scattered,
+    encode_shared_run,
 )
-from vmapipe.protocol.packing import Part
 
 UUID = bytes(range(16))
 U64 = (1 << 64) - 1

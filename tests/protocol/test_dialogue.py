@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.protocol.messages import UUID
-from vmapipe.protocol import archiver_side, limits, producer_side
-from vmapipe.protocol.archiver_side import ArchiverSide
+from vmapipe.protocol import limits, transfer_state
 from vmapipe.protocol.errors import LocalProtocolError
-from vmapipe.protocol.messages import Ping, RunFrame, Scattered, SharedCluster, SharedRun
-from vmapipe.protocol.packing import Part
-from vmapipe.protocol.producer_side import ProducerSide
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import Ping, RunFrame, Scattered, SharedCluster, SharedRun
+from vmapipe.protocol.transfer_state import ArchiverSide, ProducerSide
 
-P = producer_side.State
-A = archiver_side.State
+P = transfer_state.ProducerState
+A = transfer_state.ArchiverState
 # What the states of both are when nothing is under way any more.
 AGREED = {
     (P.GREETING, A.GREETING),

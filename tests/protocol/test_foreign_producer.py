@@ -13,9 +13,9 @@ import pytest
 import zmq
 
 from vmapipe.protocol import limits
-from vmapipe.protocol.archiver_side import ArchiverSide, State
-from vmapipe.protocol.messages import ClusterFrame, Fail, Hello, Ping
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import ClusterFrame, Fail, Hello, Ping
+from vmapipe.protocol.transfer_state import ArchiverSide, ArchiverState
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "foreign_producer.py"
 JOB = bytes(range(16))
@@ -124,7 +124,7 @@ def test_a_disk_arrives_whole_and_the_producer_succeeds_when_it_is_stored(
 ) -> None:
     path = disk(tmp_path, size_bytes)
     archiver.start(path, "drive-é")
-    archiver.serve(lambda: archiver.side.state is State.ENDED)
+    archiver.serve(lambda: archiver.side.state is ArchiverState.ENDED)
     assert archiver.hello == Hello(1, JOB, "drive-é", size_bytes)
     sizes = [min(65536, size_bytes - n * 65536) for n in range(len(archiver.clusters))]
     whole = [data or bytes(size) for data, size in zip(archiver.clusters, sizes, strict=True)]
@@ -154,7 +154,7 @@ def test_it_goes_on_when_credit_comes_late(archiver: Archiver, tmp_path: Path) -
     archiver.serve(lambda: len(archiver.clusters) == 2)
     archiver.grants = True
     archiver.grant()
-    archiver.serve(lambda: archiver.side.state is State.ENDED)
+    archiver.serve(lambda: archiver.side.state is ArchiverState.ENDED)
     assert len(archiver.clusters) == 10
     archiver.say(archiver.side.done(UUID))
     assert archiver.outcome() == (0, "")
@@ -166,7 +166,7 @@ def test_it_pings_while_it_waits_and_lives_as_long_as_it_is_answered(
     archiver.heartbeat_s = 1
     archiver.start(disk(tmp_path, 1))
     archiver.serve(lambda: archiver.pings == 4)
-    assert archiver.side.state is State.ENDED
+    assert archiver.side.state is ArchiverState.ENDED
     archiver.say(archiver.side.done(UUID))
     assert archiver.outcome() == (0, "")
 
@@ -202,7 +202,7 @@ def test_a_disk_that_shrinks_fails_the_job_and_does_not_become_zeroes(
         file.truncate(50 * 65536)
     archiver.grants = True
     archiver.grant()
-    archiver.serve(lambda: archiver.side.state is State.CLOSED)
+    archiver.serve(lambda: archiver.side.state is ArchiverState.CLOSED)
     reason = f"{path}: the disk has become shorter"
     assert archiver.failures == [reason]
     assert archiver.outcome() == (1, reason)

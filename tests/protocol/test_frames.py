@@ -22,8 +22,8 @@ from tests.vma.memory import peak_bytes
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
-from vmapipe.protocol.frames import decode, encode_control, encode_run, run_fault, sayable
-from vmapipe.protocol.messages import (
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import (
     ClusterFrame,
     Control,
     Fail,
@@ -34,8 +34,12 @@ from vmapipe.protocol.messages import (
     Scattered,
     SharedRun,
     Welcome,
+    decode,
+    encode_control,
+    encode_run,
+    run_fault,
+    sayable,
 )
-from vmapipe.protocol.packing import Part
 
 CONTROLS: list[Control] = [
     message

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from tests.protocol.jobs import of_coordinators, of_services
 from tests.protocol.messages import UUID
-from vmapipe.protocol import jobs, limits
+from vmapipe.protocol import limits, service
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import Part
 
 OPEN = {"version": 1, "job": UUID, "name": "vm.vma", "devices": ["a"]}
 
 
-def decode(parts: list[Part]) -> jobs.FromCoordinator | None:
-    return jobs.read_of_coordinator(*jobs.unpack_control(parts))
+def decode(parts: list[Part]) -> service.FromCoordinator | None:
+    return service.read_of_coordinator(*service.unpack_control(parts))
 
 
 def packed(name: object, fields: object) -> list[Part]:
@@ -43,18 +43,18 @@ def fault_of(read: Callable[[list[Part]], object], parts: list[Part]) -> str:
 
 
 @given(of_coordinators)
-def test_what_a_coordinator_says_is_what_a_service_reads(message: jobs.FromCoordinator) -> None:
-    assert decode(jobs.encode(message)) == message
+def test_what_a_coordinator_says_is_what_a_service_reads(message: service.FromCoordinator) -> None:
+    assert decode(service.encode(message)) == message
 
 
 @given(of_services)
-def test_what_a_service_says_is_what_a_coordinator_reads(message: jobs.FromService) -> None:
-    assert jobs.decode_of_service(jobs.encode(message)) == message
+def test_what_a_service_says_is_what_a_coordinator_reads(message: service.FromService) -> None:
+    assert service.decode_of_service(service.encode(message)) == message
 
 
 @given(st.lists(st.binary(max_size=80), max_size=4))
 def test_bytes_of_strangers_are_refused_or_read_and_nothing_else(parts: list[Part]) -> None:
-    for read in (decode, jobs.decode_of_service):
+    for read in (decode, service.decode_of_service):
         assert fault_of(read, parts) in ("", "malformed", "too-large", "version")
 
 
@@ -73,7 +73,7 @@ values: st.SearchStrategy[Any] = st.recursive(
     ),
 )
 def test_fields_of_any_type_are_refused_or_make_sense(name: str, fields: dict[str, Any]) -> None:
-    for read in (decode, jobs.decode_of_service):
+    for read in (decode, service.decode_of_service):
         assert fault_of(read, packed(name, fields)) in ("", "malformed", "version")
 
 
@@ -104,8 +104,10 @@ def test_an_open_that_makes_no_sense_is_malformed(change: dict[str, object]) -> 
 
 
 def test_limits_hold_before_anything_is_unpacked() -> None:
-    assert code_of([bytes(jobs.MAX_OPEN_BYTES + 1)]) == "too-large"
-    assert code_of(packed("BEAT", {"job": UUID, "more": b"x" * jobs.MAX_TOLD_BYTES})) == "too-large"
+    assert code_of([bytes(service.MAX_OPEN_BYTES + 1)]) == "too-large"
+    assert (
+        code_of(packed("BEAT", {"job": UUID, "more": b"x" * service.MAX_TOLD_BYTES})) == "too-large"
+    )
     assert code_of(packed("OPEN", {**OPEN, "devices": ["a"] * 257})) == "malformed"
     assert code_of(packed("OPEN", OPEN) * 2) == "malformed"
 
@@ -113,7 +115,7 @@ def test_limits_hold_before_anything_is_unpacked() -> None:
 def test_configs_beyond_the_message_are_refused_where_they_are_sent() -> None:
     configs = tuple((f"c{index}", bytes(65535)) for index in range(17))
     with pytest.raises(LocalProtocolError, match=r"OPEN: .* bytes, at most 1048576"):
-        jobs.encode(jobs.Open(limits.VERSION, UUID, "vm.vma", ("a",), configs))
+        service.encode(service.Open(limits.VERSION, UUID, "vm.vma", ("a",), configs))
 
 
 @pytest.mark.parametrize(
@@ -124,9 +126,9 @@ def test_configs_beyond_the_message_are_refused_where_they_are_sent() -> None:
     ],
 )
 def test_a_name_that_is_no_plain_file_name_has_a_fault(name: str) -> None:
-    assert jobs.archive_name_fault(name)
+    assert service.archive_name_fault(name)
 
 
 @pytest.mark.parametrize("name", ["vm.vma", "vm-100.vma.zst", "x" * 200, "größe 1.vma", "-", "a:b"])
 def test_a_plain_name_has_none(name: str) -> None:
-    assert jobs.archive_name_fault(name) == ""
+    assert service.archive_name_fault(name) == ""

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.protocol.page import PAGE, Example, literal, read_examples, table
-from vmapipe.protocol import jobs
+from vmapipe.protocol import service
 
-KINDS: dict[str, Any] = {jobs.wire_name(kind): kind for kind in jobs.KINDS}
+KINDS: dict[str, Any] = {service.wire_name(kind): kind for kind in service.KINDS}
 EXAMPLES = list(read_examples("job"))
 
 
@@ -30,13 +30,13 @@ def meant(text: str) -> Any:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.text[:16])
 def test_an_example_of_the_page_is_what_we_read_and_what_we_write(example: Example) -> None:
     message = meant(example.text)
-    assert [bytes(part) for part in jobs.encode(message)] == example.parts
-    read = jobs.read_of_coordinator(*jobs.unpack_control(example.parts))
-    assert (read or jobs.decode_of_service(example.parts)) == message
+    assert [bytes(part) for part in service.encode(message)] == example.parts
+    read = service.read_of_coordinator(*service.unpack_control(example.parts))
+    assert (read or service.decode_of_service(example.parts)) == message
 
 
 def test_every_message_about_jobs_has_an_example() -> None:
-    assert {type(meant(example.text)) for example in EXAMPLES} == set(jobs.KINDS)
+    assert {type(meant(example.text)) for example in EXAMPLES} == set(service.KINDS)
 
 
 def test_the_fields_of_the_page_are_those_of_the_messages() -> None:
@@ -48,7 +48,7 @@ def test_the_fields_of_the_page_are_those_of_the_messages() -> None:
 
 
 def test_the_limits_of_the_page_are_those_of_the_code() -> None:
-    named = vars(jobs)
+    named = vars(service)
     ours = {key: value for key, value in named.items() if re.fullmatch("MAX_[A-Z_]+", key)}
     assert {name: int(value) for name, value, _ in table("name for jobs")} == ours
 

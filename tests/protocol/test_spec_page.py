@@ -13,8 +13,8 @@ from tests.protocol.messages import EXAMPLES, encode
 from tests.protocol.page import PAGE, ROOT, Example, literal, read_examples, table
 from tests.protocol.test_states import ARCHIVER_TAKES, PRODUCER_TAKES
 from vmapipe.clusters import sizes
-from vmapipe.protocol import frames, limits
-from vmapipe.protocol.messages import (
+from vmapipe.protocol import limits, transfer
+from vmapipe.protocol.transfer import (
     ClusterFrame,
     Message,
     RunFrame,
@@ -52,7 +52,7 @@ def meant(text: str) -> Message:
 
 @pytest.mark.parametrize("example", EXAMPLES_OF_THE_PAGE, ids=lambda example: example.text[:24])
 def test_an_example_of_the_page_is_what_we_read_and_what_we_write(example: Example) -> None:
-    assert frames.decode(example.parts) == meant(example.text)
+    assert transfer.decode(example.parts) == meant(example.text)
     assert [bytes(part) for part in encode(meant(example.text))] == example.parts
 
 

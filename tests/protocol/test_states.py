@@ -9,10 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.protocol.messages import EXAMPLES, U64, UUID, encode
-from vmapipe.protocol import archiver_side, limits, producer_side
-from vmapipe.protocol.archiver_side import ArchiverSide
+from vmapipe.protocol import limits, transfer_state
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
-from vmapipe.protocol.messages import (
+from vmapipe.protocol.transfer import (
     ClusterFrame,
     End,
     Grant,
@@ -26,10 +25,10 @@ from vmapipe.protocol.messages import (
     SharedRun,
     Welcome,
 )
-from vmapipe.protocol.producer_side import ProducerSide
+from vmapipe.protocol.transfer_state import ArchiverSide, ProducerSide
 
-P = producer_side.State
-A = archiver_side.State
+P = transfer_state.ProducerState
+A = transfer_state.ArchiverState
 
 # (state, message) -> state after it. All else is refused with "sequence".
 ARCHIVER_TAKES = {
@@ -48,9 +47,9 @@ ARCHIVER_TAKES = {
     (A.RECEIVING, "FAIL"): A.CLOSED,
     (A.ENDED, "PING"): A.ENDED,
     (A.ENDED, "FAIL"): A.CLOSED,
-    (A.TOLD, "PING"): A.TOLD,
-    (A.TOLD, "BYE"): A.CLOSED,
-    (A.TOLD, "FAIL"): A.CLOSED,
+    (A.DONE_SENT, "PING"): A.DONE_SENT,
+    (A.DONE_SENT, "BYE"): A.CLOSED,
+    (A.DONE_SENT, "FAIL"): A.CLOSED,
     # Whoever carries the session should not even ask any more.
     (A.CLOSED, "PING"): A.CLOSED,
     (A.CLOSED, "FAIL"): A.CLOSED,
@@ -77,7 +76,7 @@ PRODUCER_TAKES = {
 }
 
 
-def archiver_in(state: archiver_side.State) -> ArchiverSide:
+def archiver_in(state: transfer_state.ArchiverState) -> ArchiverSide:
     side = ArchiverSide()
     if state is A.GREETING:
         return side
@@ -96,7 +95,7 @@ def archiver_in(state: archiver_side.State) -> ArchiverSide:
     return side
 
 
-def producer_in(state: producer_side.State) -> ProducerSide:
+def producer_in(state: transfer_state.ProducerState) -> ProducerSide:
     side = ProducerSide(UUID, "drive-scsi0", 1 << 30, "test", "/proc/7/fd/5", UUID)
     if state is P.GREETING:
         return side
@@ -122,7 +121,7 @@ def code_of(side: ArchiverSide | ProducerSide, message: Message) -> str:
 @pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("state", A, ids=lambda state: state.value)
 def test_the_archiver_in_every_state_takes_or_refuses_every_message(
-    state: archiver_side.State, name: str
+    state: transfer_state.ArchiverState, name: str
 ) -> None:
     side = archiver_in(state)
     assert side.state is state
@@ -134,7 +133,7 @@ def test_the_archiver_in_every_state_takes_or_refuses_every_message(
 @pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("state", P, ids=lambda state: state.value)
 def test_the_producer_in_every_state_takes_or_refuses_every_message(
-    state: producer_side.State, name: str
+    state: transfer_state.ProducerState, name: str
 ) -> None:
     side = producer_in(state)
     assert side.state is state
@@ -144,7 +143,7 @@ def test_the_producer_in_every_state_takes_or_refuses_every_message(
 
 
 @pytest.mark.parametrize("state", P, ids=lambda state: state.value)
-def test_the_producer_sends_only_what_its_state_allows(state: producer_side.State) -> None:
+def test_the_producer_sends_only_what_its_state_allows(state: transfer_state.ProducerState) -> None:
     sending = ("run", "shared", "scattered", "end")
     allowed = {"hello": [P.GREETING], **{name: [P.SENDING] for name in sending}}
     moves: dict[str, Callable[[ProducerSide], object]] = {
@@ -167,9 +166,9 @@ def test_the_producer_sends_only_what_its_state_allows(state: producer_side.Stat
 
 @pytest.mark.parametrize("state", A, ids=lambda state: state.value)
 def test_the_archiver_welcomes_and_ends_only_where_its_state_allows(
-    state: archiver_side.State,
+    state: transfer_state.ArchiverState,
 ) -> None:
-    allowed = {"welcome": [A.WAITING], "done": [A.ENDED, A.TOLD]}
+    allowed = {"welcome": [A.WAITING], "done": [A.ENDED, A.DONE_SENT]}
     moves: dict[str, Callable[[ArchiverSide], object]] = {
         "welcome": lambda side: side.welcome(1, 1 << 20, 1 << 19, 30),
         "done": lambda side: side.done(UUID),
@@ -218,7 +217,7 @@ def test_a_session_can_be_resumed_only_where_both_sides_said_so(
     producer.end()
     archiver.receive(encode(End(0, 0)))
     producer.receive(archiver.done(UUID))
-    assert archiver.state is (A.TOLD if session and reconnect_s else A.CLOSED)
+    assert archiver.state is (A.DONE_SENT if session and reconnect_s else A.CLOSED)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.protocol.zmtp import GREETING_BYTES, MAX_WORD_BYTES, Opening, Refused, Stage, greeting
+from vmapipe.protocol.zmtp import (
+    GREETING_BYTES,
+    MAX_WORD_BYTES,
+    ConnectionOpening,
+    HandshakeRefused,
+    Stage,
+    greeting,
+)
 
 
 def client_greeting(mechanism: bytes, *, version: bytes = b"\3\1", as_server: int = 0) -> bytes:
@@ -47,7 +54,7 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
 def test_a_client_that_proves_its_key_is_passed_on_to_the_byte(
     cuts: list[int], more: list[int], data: bytes
 ) -> None:
-    opening, up, down = Opening(curve=True), b"", b""
+    opening, up, down = ConnectionOpening(curve=True), b"", b""
     first = client_greeting(b"CURVE") + HELLO
     for piece in pieces(first, cuts):
         assert opening.stage in (Stage.GREETING, Stage.WORD)
@@ -72,7 +79,7 @@ def test_a_client_that_proves_its_key_is_passed_on_to_the_byte(
 
 @given(st.lists(st.integers(0, 2000)))
 def test_without_keys_ready_is_the_first_word_and_the_answer(cuts: list[int]) -> None:
-    opening = Opening(curve=False)
+    opening = ConnectionOpening(curve=False)
     first = client_greeting(b"NULL") + command(
         b"READY", metadata(Socket_Type=b"DEALER", Identity=b"")
     )
@@ -85,7 +92,7 @@ def test_without_keys_ready_is_the_first_word_and_the_answer(cuts: list[int]) ->
 
 
 def test_who_is_shown_out_was_never_in() -> None:
-    opening = Opening(curve=True)
+    opening = ConnectionOpening(curve=True)
     opening.hear(client_greeting(b"CURVE") + HELLO)
     opening.let_in()
     opening.answered(greeting(curve=True) + WELCOME)
@@ -115,25 +122,25 @@ def test_who_is_shown_out_was_never_in() -> None:
     ],
 )
 def test_what_is_no_opening_is_refused_as_soon_as_that_can_be_seen(said: bytes) -> None:
-    with pytest.raises(Refused):
-        Opening(curve=True).hear(said)
+    with pytest.raises(HandshakeRefused):
+        ConnectionOpening(curve=True).hear(said)
 
 
 def test_a_name_of_ones_own_choice_is_refused_where_it_can_be_read() -> None:
-    opening = Opening(curve=False)
+    opening = ConnectionOpening(curve=False)
     own = metadata(Socket_Type=b"DEALER", identity=b"\0abcd")
-    with pytest.raises(Refused, match="name"):
+    with pytest.raises(HandshakeRefused, match="name"):
         opening.hear(client_greeting(b"NULL") + command(b"READY", own))
 
 
 @pytest.mark.parametrize("cut", range(0, 40, 7))
 def test_metadata_that_end_too_early_are_refused(cut: int) -> None:
     whole = metadata(Socket_Type=b"DEALER", Other=b"12345678")
-    opening = Opening(curve=False)
+    opening = ConnectionOpening(curve=False)
     opening.hear(client_greeting(b"NULL"))
     if cut in (0, len(whole)):
         return
-    with pytest.raises(Refused):
+    with pytest.raises(HandshakeRefused):
         opening.hear(command(b"READY", whole[:cut]))
 
 
@@ -141,7 +148,7 @@ def test_metadata_that_end_too_early_are_refused(cut: int) -> None:
 def test_nothing_that_a_stranger_says_makes_it_hold_more_than_two_words(
     junk: bytes, fits: bool
 ) -> None:
-    opening = Opening(curve=True)
+    opening = ConnectionOpening(curve=True)
     said = (client_greeting(b"CURVE") + HELLO if fits else b"") + junk
     held = 0
     try:
@@ -153,6 +160,6 @@ def test_nothing_that_a_stranger_says_makes_it_hold_more_than_two_words(
             held += len(piece) - len(opening.pending)
             opening.pending = b""
             assert not opening.is_in()
-    except Refused:
+    except HandshakeRefused:
         return
     assert opening.wanted_bytes <= GREETING_BYTES + MAX_WORD_BYTES

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.machine import LIMIT_S
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 
 CLUSTER = 65536
 _BYTES = 4096

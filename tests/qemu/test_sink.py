@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine import LIMIT_S, Need, good
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 from tests.qemu.sinks import SinkRun, sink
 from vmapipe.protocol.nbd import constants as c
 from vmapipe.runtime.events import JobCopied, copied_command

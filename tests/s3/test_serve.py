@@ -10,7 +10,7 @@ import pytest
 
 from tests.access.serving import serving
 from tests.machine import good, make_disk
-from tests.protocol_nbd.client import Client
+from tests.protocol.nbd.client import Client
 from tests.s3.server import BUCKET, S3Server
 
 

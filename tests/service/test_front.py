@@ -27,8 +27,8 @@ from vmapipe.archiver.service.jobs import (
     need_of,
 )
 from vmapipe.archiver.service.peers import MAX_REFUSALS, SLACK_BYTES, UnassignedPeers
-from vmapipe.protocol import frames, jobs, limits
-from vmapipe.protocol.messages import Abort, Grant, Ping, Welcome
+from vmapipe.protocol import limits, service, transfer
+from vmapipe.protocol.transfer import Abort, Grant, Ping, Welcome
 
 HEARTBEAT_S = 20
 BOUNDS = ServiceLimits(
@@ -44,25 +44,25 @@ def world() -> World:
 def refusal(world: World, peer: bytes) -> str:
     heard = world.heard_by(peer)
     assert len(heard) == 1
-    assert isinstance(heard[0], jobs.Refused)
+    assert isinstance(heard[0], service.JobRefused)
     return heard[0].code
 
 
 def beat(world: World, peer: bytes, job: bytes, client: str = "") -> None:
-    world.say(peer, client, jobs.encode(jobs.Beat(job)))
+    world.say(peer, client, service.encode(service.Beat(job)))
 
 
 def test_a_job_is_opened_fed_and_stored(world: World) -> None:
     job = world.open(b"c", "", "vm.vma")
     assert world.heard_by(b"c") == []
     world.ready(job)
-    assert world.heard_by(b"c") == [jobs.Opened(limits.VERSION, HEARTBEAT_S)]
+    assert world.heard_by(b"c") == [service.Opened(limits.VERSION, HEARTBEAT_S)]
     world.hello(b"p", "", job)
     assert world.attached == {b"p": job}
     assert world.forwarded == [b"p"]
     world.store(job)
     (stored,) = world.heard_by(b"c")
-    assert isinstance(stored, jobs.Stored)
+    assert isinstance(stored, service.JobStored)
     assert stored.archive == "vm.vma"
     world.pass_time(DRAIN_S + 2)
     assert world.attached == {}
@@ -87,7 +87,7 @@ def test_a_job_is_unknown_to_every_other_client(world: World) -> None:
     assert refusal(world, b"p1") == "unknown-job"
     beat(world, b"p2", job, "bob")
     assert refusal(world, b"p2") == "unknown-job"
-    world.say(b"p3", "bob", jobs.encode(jobs.Cancel(job, "mine now")))
+    world.say(b"p3", "bob", service.encode(service.JobCancel(job, "mine now")))
     assert refusal(world, b"p3") == "unknown-job"
     world.open(b"p4", "bob", "other.vma", job)
     assert refusal(world, b"p4") == "unknown-job"
@@ -99,7 +99,7 @@ def test_a_producers_peer_that_is_another_client_all_at_once_is_not_heard(world:
     job = world.open(b"c", "alice", "vm.vma")
     world.ready(job)
     world.hello(b"p", "alice", job)
-    world.say(b"p", "bob", frames.encode_control(Ping()))
+    world.say(b"p", "bob", transfer.encode_control(Ping()))
     assert world.forwarded == [b"p"]
 
 
@@ -163,7 +163,7 @@ def test_a_client_above_its_quota_loses_its_youngest_job_first(world: World) -> 
     world.pass_time(1)
     assert world.stopping == {young}
     world.end(young, "cancelled by SIGTERM")
-    (failed,) = [m for m in world.heard_by(b"d") if isinstance(m, jobs.Failed)]
+    (failed,) = [m for m in world.heard_by(b"d") if isinstance(m, service.JobFailed)]
     assert failed.reason == "the client's quota of 100 bytes is used up"
     world.used["alice"] = 60
     world.pass_time(5)
@@ -199,13 +199,16 @@ def test_a_coordinator_that_comes_back_is_told_again_what_holds(world: World) ->
     begun = {"event": "begun", "uuid": "00" * 16, "devices": sizes}
     world.handle(ArchiverEvent(job, begun))
     beat(world, b"c2", job)
-    opened, told = jobs.Opened(limits.VERSION, HEARTBEAT_S), jobs.Begun(bytes(16), (65536, 1))
-    assert world.heard_by(b"c2") == [jobs.Alive(), opened, told]
+    opened, told = (
+        service.Opened(limits.VERSION, HEARTBEAT_S),
+        service.JobBegun(bytes(16), (65536, 1)),
+    )
+    assert world.heard_by(b"c2") == [service.Alive(), opened, told]
     beat(world, b"c2", job)
-    assert world.heard_by(b"c2") == [jobs.Alive()]
+    assert world.heard_by(b"c2") == [service.Alive()]
     world.store(job)
     beat(world, b"c3", job)
-    assert isinstance(world.heard_by(b"c3")[-1], jobs.Stored)
+    assert isinstance(world.heard_by(b"c3")[-1], service.JobStored)
 
 
 def test_opening_a_job_twice_is_opening_it_once(world: World) -> None:
@@ -213,13 +216,13 @@ def test_opening_a_job_twice_is_opening_it_once(world: World) -> None:
     world.open(b"c", "", "vm.vma", job)
     assert world.archivers == {job}
     world.ready(job)
-    assert world.heard_by(b"c") == [jobs.Alive(), jobs.Opened(limits.VERSION, HEARTBEAT_S)]
+    assert world.heard_by(b"c") == [service.Alive(), service.Opened(limits.VERSION, HEARTBEAT_S)]
 
 
 def test_a_service_that_was_started_again_knows_no_job(world: World) -> None:
     beat(world, b"c", bytes(16))
     assert refusal(world, b"c") == "unknown-job"
-    world.say(b"p", "", frames.encode_control(Ping()))
+    world.say(b"p", "", transfer.encode_control(Ping()))
     assert refusal(world, b"p") == "unknown-job"
 
 
@@ -228,10 +231,10 @@ def test_cancel_stops_the_job_and_an_archive_that_was_stored_all_the_same_is_tol
 ) -> None:
     job = world.open(b"c", "", "vm.vma")
     world.ready(job)
-    world.say(b"c", "", jobs.encode(jobs.Cancel(job, "cancelled by SIGINT")))
+    world.say(b"c", "", service.encode(service.JobCancel(job, "cancelled by SIGINT")))
     assert world.stopping == {job}
     world.store(job)
-    assert isinstance(world.heard_by(b"c")[-1], jobs.Stored)
+    assert isinstance(world.heard_by(b"c")[-1], service.JobStored)
 
 
 def test_an_archiver_that_is_killed_fails_its_job_and_its_producers_hear_why(world: World) -> None:
@@ -243,7 +246,7 @@ def test_an_archiver_that_is_killed_fails_its_job_and_its_producers_hear_why(wor
     world.hello(b"q", "", other)
     world.end(job, "the archiver was killed by SIGKILL")
     assert world.heard_by(b"p") == [Abort("the archiver was killed by SIGKILL")]
-    assert world.heard_by(b"c")[-1] == jobs.Failed("the archiver was killed by SIGKILL")
+    assert world.heard_by(b"c")[-1] == service.JobFailed("the archiver was killed by SIGKILL")
     assert world.heard_by(b"q") == []
 
 
@@ -307,7 +310,7 @@ def test_a_producer_for_which_there_is_no_descriptor_is_refused_and_harms_no_job
     world.hello(b"p", "", job)
     del world.attached[b"p"]  # it could not be done
     world.handle(AttachFailed(b"p", job))
-    assert [m.code for m in world.heard_by(b"p") if isinstance(m, jobs.Refused)] == ["busy"]
+    assert [m.code for m in world.heard_by(b"p") if isinstance(m, service.JobRefused)] == ["busy"]
     world.hello(b"p2", "", job)
     assert world.attached == {b"p2": job}
     assert world.stopping == set()
@@ -324,7 +327,7 @@ def test_nobody_hears_what_is_said_to_a_coordinator_whose_connection_has_ended(
     # Somebody else has its name now.
     world.say(b"c", "eve", [b"x"])
     world.handle(ArchiverEvent(job, {"event": "notice", "text": "secret"}))
-    assert [m for _, m in world.said if isinstance(m, jobs.Notice)] == []
+    assert [m for _, m in world.said if isinstance(m, service.JobNotice)] == []
 
 
 def test_one_client_cannot_take_all_places_where_others_may_come() -> None:
@@ -355,7 +358,7 @@ def test_jobs_are_opened_only_as_far_as_descriptors_reach() -> None:
             world.open(b"%s-%d" % (client.encode(), number), client, f"{number}.vma")
     taken = Counter(job.client for job in world.front.running)
     assert (taken["eve"], taken["alice"]) == (4, 2)
-    (refused,) = [m for m in world.heard_by(b"eve-7") if isinstance(m, jobs.Refused)]
+    (refused,) = [m for m in world.heard_by(b"eve-7") if isinstance(m, service.JobRefused)]
     assert refused.code == "too-many-jobs"
     assert "open files" in refused.reason
 
@@ -363,7 +366,7 @@ def test_jobs_are_opened_only_as_far_as_descriptors_reach() -> None:
 def test_a_job_larger_than_the_service_is_refused_with_the_way_out() -> None:
     world = World(ServiceLimits(heartbeat_s=HEARTBEAT_S, most=Need(2, 100)))
     world.open(b"c", "", "vm.vma")
-    (refused,) = [m for m in world.heard_by(b"c") if isinstance(m, jobs.Refused)]
+    (refused,) = [m for m in world.heard_by(b"c") if isinstance(m, service.JobRefused)]
     assert "limit of open files has to be raised" in refused.reason
 
 
@@ -378,7 +381,7 @@ def test_a_job_from_whose_producers_nothing_comes_is_ended() -> None:
     def tick(minutes: int, done: int) -> None:
         for _ in range(minutes * 6):
             world.hello(b"p", "", job) if b"p" not in world.attached else None
-            world.say(b"p", "", frames.encode_control(Ping()))
+            world.say(b"p", "", transfer.encode_control(Ping()))
             beat(world, b"c", job)
             devices = [{"done_bytes": done, "zero_bytes": 0}] * 2
             progress = {"stored_bytes": 0, "plain_bytes": 0, "devices": devices}
@@ -414,7 +417,7 @@ def test_what_a_client_is_told_and_what_it_brings_into_the_log_is_bounded(world:
         world.open(b"e", "eve", name, job=number.to_bytes(16, "little"))
     heard = world.heard_by(b"e")
     assert len(heard) == MAX_REFUSALS
-    assert all(isinstance(m, jobs.Refused) and len(m.reason) <= 1000 for m in heard)
+    assert all(isinstance(m, service.JobRefused) and len(m.reason) <= 1000 for m in heard)
     assert set(world.dropped) == {b"e"}
     refusals = [event for event in world.log if event["event"] == "job-refused"]
     assert len(refusals) == 10
@@ -434,10 +437,10 @@ def test_a_coordinator_that_jumps_from_connection_to_connection_is_told_little(
     world.ready(job)
     for number in range(1000):
         beat(world, b"c%d" % (number % 2), job)
-    assert len([m for _, m in world.said if isinstance(m, jobs.Opened)]) < 12
+    assert len([m for _, m in world.said if isinstance(m, service.Opened)]) < 12
     world.pass_time(20)
     beat(world, b"c7", job)
-    assert any(isinstance(m, jobs.Opened) for m in world.heard_by(b"c7"))
+    assert any(isinstance(m, service.Opened) for m in world.heard_by(b"c7"))
 
 
 def test_peers_that_belong_to_no_job_make_room_for_each_other_and_for_other_clients() -> None:
@@ -477,7 +480,7 @@ def test_what_a_producer_may_have_under_way_is_what_its_archiver_grants_and_a_bi
         return (len(world.forwarded) - before) * ((1 << 20) + 1)
 
     def told(message: Welcome | Grant) -> None:
-        world.handle(ArchiverAnswer(b"p", frames.encode_control(message)))
+        world.handle(ArchiverAnswer(b"p", transfer.encode_control(message)))
 
     told(Welcome(limits.VERSION, 1, 8 << 20, 4 << 20, 30))
     assert SLACK_BYTES - (2 << 20) < flood() <= SLACK_BYTES
@@ -492,7 +495,7 @@ def test_control_messages_without_an_answer_are_bounded(world: World) -> None:
     world.ready(job)
     world.hello(b"p", "", job)
     for _ in range(5000):
-        world.say(b"p", "", frames.encode_control(Ping()))
+        world.say(b"p", "", transfer.encode_control(Ping()))
     assert len(world.forwarded) <= 1000
 
 
@@ -527,11 +530,11 @@ def test_who_opens_jobs_that_store_nothing_again_and_again_waits_and_others_do_n
         job = world.open(b"e%d" % number, "eve", f"{number}.vma")
         if job in world.archivers:
             opened += 1
-            world.say(b"e%d" % number, "eve", jobs.encode(jobs.Cancel(job, "")))
+            world.say(b"e%d" % number, "eve", service.encode(service.JobCancel(job, "")))
             world.end(job, "cancelled")
             world.pass_time(0.01)
     assert opened == 64
-    (refused,) = [m for m in world.heard_by(b"e199") if isinstance(m, jobs.Refused)]
+    (refused,) = [m for m in world.heard_by(b"e199") if isinstance(m, service.JobRefused)]
     assert refused.code == "too-often"
     assert "may be opened in" in refused.reason
     job = world.open(b"alice", "alice", "vm.vma")

@@ -13,9 +13,9 @@ from tests.protocol.jobs import of_coordinators
 from tests.service.world import World
 from vmapipe.archiver.service.front import ClientRevoked
 from vmapipe.archiver.service.jobs import START_S, ServiceLimits, ServicePhase
-from vmapipe.protocol import frames, jobs
-from vmapipe.protocol.messages import Ping
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol import service, transfer
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import Ping
 
 BOUNDS = ServiceLimits(max_jobs=4, heartbeat_s=20)
 CLIENT_JOBS = 2
@@ -52,19 +52,21 @@ class ServiceMachine(RuleBasedStateMachine):
 
     @rule(peer=peers, client=clients, index=indexes)
     def beat(self, peer: bytes, client: str, index: int) -> None:
-        self.world.say(peer, client, jobs.encode(jobs.Beat(self.some_job(index))))
+        self.world.say(peer, client, service.encode(service.Beat(self.some_job(index))))
 
     @rule(peer=peers, client=clients, index=indexes)
     def cancel(self, peer: bytes, client: str, index: int) -> None:
-        self.world.say(peer, client, jobs.encode(jobs.Cancel(self.some_job(index), "enough")))
+        self.world.say(
+            peer, client, service.encode(service.JobCancel(self.some_job(index), "enough"))
+        )
 
     @rule(peer=peers, client=clients)
     def ping(self, peer: bytes, client: str) -> None:
-        self.world.say(peer, client, frames.encode_control(Ping()))
+        self.world.say(peer, client, transfer.encode_control(Ping()))
 
     @rule(peer=peers, client=clients, message=of_coordinators)
-    def anything(self, peer: bytes, client: str, message: jobs.FromCoordinator) -> None:
-        self.world.say(peer, client, jobs.encode(message))
+    def anything(self, peer: bytes, client: str, message: service.FromCoordinator) -> None:
+        self.world.say(peer, client, service.encode(message))
 
     @rule(peer=peers, client=clients, parts=st.lists(st.binary(max_size=20), max_size=3))
     def junk(self, peer: bytes, client: str, parts: list[Part]) -> None:

@@ -22,7 +22,7 @@ from tests.network.cable import cable_to
 from tests.network.place import until
 from tests.service.peer import JOB, Peer
 from tests.service.serving import make_keys, serving
-from vmapipe.protocol.archiver_side import State
+from vmapipe.protocol.transfer_state import ArchiverState
 
 LOST = "device 'a': the connection was lost for 2 s"
 KILLED = "the archiver of 'vm.vma' was killed by SIGKILL"
@@ -44,48 +44,48 @@ class End(NamedTuple):
 
 
 # (the state of the session as its archiver sees it, who is killed)
-EXPECTED: dict[tuple[State, str], End] = {
-    (State.GREETING, "producer"): End(None, MISSING.format("a")),
-    (State.GREETING, "archiver"): End(ENDED, KILLED),
-    (State.GREETING, "front"): End(REFUSED, None),
-    (State.GREETING, "coordinator"): End(ENDED, SILENT),
-    (State.WAITING, "producer"): End(None, MISSING.format("b")),
-    (State.WAITING, "archiver"): End(f"the job was ended: {KILLED}", KILLED),
-    (State.WAITING, "front"): End(REFUSED, None),
-    (State.WAITING, "coordinator"): End(f"the job was ended: {SILENT}", SILENT),
-    (State.RECEIVING, "producer"): End(None, LOST),
-    (State.RECEIVING, "archiver"): End(f"the job was ended: {KILLED}", KILLED),
-    (State.RECEIVING, "front"): End(LOST, None),
-    (State.RECEIVING, "coordinator"): End(f"the job was ended: {SILENT}", SILENT),
-    (State.ENDED, "producer"): End(None, LOST),
-    (State.ENDED, "archiver"): End(f"the job was ended: {KILLED}", KILLED),
-    (State.ENDED, "front"): End(LOST, None),
-    (State.ENDED, "coordinator"): End(f"the job was ended: {SILENT}", SILENT),
+EXPECTED: dict[tuple[ArchiverState, str], End] = {
+    (ArchiverState.GREETING, "producer"): End(None, MISSING.format("a")),
+    (ArchiverState.GREETING, "archiver"): End(ENDED, KILLED),
+    (ArchiverState.GREETING, "front"): End(REFUSED, None),
+    (ArchiverState.GREETING, "coordinator"): End(ENDED, SILENT),
+    (ArchiverState.WAITING, "producer"): End(None, MISSING.format("b")),
+    (ArchiverState.WAITING, "archiver"): End(f"the job was ended: {KILLED}", KILLED),
+    (ArchiverState.WAITING, "front"): End(REFUSED, None),
+    (ArchiverState.WAITING, "coordinator"): End(f"the job was ended: {SILENT}", SILENT),
+    (ArchiverState.RECEIVING, "producer"): End(None, LOST),
+    (ArchiverState.RECEIVING, "archiver"): End(f"the job was ended: {KILLED}", KILLED),
+    (ArchiverState.RECEIVING, "front"): End(LOST, None),
+    (ArchiverState.RECEIVING, "coordinator"): End(f"the job was ended: {SILENT}", SILENT),
+    (ArchiverState.ENDED, "producer"): End(None, LOST),
+    (ArchiverState.ENDED, "archiver"): End(f"the job was ended: {KILLED}", KILLED),
+    (ArchiverState.ENDED, "front"): End(LOST, None),
+    (ArchiverState.ENDED, "coordinator"): End(f"the job was ended: {SILENT}", SILENT),
     # All is stored, and nobody can tell the producer so.
-    (State.TOLD, "producer"): End(None, "", stored=True),
-    (State.TOLD, "archiver"): End(LOST, "", stored=True),
-    (State.TOLD, "front"): End(LOST, None, stored=True),
-    (State.TOLD, "coordinator"): End(LOST, "", stored=True),
+    (ArchiverState.DONE_SENT, "producer"): End(None, "", stored=True),
+    (ArchiverState.DONE_SENT, "archiver"): End(LOST, "", stored=True),
+    (ArchiverState.DONE_SENT, "front"): End(LOST, None, stored=True),
+    (ArchiverState.DONE_SENT, "coordinator"): End(LOST, "", stored=True),
 }
 VICTIMS = ("producer", "archiver", "front", "coordinator")
 # The others of these states tell little more; `make soak` has them.
-QUICK = {(State.RECEIVING, victim) for victim in VICTIMS}
+QUICK = {(ArchiverState.RECEIVING, victim) for victim in VICTIMS}
 
 
 def test_every_state_and_process_is_here() -> None:
-    states = set(State) - {State.CLOSED}
+    states = set(ArchiverState) - {ArchiverState.CLOSED}
     assert set(EXPECTED) == {(state, victim) for state in states for victim in VICTIMS}
 
 
 class Scene:
     """A job at a service, whose producer `a` comes over a cable, held in one state."""
 
-    def __init__(self, folder: Path, stack: ExitStack, state: State, victim: str) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, state: ArchiverState, victim: str) -> None:
         self._stack = stack
         self._server, clients = make_keys(folder, "host1")
         self._client = clients["host1"]
         # The limit that a case is about is the first to be reached.
-        missing = victim == "producer" and state in (State.GREETING, State.WAITING)
+        missing = victim == "producer" and state in (ArchiverState.GREETING, ArchiverState.WAITING)
         started_by, silent_by = "10" if missing else "60", "5" if victim == "coordinator" else "60"
         words = ["--heartbeat", "1", "--reconnect-limit", "2", "--start-timeout", started_by]
         words += ["--client-timeout", silent_by]
@@ -97,7 +97,7 @@ class Scene:
         stack.callback(context.term)
         self.coordinator = Peer(context, self.served, self._client)
         stack.callback(self.coordinator.socket.close)
-        two = state in (State.WAITING, State.ENDED)
+        two = state in (ArchiverState.WAITING, ArchiverState.ENDED)
         self.coordinator.open("vm.vma", devices=["a", "b"] if two else ["a"])
         self.coordinator.hear("OPENED")
         (self.archiver,) = self.served.archivers()
@@ -165,7 +165,7 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, state: State, victim: str) -> Iterator[Scene]:
+def scene(tmp_path: Path, state: ArchiverState, victim: str) -> Iterator[Scene]:
     with ExitStack() as stack:
         yield Scene(tmp_path, stack, state, victim)
 
@@ -181,7 +181,9 @@ def scene(tmp_path: Path, state: State, victim: str) -> Iterator[Scene]:
         for case in EXPECTED
     ],
 )
-def test_everybody_else_ends_with_the_right_words(scene: Scene, state: State, victim: str) -> None:
+def test_everybody_else_ends_with_the_right_words(
+    scene: Scene, state: ArchiverState, victim: str
+) -> None:
     end = EXPECTED[state, victim]
     scene.kill(victim)
     if end.job is not None:

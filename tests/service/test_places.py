@@ -19,12 +19,12 @@ from vmapipe.archiver.service.storage import (
     left_in_group,
     read_client_limits,
 )
-from vmapipe.protocol import jobs, limits
+from vmapipe.protocol import limits, service
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import HeldFolder
 
-REQUEST = jobs.Open(limits.VERSION, bytes(16), "vm.vma", ("a",))
+REQUEST = service.Open(limits.VERSION, bytes(16), "vm.vma", ("a",))
 
 
 def places(

@@ -13,10 +13,10 @@ from vmapipe.archiver.service.front import (
     TimePassed,
 )
 from vmapipe.archiver.service.jobs import ArchivePlace, FreeSpace, ServiceLimits
-from vmapipe.protocol import frames, jobs, limits
+from vmapipe.protocol import limits, service, transfer
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.messages import Hello, Message
-from vmapipe.protocol.packing import Part
+from vmapipe.protocol.schema import Part
+from vmapipe.protocol.transfer import Hello, Message
 from vmapipe.runtime.events import Event
 
 MANY = 1 << 40
@@ -48,7 +48,7 @@ class World:
 
     # --- facts ---
 
-    def place(self, client: str, request: jobs.Open) -> ArchivePlace:
+    def place(self, client: str, request: service.Open) -> ArchivePlace:
         if request.name == "refused":
             raise RemoteProtocolError("bad-contents", "such a thing cannot be archived")
         path = f"/{client}/{request.name}"
@@ -76,13 +76,13 @@ class World:
         # Counted, not drawn: the same steps must be the same again.
         self.opened += 1
         job = job or self.opened.to_bytes(16, "big")
-        request = jobs.Open(limits.VERSION, job, name, ("a", "b"))
-        self.say(peer, client, jobs.encode(request))
+        request = service.Open(limits.VERSION, job, name, ("a", "b"))
+        self.say(peer, client, service.encode(request))
         return job
 
     def hello(self, peer: bytes, client: str, job: bytes) -> None:
         hello = Hello(limits.VERSION, job, "a", 65536)
-        self.say(peer, client, frames.encode_control(hello))
+        self.say(peer, client, transfer.encode_control(hello))
 
     def ready(self, job: bytes) -> None:
         self.handle(ArchiverEvent(job, {"event": "listening"}))
@@ -141,8 +141,8 @@ class World:
         return heard
 
 
-def read(parts: list[Part]) -> jobs.FromService | Message:
+def read(parts: list[Part]) -> service.FromService | Message:
     try:
-        return jobs.decode_of_service(parts)
+        return service.decode_of_service(parts)
     except RemoteProtocolError:
-        return frames.decode(parts)
+        return transfer.decode(parts)

@@ -9,13 +9,11 @@ from hypothesis import strategies as st
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
-from vmapipe.protocol.packing import pack
-from vmapipe.protocol.restore_work import (
+from vmapipe.protocol.restore import (
     MAX_RANGE_EXTENTS,
     MAX_SETUP_BYTES,
-    Done,
     ExtentWork,
-    Finish,
+    FinishWork,
     FromReader,
     Partial,
     RangeWork,
@@ -23,10 +21,12 @@ from vmapipe.protocol.restore_work import (
     Setup,
     SyncWork,
     TargetSetup,
+    WorkDone,
     decode_for_reader,
     decode_for_worker,
     encode,
 )
+from vmapipe.protocol.schema import pack
 
 U64 = st.integers(0, (1 << 63) - 1)
 target = st.builds(
@@ -65,7 +65,7 @@ from_reader = st.one_of(
     ),
     ranges(),
     st.builds(SyncWork, U64, st.integers(1, 254)),
-    st.just(Finish()),
+    st.just(FinishWork()),
     st.builds(
         ExtentWork,
         U64,
@@ -84,8 +84,8 @@ def test_what_the_reader_says_arrives(message: FromReader) -> None:
     assert decode_for_worker(encode(message)) == message
 
 
-@given(st.builds(Done, U64, U64, left_out) | st.just(Ready(limits.VERSION)))
-def test_what_a_worker_says_arrives(message: Done | Ready) -> None:
+@given(st.builds(WorkDone, U64, U64, left_out) | st.just(Ready(limits.VERSION)))
+def test_what_a_worker_says_arrives(message: WorkDone | Ready) -> None:
     assert decode_for_reader(encode(message)) == message
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.protocol.restore_work import (
+from vmapipe.protocol.restore import (
     MAX_RANGE_EXTENTS,
     ExtentWork,
     RangeWork,

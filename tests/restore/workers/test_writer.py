@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.archives import UUID, ClusterAt, archive, in_order
 from vmapipe.clusters.sizes import BLOCK_BYTES, BLOCKS_PER_CLUSTER, CLUSTER_BYTES
-from vmapipe.protocol.restore_work import TargetSetup
+from vmapipe.protocol.restore import TargetSetup
 from vmapipe.restore.archive.errors import TargetError
 from vmapipe.restore.workers import writer as writer_module
 from vmapipe.restore.workers.writer import RANGE_BYTES, TargetWriter, Zeroer, zero_pages

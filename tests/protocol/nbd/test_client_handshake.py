@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.protocol_nbd.disk import ALL_FLAGS
+from tests.protocol.nbd.disk import ALL_FLAGS
 from vmapipe.protocol.errors import LocalProtocolError
+from vmapipe.protocol.nbd import constants
 from vmapipe.protocol.nbd import constants as c
-from vmapipe.protocol.nbd import limits
 from vmapipe.protocol.nbd.client_handshake import Goal, NbdClientHandshake
 from vmapipe.protocol.nbd.errors import NbdProtocolError, NbdRefusedError
-from vmapipe.protocol.nbd.export import DEFAULT_BLOCK_SIZES, BlockSizes
-from vmapipe.protocol.nbd.option import (
+from vmapipe.protocol.nbd.handshake import (
     EXPORT_NAME_REPLY,
     GREETING,
     OPTION,
@@ -20,6 +19,7 @@ from vmapipe.protocol.nbd.option import (
     encode_option,
     encode_option_reply,
 )
+from vmapipe.protocol.nbd.session import DEFAULT_BLOCK_SIZES, BlockSizes
 
 FLAGS = ALL_FLAGS | c.NBD_FLAG_HAS_FLAGS
 EXPORT_INFO = b"\0\0" + EXPORT_NAME_REPLY.pack(1 << 20, FLAGS)
@@ -168,7 +168,7 @@ def test_the_session_is_what_the_server_says() -> None:
     assert session.export.description == "what it is"
     assert session.export.size_bytes == 1 << 20
     assert session.export.block_sizes == BlockSizes(512, 65536, 0xFFFFFFFF)
-    assert session.max_data_bytes == limits.MAX_PAYLOAD_BYTES
+    assert session.max_data_bytes == constants.MAX_PAYLOAD_BYTES
     assert session.flags == FLAGS
     assert session.allocation_id == 7
     assert session.no_zeroes
@@ -338,7 +338,7 @@ def test_a_server_that_breaks_the_protocol_is_left(option: int, raw: bytes, reas
 def test_endless_answers_are_left(option: int, kind: int, data: bytes) -> None:
     client = at(option)
     raw = encode_option_reply(option, kind, data)
-    many = limits.MAX_ANSWERS_BYTES // len(raw)
+    many = constants.MAX_ANSWERS_BYTES // len(raw)
     client.feed(raw * (many - 1))
     with pytest.raises(NbdProtocolError, match="bytes of option replies"):
         client.feed(raw * 2)

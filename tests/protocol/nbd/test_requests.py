@@ -7,27 +7,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.protocol_nbd.disk import ALL_FLAGS, export_of
+from tests.protocol.nbd.disk import ALL_FLAGS, export_of
 from vmapipe.protocol.errors import LocalProtocolError
 from vmapipe.protocol.nbd import constants as c
+from vmapipe.protocol.nbd.constants import MAX_PAYLOAD_BYTES
 from vmapipe.protocol.nbd.errors import NbdProtocolError, error_from_peer, error_of_errno
-from vmapipe.protocol.nbd.export import BlockSizes, Export
-from vmapipe.protocol.nbd.limits import MAX_PAYLOAD_BYTES
-from vmapipe.protocol.nbd.request import (
+from vmapipe.protocol.nbd.session import (
     REQUEST,
     REQUEST_BYTES,
-    Request,
+    BlockSizes,
+    Export,
+    MetaContext,
+    NbdRequest,
+    NbdSession,
     encode_request,
     parse_request,
 )
-from vmapipe.protocol.nbd.session import MetaContext, Session
 
 SIZE = 1 << 26
 EVERYTHING = ALL_FLAGS | c.NBD_FLAG_HAS_FLAGS
 CONTEXTS = (MetaContext(1, c.BASE_ALLOCATION),)
-FULL = Session(export_of(SIZE), EVERYTHING, True, True, CONTEXTS)
-BARE = Session(export_of(SIZE), c.NBD_FLAG_HAS_FLAGS)
-READ_ONLY = Session(export_of(SIZE), EVERYTHING | c.NBD_FLAG_READ_ONLY, True, True, CONTEXTS)
+FULL = NbdSession(export_of(SIZE), EVERYTHING, True, True, CONTEXTS)
+BARE = NbdSession(export_of(SIZE), c.NBD_FLAG_HAS_FLAGS)
+READ_ONLY = NbdSession(export_of(SIZE), EVERYTHING | c.NBD_FLAG_READ_ONLY, True, True, CONTEXTS)
 
 FUA, NO_HOLE, DF = c.NBD_CMD_FLAG_FUA, c.NBD_CMD_FLAG_NO_HOLE, c.NBD_CMD_FLAG_DF
 REQ_ONE, FAST_ZERO = c.NBD_CMD_FLAG_REQ_ONE, c.NBD_CMD_FLAG_FAST_ZERO
@@ -45,10 +47,10 @@ RANGED = [kind for kind in FLAGS if kind != c.NBD_CMD_FLUSH]
 CHANGING = [c.NBD_CMD_WRITE, c.NBD_CMD_TRIM, c.NBD_CMD_WRITE_ZEROES]
 
 
-def request(kind: int, offset: int = 0, length: int = 4096, flags: int = 0) -> Request:
+def request(kind: int, offset: int = 0, length: int = 4096, flags: int = 0) -> NbdRequest:
     if kind == c.NBD_CMD_FLUSH:
         length = 0
-    return Request(flags, kind, 1, offset, length)
+    return NbdRequest(flags, kind, 1, offset, length)
 
 
 # --- parse_request ---
@@ -56,7 +58,7 @@ def request(kind: int, offset: int = 0, length: int = 4096, flags: int = 0) -> R
 
 @given(
     st.builds(
-        Request,
+        NbdRequest,
         st.integers(0, 0xFFFF),
         st.integers(0, 0xFFFF),
         st.integers(0, (1 << 64) - 1),
@@ -64,7 +66,7 @@ def request(kind: int, offset: int = 0, length: int = 4096, flags: int = 0) -> R
         st.integers(0, MAX_PAYLOAD_BYTES),
     )
 )
-def test_every_request_comes_back_as_it_was(sent: Request) -> None:
+def test_every_request_comes_back_as_it_was(sent: NbdRequest) -> None:
     assert parse_request(encode_request(sent)) == sent
     assert str(sent)
 
@@ -74,7 +76,7 @@ def test_any_28_bytes_are_a_request_or_a_protocol_error(raw: bytes) -> None:
     with pytest.raises(NbdProtocolError, match="no request"):
         parse_request(b"\0" + raw[1:])
     try:
-        parsed = parse_request(encode_request(Request(0, 0, 0, 0, 0))[:4] + raw[4:])
+        parsed = parse_request(encode_request(NbdRequest(0, 0, 0, 0, 0))[:4] + raw[4:])
     except NbdProtocolError:
         return
     assert 0 <= parsed.payload_bytes <= MAX_PAYLOAD_BYTES
@@ -136,13 +138,13 @@ def test_what_was_not_announced_is_einval(kind: int) -> None:
     ],
 )
 def test_each_transmission_flag_allows_what_it_announces(flag: int, kind: int, flags: int) -> None:
-    without = Session(export_of(SIZE), EVERYTHING & ~flag)
+    without = NbdSession(export_of(SIZE), EVERYTHING & ~flag)
     assert without.fault_of(request(kind, flags=flags)) == c.NBD_EINVAL
     assert FULL.fault_of(request(kind, flags=flags)) == c.NBD_SUCCESS
 
 
 def test_block_status_needs_a_selected_context() -> None:
-    session = Session(export_of(SIZE), EVERYTHING, structured=True)
+    session = NbdSession(export_of(SIZE), EVERYTHING, structured=True)
     assert session.fault_of(request(c.NBD_CMD_BLOCK_STATUS)) == c.NBD_EINVAL
 
 
@@ -186,7 +188,7 @@ def test_only_what_has_data_is_limited_in_length(kind: int) -> None:
 
 def test_the_maximum_block_size_limits_data_further() -> None:
     export = Export("x", SIZE, ALL_FLAGS, block_sizes=BlockSizes(512, 4096, 65536))
-    session = Session(export, export.flags)
+    session = NbdSession(export, export.flags)
     assert session.max_data_bytes == 65536
     assert session.fault_of(request(c.NBD_CMD_READ, length=65536)) == c.NBD_SUCCESS
     assert session.fault_of(request(c.NBD_CMD_READ, length=65536 + 512)) == c.NBD_EINVAL
@@ -195,7 +197,7 @@ def test_the_maximum_block_size_limits_data_further() -> None:
 @pytest.mark.parametrize("kind", RANGED)
 def test_requests_between_the_smallest_blocks_are_einval(kind: int) -> None:
     export = Export("x", SIZE, ALL_FLAGS, block_sizes=BlockSizes(512, 4096, 1 << 20))
-    session = Session(export, export.flags, True, True, CONTEXTS)
+    session = NbdSession(export, export.flags, True, True, CONTEXTS)
     assert session.fault_of(request(kind, 512, 512)) == c.NBD_SUCCESS
     assert session.fault_of(request(kind, 512, 513)) == c.NBD_EINVAL
     assert session.fault_of(request(kind, 256, 512)) == c.NBD_EINVAL
@@ -203,7 +205,7 @@ def test_requests_between_the_smallest_blocks_are_einval(kind: int) -> None:
 
 @pytest.mark.parametrize(("offset", "length"), [(1, 0), (0, 1)])
 def test_a_flush_has_no_range(offset: int, length: int) -> None:
-    flush = Request(0, c.NBD_CMD_FLUSH, 1, offset, length)
+    flush = NbdRequest(0, c.NBD_CMD_FLUSH, 1, offset, length)
     assert FULL.fault_of(flush) == c.NBD_EINVAL
 
 

@@ -7,26 +7,32 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.protocol_nbd.conversation import joined
-from tests.protocol_nbd.disk import ALL_FLAGS, export_of
+from tests.protocol.nbd.conversation import joined
+from tests.protocol.nbd.disk import ALL_FLAGS, export_of
 from vmapipe.protocol.errors import LocalProtocolError
+from vmapipe.protocol.nbd import constants, reply
 from vmapipe.protocol.nbd import constants as c
-from vmapipe.protocol.nbd import limits, reply
-from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
 from vmapipe.protocol.nbd.errors import NbdProtocolError
-from vmapipe.protocol.nbd.events import Data, Done, Event, Failure, Hole, Payload, Status
-from vmapipe.protocol.nbd.export import BlockSizes, Export
-from vmapipe.protocol.nbd.reply import STRUCTURED_REPLY
-from vmapipe.protocol.nbd.request import Request
-from vmapipe.protocol.nbd.session import MetaContext, Session
+from vmapipe.protocol.nbd.reply import (
+    STRUCTURED_REPLY,
+    Data,
+    Hole,
+    Payload,
+    ReplyEvent,
+    RequestDone,
+    RequestFailed,
+    Status,
+)
+from vmapipe.protocol.nbd.session import BlockSizes, Export, MetaContext, NbdRequest, NbdSession
 
 SIZE = 1 << 26
 EVERYTHING = ALL_FLAGS | c.NBD_FLAG_HAS_FLAGS
-SIMPLE = Session(export_of(SIZE), EVERYTHING & ~c.NBD_FLAG_SEND_DF)
-STRUCTURED = Session(
+SIMPLE = NbdSession(export_of(SIZE), EVERYTHING & ~c.NBD_FLAG_SEND_DF)
+STRUCTURED = NbdSession(
     export_of(SIZE), EVERYTHING, structured=True, meta_contexts=(MetaContext(1, "base:allocation"),)
 )
-TWO_CONTEXTS = Session(
+TWO_CONTEXTS = NbdSession(
     export_of(SIZE), EVERYTHING, True, True, (MetaContext(1, "a:x"), MetaContext(9, "b:y"))
 )
 WITHOUT_DATA = [
@@ -41,7 +47,7 @@ MiB = 1 << 20
 
 
 def asking(
-    session: Session,
+    session: NbdSession,
     kind: int = c.NBD_CMD_READ,
     offset: int = 0,
     length: int = 4096,
@@ -53,7 +59,7 @@ def asking(
     return client
 
 
-def events_of(client: NbdClientTransmission, *raw: bytes) -> list[Event]:
+def events_of(client: NbdClientTransmission, *raw: bytes) -> list[ReplyEvent]:
     return joined(client.feed(b"".join(raw)))
 
 
@@ -80,10 +86,10 @@ def test_every_request_has_a_cookie_of_its_own() -> None:
     [
         (c.NBD_CMD_READ, 0, 0, 0),
         (c.NBD_CMD_READ, SIZE, 1, 0),
-        (c.NBD_CMD_READ, 0, limits.MAX_PAYLOAD_BYTES + 1, 0),
+        (c.NBD_CMD_READ, 0, constants.MAX_PAYLOAD_BYTES + 1, 0),
         (c.NBD_CMD_READ, 0, 512, c.NBD_CMD_FLAG_NO_HOLE),
-        (c.NBD_CMD_WRITE_ZEROES, 0, limits.MAX_PAYLOAD_BYTES + 1, 0),
-        (c.NBD_CMD_CACHE, 0, limits.MAX_PAYLOAD_BYTES + 1, 0),
+        (c.NBD_CMD_WRITE_ZEROES, 0, constants.MAX_PAYLOAD_BYTES + 1, 0),
+        (c.NBD_CMD_CACHE, 0, constants.MAX_PAYLOAD_BYTES + 1, 0),
         (c.NBD_CMD_FLUSH, 0, 1, 0),
         (c.NBD_CMD_DISC, 0, 0, 0),
         (99, 0, 1, 0),
@@ -107,9 +113,9 @@ def test_what_has_no_data_and_is_fast_may_be_longer_than_the_maximum() -> None:
 
 def test_a_server_without_a_maximum_still_gets_no_request_for_more_than_32_mib() -> None:
     export = Export("x", SIZE, ALL_FLAGS, block_sizes=BlockSizes(1, 4096, 0xFFFFFFFF))
-    client = NbdClientTransmission(Session(export, export.flags))
+    client = NbdClientTransmission(NbdSession(export, export.flags))
     with pytest.raises(LocalProtocolError):
-        client.request(c.NBD_CMD_READ, 0, limits.MAX_PAYLOAD_BYTES + 1)
+        client.request(c.NBD_CMD_READ, 0, constants.MAX_PAYLOAD_BYTES + 1)
     client.request(c.NBD_CMD_WRITE_ZEROES, 0, SIZE)
 
 
@@ -119,7 +125,7 @@ def test_nothing_is_sent_after_a_disconnection_but_answers_still_come() -> None:
     with pytest.raises(LocalProtocolError):
         client.request(c.NBD_CMD_FLUSH)
     raw = reply.simple_reply(1) + bytes(4096)
-    assert events_of(client, raw) == [Data(1, 0, memoryview(bytes(4096))), Done(1, 0)]
+    assert events_of(client, raw) == [Data(1, 0, memoryview(bytes(4096))), RequestDone(1, 0)]
 
 
 # --- simple replies ---
@@ -127,27 +133,27 @@ def test_nothing_is_sent_after_a_disconnection_but_answers_still_come() -> None:
 
 @pytest.mark.parametrize("session", [SIMPLE, STRUCTURED], ids=["simple", "structured"])
 @pytest.mark.parametrize(("kind", "length"), WITHOUT_DATA)
-def test_a_simple_reply_ends_what_has_no_data(session: Session, kind: int, length: int) -> None:
+def test_a_simple_reply_ends_what_has_no_data(session: NbdSession, kind: int, length: int) -> None:
     client = asking(session, kind, 0, length)
-    assert events_of(client, reply.simple_reply(1)) == [Done(1, 0)]
+    assert events_of(client, reply.simple_reply(1)) == [RequestDone(1, 0)]
     assert client.in_flight == 0
 
 
 @pytest.mark.parametrize("session", [SIMPLE, STRUCTURED], ids=["simple", "structured"])
 @pytest.mark.parametrize(("kind", "length"), ALL)
 def test_a_simple_reply_with_an_error_ends_everything(
-    session: Session, kind: int, length: int
+    session: NbdSession, kind: int, length: int
 ) -> None:
     if kind == c.NBD_CMD_BLOCK_STATUS and session is SIMPLE:
         return
     client = asking(session, kind, 0, length)
     events = events_of(client, reply.simple_reply(1, c.NBD_ESHUTDOWN))
-    assert events == [Failure(1, c.NBD_ESHUTDOWN), Done(1, c.NBD_ESHUTDOWN)]
+    assert events == [RequestFailed(1, c.NBD_ESHUTDOWN), RequestDone(1, c.NBD_ESHUTDOWN)]
 
 
 def test_an_unknown_error_is_einval() -> None:
     events = events_of(asking(SIMPLE), reply.simple_reply(1, 4711))
-    assert events == [Failure(1, c.NBD_EINVAL), Done(1, c.NBD_EINVAL)]
+    assert events == [RequestFailed(1, c.NBD_EINVAL), RequestDone(1, c.NBD_EINVAL)]
 
 
 @pytest.mark.parametrize("kind", [c.NBD_CMD_READ, c.NBD_CMD_BLOCK_STATUS])
@@ -161,7 +167,7 @@ def test_replies_come_in_any_order() -> None:
     for number in range(4):
         client.request(c.NBD_CMD_READ, number * 10, 10)
     raw = [reply.simple_reply(cookie) + bytes([cookie]) * 10 for cookie in (3, 1, 4, 2)]
-    ended = [event.cookie for event in events_of(client, *raw) if isinstance(event, Done)]
+    ended = [event.cookie for event in events_of(client, *raw) if isinstance(event, RequestDone)]
     assert ended == [3, 1, 4, 2]
     assert client.in_flight == 0
 
@@ -170,9 +176,9 @@ def test_replies_come_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("session", [SIMPLE, STRUCTURED], ids=["simple", "structured"])
-def test_data_may_be_received_without_the_codec(session: Session) -> None:
+def test_data_may_be_received_without_the_codec(session: NbdSession) -> None:
     client = asking(session, offset=512, length=8192)
-    head = reply.read_reply(session, Request(0, c.NBD_CMD_READ, 1, 512, 8192))
+    head = reply.read_reply(session, NbdRequest(0, c.NBD_CMD_READ, 1, 512, 8192))
     while head:
         count = client.wanted_bytes
         assert list(client.feed(head[:count])) == []
@@ -184,7 +190,7 @@ def test_data_may_be_received_without_the_codec(session: Session) -> None:
     assert payload_of(client) == Payload(1, 8512, 192)
     with pytest.raises(LocalProtocolError):
         client.took(193)
-    assert client.took(192) == [Done(1, 0)]
+    assert client.took(192) == [RequestDone(1, 0)]
     assert payload_of(client) is None
     with pytest.raises(LocalProtocolError):
         client.took(1)
@@ -194,7 +200,7 @@ def test_a_chunk_that_is_not_the_last_ends_nothing() -> None:
     client = asking(STRUCTURED)
     assert list(client.feed(reply.data_chunk(1, 0, 4096, done=False))) == []
     assert client.took(4096) == []
-    assert events_of(client, reply.none_chunk(1)) == [Done(1, 0)]
+    assert events_of(client, reply.none_chunk(1)) == [RequestDone(1, 0)]
 
 
 # --- chunks ---
@@ -202,13 +208,15 @@ def test_a_chunk_that_is_not_the_last_ends_nothing() -> None:
 
 @pytest.mark.parametrize(("kind", "length"), WITHOUT_DATA)
 def test_a_none_chunk_ends_what_has_no_data(kind: int, length: int) -> None:
-    assert events_of(asking(STRUCTURED, kind, 0, length), reply.none_chunk(1)) == [Done(1, 0)]
+    assert events_of(asking(STRUCTURED, kind, 0, length), reply.none_chunk(1)) == [
+        RequestDone(1, 0)
+    ]
 
 
 @pytest.mark.parametrize(("kind", "length"), ALL)
 def test_an_error_chunk_ends_everything(kind: int, length: int) -> None:
     events = events_of(asking(STRUCTURED, kind, 0, length), reply.error_chunk(1, c.NBD_EIO, "ü"))
-    assert events == [Failure(1, c.NBD_EIO, "ü"), Done(1, c.NBD_EIO)]
+    assert events == [RequestFailed(1, c.NBD_EIO, "ü"), RequestDone(1, c.NBD_EIO)]
 
 
 def test_chunks_of_several_requests_are_mixed_and_out_of_order() -> None:
@@ -228,9 +236,9 @@ def test_chunks_of_several_requests_are_mixed_and_out_of_order() -> None:
         Hole(2, 1000, 10),
         Data(1, 0, memoryview(b"a" * 10)),
         Data(2, 1010, memoryview(b"x" * 10)),
-        Done(2, 0),
+        RequestDone(2, 0),
         Hole(1, 10, 10),
-        Done(1, 0),
+        RequestDone(1, 0),
     ]
 
 
@@ -243,27 +251,27 @@ def test_a_read_that_fails_halfway_need_not_be_complete() -> None:
         reply.none_chunk(1),
     )
     assert events[1:] == [
-        Failure(1, c.NBD_EIO, "here", 100),
-        Failure(1, c.NBD_ENOMEM, "", 4095),
-        Done(1, c.NBD_EIO),
+        RequestFailed(1, c.NBD_EIO, "here", 100),
+        RequestFailed(1, c.NBD_ENOMEM, "", 4095),
+        RequestDone(1, c.NBD_EIO),
     ]
 
 
 def test_an_unknown_kind_of_error_is_an_error() -> None:
     payload = b"\0\0\0\5\0\2no" + b"something else"
     events = events_of(asking(STRUCTURED), chunk(0x8007, payload))
-    assert events == [Failure(1, c.NBD_EIO, "no"), Done(1, c.NBD_EIO)]
+    assert events == [RequestFailed(1, c.NBD_EIO, "no"), RequestDone(1, c.NBD_EIO)]
 
 
 def test_an_error_chunk_may_be_as_long_as_its_limit() -> None:
-    payload = b"\0\0\0\5\0\0" + bytes(limits.MAX_ERROR_CHUNK_BYTES - 6)
-    assert events_of(asking(STRUCTURED), chunk(0x8007, payload))[-1] == Done(1, c.NBD_EIO)
+    payload = b"\0\0\0\5\0\0" + bytes(constants.MAX_ERROR_CHUNK_BYTES - 6)
+    assert events_of(asking(STRUCTURED), chunk(0x8007, payload))[-1] == RequestDone(1, c.NBD_EIO)
 
 
 def test_unknown_reply_flags_are_ignored() -> None:
-    assert events_of(asking(STRUCTURED), chunk(2, bytes(8) + b"\0\0\x10\0", 0xFFFF))[-1] == Done(
-        1, 0
-    )
+    assert events_of(asking(STRUCTURED), chunk(2, bytes(8) + b"\0\0\x10\0", 0xFFFF))[
+        -1
+    ] == RequestDone(1, 0)
 
 
 def test_a_block_status_comes_once_for_every_context() -> None:
@@ -278,7 +286,7 @@ def test_a_block_status_comes_once_for_every_context() -> None:
         for event in events
         if isinstance(event, Status)
     ] == [(9, 4096, [(4096, 1), (1 << 31, 2)]), (1, 4096, [(512, 3)])]
-    assert events[-1] == Done(1, 0)
+    assert events[-1] == RequestDone(1, 0)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +352,7 @@ def test_chunks_are_wrong_where_they_were_not_negotiated() -> None:
 def test_events_before_a_fault_are_heard() -> None:
     client = asking(SIMPLE, c.NBD_CMD_FLUSH, length=0)
     heard = client.feed(reply.simple_reply(1) + bytes(16))
-    assert next(heard) == Done(1, 0)
+    assert next(heard) == RequestDone(1, 0)
     with pytest.raises(NbdProtocolError):
         next(heard)
 
@@ -353,7 +361,7 @@ def test_events_before_a_fault_are_heard() -> None:
 
 
 def test_a_block_status_beyond_the_limit_is_left_at_its_header() -> None:
-    too_many = 4 + 8 * (limits.MAX_EXTENTS + 1)
+    too_many = 4 + 8 * (constants.MAX_EXTENTS + 1)
     head = STRUCTURED_REPLY.pack(c.NBD_STRUCTURED_REPLY_MAGIC, 1, 5, 1, too_many)
     with pytest.raises(NbdProtocolError, match="type 0x5"):
         list(asking(STRUCTURED, c.NBD_CMD_BLOCK_STATUS).feed(head))
@@ -366,7 +374,7 @@ def test_a_block_status_beyond_the_limit_is_left_at_its_header() -> None:
 def test_endless_chunks_are_left() -> None:
     client = asking(STRUCTURED)
     raw = reply.error_chunk(1, c.NBD_EIO, done=False)
-    for _ in range(limits.MAX_CHUNKS):
+    for _ in range(constants.MAX_CHUNKS):
         list(client.feed(raw))
     with pytest.raises(NbdProtocolError, match="more than 65536 chunks"):
         list(client.feed(raw))
@@ -392,7 +400,7 @@ def test_a_status_reply_is_cut_to_the_request(
 ) -> None:
     flags = c.NBD_CMD_FLAG_REQ_ONE if one else 0
     client = asking(STRUCTURED, c.NBD_CMD_BLOCK_STATUS, flags=flags)
-    request = Request(flags, c.NBD_CMD_BLOCK_STATUS, 1, 0, 4096)
+    request = NbdRequest(flags, c.NBD_CMD_BLOCK_STATUS, 1, 0, 4096)
     status, _ = client.feed(reply.status_reply(STRUCTURED, request, extents))
     assert isinstance(status, Status)
     assert list(status.extents()) == (sent[:1] if one else sent)
@@ -400,19 +408,19 @@ def test_a_status_reply_is_cut_to_the_request(
 
 def test_a_status_reply_stops_at_its_limit() -> None:
     many = ((1, number & 1) for number in range(SIZE))
-    request = Request(0, c.NBD_CMD_BLOCK_STATUS, 1, 0, SIZE)
+    request = NbdRequest(0, c.NBD_CMD_BLOCK_STATUS, 1, 0, SIZE)
     raw = reply.status_reply(STRUCTURED, request, many)
-    assert len(raw) == 24 + 8 * limits.MAX_EXTENTS_SENT
+    assert len(raw) == 24 + 8 * constants.MAX_EXTENTS_SENT
 
 
 def test_a_long_message_is_cut_between_two_characters() -> None:
     (failure, _) = asking(STRUCTURED).feed(reply.error_chunk(1, c.NBD_EIO, "x" + "ü" * 4096))
-    assert isinstance(failure, Failure)
+    assert isinstance(failure, RequestFailed)
     assert failure.message == "x" + "ü" * 2047
 
 
 def test_a_server_cannot_say_what_the_protocol_has_no_words_for() -> None:
-    request = Request(0, c.NBD_CMD_BLOCK_STATUS, 1, 0, 1)
+    request = NbdRequest(0, c.NBD_CMD_BLOCK_STATUS, 1, 0, 1)
     wrongs: list[Callable[[], bytes]] = [
         lambda: reply.data_chunk(1, 0, 0),
         lambda: reply.hole_chunk(1, 0, 0),

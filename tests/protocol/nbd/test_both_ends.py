@@ -9,24 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.protocol_nbd.conversation import carry_out, joined, serve_stream, shake_hands
-from tests.protocol_nbd.disk import ALL_FLAGS, Disk, export_of
+from tests.protocol.nbd.conversation import carry_out, joined, serve_stream, shake_hands
+from tests.protocol.nbd.disk import ALL_FLAGS, Disk, export_of
 from vmapipe.protocol.nbd import constants as c
 from vmapipe.protocol.nbd.client_handshake import Goal, NbdClientHandshake
-from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
 from vmapipe.protocol.nbd.errors import NbdProtocolError, NbdRefusedError
-from vmapipe.protocol.nbd.events import Data, Done, Failure, Hole, Status
-from vmapipe.protocol.nbd.export import BlockSizes, Export
-from vmapipe.protocol.nbd.request import encode_request
+from vmapipe.protocol.nbd.reply import Data, Hole, RequestDone, RequestFailed, Status
 from vmapipe.protocol.nbd.server_handshake import NbdServerHandshake
-from vmapipe.protocol.nbd.session import Session
+from vmapipe.protocol.nbd.session import BlockSizes, Export, NbdSession, encode_request
 
 SIZE = 1 << 16
 
 
 def connect(
     *exports: Export, name: str = "disk", structured: bool = True
-) -> tuple[Session, Session]:
+) -> tuple[NbdSession, NbdSession]:
     server = NbdServerHandshake(exports)
     client = NbdClientHandshake(name, structured=structured)
     shake_hands(server, client)
@@ -151,7 +149,7 @@ def test_reads_find_what_writes_left(
             model[place] = data
         elif kind in (c.NBD_CMD_TRIM, c.NBD_CMD_WRITE_ZEROES):
             model[place] = bytes(length)
-        assert events.pop() == Done(request.cookie, c.NBD_SUCCESS)
+        assert events.pop() == RequestDone(request.cookie, c.NBD_SUCCESS)
         got = bytearray(b"?" * length)
         for event in events:
             match event:
@@ -183,18 +181,20 @@ def test_requests_may_pile_up(structured: bool) -> None:
     requests = [client.request(c.NBD_CMD_READ, at, 4096) for at in range(0, SIZE, 4096)]
     assert client.in_flight == len(requests)
     raw = serve_stream(server, disk, b"".join(map(encode_request, requests)))
-    assert sum(isinstance(event, Done) for event in joined(client.feed(raw))) == len(requests)
+    assert sum(isinstance(event, RequestDone) for event in joined(client.feed(raw))) == len(
+        requests
+    )
 
 
 def test_an_error_reaches_the_client_with_its_words() -> None:
     """A server may be stricter than it said."""
     disk = Disk(content())
     server, session = connect(export_of(SIZE))
-    strict = Session(Export("disk", 100), server.flags, structured=True)
+    strict = NbdSession(Export("disk", 100), server.flags, structured=True)
     client = NbdClientTransmission(session)
     request = client.request(c.NBD_CMD_READ, 0, 4096)
     events = carry_out(client, strict, disk, request)
     assert events == [
-        Failure(request.cookie, c.NBD_EINVAL, "the test's server says no"),
-        Done(request.cookie, c.NBD_EINVAL),
+        RequestFailed(request.cookie, c.NBD_EINVAL, "the test's server says no"),
+        RequestDone(request.cookie, c.NBD_EINVAL),
     ]

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.protocol_nbd.conversation import FIXED, read_replies
-from tests.protocol_nbd.disk import ALL_FLAGS, export_of
+from tests.protocol.nbd.conversation import FIXED, read_replies
+from tests.protocol.nbd.disk import ALL_FLAGS, export_of
 from vmapipe.protocol.errors import LocalProtocolError
+from vmapipe.protocol.nbd import constants
 from vmapipe.protocol.nbd import constants as c
-from vmapipe.protocol.nbd import limits
 from vmapipe.protocol.nbd.errors import NbdProtocolError
-from vmapipe.protocol.nbd.export import BlockSizes, Export
-from vmapipe.protocol.nbd.option import (
+from vmapipe.protocol.nbd.handshake import (
     OPTION,
     U32,
     InfoQuery,
@@ -22,7 +21,7 @@ from vmapipe.protocol.nbd.option import (
     encode_option,
 )
 from vmapipe.protocol.nbd.server_handshake import NbdServerHandshake
-from vmapipe.protocol.nbd.session import MetaContext
+from vmapipe.protocol.nbd.session import BlockSizes, Export, MetaContext
 
 ONE = export_of(1 << 20, "one")
 TWO = Export("two", 512, c.NBD_FLAG_READ_ONLY)
@@ -136,7 +135,7 @@ def test_a_long_export_name_ends_the_connection_before_it_is_read() -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("data", [b"", b"why not", bytes(limits.MAX_OPTION_BYTES + 1)])
+@pytest.mark.parametrize("data", [b"", b"why not", bytes(constants.MAX_OPTION_BYTES + 1)])
 def test_abort_is_acknowledged_and_ends_the_handshake(state: str, data: bytes) -> None:
     server = negotiating(STATES[state])
     assert replies_to(server, encode_option(c.NBD_OPT_ABORT, data)) == [
@@ -217,7 +216,7 @@ def test_an_empty_description_is_not_told() -> None:
         (encode_info_query(InfoQuery("", ())), "NBD_REP_ERR_UNKNOWN"),
         (encode_info_query(InfoQuery("x" * 4096, ())), "NBD_REP_ERR_UNKNOWN"),
         (encode_info_query(InfoQuery("x" * 4097, ())), "NBD_REP_ERR_TOO_BIG"),
-        (bytes(limits.MAX_OPTION_BYTES + 1), "NBD_REP_ERR_TOO_BIG"),
+        (bytes(constants.MAX_OPTION_BYTES + 1), "NBD_REP_ERR_TOO_BIG"),
         (encode_info_query(InfoQuery("one\0", ())), "NBD_REP_ERR_INVALID"),
         (b"\0\0\0\1\xff\0\0", "NBD_REP_ERR_INVALID"),
         (b"", "NBD_REP_ERR_INVALID"),
@@ -293,10 +292,10 @@ def test_a_server_may_do_without_structured_replies(option: int) -> None:
         (encode_meta_query(MetaQuery("one", ["x" * 4097])), "NBD_REP_ERR_TOO_BIG"),
         (encode_meta_query(MetaQuery("x" * 4097, ())), "NBD_REP_ERR_TOO_BIG"),
         (
-            encode_meta_query(MetaQuery("one", ["a:"] * (limits.MAX_QUERIES + 1))),
+            encode_meta_query(MetaQuery("one", ["a:"] * (constants.MAX_QUERIES + 1))),
             "NBD_REP_ERR_TOO_BIG",
         ),
-        (bytes(limits.MAX_OPTION_BYTES + 1), "NBD_REP_ERR_TOO_BIG"),
+        (bytes(constants.MAX_OPTION_BYTES + 1), "NBD_REP_ERR_TOO_BIG"),
         (encode_meta_query(MetaQuery("one", ["allocation"])), "NBD_REP_ERR_INVALID"),
         (encode_meta_query(MetaQuery("one", [""])), "NBD_REP_ERR_INVALID"),
         (encode_meta_query(MetaQuery("one", ["a:\0"])), "NBD_REP_ERR_INVALID"),
@@ -378,7 +377,7 @@ def test_contexts_hold_only_for_the_export_they_were_selected_for() -> None:
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("option", [0, c.NBD_OPT_PEEK_EXPORT, c.NBD_OPT_EXTENDED_HEADERS, 1 << 31])
-@pytest.mark.parametrize("length", [0, 1, limits.MAX_SKIPPED_BYTES])
+@pytest.mark.parametrize("length", [0, 1, constants.MAX_SKIPPED_BYTES])
 def test_unknown_options_are_read_past(state: str, option: int, length: int) -> None:
     server = negotiating(STATES[state])
     assert error_of(server, encode_option(option, bytes(length))) == "NBD_REP_ERR_UNSUP"
@@ -392,7 +391,7 @@ def test_tls_is_refused() -> None:
 
 @pytest.mark.parametrize("option", [c.NBD_OPT_ABORT, c.NBD_OPT_LIST, c.NBD_OPT_GO, 99])
 def test_an_enormous_option_ends_the_connection_before_it_is_read(option: int) -> None:
-    head = OPTION.pack(c.IHAVEOPT, option, limits.MAX_SKIPPED_BYTES + 1)
+    head = OPTION.pack(c.IHAVEOPT, option, constants.MAX_SKIPPED_BYTES + 1)
     with pytest.raises(NbdProtocolError, match="an option of"):
         negotiating().feed(head)
 
@@ -400,8 +399,8 @@ def test_an_enormous_option_ends_the_connection_before_it_is_read(option: int) -
 def test_endless_haggling_ends_the_connection_with_the_answers_due() -> None:
     server = negotiating()
     with pytest.raises(NbdProtocolError, match="options") as caught:
-        server.feed(encode_option(99) * (limits.MAX_OPTIONS + 1))
-    assert len(read_replies(caught.value.unsent)) == limits.MAX_OPTIONS
+        server.feed(encode_option(99) * (constants.MAX_OPTIONS + 1))
+    assert len(read_replies(caught.value.unsent)) == constants.MAX_OPTIONS
 
 
 @pytest.mark.parametrize("raw", [encode_option(c.NBD_OPT_LIST), go("one"), STRUCTURED, SELECT_ONE])

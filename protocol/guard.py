@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels between the guard of a disk and the processes of a backup on the same host.
+"""The messages between the guard of a disk and the processes of a backup on the same host.
 
 The guard serves the disk to the guest. A producer attaches to it, reads what
 nobody has written to yet, and takes over what was saved before a guest's write.
@@ -38,7 +38,7 @@ _Slot = Annotated[int, between(0, 2 * MAX_SLOTS - 1)]
 _Claim = Annotated[int, between(1, MAX_CLAIM_CLUSTERS)]
 
 
-class Attach(NamedTuple):
+class GuardAttach(NamedTuple):
     """Producer: I back up `disk` for `job`. Descriptors: the memory, and the spool file if any.
 
     Old data goes to slots of one cluster each: the first `memory_slots` lie in
@@ -61,7 +61,7 @@ class Attached(NamedTuple):
     size_bytes: Annotated[int, between(1, 1 << 62)]
 
 
-class Refused(NamedTuple):
+class GuardRefused(NamedTuple):
     """Guard: no, and why. The connection ends."""
 
     reason: str
@@ -79,11 +79,11 @@ class Held(NamedTuple):
     """Guard: so it is. If `Begin` does not come soon, writes go on without it."""
 
 
-class Begin(NamedTuple):
+class GuardBegin(NamedTuple):
     """Coordinator: this is the instant. Save what is written to from now on, and go on."""
 
 
-class Begun(NamedTuple):
+class GuardBegun(NamedTuple):
     """Guard, to the coordinator and to the producers: the backup has begun."""
 
 
@@ -100,7 +100,7 @@ class Claimed(NamedTuple):
     clusters: _Clusters
 
 
-class Copied(NamedTuple):
+class GuardCopied(NamedTuple):
     """Producer: I have read so many of the clusters that I claimed, the first ones.
 
     The others can be claimed again.
@@ -126,39 +126,71 @@ class SavedHole(NamedTuple):
     clusters: _Clusters
 
 
-class Release(NamedTuple):
+class GuardRelease(NamedTuple):
     """Producer: these slots may be used again."""
 
     slots: tuple[_Slot, ...]
 
 
-class Waiting(NamedTuple):
+class GuardWaiting(NamedTuple):
     """Guard: so many writes of guests wait for a free slot."""
 
     writes: Annotated[int, between(0, 1 << 32)]
 
 
-class Failed(NamedTuple):
+class GuardFailed(NamedTuple):
     """Guard: the backup is over, and why; the disk serves on."""
 
     reason: str
 
 
-ToGuard = Attach | Hold | Begin | Claim | Copied | Release
-FromGuard = Attached | Refused | Held | Begun | Claimed | Saved | SavedHole | Waiting | Failed
+ToGuard = GuardAttach | Hold | GuardBegin | Claim | GuardCopied | GuardRelease
+FromGuard = (
+    Attached
+    | GuardRefused
+    | Held
+    | GuardBegun
+    | Claimed
+    | Saved
+    | SavedHole
+    | GuardWaiting
+    | GuardFailed
+)
 
 
 _TO_GUARD = Dialogue(
-    *(Attach, Hold, Begin, Claim, Copied, Release),
+    *(GuardAttach, Hold, GuardBegin, Claim, GuardCopied, GuardRelease),
     keyed=False,
     max_bytes=MAX_PACKET_BYTES,
     max_items=_MAX_ITEMS,
+    names={
+        GuardAttach: "ATTACH",
+        GuardBegin: "BEGIN",
+        GuardCopied: "COPIED",
+        GuardRelease: "RELEASE",
+    },
 )
 _FROM_GUARD = Dialogue(
-    *(Attached, Refused, Held, Begun, Claimed, Saved, SavedHole, Waiting, Failed),
+    *(
+        Attached,
+        GuardRefused,
+        Held,
+        GuardBegun,
+        Claimed,
+        Saved,
+        SavedHole,
+        GuardWaiting,
+        GuardFailed,
+    ),
     keyed=False,
     max_bytes=MAX_PACKET_BYTES,
     max_items=_MAX_ITEMS,
+    names={
+        GuardRefused: "REFUSED",
+        GuardBegun: "BEGUN",
+        GuardWaiting: "WAITING",
+        GuardFailed: "FAILED",
+    },
 )
 
 

@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The client's side of the transmission phase: requests out, replies in."""
+"""A client's transmission phase: requests under way, and what their replies may be.
+
+A read's chunks come in any order and never overlap (proto.md, Structured reply types).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator
 
 from vmapipe.protocol.errors import LocalProtocolError
 from vmapipe.protocol.nbd.constants import (
     ERROR_NAMES,
+    MAX_CHUNKS,
+    MAX_ERROR_CHUNK_BYTES,
+    MAX_EXTENTS,
+    MAX_STRING_BYTES,
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_CACHE,
     NBD_CMD_DISC,
+    NBD_CMD_FLAG_DF,
     NBD_CMD_FLAG_FAST_ZERO,
+    NBD_CMD_FLAG_REQ_ONE,
     NBD_CMD_READ,
     NBD_CMD_WRITE_ZEROES,
     NBD_REPLY_FLAG_DONE,
@@ -23,21 +33,164 @@ from vmapipe.protocol.nbd.constants import (
     NBD_REPLY_TYPE_OFFSET_HOLE,
     NBD_SIMPLE_REPLY_MAGIC,
     NBD_STRUCTURED_REPLY_MAGIC,
+    NBD_SUCCESS,
     Bytes,
 )
-from vmapipe.protocol.nbd.errors import NbdProtocolError
-from vmapipe.protocol.nbd.events import Data, Done, Event, Hole, Payload
-from vmapipe.protocol.nbd.intake import Intake
-from vmapipe.protocol.nbd.limits import MAX_EXTENTS
-from vmapipe.protocol.nbd.pending import Pending, extents_of_length, is_error_length_possible
+from vmapipe.protocol.nbd.errors import NbdProtocolError, error_from_peer
 from vmapipe.protocol.nbd.reply import (
     DATA_PAYLOAD,
+    DESCRIPTOR,
+    ERROR_OFFSET,
+    ERROR_PAYLOAD,
     HOLE_PAYLOAD,
     SIMPLE_REPLY,
+    STATUS_PAYLOAD,
     STRUCTURED_REPLY,
+    Data,
+    Hole,
+    Payload,
+    ReplyEvent,
+    RequestDone,
+    RequestFailed,
+    Status,
 )
-from vmapipe.protocol.nbd.request import Request, encode_request
-from vmapipe.protocol.nbd.session import Session
+from vmapipe.protocol.nbd.session import NbdRequest, NbdSession, ReceiveBuffer, encode_request
+
+
+class AnsweredBytes:
+    """Ranges of bytes, neighbours joined: chunks in order cost no memory."""
+
+    def __init__(self) -> None:
+        self.covered_bytes = 0
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, start: int, length: int) -> bool:
+        """False, and nothing is added, when the range touches a byte that was there before."""
+        starts, ends = self._starts, self._ends
+        end = start + length
+        at = bisect_right(starts, start)
+        if (at and ends[at - 1] > start) or (at < len(starts) and starts[at] < end):
+            return False
+        if at and ends[at - 1] == start:
+            ends[at - 1] = end
+        else:
+            starts.insert(at, start)
+            ends.insert(at, end)
+            at += 1
+        if at < len(starts) and starts[at] == end:
+            ends[at - 1] = ends[at]
+            del starts[at], ends[at]
+        self.covered_bytes += length
+        return True
+
+
+class PendingRequest:
+    """Every method raises NbdProtocolError for what the server must not answer to this request."""
+
+    def __init__(self, request: NbdRequest) -> None:
+        self.request = request
+        self._error = NBD_SUCCESS
+        self._chunks = 0
+        self._contents = 0
+        self._coverage = AnsweredBytes()
+        self._contexts: set[int] = set()
+
+    def count_chunk(self) -> None:
+        self._chunks += 1
+        if self._chunks > MAX_CHUNKS:
+            raise self._wrong(f"more than {MAX_CHUNKS} chunks")
+
+    def content(self, offset: int, length: int) -> None:
+        """A chunk with data, or a hole."""
+        request = self.request
+        if request.type != NBD_CMD_READ:
+            raise self._wrong("a chunk of data")
+        end = request.offset + request.length
+        if not (length and request.offset <= offset and offset + length <= end):
+            raise self._wrong(f"{length} bytes at {offset}")
+        self._contents += 1
+        if self._contents > 1 and request.flags & NBD_CMD_FLAG_DF:
+            raise self._wrong("a second chunk of data")
+        if not self._coverage.add(offset, length):
+            raise self._wrong(f"a second time {length} bytes at {offset}")
+
+    def status(self, payload: bytes, context_ids: Collection[int]) -> Status:
+        """A block status chunk, whose payload is a context's id and at least one descriptor."""
+        request = self.request
+        if request.type != NBD_CMD_BLOCK_STATUS:
+            raise self._wrong("a block status")
+        (context_id,) = STATUS_PAYLOAD.unpack_from(payload)
+        if context_id not in context_ids:
+            raise self._wrong(f"an unknown metadata context {context_id}")
+        if context_id in self._contexts:
+            raise self._wrong(f"metadata context {context_id} a second time")
+        self._contexts.add(context_id)
+        status = Status(request.cookie, context_id, request.offset, payload[STATUS_PAYLOAD.size :])
+        self._check_extents(status)
+        return status
+
+    def _check_extents(self, status: Status) -> None:
+        """Each has a length, and only the last one ends after the request."""
+        request = self.request
+        total = before_last = 0
+        for length, _ in status.extents():
+            before_last = total
+            total += length
+            if not length or before_last >= request.length:
+                raise self._wrong("an extent that is empty or beyond the request")
+        one = request.flags & NBD_CMD_FLAG_REQ_ONE
+        if one and (before_last or total > request.length):
+            raise self._wrong("more than the one extent that was asked for")
+
+    def failure(self, error: int) -> RequestFailed:
+        """A simple reply with an error."""
+        error = error_from_peer(error)
+        self._error = self._error or error
+        return RequestFailed(self.request.cookie, error)
+
+    def error_chunk(self, payload: bytes, *, with_offset: bool) -> RequestFailed:
+        """An error chunk of known or unknown type; its payload was limited before."""
+        request = self.request
+        error, length = ERROR_PAYLOAD.unpack_from(payload)
+        end = ERROR_PAYLOAD.size + length
+        if not error or length > MAX_STRING_BYTES or end > len(payload):
+            raise self._wrong("an error chunk with wrong contents")
+        offset = None
+        if with_offset:
+            if len(payload) != end + ERROR_OFFSET.size:
+                raise self._wrong("an error chunk of the wrong length")
+            (offset,) = ERROR_OFFSET.unpack_from(payload, end)
+            if not request.offset <= offset < request.offset + request.length:
+                raise self._wrong(f"an error at {offset}")
+        message = payload[ERROR_PAYLOAD.size : end].decode(errors="replace")
+        return self.failure(error)._replace(message=message, offset=offset)
+
+    def done(self, context_ids: Collection[int]) -> RequestDone:
+        """The last chunk has been seen; success is checked."""
+        request = self.request
+        if not self._error:
+            covered = self._coverage.covered_bytes
+            if request.type == NBD_CMD_READ and covered != request.length:
+                raise self._wrong(f"success with {covered} bytes")
+            if request.type == NBD_CMD_BLOCK_STATUS and len(self._contexts) != len(context_ids):
+                raise self._wrong("success without a block status")
+        return RequestDone(request.cookie, self._error)
+
+    def _wrong(self, what: str) -> NbdProtocolError:
+        return NbdProtocolError(f"the answer to {self.request} has {what}")
+
+
+def is_error_length_possible(length: int) -> bool:
+    """Whether the payload of an error chunk may be so long."""
+    return ERROR_PAYLOAD.size <= length <= MAX_ERROR_CHUNK_BYTES
+
+
+def extents_of_length(length: int) -> int:
+    """How many descriptors a block status payload of this length holds; 0: it is impossible."""
+    count, rest = divmod(length - STATUS_PAYLOAD.size, DESCRIPTOR.size)
+    return 0 if rest else max(count, 0)
+
 
 # A structured reply is longer than a simple one, and the first 16 bytes tell
 # its type: what follows for certain is taken in one piece.
@@ -58,18 +211,18 @@ class NbdClientTransmission:
     One thread may call `request` while another one feeds.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: NbdSession) -> None:
         self.session = session
         self._context_ids = frozenset(context.id for context in session.meta_contexts)
-        self._pending: dict[int, Pending] = {}
+        self._pending: dict[int, PendingRequest] = {}
         self._last_cookie = 0
         self._disconnected = False
         self._payload: Payload | None = None
-        self._reading: Pending | None = None
+        self._reading: PendingRequest | None = None
         self._done = False
         self._head = b""
-        self._intake = Intake(SIMPLE_REPLY.size)
-        self._next: Callable[[bytes], list[Event]] = self._take_head
+        self._intake = ReceiveBuffer(SIMPLE_REPLY.size)
+        self._next: Callable[[bytes], list[ReplyEvent]] = self._take_head
 
     # --- requests ---
 
@@ -78,14 +231,14 @@ class NbdClientTransmission:
         """How many requests are not answered yet."""
         return len(self._pending)
 
-    def request(self, kind: int, offset: int = 0, length: int = 0, flags: int = 0) -> Request:
+    def request(self, kind: int, offset: int = 0, length: int = 0, flags: int = 0) -> NbdRequest:
         """A request under way from now on, NBD_CMD_ `kind` and `flags`; send it with `encode_request`.
 
         The data of NBD_CMD_WRITE follows it. Raises LocalProtocolError for
         what the session does not allow.
         """
         cookie = self._last_cookie + 1
-        request = Request(flags, kind, cookie, offset, length)
+        request = NbdRequest(flags, kind, cookie, offset, length)
         error = self.session.fault_of(request)
         if error:
             raise LocalProtocolError(f"{request} would be answered {ERROR_NAMES[error]}")
@@ -96,13 +249,13 @@ class NbdClientTransmission:
         if kind == NBD_CMD_DISC or self._disconnected:
             raise LocalProtocolError(f"{request}, but `disconnect` comes last")
         self._last_cookie = cookie
-        self._pending[cookie] = Pending(request)
+        self._pending[cookie] = PendingRequest(request)
         return request
 
     def disconnect(self) -> bytes:
         """NBD_CMD_DISC, the last thing to be sent; the answers that are due still come."""
         self._disconnected = True
-        return encode_request(Request(0, NBD_CMD_DISC, 0, 0, 0))
+        return encode_request(NbdRequest(0, NBD_CMD_DISC, 0, 0, 0))
 
     # --- replies ---
 
@@ -116,7 +269,7 @@ class NbdClientTransmission:
         """The export's data that comes next; as it is received, `length` shrinks."""
         return self._payload
 
-    def took(self, count: int) -> list[Event]:
+    def took(self, count: int) -> list[ReplyEvent]:
         """The caller has received `count` bytes of `payload` itself."""
         payload = self._payload
         if payload is None or not 0 <= count <= payload.length:
@@ -127,7 +280,7 @@ class NbdClientTransmission:
         self._payload = None
         return self._guarded(self._end_of_data, b"")
 
-    def feed(self, data: Bytes) -> Iterator[Event]:
+    def feed(self, data: Bytes) -> Iterator[ReplyEvent]:
         """Take bytes as they come, cut anywhere; yields what they tell: exhaust it.
 
         Raises NbdProtocolError, after the events that came before. `Data` are
@@ -148,7 +301,7 @@ class NbdClientTransmission:
                 return
             yield from self._guarded(self._next, self._intake.take())
 
-    def _guarded(self, take: Callable[[bytes], list[Event]], raw: bytes) -> list[Event]:
+    def _guarded(self, take: Callable[[bytes], list[ReplyEvent]], raw: bytes) -> list[ReplyEvent]:
         """After a fault of the server nothing that it says is believed."""
         try:
             return take(raw)
@@ -158,10 +311,10 @@ class NbdClientTransmission:
             self._intake.expect(0)
             raise
 
-    def _take_nothing(self, _: bytes) -> list[Event]:
+    def _take_nothing(self, _: bytes) -> list[ReplyEvent]:
         raise LocalProtocolError("the server has broken the protocol: close the connection")
 
-    def _take_head(self, raw: bytes) -> list[Event]:
+    def _take_head(self, raw: bytes) -> list[ReplyEvent]:
         """The first 16 bytes of a reply of either kind."""
         magic, error, cookie = SIMPLE_REPLY.unpack(raw)
         if magic == NBD_SIMPLE_REPLY_MAGIC:
@@ -174,7 +327,7 @@ class NbdClientTransmission:
         self._next = self._take_chunk
         return []
 
-    def _take_simple(self, cookie: int, error: int) -> list[Event]:
+    def _take_simple(self, cookie: int, error: int) -> list[ReplyEvent]:
         self._reading = pending = self._find(cookie)
         request = pending.request
         self._done = True
@@ -188,7 +341,7 @@ class NbdClientTransmission:
             raise NbdProtocolError(f"a simple reply to {request}")
         return self._end_of_message()
 
-    def _take_chunk(self, raw: bytes) -> list[Event]:
+    def _take_chunk(self, raw: bytes) -> list[ReplyEvent]:
         """The whole header of a chunk, with what is fixed of its payload."""
         raw = self._head + raw
         _, flags, kind, cookie, length = STRUCTURED_REPLY.unpack_from(raw)
@@ -215,41 +368,43 @@ class NbdClientTransmission:
             return self._expect_payload(length, take)
         raise NbdProtocolError(f"a chunk of type {kind:#x} with {length} bytes, flags {flags:#x}")
 
-    def _expect_payload(self, length: int, take: Callable[[bytes], list[Event]]) -> list[Event]:
+    def _expect_payload(
+        self, length: int, take: Callable[[bytes], list[ReplyEvent]]
+    ) -> list[ReplyEvent]:
         self._intake.expect(length)
         self._next = take
         return []
 
-    def _take_status(self, payload: bytes) -> list[Event]:
+    def _take_status(self, payload: bytes) -> list[ReplyEvent]:
         return [self._current().status(payload, self._context_ids), *self._end_of_message()]
 
-    def _take_error(self, payload: bytes) -> list[Event]:
+    def _take_error(self, payload: bytes) -> list[ReplyEvent]:
         failure = self._current().error_chunk(payload, with_offset=False)
         return [failure, *self._end_of_message()]
 
-    def _take_error_offset(self, payload: bytes) -> list[Event]:
+    def _take_error_offset(self, payload: bytes) -> list[ReplyEvent]:
         failure = self._current().error_chunk(payload, with_offset=True)
         return [failure, *self._end_of_message()]
 
-    def _end_of_data(self, _: bytes) -> list[Event]:
+    def _end_of_data(self, _: bytes) -> list[ReplyEvent]:
         return self._end_of_message()
 
-    def _end_of_message(self) -> list[Event]:
+    def _end_of_message(self) -> list[ReplyEvent]:
         self._intake.expect(SIMPLE_REPLY.size)
         self._next = self._take_head
         if not self._done:
             return []
-        done: Done = self._current().done(self._context_ids)
+        done: RequestDone = self._current().done(self._context_ids)
         del self._pending[done.cookie]
         return [done]
 
-    def _find(self, cookie: int) -> Pending:
+    def _find(self, cookie: int) -> PendingRequest:
         pending = self._pending.get(cookie)
         if pending is None:
             raise NbdProtocolError(f"an answer to a request that is not under way ({cookie})")
         return pending
 
-    def _current(self) -> Pending:
+    def _current(self) -> PendingRequest:
         if self._reading is None:
             raise RuntimeError("the end of a message without its beginning")
         return self._reading

@@ -8,15 +8,20 @@ from collections.abc import Iterable, Iterator
 
 from hypothesis import strategies as st
 
-from tests.protocol_nbd.disk import Disk
+from tests.protocol.nbd.disk import Disk
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
-from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
 from vmapipe.protocol.nbd.constants import NBD_FLAG_C_FIXED_NEWSTYLE, NBD_FLAG_C_NO_ZEROES, Bytes
-from vmapipe.protocol.nbd.events import Data, Event
-from vmapipe.protocol.nbd.option import CLIENT_FLAGS, OPTION_REPLY
-from vmapipe.protocol.nbd.request import REQUEST_BYTES, Request, encode_request, parse_request
+from vmapipe.protocol.nbd.handshake import CLIENT_FLAGS, OPTION_REPLY
+from vmapipe.protocol.nbd.reply import Data, ReplyEvent
 from vmapipe.protocol.nbd.server_handshake import NbdServerHandshake
-from vmapipe.protocol.nbd.session import Session
+from vmapipe.protocol.nbd.session import (
+    REQUEST_BYTES,
+    NbdRequest,
+    NbdSession,
+    encode_request,
+    parse_request,
+)
 
 FIXED = CLIENT_FLAGS.pack(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES)
 
@@ -53,8 +58,12 @@ def read_replies(raw: bytes) -> list[tuple[int, int, bytes]]:
 
 
 def carry_out(
-    client: NbdClientTransmission, server: Session, disk: Disk, request: Request, data: Bytes = b""
-) -> list[Event]:
+    client: NbdClientTransmission,
+    server: NbdSession,
+    disk: Disk,
+    request: NbdRequest,
+    data: Bytes = b"",
+) -> list[ReplyEvent]:
     """One request there and back; the bytes of the data joined."""
     parsed = parse_request(encode_request(request))
     assert parsed == request
@@ -62,7 +71,7 @@ def carry_out(
     return joined(client.feed(b"".join(parts)))
 
 
-def serve_stream(session: Session, disk: Disk, raw: bytes) -> bytes:
+def serve_stream(session: NbdSession, disk: Disk, raw: bytes) -> bytes:
     """What a server sends for a stream of whole requests."""
     out = b""
     while raw:
@@ -73,9 +82,9 @@ def serve_stream(session: Session, disk: Disk, raw: bytes) -> bytes:
     return out
 
 
-def joined(events: Iterable[Event]) -> list[Event]:
+def joined(events: Iterable[ReplyEvent]) -> list[ReplyEvent]:
     """Pieces of data that continue each other become one; how the bytes were cut is forgotten."""
-    out: list[Event] = []
+    out: list[ReplyEvent] = []
     for event in events:
         before = out[-1] if out else None
         if not isinstance(event, Data):

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from tests.protocol_nbd.conversation import joined, unhex
-from tests.protocol_nbd.disk import export_of
+from tests.protocol.nbd.conversation import joined, unhex
+from tests.protocol.nbd.disk import export_of
 from vmapipe.protocol.nbd import reply
 from vmapipe.protocol.nbd.client_handshake import Goal, NbdClientHandshake
-from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
 from vmapipe.protocol.nbd.constants import (
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_FLAG_FUA,
@@ -15,11 +15,17 @@ from vmapipe.protocol.nbd.constants import (
     NBD_CMD_WRITE,
     NBD_EIO,
 )
-from vmapipe.protocol.nbd.events import Data, Done, Failure, Hole, Status
-from vmapipe.protocol.nbd.export import BlockSizes, Export
-from vmapipe.protocol.nbd.request import Request, encode_request, parse_request
+from vmapipe.protocol.nbd.reply import Data, Hole, RequestDone, RequestFailed, Status
 from vmapipe.protocol.nbd.server_handshake import NbdServerHandshake
-from vmapipe.protocol.nbd.session import MetaContext, Session
+from vmapipe.protocol.nbd.session import (
+    BlockSizes,
+    Export,
+    MetaContext,
+    NbdRequest,
+    NbdSession,
+    encode_request,
+    parse_request,
+)
 
 GREETING = unhex("""
     4e42444d41474943  | NBDMAGIC
@@ -72,8 +78,8 @@ ACK_ABORT = unhex("0003e889045565a9  00000002  00000001  00000000")
 
 DISK = export_of(1 << 20)
 CONTEXTS = (MetaContext(1, "base:allocation"),)
-STRUCTURED = Session(DISK, DISK.flags, structured=True, no_zeroes=True, meta_contexts=CONTEXTS)
-SIMPLE = Session(DISK, DISK.flags)
+STRUCTURED = NbdSession(DISK, DISK.flags, structured=True, no_zeroes=True, meta_contexts=CONTEXTS)
+SIMPLE = NbdSession(DISK, DISK.flags)
 
 
 def test_a_server_negotiates_with_the_bytes_of_the_document() -> None:
@@ -127,7 +133,7 @@ def test_requests_have_the_bytes_of_the_document() -> None:
         0102030405060708            | cookie
         0000000000010000  00001000  | offset 65536, length 4096
     """)
-    request = Request(NBD_CMD_FLAG_FUA, NBD_CMD_WRITE, 0x0102030405060708, 65536, 4096)
+    request = NbdRequest(NBD_CMD_FLAG_FUA, NBD_CMD_WRITE, 0x0102030405060708, 65536, 4096)
     assert encode_request(request) == raw
     assert parse_request(raw) == parse_request(bytearray(raw)) == request
     assert request.payload_bytes == 4096
@@ -138,11 +144,14 @@ def test_simple_replies_have_the_bytes_of_the_document() -> None:
     request = client.request(NBD_CMD_READ, 8, 4)
     head = unhex("67446698  00000000  0000000000000001  | NBD_SIMPLE_REPLY_MAGIC, error, cookie")
     assert reply.read_reply(SIMPLE, request) == head
-    assert joined(client.feed(head + b"data")) == [Data(1, 8, memoryview(b"data")), Done(1, 0)]
+    assert joined(client.feed(head + b"data")) == [
+        Data(1, 8, memoryview(b"data")),
+        RequestDone(1, 0),
+    ]
     request = client.request(NBD_CMD_READ, 8, 4)
     head = unhex("67446698  00000005  0000000000000002")
     assert reply.error_reply(SIMPLE, request, NBD_EIO, "not told") == head
-    assert list(client.feed(head)) == [Failure(2, NBD_EIO), Done(2, NBD_EIO)]
+    assert list(client.feed(head)) == [RequestFailed(2, NBD_EIO), RequestDone(2, NBD_EIO)]
 
 
 def test_chunks_of_a_read_have_the_bytes_of_the_document() -> None:
@@ -162,7 +171,11 @@ def test_chunks_of_a_read_have_the_bytes_of_the_document() -> None:
     none = reply.none_chunk(cookie)
     assert none == unhex("668e33ef  0001  0000  0000000000000001  00000000  | DONE, NONE")
     events = joined(client.feed(data + b"x" * 4096 + hole + none))
-    assert events == [Data(1, 4096, memoryview(b"x" * 4096)), Hole(1, 8192, 4096), Done(1, 0)]
+    assert events == [
+        Data(1, 4096, memoryview(b"x" * 4096)),
+        Hole(1, 8192, 4096),
+        RequestDone(1, 0),
+    ]
 
 
 def test_error_chunks_have_the_bytes_of_the_document() -> None:
@@ -179,9 +192,9 @@ def test_error_chunks_have_the_bytes_of_the_document() -> None:
         00000005  0000                                    | NBD_EIO, no message
     """)
     assert list(client.feed(at_offset + whole)) == [
-        Failure(1, NBD_EIO, "bad", 512),
-        Failure(1, NBD_EIO),
-        Done(1, NBD_EIO),
+        RequestFailed(1, NBD_EIO, "bad", 512),
+        RequestFailed(1, NBD_EIO),
+        RequestDone(1, NBD_EIO),
     ]
 
 
@@ -199,4 +212,4 @@ def test_a_block_status_has_the_bytes_of_the_document() -> None:
     assert isinstance(status, Status)
     assert (status.context_id, status.offset) == (1, 0)
     assert list(status.extents()) == [(65536, 0), (983040, 3)]
-    assert done == Done(1, 0)
+    assert done == RequestDone(1, 0)

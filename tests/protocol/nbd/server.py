@@ -8,13 +8,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.protocol_nbd.disk import Disk
+from tests.protocol.nbd.disk import Disk
 from vmapipe.protocol.nbd.constants import NBD_CMD_DISC, Bytes
 from vmapipe.protocol.nbd.errors import NbdProtocolError
-from vmapipe.protocol.nbd.export import Export
-from vmapipe.protocol.nbd.request import REQUEST_BYTES, parse_request
 from vmapipe.protocol.nbd.server_handshake import NbdServerHandshake
-from vmapipe.protocol.nbd.session import Session
+from vmapipe.protocol.nbd.session import REQUEST_BYTES, Export, NbdSession, parse_request
 
 
 class DiskServer:
@@ -25,7 +23,7 @@ class DiskServer:
     ) -> None:
         self.path = path
         self.uri = f"nbd+unix:///{exports[0].name}?socket={path}"
-        self.sessions: list[Session] = []
+        self.sessions: list[NbdSession] = []
         self.faults: list[str] = []
         self._disk = disk
         self._exports = exports
@@ -71,7 +69,7 @@ class DiskServer:
             except (EOFError, ConnectionError):
                 pass  # gone without a word, or without waiting for one: NBD_OPT_ABORT
 
-    def _shake_hands(self, connection: socket.socket) -> Session | None:
+    def _shake_hands(self, connection: socket.socket) -> NbdSession | None:
         handshake = NbdServerHandshake(self._exports, structured=self._structured)
         connection.sendall(handshake.greeting())
         while handshake.wanted_bytes:
@@ -81,7 +79,7 @@ class DiskServer:
             connection.sendall(handshake.feed(data))
         return handshake.session
 
-    def _transmit(self, connection: socket.socket, session: Session) -> None:
+    def _transmit(self, connection: socket.socket, session: NbdSession) -> None:
         """The hot path, as it is meant: nothing is copied but what the disk wants."""
         header = bytearray(REQUEST_BYTES)
         while True:

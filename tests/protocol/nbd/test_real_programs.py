@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from tests.machine import Need, listens
-from tests.protocol_nbd.client import Client, explore
-from tests.protocol_nbd.disk import ALL_FLAGS, Disk, export_of
-from tests.protocol_nbd.server import DiskServer
+from tests.protocol.nbd.client import Client, explore
+from tests.protocol.nbd.disk import ALL_FLAGS, Disk, export_of
+from tests.protocol.nbd.server import DiskServer
 from vmapipe.protocol.nbd import constants as c
 from vmapipe.protocol.nbd.client_handshake import Goal
 from vmapipe.protocol.nbd.errors import NbdRefusedError
-from vmapipe.protocol.nbd.export import Export
+from vmapipe.protocol.nbd.session import Export
 
 SIZE = (8 << 20) + 512  # not a multiple of anything large
 CLUSTER = 64 << 10

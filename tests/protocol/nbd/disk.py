@@ -26,9 +26,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_STATE_ZERO,
     Bytes,
 )
-from vmapipe.protocol.nbd.export import BlockSizes, Export
-from vmapipe.protocol.nbd.request import Request
-from vmapipe.protocol.nbd.session import Session
+from vmapipe.protocol.nbd.session import BlockSizes, Export, NbdRequest, NbdSession
 
 ALL_FLAGS = (
     NBD_FLAG_SEND_FLUSH
@@ -52,10 +50,10 @@ class Disk:
     def __init__(self, content: bytes) -> None:
         self.content = bytearray(content)
         #: Every request that came, in order, for tests that want to know.
-        self.seen: list[Request] = []
+        self.seen: list[NbdRequest] = []
         self._lock = threading.Lock()
 
-    def answer(self, session: Session, request: Request, payload: Bytes = b"") -> list[Bytes]:
+    def answer(self, session: NbdSession, request: NbdRequest, payload: Bytes = b"") -> list[Bytes]:
         """What to send: a head, and the data where there is some."""
         with self._lock:
             self.seen.append(request)
@@ -64,7 +62,7 @@ class Disk:
                 return [reply.error_reply(session, request, error, "the test's server says no")]
             return self._carry_out(session, request, payload)
 
-    def _carry_out(self, session: Session, request: Request, payload: Bytes) -> list[Bytes]:
+    def _carry_out(self, session: NbdSession, request: NbdRequest, payload: Bytes) -> list[Bytes]:
         start, end = request.offset, request.offset + request.length
         match request.type:
             case kind if kind == NBD_CMD_READ:
@@ -83,7 +81,7 @@ class Disk:
                 pass  # NBD_CMD_FLUSH, NBD_CMD_CACHE
         return [reply.success_reply(request)]
 
-    def _read(self, session: Session, request: Request) -> Iterator[Bytes]:
+    def _read(self, session: NbdSession, request: NbdRequest) -> Iterator[Bytes]:
         data = bytes(self.content[request.offset : request.offset + request.length])
         if not session.structured or request.flags & NBD_CMD_FLAG_DF:
             yield reply.read_reply(session, request)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a coordinator and an archiver that runs as a service say to each other about a job.
+"""The messages between a coordinator and an archiver service about one job.
 
 docs/wire-protocol.md, section 14, is the authority; field names here are the
 keys there. Each message of a coordinator names its job, so that it stays the
@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from vmapipe.protocol.packing import Part
 from vmapipe.protocol.schema import (
     Dialogue,
     Heartbeat,
     Name,
+    Part,
     Text,
     Uint,
     Uuid,
@@ -68,7 +68,7 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
+class JobCancel:
     """Coordinator: give the job up."""
 
     job: Uuid
@@ -84,7 +84,7 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class JobBegun:
     """Service: all producers are here. `sizes`: bytes of each device, in the order of OPEN."""
 
     uuid: Uuid
@@ -92,7 +92,7 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class JobProgress:
     """Service: bytes stored, bytes of the plain archive, and of each device done and zero."""
 
     stored: Uint
@@ -102,14 +102,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
+class JobNotice:
     """Service: something worth a line."""
 
     text: Text
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class JobStored:
     """Service: the archive is complete, on disk, under its name. Ends the job."""
 
     archive: Text
@@ -119,14 +119,14 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class JobFailed:
     """Service: nothing was stored, and why. Ends the job."""
 
     reason: Text
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class JobRefused:
     """Service: no, and why (the REFUSE of producers, read by a coordinator)."""
 
     code: Text
@@ -138,12 +138,14 @@ class Alive:
     """Service: the answer to BEAT."""
 
 
-FromCoordinator = Open | Beat | Cancel
-FromService = Opened | Begun | Progress | Notice | Stored | Failed | Refused | Alive
+FromCoordinator = Open | Beat | JobCancel
+FromService = (
+    Opened | JobBegun | JobProgress | JobNotice | JobStored | JobFailed | JobRefused | Alive
+)
 
 KINDS: tuple[type[FromCoordinator] | type[FromService], ...] = (
-    *(Open, Beat, Cancel),
-    *(Opened, Begun, Progress, Notice, Stored, Failed, Refused, Alive),
+    *(Open, Beat, JobCancel),
+    *(Opened, JobBegun, JobProgress, JobNotice, JobStored, JobFailed, JobRefused, Alive),
 )
 
 
@@ -155,8 +157,13 @@ def _most_bytes(name: str) -> int:
     return MAX_OPEN_BYTES if name == "OPEN" else MAX_TOLD_BYTES
 
 
-_NAMES: dict[type[Any], str] = {Refused: "REFUSE"}
-_OF_COORDINATORS = Dialogue(*KINDS[:3], keyed=True, max_bytes=_most_bytes, max_items=MAX_JOB_ITEMS)
+_NAMES: dict[type[Any], str] = {JobRefused: "REFUSE"} | {
+    kind: kind.__name__.removeprefix("Job").upper()
+    for kind in (JobCancel, JobBegun, JobProgress, JobNotice, JobStored, JobFailed)
+}
+_OF_COORDINATORS = Dialogue(
+    *KINDS[:3], keyed=True, max_bytes=_most_bytes, max_items=MAX_JOB_ITEMS, names=_NAMES
+)
 _OF_SERVICES = Dialogue(
     *KINDS[3:], keyed=True, max_bytes=_most_bytes, max_items=MAX_JOB_ITEMS, names=_NAMES
 )

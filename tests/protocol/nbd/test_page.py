@@ -10,19 +10,16 @@ import threading
 from pathlib import Path
 from types import ModuleType
 
-from tests.protocol_nbd.client import shake_hands
-from tests.protocol_nbd.server import receive_exactly
+from tests.protocol.nbd.client import shake_hands
+from tests.protocol.nbd.server import receive_exactly
 from vmapipe.protocol.nbd import constants as c
-from vmapipe.protocol.nbd import limits
 from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
-from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
-from vmapipe.protocol.nbd.events import Data, Done
-from vmapipe.protocol.nbd.export import Export
-from vmapipe.protocol.nbd.request import Request, encode_request
-from vmapipe.protocol.nbd.session import MetaContext, Session
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
+from vmapipe.protocol.nbd.reply import Data, RequestDone
+from vmapipe.protocol.nbd.session import Export, MetaContext, NbdRequest, NbdSession, encode_request
 
 RANGELESS = (c.NBD_CMD_FLUSH, c.NBD_CMD_DISC)
-PAGE = (Path(__file__).parents[2] / "docs" / "nbd.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "nbd.md").read_text(encoding="utf-8")
 
 
 def table(head: str) -> dict[str, list[str]]:
@@ -38,9 +35,7 @@ def test_the_page_knows_every_option() -> None:
 
 def test_the_page_knows_every_limit() -> None:
     told = {name: int(value) for name, (value, _) in table("limit").items()}
-    assert told == {
-        name: value for name, value in vars(limits).items() if name[:4] in ("MAX_", "MIN_")
-    }
+    assert told == {name: value for name, value in vars(c).items() if name[:4] in ("MAX_", "MIN_")}
 
 
 def test_the_page_knows_every_command_and_its_flags() -> None:
@@ -51,14 +46,16 @@ def test_the_page_knows_every_command_and_its_flags() -> None:
         getattr(c, name): sum(getattr(c, flag) for flag in flags.split(", ") if flag)
         for name, (flags, _) in commands.items()
     }
-    session = Session(
+    session = NbdSession(
         Export("x", 4096), export_flags, structured=True, meta_contexts=(MetaContext(1, "a:b"),)
     )
     valid = {
         kind: sum(
             1 << bit
             for bit in range(1, 16)  # without FUA
-            if not session.fault_of(Request(1 << bit, kind, 1, 0, 0 if kind in RANGELESS else 512))
+            if not session.fault_of(
+                NbdRequest(1 << bit, kind, 1, 0, 0 if kind in RANGELESS else 512)
+            )
         )
         for kind in from_page
     }
@@ -93,9 +90,9 @@ def test_the_example_serves(tmp_path: Path) -> None:
             heard += list(client.feed(piece))
         thread.join(60)
     assert heard == [
-        Done(write.cookie, 0),
+        RequestDone(write.cookie, 0),
         Data(read.cookie, 0, memoryview(b"ab1234cd")),
-        Done(2, 0),
+        RequestDone(2, 0),
     ]
 
 

@@ -9,17 +9,15 @@ from typing import NamedTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.protocol_nbd.conversation import FIXED, cuts_of, joined, pieces
-from tests.protocol_nbd.disk import ALL_FLAGS, export_of
+from tests.protocol.nbd.conversation import FIXED, cuts_of, joined, pieces
+from tests.protocol.nbd.disk import ALL_FLAGS, export_of
 from vmapipe.protocol.nbd import constants as c
 from vmapipe.protocol.nbd import reply
 from vmapipe.protocol.nbd.client_handshake import Goal, NbdClientHandshake
-from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
+from vmapipe.protocol.nbd.constants import MAX_PAYLOAD_BYTES
 from vmapipe.protocol.nbd.errors import NbdProtocolError, NbdRefusedError
-from vmapipe.protocol.nbd.events import Data, Event
-from vmapipe.protocol.nbd.export import Export
-from vmapipe.protocol.nbd.limits import MAX_PAYLOAD_BYTES
-from vmapipe.protocol.nbd.option import (
+from vmapipe.protocol.nbd.handshake import (
     EXPORT_NAME_REPLY,
     GREETING,
     InfoQuery,
@@ -29,18 +27,19 @@ from vmapipe.protocol.nbd.option import (
     encode_option,
     encode_option_reply,
 )
+from vmapipe.protocol.nbd.reply import Data, ReplyEvent
 from vmapipe.protocol.nbd.server_handshake import NbdServerHandshake
-from vmapipe.protocol.nbd.session import MetaContext, Session
+from vmapipe.protocol.nbd.session import Export, MetaContext, NbdSession
 
 EXPORTS = (export_of(1 << 20, "disk"), Export("", 1000))
 SIZE = 1 << 16
-SESSION = Session(
+SESSION = NbdSession(
     export_of(SIZE),
     ALL_FLAGS | c.NBD_FLAG_HAS_FLAGS,
     structured=True,
     meta_contexts=(MetaContext(1, c.BASE_ALLOCATION),),
 )
-SIMPLE = Session(export_of(SIZE), ALL_FLAGS)
+SIMPLE = NbdSession(export_of(SIZE), ALL_FLAGS)
 
 # --- what peers send: mostly right, sometimes not ---
 
@@ -222,7 +221,7 @@ def test_arbitrary_bytes_do_no_harm_to_a_client(parts: list[bytes]) -> None:
 # --- transmission ---
 
 
-def waiting(session: Session) -> NbdClientTransmission:
+def waiting(session: NbdSession) -> NbdClientTransmission:
     """A client with a few requests under way."""
     client = NbdClientTransmission(session)
     client.request(c.NBD_CMD_READ, 0, 4096)
@@ -237,15 +236,15 @@ def waiting(session: Session) -> NbdClientTransmission:
 class Heard(NamedTuple):
     """What a client makes of some replies."""
 
-    events: list[Event]
+    events: list[ReplyEvent]
     fault: str | None
     in_flight: int
     wanted_bytes: int
 
 
-def run_replies(session: Session, parts: Iterable[bytes]) -> Heard:
+def run_replies(session: NbdSession, parts: Iterable[bytes]) -> Heard:
     client = waiting(session)
-    heard: list[Event] = []
+    heard: list[ReplyEvent] = []
     fault = None
     for part in parts:
         try:
@@ -258,7 +257,7 @@ def run_replies(session: Session, parts: Iterable[bytes]) -> Heard:
 
 @given(st.lists(REPLIES, max_size=10), st.data(), st.sampled_from([SIMPLE, SESSION]))
 def test_a_client_hears_the_same_however_the_replies_come(
-    replies: list[bytes], data: st.DataObject, session: Session
+    replies: list[bytes], data: st.DataObject, session: NbdSession
 ) -> None:
     raw = b"".join(replies)
     whole = run_replies(session, [raw])
@@ -268,13 +267,13 @@ def test_a_client_hears_the_same_however_the_replies_come(
 
 @given(st.lists(REPLIES, max_size=10), st.sampled_from([SIMPLE, SESSION]))
 def test_data_that_is_received_elsewhere_makes_the_same_events(
-    replies: list[bytes], session: Session
+    replies: list[bytes], session: NbdSession
 ) -> None:
     """`took` in place of `feed`, whenever data is due: nothing but the data is missing."""
     raw = b"".join(replies)
     whole = run_replies(session, [raw])
     client = waiting(session)
-    heard: list[Event] = []
+    heard: list[ReplyEvent] = []
     told = None
     try:
         while raw:

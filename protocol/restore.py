@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels between the reader of a restore and its workers, and what it looks like.
+"""The messages between the reader of a restore and its workers.
 
 A message is one part, a msgpack array [name, field, ...], the fields in the
 order of the class below. The data itself lies in the archive's file, or in
@@ -14,12 +14,12 @@ from typing import Annotated, NamedTuple
 
 from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES, MAX_EXTENT_BYTES
 from vmapipe.protocol import limits
-from vmapipe.protocol.packing import Part
 from vmapipe.protocol.schema import (
     DevId,
     Dialogue,
     Joined,
     Packed,
+    Part,
     Uint,
     Uuid,
     between,
@@ -142,11 +142,11 @@ class SyncWork(NamedTuple):
     dev_id: DevId
 
 
-class Finish(NamedTuple):
+class FinishWork(NamedTuple):
     """Reader: that was all."""
 
 
-class Done(NamedTuple):
+class WorkDone(NamedTuple):
     """Worker: this piece of work is done; so many bytes of data were there already.
 
     `damaged`: those of its extents, counted from 0, whose digest is not the one that was given.
@@ -158,19 +158,23 @@ class Done(NamedTuple):
     damaged: Annotated[tuple[int, ...], Packed("H")] = ()
 
 
-FromReader = Setup | RangeWork | ExtentWork | SyncWork | Finish
-FromWorker = Ready | Done
+FromReader = Setup | RangeWork | ExtentWork | SyncWork | FinishWork
+FromWorker = Ready | WorkDone
 
 
 _FROM_READER = Dialogue(
-    *(Setup, RangeWork, ExtentWork, SyncWork, Finish),
+    *(Setup, RangeWork, ExtentWork, SyncWork, FinishWork),
     keyed=False,
     max_bytes=MAX_SETUP_BYTES,
     max_items=_MAX_ITEMS,
-    names={RangeWork: "RANGE", ExtentWork: "EXTENT", SyncWork: "SYNC"},
+    names={RangeWork: "RANGE", ExtentWork: "EXTENT", SyncWork: "SYNC", FinishWork: "FINISH"},
 )
 _FROM_WORKER = Dialogue(
-    *(Ready, Done), keyed=False, max_bytes=limits.MAX_CONTROL_BYTES, max_items=_MAX_ITEMS
+    *(Ready, WorkDone),
+    keyed=False,
+    max_bytes=limits.MAX_CONTROL_BYTES,
+    max_items=_MAX_ITEMS,
+    names={WorkDone: "DONE"},
 )
 
 

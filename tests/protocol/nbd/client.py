@@ -6,9 +6,9 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from tests.protocol_nbd.server import receive_exactly
+from tests.protocol.nbd.server import receive_exactly
 from vmapipe.protocol.nbd.client_handshake import Goal, NbdClientHandshake
-from vmapipe.protocol.nbd.client_transmission import NbdClientTransmission
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
 from vmapipe.protocol.nbd.constants import (
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_READ,
@@ -17,9 +17,8 @@ from vmapipe.protocol.nbd.constants import (
     Bytes,
 )
 from vmapipe.protocol.nbd.errors import NbdProtocolError, NbdRefusedError
-from vmapipe.protocol.nbd.events import Done, Event, Failure, Hole, Status
-from vmapipe.protocol.nbd.request import encode_request
-from vmapipe.protocol.nbd.session import Session
+from vmapipe.protocol.nbd.reply import Hole, ReplyEvent, RequestDone, RequestFailed, Status
+from vmapipe.protocol.nbd.session import NbdSession, encode_request
 
 # The most that qemu's own client has under way.
 DEPTH = 16
@@ -61,7 +60,7 @@ class Client:
             raise
         assert handshake.session is not None
         assert handshake.unread == b""
-        self.session: Session = handshake.session
+        self.session: NbdSession = handshake.session
         self._codec = NbdClientTransmission(self.session)
         # Where the data of a read goes, by cookie: the export's offset, and the memory.
         self._targets: dict[int, tuple[int, memoryview]] = {}
@@ -158,17 +157,17 @@ class Client:
         self._socket.sendall(encode_request(request))
         self._socket.sendall(data)
 
-    def _wait(self) -> list[Event]:
-        events: list[Event] = []
+    def _wait(self) -> list[ReplyEvent]:
+        events: list[ReplyEvent] = []
         while self._codec.in_flight:
             events += self._receive()
         for event in events:
-            if isinstance(event, Done) and event.error != NBD_SUCCESS:
-                words = [e.message for e in events if isinstance(e, Failure)]
+            if isinstance(event, RequestDone) and event.error != NBD_SUCCESS:
+                words = [e.message for e in events if isinstance(e, RequestFailed)]
                 raise OSError(event.error, ", ".join(words))
         return events
 
-    def _receive(self) -> list[Event]:
+    def _receive(self) -> list[ReplyEvent]:
         payload = self._codec.payload
         if payload:
             base, target = self._targets[payload.cookie]
