@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 from vmapipe.protocol import limits
-from vmapipe.protocol.packing import Part
-from vmapipe.protocol.schema import Dialogue, Uint, between, lengths
+from vmapipe.protocol.schema import Dialogue, Part, Uint, between, lengths
 
 # A packet has to fit into the kernel's default send buffer, 208 KiB.
 MAX_READ_BYTES = 128 << 10
