@@ -18,11 +18,11 @@ from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.copies import FileWriter, FolderWriter, TarWriter, shown
 from vmapipe.access.files.messages import (
     LINK,
-    Data,
     Entry,
-    Failed,
+    EntryFailed,
+    FileData,
     FromParser,
-    Notice,
+    ParserNotice,
     Stretch,
     Volume,
 )
@@ -164,7 +164,7 @@ def _find(
                     holding.append((name, session, message))
                 case Volume(kind=kind) if kind not in (b"", b"swap"):
                     others.append(f"{_volume_name(name, message)} ({kind.decode()})")
-                case Failed(_, reason):
+                case EntryFailed(_, reason):
                     raise Failure(f"{name}: {os.fsdecode(reason)}")
     if len(holding) == 1:
         return holding[0][1], holding[0][2]
@@ -192,7 +192,7 @@ def _list_volumes(archive: OpenArchive, options: argparse.Namespace, cancel: Can
     for name, disk in _disks(archive):
         with FileSession(disk, name, cancel) as session:
             for message in session.ask("volumes"):
-                if isinstance(message, Failed):
+                if isinstance(message, EntryFailed):
                     raise Failure(f"{name}: {os.fsdecode(message.reason)}")
                 if isinstance(message, Volume):
                     print(_volume_line(name, message, options.json))
@@ -301,9 +301,9 @@ def _long_line(entry: Entry, path: bytes) -> str:
 def _other(message: FromParser) -> int:
     """What is not an entry: told, and the exit status that it makes."""
     match message:
-        case Notice(text):
+        case ParserNotice(text):
             _notice(f"notice: {os.fsdecode(text)}")
-        case Failed(path, reason):
+        case EntryFailed(path, reason):
             _notice(f"{shown(path)}: {os.fsdecode(reason)}" if path else os.fsdecode(reason))
             return 1
     return 0
@@ -355,9 +355,9 @@ def _copy(
                 writer.entry(message)
             case Stretch():
                 writer.stretch(message)
-            case Data():
+            case FileData():
                 writer.data(message)
-            case Failed(where, reason):
+            case EntryFailed(where, reason):
                 status = 1
                 text = f"{shown(where or path)}: {os.fsdecode(reason)}"
                 _notice(text)

@@ -18,15 +18,15 @@ from vmapipe.access.files.messages import (
     FILE,
     FOLDER,
     MAX_MESSAGE_BYTES,
+    AnswerEnd,
     Ask,
     Bytes,
-    End,
-    Failed,
+    DiskUnreadable,
+    EntryFailed,
     FromParser,
-    Notice,
+    ParserNotice,
+    ParserReady,
     Read,
-    Ready,
-    Unreadable,
     decode_for_parser,
     encode,
 )
@@ -50,7 +50,7 @@ class _Worker:
     def tell(self, message: FromParser) -> None:
         self._sock.sendall(encode(message))
 
-    def hear(self) -> Ask | Bytes | Unreadable | None:
+    def hear(self) -> Ask | Bytes | DiskUnreadable | None:
         """None: the other side has ended."""
         raw = self._sock.recv(MAX_MESSAGE_BYTES)
         return decode_for_parser([raw]) if raw else None
@@ -64,7 +64,7 @@ class _Worker:
         match self.hear():
             case Bytes(data):
                 return data
-            case Unreadable(reason):
+            case DiskUnreadable(reason):
                 raise OSError(reason.decode(errors="replace"))
         raise EOFError
 
@@ -73,8 +73,8 @@ class _Worker:
             for message in self._answers(ask):
                 self.tell(message)
         except parser.PARSER_ERRORS as error:
-            self.tell(Failed(b"", str(error).encode()[:400]))
-        self.tell(End())
+            self.tell(EntryFailed(b"", str(error).encode()[:400]))
+        self.tell(AnswerEnd())
 
     def _answers(self, ask: Ask) -> Iterator[FromParser]:
         for part in parser.parts(self.read, self._size_bytes):
@@ -99,17 +99,17 @@ class _Worker:
         self, action: str, file_system: parser.FileSystem, path: bytes, file: Any
     ) -> Iterator[FromParser]:
         for text in file_system.notices:
-            yield Notice(text.encode())
+            yield ParserNotice(text.encode())
         told = len(file_system.notices)
         top = file_system.entry(path, file)
         if action == "list" and top.kind == FOLDER:
-            items: Iterator[tuple[bytes, Any] | Failed] = file_system.children(path, file)
+            items: Iterator[tuple[bytes, Any] | EntryFailed] = file_system.children(path, file)
         elif action == "list":
             items = iter([(path, file)])
         else:
             items = file_system.walk(path, file)
         for item in items:
-            if isinstance(item, Failed):
+            if isinstance(item, EntryFailed):
                 yield item
                 continue
             name, file = item
@@ -119,9 +119,9 @@ class _Worker:
                 if action == "read" and entry.kind == FILE:
                     yield from file_system.content(file)
             except parser.PARSER_ERRORS as error:
-                yield Failed(name, str(error).encode()[:400])
+                yield EntryFailed(name, str(error).encode()[:400])
             for text in file_system.notices[told:]:
-                yield Notice(text.encode())
+                yield ParserNotice(text.encode())
             told = len(file_system.notices)
 
 
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
     worker = _Worker(sock, int(argv[1]))
     is_confined = give_up_rights(_MEMORY_BYTES, _CPU_S)
     try:
-        worker.tell(Ready(is_confined))
+        worker.tell(ParserReady(is_confined))
         while (message := worker.hear()) is not None:
             if isinstance(message, Ask):
                 worker.answer(message)

@@ -21,8 +21,8 @@ from vmapipe.access.files.messages import (
     FOLDER,
     LINK,
     SOCKET,
-    Data,
     Entry,
+    FileData,
     Stretch,
 )
 from vmapipe.runtime.errors import Failure, os_error_text
@@ -77,7 +77,7 @@ class _Content:
             raise Failure(f"{shown(self.entry.path)}: it is in more than {_MAX_STRETCHES} pieces")
         self.stretches.append(stretch)
 
-    def take(self, data: Data) -> None:
+    def take(self, data: FileData) -> None:
         """Raises Failure for bytes that are not the next ones."""
         while self._done < len(self.stretches):
             offset, length = self.stretches[self._done]
@@ -134,7 +134,7 @@ class TarWriter:
         if self._content is not None:
             self._content.add(stretch)
 
-    def data(self, data: Data) -> None:
+    def data(self, data: FileData) -> None:
         if self._content is None:
             return  # of a name of a file that is there already
         self._open()
@@ -241,7 +241,7 @@ class FileWriter:
         if self._content is not None:
             self._content.add(stretch)
 
-    def data(self, data: Data) -> None:
+    def data(self, data: FileData) -> None:
         if self._content is None:
             raise Failure("the parser sent bytes of no file")
         self._content.take(data)
@@ -339,7 +339,7 @@ class FolderWriter:
         if self._content is not None:
             self._content.add(stretch)
 
-    def data(self, data: Data) -> None:
+    def data(self, data: FileData) -> None:
         if self._content is None:
             return  # of a second name of a file
         self._content.take(data)

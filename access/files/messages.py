@@ -53,7 +53,7 @@ class Bytes(NamedTuple):
     data: Annotated[bytes, lengths(0, MAX_READ_BYTES)]
 
 
-class Unreadable(NamedTuple):
+class DiskUnreadable(NamedTuple):
     """The archive is damaged there."""
 
     reason: Word
@@ -62,7 +62,7 @@ class Unreadable(NamedTuple):
 # --- parser ---
 
 
-class Ready(NamedTuple):
+class ParserReady(NamedTuple):
     """The parser has given up its rights. `is_confined`: the kernel holds it to that, too."""
 
     is_confined: bool
@@ -116,36 +116,46 @@ class Stretch(NamedTuple):
     length: Uint
 
 
-class Data(NamedTuple):
+class FileData(NamedTuple):
     """The content of such a stretch, in order; what lies in none is zero."""
 
     offset: Uint
     data: Annotated[bytes, lengths(1, MAX_DATA_BYTES)]
 
 
-class Notice(NamedTuple):
+class ParserNotice(NamedTuple):
     """Something that the user has to know, and that is not the end."""
 
     text: Word
 
 
-class Failed(NamedTuple):
+class EntryFailed(NamedTuple):
     """This entry, or with an empty path the whole command, could not be read."""
 
     path: Path
     reason: Word
 
 
-class End(NamedTuple):
+class AnswerEnd(NamedTuple):
     """All of the answer has been sent."""
 
 
-FromAsker = Ask | Bytes | Unreadable
-FromParser = Ready | Read | Volume | Entry | Stretch | Data | Notice | Failed | End
+FromAsker = Ask | Bytes | DiskUnreadable
+FromParser = (
+    ParserReady
+    | Read
+    | Volume
+    | Entry
+    | Stretch
+    | FileData
+    | ParserNotice
+    | EntryFailed
+    | AnswerEnd
+)
 
-_TO_PARSER = Dialogue(Ask, Bytes, Unreadable, keyed=False, max_bytes=MAX_MESSAGE_BYTES)
+_TO_PARSER = Dialogue(Ask, Bytes, DiskUnreadable, keyed=False, max_bytes=MAX_MESSAGE_BYTES)
 _TO_ASKER = Dialogue(
-    *(Ready, Read, Volume, Entry, Stretch, Data, Notice, Failed, End),
+    *(ParserReady, Read, Volume, Entry, Stretch, FileData, ParserNotice, EntryFailed, AnswerEnd),
     keyed=False,
     max_bytes=MAX_MESSAGE_BYTES,
     max_items=2 * MAX_XATTRS + limits.MAX_ARRAY_ITEMS,

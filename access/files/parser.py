@@ -24,9 +24,9 @@ from vmapipe.access.files.messages import (
     MAX_READ_BYTES,
     MAX_XATTRS,
     SOCKET,
-    Data,
     Entry,
-    Failed,
+    EntryFailed,
+    FileData,
     Stretch,
     Volume,
 )
@@ -85,7 +85,7 @@ _STEP_BYTES = 4096
 _MAX_DEPTH = 256
 
 
-class Part(NamedTuple):
+class Partition(NamedTuple):
     """A stretch of the disk with at most one file system. Sizes in bytes; `name`: "" is all of it."""
 
     name: str
@@ -96,7 +96,7 @@ class Part(NamedTuple):
 class _Image(pytsk3.Img_Info):  # type: ignore[misc]
     """A part of the disk, with blocks that a journal holds in place of the disk's."""
 
-    def __init__(self, read: Read, part: Part) -> None:
+    def __init__(self, read: Read, part: Partition) -> None:
         self._read = read
         self._part = part
         self._replayed: ext.Replayed | None = None
@@ -166,7 +166,7 @@ class _Image(pytsk3.Img_Info):  # type: ignore[misc]
 class FileSystem:
     """One that could be opened, its log replayed in memory where that can be done."""
 
-    def __init__(self, read: Read, part: Part) -> None:
+    def __init__(self, read: Read, part: Partition) -> None:
         """Raises OSError where there is none that the parser knows."""
         self.part = part
         self.notices: list[str] = []
@@ -313,15 +313,15 @@ class FileSystem:
             seen.add(name)
             yield prefix + name, child
 
-    def walk(self, path: bytes, file: Any) -> Iterator[tuple[bytes, Any] | Failed]:
+    def walk(self, path: bytes, file: Any) -> Iterator[tuple[bytes, Any] | EntryFailed]:
         """The entry and all below it, a folder before what is in it."""
-        stack: list[Iterator[tuple[bytes, Any] | Failed]] = [iter([(path, file)])]
+        stack: list[Iterator[tuple[bytes, Any] | EntryFailed]] = [iter([(path, file)])]
         above: list[int] = []
         while stack:
             try:
                 item = next(stack[-1], None)
             except PARSER_ERRORS as error:
-                item = Failed(path, str(error).encode()[:400])
+                item = EntryFailed(path, str(error).encode()[:400])
                 stack[-1] = iter(())
             if item is None:
                 stack.pop()
@@ -329,21 +329,21 @@ class FileSystem:
                     above.pop()
                 continue
             yield item
-            if isinstance(item, Failed):
+            if isinstance(item, EntryFailed):
                 continue
             path, file = item
             meta = file.info.meta
             if _KINDS[int(meta.type)] != FOLDER:
                 continue
             if int(meta.addr) in above or len(stack) > _MAX_DEPTH:
-                yield Failed(path, b"the folder is inside itself, or too deep")
+                yield EntryFailed(path, b"the folder is inside itself, or too deep")
                 continue
             stack.append(self.children(path, file))
             above.append(int(meta.addr))
 
     # --- content ---
 
-    def content(self, file: Any) -> Iterator[Stretch | Data]:
+    def content(self, file: Any) -> Iterator[Stretch | FileData]:
         """What of the file is not a hole by its extents. Raises OSError."""
         size = max(0, int(file.info.meta.size))
         stretches = list(_joined(self._stretches(file, size)))
@@ -354,7 +354,7 @@ class FileSystem:
                 raw = file.read_random(at, min(MAX_DATA_BYTES, end - at))
                 if not raw:
                     raise OSError(f"its content ends at byte {at} of {size}")
-                yield Data(at, bytes(raw))
+                yield FileData(at, bytes(raw))
                 at += len(raw)
 
     def _stretches(self, file: Any, size: int) -> Iterator[tuple[int, int]]:
@@ -403,9 +403,9 @@ _UNTRUE = (
 # --- parts of a disk ---
 
 
-def parts(read: Read, size_bytes: int) -> list[Part]:
+def parts(read: Read, size_bytes: int) -> list[Partition]:
     """The disk's partitions, or the whole of it where it has none."""
-    whole = Part("", 0, size_bytes)
+    whole = Partition("", 0, size_bytes)
     try:
         table = pytsk3.Volume_Info(_Image(read, whole))
         block = int(table.info.block_size)
@@ -418,7 +418,8 @@ def parts(read: Read, size_bytes: int) -> list[Part]:
         return [whole]
     inside = [(start, min(size, size_bytes - start)) for start, size in found if start < size_bytes]
     named = [
-        Part(str(number), start, size) for number, (start, size) in enumerate(sorted(inside), 1)
+        Partition(str(number), start, size)
+        for number, (start, size) in enumerate(sorted(inside), 1)
     ]
     # The boot sector of a file system without partitions can pass for a partition table.
     if not any(volume_of(read, part).kind for part in named) and volume_of(read, whole).kind:
@@ -426,7 +427,7 @@ def parts(read: Read, size_bytes: int) -> list[Part]:
     return named or [whole]
 
 
-def volume_of(read: Read, part: Part) -> Volume:
+def volume_of(read: Read, part: Partition) -> Volume:
     """What there is in the part; `damaged`: the archive, where that would have to be read."""
     name = part.name.encode()
     kind, can_read = b"", False
@@ -437,7 +438,7 @@ def volume_of(read: Read, part: Part) -> Volume:
     return Volume(name, part.offset, part.size_bytes, kind, can_read)
 
 
-def _other_kind(read: Read, part: Part) -> bytes:
+def _other_kind(read: Read, part: Partition) -> bytes:
     try:
         for offset, magic, kind in _OTHERS:
             inside = offset + len(magic) <= part.size_bytes

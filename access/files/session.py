@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.messages import (
     MAX_MESSAGE_BYTES,
+    AnswerEnd,
     Ask,
     Bytes,
-    End,
+    DiskUnreadable,
     FromAsker,
     FromParser,
+    ParserReady,
     Read,
-    Ready,
-    Unreadable,
     decode_for_asker,
     encode,
 )
@@ -69,7 +69,7 @@ class FileSession:
 
     def __enter__(self) -> FileSession:
         first = self._hear()
-        if not isinstance(first, Ready):
+        if not isinstance(first, ParserReady):
             raise self._error("it does not begin as it should")
         self.is_confined = first.is_confined
         return self
@@ -89,9 +89,9 @@ class FileSession:
             match message:
                 case Read(offset, length):
                     self._tell(self._read(offset, length))
-                case End():
+                case AnswerEnd():
                     return
-                case Ready():
+                case ParserReady():
                     raise self._error("it begins a second time")
                 case _:
                     yield message
@@ -105,7 +105,7 @@ class FileSession:
         try:
             self._disk.read(memoryview(data), offset)
         except OSError as error:
-            return Unreadable((error.strerror or str(error)).encode()[:400])
+            return DiskUnreadable((error.strerror or str(error)).encode()[:400])
         return Bytes(bytes(data))
 
     def _tell(self, message: FromAsker) -> None:

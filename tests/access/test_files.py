@@ -19,7 +19,7 @@ import pytest
 
 from tests.machine import LIMIT_S, VMAPIPE, Need, bad, good, run
 from vmapipe.access.files.copies import FileWriter, FolderWriter, TarWriter
-from vmapipe.access.files.messages import FILE, FOLDER, LINK, Data, Entry, Stretch
+from vmapipe.access.files.messages import FILE, FOLDER, LINK, Entry, FileData, Stretch
 from vmapipe.runtime.errors import Failure
 
 ODD = b"new\nline \xff"
@@ -327,15 +327,15 @@ def test_nothing_is_written_through_a_link_that_came_from_the_archive(tmp_path: 
 @pytest.mark.parametrize(
     ("stretches", "data"),
     [
-        ([Stretch(0, 10)], [Data(5, b"x")]),
-        ([Stretch(0, 10)], [Data(0, b"x" * 11)]),
-        ([], [Data(0, b"x")]),
+        ([Stretch(0, 10)], [FileData(5, b"x")]),
+        ([Stretch(0, 10)], [FileData(0, b"x" * 11)]),
+        ([], [FileData(0, b"x")]),
         ([Stretch(0, 11)], []),
         ([Stretch(5, 2), Stretch(0, 2)], []),
     ],
 )
 def test_content_that_was_not_announced_is_refused(
-    stretches: list[Stretch], data: list[Data]
+    stretches: list[Stretch], data: list[FileData]
 ) -> None:
     for writer in (FileWriter(io.BytesIO()), TarWriter(io.BytesIO(), b"/f", print)):
         writer.entry(entry(b"/f", size=10))
