@@ -8,21 +8,18 @@
 from __future__ import annotations
 
 import array
+import functools
 import re
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from vmapipe.archiver.outputs.base import Buffers, Output, OutputFailure, OutputWrapper
 from vmapipe.runtime.errors import UsageError
 from vmapipe.vma.seektable import seek_table_ends
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 DEFAULT_LEVEL = 3
 # zstd has 22; from 20 on a frame takes more than 100 MiB of memory to make,
@@ -81,6 +78,7 @@ class ZstdOutput(OutputWrapper):
         self._frames: deque[Future[tuple[bytes, int]]] = deque()
         self._table = array.array("I")
         self._thread = threading.local()
+        _compressor(self._level)  # loads the library here, and not in the middle of a backup
         self._over = False
         self._pool = ThreadPoolExecutor(compression.threads, "zstd")
 
@@ -122,19 +120,29 @@ class ZstdOutput(OutputWrapper):
             self._write_frame()
 
     def _compress(self, plain: bytearray) -> tuple[bytes, int]:
-        compressor: zstd.ZstdCompressor | None = getattr(self._thread, "compressor", None)
-        if compressor is None:
+        compress: Callable[[bytearray], bytes] | None = getattr(self._thread, "compress", None)
+        if compress is None:
             # One for each thread: it must not be shared, and making one is slow.
-            compressor = self._thread.compressor = zstd.ZstdCompressor(
-                options={
-                    zstd.CompressionParameter.compression_level: self._level,
-                    zstd.CompressionParameter.checksum_flag: 1,
-                }
-            )
-        # In one go: so the frame announces how long it is.
-        return compressor.compress(plain, mode=compressor.FLUSH_FRAME), len(plain)
+            compress = self._thread.compress = _compressor(self._level)
+        return compress(plain), len(plain)
 
     def _write_frame(self) -> None:
         compressed, plain_bytes = self._frames.popleft().result()
         self._table.extend((len(compressed), plain_bytes))
         self._inner.write([compressed])
+
+
+def _compressor(level: int) -> Callable[[bytearray], bytes]:
+    """Return a function that makes one frame, with its length and a checksum, of all that it gets."""
+    # Late: a compiled library takes 15 ms, and most backups do not compress.
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    options: Mapping[int, int] = {
+        zstd.CompressionParameter.compression_level: level,
+        zstd.CompressionParameter.checksum_flag: 1,
+    }
+    return functools.partial(
+        zstd.ZstdCompressor(options=options).compress, mode=zstd.ZstdCompressor.FLUSH_FRAME
+    )

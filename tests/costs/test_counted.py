@@ -193,7 +193,7 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
         ("vmapipe.producer.main", "backports.zstd asyncio xxhash vmapipe.vma"),
         (
             "vmapipe.archiver.main",
-            "backports.zstd asyncio xxhash qemu vmapipe.restore vmapipe.runtime.keys",
+            "backports.zstd asyncio qemu vmapipe.restore",
         ),
         ("vmapipe.restore.verify.verify", "backports.zstd asyncio qemu"),
         ("vmapipe.restore.workers.worker", "backports.zstd asyncio qemu"),
