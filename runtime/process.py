@@ -23,7 +23,7 @@ from vmapipe.runtime.syscalls import set_time_slice
 from vmapipe.runtime.text import one_line
 
 # The next one of its kind says as much and more.
-_DROPPABLE = frozenset({"progress", "buffer", "transfer"})
+_DROPPABLE = frozenset({"progress", "buffer", "transfer", "carried"})
 # With 20 libzmq aborts in the middle of a small job; 24 were enough for one disk.
 _LEAST_DESCRIPTORS = 32
 # A thread's stack where the limit says nothing useful: glibc's own.

@@ -41,6 +41,8 @@ class Relay:
         self._held = b""
         self._pipe: tuple[int, int] | None = None
         self._piped_bytes = 0
+        #: In all, since the handshake.
+        self.taken_bytes = 0
         # A pipe has places for pieces, however small: it may be full before its bytes are.
         self._is_full = False
 
@@ -76,6 +78,7 @@ class Relay:
             return
         except OSError:
             size = 0
+        self.taken_bytes += size
         self.ended = not size
 
     def give(self) -> None:

@@ -14,7 +14,9 @@ import os
 import socket
 import stat
 import struct
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import zmq
 
@@ -156,6 +158,12 @@ class ListeningSocket:
         ready: list[tuple[object, int]] = list(self._poller.poll(int(timeout_s * 1000)))
         if self._door:
             self._door.look()
+            if self._connections and self._door.carried:
+                # Who has come must be known before what it has sent.
+                self._connections.look()
+                for name, sent_bytes in self._door.carried.items():
+                    self._connections.carried(name, sent_bytes, time.monotonic())
+                self._door.carried.clear()
         if self._gate:
             self._gate.answer(self._door.judged if self._door else ())
         if self._connections:
@@ -203,8 +211,10 @@ class ListeningSocket:
             if not int(self._socket.get(zmq.EVENTS)) & _POLLIN:
                 break
             peer, *parts = self._socket.recv_multipart(_NOBLOCK, copy=False)
-            if self._connections and not self._connections.heard(peer):
-                continue
+            if self._connections:
+                if not self._connections.heard(peer):
+                    continue
+                self._connections.took(peer.bytes, parts)
             client = self._gate.name_of(peer) if self._gate else ""
             if client is not None:
                 return peer.bytes, client, parts
@@ -243,8 +253,31 @@ _FD_PROPERTY = "__fd"
 # answers for another peer that had this name, or end the process when the name that
 # it is about to choose itself is taken.
 _NAME_PROPERTY = "Identity"
+# Sent over one connection and not come out as messages: more than a producer may have under way,
+# which is its credit, 16 MiB, once more over a new connection, and a message that is incomplete.
+_MOST_UNFINISHED_BYTES = 48 << 20
+# And over all of them together.
+_MOST_UNFINISHED_TOGETHER_BYTES = 512 << 20
+# Of each part: its frame's head and what encryption adds.
+_PART_BYTES = 42
+# Heartbeats, which never come out.
+_HEARTBEAT_BYTES_S = 64
 # Of whom something may still come after they have gone.
 _MAX_GONE = 4096
+
+
+@dataclass(slots=True)
+class _Sent:
+    """What was sent over a connection, and what of it came out as messages."""
+
+    name: str
+    carried_bytes: int = 0
+    taken_bytes: int = 0
+    since: float = 0.0
+
+    def unfinished_bytes(self, now: float) -> float:
+        beats = _HEARTBEAT_BYTES_S * (now - self.since) if self.since else 0.0
+        return max(0.0, self.carried_bytes - self.taken_bytes - beats)
 
 
 class Connections:
@@ -263,6 +296,10 @@ class Connections:
         # Those that have gone, and whether what they had sent is still heard.
         self._left: dict[bytes, bool] = {}
         self._gone: list[bytes] = []
+        # By descriptor: the name of its other half, what was sent there, and what came out.
+        self._names: dict[str, int] = {}
+        self._sent: dict[int, _Sent] = {}
+        self._unfinished = 0
         self._said = False
         self._notices: list[str] = []
         self.monitor = listener.get_monitor_socket(_EVENTS)
@@ -319,6 +356,61 @@ class Connections:
             self._shut(fd)
         self._leave(peer, is_heard=False)
 
+    def carried(self, name: str, sent_bytes: int, now: float) -> None:
+        """So much has been sent over the connection of this name; end those that send messages without an end.
+
+        ZeroMQ holds the parts of a message until the last one has come, however many they are.
+        """
+        fd = self._names.get(name)
+        if fd is None:
+            return
+        sent = self._sent[fd]
+        sent.since = sent.since or now
+        sent.carried_bytes = sent_bytes
+        # What came out was counted with a little too much: that is no credit.
+        sent.taken_bytes = min(sent.taken_bytes, sent_bytes)
+        if sent.unfinished_bytes(now) > _MOST_UNFINISHED_BYTES:
+            self._end_unfinished(fd)
+        elif sum(each.unfinished_bytes(now) for each in self._sent.values()) > (
+            _MOST_UNFINISHED_TOGETHER_BYTES
+        ):
+            self._end_unfinished(max(self._sent, key=lambda f: self._sent[f].unfinished_bytes(now)))
+
+    def took(self, peer: bytes, parts: Sequence[zmq.Frame]) -> None:
+        """A message has come out."""
+        sent = self._sent.get(self._fds.get(peer, -1))
+        if sent is not None:
+            sent.taken_bytes += sum(len(part) + _PART_BYTES for part in parts)
+
+    def _know_name(self, fd: int) -> None:
+        self._forget_name(fd)
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+            name = connection.getpeername()
+            if isinstance(name, bytes) and name:
+                text = name[1:].decode("ascii", "replace")
+                self._names[text] = fd
+                self._sent[fd] = _Sent(text)
+
+    def _forget_name(self, fd: int) -> None:
+        sent = self._sent.pop(fd, None)
+        if sent is not None and self._names.get(sent.name) == fd:
+            del self._names[sent.name]
+
+    def _end_unfinished(self, fd: int) -> None:
+        self._unfinished += 1
+        # The first, the tenth, the hundredth: a log that peers can fill is no log.
+        if str(self._unfinished).strip("0") == "1":
+            self._notices.append(
+                f"ended {self._unfinished} connection{'s' * (self._unfinished > 1)} whose messages had no end"
+            )
+        peer = self._peers.get(fd)
+        if peer is not None:
+            self.drop(peer)
+        else:
+            self._silent.pop(fd, None)
+            self._shut(fd)
+        self._forget_name(fd)
+
     def take_gone(self) -> list[bytes]:
         """Peers whose connection has ended since; what they had sent may still come."""
         gone, self._gone = self._gone, []
@@ -332,12 +424,14 @@ class Connections:
     def _take(self, event: int, fd: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
             self._silent[fd] = None
+            self._know_name(fd)
             if len(self._silent) > self._most_silent:
                 oldest = next(iter(self._silent))
                 # At once: of a burst each must make room for one.
                 del self._silent[oldest]
                 self._shut(oldest)
         elif event == zmq.EVENT_DISCONNECTED:
+            self._forget_name(fd)
             self._silent.pop(fd, None)
             peer = self._peers.pop(fd, None)
             if peer is not None:

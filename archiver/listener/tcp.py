@@ -97,6 +97,8 @@ class TcpPort:
         """Takes the port. Raises Failure."""
         self._curve = curve
         self.judged: list[str] = []
+        #: Connections by the name of their inner half, and the bytes that each has sent.
+        self.carried: dict[str, int] = {}
         self._notices: list[str] = []
         self._listener = _listen(endpoint)
         host, port = self._listener.getsockname()[:2]
@@ -128,6 +130,8 @@ class TcpPort:
             match event:
                 case {"event": "notice", "text": str(text)}:
                     self._notices.append(text)
+                case {"event": "carried", "name": str(name), "bytes": int(sent_bytes)}:
+                    self.carried[name] = sent_bytes
                 case {"event": "judged", "address": str(address)}:
                     self.judged = [*self.judged, address][-_MAX_JUDGED:]
                 case {"event": "decided", "address": str(address)} if address in self.judged:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A message without an end takes a bounded part of a service's memory, and no honest job is touched."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from pathlib import Path
+
+from tests.machine import LIMIT_S, good, make_disk
+from tests.service.serving import serving
+
+MIB = 1 << 20
+GREETING = b"\xff" + bytes(7) + b"\x01\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+READY = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+# A frame of 1 MiB, with more to come.
+PART = b"\x03" + MIB.to_bytes(8, "big") + bytes(MIB)
+PARTS = 400
+
+
+def send_without_end(port: int) -> None:
+    """As much as is taken; what comes after the end is thrown away."""
+    with socket.create_connection(("127.0.0.1", port), LIMIT_S) as sock:
+        sock.sendall(GREETING + READY)
+        said = b""
+        while b"READY" not in said:
+            said += sock.recv(1000)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(PARTS):
+                sock.sendall(PART)
+
+
+def test_a_message_without_an_end_is_ended_and_takes_little_memory(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk.raw", "A0" * 40)
+    with serving(tmp_path / "store") as served:
+        before = served.rss_peak_bytes()
+        for _ in range(2):
+            send_without_end(int(served.endpoint.rpartition(":")[2]))
+        good("backup", *served.words, "--disk", f"a={disk}", "vm.vma")
+        assert served.rss_peak_bytes() - before < 160 * MIB
+        log = served.stop()
+    assert any("messages had no end" in str(event.get("text")) for event in log), log
+
+
+def test_much_data_in_messages_that_end_is_none_of_that(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk.raw", "A" * 1600)  # 100 MiB
+    with serving(tmp_path / "store") as served:
+        good("backup", *served.words, "--disk", f"a={disk}", "vm.vma")
+        log = served.stop()
+    assert not any("no end" in str(event.get("text")) for event in log)
