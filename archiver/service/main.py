@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 from vmapipe.archiver.job.spec import RECONNECT_S
 from vmapipe.archiver.outputs.compress import MAX_THREADS
 from vmapipe.archiver.service.archivers import ArchiverProcesses
 from vmapipe.archiver.service.front import Front
 from vmapipe.archiver.service.jobs import Need, ServiceLimits
+from vmapipe.archiver.service.log import LogStream
 from vmapipe.archiver.service.server import ServiceLoop, ServiceSockets
 from vmapipe.archiver.service.storage import (
     STORE_JOB_MEMORY_BYTES,
@@ -34,12 +33,24 @@ from vmapipe.runtime.text import one_line
 
 # What a file system is kept from being filled with, for its other users.
 _MIN_FREE_BYTES = 1 << 30
+# For a log's reader that is slow.
+_LAST_WORDS_S = 2.0
 
 
 def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
     """Raises Failure when it cannot begin; afterwards it ends when a stop is asked for."""
     _check(options)
-    emit = _say_json if options.json else _say
+    line_of = _json_line if options.json else _text_line
+
+    def left_out(count: int) -> str:
+        text = f"{count} lines of the log were left out, because nobody read it"
+        return line_of({"event": "notice", "text": text})
+
+    log = LogStream((sys.stdout if options.json else sys.stderr).fileno(), left_out)
+
+    def emit(event: Event) -> None:
+        log.write(line_of(event))
+
     keys = read_server_keys(options.keys) if options.keys else None
     usual = ClientLimits(quota_bytes=options.quota, max_jobs=options.client_jobs)
     rules = ClientRules(
@@ -76,12 +87,13 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
             front = Front(bounds, places, time.monotonic())
             emit({"event": "ready", "listen": link.endpoint, "directory": options.directory})
             notify("READY=1", "STATUS=0 jobs are running")
-            ServiceLoop(front, link, crew, emit).run(cancel, options.stop_timeout)
+            ServiceLoop(front, link, crew, emit, log.flush).run(cancel, options.stop_timeout)
         finally:
             crew.close()
     finally:
         link.close()
     emit({"event": "notice", "text": "stopped"})
+    log.close(_LAST_WORDS_S)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -139,11 +151,11 @@ def _reconnect_limit_s(options: argparse.Namespace) -> int:
     return limit_s
 
 
-def _say_json(event: Event) -> None:
-    _write(sys.stdout, encode_line({"time": round(time.time(), 3), **event}).decode())
+def _json_line(event: Event) -> str:
+    return encode_line({"time": round(time.time(), 3), **event}).decode()
 
 
-def _say(event: Event) -> None:
+def _text_line(event: Event) -> str:
     of = f" of client {event['client']}" if event.get("client") else ""
     match event["event"]:
         case "ready":
@@ -160,11 +172,4 @@ def _say(event: Event) -> None:
             text = f"{event['archive']}: {event['text']}"
         case _:
             text = str(event["text"])
-    _write(sys.stderr, one_line(text) + "\n")
-
-
-def _write(stream: TextIO, line: str) -> None:
-    # A log whose reader is gone is no reason to give up backups.
-    with contextlib.suppress(OSError):
-        stream.write(line)
-        stream.flush()
+    return one_line(text) + "\n"

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import zmq
 
@@ -43,12 +43,18 @@ class ServiceLoop:
     """From the first peer to the end of the last job."""
 
     def __init__(
-        self, front: Front, link: ServiceSockets, crew: ArchiverProcesses, emit: Emit
+        self,
+        front: Front,
+        link: ServiceSockets,
+        crew: ArchiverProcesses,
+        emit: Emit,
+        flush_log: Callable[[], None],
     ) -> None:
         self._front = front
         self._link = link
         self._crew = crew
         self._emit = emit
+        self._flush_log = flush_log
         self._next_tick = 0.0
         self._status = ""
 
@@ -108,6 +114,7 @@ class ServiceLoop:
         for text in self._link.take_notices():
             self._emit({"event": "notice", "text": text})
         self._handle(TimePassed(now))
+        self._flush_log()
         status = f"{len(self._front.running)} jobs are running"
         notify("WATCHDOG=1", *([f"STATUS={status}"] if status != self._status else ()))
         self._status = status
