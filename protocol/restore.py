@@ -87,6 +87,8 @@ class Setup(NamedTuple):
     memory_fd: _FdOrNone
     targets: tuple[TargetSetup, ...]
     partials: tuple[Partial, ...] = ()
+    #: What the archive's disk cannot read is zeroes, and told as damaged.
+    past_errors: bool = False
 
 
 class RangeWork(NamedTuple):

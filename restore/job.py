@@ -280,7 +280,14 @@ class _RestoreJob:
         archive_fd = source.fd if isinstance(source, PlainFile) else -1
         memory_fd = self._slots.fd if self._slots is not None else -1
         partials = self._targets.partials
-        setup = Setup(self._archive.header.uuid, archive_fd, memory_fd, self._setups, partials)
+        setup = Setup(
+            self._archive.header.uuid,
+            archive_fd,
+            memory_fd,
+            self._setups,
+            partials,
+            isinstance(source, PlainFile) and source.lost is not None,
+        )
         fds = [archive_fd, memory_fd]
         fds += [target.fd for target in self._setups]
         for partial in partials:

@@ -20,6 +20,13 @@ import socket
 import struct
 from collections.abc import Callable, Collection
 
+# What the kernel says of sectors that a disk cannot give: those around them may be readable.
+_SECTORS_LOST = frozenset(
+    {errno.EIO, errno.ENODATA, errno.EREMOTEIO, errno.EILSEQ, errno.EBADMSG, errno.EUCLEAN}
+)
+# The page cache reads no less.
+_LOST_BYTES = 4096
+
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
@@ -81,21 +88,49 @@ def openat2(folder_fd: int, path: str, flags: int, mode: int, resolve: int) -> i
     return int(fd)
 
 
+def _read_or_lose(fd: int, block: memoryview, offset: int, lost: list[tuple[int, int]]) -> int:
+    try:
+        return os.preadv(fd, [block], offset)
+    except OSError as error:
+        if error.errno not in _SECTORS_LOST:
+            raise
+    if offset >= os.lseek(fd, 0, os.SEEK_END):
+        return 0
+    block[:] = bytes(len(block))
+    if lost and sum(lost[-1]) == offset:
+        lost[-1] = (lost[-1][0], lost[-1][1] + len(block))
+    else:
+        lost.append((offset, len(block)))
+    return len(block)
+
+
 def read_at(
     fd: int,
     view: memoryview,
     offset: int,
     failed: Callable[[int, OSError], Exception] | None = None,
+    lost: list[tuple[int, int]] | None = None,
 ) -> int:
     """Fill `view` from `offset` on; returns how much there is, less only at the file's end.
 
     Raises OSError, or what `failed` makes of the offset that could not be read and the OSError.
+    With `lost`, sectors that the disk has lost are zeroes instead, and are added there as
+    (offset, length).
     """
     done = 0
     while done < len(view):
         try:
             got = os.preadv(fd, [view[done:]], offset + done)
         except OSError as error:
+            if lost is not None and error.errno in _SECTORS_LOST:
+                at = offset + done
+                block = view[done : done + _LOST_BYTES - at % _LOST_BYTES]
+                # Some file systems refuse a whole read for one sector in its middle.
+                got = _read_or_lose(fd, block, at, lost)
+                if not got:
+                    break
+                done += got
+                continue
             if failed is None:
                 raise
             raise failed(offset + done, error) from error

@@ -206,10 +206,12 @@ class ReadOptions(NamedTuple):
     """`max_window_bytes`: memory that a zstd file may ask for; 0: as much as `zstd -d` takes.
 
     `salvage`: where the beginning is damaged, a file is compressed with what its name says.
+    `past_errors`: sectors of a plain file that its disk cannot read are zeroes, and are remembered.
     """
 
     max_window_bytes: int = 0
     salvage: bool = False
+    past_errors: bool = False
 
 
 def compression_of(start: bytes) -> str:

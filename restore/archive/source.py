@@ -7,7 +7,7 @@ import io
 import os
 import stat
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vmapipe.restore.archive.compressed import (
@@ -36,6 +36,8 @@ _BUFFER_BYTES = 1 << 16
 _MAX_DIGITS = 9
 # More threads than this decompress faster than one reader can take.
 _MAX_THREADS = 4
+# Places of an archive that its disk cannot read. Beyond that little of it would be left.
+_MOST_LOST = 10_000
 
 
 class PlainFile:
@@ -48,6 +50,17 @@ class PlainFile:
         self.path = path
         self.fd = fd
         self.size_bytes = size_bytes
+        #: What its disk cannot read, as (offset, length), and reads as zeroes; None: that is an error.
+        self.lost: list[tuple[int, int]] | None = None
+
+    def lost_in(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """What of these bytes cannot be read. Raises InputError."""
+        found = _within(self.lost or (), offset, length)
+        if not found and self.lost is not None:
+            # Another process has met it.
+            self.read_into(memoryview(bytearray(length)), offset)
+            found = _within(self.lost, offset, length)
+        return found
 
     @property
     def place(self) -> str | None:
@@ -60,9 +73,12 @@ class PlainFile:
         try:
             data = os.pread(self.fd, length, offset)
         except OSError as error:
-            raise self._failed(offset, error) from error
-        if not data or len(data) == length:
-            return data
+            if self.lost is None:
+                raise self._failed(offset, error) from error
+            data = b""
+        else:
+            if not data or len(data) == length:
+                return data
         view = memoryview(bytearray(length))
         view[: len(data)] = data
         done = len(data) + self.read_into(view[len(data) :], offset + len(data))
@@ -70,13 +86,22 @@ class PlainFile:
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view`; less than its length only at the file's end. Raises InputError."""
-        return read_at(self.fd, view, offset, self._failed)
+        done = read_at(self.fd, view, offset, self._failed, self.lost)
+        if self.lost is not None and len(self.lost) > _MOST_LOST:
+            raise InputError(
+                f"{self.name}: its disk cannot read it in more than {_MOST_LOST} places"
+            )
+        return done
 
     def _failed(self, offset: int, error: OSError) -> InputError:
         return InputError(f"cannot read {self.name} at offset {offset}: {os_error_text(error)}")
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def _within(ranges: Iterable[tuple[int, int]], offset: int, length: int) -> list[tuple[int, int]]:
+    return [(at, n) for at, n in ranges if at < offset + length and at + n > offset]
 
 
 class Stream:
@@ -288,14 +313,16 @@ def _open_seekable(
     name: str, path: str | None, fd: int, size_bytes: int, cancel: Cancel, options: ReadOptions
 ) -> Source | None:
     """None where it has to be read in order after all."""
-    start = os.pread(fd, MAGIC_BYTES, 0)
+    file = PlainFile(name, path, fd, size_bytes)
+    file.lost = [] if options.past_errors else None
+    start = file.pread(MAGIC_BYTES, 0)
     if options.salvage:
         compression = salvaged_compression(name, start)
     else:
         is_compressed(name, start)  # refuses what is known and cannot be read
         compression = compression_of(start)
     if compression == "none":
-        return PlainFile(name, path, fd, size_bytes)
+        return file
     if compression != "zstd":
         return None
     return _open_frames(

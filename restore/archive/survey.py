@@ -395,7 +395,7 @@ def open_damaged(
     `manifest`: where it is not beside the archive; it knows the sizes exactly. The archive's
     `notes` tell what is lost or guessed. Raises as `open_archive`, where there is not one extent.
     """
-    options = options._replace(salvage=True)
+    options = options._replace(salvage=True, past_errors=True)
     try:
         return open_archive(name, cancel, options)
     except ArchiveError as error:

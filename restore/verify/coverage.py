@@ -35,6 +35,7 @@ _REFERENCE_WORDS = {
     _MISSING_VMSTATE: "found out of order vmstate data",
     _OUT_OF_ORDER: "found out of order vmstate data",
 }
+UNREADABLE = "the disk that the archive is on cannot read it"
 NOT_THERE = "no extent of the archive that can be read holds it"
 TWICE = "it is in the archive more than once; the first one counts"
 
@@ -110,7 +111,7 @@ class CoverageReport:
         """Yield all that is missing or damaged, in the device's order."""
         kinds = [_ranges(device, self._missing(device), "missing", NOT_THERE)]
         for reason, clusters in self._damaged.get(device.dev_id, {}).items():
-            kinds.append(_ranges(device, joined(clusters.present()), "damaged", reason))
+            kinds.append(_ranges(device, joined(clusters.present()), _kind(reason), reason))
         yield from heapq.merge(*kinds)
 
     def is_complete(self, device: Device) -> bool:
@@ -254,3 +255,7 @@ def _wrong(
         return
     start, length = first * CLUSTER_BYTES, _length(device, first, end - first)
     yield Damage(f"{what} {why}", name, start, length, at, words)
+
+
+def _kind(reason: str) -> str:
+    return "missing" if reason == UNREADABLE else "damaged"

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 
 from vmapipe.clusters.cluster_set import ClusterSet
-from vmapipe.clusters.sizes import CLUSTER_BYTES, MAX_CLUSTERS
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES, MAX_CLUSTERS
 from vmapipe.restore.archive.errors import CompressionError, DigestError
 from vmapipe.restore.archive.manifest import Manifest, ManifestWalk
 from vmapipe.restore.archive.parts import Proof
@@ -15,7 +15,7 @@ from vmapipe.restore.archive.reader import Archive, FoundExtent, check_opening
 from vmapipe.restore.archive.source import PlainFile, Stream
 from vmapipe.restore.archive.survey import Gap
 from vmapipe.restore.verify.compare import DeviceDigests, digest_of, digests_of_file
-from vmapipe.restore.verify.coverage import CoverageReport
+from vmapipe.restore.verify.coverage import UNREADABLE, CoverageReport
 from vmapipe.restore.verify.report import (
     DAMAGED,
     INCOMPLETE,
@@ -153,7 +153,16 @@ class Ledger:
         return piece._replace(digest=digest)
 
     def wrong_digest(self, extent: Extent) -> None:
-        """The digest of an extent that `take` has given out is not what it must be."""
+        """The digest of an extent that `take` has given out is not what it must be.
+
+        Or its disk cannot read all of it: then that is missing. Raises InputError.
+        """
+        source = self._archive.source
+        if isinstance(source, PlainFile) and (
+            lost := source.lost_in(extent.offset, extent.total_bytes)
+        ):
+            self._unreadable(extent, lost)
+            return
         self._remember(damaged_data(extent, {d.dev_id: d.name for d in self._header.devices}))
         # Zeroes stand in the header, which has a checksum of its own.
         runs = [run for run in extent.runs if not run.is_zero] or list(extent.runs)
@@ -166,6 +175,23 @@ class Ledger:
                 self._shared.append(find)
             else:
                 self._tell(find)
+
+    def _unreadable(self, extent: Extent, lost: list[tuple[int, int]]) -> None:
+        """What else the extent holds is restored, and nothing vouches for it."""
+        for run in extent.runs:
+            self._unchecked.add(run.dev_id)
+            at = extent.offset + EXTENT_HEADER_BYTES + run.data_at
+            for cluster, mask in enumerate(run.masks, run.first_cluster):
+                end = at + mask.bit_count() * BLOCK_BYTES
+                if any(first < end and first + length > at for first, length in lost):
+                    self._census.mark_clusters(run.dev_id, cluster, 1, UNREADABLE)
+                    self._surely_damaged.add(run.dev_id)
+                at = end
+
+    def _tell_lost(self) -> None:
+        source = self._archive.source
+        for at, length in (source.lost or ()) if isinstance(source, PlainFile) else ():
+            self.found(ArchiveError(f"{UNREADABLE}: {length} bytes", offset=at))
 
     def gap(self, gap: Gap) -> None:
         """Archive bytes without an extent."""
@@ -211,6 +237,7 @@ class Ledger:
 
     def finish(self, archive_bytes: int, check: Callable[[], None]) -> None:
         """The archive has ended, and all digests were compared."""
+        self._tell_lost()
         self._finish_manifest(archive_bytes)
         self._acquit(check)
         for find in self._shared:

@@ -57,7 +57,7 @@ def verify(name: str, emit: Emit, cancel: Cancel, options: VerifyOptions | None 
     options = options or VerifyOptions()
     report = Report(name)
     started = time.monotonic()
-    with open_archive(name, cancel, options.read) as archive:
+    with open_archive(name, cancel, options.read._replace(past_errors=True)) as archive:
         report.compression = archive.source.compression
         if options.file_digest:
             must_be_there_twice(archive.source)

@@ -47,7 +47,7 @@ class Work(NamedTuple):
     `ahead`: how many like it one worker may have; `cluster_bytes`: of the
     devices it covers, for progress; `data_bytes`: per limited device; `slot`:
     what is free when it is done, or -1; `end`: where in the archive it ends; `extents`: those
-    that are compared with a digest.
+    of it, of which the worker may call some damaged.
     """
 
     seq: int
@@ -171,7 +171,7 @@ class WorkBuilder:
                 data_bytes[ALL_DEVICES] = data_bytes.get(ALL_DEVICES, 0) + run.data_bytes
         cluster_bytes = CLUSTER_BYTES * sum(run.count for run in runs)
         end = batch[-1].extent.offset + batch[-1].extent.total_bytes
-        extents = tuple(piece.extent for piece in batch) if parts and batch[0].digest else ()
+        extents = tuple(piece.extent for piece in batch) if parts else ()
         return Work(self._seq, parts, ahead, cluster_bytes, data_bytes, slot, end, extents)
 
 

@@ -132,11 +132,14 @@ class Worker:
             if work.written and digest and self._is_there(raw, offset, digest):
                 kept_bytes += size - EXTENT_HEADER_BYTES
                 continue
-            self._read(raw, offset)
+            lost = self._read(raw, offset)
+            if lost and lost[0][0] < offset + EXTENT_HEADER_BYTES:
+                damaged.append(index)
+                continue
             extent = self._parse(raw, offset)
             if extent.total_bytes != size:
                 raise ArchiveError("the archive changes while it is read", offset=offset)
-            if not _is_right(digest, raw):
+            if lost or not _is_right(digest, raw):
                 damaged.append(index)
             kept_bytes += self._write(extent, raw[EXTENT_HEADER_BYTES:], work)
         return kept_bytes, tuple(damaged)
@@ -160,10 +163,14 @@ class Worker:
             return False
         return _is_right(digest, raw)
 
-    def _read(self, raw: memoryview, offset: int) -> None:
-        done = read_at(self._archive_fd, raw, offset, _unreadable)
+    def _read(self, raw: memoryview, offset: int) -> list[tuple[int, int]]:
+        """What the archive's disk cannot read of it, where that is to be passed over."""
+        lost: list[tuple[int, int]] = []
+        passes = self._setup is not None and self._setup.past_errors
+        done = read_at(self._archive_fd, raw, offset, _unreadable, lost if passes else None)
         if done < len(raw):
             raise ArchiveError("the archive is cut while it is read", offset=offset + done)
+        return lost
 
     def _parse(self, raw: bytes | memoryview, offset: int) -> Extent:
         uuid = self._setup.uuid if self._setup is not None else b""
