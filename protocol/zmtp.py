@@ -12,9 +12,9 @@ from __future__ import annotations
 import enum
 
 GREETING_BYTES = 64
-# The longest of a client's words before it is let in: CURVE's INITIATE is 257 bytes
+# The longest command of a client before it is accepted: CURVE's INITIATE is 257 bytes
 # and its metadata, of which a name chosen by the client has at most 255.
-MAX_WORD_BYTES = 1024
+MAX_COMMAND_BYTES = 1024
 
 _MECHANISM = slice(12, 32)
 _AS_SERVER = 32
@@ -23,51 +23,51 @@ _CURVE_HELLO_BYTES = 200
 
 
 class HandshakeRefused(Exception):
-    """What came is not the opening of a connection that we want."""
+    """The bytes are not the opening of a connection that may be passed on."""
 
 
 class Stage(enum.Enum):
     GREETING = "its greeting is awaited"
-    WORD = "its first word is awaited"
-    #: `pending` is to be passed on to the socket, which was not troubled before.
-    KNOCKED = "it waits to be let in"
-    PROVING = "the socket decides"
-    IN = "it is let in"
+    COMMAND = "its first command is awaited"
+    #: `pending` is to be passed on to the socket, which has received nothing before.
+    QUEUED = "it waits to be connected to the socket"
+    AUTHENTICATING = "the socket authenticates it"
+    ACCEPTED = "the socket has accepted it"
 
 
 def greeting(*, curve: bool) -> bytes:
-    """What a server says first. The same from every libzmq since 4.2."""
+    """Return the greeting of a server: the same from every libzmq since 4.2."""
     mechanism = b"CURVE" if curve else b"NULL"
     head = b"\xff" + bytes(7) + b"\x01\x7f" + b"\x03\x01" + mechanism.ljust(20, b"\0")
     return (head + bytes([curve])).ljust(GREETING_BYTES, b"\0")
 
 
 class ConnectionOpening:
-    """One connection's. Give `hear` what the client says and `answered` what the socket says."""
+    """The opening of one connection: `receive` takes the client's bytes, `answered` the socket's."""
 
     def __init__(self, *, curve: bool) -> None:
         self.stage = Stage.GREETING
-        #: What the socket has to be given next.
+        #: Bytes to pass on to the socket next.
         self.pending = b""
-        #: It was shown out by the socket, with a word of that.
-        self.shown_out = False
-        #: The socket decides about it now: its last word before it is let in was passed on.
-        self.is_judged = False
+        #: The socket has rejected it with an ERROR command.
+        self.rejected = False
+        #: The last command that the socket needs for its decision was passed on.
+        self.is_authenticating = False
         self._curve = curve
         self._held = b""
-        self._said = b""
+        self._from_socket = b""
         self._greeted = False
 
-    def is_in(self) -> bool:
-        """The socket has let it in: all that either of them says now is for the other."""
-        return self.stage is Stage.IN
+    def is_accepted(self) -> bool:
+        """The socket has accepted it: all further bytes are passed on as they are."""
+        return self.stage is Stage.ACCEPTED
 
     @property
     def wanted_bytes(self) -> int:
-        """At most so much may be read from the client now."""
-        return max(0, GREETING_BYTES + MAX_WORD_BYTES - len(self._held) - len(self.pending))
+        """How many bytes may be read from the client now."""
+        return max(0, GREETING_BYTES + MAX_COMMAND_BYTES - len(self._held) - len(self.pending))
 
-    def hear(self, data: bytes) -> None:
+    def receive(self, data: bytes) -> None:
         """The client says this. Raises Refused."""
         self._held += data
         if self.stage is Stage.GREETING:
@@ -77,85 +77,87 @@ class ConnectionOpening:
                     self._held[:GREETING_BYTES],
                     self._held[GREETING_BYTES:],
                 )
-                self.stage = Stage.WORD
-        if self.stage is Stage.WORD:
-            word = self._take_word(b"HELLO" if self._curve else b"READY")
-            if word:
-                self.pending += word
-                self.stage = Stage.KNOCKED
-                self.is_judged = not self._curve
-        if self.stage is Stage.PROVING:
-            self._go_on()
+                self.stage = Stage.COMMAND
+        if self.stage is Stage.COMMAND:
+            command = self._take_command(b"HELLO" if self._curve else b"READY")
+            if command:
+                self.pending += command
+                self.stage = Stage.QUEUED
+                self.is_authenticating = not self._curve
+        if self.stage is Stage.AUTHENTICATING:
+            self._receive_command()
 
-    def let_in(self) -> bytes:
-        """The socket is connected to: this is for it."""
-        self.stage = Stage.PROVING
+    def take_pending(self) -> bytes:
+        """Return the bytes for the socket, which is connected now."""
+        self.stage = Stage.AUTHENTICATING
         data, self.pending = self.pending, b""
         return data
 
     def answered(self, data: bytes) -> bytes:
-        """The socket says this; returns what of it is for the client, who has our greeting."""
-        self._said += data
+        """Take bytes from the socket; return those for the client, which has our greeting already."""
+        self._from_socket += data
         if not self._greeted:
-            if len(self._said) < GREETING_BYTES:
+            if len(self._from_socket) < GREETING_BYTES:
                 return b""
             self._greeted = True
-            self._said = self._said[GREETING_BYTES:]
+            self._from_socket = self._from_socket[GREETING_BYTES:]
         out = b""
-        while self.stage is not Stage.IN and (size := _word_bytes(self._said)):
-            word, self._said = self._said[:size], self._said[size:]
-            out += word
-            name = _name(word)
+        while self.stage is not Stage.ACCEPTED and (size := _command_bytes(self._from_socket)):
+            command, self._from_socket = self._from_socket[:size], self._from_socket[size:]
+            out += command
+            name = _name(command)
             if name == b"READY":
-                self.stage = Stage.IN
+                self.stage = Stage.ACCEPTED
                 self.pending, self._held = self._held, b""
             elif name == b"ERROR":
-                self.shown_out = True
-        if self.stage is Stage.IN:
-            out, self._said = out + self._said, b""
+                self.rejected = True
+        if self.stage is Stage.ACCEPTED:
+            out, self._from_socket = out + self._from_socket, b""
         return out
 
-    def _go_on(self) -> None:
-        if not self.is_judged:
-            word = self._take_word(b"INITIATE")
-            if word:
-                self.pending += word
-                self.is_judged = True
-        if len(self._held) > MAX_WORD_BYTES:
-            raise HandshakeRefused("it says more than anybody has to before it is let in")
+    def _receive_command(self) -> None:
+        if not self.is_authenticating:
+            command = self._take_command(b"INITIATE")
+            if command:
+                self.pending += command
+                self.is_authenticating = True
+        if len(self._held) > MAX_COMMAND_BYTES:
+            raise HandshakeRefused("it sends more than is needed before it is accepted")
 
-    def _take_word(self, name: bytes) -> bytes:
-        """The next word if it is there whole. Raises Refused for another one."""
+    def _take_command(self, name: bytes) -> bytes:
+        """The next command if it is there whole. Raises Refused for another one."""
         held = self._held
         if not held:
             return b""
         if held[0] not in (_COMMAND, _COMMAND | _LONG):
-            raise HandshakeRefused("no command where one has to be")
-        size = _word_bytes(held, whole=False)
-        if size > MAX_WORD_BYTES or (name == b"HELLO" and size and size != 2 + _CURVE_HELLO_BYTES):
-            raise HandshakeRefused("a command of that length is none of an opening")
+            raise HandshakeRefused("data before the connection is accepted")
+        size = _command_bytes(held, whole=False)
+        if size > MAX_COMMAND_BYTES or (
+            name == b"HELLO" and size and size != 2 + _CURVE_HELLO_BYTES
+        ):
+            raise HandshakeRefused("a command that is too long for an opening")
         start = _body_at(held)
         want = bytes([len(name)]) + name
         if not want.startswith(held[start : start + len(want)]):
-            raise HandshakeRefused("another command than the one that has to be")
+            raise HandshakeRefused("an unexpected command")
         if not size or len(held) < size:
             return b""
-        word, self._held = held[:size], held[size:]
-        if name == b"READY" and _has_identity(word[start + len(want) :]):
-            raise HandshakeRefused("a name of its own choice, which could be another one's")
-        return word
+        command, self._held = held[:size], held[size:]
+        if name == b"READY" and _has_identity(command[start + len(want) :]):
+            raise HandshakeRefused("an identity of its own choice, which could be another peer's")
+        return command
 
     def _check_greeting(self, said: bytes) -> None:
         """What is there of it. Raises Refused."""
         wanted = greeting(curve=self._curve)
         # The eight bytes between are a length for older protocols.
         if said[:1] != b"\xff"[: len(said)] or (len(said) > 9 and said[9] != 0x7F):
-            raise HandshakeRefused("no greeting of ZMTP 3")
+            raise HandshakeRefused("not a greeting of ZMTP 3")
         if len(said) > 10 and said[10] < 3:
             raise HandshakeRefused("an older ZMTP than 3")
         part = said[_MECHANISM]
         if part != wanted[_MECHANISM][: len(part)]:
-            raise HandshakeRefused("another way to prove who one is")
+            raise HandshakeRefused("another security mechanism")
         if len(said) > _AS_SERVER and said[_AS_SERVER]:
             raise HandshakeRefused("it greets as a server")
 
@@ -164,7 +166,7 @@ def _body_at(data: bytes) -> int:
     return 9 if data[0] & _LONG else 2
 
 
-def _word_bytes(data: bytes, *, whole: bool = True) -> int:
+def _command_bytes(data: bytes, *, whole: bool = True) -> int:
     """The length of a frame with its header; 0: not known yet, or (`whole`) not all there."""
     if len(data) < 2:
         return 0
@@ -177,9 +179,9 @@ def _word_bytes(data: bytes, *, whole: bool = True) -> int:
     return size if not whole or len(data) >= size else 0
 
 
-def _name(word: bytes) -> bytes:
-    body = word[_body_at(word) :]
-    return body[1 : 1 + body[0]] if body and word[0] & _COMMAND else b""
+def _name(command: bytes) -> bytes:
+    body = command[_body_at(command) :]
+    return body[1 : 1 + body[0]] if body and command[0] & _COMMAND else b""
 
 
 def _has_identity(metadata: bytes) -> bool:
@@ -189,11 +191,11 @@ def _has_identity(metadata: bytes) -> bool:
         name_end = at + 1 + metadata[at]
         value_at = name_end + 4
         if value_at > len(metadata):
-            raise HandshakeRefused("metadata that end too early")
+            raise HandshakeRefused("metadata that ends too early")
         size = int.from_bytes(metadata[name_end:value_at], "big")
         if metadata[at + 1 : name_end].lower() == b"identity" and size:
             return True
         at = value_at + size
     if at > len(metadata):
-        raise HandshakeRefused("metadata that end too early")
+        raise HandshakeRefused("metadata that ends too early")
     return False

@@ -83,7 +83,7 @@ class _Server:
         while not job.over and not (cancel.asked and job.phase is JobPhase.DONE):
             self._link.wait(1.0)
             self._receive()
-            self._look_at_gate(time.monotonic())
+            self._check_keys(time.monotonic())
             self._hear_store(wake_fd)
             if cancel.asked:
                 self._handle(core.JobAborted(cancel.reason))
@@ -121,7 +121,7 @@ class _Server:
                 }
             )
 
-    def _look_at_gate(self, now: float) -> None:
+    def _check_keys(self, now: float) -> None:
         for client in self._link.revoked(now):
             self._handle(core.KeyRevoked(client))
         for text in self._link.take_notices():

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that takes TCP connections for a ZeroMQ socket, and shows it only those that mean well.
+"""The process that accepts TCP connections for a ZeroMQ socket, and passes on well-formed ones.
 
-libzmq takes every connection that comes, for as long as there are descriptors,
-and holds for each as much as the largest message has, before anybody has
-proved anything. So its socket is at ipc://, and this process stands before it:
-whoever has not yet said its first word costs the process behind it nothing; and
-of whoever is being judged it passes on some hundred bytes and no more.
+libzmq accepts every connection for as long as there are descriptors, and reserves
+for each as much as the largest message has, before the peer has proved anything.
+Therefore its socket is at ipc://, and this process relays TCP connections to it. A
+connection whose greeting has not come costs the ZeroMQ process nothing; while one
+is being authenticated, some hundred bytes of it are passed on and no more.
 Why so, and what it costs: docs/decisions/0021-acceptor.md.
+
+A connection is first `greeting` (its first command is awaited), then `queued` (there is
+no room behind for it yet), `authenticating` (the socket decides) and `accepted`.
 """
 
 from __future__ import annotations
@@ -28,21 +31,21 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.process import run_child
 
-# Who has connected must be let in by then. Honest ones need a few milliseconds
+# A connection must be accepted within this time. Honest peers need a few milliseconds
 # and four messages.
-_OPENING_S = 10.0
-# Who is being judged makes way for others that wait only after this: a client
+_GREETING_S = 10.0
+# A connection that is being authenticated makes room for others only after this: a client
 # behind a slow network needs some round trips.
-_JUDGING_S = 2.0
-# After its service has hung up a client may still read what that said last.
-_LEAVING_S = 2.0
-# What goes out when we are told to end: the last words of the socket behind us.
+_AUTHENTICATION_S = 2.0
+# How long a client may still read the last answers after its service has closed.
+_CLOSING_S = 2.0
+# How long the last messages of the socket may take to go out after a stop was asked for.
 _DRAIN_S = 2.5
-# Deadlines are looked at so often.
-_LOOK_S = 0.25
-# With no descriptor left: others are closed, and it is tried again.
+# How often deadlines are checked.
+_POLL_S = 0.25
+# How long accept() rests after it found no descriptor; others are closed meanwhile.
 _PAUSE_S = 0.1
-# Taken in one turn, so that those that are inside get theirs.
+# Connections accepted in one turn, so that the others are served, too.
 _TURN = 64
 # The socket behind us hears so often how much a connection has sent: by that it notices a
 # message without an end (socket.py).
@@ -50,8 +53,8 @@ _TOLD_BYTES = 4 << 20
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 
 
-class _Guest:
-    """One connection. `service`: its other half, once it has said its first word."""
+class _Connection:
+    """One TCP connection. `service`: its socket to ZeroMQ, once its first command has come."""
 
     def __init__(self, client: socket.socket, address: str, now: float, *, curve: bool) -> None:
         self.client = client
@@ -62,8 +65,8 @@ class _Guest:
         self.service: socket.socket | None = None
         self.up: Relay | None = None
         self.down: Relay | None = None
-        #: Its service has hung up; it may read the rest until then.
-        self.leaves_at = float("inf")
+        #: When to close it, after its service has closed; it may read the rest until then.
+        self.closes_at = float("inf")
         #: Of its other half, by which the socket behind us knows it; and what that was told.
         self.name = ""
         self.told_bytes = 0
@@ -74,9 +77,11 @@ class _Guest:
 
 
 class Acceptor:
-    """`most_waiting`: connections whose first word is awaited, and as many that have said it and
-    wait to be shown in; `most_judged`: those that the socket at `path` decides about; `most`:
-    these and all that were let in.
+    """Relays TCP connections to the ZeroMQ socket at `path`.
+
+    Limits: `most_greeting` connections whose first command is awaited, and as many that are
+    queued; `most_authenticating` that the socket decides about; `most` of these and the accepted
+    ones together.
     """
 
     def __init__(
@@ -85,53 +90,53 @@ class Acceptor:
         self._listener = listener
         self._path: str = options.path
         self._curve: bool = options.curve
-        self._most_waiting: int = options.most_waiting
-        self._most_judged: int = options.most_judged
+        self._most_greeting: int = options.most_greeting
+        self._most_authenticating: int = options.most_authenticating
         self._most: int = options.most
         self._pipes = PipeStock(options.most_pipes)
         self._emit = emit
         self._epoll = select.epoll()
         self._masks: dict[int, int] = {}
-        self._by_fd: dict[int, _Guest] = {}
-        # Each guest is in one of these, in the order of its coming there.
-        self._waiting: dict[_Guest, None] = {}
-        self._knocking: dict[_Guest, None] = {}
-        self._judged: dict[_Guest, None] = {}
-        self._inside: dict[_Guest, None] = {}
-        self._refused = 0
+        self._by_fd: dict[int, _Connection] = {}
+        # Each connection is in exactly one of these, oldest first.
+        self._greeting: dict[_Connection, None] = {}
+        self._queued: dict[_Connection, None] = {}
+        self._authenticating: dict[_Connection, None] = {}
+        self._accepted: dict[_Connection, None] = {}
+        self._rejected = 0
         self._was_crowded = False
         self._listens_at = now
         listener.setblocking(False)
         self._set(listener.fileno(), _IN)
 
     def run(self, cancel: Cancel) -> None:
-        """Until a stop is asked for, and the last words of the socket behind us are out."""
+        """Relay until a stop is asked for and the last messages of the socket are out."""
         self._set(cancel.fd, _IN)
-        look_at, deadline = 0.0, float("inf")
+        poll_at, deadline = 0.0, float("inf")
         listener = self._listener.fileno()
         while time.monotonic() < deadline and (self._by_fd or not cancel.asked):
-            events = self._epoll.poll(_LOOK_S)
+            events = self._epoll.poll(_POLL_S)
             now = time.monotonic()
             for fd, mask in events:
                 if fd == listener:
                     self._accept(now)
-                elif guest := self._by_fd.get(fd):
-                    self._serve(guest, fd, mask, now)
-            if now >= look_at:
-                look_at = now + _LOOK_S
-                self._look(now)
-            self._show_in(now)
+                elif connection := self._by_fd.get(fd):
+                    self._serve(connection, fd, mask, now)
+            if now >= poll_at:
+                poll_at = now + _POLL_S
+                self._check_deadlines(now)
+            self._connect_queued(now)
             if cancel.asked and deadline == float("inf"):
                 deadline = now + _DRAIN_S
                 self._set(cancel.fd, 0)
-                # At once: whoever is started in our parent's place needs the port.
+                # At once: a process that takes our parent's place needs the port.
                 self._set(self._listener.fileno(), 0)
                 self._listener.close()
                 self._listens_at = float("inf")
-                for guest in [*self._waiting, *self._knocking]:
-                    self._end(guest)
+                for connection in [*self._greeting, *self._queued]:
+                    self._end(connection)
 
-    # --- who comes ---
+    # --- new connections ---
 
     def _accept(self, now: float) -> None:
         for _ in range(_TURN):
@@ -141,137 +146,142 @@ class Acceptor:
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    self._close_one(self._waiting, "")
-                    # Level-triggered: it would be told again and again meanwhile.
+                    self._close_one(self._greeting, "")
+                    # Level-triggered: epoll would report it again and again meanwhile.
                     self._set(self._listener.fileno(), 0)
                     self._listens_at = now + _PAUSE_S
                     return
-                continue  # it has gone already
-            guest = _Guest(client, str(address[0]), now, curve=self._curve)
+                continue  # the peer has closed already
+            connection = _Connection(client, str(address[0]), now, curve=self._curve)
             client.setblocking(False)
-            self._make_room(self._waiting, guest.host)
-            self._waiting[guest] = None
-            self._by_fd[client.fileno()] = guest
+            self._make_room(self._greeting, connection.host)
+            self._greeting[connection] = None
+            self._by_fd[client.fileno()] = connection
             try:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 client.send(greeting(curve=self._curve))
             except OSError:
-                self._refuse(guest)
+                self._reject(connection)
                 continue
-            self._watch(guest)
+            self._watch(connection)
 
-    def _make_room(self, guests: dict[_Guest, None], host: str) -> None:
-        if len(guests) >= self._most_waiting:
-            self._close_one(guests, host)
+    def _make_room(self, connections: dict[_Connection, None], host: str) -> None:
+        if len(connections) >= self._most_greeting:
+            self._close_one(connections, host)
 
-    def _close_one(self, guests: dict[_Guest, None], host: str) -> None:
+    def _close_one(self, connections: dict[_Connection, None], host: str) -> None:
         if not self._was_crowded:
             self._was_crowded = True
             self._notice(
-                f"more than {self._most_waiting} connections that have proved nothing: the oldest "
+                f"more than {self._most_greeting} connections that have proved nothing: the oldest "
                 "are closed"
             )
-        oldest = _first_to_go(guests, host)
+        oldest = _first_to_close(connections, host)
         if oldest is not None:
-            self._refuse(oldest)
+            self._reject(oldest)
 
-    # --- who is here ---
+    # --- traffic ---
 
-    def _serve(self, guest: _Guest, fd: int, mask: int, now: float) -> None:
+    def _serve(self, connection: _Connection, fd: int, mask: int, now: float) -> None:
         try:
-            if guest.up is None or guest.down is None:
-                self._hear_first(guest)
-            elif guest.leaves_at < float("inf"):
-                # Closing at once, with something unread, could cost it the last words.
-                if _received(guest.client, 1 << 16) == b"":
-                    raise HandshakeRefused("it has gone")
+            if connection.up is None or connection.down is None:
+                self._receive_greeting(connection)
+            elif connection.closes_at < float("inf"):
+                # Closing at once, with unread data, could discard the last messages.
+                if _received(connection.client, 1 << 16) == b"":
+                    raise HandshakeRefused("the peer has closed")
             else:
                 coming, going = (
-                    (guest.up, guest.down)
-                    if fd == guest.client.fileno()
-                    else (guest.down, guest.up)
+                    (connection.up, connection.down)
+                    if fd == connection.client.fileno()
+                    else (connection.down, connection.up)
                 )
                 if mask & _OUT:
                     going.give()
                 if mask & ~_OUT:
-                    self._carry(guest, coming, now)
-                self._end_if_done(guest, now)
+                    self._carry(connection, coming, now)
+                self._end_if_done(connection, now)
         except (OSError, HandshakeRefused):
-            self._refuse(guest)
+            self._reject(connection)
             return
         if fd in self._by_fd:
-            self._watch(guest)
+            self._watch(connection)
 
-    def _hear_first(self, guest: _Guest) -> None:
-        data = guest.client.recv(guest.opening.wanted_bytes or 1)
+    def _receive_greeting(self, connection: _Connection) -> None:
+        data = connection.client.recv(connection.opening.wanted_bytes or 1)
         if not data:
-            raise HandshakeRefused("it has gone")
-        guest.opening.hear(data)
-        if guest.opening.stage is Stage.KNOCKED:
-            del self._waiting[guest]
-            self._make_room(self._knocking, guest.host)
-            self._knocking[guest] = None
+            raise HandshakeRefused("the peer has closed")
+        connection.opening.receive(data)
+        if connection.opening.stage is Stage.QUEUED:
+            del self._greeting[connection]
+            self._make_room(self._queued, connection.host)
+            self._queued[connection] = None
 
-    def _carry(self, guest: _Guest, coming: Relay, now: float) -> None:
-        opening = guest.opening
-        if opening.is_in():
+    def _carry(self, connection: _Connection, coming: Relay, now: float) -> None:
+        opening = connection.opening
+        if opening.is_accepted():
             if coming.has_room:
                 coming.take()
                 coming.give()
-            if coming is guest.up and coming.taken_bytes - guest.told_bytes >= _TOLD_BYTES:
-                guest.told_bytes = coming.taken_bytes
-                self._emit({"event": "carried", "name": guest.name, "bytes": coming.taken_bytes})
+            if (
+                coming is connection.up
+                and coming.taken_bytes - connection.told_bytes >= _TOLD_BYTES
+            ):
+                connection.told_bytes = coming.taken_bytes
+                self._emit(
+                    {"event": "carried", "name": connection.name, "bytes": coming.taken_bytes}
+                )
             return
-        if guest.up is None or guest.down is None:
+        if connection.up is None or connection.down is None:
             return
-        if coming is guest.up:
-            data = _received(guest.client, opening.wanted_bytes)
+        if coming is connection.up:
+            data = _received(connection.client, opening.wanted_bytes)
             if data == b"":
-                raise HandshakeRefused("it has gone")
-            was_judged = opening.is_judged
-            opening.hear(data or b"")
-            if opening.is_judged and not was_judged:
-                self._tell("judged", guest)
-            guest.up.put(_taken(opening))
-            guest.up.give()
+                raise HandshakeRefused("the peer has closed")
+            was_authenticating = opening.is_authenticating
+            opening.receive(data or b"")
+            if opening.is_authenticating and not was_authenticating:
+                self._report("authenticating", connection)
+            connection.up.put(_taken(opening))
+            connection.up.give()
             return
         data = _received(coming.source, 1 << 16)
         coming.ended = data == b""
         coming.put(opening.answered(data or b""))
         coming.give()
-        if guest in self._judged and opening.is_in():
-            del self._judged[guest]
-            self._inside[guest] = None
-            self._tell("decided", guest)
-            guest.up.put(_taken(opening))
-            guest.up.give()
+        if connection in self._authenticating and opening.is_accepted():
+            del self._authenticating[connection]
+            self._accepted[connection] = None
+            self._report("decided", connection)
+            connection.up.put(_taken(opening))
+            connection.up.give()
 
-    def _end_if_done(self, guest: _Guest, now: float) -> None:
-        if guest.up is None or guest.down is None:
+    def _end_if_done(self, connection: _Connection, now: float) -> None:
+        if connection.up is None or connection.down is None:
             return
-        if guest.down.lost or (guest.up.ended and guest.up.is_empty):
-            self._refuse(guest)  # nobody to talk to
-        elif guest.down.ended and guest.down.is_empty:
-            guest.leaves_at = now + _LEAVING_S
-            guest.client.shutdown(socket.SHUT_WR)
+        if connection.down.lost or (connection.up.ended and connection.up.is_empty):
+            self._reject(connection)
+        elif connection.down.ended and connection.down.is_empty:
+            connection.closes_at = now + _CLOSING_S
+            connection.client.shutdown(socket.SHUT_WR)
 
-    # --- who is let in ---
+    # --- connections to the socket ---
 
-    def _show_in(self, now: float) -> None:
-        """Those that have said a fitting first word, as far as there is room."""
-        for guest in [*self._knocking]:
-            if len(self._judged) >= self._most_judged:
-                oldest = _first_to_go(self._judged, guest.host)
-                if oldest is None or now - oldest.since < _JUDGING_S:
+    def _connect_queued(self, now: float) -> None:
+        """Connect queued connections to the socket, as far as there is room."""
+        for connection in [*self._queued]:
+            if len(self._authenticating) >= self._most_authenticating:
+                oldest = _first_to_close(self._authenticating, connection.host)
+                if oldest is None or now - oldest.since < _AUTHENTICATION_S:
                     return
-                self._refuse(oldest)
-            if len(self._judged) + len(self._inside) >= self._most:
+                self._reject(oldest)
+            if len(self._authenticating) + len(self._accepted) >= self._most:
                 return
-            if not self._connect(guest, now):
+            if not self._connect(connection, now):
                 return
 
-    def _connect(self, guest: _Guest, now: float) -> bool:
-        """False when it has to be tried again."""
+    def _connect(self, connection: _Connection, now: float) -> bool:
+        """Connect one to the socket; False when it has to be tried again."""
         try:
             service = socket.socket(socket.AF_UNIX)
         except OSError:
@@ -279,81 +289,83 @@ class Acceptor:
         service.setblocking(False)
         try:
             service.bind("")  # the system chooses a name that nobody else has
-            guest.name = service.getsockname()[1:].decode("ascii")
+            connection.name = service.getsockname()[1:].decode("ascii")
             service.connect(self._path)
-            service.send(guest.opening.let_in())
+            service.send(connection.opening.take_pending())
         except OSError:
-            # Its queue is full, or it is not there yet.
+            # The socket's queue is full, or it does not listen yet.
             service.close()
             return False
-        del self._knocking[guest]
-        self._judged[guest] = None
-        guest.since = now
-        guest.service = service
-        guest.up = Relay(guest.client, service, self._pipes)
-        guest.down = Relay(service, guest.client, None)
-        self._by_fd[service.fileno()] = guest
-        self._watch(guest)
+        del self._queued[connection]
+        self._authenticating[connection] = None
+        connection.since = now
+        connection.service = service
+        connection.up = Relay(connection.client, service, self._pipes)
+        connection.down = Relay(service, connection.client, None)
+        self._by_fd[service.fileno()] = connection
+        self._watch(connection)
         return True
 
     # --- time, and ends ---
 
-    def _look(self, now: float) -> None:
-        for guest in [*self._waiting, *self._knocking, *self._judged]:
-            if now - guest.since > _OPENING_S:
-                self._refuse(guest)
-        for guest in [g for g in self._inside if now >= g.leaves_at]:
-            self._end(guest)
-        for guest in [g for g in self._judged if now >= g.leaves_at]:
-            self._refuse(guest)
+    def _check_deadlines(self, now: float) -> None:
+        for connection in [*self._greeting, *self._queued, *self._authenticating]:
+            if now - connection.since > _GREETING_S:
+                self._reject(connection)
+        for connection in [g for g in self._accepted if now >= g.closes_at]:
+            self._end(connection)
+        for connection in [g for g in self._authenticating if now >= g.closes_at]:
+            self._reject(connection)
         if now >= self._listens_at:
             self._set(self._listener.fileno(), _IN)
 
-    def _refuse(self, guest: _Guest) -> None:
-        """Its end; it counts if it was never let in."""
-        if guest.client.fileno() < 0:
+    def _reject(self, connection: _Connection) -> None:
+        """Close a connection, and count it if it was never accepted."""
+        if connection.client.fileno() < 0:
             return
-        if guest not in self._inside:
-            self._refused += 1
-            # The first, the tenth, the hundredth: a log that strangers can fill is no log.
-            if str(self._refused).strip("0") == "1":
-                plural = "s" if self._refused > 1 else ""
+        if connection not in self._accepted:
+            self._rejected += 1
+            # The first, the tenth, the hundredth: no peer may fill the log.
+            if str(self._rejected).strip("0") == "1":
+                plural = "s" if self._rejected > 1 else ""
                 self._notice(
-                    f"refused {self._refused} connection{plural}: no known key, or none of our words"
+                    f"refused {self._rejected} connection{plural}: unknown key, or not the vmapipe protocol"
                 )
-        self._end(guest)
+        self._end(connection)
 
-    def _end(self, guest: _Guest) -> None:
-        if guest in self._judged:
-            self._tell("decided", guest)
-        for guests in (self._waiting, self._knocking, self._judged, self._inside):
-            guests.pop(guest, None)
-        for sock in guest.sockets:
+    def _end(self, connection: _Connection) -> None:
+        if connection in self._authenticating:
+            self._report("decided", connection)
+        for connections in (self._greeting, self._queued, self._authenticating, self._accepted):
+            connections.pop(connection, None)
+        for sock in connection.sockets:
             self._set(sock.fileno(), 0)
             self._by_fd.pop(sock.fileno(), None)
             sock.close()
-        for flow in (guest.up, guest.down):
+        for flow in (connection.up, connection.down):
             if flow is not None:
                 flow.close()
 
-    # --- what is waited for ---
+    # --- which descriptors are polled ---
 
-    def _watch(self, guest: _Guest) -> None:
-        opening, up, down = guest.opening, guest.up, guest.down
-        if guest.service is None or up is None or down is None:
-            # One that knocks is read no further: what it has said is enough.
-            knocks = opening.stage is Stage.KNOCKED
-            self._set(guest.client.fileno(), 0 if knocks else _IN)
+    def _watch(self, connection: _Connection) -> None:
+        opening, up, down = connection.opening, connection.up, connection.down
+        if connection.service is None or up is None or down is None:
+            # A queued connection is read no further: its first command has come.
+            is_queued = opening.stage is Stage.QUEUED
+            self._set(connection.client.fileno(), 0 if is_queued else _IN)
             return
-        reads = up.has_room if opening.is_in() else opening.wanted_bytes > 0 and up.is_empty
-        leaves = guest.leaves_at < float("inf")
+        reads = up.has_room if opening.is_accepted() else opening.wanted_bytes > 0 and up.is_empty
+        leaves = connection.closes_at < float("inf")
         from_client = _IN if reads or leaves else 0
         from_service = _IN if down.has_room and not leaves else 0
-        self._set(guest.client.fileno(), from_client | (0 if down.is_empty else _OUT))
-        self._set(guest.service.fileno(), from_service | (0 if up.is_empty or leaves else _OUT))
+        self._set(connection.client.fileno(), from_client | (0 if down.is_empty else _OUT))
+        self._set(
+            connection.service.fileno(), from_service | (0 if up.is_empty or leaves else _OUT)
+        )
 
     def _set(self, fd: int, mask: int) -> None:
-        """0: not at all, so that an end that is to be heard later is not told again and again."""
+        """Poll `fd` for `mask`; 0: not at all, so that a pending end is not reported again and again."""
         before = self._masks.get(fd, 0)
         if mask == before:
             return
@@ -367,25 +379,25 @@ class Acceptor:
         else:
             self._epoll.register(fd, mask)
 
-    # --- what is told ---
+    # --- reports to the parent ---
 
     def _notice(self, text: str) -> None:
         self._emit({"event": "notice", "text": text})
 
-    def _tell(self, event: str, guest: _Guest) -> None:
-        """From where the keys come that the socket sees: it sees only us."""
+    def _report(self, event: str, connection: _Connection) -> None:
+        """Report the address of a client: the socket itself sees only this process."""
         if self._curve:
-            self._emit({"event": event, "address": guest.address})
+            self._emit({"event": event, "address": connection.address})
 
 
-def _first_to_go(guests: dict[_Guest, None], host: str) -> _Guest | None:
-    """The oldest; of the newcomer's own host where that has half of them."""
-    own = [guest for guest in guests if guest.host == host] if host else []
-    return next(iter(own if 2 * len(own) >= len(guests) else guests), None)
+def _first_to_close(connections: dict[_Connection, None], host: str) -> _Connection | None:
+    """The oldest connection; that of `host` where it has half of them."""
+    own = [connection for connection in connections if connection.host == host] if host else []
+    return next(iter(own if 2 * len(own) >= len(connections) else connections), None)
 
 
 def _received(sock: socket.socket, most_bytes: int) -> bytes | None:
-    """None: nothing now; empty: its end."""
+    """Read at most `most_bytes`. None: nothing now; empty: the peer has closed."""
     if most_bytes <= 0:
         return None
     try:
@@ -402,7 +414,7 @@ def _taken(opening: ConnectionOpening) -> bytes:
 
 
 def _host_of(address: str) -> str:
-    """Who is counted as one: an address, of IPv6 the network that a site has."""
+    """What counts as one host: an IPv4 address, or the IPv6 network of a site."""
     text = address.partition("%")[0]
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(text).version == 6:
@@ -417,8 +429,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--listener-fd", type=int, required=True)
     made.add_argument("--path", required=True)
     made.add_argument("--curve", action="store_true")
-    made.add_argument("--most-waiting", type=int, required=True)
-    made.add_argument("--most-judged", type=int, required=True)
+    made.add_argument("--most-greeting", type=int, required=True)
+    made.add_argument("--most-authenticating", type=int, required=True)
     made.add_argument("--most-pipes", type=int, required=True)
     made.add_argument("--most", type=int, required=True)
     return made
@@ -428,8 +440,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
 
     def work(cancel: Cancel, emit: Emit) -> None:
-        # Whoever stops a service may mean all its processes: this one carries the last
-        # words of the others, and ends when its parent says so or is gone.
+        # SIGTERM may be sent to all processes of a service: this one carries the last
+        # messages of the others, and ends when its parent says so or is gone.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with socket.socket(fileno=options.listener_fd) as listener:
             Acceptor(listener, options, emit, time.monotonic()).run(cancel)
@@ -438,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(event: Event) -> None:
-    """It has always a parent."""
+    """Print nothing: this program always has a parent, which gets its events."""
 
 
 if __name__ == "__main__":

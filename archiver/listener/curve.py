@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may come in over TCP: CURVE, with a list of client keys that is read anew for each.
+"""CURVE authentication over TCP, with a list of client keys that is read anew for each client.
 
 It answers ZAP (ZeroMQ's RFC 27): libzmq asks, for each new connection, whether
 the key that the peer has proved to own is welcome. pyzmq has such a thing too,
@@ -17,22 +17,22 @@ from vmapipe.runtime.keys import ClientList, ServerKeys
 
 _ZAP = "inproc://zeromq.zap.01"
 _DOMAIN = b"vmapipe"
-# What each message of an admitted peer carries beside its name (User-Id).
+# The property of each message of an accepted peer, beside its name (User-Id).
 _KEY_PROPERTY = "X-Key"
-# Without it libzmq would let anybody in if this file's socket were missing.
+# Without it libzmq would accept every peer if the ZAP socket were missing.
 _ZAP_ENFORCE_DOMAIN = 93
-# Revoked keys are cut off after so long: a folder is quickly read.
-_LOOK_S = 1.0
+# How soon a revoked key is noticed: a folder is quickly read.
+_POLL_S = 1.0
 # Unknown keys that are remembered, so that each is reported once.
-_MAX_STRANGERS = 256
-# Of those that are being judged at a time; usually it is one.
+_MAX_UNKNOWN_KEYS = 256
+# Addresses named in one line of the log; usually one is authenticated at a time.
 _MAX_ADDRESSES = 4
 # Requests answered in one turn, so that data gets its.
 _TURN = 64
 
 
 class CurveAuthenticator:
-    """One context's. Register `socket` in the poller, and call `answer` when it is readable."""
+    """Authenticates one context's peers: poll `socket`, and call `answer` when it is readable."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: ServerKeys) -> None:
         self.socket = context.socket(zmq.REP)
@@ -42,14 +42,14 @@ class CurveAuthenticator:
         self._keys = keys
         self._clients = ClientList(keys.clients)
         self._allowed = self._clients.read()
-        #: Who was let in: key, and the name at that time.
+        #: Accepted clients: key, and the name at that time.
         self._admitted: dict[str, str] = {}
-        self._strangers: set[str] = set()
+        self._unknown_keys: set[str] = set()
         self._notices: list[str] = []
-        self._look_at = 0.0
+        self._poll_at = 0.0
 
     def secure(self, socket: zmq.Socket[bytes]) -> None:
-        """Call it before the socket is bound."""
+        """Ask for CURVE on `socket`, before it is bound."""
         socket.curve_server = True
         socket.curve_publickey = self._keys.pair.public.encode()
         socket.curve_secretkey = self._keys.pair.secret.encode()
@@ -57,7 +57,7 @@ class CurveAuthenticator:
         socket.setsockopt(_ZAP_ENFORCE_DOMAIN, 1)
 
     def answer(self, addresses: Sequence[str] = ()) -> None:
-        """Whoever waits for admission gets in, or is refused. `addresses`: where they are."""
+        """Accept or refuse each waiting peer. `addresses`: of the peers being authenticated."""
         for _ in range(_TURN):
             if not self.socket.poll(0):
                 return
@@ -69,7 +69,7 @@ class CurveAuthenticator:
             self._allowed = self._clients.read()
             name = self._allowed.get(key)
             if name is None:
-                self._refuse(key, addresses)
+                self._reject(key, addresses)
                 self._reply(request, b"400", b"unknown key", b"", b"")
             else:
                 self._admitted[key] = name
@@ -78,15 +78,15 @@ class CurveAuthenticator:
                 self._reply(request, b"200", b"OK", name.encode(), metadata)
 
     def name_of(self, frame: zmq.Frame) -> str | None:
-        """The client that sent it; None when its key has been revoked since it came in."""
+        """The name of the client that sent `frame`; None when its key was revoked since."""
         name = str(frame.get("User-Id"))
         return name if self._allowed.get(str(frame.get(_KEY_PROPERTY))) == name else None
 
     def revoked(self, now: float) -> list[str]:
-        """Names of clients that were let in and are no longer on the list. Each is told once."""
-        if now < self._look_at:
+        """Names of accepted clients that are no longer on the list. Each is returned once."""
+        if now < self._poll_at:
             return []
-        self._look_at = now + _LOOK_S
+        self._poll_at = now + _POLL_S
         self._allowed = self._clients.read()
         gone = [key for key, name in self._admitted.items() if self._allowed.get(key) != name]
         return [self._admitted.pop(key) for key in gone]
@@ -96,10 +96,10 @@ class CurveAuthenticator:
         notices, self._notices = self._notices, []
         return [*self._clients.take_notices(), *notices]
 
-    def _refuse(self, key: str, addresses: Sequence[str]) -> None:
+    def _reject(self, key: str, addresses: Sequence[str]) -> None:
         self.refused += 1
-        if key not in self._strangers and len(self._strangers) < _MAX_STRANGERS:
-            self._strangers.add(key)
+        if key not in self._unknown_keys and len(self._unknown_keys) < _MAX_UNKNOWN_KEYS:
+            self._unknown_keys.add(key)
             where = " or ".join(sorted(set(addresses))[:_MAX_ADDRESSES]) or "an unknown address"
             self._notices.append(f"refused a connection from {where}: unknown key {key}")
 
@@ -108,5 +108,5 @@ class CurveAuthenticator:
 
 
 def _property(name: bytes, value: bytes) -> bytes:
-    """As in ZMTP's metadata."""
+    """Encode one property as ZMTP's metadata has it."""
     return bytes([len(name)]) + name + len(value).to_bytes(4, "big") + value

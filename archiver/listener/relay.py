@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way of a connection that is passed on: from one socket to another, with little held between."""
+"""One direction of a relayed connection: from one socket to another, with a small buffer."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import socket
 
 # Enough that a wake-up is worth its cost, and little for each of thousands.
 _PIECE_BYTES = 64 << 10
-# What a pipe holds for a client that sends much. The system may allow less, and
+# What a pipe holds for a connection with much data. The system may allow less, and
 # does where one user has many.
 _PIPE_BYTES = 512 << 10
 _SPLICE_FLAGS = getattr(os, "SPLICE_F_MOVE", 1) | getattr(os, "SPLICE_F_NONBLOCK", 2)
 
 
 class PipeStock:
-    """How many pipes there may be more."""
+    """How many further pipes may be made."""
 
     def __init__(self, left: int) -> None:
         self.left = left
 
 
 class Relay:
-    """`take` from one socket, `give` to the other.
+    """`take` reads from `source`, `give` writes to `sink`.
 
-    Whoever sends much gets a pipe, through which the system moves pages instead
-    of copying them: a third of the processor time.
+    A connection with much data gets a pipe, through which the kernel moves pages
+    instead of copying them: a third of the processor time.
     """
 
     def __init__(self, source: socket.socket, sink: socket.socket, pipes: PipeStock | None) -> None:
@@ -56,11 +56,11 @@ class Relay:
         return not self.ended and not self.lost and not self._held and may_take
 
     def put(self, data: bytes) -> None:
-        """This comes first."""
+        """Send `data` before what is read from `source`."""
         self._held += data
 
     def take(self) -> None:
-        """What has come, up to a bound. An error is an end."""
+        """Read what has come, up to a limit. An error counts as the end."""
         try:
             if self._pipe is not None:
                 size = os.splice(
@@ -82,7 +82,7 @@ class Relay:
         self.ended = not size
 
     def give(self) -> None:
-        """As much as the sink takes."""
+        """Write as much as `sink` takes."""
         try:
             while self._held:
                 self._held = self._held[self.sink.send(self._held) :]

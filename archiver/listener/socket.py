@@ -96,9 +96,9 @@ class ListeningSocket:
         if self.is_local:
             make_way(endpoint.removeprefix("ipc://"))
         # Before libzmq has threads: a copy of this process would lack them.
-        self._door = None if self.is_local else TcpPort(endpoint, curve=keys is not None)
+        self._port = None if self.is_local else TcpPort(endpoint, curve=keys is not None)
         #: What the descriptors of this process are for; none where nobody comes from elsewhere.
-        self.budget: DescriptorBudget | None = self._door.budget if self._door else None
+        self.budget: DescriptorBudget | None = self._port.budget if self._port else None
         try:
             _seed_names()
             require_memory(1 + io_threads)
@@ -107,24 +107,26 @@ class ListeningSocket:
                 self._context.max_sockets = max_sockets
             self._socket = self._context.socket(zmq.ROUTER)
             self._set_options(receive_mark)
-            self._gate = CurveAuthenticator(self._context, keys) if keys else None
-            if self._gate:
-                self._gate.secure(self._socket)
+            self._curve = CurveAuthenticator(self._context, keys) if keys else None
+            if self._curve:
+                self._curve.secure(self._socket)
             # On one host only its owner can open the socket's folder.
             self._connections = (
-                Connections(self._socket, self._door.budget.judged + self._door.budget.silent)
-                if self._door
+                Connections(
+                    self._socket, self._port.budget.authenticating + self._port.budget.silent
+                )
+                if self._port
                 else None
             )
-            self._bind(self._door.inner if self._door else endpoint)
+            self._bind(self._port.inner if self._port else endpoint)
         except BaseException:
-            if self._door:
-                self._door.close()
+            if self._port:
+                self._port.close()
             raise
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        if self._gate:
-            self._poller.register(self._gate.socket, zmq.POLLIN)
+        if self._curve:
+            self._poller.register(self._curve.socket, zmq.POLLIN)
         if self._connections:
             self._poller.register(self._connections.monitor, zmq.POLLIN)
 
@@ -142,8 +144,8 @@ class ListeningSocket:
     @property
     def endpoint(self) -> str:
         """The endpoint as bound: a port of 0 or * has become a real one."""
-        if self._door:
-            return self._door.endpoint
+        if self._port:
+            return self._port.endpoint
         return self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def watch(self, fd: int) -> None:
@@ -156,18 +158,18 @@ class ListeningSocket:
     def wait(self, timeout_s: float) -> list[tuple[object, int]]:
         """Until something is ready; returns that, for whoever has registered more."""
         ready: list[tuple[object, int]] = list(self._poller.poll(int(timeout_s * 1000)))
-        if self._door:
-            self._door.look()
-            if self._connections and self._door.carried:
+        if self._port:
+            self._port.poll()
+            if self._connections and self._port.carried:
                 # Who has come must be known before what it has sent.
-                self._connections.look()
-                for name, sent_bytes in self._door.carried.items():
+                self._connections.poll()
+                for name, sent_bytes in self._port.carried.items():
                     self._connections.carried(name, sent_bytes, time.monotonic())
-                self._door.carried.clear()
-        if self._gate:
-            self._gate.answer(self._door.judged if self._door else ())
+                self._port.carried.clear()
+        if self._curve:
+            self._curve.answer(self._port.authenticating if self._port else ())
         if self._connections:
-            self._connections.look()
+            self._connections.poll()
         return ready
 
     def send(self, peer: bytes, parts: Sequence[Part]) -> None:
@@ -176,11 +178,11 @@ class ListeningSocket:
 
     def revoked(self, now: float) -> list[str]:
         """Clients that are no longer on the list; nothing more comes from them. Each once."""
-        return self._gate.revoked(now) if self._gate else []
+        return self._curve.revoked(now) if self._curve else []
 
     def take_notices(self) -> list[str]:
         """What is worth a line in the log, once."""
-        watchers = [w for w in (self._gate, self._connections, self._door) if w]
+        watchers = [w for w in (self._curve, self._connections, self._port) if w]
         return [text for watcher in watchers for text in watcher.take_notices()]
 
     def drop(self, peer: bytes) -> None:
@@ -194,8 +196,8 @@ class ListeningSocket:
 
     def close(self) -> None:
         self._context.destroy(linger=LINGER_MS)
-        if self._door:
-            self._door.close()
+        if self._port:
+            self._port.close()
         if self.is_local:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._asked.removeprefix("ipc://"))
@@ -215,7 +217,7 @@ class ListeningSocket:
                 if not self._connections.heard(peer):
                     continue
                 self._connections.took(peer.bytes, parts)
-            client = self._gate.name_of(peer) if self._gate else ""
+            client = self._curve.name_of(peer) if self._curve else ""
             if client is not None:
                 return peer.bytes, client, parts
         return None
@@ -281,7 +283,7 @@ class _Sent:
 
 
 class Connections:
-    """Register `monitor` in the poller, and call `look` when it is readable.
+    """Register `monitor` in the poller, and call `poll` when it is readable.
 
     `most_silent`: connections that have not said anything yet.
     """
@@ -309,7 +311,7 @@ class Connections:
     def count(self) -> int:
         return len(self._silent) + len(self._peers)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Take in what has happened."""
         while self.monitor.poll(0):
             self._take(*_EVENT.unpack(self.monitor.recv_multipart()[0]))
@@ -326,7 +328,7 @@ class Connections:
         except zmq.ZMQError:
             return False  # ZMTP 1.0, which has no properties and which nobody lets in
         # What has happened before the message came: its number may have been another's.
-        self.look()
+        self.poll()
         if _has_own_name(frame):
             self._notice_name()
             if fd in self._silent:
@@ -348,7 +350,7 @@ class Connections:
     def drop(self, peer: bytes) -> None:
         """End this peer's connection, and listen to it no more; it may come again over a new one."""
         # If it has gone already, its number may be another's.
-        self.look()
+        self.poll()
         fd = self._fds.get(peer)
         if fd is not None:
             del self._peers[fd]

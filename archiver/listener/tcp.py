@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TCP port of a listening socket: the acceptor's process, from the side of whoever needs it."""
+"""The TCP port of a listening socket: the acceptor's process, as its parent sees it.
+
+The budget divides the descriptors that a process may have: unauthenticated
+connections get the smallest part.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +20,38 @@ from vmapipe.runtime.children import STOP_S, Child
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.folders import OwnFolder
 
-# What is needed for a moment, whatever else there is: to start a child (ten), to read
+# Descriptors that are needed for a moment, whatever else is open: to start a child (ten), to read
 # the list of keys, an archive's folder, the host's memory.
 RESERVE = 16
 # With less a job of one disk would not fit.
 _LEAST = 24
 # Handshakes that are under way. Each is milliseconds of work and may hold 1 KiB; the
 # producers of the largest job come together, and wait for each other.
-_MOST_JUDGED = 64
-# Connections whose first words are awaited: in the acceptor's process, where they cost
+_MOST_AUTHENTICATING = 64
+# Connections whose first command is awaited: in the acceptor's process, where they cost
 # a descriptor and some 2 KiB each.
-_MOST_WAITING = 1024
-# What a client that was let in costs the acceptor: two sockets, and every second one a
+_MOST_GREETING = 1024
+# Descriptors that an accepted connection takes in the acceptor: two sockets, and every second one a
 # pipe; those that send little need none.
-_PER_GUEST = 3
-# Who was let in and says nothing yet.
+_PER_CONNECTION = 3
+# Accepted connections that have sent no message yet.
 _MOST_SILENT = 32
-# Who was refused, and has not gone.
+# Connections that were refused and are not closed yet.
 _MOST_UNASSIGNED = 64
 
 
 class DescriptorBudget(NamedTuple):
-    """`waiting`, `judged`: see acceptor.py; `pipes`: for those that send much. `guests`: all that were
-    shown in: `silent` ones, `unassigned` that belong to no job, and those of `jobs`. `rest`: descriptors of
-    the process behind for jobs, with their connections."""
+    """How many descriptors each kind of connection may have.
 
-    waiting: int
-    judged: int
-    guests: int
+    In the acceptor: `greeting` and `authenticating` connections (see acceptor.py), `connections`
+    that were passed on, and `pipes` for those with much data. Of the passed-on ones `silent` have
+    sent nothing, `unassigned` belong to no job, and `jobs` are for jobs. `rest`: descriptors of the
+    ZeroMQ process for jobs, with their connections.
+    """
+
+    greeting: int
+    authenticating: int
+    connections: int
     pipes: int
     silent: int
     unassigned: int
@@ -60,43 +68,43 @@ def budget_of(limit: int, in_use: int) -> DescriptorBudget:
             f"{in_use + RESERVE + _LEAST} or more: raise the limit (`ulimit -n`, LimitNOFILE= of a "
             "unit)"
         )
-    waiting = min(_MOST_WAITING, limit // 8)
-    guests = (limit - RESERVE - 2 * waiting) // _PER_GUEST
-    judged = min(_MOST_JUDGED, max(2, guests // 8))
-    silent = min(_MOST_SILENT, max(1, guests // 8))
-    unassigned = min(_MOST_UNASSIGNED, max(2, guests // 8))
-    others = judged + silent + unassigned
+    greeting = min(_MOST_GREETING, limit // 8)
+    connections = (limit - RESERVE - 2 * greeting) // _PER_CONNECTION
+    authenticating = min(_MOST_AUTHENTICATING, max(2, connections // 8))
+    silent = min(_MOST_SILENT, max(1, connections // 8))
+    unassigned = min(_MOST_UNASSIGNED, max(2, connections // 8))
+    others = authenticating + silent + unassigned
     return DescriptorBudget(
-        waiting,
-        judged,
-        guests,
-        guests // 2,
+        greeting,
+        authenticating,
+        connections,
+        connections // 2,
         silent,
         unassigned,
-        max(2, guests - others),
+        max(2, connections - others),
         spare - others,
     )
 
 
 # The system's own bound (net.core.somaxconn) is usually the same.
 _BACKLOG = 4096
-# Whoever else has the port keeps it; the acceptor of a process that was killed does not.
+# Another program that has the port keeps it; the acceptor of a killed process leaves within this.
 _LEAVES_S = 1.0
 # An acceptor that was killed is started anew, but not again and again.
 _AGAIN_S = 1.0
 # Descriptors that libzmq takes when it starts, its socket and the gate: counted.
 _LIBZMQ_DESCRIPTORS = 16
-# Of the acceptor: those that are being judged; more are not remembered.
-_MAX_JUDGED = 1024
+# Addresses that are remembered while their connections are authenticated.
+_MAX_AUTHENTICATING = 1024
 
 
 class TcpPort:
-    """`inner`: where the ZeroMQ socket listens. `judged`: addresses of those that it decides about."""
+    """`inner`: where the ZeroMQ socket listens. `authenticating`: addresses that it decides about."""
 
     def __init__(self, endpoint: str, *, curve: bool) -> None:
         """Takes the port. Raises Failure."""
         self._curve = curve
-        self.judged: list[str] = []
+        self.authenticating: list[str] = []
         #: Connections by the name of their inner half, and the bytes that each has sent.
         self.carried: dict[str, int] = {}
         self._notices: list[str] = []
@@ -108,7 +116,7 @@ class TcpPort:
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             in_use = len(os.listdir("/proc/self/fd")) + _LIBZMQ_DESCRIPTORS
             self.budget: DescriptorBudget = budget_of(limit, in_use)
-            # Whoever can open the socket in it comes past the acceptor.
+            # A process that can open the socket in it bypasses the acceptor.
             self._folder = OwnFolder("port")
         except BaseException:
             self._listener.close()
@@ -118,8 +126,8 @@ class TcpPort:
         self._started_at = float("-inf")
         self._start()
 
-    def look(self) -> None:
-        """Take in what the acceptor has told; start it anew if it is gone."""
+    def poll(self) -> None:
+        """Read the acceptor's events; start it anew if it is gone."""
         if self._child is None:
             if time.monotonic() - self._started_at > _AGAIN_S:
                 with contextlib.suppress(OSError):
@@ -132,17 +140,19 @@ class TcpPort:
                     self._notices.append(text)
                 case {"event": "carried", "name": str(name), "bytes": int(sent_bytes)}:
                     self.carried[name] = sent_bytes
-                case {"event": "judged", "address": str(address)}:
-                    self.judged = [*self.judged, address][-_MAX_JUDGED:]
-                case {"event": "decided", "address": str(address)} if address in self.judged:
-                    self.judged.remove(address)
+                case {"event": "authenticating", "address": str(address)}:
+                    self.authenticating = [*self.authenticating, address][-_MAX_AUTHENTICATING:]
+                case {"event": "decided", "address": str(address)} if (
+                    address in self.authenticating
+                ):
+                    self.authenticating.remove(address)
         if ending:
             self._reap(self._child)
             self._notices.append(
                 f"the process that takes connections has ended ({self._child.verdict() or 'no error'})"
-                " and is started anew; clients come again by themselves"
+                " and is started anew; clients connect again by themselves"
             )
-            self._child, self.judged = None, []
+            self._child, self.authenticating = None, []
 
     def take_notices(self) -> list[str]:
         """What is worth a line in the log, once."""
@@ -150,7 +160,7 @@ class TcpPort:
         return notices
 
     def close(self) -> None:
-        """The inner socket is closed: its last words go out, and nobody comes any more."""
+        """Close the port after the inner socket: its last messages go out."""
         self._listener.close()
         if self._child is not None:
             with contextlib.suppress(OSError):
@@ -163,8 +173,11 @@ class TcpPort:
         budget = self.budget
         fd = self._listener.fileno()
         words = [f"--listener-fd={fd}", f"--path={self.inner.removeprefix('ipc://')}"]
-        words += [f"--most-waiting={budget.waiting}", f"--most-judged={budget.judged}"]
-        words += [f"--most-pipes={budget.pipes}", f"--most={budget.guests}"]
+        words += [
+            f"--most-greeting={budget.greeting}",
+            f"--most-authenticating={budget.authenticating}",
+        ]
+        words += [f"--most-pipes={budget.pipes}", f"--most={budget.connections}"]
         words += [*(["--curve"] if self._curve else [])]
         self._child = Child(
             "the acceptor of connections",
@@ -202,7 +215,7 @@ def _listen(endpoint: str) -> socket.socket:
 
 
 def _bind(listener: socket.socket, address: tuple[str, int]) -> None:
-    """The acceptor of one that was killed just now may have the port for another moment."""
+    """Bind, and wait a moment for the acceptor of a process that was killed just now."""
     deadline = time.monotonic() + _LEAVES_S
     while True:
         try:

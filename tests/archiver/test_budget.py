@@ -22,10 +22,10 @@ def test_strangers_and_clients_leave_what_a_new_child_needs(limit: int) -> None:
             budget_of(limit, IN_USE)
         return
     budget = budget_of(limit, IN_USE)
-    inside = IN_USE + budget.judged + budget.silent + budget.unassigned + budget.rest
+    inside = IN_USE + budget.authenticating + budget.silent + budget.unassigned + budget.rest
     assert inside + RESERVE <= limit
-    # The acceptor: its own, strangers before and behind their first word, guests and pipes.
-    acceptor = 10 + 2 * budget.waiting + 2 * budget.guests + 2 * budget.pipes
+    # The acceptor: its own, strangers before and behind their first word, connections and pipes.
+    acceptor = 10 + 2 * budget.greeting + 2 * budget.connections + 2 * budget.pipes
     assert acceptor <= limit
     assert min(budget) >= 1
     # One job of one disk fits at least.

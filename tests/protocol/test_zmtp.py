@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vmapipe.protocol.zmtp import (
     GREETING_BYTES,
-    MAX_WORD_BYTES,
+    MAX_COMMAND_BYTES,
     ConnectionOpening,
     HandshakeRefused,
     Stage,
@@ -57,23 +57,23 @@ def test_a_client_that_proves_its_key_is_passed_on_to_the_byte(
     opening, up, down = ConnectionOpening(curve=True), b"", b""
     first = client_greeting(b"CURVE") + HELLO
     for piece in pieces(first, cuts):
-        assert opening.stage in (Stage.GREETING, Stage.WORD)
+        assert opening.stage in (Stage.GREETING, Stage.COMMAND)
         assert len(piece) <= opening.wanted_bytes
-        opening.hear(piece)
-    assert opening.stage is Stage.KNOCKED
-    up += opening.let_in()
+        opening.receive(piece)
+    assert opening.stage is Stage.QUEUED
+    up += opening.take_pending()
     for piece in pieces(greeting(curve=True) + WELCOME, more):
         down += opening.answered(piece)
     assert down == WELCOME
     for piece in pieces(INITIATE, more):
-        assert not opening.is_judged
-        opening.hear(piece)
+        assert not opening.is_authenticating
+        opening.receive(piece)
         up, opening.pending = up + opening.pending, b""
-    assert opening.is_judged
+    assert opening.is_authenticating
     assert up == first + INITIATE
     for piece in pieces(READY + data, cuts):
         down += opening.answered(piece)
-    assert opening.is_in()
+    assert opening.is_accepted()
     assert down == WELCOME + READY + data
 
 
@@ -84,22 +84,22 @@ def test_without_keys_ready_is_the_first_word_and_the_answer(cuts: list[int]) ->
         b"READY", metadata(Socket_Type=b"DEALER", Identity=b"")
     )
     for piece in pieces(first, cuts):
-        opening.hear(piece)
-    assert opening.stage is Stage.KNOCKED
-    assert opening.let_in() == first
+        opening.receive(piece)
+    assert opening.stage is Stage.QUEUED
+    assert opening.take_pending() == first
     assert opening.answered(greeting(curve=False) + READY) == READY
-    assert opening.is_in()
+    assert opening.is_accepted()
 
 
-def test_who_is_shown_out_was_never_in() -> None:
+def test_a_client_that_the_socket_rejects_was_never_accepted() -> None:
     opening = ConnectionOpening(curve=True)
-    opening.hear(client_greeting(b"CURVE") + HELLO)
-    opening.let_in()
+    opening.receive(client_greeting(b"CURVE") + HELLO)
+    opening.take_pending()
     opening.answered(greeting(curve=True) + WELCOME)
-    opening.hear(INITIATE)
+    opening.receive(INITIATE)
     assert opening.answered(ERROR) == ERROR
-    assert opening.shown_out
-    assert opening.stage is Stage.PROVING
+    assert opening.rejected
+    assert opening.stage is Stage.AUTHENTICATING
 
 
 @pytest.mark.parametrize(
@@ -123,25 +123,25 @@ def test_who_is_shown_out_was_never_in() -> None:
 )
 def test_what_is_no_opening_is_refused_as_soon_as_that_can_be_seen(said: bytes) -> None:
     with pytest.raises(HandshakeRefused):
-        ConnectionOpening(curve=True).hear(said)
+        ConnectionOpening(curve=True).receive(said)
 
 
 def test_a_name_of_ones_own_choice_is_refused_where_it_can_be_read() -> None:
     opening = ConnectionOpening(curve=False)
     own = metadata(Socket_Type=b"DEALER", identity=b"\0abcd")
-    with pytest.raises(HandshakeRefused, match="name"):
-        opening.hear(client_greeting(b"NULL") + command(b"READY", own))
+    with pytest.raises(HandshakeRefused, match="identity"):
+        opening.receive(client_greeting(b"NULL") + command(b"READY", own))
 
 
 @pytest.mark.parametrize("cut", range(0, 40, 7))
 def test_metadata_that_end_too_early_are_refused(cut: int) -> None:
     whole = metadata(Socket_Type=b"DEALER", Other=b"12345678")
     opening = ConnectionOpening(curve=False)
-    opening.hear(client_greeting(b"NULL"))
+    opening.receive(client_greeting(b"NULL"))
     if cut in (0, len(whole)):
         return
     with pytest.raises(HandshakeRefused):
-        opening.hear(command(b"READY", whole[:cut]))
+        opening.receive(command(b"READY", whole[:cut]))
 
 
 @given(st.binary(max_size=3000), st.booleans())
@@ -154,12 +154,12 @@ def test_nothing_that_a_stranger_says_makes_it_hold_more_than_two_words(
     try:
         while said and opening.wanted_bytes:
             piece, said = said[: opening.wanted_bytes], said[opening.wanted_bytes :]
-            opening.hear(piece)
-            if opening.stage is Stage.KNOCKED:
-                opening.let_in()
+            opening.receive(piece)
+            if opening.stage is Stage.QUEUED:
+                opening.take_pending()
             held += len(piece) - len(opening.pending)
             opening.pending = b""
-            assert not opening.is_in()
+            assert not opening.is_accepted()
     except HandshakeRefused:
         return
-    assert opening.wanted_bytes <= GREETING_BYTES + MAX_WORD_BYTES
+    assert opening.wanted_bytes <= GREETING_BYTES + MAX_COMMAND_BYTES

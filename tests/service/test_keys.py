@@ -115,7 +115,7 @@ def test_port_scanners_and_slow_lorises_harm_no_job(scene: Scene) -> None:
         assert end_of(backup) == (0, "")
     log = scene.served.stop()
     told = [event["text"] for event in log if event["event"] == "notice"]
-    assert "refused 1 connection: no known key, or none of our words" in told
+    assert "refused 1 connection: unknown key, or not the vmapipe protocol" in told
     assert len(told) < 10
     good("verify", "--quiet", scene.served.folder / "honest.vma")
 
