@@ -59,22 +59,22 @@ exit codes: 0 done, 1 failed, 2 wrong use, 4 verify found damage, 130/143 ended 
 """
 
 COMMANDS = {
-    "backup": "vmapipe.control.backup",
-    "restore": "vmapipe.control.restore",
-    "list": "vmapipe.control.inspect",
-    "config": "vmapipe.control.inspect",
-    "verify": "vmapipe.control.inspect",
-    "serve": "vmapipe.control.serve",
-    "files": "vmapipe.control.files",
-    "status": "vmapipe.control.jobs.commands",
-    "speed": "vmapipe.control.jobs.commands",
-    "cancel": "vmapipe.control.jobs.commands",
-    "prune": "vmapipe.control.retention.command",
+    "backup": "vmapipe.control.cli.backup",
+    "restore": "vmapipe.control.cli.restore",
+    "list": "vmapipe.control.cli.inspect",
+    "config": "vmapipe.control.cli.inspect",
+    "verify": "vmapipe.control.cli.inspect",
+    "serve": "vmapipe.control.cli.serve",
+    "files": "vmapipe.control.cli.files",
+    "status": "vmapipe.control.cli.running",
+    "speed": "vmapipe.control.cli.running",
+    "cancel": "vmapipe.control.cli.running",
+    "prune": "vmapipe.control.cli.prune",
     "monitor": "vmapipe.control.cli.monitor",
     "cleanup": "vmapipe.control.cli.cleanup",
     "producer": "vmapipe.producer.main",
     "archiver": "vmapipe.archiver.main",
-    "keygen": "vmapipe.control.keygen",
+    "keygen": "vmapipe.control.cli.keygen",
 }
 
 

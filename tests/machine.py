@@ -17,12 +17,11 @@ from typing import Any
 
 import psutil
 
-from vmapipe.control.jobs.client import JobClient
-from vmapipe.control.jobs.folder import sockets
+from vmapipe.control.coordinator.status_socket import JobClient, sockets
 from vmapipe.runtime.errors import Failure
 
 VMAPIPE = (sys.executable, "-P", "-m", "vmapipe.control.main")
-VMA = (sys.executable, "-P", "-m", "vmapipe.control.vma_tool")
+VMA = (sys.executable, "-P", "-m", "vmapipe.control.cli.vma")
 #: No command of these tests takes longer, however slow the machine.
 LIMIT_S = 90.0
 

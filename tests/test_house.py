@@ -34,7 +34,7 @@ ONLY_IN = {
         "archiver/listener/socket.py",
         "archiver/listener/curve.py",
         "archiver/service/server.py",
-        "control/link.py",
+        "control/cli/keygen.py",
         "producer/connection.py",
         "restore/workers/sockets.py",
     },

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of `vmapipe`: a file each has the command line of one, and what it does first to last.
+"""The commands of `vmapipe`, and the tool `vma`; control/main.py finds them in its table.
 
-Nothing below imports from here; `control.main` imports a command's file only when it is run.
+Read in this order: backup_arguments.py and backup.py, restore.py, inspect.py (verify,
+list, config), running.py (status, speed, cancel), prune.py with its rules in
+retention.py (pure), serve.py, monitor.py, cleanup.py, keygen.py; vma.py with
+vma_create.py and vma_read.py for the reference tool's grammar. errors.py words errors.
+
+Invariants: a file parses, checks and reports; the work is done in the rooms below.
+Wrong use exits 2 before anything is opened; an error is one line, never a traceback.
 """

@@ -71,7 +71,7 @@ class BackupRunner:
                 self.give_up(QmpError("backup canceled"))
                 return
             self._child = self._children.start(
-                _NAME, "vmapipe.control.backup", request.argv, request.fds
+                _NAME, "vmapipe.control.cli.backup", request.argv, request.fds
             )
         except (OSError, ValueError) as error:
             # No memory for it, too many descriptors; a name that no file can have.

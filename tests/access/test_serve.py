@@ -15,7 +15,7 @@ import pytest
 
 from tests.access.serving import Served, serving
 from tests.archives import archive, extents_of, in_order, manifest
-from tests.control.test_events import events
+from tests.control.coordinator.test_events import events
 from tests.machine import Need, bad, good, make_disk
 from tests.protocol.nbd.client import Client
 from vmapipe.protocol.nbd.constants import NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES

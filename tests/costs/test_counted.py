@@ -183,11 +183,11 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
     ("command", "not_needed"),
     [
         (
-            "vmapipe.control.inspect",
-            "zmq msgpack backports.zstd asyncio vmapipe.control.job",
+            "vmapipe.control.cli.inspect",
+            "zmq msgpack backports.zstd asyncio vmapipe.control.coordinator.job",
         ),
         (
-            "vmapipe.control.backup",
+            "vmapipe.control.cli.backup",
             "backports.zstd asyncio xxhash qemu vmapipe.restore vmapipe.protocol.service",
         ),
         ("vmapipe.producer.main", "backports.zstd asyncio xxhash vmapipe.vma"),

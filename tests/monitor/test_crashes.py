@@ -31,7 +31,7 @@ def begin(qmp: Foreign, archive: Path) -> None:
 
 def grandchildren(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The processes of the backup, the coordinator first."""
-    (coordinator,) = children(process, "vmapipe.control.backup")[:1]
+    (coordinator,) = children(process, "vmapipe.control.cli.backup")[:1]
     return [coordinator, *coordinator.children(recursive=True)]
 
 

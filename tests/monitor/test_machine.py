@@ -168,7 +168,7 @@ def test_a_killed_coordinator_is_told_and_qemu_is_clean(
     words = {"backup-file": str(tmp_path / "vm.vma"), "devlist": "a,b", "speed": 65536}
     qmp.cmd("backup", words)
     family = psutil.Process(monitor.process.pid).children(recursive=True)
-    kill_children(monitor.process, "vmapipe.control.backup")
+    kill_children(monitor.process, "vmapipe.control.cli.backup")
     ended = qmp.end_of_backup()
     assert ended["event"] == "BACKUP_FAILED"
     assert ended["data"]["errmsg"] == "the backup process was killed by SIGKILL"

@@ -435,7 +435,7 @@ def test_commands_of_others_are_answered_while_a_backup_starts(
         starting.start()
         # It waits for the FIFO's reader; it has not begun, and can be cancelled all the same.
         deadline = time.monotonic() + LIMIT_S
-        while not children(served.process, "vmapipe.control.backup"):
+        while not children(served.process, "vmapipe.control.cli.backup"):
             assert time.monotonic() < deadline
         again = refusal(qmp, "backup", {"backup-file": str(tmp_path / "vm.vma")})
         assert again.desc == "previous backup not finished"

@@ -24,7 +24,7 @@ def backed_up_after_a_change(words: list[str], archive: Path) -> None:
     deadline = time.monotonic() + LIMIT_S
     with Children() as children:
         child = children.start(
-            "the backup", "vmapipe.control.backup", [*words, CRAWL, str(archive)]
+            "the backup", "vmapipe.control.cli.backup", [*words, CRAWL, str(archive)]
         )
         while child.running:
             assert time.monotonic() < deadline
@@ -58,7 +58,7 @@ def test_a_disk_at_rest_is_read_at_the_new_speed(tmp_path: Path) -> None:
     deadline = time.monotonic() + LIMIT_S
     with Children() as children:
         words = [f"--disk=d={disk}", CRAWL, str(tmp_path / "vm.vma")]
-        child = children.start("the backup", "vmapipe.control.backup", words)
+        child = children.start("the backup", "vmapipe.control.cli.backup", words)
         while child.running:
             assert time.monotonic() < deadline
             for _, event in children.wait(1.0):

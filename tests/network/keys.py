@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from vmapipe.control.link import new_pair
+from vmapipe.control.cli.keygen import new_pair
 from vmapipe.runtime.keys import write_pair
 
 

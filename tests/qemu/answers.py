@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.qemu.hostile import ANSWERS, DISK
-from vmapipe.control.jobs.commands import matching
-from vmapipe.control.jobs.state import JobState
-from vmapipe.control.jobs.table import job_lines
+from vmapipe.control.cli.running import job_lines, matching
+from vmapipe.control.coordinator.status import JobState
 from vmapipe.control.monitor.disks import check_devices, machine_devices
 from vmapipe.control.qemu import vmstate_commands
 from vmapipe.control.qemu.disks import (

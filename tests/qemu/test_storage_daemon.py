@@ -17,8 +17,7 @@ from tests.qemu.daemon_backup import (
 )
 from tests.qemu.hammer import Hammer
 from tests.qemu.storage_daemon import StorageDaemon
-from vmapipe.control.jobs.client import JobClient
-from vmapipe.control.jobs.folder import sockets
+from vmapipe.control.coordinator.status_socket import JobClient, sockets
 from vmapipe.control.qmp.client import QmpClient
 from vmapipe.control.qmp.connection import Command
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from zmq.utils import z85
 
 from tests.network.keys import enrol, make_client, make_server
-from vmapipe.control.link import new_pair
+from vmapipe.control.cli.keygen import new_pair
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.keys import (
     ClientList,

@@ -157,7 +157,7 @@ MEMORY_MIB = (18, 28, 38, 50)
         ("-m", "vmapipe.control.main", "verify", "ARCHIVE"),
         ("-m", "vmapipe.control.main", "backup", "--quiet", "--disk", "d=DISK", "NEW"),
         ("-m", "vmapipe.control.main", "restore", "ARCHIVE", "NEW"),
-        ("-m", "vmapipe.control.vma_tool", "verify", "ARCHIVE"),
+        ("-m", "vmapipe.control.cli.vma", "verify", "ARCHIVE"),
     ],
     ids=lambda words: f"{words[1][16:]}-{words[2]}",
 )

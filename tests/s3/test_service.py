@@ -59,7 +59,7 @@ def stuck_job(
         yield backup
         # It would wait for the last words of a service that a test has killed.
         if backup.poll() is None:
-            for process in children(backup, "vmapipe.control.remote"):
+            for process in children(backup, "vmapipe.control.coordinator.remote_archiver"):
                 process.kill()
 
 

@@ -147,7 +147,7 @@ def test_a_killed_process_fails_its_own_job_and_no_other(
         processes = {
             "archiver": [p for p in served.archivers() if "victim.vma" in " ".join(p.cmdline())],
             "producer": children(backup, "vmapipe.producer.main"),
-            "remote": children(backup, "vmapipe.control.remote"),
+            "remote": children(backup, "vmapipe.control.coordinator.remote_archiver"),
             "coordinator": [psutil.Process(backup.pid)],
         }
         processes[victim][0].kill()

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe backup`: the command line of a backup job."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from vmapipe.archiver.arguments import add_output_options
+from vmapipe.control.cli.backup_arguments import (
+    add_proxmox_options,
+    add_service_options,
+    add_source_options,
+    add_speed_option,
+    archiver_options,
+    buffer_options,
+    open_configs,
+    parse_disk,
+    service_of,
+)
+from vmapipe.control.coordinator.job import BackupJob, Disk, Service
+from vmapipe.control.coordinator.observers import (
+    Attended,
+    Surroundings,
+    add_attending_options,
+    attended,
+)
+from vmapipe.control.coordinator.output_spec import goes_to_stdout, inherited_fds, is_path
+from vmapipe.control.coordinator.priorities import add_priority_options, priorities
+from vmapipe.control.coordinator.proxmox import (
+    NO_CONFIGS,
+    NOT_THERE,
+    NOT_TO_BE_BACKED_UP,
+    ConfigDisk,
+    archive_name,
+    read_configs,
+)
+from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.runtime.arguments import (
+    add_buffer_options,
+    add_child_options,
+    make_parser,
+)
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.events import ChildCommands, ignore
+from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.process import run, run_child
+
+if TYPE_CHECKING:
+    from vmapipe.control.qemu.disks import LeftOut
+    from vmapipe.control.qemu.machine import RunningMachine
+
+DESCRIPTION = """\
+Back up disks into one VMA archive: disks at rest (raw image files or block
+devices), those of a running QEMU, or those that a monitor serves to a running
+guest; disks in use all at one instant.
+A process of its own reads each disk; another writes the archive, which appears
+under its name only when it is complete and on disk. Holes and zeroes cost
+next to nothing; of a running QEMU's disk some 0.04 s a GiB, but in qcow2
+without a backing file.
+"""
+
+EPILOG = """\
+ARCHIVE is a new file, - (stdout), a FIFO or character device, exec:COMMAND,
+fd:N, /dev/fdset/N or s3://BUCKET/KEY (credentials as for any S3 tool: AWS_... or
+~/.aws). Beside a file or object, ARCHIVE.manifest.json gets the digests with
+which `vmapipe verify` finds damaged data.
+
+A disk that cannot be read where a running guest writes costs the backup, not
+the guest's write, with QEMU from 10.1 on, with 10.0, and with 7.2 from 7.2.15
+on. Not with the two last ones for a moment at the instant itself, nor for disks
+of a qemu-storage-daemon, below a throttle filter, of several devices, removable
+ones, 7.2's in an I/O thread, and large thin ones that are mostly empty: there
+and with other versions the write fails as QEMU's own backup lets it.
+
+examples:
+  vmapipe backup --disk drive-scsi0=/srv/vm.raw --config qemu-server.conf vm.vma
+  vmapipe backup --disk /dev/vg0/vm --compress zstd vm.vma.zst
+  vmapipe backup --qmp /run/vm/qmp.sock --config vm.conf vm.vma
+  vmapipe backup --qmp /run/vm/qmp.sock --state --config vm.conf vm.vma
+  vmapipe backup --monitor /run/vm/monitor.sock --config vm.conf vm.vma
+  vmapipe backup --qmp /run/vm/qmp.sock --vmid 100 --config 100.conf /var/lib/vz/dump
+  vmapipe backup --disk /srv/vm.raw - | ssh backup.example 'cat > vm.vma'
+  vmapipe backup --archiver tcp://backup.example:7777 --keys /etc/vmapipe/keys \
+                 --disk /srv/vm.raw vm.vma
+
+exit codes: 0 stored, 1 failed (nothing was stored), 2 wrong use, 130/143 ended by a signal
+"""
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
+    add_source_options(parser)
+    add_buffer_options(parser)
+    add_priority_options(parser)
+    add_speed_option(parser)
+    add_proxmox_options(parser)
+    add_service_options(parser)
+    add_output_options(parser)
+    add_report_options(parser)
+    add_attending_options(parser)
+    add_child_options(parser)
+    parser.add_argument("archive", metavar="ARCHIVE", help="where the archive goes")
+    options = parser.parse_args(argv)
+    if options.parent_fd is None:
+        return run(prog, lambda: _backup(options))
+    orders = ChildCommands()
+    return run_child(
+        prog,
+        options.parent_fd,
+        lambda cancel, emit: _backup(options, Surroundings(emit, cancel, orders)),
+        ignore,
+        orders.put,
+    )
+
+
+def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> None:
+    service = service_of(options)
+    _check(options)
+    if options.vmid is not None:
+        name = archive_name(options.vmid, time.time(), options.compress)
+        options.archive = os.path.join(options.archive, name)
+    # First of all, before we open descriptors of our own.
+    pass_fds = [*([] if service else inherited_fds(options.archive))]
+    pass_fds += [*inherited_fds(options.manifest or ""), *open_configs(options)]
+    place = service.name_of(options.archive) if service else _full_name(options.archive)
+    if parent is not None:
+        with attended(options, place, parent) as around:
+            _run_job(options, service, pass_fds, around)
+        return
+    cancel = Cancel()
+    cancel.on_signals()
+    # With the archive on stdout, every word goes to stderr.
+    to_stdout = not service and goes_to_stdout(options.archive)
+    stream = sys.stderr if to_stdout else sys.stdout
+    with (
+        renderer("backup", options, stream) as emit,
+        attended(options, place, Surroundings(emit, cancel, ChildCommands())) as around,
+    ):
+        _run_job(options, service, pass_fds, around)
+
+
+def _full_name(archive: str) -> str:
+    """As somebody in another folder would call it."""
+    return os.path.abspath(archive) if is_path(archive) else archive
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises UsageError."""
+    if options.freeze and not options.agent:
+        raise UsageError(
+            "--freeze needs --agent: only the guest itself can freeze its file systems"
+        )
+    if options.agent and options.qmp is None and options.monitor is None:
+        raise UsageError("--agent needs --qmp or --monitor: a disk at rest needs no freezing")
+    if options.state and options.qmp is None:
+        raise UsageError("--state needs --qmp: only QEMU can save a machine's memory")
+    if options.qmp_share and options.qmp is None:
+        raise UsageError("--qmp-share says how --qmp is used: it needs that")
+    if options.qmp_share and options.state:
+        raise UsageError(
+            "--state needs QEMU's monitor for itself, from the instant until the memory is saved: "
+            "leave out --qmp-share"
+        )
+    if options.state and options.agent:
+        raise UsageError(
+            "--state needs no --agent: what is in the guest's memory is saved with it, and the "
+            "restored guest would still be frozen"
+        )
+    if options.reproducible and (options.qmp or options.monitor):
+        raise UsageError(
+            "--reproducible is for disks at rest: it takes one disk after the other, and the guest "
+            "would wait for its turn"
+        )
+    if options.force_share and (options.qmp or options.monitor):
+        raise UsageError(
+            "--force-share is for disks at rest: a disk in use is read as of one instant"
+        )
+    if options.notes and options.vmid is None:
+        raise UsageError("--notes needs --vmid: only Proxmox VE's archives have a place for them")
+    if options.vmid is not None and is_object(options.archive):
+        raise UsageError(
+            "--vmid makes a log and notes beside the archive: ARCHIVE is a folder then"
+        )
+
+
+def _run_job(
+    options: argparse.Namespace, service: Service | None, pass_fds: list[int], around: Attended
+) -> None:
+    machine = open_machine(options)
+    try:
+        configs = NO_CONFIGS
+        if options.vmid is not None:
+            configs = read_configs(options.config, options.vmid, around.cancel)
+        disks, left_out = choose_disks(options, configs.disks, machine)
+        for disk in left_out:
+            around.emit({"event": "skipped", **disk._asdict()})
+        if options.vmid is not None:
+            options.config, fds = configs.stored([disk.name for disk in disks])
+            pass_fds = pass_fds + fds
+        job = BackupJob(
+            disks=disks,
+            archive=options.archive,
+            archiver_options=archiver_options(options),
+            speed_bytes_s=options.speed,
+            pass_fds=pass_fds,
+            buffer_options=buffer_options(options, len(disks)),
+            machine=machine,
+            with_memory=options.state,
+            service=service,
+            agent=options.agent or "",
+            in_turn=options.reproducible,
+            priorities=priorities(options),
+            server=around.server,
+            job_id=around.job_id,
+        )
+        job.run(around.emit, around.cancel, around.orders)
+    finally:
+        if machine:
+            machine.end()
+
+
+def open_machine(options: argparse.Namespace) -> RunningMachine | None:
+    """Raises UsageError, Failure."""
+    if options.qmp is None:
+        return None
+    if options.monitor is not None:
+        raise UsageError("--qmp and --monitor are two ways to disks in use: choose one")
+    if options.spool:
+        raise UsageError(
+            "--spool has no use with --qmp: QEMU sends as fast as we take, so it would fill up; "
+            "use --buffer and --speed"
+        )
+    # Imported here: it takes as long as all the rest of a start.
+    from vmapipe.control.qemu.machine import RunningMachine
+
+    return RunningMachine(
+        options.qmp, options.guest_wait, with_memory=options.state, share=options.qmp_share
+    )
+
+
+def _disks_at_rest(options: argparse.Namespace) -> list[Disk]:
+    """Raises UsageError."""
+    shared = ("--force-share",) if options.force_share else ()
+    disks = [parse_disk(text) for text in options.disk]
+    return [disk._replace(reading=(*disk.reading, *shared)) for disk in disks]
+
+
+def choose_disks(
+    options: argparse.Namespace,
+    configured: Sequence[ConfigDisk] = (),
+    machine: RunningMachine | None = None,
+) -> tuple[list[Disk], list[LeftOut]]:
+    """What is backed up, and what of the machine is not. Raises UsageError, Failure.
+
+    `configured`: what the configuration of a machine with --vmid says of its disks.
+    """
+    excluded = {d.device: NOT_TO_BE_BACKED_UP for d in configured if not d.is_backed_up}
+    if machine is None and options.monitor is None and not configured:
+        return _disks_at_rest(options), []
+    # Imported here: a backup of disks at rest starts sooner without.
+    from vmapipe.control.qemu.disks import DiskChoiceOptions, LeftOut
+
+    if machine:
+        read_only = {d.device for d in configured if d.options.get("media") != "cdrom"}
+        wishes = DiskChoiceOptions(options.disk, excluded, frozenset(read_only - set(excluded)))
+        choice = machine.choose(wishes)
+        disks = [Disk(disk.name, "", size_bytes=disk.size_bytes) for disk in choice.disks]
+        left_out = list(choice.left_out)
+    elif options.monitor is not None:
+        disks, left_out = _choose_served(options, excluded)
+    else:
+        disks, left_out = _disks_at_rest(options), []
+    known = {disk.name for disk in disks} | {out.device for out in left_out}
+    for disk in configured:
+        if disk.device not in known:
+            reason = excluded.get(disk.device, NOT_THERE)
+            left_out.append(LeftOut(disk.device, reason, "warn" if disk.is_backed_up else "info"))
+    return disks, left_out
+
+
+def _choose_served(
+    options: argparse.Namespace, excluded: Mapping[str, str]
+) -> tuple[list[Disk], list[LeftOut]]:
+    """Of a monitor's disks. Raises UsageError, Failure."""
+    from vmapipe.control.monitor.client import guarded_disks
+    from vmapipe.control.qemu.disks import NOT_CHOSEN, LeftOut
+
+    served = {disk.name: disk for disk in guarded_disks(options.monitor)}
+    for name in options.disk:
+        if name not in served:
+            known = ", ".join(sorted(served))
+            raise UsageError(f"the monitor at {options.monitor} has no disk {name!r}, but {known}")
+    wanted = dict.fromkeys(options.disk or (name for name in served if name not in excluded))
+    return [Disk(name, "", served[name].guard) for name in wanted], [
+        LeftOut(name, NOT_CHOSEN if options.disk else excluded[name], "info")
+        for name in served
+        if name not in wanted
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], "vmapipe backup"))

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of `vmapipe backup` that are nobody else's, by theme."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import stat
+
+from vmapipe.control.coordinator.job import Disk, Service
+from vmapipe.control.coordinator.priorities import buffer_of_each
+from vmapipe.control.qmp.addresses import add_monitor_options
+from vmapipe.runtime.arguments import (
+    add_connect_option,
+    add_tcp_options,
+    check_endpoint,
+    size,
+    split_named,
+)
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.image_format import format_of_content
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to back up")
+    what.add_argument(
+        "--disk",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH[,format=FORMAT]",
+        help="a disk, and its name in the archive (default: the file's name); images that are not "
+        "raw need their format (qcow2, vmdk, vhdx, vdi, ...), and ,snapshot=NAME or ,offset=BYTES "
+        "may follow; may be repeated",
+    )
+    what.add_argument(
+        "--force-share",
+        action="store_true",
+        help="read disks at rest although another program may write to them: the archive may then "
+        "hold what never was on the disk at one time",
+    )
+    what.add_argument(
+        "--monitor",
+        metavar="SOCKET",
+        help="back up the disks of this monitor while they are in use; --disk NAME then chooses "
+        "some of them",
+    )
+    add_monitor_options(
+        what,
+        help="back up the disks of the running QEMU whose QMP monitor this is (--disk [NAME=]DEVICE "
+        "then chooses some of them, by their name in the archive, device, node or id, and NAME is "
+        "what one is called in the archive)",
+    )
+    what.add_argument(
+        "--state",
+        action="store_true",
+        help="with --qmp: the machine's memory and devices, too, of the same instant as the disks; "
+        "docs/operations/backup.md tells how to let the machine go on from there",
+    )
+    what.add_argument(
+        "--agent",
+        metavar="SOCKET",
+        help="freeze the guest's file systems for the instant, through this guest agent "
+        "(with --qmp or --monitor); they are thawed whatever happens",
+    )
+    what.add_argument(
+        "--freeze", action="store_true", help="what --agent is for; needs it, and may be left out"
+    )
+
+
+def add_speed_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--speed",
+        type=size,
+        default=0,
+        metavar="BYTES/S",
+        help="read at most this much a second, all disks together; K, M, G, T are powers of 1024 "
+        "(what a guest's writes save is not slowed down)",
+    )
+
+
+def add_proxmox_options(parser: argparse.ArgumentParser) -> None:
+    proxmox = parser.add_argument_group("as Proxmox VE does it")
+    proxmox.add_argument(
+        "--vmid",
+        type=int,
+        metavar="N",
+        help="name everything as Proxmox VE's vzdump does for this machine, so that qmrestore "
+        "takes it: ARCHIVE is then a folder, and a log is written beside the archive",
+    )
+    proxmox.add_argument(
+        "--notes", default="", metavar="TEXT", help="with --vmid: notes beside the archive"
+    )
+
+
+def add_service_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--archiver",
+        metavar="ENDPOINT",
+        help="store the archive at this service (tcp://HOST:PORT) and not on this host: ARCHIVE is "
+        "then its name there, a plain one, and --threads the service's own",
+    )
+    add_tcp_options(parser, "our key pair, and the archiver's server.pub")
+    add_connect_option(parser)
+
+
+def buffer_options(options: argparse.Namespace, disks: int) -> list[str]:
+    """Of each of so many live disks. Raises UsageError."""
+    return [
+        f"--buffer={buffer_of_each(options.buffer, options.buffer_total, disks)}",
+        f"--spool={options.spool}",
+        f"--spool-size={options.spool_size}",
+        f"--guest-wait={options.guest_wait}",
+    ]
+
+
+def open_configs(options: argparse.Namespace) -> list[int]:
+    """Descriptors of configs that are pipes (stdin, a shell's `<(…)`), which only we can read.
+
+    Rewrites their words in `options.config` to name the descriptor.
+    """
+    fds = []
+    for index, text in enumerate(options.config):
+        name, path = split_named(text)
+        try:
+            if not stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith("/dev/"):
+                continue
+            # Its writer is waited for by whoever reads it, who can be stopped.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error
+        fds.append(fd)
+        options.config[index] = f"{name}=/dev/fd/{fd}"
+    return fds
+
+
+def archiver_options(options: argparse.Namespace) -> list[str]:
+    """The options that a backup hands on to its archiver."""
+    # With "=", because a name may begin with a dash.
+    words = [f"--config={config}" for config in options.config]
+    if options.compress:
+        words.append(f"--compress={options.compress}")
+    if not options.archiver:
+        words.append(f"--threads={options.threads}")
+    if options.manifest:
+        words.append(f"--manifest={options.manifest}")
+    if options.no_manifest:
+        words.append("--no-manifest")
+    elif options.json and not options.archiver:
+        words.append("--manifest-events")
+    if options.reproducible:
+        words.append("--reproducible")
+    if options.uuid:
+        words.append(f"--uuid={options.uuid.hex()}")
+    return words
+
+
+# What may follow an image's path, and what a format's name looks like.
+_READING = ("format", "snapshot", "offset", "others")
+_WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
+
+
+def parse_disk(text: str) -> Disk:
+    """`[NAME=]PATH[,format=FORMAT][,snapshot=NAME][,offset=BYTES][,others=yes]`. Raises UsageError."""
+    body, found = text, dict[str, str]()
+    while True:
+        rest, comma, last = body.rpartition(",")
+        key, equals, value = last.partition("=")
+        if not comma or not equals or key not in _READING:
+            break
+        body = rest
+        if key in found:
+            raise UsageError(f"{text}: {key} comes twice")
+        found[key] = value
+    disk = Disk(*split_named(body))
+    if "format" in found:
+        if not _WORD.fullmatch(found["format"]):
+            raise UsageError(f"{text}: {found['format']!r} is no format")
+        return Disk(disk.name, disk.path, reading=_reading_words(text, found))
+    if found:
+        raise UsageError(f"{text}: say the format, too: {body},format=qcow2,…")
+    if "://" in disk.path:
+        raise UsageError(f"{text}: say what is there: {text},format=raw (or qcow2, …)")
+    image_format = _looks_like(disk.path)
+    if image_format:
+        raise UsageError(
+            f"{disk.path} looks like a {image_format} image, which a guest can write into its raw "
+            f"disk: say {text},format=raw if the disk is raw, or {text},format={image_format} if "
+            "you know that it was made as such an image"
+        )
+    return disk
+
+
+def _reading_words(text: str, found: dict[str, str]) -> tuple[str, ...]:
+    words = [f"--format={found['format']}"]
+    if "snapshot" in found:
+        words.append(f"--snapshot={found['snapshot']}")
+    if "others" in found:
+        if found["others"] not in ("yes", "no"):
+            raise UsageError(f"{text}: others is yes or no, not {found['others']!r}")
+        words += ["--others"] * (found["others"] == "yes")
+    if "offset" in found:
+        try:
+            words.append(f"--offset={size(found['offset'])}")
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{text}: {error}") from error
+    return tuple(words)
+
+
+def _looks_like(path: str) -> str:
+    """The format of an image that is not raw, by its content; empty: raw, or unreadable."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""  # the producer will say what is wrong
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode) and not stat.S_ISBLK(os.fstat(fd).st_mode):
+            return ""
+        size_bytes = os.lseek(fd, 0, os.SEEK_END)
+        found = format_of_content(lambda offset, length: os.pread(fd, length, offset), size_bytes)
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
+    return found.driver if found is not None else ""
+
+
+def service_of(options: argparse.Namespace) -> Service | None:
+    """What `--archiver` and its keys say. Raises UsageError for what goes only with our own one."""
+    if options.archiver is None:
+        if options.keys or options.insecure_plain_tcp:
+            raise UsageError("--keys and --insecure-plain-tcp belong to --archiver")
+        return None
+    check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
+    # Imported here: most archives are made on this host.
+    from vmapipe.protocol.service import archive_name_fault
+
+    fault = archive_name_fault(options.archive)
+    if fault:
+        raise UsageError(
+            f"{options.archive!r}: with --archiver, ARCHIVE is a file's name at the service: {fault}"
+        )
+    if options.manifest:
+        raise UsageError("--manifest FILE: a service stores the manifest beside the archive")
+    if options.vmid is not None:
+        raise UsageError(
+            "--vmid writes a log beside the archive; with --archiver, name it yourself"
+        )
+    if options.reproducible:
+        raise UsageError("--reproducible is for an archiver of this host")
+    words = [f"--connect-timeout={options.connect_timeout}"]
+    if options.keys:
+        words.append(f"--keys={options.keys}")
+    if options.insecure_plain_tcp:
+        words.append("--insecure-plain-tcp")
+    return Service(options.archiver, tuple(words))

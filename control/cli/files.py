@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe files`: files of the file systems in an archive, without restoring it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from vmapipe.access.archive import OpenArchive, open_for_access
+from vmapipe.access.disk import ArchiveDisk
+from vmapipe.access.files.copies import FileWriter, FolderWriter, TarWriter, shown
+from vmapipe.access.files.messages import (
+    LINK,
+    Entry,
+    EntryFailed,
+    FileData,
+    FromParser,
+    ParserNotice,
+    Stretch,
+    Volume,
+)
+from vmapipe.access.files.session import FileSession
+from vmapipe.control.cli.errors import naming
+from vmapipe.control.cli.serve import add_cache_options, caches_of
+from vmapipe.control.coordinator.render import human_bytes
+from vmapipe.runtime.arguments import make_parser
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.process import run
+from vmapipe.runtime.text import name_text, one_line
+
+DESCRIPTION = """\
+Look into the file systems of an archive's disks and take files out, without root and
+without restoring anything: ext2, ext3, ext4, NTFS, FAT, exFAT, HFS+, UFS, ISO 9660, on whole disks and
+in MBR or GPT partitions. The journal of ext3 and ext4 is replayed in memory; where a
+log is not, a notice says so. What is read is compared with the archive's manifest.
+
+A PLACE is [DISK[:PARTITION]:]/PATH; without a disk, all disks are looked through.
+
+  ls ARCHIVE              its disks, partitions and file systems
+  ls ARCHIVE PLACE        the entries of a folder (-l: with all that is known of each)
+  find ARCHIVE PLACE      a folder and everything below it
+  cat ARCHIVE PLACE       a file's bytes, to standard output
+  cp ARCHIVE PLACE DEST   a file, or a folder with all below it, into DEST
+  tar ARCHIVE PLACE       the same as a tar stream: owners, device nodes, xattrs, holes
+"""
+EPILOG = """\
+examples:
+  vmapipe files ls vm.vma.zst
+  vmapipe files ls -l vm.vma.zst /etc
+  vmapipe files cat vm.vma.zst /etc/fstab
+  vmapipe files cp vm.vma.zst drive-scsi0:2:/home/anna ./
+  vmapipe files tar vm.vma.zst drive-scsi1:/srv | tar -x --xattrs -C /srv/back
+"""
+_MISSING = """\
+files are read with pytsk3: pip install 'vmapipe[files]'; without it, serve the disk \
+(vmapipe serve) and open it with guestfish"""
+_MODES = "-dlcbps"
+
+
+class _Place(NamedTuple):
+    """What was asked for. Empty: not said."""
+
+    disk: str
+    part: str
+    path: bytes
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
+    parser.add_argument("action", choices=("ls", "find", "cat", "cp", "tar"), help="see above")
+    parser.add_argument(
+        "archive", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"
+    )
+    parser.add_argument("place", metavar="PLACE", nargs="?", help="[DISK[:PARTITION]:]/PATH")
+    parser.add_argument("dest", metavar="DEST", nargs="?", help="for cp: a folder, or a new name")
+    parser.add_argument("-l", "--long", action="store_true", help="with mode, owner, size, time")
+    parser.add_argument("--json", action="store_true", help="a JSON object on a line for each")
+    parser.add_argument(
+        "-0",
+        "--null",
+        action="store_true",
+        help="names as they are, each ended by a zero byte (for xargs -0)",
+    )
+    add_cache_options(parser)
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _files(options))
+
+
+def _files(options: argparse.Namespace) -> None:
+    _check(options)
+    if importlib.util.find_spec("pytsk3") is None:
+        raise UsageError(_MISSING)
+    cancel = Cancel()
+    cancel.on_signals()
+    with contextlib.ExitStack() as stack:
+        with naming(options.archive):
+            archive = open_for_access(options.archive, cancel, _notice, caches_of(options))
+        stack.callback(archive.close)
+        if options.place is None:
+            _list_volumes(archive, options, cancel)
+            return
+        place = _parse_place(options.place, archive)
+        session, volume = _find(archive, place, cancel, stack)
+        if _ACTIONS[options.action](session, volume, place, options):
+            raise Failure("not all of it could be read: the lines above say what is missing")
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.place is None and options.action != "ls":
+        raise UsageError(f"{options.action} needs a PLACE: [DISK[:PARTITION]:]/PATH")
+    if (options.action == "cp") != (options.dest is not None):
+        raise UsageError("cp, and nothing else, takes a DEST: a folder, or a new name")
+    if options.action == "tar" and sys.stdout.isatty():
+        raise UsageError("the tar stream goes to standard output, which is a terminal")
+
+
+def _notice(text: str) -> None:
+    print(f"vmapipe files: {one_line(text)}", file=sys.stderr)
+
+
+def _parse_place(text: str, archive: OpenArchive) -> _Place:
+    if text.startswith("/"):
+        return _Place("", "", os.fsencode(text))
+    where, slash, path = text.partition(":/")
+    if not slash:
+        raise UsageError(f"{name_text(text)} is not a valid place: [DISK[:PARTITION]:]/PATH")
+    disk, part = where, ""
+    names = [device.name for device in archive.header.devices if not device.is_vmstate]
+    if where not in names:
+        disk, _, part = where.rpartition(":")
+    if disk not in names:
+        there = ", ".join(map(name_text, names)) or "none"
+        raise UsageError(f"there is no disk {name_text(disk or where)}; there is {there}")
+    return _Place(disk, part, os.fsencode(f"/{path}"))
+
+
+def _disks(archive: OpenArchive) -> Iterator[tuple[str, ArchiveDisk]]:
+    for device in archive.header.devices:
+        if not device.is_vmstate:
+            yield device.name, ArchiveDisk(archive, device)
+
+
+def _find(
+    archive: OpenArchive, place: _Place, cancel: Cancel, stack: contextlib.ExitStack
+) -> tuple[FileSession, Volume]:
+    """The parser of the disk, and its volume that has the path. Raises Failure, UsageError."""
+    holding: list[tuple[str, FileSession, Volume]] = []
+    others: list[str] = []
+    for name, disk in _disks(archive):
+        if place.disk and name != place.disk:
+            continue
+        session = stack.enter_context(FileSession(disk, name, cancel))
+        for message in session.ask("find", os.fsencode(place.part), place.path):
+            match message:
+                case Volume(can_read=True):
+                    holding.append((name, session, message))
+                case Volume(kind=kind) if kind not in (b"", b"swap"):
+                    others.append(f"{_volume_name(name, message)} ({kind.decode()})")
+                case EntryFailed(_, reason):
+                    raise Failure(f"{name}: {os.fsdecode(reason)}")
+    if len(holding) == 1:
+        return holding[0][1], holding[0][2]
+    if holding:
+        choices = ", ".join(_volume_name(name, volume) for name, _, volume in holding)
+        raise UsageError(f"several file systems have {shown(place.path)}: say which of {choices}")
+    text = f"no file system here has {shown(place.path)}"
+    if others:
+        text += (
+            f"; not looked into: {', '.join(others)}, which this command cannot read: "
+            "serve the disk (vmapipe serve) and open it with guestfish"
+        )
+    raise Failure(text)
+
+
+def _volume_name(disk: str, volume: Volume) -> str:
+    part = os.fsdecode(volume.name)
+    return f"{disk}:{part}:" if part else f"{disk}:"
+
+
+# --- ls, find ---
+
+
+def _list_volumes(archive: OpenArchive, options: argparse.Namespace, cancel: Cancel) -> None:
+    for name, disk in _disks(archive):
+        with FileSession(disk, name, cancel) as session:
+            for message in session.ask("volumes"):
+                if isinstance(message, EntryFailed):
+                    raise Failure(f"{name}: {os.fsdecode(message.reason)}")
+                if isinstance(message, Volume):
+                    print(_volume_line(name, message, options.json))
+
+
+def _volume_line(disk: str, volume: Volume, as_json: bool) -> str:
+    kind = os.fsdecode(volume.kind)
+    if as_json:
+        row = {
+            "disk": disk,
+            "partition": os.fsdecode(volume.name),
+            "offset": volume.offset,
+            "bytes": volume.size_bytes,
+            "kind": kind,
+            "readable": volume.can_read,
+        }
+        return json.dumps(row)
+    text = f"{_volume_name(disk, volume):<24} {human_bytes(volume.size_bytes):>12}"
+    return one_line(
+        f"{text}  {kind or 'unknown'}{'' if volume.can_read or not kind else ' (not readable here)'}"
+    )
+
+
+def _print_entries(
+    action: str, session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace
+) -> int:
+    status = 0
+    for message in session.ask(action, volume.name, place.path):
+        if isinstance(message, Entry):
+            path = message.path
+            if action == "list":
+                path = path.rpartition(b"/")[2] or path
+            _print_entry(message, path, options)
+        else:
+            status = max(status, _other(message))
+    sys.stdout.flush()
+    return status
+
+
+def _list(session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+    return _print_entries("list", session, volume, place, options)
+
+
+def _walk(session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+    return _print_entries("walk", session, volume, place, options)
+
+
+def _print_entry(entry: Entry, path: bytes, options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps(_as_json(entry)))
+    elif options.null:
+        sys.stdout.buffer.write(path + b"\0")
+    elif options.long:
+        print(_long_line(entry, path))
+    else:
+        print(_for_people(path))
+
+
+def _for_people(path: bytes) -> str:
+    """Escaped, so that no name moves the cursor or passes for two."""
+    text = path.decode("utf-8", "backslashreplace")
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _as_json(entry: Entry) -> dict[str, object]:
+    """Bytes that are not UTF-8 are lone surrogates (PEP 383): os.fsencode gives them back."""
+    pairs = zip(entry.xattrs[::2], entry.xattrs[1::2], strict=False)
+    return {
+        "path": os.fsdecode(entry.path),
+        "type": ("file", "folder", "link", "character", "block", "fifo", "socket")[entry.kind],
+        "mode": f"{entry.mode:04o}",
+        "uid": entry.uid,
+        "gid": entry.gid,
+        "bytes": entry.size_bytes,
+        "mtime_ns": entry.mtime_ns,
+        "inode": entry.inode,
+        "links": entry.links,
+        "target": os.fsdecode(entry.target) if entry.kind == LINK else None,
+        "xattrs": {os.fsdecode(key): value.hex() for key, value in pairs},
+    }
+
+
+def _long_line(entry: Entry, path: bytes) -> str:
+    bits = "".join(
+        letter if entry.mode >> (8 - at) & 1 else "-" for at, letter in enumerate("rwxrwxrwx")
+    )
+    try:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.mtime_ns / 1e9))
+    except (OverflowError, ValueError, OSError):
+        when = "?"
+    special = "".join(
+        letter for bit, letter in ((0o4000, "u"), (0o2000, "g"), (0o1000, "t")) if entry.mode & bit
+    )
+    name = _for_people(path)
+    if entry.kind == LINK:
+        name += f" -> {_for_people(entry.target)}"
+    size = (
+        f"{os.major(entry.device)},{os.minor(entry.device)}" if entry.device else entry.size_bytes
+    )
+    owner = f"{entry.uid}:{entry.gid}"
+    return f"{_MODES[entry.kind]}{bits}{special:<2} {owner:<11} {size:>12} {when} {name}"
+
+
+def _other(message: FromParser) -> int:
+    """What is not an entry: told, and the exit status that it makes."""
+    match message:
+        case ParserNotice(text):
+            _notice(f"notice: {os.fsdecode(text)}")
+        case EntryFailed(path, reason):
+            _notice(f"{shown(path)}: {os.fsdecode(reason)}" if path else os.fsdecode(reason))
+            return 1
+    return 0
+
+
+# --- cat, cp, tar ---
+
+
+def _cat(session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+    del options
+    return _copy(session, volume, place.path, FileWriter(sys.stdout.buffer))
+
+
+def _tar(session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+    del options
+    return _copy(
+        session, volume, place.path, TarWriter(sys.stdout.buffer, _tidy(place.path), _notice)
+    )
+
+
+def _cp(session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+    path = _tidy(place.path)
+    folder, name = os.path.split(os.fsencode(options.dest).rstrip(b"/") or b"/")
+    if os.path.isdir(options.dest):
+        folder, name = os.fsencode(options.dest), path.rpartition(b"/")[2]
+        if not name:
+            raise UsageError("for a whole file system, DEST has to be the name of a new folder")
+    try:
+        fd = os.open(folder or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Failure(f"cannot open {shown(folder)}: {os_error_text(error)}") from error
+    try:
+        return _copy(session, volume, place.path, FolderWriter(fd, path, name, _notice))
+    finally:
+        os.close(fd)
+
+
+def _tidy(path: bytes) -> bytes:
+    return b"/" + b"/".join(name for name in path.split(b"/") if name)
+
+
+def _copy(
+    session: FileSession, volume: Volume, path: bytes, writer: FileWriter | TarWriter | FolderWriter
+) -> int:
+    status = 0
+    for message in session.ask("read", volume.name, path):
+        match message:
+            case Entry():
+                writer.entry(message)
+            case Stretch():
+                writer.stretch(message)
+            case FileData():
+                writer.data(message)
+            case EntryFailed(where, reason):
+                status = 1
+                text = f"{shown(where or path)}: {os.fsdecode(reason)}"
+                _notice(text)
+                writer.failed(text)
+            case _:
+                _other(message)
+    writer.close()
+    return status if writer.is_whole else 1
+
+
+_ACTIONS: dict[str, Callable[[FileSession, Volume, _Place, argparse.Namespace], int]] = {
+    "ls": _list,
+    "find": _walk,
+    "cat": _cat,
+    "cp": _cp,
+    "tar": _tar,
+}

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe list`, `vmapipe config` and `vmapipe verify`: look, and write nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+
+from vmapipe.control.cli.errors import naming, source_name
+from vmapipe.control.coordinator.output_spec import inherited_fds
+from vmapipe.control.coordinator.render import add_report_options, human_bytes, renderer
+from vmapipe.restore.archive.compressed import ReadOptions
+from vmapipe.restore.archive.reader import Archive, open_archive
+from vmapipe.restore.verify.verify import VerifyOptions, verify
+from vmapipe.runtime.arguments import make_parser, size
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
+from vmapipe.runtime.process import failure_of, run
+from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
+from vmapipe.vma.errors import ArchiveError, VmaError
+from vmapipe.vma.header import Config, Header
+
+VERIFY_DESCRIPTION = """\
+Check an archive without writing anything: header, checksums, uuid, counts,
+clusters that are missing, double or beyond the end, vmstate's order, trailing
+bytes. The format has no checksum for its data; with the manifest that `vmapipe
+backup` leaves beside an archive, every byte of data is checked, too. Goes on
+after damage, and names every device and range of bytes that is affected.
+"""
+VERIFY_EPILOG = """\
+examples:
+  vmapipe verify vm.vma.zst
+  vmapipe verify --require-manifest /backup/dump/*.vma.zst
+  ssh backup.example cat vm.vma | vmapipe verify --manifest vm.vma.manifest.json -
+
+exit codes: 0 nothing is wrong, 1 it could not be checked, 2 wrong use, 4 damage was found;
+of several archives, the highest
+"""
+ARCHIVE_HELP = "a file, - (stdin), a FIFO, exec:COMMAND, fd:N, s3://BUCKET/KEY; plain or compressed"
+# The smallest window there is; and what the library can do, zstd --long=31.
+_MIN_WINDOW_BYTES, _MAX_WINDOW_BYTES = 1 << 10, 2 << 30
+DEFAULT_CONFIG = "qemu-server.conf"
+
+
+def main_list(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(
+        prog,
+        "Tell what an archive holds: its devices with their sizes, and its configs.",
+        "example:\n  vmapipe list vm.vma.zst",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, on one line, for each archive"
+    )
+    add_read_options(parser)
+    parser.add_argument("archives", metavar="ARCHIVE", nargs="+", help=ARCHIVE_HELP)
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _each(prog, options, _list))
+
+
+def main_config(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(
+        prog,
+        "Print a configuration stored in an archive, byte for byte.",
+        "example:\n  vmapipe config vm.vma --name qemu-server.fw",
+    )
+    parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help=f"which one (default: {DEFAULT_CONFIG}, or the only one there is)",
+    )
+    parser.add_argument("--json", action="store_true", help="print all of them as a JSON object")
+    add_read_options(parser)
+    parser.add_argument("archive", metavar="ARCHIVE", help=ARCHIVE_HELP)
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _config(options))
+
+
+def main_verify(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(prog, VERIFY_DESCRIPTION, VERIFY_EPILOG)
+    parser.add_argument(
+        "--manifest",
+        metavar="FILE",
+        help="the manifest (default: ARCHIVE.manifest.json); exec:COMMAND and s3:// work, too",
+    )
+    parser.add_argument(
+        "--no-manifest", action="store_true", help="check the structure only: fast, less is found"
+    )
+    parser.add_argument(
+        "--require-manifest",
+        action="store_true",
+        help="fail when there is no manifest, and the data cannot be checked (for cron)",
+    )
+    parser.add_argument(
+        "--whole-file",
+        action="store_true",
+        help="also compare the digest of the stored file, which reads it once more",
+    )
+    add_read_options(parser)
+    add_report_options(parser)
+    parser.add_argument("archives", metavar="ARCHIVE", nargs="+", help=ARCHIVE_HELP)
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _verify(prog, options))
+
+
+def add_read_options(parser: argparse.ArgumentParser) -> None:
+    """How archives are read."""
+    parser.add_argument(
+        "--zstd-window",
+        type=size,
+        default=0,
+        metavar="SIZE",
+        help="memory that a zstd archive may ask for, as zstd --long makes them "
+        "(default: 128M; at most 2G)",
+    )
+
+
+def read_options(options: argparse.Namespace) -> ReadOptions:
+    """Raises UsageError."""
+    window_bytes: int = options.zstd_window
+    if window_bytes and not _MIN_WINDOW_BYTES <= window_bytes <= _MAX_WINDOW_BYTES:
+        raise UsageError("--zstd-window: use 1K to 2G")
+    return ReadOptions(window_bytes)
+
+
+def _each(
+    prog: str,
+    options: argparse.Namespace,
+    work: Callable[[str, argparse.Namespace, Cancel], None],
+) -> None:
+    """Do `work` for each archive. Of several, tell each failure and go on; the worst one counts."""
+    names: list[str] = options.archives
+    if names.count("-") > 1:
+        raise UsageError("stdin holds one archive, and was named twice")
+    for name in names:
+        inherited_fds(name)
+    # Only now: it opens descriptors of its own.
+    cancel = Cancel()
+    cancel.on_signals()
+    codes: list[int] = []
+    for name in names:
+        try:
+            work(name, options, cancel)
+        except (Cancelled, BrokenPipeError):
+            raise
+        except (Failure, VmaError, OSError) as error:
+            failure = failure_of(error)
+            if len(names) == 1 or failure is None:
+                raise
+            sys.stdout.flush()
+            print(f"{prog}: {one_line(failure[0])}", file=sys.stderr, flush=True)
+            codes.append(failure[1])
+    if codes:
+        total = Failure(f"something is wrong with {len(codes)} of {len(names)} archives")
+        total.exit_code = max(codes)
+        raise total
+
+
+def open_by_name(name: str, options: argparse.Namespace, cancel: Cancel) -> Archive:
+    """The archive, or a Failure that names it."""
+    with naming(name):
+        return open_archive(name, cancel, read_options(options))
+
+
+def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
+    with open_by_name(name, options, cancel) as archive:
+        header = archive.header
+        if options.json:
+            print(json.dumps(listing(header)))
+            return
+        made = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(header.ctime_s))
+        print(
+            f"{one_line(source_name(name))}: VMA archive {uuid.UUID(bytes=header.uuid)}, made {made}"
+        )
+        for device in header.devices:
+            size = human_bytes(device.size_bytes)
+            kind = "memory" if device.is_vmstate else "device"
+            note = " (an estimate)" if device.is_vmstate else ""
+            print(
+                f"  {kind} {device.dev_id:3}  {one_line(device.name, MAX_NAME_CHARS):<24} "
+                f"{device.size_bytes:>16} bytes  {size}{note}"
+            )
+        for config in header.configs:
+            print(
+                f"  config      {one_line(config.name, MAX_NAME_CHARS):<24} {len(config.data):>16} bytes"
+            )
+
+
+def listing(header: Header) -> dict[str, object]:
+    """The header as JSON has it; sizes in bytes, time in seconds since 1970."""
+    return {
+        "uuid": header.uuid.hex(),
+        "ctime": header.ctime_s,
+        "devices": [
+            {
+                "dev_id": d.dev_id,
+                "name": d.name,
+                "bytes": d.size_bytes,
+                "kind": "vmstate" if d.is_vmstate else "disk",
+            }
+            for d in header.devices
+        ],
+        "configs": [{"name": c.name, "bytes": len(c.data)} for c in header.configs],
+    }
+
+
+def _config(options: argparse.Namespace) -> None:
+    inherited_fds(options.archive)
+    cancel = Cancel()
+    cancel.on_signals()
+    with open_by_name(options.archive, options, cancel) as archive:
+        configs = archive.header.configs
+    if options.json:
+        texts = {c.name: c.data.decode("utf-8", "backslashreplace") for c in configs}
+        print(json.dumps(texts))
+        return
+    sys.stdout.buffer.write(find_config(configs, options.name).data)
+
+
+def find_config(configs: Sequence[Config], name: str | None) -> Config:
+    """The config of that name; without one the default's, or the only one. Raises Failure."""
+    wanted = name if name is not None else DEFAULT_CONFIG
+    found = next((config for config in configs if config.name == wanted), None)
+    if found is None and name is None and len(configs) == 1:
+        found = configs[0]
+    if found is None:
+        there = (
+            ", ".join(one_line(config.name, MAX_NAME_CHARS) for config in configs) or "none at all"
+        )
+        raise Failure(f"the archive has no config {name_text(wanted)}; it has {there}")
+    return found
+
+
+def _verify(prog: str, options: argparse.Namespace) -> None:
+    if options.manifest and options.no_manifest:
+        raise UsageError("--manifest and --no-manifest exclude each other")
+    if options.no_manifest and options.require_manifest:
+        raise UsageError("--require-manifest and --no-manifest exclude each other")
+    if options.manifest and len(options.archives) > 1:
+        raise UsageError("--manifest names the manifest of one archive, and several were named")
+    _each(prog, options, _verify_one)
+
+
+def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
+    choice = VerifyOptions(
+        manifest=options.manifest,
+        check_digests=not options.no_manifest,
+        file_digest=options.whole_file,
+        read=read_options(options),
+    )
+    with renderer("verify", options, sys.stdout) as emit:
+        try:
+            report = verify(name, emit, cancel, choice)
+        except ArchiveError as error:
+            raise Damaged(f"{source_name(name)}: {error}{error.advice}") from error
+        emit(report.event())
+    if options.require_manifest and not report.event()["data_checked"]:
+        raise Failure(
+            f"{source_name(name)}: the data was not checked, because there is no "
+            "manifest of it; name one with --manifest"
+        )
+    if not report.ok:
+        count = report.damage_count
+        raise Damaged(
+            f"{source_name(name)} is damaged: {count} "
+            f"{'thing is' if count == 1 else 'things are'} wrong with it"
+        )

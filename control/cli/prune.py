@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe prune`: old archives go, by Proxmox's rules."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import re
+import stat
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from vmapipe.archiver.service.storage import is_of_service
+from vmapipe.control.cli.retention import RULES, Archive, Clock, Mark, Verdict, When, flood, judge
+from vmapipe.control.coordinator.render import human_bytes
+from vmapipe.runtime.arguments import make_parser
+from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.folders import HeldFolder
+from vmapipe.runtime.process import run
+from vmapipe.runtime.text import name_text, one_line
+
+DESCRIPTION = """\
+Say which archives in a folder are no longer needed, and with --yes remove them,
+each with its log, notes and manifest. The rules are those of Proxmox VE and
+Proxmox Backup Server. An archive belongs to the machine, and is from the time,
+that its name says: vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma.
+Other files are left alone; so is an archive with a file ARCHIVE.protected beside it,
+and one whose name is a time to come. In a folder where a service stores, nothing goes
+for a week after it was stored, nor pushes anything out.
+"""
+
+EPILOG = """\
+Each rule keeps the newest archive of its latest N hours, days, ... that have one,
+and counts only those in which no rule before it (in the order above) kept one.
+
+examples:
+  vmapipe prune /backup --keep-last 3 --keep-daily 7 --keep-weekly 4
+  vmapipe prune /backup --keep-last 3 --keep-daily 7 --keep-weekly 4 --yes
+  vmapipe prune /backup --only vzdump-qemu-100 --keep-last 1 --yes
+
+exit codes: 0 done (or said), 1 failed, 2 wrong use
+"""
+
+# In a folder of a service: long enough for somebody to read what is said of a flood, after a
+# weekend and a holiday.
+_SERVICE_WITHIN_S = 7 * 86400
+_UNITS_S = {"h": 3600, "d": 86400, "w": 7 * 86400}
+
+_PERIODS = {
+    "last": "archives",
+    "hourly": "hours",
+    "daily": "days",
+    "weekly": "weeks (as in ISO 8601)",
+    "monthly": "months",
+    "yearly": "years",
+}
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
+    for rule in RULES:
+        parser.add_argument(
+            f"--keep-{rule}",
+            type=_count,
+            default=0,
+            metavar="N",
+            help=f"keep the newest of the latest N {_PERIODS[rule]}"
+            if rule != "last"
+            else "keep the latest N archives",
+        )
+    parser.add_argument(
+        "--keep-within",
+        type=_duration_s,
+        metavar="TIME",
+        help="keep all that were stored less long ago, as 12h, 7d, 2w; they count for no other rule "
+        "(default: 7d where a service stores, else 0)",
+    )
+    parser.add_argument(
+        "--by-name",
+        action="store_true",
+        help="where a service stores: believe names that do not fit the time of storing, too (for "
+        "archives that were copied without their times)",
+    )
+    parser.add_argument("--keep-all", action="store_true", help="keep everything")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only archives of this machine: the name up to the date; may be repeated",
+    )
+    parser.add_argument("--yes", action="store_true", help="do it; without, it is only said")
+    parser.add_argument("--json", action="store_true", help="a JSON line an archive")
+    parser.add_argument("folder", metavar="DIR", help="where the archives are")
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _prune(options))
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of archives")
+    return int(text)
+
+
+def _duration_s(text: str) -> int:
+    number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS_S else (text, "d")
+    if not (number.isascii() and number.isdecimal() and len(number) < 6):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: 12h, 7d, 2w, or 0")
+    return int(number) * _UNITS_S[unit]
+
+
+def _prune(options: argparse.Namespace) -> None:
+    keep = {rule: getattr(options, f"keep_{rule}") for rule in RULES}
+    if not any(keep.values()) and not options.keep_all:
+        raise UsageError("say what to keep: --keep-last N, --keep-daily N, ..., or --keep-all")
+    if any(keep.values()) and options.keep_all:
+        raise UsageError("--keep-all leaves nothing for the other rules to decide")
+    try:
+        folder = HeldFolder(options.folder)
+    except OSError as error:
+        raise Failure(f"cannot look into {options.folder}: {os_error_text(error)}") from error
+    with folder:
+        _prune_in(folder, keep, options)
+
+
+def _prune_in(folder: HeldFolder, keep: Mapping[str, int], options: argparse.Namespace) -> None:
+    groups = find(folder)
+    for name in options.only:
+        if name not in groups:
+            known = ", ".join(sorted(groups)) or "none"
+            raise UsageError(
+                f"--only {name}: no archives of it in {options.folder}; there: {known}"
+            )
+    clock = _clock(folder, options)
+    failed = 0
+    for group in sorted(options.only or groups):
+        verdicts = judge(groups[group], keep, clock)
+        if options.keep_all:
+            verdicts = [
+                v._replace(mark=Mark.KEEP, rule="all") if v.mark is Mark.REMOVE else v
+                for v in verdicts
+            ]
+        _warn(group, verdicts, clock)
+        failed += _carry_out(folder, group, verdicts, options)
+    if failed:
+        raise Failure(
+            f"{failed} archives could not be removed, or not with all that belongs to them"
+        )
+    if not options.yes and not options.json:
+        print("nothing was removed: --yes does it")
+
+
+def _clock(folder: HeldFolder, options: argparse.Namespace) -> Clock:
+    is_service = is_of_service(folder)
+    within_s = options.keep_within
+    if within_s is None:
+        within_s = _SERVICE_WITHIN_S if is_service else 0
+    return Clock(time.time(), within_s, is_service and not options.by_name)
+
+
+def find(folder: HeldFolder) -> Mapping[str, list[Archive]]:
+    """Archives by machine. Raises Failure."""
+    groups: dict[str, list[Archive]] = {}
+    try:
+        for name in folder.names():
+            parsed = parse(name)
+            status = folder.status(name) if parsed else None
+            if parsed and status and stat.S_ISREG(status.st_mode):
+                path = os.path.join(folder.path, name)
+                protected = is_protected(folder, name)
+                archive = Archive(path, *parsed, protected, status.st_mtime)
+                groups.setdefault(archive.group, []).append(archive)
+    except OSError as error:
+        raise Failure(f"cannot look into {folder.path}: {os_error_text(error)}") from error
+    return groups
+
+
+def _warn(group: str, verdicts: Sequence[Verdict], clock: Clock) -> None:
+    """What somebody should look at, who may have lost a key or set a clock wrong."""
+    name = name_text(group)
+    future = sum(v.mark is Mark.FUTURE for v in verdicts)
+    if future:
+        _say(
+            f"{name}: {future} archives are from a time to come, and stay; they count for no rule. "
+            "Was a clock wrong, or does somebody want to push older ones out? Remove them by hand"
+        )
+    misdated = sum(v.mark is Mark.MISDATED for v in verdicts)
+    if misdated:
+        _say(
+            f"{name}: {misdated} archives were stored at another time than their names say, and "
+            "stay; they count for no rule. Were they copied here without their times (then "
+            "--by-name), or does somebody want to push true ones out? Look at them, and remove them "
+            "by hand"
+        )
+    found = flood([v.archive for v in verdicts], clock.now_s)
+    if found:
+        _say(
+            f"{name}: {found[0]} archives were stored within 24 hours, where at most {found[1]} a "
+            "day are usual: has somebody else a key of this client?"
+        )
+
+
+def _say(text: str) -> None:
+    print(one_line(f"vmapipe prune: {text}"), file=sys.stderr, flush=True)
+
+
+def _carry_out(
+    folder: HeldFolder, group: str, verdicts: Sequence[Verdict], options: argparse.Namespace
+) -> int:
+    """Returns how many could not be removed."""
+    failed = 0
+    for verdict in verdicts:
+        name, removed = os.path.basename(verdict.archive.path), False
+        status = _status(folder, name)
+        size_bytes = status.st_size if status else 0
+        if verdict.mark is Mark.REMOVE and options.yes:
+            try:
+                remove(folder, name)
+            except Failure as failure:
+                failed += 1
+                _say(str(failure))
+            removed = _status(folder, name) is None
+        if options.json:
+            line = {
+                "archive": verdict.archive.path,
+                "group": group,
+                "mark": verdict.mark.value,
+                "rule": verdict.rule,
+                "bytes": size_bytes,
+                "removed": removed,
+            }
+            print(json.dumps(line))
+        else:
+            print(_words(verdict, size_bytes, removed=removed))
+    return failed
+
+
+def _words(verdict: Verdict, size_bytes: int, *, removed: bool) -> str:
+    if verdict.mark is Mark.REMOVE:
+        what = "removed" if removed else "remove"
+    else:
+        what = f"keep ({verdict.rule or verdict.mark.value})"
+    return f"{what:18} {one_line(verdict.archive.path)}  {human_bytes(size_bytes)}"
+
+
+def _status(folder: HeldFolder, name: str) -> os.stat_result | None:
+    with contextlib.suppress(OSError):
+        return folder.status(name)
+    return None
+
+
+def is_protected(folder: HeldFolder, archive: str) -> bool:
+    return folder.status(archive + PROTECTED) is not None
+
+
+def remove(folder: HeldFolder, archive: str) -> None:
+    """With what belongs to it; the archive first, so that none is left without its manifest.
+
+    What another one has removed meanwhile is removed. Raises Failure.
+    """
+    path = os.path.join(folder.path, archive)
+    try:
+        if is_protected(folder, archive):
+            raise Failure(f"{path}: it has been protected just now")
+        status = folder.status(archive)
+        if status is not None and not stat.S_ISREG(status.st_mode):
+            raise Failure(f"{path}: it is no file any more")
+        _unlink(folder, archive)
+    except OSError as error:
+        raise Failure(f"cannot remove {path}: {os_error_text(error)}") from error
+    left = []
+    for name in beside(archive):
+        try:
+            _unlink(folder, name)
+        except OSError as error:
+            left.append(f"{os.path.join(folder.path, name)}: {os_error_text(error)}")
+    if left:
+        raise Failure(f"cannot remove {'; '.join(left)}; the archive beside it is removed")
+
+
+def _unlink(folder: HeldFolder, name: str) -> None:
+    """A link itself goes, and not what it leads to."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder.fd)
+
+
+# vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma, db_20260131T020000.vma.gz
+_NAME = re.compile(
+    r"(?P<group>.+)[-_.]"
+    r"(?P<year>\d{4})[-_]?(?P<month>\d\d)[-_]?(?P<day>\d\d)"
+    r"(?:[-_T.](?P<hour>\d\d)[-_:]?(?P<minute>\d\d)(?:[-_:]?(?P<second>\d\d))?Z?)?"
+    r"\.vma(?:\.(?:zst|gz|lzo))?",
+    re.ASCII,
+)
+_ENDING = re.compile(r"\.vma(?:\.(?:zst|gz|lzo))?$")
+PROTECTED = ".protected"
+
+
+def parse(name: str) -> tuple[str, When] | None:
+    """Group and time; None: the name has no date, or is no archive's."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    fields = ("year", "month", "day", "hour", "minute", "second")
+    year, month, day, hour, minute, second = (int(found[field] or 0) for field in fields)
+    try:
+        datetime.date(year, month, day)
+        datetime.time(hour, minute, second)
+    except ValueError:
+        return None
+    return found["group"], (year, month, day, hour, minute, second)
+
+
+def beside(archive: str) -> list[str]:
+    """The files that belong to an archive, there or not."""
+    stem = _ENDING.sub("", archive)
+    logs = [f"{stem}.log"] if stem != archive else []
+    return [f"{archive}.manifest.json", f"{archive}.notes", *logs]

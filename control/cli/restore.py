@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe restore`: the command line of a restore."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from vmapipe.control.cli.errors import naming, source_name
+from vmapipe.control.cli.inspect import add_read_options, read_options
+from vmapipe.control.coordinator.output_spec import inherited_fds
+from vmapipe.control.coordinator.priorities import add_io_priority_option, priorities
+from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.restore.archive.reader import Archive, open_archive
+from vmapipe.restore.archive.survey import open_damaged
+from vmapipe.restore.job import Options, restore
+from vmapipe.restore.targets.files import Folders
+from vmapipe.restore.targets.map_file import IMAGE_FORMATS, parse_map
+from vmapipe.restore.targets.plan import (
+    Larger,
+    Plan,
+    TargetDefaults,
+    check_chosen,
+    plan_folder,
+    plan_map,
+)
+from vmapipe.restore.verify.report import TEXT_NAME
+from vmapipe.runtime.arguments import make_parser, size
+from vmapipe.runtime.cancel import Cancel, awaited_lines
+from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
+from vmapipe.runtime.folders import HeldFolder, MadeFolder
+from vmapipe.runtime.process import run
+from vmapipe.vma.header import Header
+
+DESCRIPTION = """\
+Bring the disks and configs of an archive back into DIR: disk-NAME.raw for each
+disk, the configs by their names, vmstate.bin for the machine's memory. New
+files get their names when all of them are complete and on disk. Where the
+archive has a manifest beside it, every byte is checked on the way. A damaged
+archive is refused, but for disks of it that are whole and named with --device;
+--salvage brings back what there is of the others.
+"""
+
+EPILOG = """\
+ARCHIVE is a file, - (stdin), a FIFO, exec:COMMAND, fd:N, /dev/fdset/N or
+s3://BUCKET/KEY; plain or compressed with zstd, gzip or lzop, which is seen from its content.
+
+examples:
+  vmapipe restore vm.vma restored/
+  vmapipe restore vm.vma restored/ --device drive-scsi0
+  vmapipe restore vm.vma restored/ --device drive-scsi0=/dev/vg0/vm
+  vmapipe restore vm.vma restored/ --device drive-scsi0=vm.qcow2,format=qcow2
+  vmapipe restore vm.vma restored/ --format qcow2
+  ssh backup.example cat vm.vma.zst | vmapipe restore - restored/
+  vmapipe restore damaged.vma restored/ --salvage
+
+exit codes: 0 restored, 1 failed (no new file is left), 2 wrong use, 4 salvaged, with something
+missing or damaged, 130/143 ended by a signal
+"""
+_MAX_WORKERS = 64
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="NAME[=TARGET[,format=FORMAT]]",
+        help="restore only this device, to a new file, or onto TARGET (an existing raw file or "
+        "block device is overwritten; with a FORMAT like qcow2 a new image of it is made); may be "
+        "repeated",
+    )
+    parser.add_argument(
+        "--format",
+        default="",
+        choices=IMAGE_FORMATS,
+        metavar="FORMAT",
+        help="of every disk whose --device or map line does not say another one: raw (default), "
+        "qcow2, qed, vdi, vhdx, vmdk or vpc",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="overwrite what --device and --map name whatever it is: raw bytes over an image of "
+        "another format or an ISO; with format=qcow2 and the like, the disk in an existing image",
+    )
+    parser.add_argument(
+        "--allow-larger",
+        action="store_true",
+        help="existing files, too, and not only block devices, may be more than 4 MiB larger than "
+        "their devices; what is beyond stays as it is",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what was written when the restore is interrupted (NAME.unfinished and a journal "
+        "in DIR), and go on with what an interrupted one has kept: it is checked, and only what is "
+        "missing or wrong is written",
+    )
+    parser.add_argument(
+        "--speed",
+        type=size,
+        default=0,
+        metavar="BYTES/S",
+        help="write at most this much data a second, all disks together; K, M, G, T are powers of "
+        "1024 (default: no limit); zeroes do not count",
+    )
+    add_io_priority_option(parser)
+    parser.add_argument(
+        "--map",
+        metavar="FILE",
+        help="say where each device goes in the reference tool's map format; - is stdin",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that write (default: one a core, at most 4)",
+    )
+    parser.add_argument(
+        "--manifest",
+        metavar="FILE",
+        help="check the data with this manifest (default: ARCHIVE.manifest.json if it is there)",
+    )
+    parser.add_argument("--no-manifest", action="store_true", help="do not check the data")
+    parser.add_argument("--no-configs", action="store_true", help="do not write the configs")
+    parser.add_argument(
+        "--salvage",
+        action="store_true",
+        help="restore what there is of a damaged archive; what is missing reads as zero, and is "
+        f"listed in DIR/{TEXT_NAME} and .json",
+    )
+    add_read_options(parser)
+    add_report_options(parser)
+    parser.add_argument("archive", metavar="ARCHIVE", help="where the archive comes from")
+    parser.add_argument("folder", metavar="DIR", help="where the files go; created if need be")
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _restore(options))
+
+
+def _restore(options: argparse.Namespace) -> None:
+    chosen = _chosen(options)
+    if not 0 <= options.workers <= _MAX_WORKERS:
+        raise UsageError(f"--workers {options.workers}: use 1 to {_MAX_WORKERS}")
+    if options.map and options.device:
+        raise UsageError("--map and --device exclude each other")
+    if options.salvage and options.resume:
+        raise UsageError("--salvage and --resume exclude each other")
+    if options.map == "-" and options.archive == "-":
+        raise UsageError("the map and the archive cannot both come from stdin")
+    inherited_fds(options.archive)
+    priorities(options).apply_to_us()
+    cancel = Cancel()
+    cancel.on_signals()
+    with (
+        renderer("restore", options, sys.stdout) as emit,
+        naming(options.archive),
+        _open(options, cancel) as archive,
+        target_folder(options.folder) as folder,
+        Folders(folder) as folders,
+    ):
+        for text in archive.notes:
+            emit({"event": "notice", "text": text})
+        result = restore(
+            archive,
+            _plan(archive.header, options, chosen, cancel),
+            emit,
+            cancel,
+            Options(
+                workers=options.workers,
+                check_digests=not options.no_manifest,
+                manifest=options.manifest,
+                bytes_per_s=options.speed,
+                resume=options.resume,
+                salvage_folder=options.folder if options.salvage else None,
+            ),
+            folders,
+        )
+    if options.salvage and result.damage is not None:
+        broken = [state for state in result.states if not state.is_whole]
+        raise Damaged(
+            f"{source_name(options.archive)} is damaged: {result.damage}; restored is what there "
+            f"is of it, and {len(broken)} of {len(result.states)} devices are not whole: see "
+            f"{os.path.join(options.folder, TEXT_NAME)}"
+        )
+
+
+def _open(options: argparse.Namespace, cancel: Cancel) -> Archive:
+    if not options.salvage:
+        return open_archive(options.archive, cancel, read_options(options))
+    manifest = None if options.no_manifest else options.manifest
+    return open_damaged(options.archive, cancel, read_options(options), manifest)
+
+
+def _chosen(options: argparse.Namespace) -> list[tuple[str, str | None]]:
+    """The words of --device. Raises UsageError for what can be seen to be wrong at once."""
+    for word, value in (("DIR", options.folder), ("ARCHIVE", options.archive)):
+        if not value:
+            raise UsageError(f"{word} is empty")
+    for word, value in (("--map", options.map), ("--manifest", options.manifest)):
+        if value == "":
+            raise UsageError(f"{word} names no file")
+    chosen = []
+    for text in options.device:
+        name, equals, target = text.partition("=")
+        chosen.append((name, target if equals else None))
+    check_chosen(chosen)
+    return chosen
+
+
+def _plan(
+    header: Header,
+    options: argparse.Namespace,
+    chosen: Sequence[tuple[str, str | None]],
+    cancel: Cancel,
+) -> Plan:
+    larger = Larger.ALWAYS if options.allow_larger else Larger.DEVICES
+    wishes = TargetDefaults(options.format, options.overwrite, larger)
+    if not options.map:
+        return plan_folder(
+            header, options.folder, chosen, configs=not options.no_configs, wishes=wishes
+        )
+    try:
+        entries = parse_map(awaited_lines(0 if options.map == "-" else options.map, cancel))
+    except OSError as error:
+        raise Failure(f"unable to read file '{options.map}': {os_error_text(error)}") from error
+    plan = plan_map(header, entries, options.folder, wishes)
+    return plan._replace(configs_folder=None if options.no_configs else options.folder)
+
+
+def target_folder(path: str) -> MadeFolder | HeldFolder:
+    """The folder, created if it is not there, and removed again if nothing came into it."""
+    try:
+        try:
+            return MadeFolder(path)
+        except FileExistsError:
+            return HeldFolder(path)
+    except NotADirectoryError:
+        raise UsageError(f"{path} exists and is not a folder") from None
+    except OSError as error:
+        raise Failure(f"cannot create the folder {path}: {os_error_text(error)}") from error

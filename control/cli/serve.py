@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe serve`: the devices of archives as NBD exports, without a restore."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from vmapipe.access.archive import (
+    Caches,
+    OpenArchive,
+    default_cache_folder,
+    open_for_access,
+)
+from vmapipe.access.serve import Shown, serve
+from vmapipe.control.cli.errors import naming
+from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.control.qmp.sockets import listen_unix
+from vmapipe.runtime.arguments import make_parser, size
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
+from vmapipe.runtime.events import Emit
+from vmapipe.runtime.process import run
+from vmapipe.runtime.text import name_text
+
+DESCRIPTION = """\
+Serve the devices of an archive over NBD, without restoring it: for qemu-nbd, guestfish,
+nbdfuse, qemu-img, virt-v2v, or a QEMU that boots from it. Read-only, unless --cow says
+where writes are kept. What is read is compared with the manifest when it is first touched:
+damage is an I/O error with its place, and never other data. It runs until Ctrl-C.
+"""
+EPILOG = """\
+examples:
+  vmapipe serve vm.vma.zst --listen vm.sock
+  qemu-img convert 'nbd+unix:///drive-scsi0?socket=vm.sock' -O qcow2 disk.qcow2
+  guestfish --ro --format=raw -a 'nbd:///drive-scsi0?socket=/run/vm.sock' -i
+  vmapipe serve vm.vma --device drive-scsi0 --cow writes.img --listen vm.sock
+  vmapipe serve --all /backup --listen all.sock      # exports are called ARCHIVE/DEVICE
+"""
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "--listen", required=True, metavar="SOCKET", help="the Unix socket to serve on"
+    )
+    parser.add_argument(
+        "--device", action="append", default=[], metavar="NAME", help="only this one; repeatable"
+    )
+    parser.add_argument(
+        "--cow", metavar="FILE", help="keep writes in FILE (sparse); for one device"
+    )
+    parser.add_argument("--all", metavar="DIR", help="serve all archives of a folder")
+    add_cache_options(parser)
+    add_report_options(parser)
+    parser.add_argument(
+        "archives", nargs="*", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"
+    )
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _serve(options))
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Where what makes an archive quick to open and to read is kept."""
+    parser.add_argument(
+        "--index-cache",
+        metavar="DIR",
+        default=default_cache_folder(),
+        help="where an archive's index is kept for the next time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-index-cache", action="store_true", help="look at all extent headers at each start"
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where an archive that is compressed as one piece is kept, decompressed, while it "
+        "is served (default: $TMPDIR)",
+    )
+    parser.add_argument(
+        "--cache-size",
+        type=size,
+        metavar="SIZE",
+        help="how much of that there may be (default: what is free there, less a tenth)",
+    )
+
+
+def _serve(options: argparse.Namespace) -> None:
+    names = list(options.archives)
+    if options.all is not None:
+        names += _archives_of(options.all)
+    if not names:
+        raise UsageError("say which archive to serve, or --all DIR")
+    cancel = Cancel()
+    cancel.on_signals()
+    with contextlib.ExitStack() as stack:
+        emit = stack.enter_context(renderer("serve", options, sys.stdout))
+        opened = _open_all(names, options, cancel, emit, stack)
+        shown = _shown(opened, options)
+        listener = listen_unix(options.listen, 0o600, socket.SOCK_STREAM)
+        stack.callback(listener.close)
+        try:
+            serve(listener.socket, os.path.abspath(options.listen), shown, cancel, emit)
+        except OSError as error:
+            raise Failure(f"the last writes could not be kept: {error}") from error
+
+
+def _archives_of(folder: str) -> list[str]:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise Failure(f"cannot list {folder}: {error.strerror}") from error
+    found = [name for name in names if name.endswith((".vma", ".vma.zst"))]
+    if not found:
+        raise Failure(f"there is no archive (*.vma, *.vma.zst) in {folder}")
+    return [os.path.join(folder, name) for name in found]
+
+
+def _open_all(
+    names: Sequence[str],
+    options: argparse.Namespace,
+    cancel: Cancel,
+    emit: Emit,
+    stack: contextlib.ExitStack,
+) -> list[OpenArchive]:
+    """Of --all those that can be opened; of archives that were named, each one."""
+    caches = caches_of(options)
+    opened = []
+    for name in names:
+
+        def report(text: str) -> None:
+            emit({"event": "notice", "text": text})
+
+        try:
+            with naming(name):
+                archive = open_for_access(name, cancel, report, caches)
+        except (UsageError, Cancelled):
+            raise
+        except Failure as error:
+            if name in options.archives:
+                raise
+            report(f"left out: {error}")
+            continue
+        stack.callback(archive.close)
+        opened.append(archive)
+    return opened
+
+
+def caches_of(options: argparse.Namespace) -> Caches:
+    """What `add_cache_options` asked for. Raises Failure."""
+    folder = options.cache or tempfile.gettempdir()
+    limit = options.cache_size
+    if limit is None:
+        try:
+            limit = shutil.disk_usage(folder).free * 9 // 10
+        except OSError as error:
+            raise Failure(f"cannot use {folder}: {os_error_text(error)}") from error
+    index_folder = None if options.no_index_cache else options.index_cache
+    return Caches(index_folder, folder, limit)
+
+
+def _shown(opened: Sequence[OpenArchive], options: argparse.Namespace) -> list[Shown]:
+    alone = options.all is None and len(opened) == 1
+    shown = []
+    for archive in opened:
+        for device in archive.header.devices:
+            if device.is_vmstate or (options.device and device.name not in options.device):
+                continue
+            name = device.name if alone else f"{os.path.basename(archive.name)}/{device.name}"
+            shown.append(Shown(name, archive, device, options.cow))
+    for name in options.device:
+        if not any(item.device.name == name for item in shown):
+            there = ", ".join(name_text(d.name) for a in opened for d in a.header.devices)
+            raise UsageError(f"there is no device {name_text(name)}; there is {there or 'none'}")
+    if not shown:
+        raise Failure("there is no disk to serve: only configurations, or a machine's memory")
+    if options.cow is not None and len(shown) > 1:
+        raise UsageError("--cow keeps the writes of one device: choose it with --device")
+    return shown

@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One backup: starts the archiver and a producer a disk, watches them, ends them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmapipe.clusters.sizes import VMSTATE_NAME
+from vmapipe.control.coordinator.output_spec import is_path
+from vmapipe.control.coordinator.priorities import AS_INHERITED, Priorities
+from vmapipe.control.monitor.client import begin_together
+from vmapipe.control.qemu.disks import check_names
+from vmapipe.control.qemu.vmstate import Instant
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.children import Child, Children
+from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
+from vmapipe.runtime.events import ChildCommands, Emit, Event, speed_command, speed_in
+from vmapipe.runtime.folders import OwnFolder
+from vmapipe.vma.layout import MAX_DEVICES
+
+if TYPE_CHECKING:
+    from vmapipe.control.coordinator.status_socket import JobServer
+    from vmapipe.control.qemu.machine import RunningMachine
+
+
+class Shares:
+    """Equal parts for all disks that are not done; 0 is no limit.
+
+    `in_turn`: the disks are read one after the other, and each has all of it.
+    """
+
+    def __init__(self, bytes_per_s: int, disks: Sequence[str], *, in_turn: bool = False) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._active = dict.fromkeys(disks)
+        self._in_turn = in_turn
+
+    @property
+    def share(self) -> int:
+        """Of each disk that is not done, rounded up: 1 byte a second of two disks is not 0."""
+        return -(-self.bytes_per_s // (1 if self._in_turn else max(1, len(self._active))))
+
+    @property
+    def active(self) -> list[str]:
+        return list(self._active)
+
+    def done(self, disk: str) -> bool:
+        """Whether the share of the others is another one now."""
+        before = self.share
+        self._active.pop(disk, None)
+        return bool(self._active) and self.share != before
+
+
+# When one process has failed, the others hear of it from the archiver and end
+# by themselves, and the archiver knows the reason best. It takes milliseconds.
+_VERDICT_S = 2.0
+
+
+class Disk(NamedTuple):
+    """A raw image or block device, and its name in the archive.
+
+    `guard`: the control socket of the process that serves it to a guest; empty:
+    the disk is at rest, or a running QEMU's.
+    """
+
+    name: str
+    path: str
+    guard: str = ""
+    #: The producer's options for an image that is not simply raw.
+    reading: tuple[str, ...] = ()
+    #: Of a running QEMU's disk.
+    size_bytes: int = 0
+
+
+class Service(NamedTuple):
+    """An archiver service that stores the archive; `link_options`: how this backup's processes reach it."""
+
+    endpoint: str
+    link_options: tuple[str, ...] = ()
+
+    def name_of(self, archive: str) -> str:
+        """For people: where it is, and what it is called there."""
+        return f"{self.endpoint}/{archive}"
+
+
+@dataclass
+class BackupJob:
+    """`archive` is an output as the archiver takes it; `speed_bytes_s` 0: no limit."""
+
+    disks: Sequence[Disk]
+    archive: str
+    archiver_options: Sequence[str]
+    speed_bytes_s: int = 0
+    #: Descriptors that the archiver inherits: its output, configs that are no files.
+    pass_fds: Sequence[int] = ()
+    #: For the producers of disks in use.
+    buffer_options: Sequence[str] = ()
+    #: The QEMU whose disks these are, all of them.
+    machine: RunningMachine | None = None
+    #: Its memory, too.
+    with_memory: bool = False
+    #: The archiver, if that is a service elsewhere; `archive` is a name there.
+    service: Service | None = None
+    #: The guest agent's socket, if file systems are to be frozen for the instant.
+    agent: str = ""
+    #: Disks are read one after the other.
+    in_turn: bool = False
+    priorities: Priorities = AS_INHERITED
+    #: Who is asked about the job from outside.
+    server: JobServer | None = None
+    job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
+    #: Uploads to object stores that the archiver has begun: name and id.
+    uploads: list[tuple[str, str]] = field(default_factory=list)
+
+    def run(self, emit: Emit, cancel: Cancel, orders: ChildCommands | None = None) -> None:
+        """Raises Failure when nothing was stored. `orders` may change the speed meanwhile."""
+        orders = orders or ChildCommands()
+        self._check()
+        self._read_bytes: dict[str, int] = {}
+        self._shares = Shares(
+            self.speed_bytes_s, [disk.name for disk in self.disks], in_turn=self.in_turn
+        )
+        started = time.monotonic()
+        with OwnFolder("job") as folder:
+            children = Children(fork=True)
+            try:
+                with children:
+                    children.watch(cancel.fd)
+                    children.watch(orders.fd)
+                    try:
+                        self._start_archiver(children, folder, emit, cancel)
+                        self._start_producers(children, folder, self._shares.share)
+                        if self.server:
+                            self.server.begin(self.speed_bytes_s, children.pids)
+                            children.watch(self.server.fd)
+                        self._watch(children, emit, cancel, folder, orders)
+                    finally:
+                        self._let_go(emit)
+            finally:
+                self._remove_leftovers(children)
+            emit(
+                {
+                    "event": "done",
+                    "seconds": round(time.monotonic() - started, 3),
+                    "read_bytes": sum(self._read_bytes.values()),
+                    "speed_bytes_s": self._shares.bytes_per_s,
+                    "cpu_s": round(sum(child.cpu_s for child in children.all), 3),
+                    "peak_rss_bytes": sum(child.peak_rss_bytes for child in children.all),
+                }
+            )
+
+    def _start_archiver(
+        self, children: Children, folder: OwnFolder, emit: Emit, cancel: Cancel
+    ) -> None:
+        if self.service:
+            module = "vmapipe.control.coordinator.remote_archiver"
+            args = [f"--archiver={self.service.endpoint}", *self.service.link_options]
+        else:
+            module = "vmapipe.archiver.main"
+            args = [f"--listen={_socket_in(folder)}"]
+            if self.priorities.nice is None and any(disk.guard for disk in self.disks):
+                args.append("--stand-back")
+        # With "=", because a name may begin with a dash.
+        args += [f"--output={self.archive}", f"--job={self.job_id.hex()}"]
+        args += [f"--device={name}" for name in self.names]
+        args += self.archiver_options
+        archiver = children.start("the archiver", module, args, self.pass_fds)
+        self.priorities.apply(archiver.pid, guest_waits=False)
+        if self.service:
+            _await_opened(children, archiver, emit, cancel)
+
+    def _start_producers(self, children: Children, folder: OwnFolder, speed: int) -> None:
+        if self.machine:
+            self.machine.prepare(speed)
+        if self.service:
+            common = [f"--archiver={self.service.endpoint}", *self.service.link_options]
+        else:
+            common = [f"--archiver={_socket_in(folder)}"]
+        common.append(f"--job={self.job_id.hex()}")
+        for index, disk in enumerate(self.disks):
+            args = [*common, f"--name={disk.name}"]
+            more, fds = self._source_args(index, disk)
+            args += [f"--speed={speed}", *more]
+            name = f"the producer of {disk.name!r}"
+            child = children.start(name, "vmapipe.producer.main", args, fds)
+            self.priorities.apply(child.pid, guest_waits=bool(disk.guard or self.machine))
+        if self.machine and self.with_memory:
+            args = [*common, *self.buffer_options]
+            more, fds = self.machine.stream_arguments()
+            name = "the producer of the machine's memory"
+            child = children.start(name, "vmapipe.producer.main", [*args, *more], fds)
+            self.priorities.apply(child.pid, guest_waits=True)
+        if self.machine:
+            self.machine.protect(children.all[1:])
+            children.watch(self.machine.fd)
+
+    def _source_args(self, index: int, disk: Disk) -> tuple[list[str], list[int]]:
+        """Where a producer gets its disk from, and the descriptors that it needs for that."""
+        if self.machine:
+            fd = self.machine.sink_fd(index)
+            args = [f"--disk={disk.name}", f"--sink-fd={fd}", f"--size={disk.size_bytes}"]
+            return [*args, "--await-job", *self.buffer_options], [fd]
+        args = [f"--disk={disk.path}", *disk.reading]
+        if disk.guard:
+            args += [f"--guard={disk.guard}", *self.buffer_options]
+        return args, []
+
+    def _remove_leftovers(self, children: Children) -> None:
+        """What an archiver that was killed could not remove itself."""
+        killed = children.all and (children.all[0].exit_code or 0) < 0
+        if not killed or self.service:
+            return
+        for name, upload in self.uploads:
+            from vmapipe.archiver.outputs.object import abort_upload
+
+            abort_upload(name, upload)
+        # Imported here: it is seldom needed, and a backup starts sooner without.
+        from vmapipe.archiver.outputs.file import remove_leftover
+        from vmapipe.archiver.outputs.manifests import beside
+
+        named = [w.removeprefix("--manifest=") for w in self.archiver_options if "--manifest=" in w]
+        ours = [self.archive, beside(self.archive)] if is_path(self.archive) else []
+        for path in (*ours, *filter(is_path, named)):
+            remove_leftover(path)
+
+    def _check(self) -> None:
+        if len(self.names) > MAX_DEVICES:
+            raise UsageError(f"too many drives: {len(self.disks)}; the limit is {MAX_DEVICES}")
+        if not self.disks and not any("--config" in word for word in self.archiver_options):
+            raise UsageError("nothing to back up: name a disk with --disk")
+        check_names([disk.name for disk in self.disks])
+
+    def _watch(
+        self,
+        children: Children,
+        emit: Emit,
+        cancel: Cancel,
+        folder: OwnFolder,
+        orders: ChildCommands,
+    ) -> None:
+        """Until all have ended well. Raises Failure with the best reason there is."""
+        archiver = children.all[0]
+        first_failed: Child | None = None
+        give_up = float("inf")
+        unattached = {disk.name for disk in self.disks if disk.guard}
+        if self.machine:
+            unattached = set(self.names)
+        while any(child.running for child in children.all):
+            for child, event in children.wait(min(1.0, max(0.0, give_up - time.monotonic()))):
+                if event is not None:
+                    if event["event"] == "begun":
+                        # All are connected: nobody needs the socket's name any more, and
+                        # whoever kills this process once it has said so leaves no folder.
+                        folder.clear()
+                    self._take(event, unattached, emit, cancel, children)
+                if first_failed is None and _has_failed(child, event):
+                    first_failed = child
+                    killed = (child.exit_code or 0) < 0 or child is archiver
+                    give_up = time.monotonic() + (0.0 if killed else _VERDICT_S)
+            self._attend(children, orders, emit)
+            if cancel.asked:
+                self._let_go(emit)
+                children.stop()
+                if archiver.exit_code == 0:
+                    emit({"event": "notice", "text": f"{cancel.reason}: too late, it is stored"})
+                    return
+                raise Cancelled(cancel.reason, cancel.signum)
+            if first_failed and (not archiver.running or time.monotonic() >= give_up):
+                break
+        if first_failed is not None and archiver.exit_code == 0:
+            # It was stored before the other one failed.
+            emit({"event": "notice", "text": f"{first_failed.verdict()}, after all was stored"})
+        elif first_failed is not None:
+            spoke = archiver.exit_code and archiver.error
+            told = archiver if spoke else first_failed
+            raise (UsageError if told.exit_code == EXIT_USAGE else Failure)(told.verdict())
+
+    def _take(
+        self,
+        event: Event,
+        unattached: set[str],
+        emit: Emit,
+        cancel: Cancel,
+        children: Children,
+    ) -> None:
+        """What a child has told. Raises Failure."""
+        if event["event"] == "attached":
+            unattached.discard(event["device"])
+            if not unattached:
+                self._begin(emit, cancel)
+        elif event["event"] == "upload":
+            self.uploads.append((event["archive"], event["upload"]))
+        elif event["event"] == "job-speed":
+            if self.machine:
+                self.machine.set_job_speed(event["device"], event["bytes_per_s"])
+        elif event["event"] not in ("draining", "error"):
+            emit(event)
+            if event["event"] == "progress":
+                self._share_again(event, children)
+            elif event["event"] == "transfer":
+                self._read_bytes[event["device"]] = event["read_bytes"]
+
+    def _attend(self, children: Children, orders: ChildCommands, emit: Emit) -> None:
+        """Whoever else has something to say: QEMU, and who asks or steers us. Raises Failure."""
+        for order in orders.take():
+            self._obey(order, children, emit)
+        if self.machine:
+            self.machine.poll()
+            for text in self.machine.notices:
+                emit({"event": "notice", "text": text})
+            self.machine.notices.clear()
+            if self.machine.is_done:
+                children.unwatch(self.machine.fd)
+            _tell_instant(self.machine.take_instant(), emit)
+        if self.server:
+            self.server.serve()
+
+    def _obey(self, order: Event, children: Children, emit: Emit) -> None:
+        """While it runs: another speed, of all disks together."""
+        speed = speed_in(order)
+        if speed is None:
+            return
+        self._shares.bytes_per_s = speed
+        self._tell_share(children)
+        emit({"event": "speed", "bytes_per_s": speed})
+
+    def _share_again(self, progress: Event, children: Children) -> None:
+        """Disks that are done leave their share to the others."""
+        changed = [
+            self._shares.done(device["name"])
+            for device in progress["devices"]
+            if device["done_bytes"] == device["bytes"]
+        ]
+        if any(changed):
+            self._tell_share(children)
+
+    def _tell_share(self, children: Children) -> None:
+        share = self._shares.share
+        if self.machine:
+            self.machine.set_speed(share)
+        for child in children.all[1:]:
+            child.tell(speed_command(share))
+
+    @property
+    def names(self) -> list[str]:
+        """Of all devices of the archive."""
+        return [disk.name for disk in self.disks] + [VMSTATE_NAME] * self.with_memory
+
+    def _begin(self, emit: Emit, cancel: Cancel) -> None:
+        """All disks in use are ready: choose the instant. Raises Failure."""
+        if self.agent and self.machine and not self.machine.is_running:
+            # Nobody in it can answer, nor write.
+            text = "the guest is not running: its file systems are backed up without its agent"
+            emit({"event": "notice", "text": text})
+            held = self._choose_instant()
+        elif self.agent:
+            # Imported here: it takes as long as all the rest of a start.
+            from vmapipe.control.qemu.guest_agent import frozen
+
+            with frozen(self.agent, emit, cancel):
+                held = self._choose_instant()
+        else:
+            held = self._choose_instant()
+        _tell_instant(held, emit)
+
+    def _choose_instant(self) -> Instant | None:
+        """For how long disks, or the machine, were held; None: it will be known later."""
+        if self.machine:
+            return self.machine.begin()
+        guards: dict[str, list[str]] = {}
+        for disk in self.disks:
+            if disk.guard:
+                guards.setdefault(disk.guard, []).append(disk.name)
+        return Instant("", begin_together(guards, self.job_id))
+
+    def _let_go(self, emit: Emit) -> None:
+        """QEMU is rid of us, while the producers still serve it."""
+        text = self.machine.end() if self.machine else ""
+        if text:
+            emit({"event": "notice", "text": text})
+
+
+def _tell_instant(held: Instant | None, emit: Emit) -> None:
+    if held is not None:
+        memory = {"memory": held.how} if held.how else {}
+        emit({"event": "instant", "held_s": round(held.seconds, 4), **memory})
+
+
+def _has_failed(child: Child, event: Event | None) -> bool:
+    """It has ended badly, or has nothing left to do but to keep QEMU content."""
+    if event is not None and event["event"] == "draining":
+        child.error = child.error or str(event["text"])
+        return True
+    return event is None and bool(child.exit_code)
+
+
+def _await_opened(children: Children, archiver: Child, emit: Emit, cancel: Cancel) -> None:
+    """Until the service has taken the job: only then producers may come. Raises Failure.
+
+    It ends: `archiver` (remote_archiver.py) waits for no answer without a limit.
+    """
+    while True:
+        for child, event in children.wait(1.0):
+            if child is not archiver:
+                continue
+            if event is None:
+                raise (UsageError if child.exit_code == EXIT_USAGE else Failure)(child.verdict())
+            if event["event"] == "listening":
+                emit(event)
+                return
+        if cancel.asked:
+            children.stop()
+            raise Cancelled(cancel.reason, cancel.signum)
+
+
+def _socket_in(folder: OwnFolder) -> str:
+    return f"ipc://{folder.path}/sock"

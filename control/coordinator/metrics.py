@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the last backup went, as a text file for Prometheus' node_exporter. Pure but for `write`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vmapipe.control.coordinator.status import JobState
+from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.folders import HeldFolder
+from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
+
+SUFFIX = ".prom"
+_LAST_SUCCESS = "vmapipe_backup_last_success_timestamp_seconds"
+_OLD_SUCCESS = re.compile(rf"^{_LAST_SUCCESS}\{{[^\n]*\}} ([0-9.e+]+)$", re.MULTILINE)
+# Far more than such a file has.
+_MAX_OLD_BYTES = 1 << 20
+
+_HELP = {
+    "vmapipe_backup_success": "Whether the last backup was stored (1) or failed (0).",
+    "vmapipe_backup_last_run_timestamp_seconds": "When the last backup ended, well or not.",
+    _LAST_SUCCESS: "When a backup was last stored.",
+    "vmapipe_backup_duration_seconds": "How long the last backup took.",
+    "vmapipe_backup_archive_bytes": "Size of the last archive as stored; 0 if it failed.",
+    "vmapipe_backup_cpu_seconds": "Processor time of all processes of the last backup.",
+    "vmapipe_backup_peak_memory_bytes": "Largest resident memory of all its processes together.",
+    "vmapipe_backup_disk_size_bytes": "Size of a disk.",
+    "vmapipe_backup_disk_done_bytes": "How much of a disk the last backup took.",
+    "vmapipe_backup_disk_zero_bytes": "How much of that is zero.",
+    "vmapipe_backup_disk_read_bytes": "How much was read from the disk.",
+    "vmapipe_backup_disk_saved_bytes": "How much was saved before the guest overwrote it.",
+}
+_DISK_FIELDS = {
+    "vmapipe_backup_disk_size_bytes": "bytes",
+    "vmapipe_backup_disk_done_bytes": "done_bytes",
+    "vmapipe_backup_disk_zero_bytes": "zero_bytes",
+    "vmapipe_backup_disk_read_bytes": "read_bytes",
+    "vmapipe_backup_disk_saved_bytes": "saved_bytes",
+}
+
+
+def render(backup: str, state: JobState, last_success: float, ended_s: float | None = None) -> str:
+    """`backup` tells this file's metrics from those of others. `last_success` 0: never.
+
+    `ended_s`: the end by the clock as it is now; the state's times only ever go on.
+    """
+    ended_s = state.ended if ended_s is None else ended_s
+    stored = state.status == "done"
+    values: dict[str, float] = {
+        "vmapipe_backup_success": int(stored),
+        "vmapipe_backup_last_run_timestamp_seconds": round(ended_s, 3),
+        "vmapipe_backup_duration_seconds": round(state.ended - state.started, 3),
+        "vmapipe_backup_archive_bytes": state.stored_bytes if stored else 0,
+        "vmapipe_backup_cpu_seconds": state.cpu_s,
+        "vmapipe_backup_peak_memory_bytes": state.peak_rss_bytes,
+    }
+    if stored or last_success:
+        values[_LAST_SUCCESS] = round(ended_s if stored else last_success, 3)
+    lines = []
+    for name, text in _HELP.items():
+        samples: list[tuple[Mapping[str, str], float]] = []
+        if name in values:
+            samples.append(({"backup": backup}, values[name]))
+        elif name in _DISK_FIELDS:
+            samples += [
+                ({"backup": backup, "disk": label}, disk[_DISK_FIELDS[name]])
+                for label, disk in _labelled(state)
+            ]
+        if samples:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
+            lines += [f"{name}{{{_labels(labels)}}} {value}" for labels, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+def _labelled(state: JobState) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Disks by names that are short enough for a label, and still differ: no exporter takes two alike."""
+    seen: set[str] = set()
+    for disk in state.devices.values():
+        label = one_line(disk["name"], MAX_NAME_CHARS)
+        while label in seen:
+            label += "'"
+        seen.add(label)
+        yield label, disk
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ",".join(f'{key}="{_escaped(value)}"' for key, value in labels.items())
+
+
+def _escaped(text: str) -> str:
+    text = one_line(text, MAX_NAME_CHARS)
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def write(path: str, state: JobState) -> None:
+    """All of it or nothing: the exporter may read at any moment. Raises Failure."""
+    place, name = os.path.split(path)
+    backup = name.removesuffix(SUFFIX)
+    try:
+        with HeldFolder(place) as folder:
+            text = render(backup, state, _old_success(folder, name), time.time())
+            # Not called *.prom before it is whole.
+            partial = f".{backup}.{secrets.token_hex(4)}"
+            fd = folder.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                with open(fd, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    os.fchmod(fd, 0o644)  # the exporter is another user
+                # A link or a FIFO of that name goes; what it leads to stays as it is.
+                folder.replace(partial, name)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial, dir_fd=folder.fd)
+                raise
+    except OSError as error:
+        raise Failure(f"cannot write the metrics {path}: {os_error_text(error)}") from error
+
+
+def _old_success(folder: HeldFolder, name: str) -> float:
+    """When it last went well, from the file that is there; 0: not known."""
+    try:
+        fd = folder.open(name, os.O_RDONLY | os.O_NONBLOCK)
+        with open(fd, encoding="utf-8", errors="replace") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return 0.0
+            found = _OLD_SUCCESS.search(file.read(_MAX_OLD_BYTES))
+        return float(found[1]) if found else 0.0
+    except (OSError, ValueError):
+        return 0.0

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes with every backup: its socket, its log, hooks, metrics, notes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from vmapipe.control.coordinator.hooks import Hooks
+from vmapipe.control.coordinator.log import LEVELS, JobLog
+from vmapipe.control.coordinator.status import JobState, now_s
+from vmapipe.control.coordinator.status_socket import JobServer
+from vmapipe.runtime.arguments import wait_time
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.events import ChildCommands, Emit, Event
+
+# Long enough to mount a share or to wake a host.
+_HOOK_S = 300
+
+
+class Surroundings(NamedTuple):
+    """Who is told what happens, who may end it, and who may change its speed."""
+
+    emit: Emit
+    cancel: Cancel
+    orders: ChildCommands
+
+
+class Attended(NamedTuple):
+    """A backup in its surroundings."""
+
+    emit: Emit
+    cancel: Cancel
+    orders: ChildCommands
+    server: JobServer
+    job_id: bytes
+
+
+def add_attending_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("logs, hooks, metrics")
+    group.add_argument(
+        "--log",
+        metavar="FILE",
+        help="append a log in the words of vzdump's (with --vmid: beside the archive by itself)",
+    )
+    group.add_argument(
+        "--log-level",
+        choices=LEVELS,
+        default="info",
+        help="what goes into the log (default: info); the terminal's share is --quiet's and --json's",
+    )
+    group.add_argument(
+        "--hook",
+        default="",
+        metavar="PROGRAM",
+        help="run this at each phase, as vzdump runs its hook script: PROGRAM PHASE MODE VMID; one "
+        "that fails at job-start or backup-start ends the backup (docs/operations/reports.md)",
+    )
+    group.add_argument(
+        "--hook-timeout",
+        type=wait_time,
+        default=_HOOK_S,
+        metavar="SECONDS",
+        help=f"a hook that takes longer is ended, and has failed (default: {_HOOK_S})",
+    )
+    group.add_argument(
+        "--metrics",
+        metavar="FILE.prom",
+        help="write how it went, well or not, for Prometheus' node_exporter (textfile collector)",
+    )
+
+
+@contextlib.contextmanager
+def attended(options: argparse.Namespace, place: str, around: Surroundings) -> Iterator[Attended]:
+    """`place`: of the archive, for people everywhere. Raises Failure; also when a hook that must not fail has failed."""
+    report, cancel, orders = around
+    _check(options)
+    job_id = uuid.uuid4().bytes
+    log_path = options.log
+    if options.vmid is not None and not log_path:
+        log_path = f"{options.archive.partition('.vma')[0]}.log"
+    with (
+        JobServer(job_id.hex(), place, cancel, orders) as server,
+        _metrics(options.metrics, server, report),
+        contextlib.ExitStack() as stack,
+    ):
+        listeners = [report, server.take]
+        emit = _all(listeners)
+        hooks = _hooks(options, server.state, cancel, log_path, emit)
+        stack.enter_context(hooks.job())
+        if log_path:
+            named = options.vmid is not None
+            what, kind = (f"VM {options.vmid}", "qemu") if named else (place, "")
+            log = JobLog(
+                log_path,
+                what,
+                kind,
+                options.log_level,
+                append=bool(options.log),
+                complain=report,
+            )
+            listeners.append(stack.enter_context(log))
+        stack.enter_context(hooks.backup())
+        listeners.append(hooks.take)
+        if server.notice:
+            emit({"event": "notice", "text": server.notice})
+        yield Attended(emit, cancel, orders, server, job_id)
+        if options.notes:
+            # Imported here: only Proxmox VE's archives have them.
+            from vmapipe.control.coordinator.proxmox import write_notes
+
+            try:
+                write_notes(options.archive, options.notes)
+            except Failure as failure:
+                # The archive is stored all the same: who hears of a failure takes it for absent.
+                emit({"event": "notice", "text": str(failure)})
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.metrics and not options.metrics.endswith(".prom"):
+        raise UsageError(f"--metrics {options.metrics}: node_exporter reads *.prom files only")
+
+
+@contextlib.contextmanager
+def _metrics(path: str | None, server: JobServer, report: Emit) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        server.state.fail(str(error), now_s())
+        raise
+    finally:
+        if path:
+            # Imported here: a backup without metrics starts sooner.
+            from vmapipe.control.coordinator.metrics import write
+
+            try:
+                write(path, server.state)
+            except Failure as failure:
+                report({"event": "notice", "text": str(failure)})
+
+
+def _all(listeners: list[Emit]) -> Emit:
+    """Tell each event to all that are in the list by then."""
+
+    def emit(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return emit
+
+
+def _hooks(
+    options: argparse.Namespace, state: JobState, cancel: Cancel, log_path: str | None, emit: Emit
+) -> Hooks:
+    """Raises UsageError."""
+    # As vzdump names them.
+    places = {"LOGFILE": os.path.abspath(log_path)} if log_path else {}
+    if os.path.isabs(state.archive):
+        places["DUMPDIR"] = os.path.dirname(state.archive)
+    hooks = Hooks(
+        os.path.abspath(options.hook) if "/" in options.hook else options.hook,
+        options.hook_timeout,
+        "snapshot" if options.qmp or options.monitor else "stop",
+        "" if options.vmid is None else str(options.vmid),
+        state,
+        cancel,
+        places,
+        emit,
+    )
+    hooks.check()
+    return hooks

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of one backup: its events in, the answers to who asks out. Pure."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from vmapipe.control.monitor.backups import BackupStatus
+from vmapipe.runtime.events import Event
+
+_STARTED_S, _STARTED_MONOTONIC_S = time.time(), time.monotonic()
+
+
+def now_s() -> float:
+    """The clock's time at this process' start, and what has passed since."""
+    return _STARTED_S + (time.monotonic() - _STARTED_MONOTONIC_S)
+
+
+# The rate "now" is that of so long: it follows a change soon, and does not jump.
+_RATE_S = 10.0
+
+# By event, the fields that a device's state takes over as they are.
+_DEVICE_FIELDS = {
+    "transfer": ("read_bytes", "sent_bytes", "saved_bytes"),
+    "buffer": ("memory_bytes", "spool_bytes", "waiting_writes"),
+}
+
+
+def _new_device(name: str, size_bytes: int) -> dict[str, Any]:
+    counts = dict.fromkeys(("done_bytes", "zero_bytes"), 0)
+    for fields in _DEVICE_FIELDS.values():
+        counts |= dict.fromkeys(fields, 0)
+    return {"name": name, "bytes": size_bytes, **counts}
+
+
+@dataclass
+class JobState(BackupStatus):
+    """`now` is seconds since 1970 everywhere. `job` is the job's id, in hex."""
+
+    job: str = ""
+    speed_bytes_s: int = 0
+    stored_bytes: int = 0
+    cpu_s: float = 0.0
+    peak_rss_bytes: int = 0
+    plain_bytes: int = 0
+    devices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: (when, bytes done, bytes read), of the last seconds.
+    _history: deque[tuple[float, int, int]] = field(default_factory=deque)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(device["read_bytes"] for device in self.devices.values())
+
+    def take(self, event: Event, now: float) -> None:
+        super().take(event, now)
+        match event["event"]:
+            case "begun":
+                for device in event["devices"]:
+                    self.devices[device["name"]] = _new_device(device["name"], device["bytes"])
+            case "progress":
+                self._take_progress(event, now)
+            case "stored":
+                self.uuid, self.stored_bytes = event["uuid"], event["stored_bytes"]
+                self.plain_bytes = event["plain_bytes"]
+            case "speed":
+                self.speed_bytes_s = event["bytes_per_s"]
+            case "done":
+                self.succeed(now)
+                self.cpu_s, self.peak_rss_bytes = event["cpu_s"], event["peak_rss_bytes"]
+            case "transfer" | "buffer":
+                device = self.devices.get(event["device"])
+                if device is not None:
+                    device |= {key: event[key] for key in _DEVICE_FIELDS[event["event"]]}
+
+    def _take_progress(self, event: Event, now: float) -> None:
+        self.stored_bytes, self.plain_bytes = event["stored_bytes"], event["plain_bytes"]
+        for told in event["devices"]:
+            device = self.devices.setdefault(told["name"], _new_device(told["name"], told["bytes"]))
+            device |= {key: told[key] for key in ("done_bytes", "zero_bytes")}
+        self._history.append((now, self.done_bytes, self.read_bytes))
+        while len(self._history) > 1 and now - self._history[0][0] > _RATE_S:
+            self._history.popleft()
+
+    def rates_bytes_s(self, now: float) -> tuple[float, float]:
+        """Done, and read: of the last seconds; of all of it once it has ended."""
+        since, done, read = self.started, 0, 0
+        if self._history and not self.ended:
+            since, done, read = self._history[0]
+        seconds = max(0.001, (self.ended or now) - since)
+        return (self.done_bytes - done) / seconds, (self.read_bytes - read) / seconds
+
+    def details(self, now: float) -> dict[str, Any]:
+        """All that is known, in the words of the JSON events."""
+        rate, read_rate = self.rates_bytes_s(now)
+        left = self.total_bytes - self.done_bytes
+        return {
+            "job": self.job,
+            "uuid": self.uuid,
+            "archive": self.archive,
+            "status": self.status,
+            "errmsg": self.errmsg,
+            "started": round(self.started, 3),
+            "seconds": round((self.ended or now) - self.started, 3),
+            "total_bytes": self.total_bytes,
+            "done_bytes": self.done_bytes,
+            "zero_bytes": self.zero_bytes,
+            "stored_bytes": self.stored_bytes,
+            "plain_bytes": self.plain_bytes,
+            "speed_bytes_s": self.speed_bytes_s,
+            "rate_bytes_s": round(rate),
+            "read_rate_bytes_s": round(read_rate),
+            "left_s": round(left / rate) if rate and self.devices else None,
+            "devices": list(self.devices.values()),
+        }
