@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clusters that come in parts: collected until they are whole.
+"""What QEMU sends: chunks that wait for the archiver, runs of zeroes, clusters in parts. Pure.
 
 QEMU writes whole clusters. Should another version cut them, the backup is
 slower and still right.
@@ -36,11 +36,11 @@ class ZeroRuns:
         self._firsts: dict[int, int] = {}
 
     def __len__(self) -> int:
-        """How many runs there are."""
+        """Return the number of runs."""
         return len(self._ends)
 
     def add(self, first: int, count: int) -> None:
-        """None of these clusters may be here already."""
+        """Add zero clusters, none of which may be here already."""
         end = first + count
         before = self._firsts.pop(first, None)
         if before is not None:
@@ -53,7 +53,7 @@ class ZeroRuns:
         self._firsts[end] = first
 
     def take(self) -> list[Chunk]:
-        """All of them, in the order of the disk, each at most as long as a frame may be."""
+        """Remove and return all runs, in the order of the disk, none longer than a frame may be."""
         runs = sorted(self._ends.items())
         self._ends.clear()
         self._firsts.clear()
@@ -93,7 +93,7 @@ class _Begun:
 
 
 class PartialClusters:
-    """Of a disk of `size_bytes` bytes. Pure."""
+    """The clusters of a disk of `size_bytes` bytes that have come in part. Pure."""
 
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
@@ -118,13 +118,13 @@ class PartialClusters:
         return bytes(begun.data)
 
     def forget(self, first: int, count: int) -> None:
-        """These clusters have come whole."""
+        """Drop the parts of these clusters, which have come whole."""
         for cluster in [c for c in self._begun if first <= c < first + count]:
             del self._begun[cluster]
 
 
 def is_whole(offset: int, length: int, size_bytes: int) -> bool:
-    """Whether these bytes of a disk are whole clusters, the last one being what it is."""
+    """Return whether these bytes are whole clusters; the last one of the disk may be shorter."""
     end = offset + length
     return not offset % CLUSTER_BYTES and (not end % CLUSTER_BYTES or end == size_bytes)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The producer's socket to the archiver. The only file of this room that knows ZeroMQ."""
+"""The producer's ZeroMQ connection to the archiver. No other file of this room imports zmq."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _LINGER_MS = 2000
 _ZERO_COPY_BYTES = 64 * 1024
 # The archiver may bind a moment after we start; 100 ms would be felt.
 _RECONNECT_MS = 10
-# Over a network whoever uses this class says when, and what is said first: left
-# to itself, libzmq would send the next frame to somebody who does not know us.
-# Not -1, with which it throws away what has come and nobody has read: last words.
+# Over a network the user of this class says when, and what is said first: left
+# to itself, libzmq would send the next frame to a peer that does not know us.
+# Not -1, with which it throws away what has come and was not read: last words.
 _NEVER_MS = 24 * 3600 * 1000
 # A connection that is dead (a cable, a stopped peer) is noticed and opened anew:
 # three beats, so that one lost on the way is none.
@@ -62,15 +62,15 @@ _EVENTS = (
 
 
 class ArchiverConnection:
-    """DEALER, connected to one archiver. Closing it in vain delays by 2 s at most.
+    """A DEALER socket, connected to one archiver. Closing it takes at most 2 s.
 
-    With `keys` it talks to nobody but the owner of the server key among them.
+    With `keys` it talks only to the owner of the server key among them.
     """
 
     def __init__(
         self, endpoint: str, keys: ClientKeys | None = None, connect_timeout_s: int = 0
     ) -> None:
-        """`connect_timeout_s`: over TCP, so long somebody may be missing there; 0: for ever."""
+        """`connect_timeout_s`: over TCP, how long no archiver may be reached; 0: no limit."""
         #: Whether the archiver is on this host, so that memory can be shared.
         self.is_local = endpoint.startswith("ipc://")
         self.endpoint = endpoint
@@ -99,7 +99,7 @@ class ArchiverConnection:
         self._poller.unregister(fd)
 
     def wait(self, timeout_s: float) -> None:
-        """Raises Failure when the archiver will not have us, or is not the one that we know."""
+        """Wait for messages. Raises Failure when the archiver refuses our key, or has another one."""
         if not self.is_settled:
             timeout_s = min(timeout_s, self._connect_timeout_s)
         self._poller.poll(int(timeout_s * 1000) + 1 if timeout_s > 0 else 0)
@@ -187,7 +187,7 @@ class ArchiverConnection:
                 self.lost = True
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 wanted = "CURVE (--keys)" if self._keys else "plain ZeroMQ (--insecure-plain-tcp)"
-                self._give_up(f"whoever answers there does not speak {wanted}")
+                self._give_up(f"the peer does not speak {wanted}")
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if self._was_up or self.is_local:
                 self.lost = not self.is_local
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
@@ -195,15 +195,15 @@ class ArchiverConnection:
                 self._hang_ups += 1
                 if self._hang_ups >= _HANG_UPS:
                     self._give_up(
-                        "whoever answers there hangs up; is its key the one in our server.pub, and "
+                        "the peer closes the connection; is its key the one in our server.pub, and "
                         "was it started with --keys?"
                         if self._keys
-                        else "whoever answers there hangs up, as one does that does not speak "
-                        "plain ZeroMQ (--insecure-plain-tcp); was it started with --keys?"
+                        else "the peer closes the connection: it may not speak plain ZeroMQ "
+                        "(--insecure-plain-tcp); was it started with --keys?"
                     )
 
     def _miss(self, missing_s: float) -> None:
-        """No connection; whoever was there once and does not refuse is waited for by its heartbeat."""
+        """Decide after `missing_s` without a connection: fail, or go on waiting by the heartbeat."""
         if missing_s < self._connect_timeout_s:
             return
         self._missing_since = time.monotonic()  # the next look is as far away
@@ -220,5 +220,5 @@ class ArchiverConnection:
                 )
 
     def _give_up(self, reason: str) -> NoReturn:
-        self._linger_ms = 0  # nobody will take our last words
+        self._linger_ms = 0  # no peer will take our last words
         raise Failure(f"{self.endpoint}: {reason}")

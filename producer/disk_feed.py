@@ -51,17 +51,17 @@ class RunCutter:
 
     @property
     def ended(self) -> bool:
-        """Whether the whole disk has been cut."""
+        """True when the whole disk has been cut."""
         return self._segment is None
 
     @property
     def at_hole(self) -> bool:
-        """Whether `pass_hole` comes next, and not `read`."""
+        """True when `pass_hole` comes next, and not `read`."""
         return self._segment is not None and not self._segment.is_data
 
     @property
     def needs_memory(self) -> bool:
-        """Whether the next `read` begins a run, at a position of the memory that is free."""
+        """True when the next `read` begins a run, at a free position of the memory."""
         return not self._masks
 
     def pass_hole(self) -> list[Run]:

@@ -31,7 +31,7 @@ _AT_ONCE = int(socket.MSG_DONTWAIT)  # see descriptors.py
 
 
 class GuardClient:
-    """An attached backup. Every method raises Failure when the guard says no or is gone."""
+    """An attached backup. Every method raises Failure when the guard refuses or is gone."""
 
     def __init__(self, name: str, path: str, attach: GuardAttach, fds: Sequence[int]) -> None:
         self._name = name
@@ -63,7 +63,7 @@ class GuardClient:
 
     @property
     def fd(self) -> int:
-        """Readable when there is a message."""
+        """A descriptor that is readable when there is a message."""
         return self._socket.fileno()
 
     def receive(self) -> FromGuard | None:

@@ -70,12 +70,12 @@ class SavedClusters:
         self._free: list[int] = []
 
     def __bool__(self) -> bool:
-        """Whether there is something to send."""
+        """Return whether there is something to send."""
         return bool(self._waiting)
 
     @property
     def is_many(self) -> bool:
-        """Whether there is enough for a full frame."""
+        """True when there is enough for a full frame."""
         return len(self._waiting) >= _MOST_SCATTERED
 
     def add(self, message: Saved | SavedHole) -> None:
@@ -315,7 +315,7 @@ _GATHER_S = 0.002
 
 
 class Buffering(NamedTuple):
-    """Where old data may wait for a slow archiver (sizes in bytes), and how long a guest may.
+    """The room for old data while the archiver is slow (sizes in bytes), and how long a guest waits.
 
     `spool_folder` is empty where there is to be no spool file.
     """
@@ -382,7 +382,7 @@ class GuardFeed:
             self._session.step(1.0)
             self._receive()
             if time.monotonic() > deadline:
-                raise Failure(f"disk {self.name!r}: nobody said when the backup begins")
+                raise Failure(f"disk {self.name!r}: no instant was announced in time")
 
     @property
     def ended(self) -> bool:

@@ -41,7 +41,7 @@ _TIMEOUT_S = 120.0
 
 
 class NbdSource:
-    """A `Source`: the disk of one export, which nobody changes while it is read."""
+    """A `Source`: the disk of one export, which does not change while it is read."""
 
     def __init__(self, name: str, path: str) -> None:
         """`path`: the server's Unix socket. Raises SourceError."""
@@ -75,7 +75,7 @@ class NbdSource:
         return handshake.session
 
     def segments(self) -> Iterator[Segment]:
-        """By what the server says of zeroes; a cluster that is partly data is read as a whole."""
+        """Yield segments by what the server says of zeroes; a partly filled cluster is read as a whole."""
         at = 0  # all before it was told
         for first, last in self._data_extents():
             start = max(at, first - first % CLUSTER_BYTES)
@@ -188,7 +188,7 @@ class NbdSource:
                 )
 
     def _error(self, error: Exception | None) -> DiskSourceError:
-        """For a connection that has failed; None: the server has hung up."""
+        """Return the error of a failed connection; None: the server has closed it."""
         near = min(self._offsets.values(), default=self._offset)
         text = "its server has hung up"
         if error is not None:
@@ -198,7 +198,7 @@ class NbdSource:
         return DiskSourceError(f"disk {self.name!r}: cannot read near offset {near}: {text}")
 
     def _reason(self) -> str:
-        """What is known of a server that has hung up."""
+        """Return what is known of a server that has closed the connection."""
         return ""
 
 
@@ -289,7 +289,7 @@ class ImageSource(NbdSource):
 
 
 def _shared_image(path: str, fd: int, image_format: str) -> str:
-    """The image as qemu-nbd's option, so that it is read whoever has it open."""
+    """Return the image as qemu-nbd's option, so that it is read although others have it open."""
     driver = "host_device" if stat.S_ISBLK(os.fstat(fd).st_mode) else "file"
     file_name = path.replace(",", ",,")
     return (
@@ -335,7 +335,7 @@ def _checked(name: str, path: str, how: HowToRead) -> str:
 
 
 def _read_at(fd: int, offset: int, length: int) -> bytes:
-    """What an image says of offsets may be anything."""
+    """Read at an offset that the image names, which may be any number."""
     return os.pread(fd, length, offset) if offset < 1 << 63 else b""
 
 

@@ -117,7 +117,7 @@ def _add_disk_options(parser: argparse.ArgumentParser) -> None:
         "--others",
         action="store_true",
         help="read other files, too, that the image refers to (backing files, data files, extents): "
-        "whoever wrote the image chose them",
+        "the image's author chose them",
     )
     parser.add_argument(
         "--force-share",
@@ -132,7 +132,7 @@ def _add_disk_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_live_options(parser: argparse.ArgumentParser) -> None:
-    """What a coordinator hands to a producer of a disk, or a machine, in use."""
+    """Add what a coordinator hands to a producer of a disk, or a machine, in use."""
     parser.add_argument(
         "--guard",
         metavar="SOCKET",

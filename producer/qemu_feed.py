@@ -112,7 +112,7 @@ class QemuFeed:
 
     @property
     def ended(self) -> bool:
-        """All is sent, and QEMU's job has ended well: before that, nothing may be stored."""
+        """True when all is sent, and QEMU's job has ended well: nothing may be stored before."""
         return self._job_ended and self._session.sent_clusters >= self._sink.clusters
 
     def advance(self) -> bool:

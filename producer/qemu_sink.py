@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes that wait for something: the first one that came is the first one served."""
+"""The target of QEMU's own backup job: an export that only takes, and always acknowledges.
+
+Two rules. A request never fails and never waits for long, because a guest's
+write may stand behind it: when something is wrong, the backup ends and the sink
+takes, acknowledges and drops. And a cluster counts once, however often it comes.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +32,17 @@ from vmapipe.runtime.rate_limit import JobRateLimiter
 
 
 class FairWait:
-    """All is called with the lock of `changed` held; notify it when something may be reached."""
+    """A queue of writes that wait: the first to come is served first.
+
+    Callers hold the lock of `changed`, and notify it when something may be reached.
+    """
 
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
         self._tickets: deque[object] = deque()
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Return how many wait."""
         return len(self._tickets)
 
     def wait(self, reached: Callable[[], bool], over: Callable[[], bool], deadline: float) -> bool:
@@ -130,7 +138,7 @@ class QemuSink(WriteOnlyBackend):
         return self._arrivals.count
 
     def rest_is_zero(self) -> None:
-        """What has not come yet will not come: it is zero."""
+        """Take what has not come yet as zero: it will not come."""
         with self._changed:
             if not self.failure:
                 self._rest_from = 0
@@ -150,7 +158,7 @@ class QemuSink(WriteOnlyBackend):
 
     @property
     def job_speed(self) -> int:
-        """What QEMU's job is to be limited to now, in bytes a second; 0: not at all."""
+        """The speed limit that QEMU's job is to have now, in bytes a second; 0: none."""
         with self._changed:
             return self._job_speed.wanted_at(time.monotonic())
 
@@ -168,7 +176,7 @@ class QemuSink(WriteOnlyBackend):
         return self._room.used
 
     def next(self) -> Chunk | None:
-        """What to send next; it stays first until `sent`. None: nothing; `fd` will tell."""
+        """Return what to send next, which stays first until `sent`; None: nothing, until `fd` is readable."""
         with self._changed:
             if self._woken:
                 os.eventfd_read(self.fd)
@@ -184,7 +192,7 @@ class QemuSink(WriteOnlyBackend):
             return first
 
     def sent(self, clusters: int) -> None:
-        """So many of the first run's clusters are sent; less than all only of zeroes."""
+        """Mark so many of the first chunk's clusters as sent; less than all only of zeroes."""
         with self._changed:
             if self.failure:
                 return
@@ -203,7 +211,7 @@ class QemuSink(WriteOnlyBackend):
                 self._changed.notify_all()
 
     def fail(self, reason: str) -> None:
-        """From now on everything is acknowledged and dropped; nobody waits any more."""
+        """Acknowledge and drop everything from now on; no request waits any more."""
         with self._changed:
             self._fail(reason)
 
@@ -242,7 +250,7 @@ class QemuSink(WriteOnlyBackend):
         return True
 
     def try_zeroes(self, offset: int, length: int) -> bool:
-        """The same for zeroes: the hot path of a thin disk, which is thousands of them."""
+        """Do the same for zeroes: the hot path of a thin disk, which has thousands of them."""
         first, count = offset // CLUSTER_BYTES, -(-length // CLUSTER_BYTES)
         with self._changed:
             if self.failure:
@@ -291,7 +299,7 @@ class QemuSink(WriteOnlyBackend):
             self._hold_until = 0.0
 
     def _take_in(self, data: memoryview | bytes, offset: int, deadline: float) -> None:
-        """Whole clusters. Waits for room; returns at once when the backup is over."""
+        """Take whole clusters. Waits for room; returns at once when the backup is over."""
         first = offset // CLUSTER_BYTES
         while data:
             with self._changed:
@@ -339,7 +347,7 @@ class QemuSink(WriteOnlyBackend):
         return len(self._queue) + len(self._zeroes) >= _MAX_WAITING
 
     def _arrive_as_zeroes(self, first: int, count: int) -> None:
-        """With the lock held; none of them has come before."""
+        """Enter clusters that have not come before as zeroes. The lock is held."""
         self._arrivals.add(first, count)
         self._parts.forget(first, count)
         self._zeroes.add(first, count)
@@ -349,13 +357,13 @@ class QemuSink(WriteOnlyBackend):
             self._wake()
 
     def _queue_zeroes(self, now: float) -> None:
-        """With the lock held: what there is, when it is time."""
+        """Queue the zeroes there are, when it is time. The lock is held."""
         if now >= self._zeroes_at or not self.missing:
             self._queue += self._zeroes.take()
             self._zeroes_at = now + _ZEROES_S
 
     def _enter(self, arrived: Chunk) -> None:
-        """With the lock held: its turn is that of its room, whoever is filled first.
+        """Queue a chunk, the lock being held, in the order of its room, whichever is filled first.
 
         The room is a ring, given back from its oldest piece on. Were that one sent
         last, nothing would be given back while the archiver's open extent holds it.
@@ -376,7 +384,7 @@ class QemuSink(WriteOnlyBackend):
                 self._wake()
 
     def _queue_rest(self) -> None:
-        """With the lock held: some of what has not come, as zeroes."""
+        """Queue some of what has not come, as zeroes. The lock is held."""
         arrivals, end = self._arrivals, self._arrivals.size
         while self.missing and len(self._queue) < _REST_RUNS:
             first = arrivals.next_missing(self._rest_from, end)
@@ -392,7 +400,7 @@ class QemuSink(WriteOnlyBackend):
             os.eventfd_write(self.fd, 1)
 
     def _wait_for_room(self, length: int, deadline: float) -> int | None:
-        """With the lock held. None: the backup is over."""
+        """Return room for `length` bytes; None: the backup is over. The lock is held."""
         taken: list[int] = []
 
         def take() -> bool:
@@ -404,7 +412,7 @@ class QemuSink(WriteOnlyBackend):
         return taken[0] if self._wait(take, deadline) else None
 
     def _wait(self, reached: Callable[[], bool], deadline: float) -> bool:
-        """With the lock held; in the order of coming. False: the backup is over."""
+        """Wait, in the order of coming; False: the backup is over. The lock is held."""
         if self.failure:
             return False
         if not self._turns and reached():

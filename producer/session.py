@@ -83,13 +83,13 @@ class Session:
         self._connection = connection
         self._cancel = cancel
         self._ring = ring
-        # Over a network nobody could open it; and nobody needs to know its name.
+        # Over a network it cannot be opened, and its name need not be known.
         shared_at = ring.shared_at if connection.is_local else ""
-        # On one host a connection ends only with a process, and then there is nobody to go on with.
+        # On one host a connection ends only with a process, and there is no peer to go on with.
         session = b"" if connection.is_local else os.urandom(limits.UUID_BYTES)
         self._side = ProducerSide(job, name, size_bytes, "vmapipe", shared_at, session)
         self._in_flight = UnackedFrames()
-        #: Nobody has answered on the new connection yet; since when that exists.
+        #: The new connection has not been answered yet; since when it exists.
         self._away = False
         self._asked_at = 0.0
         self._pause_s = _FIRST_PAUSE_S
@@ -143,7 +143,7 @@ class Session:
 
     @property
     def scatters(self) -> bool:
-        """Whether `send_scattered` can be."""
+        """True when the archiver takes `send_scattered`."""
         return self._side.scatters
 
     def send_scattered(self, clusters: Sequence[SharedCluster], on_ack: Callable[[], None]) -> None:
@@ -171,7 +171,7 @@ class Session:
         return self._side.run(run.first_cluster, run.clusters, run.masks, payload)
 
     def _say(self, parts: list[Part]) -> None:
-        # While nobody answers, what is kept is sent again later, and the rest is worth nothing.
+        # While there is no answer, what is kept is sent again later, and the rest is worth nothing.
         if not self._away:
             self._connection.send(parts)
         self.spoke = time.monotonic()
@@ -225,7 +225,7 @@ class Session:
         self.hear()
         now = self._looked = time.monotonic()
         if now - before > longest_s + _STOPPED_S:
-            # This process itself was stopped: nobody else's silence counts.
+            # This process itself was stopped: a peer's silence does not count.
             self._heard = now
         self.keep_alive(now)
 
@@ -241,7 +241,7 @@ class Session:
             self._away and asked_s > _ASK_AGAIN_S
         ):
             self._reconnect(now)
-        # An archiver has no need to answer data: who only sends would hear nothing for ever.
+        # An archiver has no need to answer data: a producer that only sends would hear nothing.
         silence_s = now - min(self.spoke, max(self._heard, self._pinged))
         if silence_s >= self._side.ping_s:
             self._pinged = now
@@ -256,7 +256,7 @@ class Session:
         )
 
     def _reconnect(self, now: float) -> None:
-        """On a new connection, say who we are, and send nothing until the archiver knows us."""
+        """Open a new connection and identify; nothing else is sent until the archiver answers."""
         greeting = self._side.state is ProducerState.GREETING
         if self._connection.is_local or not (greeting or self._side.reconnect_s):
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory a disk is read into: a ring, freed in the order of acknowledgement.
+"""The shared memory that data waits in until the archiver acknowledges it: a ring, and its allocator.
 
 Before the ring lie two places for one piece each. A piece goes there whenever one
 is free: as long as the archiver keeps up, the same few megabytes are used again and
@@ -163,8 +163,8 @@ def _sealed_memory(size: int) -> int | None:
     fd = os.memfd_create("vmapipe-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
-        # Who maps it must be able to trust its length: a shorter file would
-        # kill the archiver by SIGBUS.
+        # The archiver that maps it must be able to trust its length: a shorter
+        # file would kill it by SIGBUS.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except OSError:
         os.close(fd)

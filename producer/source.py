@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a disk's bytes come from: raw files and block devices at rest."""
+"""Sources of a disk's bytes: raw files and block devices at rest, read by two requests at a time."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class PairReader:
             self._read_halves(buffer, offset)
 
     def _read_cached(self, buffer: memoryview, offset: int) -> int:
-        """As many bytes as come without waiting for the disk."""
+        """Read as many bytes as come without waiting for the disk; return how many."""
         try:
             return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
         except BlockingIOError:
@@ -102,7 +102,7 @@ class PairReader:
                 self._done.put(None)
 
     def close(self) -> None:
-        """Before the descriptor is closed."""
+        """End the helper; call it before the descriptor is closed."""
         if self._helper is not None:
             self._todo.put(None)
             self._helper.join()
@@ -136,16 +136,16 @@ class Source(Protocol):
         """Data and holes, in order, without gaps. A hole reads as zero."""
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset`. Raises SourceError."""
+        """Fill `buffer` from `offset`. Raises DiskSourceError."""
 
     def check_unchanged(self) -> None:
-        """Raises SourceError when the disk's size is no longer `size_bytes`, or it was changed."""
+        """Raises DiskSourceError when the disk's size is no longer `size_bytes`, or it was changed."""
 
     def close(self) -> None: ...
 
 
 class Sharing(NamedTuple):
-    """Whether a disk is read although others may write to it; `tell` then hears of that."""
+    """The user's word on reading a disk although others may write to it; `tell` reports that it is."""
 
     force: bool = False
     tell: Callable[[str], None] = lambda text: None
@@ -155,9 +155,9 @@ UNSHARED = Sharing()
 
 
 def open_at_rest(name: str, path: str, sharing: Sharing) -> int:
-    """A descriptor of an image or block device that nobody writes to, while it is open.
+    """Open an image or block device that no other program writes to while it is open.
 
-    Raises SourceError: it cannot be opened, is no disk, or is in use.
+    Raises DiskSourceError: it cannot be opened, is not a disk, or is in use.
     """
     try:
         # O_NONBLOCK: opening a FIFO by mistake must not hang.

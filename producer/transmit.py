@@ -55,11 +55,11 @@ class Feed(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether all is sent."""
+        """True when all is sent."""
 
     @property
     def pause_s(self) -> float:
-        """How long to wait, at most, after `advance` had nothing to do."""
+        """The longest wait after `advance` had nothing to do, in seconds."""
 
     @property
     def buffered(self) -> Buffered: ...

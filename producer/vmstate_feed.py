@@ -73,7 +73,7 @@ class PipeReader:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the stream stands still for want of room."""
+        """True while the stream stands still for lack of room."""
         return self._waiting
 
     def next(self) -> PipeChunk | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines of several processes have in common."""
+"""Argument types, checks and option groups that several command lines share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentPa
 
 
 class _Parser(argparse.ArgumentParser):
-    """Twenty lines of options above it hide what is wrong; whoever wants them asks for --help."""
+    """A parser whose errors are one line: the usage above it would hide them (see --help)."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
@@ -71,7 +71,7 @@ def spool_size(text: str) -> int:
 
 
 def wait_time(text: str) -> int:
-    """Whole seconds, up to an hour."""
+    """Parse whole seconds, up to an hour."""
     if not text.isdecimal() or not 1 <= int(text) <= 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 1 to 3600")
     return int(text)
@@ -138,7 +138,7 @@ def check_endpoint(endpoint: str, *, plain_tcp: bool, keys: str | None = None) -
 
 
 def add_tcp_options(parser: argparse.ArgumentParser, in_folder: str) -> None:
-    """How tcp:// is spoken; `in_folder` tells what the folder of keys holds."""
+    """Add the options for tcp://; `in_folder` says what the folder of keys holds."""
     parser.add_argument(
         "--keys", metavar="DIR", help=f"for tcp://, encrypted: the folder with {in_folder}"
     )
@@ -146,7 +146,7 @@ def add_tcp_options(parser: argparse.ArgumentParser, in_folder: str) -> None:
 
 
 def add_connect_option(parser: argparse.ArgumentParser) -> None:
-    """For whoever makes the first step to an archiver."""
+    """Add the option of a process that connects to an archiver."""
     parser.add_argument(
         "--connect-timeout",
         type=wait_time,
@@ -167,7 +167,7 @@ def add_plain_tcp_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_buffer_options(parser: argparse.ArgumentParser) -> None:
-    """Where old data waits for a slow archiver while a disk is in use."""
+    """Add the options for the room of old data while a disk is in use."""
     parser.add_argument(
         "--buffer",
         type=buffer_size,
@@ -201,5 +201,5 @@ def add_buffer_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_child_options(parser: argparse.ArgumentParser) -> None:
-    """For processes that a job starts; a user never needs it."""
+    """Add the options of processes that a job starts; a user never needs them."""
     parser.add_argument("--parent-fd", type=int, help=argparse.SUPPRESS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who uses an image file or a block device: other programs, and the kernel itself.
+"""Use of an image file or a block device by other programs and by the kernel; QEMU's locks on it.
 
 Programs that take QEMU's locks are found by these (`lock_image`). Others have the file open
 for writing, which the kernel tells by refusing a lease; a block device is asked for with
@@ -62,7 +62,7 @@ OVERWRITING = Use(
 
 
 def lock_image(fd: int, use: Use) -> None:
-    """Hold the image for as long as `fd` is open. Raises BlockingIOError when somebody else does.
+    """Lock the image for as long as `fd` is open. Raises BlockingIOError when another program has.
 
     `fd` must be open for reading (a shared lock asks for it). File systems without such
     locks are let be: there is then no protection.
@@ -97,7 +97,7 @@ def _lock(fd: int, byte: int) -> None:
 
 
 def _is_locked(fd: int, byte: int) -> bool:
-    """Whether another open file holds the byte."""
+    """Return whether another open file holds the byte."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = fcntl.fcntl(fd, _F_OFD_GETLK, asked)
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
@@ -127,7 +127,7 @@ class User(NamedTuple):
 
 
 def use_of(fd: int, path: str, *, writing: bool) -> str:
-    """How others use the disk that `fd` has open, in words; empty: they do not. Raises OSError.
+    """Return how others use the disk that `fd` has open, as text; empty: they do not. Raises OSError.
 
     `fd` is open for reading, or, where it is to be overwritten (`writing`), for both. On
     return the disk is locked against QEMU for as long as `fd` is open, if it is free.
@@ -178,7 +178,7 @@ def _use_of_file(status: os.stat_result) -> str:
 
 
 def _is_open_for_writing(fd: int, status: os.stat_result) -> bool:
-    """Whether another open file of it may be written to: the kernel then gives no lease.
+    """Return whether another open file of it is open for writing: the kernel then gives no lease.
 
     On NFS, FUSE, or as somebody who does not own the file, this cannot be known.
     """
@@ -206,7 +206,7 @@ def _is_open_for_writing(fd: int, status: os.stat_result) -> bool:
 
 
 def _use_of_device(rdev: int, writing: bool) -> str:
-    """What the kernel does with a device: mounted, swap, held by another device, a loop's file."""
+    """Return how the kernel uses a device: mounted, swap, held by another device, a loop's file."""
     used = _use_of_device_number(rdev, read_only_counts=writing)
     if used:
         return used
@@ -253,7 +253,7 @@ def _mounted_at(rdev: int, *, read_only_counts: bool) -> str:
 
 
 def _probed(path: str, status: os.stat_result) -> str:
-    """What O_EXCL tells of a device that is only read: somebody has it, whom we cannot see."""
+    """Probe a device that is only read by O_EXCL: it also finds users that /proc hides."""
     for number, _ in _with_partitions(status.st_rdev):
         if _mounted_at(number, read_only_counts=True):
             return ""  # read-only, as was looked up before

@@ -78,7 +78,7 @@ class HeldFolder:
             self.fd = -1
 
     def duplicate(self) -> HeldFolder:
-        """The same folder by a descriptor of its own."""
+        """Return the same folder with a descriptor of its own."""
         return self.of_descriptor(self.path, fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0))
 
     # --- What is in it ---
@@ -87,19 +87,19 @@ class HeldFolder:
         return os.listdir(self.fd)
 
     def status(self, name: str) -> os.stat_result | None:
-        """Of the name itself, also where it is a link; None: there is no such name."""
+        """Return the status of the name itself, also of a link; None: there is no such name."""
         try:
             return os.stat(_checked(name), dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
     def holds(self, name: str, fd: int) -> bool:
-        """Whether `name` is the file that `fd` has open."""
+        """Return whether `name` is the file that `fd` has open."""
         status = self.status(name)
         return status is not None and os.path.samestat(status, os.fstat(fd))
 
     def address(self, name: str) -> str:
-        """What to bind or connect a Unix socket to, in this process and as long as this is open."""
+        """Return the address of a Unix socket in it, valid in this process while the folder is open."""
         if self.changeable_by_others():
             return f"/proc/self/fd/{self.fd}/{_checked(name)}"
         # Nobody can lead it elsewhere, and it is what others are shown.
@@ -139,7 +139,7 @@ class HeldFolder:
         return self.of_descriptor(os.path.join(self.path, name), self.open(name, _FOLDER))
 
     def make_folder(self, name: str, mode: int = _FOLDER_MODE) -> HeldFolder:
-        """A new folder in it, which nobody else can have replaced: else ESTALE."""
+        """Make a folder in it, which no other user can have replaced: else ESTALE."""
         os.mkdir(_checked(name), mode, dir_fd=self.fd)
         made = self.folder(name)
         status = os.fstat(made.fd)
@@ -149,7 +149,7 @@ class HeldFolder:
         return made
 
     def make_unnamed(self, mode: int = _MODE) -> int:
-        """A descriptor of a new file without a name. OSError where there is no such thing."""
+        """Make a file without a name; return its descriptor. OSError where that is not possible."""
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=self.fd)
 
     def make_locked(self, prefix: str, suffix: str, mode: int = _MODE) -> tuple[str, int]:
@@ -170,7 +170,7 @@ class HeldFolder:
         raise _os_error(errno.EAGAIN)
 
     def remove_leftovers(self, prefix: str, suffix: str) -> list[str]:
-        """Remove files of this pattern that are ours and that nobody has locked; their names."""
+        """Remove files of this pattern that are ours and not locked; return their names."""
         removed = []
         for name in self.names():
             if not (name.startswith(prefix) and name.endswith(suffix)):
@@ -332,7 +332,7 @@ _SHORT_FOLDER = "/tmp"  # where every Linux program may make things, and short
 
 
 def folder_for_sockets(wanted: str = "") -> str:
-    """Where folders with sockets in them are made: `wanted`, TMPDIR, or /tmp.
+    """Return where folders for sockets are made: `wanted`, TMPDIR, or /tmp.
 
     /tmp where a socket's path would be too long, or where another user could put something else in
     the place of such a folder. Raises Failure.
@@ -366,7 +366,7 @@ def temporary_folder(longest_below: int = 0) -> str:
 
 @contextlib.contextmanager
 def made_with(mode: int) -> Iterator[None]:
-    """What is made meanwhile has at most these permissions, from its first moment on.
+    """Give all that is made meanwhile at most these permissions, from its first moment on.
 
     A chmod afterwards would come late. The whole process has one such mask.
     """
@@ -415,7 +415,7 @@ class OwnFolder:
         self.remove()
 
     def clear(self) -> None:
-        """It is needed no more; whoever kills us now leaves nothing."""
+        """Remove it: if we are killed now, nothing is left."""
         _remove(self.path)
 
     def remove(self) -> None:

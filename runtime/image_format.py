@@ -75,7 +75,7 @@ _EXTENSIONS = {
 
 
 def format_of_content(read: Read, size_bytes: int) -> Found | None:
-    """What is there; None: a raw disk, or nothing that is known here."""
+    """Return the format found; None: a raw disk, or a format that is not known here."""
     head = read(0, 0x120)
     for offset, magic, found in _MAGICS:
         there = head[offset : offset + len(magic)]
@@ -127,7 +127,7 @@ class Reference(NamedTuple):
 
 
 def references(image_format: str, read: Read) -> list[Reference]:
-    """What an image of this format refers to; formats that can refer to nothing have nothing."""
+    """Return the files that an image of this format refers to."""
     look = {"qcow2": _qcow, "qcow": _qcow, "qed": _qed, "vmdk": _vmdk}.get(image_format)
     return look(read) if look else []
 

@@ -134,7 +134,7 @@ class ClientList:
         self._notices: list[str] = []
 
     def read(self) -> dict[str, str]:
-        """Names by public key. A file that is no key, or that others can change, lets nobody in."""
+        """Return names by public key. A file that is not a valid key, or that others can change, is left out."""
         try:
             check_trusted(self._folder)
             names = client_names(self._folder)
@@ -155,7 +155,7 @@ class ClientList:
         return self._by_key()
 
     def take_notices(self) -> list[str]:
-        """What is worth a line in the log, once until it changes."""
+        """Return what is worth a line in the log, once until it changes."""
         notices, self._notices = self._notices, []
         return notices
 
@@ -195,7 +195,7 @@ class ClientList:
 
 
 def client_names(folder: Path) -> list[str]:
-    """Of the clients with a file in this folder. Raises OSError."""
+    """Return the names of the clients with a file in this folder. Raises OSError."""
     files = sorted(os.listdir(folder))
     names = [file.removesuffix(".pub") for file in files if file.endswith(".pub")]
     return [name for name in names if is_client_name(name)]
@@ -248,7 +248,7 @@ def write_pair(folder: str, role: str, pair: KeyPair) -> None:
 
 
 def read_key(path: Path, *, checked_folder: bool = False) -> str:
-    """A public key that nobody else can have changed. Raises Failure, OSError.
+    """Read a public key that no other user can have changed. Raises Failure, OSError.
 
     `checked_folder`: the folder that it is in was looked at just now.
     """
@@ -319,7 +319,7 @@ def _key_in(data: bytes, path: Path) -> str:
 
 
 def _is_z85(five: str) -> bool:
-    """Whether these stand for four bytes."""
+    """Return whether these five characters stand for four bytes."""
     value = 0
     for char in five:
         digit = _ALPHABET.find(char)

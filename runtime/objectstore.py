@@ -42,7 +42,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def check_prefix(name: str, longest_rest_bytes: int) -> None:
-    """Whether objects can be called `s3://BUCKET/PREFIX/...`, or `s3://BUCKET/...`. Raises UsageError.
+    """Check that objects can be named `s3://BUCKET/PREFIX/...` or `s3://BUCKET/...`. Raises UsageError.
 
     `longest_rest_bytes`: what may follow the prefix.
     """
@@ -142,7 +142,7 @@ class StoredObject:
         self._where = {"Bucket": self.bucket, "Key": self.key}
 
     def head(self) -> ObjectInfo | None:
-        """None where there is no such object."""
+        """Return what is known of the object; None: there is no such object."""
         try:
             found = self._ask("look at", self._client.head_object)
         except StoreError as error:
@@ -153,7 +153,7 @@ class StoredObject:
         return ObjectInfo(found["ContentLength"], found.get("ETag", ""), mark)
 
     def read(self, length: int, offset: int, etag: str) -> bytes:
-        """All of these bytes, which must be there. Raises ConflictError when the object was replaced."""
+        """Read all of these bytes, which must be there. Raises ConflictError: the object was replaced."""
         at = f" at offset {offset}"
         ask = {"Range": f"bytes={offset}-{offset + length - 1}"}
         if etag:
@@ -208,7 +208,7 @@ class StoredObject:
         return str(done.get("ETag", ""))
 
     def complete(self, upload: str, etags: Sequence[str], condition: Mapping[str, str]) -> None:
-        """All parts are there: now the object is. Raises ConflictError."""
+        """Make the object from its parts. Raises ConflictError."""
         parts = [{"PartNumber": n, "ETag": etag} for n, etag in enumerate(etags, start=1)]
         self._ask(
             "complete",
@@ -230,7 +230,7 @@ class StoredObject:
         self._ask("remove", self._client.delete_object)
 
     def look_at_bucket(self) -> None:
-        """Whether it is there and may be used."""
+        """Check that the bucket is there and may be used."""
         self._ask("use the bucket of", self._client.head_bucket, key="")
 
     def uploads_beside(
@@ -350,7 +350,7 @@ def _client(name: str, connections: int) -> Any:
 
 @functools.cache
 def _loader() -> Any:
-    """Of the library's description of S3: reading it takes 0.1 s, and once is enough."""
+    """Return the loader of botocore's description of S3, which takes 0.1 s to read: shared."""
     import botocore.session
 
     return botocore.session.get_session().get_component("data_loader")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every process of ours does: how it starts, fails, ends, and how much CPU it may take.
+"""The frame of every process: how it starts, fails, ends, and how much CPU it may take.
 
 A failure is one clear line and an exit code, never a traceback. `notify` tells systemd a
 service's state; `lower_priority` and `yield_cpu` let guests have the processors first.
@@ -68,7 +68,7 @@ def _system_failure(error: BaseException) -> str:
 
 
 def _is_library(error: ImportError) -> bool:
-    """Whether it is the system's loader that refuses, and not a name that a module lacks."""
+    """Return whether the system's loader refused, and not a name is missing in a module."""
     return ".so" in f"{error.path or ''} {error}" and not isinstance(error, ModuleNotFoundError)
 
 

@@ -39,7 +39,7 @@ def open_regular(path: str) -> int:
 
 
 def read_awaited(path: str, limit_bytes: int, cancel: Cancel | None) -> bytes:
-    """What is in a file, or comes through a pipe to its end; of more the first `limit_bytes`.
+    """Read a file, or a pipe to its end; of more than `limit_bytes` the first so many.
 
     `cancel` ends the wait for its writer. Raises Cancelled, too.
     """

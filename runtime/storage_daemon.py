@@ -33,7 +33,7 @@ _PACKAGES = {"qemu-storage-daemon": "qemu-system-common", "qemu-nbd": "qemu-util
 
 
 class _Words:
-    """What a process says, as it says it: a pipe that nobody reads would make it wait."""
+    """Collects a process's output while it runs: a full pipe would make it wait."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -44,7 +44,7 @@ class _Words:
         self._thread.start()
 
     def finish(self) -> None:
-        """Its process has ended: until all is read, unless something else has its end, too."""
+        """Read the rest, the process having ended, unless another process holds the pipe, too."""
         self._thread.join(_LAST_WORDS_S)
 
     def _read(self) -> None:
@@ -94,7 +94,7 @@ class StorageDaemon:
             raise
 
     def opened_files(self) -> list[str]:
-        """Where files and block devices that it has open can be looked at; empty: it has ended."""
+        """Return paths by which its open files and block devices can be inspected; empty: it has ended."""
         if self._process is None:
             return []
         found = []
@@ -151,7 +151,7 @@ class StorageDaemon:
         return said
 
     def close(self) -> None:
-        """Whatever it is doing, it is gone afterwards."""
+        """End the process, whatever it is doing."""
         if self._process is not None:
             self._process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):

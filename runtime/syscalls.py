@@ -220,7 +220,7 @@ _RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
 def receive_fds(
     sock: socket.socket, size_bytes: int, max_fds: int, flags: int = 0
 ) -> tuple[bytes, list[int]]:
-    """As `socket.recv_fds`, which ignores its flags in Python 3.11. Raises OSError."""
+    """Do what `socket.recv_fds` does, which ignores its flags in Python 3.11. Raises OSError."""
     fds = array.array("i")
     space = socket.CMSG_SPACE(max_fds * fds.itemsize)
     packet, control, _, _ = sock.recvmsg(size_bytes, space, flags | _CLOSE_ON_EXEC)

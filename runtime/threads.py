@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads that work on what may never end: they keep neither a caller nor the process waiting."""
+"""Threads for work that may never end: neither a caller nor the process waits for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class DaemonPool:
-    """As a ThreadPoolExecutor, whose threads the end of the process would wait for."""
+    """A pool like ThreadPoolExecutor whose threads do not delay the end of the process."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (

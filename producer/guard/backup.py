@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where old data waits for the backup process: one cluster a slot, in memory or in a spool file."""
+"""One backup of one guarded disk: saves old data into slots before a guest's write.
+
+A slot holds one cluster, in shared memory or in a spool file. The rule that everything here
+serves: a guest's write may have to wait for a while, it never fails because of a backup.
+Whatever goes wrong ends the backup.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,7 @@ from vmapipe.runtime.syscalls import write_at
 
 
 class SaveSlots:
-    """The slots of one backup. Whoever uses them holds a lock, but for reading and writing them.
+    """The slots of one backup. Callers hold the lock, except to read and write a slot.
 
     Takes over the descriptors, unless it raises: OSError, ValueError, Failure.
     """
@@ -61,7 +66,7 @@ class SaveSlots:
         return len(self._free_memory)
 
     def take(self, count: int) -> list[int]:
-        """So many must be free; memory comes first."""
+        """Take `count` slots, which must be free; those in memory come first."""
         from_memory = min(count, len(self._free_memory))
         slots = [self._free_memory.pop() for _ in range(from_memory)]
         slots += [self._free_spool.pop() for _ in range(count - from_memory)]
@@ -101,7 +106,7 @@ class SaveSlots:
         self._free_spool.clear()
 
     def close(self) -> None:
-        """When nobody writes to them any more."""
+        """Close the spool file: nothing writes to the slots any more."""
         if self._spool_fd >= 0:
             os.close(self._spool_fd)
             self._spool_fd = -1
@@ -131,7 +136,7 @@ class BackupOver(Exception):
 
 
 class DiskBackup:
-    """All state is guarded by `changed`, the condition of the disk.
+    """A backup of one disk. All state is guarded by `changed`, the condition of the disk.
 
     Takes over the descriptors, unless it raises: OSError, ValueError, Failure.
     """
@@ -205,7 +210,7 @@ class DiskBackup:
         return [(copy, self._slots.take(copy.clusters)) for copy in copies]
 
     def tell(self, *, at_once: bool) -> None:
-        """Of what was saved at once; soon after that, because somebody may wait for the slots."""
+        """Send what was saved at once, now or soon: other writes may wait for the slots."""
         now = time.monotonic()
         if not at_once and len(self.untold) < _TELL_CLUSTERS and now < self._tell_at:
             return
@@ -215,7 +220,7 @@ class DiskBackup:
             self._peer.send(Saved(*zip(*untold[at : at + MAX_TOLD_CLUSTERS], strict=True)))
 
     def end(self) -> None:
-        """The guests' writes need not care any more."""
+        """Let guests' writes go on without saving anything."""
         self.over = True
         self._changed.notify_all()
         self._close_slots()
@@ -232,7 +237,7 @@ class DiskBackup:
     # --- called without it, by the thread of a guest's write ---
 
     def save(self, plan: BeforeWrite, deadline: float) -> None:
-        """Carry out what `plan` says. Raises JobOver.
+        """Carry out what `plan` says. Raises BackupOver.
 
         `deadline`: when the guest has waited long enough (time.monotonic()).
         """
@@ -254,7 +259,7 @@ class DiskBackup:
                 self._leave()
 
     def check(self, deadline: float) -> None:
-        """A request that takes too long although it never waits for long. Raises JobOver."""
+        """A request that takes too long although it never waits for long. Raises BackupOver."""
         with self._changed:
             if time.monotonic() > deadline:
                 self._wait(0.0, "all of its old data to be saved")
@@ -291,7 +296,7 @@ class DiskBackup:
             self._fail(reason)
 
     def _fail(self, reason: str) -> None:
-        """With the lock held."""
+        """End the backup with a reason. The lock is held."""
         if not self.over:
             self._peer.send(GuardFailed(reason))
             self.end()
@@ -330,7 +335,7 @@ class DiskBackup:
         self._peer.send(Saved(tuple(range(first, first + clusters)), tuple(slots)))
 
     def _take_slots(self, count: int, deadline: float) -> list[int]:
-        """All at once, so that none waits for more while it holds some."""
+        """Take all `count` slots at once, so that no write waits for more while it holds some."""
         with self._changed:
             while self._slots.free < count:
                 self.tell(at_once=True)  # those slots will be the next to be free
@@ -344,7 +349,7 @@ class DiskBackup:
             return self._slots.take(count)
 
     def _wait(self, deadline: float, what: str) -> None:
-        """With the lock held. Raises JobOver."""
+        """Wait for a change, the lock being held. Raises BackupOver."""
         if not self.over and not self._changed.wait(max(0.0, deadline - time.monotonic())):
             self._fail(
                 f"disk {self._image.name!r}: a write of the guest has waited "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard's control socket: who comes to it, and what they may ask for.
+"""The guard's control socket: backup processes that attach, and coordinators that hold writes.
 
 One thread a connection. A backup process that dies closes its connection, and
 with that its backup is over here too: the disk serves on.
@@ -57,7 +57,7 @@ class Conversations:
         threading.Thread(target=self._accept, name="guard-control", daemon=True).start()
 
     def close(self) -> None:
-        """Whoever is connected is disconnected: a backup that is attached has failed."""
+        """Disconnect all peers: a backup that is attached has failed."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -70,7 +70,7 @@ class Conversations:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept(self) -> None:
-        """Whatever is short for a moment: the next one is accepted when it is there again."""
+        """Accept peers; after a lack of descriptors, memory or threads, go on when they are there again."""
         while self._listener.fileno() >= 0:
             sock = None
             try:
@@ -83,7 +83,7 @@ class Conversations:
                     time.sleep(0.1)
 
     def _converse(self, sock: socket.socket) -> None:
-        """Raises RuntimeError, MemoryError: there is no thread for it."""
+        """Serve a peer in a thread of its own. Raises RuntimeError, MemoryError: there is none."""
         peer = GuardPeer(sock)
         thread = threading.Thread(
             target=self._serve, args=(sock, peer), name="guard-peer", daemon=True
@@ -182,7 +182,7 @@ class Conversations:
 
 
 def _obey(job: DiskBackup, message: object) -> None:
-    """With the disk's lock held. Raises Failure."""
+    """Carry out a message, the disk's lock being held. Raises Failure."""
     match message:
         case Claim(most):
             job.claim(most)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy-before-write, the book-keeping: which clusters are copied, who waits for whom.
+"""Copy-before-write, the book-keeping: which clusters are copied, and which copy waits for which. Pure.
 
 Pure: no lock, thread or I/O. Whoever serves a disk holds a lock around every
 call, copies what it is told to copy, and lets its writes wait for the copies
@@ -18,7 +18,7 @@ from vmapipe.clusters.cluster_set import ClusterSet
 
 
 class Copy:
-    """One run of clusters that somebody is copying right now."""
+    """A run of clusters that is being copied right now."""
 
     __slots__ = ("clusters", "finished", "first")
 
@@ -32,7 +32,7 @@ class Copy:
 
 
 class BeforeWrite(NamedTuple):
-    """What has to happen before a write: copy these, and wait until those are copied."""
+    """The steps before a write: make these copies, and wait until those are made."""
 
     copies: list[Copy]
     waits: list[Copy]
@@ -50,7 +50,7 @@ class CopyBeforeWrite:
 
     @property
     def done(self) -> int:
-        """How many clusters are copied."""
+        """The number of copied clusters."""
         return self._done.count
 
     @property
@@ -78,7 +78,7 @@ class CopyBeforeWrite:
         return BeforeWrite(copies, waits)
 
     def is_being_copied(self, first: int, clusters: int) -> bool:
-        """Whether somebody is copying one of these right now."""
+        """Return whether one of these clusters is being copied right now."""
         return any(copy.overlaps(first, clusters) for copy in self._copying)
 
     def next_background(self, most: int) -> Copy | None:
@@ -96,7 +96,7 @@ class CopyBeforeWrite:
         return self._begin(num, end - num)
 
     def abandon(self, copy: Copy) -> None:
-        """It is not made after all: whoever waits for it has to ask again."""
+        """Give a copy up: a write that waits for it has to ask again."""
         self._copying.remove(copy)
         copy.finished = True
         self._cursor = min(self._cursor, copy.first)
@@ -108,7 +108,7 @@ class CopyBeforeWrite:
             self._cursor = min(self._cursor, copy.first + clusters)
 
     def copied(self, copy: Copy) -> None:
-        """The old data of these clusters is safe: whoever waits for them may write."""
+        """Finish a copy: the old data is safe, and writes that wait for it may go on."""
         self._copying.remove(copy)
         copy.finished = True
         self._done.add(copy.first, copy.clusters)
@@ -119,11 +119,11 @@ class CopyBeforeWrite:
         return copy
 
     def is_copied(self, first: int, clusters: int) -> bool:
-        """Whether all of these are: a guest may then write to them at once."""
+        """Return whether all of these are copied: a guest may then write to them at once."""
         return self._done.has_all(first, clusters)
 
     def _is_taken(self, num: int, copying: list[Copy]) -> bool:
-        """Done, or being copied by one of `copying`."""
+        """Return whether it is copied, or being copied by one of `copying`."""
         return self._done.has(num) or any(copy.overlaps(num, 1) for copy in copying)
 
     def _next_todo(self, num: int) -> int | None:

@@ -127,7 +127,7 @@ class ServedDisk:
             self._held = True
 
     def wait_until_held(self, deadline: float) -> None:
-        """None is under way any more. Raises Failure; then it is still to be let go."""
+        """Wait until no write is under way. Raises Failure; `release` is then still to be called."""
         with self._changed:
             while self._writes:
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
@@ -151,7 +151,7 @@ class ServedDisk:
 
     @property
     def lock(self) -> threading.Condition:
-        """What guards the job's state."""
+        """The condition that guards the backup's state."""
         return self._changed
 
     # --- inside ---
@@ -163,7 +163,7 @@ class ServedDisk:
         return job if job is not None and job.begun and not job.over else None
 
     def _may_write(self, offset: int, length: int) -> bool:
-        """With the lock held: whether nothing has to be waited for, or saved."""
+        """Return, the lock being held, whether nothing has to be waited for or saved."""
         if self._held:
             return False
         job = self._saving
@@ -191,7 +191,7 @@ class ServedDisk:
             self._written()
 
     def _admit_at_once(self, offset: int, length: int) -> bool:
-        """As `_admit`, where nothing has to be waited for; else False."""
+        """Do what `_admit` does, if nothing has to be waited for; else return False."""
         first, end = offset // CLUSTER_BYTES, -(-(offset + length) // CLUSTER_BYTES)
         with self._changed:
             if self._may_write(offset, length):
@@ -226,7 +226,7 @@ class ServedDisk:
                     pass
 
     def _save(self, job: DiskBackup, offset: int, length: int, deadline: float) -> None:
-        """Raises JobOver."""
+        """Raises BackupOver."""
         first, end = offset // CLUSTER_BYTES, -(-(offset + length) // CLUSTER_BYTES)
         # Piece by piece, so that a huge range does not claim all of its clusters at once.
         for at in range(first, end, MAX_SAVED_CLUSTERS):

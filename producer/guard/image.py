@@ -122,7 +122,7 @@ class Image:
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def is_hole(self, offset: int, length: int) -> bool:
-        """Whether these bytes were never written, as far as the file system can tell."""
+        """Return whether these bytes were never written, as far as the file system can tell."""
         return self._next(offset, os.SEEK_DATA) >= offset + length
 
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -149,7 +149,7 @@ class Image:
             return offset if what == os.SEEK_DATA else self.size_bytes
 
     def close(self) -> None:
-        """What was written reaches the disk first, if it can."""
+        """Flush what was written, if that works, and close."""
         with contextlib.suppress(OSError):
             os.fdatasync(self.fd)
         os.close(self.fd)

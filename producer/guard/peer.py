@@ -33,14 +33,14 @@ class GuardPeer:
         return len(self._outbox)
 
     def wait_for_room(self, backlog: int, timeout_s: float) -> bool:
-        """Until it has taken all but so many messages; False: it has not, in that time."""
+        """Wait until it has taken all but so many messages; False: it has not, in that time."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: self._closed or len(self._outbox) <= backlog, max(0.0, timeout_s)
             )
 
     def send(self, message: FromGuard, fds: Sequence[int] = ()) -> None:
-        """Now if it can be, else by a thread, in order. A peer that is gone is no error here."""
+        """Send now if possible, else by a thread, in order. A peer that is gone is not an error here."""
         packet = encode(message)
         with self._changed:
             if self._closed:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands behind an export."""
+"""The disk behind an export: what a server asks of it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Backend(Protocol):
         """`write_zeroes` that may leave a hole, and may take as long as it does elsewhere."""
 
     def settle(self, *, idle: bool) -> None:
-        """What these have put off, to do it once for many requests, is done now or soon.
+        """Do, now or soon, what the `try_` methods have put off, once for many requests.
 
         Answers go out next, or `idle`: no request has come for a moment, and all must be done.
         """
@@ -73,10 +73,10 @@ class Backend(Protocol):
     def trim(self, offset: int, length: int) -> None: ...
 
     def flush(self) -> None:
-        """Everything whose write has returned is on stable storage afterwards."""
+        """Bring everything whose write has returned to stable storage."""
 
     def cache(self, offset: int, length: int) -> None:
-        """These bytes will be read soon."""
+        """Prefetch these bytes."""
 
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Lengths and NBD_STATE_ flags of consecutive parts, from `offset` on."""
@@ -93,7 +93,7 @@ def sink_export(size_bytes: int) -> Export:
 
 
 class WriteOnlyBackend:
-    """The part of a `Backend` that is the same for all targets of a backup: nobody reads there."""
+    """The part of a `Backend` that all targets of a backup share: reads see zeroes."""
 
     def try_read(self, target: memoryview, offset: int) -> bool:
         self.read(target, offset)

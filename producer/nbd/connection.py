@@ -168,7 +168,7 @@ class Connection:
         return got
 
     def _poll(self, target: memoryview) -> int | None:
-        """What comes without waiting; for a moment, while requests follow closely.
+        """Receive without waiting; poll for a moment while requests follow closely.
 
         As QEMU's own threads do: going to sleep and being woken takes longer than most requests.
         """
@@ -271,7 +271,7 @@ class Connection:
         self._workers.submit(work)
 
     def _try_at_once(self, request: NbdRequest) -> bool:
-        """Whether it is a read, or zeroes, and could be answered at once."""
+        """Answer a read, or zeroes, at once; False: it cannot be."""
         if request.type == NBD_CMD_WRITE_ZEROES and not request.flags & ~NBD_CMD_FLAG_NO_HOLE:
             if not self._backend.try_zeroes(request.offset, request.length):
                 return False
@@ -290,7 +290,7 @@ class Connection:
         return False
 
     def _carry_out(self, request: NbdRequest, payload: memoryview, share: Share) -> None:
-        """In a thread of the workers."""
+        """Carry out a request, in a thread of the workers."""
         answered = False
         try:
             try:
@@ -303,7 +303,7 @@ class Connection:
             pass  # the client is gone: its connection's own thread sees that too
         finally:
             if not answered:
-                # Rather no connection than one that waits for an answer for ever.
+                # Close the connection rather than leave a request unanswered.
                 self.stop()
             self._budget.give_back(share)
 

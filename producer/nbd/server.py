@@ -51,7 +51,7 @@ _SWITCH_S = 0.0005
 
 
 def answer_promptly() -> None:
-    """For a process whose clients are guests. Call it before it serves."""
+    """Shorten thread switches in a process whose clients are guests. Call it before serving."""
     sys.setswitchinterval(_SWITCH_S)
 
 
@@ -72,7 +72,7 @@ class _Client:
         self._came_at = time.monotonic()
 
     def silence(self, now: float) -> float:
-        """How long it has said nothing, as a part of what it may when others need its place."""
+        """Return its silence as a fraction of what is allowed when others need its place."""
         if self.connection is None:
             return (now - self._came_at) / _GREETING_S
         silent_s = now - self.connection.idle_since
@@ -81,7 +81,7 @@ class _Client:
         return silent_s / _UNPROVEN_S
 
     def shut(self) -> None:
-        """Its thread sees it, and ends."""
+        """Shut its socket down: its thread sees that, and ends."""
         self.is_shut = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
@@ -155,7 +155,7 @@ class Server:
                 client.connection.stop()
 
     def finish(self, deadline: float) -> None:
-        """The second half: whoever is not done then (a client that does not read) is cut off."""
+        """The second half: a client that is not done by then (one that does not read) is cut off."""
         with self._lock:
             threads = list(self._clients)
         for thread in threads:
@@ -166,7 +166,7 @@ class Server:
             client.shut()
 
     def _accept(self, listener: socket.socket) -> None:
-        """Whatever is short for a moment: the next client is accepted when it is there again."""
+        """Accept clients; after a lack of descriptors, memory or threads, go on when they are there again."""
         while not self._stopping:
             sock = None
             try:
@@ -181,7 +181,7 @@ class Server:
                     time.sleep(_PAUSE_S)
 
     def _let_in(self, sock: socket.socket) -> None:
-        """Raises RuntimeError, MemoryError: there is no thread for it."""
+        """Serve a client in a thread of its own. Raises RuntimeError, MemoryError: there is none."""
         client = _Client(sock)
         thread = threading.Thread(
             target=self._serve, args=(client,), name="nbd-client", daemon=True
@@ -201,7 +201,7 @@ class Server:
                 self._tell(f"a client was turned away: there are {MAX_CLIENTS} already")
 
     def _make_place(self) -> bool:
-        """With the lock held: whether there is one, or one could be had soon."""
+        """Make room for a client, the lock being held; False: none could be had soon."""
         deadline = time.monotonic() + _PLACE_S
         while not self._stopping and len(self._clients) >= MAX_CLIENTS:
             now = time.monotonic()

@@ -22,7 +22,7 @@ SHARED_BYTES = 128 << 20
 
 
 class Workers:
-    """As many threads as there is work at one time; they stay for the next, and end with us.
+    """Threads, as many as there is work at one time; they stay, and end with the process.
 
     There is no limit here: whoever submits bounds what is under way (`Budget`),
     so that work which waits for something never holds up other work.
@@ -59,7 +59,7 @@ class Share(NamedTuple):
 
 
 class Pool:
-    """What all connections share; who asked first is served first."""
+    """The memory that all connections share; the first to ask is served first."""
 
     def __init__(self, requests: int = SHARED_REQUESTS, size_bytes: int = SHARED_BYTES) -> None:
         self.changed = threading.Condition()
@@ -69,22 +69,22 @@ class Pool:
         self._waiting: deque[Budget] = deque()
 
     def is_wanted(self, beside: Budget | None = None) -> bool:
-        """Somebody, other than `beside`, waits for what is taken."""
+        """Return whether another connection than `beside` waits for what is taken."""
         with self.changed:
             return any(budget is not beside for budget in self._waiting)
 
     def fits(self, size_bytes: int, waiter: Budget | None = None) -> bool:
-        """With `changed` held. `waiter`: one that waits already, else none may be waiting."""
+        """Return, `changed` held, whether it fits. `waiter`: a waiting one; without it none may wait."""
         is_turn = self._waiting[0] is waiter if self._waiting else True
         return is_turn and self._requests > 0 and size_bytes <= self._bytes
 
     def take(self, size_bytes: int) -> None:
-        """With `changed` held, when it fits."""
+        """Take, `changed` held, what fits."""
         self._requests -= 1
         self._bytes -= size_bytes
 
     def give_back(self, size_bytes: int) -> None:
-        """With `changed` held."""
+        """Give back, `changed` held."""
         self._requests += 1
         self._bytes += size_bytes
 
@@ -93,7 +93,7 @@ class Pool:
         self._waiting.append(budget)
 
     def leave(self, budget: Budget) -> None:
-        """With `changed` held: no more."""
+        """Wait no more, `changed` held."""
         self._waiting.remove(budget)
         self.changed.notify_all()
 
@@ -113,11 +113,11 @@ class Budget:
 
     @property
     def is_in_the_way(self) -> bool:
-        """It holds a part of the pool for which somebody else waits."""
+        """Return whether it holds a part of the pool for which another connection waits."""
         return self._shared > 0 and self._pool.is_wanted(beside=self)
 
     def fits(self, size_bytes: int) -> bool:
-        """Whether `take` would not wait."""
+        """Return whether `take` would not wait."""
         with self._pool.changed:
             return self._is_own(size_bytes) or self._pool.fits(size_bytes)
 
@@ -153,7 +153,7 @@ class Budget:
             self._pool.changed.notify_all()
 
     def wait_idle(self) -> None:
-        """Until nothing is under way."""
+        """Wait until nothing is under way."""
         with self._pool.changed:
             while self._under_way:
                 self._pool.changed.wait()

@@ -382,9 +382,9 @@ def test_over_https_the_stores_certificate_counts(
     [
         ("s3://", "names no bucket"),
         ("s3:///key", "names no bucket"),
-        ("s3://b", "'b' is no bucket's name: that has 3 to 255 letters"),
-        ("s3://ab/key", "'ab' is no bucket's name: that has 3 to 255 letters"),
-        ("s3://bu cket/a", "'bu cket' is no bucket's name"),
+        ("s3://b", "'b' is not a valid bucket name: that has 3 to 255 letters"),
+        ("s3://ab/key", "'ab' is not a valid bucket name: that has 3 to 255 letters"),
+        ("s3://bu cket/a", "'bu cket' is not a valid bucket name"),
         ("s3://bucket", "names no object in the bucket: use s3://BUCKET/KEY"),
         ("s3://bucket/", "names no object in the bucket"),
         ("s3://bucket/folder/", "names no object in the bucket"),
