@@ -335,7 +335,7 @@ def _decode_shared_run(seq: int, frame: list[Any]) -> SharedRun:
         raise RemoteProtocolError("malformed", "a run frame of wrong types")
     if not isinstance(masks, bytes) or not masks:
         raise RemoteProtocolError("malformed", "a run in shared memory without masks")
-    fault = run_fault(first, count, masks, masked_bytes(masks))
+    fault = run_fault(first, count, masks)
     if fault is not None:
         raise RemoteProtocolError(*fault)
     return SharedRun(seq, dev_id, first, count, masks, position)
@@ -360,8 +360,12 @@ def masked_bytes(masks: bytes) -> int:
     return int.from_bytes(masks, "big").bit_count() * BLOCK_BYTES
 
 
-def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[str, str] | None:
-    """What is wrong with a run, as (error code, reason)."""
+def run_fault(
+    first: int, count: int, masks: bytes, data_bytes: int | None = None
+) -> tuple[str, str] | None:
+    """What is wrong with a run, as (error code, reason). `data_bytes`: of its payload, if it has one."""
+    expected = masked_bytes(masks)
+    data_bytes = expected if data_bytes is None else data_bytes
     for amount, limit, what in (
         (count, limits.MAX_RUN_CLUSTERS, "clusters"),
         (len(masks), limits.MAX_MASKS_BYTES, "bytes of masks"),
@@ -373,7 +377,6 @@ def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[st
         return "malformed", f"a run of clusters {first} + {count}"
     if masks and len(masks) != 2 * count:
         return "malformed", f"{len(masks)} bytes of masks for {count} clusters"
-    expected = masked_bytes(masks)
     if data_bytes != expected:
         return "malformed", f"{data_bytes} bytes of data where the masks say {expected}"
     return None

@@ -273,6 +273,8 @@ class ArchiverSide:
         self.received_frames = 0
         self.received_clusters = 0
         self.charged = 0
+        #: Of the frame that came last.
+        self.data_bytes = 0
         #: Where the producer offers to share memory, and whether it was accepted.
         self.shared_at = ""
         self.shared = False
@@ -338,6 +340,7 @@ class ArchiverSide:
         if cost > self._frame_bytes or self.charged + cost > self._limit:
             raise RemoteProtocolError("credit", f"frame {seq} exceeds the credit")
         self.charged += cost
+        self.data_bytes = data_bytes
         self.received_frames = seq
         self.received_clusters += clusters
 

@@ -17,7 +17,6 @@ from vmapipe.protocol.transfer import (
     Scattered,
     SharedCluster,
     SharedRun,
-    masked_bytes,
 )
 from vmapipe.protocol.transfer_state import ArchiverSide
 from vmapipe.vma.coverage import mask_fits
@@ -103,7 +102,7 @@ class DeviceState:
             return self._from_cluster(message)
         first, clusters, masks = message.first_cluster, message.count, message.masks
         if isinstance(message, SharedRun):
-            payload = self._shared_at(message.position, masked_bytes(masks))
+            payload = self._shared_at(message.position, self._side.data_bytes)
             return PackedRun(first, clusters, masks, payload)
         return PackedRun(first, clusters, masks, message.payload)
 

@@ -15,8 +15,8 @@ from vmapipe.protocol.errors import RemoteProtocolError, connection_lost
 from vmapipe.protocol.transfer import Hello, Resume
 from vmapipe.protocol.transfer_state import ArchiverSide, ArchiverState
 
-# Of whom is remembered that nothing more is to be heard: strangers that were
-# refused, each once, and connections that a producer has left.
+# How many ignored connections are remembered: refused peers, each answered once, and
+# connections that a producer has replaced by a new one.
 _MAX_IGNORED = 1024
 
 
@@ -88,7 +88,7 @@ class JobProducers:
         return next((peer for peer in self.all if peer.side.device == name), None)
 
     def of_session(self, session: bytes, client: str) -> bytes | None:
-        """Where the producer is that began this session, if it was this client."""
+        """The connection of the producer that began this session, if it was this client."""
         for at, peer in self:
             if session and peer.side.session == session and peer.client == client:
                 return at
@@ -123,24 +123,24 @@ class JobProducers:
         self._ignored[at] = None
 
 
-# Strangers that are told of: a log that one of them can fill is no log.
+# How many refused peers are logged: no peer may fill the log.
 _MAX_TOLD = 100
 
 
 class Admission:
-    """`peers` are those that were taken. Raises RemoteProtocolError for whoever is not."""
+    """Decides which peers belong to the job. `peers` are the accepted producers."""
 
     def __init__(self, spec: JobSpec, peers: JobProducers) -> None:
         self._expected = spec.devices
         self._count = len(spec.devices) or spec.expect
         self._job = spec.job
         self._peers = peers
-        #: Messages of those that do not belong here.
+        #: How many messages of other peers were refused.
         self.refused = 0
 
     @property
     def complete(self) -> bool:
-        """Nobody is missing."""
+        """All producers have come."""
         return len(self._peers) == self._count
 
     def missing(self) -> str:
@@ -195,7 +195,7 @@ class Admission:
         return [*answers, LogNotice(back)]
 
     def refuse(self, at: bytes, error: RemoteProtocolError) -> list[LogNotice]:
-        """A stranger was told why; nothing more is heard from it."""
+        """Ignore a peer that was refused, and log it."""
         self._peers.ignore(at)
         self.refused += 1
         notices = []
@@ -209,7 +209,7 @@ class Admission:
 def _check_newcomer(
     hello: Hello, peers: JobProducers, expected: Sequence[str], *, gathering: bool
 ) -> None:
-    """Raises RemoteProtocolError for one that the job does not want."""
+    """Raises RemoteProtocolError for a producer that the job does not expect."""
     twin = peers.of_device(hello.device)
     if twin and not gathering:
         raise RemoteProtocolError(

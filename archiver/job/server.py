@@ -39,7 +39,7 @@ class Listen(NamedTuple):
 
     endpoint: str
     keys: ServerKeys | None = None
-    #: Whether what comes over ipc:// may come from elsewhere: no memory is shared then.
+    #: Whether producers at ipc:// may be on another host, behind a relay: no memory is shared then.
     from_afar: bool = False
 
 
@@ -107,7 +107,7 @@ class _Server:
             yield_cpu()
 
     def _tell_stored(self) -> None:
-        """At once, although a producer whose connection was lost may still have to hear of it."""
+        """Report the archive at once, although a producer that lost its connection has not heard DONE."""
         if not self._told:
             self._told = True
             self._progress()
@@ -195,11 +195,11 @@ class _Server:
         )
 
 
-# Larger than any ring of ours; a mapping costs address space only, but a
-# stranger need not have more of it.
+# Larger than any ring of a producer; a mapping costs address space only, but no
+# peer needs more of it.
 MAX_SHARED_BYTES = 256 << 20
-# A descriptor of a process, and nothing else: a stranger's path must not make
-# us open (and thereby wake or block on) anything.
+# A descriptor of a process, and nothing else: a path from a peer must not make this
+# process open (and thereby wake or block on) anything else.
 _OFFER = re.compile(r"/proc/[0-9]{1,10}/fd/[0-9]{1,10}")
 # Without these seals the owner could cut the file, and reading the mapping
 # would then kill this process.

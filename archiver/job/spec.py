@@ -24,7 +24,7 @@ class JobSpec(NamedTuple):
     `uuid`: 16 bytes, or empty: one made from what the header holds, always the
     same for the same. `devices`: the names that must come, in the order of their dev_ids; empty:
     the first `expect` that come. `job`: the id that producers must name; None:
-    whatever the first one names. `in_order`: one device after the other, so
+    the id that the first one names. `in_order`: one device after the other, so
     that the same disks make the same archive.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between the job and its output: a queue, and the thread that writes."""
+"""The queue between a job and its output, and the thread that writes the archive."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A listening socket and all that guards it: who may come in, how many, how much each may say.
+"""A listening ZeroMQ socket and its limits: which peers connect, how many, how much each may send.
 
 An archiver of one job and a service have this in common (link.py,
 service/link.py); the security of the port is here, in gate.py, in
@@ -43,7 +43,7 @@ _CURVE_BYTES = 64
 _POLLIN, _NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)
 # Messages taken in one turn, so that everything else gets its.
 TURN = 64
-# Who has been shown in must have proved who it is by then. Honest ones need a few
+# A connection must be authenticated within this time. Honest peers need a few
 # milliseconds and four messages.
 _HANDSHAKE_MS = 10_000
 # Connections of the acceptor that nobody has taken yet.
@@ -97,7 +97,7 @@ class ListeningSocket:
             make_way(endpoint.removeprefix("ipc://"))
         # Before libzmq has threads: a copy of this process would lack them.
         self._port = None if self.is_local else TcpPort(endpoint, curve=keys is not None)
-        #: What the descriptors of this process are for; none where nobody comes from elsewhere.
+        #: How this process divides its descriptors; None for a socket of this host only.
         self.budget: DescriptorBudget | None = self._port.budget if self._port else None
         try:
             _seed_names()
@@ -156,7 +156,7 @@ class ListeningSocket:
         self._poller.unregister(fd)
 
     def wait(self, timeout_s: float) -> list[tuple[object, int]]:
-        """Until something is ready; returns that, for whoever has registered more."""
+        """Wait until something is ready; return that, for a subclass that has registered more."""
         ready: list[tuple[object, int]] = list(self._poller.poll(int(timeout_s * 1000)))
         if self._port:
             self._port.poll()
@@ -233,10 +233,10 @@ class ListeningSocket:
 
 
 def _seed_names() -> None:
-    """Let nobody know beforehand what libzmq calls its peers.
+    """Make the names that libzmq gives to peers unpredictable.
 
     It counts from what rand() of the C library gives first, which is always the same
-    without a seed; and whoever knows the next name can take it.
+    without a seed; and a peer that knows the next name can take it.
     """
     ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4), "big")))
 

@@ -65,7 +65,7 @@ _WAY_OUT = {
     errno.ENAMETOOLONG: "choose a shorter name: .partial is added while it is written",
     errno.EIO: "the device is failing: look at the kernel's log",
 }
-# Whoever takes a stream has gone. ECONNRESET is what a socket says.
+# The reader of a stream has closed it. ECONNRESET comes from sockets.
 _READER_GONE = (errno.EPIPE, errno.ECONNRESET)
 
 
@@ -118,7 +118,7 @@ def size_text(size_bytes: int) -> str:
 
 
 class Interrupt:
-    """Waiting that another thread can end."""
+    """Waits that another thread can end."""
 
     def __init__(self, cancel: Cancel | None = None) -> None:
         self.abandoned = False
@@ -323,7 +323,7 @@ class DescriptorOutput(AbortableOutput):
 
 
 class OutputWrapper:
-    """What is asked of it and is the inner output's affair."""
+    """Passes on to the inner output all that a subclass does not change."""
 
     def __init__(self, inner: Output) -> None:
         self._inner = inner

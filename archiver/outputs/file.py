@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file that appears under its name when it is complete and on disk, and not before."""
+"""A file that appears under its name when it is complete and on disk, and not before.
+
+It is NAME.partial meanwhile, and locked (flock) by its one writer; the kernel releases
+the lock when the writer dies, however that happens. So a .partial that is locked is being
+written, and one that is not is a leftover. A leftover is removed, never written into: it may
+have another owner, other permissions, or another name by which it is still read. Why it is
+not a file without a name: docs/decisions/0023-partial-names.md.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +20,7 @@ from vmapipe.archiver.outputs import file
 from vmapipe.archiver.outputs.base import Buffers, DescriptorOutput, OutputFailure, open_failure
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
-from vmapipe.runtime.folders import HeldFolder
-
-# What file systems without hard links answer (vfat, exfat, some network and
-# FUSE ones); EMLINK cannot happen to a file with one name, but costs nothing.
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+from vmapipe.runtime.folders import NO_LINKS, HeldFolder
 
 
 class FileOutput(DescriptorOutput):
@@ -82,7 +85,7 @@ class FileOutput(DescriptorOutput):
         except FileExistsError as error:
             raise exists_failure(self._path) from error
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in NO_LINKS:
                 raise
             # The moment between the look and the rename is open to others.
             self._check_name()
@@ -143,7 +146,7 @@ def remove_leftover(path: str) -> None:
     """Remove NAME.partial of a writer that was killed, if nobody writes it. Never raises."""
     with contextlib.suppress(Failure, OSError):
         if os.path.lexists(path + file.SUFFIX):
-            # Whoever claims the name removes what is left; and takes its own away again.
+            # Claiming the name removes a leftover; abandoning removes the claimed file again.
             FileOutput(path, replace=True).abandon()
 
 
@@ -172,7 +175,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class _LockedError(Exception):
-    """Somebody else has the lock."""
+    """Another process has the lock."""
 
 
 def claim(folder_fd: int, name: str, path: str) -> int:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a manifest goes: beside the archive, to a named place, or to whoever listens."""
+"""The manifest: its digests, and where it goes (beside the archive, a named place, events).
+
+What each digest covers, and why: docs/decisions/0004-manifest-digests.md. Only this file of the
+room imports xxhash.
+"""
 
 from __future__ import annotations
 

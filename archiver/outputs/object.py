@@ -315,13 +315,13 @@ def abort_stale_uploads(
 
 
 def abort_upload(name: str, upload: str) -> None:
-    """For whoever outlives an archiver that was killed. Never raises; quick."""
+    """Abort an upload of an archiver that was killed. Never raises; takes seconds at most."""
     with contextlib.suppress(Failure), contextlib.closing(StoredObject(name)) as store:
         run_with_timeout(lambda: abort(store, upload))
 
 
 def run_with_timeout(work: Callable[[], None]) -> None:
-    """Do it; when it takes longer than giving up may take, leave it to itself."""
+    """Run `work` in a thread, and wait for it no longer than an abandon may take."""
     thread = threading.Thread(target=work, name="s3-cleaner", daemon=True)
     thread.start()
     thread.join(ABANDON_WAIT_S)

@@ -42,13 +42,13 @@ class StopArchiver(NamedTuple):
 
 
 class KillArchiver(NamedTuple):
-    """It was asked, and does not."""
+    """End the job's archiver at once: it was asked to stop and has not."""
 
     job: bytes
 
 
 class ReleaseJob(NamedTuple):
-    """Nobody of this job is needed any more: what belongs to it may go."""
+    """Nothing of this job is needed any more: remove its folder and its process entry."""
 
     job: bytes
 
@@ -173,7 +173,7 @@ class ServiceJob:
     stored: service.JobStored | None = None
     #: Once it has ended.
     verdict: service.JobStored | service.JobFailed | service.JobRefused | None = None
-    #: Why we end it; the archiver's own words otherwise.
+    #: Why the service ends it; empty: the archiver's own reason counts.
     reason: str = ""
     kill_at: float = float("inf")
     ended: float = 0.0

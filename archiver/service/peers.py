@@ -119,7 +119,7 @@ class ForwardedProducers:
         return [SendAnswer(peer, list(parts))]
 
 
-# Refusals that one connection hears; then it is closed. An honest client needs one.
+# How many refusals one connection is sent before it is closed. An honest client needs one.
 MAX_REFUSALS = 16
 # Lines of a client's in the log at once, and one more in so many seconds: a log that
 # one client can fill is no log.
@@ -139,7 +139,7 @@ class UnassignedPeers:
         self._refusals: Counter[bytes] = Counter()
 
     def add(self, peer: bytes, client: str) -> bytes | None:
-        """It has spoken, and belongs to no job; returns who has to go for it."""
+        """Add a peer that belongs to no job; return the peer that has to be dropped for it."""
         if peer in self._clients:
             return None
         self._clients[peer] = client
@@ -156,7 +156,7 @@ class UnassignedPeers:
         return oldest
 
     def remove(self, peer: bytes) -> None:
-        """It is gone, or belongs to a job now."""
+        """Forget a peer that is gone, or belongs to a job now."""
         self._clients.pop(peer, None)
         self._refusals.pop(peer, None)
 
@@ -164,7 +164,7 @@ class UnassignedPeers:
         return [peer for peer, its in self._clients.items() if its == client]
 
     def may_be_refused(self, peer: bytes) -> bool:
-        """Whether one more refusal may be sent to it: it may not be reading them."""
+        """Count a refusal, and say whether it may be sent: the peer may not be reading them."""
         self._refusals[peer] += 1
         if len(self._refusals) > _MAX_CLIENTS:
             del self._refusals[next(iter(self._refusals))]
@@ -205,7 +205,7 @@ class Openings:
 
 
 class LogLimit:
-    """For each client, how many lines of its making come into the log."""
+    """Limits the lines of each client in the log."""
 
     def __init__(self) -> None:
         self._left: dict[str, float] = {}
