@@ -15,7 +15,16 @@ import time
 from collections.abc import Mapping, Sequence
 
 from vmapipe.archiver.service.storage import is_of_service
-from vmapipe.control.cli.retention import RULES, Archive, Clock, Mark, Verdict, When, flood, judge
+from vmapipe.control.cli.retention import (
+    RULES,
+    Clock,
+    Mark,
+    StoredArchive,
+    Verdict,
+    When,
+    flood,
+    judge,
+)
 from vmapipe.control.coordinator.render import human_bytes
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
@@ -162,9 +171,9 @@ def _clock(folder: HeldFolder, options: argparse.Namespace) -> Clock:
     return Clock(time.time(), within_s, is_service and not options.by_name)
 
 
-def find(folder: HeldFolder) -> Mapping[str, list[Archive]]:
+def find(folder: HeldFolder) -> Mapping[str, list[StoredArchive]]:
     """Archives by machine. Raises Failure."""
-    groups: dict[str, list[Archive]] = {}
+    groups: dict[str, list[StoredArchive]] = {}
     try:
         for name in folder.names():
             parsed = parse(name)
@@ -172,7 +181,7 @@ def find(folder: HeldFolder) -> Mapping[str, list[Archive]]:
             if parsed and status and stat.S_ISREG(status.st_mode):
                 path = os.path.join(folder.path, name)
                 protected = is_protected(folder, name)
-                archive = Archive(path, *parsed, protected, status.st_mtime)
+                archive = StoredArchive(path, *parsed, protected, status.st_mtime)
                 groups.setdefault(archive.group, []).append(archive)
     except OSError as error:
         raise Failure(f"cannot look into {folder.path}: {os_error_text(error)}") from error

@@ -42,7 +42,7 @@ class Mark(enum.Enum):
     MISDATED = "misdated"
 
 
-class Archive(NamedTuple):
+class StoredArchive(NamedTuple):
     """Where, of which machine, and from when it is."""
 
     path: str
@@ -68,17 +68,17 @@ class Clock(NamedTuple):
 class Verdict(NamedTuple):
     """`rule` is the one that keeps it; empty where none does."""
 
-    archive: Archive
+    archive: StoredArchive
     mark: Mark
     rule: str
 
 
-def _week(archive: Archive) -> Any:
+def _week(archive: StoredArchive) -> Any:
     return datetime.date(*archive.when[:3]).isocalendar()[:2]
 
 
 # In the order in which they are applied: what a rule calls the same.
-RULES: Mapping[str, Callable[[Archive], Any]] = {
+RULES: Mapping[str, Callable[[StoredArchive], Any]] = {
     "last": lambda archive: (archive.when, archive.path),
     "hourly": lambda archive: archive.when[:4],
     "daily": lambda archive: archive.when[:3],
@@ -89,14 +89,14 @@ RULES: Mapping[str, Callable[[Archive], Any]] = {
 
 
 def judge(
-    archives: Sequence[Archive], keep: Mapping[str, int], clock: Clock | None = None
+    archives: Sequence[StoredArchive], keep: Mapping[str, int], clock: Clock | None = None
 ) -> list[Verdict]:
     """All archives of one group, the newest first. `keep` has a number for some of the rules.
 
     Without a clock names are believed.
     """
     newest_first = sorted(archives, key=lambda a: (a.when, a.path), reverse=True)
-    marks: dict[Archive, tuple[Mark, str]] = {}
+    marks: dict[StoredArchive, tuple[Mark, str]] = {}
     for archive in newest_first:
         aside = _set_aside(archive, clock)
         if aside:
@@ -107,7 +107,7 @@ def judge(
     return [Verdict(archive, *marks.get(archive, (Mark.REMOVE, ""))) for archive in newest_first]
 
 
-def _set_aside(archive: Archive, clock: Clock | None) -> tuple[Mark, str] | None:
+def _set_aside(archive: StoredArchive, clock: Clock | None) -> tuple[Mark, str] | None:
     """The mark of an archive that no rule counts."""
     if archive.protected:
         return Mark.PROTECTED, ""
@@ -129,7 +129,7 @@ def _seconds(when: When) -> float:
     return datetime.datetime(*when, tzinfo=datetime.UTC).timestamp()
 
 
-def flood(archives: Sequence[Archive], now_s: float, days: int = 7) -> tuple[int, int] | None:
+def flood(archives: Sequence[StoredArchive], now_s: float, days: int = 7) -> tuple[int, int] | None:
     """(how many were stored in the last 24 hours, how many a day before), where that is unusual.
 
     Of the last `days` only: rules have thinned out what is older.
@@ -148,10 +148,10 @@ def flood(archives: Sequence[Archive], now_s: float, days: int = 7) -> tuple[int
 
 def _apply(
     rule: str,
-    same: Callable[[Archive], Any],
+    same: Callable[[StoredArchive], Any],
     count: int,
-    newest_first: Sequence[Archive],
-    marks: dict[Archive, tuple[Mark, str]],
+    newest_first: Sequence[StoredArchive],
+    marks: dict[StoredArchive, tuple[Mark, str]],
 ) -> None:
     before = {
         same(a)

@@ -23,11 +23,9 @@ from vmapipe.vma.foreign import FOREIGN_COMPRESSIONS
 from vmapipe.vma.layout import VMA_MAGIC
 from vmapipe.vma.seektable import is_zstd
 
-# As much as a pipe holds.
+# What lzop is fed at a time: as much as a pipe holds.
 _PIECE_BYTES = 1 << 16
-
-
-# Its header's fields in front of the flags: magic, three versions of 2 bytes, method, level.
+# The fields of a .lzo file's header in front of the flags: magic, three versions of 2 bytes, method, level.
 # Older ones had neither the third version nor the level.
 _VERSION_AT, _NEW_VERSION, _FLAGS_AT, _OLD_FLAGS_AT = 9, 0x0940, 17, 14
 # Adler-32 or CRC-32 of each block's plain bytes.
@@ -35,14 +33,17 @@ _PLAIN_CHECKSUMS = 0x1 | 0x100
 
 
 def has_checksums(start: bytes) -> bool:
-    """Whether the .lzo file that begins so has checksums of its blocks' plain bytes."""
+    """Return whether the .lzo file that begins so has checksums of its blocks' plain bytes."""
     version = int.from_bytes(start[_VERSION_AT : _VERSION_AT + 2], "big")
     at = _FLAGS_AT if version >= _NEW_VERSION else _OLD_FLAGS_AT
     return bool(int.from_bytes(start[at : at + 4], "big") & _PLAIN_CHECKSUMS)
 
 
 class LzopStream(ProgramInput):
-    """Owns `raw`, which a thread feeds to lzop. `start`: its first bytes."""
+    """Plain bytes out of a .lzo file, through lzop (docs/decisions/0002-dependencies.md).
+
+    Owns `raw`, which a thread feeds to the program. `start`: its first bytes.
+    """
 
     def __init__(self, name: str, raw: Input, start: bytes, halts: Sequence[Cancel]) -> None:
         self.proof = Proof()

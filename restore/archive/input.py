@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes in order, out of a descriptor or of a program; a wait ends when a stop is asked for."""
+"""Bytes in order, out of a descriptor, a program or jobs in threads; every wait ends when a stop is
+asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ import select
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import IO, TYPE_CHECKING
 
 import psutil
@@ -20,20 +24,17 @@ from vmapipe.restore.archive.errors import InputError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.folders import temporary_folder
+from vmapipe.runtime.threads import DaemonPool
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-
-from vmapipe.runtime.threads import DaemonPool
 
 # The largest pipe an unprivileged process may make: fewer, larger reads.
 _PIPE_BYTES = 1 << 20
 # A program that was told to end ends at once; after this it is killed.
 _STOP_S = 2.0
+# A read from a disk ends in time; one from a disk or a store that hangs is left behind.
+_END_WAIT_S = 2.0
 # Characters of a program's last error output, for the one line that the user sees.
 _MAX_WORDS = 300
 
@@ -217,12 +218,8 @@ def stop_program(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-# A read from a disk ends in time; one from a disk or a store that hangs is left behind.
-_END_WAIT_S = 2.0
-
-
 def interruptible(job: Callable[[], bytes], halts: Sequence[Cancel]) -> bytes:
-    """The job's result; it is done in another thread, so that a stop ends the wait for it."""
+    """Return the job's result; it is done in another thread, so that a stop ends the wait for it."""
     wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     ahead = ReadAhead(iter([job]), 1, 1, wake_fd, Wait(wake_fd, halts))
     try:

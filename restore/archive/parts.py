@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain bytes out of files of independent parts: zstd's frames, gzip's members.
 
+The last few megabytes of compressed bytes can be read a second time (`Rewindable`).
+
 A part that is damaged is told by a `CompressionError`, behind which reading goes on with the
 next part that can be found. A restore or verify ends at the first error; a salvage goes on.
 """
@@ -8,6 +10,7 @@ next part that can be found. A restore or verify ends at the first error; a salv
 from __future__ import annotations
 
 import io
+from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from vmapipe.restore.archive.errors import CompressionError
@@ -15,7 +18,6 @@ from vmapipe.restore.archive.input import Input
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
-from collections import deque
 
 # Small, so that a message can say where the damage is.
 READ_BYTES = 128 << 10

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Walks along an archive, damaged or not: where an extent is not, looks for the next one.
 
-From a file only the extents' headers are read; the data stays where it is for whoever wants
-it. From a stream the data comes along.
+From a file only the extents' headers are read; the data stays where it is until it is
+needed. From a stream the data comes along. Where even the header is damaged, what the extents
+tell stands in for it (`open_damaged`).
 """
 
 from __future__ import annotations

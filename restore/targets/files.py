@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New files, which appear under their names when they are complete; and the folders they lie in."""
+"""Files and block devices that a restore writes, and the folders that they lie in.
+
+New files appear under their names when they are complete; configs are new files. Existing
+files and block devices must fit, must not be in use, and are overwritten in place.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,8 @@ from vmapipe.vma.layout import TARGET_SLACK_BYTES
 
 # What a new file is called where it has to have a name before it is complete.
 PARTIAL = (".vmapipe-", ".partial")
+# linux/fs.h: whether a block device is read-only.
+_BLKROGET = 0x125E
 
 
 class Folders:
@@ -270,10 +276,6 @@ def write_configs(header: Header, folder: str, folders: Folders) -> list[NewFile
             file.close()
         raise
     return files
-
-
-# linux/fs.h
-_BLKROGET = 0x125E
 
 
 #: Equal for two paths of one file, or of one block device.

@@ -22,6 +22,8 @@ _STATE_WORDS = {
 }
 # More than a person reads; the rest is only counted.
 MAX_DAMAGE = 1000
+#: What a salvage writes beside the disks: its map, for programs and for people.
+JSON_NAME, TEXT_NAME = "vmapipe-salvage.json", "vmapipe-salvage.txt"
 
 
 class Damage(NamedTuple):
@@ -198,9 +200,6 @@ class Report:
             "damage": [find.fields() for find in self.damage],
             "seconds": round(self.seconds, 3),
         }
-
-
-JSON_NAME, TEXT_NAME = "vmapipe-salvage.json", "vmapipe-salvage.txt"
 
 
 class Salvaged(NamedTuple):

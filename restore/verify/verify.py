@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks all of an archive that can be checked without writing, and goes on after damage."""
+"""`vmapipe verify`: checks all of an archive that can be checked without writing, and goes on after
+damage. `--whole-file` also compares the stored file, byte for byte."""
 
 from __future__ import annotations
 
@@ -153,7 +154,7 @@ class _Verification:
 
 
 def must_be_there_twice(source: Source) -> None:
-    """Raises UsageError for what is gone once it was read."""
+    """Raises UsageError for a source that can be read only once."""
     if source.place is None:
         raise UsageError(
             f"--whole-file: {source.name} can be read only once; verify the stored file"
@@ -161,7 +162,7 @@ def must_be_there_twice(source: Source) -> None:
 
 
 def stored_digest(source: Source, cancel: Cancel) -> tuple[int, bytes]:
-    """(size in bytes, XXH3-128) of all of it, read once more. Raises InputError, Cancelled."""
+    """Read the stored file once more; return (size in bytes, XXH3-128). Raises InputError, Cancelled."""
     try:
         with _open(source, cancel) as file:
             return file_digest(file, cancel.check)

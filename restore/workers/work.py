@@ -39,6 +39,11 @@ _RANGES_AHEAD = 2
 # Extents whose data came along are bounded by their memory (`slots`); those
 # that are all zero by this, and make some hundred KiB of messages.
 _EXTENTS_AHEAD = 64
+# Read ahead of the workers. The memory of data is bounded by its slots; this
+# is for archives that hold nothing but zeroes.
+_AHEAD_WORKS = 256
+# A thread that was told to stop ends at its next read; a hung disk may keep it.
+_JOIN_S = 5.0
 
 
 class Work(NamedTuple):
@@ -221,13 +226,6 @@ class WorkerTable:
     def done(self, worker: str, seq: int) -> Work | None:
         """The work that is done; None when this worker does not have it."""
         return self._held.get(worker, {}).pop(seq, None)
-
-
-# Read ahead of the workers. The memory of data is bounded by its slots; this
-# is for archives that hold nothing but zeroes.
-_AHEAD_WORKS = 256
-# A thread that was told to stop ends at its next read; a hung disk may keep it.
-_JOIN_S = 5.0
 
 
 class InlineFeed:

@@ -28,6 +28,16 @@ RANGE_BYTES = 64 * 1024
 _ZEROES_BYTES = 1 << 20
 # Not supported here; EINVAL: a block device's sectors are larger than the range's ends.
 _TRY_ANOTHER_WAY = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV}
+# Buffered writes of 1 MiB and more into a new file were slower than these; over
+# what is there already, an extent's data in one go took 0.94 of their time.
+_NEW_BYTES = 256 * 1024
+_OVER_BYTES = 4 << 20
+# A written run of at least this is sent on to the disk at once. Without that
+# the kernel waits until 10 % of all memory is dirty, and the disk idles: 2 GiB
+# into a new file took 1.8 s instead of 1.15 s, its fsync included.
+_EARLY_BYTES = 1 << 20
+# IOV_MAX, what one pwritev takes.
+_MAX_BUFFERS = 1024
 
 
 def zero_pages() -> memoryview:
@@ -82,18 +92,6 @@ class Zeroer:
         while start < end:
             self.at = start
             start += os.pwrite(self._fd, self._zeroes[: end - start], start)
-
-
-# Buffered writes of 1 MiB and more into a new file were slower than these; over
-# what is there already, an extent's data in one go took 0.94 of their time.
-_NEW_BYTES = 256 * 1024
-_OVER_BYTES = 4 << 20
-# A written run of at least this is sent on to the disk at once. Without that
-# the kernel waits until 10 % of all memory is dirty, and the disk idles: 2 GiB
-# into a new file took 1.8 s instead of 1.15 s, its fsync included.
-_EARLY_BYTES = 1 << 20
-# IOV_MAX, what one pwritev takes.
-_MAX_BUFFERS = 1024
 
 
 class TargetWriter:

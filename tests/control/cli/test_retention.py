@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.control.cli.retention import RULES, Archive, Mark, Verdict, judge
+from vmapipe.control.cli.retention import RULES, Mark, StoredArchive, Verdict, judge
 
 times = st.datetimes(datetime.datetime(2020, 1, 1), datetime.datetime(2026, 12, 31))  # noqa: DTZ001
 keeps = st.dictionaries(st.sampled_from(sorted(RULES)), st.integers(1, 8))
 
 
 @st.composite
-def archives(draw: st.DrawFn) -> list[Archive]:
+def archives(draw: st.DrawFn) -> list[StoredArchive]:
     """Close together as a rule, so that hours and days have several."""
     first = draw(times)
     gaps = draw(st.lists(st.integers(0, 60 * 24 * 20), max_size=40))
@@ -24,7 +24,9 @@ def archives(draw: st.DrawFn) -> list[Archive]:
     for number, minutes in enumerate(gaps):
         when += datetime.timedelta(minutes=minutes)
         moment = (when.year, when.month, when.day, when.hour, when.minute, when.second)
-        found.append(Archive(f"{number}", "g", moment, draw(st.sampled_from([False] * 9 + [True]))))
+        found.append(
+            StoredArchive(f"{number}", "g", moment, draw(st.sampled_from([False] * 9 + [True])))
+        )
     return draw(st.permutations(found))
 
 
@@ -34,7 +36,7 @@ def kept(verdicts: list[Verdict]) -> list[str]:
 
 @given(archives(), keeps)
 def test_every_archive_gets_one_verdict_and_protected_ones_stay(
-    found: list[Archive], keep: Mapping[str, int]
+    found: list[StoredArchive], keep: Mapping[str, int]
 ) -> None:
     verdicts = judge(found, keep)
     assert sorted(v.archive for v in verdicts) == sorted(found)
@@ -44,7 +46,7 @@ def test_every_archive_gets_one_verdict_and_protected_ones_stay(
 
 @given(archives(), keeps)
 def test_each_rule_keeps_at_most_its_number_each_in_a_period_of_its_own(
-    found: list[Archive], keep: Mapping[str, int]
+    found: list[StoredArchive], keep: Mapping[str, int]
 ) -> None:
     verdicts = judge(found, keep)
     for rule, same in RULES.items():
@@ -55,7 +57,7 @@ def test_each_rule_keeps_at_most_its_number_each_in_a_period_of_its_own(
 
 @given(archives(), keeps)
 def test_the_newest_that_is_not_protected_always_stays(
-    found: list[Archive], keep: Mapping[str, int]
+    found: list[StoredArchive], keep: Mapping[str, int]
 ) -> None:
     free = sorted((a for a in found if not a.protected), key=lambda a: (a.when, a.path))
     if free and keep:
@@ -64,7 +66,7 @@ def test_the_newest_that_is_not_protected_always_stays(
 
 @given(archives(), keeps)
 def test_what_protects_one_takes_the_place_of_no_other(
-    found: list[Archive], keep: Mapping[str, int]
+    found: list[StoredArchive], keep: Mapping[str, int]
 ) -> None:
     unprotected = [a for a in found if not a.protected]
     assert kept(judge(found, keep)) == kept(judge(unprotected, keep))
@@ -72,7 +74,7 @@ def test_what_protects_one_takes_the_place_of_no_other(
 
 @given(archives(), keeps)
 def test_pruning_twice_removes_no_more_than_once(
-    found: list[Archive], keep: Mapping[str, int]
+    found: list[StoredArchive], keep: Mapping[str, int]
 ) -> None:
     """Or a cron job would eat an old archive a night."""
     left = [v.archive for v in judge(found, keep) if v.mark is not Mark.REMOVE]
@@ -81,7 +83,7 @@ def test_pruning_twice_removes_no_more_than_once(
 
 @given(archives(), st.integers(1, 50))
 def test_one_rule_alone_keeps_the_newest_of_its_latest_periods(
-    found: list[Archive], count: int
+    found: list[StoredArchive], count: int
 ) -> None:
     free = sorted((a for a in found if not a.protected), key=lambda a: (a.when, a.path))
     for rule, same in RULES.items():
@@ -90,9 +92,9 @@ def test_one_rule_alone_keeps_the_newest_of_its_latest_periods(
         assert sorted(kept(judge(found, {rule: count}))) == sorted(newest[p] for p in periods)
 
 
-def at(*when: int) -> Archive:
+def at(*when: int) -> StoredArchive:
     year, month, day, hour = (*when, 0, 0)[:4]
-    return Archive("-".join(map(str, when)), "g", (year, month, day, hour, 0, 0))
+    return StoredArchive("-".join(map(str, when)), "g", (year, month, day, hour, 0, 0))
 
 
 def test_a_later_rule_counts_only_periods_that_an_earlier_one_left_empty() -> None:
