@@ -17,7 +17,7 @@ import pytest
 
 from tests.machine import Need, end_of, good, started, without_limit
 from tests.qemu.hammer import CLUSTER
-from tests.qemu.idle_machine import SECTOR, Fault, idle_machine
+from tests.qemu.paused_machine import SECTOR, Fault, faulty_machine
 
 _SIZE = 48 * CLUSTER
 
@@ -41,7 +41,7 @@ def one_run(need: Need, folder: Path, seed: int) -> tuple[bool, int, int]:
     healthy = chance.random() < 0.5
     faults = {number: [] if healthy else faults_of(chance) for number in range(disks)}
     failed, count = 0, sum(len(found) for found in faults.values())
-    with idle_machine(folder, program, images, faults) as machine:
+    with faulty_machine(folder, program, images, faults) as machine:
         words = (
             "backup",
             "--json",
@@ -59,7 +59,7 @@ def one_run(need: Need, folder: Path, seed: int) -> tuple[bool, int, int]:
                 disk = chance.randrange(disks)
                 length = chance.choice((SECTOR, 4096, CLUSTER, 3 * CLUSTER))
                 at = chance.randrange((_SIZE - length) // SECTOR + 1) * SECTOR
-                failed += not machine.write(disk, at, length, chance.randrange(256))
+                failed += not machine.write_at(disk, at, length, chance.randrange(256))
                 time.sleep(chance.choice((0, 0, 0.02)))  # so that runs differ, not to wait for it
             with contextlib.suppress(AssertionError):  # it has ended
                 without_limit(process)
