@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections import deque
@@ -19,6 +20,9 @@ from vmapipe.protocol.transfer import Abort, Done, Refuse, Resumed, SharedCluste
 from vmapipe.protocol.transfer_state import ProducerSide, ProducerState
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.logs import shown
+
+_log = logging.getLogger(__name__)
 
 # The connection itself is looked at at least so often while there is always something to
 # send or to read: well below any heartbeat, and far above the time of a read.
@@ -171,6 +175,8 @@ class Session:
         return self._side.run(run.first_cluster, run.clusters, run.masks, payload)
 
     def _say(self, parts: list[Part]) -> None:
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s sends %s", self._name, shown(parts))
         # While there is no answer, what is kept is sent again later, and the rest is worth nothing.
         if not self._away:
             self._connection.send(parts)
@@ -180,7 +186,10 @@ class Session:
         """Take in what has come. Raises RefusedByArchiver."""
         while (parts := self._connection.receive()) is not None:
             self._heard = time.monotonic()
-            match self._side.receive(parts):
+            message = self._side.receive(parts)
+            if _log.isEnabledFor(logging.DEBUG):
+                _log.debug("%s receives %s", self._name, shown(message))
+            match message:
                 case Refuse(code, reason):
                     raise RefusedByArchiver(
                         f"the archiver refused {self._name!r}: {reason} [{code}]"

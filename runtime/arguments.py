@@ -8,6 +8,7 @@ import os
 from typing import NoReturn
 
 from vmapipe.runtime.errors import EXIT_USAGE, UsageError
+from vmapipe.runtime.logs import LEVELS, LogLevel
 from vmapipe.runtime.text import one_line
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -23,12 +24,20 @@ MAX_SPOOL_BYTES = 64 << 30
 
 def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser whose texts keep their line breaks, and that says in one line what is wrong."""
-    return _Parser(
+    parser = _Parser(
         prog=prog,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--log-level",
+        choices=LEVELS,
+        action=LogLevel,
+        help="what goes into a log (--log; default: info); with debug, what processes, peers and QEMU "
+        "tell each other goes to stderr, too",
+    )
+    return parser
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import os
 import selectors
 import signal
@@ -23,8 +24,11 @@ from typing import NoReturn
 import psutil
 
 from vmapipe.runtime.events import Event, LineSplitter, encode_line
+from vmapipe.runtime.logs import shown
 from vmapipe.runtime.process import leave
 from vmapipe.runtime.syscalls import readable
+
+_log = logging.getLogger(__name__)
 
 # What a process of ours handles; the copy starts without its parent's handlers.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -171,6 +175,8 @@ class Child:
 
     def tell(self, order: Event) -> None:
         """Send a command to the child; dropped if it has exited or its buffer is full."""
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("command to child %d %s", self.pid, shown(order))
         with contextlib.suppress(OSError):
             self.socket.send(encode_line(order))
 

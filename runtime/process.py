@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import resource
 import socket
@@ -19,8 +20,11 @@ from typing import NoReturn
 from vmapipe.runtime.cancel import Cancel, ParentConnection
 from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, Failure, os_error_text
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
+from vmapipe.runtime.logs import shown, start_logging
 from vmapipe.runtime.syscalls import set_time_slice
 from vmapipe.runtime.text import one_line
+
+_log = logging.getLogger(__name__)
 
 # The next one of its kind says as much and more.
 _DROPPABLE = frozenset({"progress", "buffer", "transfer", "carried"})
@@ -176,6 +180,7 @@ def leave(program: str, work: Callable[[], object]) -> NoReturn:
 
 def run(program: str, work: Callable[[], None]) -> int:
     """Run `work`; print the line for what went wrong to stderr; return the exit code."""
+    start_logging()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name that a terminal's encoding does not have must not end the work.
@@ -211,6 +216,7 @@ def run_child(
     can say it in the job's words; by hand it goes to stderr. What the parent
     commands is given to `on_command`, in a thread of its own.
     """
+    start_logging()
     cancel = Cancel()
     cancel.on_signals(has_parent=parent_fd is not None)
     if parent_fd is None:
@@ -230,6 +236,8 @@ def run_child(
         if event["event"] in _WORDED:
             # It may quote a stranger at any length; a parent takes no line without an end.
             event = {**event, "text": one_line(str(event["text"]))}
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s event %s", program, shown(event))
         parent.send(encode_line(event), droppable=event["event"] in _DROPPABLE)
 
     try:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import re
@@ -22,7 +23,10 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.keys import ServerKeys
+from vmapipe.runtime.logs import shown
 from vmapipe.runtime.process import yield_cpu
+
+_log = logging.getLogger(__name__)
 
 # Some frames of each producer, so that none of them waits for us between two turns.
 _RECEIVE_MARK = 32
@@ -128,7 +132,12 @@ class _Server:
             self._emit({"event": "notice", "text": text})
 
     def _handle(self, event: core.JobEvent) -> None:
+        is_traced = _log.isEnabledFor(logging.DEBUG)
+        if is_traced and not isinstance(event, core.TimePassed):  # several a second
+            _log.debug("event %s", shown(event))
         for instruction in self._job.handle(event):
+            if is_traced:
+                _log.debug("instruction %s", shown(instruction))
             match instruction:
                 case core.Send(peer, parts):
                     self._link.send(peer, parts)

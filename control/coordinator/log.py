@@ -10,10 +10,9 @@ from types import TracebackType
 from vmapipe.control.coordinator.render import human_bytes
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Emit, Event, ignore
+from vmapipe.runtime.logs import LEVELS
 from vmapipe.runtime.side_files import open_new, open_to_append
 from vmapipe.runtime.text import one_line
-
-LEVELS = ("debug", "info", "warn", "error")
 
 
 class JobLog:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vmapipe.control.coordinator.hooks import Hooks
-from vmapipe.control.coordinator.log import LEVELS, JobLog
+from vmapipe.control.coordinator.log import JobLog
 from vmapipe.control.coordinator.status import JobState, now_s
 from vmapipe.control.coordinator.status_socket import JobServer
 from vmapipe.runtime.arguments import wait_time
@@ -47,12 +47,6 @@ def add_attending_options(parser: argparse.ArgumentParser) -> None:
         "--log",
         metavar="FILE",
         help="append a log in the words of vzdump's (with --vmid: beside the archive by itself)",
-    )
-    group.add_argument(
-        "--log-level",
-        choices=LEVELS,
-        default="info",
-        help="what goes into the log (default: info); the terminal's share is --quiet's and --json's",
     )
     group.add_argument(
         "--hook",
@@ -100,7 +94,7 @@ def attended(options: argparse.Namespace, place: str, around: Surroundings) -> I
                 log_path,
                 what,
                 kind,
-                options.log_level,
+                options.log_level or "info",
                 append=bool(options.log),
                 complain=report,
             )

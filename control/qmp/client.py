@@ -14,6 +14,7 @@ from __future__ import annotations
 import array
 import contextlib
 import json
+import logging
 import os
 import select
 import socket
@@ -29,7 +30,10 @@ from vmapipe.control.qmp.connection import Command, QmpGone, QmpLink, QmpPeer
 from vmapipe.control.qmp.reader import JsonReader, Unreadable, decode
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.logs import shown
 from vmapipe.runtime.syscalls import readable, writable
+
+_log = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 16
 # One look at the events reads no more than this, so that the caller gets to other work, too.
@@ -274,6 +278,8 @@ class QmpClient:
             {"execute": each.name, "arguments": dict(each.arguments), "id": number}
             for number, each in enumerate(asked, first)
         ]
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s command %s %s", self.path, command.name, shown(dict(command.arguments)))
         try:
             data = b"".join(json.dumps(request).encode() + b"\n" for request in requests)
             self._wire.send_bytes(data, deadline, fds)
@@ -309,6 +315,8 @@ class QmpClient:
         what = f"answer to {name}"
         if message.get("id", self._number) != self._number:
             raise self._lose_invalid(what, "it belongs to another question")
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s answer to %s %s", self.path, name, shown(dict(message)))
         if "return" in message:
             if fault := answer_fault(name, message["return"]):
                 raise self._lose_invalid(what, fault)
@@ -321,6 +329,8 @@ class QmpClient:
 
     def _keep(self, event: dict[str, Any]) -> None:
         """Raises QmpGone."""
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s event %s", self.path, shown(event))
         fault = event_fault(event)
         size_bytes = 0 if fault else len(json.dumps(event))
         if size_bytes > _EVENT_BYTES:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,9 @@ from vmapipe.restore.workers.work import Feed, RateLimits, Work, WorkerTable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import STOP_S, Children
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.logs import shown
+
+_log = logging.getLogger(__name__)
 
 # A Python process starts in a tenth of a second; on a stalled machine later.
 _START_S = 60.0
@@ -109,7 +113,10 @@ class WorkerPool:
         self._link.wait(timeout_s, [self._cancel.fd, *sockets, *fds])
         self._cancel.check()
         for worker, parts in self._link.receive():
-            match decode_for_reader(parts):
+            message = decode_for_reader(parts)
+            if _log.isEnabledFor(logging.DEBUG):
+                _log.debug("%s answers %s", worker, shown(message))
+            match message:
                 case Ready() if self._setup is not None:
                     self._send(worker, encode(self._setup))
                     self._roster.joined(worker)

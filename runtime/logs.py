@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trace of `--log-level`: what crosses a process boundary, through the standard `logging`.
+
+Off, each place costs one `isEnabledFor`. Values are shortened, and bytes are shown as their
+length only, so that neither a guest's data nor a key is ever in the trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: The words of vzdump's log; the standard `logging` knows them in capitals.
+LEVELS = ("debug", "info", "warn", "error")
+#: How the level comes to child processes, forked, started anew or through a monitor.
+VARIABLE = "VMAPIPE_LOG_LEVEL"
+# A line is to be read by a person: more of a list or a text says nothing more.
+_MOST_ITEMS = 6
+_MOST_CHARS = 200
+# Members of commands and events whose values are nobody's business.
+_SECRET = frozenset({"data", "password", "secret", "key", "keys", "iv"})
+
+
+class LogLevel(argparse.Action):
+    """Applies `--log-level` as soon as it is read: also to what the other options start."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        os.environ[VARIABLE] = str(values)
+        setattr(namespace, self.dest, values)
+        start_logging()
+
+
+def start_logging() -> None:
+    """Write what VARIABLE asks for to stderr; does nothing when it is not set."""
+    level = os.environ.get(VARIABLE)
+    log = logging.getLogger("vmapipe")
+    if level not in LEVELS or log.handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(process)d %(name)s: %(message)s")  # milliseconds, too
+    )
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(level.upper())
+    # A full disk or a closed stderr must not end a backup, nor write tracebacks.
+    logging.raiseExceptions = False
+
+
+def shown(value: Any) -> str:
+    """Return `value` in short, without any bytes of it."""
+    match value:
+        case bytes() | bytearray() | memoryview():
+            text = f"<{memoryview(value).nbytes} bytes>"
+        case dict():
+            text = _members("", value)
+        case tuple() if hasattr(value, "_asdict"):
+            text = _members(type(value).__name__, value._asdict())
+        case list() | tuple():
+            more = [f"… {len(value)} in all"] if len(value) > _MOST_ITEMS else []
+            text = f"[{', '.join([*map(shown, value[:_MOST_ITEMS]), *more])}]"
+        case str():
+            text = repr(value if len(value) <= _MOST_CHARS else value[:_MOST_CHARS] + "…")
+        case None | bool() | int() | float():
+            text = str(value)
+        case _ if dataclasses.is_dataclass(value):
+            names = [field.name for field in dataclasses.fields(value)]
+            text = _members(type(value).__name__, {name: getattr(value, name) for name in names})
+        case _:
+            text = type(value).__name__
+    return text
+
+
+def _members(name: str, members: Mapping[str, Any]) -> str:
+    told = [f"{key}={'…' if key in _SECRET else shown(v)}" for key, v in members.items()]
+    return f"{name}({', '.join(told)})"
