@@ -48,7 +48,7 @@ _LOGGED_NAME_CHARS = 200
 _LOGGED_REASON_CHARS = 300
 # How many ended jobs are remembered, for coordinators that ask again.
 _MAX_REMEMBERED = 1024
-# After a longer gap between two `TimePassed` this process itself was stopped: see job/job.py.
+# After a longer gap between two `ServiceTicked` this process itself was stopped: see job/job.py.
 _STOPPED_S = 5.0
 
 
@@ -98,7 +98,7 @@ class ArchiverEnded(NamedTuple):
     now: float
 
 
-class TimePassed(NamedTuple):
+class ServiceTicked(NamedTuple):
     """Sent about once a second. `now`, as everywhere: a monotonic clock's seconds."""
 
     now: float
@@ -131,7 +131,7 @@ FrontEvent = (
     | ArchiverAnswer
     | ArchiverEvent
     | ArchiverEnded
-    | TimePassed
+    | ServiceTicked
     | StopAsked
     | StopNow
     | ClientRevoked
@@ -179,7 +179,7 @@ class Front:
                 if job.stored is not None:
                     self._openings.stored(job.client)
                 instructions = job.end(words, usage, now)
-            case TimePassed(now):
+            case ServiceTicked(now):
                 instructions = self._pass_time(now)
             case PeerGone(peer, now):
                 self._gone(peer, now)

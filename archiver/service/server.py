@@ -24,9 +24,9 @@ from vmapipe.archiver.service.front import (
     FrontEvent,
     PeerGone,
     PeerMessage,
+    ServiceTicked,
     StopAsked,
     StopNow,
-    TimePassed,
 )
 from vmapipe.protocol import limits
 from vmapipe.runtime.cancel import Cancel
@@ -113,7 +113,7 @@ class ServiceLoop:
             self._handle(ClientRevoked(client, now))
         for text in self._link.take_notices():
             self._emit({"event": "notice", "text": text})
-        self._handle(TimePassed(now))
+        self._handle(ServiceTicked(now))
         self._flush_log()
         status = f"{len(self._front.running)} jobs are running"
         notify("WATCHDOG=1", *([f"STATUS={status}"] if status != self._status else ()))

@@ -10,7 +10,7 @@ from vmapipe.archiver.service.front import (
     Front,
     FrontEvent,
     PeerMessage,
-    TimePassed,
+    ServiceTicked,
 )
 from vmapipe.archiver.service.jobs import ArchivePlace, FreeSpace, ServiceLimits
 from vmapipe.protocol import limits, service, transfer
@@ -104,7 +104,7 @@ class World:
         while seconds > 0:
             self.now += min(seconds, 1.0)
             seconds -= 1.0
-            self.handle(TimePassed(self.now))
+            self.handle(ServiceTicked(self.now))
 
     def handle(self, event: FrontEvent) -> None:
         for instruction in self.front.handle(event):
