@@ -202,7 +202,7 @@ def archive_time(*, reproducible: bool) -> int:
         return int(time.time())
     text = os.environ.get("SOURCE_DATE_EPOCH", "0")
     if not (text.isascii() and text.isdigit()) or int(text) >= 1 << 63:
-        raise UsageError(f"SOURCE_DATE_EPOCH={text!r} is no number of seconds")
+        raise UsageError(f"SOURCE_DATE_EPOCH={text!r} is not a number of seconds")
     return int(text)
 
 

@@ -25,56 +25,59 @@ archives:
   backup     back up disks into an archive
   restore    bring an archive's disks back
   verify     check an archive without writing anything
-  list       tell what an archive holds
+  list       show what an archive holds
   config     print a configuration stored in an archive
   serve      attach an archive's disks over NBD, without restoring them
   files      list an archive's files and take some out, without restoring it
-  prune      remove old archives, by the rules that Proxmox has
+  prune      remove old archives by retention rules, as Proxmox VE does
 
-backups that are running:
-  status     tell how they get on
-  speed      change a speed limit
-  cancel     end one
+running backups:
+  status     show progress of running backups
+  speed      change the speed limit of a running backup
+  cancel     cancel a running backup
   cleanup    remove what a crashed backup has left in a running QEMU
 
-processes that stay:
+services:
   monitor    serve disks to guests, so that they can be backed up while in use
   archiver   receive disks from producers and store the archive
   producer   read one disk and send it to an archiver (by hand, or elsewhere)
-  keygen     make the keys with which producers and archivers know each other
+
+keys:
+  keygen     make the keys with which producers and archivers prove who they are
 
 `vmapipe COMMAND --help` explains each. `vma` speaks the reference tool's grammar.
 """
 
 EPILOG = """\
-to begin with, a disk that no machine is using just now:
+first steps, with a disk that no machine is using:
   vmapipe backup --disk drive-scsi0=/srv/vm.raw --config vm.conf --compress zstd vm.vma.zst
   vmapipe verify vm.vma.zst
   vmapipe restore vm.vma.zst restored/        # restored/disk-drive-scsi0.raw
 
-a machine that runs (its QEMU needs -qmp unix:qmp.sock,server=on,wait=off):
+a running machine (its QEMU needs -qmp unix:qmp.sock,server=on,wait=off):
   vmapipe backup --qmp qmp.sock --config vm.conf vm.vma
 
 exit codes: 0 done, 1 failed, 2 wrong use, 4 verify found damage, 130/143 ended by a signal
 """
 
+# Where each command starts: module and function.
 COMMANDS = {
-    "backup": "vmapipe.control.cli.backup",
-    "restore": "vmapipe.control.cli.restore",
-    "list": "vmapipe.control.cli.inspect",
-    "config": "vmapipe.control.cli.inspect",
-    "verify": "vmapipe.control.cli.inspect",
-    "serve": "vmapipe.control.cli.serve",
-    "files": "vmapipe.control.cli.files",
-    "status": "vmapipe.control.cli.running",
-    "speed": "vmapipe.control.cli.running",
-    "cancel": "vmapipe.control.cli.running",
-    "prune": "vmapipe.control.cli.prune",
-    "monitor": "vmapipe.control.cli.monitor",
-    "cleanup": "vmapipe.control.cli.cleanup",
-    "producer": "vmapipe.producer.main",
-    "archiver": "vmapipe.archiver.main",
-    "keygen": "vmapipe.control.cli.keygen",
+    "backup": ("vmapipe.control.cli.backup", "main"),
+    "restore": ("vmapipe.control.cli.restore", "main"),
+    "list": ("vmapipe.control.cli.inspect", "main_list"),
+    "config": ("vmapipe.control.cli.inspect", "main_config"),
+    "verify": ("vmapipe.control.cli.inspect", "main_verify"),
+    "serve": ("vmapipe.control.cli.serve", "main"),
+    "files": ("vmapipe.control.cli.files", "main"),
+    "status": ("vmapipe.control.cli.running", "main_status"),
+    "speed": ("vmapipe.control.cli.running", "main_speed"),
+    "cancel": ("vmapipe.control.cli.running", "main_cancel"),
+    "prune": ("vmapipe.control.cli.prune", "main"),
+    "monitor": ("vmapipe.control.cli.monitor", "main"),
+    "cleanup": ("vmapipe.control.cli.cleanup", "main"),
+    "producer": ("vmapipe.producer.main", "main"),
+    "archiver": ("vmapipe.archiver.main", "main"),
+    "keygen": ("vmapipe.control.cli.keygen", "main"),
 }
 
 
@@ -112,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Only the first word is ours: whatever follows belongs to the command.
     options = parser.parse_args(arguments[:1])
-    module = importlib.import_module(COMMANDS[options.command])
-    command: Callable[[Sequence[str], str], int] = (
-        getattr(module, f"main_{options.command}", None) or module.main
+    module, function = COMMANDS[options.command]
+    command: Callable[[Sequence[str], str], int] = getattr(
+        importlib.import_module(module), function
     )
     return command(arguments[1:], f"vmapipe {options.command}")
 

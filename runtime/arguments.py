@@ -40,6 +40,14 @@ def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentPa
     return parser
 
 
+def add_first_group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """A group of options that `--help` prints before all others."""
+    group = parser.add_argument_group(title)
+    # argparse prints groups in the order of their making; its own two are made with the parser.
+    parser._action_groups.insert(1, parser._action_groups.pop())
+    return group
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line: the usage above it would hide them (see --help)."""
 
@@ -55,7 +63,9 @@ def size(text: str) -> int:
     try:
         value = float(number) * _UNITS[unit]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size (like 512K, 10M, 1.5G)") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a valid size (like 512K, 10M, 1.5G)"
+        ) from None
     if not 0 <= value < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r} is out of range")
     return int(value)
@@ -82,7 +92,7 @@ def spool_size(text: str) -> int:
 def wait_time(text: str) -> int:
     """Parse whole seconds, up to an hour."""
     if not text.isdecimal() or not 1 <= int(text) <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 1 to 3600")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 3600")
     return int(text)
 
 
@@ -93,7 +103,7 @@ def job_id(text: str) -> bytes:
     except ValueError:
         raw = b""
     if len(raw) != 16:
-        raise argparse.ArgumentTypeError(f"{text!r} is no uuid (32 hex digits)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid uuid (32 hex digits)")
     return raw
 
 
@@ -177,7 +187,8 @@ def add_plain_tcp_option(parser: argparse.ArgumentParser) -> None:
 
 def add_buffer_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the room of old data while a disk is in use."""
-    parser.add_argument(
+    group = parser.add_argument_group("disks in use")
+    group.add_argument(
         "--buffer",
         type=buffer_size,
         default=64 << 20,
@@ -185,27 +196,27 @@ def add_buffer_options(parser: argparse.ArgumentParser) -> None:
         help="memory for old data of each live disk that a slow archiver has not taken yet "
         "(8M to 192M; default: 64M)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--spool",
         default="",
         metavar="DIR",
-        help="when that is full, use a nameless file in this folder, too",
+        help="use a nameless file in this folder, too, when the buffer is full (default: none)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--spool-size",
         type=spool_size,
         default=4 << 30,
         metavar="SIZE",
-        help="its largest size, each live disk (at most 64G; default: 4G)",
+        help="largest size of the spool file of each live disk (at most 64G; default: 4G)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--guest-wait",
         type=wait_time,
         # Linux guests give a SCSI disk 30 s.
         default=20,
         metavar="SECONDS",
-        help="when both are full the guest's writes wait; one that has waited so long ends the "
-        "backup, and goes on (default: 20)",
+        help="longest time that the backup may hold back a guest's write, when buffer and spool are "
+        "full; after that the backup is aborted and the write goes on (default: 20)",
     )
 
 

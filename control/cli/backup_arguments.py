@@ -13,6 +13,7 @@ from vmapipe.control.coordinator.priorities import buffer_of_each
 from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.runtime.arguments import (
     add_connect_option,
+    add_first_group,
     add_tcp_options,
     check_endpoint,
     size,
@@ -23,7 +24,7 @@ from vmapipe.runtime.image_format import format_of_content
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what to back up")
+    what = add_first_group(parser, "what to back up")
     what.add_argument(
         "--disk",
         action="append",
@@ -64,7 +65,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "(with --qmp or --monitor); they are thawed whatever happens",
     )
     what.add_argument(
-        "--freeze", action="store_true", help="what --agent is for; needs it, and may be left out"
+        "--freeze", action="store_true", help="freeze the guest's file systems (implied by --agent)"
     )
 
 

@@ -111,7 +111,7 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of archives")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of archives")
     return int(text)
 
 

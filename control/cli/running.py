@@ -24,17 +24,17 @@ path. Backups of the same user are found (as root: of root).
 """
 
 STATUS = f"""\
-Tell how backups that are running here get on: each disk's bytes read, sent,
+Show the progress of the backups that run on this host: each disk's bytes read, sent,
 found zero, and saved before the guest overwrote them; what waits in memory and
 in the spool file; rates, time left, processes.
 {_WHICH}"""
 
 CANCEL = f"""\
-End a running backup; nothing of it is stored, and its guest goes on.
+Cancel a running backup: nothing of it is stored, and the guest goes on.
 {_WHICH}"""
 
 SPEED = f"""\
-Change a running backup's speed limit, all its disks together.
+Change the speed limit of a running backup, for all its disks together.
 {_WHICH}"""
 
 STATUS_EPILOG = """\
@@ -43,7 +43,7 @@ examples:
   vmapipe status --watch
   vmapipe status --json | jq .rate_bytes_s
 
-exit codes: 0 told (also when no backup is running), 1 failed, 2 wrong use
+exit codes: 0 shown (also when no backup is running), 1 failed, 2 wrong use
 """
 
 CANCEL_EPILOG = """\
@@ -51,7 +51,7 @@ examples:
   vmapipe cancel                 # the one that is running
   vmapipe cancel /backup/vm.vma
 
-exit codes: 0 it has ended, 1 failed, 2 wrong use
+exit codes: 0 the backup has ended, 1 failed, 2 wrong use
 """
 
 SPEED_EPILOG = """\

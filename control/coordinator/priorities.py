@@ -119,7 +119,7 @@ def _nice(text: str) -> int:
     except ValueError:
         value = 99
     if not -20 <= value <= 19:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from -20 to 19")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from -20 to 19")
     return value
 
 

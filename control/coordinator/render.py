@@ -247,7 +247,7 @@ _WORDS: dict[str, Callable[[Event], str]] = {
     "speed": lambda e: (
         f"the speed limit is now {human_bytes(e['bytes_per_s'])}/s"
         if e["bytes_per_s"]
-        else "there is no speed limit any more"
+        else "speed limit removed"
     ),
 }
 

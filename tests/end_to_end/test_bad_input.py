@@ -42,13 +42,17 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
     "unknown format": (lambda d: ["--disk", f"a={d},format=no.such"], 2, "is no format"),
     "bad level": (lambda d: ["--disk", f"a={d}", "--compress", "zstd:99"], 2, "zstd:1 to zstd:19"),
     "bad compressor": (lambda d: ["--disk", f"a={d}", "--compress", "xz"], 2, "use zstd"),
-    "bad speed": (lambda d: ["--disk", f"a={d}", "--speed", "fast"], 2, "is no size"),
+    "bad speed": (lambda d: ["--disk", f"a={d}", "--speed", "fast"], 2, "is not a valid size"),
     "manifest and none": (
         lambda d: ["--disk", f"a={d}", "--manifest", "x", "--no-manifest"],
         2,
         "exclude each other",
     ),
-    "bad descriptor name": (lambda d: ["--disk", f"a={d}", "--uuid", "x"], 2, "is no uuid"),
+    "bad descriptor name": (
+        lambda d: ["--disk", f"a={d}", "--uuid", "x"],
+        2,
+        "is not a valid uuid",
+    ),
 }
 
 

@@ -243,7 +243,7 @@ def test_what_an_nbd_server_exports_is_backed_up_by_its_uri(
         (",format=", "is no format"),
         (",format=qcow2,format=raw", "format comes twice"),
         (",snapshot=x", "say the format, too"),
-        (",format=raw,offset=much", "is no size"),
+        (",format=raw,offset=much", "is not a valid size"),
     ],
 )
 def test_wrong_words_behind_a_path_are_one_clear_line(

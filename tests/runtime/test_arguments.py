@@ -21,7 +21,7 @@ def test_sizes_take_suffixes_of_1024(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "1X", "nan", "inf", "1e30", "K"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=r"is no size|out of range"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"is not a valid size|out of range"):
         size(text)
 
 
@@ -78,6 +78,6 @@ def test_a_wrong_option_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) 
         parser.parse_args(["--speed", "fast"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
-        "vmapipe x: argument --speed: 'fast' is no size (like 512K, 10M, 1.5G) "
+        "vmapipe x: argument --speed: 'fast' is not a valid size (like 512K, 10M, 1.5G) "
         "(see vmapipe x --help)\n"
     )

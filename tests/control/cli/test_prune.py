@@ -127,8 +127,8 @@ def test_keep_all_keeps_all(folder: Path) -> None:
         ([], "say what to keep"),
         (["--keep-last", "0"], "say what to keep"),
         (["--keep-all", "--keep-last", "1"], "leaves nothing"),
-        (["--keep-last", "-1"], "is no number of archives"),
-        (["--keep-daily", "x"], "is no number of archives"),
+        (["--keep-last", "-1"], "is not a number of archives"),
+        (["--keep-daily", "x"], "is not a number of archives"),
     ],
 )
 def test_what_would_be_a_mistake_is_refused(folder: Path, words: list[str], text: str) -> None:
