@@ -77,10 +77,10 @@ def test_a_private_folder_is_taken_over_only_when_it_is_private(tmp_path: Path) 
     assert private_folder(str(path)) == str(path)
     path.chmod(0o755)
     assert private_folder(str(path), others_may_look=True) == str(path)
-    with pytest.raises(Failure, match="no folder that only this user can enter"):
+    with pytest.raises(Failure, match="not a folder that only this user can enter"):
         private_folder(str(path))
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(Failure, match="no folder that only this user can enter"):
+    with pytest.raises(Failure, match="not a folder that only this user can enter"):
         private_folder(str(tmp_path / "link"))
     with pytest.raises(Failure, match="cannot make the folder"):
         private_folder(str(tmp_path / "nix" / "p"))
