@@ -343,7 +343,7 @@ from tests.archiver.extents import dense
 from vmapipe.archiver.outputs import stream
 from vmapipe.archiver.outputs.open import open_output
 from vmapipe.archiver.job.writer import ArchiveWriter
-from vmapipe.runtime.waiting import writable
+from vmapipe.runtime.syscalls import writable
 
 # A pipe that can only be written by waiting: nobody can get the writer out of it.
 stream._open_anew = lambda number: None
