@@ -41,7 +41,7 @@ def create(words: Sequence[str]) -> None:
         archiver_options=["--no-manifest", *_config_options(configs)],
         pass_fds=pass_fds,
     )
-    report = _Report(print_to=stream.write if verbose else _nowhere)
+    report = _CreateReport(print_to=stream.write if verbose else _nowhere)
     job.run(report, cancel)
     report.images()
     stream.flush()
@@ -85,7 +85,7 @@ def _config_options(paths: Sequence[str]) -> list[str]:
     return words
 
 
-class _Report:
+class _CreateReport:
     """Prints what the reference prints with `-v`."""
 
     def __init__(self, print_to: Callable[[str], object]) -> None:

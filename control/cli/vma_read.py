@@ -55,7 +55,7 @@ def extract(words: Sequence[str]) -> None:
         with ExitStack() as stack:
             held = stack.enter_context(_new_folder(folder))
             folders = stack.enter_context(Folders(held))
-            report = _Report(verbose=("-v", "") in options)
+            report = _ReadReport(verbose=("-v", "") in options)
             for name in wanted:
                 device_named(archive.header, name)
             try:
@@ -96,7 +96,7 @@ def _taking_back(config: NewFile) -> Callable[[type[BaseException] | None, objec
 def verify(words: Sequence[str]) -> None:
     """`vma verify FILE [-v]`: all that can be checked, the data too where there is a manifest."""
     options, (file,) = _parse(words, "hv", 1, "verify")
-    progress = _Report(verbose=("-v", "") in options)
+    progress = _ReadReport(verbose=("-v", "") in options)
     cancel = Cancel()
     cancel.on_signals()
     try:
@@ -170,7 +170,7 @@ def _worded(prefix: str, error: ArchiveError | RestoreError) -> Failure:
     return failure
 
 
-class _Report:
+class _ReadReport:
     """Prints what the reference prints with `-v`."""
 
     def __init__(self, *, verbose: bool) -> None:
