@@ -64,7 +64,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 def add_service_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "as a service",
-        "Any number of jobs, each in a process of its own, opened by `vmapipe backup --archiver`. "
+        "Any number of jobs, each in a process of its own, opened by `vmapipe backup --archiver`.\n"
         "Clients can only write new archives: not read, list, change or remove any.",
     )
     group.add_argument(
@@ -72,6 +72,14 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="be a service, and store the archives here: a folder, or s3://BUCKET/PREFIX",
     )
+    _add_service_limits(group)
+    _add_client_limits(group)
+    _add_service_times(group)
+    group.add_argument("--json", action="store_true", help="log JSON lines")
+
+
+def _add_service_limits(group: argparse._ArgumentGroup) -> None:
+    """Add the limits of the service as a whole."""
     group.add_argument(
         "--max-jobs",
         type=int,
@@ -92,6 +100,10 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="no new job when less memory would be left (default: 256M)",
     )
+
+
+def _add_client_limits(group: argparse._ArgumentGroup) -> None:
+    """Add the limits of each client."""
     group.add_argument(
         "--per-client",
         action="store_true",
@@ -112,6 +124,10 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
         help="jobs at once of each client (default: half of those that are left, where there are "
         "other clients)",
     )
+
+
+def _add_service_times(group: argparse._ArgumentGroup) -> None:
+    """Add the times after which jobs are ended."""
     group.add_argument(
         "--client-timeout",
         type=wait_time,
@@ -136,7 +152,6 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="after SIGTERM jobs may go on for so long (default: 60)",
     )
-    group.add_argument("--json", action="store_true", help="log JSON lines")
 
 
 def _stop_time(text: str) -> int:

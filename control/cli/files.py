@@ -66,7 +66,7 @@ _MODES = "-dlcbps"
 
 
 class _Place(NamedTuple):
-    """What was asked for. Empty: not said."""
+    """A parsed PLACE; a part that was not given is empty."""
 
     disk: str
     part: str
@@ -126,6 +126,17 @@ def _notice(text: str) -> None:
     print(f"vmapipe files: {one_line(text)}", file=sys.stderr)
 
 
+def _tell(message: FromParser) -> int:
+    """Print a notice or an error of the parser; return the exit status that it makes."""
+    match message:
+        case ParserNotice(text):
+            _notice(f"notice: {os.fsdecode(text)}")
+        case EntryFailed(path, reason):
+            _notice(f"{shown(path)}: {os.fsdecode(reason)}" if path else os.fsdecode(reason))
+            return 1
+    return 0
+
+
 def _parse_place(text: str, archive: OpenArchive) -> _Place:
     if text.startswith("/"):
         return _Place("", "", os.fsencode(text))
@@ -153,7 +164,7 @@ def _find(
 ) -> tuple[FileSession, Volume]:
     """The parser of the disk, and its volume that has the path. Raises Failure, UsageError."""
     holding: list[tuple[str, FileSession, Volume]] = []
-    others: list[str] = []
+    unreadable: list[str] = []
     for name, disk in _disks(archive):
         if place.disk and name != place.disk:
             continue
@@ -163,7 +174,7 @@ def _find(
                 case Volume(can_read=True):
                     holding.append((name, session, message))
                 case Volume(kind=kind) if kind not in (b"", b"swap"):
-                    others.append(f"{_volume_name(name, message)} ({kind.decode()})")
+                    unreadable.append(f"{_volume_name(name, message)} ({kind.decode()})")
                 case EntryFailed(_, reason):
                     raise Failure(f"{name}: {os.fsdecode(reason)}")
     if len(holding) == 1:
@@ -172,9 +183,9 @@ def _find(
         choices = ", ".join(_volume_name(name, volume) for name, _, volume in holding)
         raise UsageError(f"several file systems have {shown(place.path)}: say which of {choices}")
     text = f"no file system here has {shown(place.path)}"
-    if others:
+    if unreadable:
         text += (
-            f"; not looked into: {', '.join(others)}, which this command cannot read: "
+            f"; not looked into: {', '.join(unreadable)}, which this command cannot read: "
             "serve the disk (vmapipe serve) and open it with guestfish"
         )
     raise Failure(text)
@@ -210,10 +221,9 @@ def _volume_line(disk: str, volume: Volume, as_json: bool) -> str:
             "readable": volume.can_read,
         }
         return json.dumps(row)
-    text = f"{_volume_name(disk, volume):<24} {human_bytes(volume.size_bytes):>12}"
-    return one_line(
-        f"{text}  {kind or 'unknown'}{'' if volume.can_read or not kind else ' (not readable here)'}"
-    )
+    size = human_bytes(volume.size_bytes)
+    remark = " (not readable here)" if kind and not volume.can_read else ""
+    return one_line(f"{_volume_name(disk, volume):<24} {size:>12}  {kind or 'unknown'}{remark}")
 
 
 def _print_entries(
@@ -227,7 +237,7 @@ def _print_entries(
                 path = path.rpartition(b"/")[2] or path
             _print_entry(message, path, options)
         else:
-            status = max(status, _other(message))
+            status = max(status, _tell(message))
     sys.stdout.flush()
     return status
 
@@ -278,35 +288,34 @@ def _as_json(entry: Entry) -> dict[str, object]:
 
 
 def _long_line(entry: Entry, path: bytes) -> str:
-    bits = "".join(
-        letter if entry.mode >> (8 - at) & 1 else "-" for at, letter in enumerate("rwxrwxrwx")
-    )
-    try:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.mtime_ns / 1e9))
-    except (OverflowError, ValueError, OSError):
-        when = "?"
-    special = "".join(
-        letter for bit, letter in ((0o4000, "u"), (0o2000, "g"), (0o1000, "t")) if entry.mode & bit
-    )
+    """A line as `ls -l` has it, but with setuid, setgid and sticky as u, g and t behind the mode."""
     name = _for_people(path)
     if entry.kind == LINK:
         name += f" -> {_for_people(entry.target)}"
-    size = (
-        f"{os.major(entry.device)},{os.minor(entry.device)}" if entry.device else entry.size_bytes
-    )
+    if entry.device:
+        size = f"{os.major(entry.device)},{os.minor(entry.device)}"
+    else:
+        size = str(entry.size_bytes)
     owner = f"{entry.uid}:{entry.gid}"
-    return f"{_MODES[entry.kind]}{bits}{special:<2} {owner:<11} {size:>12} {when} {name}"
+    mode = f"{_MODES[entry.kind]}{_mode_letters(entry.mode)}"
+    return f"{mode} {owner:<11} {size:>12} {_time_text(entry.mtime_ns)} {name}"
 
 
-def _other(message: FromParser) -> int:
-    """What is not an entry: told, and the exit status that it makes."""
-    match message:
-        case ParserNotice(text):
-            _notice(f"notice: {os.fsdecode(text)}")
-        case EntryFailed(path, reason):
-            _notice(f"{shown(path)}: {os.fsdecode(reason)}" if path else os.fsdecode(reason))
-            return 1
-    return 0
+def _mode_letters(mode: int) -> str:
+    rights = "".join(
+        letter if mode >> (8 - at) & 1 else "-" for at, letter in enumerate("rwxrwxrwx")
+    )
+    special = "".join(
+        letter for bit, letter in ((0o4000, "u"), (0o2000, "g"), (0o1000, "t")) if mode & bit
+    )
+    return f"{rights}{special:<2}"
+
+
+def _time_text(mtime_ns: int) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(mtime_ns / 1e9))
+    except (OverflowError, ValueError, OSError):
+        return "?"
 
 
 # --- cat, cp, tar ---
@@ -363,7 +372,7 @@ def _copy(
                 _notice(text)
                 writer.failed(text)
             case _:
-                _other(message)
+                _tell(message)
     writer.close()
     return status if writer.is_whole else 1
 

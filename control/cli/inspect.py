@@ -106,7 +106,7 @@ def main_verify(argv: Sequence[str], prog: str) -> int:
     return run(prog, lambda: _verify(prog, options))
 
 
-def add_read_options(parser: argparse.ArgumentParser) -> None:
+def add_read_options(parser: argparse._ActionsContainer) -> None:
     """How archives are read."""
     parser.add_argument(
         "--zstd-window",

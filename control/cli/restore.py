@@ -27,7 +27,7 @@ from vmapipe.restore.targets.plan import (
     plan_map,
 )
 from vmapipe.restore.verify.report import TEXT_NAME
-from vmapipe.runtime.arguments import make_parser, size
+from vmapipe.runtime.arguments import add_first_group, make_parser, size
 from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import HeldFolder, MadeFolder
@@ -64,7 +64,19 @@ _MAX_WORKERS = 64
 
 def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
-    parser.add_argument(
+    _add_target_options(parser)
+    _add_damage_options(parser)
+    _add_load_options(parser)
+    add_report_options(parser)
+    parser.add_argument("archive", metavar="ARCHIVE", help="where the archive comes from")
+    parser.add_argument("folder", metavar="DIR", help="where the files go; created if need be")
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _restore(options))
+
+
+def _add_target_options(parser: argparse.ArgumentParser) -> None:
+    group = add_first_group(parser, "what to restore, and where to")
+    group.add_argument(
         "--device",
         action="append",
         default=[],
@@ -73,34 +85,60 @@ def main(argv: Sequence[str], prog: str) -> int:
         "block device is overwritten; with a FORMAT like qcow2 a new image of it is made); may be "
         "repeated",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--map",
+        metavar="FILE",
+        help="say where each device goes in the reference tool's map format; - is stdin",
+    )
+    group.add_argument(
         "--format",
         default="",
         choices=IMAGE_FORMATS,
         metavar="FORMAT",
-        help="of every disk whose --device or map line does not say another one: raw (default), "
-        "qcow2, qed, vdi, vhdx, vmdk or vpc",
+        help="format of every disk whose --device or map line does not say another one: raw "
+        "(default), qcow2, qed, vdi, vhdx, vmdk or vpc",
     )
-    parser.add_argument(
+    group.add_argument(
         "--overwrite",
         action="store_true",
         help="overwrite what --device and --map name whatever it is: raw bytes over an image of "
         "another format or an ISO; with format=qcow2 and the like, the disk in an existing image",
     )
-    parser.add_argument(
+    group.add_argument(
         "--allow-larger",
         action="store_true",
         help="existing files, too, and not only block devices, may be more than 4 MiB larger than "
         "their devices; what is beyond stays as it is",
     )
-    parser.add_argument(
+    group.add_argument("--no-configs", action="store_true", help="do not write the configs")
+
+
+def _add_damage_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checks, damage, interruptions")
+    group.add_argument(
+        "--manifest",
+        metavar="FILE",
+        help="check the data with this manifest (default: ARCHIVE.manifest.json if it is there)",
+    )
+    group.add_argument("--no-manifest", action="store_true", help="do not check the data")
+    group.add_argument(
+        "--salvage",
+        action="store_true",
+        help="restore what there is of a damaged archive; what is missing reads as zero, and is "
+        f"listed in DIR/{TEXT_NAME} and .json",
+    )
+    group.add_argument(
         "--resume",
         action="store_true",
         help="keep what was written when the restore is interrupted (NAME.unfinished and a journal "
         "in DIR), and go on with what an interrupted one has kept: it is checked, and only what is "
         "missing or wrong is written",
     )
-    parser.add_argument(
+
+
+def _add_load_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("load on this host")
+    group.add_argument(
         "--speed",
         type=size,
         default=0,
@@ -108,38 +146,15 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="write at most this much data a second, all disks together; K, M, G, T are powers of "
         "1024 (default: no limit); zeroes do not count",
     )
-    add_io_priority_option(parser)
-    parser.add_argument(
-        "--map",
-        metavar="FILE",
-        help="say where each device goes in the reference tool's map format; - is stdin",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--workers",
         type=int,
         default=0,
         metavar="N",
         help="processes that write (default: one a core, at most 4)",
     )
-    parser.add_argument(
-        "--manifest",
-        metavar="FILE",
-        help="check the data with this manifest (default: ARCHIVE.manifest.json if it is there)",
-    )
-    parser.add_argument("--no-manifest", action="store_true", help="do not check the data")
-    parser.add_argument("--no-configs", action="store_true", help="do not write the configs")
-    parser.add_argument(
-        "--salvage",
-        action="store_true",
-        help="restore what there is of a damaged archive; what is missing reads as zero, and is "
-        f"listed in DIR/{TEXT_NAME} and .json",
-    )
-    add_read_options(parser)
-    add_report_options(parser)
-    parser.add_argument("archive", metavar="ARCHIVE", help="where the archive comes from")
-    parser.add_argument("folder", metavar="DIR", help="where the files go; created if need be")
-    options = parser.parse_args(argv)
-    return run(prog, lambda: _restore(options))
+    add_io_priority_option(group)
+    add_read_options(group)
 
 
 def _restore(options: argparse.Namespace) -> None:

@@ -59,6 +59,46 @@ class Shares:
 _VERDICT_S = 2.0
 
 
+class _FirstFailure:
+    """The process of a job that failed first, and the time the archiver still has to say why."""
+
+    def __init__(self, archiver: Child) -> None:
+        self._archiver = archiver
+        self._failed: Child | None = None
+        self._settled_at = float("inf")
+
+    def note(self, child: Child, event: Event | None) -> None:
+        if self._failed is None and _has_failed(child, event):
+            self._failed = child
+            # Of a process that was killed the archiver knows no better reason.
+            was_killed = (child.exit_code or 0) < 0
+            grace_s = 0.0 if was_killed or child is self._archiver else _VERDICT_S
+            self._settled_at = time.monotonic() + grace_s
+
+    @property
+    def wait_s(self) -> float:
+        """The longest time to wait for the processes' next events."""
+        return min(1.0, max(0.0, self._settled_at - time.monotonic()))
+
+    @property
+    def is_settled(self) -> bool:
+        """True when one has failed and the archiver will not say more."""
+        if self._failed is None:
+            return False
+        return not self._archiver.running or time.monotonic() >= self._settled_at
+
+    def report(self, emit: Emit) -> None:
+        """Raises Failure, or UsageError, if one has failed before the archive was stored."""
+        if self._failed is None:
+            return
+        if self._archiver.exit_code == 0:
+            emit({"event": "notice", "text": f"{self._failed.verdict()}, after all was stored"})
+            return
+        archiver_spoke = self._archiver.exit_code and self._archiver.error
+        told = self._archiver if archiver_spoke else self._failed
+        raise (UsageError if told.exit_code == EXIT_USAGE else Failure)(told.verdict())
+
+
 class Disk(NamedTuple):
     """A raw image or block device, and its name in the archive.
 
@@ -241,42 +281,35 @@ class BackupJob:
         folder: OwnFolder,
         orders: ChildCommands,
     ) -> None:
-        """Until all have ended well. Raises Failure with the best reason there is."""
-        archiver = children.all[0]
-        first_failed: Child | None = None
-        give_up = float("inf")
+        """Return when all processes have ended well. Raises Failure with the best reason there is."""
+        first = _FirstFailure(children.all[0])
         unattached = {disk.name for disk in self.disks if disk.guard}
         if self.machine:
             unattached = set(self.names)
         while any(child.running for child in children.all):
-            for child, event in children.wait(min(1.0, max(0.0, give_up - time.monotonic()))):
+            for child, event in children.wait(first.wait_s):
                 if event is not None:
                     if event["event"] == "begun":
                         # All are connected: nobody needs the socket's name any more, and
                         # whoever kills this process once it has said so leaves no folder.
                         folder.clear()
                     self._take(event, unattached, emit, cancel, children)
-                if first_failed is None and _has_failed(child, event):
-                    first_failed = child
-                    killed = (child.exit_code or 0) < 0 or child is archiver
-                    give_up = time.monotonic() + (0.0 if killed else _VERDICT_S)
+                first.note(child, event)
             self._attend(children, orders, emit)
             if cancel.asked:
-                self._let_go(emit)
-                children.stop()
-                if archiver.exit_code == 0:
-                    emit({"event": "notice", "text": f"{cancel.reason}: too late, it is stored"})
-                    return
-                raise Cancelled(cancel.reason, cancel.signum)
-            if first_failed and (not archiver.running or time.monotonic() >= give_up):
+                self._stop_cancelled(children, emit, cancel)
+                return
+            if first.is_settled:
                 break
-        if first_failed is not None and archiver.exit_code == 0:
-            # It was stored before the other one failed.
-            emit({"event": "notice", "text": f"{first_failed.verdict()}, after all was stored"})
-        elif first_failed is not None:
-            spoke = archiver.exit_code and archiver.error
-            told = archiver if spoke else first_failed
-            raise (UsageError if told.exit_code == EXIT_USAGE else Failure)(told.verdict())
+        first.report(emit)
+
+    def _stop_cancelled(self, children: Children, emit: Emit, cancel: Cancel) -> None:
+        """Stop all processes. Raises Cancelled unless the archive was stored before."""
+        self._let_go(emit)
+        children.stop()
+        if children.all[0].exit_code != 0:
+            raise Cancelled(cancel.reason, cancel.signum)
+        emit({"event": "notice", "text": f"{cancel.reason}: too late, it is stored"})
 
     def _take(
         self,

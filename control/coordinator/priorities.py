@@ -86,7 +86,7 @@ def add_priority_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_io_priority_option(parser: argparse.ArgumentParser) -> None:
+def add_io_priority_option(parser: argparse._ActionsContainer) -> None:
     """For a job whose I/O is all that others may have to wait for."""
     parser.add_argument(
         "--ionice",
