@@ -231,7 +231,7 @@ def report(result: Result) -> None:
 def _figures(runs: Sequence[Felt]) -> str:
     middle = Felt(*(statistics.median(column) for column in zip(*runs, strict=True)))
     return (
-        f"{middle.iops:7.0f} IOPS {middle.bytes_s / 1e6:6.0f} MB/s"
+        f"{middle.iops:7.0f} IOPS {middle.bytes_s / (1 << 20):6.0f} MiB/s"
         f"  median {middle.p50_us:6.0f} us  p99 {middle.p99_us:6.0f} us"
     )
 

@@ -119,7 +119,7 @@ def by_qemu(workers: int = 0) -> Way:
 
 
 def by_vmapipe(*words: str, slow: bool = False) -> Way:
-    """To a file beside, or `slow`: into a pipe that is read at 20 MB/s."""
+    """To a file beside, or `slow`: into a pipe that is read at 19 MiB/s."""
 
     @contextlib.contextmanager
     def way(machine: Machine) -> Iterator[None]:
@@ -165,7 +165,7 @@ WAYS: dict[str, Way] = {
     "QEMU, 4 workers": by_qemu(4),
     "vmapipe": by_vmapipe(),
     "vmapipe --speed 100M": by_vmapipe("--speed", "100M"),
-    "vmapipe, 20 MB/s": by_vmapipe(slow=True),
+    "vmapipe, 19 MiB/s": by_vmapipe(slow=True),
 }
 _PEERS = ("QEMU to a raw file", "QEMU, 4 workers")
 

@@ -28,6 +28,17 @@ def name_text(name: str) -> str:
     return repr(_shortened(name, MAX_NAME_CHARS))
 
 
+def human_bytes(count: float) -> str:
+    """1536 to `1.5 KiB`."""
+    if abs(count) < 1024:
+        return f"{count:.0f} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if abs(count) < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
+
+
 def _shortened(text: str, limit_chars: int) -> str:
     if len(text) <= limit_chars:
         return text

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.text import human_bytes
 
 Buffers = Sequence[bytes | memoryview]
 
@@ -88,7 +89,7 @@ class OutputFailure(Failure):
 def write_failure(target: str, written_bytes: int, error: OSError) -> OutputFailure:
     """For an error in the middle of the archive."""
     number = error.errno or 0
-    after = f"after {size_text(written_bytes)}"
+    after = f"after {human_bytes(written_bytes)}"
     if number in _READER_GONE:
         text = f"cannot write {target}: whoever read the archive has closed it, {after}"
     else:
@@ -105,16 +106,6 @@ def open_failure(verb: str, target: str, error: OSError) -> OutputFailure:
 
 def _way_out(number: int) -> str:
     return f"; {_WAY_OUT[number]}" if number in _WAY_OUT else ""
-
-
-def size_text(size_bytes: int) -> str:
-    """For people: three digits and a decimal unit, as disks are sold in."""
-    size = float(size_bytes)
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if size < 999.5:  # what is more would be rounded to 1e+03
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} PB"
 
 
 class Interrupt:

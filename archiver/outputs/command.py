@@ -11,10 +11,11 @@ import select
 import signal
 import subprocess
 
-from vmapipe.archiver.outputs.base import DescriptorOutput, OutputFailure, open_failure, size_text
+from vmapipe.archiver.outputs.base import DescriptorOutput, OutputFailure, open_failure
 from vmapipe.archiver.outputs.stream import PIPE_BYTES
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.text import human_bytes
 
 # After the last byte the command may still have much to do: flush a cache to
 # a slow disk, or finish an upload. An hour is far above what was seen; without
@@ -74,7 +75,7 @@ class CommandOutput(DescriptorOutput):
             return super()._failure(error)
         if self._has_ended(STATUS_WAIT_S):
             return self._early_end()
-        after = size_text(self.written_bytes)
+        after = human_bytes(self.written_bytes)
         text = f"{self.description} has closed its standard input after {after}"
         return self._failed(text, errno.EPIPE)
 
@@ -93,7 +94,7 @@ class CommandOutput(DescriptorOutput):
         self._process.wait()
 
     def _early_end(self) -> OutputFailure:
-        after = size_text(self.written_bytes)
+        after = human_bytes(self.written_bytes)
         text = f"{self.description} {self._end_text()} after {after}, before the archive's end"
         return self._failed(text)
 

@@ -22,13 +22,13 @@ from vmapipe.archiver.outputs.base import (
     AbortableOutput,
     Buffers,
     OutputFailure,
-    size_text,
 )
 from vmapipe.archiver.outputs.file import exists_failure
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit, ignore
 from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
+from vmapipe.runtime.text import human_bytes
 from vmapipe.runtime.threads import DaemonPool
 
 # An upload has 10,000 parts of at least 5 MiB, and nobody knows its length in advance. The parts
@@ -149,7 +149,7 @@ class ObjectOutput(AbortableOutput):
         if isinstance(error, ConflictError):
             return exists_failure(self.description)
         sent = self.written_bytes
-        text = f"{error}, after {size_text(sent)}" if sent else str(error)
+        text = f"{error}, after {human_bytes(sent)}" if sent else str(error)
         return OutputFailure(text, target=self.description, written_bytes=sent)
 
     def _add(self, data: memoryview) -> None:
@@ -167,7 +167,7 @@ class ObjectOutput(AbortableOutput):
         if self._number == MAX_PARTS:
             raise OutputFailure(
                 f"{self.description} is larger than an upload of {MAX_PARTS} parts can be: "
-                f"{size_text(self._total_bytes)}; compress it, or make one archive a disk",
+                f"{human_bytes(self._total_bytes)}; compress it, or make one archive a disk",
                 target=self.description,
             )
         if not self.upload:

@@ -29,12 +29,11 @@ from vmapipe.access.files.messages import (
 from vmapipe.access.files.session import FileSession
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.serve import add_cache_options, caches_of
-from vmapipe.control.coordinator.render import human_bytes
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.process import run
-from vmapipe.runtime.text import name_text, one_line
+from vmapipe.runtime.text import human_bytes, name_text, one_line
 
 DESCRIPTION = """\
 Look into the file systems of an archive's disks and take files out, without root and

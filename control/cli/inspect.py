@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from vmapipe.control.cli.errors import naming, source_name
 from vmapipe.control.coordinator.output_spec import inherited_fds
-from vmapipe.control.coordinator.render import add_report_options, human_bytes, renderer
+from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.reader import Archive, open_archive
 from vmapipe.restore.verify.verify import VerifyOptions, verify
@@ -20,7 +20,7 @@ from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
 from vmapipe.runtime.process import failure_of, run
-from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
+from vmapipe.runtime.text import MAX_NAME_CHARS, human_bytes, name_text, one_line
 from vmapipe.vma.errors import ArchiveError, VmaError
 from vmapipe.vma.header import Config, Header
 

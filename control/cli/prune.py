@@ -25,12 +25,11 @@ from vmapipe.control.cli.retention import (
     flood,
     judge,
 )
-from vmapipe.control.coordinator.render import human_bytes
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.process import run
-from vmapipe.runtime.text import name_text, one_line
+from vmapipe.runtime.text import human_bytes, name_text, one_line
 
 DESCRIPTION = """\
 Say which archives in a folder are no longer needed, and with --yes remove them,

@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vmapipe.control.coordinator.render import human_bytes, human_time
+from vmapipe.control.coordinator.render import human_time
 from vmapipe.control.coordinator.status_socket import JobClient, sockets
 from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.process import run
-from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
+from vmapipe.runtime.text import MAX_NAME_CHARS, human_bytes, one_line
 
 _WHICH = """\
 JOB is the beginning of a job's id or of its archive's uuid, or the archive's

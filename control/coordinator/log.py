@@ -7,12 +7,11 @@ import os
 import time
 from types import TracebackType
 
-from vmapipe.control.coordinator.render import human_bytes
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Emit, Event, ignore
 from vmapipe.runtime.logs import LEVELS
 from vmapipe.runtime.side_files import open_new, open_to_append
-from vmapipe.runtime.text import one_line
+from vmapipe.runtime.text import human_bytes, one_line
 
 
 class JobLog:

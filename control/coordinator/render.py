@@ -14,7 +14,7 @@ from typing import TextIO
 
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
 from vmapipe.runtime.process import failure_of
-from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
+from vmapipe.runtime.text import MAX_NAME_CHARS, human_bytes, name_text, one_line
 
 # In a log, a line at least so often, however slow the job is.
 _LOG_LINE_S = 10.0
@@ -71,15 +71,6 @@ def _going_on(report: Emit, stream: TextIO) -> Emit:
             os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
 
     return careful
-
-
-def human_bytes(count: float) -> str:
-    """1536 to `1.5 KiB`."""
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
 
 
 def human_time(seconds: float) -> str:

@@ -13,7 +13,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-# All up to the next bracket outside of strings, in one step: an answer of 300 KB has 20,000 brackets
+# All up to the next bracket outside of strings, in one step: an answer of 300 KiB has 20,000 brackets
 # and five times as many strings. What stops it else is a quote: of a string that is not complete.
 _UP_TO_BRACKET = re.compile(rb'(?:[^"{}\[\]]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
 _QUOTE = ord('"')
@@ -39,7 +39,7 @@ class JsonLimits(NamedTuple):
 
 # The largest answers are those to query-block and query-named-block-nodes. QEMU 7.2 tells of each
 # node in 450 bytes, and with query-block of each image of a chain in 450: 254 disks whose chains have
-# 64 images come to 7.5 MB. A value takes QEMU 15 bytes and more.
+# 64 images come to 7.2 MiB. A value takes QEMU 15 bytes and more.
 # Each image of a chain is nested in the one above it.
 QMP_LIMITS = JsonLimits(most_bytes=8 << 20, most_values=500_000, most_depth=256)
 # An agent's answers to what we ask are numbers, its errors some words; a job's and a monitor's

@@ -330,7 +330,7 @@ def test_a_full_disk_leaves_neither_archive_nor_manifest(tmp_path: Path) -> None
         loop.put(DENSE)
         loop.store.finish()
         loop.until_over()
-        assert "File too large after 6.29 MB" in str(loop.store.error)
+        assert "File too large after 6.0 MiB" in str(loop.store.error)
         loop.store.abandon()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -131,7 +131,7 @@ def test_what_a_qemu_says(tmp_path: Path, words: str, what: str) -> None:
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[Path]:
-    """A guest agent whose only word is an error of 900 KB."""
+    """A guest agent whose only word is an error of 900,000 letters."""
     path = tmp_path / "agent"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))

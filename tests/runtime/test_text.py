@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import ast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.runtime.text import MAX_LINE_CHARS, MAX_NAME_CHARS, name_text, one_line
+from vmapipe.runtime.text import MAX_LINE_CHARS, MAX_NAME_CHARS, human_bytes, name_text, one_line
 
 ANYTHING = st.text(st.characters(codec=None), max_size=400)
 
@@ -40,3 +41,19 @@ def test_a_long_text_keeps_its_begin_and_its_end() -> None:
     assert shown.endswith("; wait for its end")
     assert "characters left out" in shown
     assert len(shown) <= MAX_LINE_CHARS
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (4 << 20, "4.0 MiB"),
+        (5 << 30, "5.0 GiB"),
+        (2048 << 40, "2048.0 TiB"),
+    ],
+)
+def test_sizes_are_told_in_binary_units(size_bytes: int, text: str) -> None:
+    assert human_bytes(size_bytes) == text
