@@ -71,28 +71,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="ENDPOINT",
         help="where producers connect: ipc://PATH, or tcp://ADDRESS:PORT",
     )
-    parser.add_argument(
+    one = parser.add_argument_group("for one archive")
+    one.add_argument(
         "--output",
         metavar="ARCHIVE",
         help="a new file, - (stdout), a FIFO or device, exec:CMD, fd:N, /dev/fdset/N "
         "or s3://BUCKET/KEY; without --device, --expect and --config s3://BUCKET/PREFIX is as "
         "--directory",
     )
-    parser.add_argument(
+    one.add_argument(
         "--device",
         action="append",
         default=[],
         metavar="NAME",
         help="a device that must come; repeated: all of them, in the archive's order",
     )
-    parser.add_argument(
+    one.add_argument(
         "--expect",
         type=int,
         default=0,
         metavar="N",
         help="take the first N devices that come, whatever their names",
     )
-    parser.add_argument(
+    one.add_argument(
         "--job",
         type=job_id,
         metavar="HEX",
@@ -129,7 +130,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # For the archivers of a service, whose producers only seem to be on this host.
     parser.add_argument("--from-afar", action="store_true", help=argparse.SUPPRESS)
     add_service_options(parser)
-    add_tcp_options(parser, "its key pair, and clients/NAME.pub for each client that may come")
+    tcp = parser.add_argument_group("over tcp://")
+    add_tcp_options(tcp, "its key pair, and clients/NAME.pub for each client that may come")
     add_child_options(parser)
 
 

@@ -67,8 +67,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_disk_options(parser)
     _add_live_options(parser)
     add_buffer_options(parser)
-    add_tcp_options(parser, "its key pair, and the archiver's server.pub")
-    add_connect_option(parser)
+    tcp = parser.add_argument_group("over tcp://")
+    add_tcp_options(tcp, "its key pair, and the archiver's server.pub")
+    add_connect_option(tcp)
     add_child_options(parser)
 
 

@@ -34,8 +34,8 @@ def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentPa
         "--log-level",
         choices=LEVELS,
         action=LogLevel,
-        help="what goes into a log (--log; default: info); with debug, what processes, peers and QEMU "
-        "tell each other goes to stderr, too",
+        help="with debug, show on stderr what processes, peers and QEMU tell each other; where there "
+        "is a --log, also the least level that it takes (default: info)",
     )
     return parser
 
@@ -156,7 +156,7 @@ def check_endpoint(endpoint: str, *, plain_tcp: bool, keys: str | None = None) -
         raise UsageError(f"{endpoint!r} is no endpoint; use ipc://PATH or tcp://HOST:PORT")
 
 
-def add_tcp_options(parser: argparse.ArgumentParser, in_folder: str) -> None:
+def add_tcp_options(parser: argparse._ActionsContainer, in_folder: str) -> None:
     """Add the options for tcp://; `in_folder` says what the folder of keys holds."""
     parser.add_argument(
         "--keys", metavar="DIR", help=f"for tcp://, encrypted: the folder with {in_folder}"
@@ -164,7 +164,7 @@ def add_tcp_options(parser: argparse.ArgumentParser, in_folder: str) -> None:
     add_plain_tcp_option(parser)
 
 
-def add_connect_option(parser: argparse.ArgumentParser) -> None:
+def add_connect_option(parser: argparse._ActionsContainer) -> None:
     """Add the option of a process that connects to an archiver."""
     parser.add_argument(
         "--connect-timeout",
@@ -177,7 +177,7 @@ def add_connect_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_plain_tcp_option(parser: argparse.ArgumentParser) -> None:
+def add_plain_tcp_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--insecure-plain-tcp",
         action="store_true",

@@ -86,7 +86,7 @@ examples:
   vmapipe backup --monitor /run/vm/monitor.sock --config vm.conf vm.vma
   vmapipe backup --qmp /run/vm/qmp.sock --vmid 100 --config 100.conf /var/lib/vz/dump
   vmapipe backup --disk /srv/vm.raw - | ssh backup.example 'cat > vm.vma'
-  vmapipe backup --archiver tcp://backup.example:7777 --keys /etc/vmapipe/keys \
+  vmapipe backup --archiver tcp://backup.example:7777 --keys /etc/vmapipe/keys \\
                  --disk /srv/vm.raw vm.vma
 
 exit codes: 0 stored, 1 failed (nothing was stored), 2 wrong use, 130/143 ended by a signal
@@ -96,12 +96,11 @@ exit codes: 0 stored, 1 failed (nothing was stored), 2 wrong use, 130/143 ended 
 def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
     add_source_options(parser)
-    add_buffer_options(parser)
-    add_priority_options(parser)
-    add_speed_option(parser)
-    add_proxmox_options(parser)
-    add_service_options(parser)
     add_output_options(parser)
+    add_service_options(parser)
+    add_buffer_options(parser)
+    add_speed_option(add_priority_options(parser))
+    add_proxmox_options(parser)
     add_report_options(parser)
     add_attending_options(parser)
     add_child_options(parser)
@@ -154,7 +153,7 @@ def _check(options: argparse.Namespace) -> None:
     """Raises UsageError."""
     if options.freeze and not options.agent:
         raise UsageError(
-            "--freeze needs --agent: only the guest itself can freeze its file systems"
+            "--freeze needs --agent SOCKET: only the guest's own agent can freeze its file systems"
         )
     if options.agent and options.qmp is None and options.monitor is None:
         raise UsageError("--agent needs --qmp or --monitor: a disk at rest needs no freezing")

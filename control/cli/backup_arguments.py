@@ -65,11 +65,13 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "(with --qmp or --monitor); they are thawed whatever happens",
     )
     what.add_argument(
-        "--freeze", action="store_true", help="freeze the guest's file systems (implied by --agent)"
+        "--freeze",
+        action="store_true",
+        help="with --agent, which freezes without it, too: says so in a script; alone it is refused",
     )
 
 
-def add_speed_option(parser: argparse.ArgumentParser) -> None:
+def add_speed_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--speed",
         type=size,
@@ -95,14 +97,15 @@ def add_proxmox_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_service_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group = parser.add_argument_group("to a service on another host")
+    group.add_argument(
         "--archiver",
         metavar="ENDPOINT",
         help="store the archive at this service (tcp://HOST:PORT) and not on this host: ARCHIVE is "
         "then its name there, a plain one, and --threads the service's own",
     )
-    add_tcp_options(parser, "our key pair, and the archiver's server.pub")
-    add_connect_option(parser)
+    add_tcp_options(group, "our key pair, and the archiver's server.pub")
+    add_connect_option(group)
 
 
 def buffer_options(options: argparse.Namespace, disks: int) -> list[str]:

@@ -80,13 +80,17 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     parser.add_argument("place", metavar="PLACE", nargs="?", help="[DISK[:PARTITION]:]/PATH")
     parser.add_argument("dest", metavar="DEST", nargs="?", help="for cp: a folder, or a new name")
-    parser.add_argument("-l", "--long", action="store_true", help="with mode, owner, size, time")
-    parser.add_argument("--json", action="store_true", help="a JSON object on a line for each")
+    parser.add_argument(
+        "-l", "--long", action="store_true", help="for ls and find: with mode, owner, size, time"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="for ls and find: a JSON object on a line for each"
+    )
     parser.add_argument(
         "-0",
         "--null",
         action="store_true",
-        help="names as they are, each ended by a zero byte (for xargs -0)",
+        help="for ls and find: names as they are, each ended by a zero byte (for xargs -0)",
     )
     add_cache_options(parser)
     options = parser.parse_args(argv)

@@ -30,11 +30,11 @@ example, for an archiver and one client of it:
 
 def main(argv: Sequence[str] | None = None, prog: str = "vmapipe keygen") -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
-    parser.add_argument("folder", metavar="DIR", help="where; it is made if it does not exist")
+    parser.add_argument("folder", metavar="DIR", help="folder for the keys; made if need be")
     parser.add_argument(
         "--client",
         action="store_true",
-        help="for one who sends to an archiver (default: for the archiver)",
+        help="make the keys of a client, which sends to an archiver (default: an archiver's own)",
     )
     options = parser.parse_args(argv)
     return run(prog, lambda: _make(options.folder, client=options.client))

@@ -61,14 +61,15 @@ def main(argv: Sequence[str], prog: str) -> int:
         metavar="SOCKET",
         help="the monitor's own socket, which speaks QMP (only its owner can connect)",
     )
-    parser.add_argument(
+    served = parser.add_argument_group("disks that the monitor serves")
+    served.add_argument(
         "--disk",
         action="append",
         default=[],
         metavar="NAME=PATH",
         help="a raw image or block device, and its name; may be repeated",
     )
-    parser.add_argument(
+    served.add_argument(
         "--export",
         action="append",
         default=[],
@@ -76,25 +77,26 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="serve this disk on a Unix socket, or on tcp://HOST:PORT; may be repeated, "
         "and several disks may share a socket",
     )
-    add_monitor_options(
-        parser,
-        help="back up the disks of the running QEMU whose QMP monitor this is, which is used only "
-        "while a backup runs, and for the moment of a question",
-    )
-    parser.add_argument(
-        "--agent",
-        metavar="SOCKET",
-        help="freeze the guest's file systems for the instant of each backup, through this agent",
-    )
-    parser.add_argument(
+    served.add_argument(
         "--socket-mode",
         type=_octal,
         default=0o600,
         metavar="OCTAL",
         help="permissions of the exports' sockets: whoever may connect may write (default: 600)",
     )
+    add_plain_tcp_option(served)
+    qemu = parser.add_argument_group("the disks of a running QEMU")
+    add_monitor_options(
+        qemu,
+        help="back up the disks of the running QEMU whose QMP monitor this is, which is used only "
+        "while a backup runs, and for the moment of a question",
+    )
+    qemu.add_argument(
+        "--agent",
+        metavar="SOCKET",
+        help="freeze the guest's file systems for the instant of each backup, through this agent",
+    )
     add_buffer_options(parser)
-    add_plain_tcp_option(parser)
     add_report_options(parser)
     options = parser.parse_args(argv)
     return run(prog, lambda: _serve(options))

@@ -70,8 +70,9 @@ _PERIODS = {
 
 def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
+    rules = parser.add_argument_group("what is kept")
     for rule in RULES:
-        parser.add_argument(
+        rules.add_argument(
             f"--keep-{rule}",
             type=_count,
             default=0,
@@ -80,20 +81,22 @@ def main(argv: Sequence[str], prog: str) -> int:
             if rule != "last"
             else "keep the latest N archives",
         )
-    parser.add_argument(
+    rules.add_argument(
         "--keep-within",
         type=_duration_s,
         metavar="TIME",
         help="keep all that were stored less long ago, as 12h, 7d, 2w; they count for no other rule "
         "(default: 7d where a service stores, else 0)",
     )
-    parser.add_argument(
+    rules.add_argument(
         "--by-name",
         action="store_true",
         help="where a service stores: believe names that do not fit the time of storing, too (for "
         "archives that were copied without their times)",
     )
-    parser.add_argument("--keep-all", action="store_true", help="keep everything")
+    rules.add_argument(
+        "--keep-all", action="store_true", help="keep everything (to see what is there)"
+    )
     parser.add_argument(
         "--only",
         action="append",
@@ -101,8 +104,10 @@ def main(argv: Sequence[str], prog: str) -> int:
         metavar="NAME",
         help="only archives of this machine: the name up to the date; may be repeated",
     )
-    parser.add_argument("--yes", action="store_true", help="do it; without, it is only said")
-    parser.add_argument("--json", action="store_true", help="a JSON line an archive")
+    parser.add_argument(
+        "--yes", action="store_true", help="remove them; without it, only show what would go"
+    )
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each archive")
     parser.add_argument("folder", metavar="DIR", help="where the archives are")
     options = parser.parse_args(argv)
     return run(prog, lambda: _prune(options))

@@ -51,12 +51,20 @@ def main(argv: Sequence[str], prog: str) -> int:
         "--listen", required=True, metavar="SOCKET", help="the Unix socket to serve on"
     )
     parser.add_argument(
-        "--device", action="append", default=[], metavar="NAME", help="only this one; repeatable"
+        "--device",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="serve only this device; may be repeated",
     )
     parser.add_argument(
-        "--cow", metavar="FILE", help="keep writes in FILE (sparse); for one device"
+        "--cow",
+        metavar="FILE",
+        help="let clients write, and keep what they write in FILE (sparse); for one device",
     )
-    parser.add_argument("--all", metavar="DIR", help="serve all archives of a folder")
+    parser.add_argument(
+        "--all", metavar="DIR", help="serve all archives (*.vma, *.vma.zst) of a folder"
+    )
     add_cache_options(parser)
     add_report_options(parser)
     parser.add_argument(
@@ -67,23 +75,24 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """Where what makes an archive quick to open and to read is kept."""
-    parser.add_argument(
+    """Add where what makes an archive quick to open and to read is kept."""
+    group = parser.add_argument_group("caches")
+    group.add_argument(
         "--index-cache",
         metavar="DIR",
         default=default_cache_folder(),
         help="where an archive's index is kept for the next time (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--no-index-cache", action="store_true", help="look at all extent headers at each start"
     )
-    parser.add_argument(
+    group.add_argument(
         "--cache",
         metavar="DIR",
         help="where an archive that is compressed as one piece is kept, decompressed, while it "
         "is served (default: $TMPDIR)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--cache-size",
         type=size,
         metavar="SIZE",

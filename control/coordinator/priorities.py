@@ -57,8 +57,9 @@ class Priorities(NamedTuple):
 AS_INHERITED = Priorities()
 
 
-def add_priority_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("priorities")
+def add_priority_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options, and return their group for more of the kind."""
+    group = parser.add_argument_group("load on this host")
     group.add_argument(
         "--nice",
         type=_nice,
@@ -84,6 +85,7 @@ def add_priority_options(parser: argparse.ArgumentParser) -> None:
         help="divide this much memory among the buffers (--buffer) of all live disks, at least "
         f"{MIN_BUFFER_BYTES >> 20}M a disk; processes have some 50 MiB each beside it",
     )
+    return group
 
 
 def add_io_priority_option(parser: argparse._ActionsContainer) -> None:
