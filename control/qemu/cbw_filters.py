@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.features import Features
+from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.jobs import (
     CBW_GRACE_S,
     check_nodes,
@@ -33,9 +34,11 @@ from vmapipe.control.qemu.jobs import (
     job_name,
     put_device,
     rehearse,
+    snapshot_name,
 )
 from vmapipe.control.qmp.connection import ANSWER_S, Answer, Command, Qmp, QmpRefused
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.text import name_text
 
 _POLL_S = 0.002
 # What a job that we have cancelled says.
@@ -193,6 +196,24 @@ class Handover:
             with contextlib.suppress(QmpRefused):  # it has ended
                 self._qmp.execute(Command("job-cancel", {"id": job_name(self._run, index)}))
         return [index for index, error in self._ends(taken) if self._copy(index, error)]
+
+    def why_covered(self, index: int) -> str:
+        """Return what somebody has put between this disk's filter and our view of it, in words; empty:
+        nothing. Raises QmpGone.
+        """
+        try:
+            nodes = self._qmp.execute(Command("query-named-block-nodes", {"flat": True}))
+            answer = self._qmp.execute(Command("x-debug-query-block-graph", {}))
+        except QmpRefused:
+            return ""
+        view = Graph(nodes, answer).below(snapshot_name(self._run, index))
+        if view in ("", filter_name(self._run, index)):
+            return ""
+        return (
+            f"somebody has put QEMU's node {name_text(view)} above it while it was backed up (an "
+            "external snapshot by the drive's name, for instance), and its old data cannot be read "
+            "below that"
+        )
 
     def _insert(self, index: int, blocks: Sequence[Answer]) -> bool:
         """Insert the filter below the one device that uses this disk.

@@ -67,6 +67,10 @@ class Graph:
         """The node that this one, a filter or a format, is put on; empty: none is known."""
         return self._children.get(node, {}).get("file", "")
 
+    def overlays(self, node: str) -> Iterator[str]:
+        """The nodes whose backing file this one is."""
+        return (parent.name for parent in self._parents.get(node, ()) if parent.role == "backing")
+
     def has_backing(self, node: str) -> bool:
         return "backing" in self._children.get(node, {})
 

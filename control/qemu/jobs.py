@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.features import Features
+from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qmp.connection import Answer, Command
 
 PREFIX = "vmapipe-"
@@ -30,7 +31,7 @@ CBW_GRACE_S = 5
 _ACTIVE = frozenset({"created", "running", "paused", "ready", "standby"})
 # All is copied, and the job waits to be finished.
 _COPIED = frozenset({"waiting", "pending"})
-_LOOK, _FILTER = "-look", "-filter"
+_LOOK, _FILTER, _TAKE_OUT = "-look", "-filter", "-take-out"
 _VIEW = "view"
 _ENDED = frozenset({"concluded", "null"})
 
@@ -282,8 +283,36 @@ def devices_above_filters(
     return found
 
 
+class OverlayAboveFilter(NamedTuple):
+    """An image that somebody has put above a filter of ours by an external snapshot, the filter, and
+    the node below that."""
+
+    overlay: str
+    node: str
+    below: str
+
+    def take_out(self) -> Command:
+        """Put the image on the node below, and write that node's format into its header.
+
+        There is nothing between the two that has data, so nothing is copied.
+        """
+        words = {"job-id": f"{self.node}{_TAKE_OUT}", "device": self.overlay}
+        return Command("block-stream", {**words, "base-node": self.below})
+
+
+def overlays_above_filters(graph: Graph, nodes: Iterable[str]) -> list[OverlayAboveFilter]:
+    """Find them above those of our `nodes` that are filters."""
+    return [
+        OverlayAboveFilter(overlay, node, below)
+        for node in nodes
+        if node.endswith(_FILTER) and (below := graph.below(node))
+        for overlay in graph.overlays(node)
+    ]
+
+
 class OwnObjects(NamedTuple):
-    """The objects of a backup in QEMU, by name: jobs by state, nodes, devices above filters of ours.
+    """The objects of a backup in QEMU, by name: jobs by state, nodes, devices and images above
+    filters of ours.
 
     `copied`: jobs that have copied all and wait to be finished; they send nothing any more.
     """
@@ -294,6 +323,7 @@ class OwnObjects(NamedTuple):
     ended: tuple[str, ...]
     nodes: tuple[str, ...]
     writers: tuple[DeviceAboveFilter, ...] = ()
+    overlays: tuple[OverlayAboveFilter, ...] = ()
 
     @property
     def nothing(self) -> bool:
@@ -322,7 +352,9 @@ class OwnObjects(NamedTuple):
             return _delete(nodes)
         now = looks or jobs
         commands = [
-            Command("job-cancel", {"id": job}) for job in (*self.active, *self.copied) if job in now
+            Command("job-cancel", {"id": job})
+            for job in (*self.active, *self.copied)
+            if job in now and not job.endswith(_TAKE_OUT)  # that one ends by itself
         ]
         commands += [Command("job-dismiss", {"id": job}) for job in self.ended if job in now]
         if jobs:
@@ -330,6 +362,7 @@ class OwnObjects(NamedTuple):
         # A device that goes back takes the node below the filter as it is now: a user may have
         # put another image there. Where that is refused, or not known, it is looked at again.
         back = [writer.put_back() for writer in self.writers if writer.below]
+        back += [overlay.take_out() for overlay in self.overlays]
         return [*back, *_delete(self.nodes)]
 
 
@@ -351,6 +384,7 @@ def own_objects(
     nodes: Sequence[Answer],
     prefix: str,
     writers: Sequence[DeviceAboveFilter] = (),
+    overlays: Sequence[OverlayAboveFilter] = (),
 ) -> OwnObjects:
     """Find the objects whose names begin with `prefix`, from query-jobs and query-named-block-
     nodes.
@@ -367,6 +401,7 @@ def own_objects(
             if str(node.get("node-name", "")).startswith(prefix)
         ),
         tuple(writers),
+        tuple(overlays),
     )
 
 

@@ -344,7 +344,8 @@ class RunningMachine:
             if job is None:
                 raise Failure(f"disk {disk.name!r}: somebody has removed QEMU's backup job")
             if job.get("error"):
-                raise Failure(f"disk {disk.name!r}: {self._why_failed(disk, job)}")
+                reason = self._handover.why_covered(index) if self._handover else ""
+                raise Failure(f"disk {disk.name!r}: {reason or self._why_failed(disk, job)}")
             if job["status"] == "pending":
                 self._finish(index)
             if job["status"] == "concluded":

@@ -11,7 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from vmapipe.control.qemu.graph import Graph
-from vmapipe.control.qemu.jobs import OwnObjects, devices_above_filters, own_objects
+from vmapipe.control.qemu.jobs import (
+    OwnObjects,
+    devices_above_filters,
+    overlays_above_filters,
+    own_objects,
+)
 from vmapipe.control.qemu.poweroff import release_poweroff
 from vmapipe.control.qemu.vmstate_commands import (
     MemoryNote,
@@ -41,7 +46,14 @@ def find_own_objects(qmp: Qmp, prefix: str) -> OwnObjects:
         return own_objects(jobs, nodes, prefix)
     blocks = _answer_or_none(qmp, "query-block") or ()
     graph = Graph(nodes, _answer_or_none(qmp, "x-debug-query-block-graph"))
-    return own_objects(jobs, nodes, prefix, devices_above_filters(blocks, graph.below, prefix))
+    ours = [name for node in nodes if (name := str(node.get("node-name", ""))).startswith(prefix)]
+    return own_objects(
+        jobs,
+        nodes,
+        prefix,
+        devices_above_filters(blocks, graph.below, prefix),
+        overlays_above_filters(graph, ours),
+    )
 
 
 def _answer_or_none(qmp: Qmp, name: str) -> Any:

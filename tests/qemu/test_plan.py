@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vmapipe.control.qemu.disks import DiskChoiceOptions, Machine, MachineDisk, choose_disks
 from vmapipe.control.qemu.features import Features
+from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.jobs import (
     MAX_WORKERS,
     SLOW_BYTES_S,
@@ -24,6 +25,7 @@ from vmapipe.control.qemu.jobs import (
     disk_index,
     filter_name,
     job_name,
+    overlays_above_filters,
     own_objects,
     own_targets,
     run_prefix,
@@ -342,6 +344,31 @@ def test_a_device_whose_filter_is_on_what_nobody_knows_is_left_where_it_is() -> 
     assert writer == ("/machine/peripheral/virtio0", "vmapipe-1-0-filter", "")
     left = own_objects([], [{"node-name": "vmapipe-1-0-filter"}], "vmapipe-1-", [writer])
     assert left.cleanup_commands() == [("blockdev-del", {"node-name": "vmapipe-1-0-filter"})]
+
+
+def test_an_image_that_was_put_above_a_filter_is_put_on_the_disk_before_the_filter_goes() -> None:
+    """By a job of ours that ends by itself: cancelled, it would have done nothing."""
+    name = "vmapipe-1-0-filter"
+    edges = [("overlay", "backing", name), (name, "file", "disk"), ("disk", "file", "image")]
+    numbers = {node: n for n, node in enumerate(["overlay", name, "disk", "image"])}
+    graph = Graph(
+        [],
+        {
+            "nodes": [
+                {"id": n, "type": "block-driver", "name": node} for node, n in numbers.items()
+            ],
+            "edges": [{"parent": numbers[a], "name": r, "child": numbers[b]} for a, r, b in edges],
+        },
+    )
+    found = overlays_above_filters(graph, [name, "vmapipe-1-0"])
+    left = own_objects([], [{"node-name": name}], "vmapipe-1-", (), found)
+    take_out, delete = left.cleanup_commands()
+    words = {"job-id": f"{name}-take-out", "device": "overlay", "base-node": "disk"}
+    assert take_out == ("block-stream", words)
+    assert delete == ("blockdev-del", {"node-name": name})
+    running = [{"id": f"{name}-take-out", "status": "running"}]
+    busy = own_objects(running, [{"node-name": name}], "vmapipe-1-", (), found)
+    assert busy.cleanup_commands() == []
 
 
 def test_a_disk_that_is_handed_over_has_a_filter_and_a_job_that_copies_next_to_nothing() -> None:
