@@ -337,7 +337,7 @@ def _print(event: Event) -> None:
                 f"{event['device']}: old data waits: {event['memory_bytes']} bytes in memory, "
                 f"{event['spool_bytes']} in the spool file; {event['waiting_writes']} writes wait"
             )
-        case "transfer" | "job-speed":
+        case "transfer" | "job-speed" | "ending":
             return
         case _:
             text = f"{event['device']}: done; the archive is stored"

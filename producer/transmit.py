@@ -103,6 +103,8 @@ def transmit(feed: Feed, session: Session, cancel: Cancel, emit: Emit) -> None:
             cancel.check()
         reporter.report_transfer(feed.transfer, last=True)
         feed.finish()
+        # Before END is on its way: who hears that all is stored has heard this before.
+        emit({"event": "ending", "device": feed.name})
         session.end()
     except (Failure, ProtocolError) as failure:
         feed.fail(str(failure))

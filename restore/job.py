@@ -292,6 +292,7 @@ class _RestoreJob:
         fds += [target.fd for target in self._setups]
         for partial in partials:
             fds += [partial.fd, partial.folder_fd]
+        fds += self._targets.remover_fds
         return setup, sorted({fd for fd in fds if fd >= 0})
 
     def _feed(self) -> Feed:

@@ -57,6 +57,9 @@ class Shares:
 # When one process has failed, the others hear of it from the archiver and end
 # by themselves, and the archiver knows the reason best. It takes milliseconds.
 _VERDICT_S = 2.0
+# Between a service's word to us that all is stored and that to the producers: a connection
+# that was lost in this moment is noticed after 9 s, and the answer is asked for again.
+_ALL_TOLD_S = 60.0
 
 
 class _FirstFailure:
@@ -154,6 +157,10 @@ class BackupJob:
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     #: Uploads to object stores that the archiver has begun: name and id.
     uploads: list[tuple[str, str]] = field(default_factory=list)
+    #: Devices of which all is sent.
+    _ending: set[str] = field(default_factory=set)
+    #: When the producers of what a service has stored must have heard so.
+    _told_by: float = float("inf")
 
     def run(self, emit: Emit, cancel: Cancel, orders: ChildCommands | None = None) -> None:
         """Raises Failure when nothing was stored. `orders` may change the speed meanwhile."""
@@ -299,17 +306,37 @@ class BackupJob:
             if cancel.asked:
                 self._stop_cancelled(children, emit, cancel)
                 return
-            if first.is_settled:
+            if first.is_settled or self._is_over(children.all[0]):
                 break
+        self._is_over(children.all[0])
         first.report(emit)
 
     def _stop_cancelled(self, children: Children, emit: Emit, cancel: Cancel) -> None:
         """Stop all processes. Raises Cancelled unless the archive was stored before."""
         self._let_go(emit)
         children.stop()
-        if children.all[0].exit_code != 0:
+        if children.all[0].exit_code != 0 or (self.service and self._unsent):
             raise Cancelled(cancel.reason, cancel.signum)
         emit({"event": "notice", "text": f"{cancel.reason}: too late, it is stored"})
+
+    @property
+    def _unsent(self) -> list[str]:
+        return [name for name in self.names if name not in self._ending]
+
+    def _is_over(self, archiver: Child) -> bool:
+        """True when a service has stored all, and has had the time to tell the producers, too.
+
+        What a producer told before that has been heard by then. Raises Failure if it lies.
+        """
+        if not self.service or archiver.exit_code != 0:
+            return False
+        if self._unsent:
+            raise Failure(
+                f"{self.service.endpoint}: this is no archiver of ours: it stored all before "
+                f"{self._unsent[0]!r} was sent"
+            )
+        self._told_by = min(self._told_by, time.monotonic() + _ALL_TOLD_S)
+        return time.monotonic() >= self._told_by
 
     def _take(
         self,
@@ -324,6 +351,8 @@ class BackupJob:
             unattached.discard(event["device"])
             if not unattached:
                 self._begin(emit, cancel)
+        elif event["event"] == "ending":
+            self._ending.add(event["device"])
         elif event["event"] == "upload":
             self.uploads.append((event["archive"], event["upload"]))
         elif event["event"] == "job-speed":
@@ -435,15 +464,17 @@ def _await_opened(children: Children, archiver: Child, emit: Emit, cancel: Cance
 
     It ends: `archiver` (remote_archiver.py) waits for no answer without a limit.
     """
-    while True:
+    opened = False
+    while not opened:
+        # All that came together, also what comes behind the answer that is awaited.
         for child, event in children.wait(1.0):
             if child is not archiver:
                 continue
-            if event is None:
-                raise (UsageError if child.exit_code == EXIT_USAGE else Failure)(child.verdict())
-            if event["event"] == "listening":
+            if event is not None and event["event"] != "error":
+                opened = opened or event["event"] == "listening"
                 emit(event)
-                return
+            elif event is None and (child.exit_code or not opened):
+                raise (UsageError if child.exit_code == EXIT_USAGE else Failure)(child.verdict())
         if cancel.asked:
             children.stop()
             raise Cancelled(cancel.reason, cancel.signum)

@@ -39,6 +39,13 @@ _PAUSE_S = 1.0
 # Notices of a job; an honest one has a line for each connection that was lost.
 _MAX_NOTICES = 1000
 _MAX_NOTICE_CHARS = 1000
+# Far beyond those of any honest job: whoever sends so many never ends by itself.
+_NOTICES_WITHOUT_END = 100_000
+# Messages between two looks at the clock and at who cancels.
+_MESSAGES_A_TURN = 1000
+# A service that lives and stores nothing: as long as its longest silence, and again what
+# its disk or object store may take for the end of a large archive.
+_IDLE_S = 2.0 * limits.MAX_HEARTBEAT_S
 # See producer/session.py: after a longer sleep we ourselves were stopped.
 _STOPPED_S = 5.0
 
@@ -92,8 +99,15 @@ class RemoteJob:
     """One job at a service, from OPEN to its end."""
 
     def __init__(
-        self, options: argparse.Namespace, link: ArchiverConnection, cancel: Cancel, emit: Emit
+        self,
+        options: argparse.Namespace,
+        link: ArchiverConnection,
+        cancel: Cancel,
+        emit: Emit,
+        idle_s: float = _IDLE_S,
     ) -> None:
+        """`idle_s`: a service that says only that it lives is given up after so long."""
+        self._idle_s = idle_s
         self._at = options.archiver
         self._job = options.job
         self._devices = options.device
@@ -105,7 +119,8 @@ class RemoteJob:
         self._opened: service.Opened | None = None
         self._begun: service.JobBegun | None = None
         self._opening: list[Part] = []
-        self._heard = self._spoke = self._connected = time.monotonic()
+        self._heard = self._spoke = self._connected = self._advanced = time.monotonic()
+        self._progress: service.JobProgress | None = None
 
     def run(self, opening: list[Part]) -> None:
         """Raises Failure when nothing was stored, as far as we know."""
@@ -124,7 +139,7 @@ class RemoteJob:
             now = time.monotonic()
             if now - before > wait_s + _STOPPED_S:
                 # This process itself was stopped: nobody else's silence counts.
-                self._heard = now
+                self._heard = self._advanced = now
             if self._cancel.asked and deadline == float("inf"):
                 deadline = now + _VERDICT_S
                 self._link.unwatch(self._cancel.fd)
@@ -142,8 +157,13 @@ class RemoteJob:
         return self._opened.heartbeat_s if self._opened else limits.GREETING_HEARTBEAT_S
 
     def _messages(self) -> Iterator[service.FromService]:
-        while (parts := self._link.receive()) is not None:
-            self._heard = time.monotonic()
+        for _ in range(_MESSAGES_A_TURN):
+            parts = self._link.receive()
+            if parts is None:
+                return
+            if self._opened is not None:
+                # Before that nothing is awaited but the answer to OPEN.
+                self._heard = time.monotonic()
             try:
                 yield service.decode_of_service(parts)
             except ProtocolError as error:
@@ -154,6 +174,7 @@ class RemoteJob:
         match message:
             case service.Opened() if self._opened is None:
                 self._opened = message
+                self._heard = self._advanced = time.monotonic()
                 self._link.is_settled = True
                 self._emit({"event": "listening", "endpoint": self._at})
             case service.JobBegun() | service.JobProgress() | service.JobStored() if (
@@ -164,8 +185,11 @@ class RemoteJob:
                 self._devices
             ):
                 self._begun = message
+                self._advanced = time.monotonic()
                 self._emit(self._begun_event(message))
             case service.JobProgress() if self._begun is not None:
+                if message != self._progress:
+                    self._progress, self._advanced = message, time.monotonic()
                 self._emit(self._progress_event(message, self._begun))
             case service.JobNotice(text):
                 self._pass_on(text)
@@ -201,6 +225,8 @@ class RemoteJob:
             self._emit({"event": "notice", "text": f"{self._at}: {said}"})
         if self._notices == _MAX_NOTICES:
             self._emit({"event": "notice", "text": f"{self._at}: more notices are left out"})
+        if self._notices == _NOTICES_WITHOUT_END:
+            raise Failure(f"{self._at}: this is no archiver of ours: its notices have no end")
 
     def _begun_event(self, begun: service.JobBegun) -> Event:
         devices = [
@@ -242,6 +268,10 @@ class RemoteJob:
             raise Failure(
                 f"the archiver at {self._at} has been silent for {self._heartbeat_s} s; is it "
                 "still running?"
+            )
+        if now - self._advanced > self._idle_s:
+            raise Failure(
+                f"the archiver at {self._at} answers, but has stored nothing for {self._idle_s:.0f} s"
             )
         if now - self._spoke >= self._heartbeat_s / 3:
             self._say_who_we_are()

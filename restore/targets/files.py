@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterable
 
 from vmapipe.restore.archive.errors import PlanError, TargetError
+from vmapipe.restore.targets.leftovers import PARTIAL, LeftoverRemover
 from vmapipe.restore.targets.map_file import IMAGE_FORMATS
 from vmapipe.restore.targets.plan import Larger, Plan, TargetSpec, check_plan, config_paths
 from vmapipe.runtime.disk_use import device_in_use, use_of
@@ -24,8 +25,6 @@ from vmapipe.runtime.image_format import format_of_content, format_of_name
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.layout import TARGET_SLACK_BYTES
 
-# What a new file is called where it has to have a name before it is complete.
-PARTIAL = (".vmapipe-", ".partial")
 # linux/fs.h: whether a block device is read-only.
 _BLKROGET = 0x125E
 
@@ -41,6 +40,7 @@ class Folders:
         self.notices: list[str] = []
         self.own = held
         self._held: dict[str, HeldFolder] = {}
+        self._removers: dict[HeldFolder, LeftoverRemover | None] = {}
         if held is not None:
             self._take(held)
 
@@ -51,6 +51,10 @@ class Folders:
         self.close()
 
     def close(self) -> None:
+        for remover in self._removers.values():
+            if remover is not None:
+                remover.close()
+        self._removers.clear()
         for folder in self._held.values():
             if folder is not self.own:
                 folder.close()
@@ -63,6 +67,20 @@ class Folders:
         if key not in self._held:
             self._take(HeldFolder(key))
         return self._held[key], name
+
+    def make_partial(self, folder: HeldFolder) -> tuple[str, int]:
+        """(name, descriptor) of a new file, which is removed even if we are killed. Raises OSError."""
+        if folder not in self._removers:
+            self._removers[folder] = None
+            # Where no process can be started, the next restore removes it.
+            with contextlib.suppress(OSError):
+                self._removers[folder] = LeftoverRemover(folder)
+        return folder.make_locked(*PARTIAL)
+
+    @property
+    def remover_fds(self) -> list[int]:
+        """What every process inherits that writes to files of `make_partial`."""
+        return [remover.fd for remover in self._removers.values() if remover is not None]
 
     def look_at(self, path: str) -> None:
         """Note whether others can change the folder of an existing target."""
@@ -93,8 +111,8 @@ class NewFile:
     """A file that has no name until it is published, or, where that cannot be, another one.
 
     A file without a name is gone whatever happens to us. Elsewhere (NFS, FUSE)
-    `partial` is the name of a hidden file in the target's folder, which is locked, so that
-    the next restore removes it if nothing else could.
+    `partial` is the name of a hidden file in the target's folder. A process that outlives
+    us removes it; it is locked, so that the next restore does if nothing else could.
     """
 
     #: Whether it may hold other data than zeroes before anything is written.
@@ -109,18 +127,18 @@ class NewFile:
             self.folder, self._name = folders.of(path)
             if self.folder.status(self._name) is not None:
                 raise TargetError(f"{path} exists already and is not overwritten")
-            self.fd = self._open_unnamed()
+            self.fd = self._open_unnamed(folders)
         except OSError as error:
             raise TargetError(f"cannot create {path}: {os_error_text(error)}") from error
 
-    def _open_unnamed(self) -> int:
+    def _open_unnamed(self, folders: Folders) -> int:
         with contextlib.suppress(OSError):
             fd = self.folder.make_unnamed()
             # Without /proc it could never get its name.
             if os.path.exists(f"/proc/self/fd/{fd}"):
                 return fd
             os.close(fd)
-        self.partial, fd = self.folder.make_locked(*PARTIAL)
+        self.partial, fd = folders.make_partial(self.folder)
         return fd
 
     def set_size(self, size_bytes: int) -> None:

@@ -152,6 +152,10 @@ class OpenTargets:
         )
 
     @property
+    def remover_fds(self) -> list[int]:
+        return self._folders.remover_fds
+
+    @property
     def partials(self) -> tuple[Partial, ...]:
         """Partial files that a worker has to remove when the reader has died."""
         return tuple(

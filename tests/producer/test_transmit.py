@@ -341,5 +341,8 @@ def test_what_was_read_and_sent_is_told_at_the_end_whatever_was_told_before(
     producer, cancel = sender(disk, Archiver(), clock)
     producer.run(told.append)
     last = {"event": "transfer", "device": "disk", "saved_bytes": 0}
-    assert told[-1] == {**last, "read_bytes": 49 * CLUSTER, "sent_bytes": 40 * CLUSTER}
+    assert told[-2:] == [
+        {**last, "read_bytes": 49 * CLUSTER, "sent_bytes": 40 * CLUSTER},
+        {"event": "ending", "device": "disk"},
+    ]
     cancel.close()

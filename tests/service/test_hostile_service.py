@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import subprocess
 import threading
@@ -15,6 +16,12 @@ import pytest
 import zmq
 
 from tests.machine import LIMIT_S, VMAPIPE, make_disk
+from vmapipe.control.coordinator.remote_archiver import RemoteJob
+from vmapipe.producer.connection import ArchiverConnection
+from vmapipe.protocol import limits
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.events import ignore
 
 ESCAPES = "x\x1b]0;pwned\x07\x1b[31m\nroot@host:~# "
 UUID = b"u" * 16
@@ -40,6 +47,10 @@ WELCOME = word(
     reconnect_s=0,
     scattered=False,
 )
+
+
+OPENED_SHORT = word("OPENED", version=1, heartbeat_s=1)
+PROGRESS = word("PROGRESS", stored=1, plain=1, done=[1], zero=[0])
 
 
 class Hostile(threading.Thread):
@@ -113,6 +124,19 @@ def backup(service: Hostile, disk: Path, *more: str) -> tuple[int, str]:
     return done.returncode, text
 
 
+def conduct(service: Hostile, **more: float) -> None:
+    """Watch a job as the coordinator's process for that does."""
+    at = f"tcp://127.0.0.1:{service.port}"
+    options = argparse.Namespace(archiver=at, job=UUID, device=["a"], output="x.vma")
+    cancel = Cancel()
+    link = ArchiverConnection(at)
+    try:
+        RemoteJob(options, link, cancel, ignore, **more).run([word("OPEN")])
+    finally:
+        link.close()
+        cancel.close()
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -120,11 +144,23 @@ def backup(service: Hostile, disk: Path, *more: str) -> tuple[int, str]:
         [BEGUN, STORED],
         [word("PROGRESS", stored=1, plain=1, done=[1], zero=[0])],
         [OPENED, STORED],
+        [OPENED, BEGUN, STORED],
+        [OPENED, BEGUN, *[word("NOTICE", text="n")] * 2000, STORED],
         [b"\xc1junk"],
         [b"\x91" * 60_000],
         [word("OPENED", version=1, heartbeat_s=0)],
     ],
-    ids=["stored", "begun", "progress", "opened, stored", "junk", "deep", "no heartbeat"],
+    ids=[
+        "stored",
+        "begun",
+        "progress",
+        "opened, stored",
+        "stored at once",
+        "stored behind notices",
+        "junk",
+        "deep",
+        "no heartbeat",
+    ],
 )
 def test_what_comes_in_the_wrong_order_or_shape_ends_the_backup_with_a_line(
     disk: Path, said: list[bytes]
@@ -147,6 +183,51 @@ def test_an_archive_is_called_as_the_client_has_called_it(disk: Path) -> None:
         assert code == 0, text
         assert f"stored tcp://127.0.0.1:{plain.port}/x.vma:" in text
         assert "pwned" not in text
+
+
+@pytest.mark.parametrize("answer", [word("DONE", uuid=UUID), word("ABORT", reason="no")])
+def test_a_job_that_is_stored_before_all_was_sent_is_not_believed(
+    disk: Path, answer: bytes
+) -> None:
+    """Also where the producer fails or ends before anybody looks."""
+    answers = {
+        "OPEN": [OPENED, BEGUN],
+        "HELLO": [WELCOME, answer],
+        "HELLO, to the coordinator": [STORED],
+    }
+    with hostile(answers) as service:
+        code, text = backup(service, disk)
+    assert code == 1, text
+
+
+@pytest.mark.parametrize("kind", ["NOTICE", "PROGRESS"])
+def test_a_service_that_only_lives_is_given_up(kind: str) -> None:
+    said = {"NOTICE": word("NOTICE", text="soon"), "PROGRESS": PROGRESS}[kind]
+    with (
+        hostile({"OPEN": [OPENED_SHORT, BEGUN], "BEAT": [word("ALIVE"), said]}) as service,
+        pytest.raises(Failure, match="answers, but has stored nothing for 2 s"),
+    ):
+        conduct(service, idle_s=2.0)
+
+
+def test_a_service_that_answers_everything_but_the_question_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "GREETING_HEARTBEAT_S", 1)
+    with (
+        hostile({"OPEN": [word("NOTICE", text="soon"), word("ALIVE")]}) as service,
+        pytest.raises(Failure, match="no answer within 1 s"),
+    ):
+        conduct(service)
+
+
+def test_notices_that_never_end_are_a_fault() -> None:
+    flood = [word("NOTICE", text="n")] * 100_000
+    with (
+        hostile({"OPEN": [OPENED, *flood]}) as service,
+        pytest.raises(Failure, match="its notices have no end"),
+    ):
+        conduct(service)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.archives import archive
@@ -207,7 +209,8 @@ def test_without_unnamed_files_the_next_restore_removes_what_killed_ones_have_le
     ):
         writer.write(ARCHIVE[:HALF])
         next_event(process, "progress")
-        workers = workers_of(process.pid)
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) > len(workers_of(process.pid)) > 0
         # All at once: nobody is left who could remove anything.
         for worker in workers:
             worker.suspend()
@@ -222,6 +225,18 @@ def test_without_unnamed_files_the_next_restore_removes_what_killed_ones_have_le
     for path in left:
         assert f"removed {path}, which a killed restore had left" in said
     assert sorted(path.name for path in out.iterdir()) == ["cron-job", "disk-d.raw", "passwd"]
+
+
+@pytest.mark.parametrize("moment", ["start_workers", "welcome"])
+def test_a_reader_killed_before_its_workers_know_of_the_files_leaves_none(
+    tmp_path: Path, moment: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "vm.vma").write_bytes(ARCHIVE)
+    with program(tmp_path / "vm.vma", out, moment, tmp_path) as process:
+        assert process.wait(LIMIT_S) == -signal.SIGKILL
+        wait_for(lambda: list(out.iterdir()) == [])
 
 
 def test_a_partial_file_of_a_restore_under_way_is_let_be(tmp_path: Path) -> None:
