@@ -153,7 +153,7 @@ def check_endpoint(endpoint: str, *, plain_tcp: bool, keys: str | None = None) -
                 "--insecure-plain-tcp"
             )
     else:
-        raise UsageError(f"{endpoint!r} is no endpoint; use ipc://PATH or tcp://HOST:PORT")
+        raise UsageError(f"{endpoint!r} is not a valid endpoint; use ipc://PATH or tcp://HOST:PORT")
 
 
 def add_tcp_options(parser: argparse._ActionsContainer, in_folder: str) -> None:

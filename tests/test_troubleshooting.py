@@ -25,6 +25,23 @@ _FILLED_IN = (
     "SIGKILL",
     "a FIFO (a folder, a socket, a device)",
 )
+# Headings whose message the code puts together from several texts: each piece is one of the code.
+_PUT_TOGETHER = {
+    "cannot use the bucket of s3://…": ("cannot ", "use the bucket of"),
+    "QEMU's … event is not valid": ("'s ", " event", " is not valid"),
+    "it is the backing file of …, not a disk: name …": (
+        "it is ",
+        "the backing file",
+        ", not a disk: name ",
+    ),
+    "hook backup-start failed: exit code 1": ("hook ", "backup-start", " failed: ", "exit code "),
+    "hook backup-start: not done within 300 s, so it was ended": (
+        "hook ",
+        "backup-start",
+        ": not done within ",
+        " s, so it was ended",
+    ),
+}
 _FOREIGN = {
     "Is another process using the image",
     "If the actual block size of the target exceeds this default, the backup may be unusable",
@@ -51,7 +68,7 @@ def _template(node: ast.expr) -> str:
 
 @functools.cache
 def _templates() -> list[str]:
-    """Every text of the product that has words, with placeholders as _ANY."""
+    """Every text of the product, with placeholders as _ANY."""
     notes = {
         node.value
         for file in python_files(*ROOMS)
@@ -64,7 +81,7 @@ def _templates() -> list[str]:
         for node in ast.walk(tree_of(file))
         if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp) and node not in notes
     }
-    return [text for text in found if len(text) > _RUN and " " in text]
+    return [text for text in found if len(text) > _RUN]
 
 
 @functools.cache
@@ -78,7 +95,11 @@ def _templates_by_run() -> dict[str, set[int]]:
 
 
 def _is_said(heading: str) -> bool:
-    """Whether one template has most of a heading's letters, in runs of some length."""
+    """Tell whether one template has most of a heading's letters, in runs of some length."""
+    if heading in _PUT_TOGETHER:
+        pieces = _PUT_TOGETHER[heading]
+        in_order = re.search(".*?".join(map(re.escape, pieces)), heading)
+        return bool(in_order) and all(any(p in t for t in _templates()) for p in pieces)
     text = re.sub("|".join(["…", r"\d+", *map(re.escape, _FILLED_IN)]), _ANY, heading)
     exact = re.compile("[^\\n]*?".join(map(re.escape, text.split(_ANY))))
     if any(exact.search(template) for template in _templates()):
@@ -98,5 +119,6 @@ def test_a_text_that_is_not_in_the_code_is_found_out(heading: str) -> None:
 
 
 def test_every_heading_is_a_text_of_the_code() -> None:
+    assert set(_PUT_TOGETHER) <= set(_headings())
     unsaid = [text for text in _headings() if text not in _FOREIGN and not _is_said(text)]
     assert unsaid == []

@@ -40,7 +40,7 @@ class FileOutput(DescriptorOutput):
         self._status: os.stat_result | None = None
         folder, self._name = os.path.split(path)
         if self._name in ("", ".", ".."):
-            raise UsageError(f"{path!r} is no name for a file")
+            raise UsageError(f"{path!r} is not a valid name for a file")
         self._partial = self._name + file.SUFFIX
         try:
             self._folder_fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -104,7 +104,7 @@ class FileOutput(DescriptorOutput):
         if not self._replace:
             raise exists_failure(self._path)
         if not stat.S_ISREG(status.st_mode):
-            text = f"{self._path} is no file, and in the way of one: remove it"
+            text = f"{self._path} is not a file, and in the way of one: remove it"
             raise OutputFailure(text, target=self._path, errno=errno.EEXIST)
 
     def _discard(self) -> None:
@@ -274,7 +274,7 @@ def _busy(path: str) -> OutputFailure:
 
 
 def _foreign(path: str) -> OutputFailure:
-    text = f"{path}{SUFFIX} is no file of vmapipe; remove it or choose another name"
+    text = f"{path}{SUFFIX} is not a file of vmapipe; remove it or choose another name"
     return OutputFailure(text, target=path, errno=errno.EEXIST)
 
 

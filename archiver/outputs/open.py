@@ -51,7 +51,7 @@ def open_output(spec: str, *, cancel: Cancel | None = None, emit: Emit = ignore)
     if spec.startswith("fd:"):
         raise UsageError(f"{spec!r}: after fd: comes the number of an open descriptor")
     if not spec or "\0" in spec:
-        raise UsageError(f"{spec!r} is no name for an archive")
+        raise UsageError(f"{spec!r} is not a valid name for an archive")
     return _open_path(spec, cancel)
 
 

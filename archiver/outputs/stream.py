@@ -242,4 +242,6 @@ def refuse_terminal(fd: int, description: str) -> None:
 def refuse_datagrams(number: int, description: str) -> None:
     with socket.socket(fileno=os.dup(number)) as end:
         if end.type != socket.SOCK_STREAM:
-            raise UsageError(f"{description}: a socket that is no stream cannot carry an archive")
+            raise UsageError(
+                f"{description}: a socket that is not a stream cannot carry an archive"
+            )

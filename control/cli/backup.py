@@ -145,7 +145,7 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
 
 
 def _full_name(archive: str) -> str:
-    """As somebody in another folder would call it."""
+    """Return its name as somebody in another folder would call it."""
     return os.path.abspath(archive) if is_path(archive) else archive
 
 
@@ -255,7 +255,7 @@ def choose_disks(
     configured: Sequence[ConfigDisk] = (),
     machine: RunningMachine | None = None,
 ) -> tuple[list[Disk], list[LeftOut]]:
-    """What is backed up, and what of the machine is not. Raises UsageError, Failure.
+    """Return the disks to back up, and those of the machine that are not. Raises UsageError, Failure.
 
     `configured`: what the configuration of a machine with --vmid says of its disks.
     """
@@ -286,7 +286,7 @@ def choose_disks(
 def _choose_served(
     options: argparse.Namespace, excluded: Mapping[str, str]
 ) -> tuple[list[Disk], list[LeftOut]]:
-    """Of a monitor's disks. Raises UsageError, Failure."""
+    """Choose among a monitor's disks. Raises UsageError, Failure."""
     from vmapipe.control.monitor.client import guarded_disks
     from vmapipe.control.qemu.disks import NOT_CHOSEN, LeftOut
 

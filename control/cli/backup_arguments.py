@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of `vmapipe backup` that are nobody else's, by theme."""
+"""The options that only `vmapipe backup` has, by theme."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
 
 
 def buffer_options(options: argparse.Namespace, disks: int) -> list[str]:
-    """Of each of so many live disks. Raises UsageError."""
+    """Return the options of the buffer of each of so many live disks. Raises UsageError."""
     return [
         f"--buffer={buffer_of_each(options.buffer, options.buffer_total, disks)}",
         f"--spool={options.spool}",
@@ -179,7 +179,7 @@ def parse_disk(text: str) -> Disk:
     disk = Disk(*split_named(body))
     if "format" in found:
         if not _WORD.fullmatch(found["format"]):
-            raise UsageError(f"{text}: {found['format']!r} is no format")
+            raise UsageError(f"{text}: {found['format']!r} is not a valid format")
         return Disk(disk.name, disk.path, reading=_reading_words(text, found))
     if found:
         raise UsageError(f"{text}: say the format, too: {body},format=qcow2,…")
@@ -230,7 +230,7 @@ def _looks_like(path: str) -> str:
 
 
 def service_of(options: argparse.Namespace) -> Service | None:
-    """What `--archiver` and its keys say. Raises UsageError for what goes only with our own one."""
+    """Return the service that `--archiver` names. Raises UsageError for options that need our own archiver."""
     if options.archiver is None:
         if options.keys or options.insecure_plain_tcp:
             raise UsageError("--keys and --insecure-plain-tcp belong to --archiver")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an error says at the command line."""
+"""The words of an error at the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def source_name(archive: str) -> str:
 
 @contextlib.contextmanager
 def naming(archive: str) -> Iterator[None]:
-    """What is wrong with an archive comes from code that does not know its name: add it."""
+    """Add the archive's name to errors from code that does not know it."""
     try:
         yield
     except ArchiveError as error:

@@ -107,7 +107,7 @@ def main_verify(argv: Sequence[str], prog: str) -> int:
 
 
 def add_read_options(parser: argparse._ActionsContainer) -> None:
-    """How archives are read."""
+    """Add how archives are read."""
     parser.add_argument(
         "--zstd-window",
         type=size,

@@ -122,7 +122,7 @@ def _count(text: str) -> int:
 def _duration_s(text: str) -> int:
     number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS_S else (text, "d")
     if not (number.isascii() and number.isdecimal() and len(number) < 6):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: 12h, 7d, 2w, or 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid time: 12h, 7d, 2w, or 0")
     return int(number) * _UNITS_S[unit]
 
 
@@ -193,7 +193,7 @@ def find(folder: HeldFolder) -> Mapping[str, list[StoredArchive]]:
 
 
 def _warn(group: str, verdicts: Sequence[Verdict], clock: Clock) -> None:
-    """What somebody should look at, who may have lost a key or set a clock wrong."""
+    """Return warnings of a key that may be lost, or a clock that may be wrong."""
     name = name_text(group)
     future = sum(v.mark is Mark.FUTURE for v in verdicts)
     if future:
@@ -281,7 +281,7 @@ def remove(folder: HeldFolder, archive: str) -> None:
             raise Failure(f"{path}: it has been protected just now")
         status = folder.status(archive)
         if status is not None and not stat.S_ISREG(status.st_mode):
-            raise Failure(f"{path}: it is no file any more")
+            raise Failure(f"{path}: it is not a file any more")
         _unlink(folder, archive)
     except OSError as error:
         raise Failure(f"cannot remove {path}: {os_error_text(error)}") from error
@@ -314,7 +314,7 @@ PROTECTED = ".protected"
 
 
 def parse(name: str) -> tuple[str, When] | None:
-    """Group and time; None: the name has no date, or is no archive's."""
+    """Group and time; None: the name has no date, or is not an archive's."""
     found = _NAME.fullmatch(name)
     if found is None:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which archives of one machine stay: Proxmox's rules (`keep-last`, `keep-daily`, …). Pure.
+"""The choice of archives of one machine that stay: Proxmox's rules (`keep-last`, `keep-daily`, …). Pure.
 
 The rules are applied one after the other. Each keeps the newest archive of its
 latest N hours, days, … in which there is one, and counts only such in which an
@@ -31,7 +31,7 @@ WITHIN = "within"
 
 
 class Mark(enum.Enum):
-    """What happens to an archive; all but REMOVE stay, and all but KEEP count for nothing."""
+    """The decision on an archive; all but REMOVE stay, and all but KEEP count for nothing."""
 
     KEEP = "keep"
     REMOVE = "remove"
@@ -43,7 +43,7 @@ class Mark(enum.Enum):
 
 
 class StoredArchive(NamedTuple):
-    """Where, of which machine, and from when it is."""
+    """An archive's place, machine and time."""
 
     path: str
     group: str

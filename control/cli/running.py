@@ -157,7 +157,7 @@ def _set_speed(wanted: str | None, rate: int) -> None:
 
 
 def running_jobs() -> list[dict[str, Any]]:
-    """What each tells of itself, the oldest first. Those that end just now are left out."""
+    """Return the answer of each, the oldest first. Those that end just now are left out."""
     found = []
     for path in sockets().values():
         try:

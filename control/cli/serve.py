@@ -138,7 +138,7 @@ def _open_all(
     emit: Emit,
     stack: contextlib.ExitStack,
 ) -> list[OpenArchive]:
-    """Of --all those that can be opened; of archives that were named, each one."""
+    """Open each archive that was named, and of --all those that can be opened."""
     caches = caches_of(options)
     opened = []
     for name in names:
@@ -162,7 +162,7 @@ def _open_all(
 
 
 def caches_of(options: argparse.Namespace) -> Caches:
-    """What `add_cache_options` asked for. Raises Failure."""
+    """Return the caches that the options ask for. Raises Failure."""
     folder = options.cache or tempfile.gettempdir()
     limit = options.cache_size
     if limit is None:

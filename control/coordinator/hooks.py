@@ -224,7 +224,7 @@ class Hooks:
                 return
 
     def _repeat(self, running: _Running) -> None:
-        """What it has said goes into the report."""
+        """Put what the hook has printed into the report."""
         size = running.words.seek(0, os.SEEK_END)
         running.words.seek(max(0, size - _MAX_WORDS_BYTES))
         for line in running.words.read().decode(errors="replace").splitlines():

@@ -40,7 +40,7 @@ class Shares:
 
     @property
     def share(self) -> int:
-        """Of each disk that is not done, rounded up: 1 byte a second of two disks is not 0."""
+        """The share of each disk that is not done, rounded up: 1 byte a second of two disks is not 0."""
         return -(-self.bytes_per_s // (1 if self._in_turn else max(1, len(self._active))))
 
     @property
@@ -48,7 +48,7 @@ class Shares:
         return list(self._active)
 
     def done(self, disk: str) -> bool:
-        """Whether the share of the others is another one now."""
+        """Take a disk out; tell whether the share of the others has changed."""
         before = self.share
         self._active.pop(disk, None)
         return bool(self._active) and self.share != before
@@ -137,7 +137,7 @@ class BackupJob:
     archive: str
     archiver_options: Sequence[str]
     speed_bytes_s: int = 0
-    #: Descriptors that the archiver inherits: its output, configs that are no files.
+    #: Descriptors that the archiver inherits: its output, configs that are not files.
     pass_fds: Sequence[int] = ()
     #: For the producers of disks in use.
     buffer_options: Sequence[str] = ()
@@ -245,7 +245,7 @@ class BackupJob:
             children.watch(self.machine.fd)
 
     def _source_args(self, index: int, disk: Disk) -> tuple[list[str], list[int]]:
-        """Where a producer gets its disk from, and the descriptors that it needs for that."""
+        """Return a producer's options for its disk, and the descriptors that it needs for them."""
         if self.machine:
             fd = self.machine.sink_fd(index)
             args = [f"--disk={disk.name}", f"--sink-fd={fd}", f"--size={disk.size_bytes}"]
@@ -256,7 +256,7 @@ class BackupJob:
         return args, []
 
     def _remove_leftovers(self, children: Children) -> None:
-        """What an archiver that was killed could not remove itself."""
+        """Remove what an archiver that was killed could not remove itself."""
         killed = children.all and (children.all[0].exit_code or 0) < 0
         if not killed or self.service:
             return
@@ -332,7 +332,7 @@ class BackupJob:
             return False
         if self._unsent:
             raise Failure(
-                f"{self.service.endpoint}: this is no archiver of ours: it stored all before "
+                f"{self.service.endpoint}: this is not a vmapipe archiver: it stored all before "
                 f"{self._unsent[0]!r} was sent"
             )
         self._told_by = min(self._told_by, time.monotonic() + _ALL_TOLD_S)
@@ -346,7 +346,7 @@ class BackupJob:
         cancel: Cancel,
         children: Children,
     ) -> None:
-        """What a child has told. Raises Failure."""
+        """Take what a child has told. Raises Failure."""
         if event["event"] == "attached":
             unattached.discard(event["device"])
             if not unattached:
@@ -366,7 +366,7 @@ class BackupJob:
                 self._read_bytes[event["device"]] = event["read_bytes"]
 
     def _attend(self, children: Children, orders: ChildCommands, emit: Emit) -> None:
-        """Whoever else has something to say: QEMU, and who asks or steers us. Raises Failure."""
+        """Take what others say: QEMU, and who asks or steers us. Raises Failure."""
         for order in orders.take():
             self._obey(order, children, emit)
         if self.machine:
@@ -408,7 +408,7 @@ class BackupJob:
 
     @property
     def names(self) -> list[str]:
-        """Of all devices of the archive."""
+        """The names of all devices of the archive."""
         return [disk.name for disk in self.disks] + [VMSTATE_NAME] * self.with_memory
 
     def _begin(self, emit: Emit, cancel: Cancel) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the last backup went, as a text file for Prometheus' node_exporter. Pure but for `write`."""
+"""The result of the last backup, as a text file for Prometheus' node_exporter. Pure but for `write`."""
 
 from __future__ import annotations
 

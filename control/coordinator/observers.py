@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes with every backup: its socket, its log, hooks, metrics, notes."""
+"""The companions of every backup: its socket, its log, hooks, metrics, notes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOOK_S = 300
 
 
 class Surroundings(NamedTuple):
-    """Who is told what happens, who may end it, and who may change its speed."""
+    """The ways in and out of a backup: its events, its cancellation, and orders for its speed."""
 
     emit: Emit
     cancel: Cancel

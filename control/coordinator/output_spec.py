@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the word for an archive's place on a command line means to the coordinator.
+"""The coordinator's view of the word that says where an archive goes.
 
 Apart from control/coordinator/job.py: commands that back nothing up need this and not that.
 """
@@ -16,13 +16,13 @@ _DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/|/dev/fd/)([0-9]{1,9})")
 
 
 def is_path(output: str) -> bool:
-    """Whether an output is a path, and not one of the other words."""
+    """Tell whether an output is a path, and not one of the other words."""
     other = ("exec:", "fd:", "/dev/fdset/", "/dev/fd/", SCHEME)
     return output != "-" and not output.startswith(other)
 
 
 def goes_to_stdout(output: str) -> bool:
-    """Whether the archive goes where our words would go; they must then go elsewhere."""
+    """Tell whether the archive goes to standard output, so that our words must go elsewhere."""
     match = _DESCRIPTOR.fullmatch(output)
     if output == "-" or (match and int(match[1]) == 1):
         return True

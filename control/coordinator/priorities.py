@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of the host a backup may use: CPU and I/O priority, cores, memory for buffers."""
+"""The share of the host that a backup may use: CPU and I/O priority, cores, memory for buffers."""
 
 from __future__ import annotations
 
@@ -99,12 +99,12 @@ def add_io_priority_option(parser: argparse._ActionsContainer) -> None:
 
 
 def priorities(options: argparse.Namespace) -> Priorities:
-    """What the options say, as far as the command has them."""
+    """Return the priorities of the options that the command has."""
     return Priorities(getattr(options, "nice", None), options.ionice, getattr(options, "cpus", ()))
 
 
 def buffer_of_each(buffer_bytes: int, total_bytes: int, disks: int) -> int:
-    """What `--buffer` is for each of so many live disks. Raises UsageError."""
+    """Return the bytes of `--buffer` for each of so many live disks. Raises UsageError."""
     if not total_bytes or not disks:
         return buffer_bytes
     share = total_bytes // disks
@@ -140,7 +140,7 @@ def _cores(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of cores like 0-2,5")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a valid list of cores like 0-2,5")
         # Nobody has more cores than that, and a range is made before it is looked at.
         cores |= set(range(int(first), min(int(last or first), 1 << 16) + 1))
     if not cores or not cores <= allowed:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Proxmox VE's tools expect of a backup beside its format: names, notes, map lines.
+"""The parts of a backup that Proxmox VE's tools expect beside its format: names, notes, map lines.
 
 Behaviour as of vzdump and qmrestore (pve-manager, qemu-server): an archive is
 found by its name, and the stored configuration says which disk belongs where.
@@ -73,7 +73,7 @@ _NO = frozenset({"0", "no", "off", "false"})
 
 
 def config_disks(text: str) -> list[ConfigDisk]:
-    """Of the machine as it is: snapshots and changes that are not in force yet come in sections."""
+    """Return the part for the machine as it is: snapshots and pending changes come in sections."""
     found = (_disk_of(line) for line in _main_section(text))
     return [disk for disk in found if disk is not None]
 
@@ -158,7 +158,7 @@ def _volume(volume: str) -> tuple[str, str]:
 
 
 class Configs(NamedTuple):
-    """What --vmid makes of `[NAME=]PATH` options: the machine's own have the archive's names.
+    """Read the configs of `[NAME=]PATH` options for --vmid: the machine's own have the archive's names.
 
     `texts`: the machine's configuration, by its place among `words`.
     """

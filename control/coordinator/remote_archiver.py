@@ -167,10 +167,10 @@ class RemoteJob:
             try:
                 yield service.decode_of_service(parts)
             except ProtocolError as error:
-                raise Failure(f"{self._at}: this is no archiver of ours: {error}") from error
+                raise Failure(f"{self._at}: this is not a vmapipe archiver: {error}") from error
 
     def _take(self, message: service.FromService) -> bool:
-        """Whether it was the last one. Raises Failure."""
+        """Tell whether it was the last one. Raises Failure."""
         match message:
             case service.Opened() if self._opened is None:
                 self._opened = message
@@ -180,7 +180,9 @@ class RemoteJob:
             case service.JobBegun() | service.JobProgress() | service.JobStored() if (
                 self._opened is None
             ):
-                raise Failure(f"{self._at}: this is no archiver of ours: it did not open the job")
+                raise Failure(
+                    f"{self._at}: this is not a vmapipe archiver: it did not open the job"
+                )
             case service.JobBegun() if self._begun is None and len(message.sizes) == len(
                 self._devices
             ):
@@ -195,7 +197,7 @@ class RemoteJob:
                 self._pass_on(text)
             case service.JobStored() if self._begun is None:
                 raise Failure(
-                    f"{self._at}: this is no archiver of ours: it stored what never began"
+                    f"{self._at}: this is not a vmapipe archiver: it stored what never began"
                 )
             case service.JobStored():
                 self._emit(
@@ -226,7 +228,7 @@ class RemoteJob:
         if self._notices == _MAX_NOTICES:
             self._emit({"event": "notice", "text": f"{self._at}: more notices are left out"})
         if self._notices == _NOTICES_WITHOUT_END:
-            raise Failure(f"{self._at}: this is no archiver of ours: its notices have no end")
+            raise Failure(f"{self._at}: this is not a vmapipe archiver: its notices have no end")
 
     def _begun_event(self, begun: service.JobBegun) -> Event:
         devices = [
@@ -277,7 +279,7 @@ class RemoteJob:
             self._say_who_we_are()
 
     def _say_who_we_are(self) -> None:
-        """What was said before a connection was lost may be lost, too: the service knows a repetition."""
+        """Say again what may have been lost with a connection: the service knows a repetition."""
         if self._cancel.asked:
             self._say(service.encode(service.JobCancel(self._job, self._cancel.reason)))
         elif self._opened is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a job's events look: a bar on a terminal, lines in a log, JSON lines, or nothing."""
+"""The looks of a job's events: a bar on a terminal, lines in a log, JSON lines, or nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def renderer(verb: str, options: argparse.Namespace, stream: TextIO) -> Iterator[Emit]:
-    """What to give a job's events to. `stream` is where words go that nobody reads as data."""
+    """Yield the function that takes a job's events. `stream` is where words go that nobody reads as data."""
     if options.json:
 
         def write_json(event: Event) -> None:
@@ -61,7 +61,7 @@ def renderer(verb: str, options: argparse.Namespace, stream: TextIO) -> Iterator
 
 
 def _going_on(report: Emit, stream: TextIO) -> Emit:
-    """Whoever read our reports may go away: that is no reason to give up a backup."""
+    """Report for as long as somebody reads: a closed pipe must not end a backup."""
 
     def careful(event: Event) -> None:
         try:
@@ -83,7 +83,7 @@ def human_time(seconds: float) -> str:
 
 
 class _Text:
-    """What bar and log have in common: totals, and the words at the end."""
+    """The common part of bar and log: totals, and the words at the end."""
 
     def __init__(self, verb: str, stream: TextIO) -> None:
         self.verb = verb
@@ -144,7 +144,7 @@ class _Text:
         return f"{human_bytes(read)}/s read (limit {human_bytes(limit)}/s)"
 
     def _pressure_text(self, event: Event) -> str | None:
-        """A line when it gets worse; that it got better is no news."""
+        """A line when it gets worse; that it got better is not told."""
         now = 2 if event["waiting_writes"] else 1 if event["spool_bytes"] else 0
         before = self._pressure.get(event["device"], 0)
         self._pressure[event["device"]] = max(now, before)
@@ -183,7 +183,7 @@ def _serving_text(event: Event) -> str:
 
 
 def verified_text(event: Event) -> str:
-    """What verification found, a line each, each disk's state, and what was checked at all."""
+    """Return the lines of a verification: each finding, each disk's state, and how much was checked."""
     # Here: backups use this file, too, and nothing of a restore.
     from vmapipe.restore.verify.report import range_text, state_text
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of one backup: its events in, the answers to who asks out. Pure."""
+"""The state of one backup: its events in, the answers to who asks out. Pure."""
 
 from __future__ import annotations
 

@@ -228,5 +228,5 @@ class JobClient:
         return self._qmp.execute(Command(command, arguments))
 
     def wait_for_end(self, timeout_s: float) -> bool:
-        """Whether the job has ended, and closed its end, by then."""
+        """Tell whether the job has ended, and closed its end, by then."""
         return self._qmp.wait_for_end(timeout_s)

@@ -135,7 +135,7 @@ def test_a_manifest_replaces_a_stale_one_in_one_step(archive: Path, folder: Path
 
 def test_a_folder_is_not_replaced_and_that_is_said_at_once(archive: Path, folder: Path) -> None:
     archive.mkdir()
-    with pytest.raises(OutputFailure, match=r"vm\.vma is no file"):
+    with pytest.raises(OutputFailure, match=r"vm\.vma is not a file"):
         FileOutput(str(archive), replace=True)
     assert names(folder) == ["vm.vma"]
 
@@ -254,7 +254,9 @@ def test_a_partial_that_is_no_file_is_left_alone(
 ) -> None:
     (folder / "target").write_bytes(b"precious")
     make(folder / "vm.vma.partial")
-    with pytest.raises(OutputFailure, match=r"vm\.vma\.partial is no file of vmapipe; remove it"):
+    with pytest.raises(
+        OutputFailure, match=r"vm\.vma\.partial is not a file of vmapipe; remove it"
+    ):
         FileOutput(str(archive))
     assert (folder / "target").read_bytes() == b"precious"
     assert names(folder) == ["target", "vm.vma.partial"]

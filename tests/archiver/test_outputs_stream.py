@@ -232,7 +232,7 @@ def test_a_descriptor_for_reading_is_refused() -> None:
 
 def test_a_socket_for_datagrams_is_refused() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
-        refused_and_still_open(end.fileno(), "a socket that is no stream")
+        refused_and_still_open(end.fileno(), "a socket that is not a stream")
 
 
 def test_a_terminal_is_refused() -> None:

@@ -39,7 +39,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
         1,
         "the limit is 65535",
     ),
-    "unknown format": (lambda d: ["--disk", f"a={d},format=no.such"], 2, "is no format"),
+    "unknown format": (lambda d: ["--disk", f"a={d},format=no.such"], 2, "is not a valid format"),
     "bad level": (lambda d: ["--disk", f"a={d}", "--compress", "zstd:99"], 2, "zstd:1 to zstd:19"),
     "bad compressor": (lambda d: ["--disk", f"a={d}", "--compress", "xz"], 2, "use zstd"),
     "bad speed": (lambda d: ["--disk", f"a={d}", "--speed", "fast"], 2, "is not a valid size"),

@@ -240,7 +240,7 @@ def test_what_an_nbd_server_exports_is_backed_up_by_its_uri(
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (",format=", "is no format"),
+        (",format=", "is not a valid format"),
         (",format=qcow2,format=raw", "format comes twice"),
         (",snapshot=x", "say the format, too"),
         (",format=raw,offset=much", "is not a valid size"),

@@ -49,4 +49,5 @@ def test_wrong_use_is_one_clear_line(tmp_path: Path) -> None:
     words = ("backup", "--disk", f"d={disk}")
     assert "100 to 999999999" in bad(*words, "--vmid", "7", tmp_path, code=2)
     assert "--notes needs --vmid" in bad(*words, "--notes", "x", tmp_path / "vm.vma", code=2)
+    assert "--freeze needs --agent" in bad(*words, "--freeze", tmp_path / "a", code=2)
     assert "--agent needs --qmp or --monitor" in bad(*words, "--agent", "x", tmp_path / "a", code=2)

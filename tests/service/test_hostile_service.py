@@ -168,7 +168,7 @@ def test_what_comes_in_the_wrong_order_or_shape_ends_the_backup_with_a_line(
     with hostile({"OPEN": said}) as service:
         code, text = backup(service, disk)
     assert code == 1
-    assert "this is no archiver of ours" in text.splitlines()[-1]
+    assert "this is not a vmapipe archiver" in text.splitlines()[-1]
 
 
 def test_an_archive_is_called_as_the_client_has_called_it(disk: Path) -> None:
@@ -242,7 +242,7 @@ def test_words_of_a_service_cannot_move_the_cursor(disk: Path, said: list[bytes]
     with hostile({"OPEN": said}) as service:
         code, text = backup(service, disk)
     assert code == 1
-    assert "pwned" in text or "no archiver of ours" in text
+    assert "pwned" in text or "not a vmapipe archiver" in text
 
 
 def test_notices_without_end_come_to_an_end(disk: Path) -> None:

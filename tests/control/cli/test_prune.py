@@ -247,7 +247,7 @@ def test_what_was_stored_less_long_ago_than_asked_stays_and_counts_for_nothing(
 @pytest.mark.parametrize("time_word", ["x", "-1d", "1y", "", "999999d"])
 def test_a_time_that_is_none_is_refused(tmp_path: Path, time_word: str) -> None:
     words = ("prune", tmp_path, "--keep-last", "1", f"--keep-within={time_word}")
-    assert "is no time" in bad(*words, code=2)
+    assert "is not a valid time" in bad(*words, code=2)
 
 
 def test_archives_that_were_copied_without_their_times_stay_until_their_names_are_believed(

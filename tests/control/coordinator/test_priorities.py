@@ -73,7 +73,7 @@ def test_the_memory_for_buffers_is_divided_and_never_too_little() -> None:
         ("--ionice", "idle:3", "neither idle nor"),
         ("--ionice", "best-effort:8", "neither idle nor"),
         ("--ionice", "realtime:0", "neither idle nor"),
-        ("--cpus", "0-", "no list of cores"),
+        ("--cpus", "0-", "not a valid list of cores"),
         ("--cpus", "60000", "cores that may be used here are"),
         ("--cpus", "3-1", "cores that may be used here are"),
     ],
