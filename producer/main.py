@@ -41,7 +41,7 @@ from vmapipe.runtime.arguments import (
 )
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
-from vmapipe.runtime.events import ChildCommands, Emit, Event, speed_in
+from vmapipe.runtime.events import ChildCommands, Command, Emit, Event, speed_in
 from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.process import lower_priority, run_child
 from vmapipe.runtime.rate_limit import RateLimiter
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> i
     limiter = RateLimiter(options.speed, time.monotonic())
     commands = ChildCommands()
 
-    def follow(command: Event) -> None:
+    def follow(command: Command) -> None:
         speed = speed_in(command)
         if speed is not None:
             limiter.change(speed)
@@ -337,10 +337,10 @@ def _print(event: Event) -> None:
                 f"{event['device']}: old data waits: {event['memory_bytes']} bytes in memory, "
                 f"{event['spool_bytes']} in the spool file; {event['waiting_writes']} writes wait"
             )
-        case "transfer" | "job-speed" | "ending":
-            return
-        case _:
+        case "sent":
             text = f"{event['device']}: done; the archive is stored"
+        case _:
+            return
     print(one_line(text), file=sys.stderr, flush=True)
 
 

@@ -21,8 +21,8 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import (
     ChildCommands,
+    Command,
     Emit,
-    Event,
     JobCopied,
     copied_in,
     ignore,
@@ -160,7 +160,7 @@ class QemuFeed:
             self._reported_speed = speed
             self._emit({"event": "job-speed", "device": self.name, "bytes_per_s": speed})
 
-    def _obey(self, command: Event) -> None:
+    def _obey(self, command: Command) -> None:
         copied, speed = copied_in(command), speed_in(command)
         if is_job_speed_set(command):
             self._sink.job_is_limited()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from vmapipe.runtime.errors import Cancelled, Failure
-from vmapipe.runtime.events import Event, LineSplitter, ignore
+from vmapipe.runtime.events import Command, LineSplitter, ignore
 from vmapipe.runtime.syscalls import writable
 
 # How long a process may take to put things in order after its parent died,
@@ -138,7 +138,7 @@ class ParentConnection:
     ends the process if the stop does not come.
     """
 
-    def __init__(self, fd: int, cancel: Cancel, hear: Callable[[Event], None] = ignore) -> None:
+    def __init__(self, fd: int, cancel: Cancel, hear: Callable[[Command], None] = ignore) -> None:
         self._socket = socket.socket(fileno=fd)
         self._cancel = cancel
         self._hear = hear

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 import psutil
 
-from vmapipe.runtime.events import Event, LineSplitter, encode_line
+from vmapipe.runtime.events import Command, Event, LineSplitter, encode_line
 from vmapipe.runtime.logs import shown
 from vmapipe.runtime.process import leave
 from vmapipe.runtime.syscalls import readable
@@ -167,13 +167,14 @@ class Child:
             data = b""
         if not data:
             return [], True
-        events = self._splitter.feed(data)
+        # Taken for what it should be: the child is this program.
+        events: list[Event] = self._splitter.feed(data)
         for event in events:
             if event.get("event") == "error" and not self.error:
                 self.error = str(event.get("text", ""))
         return events, False
 
-    def tell(self, order: Event) -> None:
+    def tell(self, order: Command) -> None:
         """Send a command to the child; dropped if it has exited or its buffer is full."""
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("command to child %d %s", self.pid, shown(order))

@@ -5,6 +5,9 @@ An event is a flat dict with the key `event` (a word) and fields; sizes in
 bytes, times in seconds. A child process writes its events as JSON lines to its
 parent; a process run by hand gives them to a renderer. A command is a dict with the
 key `order` (a word) and fields.
+
+The types are the events: mypy checks what is emitted and read against them. A line from a
+child is taken for one of them unchecked: it is the same program.
 """
 
 from __future__ import annotations
@@ -14,17 +17,177 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypedDict
 
-Event = dict[str, Any]
+from vmapipe.runtime.event_types import PublicEvent
+
+# --- Events of the service's log ---
+
+
+class UsageFields(TypedDict, total=False):
+    """What a job's archiver has used; empty: it could not be started."""
+
+    cpu_s: float
+    peak_rss_bytes: int
+
+
+class ServiceJobFields(TypedDict):
+    job: str
+    client: str
+    archive: str
+
+
+class JobOpenedEvent(ServiceJobFields):
+    event: Literal["job-opened"]
+    devices: list[str]
+
+
+class JobNoticeEvent(ServiceJobFields):
+    event: Literal["job-notice"]
+    text: str
+
+
+class JobEndFields(UsageFields):
+    seconds: float
+
+
+class JobStoredEvent(ServiceJobFields, JobEndFields):
+    event: Literal["job-stored"]
+    stored_bytes: int
+
+
+class JobFailedEvent(ServiceJobFields, JobEndFields):
+    event: Literal["job-failed"]
+    text: str
+
+
+class JobRefusedEvent(TypedDict):
+    event: Literal["job-refused"]
+    client: str
+    archive: str
+    code: str
+    text: str
+
+
+ServiceLogEvent = (
+    JobOpenedEvent | JobNoticeEvent | JobStoredEvent | JobFailedEvent | JobRefusedEvent
+)
+
+# --- Events for a parent only ---
+
+
+class ErrorEvent(TypedDict):
+    """The failure that ends the child."""
+
+    event: Literal["error"]
+    text: str
+
+
+class DrainingEvent(TypedDict):
+    """QEMU's writes are only acknowledged from now on: the backup has failed."""
+
+    event: Literal["draining"]
+    device: str
+    text: str
+
+
+class EndingEvent(TypedDict):
+    """The device is all sent; the producer waits for the archiver's last word."""
+
+    event: Literal["ending"]
+    device: str
+
+
+class JobSpeedEvent(TypedDict):
+    """QEMU's backup job is to be given this speed."""
+
+    event: Literal["job-speed"]
+    device: str
+    bytes_per_s: int
+
+
+class UploadEvent(TypedDict):
+    """An upload to an object store has begun, which is to be aborted if the child is killed."""
+
+    event: Literal["upload"]
+    archive: str
+    upload: str
+
+
+class GuardReadyEvent(TypedDict):
+    """All disks of a guard can be reached."""
+
+    event: Literal["all-served"]
+
+
+class FrozenEvent(TypedDict):
+    event: Literal["frozen"]
+    file_systems: int
+
+
+class NotThawedEvent(TypedDict):
+    event: Literal["not-thawed"]
+
+
+class CarriedEvent(TypedDict):
+    """How many bytes of a connection the acceptor has passed on."""
+
+    event: Literal["carried"]
+    name: str
+    bytes: int
+
+
+class AuthenticationEvent(TypedDict):
+    """A CURVE handshake of a client at this address has begun, or has been decided."""
+
+    event: Literal["authenticating", "decided"]
+    address: str
+
+
+ChildEvent = (
+    ErrorEvent
+    | DrainingEvent
+    | EndingEvent
+    | JobSpeedEvent
+    | UploadEvent
+    | GuardReadyEvent
+    | FrozenEvent
+    | NotThawedEvent
+    | CarriedEvent
+    | AuthenticationEvent
+)
+
+Event = PublicEvent | ServiceLogEvent | ChildEvent
 Emit = Callable[[Event], None]
+
+# --- Commands ---
+
+
+class SpeedCommand(TypedDict):
+    order: Literal["speed"]
+    bytes_per_s: int
+
+
+class CopiedCommand(TypedDict):
+    order: Literal["copied"]
+    bytes: int
+    rest_is_zero: bool
+
+
+class JobSpeedSetCommand(TypedDict):
+    order: Literal["job-speed-set"]
+
+
+Command = SpeedCommand | CopiedCommand | JobSpeedSetCommand
+
+# --- Lines ---
 
 # A line that a child writes; a longer one is a defect, and ends the connection.
 MAX_LINE_BYTES = 1 << 20
 
 
-def encode_line(event: Event) -> bytes:
+def encode_line(event: Mapping[str, object]) -> bytes:
     return json.dumps(event, separators=(",", ":")).encode() + b"\n"
 
 
@@ -34,14 +197,15 @@ class LineSplitter:
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[Any]:
+        """Return the events, or commands, that are complete now."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE_BYTES:
             raise ValueError("an event line without an end")
         return [json.loads(line) for line in lines if line]
 
 
-def ignore(event: Event) -> None:
+def ignore(event: object) -> None:
     """Drop the event."""
 
 
@@ -54,14 +218,14 @@ class ChildCommands:
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
-        self._commands: deque[Event] = deque()
+        self._commands: deque[Command] = deque()
 
-    def put(self, command: Event) -> None:
+    def put(self, command: Command) -> None:
         with self._lock:
             self._commands.append(command)
         os.eventfd_write(self.fd, 1)
 
-    def take(self) -> list[Event]:
+    def take(self) -> list[Command]:
         """Return the commands that have come since the last call, in order."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fd)
@@ -71,14 +235,14 @@ class ChildCommands:
         return taken
 
 
-def speed_command(bytes_per_s: int) -> Event:
+def speed_command(bytes_per_s: int) -> Command:
     """Return the command to read at most so much from now on, 0: without a limit."""
     return {"order": "speed", "bytes_per_s": bytes_per_s}
 
 
-def speed_in(command: Event) -> int | None:
+def speed_in(command: Command) -> int | None:
     """Return the limit in bytes a second; None: another command."""
-    if command.get("order") != "speed":
+    if command["order"] != "speed":
         return None
     return int(command["bytes_per_s"])
 
@@ -93,21 +257,21 @@ class JobCopied(NamedTuple):
     rest_is_zero: bool
 
 
-def copied_command(copied: JobCopied) -> Event:
+def copied_command(copied: JobCopied) -> Command:
     """Return the command that says that all of the disk has been sent to the sink."""
     return {"order": "copied", "bytes": copied.copied_bytes, "rest_is_zero": copied.rest_is_zero}
 
 
-def copied_in(command: Event) -> JobCopied | None:
+def copied_in(command: Command) -> JobCopied | None:
     """Return the end of QEMU's job; None: another command."""
-    if command.get("order") != "copied":
+    if command["order"] != "copied":
         return None
     return JobCopied(int(command["bytes"]), bool(command["rest_is_zero"]))
 
 
 #: QEMU's job has been given the speed that its sink asked for last.
-JOB_SPEED_SET: Event = {"order": "job-speed-set"}
+JOB_SPEED_SET: Command = {"order": "job-speed-set"}
 
 
-def is_job_speed_set(command: Event) -> bool:
+def is_job_speed_set(command: Command) -> bool:
     return command == JOB_SPEED_SET

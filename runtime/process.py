@@ -15,11 +15,11 @@ import resource
 import socket
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from vmapipe.runtime.cancel import Cancel, ParentConnection
 from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, Failure, os_error_text
-from vmapipe.runtime.events import Emit, Event, encode_line, ignore
+from vmapipe.runtime.events import Command, Emit, Event, encode_line, ignore
 from vmapipe.runtime.logs import shown, start_logging
 from vmapipe.runtime.syscalls import set_time_slice
 from vmapipe.runtime.text import one_line
@@ -36,8 +36,6 @@ _USUAL_STACK_BYTES = 8 << 20
 _SPARE_BYTES = 16 << 20
 # With less, modules of Python's print tracebacks of their own.
 _LEAST_MEMORY_BYTES = 24 << 20
-# Their text is for people.
-_WORDED = frozenset({"notice", "draining", "error"})
 
 
 def failure_of(error: BaseException) -> tuple[str, int] | None:
@@ -208,7 +206,7 @@ def run_child(
     parent_fd: int | None,
     work: Callable[[Cancel, Emit], None],
     by_hand: Emit,
-    on_command: Callable[[Event], None] = ignore,
+    on_command: Callable[[Command], None] = ignore,
 ) -> int:
     """Run one process of a job, with a parent that listens or by hand.
 
@@ -233,9 +231,9 @@ def run_child(
         return failure[1]
 
     def emit(event: Event) -> None:
-        if event["event"] in _WORDED:
+        if event["event"] == "notice" or event["event"] == "draining" or event["event"] == "error":
             # It may quote a stranger at any length; a parent takes no line without an end.
-            event = {**event, "text": one_line(str(event["text"]))}
+            event = cast(Event, {**event, "text": one_line(event["text"])})
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s event %s", program, shown(event))
         parent.send(encode_line(event), droppable=event["event"] in _DROPPABLE)

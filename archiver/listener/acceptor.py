@@ -24,6 +24,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 from vmapipe.archiver.listener.relay import PipeStock, Relay
 from vmapipe.protocol.zmtp import ConnectionOpening, HandshakeRefused, Stage, greeting
@@ -384,7 +385,7 @@ class Acceptor:
     def _notice(self, text: str) -> None:
         self._emit({"event": "notice", "text": text})
 
-    def _report(self, event: str, connection: _Connection) -> None:
+    def _report(self, event: Literal["authenticating", "decided"], connection: _Connection) -> None:
         """Report the address of a client: the socket itself sees only this process."""
         if self._curve:
             self._emit({"event": event, "address": connection.address})

@@ -20,7 +20,7 @@ from vmapipe.archiver.outputs.manifests import beside
 from vmapipe.archiver.service.jobs import StartArchiver
 from vmapipe.archiver.service.storage import abort_uploads
 from vmapipe.runtime.children import STOP_S, Child
-from vmapipe.runtime.events import Event
+from vmapipe.runtime.events import Event, UsageFields
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.runtime.objectstore import is_object
 
@@ -135,7 +135,7 @@ class ArchiverProcesses:
     def verdict(self, job: bytes) -> str:
         return self._members[job].child.verdict()
 
-    def usage(self, job: bytes) -> Event:
+    def usage(self, job: bytes) -> UsageFields:
         child = self._members[job].child
         return {"cpu_s": round(child.cpu_s, 3), "peak_rss_bytes": child.peak_rss_bytes}
 
@@ -166,10 +166,11 @@ class ArchiverProcesses:
 
     def _heed(self, member: _Member, event: Event) -> None:
         """What is to be done at once when an archiver says this."""
-        match event:
-            case {"event": "listening"}:
+        match event["event"]:
+            case "listening":
                 self._remove_configs(member)
-            case {"event": "upload", "archive": name, "upload": upload}:
+            case "upload":
+                name, upload = event["archive"], event["upload"]
                 member.uploads.append((name, upload))
                 note_upload(member.folder, name, upload)
 

@@ -38,7 +38,7 @@ from vmapipe.archiver.service.peers import (
 from vmapipe.protocol import service
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.schema import Part
-from vmapipe.runtime.events import Event
+from vmapipe.runtime.events import Event, JobRefusedEvent, UsageFields
 from vmapipe.runtime.text import one_line
 
 # How long the last answers of an archiver that has ended may take to arrive.
@@ -94,7 +94,7 @@ class ArchiverEnded(NamedTuple):
 
     job: bytes
     words: str
-    usage: Event
+    usage: UsageFields
     now: float
 
 
@@ -294,7 +294,7 @@ class Front:
     ) -> list[ServiceInstruction]:
         instructions: list[ServiceInstruction] = []
         if self._log_limit.allows(client, now):
-            event = {
+            event: JobRefusedEvent = {
                 "event": "job-refused",
                 "client": client,
                 "archive": one_line(name, _LOGGED_NAME_CHARS),

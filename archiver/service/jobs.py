@@ -18,7 +18,7 @@ from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.schema import Part
 from vmapipe.protocol.service import Open
 from vmapipe.protocol.transfer import Abort
-from vmapipe.runtime.events import Event
+from vmapipe.runtime.events import Event, JobEndFields, ServiceJobFields, UsageFields
 from vmapipe.runtime.text import one_line
 
 
@@ -244,7 +244,7 @@ class ServiceJob:
             return []
         self.phase = ServicePhase.RUNNING
         self.opened = True
-        opened = self._log("job-opened", devices=list(self.devices))
+        opened = LogEvent({"event": "job-opened", **self._whose(), "devices": list(self.devices)})
         return [opened, *self._tell(self._opened())]
 
     def archiver_event(self, event: Event) -> list[ServiceInstruction]:
@@ -260,7 +260,8 @@ class ServiceJob:
             case service.JobProgress():
                 self._done = message
             case service.JobNotice(text):
-                instructions.append(self._log("job-notice", text=text))
+                noticed = LogEvent({"event": "job-notice", **self._whose(), "text": text})
+                instructions.append(noticed)
         if message is not None:
             instructions += self._tell(service.encode(message))
         return instructions
@@ -276,20 +277,22 @@ class ServiceJob:
         aborts = self._aborts(said_reason(reason)) if self.stored is None else []
         return [*aborts, StopArchiver(self.id)]
 
-    def end(self, words: str, usage: Event, now: float) -> list[ServiceInstruction]:
+    def end(self, words: str, usage: UsageFields, now: float) -> list[ServiceInstruction]:
         """Its archiver is gone. `words` say why if it failed; `usage` is for the log."""
         self.phase = ServicePhase.ENDED
         self.ended = now
-        usage = {**usage, "seconds": round(now - self.started, 3)}
+        whose = self._whose()
+        ended: JobEndFields = {**usage, "seconds": round(now - self.started, 3)}
         if self.stored is not None:
-            return [self._log("job-stored", stored_bytes=self.stored.stored, **usage)]
+            size = self.stored.stored
+            return [LogEvent({"event": "job-stored", **whose, "stored_bytes": size, **ended})]
         reason = self.reason or words
         said = said_reason(reason)
         self.verdict = (
             service.JobFailed(said) if self.opened else service.JobRefused("failed", said)
         )
         return [
-            self._log("job-failed", text=reason, **usage),
+            LogEvent({"event": "job-failed", **whose, "text": reason, **ended}),
             *self._tell(service.encode(self.verdict)),
             # An archiver that was killed could not tell its producers itself.
             *self._aborts(said),
@@ -298,9 +301,8 @@ class ServiceJob:
     def _aborts(self, said: str) -> list[ServiceInstruction]:
         return [SendAnswer(peer, transfer.encode_control(Abort(said))) for peer in self.producers]
 
-    def _log(self, event: str, **more: object) -> LogEvent:
-        whose = {"job": self.id.hex(), "client": self.client, "archive": self.place.path}
-        return LogEvent({"event": event, **whose, **more})
+    def _whose(self) -> ServiceJobFields:
+        return {"job": self.id.hex(), "client": self.client, "archive": self.place.path}
 
     # --- time ---
 
@@ -342,7 +344,7 @@ def message_of(event: Event, name: str) -> service.FromService | None:
         case "begun":
             sizes = tuple(device["bytes"] for device in event["devices"])
             return service.JobBegun(bytes.fromhex(event["uuid"]), sizes)
-        case "progress":
+        case "progress" if "devices" in event:
             done = tuple(device["done_bytes"] for device in event["devices"])
             zero = tuple(device["zero_bytes"] for device in event["devices"])
             return service.JobProgress(event["stored_bytes"], event["plain_bytes"], done, zero)

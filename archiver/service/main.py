@@ -156,9 +156,10 @@ def _json_line(event: Event) -> str:
 
 
 def _text_line(event: Event) -> str:
-    of = f" of client {event['client']}" if event.get("client") else ""
+    client = event.get("client")
+    of = f" of client {client}" if client else ""
     match event["event"]:
-        case "ready":
+        case "ready" if "directory" in event:
             text = f"listening on {event['listen']}, archives go to {event['directory']}"
         case "job-opened":
             text = f"{event['archive']}: opened{of}, {len(event['devices'])} devices"
@@ -170,6 +171,8 @@ def _text_line(event: Event) -> str:
             text = f"{event['archive']}: refused{of}: {event['text']} [{event['code']}]"
         case "job-notice":
             text = f"{event['archive']}: {event['text']}"
-        case _:
-            text = str(event["text"])
+        case "notice":
+            text = event["text"]
+        case name:  # the service has no others
+            text = name
     return one_line(text) + "\n"

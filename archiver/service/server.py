@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -33,10 +34,13 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.keys import ServerKeys
+from vmapipe.runtime.logs import shown
 from vmapipe.runtime.process import notify
 
 # Time passes for the core, and systemd's watchdog is fed, so often.
 _TICK_S = 0.5
+
+_log = logging.getLogger(__name__)
 
 
 class ServiceLoop:
@@ -120,29 +124,37 @@ class ServiceLoop:
         self._status = status
 
     def _handle(self, event: FrontEvent, frames: Frames = ()) -> None:
+        is_traced = _log.isEnabledFor(logging.DEBUG)
+        if is_traced and not isinstance(event, ServiceTicked):  # one a second
+            _log.debug("event %s", shown(event))
         for instruction in self._front.handle(event):
-            match instruction:
-                case core.ForwardMessage(peer):
-                    self._link.forward(peer, frames)
-                case core.SendAnswer(peer, parts):
-                    self._link.send(peer, parts)
-                case core.AttachProducer(peer, job):
-                    if not self._link.attach(peer, self._crew.endpoint_of(job)):
-                        self._handle(AttachFailed(peer, job))
-                case core.DetachProducer(peer):
-                    self._link.detach(peer)
-                case core.DropPeer(peer):
-                    self._link.drop(peer)
-                case core.StartArchiver():
-                    self._start(instruction)
-                case core.StopArchiver(job):
-                    self._crew.signal(job, signal.SIGTERM)
-                case core.KillArchiver(job):
-                    self._crew.signal(job, signal.SIGKILL)
-                case core.ReleaseJob(job):
-                    self._crew.release(job)
-                case core.LogEvent(line):
-                    self._emit(line)
+            if is_traced:
+                _log.debug("instruction %s", shown(instruction))
+            self._carry_out(instruction, frames)
+
+    def _carry_out(self, instruction: core.ServiceInstruction, frames: Frames) -> None:
+        match instruction:
+            case core.ForwardMessage(peer):
+                self._link.forward(peer, frames)
+            case core.SendAnswer(peer, parts):
+                self._link.send(peer, parts)
+            case core.AttachProducer(peer, job):
+                if not self._link.attach(peer, self._crew.endpoint_of(job)):
+                    self._handle(AttachFailed(peer, job))
+            case core.DetachProducer(peer):
+                self._link.detach(peer)
+            case core.DropPeer(peer):
+                self._link.drop(peer)
+            case core.StartArchiver():
+                self._start(instruction)
+            case core.StopArchiver(job):
+                self._crew.signal(job, signal.SIGTERM)
+            case core.KillArchiver(job):
+                self._crew.signal(job, signal.SIGKILL)
+            case core.ReleaseJob(job):
+                self._crew.release(job)
+            case core.LogEvent(line):
+                self._emit(line)
 
     def _start(self, order: core.StartArchiver) -> None:
         try:

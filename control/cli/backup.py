@@ -198,7 +198,14 @@ def _run_job(
             configs = read_configs(options.config, options.vmid, around.cancel)
         disks, left_out = choose_disks(options, configs.disks, machine)
         for disk in left_out:
-            around.emit({"event": "skipped", **disk._asdict()})
+            around.emit(
+                {
+                    "event": "skipped",
+                    "device": disk.device,
+                    "reason": disk.reason,
+                    "level": disk.level,
+                }
+            )
         if options.vmid is not None:
             options.config, fds = configs.stored([disk.name for disk in disks])
             pass_fds = pass_fds + fds

@@ -12,6 +12,7 @@ from vmapipe.control.coordinator.job import BackupJob, Disk
 from vmapipe.control.coordinator.output_spec import goes_to_stdout, inherited_fds
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.event_types import BackupProgressEvent
 from vmapipe.runtime.events import Event
 from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 from vmapipe.vma.layout import MAX_BLOB_BYTES
@@ -91,10 +92,10 @@ class _CreateReport:
     def __init__(self, print_to: Callable[[str], object]) -> None:
         self._print = print_to
         self._percent = -1
-        self._last: Event | None = None
+        self._last: BackupProgressEvent | None = None
 
     def __call__(self, event: Event) -> None:
-        if event["event"] != "progress":
+        if event["event"] != "progress" or "devices" not in event:
             return
         self._last = event
         done = sum(d["done_bytes"] for d in event["devices"])

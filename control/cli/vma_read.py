@@ -181,7 +181,9 @@ class _ReadReport:
     def __call__(self, event: Event) -> None:
         if event["event"] == "notice":
             print(f"vma: {one_line(event['text'])}", file=sys.stderr, flush=True)
-        if event["event"] != "progress" or not self._verbose or not event["total_bytes"]:
+        if event["event"] != "progress" or "total_bytes" not in event:
+            return
+        if not self._verbose or not event["total_bytes"]:
             return
         percent = 100 * event["done_bytes"] // event["total_bytes"]
         if percent != self._percent:

@@ -18,7 +18,8 @@ from vmapipe.control.qemu.vmstate import Instant
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
-from vmapipe.runtime.events import ChildCommands, Emit, Event, speed_command, speed_in
+from vmapipe.runtime.event_types import BackupProgressEvent, InstantEvent
+from vmapipe.runtime.events import ChildCommands, Command, Emit, Event, speed_command, speed_in
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.vma.layout import MAX_DEVICES
 
@@ -360,7 +361,7 @@ class BackupJob:
                 self.machine.set_job_speed(event["device"], event["bytes_per_s"])
         elif event["event"] not in ("draining", "error"):
             emit(event)
-            if event["event"] == "progress":
+            if event["event"] == "progress" and "devices" in event:
                 self._share_again(event, children)
             elif event["event"] == "transfer":
                 self._read_bytes[event["device"]] = event["read_bytes"]
@@ -380,7 +381,7 @@ class BackupJob:
         if self.server:
             self.server.serve()
 
-    def _obey(self, order: Event, children: Children, emit: Emit) -> None:
+    def _obey(self, order: Command, children: Children, emit: Emit) -> None:
         """While it runs: another speed, of all disks together."""
         speed = speed_in(order)
         if speed is None:
@@ -389,7 +390,7 @@ class BackupJob:
         self._tell_share(children)
         emit({"event": "speed", "bytes_per_s": speed})
 
-    def _share_again(self, progress: Event, children: Children) -> None:
+    def _share_again(self, progress: BackupProgressEvent, children: Children) -> None:
         """Disks that are done leave their share to the others."""
         changed = [
             self._shares.done(device["name"])
@@ -447,8 +448,10 @@ class BackupJob:
 
 def _tell_instant(held: Instant | None, emit: Emit) -> None:
     if held is not None:
-        memory = {"memory": held.how} if held.how else {}
-        emit({"event": "instant", "held_s": round(held.seconds, 4), **memory})
+        instant: InstantEvent = {"event": "instant", "held_s": round(held.seconds, 4)}
+        if held.how:
+            instant["memory"] = held.how
+        emit(instant)
 
 
 def _has_failed(child: Child, event: Event | None) -> bool:

@@ -8,6 +8,7 @@ import time
 from types import TracebackType
 
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.event_types import BackupProgressEvent, StoredEvent
 from vmapipe.runtime.events import Emit, Event, ignore
 from vmapipe.runtime.logs import LEVELS
 from vmapipe.runtime.side_files import open_new, open_to_append
@@ -82,7 +83,7 @@ class JobLog:
                 self._say("info", f"started backup task '{event['uuid']}'")
             case "instant":
                 self._say("info", f"all disks held for {1000 * event['held_s']:.0f} ms")
-            case "progress":
+            case "progress" if "devices" in event:
                 self._progress(event)
             case "buffer" if event["waiting_writes"]:
                 self._say("warn", f"{event['device']}: {event['waiting_writes']} writes wait")
@@ -94,10 +95,12 @@ class JobLog:
             case "notice":
                 self._say("warn", str(event["text"]))
             case name:
-                fields = " ".join(f"{key}={event[key]}" for key in event if key != "event")
+                fields = " ".join(
+                    f"{key}={value}" for key, value in event.items() if key != "event"
+                )
                 self._say("debug", f"{name}: {fields}")
 
-    def _progress(self, event: Event) -> None:
+    def _progress(self, event: BackupProgressEvent) -> None:
         done = sum(device["done_bytes"] for device in event["devices"])
         total = self._total_bytes = sum(device["bytes"] for device in event["devices"])
         self._zero_bytes = sum(device["zero_bytes"] for device in event["devices"])
@@ -114,7 +117,7 @@ class JobLog:
                 f"read: {rate}/s",
             )
 
-    def _stored(self, event: Event) -> None:
+    def _stored(self, event: StoredEvent) -> None:
         seconds = max(0.001, time.monotonic() - self._started)
         total, zero = self._total_bytes, self._zero_bytes
         if zero:

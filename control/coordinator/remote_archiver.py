@@ -26,6 +26,7 @@ from vmapipe.runtime.arguments import (
 )
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
+from vmapipe.runtime.event_types import BackupProgressEvent, BegunDevice, BegunEvent, ProgressDevice
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.process import run_child
@@ -230,15 +231,17 @@ class RemoteJob:
         if self._notices == _NOTICES_WITHOUT_END:
             raise Failure(f"{self._at}: this is not a vmapipe archiver: its notices have no end")
 
-    def _begun_event(self, begun: service.JobBegun) -> Event:
-        devices = [
+    def _begun_event(self, begun: service.JobBegun) -> BegunEvent:
+        devices: list[BegunDevice] = [
             {"dev_id": index, "name": name, "bytes": size}
             for index, (name, size) in enumerate(zip(self._devices, begun.sizes, strict=True), 1)
         ]
         return {"event": "begun", "uuid": begun.uuid.hex(), "devices": devices}
 
-    def _progress_event(self, progress: service.JobProgress, begun: service.JobBegun) -> Event:
-        devices = [
+    def _progress_event(
+        self, progress: service.JobProgress, begun: service.JobBegun
+    ) -> BackupProgressEvent:
+        devices: list[ProgressDevice] = [
             {"name": name, "bytes": size, "done_bytes": done, "zero_bytes": zero}
             for name, size, done, zero in zip(
                 # What does not fit together is not shown.

@@ -9,9 +9,21 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TextIO
 
+from vmapipe.runtime.event_types import (
+    BackupProgressEvent,
+    BufferEvent,
+    DamageFields,
+    DoneEvent,
+    ExportedEvent,
+    InstantEvent,
+    ReadProgressEvent,
+    RestoredEvent,
+    ServingEvent,
+    VerifiedEvent,
+)
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
 from vmapipe.runtime.process import failure_of
 from vmapipe.runtime.text import MAX_NAME_CHARS, human_bytes, name_text, one_line
@@ -93,7 +105,7 @@ class _Text:
         # By device, how hard a slow archiver presses on the guest: an index of _PRESSURE.
         self._pressure: dict[str, int] = {}
 
-    def take_progress(self, event: Event) -> None:
+    def take_progress(self, event: BackupProgressEvent | ReadProgressEvent) -> None:
         if "devices" in event:
             devices = event["devices"]
             self.done_bytes = sum(d["done_bytes"] for d in devices)
@@ -116,7 +128,7 @@ class _Text:
             return "--:--"
         return human_time(max(0, self.total_bytes - self.done_bytes) / self.rate)
 
-    def summary(self, event: Event) -> str | None:
+    def summary(self, event: Event) -> str | None:  # noqa: PLR0911  a case an event
         """The line for an event that is worth one in any form."""
         match event["event"]:
             case "stored":
@@ -130,20 +142,38 @@ class _Text:
                 return f"{self.verb} done in {event['seconds']:.1f} s, {self._rate_text(event)}"
             case "buffer":
                 return self._pressure_text(event)
-            case "skipped" if event["level"] == "debug":
-                return None
-        words = _WORDS.get(event["event"])
-        return None if words is None else words(event)
+            case "skipped" if event["level"] != "debug":
+                device, reason = one_line(event["device"]), one_line(event["reason"])
+                return f"not in the archive: {device}: {reason}"
+            case "restored":
+                return _restored_text(event)
+            case "verified":
+                return verified_text(event)
+            case "instant":
+                return _instant_text(event)
+            case "serving":
+                return _serving_text(event)
+            case "exported":
+                return _exported_text(event)
+            case "ready":
+                return f"ready; backups ask {one_line(event['listen'])}"
+            case "notice":
+                return one_line(event["text"])
+            case "speed":
+                speed = event["bytes_per_s"]
+                limit = f"{human_bytes(speed)}/s"
+                return f"the speed limit is now {limit}" if speed else "speed limit removed"
+        return None
 
-    def _rate_text(self, event: Event) -> str:
-        limit = event.get("speed_bytes_s")
+    def _rate_text(self, event: DoneEvent) -> str:
+        limit = event["speed_bytes_s"]
         if not limit:
             return f"{human_bytes(self.rate)}/s"
         # The limit is one on reading, which holes need none of.
         read = event["read_bytes"] / max(0.001, event["seconds"])
         return f"{human_bytes(read)}/s read (limit {human_bytes(limit)}/s)"
 
-    def _pressure_text(self, event: Event) -> str | None:
+    def _pressure_text(self, event: BufferEvent) -> str | None:
         """A line when it gets worse; that it got better is not told."""
         now = 2 if event["waiting_writes"] else 1 if event["spool_bytes"] else 0
         before = self._pressure.get(event["device"], 0)
@@ -158,7 +188,7 @@ _PRESSURE = (
 )
 
 
-def _restored_text(event: Event) -> str:
+def _restored_text(event: RestoredEvent) -> str:
     checked = "every byte checked" if event["digests_checked"] else "not every byte checked"
     if event["salvaged"]:
         checked = "what there is of a damaged archive"
@@ -170,19 +200,26 @@ def _restored_text(event: Event) -> str:
     )
 
 
-def _instant_text(event: Event) -> str:
+def _instant_text(event: InstantEvent) -> str:
     held = f"held for {1000 * event['held_s']:.0f} ms: this is the instant"
     if "memory" in event:
         return f"the machine was {held} ({one_line(event['memory'])})"
     return f"all disks {held}"
 
 
-def _serving_text(event: Event) -> str:
+def _serving_text(event: ServingEvent) -> str:
     size = human_bytes(event["bytes"])
     return f"serving {one_line(event['disk'])}: {one_line(event['path'])}, {size}"
 
 
-def verified_text(event: Event) -> str:
+def _exported_text(event: ExportedEvent) -> str:
+    device = one_line(event["device"], MAX_NAME_CHARS)
+    access = "writable" if event["writable"] else "read-only"
+    size = human_bytes(event["bytes"])
+    return f"{device} of {one_line(event['archive'])}, {size}, {access}: {event['uri']}"
+
+
+def verified_text(event: VerifiedEvent) -> str:
     """Return the lines of a verification: each finding, each disk's state, and how much was checked."""
     # Here: backups use this file, too, and nothing of a restore.
     from vmapipe.restore.verify.report import range_text, state_text
@@ -212,7 +249,7 @@ def verified_text(event: Event) -> str:
     return "\n".join(lines)
 
 
-def _damage_text(find: Event) -> str:
+def _damage_text(find: DamageFields) -> str:
     text = str(find["text"])
     if find["device"] is not None and find["offset"] is not None and find["length"] is not None:
         end = find["offset"] + find["length"] - 1
@@ -220,27 +257,6 @@ def _damage_text(find: Event) -> str:
     if find["archive_offset"] is not None:
         text += f" (archive offset {find['archive_offset']})"
     return one_line(text)
-
-
-# The lines of events that need no totals.
-_WORDS: dict[str, Callable[[Event], str]] = {
-    "restored": _restored_text,
-    "verified": verified_text,
-    "instant": _instant_text,
-    "serving": _serving_text,
-    "exported": lambda e: (
-        f"{one_line(e['device'], MAX_NAME_CHARS)} of {one_line(e['archive'])}, "
-        f"{human_bytes(e['bytes'])}, {'writable' if e['writable'] else 'read-only'}: {e['uri']}"
-    ),
-    "ready": lambda e: f"ready; backups ask {one_line(e['listen'])}",
-    "skipped": lambda e: f"not in the archive: {one_line(e['device'])}: {one_line(e['reason'])}",
-    "notice": lambda e: one_line(str(e["text"])),
-    "speed": lambda e: (
-        f"the speed limit is now {human_bytes(e['bytes_per_s'])}/s"
-        if e["bytes_per_s"]
-        else "speed limit removed"
-    ),
-}
 
 
 def _fit(text: str) -> str:

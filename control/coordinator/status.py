@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vmapipe.control.monitor.backups import BackupStatus
+from vmapipe.runtime.event_types import BackupProgressEvent
 from vmapipe.runtime.events import Event
 
 _STARTED_S, _STARTED_MONOTONIC_S = time.time(), time.monotonic()
@@ -60,7 +62,7 @@ class JobState(BackupStatus):
             case "begun":
                 for device in event["devices"]:
                     self.devices[device["name"]] = _new_device(device["name"], device["bytes"])
-            case "progress":
+            case "progress" if "devices" in event:
                 self._take_progress(event, now)
             case "stored":
                 self.uuid, self.stored_bytes = event["uuid"], event["stored_bytes"]
@@ -71,11 +73,12 @@ class JobState(BackupStatus):
                 self.succeed(now)
                 self.cpu_s, self.peak_rss_bytes = event["cpu_s"], event["peak_rss_bytes"]
             case "transfer" | "buffer":
-                device = self.devices.get(event["device"])
-                if device is not None:
-                    device |= {key: event[key] for key in _DEVICE_FIELDS[event["event"]]}
+                known = self.devices.get(event["device"])
+                fields: Mapping[str, object] = event
+                if known is not None:
+                    known |= {key: fields[key] for key in _DEVICE_FIELDS[event["event"]]}
 
-    def _take_progress(self, event: Event, now: float) -> None:
+    def _take_progress(self, event: BackupProgressEvent, now: float) -> None:
         self.stored_bytes, self.plain_bytes = event["stored_bytes"], event["plain_bytes"]
         for told in event["devices"]:
             device = self.devices.setdefault(told["name"], _new_device(told["name"], told["bytes"]))

@@ -8,7 +8,7 @@ those of the RFC's BackupStatus, which a running backup's own socket answers, to
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class BackupStatus:
             case "begun":
                 self.uuid = event["uuid"]
                 self._count(event["devices"])
-            case "progress":
+            case "progress" if "devices" in event:
                 self._count(event["devices"])
 
     def fail(self, reason: str, now: float) -> None:
@@ -81,7 +81,7 @@ class BackupStatus:
             "zero-bytes": self.zero_bytes,
         }
 
-    def _count(self, devices: Sequence[dict[str, Any]]) -> None:
+    def _count(self, devices: Sequence[Mapping[str, Any]]) -> None:
         self.done_bytes = sum(device.get("done_bytes", 0) for device in devices)
         # A memory's size is an estimate, and may be exceeded.
         self.total_bytes = max(self.done_bytes, sum(device["bytes"] for device in devices))

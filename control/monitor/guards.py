@@ -15,7 +15,7 @@ from vmapipe.control.qmp.sockets import Listener, listen, listen_unix, private_f
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import Failure, UsageError
-from vmapipe.runtime.events import Emit
+from vmapipe.runtime.events import Emit, Event
 
 # A guard that dies is started again, for ever: its guests' connections come back
 # to the same socket, and the disks beside it are not to suffer. One that keeps
@@ -105,7 +105,7 @@ class Guards:
                 if event is None:
                     raise Failure(child.verdict() or f"{child.name} has ended")
                 self._take(child, event)
-                if event["event"] == "ready":
+                if event["event"] == "all-served":
                     waiting.discard(child)
 
     def watch(self, timeout_s: float) -> None:
@@ -147,11 +147,11 @@ class Guards:
             for disk in guard.disks
         ]
 
-    def _take(self, child: Child, event: dict[str, object]) -> None:
+    def _take(self, child: Child, event: Event) -> None:
         if event["event"] == "serving":
             for disk in self.disks:
                 if disk.name == event["disk"]:
-                    disk.size_bytes = int(str(event["bytes"]))
+                    disk.size_bytes = event["bytes"]
         if event["event"] in ("serving", "notice"):
             self._emit(event)
 

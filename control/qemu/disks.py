@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from vmapipe.clusters.sizes import VMSTATE_NAME
 from vmapipe.control.qemu.graph import JOB_FILTERS, Graph
@@ -93,6 +93,10 @@ def disk_names(block: Answer) -> DiskNames:
     return DiskNames(name, frozenset(words - {""}))
 
 
+#: Of a line in the log.
+Level = Literal["debug", "info", "warn"]
+
+
 class LeftOut(NamedTuple):
     """A disk of the machine that is not in the archive, and why.
 
@@ -102,7 +106,7 @@ class LeftOut(NamedTuple):
 
     device: str
     reason: str
-    level: str
+    level: Level
 
 
 class DiskChoice(NamedTuple):
@@ -121,7 +125,7 @@ class _Found(NamedTuple):
     qemu_names: frozenset[str]
     aliases: frozenset[str]
     skipped: str = ""
-    level: str = "warn"
+    level: Level = "warn"
     refused: str = ""
     is_node: bool = False
     part_of: str = ""
@@ -252,7 +256,8 @@ def _found_block(block: Answer, machine: Machine) -> _Found:
     source = chain[-1] if len(chain) > 1 else device or node
     read = machine.graph.node(chain[-1]) or inserted
     disk = MachineDisk(name, source, size, _is_thin(read, machine.graph))
-    skipped, level = "", "warn"
+    skipped = ""
+    level: Level = "warn"
     if not inserted:
         skipped, level = "no medium is in it", "debug"
     elif not size:
@@ -359,7 +364,7 @@ _TPM = (
 )
 _CHIP = "the TPM is a chip of this host, whose state cannot be copied"
 # QEMU's types of devices. What QEMU 7.2 to 11.1 have of them is in all three.
-_KINDS: Sequence[tuple[re.Pattern[str], str, str]] = (
+_KINDS: Sequence[tuple[re.Pattern[str], Level, str]] = (
     (re.compile(r"vhost-user-(?:blk|scsi|device)|vhost-scsi|vhost-vdpa"), "warn", _ELSEWHERE),
     (re.compile(r"nvdimm|virtio-pmem|cxl-type3"), "warn", _PERSISTENT),
     (re.compile(r"vfio-|usb-host"), "info", _PASSED),
@@ -376,7 +381,7 @@ class OutsideStorage(NamedTuple):
     name: str
     aliases: frozenset[str]
     reason: str
-    level: str
+    level: Level
 
 
 def storage_outside(devices: Mapping[str, Sequence[Answer]]) -> list[OutsideStorage]:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from vmapipe.control.qmp.addresses import Address, connect
 from vmapipe.control.qmp.answers import SIZE
@@ -54,7 +54,8 @@ _WORDS_CHARS = 1000
 _CONNECT_S = 3.0
 # After its last word, or when it is killed.
 _END_S = 5.0
-_THAWED, _NOT_THAWED = "thawed", "not-thawed"
+_THAWED: Final = "thawed"
+_NOT_THAWED: Final = "not-thawed"
 FREEZE = "guest-fsfreeze-freeze"
 _LATE = {
     FREEZE: ": the guest has much to write out, or a hook of its own (a database's) takes its "
@@ -206,7 +207,7 @@ def _end(child: Child, agent: str, emit: Emit) -> _End:
     """End the freezing process, which thaws; where it was killed, thaw in its place."""
     child.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + _THAW_LIMIT_S
-    is_over = dict.fromkeys((_THAWED, _NOT_THAWED), False)
+    is_over: dict[str, bool] = {_THAWED: False, _NOT_THAWED: False}
     is_closed = not child.running
     while not is_closed and time.monotonic() < deadline:
         readable([child.socket.fileno()], 0.2)

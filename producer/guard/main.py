@@ -92,7 +92,7 @@ def _guard(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         conversations = Conversations(socket.socket(fileno=options.control), disks, report)
         for server in servers:
             server.start()
-        emit({"event": "ready"})
+        emit({"event": "all-served"})
         readable([cancel.fd])
         conversations.close()
         for server in servers:
@@ -128,7 +128,7 @@ def offer(name: str, disk: ServedDisk) -> Offer:
 
 
 def _print(event: Event) -> None:
-    text = event.get("text") or f"{event['event']} {event.get('disk', '')}"
+    text = str(event.get("text") or f"{event['event']} {event.get('disk', '')}")
     print(one_line(text), file=sys.stderr, flush=True)
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from itertools import starmap
+from typing import Final
 
 from vmapipe.clusters.cluster_set import PAGE_CLUSTERS, ClusterSet, joined
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK, MAX_CLUSTERS
 from vmapipe.restore.verify.report import BadRange, Damage
+from vmapipe.runtime.event_types import RangeStateName
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.extent import ClusterRun, Extent
@@ -23,7 +25,7 @@ _UNKNOWN = "of a device that the header does not list"
 _BEYOND = "beyond the device's end"
 _DATA_BEYOND = "reaching beyond the device's end with data"
 _TWICE = "there a second time"
-_MISSING = "missing"
+_MISSING: Final = "missing"
 _MISSING_VMSTATE = "missing: this stream must be in order"
 _OUT_OF_ORDER = "out of order"
 _REFERENCE_WORDS = {
@@ -224,7 +226,7 @@ def _why(device: Device | None, num: int, mask: int) -> str:
 
 
 def _ranges(
-    device: Device, runs: Iterable[tuple[int, int]], state: str, reason: str
+    device: Device, runs: Iterable[tuple[int, int]], state: RangeStateName, reason: str
 ) -> Iterator[BadRange]:
     def of(first: int, count: int) -> BadRange:
         return BadRange(first * CLUSTER_BYTES, _length(device, first, count), state, reason)
@@ -257,5 +259,5 @@ def _wrong(
     yield Damage(f"{what} {why}", name, start, length, at, words)
 
 
-def _kind(reason: str) -> str:
+def _kind(reason: str) -> RangeStateName:
     return "missing" if reason == UNREADABLE else "damaged"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from typing import cast
 
 from vmapipe.clusters.cluster_set import ClusterSet
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES, MAX_CLUSTERS
@@ -27,6 +28,7 @@ from vmapipe.restore.verify.report import (
     DiskState,
 )
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.event_types import CheckerName, StateName
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
@@ -368,8 +370,8 @@ class Ledger:
             damaged += found.length if found.state == "damaged" else 0
             if len(shown) < MAX_DAMAGE:
                 shown.append(found)
-        checked_by: str | None = None
-        state = UNCHECKED
+        checked_by: CheckerName | None = None
+        state: StateName = UNCHECKED
         if not is_complete:
             state = INCOMPLETE
         elif count:
@@ -379,7 +381,7 @@ class Ledger:
             state = UNCHECKED if checked_by is None else SOUND
         return DiskState(device, state, checked_by, missing, damaged, count, tuple(shown))
 
-    def _checked_by(self, device: Device) -> str | None:
+    def _checked_by(self, device: Device) -> CheckerName | None:
         """Return what has proved the data of a device that has nothing wrong."""
         if self._walk is not None:
             return "manifest" if device.dev_id not in self._unchecked else None
@@ -389,7 +391,8 @@ class Ledger:
         if proof is None or not proof.parts_with or proof.parts_with < proof.parts:
             return None
         whole = not self._unproven.holds(device.dev_id, proof)
-        return self._archive.source.compression if whole else None
+        # Only a compression has a proof.
+        return cast(CheckerName, self._archive.source.compression) if whole else None
 
     def _end_may_be_missing(self, device: Device) -> bool:
         totals = self.totals

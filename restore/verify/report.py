@@ -5,15 +5,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from vmapipe.restore.archive.reader import ArchiveTotals
-from vmapipe.runtime.events import Event
+from vmapipe.runtime.event_types import (
+    CheckerName,
+    DamageFields,
+    DiskStateFields,
+    RangeFields,
+    RangeStateName,
+    StateName,
+    VerifiedEvent,
+)
 from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import Device
 
-SOUND, UNCHECKED, INCOMPLETE, DAMAGED = "sound", "unchecked", "incomplete", "damaged"
+SOUND: Final = "sound"
+UNCHECKED: Final = "unchecked"
+INCOMPLETE: Final = "incomplete"
+DAMAGED: Final = "damaged"
 _STATE_WORDS = {
     SOUND: "complete and sound",
     UNCHECKED: "complete and unchecked",
@@ -46,7 +57,7 @@ class Damage(NamedTuple):
         """The reference tool's text, or ours where it has none."""
         return str(self) if self.reference_text is None else self.reference_text
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> DamageFields:
         """For events and for the map of a salvage."""
         return {
             "text": self.text,
@@ -71,7 +82,7 @@ class BadRange(NamedTuple):
 
     offset: int
     length: int
-    state: str
+    state: RangeStateName
     reason: str
 
 
@@ -86,19 +97,19 @@ class DiskState(NamedTuple):
     """
 
     device: Device
-    state: str
-    checked_by: str | None
+    state: StateName
+    checked_by: CheckerName | None
     missing_bytes: int
     damaged_bytes: int
     range_count: int
-    ranges: tuple[tuple[int, int, str, str], ...]
+    ranges: tuple[tuple[int, int, RangeStateName, str], ...]
 
     @property
     def is_whole(self) -> bool:
         """Whether all of it can be restored as it was, as far as can be known."""
         return self.state in (SOUND, UNCHECKED)
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> DiskStateFields:
         """For events and for the map of a salvage."""
         return {
             "dev_id": self.device.dev_id,
@@ -112,7 +123,7 @@ class DiskState(NamedTuple):
         }
 
 
-def range_fields(offset: int, length: int, state: str, reason: str) -> dict[str, Any]:
+def range_fields(offset: int, length: int, state: RangeStateName, reason: str) -> RangeFields:
     """Return a range's fields, for events and for the map of a salvage."""
     return {"offset": offset, "length": length, "state": state, "reason": reason}
 
@@ -177,7 +188,7 @@ class Report:
         if len(self.damage) < MAX_DAMAGE:
             self.damage.append(find)
 
-    def event(self) -> Event:
+    def event(self) -> VerifiedEvent:
         """The report as one event."""
         return {
             "event": "verified",

@@ -20,6 +20,7 @@ from vmapipe.control.monitor.backups import (
     Rejected,
 )
 from vmapipe.control.qmp.server import QmpError
+from vmapipe.runtime.event_types import BackupProgressEvent, BegunDevice
 
 COUNTS = st.lists(
     st.tuples(st.integers(1, 1 << 40), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3
@@ -184,7 +185,7 @@ class Machine(RuleBasedStateMachine):
         assert self.backups.status() == expected
         assert self.backups.busy == self.running
 
-    def hear(self, event: dict[str, Any]) -> list[Outcome]:
+    def hear(self, event: Any) -> list[Outcome]:
         return self.backups.handle_event(event, self.now)
 
     def expect_start(self, out: list[Outcome]) -> None:
@@ -211,7 +212,7 @@ def test_a_clock_that_goes_back_does_not_let_it_end_before_it_began() -> None:
     backups = Backups()
     backups.begin("x")
     backups.handle_event({"event": "begun", "uuid": "0" * 32, "devices": []}, Moment(100.0, 1.0))
-    backups.handle_event({"event": "instant"}, Moment(100.0, 1.0))
+    backups.handle_event({"event": "instant", "held_s": 0.0}, Moment(100.0, 1.0))
     backups.end("", Moment(50.0, 2.0))
     assert backups.status()["end-time"] == backups.status()["start-time"] == 100
 
@@ -220,9 +221,17 @@ def test_a_memory_that_was_larger_than_estimated_is_never_more_than_all() -> Non
     backups = Backups()
     now = Moment(1.0, 1.0)
     backups.begin("x", with_state=True)
-    begun = [{"name": "vmstate", "bytes": 10}, {"name": "a", "bytes": 5}]
+    begun: list[BegunDevice] = [
+        {"dev_id": 1, "name": "vmstate", "bytes": 10},
+        {"dev_id": 2, "name": "a", "bytes": 5},
+    ]
     backups.handle_event({"event": "begun", "uuid": "0" * 32, "devices": begun}, now)
-    more = [{"name": "vmstate", "bytes": 10, "done_bytes": 90, "zero_bytes": 0}]
-    backups.handle_event({"event": "progress", "devices": more}, now)
+    more: BackupProgressEvent = {
+        "event": "progress",
+        "stored_bytes": 90,
+        "plain_bytes": 90,
+        "devices": [{"name": "vmstate", "bytes": 10, "done_bytes": 90, "zero_bytes": 0}],
+    }
+    backups.handle_event(more, now)
     status = backups.status()
     assert status["transferred"] == status["total"] == 90

@@ -24,6 +24,7 @@ from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.jobs import own_objects, own_targets
 from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.event_types import BegunDevice
 
 NODES: list[dict[str, Any]] = [
     {**DISK["inserted"], "node-name": "n0"},
@@ -43,7 +44,7 @@ NOTE = vmstate_commands.MemoryNote("/tmp/x", False, "paused", ("events",), 1 << 
 
 def a_job() -> dict[str, Any]:
     state = JobState("/backup/vm.vma", 1000.0, job="0123456789abcdef" * 2)
-    devices = [{"name": "a", "bytes": 1 << 20}]
+    devices: list[BegunDevice] = [{"dev_id": 1, "name": "a", "bytes": 1 << 20}]
     state.take({"event": "begun", "uuid": "1" * 32, "devices": devices}, 1001.0)
     usage = {"name": "the coordinator", "pid": 1, "age_s": 1.5, "cpu_s": 0.5, "rss_bytes": 1 << 20}
     return {**state.details(1002.0), "processes": [usage]}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.machine import LIMIT_S, VMAPIPE
-from vmapipe.runtime.events import Event, encode_line
+from vmapipe.runtime.events import Command, encode_line
 
 
 class SinkRun:
@@ -48,7 +48,7 @@ class SinkRun:
                 return event
         raise AssertionError(f"the producer ended without an event {name!r}")
 
-    def tell(self, order: Event) -> None:
+    def tell(self, order: Command) -> None:
         """What its parent says."""
         self.events.sendall(encode_line(order))
 

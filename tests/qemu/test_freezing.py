@@ -272,7 +272,7 @@ def test_a_backup_that_is_cancelled_says_that_the_guest_may_be_frozen(
     agent: Agent, cancel: Cancel
 ) -> None:
     agent.answers[THAW] = REFUSAL
-    told: list[Event] = []
+    told: list[Any] = []
 
     def stop() -> None:
         cancel.ask("enough")

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -34,7 +35,6 @@ from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.errors import PlanError, RestoreError, TargetError
 from vmapipe.restore.job import Options
 from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, plan_folder
-from vmapipe.runtime.events import Event
 
 RAW = archive(DISKS, CONFIGS)
 MIB = 1 << 20
@@ -186,7 +186,7 @@ def test_a_manifest_may_lie_elsewhere_and_be_for_a_pipe(vma: Path, out: Path) ->
 
 
 def test_progress_ends_at_all_of_it_and_never_falls(vma: Path, out: Path) -> None:
-    events: list[Event] = []
+    events: list[Any] = []
     restored(vma, lambda header: plan_folder(header, str(out)), hear=events.append)
     assert events[0]["event"] == "restoring"
     assert events[-1]["event"] == "restored"

@@ -7,16 +7,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.events import ChildCommands, Emit, speed_in
+from vmapipe.runtime.events import ChildCommands, speed_in
 from vmapipe.runtime.process import run_child
 from vmapipe.runtime.syscalls import readable
 
 
-def work(what: str, cancel: Cancel, emit: Emit, orders: ChildCommands) -> None:
+def work(what: str, cancel: Cancel, emit: Callable[[Any], None], orders: ChildCommands) -> None:
     emit({"event": "started", "what": what})
     match what:
         case "ends":

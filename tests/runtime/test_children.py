@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from vmapipe.runtime import children as module
 from vmapipe.runtime.children import Child, Children
-from vmapipe.runtime.events import Event, LineSplitter, encode_line, speed_command
+from vmapipe.runtime.events import LineSplitter, encode_line, speed_command
 
 PROGRAM = "tests.runtime.child_program"
 LIMIT_S = 60.0
@@ -33,8 +34,8 @@ def fork(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-def events_until_end(children: Children) -> list[Event]:
-    seen: list[Event] = []
+def events_until_end(children: Children) -> list[Any]:
+    seen: list[Any] = []
     deadline = time.monotonic() + LIMIT_S
     while any(child.running for child in children.all):
         assert time.monotonic() < deadline
@@ -138,7 +139,7 @@ def test_a_child_that_ends_at_once_is_not_missed(fork: bool) -> None:
 
 
 def test_events_survive_any_cut_of_the_stream() -> None:
-    events: list[Event] = [{"event": "a", "n": 1}, {"event": "b", "text": "ü\n"}]
+    events: list[dict[str, Any]] = [{"event": "a", "n": 1}, {"event": "b", "text": "ü\n"}]
     stream = b"".join(map(encode_line, events))
     for cut in range(len(stream) + 1):
         splitter = LineSplitter()

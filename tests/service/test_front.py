@@ -195,9 +195,7 @@ def test_a_machine_that_was_stopped_takes_nobody_for_dead(world: World) -> None:
 def test_a_coordinator_that_comes_back_is_told_again_what_holds(world: World) -> None:
     job = world.open(b"c", "", "vm.vma")
     world.ready(job)
-    sizes = [{"bytes": 65536}, {"bytes": 1}]
-    begun = {"event": "begun", "uuid": "00" * 16, "devices": sizes}
-    world.handle(ArchiverEvent(job, begun))
+    world.begin(job, 65536, 1)
     beat(world, b"c2", job)
     opened, told = (
         service.Opened(limits.VERSION, HEARTBEAT_S),
@@ -374,18 +372,14 @@ def test_a_job_from_whose_producers_nothing_comes_is_ended() -> None:
     world = World(ServiceLimits(heartbeat_s=HEARTBEAT_S, idle_s=600))
     job = world.open(b"c", "", "vm.vma")
     world.ready(job)
-    sizes = [{"bytes": 65536}, {"bytes": 65536}]
-    begun = {"event": "begun", "uuid": "00" * 16, "devices": sizes}
-    world.handle(ArchiverEvent(job, begun))
+    world.begin(job, 65536, 65536)
 
     def tick(minutes: int, done: int) -> None:
         for _ in range(minutes * 6):
             world.hello(b"p", "", job) if b"p" not in world.attached else None
             world.say(b"p", "", transfer.encode_control(Ping()))
             beat(world, b"c", job)
-            devices = [{"done_bytes": done, "zero_bytes": 0}] * 2
-            progress = {"stored_bytes": 0, "plain_bytes": 0, "devices": devices}
-            world.handle(ArchiverEvent(job, {"event": "progress", **progress}))
+            world.progress(job, done, done)
             world.pass_time(10)
 
     for part in range(1, 5):
@@ -400,11 +394,8 @@ def test_a_job_that_has_all_may_wait_for_its_output() -> None:
     world = World(ServiceLimits(heartbeat_s=HEARTBEAT_S, idle_s=60))
     job = world.open(b"c", "", "vm.vma")
     world.ready(job)
-    begun = {"event": "begun", "uuid": "00" * 16, "devices": [{"bytes": 5}, {"bytes": 7}]}
-    world.handle(ArchiverEvent(job, begun))
-    devices = [{"done_bytes": 5, "zero_bytes": 0}, {"done_bytes": 7, "zero_bytes": 0}]
-    progress = {"stored_bytes": 0, "plain_bytes": 0, "devices": devices}
-    world.handle(ArchiverEvent(job, {"event": "progress", **progress}))
+    world.begin(job, 5, 7)
+    world.progress(job, 5, 7)
     for _ in range(20):
         beat(world, b"c", job)
         world.pass_time(10)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vmapipe.archiver.service import jobs as core
 from vmapipe.archiver.service.front import (
     ArchiverEnded,
@@ -17,7 +19,7 @@ from vmapipe.protocol import limits, service, transfer
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.schema import Part
 from vmapipe.protocol.transfer import Hello, Message
-from vmapipe.runtime.events import Event
+from vmapipe.runtime.event_types import BackupProgressEvent, BegunDevice, StoredEvent
 
 MANY = 1 << 40
 
@@ -44,7 +46,7 @@ class World:
         #: Clients that are listed.
         self.others: set[str] = set()
         self.said: list[tuple[bytes, object]] = []
-        self.log: list[Event] = []
+        self.log: list[Any] = []
 
     # --- facts ---
 
@@ -85,13 +87,40 @@ class World:
         self.say(peer, client, transfer.encode_control(hello))
 
     def ready(self, job: bytes) -> None:
-        self.handle(ArchiverEvent(job, {"event": "listening"}))
+        self.handle(ArchiverEvent(job, {"event": "listening", "endpoint": "ipc:///x"}))
+
+    def begin(self, job: bytes, *sizes: int) -> None:
+        """The job's archiver has its devices, and the archive's header is written."""
+        devices: list[BegunDevice] = [
+            {"dev_id": index, "name": f"d{index}", "bytes": size}
+            for index, size in enumerate(sizes, 1)
+        ]
+        self.handle(ArchiverEvent(job, {"event": "begun", "uuid": "00" * 16, "devices": devices}))
+
+    def progress(self, job: bytes, *done: int) -> None:
+        """The job's archiver has so many bytes of each device."""
+        event: BackupProgressEvent = {
+            "event": "progress",
+            "stored_bytes": 0,
+            "plain_bytes": 0,
+            "devices": [
+                {"name": f"d{index}", "bytes": count, "done_bytes": count, "zero_bytes": 0}
+                for index, count in enumerate(done, 1)
+            ],
+        }
+        self.handle(ArchiverEvent(job, event))
 
     def store(self, job: bytes) -> None:
         """The job's archiver ends well."""
         self.stored.add(self.front.jobs[job].place.path)
         uuid_hex = job.hex()
-        event = {"event": "stored", "uuid": uuid_hex, "stored_bytes": 1, "plain_bytes": 1}
+        event: StoredEvent = {
+            "event": "stored",
+            "archive": "x",
+            "uuid": uuid_hex,
+            "stored_bytes": 1,
+            "plain_bytes": 1,
+        }
         self.handle(ArchiverEvent(job, event))
         self.end(job, "")
 

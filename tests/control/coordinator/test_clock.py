@@ -26,7 +26,16 @@ def test_durations_are_true_when_the_clock_jumps_and_the_end_is_by_the_clock_as_
         monkeypatch.setattr(time, "time", lambda: wall() + jump_s)
         details = server._details()
         assert 0 <= details["seconds"] < 60
-        server.take({"event": "done", "seconds": 1, "cpu_s": 0, "peak_rss_bytes": 0})
+        server.take(
+            {
+                "event": "done",
+                "seconds": 1,
+                "read_bytes": 0,
+                "speed_bytes_s": 0,
+                "cpu_s": 0,
+                "peak_rss_bytes": 0,
+            }
+        )
         write(str(tmp_path / "vm.prom"), server.state)
     lines = dict(
         line.rsplit(" ", 1)

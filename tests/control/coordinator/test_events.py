@@ -8,13 +8,24 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import (
+    Any,
+    Literal,
+    NotRequired,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import jsonschema
 import pytest
 
 from tests.guard.serving import serving
 from tests.machine import good, make_disk, next_event, run, started
+from vmapipe.runtime.event_types import PublicEvent
 
 DOCS = Path(__file__).parents[3] / "docs"
 SCHEMA = json.loads((DOCS / "events.schema.json").read_text())
@@ -91,6 +102,72 @@ def test_a_restore_and_a_verification_also_of_damage(disk: Path, tmp_path: Path)
     done = run("verify", "--json", archive)
     assert done.returncode == 4
     assert "verified" in list(events(done.stdout))
+
+
+def kind(schema: dict[str, Any]) -> Any:  # noqa: PLR0911  one a form
+    """What a schema allows, without bounds, in the form of `kind_of_type`."""
+    if "const" in schema:
+        return {schema["const"]}
+    if "$ref" in schema:
+        return {"number"}
+    if "anyOf" in schema:
+        return set().union(*map(kind, schema["anyOf"]))
+    if "enum" in schema:
+        return set(schema["enum"]) - {None} | ({"null"} if None in schema["enum"] else set())
+    if schema["type"] == "array":
+        return [kind(schema["items"])]
+    if schema["type"] == "object":
+        fields = schema.get("properties", {})
+        assert not fields or schema["additionalProperties"] is False
+        required = set(schema.get("required", ()))
+        return {name: (kind(each), name in required) for name, each in fields.items()}
+    return {schema["type"]} if isinstance(schema["type"], str) else set(schema["type"])
+
+
+_JSON_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+
+def kind_of_type(hint: Any) -> Any:  # noqa: PLR0911  one a form
+    """What a type of runtime/event_types.py allows."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is NotRequired:
+        return kind_of_type(parts[0])
+    if origin is Literal:
+        return set(parts)
+    if origin is list:
+        return [kind_of_type(parts[0])]
+    if origin is dict:
+        return {}
+    if origin in (UnionType, Union):
+        return set().union(*map(kind_of_type, parts))
+    if is_typeddict(hint):
+        hints = get_type_hints(hint, include_extras=True)
+        return {
+            name: (kind_of_type(each), get_origin(each) is not NotRequired)
+            for name, each in hints.items()
+        }
+    return {_JSON_NAMES[hint]}
+
+
+def test_the_schema_and_the_types_of_the_events_are_the_same() -> None:
+    described = [kind(form) for form in SCHEMA["oneOf"]]
+    for form, titled in zip(described, SCHEMA["oneOf"], strict=True):
+        assert form.pop("time") == ({"number"}, True)  # what --json adds to each
+        assert form["event"] == ({titled["title"]}, True)
+    typed = [kind_of_type(each) for each in get_args(PublicEvent)]
+    assert sorted(map(str, map(_in_order, described))) == sorted(map(str, map(_in_order, typed)))
+
+
+def _in_order(value: Any) -> Any:
+    """Return it with sets and dicts as sorted lists, so that a difference can be read."""
+    match value:
+        case dict():
+            return [(name, _in_order(value[name])) for name in sorted(value)]
+        case set():
+            return sorted(value)
+        case list() | tuple():
+            return [_in_order(each) for each in value]
+    return value
 
 
 def test_what_is_not_described_is_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.machine import good, make_disk
 from vmapipe.control.coordinator.log import JobLog
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.event_types import BackupProgressEvent
 from vmapipe.runtime.events import Event
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
@@ -18,14 +19,27 @@ WHAT = ("VM 100", "qemu")
 
 
 def test_the_log_reads_like_vzdumps(tmp_path: Path) -> None:
-    device = {"name": "drive-scsi0", "done_bytes": 50, "zero_bytes": 20, "bytes": 100}
+    progress: BackupProgressEvent = {
+        "event": "progress",
+        "stored_bytes": 40,
+        "plain_bytes": 40,
+        "devices": [{"name": "drive-scsi0", "done_bytes": 50, "zero_bytes": 20, "bytes": 100}],
+    }
     with JobLog(str(tmp_path / "log"), *WHAT) as log:
         log({"event": "reading", "device": "drive-scsi0", "path": "/x", "bytes": 100})
         log({"event": "begun", "uuid": "7" * 32, "devices": []})
-        log({"event": "progress", "devices": [device]})
-        log({"event": "progress", "devices": [device]})
-        log({"event": "transfer", "device": "drive-scsi0"})
-        log({"event": "stored", "stored_bytes": 2048})
+        log(progress)
+        log(progress)
+        log({"event": "attached", "device": "drive-scsi0"})
+        log(
+            {
+                "event": "stored",
+                "archive": "x",
+                "uuid": "7" * 32,
+                "stored_bytes": 2048,
+                "plain_bytes": 2048,
+            }
+        )
     patterns = [
         r"INFO: Starting Backup of VM 100 \(qemu\)",
         r"INFO: Backup started at " + STAMP.strip(),

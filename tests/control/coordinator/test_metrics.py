@@ -12,6 +12,7 @@ from tests.machine import bad, good, make_disk
 from vmapipe.control.coordinator.metrics import render, write
 from vmapipe.control.coordinator.status import JobState
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.event_types import BegunDevice
 
 
 def samples(text: str) -> dict[tuple[str, str], float]:
@@ -55,7 +56,8 @@ def test_a_backup_that_was_stored_and_one_that_failed(tmp_path: Path) -> None:
 def test_names_with_every_odd_character_stay_one_label() -> None:
     state = JobState("a", 1.0, job="1" * 32)
     name = 'a"b\\c\nd\udcff'
-    state.take({"event": "begun", "uuid": "2" * 32, "devices": [{"name": name, "bytes": 7}]}, 2.0)
+    device: BegunDevice = {"dev_id": 1, "name": name, "bytes": 7}
+    state.take({"event": "begun", "uuid": "2" * 32, "devices": [device]}, 2.0)
     text = render(name, state, 0.0)
     assert samples(text)["vmapipe_backup_disk_size_bytes", 'a"b\\c\\nd\\udcff'] == 7
     assert "last_success" not in text

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
 
 import pytest
 
 from vmapipe.control.coordinator.status import JobState
+from vmapipe.runtime.event_types import BackupProgressEvent, BegunEvent, DoneEvent, StoredEvent
 
 JOB, ARCHIVE = "1" * 32, "2" * 32
-BEGUN = {
+BEGUN: BegunEvent = {
     "event": "begun",
     "uuid": ARCHIVE,
     "devices": [
@@ -21,7 +21,7 @@ BEGUN = {
 }
 
 
-def progress(a: int, b: int, zero: int = 0) -> dict[str, Any]:
+def progress(a: int, b: int, zero: int = 0) -> BackupProgressEvent:
     return {
         "event": "progress",
         "stored_bytes": a + b,
@@ -57,8 +57,23 @@ def test_when_it_is_done_all_is_transferred() -> None:
     state = begun()
     state.take(progress(1000, 2000), 103.0)
     assert state.members()["status"] == "active"
-    state.take({"event": "stored", "uuid": ARCHIVE, "stored_bytes": 9, "plain_bytes": 9}, 104.0)
-    state.take({"event": "done", "cpu_s": 1.0, "peak_rss_bytes": 9}, 104.5)
+    stored: StoredEvent = {
+        "event": "stored",
+        "archive": "vm.vma",
+        "uuid": ARCHIVE,
+        "stored_bytes": 9,
+        "plain_bytes": 9,
+    }
+    done: DoneEvent = {
+        "event": "done",
+        "seconds": 4.5,
+        "read_bytes": 9,
+        "speed_bytes_s": 0,
+        "cpu_s": 1.0,
+        "peak_rss_bytes": 9,
+    }
+    state.take(stored, 104.0)
+    state.take(done, 104.5)
     status = state.members()
     assert (status["status"], status["end-time"]) == ("done", 104)
     assert status["transferred"] == status["total"] == 4000

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the events that `--json` shows, one a name: docs/events.schema.json says the same.
+
+A test compares them with the schema; to each, `--json` adds `time`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired, TypedDict, final
+
+# --- Events that --json shows, of a backup ---
+
+
+class ListeningEvent(TypedDict):
+    event: Literal["listening"]
+    endpoint: str
+
+
+class ReadingEvent(TypedDict):
+    event: Literal["reading"]
+    device: str
+    path: str
+    bytes: int
+
+
+class AttachedEvent(TypedDict):
+    event: Literal["attached"]
+    device: str
+
+
+class SkippedEvent(TypedDict):
+    event: Literal["skipped"]
+    device: str
+    reason: str
+    level: Literal["debug", "info", "warn"]
+
+
+class BegunDevice(TypedDict):
+    dev_id: int
+    name: str
+    bytes: int
+
+
+class BegunEvent(TypedDict):
+    event: Literal["begun"]
+    uuid: str
+    devices: list[BegunDevice]
+
+
+class InstantEvent(TypedDict):
+    event: Literal["instant"]
+    held_s: float
+    memory: NotRequired[str]
+
+
+class ThawedEvent(TypedDict):
+    event: Literal["thawed"]
+    seconds: float
+
+
+class ProgressDevice(TypedDict):
+    name: str
+    bytes: int
+    done_bytes: int
+    zero_bytes: int
+
+
+# Final, as the other `progress` is: then `"devices" in event` tells one from the other.
+@final
+class BackupProgressEvent(TypedDict):
+    event: Literal["progress"]
+    stored_bytes: int
+    plain_bytes: int
+    devices: list[ProgressDevice]
+
+
+class TransferEvent(TypedDict):
+    event: Literal["transfer"]
+    device: str
+    read_bytes: int
+    sent_bytes: int
+    saved_bytes: int
+
+
+class BufferEvent(TypedDict):
+    event: Literal["buffer"]
+    device: str
+    memory_bytes: int
+    spool_bytes: int
+    waiting_writes: int
+
+
+class SpeedEvent(TypedDict):
+    event: Literal["speed"]
+    bytes_per_s: int
+
+
+class ManifestEvent(TypedDict):
+    event: Literal["manifest"]
+    text: str
+
+
+class NoticeEvent(TypedDict):
+    event: Literal["notice"]
+    text: str
+
+
+class SentEvent(TypedDict):
+    event: Literal["sent"]
+    device: str
+    bytes: int
+    zero_bytes: int
+
+
+class StoredEvent(TypedDict):
+    event: Literal["stored"]
+    archive: str
+    uuid: str
+    stored_bytes: int
+    plain_bytes: int
+
+
+class DoneEvent(TypedDict):
+    event: Literal["done"]
+    seconds: float
+    read_bytes: int
+    speed_bytes_s: int
+    cpu_s: float
+    peak_rss_bytes: int
+
+
+class FailedEvent(TypedDict):
+    event: Literal["failed"]
+    text: str
+    exit_code: int
+
+
+# --- Events that --json shows, of servers ---
+
+
+class ServingEvent(TypedDict):
+    event: Literal["serving"]
+    disk: str
+    path: str
+    bytes: int
+
+
+class ExportedEvent(TypedDict):
+    event: Literal["exported"]
+    archive: str
+    device: str
+    bytes: int
+    writable: bool
+    uri: str
+
+
+class ReadyEvent(TypedDict):
+    event: Literal["ready"]
+    listen: str
+    directory: NotRequired[str]
+    disks: NotRequired[list[dict[str, object]]]
+
+
+# --- Events that --json shows, of a restore or a verification ---
+
+
+@final
+class ReadProgressEvent(TypedDict):
+    event: Literal["progress"]
+    done_bytes: int
+    total_bytes: int
+    archive_bytes: int
+
+
+class RestoringDevice(TypedDict):
+    name: str
+    bytes: int
+    path: str | None
+
+
+class RestoringEvent(TypedDict):
+    event: Literal["restoring"]
+    archive: str
+    uuid: str
+    devices: list[RestoringDevice]
+    digests_checked: bool
+
+
+#: Of a device: `unchecked` is all there, and nothing has proved its data; `incomplete` may be
+#: damaged, too.
+StateName = Literal["sound", "unchecked", "incomplete", "damaged"]
+#: What has proved the data of a sound device: a manifest, or a compression's checksums.
+CheckerName = Literal["manifest", "zstd", "gzip", "lzo"]
+RangeStateName = Literal["missing", "damaged"]
+
+
+class DiskStateFields(TypedDict):
+    dev_id: int
+    name: str
+    bytes: int
+    state: StateName
+    checked_by: CheckerName | None
+    missing_bytes: int
+    damaged_bytes: int
+    range_count: int
+
+
+class RestoredDevice(DiskStateFields):
+    path: str | None
+
+
+class RestoredEvent(TypedDict):
+    event: Literal["restored"]
+    archive: str
+    archive_bytes: int
+    data_bytes: int
+    zero_bytes: int
+    kept_bytes: NotRequired[int]
+    digests_checked: bool
+    salvaged: bool
+    devices: list[RestoredDevice]
+    seconds: float
+    cpu_s: float
+    peak_rss_bytes: int
+
+
+class RangeFields(TypedDict):
+    offset: int
+    length: int
+    state: RangeStateName
+    reason: str
+
+
+class VerifiedDevice(DiskStateFields):
+    ranges: list[RangeFields]
+
+
+class DamageFields(TypedDict):
+    text: str
+    device: str | None
+    offset: int | None
+    length: int | None
+    archive_offset: int | None
+
+
+class VerifiedEvent(TypedDict):
+    event: Literal["verified"]
+    archive: str
+    ok: bool
+    compression: str
+    manifest: str | None
+    data_checked: bool
+    file_checked: bool
+    proved: str | None
+    archive_bytes: int
+    extents: int
+    data_bytes: int
+    zero_bytes: int
+    devices: list[VerifiedDevice]
+    damage_count: int
+    damage: list[DamageFields]
+    seconds: float
+
+
+PublicEvent = (
+    ListeningEvent
+    | ReadingEvent
+    | AttachedEvent
+    | SkippedEvent
+    | BegunEvent
+    | InstantEvent
+    | ThawedEvent
+    | BackupProgressEvent
+    | TransferEvent
+    | BufferEvent
+    | SpeedEvent
+    | ManifestEvent
+    | NoticeEvent
+    | SentEvent
+    | StoredEvent
+    | DoneEvent
+    | FailedEvent
+    | ServingEvent
+    | ExportedEvent
+    | ReadyEvent
+    | ReadProgressEvent
+    | RestoringEvent
+    | RestoredEvent
+    | VerifiedEvent
+)
