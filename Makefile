@@ -5,8 +5,8 @@ BIN := .venv/bin
 # More arguments for pytest or the benchmarks: make test ARGS='-k header'
 ARGS ?=
 # Processes that run the tests side by side, a file at a time; 0: none beside pytest itself.
-# Much of their time is waiting: three keep two cores busy.
-WORKERS ?= 3
+# Much of their time is waiting: four keep two cores busy.
+WORKERS ?= 4
 
 .PHONY: help setup demo test lint format man bench soak clean
 

@@ -301,9 +301,9 @@ def test_the_memory_for_hostile_answers_stays_small(path: Path) -> None:
     """Each of what took 161 MiB to 3 GiB once; what an honest client takes is some 30 MiB."""
     program = (
         "import sys\n"
-        "from vmapipe.control.qmp.connection import Command, Peer, QmpGone\n"
+        "from vmapipe.control.qmp.connection import Command, QmpGone, QmpPeer\n"
         "from vmapipe.control.qmp.client import QmpClient\n"
-        "class Short(Peer):\n"
+        "class Short(QmpPeer):\n"
         "    answer_s = 3.0\n"
         "client = QmpClient(sys.argv[1], Short())\n"
         "try:\n"

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
-import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,14 @@ from tests.restore.support import (
     flipped,
     frames_with_table,
     lzop,
-    restored,
 )
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.survey import open_damaged
 from vmapipe.restore.job import Options, restore
-from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, plan_folder
-from vmapipe.restore.verify import compare
+from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec
 from vmapipe.restore.verify.report import JSON_NAME, TEXT_NAME, Report
 from vmapipe.restore.verify.verify import VerifyOptions, verify
-from vmapipe.runtime.errors import Failure
 from vmapipe.vma.header import Config, Device, Header, encode_header
 
 A = CHANCE.randbytes(10 * CLUSTER_BYTES)
@@ -41,6 +37,7 @@ DISKS = {"a": A, "b": B}
 CONFIGS = {"qemu-server.conf": b"memory: 512\n"}
 # Disk after disk, two clusters an extent: the fifth extent is the last one of `a`.
 RAW = archive(DISKS, CONFIGS, slots=2)
+ROOT = Path(__file__).parents[2]
 EXTENTS = extents_of(RAW)
 IN_A, IN_B = EXTENTS[2], EXTENTS[7]
 # Both in each extent.
@@ -448,45 +445,22 @@ def test_a_target_that_reads_as_zero_already_is_left_alone(path: Path, tmp_path:
     assert target.read_bytes()[4 * CLUSTER_BYTES : 6 * CLUSTER_BYTES] == b"\xaa" * 2 * CLUSTER_BYTES
 
 
-def lose(monkeypatch: pytest.MonkeyPatch, path: Path, *places: tuple[int, int]) -> None:
-    """Reading these bytes of the file fails, in forked processes, too, as a disk's lost sector does."""
-    pread, preadv, inode = os.pread, os.preadv, path.stat().st_ino
-
-    def check(fd: int, length: int, offset: int) -> int:
-        """How much there is before the next lost byte."""
-        if os.fstat(fd).st_ino != inode:
-            return length
-        for at, count in places:
-            if at <= offset < at + count:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            if offset < at < offset + length:
-                length = at - offset
-        return length
-
-    def short_pread(fd: int, length: int, offset: int) -> bytes:
-        return pread(fd, check(fd, length, offset), offset)
-
-    def short_preadv(fd: int, views: list[memoryview], offset: int) -> int:
-        (view,) = views
-        return preadv(fd, [view[: check(fd, len(view), offset)]], offset)
-
-    monkeypatch.setattr(os, "pread", short_pread)
-    monkeypatch.setattr(os, "preadv", short_preadv)
+def with_lost_sectors(path: Path, *places: int) -> tuple[str, ...]:
+    """What runs `vmapipe` where these 4096 bytes of the archive's disk cannot be read."""
+    sectors = ",".join(map(str, places))
+    return (sys.executable, "-m", "tests.restore.lost_sectors", str(path), sectors)
 
 
 @pytest.mark.parametrize("has_manifest", [False, True])
 def test_what_the_archives_own_disk_cannot_read_is_missing_and_ends_no_salvage(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_manifest: bool
+    path: Path, tmp_path: Path, has_manifest: bool
 ) -> None:
     """One sector of data in the third extent, and the header of the eighth, which is b's third."""
     store(path, RAW, manifest(RAW) if has_manifest else None)
     sector = (IN_A.offset + 512 + CLUSTER_BYTES + 8192) // 4096 * 4096
-    lose(monkeypatch, path, (sector, 4096), (IN_B.offset // 4096 * 4096, 4096))
+    tool = with_lost_sectors(path, sector, IN_B.offset // 4096 * 4096)
     out = tmp_path / "out"
-    out.mkdir()
-    with a_cancel() as cancel, open_damaged(str(path), cancel, ReadOptions()) as opened:
-        options = Options(salvage_folder=str(out))
-        restore(opened, plan_folder(opened.header, str(out)), lambda event: None, cancel, options)
+    bad("restore", "--salvage", "--quiet", path, out, code=4, tool=tool, cwd=ROOT)
     found = salvage_map(out)
     assert ranges(found["a"]) == [(5 * CLUSTER_BYTES, CLUSTER_BYTES, "missing")]
     assert found["a"]["state"] == found["b"]["state"] == "incomplete"
@@ -503,17 +477,24 @@ def test_what_the_archives_own_disk_cannot_read_is_missing_and_ends_no_salvage(
         in (out / TEXT_NAME).read_text()
     )
     if has_manifest:
-        # It would map the file, whose reading cannot be made to fail here.
-        monkeypatch.setattr(compare, "can_fork", lambda: False)
-        assert {k: v[0] for k, v in states(path).items()} == {"a": "incomplete", "b": "incomplete"}
+        done = run("verify", "--json", path, tool=tool, cwd=ROOT)
+        assert done.returncode == 4
+        (disks,) = [
+            event["devices"]
+            for event in map(json.loads, done.stdout.splitlines())
+            if isinstance(event.get("devices"), list)
+        ]
+        assert {disk["name"]: disk["state"] for disk in disks} == {
+            "a": "incomplete",
+            "b": "incomplete",
+        }
 
 
 def test_without_salvage_such_a_disk_ends_the_restore_with_the_place(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path
 ) -> None:
     store(path, RAW)
     sector = (IN_A.offset + 8192) // 4096 * 4096
-    lose(monkeypatch, path, (sector, 4096))
-    (tmp_path / "out").mkdir()
-    with pytest.raises(Failure, match=f"at offset {sector}: Input/output error"):
-        restored(path, lambda header: plan_folder(header, str(tmp_path / "out")))
+    tool = with_lost_sectors(path, sector)
+    text = bad("restore", path, tmp_path / "out", tool=tool, cwd=ROOT)
+    assert f"at offset {sector}: Input/output error" in text
