@@ -106,7 +106,6 @@ def test_the_backup_of_a_guest_that_powers_off_is_completed_and_then_qemu_ends(
     assert is_right(tmp_path)
 
 
-@pytest.mark.every_qemu
 def test_a_guest_reboots_during_its_backup_and_powers_off_after_it_as_ever(
     qemu: str, need: Need, tmp_path: Path
 ) -> None:
@@ -179,7 +178,6 @@ def test_a_qemu_that_is_to_stay_when_its_guest_powers_off_stays(
 PANICS = ("-device", "pvpanic")
 
 
-@pytest.mark.every_qemu
 def test_the_backup_of_a_guest_that_panics_is_completed_and_then_qemu_ends(
     qemu: str, need: Need, tmp_path: Path
 ) -> None:

@@ -139,7 +139,6 @@ def test_whoever_asks_meanwhile_is_answered_and_the_archive_is_right(
     assert daemon.ours() == []
 
 
-@pytest.mark.every_qemu
 def test_each_connection_is_for_one_command_only(
     daemon: StorageDaemon, meter: Meter, out: Path, tmp_path: Path
 ) -> None:

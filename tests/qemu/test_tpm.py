@@ -71,7 +71,6 @@ def asked(need: Need, folder: Path, state: str, *commands: tuple[int, str]) -> b
     return answer
 
 
-@pytest.mark.every_qemu
 @pytest.mark.parametrize("kind", ["folder", "volume"])
 def test_a_tpm_that_is_given_what_was_backed_up_knows_what_the_machines_tpm_knew(
     qemu: str, need: Need, tmp_path: Path, kind: str
