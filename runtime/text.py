@@ -20,7 +20,7 @@ def one_line(text: str, limit_chars: int = MAX_LINE_CHARS) -> str:
     text = _shortened(text, limit_chars)
     if text.isprintable():
         return text
-    return _shortened("".join(_escaped(char) for char in text), limit_chars)
+    return _shortened(escaped(text), limit_chars)
 
 
 def name_text(name: str) -> str:
@@ -48,5 +48,8 @@ def _shortened(text: str, limit_chars: int) -> str:
     return f"{text[:head]} … ({len(text) - kept} characters left out) … {text[-tail:]}"
 
 
-def _escaped(char: str) -> str:
-    return char if char.isprintable() else char.encode("unicode_escape").decode()
+def escaped(text: str) -> str:
+    """Escape what could move a cursor or begin a line, whatever the length."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

@@ -26,6 +26,7 @@ from vmapipe.access.files.messages import (
     Stretch,
 )
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.syscalls import write_at
 from vmapipe.runtime.text import name_text
 
 Report = Callable[[str], None]
@@ -344,10 +345,7 @@ class FolderWriter:
             return  # of a second name of a file
         self._content.take(data)
         try:
-            view, at = memoryview(data.data), data.offset
-            while view:
-                length = os.pwrite(self._fd, view, at)
-                view, at = view[length:], at + length
+            write_at(self._fd, memoryview(data.data), data.offset)
         except OSError as error:
             path = shown(self._content.entry.path)
             raise Failure(f"cannot write {path}: {os_error_text(error)}") from error

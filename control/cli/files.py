@@ -33,7 +33,7 @@ from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.process import run
-from vmapipe.runtime.text import human_bytes, name_text, one_line
+from vmapipe.runtime.text import escaped, human_bytes, name_text, one_line
 
 DESCRIPTION = """\
 Look into the file systems of an archive's disks and take files out, without root and
@@ -266,10 +266,7 @@ def _print_entry(entry: Entry, path: bytes, options: argparse.Namespace) -> None
 
 def _for_people(path: bytes) -> str:
     """Escaped, so that no name moves the cursor or passes for two."""
-    text = path.decode("utf-8", "backslashreplace")
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    return escaped(path.decode("utf-8", "backslashreplace"))
 
 
 def _as_json(entry: Entry) -> dict[str, object]:
