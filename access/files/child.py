@@ -27,6 +27,7 @@ from vmapipe.access.files.messages import (
     ParserNotice,
     ParserReady,
     Read,
+    Volume,
     decode_for_parser,
     encode,
 )
@@ -46,6 +47,8 @@ class _Worker:
     def __init__(self, sock: socket.socket, size_bytes: int) -> None:
         self._sock = sock
         self._size_bytes = size_bytes
+        self._parts: list[parser.Partition] | None = None
+        self._opened: dict[parser.Partition, tuple[Volume, parser.FileSystem | None]] = {}
 
     def tell(self, message: FromParser) -> None:
         self._sock.sendall(encode(message))
@@ -77,17 +80,21 @@ class _Worker:
         self.tell(AnswerEnd())
 
     def _answers(self, ask: Ask) -> Iterator[FromParser]:
-        for part in parser.parts(self.read, self._size_bytes):
+        if self._parts is None:
+            self._parts = parser.parts(self.read, self._size_bytes)
+        for part in self._parts:
             if ask.where and part.name.encode() != ask.where:
                 continue
-            volume = parser.volume_of(self.read, part)
+            if part not in self._opened:
+                # Once: its whole journal is looked through, and the next command asks for it again.
+                self._opened[part] = parser.open_part(self.read, part)
+            volume, file_system = self._opened[part]
             if ask.action == "volumes":
                 yield volume
-            elif not volume.can_read:
+            elif file_system is None:
                 if ask.action == "find":
                     yield volume
             else:
-                file_system = parser.FileSystem(self.read, part)
                 place = file_system.find(ask.path)
                 if ask.action == "find" and place is not None:
                     yield volume

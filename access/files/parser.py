@@ -422,20 +422,23 @@ def parts(read: Read, size_bytes: int) -> list[Partition]:
         for number, (start, size) in enumerate(sorted(inside), 1)
     ]
     # The boot sector of a file system without partitions can pass for a partition table.
-    if not any(volume_of(read, part).kind for part in named) and volume_of(read, whole).kind:
+    if not any(open_part(read, part)[0].kind for part in named) and open_part(read, whole)[0].kind:
         return [whole]
     return named or [whole]
 
 
-def volume_of(read: Read, part: Partition) -> Volume:
-    """What there is in the part; `damaged`: the archive, where that would have to be read."""
+def open_part(read: Read, part: Partition) -> tuple[Volume, FileSystem | None]:
+    """What there is in the part, and its file system if the parser knows it.
+
+    The kind is `damaged` where the archive is, and that would have to be read.
+    """
     name = part.name.encode()
-    kind, can_read = b"", False
     try:
-        kind, can_read = FileSystem(read, part).kind, True
+        file_system = FileSystem(read, part)
     except PARSER_ERRORS:
         kind = _other_kind(read, part)
-    return Volume(name, part.offset, part.size_bytes, kind, can_read)
+        return Volume(name, part.offset, part.size_bytes, kind, False), None
+    return Volume(name, part.offset, part.size_bytes, file_system.kind, True), file_system
 
 
 def _other_kind(read: Read, part: Partition) -> bytes:
