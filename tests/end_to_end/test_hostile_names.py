@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.control.qmp.hostile import DISK, Refusal, hostile_qemu
 from tests.machine import VMA, make_disk, run
-from tests.qemu.hostile import DISK, Refusal, hostile_qemu
 from vmapipe.runtime.text import MAX_LINE_CHARS
 
 STEERS = "x\x1b]0;pwned\x07\x1b[31m\r\nroot@host:~# \x9b2J\u202e\x7f"

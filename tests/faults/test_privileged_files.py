@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.archiver.service.serving import make_keys, serving
+from tests.control.qmp.hostile import Refusal, hostile_qemu
 from tests.machine import LIMIT_S, VMAPIPE, Need, listens, make_disk
-from tests.qemu.hostile import Refusal, hostile_qemu
-from tests.service.serving import make_keys, serving
 
 NOBODY = 65534
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="for root below somebody else's folder")

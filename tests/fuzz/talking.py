@@ -9,7 +9,7 @@ import socket
 import time
 from unittest import mock
 
-from tests.qemu.answers import EVENT, GOOD, READERS
+from tests.control.qmp.answers import EVENT, GOOD, READERS
 from vmapipe.control.qemu import guest_agent
 from vmapipe.control.qemu.guest_agent import GuestAgent
 from vmapipe.control.qmp.answers import answer_fault, event_fault

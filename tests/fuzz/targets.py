@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.archiver.jobworld import JOB, spec
+from tests.archiver.job.world import JOB, spec
 from tests.fuzz import nbd_targets, talking
 from tests.fuzz.choices import Bytes
 from tests.network.lossy import Producer, World

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from tests.archiver.jobworld import JOB
+from tests.archiver.job.world import JOB
 from tests.vma.archives import disk_image, read_whole, scan
 from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.job import Job

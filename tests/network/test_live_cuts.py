@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.guard.serving import Served, serving
-from tests.guard.writers import Writers
 from tests.machine import LIMIT_S, VMAPIPE, good, make_disk, sha256
 from tests.network.cable import cable_to
 from tests.network.hosts import ARCHIVER_ADDRESS, two_hosts
 from tests.network.keys import make_client, make_server
 from tests.network.place import lose_connections
+from tests.producer.guard.serving import Served, serving
+from tests.producer.guard.writers import Writers
 from vmapipe.control.monitor.client import begin_together, guarded_disks
 
 MIB = 1 << 20

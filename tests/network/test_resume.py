@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.archiver.jobworld import JOB, UUID, spec
+from tests.archiver.job.world import JOB, UUID, spec
 from tests.network.lossy import Producer, World
 from tests.protocol.messages import encode
 from vmapipe.archiver.job.job import Job, JobPhase

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.archiver.service.serving import make_keys, serving
 from tests.machine import end_of, good, make_disk, next_event, sha256, started
 from tests.network.cable import cable_to
 from tests.network.place import lose_connections
-from tests.service.serving import make_keys, serving
 
 MIB = 1 << 20
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.archiver.service.serving import make_keys
 from tests.machine import LIMIT_S, VMAPIPE, Need, end_of, good, make_disk, next_event, sha256
 from tests.network.hosts import ARCHIVER_ADDRESS, Hosts, two_hosts
-from tests.service.serving import make_keys
 
 Process = subprocess.Popen[bytes]
 

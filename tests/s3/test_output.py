@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.archiver.targets import LIMIT_S, in_thread
-from tests.archiver.test_outputs import (  # noqa: F401  they run here, with the target below
+from tests.archiver.outputs.targets import LIMIT_S, in_thread
+from tests.archiver.outputs.test_every_output import (  # noqa: F401  they run here, with the target below
     test_a_description_says_where_the_archive_goes,
     test_abandoning_after_the_commit_does_nothing,
     test_abandoning_at_once_and_twice_is_no_error,

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.archiver.service.serving import Served, make_keys, serving
 from tests.machine import (
     bad,
     children,
@@ -25,7 +26,6 @@ from tests.machine import (
 )
 from tests.s3.proxy import FaultyProxy
 from tests.s3.server import BUCKET, S3Server
-from tests.service.serving import Served, make_keys, serving
 from vmapipe.archiver.outputs import object as object_module
 from vmapipe.archiver.service.storage import ClientLimits, ClientRules, ObjectStorage
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from tests.archiver.targets import LIMIT_S, in_thread
+from tests.archiver.outputs.targets import LIMIT_S, in_thread
 from tests.archives import archive
 from tests.machine import Need
 from tests.restore.support import (

@@ -23,8 +23,8 @@ from typing import (
 import jsonschema
 import pytest
 
-from tests.guard.serving import serving
 from tests.machine import good, make_disk, next_event, run, started
+from tests.producer.guard.serving import serving
 from vmapipe.runtime.event_types import PublicEvent
 
 DOCS = Path(__file__).parents[3] / "docs"

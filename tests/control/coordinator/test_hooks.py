@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.guard.serving import serving
 from tests.machine import bad, end_of, eventually, good, make_disk, run, started
+from tests.producer.guard.serving import serving
 
 LIMIT_S = 60
 

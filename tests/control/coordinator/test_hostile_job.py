@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.control.qmp.hostile import Flood, Raw, Silence, hostile_qemu
 from tests.machine import run
-from tests.qemu.hostile import Flood, Raw, Silence, hostile_qemu
 from vmapipe.control.coordinator.status import JobState
 
 NAME = "a" * 32

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.guard.serving import serving
 from tests.machine import bad, children, make_disk, next_event, started
+from tests.producer.guard.serving import serving
 from vmapipe.control.coordinator.priorities import add_priority_options, buffer_of_each, priorities
 from vmapipe.runtime.errors import UsageError
 

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressed archives: what zstd reads, and where a reader may jump to."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+import zstandard
+
+from tests.archiver.memory import Fault, MemoryOutput
+from tests.archiver.outputs.targets import LIMIT_S, decompressed, in_thread
+from vmapipe.archiver.outputs import compress
+from vmapipe.archiver.outputs.compress import FRAME_BYTES, Compression, ZstdOutput
+from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.vma.seektable import FOOTER_BYTES, parse_seek_table, seek_table_bytes
+
+MIB = 1 << 20
+CHANCE = random.Random(3)
+# Half of it compresses, half does not.
+MIXED = (CHANCE.randbytes(512) + bytes(512)) * (4 * MIB // 1024)
+
+
+def pieces(count: int) -> list[bytes]:
+    """Writes of all lengths, small and large."""
+    lengths = [512, 4608, 60_000, MIB, FRAME_BYTES - 1, FRAME_BYTES, FRAME_BYTES + 512]
+    return [MIXED[: lengths[CHANCE.randrange(len(lengths))]] for _ in range(count)]
+
+
+def compressed(writes: list[bytes], threads: int = 2, level: int = 1) -> tuple[bytes, list[int]]:
+    """The stored file, and the length of each write that it got."""
+    inner = MemoryOutput()
+    output = ZstdOutput(inner, Compression(level=level, threads=threads))
+    for data in writes:
+        output.write([memoryview(data)[:100], memoryview(data)[100:]])
+    output.commit()
+    assert inner.committed
+    return bytes(inner.data), inner.pieces
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_the_whole_archive_comes_back_whatever_the_number_of_threads(threads: int) -> None:
+    writes = pieces(30)
+    raw, _ = compressed(writes, threads)
+    assert decompressed(raw) == b"".join(writes)
+
+
+def test_the_zstd_program_reads_it(need: Callable[..., list[str]]) -> None:
+    (zstd,) = need("zstd")
+    writes = pieces(8)
+    raw, _ = compressed(writes)
+    done = subprocess.run([zstd, "-dc"], input=raw, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"".join(writes)
+
+
+def test_frames_are_independent_checked_and_listed_in_the_seek_table() -> None:
+    writes = pieces(40)
+    plain = b"".join(writes)
+    raw, _ = compressed(writes)
+    length = seek_table_bytes(raw[-FOOTER_BYTES:])
+    assert length is not None
+    frames = parse_seek_table(raw[-length:])
+    assert len(frames) > 5
+    at = plain_at = 0
+    for frame in frames:
+        part = raw[at : at + frame.compressed_bytes]
+        parameters = zstandard.get_frame_parameters(part)
+        assert parameters.has_checksum
+        assert parameters.content_size == frame.plain_bytes
+        expected = plain[plain_at : plain_at + frame.plain_bytes]
+        assert zstandard.ZstdDecompressor().decompress(part) == expected
+        at += frame.compressed_bytes
+        plain_at += frame.plain_bytes
+    assert (at + length, plain_at) == (len(raw), len(plain))
+
+
+def test_a_frame_ends_only_where_a_write_ended_and_is_not_short() -> None:
+    writes = pieces(40)
+    raw, _ = compressed(writes)
+    length = seek_table_bytes(raw[-FOOTER_BYTES:])
+    assert length is not None
+    ends, at = set(), 0
+    for data in writes:
+        at += len(data)
+        ends.add(at)
+    at = 0
+    *full, last = parse_seek_table(raw[-length:])
+    for frame in full:
+        assert FRAME_BYTES <= frame.plain_bytes < FRAME_BYTES + max(map(len, writes))
+        at += frame.plain_bytes
+        assert at in ends
+    assert at + last.plain_bytes in ends
+
+
+def test_damage_in_a_frame_is_noticed_by_any_reader() -> None:
+    raw = bytearray(compressed(pieces(3))[0])
+    raw[len(raw) // 2] ^= 1
+    with pytest.raises(zstandard.ZstdError):
+        decompressed(bytes(raw))
+
+
+def test_an_empty_archive_is_a_seek_table_only() -> None:
+    raw, _ = compressed([])
+    assert parse_seek_table(raw) == []
+    assert decompressed(raw) == b""
+
+
+def test_frames_in_the_making_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    begun: list[int] = []
+    compress_frame = ZstdOutput._compress
+
+    def slow(output: ZstdOutput, plain: bytearray) -> tuple[bytes, int]:
+        begun.append(len(plain))
+        assert go.wait(LIMIT_S)
+        return compress_frame(output, plain)
+
+    monkeypatch.setattr(ZstdOutput, "_compress", slow)
+    output = ZstdOutput(MemoryOutput(), Compression(threads=2))
+    frame = bytes(FRAME_BYTES)
+    accepted = []
+
+    def write_many() -> None:
+        for _ in range(10):
+            output.write([frame])
+            accepted.append(1)
+
+    full = threading.Event()
+    write_frame = ZstdOutput._write_frame
+
+    def note(output: ZstdOutput) -> None:
+        full.set()
+        write_frame(output)
+
+    monkeypatch.setattr(ZstdOutput, "_write_frame", note)
+    with in_thread(write_many) as errors:
+        assert full.wait(LIMIT_S)
+        assert len(accepted) == 2 + compress._SPARE_FRAMES
+        go.set()
+    assert errors == []
+    output.commit()
+
+
+def test_a_failure_below_comes_through(memory: Callable[..., MemoryOutput]) -> None:
+    output = ZstdOutput(memory(Fault(2)), Compression(threads=2))
+    # Which write meets it is up to the threads.
+    with pytest.raises(Failure, match="a planned fault"):
+        deque(map(output.write, [[bytes(FRAME_BYTES)]] * 20), maxlen=0)
+    output.abandon()
+
+
+def test_a_failure_of_the_last_frames_fails_the_commit(
+    memory: Callable[..., MemoryOutput],
+) -> None:
+    inner = memory(Fault(1))
+    output = ZstdOutput(inner, Compression())
+    output.write([b"data"])
+    with pytest.raises(Failure, match="a planned fault"):
+        output.commit()
+    output.abandon()
+    assert inner.abandoned
+
+
+@pytest.mark.parametrize(("level", "threads"), [(0, 1), (20, 1), (-1, 1), (3, 0)])
+def test_levels_and_threads_have_their_bounds(level: int, threads: int) -> None:
+    with pytest.raises(UsageError):
+        ZstdOutput(MemoryOutput(), Compression(level, threads))
+
+
+@pytest.mark.parametrize("level", [1, 3, 19])
+def test_the_level_is_the_one_that_was_asked_for(level: int) -> None:
+    text = b"".join(b"line %d of a log, %d\n" % (i, i * i) for i in range(20_000))
+    expected = zstandard.ZstdCompressor(level=level, write_checksum=True).compress(text)
+    assert compressed([text], level=level)[0].startswith(expected)
