@@ -32,11 +32,15 @@ _LONGEST_LINE_BYTES = 4096
 _PACKAGES = {"qemu-storage-daemon": "qemu-system-common", "qemu-nbd": "qemu-utils"}
 
 
-class _Words:
-    """Collects a process's output while it runs: a full pipe would make it wait."""
+class LastWords:
+    """Collects a process's output while it runs: a full pipe would make it wait.
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    `prefix` begins the lines that count: QEMU puts its name before an error, and not before a hint.
+    """
+
+    def __init__(self, stream: IO[bytes], prefix: str = "") -> None:
         self._stream = stream
+        self._prefix = prefix
         #: The last line, and how many there were.
         self.last = ""
         self.count = 0
@@ -51,7 +55,8 @@ class _Words:
         with self._stream:
             while raw := self._stream.readline(_LONGEST_LINE_BYTES):
                 if line := raw.decode(errors="replace").strip():
-                    self.last = line
+                    if not self.last or line.startswith(self._prefix):
+                        self.last = line
                     self.count += 1
 
 
@@ -75,19 +80,19 @@ class StorageDaemon:
         self._folder = OwnFolder("storage")
         self.socket = os.path.join(self._folder.path, "daemon.sock")
         self._process: subprocess.Popen[bytes] | None = None
-        self._words: _Words | None = None
+        self._words: LastWords | None = None
         # What it said before it listened, warnings of the image, is not why it hangs up.
         self._words_before = 0
         try:
             command = [program, *(word.replace("SOCKET", self.socket) for word in words[1:])]
             self._process = subprocess.Popen(
-                [*_dying_with_us(), *command],
+                [*dying_with_parent("TERM"), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )
             if self._process.stderr is not None:
-                self._words = _Words(self._process.stderr)
+                self._words = LastWords(self._process.stderr)
             self._wait_until_it_listens(self._process, cancel)
         except BaseException:
             self.close()
@@ -197,7 +202,14 @@ class StorageDaemon:
         return said.removeprefix(f"{self._program}: ")
 
 
-def _dying_with_us() -> list[str]:
-    """So that it ends even when we are killed. util-linux has it on every Debian."""
+def dying_with_parent(signal_name: str) -> list[str]:
+    """Return the words before a command that send it a signal when the thread that starts it ends.
+
+    So it ends even when we are killed. util-linux has the program on every Debian.
+    """
     setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
+    if setpriv is None:
+        return []
+    # If we were killed before the kernel knew the wish, nobody would send that signal.
+    check = '[ "$PPID" = "$0" ] && exec "$@"'
+    return [setpriv, "--pdeathsig", signal_name, "sh", "-c", check, str(os.getpid())]
