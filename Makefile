@@ -7,6 +7,9 @@ ARGS ?=
 # Processes that run the tests side by side, a file at a time; 0: none beside pytest itself.
 # Much of their time is waiting: four keep two cores busy.
 WORKERS ?= 4
+# Tests start thousands of processes. Where this is set, each would compile all modules anew: a third
+# of the CPU time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test lint format man bench soak clean
 
