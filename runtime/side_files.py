@@ -7,8 +7,10 @@ must neither wait nor lead elsewhere. Every function raises OSError, with words 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import secrets
 import select
 import stat
 
@@ -101,6 +103,30 @@ def open_to_append(path: str, mode: int = 0o666) -> int:
             os.close(fd)
             raise
     return fd
+
+
+def write_whole(path: str, data: bytes, mode: int) -> None:
+    """Write a file in one step: who reads it at any moment sees all of it, or what was there before.
+
+    A link or a FIFO of that name goes; what it leads to stays as it is.
+    """
+    place, name = os.path.split(path)
+    with HeldFolder(place) as folder:
+        # Under no name that a program looks for before it is whole.
+        partial = f".{name.partition('.')[0][:100]}.{secrets.token_hex(4)}"
+        fd = folder.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            with open(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fchmod(fd, mode)
+                os.fsync(fd)
+            folder.replace(partial, name)
+            folder.sync()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial, dir_fd=folder.fd)
+            raise
 
 
 def _refuse_others(status: os.stat_result, path: str) -> None:

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +13,7 @@ from typing import Any
 from vmapipe.control.coordinator.status import JobState
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.folders import HeldFolder
+from vmapipe.runtime.side_files import write_whole
 from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 
 SUFFIX = ".prom"
@@ -106,19 +105,7 @@ def write(path: str, state: JobState) -> None:
     try:
         with HeldFolder(place) as folder:
             text = render(backup, state, _old_success(folder, name), time.time())
-            # Not called *.prom before it is whole.
-            partial = f".{backup}.{secrets.token_hex(4)}"
-            fd = folder.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            try:
-                with open(fd, "w", encoding="utf-8") as file:
-                    file.write(text)
-                    os.fchmod(fd, 0o644)  # the exporter is another user
-                # A link or a FIFO of that name goes; what it leads to stays as it is.
-                folder.replace(partial, name)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(partial, dir_fd=folder.fd)
-                raise
+        write_whole(path, text.encode(), 0o644)  # the exporter is another user
     except OSError as error:
         raise Failure(f"cannot write the metrics {path}: {os_error_text(error)}") from error
 
