@@ -27,6 +27,7 @@ class ArchiveDisk:
         self._name = device.name
         self._archive = archive
         self._dev_id = device.dev_id
+        self._stored_bytes: int | None = None
 
     # --- reads ---
 
@@ -123,6 +124,15 @@ class ArchiveDisk:
                 position = start + block * BLOCK_BYTES + within % BLOCK_BYTES
             yield target[at : at + length], position
             at += length
+
+    def stored_bytes(self) -> int:
+        """Return the disk's size without its zero blocks; all of it while that is not known."""
+        if self._stored_bytes is None:
+            index = self._archive.index.disks.get(self._dev_id)
+            if index is None:
+                return self.size_bytes
+            self._stored_bytes = index.stored_bytes()
+        return min(self._stored_bytes, self.size_bytes)
 
     def cache(self, offset: int, length: int) -> None:
         """Nothing is gained by it."""

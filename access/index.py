@@ -93,6 +93,15 @@ class DiskIndex:
         byte = offset - first * CLUSTER_BYTES + block * BLOCK_BYTES
         return (packed >> _EXTENT_SHIFT) - 1, byte
 
+    def stored_bytes(self) -> int:
+        """What the disk takes without its zero blocks. Missing clusters count as a whole."""
+        ends = [*self.firsts[1:], self.clusters]
+        blocks = sum(
+            (end - first) * (16 if place == _MISSING else (place & _MASK_BITS).bit_count())
+            for first, end, place in zip(self.firsts, ends, self.places, strict=True)
+        )
+        return blocks * BLOCK_BYTES
+
     def missing(self) -> list[tuple[int, int]]:
         """Clusters that are not in the archive, as (first, count)."""
         ends = [*self.firsts[1:], self.clusters]

@@ -29,6 +29,7 @@ archives:
   config     print a configuration stored in an archive
   serve      attach an archive's disks over NBD, without restoring them
   files      list an archive's files and take some out, without restoring it
+  mount      show an archive as a folder: its disks, configurations, files
   prune      remove old archives by retention rules, as Proxmox VE does
 
 running backups:
@@ -69,6 +70,7 @@ COMMANDS = {
     "verify": ("vmapipe.control.cli.inspect", "main_verify"),
     "serve": ("vmapipe.control.cli.serve", "main"),
     "files": ("vmapipe.control.cli.files", "main"),
+    "mount": ("vmapipe.control.cli.mount", "main"),
     "status": ("vmapipe.control.cli.running", "main_status"),
     "speed": ("vmapipe.control.cli.running", "main_speed"),
     "cancel": ("vmapipe.control.cli.running", "main_cancel"),

@@ -154,6 +154,12 @@ class ExportedEvent(TypedDict):
     uri: str
 
 
+class MountedEvent(TypedDict):
+    event: Literal["mounted"]
+    archive: str
+    folder: str
+
+
 class ReadyEvent(TypedDict):
     event: Literal["ready"]
     listen: str
@@ -282,6 +288,7 @@ PublicEvent = (
     | FailedEvent
     | ServingEvent
     | ExportedEvent
+    | MountedEvent
     | ReadyEvent
     | ReadProgressEvent
     | RestoringEvent

@@ -48,6 +48,7 @@ ONLY_IN = {
     "compression": {"archiver/outputs/compress.py", "restore/archive/zstd.py"},
     "qemu": set[str](),  # a second opinion in tests: the foreign client,
     "pytsk3": {"access/files/parser.py"},  # C, and its input is a stranger's
+    "mfusepy": {"access/mount/fuse.py"},
     "botocore": {"runtime/objectstore.py"},
     "dissect": set[str](),  # for tests: another project's reader, under another licence
 }

@@ -10,7 +10,9 @@ import os
 import socket
 import sys
 import traceback
+from bisect import bisect_right
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 from vmapipe.access.files import parser
@@ -39,6 +41,8 @@ from vmapipe.runtime.sandbox import end_with_parent, give_up_rights
 _MEMORY_BYTES = 1 << 30
 # An hour of work; a parser that a made-up file system has sent round in a circle ends there.
 _CPU_S = 3600
+# As many as programs read side by side through a mount.
+_LATELY = 16
 
 
 class _Worker:
@@ -49,6 +53,8 @@ class _Worker:
         self._size_bytes = size_bytes
         self._parts: list[parser.Partition] | None = None
         self._opened: dict[parser.Partition, tuple[Volume, parser.FileSystem | None]] = {}
+        # Files that "range" was asked of, and where their data is; the last one is the latest.
+        self._lately: dict[tuple[parser.Partition, bytes], tuple[Any, list[tuple[int, int]]]] = {}
 
     def tell(self, message: FromParser) -> None:
         self._sock.sendall(encode(message))
@@ -94,6 +100,9 @@ class _Worker:
             elif file_system is None:
                 if ask.action == "find":
                     yield volume
+            elif ask.action == "range":
+                yield from self._range(file_system, ask)
+                return
             else:
                 place = file_system.find(ask.path)
                 if ask.action == "find" and place is not None:
@@ -102,6 +111,26 @@ class _Worker:
                     yield from self._tree(ask.action, file_system, *place)
                     return
 
+    def _range(self, file_system: parser.FileSystem, ask: Ask) -> Iterator[FromParser]:
+        """What lies in a range of a file. Files that were read lately are not looked for again."""
+        key = (file_system.part, ask.path)
+        known = self._lately.pop(key, None)
+        if known is None:
+            place = file_system.find(ask.path)
+            if place is None:
+                return
+            known = place[1], file_system.stretches(place[1])
+        self._lately[key] = known
+        if len(self._lately) > _LATELY:
+            del self._lately[next(iter(self._lately))]
+        file, stretches = known
+        end = ask.offset + ask.length
+        at = bisect_right(stretches, ask.offset, key=itemgetter(1))
+        while at < len(stretches) and stretches[at][0] < end:
+            start, stop = stretches[at]
+            yield from file_system.data(file, max(start, ask.offset), min(stop, end))
+            at += 1
+
     def _tree(
         self, action: str, file_system: parser.FileSystem, path: bytes, file: Any
     ) -> Iterator[FromParser]:
@@ -109,6 +138,9 @@ class _Worker:
             yield ParserNotice(text.encode())
         told = len(file_system.notices)
         top = file_system.entry(path, file)
+        if action == "entry":
+            yield top
+            return
         if action == "list" and top.kind == FOLDER:
             items: Iterator[tuple[bytes, Any] | EntryFailed] = file_system.children(path, file)
         elif action == "list":

@@ -39,12 +39,15 @@ class Ask(NamedTuple):
 
     `action`: "volumes" (all of the disk), "find" (the volumes that have the path, and those
     that cannot be read), "list" (a folder's entries, or the one file), "walk" (a folder and
-    all below it), "read" (a walk, with the content of files).
+    all below it), "read" (a walk, with the content of files), "entry" (of this path only),
+    "range" (what is not a hole of `length` bytes of a file from `offset` on).
     """
 
     action: Annotated[str, lengths(1, 16)]
     where: Word
     path: Path
+    offset: Uint
+    length: Uint
 
 
 class Bytes(NamedTuple):

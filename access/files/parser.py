@@ -345,17 +345,25 @@ class FileSystem:
 
     def content(self, file: Any) -> Iterator[Stretch | FileData]:
         """What of the file is not a hole by its extents. Raises OSError."""
-        size = max(0, int(file.info.meta.size))
-        stretches = list(_joined(self._stretches(file, size)))
+        stretches = self.stretches(file)
         yield from (Stretch(start, end - start) for start, end in stretches)
         for start, end in stretches:
-            at = start
-            while at < end:
-                raw = file.read_random(at, min(MAX_DATA_BYTES, end - at))
-                if not raw:
-                    raise OSError(f"its content ends at byte {at} of {size}")
-                yield FileData(at, bytes(raw))
-                at += len(raw)
+            yield from self.data(file, start, end)
+
+    def stretches(self, file: Any) -> list[tuple[int, int]]:
+        """Where the file has data, in order, as (start, end). Raises OSError."""
+        size = max(0, int(file.info.meta.size))
+        return list(_joined(self._stretches(file, size)))
+
+    def data(self, file: Any, start: int, end: int) -> Iterator[FileData]:
+        """The bytes of a stretch, or of a part of it. Raises OSError."""
+        while start < end:
+            raw = file.read_random(start, min(MAX_DATA_BYTES, end - start))
+            if not raw:
+                size = int(file.info.meta.size)
+                raise OSError(f"its content ends at byte {start} of {size}")
+            yield FileData(start, bytes(raw))
+            start += len(raw)
 
     def _stretches(self, file: Any, size: int) -> Iterator[tuple[int, int]]:
         """Where there is data, by the runs of its content; all of it where there are none."""

@@ -81,9 +81,17 @@ class FileSession:
         self._sock.close()
         self._words.close()
 
-    def ask(self, action: str, where: bytes = b"", path: bytes = b"/") -> Iterator[FromParser]:
+    def ask(
+        self,
+        action: str,
+        where: bytes = b"",
+        path: bytes = b"/",
+        *,
+        offset: int = 0,
+        length: int = 0,
+    ) -> Iterator[FromParser]:
         """The answers to one command, less the reads. Raises ParserError, Cancelled."""
-        self._tell(Ask(action, where, path))
+        self._tell(Ask(action, where, path, offset, length))
         for _ in range(_MAX_MESSAGES):
             message = self._hear()
             match message:

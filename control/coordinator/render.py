@@ -19,6 +19,7 @@ from vmapipe.runtime.event_types import (
     DoneEvent,
     ExportedEvent,
     InstantEvent,
+    MountedEvent,
     ReadProgressEvent,
     RestoredEvent,
     ServingEvent,
@@ -153,8 +154,8 @@ class _Text:
                 return _instant_text(event)
             case "serving":
                 return _serving_text(event)
-            case "exported":
-                return _exported_text(event)
+            case "exported" | "mounted":
+                return _opened_text(event)
             case "ready":
                 return f"ready; backups ask {one_line(event['listen'])}"
             case "notice":
@@ -212,7 +213,9 @@ def _serving_text(event: ServingEvent) -> str:
     return f"serving {one_line(event['disk'])}: {one_line(event['path'])}, {size}"
 
 
-def _exported_text(event: ExportedEvent) -> str:
+def _opened_text(event: ExportedEvent | MountedEvent) -> str:
+    if event["event"] == "mounted":
+        return f"{one_line(event['archive'])} is mounted on {one_line(event['folder'])}"
     device = one_line(event["device"], MAX_NAME_CHARS)
     access = "writable" if event["writable"] else "read-only"
     size = human_bytes(event["bytes"])
