@@ -19,6 +19,7 @@ about fields that only make sense together.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +34,8 @@ from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
 Part = bytes | bytearray | memoryview
 
 
-def pack(value: Any) -> bytes:
-    """Numbers, bytes, str, lists and maps of them."""
-    return msgpack.packb(value)  # type: ignore[no-any-return]
+#: Numbers, bytes, str, lists and maps of them to bytes.
+pack: Callable[[Any], bytes] = msgpack.packb
 
 
 def unpack(part: Part, max_bytes: int, max_items: int = limits.MAX_ARRAY_ITEMS) -> Any:
@@ -118,8 +118,7 @@ class Joined(NamedTuple):
     def read(self, value: Any) -> tuple[bytes, ...]:
         if type(value) is not bytes or len(value) % self.size_bytes:
             raise ValueError(f"not pieces of {self.size_bytes} bytes")
-        size = self.size_bytes
-        return tuple(value[at : at + size] for at in range(0, len(value), size))
+        return struct.unpack(f"{self.size_bytes}s" * (len(value) // self.size_bytes), value)
 
 
 def _is_text(value: str) -> bool:
@@ -167,28 +166,30 @@ class Dialogue:
         self._limit_of = max_bytes if callable(max_bytes) else lambda _: max_bytes
         self._max_items = max_items
         names = names or {}
-        self._layouts = {
-            kind: _Layout(names.get(kind, kind.__name__.upper()), kind) for kind in kinds
-        }
+        self._layouts: dict[type[Any], _Layout] = {}
+        for kind in kinds:
+            name = names.get(kind, kind.__name__.upper())
+            self._layouts[kind] = _Layout(name, kind, self._limit_of(name))
         self._by_name = {layout.name: layout for layout in self._layouts.values()}
-        self._max_bytes = max(self._limit_of(name) for name in self._by_name)
+        self._max_bytes = max(layout.max_bytes for layout in self._layouts.values())
 
     def encode(self, message: Any, *, checked: bool = True) -> list[Part]:
         """Raises LocalProtocolError for what the peer would refuse; unchecked: nothing is."""
         layout = self._layouts[type(message)]
-        values = layout.values(message)
-        if layout.writers:
-            for index, to_wire in layout.writers:
-                values[index] = to_wire(values[index])
+        values: list[Any] = list(map(getattr, itertools.repeat(message), layout.names))
+        for index, to_wire in layout.writers:
+            values[index] = to_wire(values[index])
         if checked:
-            layout.check(values)
+            try:
+                layout.read(values)
+            except ValueError as error:
+                raise LocalProtocolError(str(error)) from None
         if self._keyed:
-            raw = pack([layout.name, dict(zip(layout.fields, values, strict=True))])
+            raw = pack([layout.name, dict(zip(layout.names, values, strict=True))])
         else:
             raw = pack([layout.name, *values])
-        if checked and len(raw) > self._limit_of(layout.name):
-            limit = self._limit_of(layout.name)
-            raise LocalProtocolError(f"{layout.name}: {len(raw)} bytes, at most {limit}")
+        if checked and len(raw) > layout.max_bytes:
+            raise LocalProtocolError(f"{layout.name}: {len(raw)} bytes, at most {layout.max_bytes}")
         return [raw]
 
     def decode(self, parts: Sequence[Part]) -> Any:
@@ -207,7 +208,9 @@ class Dialogue:
         if not isinstance(value, list) or not value or not isinstance(value[0], str):
             raise RemoteProtocolError("malformed", "a message without a name")
         name = value[0]
-        if memoryview(parts[0]).nbytes > self._limit_of(name):
+        layout = self._by_name.get(name)
+        limit = layout.max_bytes if layout is not None else self._limit_of(name)
+        if memoryview(parts[0]).nbytes > limit:
             raise RemoteProtocolError("too-large", f"{name:.40} of more bytes than it may have")
         if not self._keyed:
             return name, value[1:]
@@ -220,88 +223,98 @@ class Dialogue:
         layout = self._by_name.get(name)
         if layout is None:
             return None
-        return layout.read_keyed(fields) if self._keyed else layout.read_positional(fields)
-
-
-class _Layout:
-    """One message type: its fields, and how each is written and read."""
-
-    def __init__(self, name: str, kind: type[Any]) -> None:
-        self.name = name
-        self.kind = kind
-        hints = typing.get_type_hints(kind, include_extras=True)
-        self._required = _fields_of(kind)
-        self.fields = tuple(self._required)
-        self._readers = [(field, _reader(hints[field])) for field in self.fields]
-        # The few fields that travel in another form than msgpack's, by index.
-        self.writers = [
-            (index, to_wire)
-            for index, field in enumerate(self.fields)
-            if (to_wire := _writer(hints[field])) is not None
-        ]
-        self._has_version = self.fields[:1] == ("version",)
-        self._fault: Callable[[Any], str | None] | None = getattr(kind, "fault", None)
-
-    def values(self, message: Any) -> list[Any]:
-        return [getattr(message, field) for field in self.fields]
-
-    def check(self, values: Sequence[Any]) -> None:
-        for (field, read), value in zip(self._readers, values, strict=True):
-            try:
-                read(value)
-            except ValueError as error:
-                raise LocalProtocolError(f"{self.name}: {field}: {error}") from None
-
-    def read_keyed(self, given: Mapping[str, Any]) -> Any:
-        if self._has_version:
-            self._check_version(given.get("version"))
-        known = {}
-        for field, read in self._readers:
-            if field in given:
-                known[field] = self._read(field, read, given[field])
-            elif self._required[field]:
-                raise RemoteProtocolError("malformed", f"{self.name} without {field!r}")
-        return self._whole(self.kind(**known))
-
-    def read_positional(self, given: Sequence[Any]) -> Any:
-        if self._has_version and given:
-            self._check_version(given[0])
-        if len(given) != len(self.fields):
-            raise RemoteProtocolError("malformed", f"{self.name} with {len(given)} fields")
-        return self._whole(
-            self.kind(
-                *[
-                    self._read(field, read, value)
-                    for (field, read), value in zip(self._readers, given, strict=True)
-                ]
-            )
+        given = (
+            list(map(fields.get, layout.names, itertools.repeat(_MISSING)))
+            if self._keyed
+            else fields
         )
-
-    def _read(self, field: str, read: _Reader, value: Any) -> Any:
-        try:
-            return read(value)
-        except ValueError as error:
-            raise RemoteProtocolError("malformed", f"{self.name}: {field}: {error}") from None
-
-    def _check_version(self, version: object) -> None:
-        if is_uint(version) and version != limits.VERSION:
+        if layout.has_version and given and is_uint(given[0]) and given[0] != limits.VERSION:
             raise RemoteProtocolError(
-                "version", f"version {version} is not spoken here, {limits.VERSION} is"
+                "version", f"version {given[0]} is not spoken here, {limits.VERSION} is"
             )
-
-    def _whole(self, message: Any) -> Any:
-        fault = self._fault(message) if self._fault is not None else None
+        try:
+            message = layout.kind(*layout.read(given))
+        except ValueError as error:
+            raise RemoteProtocolError("malformed", str(error)) from None
+        fault = layout.fault(message) if layout.fault is not None else None
         if fault:
-            raise RemoteProtocolError("malformed", f"{self.name}: {fault}")
+            raise RemoteProtocolError("malformed", f"{name}: {fault}")
         return message
 
 
-def _fields_of(kind: type[Any]) -> dict[str, bool]:
-    """The names of a type's fields, and whether each has to be there."""
+class _Field(NamedTuple):
+    """How one field is checked: a whole number by its range alone, all else by `read`.
+
+    `default` stands where a keyed message lacks the field; _MISSING: it must be there.
+    """
+
+    name: str
+    default: Any
+    low: int
+    high: int
+    read: _Reader | None
+
+
+class _Layout:
+    """One message type, compiled: a row for each field, all checked in one loop."""
+
+    def __init__(self, name: str, kind: type[Any], max_bytes: int) -> None:
+        self.name = name
+        self.kind = kind
+        self.max_bytes = max_bytes
+        hints = typing.get_type_hints(kind, include_extras=True)
+        defaults = _defaults_of(kind)
+        self.names = tuple(defaults)
+        self._fields = [_field(field, defaults[field], hints[field]) for field in self.names]
+        # The few fields that travel in another form than msgpack's, by index.
+        self.writers = [
+            (index, to_wire)
+            for index, field in enumerate(self.names)
+            if (to_wire := _writer(hints[field])) is not None
+        ]
+        self.has_version = self.names[:1] == ("version",)
+        self.fault: Callable[[Any], str | None] | None = getattr(kind, "fault", None)
+
+    def read(self, given: Sequence[Any]) -> list[Any]:
+        """Check the values of all fields, in their order; return them as annotated. Raises ValueError."""
+        if len(given) != len(self._fields):
+            raise ValueError(f"{self.name} with {len(given)} fields")
+        values = []
+        for (name, default, low, high, read), value in zip(self._fields, given, strict=True):
+            if value is _MISSING:
+                if default is _MISSING:
+                    raise ValueError(f"{self.name} without {name!r}")
+                values.append(default)
+            elif read is not None:
+                try:
+                    values.append(read(value))
+                except ValueError as error:
+                    raise ValueError(f"{self.name}: {name}: {error}") from None
+            elif type(value) is int and low <= value <= high:
+                values.append(value)
+            else:
+                raise ValueError(f"{self.name}: {name}: {value!r:.40} is not valid")
+        return values
+
+
+def _defaults_of(kind: type[Any]) -> dict[str, Any]:
+    """The names of a type's fields, and the default of each or _MISSING."""
     if dataclasses.is_dataclass(kind):
-        return {field.name: field.default is _MISSING for field in dataclasses.fields(kind)}
-    defaults = kind._field_defaults
-    return {name: name not in defaults for name in kind._fields}
+        return {field.name: field.default for field in dataclasses.fields(kind)}
+    return {name: kind._field_defaults.get(name, _MISSING) for name in kind._fields}
+
+
+def _field(name: str, default: Any, hint: Any) -> _Field:
+    numbers = _range_of(hint)
+    if numbers is not None:
+        return _Field(name, default, numbers.low, numbers.high, None)
+    return _Field(name, default, 0, 0, _reader(hint))
+
+
+def _range_of(hint: Any) -> Range | None:
+    """The range of a whole number that has no other check."""
+    plain, marks = _take_apart(hint)
+    return marks[0] if plain is int and len(marks) == 1 and isinstance(marks[0], Range) else None
 
 
 def _reader(hint: Any) -> _Reader:
@@ -314,20 +327,7 @@ def _reader(hint: Any) -> _Reader:
         return _checked(list, _tuple_reader(typing.get_args(plain)), marks)
     if hasattr(plain, "_fields"):
         return _record_reader(plain)
-    if plain is int and len(marks) == 1 and isinstance(marks[0], Range):
-        return _number_reader(*marks[0])
     return _checked(plain, None, marks)
-
-
-def _number_reader(low: int, high: int) -> _Reader:
-    """With each extent a few numbers are written and read: one call for each, not three."""
-
-    def read(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"{value!r:.40} is not valid")
-        return value
-
-    return read
 
 
 def _writer(hint: Any) -> Callable[[Any], Any] | None:
@@ -362,9 +362,9 @@ def _checked(base: type[Any], convert: _Reader | None, checks: Sequence[Check]) 
 
 def _tuple_reader(items: tuple[Any, ...]) -> _Reader:
     if len(items) == 2 and items[1] is Ellipsis:
-        plain, marks = _take_apart(items[0])
-        if plain is int and len(marks) == 1 and isinstance(marks[0], Range):
-            return _numbers_reader(*marks[0])
+        numbers = _range_of(items[0])
+        if numbers is not None:
+            return _numbers_reader(*numbers)
         read = _reader(items[0])
         return lambda value: tuple(map(read, value))
     return _fixed_reader([_reader(item) for item in items], tuple)

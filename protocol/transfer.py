@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, MAX_CLUSTERS
 from vmapipe.protocol import limits
@@ -27,7 +27,6 @@ from vmapipe.protocol.schema import (
     Uuid,
     UuidOrEmpty,
     between,
-    is_uint,
     pack,
     unpack,
 )
@@ -291,59 +290,53 @@ def decode(parts: Sequence[Part]) -> Message:
     raise RemoteProtocolError("malformed", f"a message of {len(parts)} parts")
 
 
+# The items of a frame, by their number: dev_id first, then the clusters.
+_ITEM_TYPES: dict[int, tuple[type, ...]] = {
+    2: (int, bytes),
+    3: (int, int, bytes),
+    4: (int, int, int, bytes),
+    5: (int, int, int, bytes, int),
+}
+
+
 def _decode_data(parts: Sequence[Part]) -> DataFrame:
     seq = unpack(parts[0], limits.MAX_NUMBER_PART_BYTES)
-    if not is_uint(seq) or not seq:
+    if type(seq) is not int or seq < 1:
         raise RemoteProtocolError("malformed", "a data message without a number")
     frame = unpack(parts[1], limits.MAX_FRAME_PART_BYTES)
-    if not isinstance(frame, list) or not frame:
-        raise RemoteProtocolError("malformed", "a data message without a frame")
-    if not is_uint(frame[0]) or not 1 <= frame[0] <= limits.MAX_DEV_ID:
+    if not isinstance(frame, list) or tuple(map(type, frame)) != _ITEM_TYPES.get(len(frame)):
+        raise RemoteProtocolError("malformed", "a frame of wrong types")
+    if len(parts) == 3 and len(frame) != 4:
+        raise RemoteProtocolError("malformed", f"a frame of {len(frame)} items with a payload")
+    if not 1 <= frame[0] <= limits.MAX_DEV_ID:
         raise RemoteProtocolError("malformed", "a frame without a dev_id")
-    if len(frame) == 3 and len(parts) == 2:
-        dev_id, cluster_num, data = frame
-        if not is_uint(cluster_num) or not isinstance(data, bytes):
-            raise RemoteProtocolError("malformed", "a cluster frame of wrong types")
-        if len(data) > CLUSTER_BYTES:
-            raise RemoteProtocolError("too-large", f"a cluster of {len(data)} bytes")
-        if cluster_num >= MAX_CLUSTERS:
-            raise RemoteProtocolError("malformed", f"cluster {cluster_num}")
-        return ClusterFrame(seq, dev_id, cluster_num, data)
-    if len(frame) == 2 and len(parts) == 2:
-        return _decode_scattered(seq, frame)
-    if len(frame) == 4:
-        payload = memoryview(parts[2]) if len(parts) == 3 else _NOTHING
-        return _decode_run(seq, frame, payload)
-    if len(frame) == 5 and len(parts) == 2:
-        return _decode_shared_run(seq, frame)
-    raise RemoteProtocolError("malformed", f"a frame of {len(frame)} items")
-
-
-def _decode_run(seq: int, frame: list[Any], payload: memoryview) -> RunFrame:
-    dev_id, first, count, masks = frame
-    if not is_uint(first) or not is_uint(count) or not isinstance(masks, bytes):
-        raise RemoteProtocolError("malformed", "a run frame of wrong types")
-    fault = run_fault(first, count, masks, payload.nbytes)
-    if fault is not None:
-        raise RemoteProtocolError(*fault)
-    return RunFrame(seq, dev_id, first, count, masks, payload)
-
-
-def _decode_shared_run(seq: int, frame: list[Any]) -> SharedRun:
+    match frame:
+        case [dev_id, table]:
+            return _decode_scattered(seq, dev_id, table)
+        case [dev_id, cluster_num, data]:
+            if len(data) > CLUSTER_BYTES:
+                raise RemoteProtocolError("too-large", f"a cluster of {len(data)} bytes")
+            if not 0 <= cluster_num < MAX_CLUSTERS:
+                raise RemoteProtocolError("malformed", f"cluster {cluster_num}")
+            return ClusterFrame(seq, dev_id, cluster_num, data)
+        case [dev_id, first, count, masks]:
+            payload = memoryview(parts[2]) if len(parts) == 3 else _NOTHING
+            size_bytes = payload.nbytes
+            fault = run_fault(first, count, masks, size_bytes) or payload_fault(masks, size_bytes)
+            if fault is not None:
+                raise RemoteProtocolError(*fault)
+            return RunFrame(seq, dev_id, first, count, masks, payload)
     dev_id, first, count, masks, position = frame
-    if not (is_uint(first) and is_uint(count) and is_uint(position)):
-        raise RemoteProtocolError("malformed", "a run frame of wrong types")
-    if not isinstance(masks, bytes) or not masks:
-        raise RemoteProtocolError("malformed", "a run in shared memory without masks")
-    fault = run_fault(first, count, masks)
+    if not masks or position < 0:
+        raise RemoteProtocolError("malformed", "a run in shared memory that is nowhere")
+    fault = run_fault(first, count, masks, masked_bytes(masks))
     if fault is not None:
         raise RemoteProtocolError(*fault)
     return SharedRun(seq, dev_id, first, count, masks, position)
 
 
-def _decode_scattered(seq: int, frame: list[Any]) -> Scattered:
-    dev_id, table = frame
-    if not isinstance(table, bytes) or len(table) % _SCATTERED.size:
+def _decode_scattered(seq: int, dev_id: int, table: bytes) -> Scattered:
+    if len(table) % _SCATTERED.size:
         raise RemoteProtocolError("malformed", "scattered clusters of wrong types")
     count = len(table) // _SCATTERED.size
     if count > limits.MAX_SCATTERED_CLUSTERS:
@@ -360,12 +353,8 @@ def masked_bytes(masks: bytes) -> int:
     return int.from_bytes(masks, "big").bit_count() * BLOCK_BYTES
 
 
-def run_fault(
-    first: int, count: int, masks: bytes, data_bytes: int | None = None
-) -> tuple[str, str] | None:
-    """What is wrong with a run, as (error code, reason). `data_bytes`: of its payload, if it has one."""
-    expected = masked_bytes(masks)
-    data_bytes = expected if data_bytes is None else data_bytes
+def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[str, str] | None:
+    """What is wrong with a run of `data_bytes` bytes of data, as (error code, reason)."""
     for amount, limit, what in (
         (count, limits.MAX_RUN_CLUSTERS, "clusters"),
         (len(masks), limits.MAX_MASKS_BYTES, "bytes of masks"),
@@ -377,6 +366,12 @@ def run_fault(
         return "malformed", f"a run of clusters {first} + {count}"
     if masks and len(masks) != 2 * count:
         return "malformed", f"{len(masks)} bytes of masks for {count} clusters"
+    return None
+
+
+def payload_fault(masks: bytes, data_bytes: int) -> tuple[str, str] | None:
+    """What is wrong with a payload of `data_bytes` bytes, as (error code, reason)."""
+    expected = masked_bytes(masks)
     if data_bytes != expected:
         return "malformed", f"{data_bytes} bytes of data where the masks say {expected}"
     return None

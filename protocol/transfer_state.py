@@ -90,7 +90,10 @@ class ProducerSide:
         self.dev_id = 0
         self.acked = 0
         self.frame_bytes = 0
-        self.heartbeat_s = 0
+        #: How long the archiver may be silent. After a third of that without a word, said or
+        #: heard, it is time for a PING.
+        self.heartbeat_s = limits.GREETING_HEARTBEAT_S
+        self.ping_s = self.heartbeat_s / 3
         #: Whether the archiver takes runs, and scattered clusters, in shared memory.
         self.shared = self.scatters = False
         self.sent_frames = 0
@@ -100,21 +103,11 @@ class ProducerSide:
         )
         #: How long a connection may be lost; 0: a lost connection ends the session.
         self.reconnect_s = 0
+        #: Bytes of charge that may still be sent.
+        self.credit = 0
         self._asked = False
         self._attempts = 0
         self._limit = 0
-        self._charged = 0
-
-    @property
-    def credit(self) -> int:
-        """Bytes of charge that may still be sent."""
-        return self._limit - self._charged
-
-    @property
-    def ping_s(self) -> float:
-        """When nothing was said, or heard, for so long, it is time for a PING."""
-        third_s = (self.heartbeat_s or limits.GREETING_HEARTBEAT_S) / 3
-        return min(third_s, _RECONNECT_PING_S) if self.reconnect_s else third_s
 
     def hello(self) -> list[Part]:
         """HELLO, sent again on each new connection until WELCOME comes."""
@@ -128,7 +121,9 @@ class ProducerSide:
 
         Raises LocalProtocolError for what the archiver would refuse.
         """
-        self._account(first, count, masks, memoryview(payload).nbytes)
+        data_bytes = memoryview(payload).nbytes
+        fault = transfer.run_fault(first, count, masks, data_bytes)
+        self._charge(fault or transfer.payload_fault(masks, data_bytes), count, data_bytes)
         return transfer.encode_run(self.sent_frames, self.dev_id, first, count, masks, payload)
 
     def shared_run(self, first: int, count: int, masks: bytes, position: int) -> list[Part]:
@@ -137,7 +132,9 @@ class ProducerSide:
             raise LocalProtocolError("the archiver does not share memory")
         if not masks:
             raise LocalProtocolError("a run of zeroes has no data to share")
-        self._account(first, count, masks, transfer.masked_bytes(masks))
+        data_bytes = transfer.masked_bytes(masks)
+        fault = transfer.run_fault(first, count, masks, data_bytes)
+        self._charge(fault, count, data_bytes)
         return transfer.encode_shared_run(
             self.sent_frames, self.dev_id, first, count, masks, position
         )
@@ -150,17 +147,15 @@ class ProducerSide:
         self._charge(fault, len(clusters), transfer.scattered_bytes(clusters))
         return transfer.encode_scattered(self.sent_frames, self.dev_id, clusters)
 
-    def _account(self, first: int, count: int, masks: bytes, data_bytes: int) -> None:
-        self._charge(transfer.run_fault(first, count, masks, data_bytes), count, data_bytes)
-
     def _charge(self, fault: tuple[str, str] | None, count: int, data_bytes: int) -> None:
-        self._must_be(ProducerState.SENDING)
+        if self.state is not ProducerState.SENDING:
+            raise LocalProtocolError(f"not possible in state {self.state.value}")
         if fault is not None:
             raise LocalProtocolError(fault[1])
         cost = limits.charge(count, data_bytes)
         if cost > self.credit or cost > self.frame_bytes:
             raise LocalProtocolError(f"a frame of {cost} bytes exceeds the credit {self.credit}")
-        self._charged += cost
+        self.credit -= cost
         self.sent_frames += 1
         self.sent_clusters += count
 
@@ -204,7 +199,7 @@ class ProducerSide:
             case Grant() if self.state in (ProducerState.SENDING, ProducerState.ENDING):
                 if message.acked > self.sent_frames:
                     raise RemoteProtocolError("sequence", "an acknowledgement of unsent frames")
-                self._limit = max(self._limit, message.limit)
+                self._extend(message.limit)
                 self.acked = max(self.acked, message.acked)
             case Resumed() if self._asked and self.state in (
                 ProducerState.SENDING,
@@ -235,7 +230,10 @@ class ProducerSide:
         self.heartbeat_s = message.heartbeat_s
         self.shared, self.scatters = message.shared, message.scattered
         self.reconnect_s = message.reconnect_s if self._hello.session else 0
-        self._limit = message.credit
+        self.ping_s = self.heartbeat_s / 3
+        if self.reconnect_s:
+            self.ping_s = min(self.ping_s, _RECONNECT_PING_S)
+        self._extend(message.credit)
         self.state = ProducerState.SENDING
 
     def _resumed(self, message: Resumed) -> None:
@@ -245,8 +243,13 @@ class ProducerSide:
         if message.ended and not all_sent:
             raise RemoteProtocolError("sequence", "an end that was never sent")
         self._asked = False
-        self._limit = max(self._limit, message.limit)
+        self._extend(message.limit)
         self.acked = message.acked
+
+    def _extend(self, limit: int) -> None:
+        """The sum of charges may reach `limit`, which never shrinks."""
+        self.credit += max(0, limit - self._limit)
+        self._limit = max(limit, self._limit)
 
     def _must_be(self, state: ProducerState) -> None:
         if self.state is not state:

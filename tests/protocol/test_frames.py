@@ -37,6 +37,7 @@ from vmapipe.protocol.transfer import (
     decode,
     encode_control,
     encode_run,
+    payload_fault,
     run_fault,
     sayable,
 )
@@ -585,7 +586,8 @@ def test_a_reason_that_names_an_odd_file_stays_readable() -> None:
 def test_a_run_without_fault_is_decoded_and_one_with_a_fault_refused(
     first: int, count: int, masks: bytes, blocks: int
 ) -> None:
-    fault = run_fault(first, count, masks, blocks * 4096)
+    size_bytes = blocks * 4096
+    fault = run_fault(first, count, masks, size_bytes) or payload_fault(masks, size_bytes)
     if first < 0 or count < 0:
         assert fault is not None
         return
