@@ -42,27 +42,25 @@ class ClusterSet:
         end = first + count
         if not 0 <= first <= end <= self.size:
             raise ValueError(f"clusters {first} + {count} in a set of {self.size}")
-        for number, start, stop in _pages_of(first, end):
-            double = self._add_in_page(number, start, stop)
+        at = first
+        while at < end:
+            number, start = divmod(at, _PAGE)
+            stop = min(_PAGE, start + end - at)
+            length = min(_PAGE, self.size - number * _PAGE)
+            if number not in self._pages:
+                self._pages[number] = None if stop - start == length else _Page()
+                page = self._pages[number]
+                double = None if page is None else page.add(start, stop)
+            else:
+                page = self._pages[number]
+                double = start if page is None else page.add(start, stop)
             if double is not None:
                 return number * _PAGE + double
+            if page is not None and page.used == length:
+                self._pages[number] = None
+            at += stop - start
         self.count += count
         return None
-
-    def _add_in_page(self, number: int, first: int, stop: int) -> int | None:
-        length = min(_PAGE, self.size - number * _PAGE)
-        if number not in self._pages:
-            if stop - first == length:
-                self._pages[number] = None
-                return None
-            self._pages[number] = _Page()
-        page = self._pages[number]
-        if page is None:
-            return first
-        double = page.add(first, stop)
-        if page.used == length and double is None:
-            self._pages[number] = None
-        return double
 
     def add_all(self, first: int, count: int) -> None:
         """Add a run of which some, or all, may be in already."""

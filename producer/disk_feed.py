@@ -40,8 +40,9 @@ class RunCutter:
         spare = frame_bytes - limits.CHARGE_PER_FRAME
         self._longest_zero = min(limits.MAX_RUN_CLUSTERS, spare // limits.CHARGE_PER_CLUSTER)
         self._next = self._zero_from = 0
-        # The open run: empty masks where there is none.
+        # The open run: its masks, and its clusters; 0 where there is none.
         self._masks = bytearray()
+        self._clusters = 0
         self._position = self._filled = self._largest = self._step_bytes = self._most = 0
         #: From the disk, not counting holes.
         self.read_bytes = 0
@@ -62,7 +63,7 @@ class RunCutter:
     @property
     def needs_memory(self) -> bool:
         """True when the next `read` begins a run, at a free position of the memory."""
-        return not self._masks
+        return not self._clusters
 
     def pass_hole(self) -> list[Run]:
         """Take the next part of a hole as zeroes; return the runs that are complete."""
@@ -85,10 +86,13 @@ class RunCutter:
         self._source.read_into(self._memory[at : at + length], self._at)
         self.read_bytes += length
         runs = self._add(packed(self._memory, at, self._next, length))
+        if self._at + length < self._segment.end:
+            self._at += length
+            return runs
         return runs + self._passed(self._at + length)
 
     def _passed(self, at: int) -> list[Run]:
-        """Go on at offset `at`; return the last runs at the disk's end."""
+        """Go on at offset `at`, perhaps with the next segment; return the last runs at the disk's end."""
         self._at = at
         if self._segment is not None and at >= self._segment.end:
             self._segment = next(self._segments, None)
@@ -99,7 +103,7 @@ class RunCutter:
 
     def _room(self, position: int) -> int:
         """Return how many bytes may be read next, to the end of the open run."""
-        if not self._masks:
+        if not self._clusters:
             self._largest = self._step_bytes
             spare = self._frame_bytes - limits.CHARGE_PER_FRAME - self._largest
             self._most = min(_MOST_CLUSTERS, spare // limits.CHARGE_PER_CLUSTER)
@@ -116,15 +120,18 @@ class RunCutter:
         if not run.masks:
             return self._zeroes(self._next + run.clusters)
         runs = []
-        if not self._masks:
+        if not self._clusters:
             before = min(
                 self._next - self._zero_from,
                 self._next % EXTENT_CLUSTERS,
                 self._most - run.clusters,
             )
-            runs = self._zero_runs(self._next - before)
+            if self._next - before > self._zero_from:
+                runs = self._zero_runs(self._next - before)
             self._masks += bytes(2 * before)
+            self._clusters = before
         self._masks += run.masks
+        self._clusters += run.clusters
         self._filled += run.length
         self._next += run.clusters
         return runs + self._cut_if_full()
@@ -132,22 +139,19 @@ class RunCutter:
     def _zeroes(self, stop: int) -> list[Run]:
         """Take the clusters up to `stop` as zero."""
         runs = []
-        while self._masks and self._next < stop:
+        while self._clusters and self._next < stop:
             count = min(stop - self._next, self._most - self._clusters, _to_extents_end(self._next))
             self._masks += bytes(2 * count)
+            self._clusters += count
             self._next += count
             # What is zero as far as the next extent's end needs no masks.
             runs += self._cut_if_full(ahead=stop - self._next)
         self._next = stop
-        if not self._masks:
+        if not self._clusters:
             # Less than an extent may yet go with the data behind it.
             complete = (stop - self._zero_from - EXTENT_CLUSTERS) // self._longest_zero
             runs += self._zero_runs(self._zero_from + max(0, complete) * self._longest_zero)
         return runs
-
-    @property
-    def _clusters(self) -> int:
-        return len(self._masks) // 2
 
     def _cut_if_full(self, ahead: int = 0) -> list[Run]:
         left = self._largest - self._filled
@@ -160,11 +164,12 @@ class RunCutter:
         return self._cut() if full else []
 
     def _cut(self) -> list[Run]:
-        if not self._masks:
+        if not self._clusters:
             return []
         first = self._next - self._clusters
         run = Run(first, self._clusters, bytes(self._masks), self._position, self._filled)
         self._masks.clear()
+        self._clusters = 0
         self._zero_from = self._next
         return [run]
 
@@ -191,6 +196,9 @@ class DiskFeed:
         self._ring = ring
         self._session = session
         self._limiter = limiter
+        # How much is read for one frame: as large as the speed limit is now, and not before.
+        self._piece_bytes = 0
+        self._sized_for: int | None = None
         self._cutter: RunCutter | None = None
         # Runs that wait for credit.
         self._runs: deque[Run] = deque()
@@ -206,7 +214,8 @@ class DiskFeed:
         if not self._runs and not self._cut(self._cutter):
             return False
         if self._runs:
-            if self._session.credit < self._runs[0].charge:
+            run = self._runs[0]
+            if self._session.credit < limits.charge(run.clusters, run.length):
                 return False
             self._session.send_from_ring(self._runs.popleft())
         self.ended = self._cutter.ended and not self._runs
@@ -222,14 +231,15 @@ class DiskFeed:
         if pause_s > 0:
             self.pause_s = pause_s
             return False
-        # A piece is as large as the limit is now, and not before.
-        frame_bytes = largest_frame_bytes(self._session.frame_bytes, self._limiter.bytes_per_s)
-        piece = piece_bytes(frame_bytes)
-        self._ring.fit(piece)
-        position = self._ring.take(piece) if cutter.needs_memory else 0
+        if self._sized_for != self._limiter.bytes_per_s:
+            self._sized_for = self._limiter.bytes_per_s
+            frame_bytes = largest_frame_bytes(self._session.frame_bytes, self._sized_for)
+            self._piece_bytes = piece_bytes(frame_bytes)
+            self._ring.fit(self._piece_bytes)
+        position = self._ring.take(self._piece_bytes) if cutter.needs_memory else 0
         if position is None:
             return False
-        self._runs += cutter.read(piece, position)
+        self._runs += cutter.read(self._piece_bytes, position)
         # Holes are not counted: nothing is read there.
         self._limiter.took(cutter.read_bytes - self._read_bytes, now)
         self._read_bytes = cutter.read_bytes

@@ -261,7 +261,7 @@ class _Producer:
         with closing(self._open_source(name, path)) as source, closing(Ring()) as ring:
             session = self._session(name, source.size_bytes, path, connection, ring)
             feed = DiskFeed(source, ring, session, self._limiter)
-            transmit(feed, session, self._cancel, self._emit)
+            transmit(feed, session, self._emit)
             return source.size_bytes, session.zero_clusters
 
     def _open_source(self, name: str, path: str) -> Source:
@@ -291,7 +291,7 @@ class _Producer:
             saved = SavedClusters(guard.size_bytes, memory_slots, spool_fd, ring, guard)
             background = BackgroundReader(name, ring, guard, self._limiter, session)
             feed = GuardFeed(name, guard, session, saved, background)
-            transmit(feed, session, self._cancel, self._emit)
+            transmit(feed, session, self._emit)
             return guard.size_bytes, session.zero_clusters
 
     def _send_arriving(self, name: str, connection: ArchiverConnection) -> tuple[int, int]:
@@ -305,7 +305,7 @@ class _Producer:
         with closing(Ring(options.buffer)) as ring:
             session = self._session(name, options.size, "QEMU", connection, ring)
             feed = QemuFeed(name, settings, ring, session, self._cancel, self._commands)
-            transmit(feed, session, self._cancel, self._emit)
+            transmit(feed, session, self._emit)
             return options.size, session.zero_clusters
 
     def _send_vmstate(self, name: str, connection: ArchiverConnection) -> tuple[int, int]:
@@ -318,7 +318,7 @@ class _Producer:
         with closing(Ring(options.buffer)) as ring:
             session = self._session(name, options.size, "QEMU", connection, ring)
             feed = VmstateFeed(name, settings, ring, session)
-            transmit(feed, session, self._cancel, self._emit)
+            transmit(feed, session, self._emit)
             return feed.size_bytes, session.zero_clusters
 
 

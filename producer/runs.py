@@ -21,10 +21,6 @@ class Run(NamedTuple):
     length: int
 
     @property
-    def charge(self) -> int:
-        return limits.charge(self.clusters, self.length)
-
-    @property
     def zero_clusters(self) -> int:
         if not self.masks:
             return self.clusters

@@ -16,7 +16,15 @@ from vmapipe.producer.shared_memory import Ring
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import connection_lost
 from vmapipe.protocol.schema import Part
-from vmapipe.protocol.transfer import Abort, Done, Refuse, Resumed, SharedCluster, scattered_bytes
+from vmapipe.protocol.transfer import (
+    Abort,
+    Done,
+    Grant,
+    Refuse,
+    Resumed,
+    SharedCluster,
+    scattered_bytes,
+)
 from vmapipe.protocol.transfer_state import ProducerSide, ProducerState
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
@@ -126,7 +134,11 @@ class Session:
 
         `on_ack` is called when its memory is free: it is acknowledged, or has no data.
         """
-        parts = self._frame(run)
+        if run.length and self._side.shared:
+            parts = self._side.shared_run(run.first_cluster, run.clusters, run.masks, run.position)
+        else:
+            payload = self._ring.view[run.position : run.position + run.length]
+            parts = self._side.run(run.first_cluster, run.clusters, run.masks, payload)
         self._say(parts)
         if not run.length and on_ack is not None:
             on_ack()
@@ -168,12 +180,6 @@ class Session:
         self._away = False  # it is worth a try
         self._say(self._side.fail(reason))
 
-    def _frame(self, run: Run) -> list[Part]:
-        if run.length and self._side.shared:
-            return self._side.shared_run(run.first_cluster, run.clusters, run.masks, run.position)
-        payload = self._ring.view[run.position : run.position + run.length]
-        return self._side.run(run.first_cluster, run.clusters, run.masks, payload)
-
     def _say(self, parts: list[Part]) -> None:
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s sends %s", self._name, shown(parts))
@@ -198,16 +204,17 @@ class Session:
                     raise RefusedByArchiver(f"the job was ended: {reason}")
                 case Resumed(received, _, _, ended):
                     self._go_on(received, ended=ended)
-                case Done():
-                    break
-        self._in_flight.acknowledge(self._side.acked)
+                    self._in_flight.acknowledge(self._side.acked)
+                case Grant() | Done():
+                    self._in_flight.acknowledge(self._side.acked)
 
     def poll(self) -> None:
-        """Take in what has come, and keep the session alive, without waiting."""
+        """Take in what has come, and keep the session alive, without waiting. Raises Failure."""
         now = time.monotonic()
         if now - self._looked > _QUIET_S:
             self.step(0)
         else:
+            self._cancel.check()
             self.hear()
             self.keep_alive(now)
 
@@ -218,10 +225,6 @@ class Session:
     def wait_until(self, reached: Callable[[], bool]) -> None:
         while not reached():
             self.step(self._side.ping_s)
-
-    @property
-    def _heartbeat_s(self) -> float:
-        return self._side.heartbeat_s or limits.GREETING_HEARTBEAT_S
 
     def step(self, longest_s: float) -> None:
         """Wait for anything for at most `longest_s`; keep the session alive meanwhile."""
@@ -241,7 +244,7 @@ class Session:
     def keep_alive(self, now: float) -> None:
         """Ask for a sign of life in time. Raises Failure when the archiver is silent for too long."""
         silence_s, reconnect_s = now - self._heard, self._side.reconnect_s
-        if silence_s > max(self._heartbeat_s, reconnect_s):
+        if silence_s > max(self._side.heartbeat_s, reconnect_s):
             raise Failure(self._silent_words())
         if self._side.state is ProducerState.CLOSED:
             return
@@ -258,10 +261,10 @@ class Session:
 
     def _silent_words(self) -> str:
         if self._side.reconnect_s:
-            return connection_lost(self._name, max(self._heartbeat_s, self._side.reconnect_s))
+            return connection_lost(self._name, max(self._side.heartbeat_s, self._side.reconnect_s))
         return (
             f"device {self._name!r}: the archiver has been silent for "
-            f"{self._heartbeat_s:.0f} s; is it still running?"
+            f"{self._side.heartbeat_s:.0f} s; is it still running?"
         )
 
     def _reconnect(self, now: float) -> None:

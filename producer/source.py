@@ -60,6 +60,8 @@ class PairReader:
         """Raises ReadFailed, ShortRead: the first in the file's order."""
         if not self._alone and self._tells:
             cached = self._read_cached(buffer, offset)
+            if cached == len(buffer):
+                return
             buffer, offset = buffer[cached:], offset + cached
         if self._alone or len(buffer) < _WORTH_BYTES:
             _fill(self._fd, buffer, offset)

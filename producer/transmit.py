@@ -14,7 +14,6 @@ from typing import NamedTuple, Protocol
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.session import RefusedByArchiver, Session
 from vmapipe.protocol.errors import ProtocolError
-from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit
 
@@ -86,7 +85,7 @@ class Feed(Protocol):
         """Return when nothing needs this process any more: all is stored, or has failed."""
 
 
-def transmit(feed: Feed, session: Session, cancel: Cancel, emit: Emit) -> None:
+def transmit(feed: Feed, session: Session, emit: Emit) -> None:
     """Send all of `feed`, from HELLO to DONE. Raises Failure, and tells the archiver why."""
     try:
         session.greet()
@@ -98,10 +97,8 @@ def transmit(feed: Feed, session: Session, cancel: Cancel, emit: Emit) -> None:
             elif not feed.ended:
                 session.step(min(feed.pause_s, REPORT_S))
             feed.check()
-            reporter.report(feed.buffered)
-            reporter.report_transfer(feed.transfer)
-            cancel.check()
-        reporter.report_transfer(feed.transfer, last=True)
+            reporter.report(feed)
+        reporter.report(feed, last=True)
         feed.finish()
         # Before END is on its way: who hears that all is stored has heard this before.
         emit({"event": "ending", "device": feed.name})
@@ -125,15 +122,23 @@ class ProgressReporter:
         self._device = device
         self._emit = emit
         self._buffered = NOT_BUFFERED
-        self._report_at = 0.0
         self._transfer = NOTHING_TRANSFERRED
-        self._report_transfer_at = 0.0
+        self._report_at = 0.0
 
-    def report(self, buffered: Buffered) -> None:
+    def report(self, feed: Feed, *, last: bool = False) -> None:
+        """`last`: how much was transferred is reported at once, whatever was reported before."""
         now = time.monotonic()
-        if buffered == self._buffered or now < self._report_at:
+        if now < self._report_at and not last:
             return
-        self._buffered, self._report_at = buffered, now + REPORT_S
+        self._report_at = now + REPORT_S
+        if feed.buffered != self._buffered and not last:
+            self._buffered = feed.buffered
+            self._report_buffered(self._buffered)
+        if feed.transfer != self._transfer:
+            self._transfer = feed.transfer
+            self._report_transfer(self._transfer)
+
+    def _report_buffered(self, buffered: Buffered) -> None:
         self._emit(
             {
                 "event": "buffer",
@@ -144,12 +149,7 @@ class ProgressReporter:
             }
         )
 
-    def report_transfer(self, done: Transfer, *, last: bool = False) -> None:
-        """`last`: at once, whatever was reported before."""
-        now = time.monotonic()
-        if done == self._transfer or (now < self._report_transfer_at and not last):
-            return
-        self._transfer, self._report_transfer_at = done, now + REPORT_S
+    def _report_transfer(self, done: Transfer) -> None:
         self._emit(
             {
                 "event": "transfer",

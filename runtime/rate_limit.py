@@ -24,7 +24,8 @@ class RateLimiter:
 
     def wait_s(self, now: float) -> float:
         """Return how long to wait before the next piece; 0: go on."""
-        self._follow(now)
+        if self._wanted != self.bytes_per_s:
+            self._follow(now)
         return max(0.0, self._due - now) if self.bytes_per_s else 0.0
 
     def took(self, size_bytes: int, now: float) -> None:
@@ -34,12 +35,11 @@ class RateLimiter:
 
     def _follow(self, now: float) -> None:
         wanted, before = self._wanted, self.bytes_per_s
-        if wanted != before:
-            # What was taken at the old rate, an eighth of a second's, is paid for at the
-            # quicker of the two: at a much lower one nothing would be read for long.
-            owed_s = max(0.0, self._due - now)
-            self._due = now + owed_s * min(1.0, before / wanted) if wanted else now
-            self.bytes_per_s = wanted
+        # What was taken at the old rate, an eighth of a second's, is paid for at the
+        # quicker of the two: at a much lower one nothing would be read for long.
+        owed_s = max(0.0, self._due - now)
+        self._due = now + owed_s * min(1.0, before / wanted) if wanted else now
+        self.bytes_per_s = wanted
 
 
 # So much may come at once after a time with less: as time, so that the limit is kept over

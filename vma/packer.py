@@ -36,7 +36,8 @@ class PackedExtent(NamedTuple, Generic[Note]):
     Or `extents` of them that hold only zeroes; then there is one buffer, with
     their headers.
 
-    `clusters` lists what it holds, so that digests can be kept per device.
+    `clusters` lists what it holds, of the devices `dev_ids`, so that digests can be kept
+    per device.
     `notes` has, per dev_id, the last note given with a run that ends in this
     extent: when the extent is on disk, so is everything up to that note.
     """
@@ -45,6 +46,7 @@ class PackedExtent(NamedTuple, Generic[Note]):
     total_bytes: int
     clusters: list[PackedRun]
     notes: dict[int, Note]
+    dev_ids: set[int]
     extents: int = 1
 
 
@@ -68,6 +70,7 @@ class Packer(Generic[Note]):
         self._buffers: list[bytes | memoryview] = [b""]
         self._data_bytes = 0
         self._clusters: list[PackedRun] = []
+        self._dev_ids: set[int] = set()
         self._notes: dict[int, Note] = {}
 
     def add(
@@ -120,6 +123,7 @@ class Packer(Generic[Note]):
             self._clusters.append(
                 (dev_id, first_cluster + done, take, masks[done * 2 : (done + take) * 2], piece)
             )
+            self._dev_ids.add(dev_id)
             data_at += size
             done += take
             if done == count:
@@ -134,7 +138,7 @@ class Packer(Generic[Note]):
         raw = encode_zero_extents(self._uuid, slot_word(0, dev_id, first), self._limit, extents)
         self._closed += extents
         run: PackedRun = (dev_id, first, extents * self._limit, b"", _NOTHING)
-        return PackedExtent([raw], len(raw), [run], notes, extents)
+        return PackedExtent([raw], len(raw), [run], notes, {dev_id}, extents)
 
     def flush(self) -> list[PackedExtent[Note]]:
         """The last extent, if it holds anything; an archive without clusters has one empty one.
@@ -147,9 +151,8 @@ class Packer(Generic[Note]):
         self._buffers[0] = encode_extent_header(
             self._uuid, self._slots, self._data_bytes // BLOCK_BYTES
         )
-        extent = PackedExtent(
-            self._buffers, EXTENT_HEADER_BYTES + self._data_bytes, self._clusters, self._notes
-        )
+        size_bytes = EXTENT_HEADER_BYTES + self._data_bytes
+        extent = PackedExtent(self._buffers, size_bytes, self._clusters, self._notes, self._dev_ids)
         self._closed += 1
         self._start()
         return extent

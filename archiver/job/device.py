@@ -14,7 +14,6 @@ from vmapipe.protocol.transfer import (
     ClusterFrame,
     DataFrame,
     RunFrame,
-    Scattered,
     SharedCluster,
     SharedRun,
 )
@@ -70,7 +69,9 @@ class DeviceState:
         self._side = side
         self._window_bytes = window_bytes
         self._shared = shared
-        self._seen = ClusterSet(device.clusters)
+        self._end = device.clusters
+        self._is_vmstate = device.is_vmstate
+        self._seen = ClusterSet(self._end)
         self._came = self._written = FrameMark(0, 0)
         self._granted = 0
         self._acked = 0
@@ -91,32 +92,29 @@ class DeviceState:
     def take(self, message: DataFrame) -> list[tuple[PackedRun, FrameMark]]:
         """A frame as runs, and how far the device has come with each. Raises RemoteProtocolError."""
         before, self._came = self._came, FrameMark(self._side.received_frames, self._side.charged)
-        if not isinstance(message, Scattered):
-            return [(self._check(self._run(message)), self._came)]
+        match message:
+            case SharedRun(_, _, first, clusters, masks, position):
+                payload = self._shared_at(position, self._side.data_bytes)
+                return [(self._check(PackedRun(first, clusters, masks, payload)), self._came)]
+            case RunFrame(_, _, first, clusters, masks, payload):
+                return [(self._check(PackedRun(first, clusters, masks, payload)), self._came)]
+            case ClusterFrame():
+                return [(self._check(self._from_cluster(message)), self._came)]
         runs = [self._check(self._from_scattered(cluster)) for cluster in message.clusters]
         # The frame has come, and may be acknowledged, with the last of them.
         return [*((run, before) for run in runs[:-1]), (runs[-1], self._came)]
 
-    def _run(self, message: ClusterFrame | RunFrame | SharedRun) -> PackedRun:
-        if isinstance(message, ClusterFrame):
-            return self._from_cluster(message)
-        first, clusters, masks = message.first_cluster, message.count, message.masks
-        if isinstance(message, SharedRun):
-            payload = self._shared_at(message.position, self._side.data_bytes)
-            return PackedRun(first, clusters, masks, payload)
-        return PackedRun(first, clusters, masks, message.payload)
-
     def _check(self, run: PackedRun) -> PackedRun:
         end = run.first + run.clusters
-        if self.device.is_vmstate:
+        if self._is_vmstate:
             if run.first != self.clusters:
                 raise RemoteProtocolError(
                     "coverage", f"non sequential vmstate write: {run.first}, not {self.clusters}"
                 )
         else:
-            if end > self.device.clusters:
+            if end > self._end:
                 raise RemoteProtocolError("coverage", f"cluster number out of range: {end - 1}")
-            if end == self.device.clusters and run.masks:
+            if end == self._end and run.masks:
                 last = int.from_bytes(run.masks[-2:], "big")
                 if not mask_fits(self.device, last, cut_full=False):
                     raise RemoteProtocolError("coverage", "data beyond the device's end")

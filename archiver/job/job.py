@@ -125,27 +125,38 @@ class Job:
     # --- what each event leads to ---
 
     def _received(self, event: MessageReceived) -> list[JobInstruction]:
-        if self._peers.is_ignored(event.peer):
-            return []
         state = self._peers.get(event.peer)
+        if state is None and self._peers.is_ignored(event.peer):
+            return []
         side = state.side if state else ArchiverSide()
+        if side.state is ArchiverState.CLOSED:
+            return []
         try:
             message = side.receive(event.parts)
             if state is not None:
                 state.heard = event.now
-            return self._answer(event, side, message)
+            return self._answer(event, side, state, message)
         except RemoteProtocolError as error:
             refusal = Send(event.peer, side.refuse(error.code, error.reason))
             return [refusal, *self._misbehaved(event.peer, error)]
 
     def _answer(
-        self, event: MessageReceived, side: ArchiverSide, message: Message
+        self,
+        event: MessageReceived,
+        side: ArchiverSide,
+        state: JobProducer | None,
+        message: Message,
     ) -> list[JobInstruction]:
-        """Raises RemoteProtocolError."""
+        """Raises RemoteProtocolError. Only a producer that was accepted, `state`, sends data."""
         peer, _, now, client = event
-        state = self._peers.get(peer)
+        flow, device = self._flow, state.device if state else None
         instructions: list[JobInstruction] = []
         match message:
+            case ClusterFrame() | RunFrame() | SharedRun() | Scattered() if flow and device:
+                instructions += flow.take(device, message)
+            case End() if flow and device:
+                instructions += flow.end(device)
+                instructions += self._finish_if_complete(flow)
             case Ping():
                 instructions = [Send(peer, side.pong())]
             case Hello():
@@ -155,20 +166,7 @@ class Job:
                 instructions += self._admission.resume(peer, message, client, now, self.uuid)
             case Fail(reason):
                 instructions = self._producer_failed(peer, reason)
-            case _ if self._flow and state and state.device:
-                instructions = self._data(self._flow, state.device, message)
         return instructions
-
-    def _data(
-        self, flow: JobDevices, device: DeviceState, message: Message
-    ) -> list[JobInstruction]:
-        """Raises RemoteProtocolError."""
-        match message:
-            case ClusterFrame() | RunFrame() | SharedRun() | Scattered():
-                return list(flow.take(device, message))
-            case End():
-                return [*flow.end(device), *self._finish_if_complete(flow)]
-        return []
 
     def _fail(self, reason: str) -> list[JobInstruction]:
         if self.phase in (JobPhase.DONE, JobPhase.FAILED):
@@ -310,12 +308,10 @@ class JobDevices:
 
     def take(self, device: DeviceState, message: DataFrame) -> list[StoreExtent | Send]:
         """Raises RemoteProtocolError for a frame that cannot be."""
-        puts = [
-            self._put(extent)
-            for run, mark in device.take(message)
-            for extent in self._packer.add(device.dev_id, *run, mark)
-        ]
-        return [*puts, *self._grant(device)]
+        instructions: list[StoreExtent | Send] = []
+        for run, mark in device.take(message):
+            instructions += map(self._put, self._packer.add(device.dev_id, *run, mark))
+        return [*instructions, *self._grant(device)]
 
     def written(self, marks: dict[int, FrameMark], dev_ids: set[int]) -> list[Send]:
         """An extent that held data of `dev_ids` was written; `marks` are its notes."""
@@ -339,9 +335,8 @@ class JobDevices:
         return [self._put(extent) for extent in self._packer.flush()]
 
     def _put(self, extent: PackedExtent[FrameMark]) -> StoreExtent:
-        held = {cluster[0] for cluster in extent.clusters}
         for device in self.devices:
-            if device.dev_id in held:
+            if device.dev_id in extent.dev_ids:
                 device.queued_extents += 1
         return StoreExtent(extent)
 

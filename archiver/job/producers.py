@@ -114,8 +114,8 @@ class JobProducers:
         return peer, silence_s
 
     def is_ignored(self, at: bytes) -> bool:
-        peer = self._peers.get(at)
-        return at in self._ignored or (peer is not None and peer.side.state is ArchiverState.CLOSED)
+        """True for a connection that was refused, or that a producer has replaced."""
+        return at in self._ignored
 
     def ignore(self, at: bytes) -> None:
         while len(self._ignored) >= _MAX_IGNORED:

@@ -84,14 +84,14 @@ class _Server:
     def run(self, wake_fd: int, cancel: Cancel) -> None:
         job = self._job
         self._handle(core.JobStarted())
-        while not job.over and not (cancel.asked and job.phase is JobPhase.DONE):
+        while not job.over and not (job.phase is JobPhase.DONE and cancel.asked):
             self._link.wait(1.0)
             self._receive()
-            self._check_keys(time.monotonic())
             self._hear_store(wake_fd)
             if cancel.asked:
                 self._handle(core.JobAborted(cancel.reason))
             self._pass_time(time.monotonic())
+        self._emit_notices()
         # A stop that comes while the archive gets its name may come too late.
         if job.phase is JobPhase.FAILED and not self._store.committed:
             if cancel.asked:
@@ -125,9 +125,7 @@ class _Server:
                 }
             )
 
-    def _check_keys(self, now: float) -> None:
-        for client in self._link.revoked(now):
-            self._handle(core.KeyRevoked(client))
+    def _emit_notices(self) -> None:
         for text in self._link.take_notices():
             self._emit({"event": "notice", "text": text})
 
@@ -168,8 +166,7 @@ class _Server:
         except BlockingIOError:
             return
         for extent in self._store.take_written():
-            held = {cluster[0] for cluster in extent.clusters}
-            self._handle(core.ExtentWritten(extent.notes, held))
+            self._handle(core.ExtentWritten(extent.notes, extent.dev_ids))
         if self._store.error is not None:
             self._handle(core.JobAborted(str(self._store.error)))
         elif self._store.committed:
@@ -179,6 +176,9 @@ class _Server:
     def _pass_time(self, now: float) -> None:
         if now >= self._next_progress:
             self._next_progress = now + PROGRESS_S
+            for client in self._link.revoked(now):
+                self._handle(core.KeyRevoked(client))
+            self._emit_notices()
             self._handle(core.TimePassed(now))
             if not self._told:
                 self._progress()

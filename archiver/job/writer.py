@@ -169,44 +169,40 @@ class ArchiveWriter(Generic[Note]):
             if isinstance(item, _Begin):
                 self._write_header(item)
             else:
-                batch, following = self._gather(item)
-                self._write_extents(batch)
+                following = self._write_with_following(item)
             item = self._queue.get() if following is None else following
 
-    def _gather(
-        self, extent: PackedExtent[Note]
-    ) -> tuple[list[PackedExtent[Note]], _Item[Note] | None]:
-        """What can be written together with `extent`, and the item after that if there is one."""
-        batch = [extent]
-        size_bytes, buffers = extent.total_bytes, len(extent.buffers)
+    def _write_with_following(self, extent: PackedExtent[Note]) -> _Item[Note] | None:
+        """Write `extent` and what can be written together with it; return the item after that, if any."""
+        batch, following = [extent], None
+        size_bytes, buffers = extent.total_bytes, list(extent.buffers)
         # What is gathered depends on timing, and a compressor cuts its frames between
         # writes: alone, the same disks give the same bytes.
         most = 0 if self._compressed else GATHER_BYTES
         with contextlib.suppress(queue.Empty):
-            while size_bytes < most and buffers < IOV_MAX:
+            while size_bytes < most and len(buffers) < IOV_MAX:
                 item = self._queue.get_nowait()
                 if not isinstance(item, PackedExtent):
-                    return batch, item
+                    following = item
+                    break
                 batch.append(item)
                 size_bytes += item.total_bytes
-                buffers += len(item.buffers)
-        return batch, None
+                buffers += item.buffers
+        yield_cpu()
+        if self._digests is not None:
+            self._digests.extents(batch)
+            yield_cpu()
+        self._output.write(buffers)
+        self.plain_bytes += size_bytes
+        self._written.extend(batch)
+        self._report()
+        return following
 
     def _write_header(self, begin: _Begin) -> None:
         if self._digests is not None:
             self._digests.begin(begin.header, begin.raw_header)
         self._output.write([begin.raw_header])
         self.plain_bytes += len(begin.raw_header)
-
-    def _write_extents(self, batch: list[PackedExtent[Note]]) -> None:
-        yield_cpu()
-        if self._digests is not None:
-            self._digests.extents(batch)
-            yield_cpu()
-        self._output.write([buffer for extent in batch for buffer in extent.buffers])
-        self.plain_bytes += sum(extent.total_bytes for extent in batch)
-        self._written.extend(batch)
-        self._report()
 
     def _end(self, state: WriterState, error: Exception | None) -> None:
         """The first end counts."""

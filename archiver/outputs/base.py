@@ -8,8 +8,8 @@ import errno
 import os
 import select
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, os_error_text
@@ -203,14 +203,13 @@ class AbortableOutput:
 
     # --- the rest ---
 
-    @contextlib.contextmanager
-    def _holding(self) -> Iterator[None]:
-        """Around each write and the commit. Raises OutputFailure when there is nothing to write."""
+    def _exclusively(self, work: Callable[..., None], *args: Any) -> None:
+        """Do each write and the commit. Raises OutputFailure when there is nothing to write."""
         with self._lock:
             if self._over:
                 raise OutputFailure(f"{self.description} takes no more: it is complete or given up")
             try:
-                yield
+                work(*args)
             finally:
                 if self._interrupt.abandoned:
                     self._rollback_once()
@@ -236,16 +235,10 @@ class DescriptorOutput(AbortableOutput):
         self._send: Callable[[list[bytes | memoryview]], int] = self._writev
 
     def write(self, buffers: Buffers) -> None:
-        with self._working():
-            self._write_all(buffers)
+        self._exclusively(self._write_all, buffers)
 
     def commit(self) -> None:
-        with self._working():
-            self._complete()
-            if self._interrupt.abandoned:
-                self._interrupt.check()
-            self._close()
-            self._over = True
+        self._exclusively(self._complete_and_close)
 
     # --- what the kinds differ in ---
 
@@ -264,16 +257,21 @@ class DescriptorOutput(AbortableOutput):
 
     # --- the rest ---
 
-    @contextlib.contextmanager
-    def _working(self) -> Iterator[None]:
-        with self._holding():
-            try:
-                yield
-            except OSError as error:
-                raise self._failure(error) from error
+    def _exclusively(self, work: Callable[..., None], *args: Any) -> None:
+        try:
+            super()._exclusively(work, *args)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _complete_and_close(self) -> None:
+        self._complete()
+        if self._interrupt.abandoned:
+            self._interrupt.check()
+        self._close()
+        self._over = True
 
     def _write_all(self, buffers: Buffers) -> None:
-        todo = [buffer for buffer in buffers if len(buffer)]
+        todo = list(buffers)
         at = 0
         while at < len(todo):
             self._check()

@@ -156,20 +156,26 @@ class Digests:
     def begin(self, header: Header, raw_header: bytes) -> None:
         self._devices = {device.dev_id: _DeviceHasher(device) for device in header.devices}
         self._archive_bytes = len(raw_header)
-        digest = ExtentDigest(len(raw_header), _digest([raw_header]))
-        self._sink.line(opening_line(Opening(header.uuid, header.ctime_s, digest)))
+        opening = Opening(header.uuid, header.ctime_s, _digest([raw_header]))
+        self._sink.line(opening_line(opening))
 
     def extents(self, batch: Sequence[PackedExtent[Any]]) -> None:
         """The next extents of the archive, in order."""
         for extent in batch:
-            for buffers in _one_by_one(extent):
-                size_bytes = sum(map(len, buffers))
-                digest = ExtentDigest(size_bytes, _digest(buffers))
-                self._sink.line(extent_line(self._extents, digest))
-                self._extents += 1
-                self._archive_bytes += size_bytes
+            if extent.extents == 1:
+                self._extent(extent.buffers)
+            else:  # of zeroes: headers alone, back to back
+                headers = memoryview(extent.buffers[0])
+                for at in range(0, len(headers), EXTENT_HEADER_BYTES):
+                    self._extent([headers[at : at + EXTENT_HEADER_BYTES]])
             for dev_id, first, count, masks, data in extent.clusters:
                 self._devices[dev_id].add(first, count, masks, data)
+
+    def _extent(self, buffers: Buffers) -> None:
+        digest = _digest(buffers)
+        self._sink.line(extent_line(self._extents, digest))
+        self._extents += 1
+        self._archive_bytes += digest.total_bytes
 
     def stored(self, buffers: Buffers) -> None:
         """The next bytes of the file, in order."""
@@ -274,17 +280,9 @@ class DigestedOutput(OutputWrapper):
             self._committing.release()
 
 
-def _one_by_one(extent: PackedExtent[Any]) -> list[Buffers]:
-    """The buffers of each extent."""
-    if extent.extents == 1:
-        return [extent.buffers]
-    headers = memoryview(extent.buffers[0])
-    starts = range(0, len(headers), EXTENT_HEADER_BYTES)
-    return [[headers[at : at + EXTENT_HEADER_BYTES]] for at in starts]
-
-
-def _digest(buffers: Buffers) -> bytes:
-    hasher = xxh3_128()
+def _digest(buffers: Buffers) -> ExtentDigest:
+    hasher, size_bytes = xxh3_128(), 0
     for buffer in buffers:
         hasher.update(buffer)
-    return hasher.digest()
+        size_bytes += len(buffer)
+    return ExtentDigest(size_bytes, hasher.digest())

@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from typing import Any, TypeVar
@@ -103,9 +103,7 @@ class ObjectOutput(AbortableOutput):
             raise
 
     def write(self, buffers: Buffers) -> None:
-        with self._working():
-            for buffer in buffers:
-                self._add(memoryview(buffer))
+        self._exclusively(self._add_all, buffers)
 
     def check_free(self) -> None:
         """Raises OutputFailure when somebody else has made the object meanwhile."""
@@ -114,22 +112,10 @@ class ObjectOutput(AbortableOutput):
 
     def prepare(self) -> None:
         """All that a commit needs but the last request. Raises OutputFailure."""
-        with self._working():
-            self._send_rest()
-            self.check_free()
+        self._exclusively(self._prepare)
 
     def commit(self) -> None:
-        with self._working():
-            self._send_rest()
-            if "IfNoneMatch" in self._condition:
-                # A store that does not know conditions passes over them.
-                self.check_free()
-            self._began = self._pool.submit(self._publish)
-            self._wait(self._began)
-            self.written_bytes = self._total_bytes
-            self._interrupt.check()
-            self._end()
-            self._store.close()
+        self._exclusively(self._commit)
 
     def remove(self) -> None:
         """Take a committed object back, if it is still the one that was committed. Never raises."""
@@ -137,13 +123,27 @@ class ObjectOutput(AbortableOutput):
 
     # --- the thread that writes ---
 
-    @contextlib.contextmanager
-    def _working(self) -> Iterator[None]:
-        with self._holding():
-            try:
-                yield
-            except StoreError as error:
-                raise self._failure(error) from error
+    def _exclusively(self, work: Callable[..., None], *args: Any) -> None:
+        try:
+            super()._exclusively(work, *args)
+        except StoreError as error:
+            raise self._failure(error) from error
+
+    def _prepare(self) -> None:
+        self._send_rest()
+        self.check_free()
+
+    def _commit(self) -> None:
+        self._send_rest()
+        if "IfNoneMatch" in self._condition:
+            # A store that does not know conditions passes over them.
+            self.check_free()
+        self._began = self._pool.submit(self._publish)
+        self._wait(self._began)
+        self.written_bytes = self._total_bytes
+        self._interrupt.check()
+        self._end()
+        self._store.close()
 
     def _failure(self, error: StoreError) -> OutputFailure:
         if isinstance(error, ConflictError):
@@ -151,6 +151,10 @@ class ObjectOutput(AbortableOutput):
         sent = self.written_bytes
         text = f"{error}, after {human_bytes(sent)}" if sent else str(error)
         return OutputFailure(text, target=self.description, written_bytes=sent)
+
+    def _add_all(self, buffers: Buffers) -> None:
+        for buffer in buffers:
+            self._add(memoryview(buffer))
 
     def _add(self, data: memoryview) -> None:
         while data:

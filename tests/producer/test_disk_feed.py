@@ -22,7 +22,7 @@ def put_together(disk: MemoryDisk, frame_bytes: int) -> tuple[bytes, list[Run]]:
     image = bytearray(disk.size_bytes)
     seen: list[Run] = []
     for run in cut(disk, MEMORY, frame_bytes):
-        assert run.charge <= frame_bytes
+        assert limits.charge(run.clusters, run.length) <= frame_bytes
         seen.append(run)
         at = 0
         for offset, length in nonzero_pieces(run.masks):

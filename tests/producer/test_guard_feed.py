@@ -20,7 +20,6 @@ from vmapipe.producer.transmit import transmit
 from vmapipe.protocol import limits
 from vmapipe.protocol.guard import Claimed, FromGuard, GuardBegun, Saved
 from vmapipe.protocol.transfer import SharedCluster
-from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import ignore
 from vmapipe.runtime.rate_limit import RateLimiter
 
@@ -62,8 +61,10 @@ class Archiver:
         self.send(run)
 
     def send(self, run: Run, on_ack: Callable[[], None] | None = None) -> None:
-        assert run.charge <= self.credit, "more than the archiver allows"
-        self.credit -= run.charge
+        assert limits.charge(run.clusters, run.length) <= self.credit, (
+            "more than the archiver allows"
+        )
+        self.credit -= limits.charge(run.clusters, run.length)
         self.sent.append(run)
         if on_ack is not None:
             on_ack()
@@ -135,12 +136,10 @@ def test_what_a_claim_was_asked_for_with_is_still_there_when_it_is_answered(
     session, client = cast(Session, archiver), cast(GuardClient, guard)
     saved = SavedClusters(guard.size_bytes, 16, -1, ring, client)
     background = BackgroundReader("d", ring, client, RateLimiter(0, 0.0), session)
-    cancel = Cancel()
-    transmit(GuardFeed("d", client, session, saved, background), session, cancel, ignore)
+    transmit(GuardFeed("d", client, session, saved, background), session, ignore)
     assert archiver.sent_clusters == CLUSTERS
     assert guard.claims == 2
     assert sorted(guard.released) == sorted(2 * [*range(16)])
     os.close(guard.disk_fd)
     ring.close()
-    cancel.close()
     del saved, background, ring

@@ -100,7 +100,7 @@ class Sender:
 
     def run(self, emit: Emit) -> None:
         try:
-            transmit(self.feed, self.session, self.cancel, emit)
+            transmit(self.feed, self.session, emit)
         finally:
             self.ring.close()
 
