@@ -16,7 +16,9 @@ from vmapipe.vma.names import printable
 class _DeviceCoverage:
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.clusters = ClusterSet(device.clusters)
+        self.is_vmstate = device.is_vmstate
+        self.end = device.clusters
+        self.clusters = ClusterSet(self.end)
         self.next_vmstate = 0
 
 
@@ -29,19 +31,23 @@ class Coverage:
     def add(self, extent: Extent) -> None:
         """Raises CoverageError for the first cluster that cannot be right."""
         for run in extent.runs:
-            state = self._devices.get(run.dev_id)
-            if state is None:
-                raise CoverageError(
-                    f"a cluster of device {run.dev_id}, which the header does not list",
-                    device=str(run.dev_id),
-                    cluster_num=run.first_cluster,
-                    offset=extent.offset,
-                    reference_text=f"got wrong dev id {run.dev_id}",
-                )
-            if state.device.is_vmstate:
-                self._add_vmstate(state, run, extent.offset)
-            else:
-                self._add_disk(state, run, extent.offset)
+            self.add_run(run, extent.offset)
+
+    def add_run(self, run: ClusterRun, offset: int) -> None:
+        """One run of the extent at `offset`, as `add`."""
+        state = self._devices.get(run.dev_id)
+        if state is None:
+            raise CoverageError(
+                f"a cluster of device {run.dev_id}, which the header does not list",
+                device=str(run.dev_id),
+                cluster_num=run.first_cluster,
+                offset=offset,
+                reference_text=f"got wrong dev id {run.dev_id}",
+            )
+        if state.is_vmstate:
+            self._add_vmstate(state, run, offset)
+        else:
+            self._add_disk(state, run, offset)
 
     def _add_vmstate(self, state: _DeviceCoverage, run: ClusterRun, offset: int) -> None:
         if run.first_cluster != state.next_vmstate:
@@ -55,18 +61,18 @@ class Coverage:
         state.next_vmstate += run.count
 
     def _add_disk(self, state: _DeviceCoverage, run: ClusterRun, offset: int) -> None:
-        device = state.device
-        end = run.first_cluster + run.count
-        if end > device.clusters:
+        device, count = state.device, len(run.masks)
+        end = run.first_cluster + count
+        if end > state.end:
             raise CoverageError(
-                f"device {device.name!r}: cluster {max(run.first_cluster, device.clusters)} lies "
-                f"beyond its end ({device.clusters} clusters)",
+                f"device {device.name!r}: cluster {max(run.first_cluster, state.end)} lies "
+                f"beyond its end ({state.end} clusters)",
                 device=device.name,
-                cluster_num=max(run.first_cluster, device.clusters),
+                cluster_num=max(run.first_cluster, state.end),
                 offset=offset,
                 reference_text="got wrong block address - write beyond end",
             )
-        if end == device.clusters and not mask_fits(device, run.masks[-1]):
+        if end == state.end and not mask_fits(device, run.masks[-1]):
             raise CoverageError(
                 f"device {device.name!r}: cluster {end - 1} has data beyond the device's end",
                 device=device.name,
@@ -74,7 +80,7 @@ class Coverage:
                 offset=offset,
                 reference_text="got wrong block address - write beyond end",
             )
-        double = state.clusters.add(run.first_cluster, run.count)
+        double = state.clusters.add(run.first_cluster, count)
         if double is not None:
             raise CoverageError(
                 f"device {device.name!r}: cluster {double} comes a second time",
@@ -97,7 +103,7 @@ class Coverage:
     def missing(self) -> Iterator[tuple[Device, int, int]]:
         """(device, first cluster, count) of what has not come; vmstate has no fixed length."""
         for state in self._devices.values():
-            if not state.device.is_vmstate:
+            if not state.is_vmstate:
                 for first, count in state.clusters.missing():
                     yield state.device, first, count
 

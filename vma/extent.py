@@ -138,8 +138,8 @@ def parse_extent_header(
             offset=offset,
             reference_text="wrong vma extent header chechsum",
         )
-    runs = _runs(slots)
-    blocks = sum([run.data_bytes for run in runs]) // BLOCK_BYTES
+    runs, data_bytes = _runs(slots)
+    blocks = data_bytes // BLOCK_BYTES
     if blocks != block_count:
         raise ExtentError(
             f"the extent announces {block_count} blocks, its masks {blocks}",
@@ -150,7 +150,7 @@ def parse_extent_header(
                 else "vma extent error - missing blocks"
             ),
         )
-    return Extent(offset, block_count * BLOCK_BYTES, runs)
+    return Extent(offset, data_bytes, runs)
 
 
 def _alike(slots: list[int]) -> ClusterRun | None:
@@ -169,11 +169,11 @@ def _alike(slots: list[int]) -> ClusterRun | None:
     return ClusterRun(dev_id, num, (first >> _MASK_SHIFT,) * count, 0)
 
 
-def _runs(slots: list[int]) -> tuple[ClusterRun, ...]:
-    """Group consecutive clusters: what reads or writes them handles runs, not clusters."""
+def _runs(slots: list[int]) -> tuple[tuple[ClusterRun, ...], int]:
+    """Group consecutive clusters: what reads or writes them handles runs; and their data, in bytes."""
     alike = _alike(slots)
     if alike is not None:
-        return (alike,)
+        return (alike,), len(alike.masks) * alike.masks[0].bit_count() * BLOCK_BYTES
     runs: list[ClusterRun] = []
     masks: list[int] = []
     first = device = expected = run_at = data_at = 0
@@ -193,7 +193,7 @@ def _runs(slots: list[int]) -> tuple[ClusterRun, ...]:
         data_at += mask.bit_count() * BLOCK_BYTES
     if masks:
         runs.append(ClusterRun(device, first, tuple(masks), run_at))
-    return tuple(runs)
+    return tuple(runs), data_at
 
 
 def without(runs: tuple[ClusterRun, ...], left_out: Collection[int]) -> tuple[ClusterRun, ...]:
@@ -257,7 +257,7 @@ def block_pieces(run: ClusterRun, size_bytes: int) -> list[tuple[int, int, int]]
     if start >= size_bytes:
         return []
     if run.is_full:
-        length = run.count * BLOCKS_PER_CLUSTER * BLOCK_BYTES
+        length = len(run.masks) * BLOCKS_PER_CLUSTER * BLOCK_BYTES
         return [(start, run.data_at, min(length, size_bytes - start))]
     pieces: list[tuple[int, int, int]] = []
     data_at = run.data_at

@@ -10,6 +10,7 @@ line by line, so a manifest of any length costs no memory.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NamedTuple
 
 from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES, MAX_EXTENT_BYTES
@@ -101,6 +102,9 @@ def totals_line(totals: Totals) -> str:
     return "], " + json.dumps(tail)[1:] + "\n"
 
 
+_EXTENT_LINE = re.compile(r'([ ,])\[([1-9][0-9]*), "([0-9a-f]{32})"\]')
+
+
 class ManifestReader:
     """Feed it the manifest's lines in order; each call tells what the line says.
 
@@ -119,7 +123,19 @@ class ManifestReader:
         try:
             if len(text) > MAX_LINE_BYTES:
                 raise ValueError(f"a line of {len(text)} characters")
-            return self._read(text.removesuffix("\n"))
+            text = text.removesuffix("\n")
+            # Nearly all lines are an extent's: exactly as we write it, or damaged.
+            found = _EXTENT_LINE.fullmatch(text)
+            if found is None or self.opening is None or self.totals is not None:
+                return self._read_other(text)
+            comma, size_bytes, digest = found[1], int(found[2]), bytes.fromhex(found[3])
+            if (comma == ",") != bool(self._count):
+                raise ValueError("a line that is not as vmapipe writes it")
+            if not EXTENT_HEADER_BYTES <= size_bytes <= MAX_EXTENT_BYTES:
+                raise ValueError(f"an extent of {size_bytes} bytes")
+            self._count += 1
+            self._bytes += size_bytes
+            return ExtentDigest(size_bytes, digest)
         except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ArchiveError(f"the manifest is damaged: {error}") from error
 
@@ -129,7 +145,7 @@ class ManifestReader:
             raise ArchiveError("the manifest is damaged: it ends too early")
         return self.totals
 
-    def _read(self, text: str) -> Opening | ExtentDigest | Totals:
+    def _read_other(self, text: str) -> Opening | Totals:
         if self.totals is not None:
             raise ValueError("text after the end")
         if self.opening is None:
@@ -138,21 +154,17 @@ class ManifestReader:
             self._bytes = opening.header.total_bytes
             self.opening = opening
             return opening
-        if text.startswith("], "):
-            totals = _parse_totals(json.loads("{" + text[3:]))
-            _must_equal(text, totals_line(totals))
-            if (totals.extents, totals.archive_bytes) != (self._count, self._bytes):
-                raise ValueError(
-                    f"{self._count} extents and {self._bytes} bytes, "
-                    f"{totals.extents} and {totals.archive_bytes} announced"
-                )
-            self.totals = totals
-            return totals
-        extent = _parse_extent(json.loads(text[1:]))
-        _must_equal(text, extent_line(self._count, extent))
-        self._count += 1
-        self._bytes += extent.total_bytes
-        return extent
+        if not text.startswith("], "):
+            raise ValueError("a line that is not as vmapipe writes it")
+        totals = _parse_totals(json.loads("{" + text[3:]))
+        _must_equal(text, totals_line(totals))
+        if (totals.extents, totals.archive_bytes) != (self._count, self._bytes):
+            raise ValueError(
+                f"{self._count} extents and {self._bytes} bytes, "
+                f"{totals.extents} and {totals.archive_bytes} announced"
+            )
+        self.totals = totals
+        return totals
 
 
 def _must_equal(text: str, written: str) -> None:
@@ -177,13 +189,6 @@ def _parse_opening(text: str) -> Opening:
         int(head["ctime"]),
         ExtentDigest(int(size), _unhex(digest, DIGEST_BYTES)),
     )
-
-
-def _parse_extent(item: Any) -> ExtentDigest:
-    size, digest = item
-    if not isinstance(size, int) or not EXTENT_HEADER_BYTES <= size <= MAX_EXTENT_BYTES:
-        raise ValueError(f"an extent of {size!r} bytes")
-    return ExtentDigest(size, _unhex(digest, DIGEST_BYTES))
 
 
 def _parse_totals(tail: dict[str, Any]) -> Totals:

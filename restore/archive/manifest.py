@@ -141,7 +141,8 @@ class ManifestWalk:
             self._coming.appendleft(self._past.pop())
 
     def _take(self, place: int, extent: Extent) -> bytes:
-        self._go_to(place)
+        if place:
+            self._go_to(place)
         line = self._coming.popleft()
         self._past.append(line._replace(taken_by=_key(extent)))
         self.matched += 1 if line.taken_by is None else 0
@@ -154,7 +155,7 @@ class ManifestWalk:
             line = self._manifest.next()
             if isinstance(line, Totals):
                 self.totals = line
-            else:
+            elif isinstance(line, ExtentDigest):
                 self._read += 1
                 self._coming.append(_Line(self._read, self._next_at, line))
                 self._next_at += line.total_bytes
@@ -193,7 +194,7 @@ class Manifest:
         except OSError as error:
             raise InputError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
         try:
-            opening = self._line()
+            opening = self.next()
         except BaseException:
             self._file.close()
             raise
@@ -210,14 +211,8 @@ class Manifest:
     def close(self) -> None:
         self._file.close()
 
-    def next(self) -> ExtentDigest | Totals:
-        """The next extent's digest or, at the end, the totals. Raises ArchiveError."""
-        line = self._line()
-        if isinstance(line, Opening):
-            raise RuntimeError("a manifest's opening comes once")
-        return line
-
-    def _line(self) -> Opening | ExtentDigest | Totals:
+    def next(self) -> Opening | ExtentDigest | Totals:
+        """The next line: an extent's digest or, at the end, the totals. Raises ArchiveError."""
         try:
             raw = self._file.readline(MAX_LINE_BYTES)
         except OSError as error:

@@ -68,7 +68,7 @@ class _Cursor:
     def peek(self, length: int) -> bytes:
         """The next bytes, fewer only at the end. Raises CompressionError."""
         window = self.window(length)
-        if len(window) < length:
+        if len(window) < length and self._error is not None:
             self._raise_damage()
         return window
 

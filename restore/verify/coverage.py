@@ -62,15 +62,15 @@ class CoverageReport:
         self.left_out = frozenset()
         number = 0
         for whole in extent.runs:
-            device = self._devices.get(whole.dev_id)
-            if device is not None and device.is_vmstate:
+            device, count = self._devices.get(whole.dev_id), whole.count
+            if device is not None and whole.dev_id in self._vmstate:
                 yield from self._add_vmstate(device, whole, extent.offset, number)
             else:
-                for run in _within_pages(whole):
+                for run in _within_pages(whole, count):
                     if not self._counted(run, extent.offset):
                         at = number + run.first_cluster - whole.first_cluster
                         yield from self._one_by_one(device, run, extent.offset, at)
-            number += whole.count
+            number += count
 
     def finish(self) -> Iterator[Damage]:
         """Everything was fed: what is missing."""
@@ -141,7 +141,7 @@ class CoverageReport:
 
     def _counted(self, run: ClusterRun, offset: int) -> bool:
         try:
-            self._coverage.add(Extent(offset, 0, (run,)))
+            self._coverage.add_run(run, offset)
         except CoverageError as error:
             self._found(error)
             return False
@@ -172,7 +172,7 @@ class CoverageReport:
         first, end = run.first_cluster, run.first_cluster + run.count
         stream = self._vmstate[device.dev_id]
         expected, stream.end = stream.end, max(stream.end, end)
-        for part in _within_pages(run):
+        for part in _within_pages(run, run.count):
             if stream.clusters.add(part.first_cluster, part.count) is None:
                 continue
             for num in range(part.first_cluster, part.first_cluster + part.count):
@@ -203,14 +203,15 @@ class _Stream:
         self.end = 0
 
 
-def _within_pages(run: ClusterRun) -> Iterator[ClusterRun]:
+def _within_pages(run: ClusterRun, count: int) -> tuple[ClusterRun, ...]:
     """Coverage counts such a run wholly or not at all."""
     cut = PAGE_CLUSTERS - run.first_cluster % PAGE_CLUSTERS
-    if run.count <= cut:
-        yield run
-    else:
-        yield ClusterRun(run.dev_id, run.first_cluster, run.masks[:cut], run.data_at)
-        yield ClusterRun(run.dev_id, run.first_cluster + cut, run.masks[cut:], 0)
+    if count <= cut:
+        return (run,)
+    return (
+        ClusterRun(run.dev_id, run.first_cluster, run.masks[:cut], run.data_at),
+        ClusterRun(run.dev_id, run.first_cluster + cut, run.masks[cut:], 0),
+    )
 
 
 def _why(device: Device | None, num: int, mask: int) -> str:

@@ -111,8 +111,9 @@ class WorkBuilder:
                     yield self._work(self._range_of(batch), batch)
                     batch, batch_bytes = [], 0
                 batch.append(piece)
-                batch_bytes += piece.extent.total_bytes
-                last = piece.extent.offset + piece.extent.total_bytes == self._written_before
+                size_bytes = piece.extent.total_bytes
+                batch_bytes += size_bytes
+                last = piece.extent.offset + size_bytes == self._written_before
                 if last or batch_bytes >= most_bytes or len(batch) == MAX_RANGE_EXTENTS:
                     yield self._work(self._range_of(batch), batch)
                     batch = []
@@ -151,9 +152,9 @@ class WorkBuilder:
         return encode(
             RangeWork(
                 self._seq + 1,
-                tuple(piece.extent.offset for piece in batch),
-                tuple(piece.extent.total_bytes for piece in batch),
-                tuple(piece.digest for piece in batch) if batch[0].digest else (),
+                tuple([piece.extent.offset for piece in batch]),
+                tuple([piece.extent.total_bytes for piece in batch]),
+                tuple([piece.digest for piece in batch]) if batch[0].digest else (),
                 batch[0].extent.offset < self._written_before,
                 tuple(sorted(batch[0].left_out)),
             )
@@ -174,9 +175,9 @@ class WorkBuilder:
                 data_bytes[run.dev_id] = data_bytes.get(run.dev_id, 0) + run.data_bytes
             if ALL_DEVICES in self._limited and run.dev_id in self._wanted:
                 data_bytes[ALL_DEVICES] = data_bytes.get(ALL_DEVICES, 0) + run.data_bytes
-        cluster_bytes = CLUSTER_BYTES * sum(run.count for run in runs)
+        cluster_bytes = CLUSTER_BYTES * sum([len(run.masks) for run in runs])
         end = batch[-1].extent.offset + batch[-1].extent.total_bytes
-        extents = tuple(piece.extent for piece in batch) if parts else ()
+        extents = tuple([piece.extent for piece in batch]) if parts else ()
         return Work(self._seq, parts, ahead, cluster_bytes, data_bytes, slot, end, extents)
 
 
