@@ -49,6 +49,7 @@ ONLY_IN = {
     "qemu": set[str](),  # a second opinion in tests: the foreign client,
     "pytsk3": {"access/files/parser.py"},  # C, and its input is a stranger's
     "mfusepy": {"access/mount/fuse.py"},
+    "cryptography": {"access/files/luks.py"},
     "botocore": {"runtime/objectstore.py"},
     "dissect": set[str](),  # for tests: another project's reader, under another licence
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that parses a disk's file systems. It has one socket, and no rights.
+"""The process that parses the file systems of an archive's disks. It has one socket, and no rights.
 
-python -m vmapipe.access.files.child FD SIZE
+python -m vmapipe.access.files.child FD SIZE…
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from vmapipe.access.files.messages import (
     FILE,
     FOLDER,
     MAX_MESSAGE_BYTES,
+    MAX_READ_BYTES,
     AnswerEnd,
     Ask,
     Bytes,
     DiskUnreadable,
     EntryFailed,
     FromParser,
+    Key,
     ParserNotice,
     ParserReady,
     Read,
@@ -33,6 +35,8 @@ from vmapipe.access.files.messages import (
     decode_for_parser,
     encode,
 )
+from vmapipe.access.files.sources import ByteSource
+from vmapipe.access.files.volumes import Node, scan
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.runtime.sandbox import end_with_parent, give_up_rights
 
@@ -46,30 +50,43 @@ _LATELY = 16
 
 
 class _Worker:
-    """Answers commands, one after the other, and asks for what it needs of the disk."""
+    """Answers commands, one after the other, and asks for what it needs of the disks."""
 
-    def __init__(self, sock: socket.socket, size_bytes: int) -> None:
+    def __init__(self, sock: socket.socket, sizes_bytes: list[int]) -> None:
         self._sock = sock
-        self._size_bytes = size_bytes
-        self._parts: list[parser.Partition] | None = None
-        self._opened: dict[parser.Partition, tuple[Volume, parser.FileSystem | None]] = {}
+        self._sizes_bytes = sizes_bytes
+        self._nodes: list[Node] | None = None
+        self._keys: list[Key] = []
+        self._opened: dict[tuple[int, str], tuple[Volume, parser.FileSystem | None]] = {}
         # Files that "range" was asked of, and where their data is; the last one is the latest.
-        self._lately: dict[tuple[parser.Partition, bytes], tuple[Any, list[tuple[int, int]]]] = {}
+        self._lately: dict[tuple[int, str, bytes], tuple[Any, list[tuple[int, int]]]] = {}
 
     def tell(self, message: FromParser) -> None:
         self._sock.sendall(encode(message))
 
-    def hear(self) -> Ask | Bytes | DiskUnreadable | None:
+    def hear(self) -> Key | Ask | Bytes | DiskUnreadable | None:
         """None: the other side has ended."""
         raw = self._sock.recv(MAX_MESSAGE_BYTES)
         return decode_for_parser([raw]) if raw else None
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Bytes of the disk. Raises OSError where the archive is damaged."""
-        length = min(length, self._size_bytes - offset)
-        if length <= 0:
-            return b""
-        self.tell(Read(offset, length))
+    def take_key(self, key: Key) -> None:
+        self._keys.append(key)
+
+    def _disk(self, index: int) -> ByteSource:
+        size_bytes = self._sizes_bytes[index]
+
+        def read(offset: int, length: int) -> bytes:
+            end = min(offset + length, size_bytes)
+            return b"".join(
+                self._read(index, at, min(MAX_READ_BYTES, end - at))
+                for at in range(offset, end, MAX_READ_BYTES)
+            )
+
+        return ByteSource(read, size_bytes)
+
+    def _read(self, disk: int, offset: int, length: int) -> bytes:
+        """Bytes of a disk. Raises OSError where the archive is damaged."""
+        self.tell(Read(disk, offset, length))
         match self.hear():
             case Bytes(data):
                 return data
@@ -86,22 +103,22 @@ class _Worker:
         self.tell(AnswerEnd())
 
     def _answers(self, ask: Ask) -> Iterator[FromParser]:
-        if self._parts is None:
-            self._parts = parser.parts(self.read, self._size_bytes)
-        for part in self._parts:
-            if ask.where and part.name.encode() != ask.where:
+        if self._nodes is None:
+            disks = [self._disk(index) for index in range(len(self._sizes_bytes))]
+            self._nodes = scan(disks, self._keys, parser.other_tables)
+        for node in self._nodes:
+            if (ask.disk >= 0 and ask.disk not in node.disks) or (
+                ask.where and node.name.encode() != ask.where
+            ):
                 continue
-            if part not in self._opened:
-                # Once: its whole journal is looked through, and the next command asks for it again.
-                self._opened[part] = parser.open_part(self.read, part)
-            volume, file_system = self._opened[part]
+            volume, file_system = self._open(node)
             if ask.action == "volumes":
                 yield volume
             elif file_system is None:
                 if ask.action == "find":
                     yield volume
             elif ask.action == "range":
-                yield from self._range(file_system, ask)
+                yield from self._range(node, file_system, ask)
                 return
             else:
                 place = file_system.find(ask.path)
@@ -111,9 +128,16 @@ class _Worker:
                     yield from self._tree(ask.action, file_system, *place)
                     return
 
-    def _range(self, file_system: parser.FileSystem, ask: Ask) -> Iterator[FromParser]:
+    def _open(self, node: Node) -> tuple[Volume, parser.FileSystem | None]:
+        """Once: its whole journal is looked through, and the next command asks for it again."""
+        key = (node.disk, node.name)
+        if key not in self._opened:
+            self._opened[key] = parser.open_node(node)
+        return self._opened[key]
+
+    def _range(self, node: Node, file_system: parser.FileSystem, ask: Ask) -> Iterator[FromParser]:
         """What lies in a range of a file. Files that were read lately are not looked for again."""
-        key = (file_system.part, ask.path)
+        key = (node.disk, node.name, ask.path)
         known = self._lately.pop(key, None)
         if known is None:
             place = file_system.find(ask.path)
@@ -167,12 +191,14 @@ class _Worker:
 def main(argv: list[str]) -> int:
     end_with_parent()
     sock = socket.socket(fileno=int(argv[0]))
-    worker = _Worker(sock, int(argv[1]))
+    worker = _Worker(sock, [int(word) for word in argv[1:]])
     is_confined = give_up_rights(_MEMORY_BYTES, _CPU_S)
     try:
         worker.tell(ParserReady(is_confined))
         while (message := worker.hear()) is not None:
-            if isinstance(message, Ask):
+            if isinstance(message, Key):
+                worker.take_key(message)
+            elif isinstance(message, Ask):
                 worker.answer(message)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0  # the asker has ended

@@ -21,12 +21,18 @@ MAX_MESSAGE_BYTES = MAX_DATA_BYTES + 4096
 MAX_PATH_BYTES = 65536
 MAX_WORD_BYTES = 4096
 MAX_XATTRS = 256
+# Of an archive (vma/header.py has 255), and of one parser.
+MAX_DISKS = 256
+# cryptsetup takes up to 8 MiB of a key file; what it makes for itself has 64 bytes.
+MAX_KEY_BYTES = 64 << 10
 
 Path = Annotated[bytes, lengths(0, MAX_PATH_BYTES)]
 Word = Annotated[bytes, lengths(0, MAX_WORD_BYTES)]
 _Number = Annotated[int, between(-(1 << 63), (1 << 63) - 1)]
 _Small = Annotated[int, between(0, (1 << 32) - 1)]
 
+#: How the remark on an encrypted volume begins that none of the given keys opens.
+WRONG_KEY = b"wrong key: "
 #: The kinds of an entry.
 FILE, FOLDER, LINK, CHARACTER_DEVICE, BLOCK_DEVICE, FIFO, SOCKET = range(7)
 
@@ -34,8 +40,21 @@ FILE, FOLDER, LINK, CHARACTER_DEVICE, BLOCK_DEVICE, FIFO, SOCKET = range(7)
 # --- asking side ---
 
 
+class Key(NamedTuple):
+    """A key for encrypted volumes, sent before the first command.
+
+    `disk` and `name` say which: -1 for any that has no key of its own, an empty name for all of
+    the disk. `label`: the file that it came from.
+    """
+
+    disk: Annotated[int, between(-1, MAX_DISKS - 1)]
+    name: Word
+    label: Word
+    secret: Annotated[bytes, lengths(0, MAX_KEY_BYTES)]
+
+
 class Ask(NamedTuple):
-    """One command. `where`: a volume's name; `path` begins at its root.
+    """One command. `disk`: -1 for any; `where`: a volume's name, or empty; `path` begins at its root.
 
     `action`: "volumes" (all of the disk), "find" (the volumes that have the path, and those
     that cannot be read), "list" (a folder's entries, or the one file), "walk" (a folder and
@@ -44,6 +63,7 @@ class Ask(NamedTuple):
     """
 
     action: Annotated[str, lengths(1, 16)]
+    disk: Annotated[int, between(-1, MAX_DISKS - 1)]
     where: Word
     path: Path
     offset: Uint
@@ -72,23 +92,31 @@ class ParserReady(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Bytes of the disk are needed."""
+    """Bytes of a disk are needed."""
 
+    disk: Annotated[int, between(0, MAX_DISKS - 1)]
     offset: Uint
     length: Annotated[int, between(1, MAX_READ_BYTES)]
 
 
 class Volume(NamedTuple):
-    """A part of the disk. `kind`: its file system, or what else it is; empty: not known.
+    """A part of a disk, or a logical volume. `kind`: its file system, or what else it is.
 
-    `can_read`: the parser knows this file system.
+    `name`: "2" for a partition, "/vg/root" for a logical volume (which the disk holds the first byte
+    of), empty for a whole disk. `layers`: what it lies in ("luks1", "lvm"), the outermost first. An empty
+    `kind`: not known. `can_read`: the parser knows this file system; `remark`: why it does not.
+    `is_container`: what is in it comes as volumes of their own.
     """
 
+    disk: Annotated[int, between(0, MAX_DISKS - 1)]
     name: Word
     offset: Uint
     size_bytes: Uint
     kind: Word
     can_read: bool
+    layers: Annotated[tuple[bytes, ...], lengths(0, 16)]
+    remark: Word
+    is_container: bool
 
 
 class Entry(NamedTuple):
@@ -143,7 +171,7 @@ class AnswerEnd(NamedTuple):
     """All of the answer has been sent."""
 
 
-FromAsker = Ask | Bytes | DiskUnreadable
+FromAsker = Key | Ask | Bytes | DiskUnreadable
 FromParser = (
     ParserReady
     | Read
@@ -156,7 +184,7 @@ FromParser = (
     | AnswerEnd
 )
 
-_TO_PARSER = Dialogue(Ask, Bytes, DiskUnreadable, keyed=False, max_bytes=MAX_MESSAGE_BYTES)
+_TO_PARSER = Dialogue(Key, Ask, Bytes, DiskUnreadable, keyed=False, max_bytes=MAX_MESSAGE_BYTES)
 _TO_ASKER = Dialogue(
     *(ParserReady, Read, Volume, Entry, Stretch, FileData, ParserNotice, EntryFailed, AnswerEnd),
     keyed=False,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Partitions and file systems of one disk, read with The Sleuth Kit (pytsk3).
+"""File systems, read with The Sleuth Kit (pytsk3).
 
 What it reads may be made by a stranger: run it only in a process without rights (child.py).
 """
@@ -7,8 +7,8 @@ What it reads may be made by a stranger: run it only in a process without rights
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytsk3
 
@@ -22,6 +22,7 @@ from vmapipe.access.files.messages import (
     LINK,
     MAX_DATA_BYTES,
     MAX_READ_BYTES,
+    MAX_WORD_BYTES,
     MAX_XATTRS,
     SOCKET,
     Entry,
@@ -30,11 +31,12 @@ from vmapipe.access.files.messages import (
     Stretch,
     Volume,
 )
+from vmapipe.access.files.sources import ByteSource
+from vmapipe.access.files.tables import Partition
+from vmapipe.access.files.volumes import Node, signature
 
 #: What the library raises: RuntimeError for what our own `read` raised below it.
 PARSER_ERRORS = (OSError, RuntimeError)
-#: Reads the disk: offset, length (at most MAX_READ_BYTES). Raises OSError where it is damaged.
-Read = Callable[[int, int], bytes]
 
 _KINDS = {
     int(pytsk3.TSK_FS_META_TYPE_REG): FILE,
@@ -63,17 +65,9 @@ _NAMES = {
     int(pytsk3.TSK_FS_TYPE_FFS1): b"ufs1",
     int(pytsk3.TSK_FS_TYPE_FFS2): b"ufs2",
 }
-# What the kernel takes for these, and no parser here reads: where and how it begins.
-_OTHERS = (
-    (0, b"XFSB", b"xfs"),
-    (0x10040, b"_BHRfS_M", b"btrfs"),
-    (0, b"LUKS\xba\xbe\0\1", b"luks1"),
-    (0, b"LUKS\xba\xbe\0\2", b"luks2"),
-    (0x218, b"LVM2 001", b"lvm"),
-    (0, b"-FVE-FS-", b"bitlocker"),
-    (0xFF6, b"SWAPSPACE2", b"swap"),
-    (0x438, b"\x53\xef", b"ext4, damaged"),  # or the parser would have opened it
-)
+_OTHER_TABLES = [
+    int(kind) for kind in (pytsk3.TSK_VS_TYPE_BSD, pytsk3.TSK_VS_TYPE_SUN, pytsk3.TSK_VS_TYPE_MAC)
+]
 _PARTITION = int(pytsk3.TSK_VS_PART_FLAG_ALLOC)
 _UNALLOCATED_NAME = int(pytsk3.TSK_FS_NAME_FLAG_UNALLOC)
 # No content on the disk: TSK_FS_ATTR_RUN_FLAG_FILLER and _SPARSE.
@@ -85,20 +79,11 @@ _STEP_BYTES = 4096
 _MAX_DEPTH = 256
 
 
-class Partition(NamedTuple):
-    """A stretch of the disk with at most one file system. Sizes in bytes; `name`: "" is all of it."""
-
-    name: str
-    offset: int
-    size_bytes: int
-
-
 class _Image(pytsk3.Img_Info):  # type: ignore[misc]
-    """A part of the disk, with blocks that a journal holds in place of the disk's."""
+    """A volume, with blocks that a journal holds in place of the volume's."""
 
-    def __init__(self, read: Read, part: Partition) -> None:
-        self._read = read
-        self._part = part
+    def __init__(self, source: ByteSource) -> None:
+        self._source = source
         self._replayed: ext.Replayed | None = None
         self._block_bytes = 0
         self._journal: list[int] = []
@@ -109,14 +94,14 @@ class _Image(pytsk3.Img_Info):  # type: ignore[misc]
         self._replayed, self._journal, self._block_bytes = replayed, journal, block_bytes
 
     def get_size(self) -> int:
-        return self._part.size_bytes
+        return self._source.size_bytes
 
     def close(self) -> None:
         """There is nothing to close."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Called by the parser, too. Raises OSError."""
-        length = max(0, min(length, self._part.size_bytes - offset))
+        length = max(0, min(length, self._source.size_bytes - offset))
         raw = b"".join(self._pieces(offset, length))
         if self._replayed is None or not self._replayed.blocks:
             return raw
@@ -138,9 +123,9 @@ class _Image(pytsk3.Img_Info):  # type: ignore[misc]
         """
         done = 0
         while done < length:
-            at, size = self._part.offset + offset + done, min(length - done, MAX_READ_BYTES)
+            at, size = offset + done, min(length - done, MAX_READ_BYTES)
             try:
-                piece = self._read(at, size)
+                piece = self._source.read(at, size)
             except OSError:
                 piece = self._before_damage(at, size)
                 if not piece and not done:
@@ -157,7 +142,7 @@ class _Image(pytsk3.Img_Info):  # type: ignore[misc]
         try:
             while len(found) < size:
                 step = _STEP_BYTES - (at + len(found)) % _STEP_BYTES
-                found += self._read(at + len(found), min(step, size - len(found)))
+                found += self._source.read(at + len(found), min(step, size - len(found)))
         except OSError:
             pass
         return found
@@ -166,31 +151,31 @@ class _Image(pytsk3.Img_Info):  # type: ignore[misc]
 class FileSystem:
     """One that could be opened, its log replayed in memory where that can be done."""
 
-    def __init__(self, read: Read, part: Partition) -> None:
+    def __init__(self, source: ByteSource) -> None:
         """Raises OSError where there is none that the parser knows."""
-        self.part = part
         self.notices: list[str] = []
-        self._image = _Image(read, part)
+        self._source = source
+        self._image = _Image(source)
         self._fs = pytsk3.FS_Info(self._image)
         kind = int(self._fs.info.ftype)
         self.kind = _NAMES.get(kind, b"other")
         self._superblock: ext.Superblock | None = None
         if kind in _EXT:
-            self._replay(read)
+            self._replay()
         elif kind == _NTFS:
             self._look_at_ntfs()
 
-    def _replay(self, read: Read) -> None:
+    def _replay(self) -> None:
         raw = self._image.read(ext.SUPERBLOCK_OFFSET, ext.SUPERBLOCK_BYTES)
         try:
             superblock = ext.parse_superblock(raw)
             if superblock.needs_recovery:
-                self._replay_journal(read, superblock)
+                self._replay_journal(superblock)
             self._superblock = superblock
         except (ext.ExtError, struct.error) as error:
             self.notices.append(f"{error}: {_UNTRUE}")
 
-    def _replay_journal(self, read: Read, superblock: ext.Superblock) -> None:
+    def _replay_journal(self, superblock: ext.Superblock) -> None:
         if superblock.has_outer_journal:
             raise ext.ExtError("its journal is on another disk")
         size = superblock.block_bytes
@@ -203,13 +188,13 @@ class FileSystem:
 
         replayed = ext.replayed_blocks(read_block)
         # The parser keeps what it has read: with a new image it reads anew.
-        self._image = _Image(read, self.part)
+        self._image = _Image(self._source)
         self._image.use(replayed, journal, size)
         self._fs = pytsk3.FS_Info(self._image)
 
     def _blocks_of(self, inode: int) -> list[int]:
         blocks: list[int] = []
-        limit = self.part.size_bytes // 1024
+        limit = self._source.size_bytes // 1024
         for attribute in self._fs.open_meta(inode=inode):
             for run in attribute:
                 if int(run.flags) & _NO_CONTENT or len(blocks) + run.len > limit:
@@ -408,53 +393,60 @@ _UNTRUE = (
 )
 
 
-# --- parts of a disk ---
+# --- volumes ---
 
 
-def parts(read: Read, size_bytes: int) -> list[Partition]:
-    """The disk's partitions, or the whole of it where it has none."""
-    whole = Partition("", 0, size_bytes)
+def other_tables(source: ByteSource) -> list[Partition]:
+    """The partitions of disks of BSD, Sun and Macintosh machines, by their place."""
     try:
-        table = pytsk3.Volume_Info(_Image(read, whole))
+        table = pytsk3.Volume_Info(_Image(source))
+        if int(table.info.vstype) not in _OTHER_TABLES:
+            return []
         block = int(table.info.block_size)
-        found = [
+        found = sorted(
             (int(part.start) * block, int(part.len) * block)
             for part in table
             if int(part.flags) == _PARTITION
-        ]
+        )
     except PARSER_ERRORS:
-        return [whole]
-    inside = [(start, min(size, size_bytes - start)) for start, size in found if start < size_bytes]
-    named = [
-        Partition(str(number), start, size)
-        for number, (start, size) in enumerate(sorted(inside), 1)
+        return []
+    return [
+        Partition(number, start, min(size, source.size_bytes - start))
+        for number, (start, size) in enumerate(found, 1)
+        if start < source.size_bytes
     ]
-    # The boot sector of a file system without partitions can pass for a partition table.
-    if not any(open_part(read, part)[0].kind for part in named) and open_part(read, whole)[0].kind:
-        return [whole]
-    return named or [whole]
 
 
-def open_part(read: Read, part: Partition) -> tuple[Volume, FileSystem | None]:
-    """What there is in the part, and its file system if the parser knows it.
+def open_node(node: Node) -> tuple[Volume, FileSystem | None]:
+    """What there is in it, and its file system if the parser knows it.
 
     The kind is `damaged` where the archive is, and that would have to be read.
     """
-    name = part.name.encode()
-    try:
-        file_system = FileSystem(read, part)
-    except PARSER_ERRORS:
-        kind = _other_kind(read, part)
-        return Volume(name, part.offset, part.size_bytes, kind, False), None
-    return Volume(name, part.offset, part.size_bytes, file_system.kind, True), file_system
+    kind, file_system = node.kind, None
+    if not kind and not node.remark:
+        try:
+            file_system = FileSystem(node.source)
+            kind = file_system.kind
+        except PARSER_ERRORS:
+            kind = _other_kind(node.source)
+    volume = Volume(
+        node.disk,
+        node.name.encode(),
+        node.offset,
+        node.source.size_bytes,
+        kind,
+        file_system is not None,
+        tuple(layer.encode() for layer in node.layers),
+        node.remark.encode()[:MAX_WORD_BYTES],
+        node.is_container,
+    )
+    return volume, file_system
 
 
-def _other_kind(read: Read, part: Partition) -> bytes:
+def _other_kind(source: ByteSource) -> bytes:
     try:
-        for offset, magic, kind in _OTHERS:
-            inside = offset + len(magic) <= part.size_bytes
-            if inside and read(part.offset + offset, len(magic)) == magic:
-                return kind
+        kind = signature(source)
     except OSError:
         return b"damaged"
-    return b""
+    # The parser would have opened it.
+    return kind + b", damaged" if kind in _NAMES.values() else kind

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.messages import (
@@ -22,8 +22,10 @@ from vmapipe.access.files.messages import (
     DiskUnreadable,
     FromAsker,
     FromParser,
+    Key,
     ParserReady,
     Read,
+    Volume,
     decode_for_asker,
     encode,
 )
@@ -43,11 +45,17 @@ class ParserError(Failure):
 
 
 class FileSession:
-    """One parser process for one disk. Use as a context: it is killed at the end."""
+    """One parser process for disks of an archive. Use as a context: it is killed at the end.
 
-    def __init__(self, disk: ArchiveDisk, name: str, cancel: Cancel) -> None:
-        self._disk = disk
-        self._name = name
+    Messages name a disk by its place in `disks`: a logical volume may lie on several.
+    """
+
+    def __init__(
+        self, disks: Sequence[tuple[str, ArchiveDisk]], cancel: Cancel, keys: Sequence[Key] = ()
+    ) -> None:
+        self.names = [name for name, _ in disks]
+        self._disks = [disk for _, disk in disks]
+        self._keys = keys
         self._cancel = cancel
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # Their own words, for the one line that tells how it ended.
@@ -55,7 +63,7 @@ class FileSession:
         command = [sys.executable, "-m", "vmapipe.access.files.child"]
         with theirs:
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(disk.size_bytes)],
+                [*command, *map(str, [theirs.fileno(), *(disk.size_bytes for _, disk in disks)])],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._words,
@@ -72,6 +80,8 @@ class FileSession:
         if not isinstance(first, ParserReady):
             raise self._error("it does not begin as it should")
         self.is_confined = first.is_confined
+        for key in self._keys:
+            self._tell(key)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,6 +94,7 @@ class FileSession:
     def ask(
         self,
         action: str,
+        disk: int = -1,
         where: bytes = b"",
         path: bytes = b"/",
         *,
@@ -91,27 +102,36 @@ class FileSession:
         length: int = 0,
     ) -> Iterator[FromParser]:
         """The answers to one command, less the reads. Raises ParserError, Cancelled."""
-        self._tell(Ask(action, where, path, offset, length))
+        self._tell(Ask(action, disk, where, path, offset, length))
         for _ in range(_MAX_MESSAGES):
             message = self._hear()
             match message:
-                case Read(offset, length):
-                    self._tell(self._read(offset, length))
+                case Read(disk, offset, length):
+                    self._tell(self._read(disk, offset, length))
                 case AnswerEnd():
                     return
                 case ParserReady():
                     raise self._error("it begins a second time")
+                case Volume(disk=disk) if disk >= len(self._disks):
+                    raise self._error("it names a disk that it was not given")
                 case _:
                     yield message
         raise self._error("its answer has no end")
 
-    def _read(self, offset: int, length: int) -> FromAsker:
-        length = min(length, self._disk.size_bytes - offset)
+    def place_of(self, volume: Volume) -> str:
+        """Its name as it stands in a place: DISK, DISK:PARTITION or DISK/GROUP/VOLUME."""
+        return place_of(self.names[volume.disk], volume)
+
+    def _read(self, index: int, offset: int, length: int) -> FromAsker:
+        if index >= len(self._disks):
+            raise self._error("it reads a disk that it was not given")
+        disk = self._disks[index]
+        length = min(length, disk.size_bytes - offset)
         if length <= 0:
             return Bytes(b"")
         data = bytearray(length)
         try:
-            self._disk.read(memoryview(data), offset)
+            disk.read(memoryview(data), offset)
         except OSError as error:
             return DiskUnreadable((error.strerror or str(error)).encode()[:400])
         return Bytes(bytes(data))
@@ -156,6 +176,12 @@ class FileSession:
             last = os.pread(self._words.fileno(), 400, max(0, size - 400)).decode(errors="replace")
             how = f" with exit code {status} ({(last.strip().splitlines() or ['?'])[-1]})"
         return ParserError(
-            f"the parser of the file systems on {self._name} failed: {what}{how}; "
+            f"the parser of the file systems on {', '.join(self.names)} failed: {what}{how}; "
             "restore the disk, or serve it, to look at it with other tools"
         )
+
+
+def place_of(disk: str, volume: Volume) -> str:
+    """DISK, DISK:PARTITION or DISK/GROUP/VOLUME."""
+    name = os.fsdecode(volume.name)
+    return f"{disk}:{name}" if name and not name.startswith("/") else f"{disk}{name}"

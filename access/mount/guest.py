@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from vmapipe.access.disk import ArchiveDisk
@@ -20,10 +20,11 @@ from vmapipe.access.files.messages import (
     EntryFailed,
     FileData,
     FromParser,
+    Key,
     ParserNotice,
     Volume,
 )
-from vmapipe.access.files.session import FileSession, ParserError
+from vmapipe.access.files.session import FileSession, ParserError, place_of
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, os_error_text
 
@@ -40,9 +41,19 @@ _MAX_TOLD = 1000
 class GuestDisk:
     """One disk's file systems. Every method may be called by any thread, and may raise OSError."""
 
-    def __init__(self, disk: ArchiveDisk, name: str, cancel: Cancel, report: Report) -> None:
-        self._disk = disk
-        self._name = name
+    def __init__(
+        self,
+        disks: Sequence[tuple[str, ArchiveDisk]],
+        index: int,
+        cancel: Cancel,
+        report: Report,
+        keys: Sequence[Key] = (),
+    ) -> None:
+        """`disks`: all of the archive, for a logical volume that begins on this one may go on there."""
+        self._disks = disks
+        self._index = index
+        self._keys = keys
+        self._name = name = disks[index][0]
         self._cancel = cancel
         self._report = report
         # One thread for all that is asked: a parser answers one command at a time, and
@@ -81,15 +92,15 @@ class GuestDisk:
         if self._volumes is None:
             found = {}
             for message in self._ask("volumes"):
-                if not isinstance(message, Volume):
+                if not isinstance(message, Volume) or message.disk != self._index:
                     continue
                 if message.can_read:
                     found[message.name] = message
-                elif message.kind not in (b"", b"swap"):
-                    part = os.fsdecode(message.name)
-                    where = f"{self._name}:{part}" if part else self._name
-                    kind = os.fsdecode(message.kind)
-                    self._tell(f"{where} ({kind}) is not shown: its file system is not read here")
+                elif not message.is_container and message.kind not in (b"", b"swap"):
+                    where = place_of(self._name, message)
+                    kind, why = os.fsdecode(message.kind), os.fsdecode(message.remark)
+                    why = why or "its file system is not read here"
+                    self._tell(f"{where} ({kind}) is not shown: {why}")
             self._volumes = found
         return list(self._volumes.values())
 
@@ -151,7 +162,8 @@ class GuestDisk:
         try:
             if self._session is None:
                 self._session = self._started()
-            answer = self._session.ask(action, volume, path, offset=offset, length=length)
+            disk = self._index
+            answer = self._session.ask(action, disk, volume, path, offset=offset, length=length)
             return list(self._looked_at(answer, path))
         except ParserError as error:
             self._end_session()
@@ -166,7 +178,7 @@ class GuestDisk:
 
     def _started(self) -> FileSession:
         try:
-            session = FileSession(self._disk, self._name, self._cancel)
+            session = FileSession(self._disks, self._cancel, self._keys)
         except OSError as error:
             why = os_error_text(error)
             raise self._fault(f"{self._name}: cannot start the parser: {why}") from error

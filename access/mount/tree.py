@@ -209,7 +209,7 @@ def _volume_folders(guest: GuestDisk) -> _Folder:
     """A folder for each file system; a name with a slash (a volume group's) gives one in another."""
     top = _Folder()
     for volume in guest.volumes():
-        *above, last = volume.name.split(b"/") if volume.name else [WHOLE]
+        *above, last = volume.name.removeprefix(b"/").split(b"/") if volume.name else [WHOLE]
         folder = top
         for name in above:
             below = folder.setdefault(name, _Folder())

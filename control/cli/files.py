@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vmapipe.access.archive import OpenArchive, open_for_access
@@ -18,10 +18,14 @@ from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.copies import FileWriter, FolderWriter, TarWriter, shown
 from vmapipe.access.files.messages import (
     LINK,
+    MAX_KEY_BYTES,
+    MAX_WORD_BYTES,
+    WRONG_KEY,
     Entry,
     EntryFailed,
     FileData,
     FromParser,
+    Key,
     ParserNotice,
     Stretch,
     Volume,
@@ -38,10 +42,11 @@ from vmapipe.runtime.text import escaped, human_bytes, name_text, one_line
 DESCRIPTION = """\
 Look into the file systems of an archive's disks and take files out, without root and
 without restoring anything: ext2, ext3, ext4, NTFS, FAT, exFAT, HFS+, UFS, ISO 9660, on whole disks and
-in MBR or GPT partitions. The journal of ext3 and ext4 is replayed in memory; where a
-log is not, a notice says so. What is read is compared with the archive's manifest.
+in MBR or GPT partitions, logical volumes of LVM2 and, with a key, in LUKS1. The journal of ext3 and
+ext4 is replayed in memory; where a log is not, a notice says so. What is read is
+compared with the archive's manifest.
 
-A PLACE is [DISK[:PARTITION]:]/PATH; without a disk, all disks are looked through.
+A PLACE is [DISK[:PARTITION|/GROUP/VOLUME]:]/PATH; without a disk, all disks are looked through.
 
   ls ARCHIVE              its disks, partitions and file systems
   ls ARCHIVE PLACE        the entries of a folder (-l: with all that is known of each)
@@ -56,19 +61,22 @@ examples:
   vmapipe files ls -l vm.vma.zst /etc
   vmapipe files cat vm.vma.zst /etc/fstab
   vmapipe files cp vm.vma.zst drive-scsi0:2:/home/anna ./
+  vmapipe files cp vm.vma.zst drive-scsi0/vg0/root:/etc ./etc-of-the-backup
+  vmapipe files ls --key-file drive-scsi1:1=disk.key vm.vma.zst drive-scsi1:1:/
   vmapipe files tar vm.vma.zst drive-scsi1:/srv | tar -x --xattrs -C /srv/back
 """
 _MISSING = """\
 files are read with pytsk3: pip install 'vmapipe[files]'; without it, serve the disk \
 (vmapipe serve) and open it with guestfish"""
+_PLACE_FORM = "[DISK[:PARTITION|/GROUP/VOLUME]:]/PATH"
 _MODES = "-dlcbps"
 
 
 class _Place(NamedTuple):
-    """A parsed PLACE; a part that was not given is empty."""
+    """A parsed PLACE. `disk`: by number, -1 if not given; `volume`: its name on the disk, or empty."""
 
-    disk: str
-    part: str
+    disk: int
+    volume: str
     path: bytes
 
 
@@ -78,7 +86,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     parser.add_argument(
         "archive", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"
     )
-    parser.add_argument("place", metavar="PLACE", nargs="?", help="[DISK[:PARTITION]:]/PATH")
+    parser.add_argument("place", metavar="PLACE", nargs="?", help=_PLACE_FORM)
     parser.add_argument("dest", metavar="DEST", nargs="?", help="for cp: a folder, or a new name")
     parser.add_argument(
         "-l", "--long", action="store_true", help="for ls and find: with mode, owner, size, time"
@@ -92,9 +100,22 @@ def main(argv: Sequence[str], prog: str) -> int:
         action="store_true",
         help="for ls and find: names as they are, each ended by a zero byte (for xargs -0)",
     )
+    add_key_option(parser)
     add_cache_options(parser)
     options = parser.parse_args(argv)
     return run(prog, lambda: _files(options))
+
+
+def add_key_option(parser: argparse.ArgumentParser) -> None:
+    """Add the keys of encrypted volumes, which `read_keys` reads."""
+    parser.add_argument(
+        "--key-file",
+        action="append",
+        default=[],
+        metavar="[PLACE=]FILE",
+        help="a key for encrypted volumes (LUKS1), all bytes of the file, as cryptsetup's option takes "
+        "it (- is standard input); with DISK[:PARTITION|/GROUP/VOLUME]= for that place, otherwise for any; may be repeated",
+    )
 
 
 def _files(options: argparse.Namespace) -> None:
@@ -107,18 +128,23 @@ def _files(options: argparse.Namespace) -> None:
         with naming(options.archive):
             archive = open_for_access(options.archive, cancel, _notice, caches_of(options))
         stack.callback(archive.close)
-        if options.place is None:
-            _list_volumes(archive, options, cancel)
-            return
-        place = _parse_place(options.place, archive)
-        session, volume = _find(archive, place, cancel, stack)
-        if _ACTIONS[options.action](session, volume, place, options):
+        disks = disks_of(archive)
+        names = [name for name, _ in disks]
+        place = None if options.place is None else _parse_place(options.place, names)
+        keys = read_keys(options, names)
+        session = stack.enter_context(FileSession(disks, cancel, keys))
+        if place is None:
+            status = _list_volumes(session, options)
+        else:
+            volume = _find(session, place)
+            status = _ACTIONS[options.action](session, volume, place, options)
+        if status:
             raise Failure("not all of it could be read: the lines above say what is missing")
 
 
 def _check(options: argparse.Namespace) -> None:
     if options.place is None and options.action != "ls":
-        raise UsageError(f"{options.action} needs a PLACE: [DISK[:PARTITION]:]/PATH")
+        raise UsageError(f"{options.action} needs a PLACE: {_PLACE_FORM}")
     if (options.action == "cp") != (options.dest is not None):
         raise UsageError("cp, and nothing else, takes a DEST: a folder, or a new name")
     if options.action == "tar" and sys.stdout.isatty():
@@ -140,100 +166,163 @@ def _tell(message: FromParser) -> int:
     return 0
 
 
-def _parse_place(text: str, archive: OpenArchive) -> _Place:
+def disks_of(archive: OpenArchive) -> list[tuple[str, ArchiveDisk]]:
+    """Its disks by name; a machine's memory has no files."""
+    return [
+        (device.name, ArchiveDisk(archive, device))
+        for device in archive.header.devices
+        if not device.is_vmstate
+    ]
+
+
+def _parse_place(text: str, disks: Sequence[str]) -> _Place:
     if text.startswith("/"):
-        return _Place("", "", os.fsencode(text))
+        return _Place(-1, "", os.fsencode(text))
     where, slash, path = text.partition(":/")
     if not slash:
-        raise UsageError(f"{name_text(text)} is not a valid place: [DISK[:PARTITION]:]/PATH")
-    disk, part = where, ""
-    names = [device.name for device in archive.header.devices if not device.is_vmstate]
-    if where not in names:
-        disk, _, part = where.rpartition(":")
-    if disk not in names:
-        there = ", ".join(map(name_text, names)) or "none"
-        raise UsageError(f"there is no disk {name_text(disk or where)}; there is {there}")
-    return _Place(disk, part, os.fsencode(f"/{path}"))
+        raise UsageError(f"{name_text(text)} is not a valid place: {_PLACE_FORM}")
+    found = _parse_where(where, disks)
+    if found is None:
+        there = ", ".join(map(name_text, disks)) or "none"
+        raise UsageError(f"there is no disk {name_text(where)}; there is {there}")
+    return _Place(*found, os.fsencode(f"/{path}"))
 
 
-def _disks(archive: OpenArchive) -> Iterator[tuple[str, ArchiveDisk]]:
-    for device in archive.header.devices:
-        if not device.is_vmstate:
-            yield device.name, ArchiveDisk(archive, device)
+def _parse_where(where: str, disks: Sequence[str]) -> tuple[int, str] | None:
+    """The number of a disk and the name of a volume on it: DISK, DISK:PARTITION, DISK/GROUP/VOLUME.
+
+    -1 and a name for GROUP/VOLUME, which may lie on several; None: there is no such disk.
+    """
+    # A name may have these marks in it, and begin with another one.
+    for name in sorted(disks, key=len, reverse=True):
+        rest = where[len(name) :]
+        if where.startswith(name) and (not rest or rest[0] in ":/"):
+            return disks.index(name), rest.removeprefix(":")
+    return (-1, f"/{where}") if where.count("/") == 1 else None
 
 
-def _find(
-    archive: OpenArchive, place: _Place, cancel: Cancel, stack: contextlib.ExitStack
-) -> tuple[FileSession, Volume]:
-    """The parser of the disk, and its volume that has the path. Raises Failure, UsageError."""
-    holding: list[tuple[str, FileSession, Volume]] = []
+def read_keys(options: argparse.Namespace, disks: Sequence[str]) -> list[Key]:
+    """The keys that --key-file names. Raises Failure, UsageError."""
+    return [_read_key(word, disks) for word in options.key_file]
+
+
+def _read_key(word: str, disks: Sequence[str]) -> Key:
+    """Raises Failure, UsageError. The key itself is in no message."""
+    where, equals, path = word.partition("=")
+    found = _parse_where(where, disks) if equals else None
+    disk, name = found or (-1, "")
+    path = path if found else word
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            secret = file.read(MAX_KEY_BYTES + 1)
+    except OSError as error:
+        raise Failure(
+            f"cannot read the key file {name_text(path)}: {os_error_text(error)}"
+        ) from error
+    if not 0 < len(secret) <= MAX_KEY_BYTES:
+        raise UsageError(
+            f"the key file {name_text(path)} has to hold 1 byte to {MAX_KEY_BYTES >> 10} KiB"
+        )
+    label = name_text(path)
+    if secret.endswith(b"\n"):
+        label += " (its last byte is a new line, and counts)"
+    return Key(disk, os.fsencode(name), os.fsencode(label)[:MAX_WORD_BYTES], secret)
+
+
+def _find(session: FileSession, place: _Place) -> Volume:
+    """The volume that has the path. Raises Failure, UsageError."""
+    holding: list[Volume] = []
     unreadable: list[str] = []
-    for name, disk in _disks(archive):
-        if place.disk and name != place.disk:
-            continue
-        session = stack.enter_context(FileSession(disk, name, cancel))
-        for message in session.ask("find", os.fsencode(place.part), place.path):
-            match message:
-                case Volume(can_read=True):
-                    holding.append((name, session, message))
-                case Volume(kind=kind) if kind not in (b"", b"swap"):
-                    unreadable.append(f"{_volume_name(name, message)} ({kind.decode()})")
-                case EntryFailed(_, reason):
-                    raise Failure(f"{name}: {os.fsdecode(reason)}")
+    needs_others = False
+    for message in session.ask("find", place.disk, os.fsencode(place.volume), place.path):
+        match message:
+            case Volume():
+                if message.can_read:
+                    holding.append(message)
+                elif not message.is_container and message.kind not in (b"", b"swap"):
+                    unreadable.append(_volume_text(session, message))
+                    needs_others = needs_others or not message.remark
+            case EntryFailed(_, reason):
+                raise Failure(os.fsdecode(reason))
     if len(holding) == 1:
-        return holding[0][1], holding[0][2]
+        return holding[0]
     if holding:
-        choices = ", ".join(_volume_name(name, volume) for name, _, volume in holding)
+        choices = ", ".join(f"{session.place_of(volume)}:" for volume in holding)
         raise UsageError(f"several file systems have {shown(place.path)}: say which of {choices}")
+    if not any(session.ask("volumes", place.disk, os.fsencode(place.volume))):
+        raise UsageError(f"there is no such volume; there is {_all_places(session)}")
     text = f"no file system here has {shown(place.path)}"
     if unreadable:
+        text += f"; not looked into: {', '.join(unreadable)}"
+    if needs_others:
         text += (
-            f"; not looked into: {', '.join(unreadable)}, which this command cannot read: "
+            ", which this command cannot read: "
             "serve the disk (vmapipe serve) and open it with guestfish"
         )
     raise Failure(text)
 
 
-def _volume_name(disk: str, volume: Volume) -> str:
-    part = os.fsdecode(volume.name)
-    return f"{disk}:{part}:" if part else f"{disk}:"
+def _all_places(session: FileSession) -> str:
+    volumes = [message for message in session.ask("volumes") if isinstance(message, Volume)]
+    return ", ".join(f"{session.place_of(volume)}:" for volume in volumes)
 
 
 # --- ls, find ---
 
 
-def _list_volumes(archive: OpenArchive, options: argparse.Namespace, cancel: Cancel) -> None:
-    for name, disk in _disks(archive):
-        with FileSession(disk, name, cancel) as session:
-            for message in session.ask("volumes"):
-                if isinstance(message, EntryFailed):
-                    raise Failure(f"{name}: {os.fsdecode(message.reason)}")
-                if isinstance(message, Volume):
-                    print(_volume_line(name, message, options.json))
+def _list_volumes(session: FileSession, options: argparse.Namespace) -> int:
+    status, wrong = 0, list[str]()
+    for message in session.ask("volumes"):
+        match message:
+            case Volume():
+                print(_volume_line(session, message, options.json))
+                if message.remark.startswith(WRONG_KEY):
+                    wrong.append(f"{session.place_of(message)}: {os.fsdecode(message.remark)}")
+            case _:
+                status = max(status, _tell(message))
+    sys.stdout.flush()
+    if wrong:
+        raise Failure("; ".join(wrong))
+    return status
 
 
-def _volume_line(disk: str, volume: Volume, as_json: bool) -> str:
-    kind = os.fsdecode(volume.kind)
+def _volume_text(session: FileSession, volume: Volume) -> str:
+    """A volume that is not read, and why."""
+    why = f", {os.fsdecode(volume.remark)}" if volume.remark else ""
+    return one_line(f"{session.place_of(volume)}: ({os.fsdecode(volume.kind)}{why})")
+
+
+def _volume_line(session: FileSession, volume: Volume, as_json: bool) -> str:
+    kind, remark = os.fsdecode(volume.kind), os.fsdecode(volume.remark)
+    name = os.fsdecode(volume.name)
     if as_json:
         row = {
-            "disk": disk,
-            "partition": os.fsdecode(volume.name),
-            "offset": volume.offset,
+            "disk": session.names[volume.disk],
+            "partition": "" if name.startswith("/") else name,
+            "volume": name if name.startswith("/") else None,
+            # A logical volume may lie in several places.
+            "offset": None if name.startswith("/") else volume.offset,
             "bytes": volume.size_bytes,
             "kind": kind,
+            "in": [os.fsdecode(layer) for layer in volume.layers],
             "readable": volume.can_read,
+            "remark": remark or None,
         }
         return json.dumps(row)
     size = human_bytes(volume.size_bytes)
-    remark = " (not readable here)" if kind and not volume.can_read else ""
-    return one_line(f"{_volume_name(disk, volume):<24} {size:>12}  {kind or 'unknown'}{remark}")
+    if not remark and kind and not volume.can_read:
+        remark = "not readable here"
+    remark = f" ({remark})" if remark else ""
+    inside = " in luks1" if b"luks1" in volume.layers and volume.can_read else ""
+    what = f"{kind or 'unknown'}{inside}{remark}"
+    return one_line(f"{session.place_of(volume) + ':':<24} {size:>12}  {what}")
 
 
 def _print_entries(
     action: str, session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace
 ) -> int:
     status = 0
-    for message in session.ask(action, volume.name, place.path):
+    for message in session.ask(action, volume.disk, volume.name, place.path):
         if isinstance(message, Entry):
             path = message.path
             if action == "list":
@@ -358,7 +447,7 @@ def _copy(
     session: FileSession, volume: Volume, path: bytes, writer: FileWriter | TarWriter | FolderWriter
 ) -> int:
     status = 0
-    for message in session.ask("read", volume.name, path):
+    for message in session.ask("read", volume.disk, volume.name, path):
         match message:
             case Entry():
                 writer.entry(message)

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from vmapipe.access.archive import OpenArchive, Report, open_for_access
-from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.mount.guest import GuestDisk
 from vmapipe.access.mount.tree import ArchiveTree
 from vmapipe.control.cli.errors import naming
+from vmapipe.control.cli.files import add_key_option, disks_of, read_keys
 from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.runtime.arguments import make_parser
@@ -27,7 +27,8 @@ from vmapipe.runtime.process import run
 DESCRIPTION = """\
 Show an archive as a folder, read-only, without restoring it: disks/NAME.raw is each
 disk, config/NAME each configuration, and files/DISK/PARTITION/ the files of each file
-system that `vmapipe files` reads (`whole` where a disk has no partitions). What is read is
+system that `vmapipe files` reads (`whole` where a disk has no partitions, GROUP/VOLUME/ for
+a logical volume). What is read is
 compared with the manifest when it is first touched: damage is an I/O error, with a line here
 that says where. It runs until the folder is unmounted (fusermount3 -u DIR) or until Ctrl-C.
 
@@ -47,6 +48,7 @@ _OTHER_WAYS = "vmapipe serve and vmapipe files do without"
 
 def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
+    add_key_option(parser)
     add_cache_options(parser)
     add_report_options(parser)
     parser.add_argument(
@@ -81,7 +83,7 @@ def _mount(options: argparse.Namespace) -> None:
         if importlib.util.find_spec("pytsk3") is None:
             report("files/ is left out, it needs pytsk3: pip install 'vmapipe[files]'")
         else:
-            guests = _guests(archive, cancel, report)
+            guests = _guests(archive, options, cancel, report)
         for guest in guests.values():
             stack.callback(guest.close)
         with naming(options.archive):
@@ -95,11 +97,13 @@ def _mount(options: argparse.Namespace) -> None:
         cancel.ask("the archive is unmounted")
 
 
-def _guests(archive: OpenArchive, cancel: Cancel, report: Report) -> dict[str, GuestDisk]:
+def _guests(
+    archive: OpenArchive, options: argparse.Namespace, cancel: Cancel, report: Report
+) -> dict[str, GuestDisk]:
+    disks = disks_of(archive)
+    keys = read_keys(options, [name for name, _ in disks])
     return {
-        device.name: GuestDisk(ArchiveDisk(archive, device), device.name, cancel, report)
-        for device in archive.header.devices
-        if not device.is_vmstate
+        name: GuestDisk(disks, index, cancel, report, keys) for index, (name, _) in enumerate(disks)
     }
 
 

@@ -20,7 +20,6 @@ from tests.access.test_files import ODD, fill
 from tests.archives import extents_of
 from tests.control.coordinator.test_events import events
 from tests.machine import LIMIT_S, VMAPIPE, Need, bad, eventually, good, make_disk
-from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.messages import (
     FILE,
     AnswerEnd,
@@ -355,7 +354,7 @@ class Hostile:
 
     answers: tuple[FromParser, ...] = ()
 
-    def __init__(self, disk: ArchiveDisk, name: str, cancel: Cancel) -> None: ...
+    def __init__(self, *_: object) -> None: ...
 
     def __enter__(self) -> Hostile:
         return self
@@ -375,7 +374,7 @@ def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GuestDisk, list[s
     monkeypatch.setattr(guest_module, "FileSession", Hostile)
     told: list[str] = []
     cancel = Cancel()
-    disk = GuestDisk(None, "d", cancel, told.append)  # type: ignore[arg-type]
+    disk = GuestDisk([("d", None)], 0, cancel, told.append)  # type: ignore[list-item]
     yield disk, told
     disk.close()
     cancel.close()
@@ -436,11 +435,11 @@ def test_volumes_of_a_group_and_a_partition_are_asked_once(
     disk, _ = hostile
     volumes = (
         ParserReady(True),
-        Volume(b"1", 0, 10, b"ext4", True),
-        Volume(b"vg/root", 0, 10, b"ext4", True),
+        Volume(0, b"1", 0, 10, b"ext4", True, (), b"", False),
+        Volume(0, b"/vg/root", 0, 10, b"ext4", True, (b"lvm",), b"", False),
         AnswerEnd(),
     )
     monkeypatch.setattr(Hostile, "answers", volumes)
-    assert [volume.name for volume in disk.volumes()] == [b"1", b"vg/root"]
+    assert [volume.name for volume in disk.volumes()] == [b"1", b"/vg/root"]
     monkeypatch.setattr(Hostile, "answers", ())
     assert len(disk.volumes()) == 2
