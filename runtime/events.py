@@ -179,7 +179,14 @@ class JobSpeedSetCommand(TypedDict):
     order: Literal["job-speed-set"]
 
 
-Command = SpeedCommand | CopiedCommand | JobSpeedSetCommand
+class FinishedCommand(TypedDict):
+    order: Literal["finished"]
+    name: str
+    sent_bytes: int
+    finished_bytes: int
+
+
+Command = SpeedCommand | CopiedCommand | JobSpeedSetCommand | FinishedCommand
 
 # --- Lines ---
 
@@ -275,3 +282,29 @@ JOB_SPEED_SET: Command = {"order": "job-speed-set"}
 
 def is_job_speed_set(command: Command) -> bool:
     return command == JOB_SPEED_SET
+
+
+class Finished(NamedTuple):
+    """The answer to a `carried` event: so much came out as messages; less than 0: no such connection."""
+
+    name: str
+    sent_bytes: int
+    finished_bytes: int
+
+
+def finished_command(finished: Finished) -> Command:
+    """Return the command that lets the acceptor read on."""
+    name, sent_bytes, finished_bytes = finished
+    return {
+        "order": "finished",
+        "name": name,
+        "sent_bytes": sent_bytes,
+        "finished_bytes": finished_bytes,
+    }
+
+
+def finished_in(command: Command) -> Finished | None:
+    """Return the answer about a connection; None: another command."""
+    if command["order"] != "finished":
+        return None
+    return Finished(command["name"], command["sent_bytes"], command["finished_bytes"])

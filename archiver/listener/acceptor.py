@@ -27,9 +27,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from vmapipe.archiver.listener.relay import PipeStock, Relay
+from vmapipe.archiver.listener.unfinished import AllUnfinished, Unfinished
 from vmapipe.protocol.zmtp import ConnectionOpening, HandshakeRefused, Stage, greeting
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.events import ChildCommands, Emit, Event, finished_in
 from vmapipe.runtime.process import run_child
 
 # A connection must be accepted within this time. Honest peers need a few milliseconds
@@ -48,17 +49,23 @@ _POLL_S = 0.25
 _PAUSE_S = 0.1
 # Connections accepted in one turn, so that the others are served, too.
 _TURN = 64
-# The socket behind us hears so often how much a connection has sent: by that it notices a
-# message without an end (socket.py).
-_TOLD_BYTES = 4 << 20
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 
 
 class _Connection:
     """One TCP connection. `service`: its socket to ZeroMQ, once its first command has come."""
 
-    def __init__(self, client: socket.socket, address: str, now: float, *, curve: bool) -> None:
+    def __init__(
+        self,
+        client: socket.socket,
+        address: str,
+        now: float,
+        together: AllUnfinished,
+        *,
+        curve: bool,
+    ) -> None:
         self.client = client
+        self.unfinished = Unfinished(together)
         self.address = address
         self.host = _host_of(address)
         self.since = now
@@ -68,9 +75,8 @@ class _Connection:
         self.down: Relay | None = None
         #: When to close it, after its service has closed; it may read the rest until then.
         self.closes_at = float("inf")
-        #: Of its other half, by which the socket behind us knows it; and what that was told.
+        #: Of its other half, by which the socket behind us knows it.
         self.name = ""
-        self.told_bytes = 0
 
     @property
     def sockets(self) -> list[socket.socket]:
@@ -82,11 +88,16 @@ class Acceptor:
 
     Limits: `most_greeting` connections whose first command is awaited, and as many that are
     queued; `most_authenticating` that the socket decides about; `most` of these and the accepted
-    ones together.
+    ones together; `most_unfinished` bytes of what these have sent and the socket has not answered.
     """
 
     def __init__(
-        self, listener: socket.socket, options: argparse.Namespace, emit: Emit, now: float
+        self,
+        listener: socket.socket,
+        options: argparse.Namespace,
+        emit: Emit,
+        answers: ChildCommands,
+        now: float,
     ) -> None:
         self._listener = listener
         self._path: str = options.path
@@ -96,6 +107,11 @@ class Acceptor:
         self._most: int = options.most
         self._pipes = PipeStock(options.most_pipes)
         self._emit = emit
+        self._answers = answers
+        self._together = AllUnfinished(options.most_unfinished)
+        self._by_name: dict[str, _Connection] = {}
+        # Connections that are not read until the socket behind us has answered.
+        self._waiting: dict[_Connection, None] = {}
         self._epoll = select.epoll()
         self._masks: dict[int, int] = {}
         self._by_fd: dict[int, _Connection] = {}
@@ -113,6 +129,7 @@ class Acceptor:
     def run(self, cancel: Cancel) -> None:
         """Relay until a stop is asked for and the last messages of the socket are out."""
         self._set(cancel.fd, _IN)
+        self._set(self._answers.fd, _IN)
         poll_at, deadline = 0.0, float("inf")
         listener = self._listener.fileno()
         while time.monotonic() < deadline and (self._by_fd or not cancel.asked):
@@ -121,6 +138,8 @@ class Acceptor:
             for fd, mask in events:
                 if fd == listener:
                     self._accept(now)
+                elif fd == self._answers.fd:
+                    self._take_answers()
                 elif connection := self._by_fd.get(fd):
                     self._serve(connection, fd, mask, now)
             if now >= poll_at:
@@ -153,7 +172,9 @@ class Acceptor:
                     self._listens_at = now + _PAUSE_S
                     return
                 continue  # the peer has closed already
-            connection = _Connection(client, str(address[0]), now, curve=self._curve)
+            connection = _Connection(
+                client, str(address[0]), now, self._together, curve=self._curve
+            )
             client.setblocking(False)
             self._make_room(self._greeting, connection.host)
             self._greeting[connection] = None
@@ -221,17 +242,14 @@ class Acceptor:
     def _carry(self, connection: _Connection, coming: Relay, now: float) -> None:
         opening = connection.opening
         if opening.is_accepted():
-            if coming.has_room:
+            is_up = coming is connection.up
+            if coming.has_room and (not is_up or connection.unfinished.may_send):
                 coming.take()
                 coming.give()
-            if (
-                coming is connection.up
-                and coming.taken_bytes - connection.told_bytes >= _TOLD_BYTES
-            ):
-                connection.told_bytes = coming.taken_bytes
-                self._emit(
-                    {"event": "carried", "name": connection.name, "bytes": coming.taken_bytes}
-                )
+            if is_up:
+                connection.unfinished.sent(coming.taken_bytes)
+                if connection.unfinished.is_due:
+                    self._tell(connection)
             return
         if connection.up is None or connection.down is None:
             return
@@ -256,6 +274,37 @@ class Acceptor:
             self._report("decided", connection)
             connection.up.put(_taken(opening))
             connection.up.give()
+
+    def _tell(self, connection: _Connection) -> None:
+        sent_bytes = connection.unfinished.tell()
+        self._emit({"event": "carried", "name": connection.name, "bytes": sent_bytes})
+
+    def _take_answers(self) -> None:
+        """Read on what waited for an answer of the socket behind us."""
+        for command in self._answers.take():
+            answer = finished_in(command)
+            connection = self._by_name.get(answer.name) if answer else None
+            if answer is None or connection is None:
+                continue
+            if answer.finished_bytes < 0:
+                self._end(connection)
+            else:
+                connection.unfinished.answered(answer.sent_bytes, answer.finished_bytes)
+        for connection in [*self._waiting]:
+            if self._together.is_full:
+                return
+            if connection.unfinished.may_send:
+                self._watch(connection)
+
+    def _ask_again(self) -> None:
+        """Ask the socket about connections that wait for it, and about all where there is little room.
+
+        What was told may have been lost, and what is less than TOLD_BYTES was never told.
+        """
+        asked = self._accepted if self._together.is_half_full else self._waiting
+        for connection in asked:
+            if connection.unfinished.is_open:
+                self._tell(connection)
 
     def _end_if_done(self, connection: _Connection, now: float) -> None:
         if connection.up is None or connection.down is None:
@@ -299,6 +348,7 @@ class Acceptor:
             return False
         del self._queued[connection]
         self._authenticating[connection] = None
+        self._by_name[connection.name] = connection
         connection.since = now
         connection.service = service
         connection.up = Relay(connection.client, service, self._pipes)
@@ -317,6 +367,7 @@ class Acceptor:
             self._end(connection)
         for connection in [g for g in self._authenticating if now >= g.closes_at]:
             self._reject(connection)
+        self._ask_again()
         if now >= self._listens_at:
             self._set(self._listener.fileno(), _IN)
 
@@ -339,6 +390,10 @@ class Acceptor:
             self._report("decided", connection)
         for connections in (self._greeting, self._queued, self._authenticating, self._accepted):
             connections.pop(connection, None)
+        self._waiting.pop(connection, None)
+        if self._by_name.get(connection.name) is connection:
+            del self._by_name[connection.name]
+        connection.unfinished.close()
         for sock in connection.sockets:
             self._set(sock.fileno(), 0)
             self._by_fd.pop(sock.fileno(), None)
@@ -356,7 +411,14 @@ class Acceptor:
             is_queued = opening.stage is Stage.QUEUED
             self._set(connection.client.fileno(), 0 if is_queued else _IN)
             return
-        reads = up.has_room if opening.is_accepted() else opening.wanted_bytes > 0 and up.is_empty
+        if opening.is_accepted():
+            reads = up.has_room and connection.unfinished.may_send
+            if connection.unfinished.may_send:
+                self._waiting.pop(connection, None)
+            else:
+                self._waiting[connection] = None
+        else:
+            reads = opening.wanted_bytes > 0 and up.is_empty
         leaves = connection.closes_at < float("inf")
         from_client = _IN if reads or leaves else 0
         from_service = _IN if down.has_room and not leaves else 0
@@ -434,20 +496,23 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--most-authenticating", type=int, required=True)
     made.add_argument("--most-pipes", type=int, required=True)
     made.add_argument("--most", type=int, required=True)
+    made.add_argument("--most-unfinished", type=int, required=True)
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
+    answers = ChildCommands()
 
     def work(cancel: Cancel, emit: Emit) -> None:
         # SIGTERM may be sent to all processes of a service: this one carries the last
         # messages of the others, and ends when its parent says so or is gone.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with socket.socket(fileno=options.listener_fd) as listener:
-            Acceptor(listener, options, emit, time.monotonic()).run(cancel)
+            Acceptor(listener, options, emit, answers, time.monotonic()).run(cancel)
 
-    return run_child("vmapipe.archiver.listener.acceptor", options.parent_fd, work, _print)
+    name = "vmapipe.archiver.listener.acceptor"
+    return run_child(name, options.parent_fd, work, _print, answers.put)
 
 
 def _print(event: Event) -> None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A listening ZeroMQ socket and its limits: which peers connect, how many, how much each may send.
 
-An archiver of one job and a service have this in common (link.py,
-service/link.py); the security of the port is here, in gate.py, in
-connections.py and in the process that takes the connections (acceptor.py).
+An archiver of one job and a service have this in common; the security of the port is here, in
+curve.py, unfinished.py and in the process that takes the connections (acceptor.py).
 """
 
 from __future__ import annotations
@@ -16,15 +15,17 @@ import stat
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import zmq
 
+from vmapipe.archiver.listener import unfinished
 from vmapipe.archiver.listener.curve import CurveAuthenticator
 from vmapipe.archiver.listener.tcp import DescriptorBudget, TcpPort
+from vmapipe.archiver.listener.unfinished import MessageLedger
 from vmapipe.protocol import limits
 from vmapipe.protocol.schema import Part
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.events import Finished
 from vmapipe.runtime.folders import made_with
 from vmapipe.runtime.keys import ServerKeys
 from vmapipe.runtime.process import require_memory
@@ -96,7 +97,15 @@ class ListeningSocket:
         if self.is_local:
             make_way(endpoint.removeprefix("ipc://"))
         # Before libzmq has threads: a copy of this process would lack them.
-        self._port = None if self.is_local else TcpPort(endpoint, curve=keys is not None)
+        self._port = (
+            None
+            if self.is_local
+            else TcpPort(
+                endpoint,
+                curve=keys is not None,
+                most_unfinished_bytes=unfinished.MOST_TOGETHER_BYTES,
+            )
+        )
         #: How this process divides its descriptors; None for a socket of this host only.
         self.budget: DescriptorBudget | None = self._port.budget if self._port else None
         try:
@@ -124,11 +133,14 @@ class ListeningSocket:
                 self._port.close()
             raise
         self._poller = zmq.Poller()
+        self._port_fd = -1
         self._poller.register(self._socket, zmq.POLLIN)
         if self._curve:
             self._poller.register(self._curve.socket, zmq.POLLIN)
         if self._connections:
             self._poller.register(self._connections.monitor, zmq.POLLIN)
+        if self._port:
+            self._watch_port(self._port.fd)
 
     def _set_options(self, receive_mark: int) -> None:
         self._socket.linger = LINGER_MS
@@ -160,17 +172,29 @@ class ListeningSocket:
         ready: list[tuple[object, int]] = list(self._poller.poll(int(timeout_s * 1000)))
         if self._port:
             self._port.poll()
+            self._watch_port(self._port.fd)
             if self._connections and self._port.carried:
                 # Who has come must be known before what it has sent.
                 self._connections.poll()
+                now = time.monotonic()
                 for name, sent_bytes in self._port.carried.items():
-                    self._connections.carried(name, sent_bytes, time.monotonic())
+                    self._port.answer(self._connections.carried(name, sent_bytes, now))
                 self._port.carried.clear()
+                self._connections.end_unfinished(now)
         if self._curve:
             self._curve.answer(self._port.authenticating if self._port else ())
         if self._connections:
             self._connections.poll()
         return ready
+
+    def _watch_port(self, fd: int) -> None:
+        """Wake up for the acceptor's questions; it may have been started anew."""
+        if fd != self._port_fd:
+            if self._port_fd >= 0:
+                self._poller.unregister(self._port_fd)
+            if fd >= 0:
+                self._poller.register(fd, zmq.POLLIN)
+            self._port_fd = fd
 
     def send(self, peer: bytes, parts: Sequence[Part]) -> None:
         """A peer that is gone loses its message; the heartbeat will tell."""
@@ -255,31 +279,8 @@ _FD_PROPERTY = "__fd"
 # answers for another peer that had this name, or end the process when the name that
 # it is about to choose itself is taken.
 _NAME_PROPERTY = "Identity"
-# Sent over one connection and not come out as messages: more than a producer may have under way,
-# which is its credit, 16 MiB, once more over a new connection, and a message that is incomplete.
-_MOST_UNFINISHED_BYTES = 48 << 20
-# And over all of them together.
-_MOST_UNFINISHED_TOGETHER_BYTES = 512 << 20
-# Of each part: its frame's head and what encryption adds.
-_PART_BYTES = 42
-# Heartbeats, which never come out.
-_HEARTBEAT_BYTES_S = 64
 # Of whom something may still come after they have gone.
 _MAX_GONE = 4096
-
-
-@dataclass(slots=True)
-class _Sent:
-    """What was sent over a connection, and what of it came out as messages."""
-
-    name: str
-    carried_bytes: int = 0
-    taken_bytes: int = 0
-    since: float = 0.0
-
-    def unfinished_bytes(self, now: float) -> float:
-        beats = _HEARTBEAT_BYTES_S * (now - self.since) if self.since else 0.0
-        return max(0.0, self.carried_bytes - self.taken_bytes - beats)
 
 
 class Connections:
@@ -298,9 +299,10 @@ class Connections:
         # Those that have gone, and whether what they had sent is still heard.
         self._left: dict[bytes, bool] = {}
         self._gone: list[bytes] = []
-        # By descriptor: the name of its other half, what was sent there, and what came out.
+        # The names of their other halves, and what was sent there and came out.
         self._names: dict[str, int] = {}
-        self._sent: dict[int, _Sent] = {}
+        self._name_of: dict[int, str] = {}
+        self._ledger = MessageLedger(unfinished.MOST_BYTES, unfinished.MOST_TOGETHER_BYTES)
         self._unfinished = 0
         self._said = False
         self._notices: list[str] = []
@@ -358,45 +360,41 @@ class Connections:
             self._shut(fd)
         self._leave(peer, is_heard=False)
 
-    def carried(self, name: str, sent_bytes: int, now: float) -> None:
-        """So much has been sent over the connection of this name; end those that send messages without an end.
-
-        ZeroMQ holds the parts of a message until the last one has come, however many they are.
-        """
+    def carried(self, name: str, sent_bytes: int, now: float) -> Finished:
+        """So much has been sent over the connection of this name: return how much of it came out."""
         fd = self._names.get(name)
         if fd is None:
-            return
-        sent = self._sent[fd]
-        sent.since = sent.since or now
-        sent.carried_bytes = sent_bytes
-        # What came out was counted with a little too much: that is no credit.
-        sent.taken_bytes = min(sent.taken_bytes, sent_bytes)
-        if sent.unfinished_bytes(now) > _MOST_UNFINISHED_BYTES:
+            return Finished(name, sent_bytes, -1)
+        return Finished(name, sent_bytes, self._ledger.came_in(fd, sent_bytes, now))
+
+    def end_unfinished(self, now: float) -> None:
+        """End the connections that send messages without an end."""
+        for fd in self._ledger.to_end(now):
             self._end_unfinished(fd)
-        elif sum(each.unfinished_bytes(now) for each in self._sent.values()) > (
-            _MOST_UNFINISHED_TOGETHER_BYTES
-        ):
-            self._end_unfinished(max(self._sent, key=lambda f: self._sent[f].unfinished_bytes(now)))
 
     def took(self, peer: bytes, parts: Sequence[zmq.Frame]) -> None:
         """A message has come out."""
-        sent = self._sent.get(self._fds.get(peer, -1))
-        if sent is not None:
-            sent.taken_bytes += sum(len(part) + _PART_BYTES for part in parts)
+        out_bytes = sum(len(part) + unfinished.PART_BYTES for part in parts)
+        self._ledger.came_out(self._fds.get(peer, -1), out_bytes, time.monotonic())
 
     def _know_name(self, fd: int) -> None:
         self._forget_name(fd)
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
-            name = connection.getpeername()
+        with contextlib.suppress(OSError):
+            connection = socket.socket(fileno=fd)
+            try:
+                name = connection.getpeername()
+            finally:
+                connection.detach()  # it is libzmq's
             if isinstance(name, bytes) and name:
                 text = name[1:].decode("ascii", "replace")
-                self._names[text] = fd
-                self._sent[fd] = _Sent(text)
+                self._names[text], self._name_of[fd] = fd, text
+                self._ledger.open(fd)
 
     def _forget_name(self, fd: int) -> None:
-        sent = self._sent.pop(fd, None)
-        if sent is not None and self._names.get(sent.name) == fd:
-            del self._names[sent.name]
+        self._ledger.close(fd)
+        name = self._name_of.pop(fd, None)
+        if name is not None and self._names.get(name) == fd:
+            del self._names[name]
 
     def _end_unfinished(self, fd: int) -> None:
         self._unfinished += 1

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from vmapipe.runtime.children import STOP_S, Child
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.events import Finished, finished_command
 from vmapipe.runtime.folders import OwnFolder
 
 # Descriptors that are needed for a moment, whatever else is open: to start a child (ten), to read
@@ -101,9 +102,10 @@ _MAX_AUTHENTICATING = 1024
 class TcpPort:
     """`inner`: where the ZeroMQ socket listens. `authenticating`: addresses that it decides about."""
 
-    def __init__(self, endpoint: str, *, curve: bool) -> None:
+    def __init__(self, endpoint: str, *, curve: bool, most_unfinished_bytes: int) -> None:
         """Takes the port. Raises Failure."""
         self._curve = curve
+        self._most_unfinished_bytes = most_unfinished_bytes
         self.authenticating: list[str] = []
         #: Connections by the name of their inner half, and the bytes that each has sent.
         self.carried: dict[str, int] = {}
@@ -125,6 +127,16 @@ class TcpPort:
         self._child: Child | None = None
         self._started_at = float("-inf")
         self._start()
+
+    @property
+    def fd(self) -> int:
+        """A descriptor that is readable when there is something to `poll`; -1: there is none now."""
+        return -1 if self._child is None else self._child.socket.fileno()
+
+    def answer(self, finished: Finished) -> None:
+        """Let the acceptor read on; if the answer is lost, it asks again."""
+        if self._child is not None:
+            self._child.tell(finished_command(finished))
 
     def poll(self) -> None:
         """Read the acceptor's events; start it anew if it is gone."""
@@ -178,6 +190,7 @@ class TcpPort:
             f"--most-authenticating={budget.authenticating}",
         ]
         words += [f"--most-pipes={budget.pipes}", f"--most={budget.connections}"]
+        words += [f"--most-unfinished={self._most_unfinished_bytes}"]
         words += [*(["--curve"] if self._curve else [])]
         self._child = Child(
             "the acceptor of connections",
