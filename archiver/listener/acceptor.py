@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import ipaddress
 import select
 import signal
 import socket
@@ -26,9 +25,10 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
+from vmapipe.archiver.listener.connection import RelayedConnection, first_to_close, taken
 from vmapipe.archiver.listener.relay import PipeStock, Relay
-from vmapipe.archiver.listener.unfinished import AllUnfinished, Unfinished
-from vmapipe.protocol.zmtp import ConnectionOpening, HandshakeRefused, Stage, greeting
+from vmapipe.archiver.listener.unfinished import AllUnfinished
+from vmapipe.protocol.zmtp import HandshakeRefused, Stage, greeting
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import ChildCommands, Emit, Event, finished_in
 from vmapipe.runtime.process import run_child
@@ -50,37 +50,6 @@ _PAUSE_S = 0.1
 # Connections accepted in one turn, so that the others are served, too.
 _TURN = 64
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
-
-
-class _Connection:
-    """One TCP connection. `service`: its socket to ZeroMQ, once its first command has come."""
-
-    def __init__(
-        self,
-        client: socket.socket,
-        address: str,
-        now: float,
-        together: AllUnfinished,
-        *,
-        curve: bool,
-    ) -> None:
-        self.client = client
-        self.unfinished = Unfinished(together)
-        self.address = address
-        self.host = _host_of(address)
-        self.since = now
-        self.opening = ConnectionOpening(curve=curve)
-        self.service: socket.socket | None = None
-        self.up: Relay | None = None
-        self.down: Relay | None = None
-        #: When to close it, after its service has closed; it may read the rest until then.
-        self.closes_at = float("inf")
-        #: Of its other half, by which the socket behind us knows it.
-        self.name = ""
-
-    @property
-    def sockets(self) -> list[socket.socket]:
-        return [self.client] if self.service is None else [self.client, self.service]
 
 
 class Acceptor:
@@ -109,17 +78,19 @@ class Acceptor:
         self._emit = emit
         self._answers = answers
         self._together = AllUnfinished(options.most_unfinished)
-        self._by_name: dict[str, _Connection] = {}
+        self._by_name: dict[str, RelayedConnection] = {}
         # Connections that are not read until the socket behind us has answered.
-        self._waiting: dict[_Connection, None] = {}
+        self._waiting: dict[RelayedConnection, None] = {}
         self._epoll = select.epoll()
         self._masks: dict[int, int] = {}
-        self._by_fd: dict[int, _Connection] = {}
+        self._by_fd: dict[int, RelayedConnection] = {}
         # Each connection is in exactly one of these, oldest first.
-        self._greeting: dict[_Connection, None] = {}
-        self._queued: dict[_Connection, None] = {}
-        self._authenticating: dict[_Connection, None] = {}
-        self._accepted: dict[_Connection, None] = {}
+        self._greeting: dict[RelayedConnection, None] = {}
+        self._queued: dict[RelayedConnection, None] = {}
+        self._authenticating: dict[RelayedConnection, None] = {}
+        self._accepted: dict[RelayedConnection, None] = {}
+        # Ended by us, and still a descriptor of the socket behind us: whether it was accepted.
+        self._leaving: dict[RelayedConnection, bool] = {}
         self._rejected = 0
         self._was_crowded = False
         self._listens_at = now
@@ -172,7 +143,7 @@ class Acceptor:
                     self._listens_at = now + _PAUSE_S
                     return
                 continue  # the peer has closed already
-            connection = _Connection(
+            connection = RelayedConnection(
                 client, str(address[0]), now, self._together, curve=self._curve
             )
             client.setblocking(False)
@@ -187,26 +158,28 @@ class Acceptor:
                 continue
             self._watch(connection)
 
-    def _make_room(self, connections: dict[_Connection, None], host: str) -> None:
+    def _make_room(self, connections: dict[RelayedConnection, None], host: str) -> None:
         if len(connections) >= self._most_greeting:
             self._close_one(connections, host)
 
-    def _close_one(self, connections: dict[_Connection, None], host: str) -> None:
+    def _close_one(self, connections: dict[RelayedConnection, None], host: str) -> None:
         if not self._was_crowded:
             self._was_crowded = True
             self._notice(
                 f"more than {self._most_greeting} connections that have proved nothing: the oldest "
                 "are closed"
             )
-        oldest = _first_to_close(connections, host)
+        oldest = first_to_close(connections, host)
         if oldest is not None:
             self._reject(oldest)
 
     # --- traffic ---
 
-    def _serve(self, connection: _Connection, fd: int, mask: int, now: float) -> None:
+    def _serve(self, connection: RelayedConnection, fd: int, mask: int, now: float) -> None:
         try:
-            if connection.up is None or connection.down is None:
+            if connection in self._leaving:
+                self._leave(connection)
+            elif connection.up is None or connection.down is None:
                 self._receive_greeting(connection)
             elif connection.closes_at < float("inf"):
                 # Closing at once, with unread data, could discard the last messages.
@@ -226,10 +199,10 @@ class Acceptor:
         except (OSError, HandshakeRefused):
             self._reject(connection)
             return
-        if fd in self._by_fd:
+        if fd in self._by_fd and connection not in self._leaving:
             self._watch(connection)
 
-    def _receive_greeting(self, connection: _Connection) -> None:
+    def _receive_greeting(self, connection: RelayedConnection) -> None:
         data = connection.client.recv(connection.opening.wanted_bytes or 1)
         if not data:
             raise HandshakeRefused("the peer has closed")
@@ -239,7 +212,7 @@ class Acceptor:
             self._make_room(self._queued, connection.host)
             self._queued[connection] = None
 
-    def _carry(self, connection: _Connection, coming: Relay, now: float) -> None:
+    def _carry(self, connection: RelayedConnection, coming: Relay, now: float) -> None:
         opening = connection.opening
         if opening.is_accepted():
             is_up = coming is connection.up
@@ -261,7 +234,7 @@ class Acceptor:
             opening.receive(data or b"")
             if opening.is_authenticating and not was_authenticating:
                 self._report("authenticating", connection)
-            connection.up.put(_taken(opening))
+            connection.up.put(taken(opening))
             connection.up.give()
             return
         data = _received(coming.source, 1 << 16)
@@ -272,10 +245,10 @@ class Acceptor:
             del self._authenticating[connection]
             self._accepted[connection] = None
             self._report("decided", connection)
-            connection.up.put(_taken(opening))
+            connection.up.put(taken(opening))
             connection.up.give()
 
-    def _tell(self, connection: _Connection) -> None:
+    def _tell(self, connection: RelayedConnection) -> None:
         sent_bytes = connection.unfinished.tell()
         self._emit({"event": "carried", "name": connection.name, "bytes": sent_bytes})
 
@@ -306,7 +279,7 @@ class Acceptor:
             if connection.unfinished.is_open:
                 self._tell(connection)
 
-    def _end_if_done(self, connection: _Connection, now: float) -> None:
+    def _end_if_done(self, connection: RelayedConnection, now: float) -> None:
         if connection.up is None or connection.down is None:
             return
         if connection.down.lost or (connection.up.ended and connection.up.is_empty):
@@ -318,19 +291,25 @@ class Acceptor:
     # --- connections to the socket ---
 
     def _connect_queued(self, now: float) -> None:
-        """Connect queued connections to the socket, as far as there is room."""
+        """Connect queued connections to the socket, as far as there is room.
+
+        One that we have ended takes room until the socket has closed its half, too: libzmq accepts
+        whatever we have begun, and ends its process when no descriptor is left for that.
+        """
         for connection in [*self._queued]:
-            if len(self._authenticating) >= self._most_authenticating:
-                oldest = _first_to_close(self._authenticating, connection.host)
-                if oldest is None or now - oldest.since < _AUTHENTICATION_S:
-                    return
-                self._reject(oldest)
-            if len(self._authenticating) + len(self._accepted) >= self._most:
+            leaving = sum(not was_accepted for was_accepted in self._leaving.values())
+            if len(self._authenticating) + leaving >= self._most_authenticating:
+                oldest = first_to_close(self._authenticating, connection.host)
+                if not leaving and oldest and now - oldest.since >= _AUTHENTICATION_S:
+                    self._reject(oldest)
+                return
+            inside = len(self._authenticating) + len(self._accepted) + len(self._leaving)
+            if inside >= self._most:
                 return
             if not self._connect(connection, now):
                 return
 
-    def _connect(self, connection: _Connection, now: float) -> bool:
+    def _connect(self, connection: RelayedConnection, now: float) -> bool:
         """Connect one to the socket; False when it has to be tried again."""
         try:
             service = socket.socket(socket.AF_UNIX)
@@ -371,7 +350,7 @@ class Acceptor:
         if now >= self._listens_at:
             self._set(self._listener.fileno(), _IN)
 
-    def _reject(self, connection: _Connection) -> None:
+    def _reject(self, connection: RelayedConnection) -> None:
         """Close a connection, and count it if it was never accepted."""
         if connection.client.fileno() < 0:
             return
@@ -385,7 +364,8 @@ class Acceptor:
                 )
         self._end(connection)
 
-    def _end(self, connection: _Connection) -> None:
+    def _end(self, connection: RelayedConnection) -> None:
+        was_accepted = connection in self._accepted
         if connection in self._authenticating:
             self._report("decided", connection)
         for connections in (self._greeting, self._queued, self._authenticating, self._accepted):
@@ -394,22 +374,39 @@ class Acceptor:
         if self._by_name.get(connection.name) is connection:
             del self._by_name[connection.name]
         connection.unfinished.close()
-        for sock in connection.sockets:
+        self._close(connection.client)
+        for relay in (connection.up, connection.down):
+            if relay is not None:
+                relay.close()
+        if connection.service is None:
+            return
+        if not connection.is_closed_by_service:
+            with contextlib.suppress(OSError):
+                connection.service.shutdown(socket.SHUT_WR)
+                self._leaving[connection] = was_accepted
+                self._set(connection.service.fileno(), select.EPOLLHUP)
+                return
+        self._leave(connection)
+
+    def _leave(self, connection: RelayedConnection) -> None:
+        """Close our half of a connection to the socket, which has closed its own."""
+        self._leaving.pop(connection, None)
+        if connection.service is not None:
+            self._close(connection.service)
+
+    def _close(self, sock: socket.socket) -> None:
+        if sock.fileno() >= 0:
             self._set(sock.fileno(), 0)
             self._by_fd.pop(sock.fileno(), None)
             sock.close()
-        for flow in (connection.up, connection.down):
-            if flow is not None:
-                flow.close()
 
     # --- which descriptors are polled ---
 
-    def _watch(self, connection: _Connection) -> None:
+    def _watch(self, connection: RelayedConnection) -> None:
         opening, up, down = connection.opening, connection.up, connection.down
         if connection.service is None or up is None or down is None:
-            # A queued connection is read no further: its first command has come.
-            is_queued = opening.stage is Stage.QUEUED
-            self._set(connection.client.fileno(), 0 if is_queued else _IN)
+            # Read no further once its first command has come.
+            self._set(connection.client.fileno(), 0 if opening.stage is Stage.QUEUED else _IN)
             return
         if opening.is_accepted():
             reads = up.has_room and connection.unfinished.may_send
@@ -447,16 +444,12 @@ class Acceptor:
     def _notice(self, text: str) -> None:
         self._emit({"event": "notice", "text": text})
 
-    def _report(self, event: Literal["authenticating", "decided"], connection: _Connection) -> None:
+    def _report(
+        self, event: Literal["authenticating", "decided"], connection: RelayedConnection
+    ) -> None:
         """Report the address of a client: the socket itself sees only this process."""
         if self._curve:
             self._emit({"event": event, "address": connection.address})
-
-
-def _first_to_close(connections: dict[_Connection, None], host: str) -> _Connection | None:
-    """The oldest connection; that of `host` where it has half of them."""
-    own = [connection for connection in connections if connection.host == host] if host else []
-    return next(iter(own if 2 * len(own) >= len(connections) else connections), None)
 
 
 def _received(sock: socket.socket, most_bytes: int) -> bytes | None:
@@ -469,21 +462,6 @@ def _received(sock: socket.socket, most_bytes: int) -> bytes | None:
         return None
     except OSError:
         return b""
-
-
-def _taken(opening: ConnectionOpening) -> bytes:
-    data, opening.pending = opening.pending, b""
-    return data
-
-
-def _host_of(address: str) -> str:
-    """What counts as one host: an IPv4 address, or the IPv6 network of a site."""
-    text = address.partition("%")[0]
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(text).version == 6:
-            mapped = ipaddress.IPv6Address(text).ipv4_mapped
-            return str(mapped or ipaddress.ip_network((text, 64), strict=False))
-    return text
 
 
 def parser() -> argparse.ArgumentParser:

@@ -199,3 +199,29 @@ def test_seventy_thousand_strangers_at_once(
         assert end_of(running)[0] == 0
         assert served.rss_peak_bytes() - before < 60 * MIB
         served.stop()
+
+
+def test_first_words_that_are_gone_before_they_are_decided_take_no_descriptors(
+    tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    """Each looks like CURVE's; the service's process is busy with something else meanwhile."""
+    disk = make_disk(tmp_path / "d.raw", "A0" * 20)
+    hello = GREETING + b"\4\xc8\5HELLO\1\0" + os.urandom(192)
+    with serving(tmp_path / "store", keys=keys, **limited(128)) as served:
+        front = psutil.Process(served.process.pid)
+        before = front.num_fds()
+        front.suspend()
+        try:
+            for _ in range(300):
+                with (
+                    contextlib.suppress(OSError),
+                    socket.create_connection(address(served), 1.0) as sock,
+                ):
+                    sock.sendall(hello)
+                    sock.recv(len(GREETING))
+        finally:
+            front.resume()
+        # All that it finds to be accepted, it takes at once.
+        good("backup", "--quiet", *served.words, "--disk", f"a={disk}", "new.vma")
+        assert front.num_fds() <= before + 16
+        served.stop()
