@@ -13,6 +13,7 @@ import zmq
 
 from vmapipe.protocol import limits
 from vmapipe.protocol.schema import Part
+from vmapipe.protocol.unfinished import PART_BYTES, MessageLedger
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.process import require_memory
 
@@ -43,6 +44,11 @@ _HANG_UPS = 3
 _POLLIN = int(zmq.POLLIN)
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+
+# What an archiver may have sent and not ended as a message: its messages are some hundred bytes.
+_MOST_UNFINISHED_BYTES = 8 << 20
+# tcp(7): how much has been received, in struct tcp_info (Linux 4.1).
+_RECEIVED_BYTES = struct.Struct("=128xQ")
 
 # How long a last look at a port may take that could not be reached.
 _PROBE_S = 1.0
@@ -89,6 +95,9 @@ class ArchiverConnection:
         require_memory()
         self._context = zmq.Context()
         self._poller = zmq.Poller()
+        # libzmq's descriptor of the connection, as long as there is one.
+        self._fd = -1
+        self._ledger = MessageLedger(_MOST_UNFINISHED_BYTES, _MOST_UNFINISHED_BYTES)
         self._open()
 
     def watch(self, fd: int) -> None:
@@ -104,8 +113,12 @@ class ArchiverConnection:
             timeout_s = min(timeout_s, self._connect_timeout_s)
         self._poller.poll(int(timeout_s * 1000) + 1 if timeout_s > 0 else 0)
         while self._monitor.poll(0):
-            number, _ = _EVENT.unpack(self._monitor.recv_multipart()[0])
+            number, value = _EVENT.unpack(self._monitor.recv_multipart()[0])
+            if not self.is_local:
+                self._know(number, value)
             self._take(number)
+        if self._fd >= 0:
+            self._check_unfinished()
         if self._missing_since is not None and not self.is_settled:
             self._miss(time.monotonic() - self._missing_since)
 
@@ -126,7 +139,11 @@ class ArchiverConnection:
         # Asking first is quicker than an exception for "nothing there".
         if not int(self._socket.get(zmq.EVENTS)) & _POLLIN:
             return None
-        return self._socket.recv_multipart(_LAST)
+        parts = self._socket.recv_multipart(_LAST)
+        if self._fd >= 0:
+            count = sum(len(part) + PART_BYTES for part in parts)
+            self._ledger.came_out(self._fd, count, time.monotonic())
+        return parts
 
     def reconnect(self) -> None:
         """A new connection; what was not sent yet over the old one is never sent."""
@@ -135,6 +152,7 @@ class ArchiverConnection:
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
+        self._forget()
         self.lost = False
         self._open()
 
@@ -166,6 +184,37 @@ class ArchiverConnection:
             raise
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
+
+    def _know(self, event: int, fd: int) -> None:
+        if event == zmq.EVENT_CONNECTED:
+            self._forget()
+            self._fd = fd
+            self._ledger.open(fd)
+        elif event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
+            self._forget()
+
+    def _forget(self) -> None:
+        self._ledger.close(self._fd)
+        self._fd = -1
+
+    def _check_unfinished(self) -> None:
+        """Raises Failure for a message whose parts have no end: libzmq would hold them all."""
+        now = time.monotonic()
+        try:
+            connection = socket.socket(fileno=self._fd)
+        except OSError:
+            return  # it is closed; the event that says so comes
+        try:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED_BYTES.size)
+        except OSError:
+            return
+        finally:
+            connection.detach()  # it is libzmq's
+        if len(info) == _RECEIVED_BYTES.size:
+            (received_bytes,) = _RECEIVED_BYTES.unpack(info)
+            self._ledger.came_in(self._fd, received_bytes, now)
+            if self._ledger.to_end(now):
+                self._give_up("this is not a vmapipe archiver: its messages have no end")
 
     def _take(self, event: int) -> None:
         match event:

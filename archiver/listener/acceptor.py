@@ -27,7 +27,7 @@ from typing import Literal
 
 from vmapipe.archiver.listener.connection import RelayedConnection, first_to_close, taken
 from vmapipe.archiver.listener.relay import PipeStock, Relay
-from vmapipe.archiver.listener.unfinished import AllUnfinished
+from vmapipe.protocol.unfinished import AllUnfinished
 from vmapipe.protocol.zmtp import HandshakeRefused, Stage, greeting
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import ChildCommands, Emit, Event, finished_in

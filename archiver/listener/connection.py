@@ -8,7 +8,7 @@ import ipaddress
 import socket
 
 from vmapipe.archiver.listener.relay import Relay
-from vmapipe.archiver.listener.unfinished import AllUnfinished, Unfinished
+from vmapipe.protocol.unfinished import AllUnfinished, Unfinished
 from vmapipe.protocol.zmtp import ConnectionOpening
 
 

@@ -18,12 +18,11 @@ from collections.abc import Sequence
 
 import zmq
 
-from vmapipe.archiver.listener import unfinished
 from vmapipe.archiver.listener.curve import CurveAuthenticator
 from vmapipe.archiver.listener.tcp import DescriptorBudget, TcpPort
-from vmapipe.archiver.listener.unfinished import MessageLedger
-from vmapipe.protocol import limits
+from vmapipe.protocol import limits, unfinished
 from vmapipe.protocol.schema import Part
+from vmapipe.protocol.unfinished import MessageLedger
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Finished
 from vmapipe.runtime.folders import made_with

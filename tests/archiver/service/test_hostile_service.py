@@ -58,6 +58,7 @@ class Hostile(threading.Thread):
 
     def __init__(self, answers: dict[str, list[bytes]]) -> None:
         super().__init__()
+        self._endless: tuple[str, list[bytes]] = ("", [])
         self._answers = {"BEAT": [word("ALIVE")], "PING": [word("PONG")], **answers}
         self._context: zmq.Context[Any] = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -80,12 +81,18 @@ class Hostile(threading.Thread):
                 continue
             kind = msgpack.unpackb(parts[0])[0]
             coordinator = peer if kind == "OPEN" else coordinator
+            if kind == self._endless[0]:
+                self._router.send_multipart([peer, *self._endless[1]])
             for answer in self._answers.get(kind, []):
                 self._router.send_multipart([peer, answer])
             for answer in self._answers.get(f"{kind}, to the coordinator", []):
                 self._router.send_multipart([coordinator, answer])
         self._router.close()
         self._halted.close()
+
+    def says_without_end(self, kind: str, parts: list[bytes]) -> None:
+        """Answer to `kind` with one message of so many parts."""
+        self._endless = (kind, parts)
 
     def close(self) -> None:
         self._halt.send(b"")
@@ -253,3 +260,12 @@ def test_notices_without_end_come_to_an_end(disk: Path) -> None:
     assert len(text) < 1_200_000
     assert "more notices are left out" in text
     assert "enough" in text.splitlines()[-1]
+
+
+def test_a_message_whose_parts_have_no_end_is_left(disk: Path) -> None:
+    parts = [b"z" * 60_000] * 3000
+    with hostile({"OPEN": []}) as service:
+        service.says_without_end("OPEN", parts)
+        code, text = backup(service, disk)
+    assert code == 1
+    assert "its messages have no end" in text.splitlines()[-1]

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.machine import LIMIT_S
-from vmapipe.archiver.listener import unfinished
 from vmapipe.archiver.listener.socket import ListeningSocket
-from vmapipe.archiver.listener.unfinished import (
+from vmapipe.protocol import unfinished
+from vmapipe.protocol.unfinished import (
     TOLD_BYTES,
     WINDOW_BYTES,
     AllUnfinished,

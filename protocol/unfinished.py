@@ -2,9 +2,9 @@
 """How much of what connections have sent has not come out as messages: bounded for each, and for all. Pure.
 
 ZeroMQ holds the parts of a message until the last one has come, however many they are, and
-messages until they are taken. The process that relays connections (acceptor.py) sees how much
-goes in, the one with the socket (socket.py) how much comes out. The first one reads no further than
-the other has answered, so that the bounds hold however busy that one is.
+messages until they are taken. At an archiver's port the process that relays connections sees how
+much goes in, the one with the socket how much comes out (archiver/listener/acceptor.py and socket.py). The
+first one reads no further than the other has answered, so that the bounds hold however busy that one is.
 """
 
 from __future__ import annotations
