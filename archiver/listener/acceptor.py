@@ -30,7 +30,7 @@ from vmapipe.archiver.listener.relay import PipeStock, Relay
 from vmapipe.protocol.unfinished import AllUnfinished
 from vmapipe.protocol.zmtp import HandshakeRefused, Stage, greeting
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.events import ChildCommands, Emit, Event, finished_in
+from vmapipe.runtime.events import ChildCommands, Emit, finished_in, ignore
 from vmapipe.runtime.process import run_child
 
 # A connection must be accepted within this time. Honest peers need a few milliseconds
@@ -490,11 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Acceptor(listener, options, emit, answers, time.monotonic()).run(cancel)
 
     name = "vmapipe.archiver.listener.acceptor"
-    return run_child(name, options.parent_fd, work, _print, answers.put)
-
-
-def _print(event: Event) -> None:
-    """Print nothing: this program always has a parent, which gets its events."""
+    return run_child(name, options.parent_fd, work, ignore, answers.put)
 
 
 if __name__ == "__main__":
