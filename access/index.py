@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK
 from vmapipe.vma.extent import ClusterRun, Extent
-from vmapipe.vma.header import Header
-from vmapipe.vma.layout import UUID_BYTES
+from vmapipe.vma.header import UUID_BYTES, Header
 from vmapipe.vma.manifest import DIGEST_BYTES
 
 # A run's place, as one 64-bit number: the extent's number + 1, the first block in the

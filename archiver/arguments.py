@@ -17,8 +17,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.side_files import read_awaited
 from vmapipe.vma.errors import LimitError
-from vmapipe.vma.header import Config
-from vmapipe.vma.layout import MAX_BLOB_BYTES, MAX_CONFIGS
+from vmapipe.vma.header import MAX_BLOB_BYTES, MAX_CONFIGS, Config
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ from vmapipe.runtime.keys import read_server_keys
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import lower_priority, run, run_child
 from vmapipe.runtime.text import one_line
-from vmapipe.vma.layout import MAX_DEVICES
+from vmapipe.vma.header import MAX_DEVICES
 
 DESCRIPTION = """\
 Receive the disks of one backup from their producers and store them as one VMA

@@ -35,7 +35,7 @@ MAX_RANGE_EXTENTS = 512
 _MAX_NAME_BYTES = 65535
 # 254 targets with names and paths of the usual length stay far below it.
 MAX_SETUP_BYTES = 1 << 20
-# Partials of 254 devices and 256 configs.
+# More than the targets of 254 devices.
 _MAX_ITEMS = 512
 _MAX_FD = 1 << 20
 
@@ -67,14 +67,6 @@ class TargetSetup(NamedTuple):
     nbd: _Word = b""
 
 
-class Partial(NamedTuple):
-    """A temporary file to remove when the reader has died: `fd` has it open, all inherited."""
-
-    fd: _Fd
-    folder_fd: _Fd
-    name: _Word
-
-
 class Setup(NamedTuple):
     """Reader: your archive's uuid, and your targets; you have inherited the descriptors.
 
@@ -86,7 +78,6 @@ class Setup(NamedTuple):
     archive_fd: _FdOrNone
     memory_fd: _FdOrNone
     targets: tuple[TargetSetup, ...]
-    partials: tuple[Partial, ...] = ()
     #: What the archive's disk cannot read is zeroes, and told as damaged.
     past_errors: bool = False
 

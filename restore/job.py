@@ -279,19 +279,15 @@ class _RestoreJob:
         source = self._archive.source
         archive_fd = source.fd if isinstance(source, PlainFile) else -1
         memory_fd = self._slots.fd if self._slots is not None else -1
-        partials = self._targets.partials
         setup = Setup(
             self._archive.header.uuid,
             archive_fd,
             memory_fd,
             self._setups,
-            partials,
             isinstance(source, PlainFile) and source.lost is not None,
         )
         fds = [archive_fd, memory_fd]
         fds += [target.fd for target in self._setups]
-        for partial in partials:
-            fds += [partial.fd, partial.folder_fd]
         fds += self._targets.remover_fds
         return setup, sorted({fd for fd in fds if fd >= 0})
 

@@ -18,8 +18,9 @@ from vmapipe.clusters.sizes import (
     MAX_EXTENT_CLUSTERS,
 )
 from vmapipe.vma.errors import ExtentError
-from vmapipe.vma.layout import EXTENT_MAGIC, UUID_BYTES
+from vmapipe.vma.header import UUID_BYTES
 
+EXTENT_MAGIC = b"VMAE"
 # magic, reserved, block_count, uuid, md5, 59 x blockinfo
 _EXTENT = struct.Struct(f">4sHH16s16s{MAX_EXTENT_CLUSTERS}Q")
 _UUID_AT = 8

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The archive header: devices, configs, uuid and time."""
+"""The archive header: devices, configs, uuid and time (docs/vma-format.md).
+
+Everything is big endian except the 16-bit length in front of each blob, which is little
+endian: that is what the reference tool writes and reads.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,21 @@ from typing import NamedTuple
 
 from vmapipe.clusters.sizes import MAX_DEVICE_BYTES, VMSTATE_NAME, cluster_count
 from vmapipe.vma.errors import HeaderError, LimitError, NotAnArchiveError
-from vmapipe.vma.layout import (
-    HEADER_BYTES,
-    MAX_BLOB_BYTES,
-    MAX_CONFIGS,
-    MAX_CTIME_S,
-    MAX_DEVICES,
-    MAX_HEADER_BYTES,
-    UUID_BYTES,
-    VMA_MAGIC,
-    VMA_VERSION,
-)
 from vmapipe.vma.names import is_unsafe
+
+VMA_MAGIC = b"VMA\0"
+VMA_VERSION = 1
+UUID_BYTES = 16
+# The time of the backup is a signed 64-bit field.
+MAX_CTIME_S = (1 << 63) - 1
+HEADER_BYTES = 12288
+# The reference tool refuses larger headers, blob table included.
+MAX_HEADER_BYTES = 8 * 65536
+# A blob's length is a 16-bit field.
+MAX_BLOB_BYTES = 65535
+MAX_CONFIGS = 256
+# dev_id 0 marks an unused slot, 255 is reserved.
+MAX_DEVICES = 254
 
 
 class BlobTable:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES, MAX_EXTENT_BYTES
 from vmapipe.vma.errors import ArchiveError
-from vmapipe.vma.layout import HEADER_BYTES, MAX_HEADER_BYTES, UUID_BYTES
+from vmapipe.vma.header import HEADER_BYTES, MAX_HEADER_BYTES, UUID_BYTES
 
 FORMAT = "vmapipe-manifest"
 VERSION = 1

@@ -17,7 +17,7 @@ from vmapipe.clusters.sizes import (
 )
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.extent import encode_extent_header, encode_zero_extents, slot_word
-from vmapipe.vma.layout import MAX_DEVICES, UUID_BYTES
+from vmapipe.vma.header import MAX_DEVICES, UUID_BYTES
 
 _FULL = FULL_MASK.to_bytes(2, "big")
 # Extents of zeroes that are handed on as one: each is only a header, and what is

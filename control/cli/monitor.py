@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.control.monitor.commands import serve_disks, serve_machine
 from vmapipe.control.monitor.guards import MonitorDisk, check_disks
-from vmapipe.control.monitor.service import serve_disks, serve_machine
 from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.control.qmp.sockets import listen_unix
 from vmapipe.runtime.arguments import (

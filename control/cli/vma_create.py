@@ -15,7 +15,7 @@ from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.event_types import BackupProgressEvent
 from vmapipe.runtime.events import Event
 from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
-from vmapipe.vma.layout import MAX_BLOB_BYTES
+from vmapipe.vma.header import MAX_BLOB_BYTES
 
 
 def create(words: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
 from vmapipe.runtime.event_types import BackupProgressEvent, InstantEvent
 from vmapipe.runtime.events import ChildCommands, Command, Emit, Event, speed_command, speed_in
 from vmapipe.runtime.folders import OwnFolder
-from vmapipe.vma.layout import MAX_DEVICES
+from vmapipe.vma.header import MAX_DEVICES
 
 if TYPE_CHECKING:
     from vmapipe.control.coordinator.status_socket import JobServer

@@ -16,8 +16,7 @@ from vmapipe.control.qemu.graph import JOB_FILTERS, Graph
 from vmapipe.control.qmp.connection import Answer
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.vma.errors import LimitError
-from vmapipe.vma.header import Device, check_contents
-from vmapipe.vma.layout import MAX_DEVICES
+from vmapipe.vma.header import MAX_DEVICES, Device, check_contents
 
 # A device that has an id: as itself, or as the virtio device around it.
 _DEVICE = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/virtio-backend)?")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that stays when all others of a backup are gone, so that no guest's write fails.
+"""The guardian: the process that outlives all others of a backup, so that no guest's write fails.
 
-It holds the sinks' listening sockets and the memory's stream, and waits. When a producer dies, or stands
+The coordinator starts it before QEMU is touched (`GuardianClient`). It holds the sinks' listening sockets and the memory's stream, and waits. When a producer dies, or stands
 still, it serves QEMU in its place. When the coordinator dies, or says so, it ends the producers,
 serves all of QEMU's connections, lets the guest go on, and only when they stand
 it cancels the jobs and removes the nodes. Everything that it needs is loaded at its start.
@@ -15,15 +15,17 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from vmapipe.control.qemu.drop_targets import DropTarget, StreamDrain
 from vmapipe.control.qemu.jobs import disk_index, run_prefix
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qemu.undo import clean_up
-from vmapipe.control.qmp.addresses import is_listening, parse_address
+from vmapipe.control.qmp.addresses import Address, is_listening, parse_address
 from vmapipe.control.qmp.client import open_link
 from vmapipe.control.qmp.connection import QmpGone
 from vmapipe.runtime.errors import Failure
@@ -206,6 +208,108 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_clean = not guardian.watch() or guardian.take_over()
     # At once: threads may still serve a client that has nothing left to say.
     os._exit(0 if is_clean else 1)
+
+
+# A Python starts within a tenth of a second, on a loaded machine within some.
+_START_S = 20.0
+# What it needs to clean up is CLEAN_S and what comes before; then it goes on alone.
+_TAKE_OVER_S = 60.0
+
+
+class SinkSocket(NamedTuple):
+    """A listening socket at `path` for a disk of so many bytes."""
+
+    listener: socket.socket
+    path: str
+    size_bytes: int
+
+
+def monitor_arguments(address: Address, *, share: bool) -> list[str]:
+    """Return the options that name QEMU's monitor to a guardian, which works in another folder."""
+    return ["--qmp", address.absolute, *(["--qmp-share"] if share else [])]
+
+
+class GuardianClient:
+    """A guardian process, started here.
+
+    Raises Failure when it does not start: no backup without one.
+    """
+
+    def __init__(
+        self,
+        monitor: Sequence[str],
+        run: str,
+        folder: str,
+        sinks: Sequence[SinkSocket],
+        stream_fd: int | None = None,
+    ) -> None:
+        """`monitor`: QEMU's, from monitor_arguments.
+
+        `stream_fd`: what the machine's memory is read from; None: it is not saved.
+        """
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        words = [*monitor, "--run", run, "--folder", folder]
+        words += [f"--sink={sink.listener.fileno()}={sink.size_bytes}" for sink in sinks]
+        fds = [sink.listener.fileno() for sink in sinks]
+        if stream_fd is not None:
+            words.append(f"--stream={stream_fd}")
+            fds.append(stream_fd)
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "vmapipe.control.qemu.guardian", *words),
+                    *("--control-fd", str(theirs.fileno())),
+                ],
+                pass_fds=[theirs.fileno(), *fds],
+                # It may outlive us: readers of our output must see its end,
+                # and no terminal's signal is meant for it.
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
+        self._socket.settimeout(_START_S)
+        try:
+            is_ready = self._socket.recv(MAX_MESSAGE_BYTES) == READY
+        except OSError:
+            is_ready = False
+        if not is_ready:
+            self._process.kill()
+            self._process.wait()
+            self._socket.close()
+            raise Failure("the guardian, which protects the guest's writes, does not start")
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def watch(self, index: int, pid: int) -> None:
+        """Register the producer of this sink, which must not have been reaped."""
+        pidfd = os.pidfd_open(pid)
+        try:
+            socket.send_fds(self._socket, [WATCH + str(index).encode()], [pidfd])
+        except OSError as error:
+            raise Failure("the guardian, which protects the guest's writes, was killed") from error
+        finally:
+            os.close(pidfd)
+
+    def dismiss(self) -> None:
+        """Let it exit: QEMU is clean."""
+        self._end(BYE)
+
+    def take_over(self) -> bool:
+        """Let it end what is left in QEMU; False: it is not done yet."""
+        return self._end(TAKE_OVER)
+
+    def _end(self, word: bytes) -> bool:
+        with contextlib.suppress(OSError):
+            self._socket.send(word)
+        self._socket.close()
+        try:
+            return self._process.wait(_TAKE_OVER_S) == 0
+        except subprocess.TimeoutExpired:
+            return False
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from vmapipe.control.qemu.disks import (
 )
 from vmapipe.control.qemu.features import find_features
 from vmapipe.control.qemu.graph import Graph
-from vmapipe.control.qemu.guardian_client import GuardianClient, SinkSocket, monitor_arguments
+from vmapipe.control.qemu.guardian import GuardianClient, SinkSocket, monitor_arguments
 from vmapipe.control.qemu.jobs import (
     SLOW_BYTES_S,
     BackupSettings,
@@ -174,7 +174,7 @@ class RunningMachine:
             path = os.path.join(folder.path, name)
             self._sinks.append(SinkSocket(folder.listen(name), path, disk.size_bytes))
         self._give_to_qemu(folder)
-        stream_fd = -1
+        stream_fd: int | None = None
         if self._with_memory:
             self._saving = MemorySaving(self._link, self._run, folder, self._guest_wait_s)
             stream_fd = self._saving.stream_fd

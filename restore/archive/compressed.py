@@ -20,7 +20,7 @@ from vmapipe.restore.archive.parts import PartFormat, PartStream, Proof, Rewinda
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.foreign import FOREIGN_COMPRESSIONS
-from vmapipe.vma.layout import VMA_MAGIC
+from vmapipe.vma.header import VMA_MAGIC
 from vmapipe.vma.seektable import is_zstd
 
 # What lzop is fed at a time: as much as a pipe holds.

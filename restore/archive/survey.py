@@ -21,13 +21,13 @@ from vmapipe.restore.archive.source import PlainFile, open_source
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.errors import ArchiveError, ExtentError, NotAnArchiveError
 from vmapipe.vma.extent import (
+    EXTENT_MAGIC,
     Extent,
     extent_uuid,
     find_extent_header,
     parse_extent_header,
 )
-from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import EXTENT_MAGIC, UUID_BYTES
+from vmapipe.vma.header import UUID_BYTES, Device, Header
 from vmapipe.vma.manifest import Totals
 
 # Searched in one go.

@@ -23,8 +23,10 @@ from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.image_format import format_of_content, format_of_name
 from vmapipe.vma.header import Device, Header
-from vmapipe.vma.layout import TARGET_SLACK_BYTES
 
+# A target may be larger than its device by this much, as in the reference tool: storages
+# round sizes up.
+TARGET_SLACK_BYTES = 4 * 1024 * 1024
 # linux/fs.h: whether a block device is read-only.
 _BLKROGET = 0x125E
 

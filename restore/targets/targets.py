@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.protocol.restore import Partial, TargetSetup
+from vmapipe.protocol.restore import TargetSetup
 from vmapipe.restore.archive.errors import PlanError, TargetError
 from vmapipe.restore.archive.reader import Archive
 from vmapipe.restore.archive.source import PlainFile
@@ -154,15 +154,6 @@ class OpenTargets:
     @property
     def remover_fds(self) -> list[int]:
         return self._folders.remover_fds
-
-    @property
-    def partials(self) -> tuple[Partial, ...]:
-        """Partial files that a worker has to remove when the reader has died."""
-        return tuple(
-            Partial(file.fd, file.folder.fd, os.fsencode(file.partial))
-            for file in (*self._new.values(), *self._configs)
-            if file.partial
-        )
 
     @property
     def limits(self) -> dict[int, int]:

@@ -40,7 +40,6 @@ from vmapipe.restore.workers.writer import TargetWriter
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, os_error_text
 from vmapipe.runtime.events import Emit, ignore
-from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.logs import shown
 from vmapipe.runtime.process import run_child
 from vmapipe.runtime.syscalls import read_at
@@ -189,10 +188,6 @@ class Worker:
             os.unlink(socket)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(socket))
-        for partial in self._setup.partials if self._setup is not None else ():
-            folder = HeldFolder.of_descriptor("", partial.folder_fd)
-            with contextlib.suppress(OSError):
-                folder.remove(os.fsdecode(partial.name), partial.fd)
 
 
 def _unreadable(offset: int, error: OSError) -> InputError:

@@ -20,8 +20,7 @@ from tests.vma.archives import (
 )
 from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.vma.errors import ArchiveError, CoverageError, ExtentError
-from vmapipe.vma.header import PEEK_BYTES, encode_header
-from vmapipe.vma.layout import HEADER_BYTES
+from vmapipe.vma.header import HEADER_BYTES, PEEK_BYTES, encode_header
 from vmapipe.vma.scanner import HeaderRead, Scanner
 
 ARCHIVES = sorted(path.stem for path in GOLDEN_DIR.glob("*.vma.xz"))

@@ -12,6 +12,9 @@ from tests.vma.memory import peak_bytes
 from vmapipe.clusters.sizes import MAX_DEVICE_BYTES
 from vmapipe.vma.errors import HeaderError, LimitError, NotAnArchiveError
 from vmapipe.vma.header import (
+    HEADER_BYTES,
+    MAX_BLOB_BYTES,
+    MAX_HEADER_BYTES,
     PEEK_BYTES,
     Config,
     Device,
@@ -20,7 +23,6 @@ from vmapipe.vma.header import (
     parse_header,
     peek_header_bytes,
 )
-from vmapipe.vma.layout import HEADER_BYTES, MAX_BLOB_BYTES, MAX_HEADER_BYTES
 from vmapipe.vma.names import is_unsafe
 
 MD5_AT = 32

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from vmapipe.clusters.sizes import MAX_DEVICE_BYTES, MAX_EXTENT_BYTES
 from vmapipe.vma.errors import ArchiveError
-from vmapipe.vma.header import Config, Device, Header, encode_header
-from vmapipe.vma.layout import HEADER_BYTES, MAX_HEADER_BYTES
+from vmapipe.vma.header import HEADER_BYTES, MAX_HEADER_BYTES, Config, Device, Header, encode_header
 from vmapipe.vma.manifest import (
     MAX_LINE_BYTES,
     DeviceTotals,

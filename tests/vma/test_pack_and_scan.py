@@ -24,8 +24,7 @@ from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_HEADER_BYTES, FULL_MASK
 from vmapipe.protocol.limits import MAX_RUN_CLUSTERS
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.extent import encode_extent_header, encode_zero_extents, slot_word
-from vmapipe.vma.header import Config, Device
-from vmapipe.vma.layout import HEADER_BYTES
+from vmapipe.vma.header import HEADER_BYTES, Config, Device
 from vmapipe.vma.packer import PackedExtent, Packer
 from vmapipe.vma.scanner import HeaderRead, Scanner
 

@@ -33,8 +33,7 @@ from vmapipe.vma.errors import (
     NotAnArchiveError,
 )
 from vmapipe.vma.extent import encode_extent_header, slot_word
-from vmapipe.vma.header import Config, Device, encode_header
-from vmapipe.vma.layout import HEADER_BYTES, MAX_HEADER_BYTES
+from vmapipe.vma.header import HEADER_BYTES, MAX_HEADER_BYTES, Config, Device, encode_header
 from vmapipe.vma.scanner import ExtentRead, Scanner
 
 DISK = Device(1, "drive-scsi0", 3 * CLUSTER_BYTES)

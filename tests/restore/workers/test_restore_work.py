@@ -15,7 +15,6 @@ from vmapipe.protocol.restore import (
     ExtentWork,
     FinishWork,
     FromReader,
-    Partial,
     RangeWork,
     Ready,
     Setup,
@@ -38,7 +37,6 @@ target = st.builds(
     st.binary(max_size=300),
     st.binary(max_size=300),
 )
-partial = st.builds(Partial, st.integers(0, 1000), st.integers(0, 1000), st.binary(max_size=300))
 extent_size = st.integers(512, 512 + 59 * 65536)
 left_out = st.lists(st.integers(0, 58), max_size=59, unique=True).map(tuple)
 digest = st.binary(min_size=16, max_size=16)
@@ -61,7 +59,7 @@ from_reader = st.one_of(
         st.integers(-1, 100),
         st.integers(-1, 100),
         st.lists(target, max_size=254).map(tuple),
-        st.lists(partial, max_size=20).map(tuple),
+        st.booleans(),
     ),
     ranges(),
     st.builds(SyncWork, U64, st.integers(1, 254)),
@@ -91,8 +89,7 @@ def test_what_a_worker_says_arrives(message: WorkDone | Ready) -> None:
 
 def test_the_largest_messages_fit() -> None:
     names = TargetSetup(254, 500, 1 << 48, True, b"n" * 255, b"p" * 1500, b"q" * 107)
-    partials = (Partial(1 << 19, 1 << 19, b"p" * 255),) * (254 + 256)
-    setup = Setup(bytes(16), 3, -1, (names,) * 254, partials)
+    setup = Setup(bytes(16), 3, -1, (names,) * 254)
     assert decode_for_worker(encode(setup)) == setup
     assert len(encode(setup)[0]) < MAX_SETUP_BYTES
     count = MAX_RANGE_EXTENTS
