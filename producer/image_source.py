@@ -181,10 +181,10 @@ class NbdSource:
                     e for e in events if isinstance(e, RequestFailed) and e.cookie == event.cookie
                 ]
                 places = [e.offset for e in said if e.offset is not None]
-                words = [os.strerror(event.error), *(e.message for e in said)]
+                reasons = [os.strerror(event.error), *(e.message for e in said)]
                 raise DiskSourceError(
                     f"disk {self.name!r}: cannot read near offset {[*places, offset][0]}: "
-                    + "; ".join(dict.fromkeys(filter(None, words)))
+                    + "; ".join(dict.fromkeys(filter(None, reasons)))
                 )
 
     def _error(self, error: Exception | None) -> DiskSourceError:
@@ -234,18 +234,18 @@ class ImageSource(NbdSource):
             raise
 
     def _open(self, name: str, path: str, how: HowToRead, cancel: Cancel, sharing: Sharing) -> None:
-        words = ["qemu-nbd", "--read-only", "--persistent", "--socket=SOCKET"]
+        argv = ["qemu-nbd", "--read-only", "--persistent", "--socket=SOCKET"]
         # Ours, and the one that looked whether it listens.
-        words += [f"--export-name={EXPORT}", "--shared=2"]
+        argv += [f"--export-name={EXPORT}", "--shared=2"]
         if how.snapshot:
-            words.append(f"--load-snapshot=snapshot.name={how.snapshot}")
+            argv.append(f"--load-snapshot=snapshot.name={how.snapshot}")
         if how.offset:
-            words.append(f"--offset={how.offset}")
+            argv.append(f"--offset={how.offset}")
         if sharing.force and self._image_fd >= 0:
-            words += ["--image-opts", "--", _shared_image(path, self._image_fd, how.image_format)]
+            argv += ["--image-opts", "--", _shared_image(path, self._image_fd, how.image_format)]
         else:
-            words += [f"--format={how.image_format}", "--", path]
-        self._daemon = StorageDaemon(f"disk {name!r}", words, cancel)
+            argv += [f"--format={how.image_format}", "--", path]
+        self._daemon = StorageDaemon(f"disk {name!r}", argv, cancel)
         try:
             super().__init__(name, self._daemon.socket)
             if not how.others and how.image_format != "raw":

@@ -242,7 +242,7 @@ class _RestoreJob:
         """Everything is written and on the disk when this returns."""
         endpoint = f"ipc://{folder.path}/sock"
         link: ReaderLink | None = None
-        crew: WorkerPool | None = None
+        pool: WorkerPool | None = None
         finished = False
         try:
             with ExitStack() as stack:
@@ -257,21 +257,21 @@ class _RestoreJob:
                 start_workers(children, workers, endpoint, fds)
                 link = ReaderLink(endpoint)
                 pace = RateLimits(self._limits, self._started)
-                crew = WorkerPool(link, children, self._cancel, pace, self._done, folder.clear)
-                crew.welcome(setup)
+                pool = WorkerPool(link, children, self._cancel, pace, self._done, folder.clear)
+                pool.welcome(setup)
                 with closing(self._feed()) as feed:
-                    crew.carry_out(feed)
+                    pool.carry_out(feed)
                 self._judge()
                 self._targets.set_vmstate_sizes(self._ledger.vmstate_clusters)
-                crew.carry_out(InlineFeed(self._maker.syncs(s.dev_id for s in self._setups)))
-                crew.finish()
-                self._kept_bytes = crew.kept_bytes
+                pool.carry_out(InlineFeed(self._maker.syncs(s.dev_id for s in self._setups)))
+                pool.finish()
+                self._kept_bytes = pool.kept_bytes
                 finished = True
             return children
         finally:
             if link is not None:
                 link.close(in_order=finished)
-            if not finished and crew is not None and crew.gave_work:
+            if not finished and pool is not None and pool.gave_work:
                 self._warn()
 
     def _setup(self) -> tuple[Setup, list[int]]:

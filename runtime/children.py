@@ -94,14 +94,14 @@ def _close_all_but(fds: Collection[int]) -> None:
                 os.close(number)
 
 
-def _name(words: Sequence[str]) -> None:
+def _name(argv: Sequence[str]) -> None:
     """Change what `ps` shows: our command line is overwritten, at most up to its length."""
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/self/stat", "rb") as status:
             # proc(5); the fields behind the name in brackets, which may hold anything.
             fields = status.read().rpartition(b")")[2].split()
         start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end
-        text = b"\0".join(os.fsencode(word) for word in words)[: end - start - 1]
+        text = b"\0".join(os.fsencode(word) for word in argv)[: end - start - 1]
         fd = os.open("/proc/self/mem", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.pwrite(fd, text.ljust(end - start, b"\0"), start)
@@ -139,13 +139,13 @@ class Child:
         self.socket, theirs = socket.socketpair()
         self._program: subprocess.Popen[bytes] | None = None
         with theirs:
-            words = [*args, "--parent-fd", str(theirs.fileno())]
+            argv = [*args, "--parent-fd", str(theirs.fileno())]
             fds = [*pass_fds, theirs.fileno()]
             if fork and can_fork():
-                self.pid = fork_module(module, words, fds)
+                self.pid = fork_module(module, argv, fds)
             else:
                 self._program = subprocess.Popen(
-                    [sys.executable, "-P", "-m", module, *words],
+                    [sys.executable, "-P", "-m", module, *argv],
                     pass_fds=fds,
                     stdin=None if 0 in fds else subprocess.DEVNULL,
                 )

@@ -99,11 +99,11 @@ class ConflictError(StoreError):
 def refusal(what: str, reason: Mapping[str, Any], times: int) -> StoreError:
     """`reason`: the store's `Code` and `Message`; `what`: "cannot write s3://…"."""
     code = str(reason.get("Code") or "")[:MAX_WORDS]
-    words = str(reason.get("Message") or "no reason given")[:MAX_WORDS]
+    text = str(reason.get("Message") or "no reason given")[:MAX_WORDS]
     often = f", {times} times" if times > 1 else ""
     out = f"; {_WAY_OUT[code]}" if code in _WAY_OUT else ""
     kind = ConflictError if code in _CONFLICTS else StoreError
-    return kind(f"{what}: {code}: {words}{often}{out}", code)
+    return kind(f"{what}: {code}: {text}{often}{out}", code)
 
 
 ALLOW_HTTP = "AWS_ALLOW_HTTP"
@@ -313,7 +313,7 @@ def _client(name: str, connections: int) -> Any:
     try:
         session = botocore.session.get_session()
         session.register_component("data_loader", _loader())
-        words: dict[str, Any] = {
+        options: dict[str, Any] = {
             "connect_timeout": CONNECT_S,
             "read_timeout": READ_S,
             "max_pool_connections": connections,
@@ -323,20 +323,20 @@ def _client(name: str, connections: int) -> Any:
             "response_checksum_validation": "when_required",
         }
         if session.get_config_variable("max_attempts") is None:
-            words["retries"] = {"mode": "standard", "total_max_attempts": ATTEMPTS}
+            options["retries"] = {"mode": "standard", "total_max_attempts": ATTEMPTS}
         region = (
             os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
         )
 
         def make() -> Any:
-            return session.create_client("s3", region_name=region, config=Config(**words))
+            return session.create_client("s3", region_name=region, config=Config(**options))
 
         client = make()
         endpoint = str(client.meta.endpoint_url)
         style = (session.get_scoped_config().get("s3") or {}).get("addressing_style")
         if not style and "amazonaws.com" not in endpoint:
             # Few who run a store of their own have a name in the DNS for each bucket.
-            words["s3"] = {"addressing_style": "path"}
+            options["s3"] = {"addressing_style": "path"}
             client = make()
     except (BotoCoreError, ValueError) as error:
         raise UsageError(f"{name}: {error}") from error

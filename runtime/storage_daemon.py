@@ -63,20 +63,20 @@ class LastWords:
 class StorageDaemon:
     """One daemon with one socket, `socket`, in a folder that only we can enter.
 
-    `words` are the program and its options, in which SOCKET stands for that
+    `argv` are the program and its options, in which SOCKET stands for that
     socket's path. `what` begins its messages.
     """
 
-    def __init__(self, what: str, words: Sequence[str], cancel: Cancel | None = None) -> None:
+    def __init__(self, what: str, argv: Sequence[str], cancel: Cancel | None = None) -> None:
         """Returns when it listens. Raises Failure: it is missing, or cannot open an image."""
-        program = shutil.which(words[0])
+        program = shutil.which(argv[0])
         if program is None:
             raise Failure(
-                f"{what}: images that are not raw need {words[0]} "
-                f"(Debian: {_PACKAGES.get(words[0], words[0])}), which is not installed"
+                f"{what}: images that are not raw need {argv[0]} "
+                f"(Debian: {_PACKAGES.get(argv[0], argv[0])}), which is not installed"
             )
         self._what = what
-        self._program = words[0]
+        self._program = argv[0]
         self._folder = OwnFolder("storage")
         self.socket = os.path.join(self._folder.path, "daemon.sock")
         self._process: subprocess.Popen[bytes] | None = None
@@ -84,7 +84,7 @@ class StorageDaemon:
         # What it said before it listened, warnings of the image, is not why it hangs up.
         self._words_before = 0
         try:
-            command = [program, *(word.replace("SOCKET", self.socket) for word in words[1:])]
+            command = [program, *(word.replace("SOCKET", self.socket) for word in argv[1:])]
             self._process = subprocess.Popen(
                 [*dying_with_parent("TERM"), *command],
                 stdin=subprocess.DEVNULL,

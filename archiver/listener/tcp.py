@@ -184,18 +184,18 @@ class TcpPort:
         self._started_at = time.monotonic()
         budget = self.budget
         fd = self._listener.fileno()
-        words = [f"--listener-fd={fd}", f"--path={self.inner.removeprefix('ipc://')}"]
-        words += [
+        argv = [f"--listener-fd={fd}", f"--path={self.inner.removeprefix('ipc://')}"]
+        argv += [
             f"--most-greeting={budget.greeting}",
             f"--most-authenticating={budget.authenticating}",
         ]
-        words += [f"--most-pipes={budget.pipes}", f"--most={budget.connections}"]
-        words += [f"--most-unfinished={self._most_unfinished_bytes}"]
-        words += [*(["--curve"] if self._curve else [])]
+        argv += [f"--most-pipes={budget.pipes}", f"--most={budget.connections}"]
+        argv += [f"--most-unfinished={self._most_unfinished_bytes}"]
+        argv += [*(["--curve"] if self._curve else [])]
         self._child = Child(
             "the acceptor of connections",
             "vmapipe.archiver.listener.acceptor",
-            words,
+            argv,
             [fd],
             fork=True,
         )

@@ -67,40 +67,45 @@ class ArchiverProcesses:
         """Whether somebody's end is awaited."""
         return any(m.ending is not None and not m.gone for m in self._members.values())
 
-    def start(self, order: StartArchiver) -> None:
+    def start(self, instruction: StartArchiver) -> None:
         """Raises OSError; nothing is then left."""
         self._count += 1
         folder = os.path.join(self._folder.path, str(self._count))
         os.mkdir(folder, 0o700)
         try:
-            words = self._words(order, folder)
-            child = Child(f"the archiver of {order.request.name!r}", "vmapipe.archiver.main", words)
+            argv = self._argv(instruction, folder)
+            child = Child(
+                f"the archiver of {instruction.request.name!r}", "vmapipe.archiver.main", argv
+            )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._members[order.job] = _Member(child, folder, order.path)
+        self._members[instruction.job] = _Member(child, folder, instruction.path)
         self._watch(child.socket.fileno())
 
-    def _words(self, order: StartArchiver, folder: str) -> list[str]:
-        request = order.request
+    def _argv(self, instruction: StartArchiver, folder: str) -> list[str]:
+        request = instruction.request
         # With "=", because a name may begin with a dash.
-        words = [f"--listen={_endpoint(folder)}", f"--output={order.path}"]
-        words += [f"--job={order.job.hex()}", *(f"--device={name}" for name in request.devices)]
+        argv = [f"--listen={_endpoint(folder)}", f"--output={instruction.path}"]
+        argv += [
+            f"--job={instruction.job.hex()}",
+            *(f"--device={name}" for name in request.devices),
+        ]
         if request.uuid:
-            words.append(f"--uuid={request.uuid.hex()}")
+            argv.append(f"--uuid={request.uuid.hex()}")
         if request.compress:
-            words.append(f"--compress={request.compress}")
+            argv.append(f"--compress={request.compress}")
         if not request.manifest:
-            words.append("--no-manifest")
-        elif is_object(order.path):
+            argv.append("--no-manifest")
+        elif is_object(instruction.path):
             # Named, because it is not replaced then: nobody has looked whether it exists.
-            words.append(f"--manifest={beside(order.path)}")
+            argv.append(f"--manifest={beside(instruction.path)}")
         for index, (name, data) in enumerate(request.configs):
             path = os.path.join(folder, str(index))
             with open(path, "xb", opener=_private) as file:
                 file.write(data)
-            words.append(f"--config={name}={path}")
-        return [*words, *self._options]
+            argv.append(f"--config={name}={path}")
+        return [*argv, *self._options]
 
     def endpoint_of(self, job: bytes) -> str:
         return _endpoint(self._members[job].folder)

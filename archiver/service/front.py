@@ -90,10 +90,10 @@ class ArchiverEvent(NamedTuple):
 
 
 class ArchiverEnded(NamedTuple):
-    """A job's archiver is gone. `words` say why if it failed; `usage` is for the log."""
+    """A job's archiver is gone. `reason` say why if it failed; `usage` is for the log."""
 
     job: bytes
-    words: str
+    reason: str
     usage: UsageFields
     now: float
 
@@ -174,11 +174,11 @@ class Front:
                 instructions = self.jobs[job_id].listening()
             case ArchiverEvent(job_id, report):
                 instructions = self._reported(self.jobs[job_id], report)
-            case ArchiverEnded(job_id, words, usage, now):
+            case ArchiverEnded(job_id, reason, usage, now):
                 job = self.jobs[job_id]
                 if job.stored is not None:
                     self._openings.stored(job.client)
-                instructions = job.end(words, usage, now)
+                instructions = job.end(reason, usage, now)
             case ServiceTicked(now):
                 instructions = self._pass_time(now)
             case PeerGone(peer, now):

@@ -277,8 +277,8 @@ class ServiceJob:
         aborts = self._aborts(said_reason(reason)) if self.stored is None else []
         return [*aborts, StopArchiver(self.id)]
 
-    def end(self, words: str, usage: UsageFields, now: float) -> list[ServiceInstruction]:
-        """Its archiver is gone. `words` say why if it failed; `usage` is for the log."""
+    def end(self, failure: str, usage: UsageFields, now: float) -> list[ServiceInstruction]:
+        """Its archiver is gone. `failure` say why if it failed; `usage` is for the log."""
         self.phase = ServicePhase.ENDED
         self.ended = now
         whose = self._whose()
@@ -286,7 +286,7 @@ class ServiceJob:
         if self.stored is not None:
             size = self.stored.stored
             return [LogEvent({"event": "job-stored", **whose, "stored_bytes": size, **ended})]
-        reason = self.reason or words
+        reason = self.reason or failure
         said = said_reason(reason)
         self.verdict = (
             service.JobFailed(said) if self.opened else service.JobRefused("failed", said)

@@ -77,19 +77,19 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
                 most=Need(link.budget.jobs, link.budget.rest),
                 most_unassigned=link.budget.unassigned,
             )
-        words = _archiver_options(options, link)
-        crew = ArchiverProcesses(words, link.watch, link.unwatch, to_store=to_store)
+        argv = _archiver_options(options, link)
+        archivers = ArchiverProcesses(argv, link.watch, link.unwatch, to_store=to_store)
         try:
             if isinstance(places, ObjectStorage):
                 places.check(
-                    crew.left_uploads, lambda text: emit({"event": "notice", "text": text})
+                    archivers.left_uploads, lambda text: emit({"event": "notice", "text": text})
                 )
             front = Front(bounds, places, time.monotonic())
             emit({"event": "ready", "listen": link.endpoint, "directory": options.directory})
             notify("READY=1", "STATUS=0 jobs are running")
-            ServiceLoop(front, link, crew, emit, log.flush).run(cancel, options.stop_timeout)
+            ServiceLoop(front, link, archivers, emit, log.flush).run(cancel, options.stop_timeout)
         finally:
-            crew.close()
+            archivers.close()
     finally:
         link.close()
     emit({"event": "notice", "text": "stopped"})
@@ -127,10 +127,10 @@ def _check_for_store(options: argparse.Namespace) -> None:
 
 def _archiver_options(options: argparse.Namespace, link: ServiceSockets) -> list[str]:
     """What every job's archiver is told."""
-    words = [f"--threads={options.threads}", f"--heartbeat={options.heartbeat}"]
-    words.append(f"--reconnect-limit={_reconnect_limit_s(options)}")
-    words.append(f"--start-timeout={options.start_timeout}")
-    return words if link.is_local else [*words, "--from-afar"]
+    argv = [f"--threads={options.threads}", f"--heartbeat={options.heartbeat}"]
+    argv.append(f"--reconnect-limit={_reconnect_limit_s(options)}")
+    argv.append(f"--start-timeout={options.start_timeout}")
+    return argv if link.is_local else [*argv, "--from-afar"]
 
 
 def _reconnect_limit_s(options: argparse.Namespace) -> int:

@@ -50,13 +50,13 @@ class ServiceLoop:
         self,
         front: Front,
         link: ServiceSockets,
-        crew: ArchiverProcesses,
+        archivers: ArchiverProcesses,
         emit: Emit,
         flush_log: Callable[[], None],
     ) -> None:
         self._front = front
         self._link = link
-        self._crew = crew
+        self._archivers = archivers
         self._emit = emit
         self._flush_log = flush_log
         self._next_tick = 0.0
@@ -68,12 +68,12 @@ class ServiceLoop:
         link.watch(cancel.fd)
         deadline = float("inf")
         while not (deadline < float("inf") and front.idle):
-            link.wait(REAP_S if self._crew.in_a_hurry else _TICK_S)
+            link.wait(REAP_S if self._archivers.in_a_hurry else _TICK_S)
             now = time.monotonic()
             self._receive(now)
             for peer, answer in link.answers():
                 self._handle(ArchiverAnswer(peer, answer))
-            self._hear_crew(now)
+            self._handle_archivers(now)
             for peer in link.gone():
                 self._handle(PeerGone(peer, now))
             if cancel.asked and deadline == float("inf"):
@@ -104,11 +104,11 @@ class ServiceLoop:
         self._emit({"event": "notice", "text": text})
         return left_s
 
-    def _hear_crew(self, now: float) -> None:
-        for job, event in self._crew.take_events():
+    def _handle_archivers(self, now: float) -> None:
+        for job, event in self._archivers.take_events():
             if event is None:
-                words, usage = self._crew.verdict(job), self._crew.usage(job)
-                self._handle(ArchiverEnded(job, words, usage, now))
+                reason, usage = self._archivers.verdict(job), self._archivers.usage(job)
+                self._handle(ArchiverEnded(job, reason, usage, now))
             else:
                 self._handle(ArchiverEvent(job, event))
 
@@ -139,7 +139,7 @@ class ServiceLoop:
             case core.SendAnswer(peer, parts):
                 self._link.send(peer, parts)
             case core.AttachProducer(peer, job):
-                if not self._link.attach(peer, self._crew.endpoint_of(job)):
+                if not self._link.attach(peer, self._archivers.endpoint_of(job)):
                     self._handle(AttachFailed(peer, job))
             case core.DetachProducer(peer):
                 self._link.detach(peer)
@@ -148,20 +148,20 @@ class ServiceLoop:
             case core.StartArchiver():
                 self._start(instruction)
             case core.StopArchiver(job):
-                self._crew.signal(job, signal.SIGTERM)
+                self._archivers.signal(job, signal.SIGTERM)
             case core.KillArchiver(job):
-                self._crew.signal(job, signal.SIGKILL)
+                self._archivers.signal(job, signal.SIGKILL)
             case core.ReleaseJob(job):
-                self._crew.release(job)
+                self._archivers.release(job)
             case core.LogEvent(line):
                 self._emit(line)
 
-    def _start(self, order: core.StartArchiver) -> None:
+    def _start(self, instruction: core.StartArchiver) -> None:
         try:
-            self._crew.start(order)
+            self._archivers.start(instruction)
         except OSError as error:
-            words = f"no archiver could be started: {os_error_text(error)}"
-            self._handle(ArchiverEnded(order.job, words, {}, time.monotonic()))
+            reason = f"no archiver could be started: {os_error_text(error)}"
+            self._handle(ArchiverEnded(instruction.job, reason, {}, time.monotonic()))
 
 
 # We pass messages on at once, so that only a flood ever fills it, and each may have 4 MiB.

@@ -24,10 +24,10 @@ from vmapipe.control.cli.backup_arguments import (
 )
 from vmapipe.control.coordinator.job import BackupJob, Disk, Service
 from vmapipe.control.coordinator.observers import (
-    Attended,
-    Surroundings,
+    JobContext,
+    ParentContext,
     add_attending_options,
-    attended,
+    job_context,
 )
 from vmapipe.control.coordinator.output_spec import goes_to_stdout, inherited_fds, is_path
 from vmapipe.control.coordinator.priorities import add_priority_options, priorities
@@ -108,17 +108,17 @@ def main(argv: Sequence[str], prog: str) -> int:
     options = parser.parse_args(argv)
     if options.parent_fd is None:
         return run(prog, lambda: _backup(options))
-    orders = ChildCommands()
+    commands = ChildCommands()
     return run_child(
         prog,
         options.parent_fd,
-        lambda cancel, emit: _backup(options, Surroundings(emit, cancel, orders)),
+        lambda cancel, emit: _backup(options, ParentContext(emit, cancel, commands)),
         ignore,
-        orders.put,
+        commands.put,
     )
 
 
-def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> None:
+def _backup(options: argparse.Namespace, parent: ParentContext | None = None) -> None:
     service = service_of(options)
     _check(options)
     if options.vmid is not None:
@@ -129,7 +129,7 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
     pass_fds += [*inherited_fds(options.manifest or ""), *open_configs(options)]
     place = service.name_of(options.archive) if service else _full_name(options.archive)
     if parent is not None:
-        with attended(options, place, parent) as around:
+        with job_context(options, place, parent) as around:
             _run_job(options, service, pass_fds, around)
         return
     cancel = Cancel()
@@ -139,7 +139,7 @@ def _backup(options: argparse.Namespace, parent: Surroundings | None = None) -> 
     stream = sys.stderr if to_stdout else sys.stdout
     with (
         renderer("backup", options, stream) as emit,
-        attended(options, place, Surroundings(emit, cancel, ChildCommands())) as around,
+        job_context(options, place, ParentContext(emit, cancel, ChildCommands())) as around,
     ):
         _run_job(options, service, pass_fds, around)
 
@@ -189,7 +189,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _run_job(
-    options: argparse.Namespace, service: Service | None, pass_fds: list[int], around: Attended
+    options: argparse.Namespace, service: Service | None, pass_fds: list[int], around: JobContext
 ) -> None:
     machine = open_machine(options)
     try:
@@ -225,7 +225,7 @@ def _run_job(
             server=around.server,
             job_id=around.job_id,
         )
-        job.run(around.emit, around.cancel, around.orders)
+        job.run(around.emit, around.cancel, around.commands)
     finally:
         if machine:
             machine.end()

@@ -141,22 +141,22 @@ def open_configs(options: argparse.Namespace) -> list[int]:
 def archiver_options(options: argparse.Namespace) -> list[str]:
     """The options that a backup hands on to its archiver."""
     # With "=", because a name may begin with a dash.
-    words = [f"--config={config}" for config in options.config]
+    argv = [f"--config={config}" for config in options.config]
     if options.compress:
-        words.append(f"--compress={options.compress}")
+        argv.append(f"--compress={options.compress}")
     if not options.archiver:
-        words.append(f"--threads={options.threads}")
+        argv.append(f"--threads={options.threads}")
     if options.manifest:
-        words.append(f"--manifest={options.manifest}")
+        argv.append(f"--manifest={options.manifest}")
     if options.no_manifest:
-        words.append("--no-manifest")
+        argv.append("--no-manifest")
     elif options.json and not options.archiver:
-        words.append("--manifest-events")
+        argv.append("--manifest-events")
     if options.reproducible:
-        words.append("--reproducible")
+        argv.append("--reproducible")
     if options.uuid:
-        words.append(f"--uuid={options.uuid.hex()}")
-    return words
+        argv.append(f"--uuid={options.uuid.hex()}")
+    return argv
 
 
 # What may follow an image's path, and what a format's name looks like.
@@ -196,19 +196,19 @@ def parse_disk(text: str) -> Disk:
 
 
 def _reading_words(text: str, found: dict[str, str]) -> tuple[str, ...]:
-    words = [f"--format={found['format']}"]
+    argv = [f"--format={found['format']}"]
     if "snapshot" in found:
-        words.append(f"--snapshot={found['snapshot']}")
+        argv.append(f"--snapshot={found['snapshot']}")
     if "others" in found:
         if found["others"] not in ("yes", "no"):
             raise UsageError(f"{text}: others is yes or no, not {found['others']!r}")
-        words += ["--others"] * (found["others"] == "yes")
+        argv += ["--others"] * (found["others"] == "yes")
     if "offset" in found:
         try:
-            words.append(f"--offset={size(found['offset'])}")
+            argv.append(f"--offset={size(found['offset'])}")
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{text}: {error}") from error
-    return tuple(words)
+    return tuple(argv)
 
 
 def _looks_like(path: str) -> str:
@@ -252,9 +252,9 @@ def service_of(options: argparse.Namespace) -> Service | None:
         )
     if options.reproducible:
         raise UsageError("--reproducible is for an archiver of this host")
-    words = [f"--connect-timeout={options.connect_timeout}"]
+    argv = [f"--connect-timeout={options.connect_timeout}"]
     if options.keys:
-        words.append(f"--keys={options.keys}")
+        argv.append(f"--keys={options.keys}")
     if options.insecure_plain_tcp:
-        words.append("--insecure-plain-tcp")
-    return Service(options.archiver, tuple(words))
+        argv.append("--insecure-plain-tcp")
+    return Service(options.archiver, tuple(argv))

@@ -28,11 +28,11 @@ def naming(archive: str) -> Iterator[None]:
 
 def reference_words(error: ArchiveError | RestoreError) -> str:
     """The words that scripts look for, and ours behind them where they say more."""
-    words = error.reference_text
+    text = error.reference_text
     if not isinstance(error, ArchiveError):
-        return words if str(error) == words else f"{words} ({error})"
-    details = [error.text] if error.text != words else []
+        return text if str(error) == text else f"{text} ({error})"
+    details = [error.text] if error.text != text else []
     if error.offset is not None:
         details.append(f"archive offset {error.offset}")
-    words = f"{words} ({', '.join(details)})" if details else words
-    return words + error.advice
+    text = f"{text} ({', '.join(details)})" if details else text
+    return text + error.advice

@@ -240,18 +240,18 @@ def _progress(job: Details) -> str:
     if not job["devices"]:
         return "is starting"
     total, done = job["total_bytes"], job["done_bytes"]
-    words = [f"{_percent(done, total)} of {human_bytes(total)}"]
-    words.append(f"{human_bytes(job['rate_bytes_s'])}/s")
+    parts = [f"{_percent(done, total)} of {human_bytes(total)}"]
+    parts.append(f"{human_bytes(job['rate_bytes_s'])}/s")
     # Holes and zeroes are done without much reading, and the limit is one on that.
-    words.append(f"reads {human_bytes(job['read_rate_bytes_s'])}/s")
+    parts.append(f"reads {human_bytes(job['read_rate_bytes_s'])}/s")
     if job["speed_bytes_s"]:
-        words[-1] += f" (limit {human_bytes(job['speed_bytes_s'])}/s)"
-    words.append(f"{human_time(job['seconds'])} so far")
+        parts[-1] += f" (limit {human_bytes(job['speed_bytes_s'])}/s)"
+    parts.append(f"{human_time(job['seconds'])} so far")
     if done == total:
-        words.append("finishing")
+        parts.append("finishing")
     elif job["left_s"] is not None:
-        words.append(f"{human_time(job['left_s'])} left")
-    return ", ".join(words)
+        parts.append(f"{human_time(job['left_s'])} left")
+    return ", ".join(parts)
 
 
 def _disks(devices: Sequence[Details]) -> list[Sequence[str]]:

@@ -45,21 +45,21 @@ def program() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     keep_standard_descriptors()
     raise_descriptor_limit()
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in (["-h"], ["--help"], ["help"]) or (words[:1] and "-h" in words[1:]):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["-h"], ["--help"], ["help"]) or (argv[:1] and "-h" in argv[1:]):
         sys.stdout.write(USAGE)
         return EXIT_OK
-    if not words or words[0] not in _COMMANDS:
+    if not argv or argv[0] not in _COMMANDS:
         sys.stderr.write(USAGE)
         return EXIT_USAGE
-    module, name = _COMMANDS[words[0]]
+    module, name = _COMMANDS[argv[0]]
     command: Callable[[Sequence[str]], None] = getattr(importlib.import_module(module), name)
-    return run("vma", lambda: _carry_out(command, words[1:]))
+    return run("vma", lambda: _carry_out(command, argv[1:]))
 
 
-def _carry_out(command: Callable[[Sequence[str]], None], words: Sequence[str]) -> None:
+def _carry_out(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     try:
-        command(words)
+        command(argv)
     except getopt.GetoptError as error:
         raise UsageError(f"{error}; `vma -h` tells the grammar") from error
     except ArchiveError as error:

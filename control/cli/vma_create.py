@@ -18,9 +18,9 @@ from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 from vmapipe.vma.header import MAX_BLOB_BYTES
 
 
-def create(words: Sequence[str]) -> None:
+def create(argv: Sequence[str]) -> None:
     """`vma create FILE [-v] [-c CONFIG]... [-d format=FMT:DEVNAME=PATH]... [[DEVNAME=]PATH]...`"""
-    options, arguments = getopt.gnu_getopt(list(words), "hvc:d:")
+    options, arguments = getopt.gnu_getopt(list(argv), "hvc:d:")
     if not arguments:
         raise UsageError("create: the name of the archive is missing")
     archive, *paths = arguments
@@ -74,7 +74,7 @@ def _legacy(text: str, index: int) -> Disk:
 
 
 def _config_options(paths: Sequence[str]) -> list[str]:
-    words = []
+    argv = []
     for path in paths:
         try:
             too_large = os.stat(path).st_size > MAX_BLOB_BYTES
@@ -82,8 +82,8 @@ def _config_options(paths: Sequence[str]) -> list[str]:
             raise Failure(f"Unable to read file: {path}: {error.strerror}") from error
         if too_large:
             raise Failure(f"Unable to append config data {path}: more than {MAX_BLOB_BYTES} bytes")
-        words.append(f"--config={os.path.basename(path)}={path}")
-    return words
+        argv.append(f"--config={os.path.basename(path)}={path}")
+    return argv
 
 
 class _CreateReport:

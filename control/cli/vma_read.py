@@ -29,25 +29,25 @@ from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import Header
 
 
-def show_list(words: Sequence[str]) -> None:
+def show_list(argv: Sequence[str]) -> None:
     """`vma list FILE`"""
-    _, (file,) = _parse(words, "h", 1, "list")
+    _, (file,) = _parse(argv, "h", 1, "list")
     with open_archive(file, _stoppable(file)) as archive:
         print_content(archive.header)
 
 
-def show_config(words: Sequence[str]) -> None:
+def show_config(argv: Sequence[str]) -> None:
     """`vma config FILE [-c NAME]`"""
-    options, (file,) = _parse(words, "hc:", 1, "config")
+    options, (file,) = _parse(argv, "hc:", 1, "config")
     with open_archive(file, _stoppable(file)) as archive:
         name = dict(options).get("-c", "qemu-server.conf")
         data = find_config(archive.header.configs, name).data
     sys.stdout.buffer.write(data)
 
 
-def extract(words: Sequence[str]) -> None:
+def extract(argv: Sequence[str]) -> None:
     """`vma extract FILE [-v] [-d DRIVE,...] [-r MAPFIFO] DIR`"""
-    options, (file, folder) = _parse(words, "hvd:r:", 2, "extract")
+    options, (file, folder) = _parse(argv, "hvd:r:", 2, "extract")
     wanted = [name for o, value in options if o == "-d" for name in value.split(",")]
     map_file = dict(options).get("-r")
     cancel = _stoppable(file)
@@ -93,9 +93,9 @@ def _taking_back(config: NewFile) -> Callable[[type[BaseException] | None, objec
     return end
 
 
-def verify(words: Sequence[str]) -> None:
+def verify(argv: Sequence[str]) -> None:
     """`vma verify FILE [-v]`: all that can be checked, the data too where there is a manifest."""
-    options, (file,) = _parse(words, "hv", 1, "verify")
+    options, (file,) = _parse(argv, "hv", 1, "verify")
     progress = _ReadReport(verbose=("-v", "") in options)
     cancel = Cancel()
     cancel.on_signals()
@@ -105,9 +105,9 @@ def verify(words: Sequence[str]) -> None:
         raise Damaged(reference_words(error)) from error
     if not report.ok:
         first = report.damage[0]
-        words = first.reference_text or first.text
-        detail = str(first).removeprefix(words).strip()
-        raise Damaged(f"verify failed - {words}" + (f" ({detail})" if detail else ""))
+        text = first.reference_text or first.text
+        detail = str(first).removeprefix(text).strip()
+        raise Damaged(f"verify failed - {text}" + (f" ({detail})" if detail else ""))
     progress.end(report.totals)
 
 
@@ -125,9 +125,9 @@ def print_content(header: Header) -> None:
 
 
 def _parse(
-    words: Sequence[str], letters: str, count: int, command: str
+    argv: Sequence[str], letters: str, count: int, command: str
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    options, arguments = getopt.gnu_getopt(list(words), letters)
+    options, arguments = getopt.gnu_getopt(list(argv), letters)
     if len(arguments) != count:
         raise UsageError(f"{command} takes {count} argument(s), not {len(arguments)}")
     return options, arguments

@@ -137,14 +137,14 @@ class Hooks:
         import subprocess
         import tempfile
 
-        words = [self.program, phase]
+        argv = [self.program, phase]
         if not phase.startswith("job-"):
-            words += [self.mode, self.vmid]
+            argv += [self.mode, self.vmid]
         said = tempfile.TemporaryFile(dir=temporary_folder())  # noqa: SIM115  closed by _finish
         reading, lifeline = os.pipe()
         try:
             process = subprocess.Popen(
-                ["/bin/sh", "-c", _WATCHED, "hook", *words],
+                ["/bin/sh", "-c", _WATCHED, "hook", *argv],
                 stdin=reading,
                 # Standard output may be the archive.
                 stdout=said,

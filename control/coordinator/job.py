@@ -163,9 +163,9 @@ class BackupJob:
     #: When the producers of what a service has stored must have heard so.
     _told_by: float = float("inf")
 
-    def run(self, emit: Emit, cancel: Cancel, orders: ChildCommands | None = None) -> None:
-        """Raises Failure when nothing was stored. `orders` may change the speed meanwhile."""
-        orders = orders or ChildCommands()
+    def run(self, emit: Emit, cancel: Cancel, commands: ChildCommands | None = None) -> None:
+        """Raises Failure when nothing was stored. `commands` may change the speed meanwhile."""
+        commands = commands or ChildCommands()
         self._check()
         self._read_bytes: dict[str, int] = {}
         self._shares = Shares(
@@ -177,14 +177,14 @@ class BackupJob:
             try:
                 with children:
                     children.watch(cancel.fd)
-                    children.watch(orders.fd)
+                    children.watch(commands.fd)
                     try:
                         self._start_archiver(children, folder, emit, cancel)
                         self._start_producers(children, folder, self._shares.share)
                         if self.server:
                             self.server.begin(self.speed_bytes_s, children.pids)
                             children.watch(self.server.fd)
-                        self._watch(children, emit, cancel, folder, orders)
+                        self._watch(children, emit, cancel, folder, commands)
                     finally:
                         self._let_go(emit)
             finally:
@@ -287,7 +287,7 @@ class BackupJob:
         emit: Emit,
         cancel: Cancel,
         folder: OwnFolder,
-        orders: ChildCommands,
+        commands: ChildCommands,
     ) -> None:
         """Return when all processes have ended well. Raises Failure with the best reason there is."""
         first = _FirstFailure(children.all[0])
@@ -303,7 +303,7 @@ class BackupJob:
                         folder.clear()
                     self._take(event, unattached, emit, cancel, children)
                 first.note(child, event)
-            self._attend(children, orders, emit)
+            self._attend(children, commands, emit)
             if cancel.asked:
                 self._stop_cancelled(children, emit, cancel)
                 return
@@ -366,10 +366,10 @@ class BackupJob:
             elif event["event"] == "transfer":
                 self._read_bytes[event["device"]] = event["read_bytes"]
 
-    def _attend(self, children: Children, orders: ChildCommands, emit: Emit) -> None:
+    def _attend(self, children: Children, commands: ChildCommands, emit: Emit) -> None:
         """Take what others say: QEMU, and who asks or steers us. Raises Failure."""
-        for order in orders.take():
-            self._obey(order, children, emit)
+        for command in commands.take():
+            self._carry_out(command, children, emit)
         if self.machine:
             self.machine.poll()
             for text in self.machine.notices:
@@ -381,9 +381,9 @@ class BackupJob:
         if self.server:
             self.server.serve()
 
-    def _obey(self, order: Command, children: Children, emit: Emit) -> None:
+    def _carry_out(self, command: Command, children: Children, emit: Emit) -> None:
         """While it runs: another speed, of all disks together."""
-        speed = speed_in(order)
+        speed = speed_in(command)
         if speed is None:
             return
         self._shares.bytes_per_s = speed

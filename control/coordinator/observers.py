@@ -23,20 +23,20 @@ from vmapipe.runtime.events import ChildCommands, Emit, Event
 _HOOK_S = 300
 
 
-class Surroundings(NamedTuple):
-    """The ways in and out of a backup: its events, its cancellation, and orders for its speed."""
+class ParentContext(NamedTuple):
+    """The ways in and out of a backup: its events, its cancellation, and commands for its speed."""
 
     emit: Emit
     cancel: Cancel
-    orders: ChildCommands
+    commands: ChildCommands
 
 
-class Attended(NamedTuple):
+class JobContext(NamedTuple):
     """A backup in its surroundings."""
 
     emit: Emit
     cancel: Cancel
-    orders: ChildCommands
+    commands: ChildCommands
     server: JobServer
     job_id: bytes
 
@@ -70,16 +70,18 @@ def add_attending_options(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def attended(options: argparse.Namespace, place: str, around: Surroundings) -> Iterator[Attended]:
+def job_context(
+    options: argparse.Namespace, place: str, around: ParentContext
+) -> Iterator[JobContext]:
     """`place`: of the archive, for people everywhere. Raises Failure; also when a hook that must not fail has failed."""
-    report, cancel, orders = around
+    report, cancel, commands = around
     _check(options)
     job_id = uuid.uuid4().bytes
     log_path = options.log
     if options.vmid is not None and not log_path:
         log_path = f"{options.archive.partition('.vma')[0]}.log"
     with (
-        JobServer(job_id.hex(), place, cancel, orders) as server,
+        JobServer(job_id.hex(), place, cancel, commands) as server,
         _metrics(options.metrics, server, report),
         contextlib.ExitStack() as stack,
     ):
@@ -103,7 +105,7 @@ def attended(options: argparse.Namespace, place: str, around: Surroundings) -> I
         listeners.append(hooks.take)
         if server.notice:
             emit({"event": "notice", "text": server.notice})
-        yield Attended(emit, cancel, orders, server, job_id)
+        yield JobContext(emit, cancel, commands, server, job_id)
         if options.notes:
             # Imported here: only Proxmox VE's archives have them.
             from vmapipe.control.coordinator.proxmox import write_notes

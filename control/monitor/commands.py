@@ -104,7 +104,7 @@ class Commands:
         image_format = arguments.text("format") or FORMATS[0]
         if image_format not in FORMATS:
             raise QmpError(f"no backup driver for format '{image_format}'")
-        words = self._config_words(arguments)
+        argv = self._config_words(arguments)
         devlist = arguments.text("devlist")
         speed = arguments.size("speed") or 0
         with_state = arguments.flag("state")
@@ -120,19 +120,19 @@ class Commands:
                 "there is no state to save: this monitor serves disks and runs no machine; "
                 "state needs a monitor with --qmp"
             )
-        words += [*self._options, f"--speed={speed}"]
+        argv += [*self._options, f"--speed={speed}"]
         if with_state:
-            words.append("--state")
+            argv.append("--state")
         elif self._agent:
             # What file systems have in the guest's memory is saved with the state.
-            words.append(f"--agent={self._agent}")
-        return self._begin(file, devlist, words, with_state=with_state, as_proxmox=as_proxmox)
+            argv.append(f"--agent={self._agent}")
+        return self._begin(file, devlist, argv, with_state=with_state, as_proxmox=as_proxmox)
 
     def _begin(
         self,
         file: str,
         devlist: str | None,
-        words: list[str],
+        argv: list[str],
         *,
         with_state: bool,
         as_proxmox: bool,
@@ -154,7 +154,7 @@ class Commands:
                 _close(fds)
                 self._jobs.give_up(error)
                 return
-            self._jobs.start(BackupRequest(file, [*self._disks.argv, *names, *words, output], fds))
+            self._jobs.start(BackupRequest(file, [*self._disks.argv, *names, *argv, output], fds))
 
         try:
             self._disks.look_up(go_on)
@@ -180,8 +180,8 @@ class Commands:
         """Return the options for configuration files. Raises QmpError for one that cannot be read."""
         config = arguments.text("config-file", "config-filename", "config_filename", "config_file")
         firewall = arguments.text("firewall-file", "firewall_file")
-        words = [] if config is None else [_config_word(os.path.basename(config), config)]
-        return words + ([] if firewall is None else [_config_word(FIREWALL_NAME, firewall)])
+        argv = [] if config is None else [_config_word(os.path.basename(config), config)]
+        return argv + ([] if firewall is None else [_config_word(FIREWALL_NAME, firewall)])
 
     def _cancel(self, arguments: dict[str, Any]) -> Any:
         """Succeeds when nothing runs, too."""
@@ -293,14 +293,14 @@ def serve_machine(
 def _commands(
     disks: Disks, jobs: BackupRunner, options: argparse.Namespace, cancel: Cancel
 ) -> Commands:
-    words = [
+    argv = [
         f"--buffer={options.buffer}",
         f"--spool={options.spool}",
         f"--spool-size={options.spool_size}",
         f"--guest-wait={options.guest_wait}",
     ]
     agent = options.agent or ""
-    return Commands(disks, jobs, words, agent, lambda: cancel.ask("ended by a client's quit"))
+    return Commands(disks, jobs, argv, agent, lambda: cancel.ask("ended by a client's quit"))
 
 
 def _serve(

@@ -171,15 +171,15 @@ class Guards:
         return guard
 
     def _start(self, guard: _Guard) -> None:
-        words = [f"--control={guard.control.fd}"]
+        argv = [f"--control={guard.control.fd}"]
         for disk in guard.disks:
-            words += [f"--disk={disk.name}", f"--path={disk.path}"]
+            argv += [f"--disk={disk.name}", f"--path={disk.path}"]
         for listener, offered in guard.listeners:
-            words += [f"--serve={listener.fd}={name}" for name in offered]
+            argv += [f"--serve={listener.fd}={name}" for name in offered]
         names = ", ".join(repr(disk.name) for disk in guard.disks)
         fds = [guard.control.fd, *(listener.fd for listener, _ in guard.listeners)]
         guard.child = self._children.start(
-            f"the guard of {names}", "vmapipe.producer.guard.main", words, fds
+            f"the guard of {names}", "vmapipe.producer.guard.main", argv, fds
         )
 
 

@@ -307,8 +307,8 @@ class SnapshotCheck(NamedTuple):
         return [Command("job-dismiss", {"id": self.name}), *nodes]
 
 
-def _node(name: str, driver: str, words: dict[str, object]) -> Command:
-    return Command("blockdev-add", {"driver": driver, "node-name": name, **words})
+def _node(name: str, driver: str, arguments: dict[str, object]) -> Command:
+    return Command("blockdev-add", {"driver": driver, "node-name": name, **arguments})
 
 
 def broken_reason(qmp: Qmp, look: SnapshotCheck) -> str:

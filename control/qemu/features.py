@@ -54,8 +54,8 @@ def find_features(qmp: Qmp, name: str) -> Features:
     }
     drivers = {
         driver
-        for driver, words in nodes.items()
-        if _misses(qmp, Command(_ADD, {"driver": driver, "node-name": name, **words}), name)
+        for driver, arguments in nodes.items()
+        if _misses(qmp, Command(_ADD, {"driver": driver, "node-name": name, **arguments}), name)
     }
     x_perf = frozenset({"max-workers"} if "x-perf" in known else ())
     return Features(frozenset(known - {"x-perf"}), x_perf, frozenset(drivers))

@@ -248,16 +248,16 @@ class GuardianClient:
         `stream_fd`: what the machine's memory is read from; None: it is not saved.
         """
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        words = [*monitor, "--run", run, "--folder", folder]
-        words += [f"--sink={sink.listener.fileno()}={sink.size_bytes}" for sink in sinks]
+        argv = [*monitor, "--run", run, "--folder", folder]
+        argv += [f"--sink={sink.listener.fileno()}={sink.size_bytes}" for sink in sinks]
         fds = [sink.listener.fileno() for sink in sinks]
         if stream_fd is not None:
-            words.append(f"--stream={stream_fd}")
+            argv.append(f"--stream={stream_fd}")
             fds.append(stream_fd)
         with theirs:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "vmapipe.control.qemu.guardian", *words),
+                    *(sys.executable, "-P", "-m", "vmapipe.control.qemu.guardian", *argv),
                     *("--control-fd", str(theirs.fileno())),
                 ],
                 pass_fds=[theirs.fileno(), *fds],

@@ -107,11 +107,11 @@ class GuestAgent:
         if "return" in answer:
             return answer["return"]
         described = answer.get("error")
-        words = described.get("desc") if isinstance(described, dict) else None
-        if not isinstance(words, str):
+        text = described.get("desc") if isinstance(described, dict) else None
+        if not isinstance(text, str):
             raise self._not_valid(command, "it has neither a member 'return' nor an 'error'")
         raise AgentRefused(
-            f"the guest agent at {self._path} refuses {command}: {one_line(words, _WORDS_CHARS)}"
+            f"the guest agent at {self._path} refuses {command}: {one_line(text, _WORDS_CHARS)}"
         )
 
     def close(self) -> None:

@@ -197,15 +197,15 @@ def _backup(
 
 def _copying(features: Features) -> dict[str, Any]:
     """Return the arguments that all jobs have that copy to a sink."""
-    words: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "on-source-error": "report",
         "on-target-error": "report",
         # It stays until we have seen how it ended.
         "auto-dismiss": False,
     }
     if "max-workers" in features.x_perf:
-        words["x-perf"] = {"max-workers": MAX_WORKERS}
-    return words
+        arguments["x-perf"] = {"max-workers": MAX_WORKERS}
+    return arguments
 
 
 def _filter(target: BackupTarget, run: str, index: int) -> Command:
@@ -214,7 +214,7 @@ def _filter(target: BackupTarget, run: str, index: int) -> Command:
     Not added above that: QEMU 7.2 keeps what a filter still has to copy in the node below it,
     and ends itself when that node goes first.
     """
-    words: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "driver": "copy-before-write",
         "node-name": filter_name(run, index),
         "file": target.disk.device,
@@ -222,27 +222,27 @@ def _filter(target: BackupTarget, run: str, index: int) -> Command:
         "on-cbw-error": "break-snapshot",
     }
     if target.filter_timeout_s:
-        words["cbw-timeout"] = target.filter_timeout_s
-    return Command("blockdev-add", words)
+        arguments["cbw-timeout"] = target.filter_timeout_s
+    return Command("blockdev-add", arguments)
 
 
 def rehearse(run: str, device: str) -> tuple[Command, Command]:
     """Return commands that add and delete a snapshot's node: some QEMUs know it and refuse it."""
     name = snapshot_name(run, 0)
-    words = {"driver": "snapshot-access", "node-name": name, "file": device, "read-only": True}
-    return Command("blockdev-add", words), Command("blockdev-del", {"node-name": name})
+    arguments = {"driver": "snapshot-access", "node-name": name, "file": device, "read-only": True}
+    return Command("blockdev-add", arguments), Command("blockdev-del", {"node-name": name})
 
 
 def copy_snapshot(run: str, index: int, features: Features) -> list[Command]:
     """Return the commands that copy what our filter shows to the job's target."""
     name, source = job_name(run, index), snapshot_name(run, index)
     view = {"driver": "snapshot-access", "node-name": source, "file": filter_name(run, index)}
-    words = {"job-id": name, "device": source, "target": name, "sync": "full"}
+    arguments = {"job-id": name, "device": source, "target": name, "sync": "full"}
     # As with a job that breaks its snapshot: we look before it ends.
     more = {"speed": SLOW_BYTES_S, "auto-finalize": False, **_copying(features)}
     return [
         Command("blockdev-add", {**view, "read-only": True}),
-        Command("blockdev-backup", {**words, **more}),
+        Command("blockdev-backup", {**arguments, **more}),
     ]
 
 
@@ -296,8 +296,8 @@ class OverlayAboveFilter(NamedTuple):
 
         There is nothing between the two that has data, so nothing is copied.
         """
-        words = {"job-id": f"{self.node}{_TAKE_OUT}", "device": self.overlay}
-        return Command("block-stream", {**words, "base-node": self.below})
+        arguments = {"job-id": f"{self.node}{_TAKE_OUT}", "device": self.overlay}
+        return Command("block-stream", {**arguments, "base-node": self.below})
 
 
 def overlays_above_filters(graph: Graph, nodes: Iterable[str]) -> list[OverlayAboveFilter]:

@@ -277,9 +277,9 @@ class RunningMachine:
     def _hold_poweroff(self) -> None:
         """Keep QEMU, and the backup, alive when the guest powers off from now on."""
         pid = self._qemu_pid()
-        words = command_line(pid) if pid else []
+        argv = command_line(pid) if pid else []
         status = self._ask_if_known("query-status") or {}
-        note = poweroff.poweroff_note(words, status, self._folder_path)
+        note = poweroff.poweroff_note(argv, status, self._folder_path)
         if note and poweroff.hold_at_poweroff(self._link, self._run, note):
             self._poweroff_note = note
 

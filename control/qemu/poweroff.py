@@ -59,16 +59,16 @@ def decode_poweroff_note(text: str) -> PoweroffNote:
 
 
 def poweroff_note(
-    words: Sequence[str], status: Mapping[str, Any], folder: str
+    argv: Sequence[str], status: Mapping[str, Any], folder: str
 ) -> PoweroffNote | None:
     """Return the note for a QEMU that ends when its guest powers off, by its command line; else None.
 
-    `words`: its command line, empty when it is not known; `status`: the answer to query-status.
+    `argv`: its command line, empty when it is not known; `status`: the answer to query-status.
     libvirt and Proxmox VE start theirs with -no-shutdown, and end them themselves.
     """
-    if not words or status.get("status") in (None, _OFF, _PANICKED):
+    if not argv or status.get("status") in (None, _OFF, _PANICKED):
         return None
-    options = [word.lstrip("-") for word in words]
+    options = [word.lstrip("-") for word in argv]
     actions = {
         action
         for option, value in itertools.pairwise(options)
@@ -87,9 +87,13 @@ def may_be_off(event: Mapping[str, Any]) -> bool:
 
 def hold_at_poweroff(qmp: Qmp, run: str, note: PoweroffNote) -> bool:
     """Let QEMU pause at power-off; False: this QEMU cannot. Raises QmpGone."""
-    words = {"qom-type": "authz-simple", "id": poweroff_note_name(run), "identity": note.encode()}
+    arguments = {
+        "qom-type": "authz-simple",
+        "id": poweroff_note_name(run),
+        "identity": note.encode(),
+    }
     try:
-        qmp.execute(Command("object-add", words))
+        qmp.execute(Command("object-add", arguments))
         qmp.execute(Command("set-action", {"shutdown": "pause"}))
     except QmpRefused:
         release_poweroff(qmp, run_prefix(run))

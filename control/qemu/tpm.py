@@ -215,8 +215,8 @@ class TpmState:
             os.close(lent)
         file_node = {"driver": "file", "read-only": True, "locking": "off"}
         file_node["filename"] = f"/dev/fdset/{self._fdset}"
-        words = {"node-name": self.disk.device, "driver": "raw", "read-only": True}
-        return Command("blockdev-add", {**words, "file": file_node})
+        arguments = {"node-name": self.disk.device, "driver": "raw", "read-only": True}
+        return Command("blockdev-add", {**arguments, "file": file_node})
 
     def check(self) -> None:
         """Check that the state is of the instant: unchanged until the jobs had begun."""

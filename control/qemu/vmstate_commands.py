@@ -137,8 +137,8 @@ def activate_disks(node: str, socket: str) -> tuple[Command, Command]:
     """
     name = f"{PREFIX}activate"
     address = {"type": "unix", "path": socket}
-    words = {"type": "vhost-user-blk", "id": name, "node-name": node, "addr": address}
-    return Command("block-export-add", words), Command("block-export-del", {"id": name})
+    arguments = {"type": "vhost-user-blk", "id": name, "node-name": node, "addr": address}
+    return Command("block-export-add", arguments), Command("block-export-del", {"id": name})
 
 
 class MigrationProgress(NamedTuple):

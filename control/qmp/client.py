@@ -322,10 +322,10 @@ class QmpClient:
                 raise self._lose_invalid(what, fault)
             return message["return"]
         refusal = message.get("error")
-        words = refusal.get("desc") if isinstance(refusal, dict) else None
-        if not isinstance(words, str):
+        text = refusal.get("desc") if isinstance(refusal, dict) else None
+        if not isinstance(text, str):
             raise self._lose_invalid(what, "it has neither a member 'return' nor an 'error'")
-        raise self._peer.refused(name, words)
+        raise self._peer.refused(name, text)
 
     def _keep(self, event: dict[str, Any]) -> None:
         """Raises QmpGone."""

@@ -190,8 +190,8 @@ class ProgramInput(Input):
         if self._words is None:
             return ""
         self._words.seek(0)
-        words = " ".join(self._words.read(_MAX_WORDS).decode("utf-8", "replace").split())
-        return f": {words}" if words else ""
+        text = " ".join(self._words.read(_MAX_WORDS).decode("utf-8", "replace").split())
+        return f": {text}" if text else ""
 
     def close(self) -> None:
         if self.closed:

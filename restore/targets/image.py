@@ -133,8 +133,8 @@ class ExistingImage:
                 f"{spec.path} refers to another file, {reference}, which a restore into it would "
                 "read or write: restore to a new image"
             )
-        words = ["info", "--output=json", "-f", spec.image_format, "--", _place(self.fd)]
-        told = _qemu_img(spec.path, spec.image_format, words, "cannot read")
+        argv = ["info", "--output=json", "-f", spec.image_format, "--", _place(self.fd)]
+        told = _qemu_img(spec.path, spec.image_format, argv, "cannot read")
         try:
             there_bytes = int(json.loads(told)["virtual-size"])
         except (ValueError, KeyError, TypeError) as error:
@@ -174,11 +174,11 @@ def _place(fd: int) -> str:
 def _create(path: str, place: str, image_format: str, size_bytes: int) -> None:
     """Raises TargetError. Some formats refuse a size that is not whole sectors."""
     size_bytes = -(-size_bytes // _SECTOR_BYTES) * _SECTOR_BYTES
-    words = ["create", "-q", "-f", image_format, place, str(size_bytes)]
-    _qemu_img(path, image_format, words, "cannot make")
+    argv = ["create", "-q", "-f", image_format, place, str(size_bytes)]
+    _qemu_img(path, image_format, argv, "cannot make")
 
 
-def _qemu_img(path: str, image_format: str, words: list[str], failed: str) -> str:
+def _qemu_img(path: str, image_format: str, argv: list[str], failed: str) -> str:
     """Run qemu-img and return what it prints; `failed` begins the TargetError."""
     qemu_img = shutil.which("qemu-img")
     if qemu_img is None:
@@ -187,7 +187,7 @@ def _qemu_img(path: str, image_format: str, words: list[str], failed: str) -> st
         )
     try:
         done = subprocess.run(
-            [qemu_img, *words],
+            [qemu_img, *argv],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -196,10 +196,10 @@ def _qemu_img(path: str, image_format: str, words: list[str], failed: str) -> st
         )
     except subprocess.TimeoutExpired:
         raise TargetError(
-            f"{path}: qemu-img {words[0]} takes longer than {_QEMU_IMG_S:.0f} s"
+            f"{path}: qemu-img {argv[0]} takes longer than {_QEMU_IMG_S:.0f} s"
         ) from None
     if done.returncode:
         lines = (done.stderr.strip() or "it gave no reason").splitlines()
-        reason = lines[-1].removeprefix("qemu-img: ").replace(words[-1], path)
+        reason = lines[-1].removeprefix("qemu-img: ").replace(argv[-1], path)
         raise TargetError(f"{failed} {path}: {reason}")
     return done.stdout

@@ -28,8 +28,8 @@ class LeftoverRemover:
 
     def __init__(self, folder: HeldFolder) -> None:
         """Raises OSError."""
-        words = ["--folder-fd", str(folder.fd)]
-        self._child = Child("the remover of leftovers", __name__, words, [folder.fd], fork=True)
+        argv = ["--folder-fd", str(folder.fd)]
+        self._child = Child("the remover of leftovers", __name__, argv, [folder.fd], fork=True)
 
     @property
     def fd(self) -> int:

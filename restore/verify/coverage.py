@@ -251,13 +251,13 @@ def _wrong(
         return
     name = str(dev_id) if device is None else device.name
     what = f"cluster {first} is" if end == first + 1 else f"clusters {first}..{end - 1} are"
-    words = _REFERENCE_WORDS[why].format(cluster=first, name=name)
+    reference_text = _REFERENCE_WORDS[why].format(cluster=first, name=name)
     if device is None:
         text = f"{what} {why} ({dev_id})"
-        yield Damage(text, archive_offset=at, reference_text=words)
+        yield Damage(text, archive_offset=at, reference_text=reference_text)
         return
     start, length = first * CLUSTER_BYTES, _length(device, first, end - first)
-    yield Damage(f"{what} {why}", name, start, length, at, words)
+    yield Damage(f"{what} {why}", name, start, length, at, reference_text)
 
 
 def _kind(reason: str) -> RangeStateName:

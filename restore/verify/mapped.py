@@ -52,8 +52,8 @@ class MappedHashers:
         self._jobs, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             for _ in range(count):
-                words = [str(theirs.fileno()), str(fd)]
-                pid = fork_module(__name__, words, [theirs.fileno(), fd])
+                argv = [str(theirs.fileno()), str(fd)]
+                pid = fork_module(__name__, argv, [theirs.fileno(), fd])
                 self._workers.append((pid, os.pidfd_open(pid)))
         self._poll = select.poll()
         for wanted in (self._jobs.fileno(), cancel.fd, *(end for _, end in self._workers)):

@@ -68,13 +68,13 @@ class Damage(NamedTuple):
         }
 
     def __str__(self) -> str:
-        words = self.text
+        text = self.text
         if self.device is not None and self.offset is not None and self.length is not None:
             end = self.offset + self.length - 1
-            words = f"device {self.device!r}, bytes {self.offset}..{end}: {words}"
+            text = f"device {self.device!r}, bytes {self.offset}..{end}: {text}"
         if self.archive_offset is not None:
-            words += f" (archive offset {self.archive_offset})"
-        return words
+            text += f" (archive offset {self.archive_offset})"
+        return text
 
 
 class BadRange(NamedTuple):

@@ -30,8 +30,8 @@ def start_workers(children: Children, count: int, endpoint: str, fds: Sequence[i
     """Start `count` workers, which inherit `fds`; they wait for the reader to listen at `endpoint`."""
     for number in range(1, count + 1):
         name = f"worker-{number}"
-        words = ["--endpoint", endpoint, "--name", name]
-        children.start(f"restore {name}", "vmapipe.restore.workers.worker", words, fds)
+        argv = ["--endpoint", endpoint, "--name", name]
+        children.start(f"restore {name}", "vmapipe.restore.workers.worker", argv, fds)
 
 
 class WorkerPool:
