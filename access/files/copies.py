@@ -7,6 +7,7 @@ checked, what is more than was announced is refused, what is less is padded with
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tarfile
@@ -38,7 +39,12 @@ _TYPES = {
     BLOCK_DEVICE: tarfile.BLKTYPE,
     FIFO: tarfile.FIFOTYPE,
 }
+# One entry's fault, and of the folder here: a name that it cannot hold (longer, of other letters,
+# taken if small and large letters are the same), a link where there are none.
+_NAME_ERRORS = (errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EPERM)
 _ZEROES = bytes(64 << 10)
+# Files with several names that are known again, some 300 bytes each; those behind are written twice.
+_MAX_LINKED = 1 << 20
 # More pieces than any file system has: 24 bytes each are kept until the file is written.
 _MAX_STRETCHES = 1 << 20
 
@@ -120,8 +126,10 @@ class TarWriter:
             return
         info = _tar_info(entry, name)
         if entry.kind == FILE and entry.links > 1:
-            known = self._names.setdefault(entry.inode, name)
-            if known != name:
+            known = self._names.get(entry.inode)
+            if known is None and len(self._names) < _MAX_LINKED:
+                self._names[entry.inode] = name
+            if known is not None:
                 info.type, info.linkname = tarfile.LNKTYPE, known
                 self._write(_header(info))
                 return
@@ -285,6 +293,8 @@ class FolderWriter:
         self._content: _Content | None = None
         self._fd = -1
         self._made: dict[int, tuple[bytes, ...]] = {}
+        # What is below an entry that could not be made.
+        self._left_out = b""
         self.files = 0
         self.is_whole = True
 
@@ -294,15 +304,20 @@ class FolderWriter:
         below = relative_path(entry.path, self._top)
         if entry.path != self._top:
             names += below.split(b"/")[1 if self._top.strip(b"/") else 0 :]
+        if self._left_out and entry.path.startswith(self._left_out):
+            return
         parent_fd, name = self._parent(names), names[-1]
         try:
             self._make(entry, parent_fd, name, tuple(names))
-        except FileExistsError as error:
-            raise Failure(f"{shown(b'/'.join(names))} exists already") from error
         except OSError as error:
-            raise Failure(
-                f"cannot make {shown(b'/'.join(names))}: {os_error_text(error)}"
-            ) from error
+            text = f"cannot make {shown(b'/'.join(names))}: {os_error_text(error)}"
+            if error.errno == errno.EEXIST:
+                text = f"{shown(b'/'.join(names))} exists already"
+            if len(names) == 1 or error.errno not in _NAME_ERRORS:
+                raise Failure(text) from error
+            self._report(text)
+            self.is_whole = False
+            self._left_out = entry.path + b"/"
 
     def _parent(self, names: list[bytes]) -> int:
         """The descriptor of the folder that this name goes into, which came before it."""
@@ -330,7 +345,8 @@ class FolderWriter:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(name, flags, 0o600, dir_fd=parent_fd)
             self._content = _Content(entry)
-            self._made[entry.inode] = names
+            if entry.links > 1 and len(self._made) < _MAX_LINKED:
+                self._made[entry.inode] = names
             self.files += 1
         else:
             what = "device nodes, FIFOs and sockets are left out (`vmapipe files tar` has them)"
@@ -366,7 +382,7 @@ class FolderWriter:
         self._content, self._fd = None, -1
         entry = content.entry
         try:
-            os.ftruncate(fd, entry.size_bytes)
+            self._set_size(entry, fd)
             self._set_xattrs(entry, fd)
             # Not the bits that make it run as its owner, who is another one here.
             os.fchmod(fd, entry.mode & 0o777)
@@ -381,6 +397,17 @@ class FolderWriter:
                 f"{shown(entry.path)}: {content.missing_bytes} bytes could not be read "
                 "and are zeroes in the copy"
             )
+
+    def _set_size(self, entry: Entry, fd: int) -> None:
+        try:
+            os.ftruncate(fd, entry.size_bytes)
+        except (OSError, OverflowError) as error:
+            # Made up, or larger than a file can be here: it keeps what there is of it.
+            if isinstance(error, OSError) and error.errno not in (errno.EFBIG, errno.EINVAL):
+                raise
+            self.is_whole = False
+            size = f"{entry.size_bytes} bytes"
+            self._report(f"{shown(entry.path)}: a file of {size} cannot be made here")
 
     def _set_xattrs(self, entry: Entry, fd: int) -> None:
         for key, value in zip(entry.xattrs[::2], entry.xattrs[1::2], strict=False):

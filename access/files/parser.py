@@ -21,6 +21,7 @@ from vmapipe.access.files.messages import (
     FOLDER,
     LINK,
     MAX_DATA_BYTES,
+    MAX_PATH_BYTES,
     MAX_READ_BYTES,
     MAX_WORD_BYTES,
     MAX_XATTRS,
@@ -77,6 +78,12 @@ _NTFS_DATA = int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA)
 _STEP_BYTES = 4096
 # Deeper than any real one; a folder that holds itself would go on for ever.
 _MAX_DEPTH = 256
+_MAX_NS = (1 << 63) - 1
+# ext4 has room for a block of them, and an inode's rest; with a path it has to fit into a message.
+_MAX_XATTR_BYTES = 56 << 10
+# Folders that are known again: numbers of 4 million take some 200 MiB. With more, one that has
+# two names is still noticed when it is inside itself.
+_MAX_KNOWN_FOLDERS = 4 << 20
 
 
 class _Image(pytsk3.Img_Info):  # type: ignore[misc]
@@ -247,7 +254,9 @@ class FileSystem:
     def entry(self, path: bytes, file: Any) -> Entry:
         """Raises OSError."""
         meta = file.info.meta
-        kind = _KINDS[int(meta.type)]
+        kind = _KINDS.get(int(meta.type))
+        if kind is None or len(path) > MAX_PATH_BYTES:
+            raise OSError("it is of no kind that a file can be, or lies too deep")
         mode, uid, gid = int(meta.mode) & 0o7777, int(meta.uid), int(meta.gid)
         mtime_ns = int(meta.mtime) * 10**9 + int(meta.mtime_nano)
         device, xattrs = 0, {}
@@ -255,7 +264,7 @@ class FileSystem:
             try:
                 inode = ext.read_inode(self._image.read, self._superblock, int(meta.addr))
             except (ext.ExtError, struct.error):
-                self.notices.append("extended attributes and numbers of device nodes are missing")
+                self._tell_once("extended attributes and numbers of device nodes are missing")
                 self._superblock = None
             else:
                 mode, uid, gid, mtime_ns = inode.mode & 0o7777, inode.uid, inode.gid, inode.mtime_ns
@@ -264,7 +273,7 @@ class FileSystem:
                     device = (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & 0xFFF00) << 12
                 xattrs = inode.xattrs
         target = self._link_target(file, meta) if kind == LINK else b""
-        flat = [word for pair in list(xattrs.items())[:MAX_XATTRS] for word in pair]
+        flat = self._flat(xattrs)
         return Entry(
             path,
             kind,
@@ -272,7 +281,8 @@ class FileSystem:
             uid & 0xFFFFFFFF,
             gid & 0xFFFFFFFF,
             max(0, int(meta.size)) if kind in (FILE, LINK) else 0,
-            mtime_ns,
+            # Beyond the year 2262: a made-up time, which goes into no number of 64 bits.
+            max(-_MAX_NS, min(mtime_ns, _MAX_NS)),
             int(meta.addr),
             max(0, int(meta.nlink)) & 0xFFFFFFFF,
             device,
@@ -280,10 +290,26 @@ class FileSystem:
             tuple(flat),
         )
 
+    def _flat(self, xattrs: dict[bytes, bytes]) -> list[bytes]:
+        """Names and values one after the other, as many as fit into a message."""
+        words: list[bytes] = []
+        size = 0
+        for pair in list(xattrs.items())[:MAX_XATTRS]:
+            size += sum(map(len, pair))
+            if size > _MAX_XATTR_BYTES:
+                self._tell_once("extended attributes are missing where a file has too many")
+                break
+            words += pair
+        return words
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self.notices:
+            self.notices.append(text)
+
     def _link_target(self, file: Any, meta: Any) -> bytes:
         if meta.link is not None:
-            return bytes(meta.link)
-        size = min(int(meta.size), 4096)
+            return bytes(meta.link)[:MAX_WORD_BYTES]
+        size = min(int(meta.size), MAX_WORD_BYTES)
         return bytes(file.read_random(0, size)) if size else b""
 
     def children(self, path: bytes, folder: Any) -> Iterator[tuple[bytes, Any]]:
@@ -302,6 +328,7 @@ class FileSystem:
         """The entry and all below it, a folder before what is in it."""
         stack: list[Iterator[tuple[bytes, Any] | EntryFailed]] = [iter([(path, file)])]
         above: list[int] = []
+        known: set[int] = set()
         while stack:
             try:
                 item = next(stack[-1], None)
@@ -318,13 +345,17 @@ class FileSystem:
                 continue
             path, file = item
             meta = file.info.meta
-            if _KINDS[int(meta.type)] != FOLDER:
+            if _KINDS.get(int(meta.type)) != FOLDER:
                 continue
-            if int(meta.addr) in above or len(stack) > _MAX_DEPTH:
-                yield EntryFailed(path, b"the folder is inside itself, or too deep")
+            number = int(meta.addr)
+            # No file system here has two names for a folder: a made-up one would have no end.
+            if number in known or number in above or len(stack) > _MAX_DEPTH:
+                yield EntryFailed(path, b"the folder is there twice, inside itself, or too deep")
                 continue
+            if len(known) < _MAX_KNOWN_FOLDERS:
+                known.add(number)
             stack.append(self.children(path, file))
-            above.append(int(meta.addr))
+            above.append(number)
 
     # --- content ---
 
@@ -353,12 +384,14 @@ class FileSystem:
     def _stretches(self, file: Any, size: int) -> Iterator[tuple[int, int]]:
         """Where there is data, by the runs of its content; all of it where there are none."""
         block = int(self._fs.info.block_size)
-        runs = None
+        runs, is_ext = None, self.kind in _EXT.values()
         for attribute in file:
             kind = int(attribute.info.type)
             if kind == 1 or (kind == _NTFS_DATA and attribute.info.name is None):
-                is_compressed = int(attribute.info.flags) & int(pytsk3.TSK_FS_ATTR_COMP)
-                runs = None if is_compressed else list(attribute)
+                flags = int(attribute.info.flags)
+                runs = None if flags & int(pytsk3.TSK_FS_ATTR_COMP) else list(attribute)
+                if is_ext and not runs and flags & int(pytsk3.TSK_FS_ATTR_NONRES):
+                    return  # a hole, however large the file says that it is
                 break
         if not runs:
             yield 0, size
@@ -368,7 +401,7 @@ class FileSystem:
             covered = max(covered, (run.offset + run.len) * block)
             if not int(run.flags) & _NO_CONTENT:
                 yield min(run.offset * block, size), min((run.offset + run.len) * block, size)
-        if covered < size and self.kind not in _EXT.values():
+        if covered < size and not is_ext:
             yield covered, size
 
 

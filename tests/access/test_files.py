@@ -311,17 +311,68 @@ def test_nothing_is_written_through_a_link_that_came_from_the_archive(tmp_path: 
     outside = tmp_path / "outside"
     outside.mkdir()
     (tmp_path / "to").mkdir()
+    (outside / "file").write_bytes(b"ours")
     fd = os.open(tmp_path / "to", os.O_RDONLY)
     writer = FolderWriter(fd, b"/top", b"top", print)
     writer.entry(entry(b"/top", FOLDER))
     writer.entry(entry(b"/top/way", LINK, target=os.fsencode(outside)))
     with pytest.raises(Failure):
         writer.entry(entry(b"/top/way/file"))
-    with pytest.raises(Failure):
-        writer.entry(entry(b"/top/way"))
+    # A folder, and a file, of the link's name: left out with what is in them.
+    for kind in (FOLDER, FILE):
+        writer.entry(entry(b"/top/way", kind))
+        writer.entry(entry(b"/top/way/file", size=3))
+        writer.stretch(Stretch(0, 3))
+        writer.data(FileData(0, b"bad"))
     writer.close()
     os.close(fd)
-    assert list(outside.iterdir()) == []
+    assert not writer.is_whole
+    assert (outside / "file").read_bytes() == b"ours"
+    assert len(list(outside.iterdir())) == 1
+
+
+def test_a_name_that_the_folder_cannot_hold_costs_that_entry_and_no_other(tmp_path: Path) -> None:
+    told: list[str] = []
+    fd = os.open(tmp_path, os.O_RDONLY)
+    writer = FolderWriter(fd, b"/top", b"top", told.append)
+    long = b"/top/" + "漢".encode() * 100  # NTFS has 255 letters in a name, Linux 255 bytes
+    writer.entry(entry(b"/top", FOLDER))
+    writer.entry(entry(long, FOLDER))
+    writer.entry(entry(long + b"/in it"))
+    writer.entry(entry(b"/top/twin"))
+    writer.entry(entry(b"/top/twin"))  # what a folder that takes "twin" for "Twin" answers, too
+    writer.entry(entry(b"/top/last"))
+    writer.close()
+    os.close(fd)
+    assert not writer.is_whole
+    assert sorted(path.name for path in (tmp_path / "top").iterdir()) == ["last", "twin"]
+    assert ["cannot make" in told[0], "exists already" in told[1], len(told)] == [True, True, 2]
+
+
+def test_a_file_of_an_exbibyte_and_more_is_a_hole_or_is_told(tmp_path: Path) -> None:
+    for size in (1 << 60, (1 << 64) - 1):
+        told: list[str] = []
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        fd = os.open(folder, os.O_RDONLY)
+        writer = FolderWriter(fd, b"/top", b"top", told.append)
+        writer.entry(entry(b"/top", FOLDER))
+        writer.entry(entry(b"/top/huge", size=size))
+        writer.stretch(Stretch(4096, 5))
+        writer.data(FileData(4096, b"there"))
+        writer.entry(entry(b"/top/next"))
+        writer.close()
+        os.close(fd)
+        assert (folder / "top/next").exists()
+        assert (folder / "top/huge").read_bytes()[4096:4101] == b"there" if told else True
+        assert writer.is_whole == (not told)
+        out = io.BytesIO()
+        tar = TarWriter(out, b"/top", told.append)
+        tar.entry(entry(b"/top/huge", size=size))
+        tar.stretch(Stretch(4096, 5))
+        tar.data(FileData(4096, b"there"))
+        tar.close()
+        assert len(out.getvalue()) <= 1 << 16
 
 
 @pytest.mark.parametrize(
