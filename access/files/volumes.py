@@ -221,7 +221,8 @@ class _Pool:
                 continue
             self._done.add(group.uuid)
             members = [node for uuid in group.pv_uuids for node in self._members.get(uuid, ())]
-            for volume in group.volumes:
+            # None: the text names no physical volume that there is, not even the one it was on.
+            for volume in group.volumes if members else ():
                 yield self._node(group, volume, members)
 
     def _node(self, group: lvm.VolumeGroup, volume: lvm.LogicalVolume, members: list[Node]) -> Node:
