@@ -124,6 +124,10 @@ class TarWriter:
         if entry.kind == SOCKET:
             self._report(f"{shown(entry.path)}: a socket, which tar cannot hold, is left out")
             return
+        if entry.kind == LINK and not _is_target(entry.target):
+            self._report(f"{shown(entry.path)}: a link that leads nowhere is left out")
+            self.is_whole = False
+            return
         info = _tar_info(entry, name)
         if entry.kind == FILE and entry.links > 1:
             known = self._names.get(entry.inode)
@@ -223,9 +227,17 @@ def _tar_info(entry: Entry, name: str) -> tarfile.TarInfo:
     info.mtime = seconds
     headers = {"mtime": f"{seconds}.{nanoseconds:09d}"} if nanoseconds and seconds >= 0 else {}
     for key, value in zip(entry.xattrs[::2], entry.xattrs[1::2], strict=False):
-        headers[f"SCHILY.xattr.{os.fsdecode(key)}"] = os.fsdecode(value)
+        # As GNU tar writes a name that would end the keyword.
+        name = os.fsdecode(key).replace("%", "%25").replace("=", "%3D")
+        if "\0" not in name:
+            headers[f"SCHILY.xattr.{name}"] = os.fsdecode(value)
     info.pax_headers = headers
     return info
+
+
+def _is_target(target: bytes) -> bool:
+    """Whether a link can lead there: a damaged file system has others."""
+    return target != b"" and b"\0" not in target
 
 
 def _header(info: tarfile.TarInfo) -> bytes:
@@ -305,6 +317,10 @@ class FolderWriter:
         if entry.path != self._top:
             names += below.split(b"/")[1 if self._top.strip(b"/") else 0 :]
         if self._left_out and entry.path.startswith(self._left_out):
+            return
+        if entry.kind == LINK and not _is_target(entry.target):
+            self._report(f"{shown(entry.path)}: a link that leads nowhere is left out")
+            self.is_whole = False
             return
         parent_fd, name = self._parent(names), names[-1]
         try:
@@ -411,7 +427,7 @@ class FolderWriter:
 
     def _set_xattrs(self, entry: Entry, fd: int) -> None:
         for key, value in zip(entry.xattrs[::2], entry.xattrs[1::2], strict=False):
-            if key.startswith(b"user."):
+            if key.startswith(b"user.") and b"\0" not in key:
                 try:
                     os.setxattr(fd, key, value)
                 except OSError as error:

@@ -350,7 +350,7 @@ class FileSystem:
             number = int(meta.addr)
             # No file system here has two names for a folder: a made-up one would have no end.
             if number in known or number in above or len(stack) > _MAX_DEPTH:
-                yield EntryFailed(path, b"the folder is there twice, inside itself, or too deep")
+                yield EntryFailed(path, _TWICE.encode())
                 continue
             if len(known) < _MAX_KNOWN_FOLDERS:
                 known.add(number)
@@ -420,6 +420,7 @@ def _joined(stretches: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield last_start, last_end
 
 
+_TWICE = "the folder is there twice, inside itself, or too deep"
 _UNTRUE = (
     "the log of this file system is not replayed: what was written in the last seconds before "
     "the backup may be missing or old"

@@ -349,6 +349,27 @@ def test_a_name_that_the_folder_cannot_hold_costs_that_entry_and_no_other(tmp_pa
     assert ["cannot make" in told[0], "exists already" in told[1], len(told)] == [True, True, 2]
 
 
+def test_a_link_or_an_attribute_that_nothing_can_hold_costs_only_itself(tmp_path: Path) -> None:
+    told: list[str] = []
+    fd = os.open(tmp_path, os.O_RDONLY)
+    out = io.BytesIO()
+    writers = FolderWriter(fd, b"/top", b"top", told.append), TarWriter(out, b"/top", told.append)
+    odd = (b"user.a=b", b"1", b"user.nul\0", b"2", b"user.%", b"3")
+    for writer in writers:
+        writer.entry(entry(b"/top", FOLDER))
+        writer.entry(entry(b"/top/empty", LINK))
+        writer.entry(entry(b"/top/nul", LINK, target=b"a\0b"))
+        writer.entry(entry(b"/top/file")._replace(xattrs=odd))
+        writer.close()
+        assert not writer.is_whole
+    os.close(fd)
+    assert len([text for text in told if "leads nowhere" in text]) == 4
+    assert [path.name for path in (tmp_path / "top").iterdir()] == ["file"]
+    with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
+        headers = tar.getmember("top/file").pax_headers
+    assert {"SCHILY.xattr.user.a%3Db", "SCHILY.xattr.user.%25"} == set(headers)
+
+
 def test_a_file_of_an_exbibyte_and_more_is_a_hole_or_is_told(tmp_path: Path) -> None:
     for size in (1 << 60, (1 << 64) - 1):
         told: list[str] = []
