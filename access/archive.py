@@ -23,6 +23,7 @@ from vmapipe.access.index import (
     encode_index,
 )
 from vmapipe.access.storage import (
+    WHOLE_FRAME_BYTES,
     FrameStorage,
     PlainStorage,
     RangeStorage,
@@ -270,7 +271,8 @@ def _open_object(name: str, cancel: Cancel, caches: Caches) -> Storage:
         if is_zstd(start):
             frames = seekable_frames(remote.pread, remote.size_bytes, (cancel,))
         if frames is not None:
-            return FrameStorage(name, remote.pread, remote.close, frames)
+            release, piece_bytes = remote.close, WHOLE_FRAME_BYTES
+            return FrameStorage(name, remote.pread, release, frames, piece_bytes=piece_bytes)
     except BaseException:
         remote.close()
         raise
@@ -342,6 +344,7 @@ def _build(
         try:
             extent = _parse(raw, header, at, listed, manifest is not None)
             if at + extent.total_bytes > storage.size_bytes:
+                _check_end(storage)
                 raise ExtentError("the archive ends inside an extent's data", offset=at)
         except ArchiveError as error:
             archive.tell(str(error))
@@ -352,10 +355,17 @@ def _build(
         builder.add(extent, listed.digest if listed is not None else b"")
         archive.has_grown()
         at += extent.total_bytes
+    _check_end(storage)
     index = builder.finish()
     for dev_id, cluster in builder.double.items():
         archive.tell(f"cluster {cluster} of device {dev_id} comes twice: neither is served")
     return index
+
+
+def _check_end(storage: Storage) -> None:
+    """Raises InputError where less came than there is: that is no damage of the archive."""
+    if isinstance(storage, SpoolStorage):
+        storage.check_end()
 
 
 def _parse(

@@ -28,12 +28,14 @@ class ArchiveDisk:
         self._archive = archive
         self._dev_id = device.dev_id
         self._stored_bytes: int | None = None
+        self._try_stored = archive.storage.try_read_into
 
     # --- reads ---
 
     def try_read(self, target: memoryview, offset: int) -> bool:
         """Zeroes, and data that was checked before and is in memory."""
-        index = self._archive.index.disks.get(self._dev_id)
+        archive = self._archive
+        index = archive.index.disks.get(self._dev_id)
         if index is None:
             return False  # it is still being made: what is not there yet is waited for
         found = index.data_at(offset, len(target))
@@ -41,10 +43,10 @@ class ArchiveDisk:
             extent, byte = found
             if extent < 0:
                 return _clear(target)
-            if not self._archive.is_checked(extent):
+            if not archive.is_checked(extent):
                 return False
-            start = self._archive.index.offsets[extent] + EXTENT_HEADER_BYTES
-            return self._archive.storage.try_read_into(target, start + byte)
+            start = archive.index.offsets[extent] + EXTENT_HEADER_BYTES
+            return self._try_stored(target, start + byte)
         at = 0
         while at < len(target):
             place = self._find(offset + at)

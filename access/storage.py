@@ -15,12 +15,13 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from vmapipe.restore.archive.errors import InputError
 from vmapipe.restore.archive.source import Stream
-from vmapipe.restore.archive.zstd import decompress_frame, decompress_start
+from vmapipe.restore.archive.zstd import FrameReader, decompress_start
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.process import keep_freed_memory
 from vmapipe.runtime.syscalls import read_at, try_read_at, write_at
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import Frame
@@ -33,6 +34,10 @@ Pread = Callable[[int, int], bytes]
 CACHE_BYTES = 128 << 20
 # Of an object at a time: a third of an extent, so that a small read does not cost a whole one.
 _RANGE_BYTES = 1 << 20
+# Of a compressed frame in a file at a time: a read of its start does not need all.
+_PIECE_BYTES = 256 << 10
+# A frame, of any that we write.
+WHOLE_FRAME_BYTES = 32 << 20
 # More than any archive has.
 _ENDLESS = 1 << 62
 # A thread that decompresses is told to stop, and looks for that at each read.
@@ -82,8 +87,9 @@ class FrameStorage:
     """A zstd file, or object, of independent frames with a seek table. `release` ends it.
 
     `pread` (length, offset) reads the compressed bytes, fewer only at the end, and may
-    raise OSError or Failure. A frame is decompressed whole when it is read, and kept while there is room in
-    the cache; a thread that wants a frame which another one decompresses waits for it.
+    raise OSError or Failure. A frame is decompressed whole when it is read for the first time, which compares
+    its checksum, and later as far as it is needed. It is kept while there is room in the cache; a
+    thread that wants a frame which another one decompresses waits for it.
     """
 
     def __init__(
@@ -93,11 +99,16 @@ class FrameStorage:
         release: Callable[[], None],
         frames: list[Frame],
         cache_bytes: int = CACHE_BYTES,
+        piece_bytes: int = _PIECE_BYTES,
     ) -> None:
+        """`piece_bytes`: of compressed data at a time; where a request costs more than bytes, a frame's."""
+        self._piece_bytes = piece_bytes
         self._name = name
         self._pread_file = pread
         self._release = release
-        self._cache = _Cache(cache_bytes)
+        self._cache = _Cache(cache_bytes, _cost_of_frame)
+        self._proved = bytearray(len(frames))
+        keep_freed_memory()
         self._file_at, self._plain_at = array("Q", [0]), array("Q", [0])
         for frame in frames:
             self._file_at.append(self._file_at[-1] + frame.compressed_bytes)
@@ -109,10 +120,22 @@ class FrameStorage:
         while done < len(view) and offset + done < self.size_bytes:
             number = bisect_right(self._plain_at, offset + done) - 1
             at = offset + done - self._plain_at[number]
-            piece = self._cache.get(number, self._decompress)[at : at + len(view) - done]
-            view[done : done + len(piece)] = piece
-            done += len(piece)
+            length = min(len(view) - done, self._plain_at[number + 1] - self._plain_at[number] - at)
+            self._frame(number, at + length).copy_to(view[done : done + length], at)
+            done += length
         return done
+
+    def _frame(self, number: int, end: int) -> FrameReader:
+        """The frame, decompressed up to `end` at least. Raises OSError (EIO)."""
+        frame = self._cache.get(number, self._read_frame)
+        plain_bytes = self._plain_at[number + 1] - self._plain_at[number]
+        try:
+            frame.go_to(end if self._proved[number] else plain_bytes)
+        except ValueError as error:
+            self._cache.forget(number)
+            raise read_error(self._name, self._file_at[number], str(error)) from error
+        self._proved[number] = 1
+        return frame
 
     def read_start(self, length: int, offset: int) -> bytes:
         """`length` bytes, of a frame that begins at or before `offset`, and no more work than that.
@@ -121,9 +144,11 @@ class FrameStorage:
         """
         number = bisect_right(self._plain_at, offset) - 1
         at = offset - self._plain_at[number]
-        kept = self._cache.kept(number)
-        if kept is not None:
-            return kept[at : at + length]
+        plain_bytes = self._plain_at[number + 1] - self._plain_at[number]
+        if self._cache.kept(number) is not None:
+            view = memoryview(bytearray(max(0, min(length, plain_bytes - at))))
+            self._frame(number, at + len(view)).copy_to(view, at)
+            return bytes(view)
         file_at, end = self._file_at[number], self._file_at[number + 1]
 
         def pieces() -> Iterator[bytes]:
@@ -140,20 +165,18 @@ class FrameStorage:
         if offset + len(view) > self._plain_at[min(number + 1, len(self._plain_at) - 1)]:
             return False
         frame = self._cache.kept(number)
-        if frame is None:
-            return False
         at = offset - self._plain_at[number]
-        view[:] = frame[at : at + len(view)]
+        # A frame that was not proved to its end has no bytes yet.
+        if frame is None or not self._proved[number] or at + len(view) > frame.done_bytes:
+            return False
+        frame.copy_to(view, at)
         return True
 
-    def _decompress(self, number: int) -> bytes:
+    def _read_frame(self, number: int) -> FrameReader:
         file_at = self._file_at[number]
-        plain_bytes = self._plain_at[number + 1] - self._plain_at[number]
-        data = self._pread(self._file_at[number + 1] - file_at, file_at)
-        try:
-            return decompress_frame(data, plain_bytes)
-        except ValueError as error:
-            raise read_error(self._name, file_at, str(error)) from error
+        end, step = self._file_at[number + 1], self._piece_bytes
+        pieces = (self._pread(min(step, end - at), at) for at in range(file_at, end, step))
+        return FrameReader(pieces, self._plain_at[number + 1] - self._plain_at[number])
 
     def _pread(self, length: int, offset: int) -> bytes:
         data = _whole(self._name, self._pread_file, length, offset)
@@ -180,7 +203,7 @@ class RangeStorage:
         self._name = name
         self._pread_file = pread
         self._release = release
-        self._cache = _Cache(cache_bytes)
+        self._cache = _Cache(cache_bytes, _cost_of_bytes)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         done = 0
@@ -267,6 +290,12 @@ class SpoolStorage:
                 raise read_error(self._name, self._there, self._error)
         return read_at(self._file.fileno(), view, offset)
 
+    def check_end(self) -> None:
+        """Raises InputError where the bytes ended for another reason than the stream's end."""
+        with self._changed:
+            if self._error:
+                raise InputError(f"{self._name}: {self._error}")
+
     def try_read_into(self, view: memoryview, offset: int) -> bool:
         there = offset + len(view) <= self._there
         return there and try_read_at(self._file.fileno(), view, offset)
@@ -279,24 +308,37 @@ class SpoolStorage:
             self._file.close()
 
 
-class _Cache:
+_Piece = TypeVar("_Piece")
+
+
+def _cost_of_bytes(piece: bytes) -> int:
+    return len(piece)
+
+
+def _cost_of_frame(frame: FrameReader) -> int:
+    # What of it is not decompressed yet takes no more than that, as a rule.
+    return frame.plain_bytes
+
+
+class _Cache(Generic[_Piece]):
     """Pieces by number, the least used forgotten first. Each is made by one thread at a time."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, cost_of: Callable[[_Piece], int]) -> None:
         self._limit_bytes = limit_bytes
+        self._cost_of = cost_of
         self._changed = threading.Condition()
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._kept: OrderedDict[int, _Piece] = OrderedDict()
         self._bytes = 0
         self._under_way: set[int] = set()
 
-    def kept(self, number: int) -> bytes | None:
+    def kept(self, number: int) -> _Piece | None:
         with self._changed:
             piece = self._kept.get(number)
             if piece is not None:
                 self._kept.move_to_end(number)
             return piece
 
-    def get(self, number: int, make: Callable[[int], bytes]) -> bytes:
+    def get(self, number: int, make: Callable[[int], _Piece]) -> _Piece:
         with self._changed:
             while number in self._under_way:
                 self._changed.wait()
@@ -313,12 +355,18 @@ class _Cache:
                 self._changed.notify_all()
         with self._changed:
             if number not in self._kept:
-                self._bytes += len(piece)
+                self._bytes += self._cost_of(piece)
             self._kept[number] = piece
             while self._bytes > self._limit_bytes and len(self._kept) > 1:
                 _, oldest = self._kept.popitem(last=False)
-                self._bytes -= len(oldest)
+                self._bytes -= self._cost_of(oldest)
         return piece
+
+    def forget(self, number: int) -> None:
+        with self._changed:
+            piece = self._kept.pop(number, None)
+            if piece is not None:
+                self._bytes -= self._cost_of(piece)
 
 
 def _whole(name: str, pread: Pread, length: int, offset: int) -> bytes:

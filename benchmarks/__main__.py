@@ -15,7 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
-from benchmarks import guard, memory
+from benchmarks import guard, memory, serve
 from benchmarks.cases import bound_cases
 from benchmarks.extras import extra_cases
 from benchmarks.measure import Case, Result, forget, remove, run_case
@@ -128,12 +128,16 @@ class _Run:
             self._report.left_out.append("what a guest feels")
             return
         place = self._place
-        try:
-            for felt in guard.run_guard(place.disk, place.size_mib, _FEWER_PAIRS, self._only):
-                guard.report(felt)
-                self._report.guard.append(felt)
-        except (SystemExit, OSError, subprocess.SubprocessError) as error:
-            self._failed("what a guest feels", error)
+        for name, results in (
+            ("what a guest feels", guard.run_guard),
+            ("what is served", serve.run_serve),
+        ):
+            try:
+                for felt in results(place.disk, place.size_mib, _FEWER_PAIRS, self._only):
+                    guard.report(felt)
+                    self._report.guard.append(felt)
+            except (SystemExit, OSError, subprocess.SubprocessError) as error:
+                self._failed(name, error)
 
     def _failed(self, name: str, error: BaseException) -> None:
         lines = str(error).strip().splitlines() or [traceback.format_exc()]

@@ -50,7 +50,11 @@ class Report:
             if result.case.name in self.pinned:
                 text += f"\n... on one core:\n\n{_command_rows(self.pinned[result.case.name])}"
         if self.guard:
-            text += "\nWhat a guest feels:\n\n```" + "".join(map(guard.text, self.guard)) + "```\n"
+            text += (
+                "\nWhat a guest and who reads a served archive feel:\n\n```"
+                + "".join(map(guard.text, self.guard))
+                + "```\n"
+            )
         return text
 
     def _bound_row(self, result: Result) -> str:

@@ -58,6 +58,16 @@ def wait_for_event(process: subprocess.Popen[bytes], event: str = "ready") -> No
 
 
 @contextlib.contextmanager
+def archive(path: Path, folder: Path) -> Iterator[Served]:
+    """An archive of one disk, served without a restore."""
+    sock = folder / "archive.sock"
+    words = (*VMAPIPE, "serve", "--json", "--no-index-cache", "--listen", sock, path)
+    with _process(*words) as process:
+        wait_for_event(process, "exported")
+        yield Served("vmapipe", f"nbd+unix:///drive-scsi0?socket={sock}")
+
+
+@contextlib.contextmanager
 def nbdkit(image: Path, folder: Path) -> Iterator[Served]:
     sock = folder / "nbdkit.sock"
     with _process("nbdkit", "-f", "-U", sock, "file", image):

@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,6 +51,9 @@ _ANY_WINDOW: Mapping[int, int] = {zstd.DecompressionParameter.window_log_max: 31
 # Magic, descriptor, window, dictionary id, content size; and the least that a frame can have.
 _MAX_HEADER_BYTES = 4 + 1 + 1 + 4 + 8
 _MIN_FRAME_BYTES = 4 + 1 + 1 + 3
+# Of a frame at a time, where only a part of it is asked for: of 32 KiB to 1 MiB the quickest.
+_CHUNK_BYTES = 64 << 10
+_WRONG_LENGTH = "a zstd frame is not as long as its seek table says"
 # At a time: a bomb's plain data fills no more memory than this.
 _PIECE_BYTES = 1 << 20
 # Frames are held whole, twice as many as there are threads: larger ones are
@@ -199,8 +203,73 @@ def decompress_frame(data: bytes, plain_bytes: int) -> bytes:
     except zstd.ZstdError as error:
         raise ValueError(f"the zstd data is damaged: {error}") from error
     if len(plain) != plain_bytes or not decompressor.eof or decompressor.unused_data:
-        raise ValueError("a zstd frame is not as long as its seek table says")
+        raise ValueError(_WRONG_LENGTH)
     return plain
+
+
+class FrameReader:
+    """A frame that is decompressed as far as somebody has asked, and goes on from there.
+
+    `data`: the compressed bytes, in pieces that are taken as they are needed. Any thread may use it. What was
+    decompressed is kept in chunks of `_CHUNK_BYTES`.
+    """
+
+    def __init__(self, data: Iterator[bytes], plain_bytes: int) -> None:
+        #: Bytes that are decompressed; what lies before it does not change any more.
+        self.done_bytes = 0
+        self.plain_bytes = plain_bytes
+        self._chunks: list[bytes] = []
+        self._data = data
+        self._decompressor: zstd.ZstdDecompressor | None = None
+        self._lock = threading.Lock()
+
+    def go_to(self, end: int) -> None:
+        """Decompress up to `end`; at the frame's end its length and checksum are compared.
+
+        Raises ValueError where it is damaged, or not as long as it should be, and what `data` raises.
+        """
+        with self._lock:
+            while self.done_bytes < end:
+                chunk = self._next(min(_CHUNK_BYTES, self.plain_bytes - self.done_bytes))
+                self._chunks.append(chunk)
+                if self.done_bytes + len(chunk) == self.plain_bytes:
+                    self._finish()
+                self.done_bytes += len(chunk)
+
+    def _next(self, length: int) -> bytes:
+        if self._decompressor is None:
+            self._decompressor = zstd.ZstdDecompressor(options=_ANY_WINDOW)
+        chunk = b""
+        while len(chunk) < length:
+            more = self._feed(self._decompressor, length - len(chunk))
+            chunk = chunk + more if chunk else more
+        return chunk
+
+    def _feed(self, decompressor: zstd.ZstdDecompressor, most: int) -> bytes:
+        data = next(self._data, b"") if decompressor.needs_input else b""
+        if decompressor.eof or (decompressor.needs_input and not data):
+            raise ValueError(_WRONG_LENGTH)
+        try:
+            return decompressor.decompress(data, most)
+        except zstd.ZstdError as error:
+            raise ValueError(f"the zstd data is damaged: {error}") from error
+
+    def _finish(self) -> None:
+        decompressor, self._decompressor = self._decompressor, None
+        while decompressor is not None and not decompressor.eof:
+            if self._feed(decompressor, 1):
+                raise ValueError(_WRONG_LENGTH)
+        if (decompressor is not None and decompressor.unused_data) or next(self._data, b""):
+            raise ValueError(_WRONG_LENGTH)
+
+    def copy_to(self, view: memoryview, at: int) -> None:
+        """Fill `view` with the bytes from `at` on, which `go_to` has reached."""
+        done = 0
+        while done < len(view):
+            number, start = divmod(at + done, _CHUNK_BYTES)
+            piece = memoryview(self._chunks[number])[start : start + len(view) - done]
+            view[done : done + len(piece)] = piece
+            done += len(piece)
 
 
 def decompress_start(pieces: Iterable[bytes], length: int) -> bytes:

@@ -16,6 +16,7 @@ from vmapipe.restore.archive.errors import CompressionError, InputError
 from vmapipe.restore.archive.parts import Rewindable
 from vmapipe.restore.archive.zstd import (
     DEFAULT_WINDOW_BYTES,
+    FrameReader,
     ZstdFrame,
     ZstdParts,
     decompress_frame,
@@ -154,3 +155,31 @@ def test_a_frames_start_costs_no_more_than_the_start() -> None:
 def test_only_zstd_looks_like_zstd() -> None:
     assert all(is_zstd(frame) for frame in [*FRAMES, skippable(b"a note"), skippable(b"")])
     assert not any(map(is_zstd, (b"", b"\x28\xb5", b"VMA\0", b"\x60\x2a\x4d\x18")))
+
+
+def pieces(frame: bytes, size: int) -> Iterator[bytes]:
+    return (frame[at : at + size] for at in range(0, len(frame), size))
+
+
+@given(st.lists(st.integers(0, len(DATA)), max_size=8), st.integers(1, 70_000))
+def test_a_frame_is_decompressed_as_far_as_asked_and_goes_on_from_there(
+    ends: list[int], size: int
+) -> None:
+    frame = FRAMES[0]
+    reader = FrameReader(pieces(frame, size), len(DATA))
+    for end in ends:
+        reader.go_to(end)
+        assert reader.done_bytes >= end
+        view = memoryview(bytearray(end - end // 3))
+        reader.copy_to(view, end // 3)
+        assert view == DATA[end // 3 : end]
+
+
+def test_a_frame_that_is_damaged_or_of_another_length_is_told_at_its_end() -> None:
+    frame = FRAMES[0]
+    for length in (len(DATA) - 1, len(DATA) + 1):
+        with pytest.raises(ValueError, match="as long as"):
+            FrameReader(pieces(frame, 5000), length).go_to(length)
+    for wrong in (frame[:-1], frame + b"x", frame[:-4] + bytes(4)):
+        with pytest.raises(ValueError, match="zstd"):
+            FrameReader(pieces(wrong, 5000), len(DATA)).go_to(len(DATA))
