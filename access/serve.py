@@ -60,11 +60,11 @@ def serve(
         for export, archive, device, path in shown:
             disk = ArchiveDisk(archive, device)
             if path is None:
-                offers.append(_offer(export, device, _READ_ONLY, disk))
+                offers.append(read_only_offer(export, disk, device.name))
             else:
                 overlay = OverlayDisk(disk, path, archive.header.uuid, device.dev_id)
                 overlays.append(overlay)
-                offers.append(_offer(export, device, _WRITABLE, overlay))
+                offers.append(_offer(export, overlay, _WRITABLE, device.name))
         server = Server([listener], offers, lambda text: emit({"event": "notice", "text": text}))
         server.start()
         for item in shown:
@@ -87,6 +87,11 @@ def serve(
             overlay.close()
 
 
-def _offer(export: str, device: Device, flags: int, disk: ArchiveDisk | OverlayDisk) -> Offer:
-    what = Export(export, device.size_bytes, flags, f"vmapipe: {device.name}", allocation=True)
-    return Offer(what, disk)
+def read_only_offer(export: str, disk: ArchiveDisk, device_name: str) -> Offer:
+    """Return what a server of ours needs to serve this disk."""
+    return _offer(export, disk, _READ_ONLY, device_name)
+
+
+def _offer(export: str, disk: ArchiveDisk | OverlayDisk, flags: int, device_name: str) -> Offer:
+    text = f"vmapipe: {device_name}"
+    return Offer(Export(export, disk.size_bytes, flags, text, allocation=True), disk)

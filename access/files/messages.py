@@ -104,7 +104,8 @@ class Volume(NamedTuple):
 
     `name`: "2" for a partition, "/vg/root" for a logical volume (which the disk holds the first byte
     of), empty for a whole disk. `layers`: what it lies in ("luks1", "lvm"), the outermost first. An empty
-    `kind`: not known. `can_read`: the parser knows this file system; `remark`: why it does not.
+    `kind`: not known. `can_read`: the parser knows this file system; `remark`: why it does not, or
+    if it does, that its log is not replayed.
     `is_container`: what is in it comes as volumes of their own.
     """
 

@@ -454,13 +454,15 @@ def other_tables(source: ByteSource) -> list[Partition]:
 def open_node(node: Node) -> tuple[Volume, FileSystem | None]:
     """What there is in it, and its file system if the parser knows it.
 
-    The kind is `damaged` where the archive is, and that would have to be read.
+    The kind is `damaged` where the archive is, and that would have to be read. A remark on what can be
+    read: its log is not replayed.
     """
-    kind, file_system = node.kind, None
+    kind, remark, file_system = node.kind, node.remark, None
     if not kind and not node.remark:
         try:
             file_system = FileSystem(node.source)
             kind = file_system.kind
+            remark = "; ".join(file_system.notices)
         except PARSER_ERRORS:
             kind = _other_kind(node.source)
     volume = Volume(
@@ -471,7 +473,7 @@ def open_node(node: Node) -> tuple[Volume, FileSystem | None]:
         kind,
         file_system is not None,
         tuple(layer.encode() for layer in node.layers),
-        node.remark.encode()[:MAX_WORD_BYTES],
+        remark.encode()[:MAX_WORD_BYTES],
         node.is_container,
     )
     return volume, file_system

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -76,12 +77,14 @@ class OwnQemu:
         cancel: Cancel,
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
+        file_limit_bytes: int | None = None,
     ) -> None:
         """Returns when QEMU answers on QMP. Raises Failure, MachineEnded, Cancelled.
 
         `name` begins messages. `words`: the options behind -nodefaults, -no-user-config, -display none,
         -sandbox and the monitor. `folder` holds the monitor's socket, and whatever the caller has
         put there; once all is open, its `clear` leaves nothing that would have to be removed.
+        `file_limit_bytes`: QEMU is killed where it writes to a file beyond that.
         """
         self.name = name
         self._cancel = cancel
@@ -102,6 +105,10 @@ class OwnQemu:
             pass_fds=pass_fds,
             env=environment,
         )
+        if file_limit_bytes is not None:
+            limits = (file_limit_bytes, file_limit_bytes)
+            with contextlib.suppress(ProcessLookupError):  # it has ended at once
+                resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, limits)
         self._pidfd = os.pidfd_open(self._process.pid)
         self._words = LastWords(self._process.stderr, "qemu") if self._process.stderr else None
         self._qmp: QmpClient | None = None

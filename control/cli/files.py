@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from vmapipe.access.archive import OpenArchive, open_for_access
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.copies import FileWriter, FolderWriter, TarWriter, shown
+from vmapipe.access.files.engines import AUTO, ENGINES, Engines, FileReader
 from vmapipe.access.files.messages import (
     LINK,
     MAX_KEY_BYTES,
@@ -30,7 +30,6 @@ from vmapipe.access.files.messages import (
     Stretch,
     Volume,
 )
-from vmapipe.access.files.session import FileSession
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.runtime.arguments import make_parser
@@ -65,9 +64,6 @@ examples:
   vmapipe files ls --key-file drive-scsi1:1=disk.key vm.vma.zst drive-scsi1:1:/
   vmapipe files tar vm.vma.zst drive-scsi1:/srv | tar -x --xattrs -C /srv/back
 """
-_MISSING = """\
-files are read with pytsk3: pip install 'vmapipe[files]'; without it, serve the disk \
-(vmapipe serve) and open it with guestfish"""
 _PLACE_FORM = "[DISK[:PARTITION|/GROUP/VOLUME]:]/PATH"
 _MODES = "-dlcbps"
 
@@ -101,6 +97,19 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="for ls and find: names as they are, each ended by a zero byte (for xargs -0)",
     )
     add_key_option(parser)
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=AUTO,
+        help="what reads the file systems: a parser in a process without rights; vm: a small virtual machine, "
+        "which reads what a Linux kernel mounts; auto: the parser, and vm for what that cannot read (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--appliance",
+        metavar="DIR",
+        help="for the engine vm: where a kernel and its modules are, as dpkg-deb -x leaves Debian's package "
+        "linux-image-…-cloud-amd64 (default: $VMAPIPE_APPLIANCE, or this host's own kernel)",
+    )
     add_cache_options(parser)
     options = parser.parse_args(argv)
     return run(prog, lambda: _files(options))
@@ -120,8 +129,6 @@ def add_key_option(parser: argparse.ArgumentParser) -> None:
 
 def _files(options: argparse.Namespace) -> None:
     _check(options)
-    if importlib.util.find_spec("pytsk3") is None:
-        raise UsageError(_MISSING)
     cancel = Cancel()
     cancel.on_signals()
     with contextlib.ExitStack() as stack:
@@ -132,11 +139,13 @@ def _files(options: argparse.Namespace) -> None:
         names = [name for name, _ in disks]
         place = None if options.place is None else _parse_place(options.place, names)
         keys = read_keys(options, names)
-        session = stack.enter_context(FileSession(disks, cancel, keys))
+        engines = stack.enter_context(
+            Engines(disks, cancel, keys, options.engine, options.appliance, _notice)
+        )
         if place is None:
-            status = _list_volumes(session, options)
+            status = _list_volumes(engines, options)
         else:
-            volume = _find(session, place)
+            session, volume = engines.find(place.disk, os.fsencode(place.volume), place.path)
             status = _ACTIONS[options.action](session, volume, place, options)
         if status:
             raise Failure("not all of it could be read: the lines above say what is missing")
@@ -229,53 +238,16 @@ def _read_key(word: str, disks: Sequence[str]) -> Key:
     return Key(disk, os.fsencode(name), os.fsencode(label)[:MAX_WORD_BYTES], secret)
 
 
-def _find(session: FileSession, place: _Place) -> Volume:
-    """The volume that has the path. Raises Failure, UsageError."""
-    holding: list[Volume] = []
-    unreadable: list[str] = []
-    needs_others = False
-    for message in session.ask("find", place.disk, os.fsencode(place.volume), place.path):
-        match message:
-            case Volume():
-                if message.can_read:
-                    holding.append(message)
-                elif not message.is_container and message.kind not in (b"", b"swap"):
-                    unreadable.append(_volume_text(session, message))
-                    needs_others = needs_others or not message.remark
-            case EntryFailed(_, reason):
-                raise Failure(os.fsdecode(reason))
-    if len(holding) == 1:
-        return holding[0]
-    if holding:
-        choices = ", ".join(f"{session.place_of(volume)}:" for volume in holding)
-        raise UsageError(f"several file systems have {shown(place.path)}: say which of {choices}")
-    if not any(session.ask("volumes", place.disk, os.fsencode(place.volume))):
-        raise UsageError(f"there is no such volume; there is {_all_places(session)}")
-    text = f"no file system here has {shown(place.path)}"
-    if unreadable:
-        text += f"; not looked into: {', '.join(unreadable)}"
-    if needs_others:
-        text += (
-            ", which this command cannot read: "
-            "serve the disk (vmapipe serve) and open it with guestfish"
-        )
-    raise Failure(text)
-
-
-def _all_places(session: FileSession) -> str:
-    volumes = [message for message in session.ask("volumes") if isinstance(message, Volume)]
-    return ", ".join(f"{session.place_of(volume)}:" for volume in volumes)
-
-
 # --- ls, find ---
 
 
-def _list_volumes(session: FileSession, options: argparse.Namespace) -> int:
+def _list_volumes(engines: Engines, options: argparse.Namespace) -> int:
+    session = engines.first()
     status, wrong = 0, list[str]()
     for message in session.ask("volumes"):
         match message:
             case Volume():
-                print(_volume_line(session, message, options.json))
+                print(_volume_line(engines, session, message, options.json))
                 if message.remark.startswith(WRONG_KEY):
                     wrong.append(f"{session.place_of(message)}: {os.fsdecode(message.remark)}")
             case _:
@@ -286,14 +258,9 @@ def _list_volumes(session: FileSession, options: argparse.Namespace) -> int:
     return status
 
 
-def _volume_text(session: FileSession, volume: Volume) -> str:
-    """A volume that is not read, and why."""
-    why = f", {os.fsdecode(volume.remark)}" if volume.remark else ""
-    return one_line(f"{session.place_of(volume)}: ({os.fsdecode(volume.kind)}{why})")
-
-
-def _volume_line(session: FileSession, volume: Volume, as_json: bool) -> str:
+def _volume_line(engines: Engines, session: FileReader, volume: Volume, as_json: bool) -> str:
     kind, remark = os.fsdecode(volume.kind), os.fsdecode(volume.remark)
+    is_for_vm = engines.may_read(volume) and not engines.obstacle()
     name = os.fsdecode(volume.name)
     if as_json:
         row = {
@@ -305,21 +272,24 @@ def _volume_line(session: FileSession, volume: Volume, as_json: bool) -> str:
             "bytes": volume.size_bytes,
             "kind": kind,
             "in": [os.fsdecode(layer) for layer in volume.layers],
-            "readable": volume.can_read,
+            "readable": volume.can_read or is_for_vm,
             "remark": remark or None,
         }
         return json.dumps(row)
     size = human_bytes(volume.size_bytes)
-    if not remark and kind and not volume.can_read:
+    if is_for_vm:
+        remark = "read by the engine vm"
+    elif not remark and kind and not volume.can_read:
         remark = "not readable here"
     remark = f" ({remark})" if remark else ""
-    inside = " in luks1" if b"luks1" in volume.layers and volume.can_read else ""
+    locks = [layer for layer in (b"luks1", b"luks2") if layer in volume.layers]
+    inside = f" in {locks[0].decode()}" if locks and volume.can_read else ""
     what = f"{kind or 'unknown'}{inside}{remark}"
     return one_line(f"{session.place_of(volume) + ':':<24} {size:>12}  {what}")
 
 
 def _print_entries(
-    action: str, session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace
+    action: str, session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace
 ) -> int:
     status = 0
     for message in session.ask(action, volume.disk, volume.name, place.path):
@@ -334,11 +304,11 @@ def _print_entries(
     return status
 
 
-def _list(session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+def _list(session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
     return _print_entries("list", session, volume, place, options)
 
 
-def _walk(session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+def _walk(session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
     return _print_entries("walk", session, volume, place, options)
 
 
@@ -410,19 +380,19 @@ def _time_text(mtime_ns: int) -> str:
 # --- cat, cp, tar ---
 
 
-def _cat(session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+def _cat(session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
     del options
     return _copy(session, volume, place.path, FileWriter(sys.stdout.buffer))
 
 
-def _tar(session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+def _tar(session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
     del options
     return _copy(
         session, volume, place.path, TarWriter(sys.stdout.buffer, _tidy(place.path), _notice)
     )
 
 
-def _cp(session: FileSession, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+def _cp(session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
     path = _tidy(place.path)
     folder, name = os.path.split(os.fsencode(options.dest).rstrip(b"/") or b"/")
     if os.path.isdir(options.dest):
@@ -444,7 +414,7 @@ def _tidy(path: bytes) -> bytes:
 
 
 def _copy(
-    session: FileSession, volume: Volume, path: bytes, writer: FileWriter | TarWriter | FolderWriter
+    session: FileReader, volume: Volume, path: bytes, writer: FileWriter | TarWriter | FolderWriter
 ) -> int:
     status = 0
     for message in session.ask("read", volume.disk, volume.name, path):
@@ -466,7 +436,7 @@ def _copy(
     return status if writer.is_whole else 1
 
 
-_ACTIONS: dict[str, Callable[[FileSession, Volume, _Place, argparse.Namespace], int]] = {
+_ACTIONS: dict[str, Callable[[FileReader, Volume, _Place, argparse.Namespace], int]] = {
     "ls": _list,
     "find": _walk,
     "cat": _cat,
