@@ -57,7 +57,7 @@ def _mark_zero_blocks(marks: bytearray, view: memoryview, todo: list[tuple[int, 
 
 
 def is_zero(data: Data, length: int) -> bool:
-    """Whether the first `length` bytes are all zero."""
+    """Return whether the first `length` bytes are all zero."""
     view = memoryview(data)[:length]
     at = 0
     for zeroes in _ZEROES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU sends: chunks that wait for the archiver, runs of zeroes, clusters in parts. Pure.
+"""Data that QEMU has sent: chunks that wait for the archiver, runs of zeroes, clusters in parts. Pure.
 
 QEMU writes whole clusters. Should another version cut them, the backup is
 slower and still right.

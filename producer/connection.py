@@ -77,7 +77,7 @@ class ArchiverConnection:
         self, endpoint: str, keys: ClientKeys | None = None, connect_timeout_s: int = 0
     ) -> None:
         """`connect_timeout_s`: over TCP, how long no archiver may be reached; 0: no limit."""
-        #: Whether the archiver is on this host, so that memory can be shared.
+        #: True: the archiver is on this host, so that memory can be shared.
         self.is_local = endpoint.startswith("ipc://")
         self.endpoint = endpoint
         self._keys = keys
@@ -120,7 +120,7 @@ class ArchiverConnection:
         if self._fd >= 0:
             self._check_unfinished()
         if self._missing_since is not None and not self.is_settled:
-            self._miss(time.monotonic() - self._missing_since)
+            self._check_missing(time.monotonic() - self._missing_since)
 
     def send(self, parts: Sequence[Part]) -> None:
         """The memory of a large part must not change before it is acknowledged."""
@@ -251,7 +251,7 @@ class ArchiverConnection:
                         "(--insecure-plain-tcp); was it started with --keys?"
                     )
 
-    def _miss(self, missing_s: float) -> None:
+    def _check_missing(self, missing_s: float) -> None:
         """Decide after `missing_s` without a connection: fail, or go on waiting by the heartbeat."""
         if missing_s < self._connect_timeout_s:
             return

@@ -54,7 +54,7 @@ class GuardClient:
             self._socket.settimeout(None)
             limit = struct.pack("ll", int(_ANSWER_S), 0)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-            #: Of the disk, in bytes, and a descriptor to read it by.
+            #: The disk's size in bytes, and a descriptor to read it by.
             self.size_bytes = message.size_bytes
             self.disk_fd = received[0]
         except BaseException:

@@ -307,7 +307,7 @@ class BackgroundReader:
 # From a producer being ready to the instant that the coordinator chooses.
 _BEGIN_S = 60.0
 # What is looked at between frames costs as much as a frame of one cluster. So many
-# take a millisecond, in which nobody waits for us: a claim is not under way then.
+# take a millisecond, in which no guest waits for us: a claim is not under way then.
 _FRAMES_IN_A_ROW = 16
 # What guests save within this time goes together: each message wakes five threads on
 # its way into the archive, on processors that the guests need.

@@ -153,14 +153,14 @@ class QemuFeed:
         if self._sink.failure:
             raise Failure(self._sink.failure)
         for command in self._commands.take():
-            self._obey(command)
+            self._carry_out(command)
         self._check_absence(time.monotonic())
         speed = self._sink.job_speed
         if speed != self._reported_speed:
             self._reported_speed = speed
             self._emit({"event": "job-speed", "device": self.name, "bytes_per_s": speed})
 
-    def _obey(self, command: Command) -> None:
+    def _carry_out(self, command: Command) -> None:
         copied, speed = copied_in(command), speed_in(command)
         if is_job_speed_set(command):
             self._sink.job_is_limited()

@@ -67,7 +67,7 @@ MAX_PIECE_CLUSTERS = 16
 # Zeroes take no room in the memory, so their number is bounded here: neighbours
 # are one, so this many are far apart.
 _MAX_WAITING = 4096
-# Zeroes are sent together, so often at most: nobody waits for them, and a frame for
+# Zeroes are sent together, so often at most: no guest waits for them, and a frame for
 # each megabyte of empty space would cost more than all else.
 _ZEROES_S = 0.1
 # Of what QEMU has left out, so many runs are looked up and sent at a time.
@@ -98,7 +98,7 @@ class QemuSink(WriteOnlyBackend):
     ) -> None:
         #: Why the backup has failed; empty: it has not. Everything is dropped then.
         self.failure = ""
-        #: Of data that has come, each cluster once.
+        #: Clusters of data that have come, each counted once.
         self.taken_bytes = 0
         #: Becomes readable when something has arrived after `next` had nothing.
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -125,7 +125,7 @@ class Session:
 
     def greet(self) -> None:
         """Return when the archiver has accepted this device and all others of the job. Raises Failure."""
-        self._say(self._side.hello())
+        self._send(self._side.hello())
         self.wait_until(lambda: self._side.state is ProducerState.SENDING)
         self._connection.is_settled = True
 
@@ -139,7 +139,7 @@ class Session:
         else:
             payload = self._ring.view[run.position : run.position + run.length]
             parts = self._side.run(run.first_cluster, run.clusters, run.masks, payload)
-        self._say(parts)
+        self._send(parts)
         if not run.length and on_ack is not None:
             on_ack()
             on_ack = None
@@ -164,23 +164,23 @@ class Session:
 
     def send_scattered(self, clusters: Sequence[SharedCluster], on_ack: Callable[[], None]) -> None:
         """Send clusters of the ring's memory, as `send`. Memory is shared: no connection is lost."""
-        self._say(self._side.scattered(clusters))
+        self._send(self._side.scattered(clusters))
         self._in_flight.add(self._side.sent_frames, [], on_ack)
         self.sent_bytes += scattered_bytes(clusters)
         self.zero_clusters += sum(not cluster.mask for cluster in clusters)
 
     def end(self) -> None:
         """Say that all is sent; return when the archive is stored. Raises Failure."""
-        self._say(self._side.end())
+        self._send(self._side.end())
         self.wait_until(lambda: self._side.state is ProducerState.CLOSED)
         if self._side.reconnect_s:
-            self._say(self._side.bye())
+            self._send(self._side.bye())
 
     def fail(self, reason: str) -> None:
         self._away = False  # it is worth a try
-        self._say(self._side.fail(reason))
+        self._send(self._side.fail(reason))
 
-    def _say(self, parts: list[Part]) -> None:
+    def _send(self, parts: list[Part]) -> None:
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s sends %s", self._name, shown(parts))
         # While there is no answer, what is kept is sent again later, and the rest is worth nothing.
@@ -188,7 +188,7 @@ class Session:
             self._connection.send(parts)
         self.spoke = time.monotonic()
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         """Take in what has come. Raises RefusedByArchiver."""
         while (parts := self._connection.receive()) is not None:
             self._heard = time.monotonic()
@@ -215,7 +215,7 @@ class Session:
             self.step(0)
         else:
             self._cancel.check()
-            self.hear()
+            self.receive()
             self.keep_alive(now)
 
     def watch(self, fd: int) -> None:
@@ -234,7 +234,7 @@ class Session:
             longest_s = min(longest_s, max(0.0, self._asked_at + self._pause_s - before))
         self._connection.wait(longest_s)
         self._cancel.check()
-        self.hear()
+        self.receive()
         now = self._looked = time.monotonic()
         if now - before > longest_s + _STOPPED_S:
             # This process itself was stopped: a peer's silence does not count.
@@ -257,7 +257,7 @@ class Session:
         silence_s = now - min(self.spoke, max(self._heard, self._pinged))
         if silence_s >= self._side.ping_s:
             self._pinged = now
-            self._say(self._side.ping())
+            self._send(self._side.ping())
 
     def _silent_words(self) -> str:
         if self._side.reconnect_s:
@@ -285,6 +285,6 @@ class Session:
         self._away = False
         self._pause_s = _FIRST_PAUSE_S
         for parts in self._in_flight.behind(received):
-            self._say(parts)
+            self._send(parts)
         if self._side.state is ProducerState.ENDING and not ended:
-            self._say(self._side.end_again())
+            self._send(self._side.end_again())

@@ -49,7 +49,7 @@ class PairReader:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        #: Whether the file's system can tell what would have to be waited for.
+        #: True: the file system can tell which data would have to be waited for.
         self._tells = True
         self._todo: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
         self._done: SimpleQueue[Exception | None] = SimpleQueue()
@@ -89,7 +89,7 @@ class PairReader:
         try:
             _fill(self._fd, buffer[:half], offset)
         finally:
-            # The buffer is the caller's again only when nobody writes to it.
+            # The buffer is the caller's again only when the helper has left it.
             error = self._done.get()
         if error is not None:
             raise error
@@ -98,7 +98,7 @@ class PairReader:
         while (task := self._todo.get()) is not None:
             try:
                 _fill(self._fd, *task)
-            except Exception as error:  # noqa: BLE001  raised by whoever waits for it
+            except Exception as error:  # noqa: BLE001  raised in the waiting thread
                 self._done.put(error)
             else:
                 self._done.put(None)

@@ -24,5 +24,5 @@ class RemoteProtocolError(ProtocolError):
 
 
 def connection_lost(device: str, limit_s: float) -> str:
-    """What both sides say when a connection did not come back: the same words."""
+    """Return the text that both sides report when a connection did not come back."""
     return f"device {device!r}: the connection was lost for {limit_s:.0f} s"

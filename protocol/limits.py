@@ -19,7 +19,7 @@ MAX_RUN_CLUSTERS = 1 << 20
 # than 64 clusters of data need.
 MAX_MASKS_BYTES = 64 * 1024
 # Of a message of scattered clusters: more than can be full of data. Each is a
-# piece of its own for whoever writes the archive.
+# piece of its own for the writer of the archive.
 MAX_SCATTERED_CLUSTERS = 256
 # What one message counts against the credit beside its data: see `charge`.
 CHARGE_PER_FRAME = 64
@@ -44,12 +44,12 @@ MAX_MAP_ITEMS = 64
 UUID_BYTES = 16
 # An hour of silence is no heartbeat any more; every timer can hold it.
 MAX_HEARTBEAT_S = 3600
-# A day: nobody waits longer for a cable, and a guest's old data waits meanwhile.
+# A day: no cable is waited for longer, and a guest's old data waits meanwhile.
 MAX_RECONNECT_S = 86400
 
 
 def charge(clusters: int, data_bytes: int) -> int:
-    """What a frame takes from the credit, in bytes: what it may cost the archiver to hold."""
+    """Return what a frame takes from the credit, in bytes: what it may cost the archiver to hold."""
     return CHARGE_PER_FRAME + CHARGE_PER_CLUSTER * clusters + data_bytes
 
 

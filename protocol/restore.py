@@ -78,7 +78,7 @@ class Setup(NamedTuple):
     archive_fd: _FdOrNone
     memory_fd: _FdOrNone
     targets: tuple[TargetSetup, ...]
-    #: What the archive's disk cannot read is zeroes, and told as damaged.
+    #: True: ranges that the archive's disk cannot read are written as zeroes and reported as damaged.
     past_errors: bool = False
 
 
@@ -177,12 +177,12 @@ def encode(message: FromReader | FromWorker) -> list[Part]:
 
 
 def decode_for_worker(parts: Sequence[Part]) -> FromReader:
-    """What the reader sent. Raises RemoteProtocolError for anything else."""
+    """Read a message of the reader. Raises RemoteProtocolError for anything else."""
     message: FromReader = _FROM_READER.decode(parts)
     return message
 
 
 def decode_for_reader(parts: Sequence[Part]) -> FromWorker:
-    """What a worker sent. Raises RemoteProtocolError for anything else."""
+    """Read a message of a worker. Raises RemoteProtocolError for anything else."""
     message: FromWorker = _FROM_WORKER.decode(parts)
     return message

@@ -30,7 +30,7 @@ import msgpack
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
 
-#: Of a message: ZeroMQ's multipart messages are lists of them.
+#: A part of a message: ZeroMQ's multipart messages are lists of them.
 Part = bytes | bytearray | memoryview
 
 
@@ -39,7 +39,7 @@ pack: Callable[[Any], bytes] = msgpack.packb
 
 
 def unpack(part: Part, max_bytes: int, max_items: int = limits.MAX_ARRAY_ITEMS) -> Any:
-    """A part's value, if it is at most `max_bytes` long and no array of it has more items."""
+    """Unpack a part of at most `max_bytes` bytes whose arrays have at most `max_items` items."""
     size = memoryview(part).nbytes
     if size > max_bytes:
         raise RemoteProtocolError("too-large", f"a part of {size} bytes, at most {max_bytes}")
@@ -55,10 +55,10 @@ def unpack(part: Part, max_bytes: int, max_items: int = limits.MAX_ARRAY_ITEMS) 
             max_ext_len=0,
         )
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise RemoteProtocolError("malformed", f"no msgpack: {error}") from error
+        raise RemoteProtocolError("malformed", f"not valid msgpack: {error}") from error
 
 
-#: Whether a value of the field's plain type may stand there.
+#: Returns whether a value of the field's plain type is valid.
 Check = Callable[[Any], bool]
 # Turns an unpacked value into what the annotation says. Raises ValueError.
 _Reader = Callable[[Any], Any]
@@ -136,14 +136,14 @@ Uint = Annotated[int, between(0, (1 << 64) - 1)]
 Uuid = Annotated[bytes, length_of(limits.UUID_BYTES)]
 UuidOrEmpty = Annotated[bytes, length_of(0, limits.UUID_BYTES)]
 Text = Annotated[str, _is_text]
-#: Of a device or a configuration.
+#: The name of a device or a configuration.
 Name = Annotated[str, _is_name]
 DevId = Annotated[int, between(1, limits.MAX_DEV_ID)]
 Heartbeat = Annotated[int, between(1, limits.MAX_HEARTBEAT_S)]
 
 
 def is_uint(value: object) -> typing.TypeGuard[int]:
-    """Whether this unpacked value is a whole number of at most 64 bits."""
+    """Return whether this unpacked value is a whole number of at most 64 bits."""
     return type(value) is int and 0 <= value < 1 << 64
 
 
@@ -318,7 +318,7 @@ def _range_of(hint: Any) -> Range | None:
 
 
 def _reader(hint: Any) -> _Reader:
-    """What turns an unpacked value into the annotated type."""
+    """Return the function that turns an unpacked value into the annotated type."""
     plain, marks = _take_apart(hint)
     for mark in marks:
         if isinstance(mark, Packed | Joined):
@@ -331,7 +331,7 @@ def _reader(hint: Any) -> _Reader:
 
 
 def _writer(hint: Any) -> Callable[[Any], Any] | None:
-    """What turns a field into another form; None: msgpack writes it as it is, a tuple as an array."""
+    """Return the function that turns a field into another form; None: msgpack writes it as it is."""
     for mark in _take_apart(hint)[1]:
         if isinstance(mark, Packed | Joined):
             return mark.to_wire

@@ -189,7 +189,7 @@ class RunFrame(NamedTuple):
     seq: int
     dev_id: int
     first_cluster: int
-    count: int  # type: ignore[assignment]  # it hides tuple.count, which nobody needs here
+    count: int  # type: ignore[assignment]  # it hides tuple.count, which is not used here
     masks: bytes
     payload: memoryview
 
@@ -241,9 +241,9 @@ def encode_control(message: Control) -> list[Part]:
 
 
 def sayable(text: str) -> str:
-    """`text` as a message can carry it: not too long, and bytes that are no text escaped.
+    """`text` as a message can carry it: not too long, and undecodable bytes escaped.
 
-    The reason for a failure often names a file; it must not fail in its turn.
+    The reason for a failure often names a file; reporting it must not fail.
     """
     clipped = text[: limits.MAX_REASON_CHARS]
     return clipped.encode("utf-8", "backslashreplace").decode()[: limits.MAX_REASON_CHARS]
@@ -354,7 +354,7 @@ def masked_bytes(masks: bytes) -> int:
 
 
 def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[str, str] | None:
-    """What is wrong with a run of `data_bytes` bytes of data, as (error code, reason)."""
+    """Return what is wrong with a run of `data_bytes` bytes of data, as (error code, reason)."""
     for amount, limit, what in (
         (count, limits.MAX_RUN_CLUSTERS, "clusters"),
         (len(masks), limits.MAX_MASKS_BYTES, "bytes of masks"),
@@ -370,7 +370,7 @@ def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[st
 
 
 def payload_fault(masks: bytes, data_bytes: int) -> tuple[str, str] | None:
-    """What is wrong with a payload of `data_bytes` bytes, as (error code, reason)."""
+    """Return what is wrong with a payload of `data_bytes` bytes, as (error code, reason)."""
     expected = masked_bytes(masks)
     if data_bytes != expected:
         return "malformed", f"{data_bytes} bytes of data where the masks say {expected}"
@@ -383,7 +383,7 @@ def scattered_bytes(clusters: Sequence[SharedCluster]) -> int:
 
 
 def scattered_fault(clusters: Sequence[SharedCluster]) -> tuple[str, str] | None:
-    """What is wrong with scattered clusters, as (error code, reason)."""
+    """Return what is wrong with scattered clusters, as (error code, reason)."""
     if not clusters:
         return "malformed", "no scattered clusters"
     if len(clusters) > limits.MAX_SCATTERED_CLUSTERS:

@@ -94,7 +94,7 @@ class ProducerSide:
         #: heard, it is time for a PING.
         self.heartbeat_s = limits.GREETING_HEARTBEAT_S
         self.ping_s = self.heartbeat_s / 3
-        #: Whether the archiver takes runs, and scattered clusters, in shared memory.
+        #: True: the archiver takes runs, and scattered clusters, in shared memory.
         self.shared = self.scatters = False
         self.sent_frames = 0
         self.sent_clusters = 0
@@ -276,7 +276,7 @@ class ArchiverSide:
         self.received_frames = 0
         self.received_clusters = 0
         self.charged = 0
-        #: Of the frame that came last.
+        #: Data of the frame that came last, in bytes.
         self.data_bytes = 0
         #: Where the producer offers to share memory, and whether it was accepted.
         self.shared_at = ""

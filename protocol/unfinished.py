@@ -32,7 +32,7 @@ _SILENT_S = 2.0
 
 
 class AllUnfinished:
-    """What all relayed connections have sent and nobody has answered yet, `most_bytes` at most."""
+    """The unanswered data of all relayed connections, `most_bytes` at most."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
@@ -49,7 +49,7 @@ class AllUnfinished:
 
 
 class Unfinished:
-    """What one relayed connection has sent, and how much of it was answered."""
+    """The data that one relayed connection has sent, and how much of it was answered."""
 
     def __init__(self, together: AllUnfinished) -> None:
         self._together = together
@@ -97,7 +97,7 @@ class Unfinished:
 
 @dataclass(slots=True)
 class _Came:
-    """What came in over a connection, and what of it came out. `since`: when the first was told."""
+    """Bytes that came in over a connection, and that came out of it as messages. `since`: when the first was told."""
 
     in_bytes: int = 0
     out_bytes: int = 0
@@ -112,7 +112,7 @@ class _Came:
 
 
 class MessageLedger:
-    """What came in and came out of a ZeroMQ socket, by connection, and which connections to end for it."""
+    """Counts bytes into and messages out of a ZeroMQ socket, by connection, and which connections to end for it."""
 
     def __init__(self, most_bytes: int, most_together_bytes: int) -> None:
         self._most_bytes = most_bytes

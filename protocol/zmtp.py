@@ -148,7 +148,7 @@ class ConnectionOpening:
         return command
 
     def _check_greeting(self, said: bytes) -> None:
-        """What is there of it. Raises Refused."""
+        """Return the properties that are there. Raises Refused."""
         wanted = greeting(curve=self._curve)
         # The eight bytes between are a length for older protocols.
         if said[:1] != b"\xff"[: len(said)] or (len(said) > 9 and said[9] != 0x7F):
@@ -185,7 +185,7 @@ def _name(command: bytes) -> bytes:
 
 
 def _has_identity(metadata: bytes) -> bool:
-    """Whether there is a property `Identity` that is not empty. Raises Refused for no metadata."""
+    """Return whether there is a property `Identity` that is not empty. Raises Refused for no metadata."""
     at = 0
     while at < len(metadata):
         name_end = at + 1 + metadata[at]

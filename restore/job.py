@@ -300,7 +300,7 @@ class _RestoreJob:
         return ThreadFeed(works, source.stop, slots.stop)
 
     def _pieces(self, slots: ExtentSlots | None) -> Iterator[FoundExtent]:
-        """Those that are to be restored, with the digests that they must have."""
+        """Yield the extents to restore, with the digests that they must have."""
         for find in survey(self._archive, self._cancel.check, slots):
             with self._knowing:
                 if isinstance(find, Gap):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of vmapipe share, and no more than that: this room imports no other.
+"""Code that all processes of vmapipe share, and no more than that: this room imports no other.
 
 Read in this order: `errors` (exit codes), `events` (what a child reports, what a parent commands),
 `process` (how one starts, fails and ends), `cancel` (signals, a lost parent), `children` (the

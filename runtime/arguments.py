@@ -126,7 +126,7 @@ def split_named(text: str) -> tuple[str, str]:
     if os.path.lexists(text):
         return text, text
     if not name or not path:
-        raise UsageError(f"{text!r} is no NAME=PATH")
+        raise UsageError(f"{text!r} is not NAME=PATH")
     return name, path
 
 

@@ -53,7 +53,7 @@ class Cancel:
         try:
             self._write.send(b"!")
         except OSError:
-            pass  # full: it is readable already; closed: nobody waits any more
+            pass  # full: it is readable already; closed: no thread waits any more
 
     def check(self) -> None:
         """Raises Cancelled when a stop was asked for."""
@@ -131,17 +131,19 @@ def _text(line: bytes) -> str:
 
 
 class ParentConnection:
-    """A child's end of the socket to its parent: events go up, orders come down.
+    """A child's end of the socket to its parent: events go up, commands come down.
 
-    `--parent-fd` names the descriptor. A thread gives the orders to `hear`; at
+    `--parent-fd` names the descriptor. A thread gives the commands to `on_command`; at
     the end of the stream, which is the parent's death, it asks for a stop, and
     ends the process if the stop does not come.
     """
 
-    def __init__(self, fd: int, cancel: Cancel, hear: Callable[[Command], None] = ignore) -> None:
+    def __init__(
+        self, fd: int, cancel: Cancel, on_command: Callable[[Command], None] = ignore
+    ) -> None:
         self._socket = socket.socket(fileno=fd)
         self._cancel = cancel
-        self._hear = hear
+        self._on_command = on_command
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="parent-watch", daemon=True).start()
 
@@ -160,8 +162,8 @@ class ParentConnection:
         splitter = LineSplitter()
         try:
             while data := self._socket.recv(4096):
-                for order in splitter.feed(data):
-                    self._hear(order)
+                for command in splitter.feed(data):
+                    self._on_command(command)
         except (OSError, ValueError):
             pass  # what is no line of ours does not come from a parent of ours
         self._cancel.ask("the parent process is gone")

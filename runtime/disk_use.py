@@ -45,13 +45,13 @@ _NO_LOCKS = frozenset({errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSY
 
 
 class Use(NamedTuple):
-    """What a program does with an image, and what others must not do with it meanwhile."""
+    """What a program does with an image, and what other programs must not do with it meanwhile."""
 
     held: tuple[int, ...]
     denied: tuple[int, ...]
 
 
-#: A disk at rest is read: nobody may write to it.
+#: A disk at rest is read: no program may write to it.
 READING = Use((_CONSISTENT_READ,), (WRITE, _RESIZE))
 #: A guest's disk is served: others may read, as far as they can cope with its changing.
 SERVING = Use((_CONSISTENT_READ, WRITE), (WRITE, _RESIZE))
@@ -78,7 +78,7 @@ def lock_image(fd: int, use: Use) -> None:
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return
-        # Somebody has locked a byte that we wanted to share, the whole file perhaps.
+        # Another program has locked a byte that we wanted to share, the whole file perhaps.
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
         busy = True
@@ -103,7 +103,7 @@ def _is_locked(fd: int, byte: int) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-# More names than these help nobody.
+# More names than these do not help.
 _MAX_NAMED = 3
 # A device of ours that is probed by another process of ours at the same moment is not in use.
 _PROBES = 5
@@ -146,7 +146,7 @@ def use_of(fd: int, path: str, *, writing: bool) -> str:
     elif not is_block and _is_open_for_writing(fd, status):
         used = _named([user for user in _users(status) if user.writes], "it is written to by")
     if is_block and not used:
-        # Nobody refuses us a device that QEMU has open without locks.
+        # A device that QEMU has open without locks is never refused.
         writers = [user for user in _users(status) if user.writes]
         used = _named(writers, "it is written to by") if writers else ""
     return used
@@ -188,7 +188,7 @@ def _is_open_for_writing(fd: int, status: os.stat_result) -> bool:
     else:
         kind = fcntl.F_RDLCK
     try:
-        # Whoever opens it in this moment makes the kernel send a signal: one that is harmless.
+        # A program that opens it in this moment makes the kernel send a signal: one that is harmless.
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, kind)
     except OSError as error:

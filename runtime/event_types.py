@@ -192,10 +192,10 @@ class RestoringEvent(TypedDict):
     digests_checked: bool
 
 
-#: Of a device: `unchecked` is all there, and nothing has proved its data; `incomplete` may be
+#: State of a device: `unchecked` is all there, and nothing has proved its data; `incomplete` may be
 #: damaged, too.
 StateName = Literal["sound", "unchecked", "incomplete", "damaged"]
-#: What has proved the data of a sound device: a manifest, or a compression's checksums.
+#: The proof of a sound device's data: a manifest, or a compression's checksums.
 CheckerName = Literal["manifest", "zstd", "gzip", "lzo"]
 RangeStateName = Literal["missing", "damaged"]
 

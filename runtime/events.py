@@ -26,7 +26,7 @@ from vmapipe.runtime.event_types import PublicEvent
 
 
 class UsageFields(TypedDict, total=False):
-    """What a job's archiver has used; empty: it could not be started."""
+    """Resources that a job's archiver has used; empty: it could not be started."""
 
     cpu_s: float
     peak_rss_bytes: int

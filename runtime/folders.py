@@ -102,7 +102,7 @@ class HeldFolder:
         """Return the address of a Unix socket in it, valid in this process while the folder is open."""
         if self.changeable_by_others():
             return f"/proc/self/fd/{self.fd}/{_checked(name)}"
-        # Nobody can lead it elsewhere, and it is what others are shown.
+        # It cannot be led elsewhere, and it is what users are shown.
         return os.path.join(self.path, _checked(name))
 
     # --- Opening and making ---
@@ -161,7 +161,7 @@ class HeldFolder:
         for _ in range(_TRIES):
             name = f"{prefix}{secrets.token_hex(8)}{suffix}"
             fd = self.open(name, flags, mode)
-            # Where nothing can be locked nobody can tell a leftover, and none is removed.
+            # Where files cannot be locked, leftovers cannot be told apart, and none is removed.
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self.holds(name, fd):
@@ -175,7 +175,7 @@ class HeldFolder:
         for name in self.names():
             if not (name.startswith(prefix) and name.endswith(suffix)):
                 continue
-            # Somebody else's, one in use, or gone just now: not ours to remove.
+            # It belongs to another user, is in use, or is gone just now: not ours to remove.
             with contextlib.suppress(OSError):
                 fd = self.open(name, os.O_RDWR | os.O_NONBLOCK)
                 try:
@@ -400,7 +400,7 @@ class OwnFolder:
             except FileNotFoundError:
                 # Another process took it for a leftover, in the moment before the lock.
                 continue
-            # Where nothing can be locked nobody can tell a leftover, and none is removed.
+            # Where files cannot be locked, leftovers cannot be told apart, and none is removed.
             with contextlib.suppress(OSError):
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
             if os.path.exists(self.path):
@@ -426,7 +426,7 @@ class OwnFolder:
 
 
 def _remove(path: str) -> None:
-    # Nobody else can lead this path elsewhere: see `folder_for_sockets`.
+    # No other user can lead this path elsewhere: see `folder_for_sockets`.
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -438,7 +438,7 @@ def _remove_leftovers(parent: str, prefix: str, keeps: Callable[[str], bool]) ->
     # A folder that cannot be listed can still take ours.
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for path in [entry.path for entry in entries if entry.name.startswith(prefix)]:
-            # Somebody else's, one in use, or gone just now: not ours to remove.
+            # It belongs to another user, is in use, or is gone just now: not ours to remove.
             with contextlib.suppress(OSError):
                 fd = _open(path)
                 try:

@@ -21,7 +21,7 @@ VARIABLE = "VMAPIPE_LOG_LEVEL"
 # A line is to be read by a person: more of a list or a text says nothing more.
 _MOST_ITEMS = 6
 _MOST_CHARS = 200
-# Members of commands and events whose values are nobody's business.
+# Members of commands and events whose values must not be logged.
 _SECRET = frozenset({"data", "password", "secret", "key", "keys", "iv"})
 
 

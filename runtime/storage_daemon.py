@@ -210,6 +210,6 @@ def dying_with_parent(signal_name: str) -> list[str]:
     setpriv = shutil.which("setpriv")
     if setpriv is None:
         return []
-    # If we were killed before the kernel knew the wish, nobody would send that signal.
+    # If we were killed before the kernel knew the wish, that signal would never be sent.
     check = '[ "$PPID" = "$0" ] && exec "$@"'
     return [setpriv, "--pdeathsig", signal_name, "sh", "-c", check, str(os.getpid())]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 # A path has up to 4095 bytes, and a message may name one and say why: what ordinary
-# use can bring about is never cut. What is longer was written by somebody who wants it long.
+# use can bring about is never cut. What is longer was made long on purpose.
 MAX_LINE_CHARS = 6000
 # In a table or beside other names; a file's name has up to 255 bytes.
 MAX_NAME_CHARS = 260

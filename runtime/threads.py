@@ -53,7 +53,7 @@ class DaemonPool:
                 continue
             try:
                 future.set_result(job())
-            except BaseException as error:  # noqa: BLE001  whoever waits for it gets it
+            except BaseException as error:  # noqa: BLE001  raised in the waiting thread
                 future.set_exception(error)
             # Else it would live on until the next one comes.
             del item, future, job

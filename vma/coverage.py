@@ -128,7 +128,7 @@ class Coverage:
 
 
 def mask_fits(device: Device, mask: int, *, cut_full: bool = True) -> bool:
-    """Whether a last cluster's mask stays within the device.
+    """Return whether a last cluster's mask stays within the device.
 
     A reader cuts a full mask at the device's end (`cut_full`), as the
     reference does; any other must not have a block beyond it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with an archive, or with what is to become one.
+"""Errors of archives, and of contents that an archive cannot hold.
 
 `ArchiveError` is about bytes that were read (the archive is damaged, or is no
 archive); `LimitError` is about something the caller wants to store and the

@@ -47,7 +47,7 @@ class ClusterRun(NamedTuple):
     data_at: int
 
     @property
-    def count(self) -> int:  # type: ignore[override]  # of clusters; nobody needs tuple.count
+    def count(self) -> int:  # type: ignore[override]  # of clusters; hides tuple.count
         return len(self.masks)
 
     @property
@@ -249,7 +249,7 @@ def extent_uuid(raw: bytes) -> bytes:
 
 
 def block_pieces(run: ClusterRun, size_bytes: int) -> list[tuple[int, int, int]]:
-    """What a run stores, as (device offset, data offset, length) in bytes, merged, in order.
+    """Return the pieces that a run stores: (device offset, data offset, length) in bytes, merged, in order.
 
     `size_bytes` is the device's end: the last block is cut there. Data offsets
     count from the end of the extent header.

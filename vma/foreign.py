@@ -103,7 +103,7 @@ _PXAR_STARTS = (0x781B64B46D33DD1F, 0xD5956474E588ACEF, 0x730F6C75DF16A40D)
 
 
 def foreign_kind(start: bytes) -> str | None:
-    """What a file that begins with `start` is instead of an archive; None where nobody knows.
+    """Return what a file that begins with `start` is instead of an archive; None: not known.
 
     `start`: `START_BYTES`, or all of a shorter file.
     """
@@ -123,7 +123,7 @@ def foreign_kind(start: bytes) -> str | None:
 
 
 def _by_structure(start: bytes) -> str | None:
-    """What has its marks elsewhere than at the first byte."""
+    """Recognise formats whose magic is not at the first byte."""
     if _is_tar(start):
         return _tar_kind(start)
     for at, mark, kind in _MARKS:

@@ -50,7 +50,7 @@ def name_bytes(name: str, what: str) -> bytes:
     try:
         raw = name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
-        raise LimitError(f"{what} name {name!r} is no text") from error
+        raise LimitError(f"{what} name {name!r} is not valid text") from error
     if not raw:
         raise LimitError(f"{what} has an empty name")
     if b"\0" in raw:
@@ -97,7 +97,7 @@ class BlobReader:
             raw = self.blob(pointer, what)
             if len(raw) < 2 or raw[-1] != 0 or 0 in raw[:-1]:
                 raise HeaderError(
-                    f"{what} is no name (no NUL at its end)", offset=self._offset + pointer
+                    f"{what} is not a valid name (no NUL at its end)", offset=self._offset + pointer
                 )
             self._names[pointer] = raw[:-1].decode("utf-8", "surrogateescape")
         return self._names[pointer]

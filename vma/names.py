@@ -22,7 +22,7 @@ def safe_file_name(name: str, what: str, *, prefix: str = "", suffix: str = "") 
     try:
         raw = file_name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
-        raise HeaderError(f"{what} has a name that is no text: {name!r}") from error
+        raise HeaderError(f"{what} has a name that is not valid UTF-8: {name!r}") from error
     if is_unsafe(name):
         raise HeaderError(f"{what} has the unsafe name {name!r}: refusing to write a file for it")
     if len(raw) > _MAX_COMPONENT_BYTES:
@@ -31,7 +31,7 @@ def safe_file_name(name: str, what: str, *, prefix: str = "", suffix: str = "") 
 
 
 def is_unsafe(name: str) -> bool:
-    """Whether no file may have this name: empty, `.`, `..`, or with a slash or control character."""
+    """Return whether no file may have this name: empty, `.`, `..`, or with a slash or control character."""
     return name in ("", ".", "..") or "/" in name or any(_is_control(ord(c)) for c in name)
 
 

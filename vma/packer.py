@@ -166,7 +166,7 @@ def _check_run(dev_id: int, first: int, count: int, masks: bytes, payload: memor
     if masks and len(masks) != 2 * count:
         raise LimitError(f"{len(masks)} bytes of masks for {count} clusters")
     if payload.itemsize != 1:
-        raise LimitError("the payload is no view of bytes")
+        raise LimitError("the payload is not a view of bytes")
     expected = int.from_bytes(masks, "big").bit_count() * BLOCK_BYTES
     if payload.nbytes != expected:
         raise LimitError(f"{payload.nbytes} bytes of data where the masks say {expected}")

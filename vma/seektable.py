@@ -36,12 +36,12 @@ class Frame(NamedTuple):
 
 
 def is_zstd(start: bytes) -> bool:
-    """Whether a file that begins with these 4 bytes is zstd, skippable frames included."""
+    """Return whether a file that begins with these 4 bytes is zstd, skippable frames included."""
     return start[:4] == ZSTD_MAGIC or is_skippable(start)
 
 
 def is_skippable(start: bytes) -> bool:
-    """Whether these bytes begin a frame that decoders skip."""
+    """Return whether these bytes begin a frame that decoders skip."""
     return len(start) >= 4 and (
         _SKIPPABLE_LOW <= int.from_bytes(start[:4], "little") <= _SKIPPABLE_HIGH
     )
@@ -60,7 +60,7 @@ def encode_seek_table(frames: list[Frame]) -> bytes:
 
 
 def seek_table_ends(frame_count: int) -> tuple[bytes, bytes]:
-    """What stands before and after the entries, for writers of very long tables.
+    """Return the bytes before and after the entries, for writers of very long tables.
 
     An entry is two little-endian 32-bit numbers, compressed bytes and plain
     bytes. Raises LimitError.

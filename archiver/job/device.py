@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the job knows of one device: its clusters, and how much more it may send."""
+"""State of one device in a job: its clusters, and how much more its producer may send."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ from vmapipe.vma.header import Device, Header, encode_header
 from vmapipe.vma.packer import PackedExtent, Packer
 
 # `Ticked` comes several times a second. After a longer gap this process itself
-# was stopped (Ctrl-Z, a stalled machine), and nobody else's silence counts.
+# was stopped (Ctrl-Z, a stalled machine), and the silence of peers does not count.
 _STOPPED_S = 5.0
 
 
@@ -95,7 +95,7 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Nobody is to be told anything any more."""
+        """True when no peer is to be told anything any more."""
         if self.phase is not JobPhase.DONE:
             return self.phase is JobPhase.FAILED
         return all(peer.side.state is ArchiverState.CLOSED for peer in self._peers.all)
@@ -113,7 +113,7 @@ class Job:
             case JobStarted() if self._admission.complete:
                 instructions = self._begin()
             case ArchiveStored() if self.phase is JobPhase.FINISHING:
-                # Otherwise it was given up in the meantime, and nobody waits for DONE.
+                # Otherwise it was abandoned in the meantime, and no producer waits for DONE.
                 self.phase = JobPhase.DONE
                 instructions += (Send(peer, s.side.done(self.uuid)) for peer, s in self._peers)
             case JobAborted(reason):
@@ -202,7 +202,9 @@ class Job:
                 f"{self._admission.missing()} did not come within {self._spec.start_timeout_s} s"
             )
         for state in self._peers.all:
-            missed = state.miss(now - state.heard, self._spec.heartbeat_s, gathering=gathering)
+            missed = state.check_silence(
+                now - state.heard, self._spec.heartbeat_s, gathering=gathering
+            )
             if isinstance(missed, Lost):
                 instructions += self._fail(missed.reason)
             elif missed:
@@ -331,7 +333,7 @@ class JobDevices:
         return []
 
     def flush(self) -> list[StoreExtent]:
-        """What is left, when all devices are complete."""
+        """Return the last extents, when all devices are complete."""
         return [self._put(extent) for extent in self._packer.flush()]
 
     def _put(self, extent: PackedExtent[FrameMark]) -> StoreExtent:

@@ -28,7 +28,7 @@ class Lost(NamedTuple):
 
 @dataclass(slots=True)
 class JobProducer:
-    """One producer. `client`: who it has proved to be; empty: nobody has to."""
+    """One producer. `client`: the name that its key has proved; empty: no keys are asked for."""
 
     side: ArchiverSide
     heard: float
@@ -39,8 +39,8 @@ class JobProducer:
     #: It was said that nothing comes from it.
     missed: bool = False
 
-    def miss(self, silence_s: float, heartbeat_s: int, *, gathering: bool) -> Lost | str:
-        """What follows from its silence: the job's end, a line in the log, or nothing (empty)."""
+    def check_silence(self, silence_s: float, heartbeat_s: int, *, gathering: bool) -> Lost | str:
+        """Return what follows from its silence: the job's end, a line in the log, or nothing (empty)."""
         side = self.side
         # Before WELCOME a producer does not know our limit.
         least_s = limits.GREETING_HEARTBEAT_S if gathering else side.reconnect_s

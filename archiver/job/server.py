@@ -43,7 +43,7 @@ class Listen(NamedTuple):
 
     endpoint: str
     keys: ServerKeys | None = None
-    #: Whether producers at ipc:// may be on another host, behind a relay: no memory is shared then.
+    #: True: producers at ipc:// may be on another host, behind a relay; no memory is shared then.
     from_afar: bool = False
 
 
@@ -79,7 +79,7 @@ class _Server:
         self._store = store
         self._emit = emit
         self._next_progress = 0.0
-        self._told = False
+        self._reported = False
 
     def run(self, wake_fd: int, cancel: Cancel) -> None:
         job = self._job
@@ -87,7 +87,7 @@ class _Server:
         while not job.over and not (job.phase is JobPhase.DONE and cancel.asked):
             self._link.wait(1.0)
             self._receive()
-            self._hear_store(wake_fd)
+            self._handle_writer(wake_fd)
             if cancel.asked:
                 self._handle(core.JobAborted(cancel.reason))
             self._pass_time(time.monotonic())
@@ -97,7 +97,7 @@ class _Server:
             if cancel.asked:
                 raise Cancelled(cancel.reason, cancel.signum)
             raise Failure(job.reason)
-        self._tell_stored()
+        self._report_stored()
 
     def _receive(self) -> None:
         """Handle some messages; large parts are views of the memory that ZeroMQ received."""
@@ -110,10 +110,10 @@ class _Server:
             self._handle(core.MessageReceived(peer, parts, time.monotonic(), client))
             yield_cpu()
 
-    def _tell_stored(self) -> None:
+    def _report_stored(self) -> None:
         """Report the archive at once, although a producer that lost its connection has not heard DONE."""
-        if not self._told:
-            self._told = True
+        if not self._reported:
+            self._reported = True
             self._progress()
             self._emit(
                 {
@@ -160,7 +160,7 @@ class _Server:
                 case core.LogNotice(text):
                     self._emit({"event": "notice", "text": text})
 
-    def _hear_store(self, wake_fd: int) -> None:
+    def _handle_writer(self, wake_fd: int) -> None:
         try:
             os.eventfd_read(wake_fd)
         except BlockingIOError:
@@ -171,7 +171,7 @@ class _Server:
             self._handle(core.JobAborted(str(self._store.error)))
         elif self._store.committed:
             self._handle(core.ArchiveStored())
-            self._tell_stored()
+            self._report_stored()
 
     def _pass_time(self, now: float) -> None:
         if now >= self._next_progress:
@@ -180,7 +180,7 @@ class _Server:
                 self._handle(core.KeyRevoked(client))
             self._emit_notices()
             self._handle(core.TimePassed(now))
-            if not self._told:
+            if not self._reported:
                 self._progress()
 
     def _progress(self) -> None:

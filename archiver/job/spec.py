@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one archive is to hold, as whoever starts its archiver says it. Pure."""
+"""The specification of one archive, and the events and instructions of its job. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
 
 
 class JobSpec(NamedTuple):
-    """What one archive is to hold.
+    """The specification of one archive.
 
     `uuid`: 16 bytes, or empty: one made from what the header holds, always the
     same for the same. `devices`: the names that must come, in the order of their dev_ids; empty:
@@ -53,7 +53,7 @@ class JobStarted(NamedTuple):
 
 
 class MessageReceived(NamedTuple):
-    """A message from `peer`, whoever that is; from `client` if it has proved to be that."""
+    """A message from the connection `peer`; `client`: the name that its key has proved, if any."""
 
     peer: bytes
     parts: Sequence[Part]

@@ -208,7 +208,7 @@ class ArchiveWriter(Generic[Note]):
         """The first end counts."""
         with self._ending:
             if self.state is WriterState.RUNNING:
-                # The error first: whoever sees the state finds it.
+                # The error first: a thread that sees the state finds it.
                 self.error = error
                 self.state = state
 
@@ -219,7 +219,7 @@ class ArchiveWriter(Generic[Note]):
                 self._queue.get_nowait()
 
     def _report(self) -> None:
-        # After `abandon` nobody listens; what the callback wakes may be gone.
+        # After `abandon` the loop that the callback wakes may be gone.
         if not self._stopping:
             self._on_progress()
 

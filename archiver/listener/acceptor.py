@@ -317,7 +317,7 @@ class Acceptor:
             return False
         service.setblocking(False)
         try:
-            service.bind("")  # the system chooses a name that nobody else has
+            service.bind("")  # the system chooses an unused name
             connection.name = service.getsockname()[1:].decode("ascii")
             service.connect(self._path)
             service.send(connection.opening.take_pending())

@@ -35,7 +35,7 @@ class RelayedConnection:
         self.down: Relay | None = None
         #: When to close it, after its service has closed; it may read the rest until then.
         self.closes_at = float("inf")
-        #: Of its other half, by which the socket behind us knows it.
+        #: The name of its other half, by which the socket behind us knows it.
         self.name = ""
 
     @property
@@ -59,7 +59,7 @@ def taken(opening: ConnectionOpening) -> bytes:
 
 
 def host_of(address: str) -> str:
-    """What counts as one host: an IPv4 address, or the IPv6 network of a site."""
+    """Return what counts as one host: an IPv4 address, or the IPv6 network of a site."""
     text = address.partition("%")[0]
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(text).version == 6:

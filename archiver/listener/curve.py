@@ -92,7 +92,7 @@ class CurveAuthenticator:
         return [self._admitted.pop(key) for key in gone]
 
     def take_notices(self) -> list[str]:
-        """What is worth a line in the log, once."""
+        """Return new lines for the log, each once."""
         notices, self._notices = self._notices, []
         return [*self._clients.take_notices(), *notices]
 

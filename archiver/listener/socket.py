@@ -46,7 +46,7 @@ TURN = 64
 # A connection must be authenticated within this time. Honest peers need a few
 # milliseconds and four messages.
 _HANDSHAKE_MS = 10_000
-# Connections of the acceptor that nobody has taken yet.
+# Connections of the acceptor that ZeroMQ has not accepted yet.
 _BACKLOG = 1024
 # Producers hear by these that the connection is alive (producer/connection.py).
 _HEARTBEAT_MS = 3000
@@ -91,7 +91,7 @@ class ListeningSocket:
     ) -> None:
         """Raises Failure. `max_sockets`: of the context; 0: as ZeroMQ has it."""
         self._asked = endpoint
-        #: Whether peers are on this host, so that memory can be shared.
+        #: True: peers are on this host, so that memory can be shared.
         self.is_local = endpoint.startswith("ipc://")
         if self.is_local:
             make_way(endpoint.removeprefix("ipc://"))
@@ -204,7 +204,7 @@ class ListeningSocket:
         return self._curve.revoked(now) if self._curve else []
 
     def take_notices(self) -> list[str]:
-        """What is worth a line in the log, once."""
+        """Return new lines for the log, each once."""
         watchers = [w for w in (self._curve, self._connections, self._port) if w]
         return [text for watcher in watchers for text in watcher.take_notices()]
 
@@ -327,7 +327,7 @@ class Connections:
         try:
             fd = int(str(frame.get(_FD_PROPERTY)))
         except zmq.ZMQError:
-            return False  # ZMTP 1.0, which has no properties and which nobody lets in
+            return False  # ZMTP 1.0, which has no properties and is never let in
         # What has happened before the message came: its number may have been another's.
         self.poll()
         if _has_own_name(frame):
@@ -416,7 +416,7 @@ class Connections:
         return gone
 
     def take_notices(self) -> list[str]:
-        """What is worth a line in the log, once."""
+        """Return new lines for the log, each once."""
         notices, self._notices = self._notices, []
         return notices
 

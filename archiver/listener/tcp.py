@@ -167,7 +167,7 @@ class TcpPort:
             self._child, self.authenticating = None, []
 
     def take_notices(self) -> list[str]:
-        """What is worth a line in the log, once."""
+        """Return new lines for the log, each once."""
         notices, self._notices = self._notices, []
         return notices
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every place for an archive can do, whatever it is."""
+"""The interface and common parts of all outputs that take an archive."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Output(Protocol):
 
     @property
     def is_stream(self) -> bool:
-        """Whether the bytes are gone once written: no name, and nothing to take back."""
+        """True when bytes are gone once written: no name, and nothing to roll back."""
 
     @property
     def written_bytes(self) -> int:
@@ -41,7 +41,7 @@ class Output(Protocol):
     def write(self, buffers: Buffers) -> None:
         """Write all of the buffers, in order; wait as long as that takes.
 
-        When it returns, nobody looks at the buffers any more: their memory may
+        When it returns, the buffers are not used any more: their memory may
         be used again.
         """
 
@@ -119,7 +119,7 @@ class Interrupt:
 
     def ask(self) -> None:
         """End the wait under way and all later ones."""
-        # The lock: a closed descriptor's number may be somebody else's by now.
+        # The lock: a closed descriptor's number may have been given to another file.
         with self._lock:
             self.abandoned = True
             if self._fd >= 0:

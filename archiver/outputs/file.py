@@ -91,7 +91,7 @@ class FileOutput(DescriptorOutput):
             self._check_name()
             os.rename(self._partial, self._name, src_dir_fd=folder, dst_dir_fd=folder)
             return
-        # With both names the archive is complete; a .partial that stays is in nobody's way.
+        # With both names the archive is complete; a .partial that stays does no harm.
         with contextlib.suppress(OSError):
             os.unlink(self._partial, dir_fd=folder)
 
@@ -143,7 +143,7 @@ class FileOutput(DescriptorOutput):
 
 
 def remove_leftover(path: str) -> None:
-    """Remove NAME.partial of a writer that was killed, if nobody writes it. Never raises."""
+    """Remove NAME.partial of a writer that was killed, if no process writes it. Never raises."""
     with contextlib.suppress(Failure, OSError):
         if os.path.lexists(path + file.SUFFIX):
             # Claiming the name removes a leftover; abandoning removes the claimed file again.

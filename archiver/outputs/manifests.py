@@ -127,10 +127,10 @@ class ManifestLines:
         self._take(text)
 
     def commit(self) -> None:
-        """Whoever takes the lines knows the last one by its start."""
+        """Do nothing: the reader of the lines knows the last one by its start."""
 
     def abandon(self) -> None:
-        """What was said cannot be unsaid; the job's end tells that it failed."""
+        """Do nothing: lines that were reported stay; the job's end tells that it failed."""
 
 
 def beside(archive: str) -> str:

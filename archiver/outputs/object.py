@@ -31,7 +31,7 @@ from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
 from vmapipe.runtime.text import human_bytes
 from vmapipe.runtime.threads import DaemonPool
 
-# An upload has 10,000 parts of at least 5 MiB, and nobody knows its length in advance. The parts
+# An upload has 10,000 parts of at least 5 MiB, and its length is not known in advance. The parts
 # double after two thousand and after every further one: an archive of 31 GiB goes in parts of
 # 16 MiB, and the last step, of 512 MiB, ends at 2.4 TiB.
 PART_BYTES = 16 << 20
@@ -106,7 +106,7 @@ class ObjectOutput(AbortableOutput):
         self._exclusively(self._add_all, buffers)
 
     def check_free(self) -> None:
-        """Raises OutputFailure when somebody else has made the object meanwhile."""
+        """Check that the object was not made by another process meanwhile. Raises OutputFailure."""
         if self._wait(self._pool.submit(self._store.head)) is not None:
             raise exists_failure(self.description)
 
@@ -290,7 +290,7 @@ class ObjectOutput(AbortableOutput):
         self._interrupt.close()
 
 
-# Nobody pauses a backup for a day: an upload of an archive to which no part was added for so
+# No backup pauses for a day: an upload of an archive to which no part was added for so
 # long was left behind by a process that was killed.
 STALE_S = 24 * 3600.0
 _ENDINGS = (".vma", ".vma.zst", ".manifest.json")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the word on the command line to the place where the archive goes."""
+"""Opens the output that an argument of the command line names."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def open_output(spec: str, *, cancel: Cancel | None = None, emit: Emit = ignore)
 
 
 def is_stream(spec: str) -> bool:
-    """Whether what `spec` names has no name of its own: a descriptor, a command, a FIFO, a device."""
+    """Return whether `spec` names a stream: a descriptor, a command, a FIFO, a device."""
     if spec == "-" or spec.startswith("exec:") or _DESCRIPTOR.fullmatch(spec):
         return True
     try:

@@ -29,10 +29,10 @@ from vmapipe.archiver.outputs.file import WriteBehind
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 
-# Whoever is to read a FIFO is started just before or after us. Less than the 30 s
+# The reader of a FIFO is started just before or after us. Less than the 30 s
 # after which waiting producers take a silent archiver for dead.
 READER_WAIT_S = 20.0
-# Nobody notices a tenth of a second at the start of a backup.
+# A tenth of a second at the start of a backup is not noticed.
 _POLL_S = 0.1
 # As large as the kernel allows anyone by default: a sixteenth of the wake-ups
 # of its usual 64 KiB.
@@ -78,7 +78,7 @@ class StreamOutput(DescriptorOutput):
 
 
 class OpenFileOutput(StreamOutput):
-    """A regular file that somebody opened for us: a shell's `> FILE`, or libvirt's descriptor."""
+    """A regular file that was opened by the parent: a shell's `> FILE`, or libvirt's descriptor."""
 
     def __init__(
         self, fd: int, description: str, cancel: Cancel | None = None, *, also_close: int = -1
@@ -97,7 +97,7 @@ class OpenFileOutput(StreamOutput):
 
     def _discard(self) -> None:
         # Half an archive must not look like one. If the file has grown by
-        # more than ours, somebody else writes it too, and it is not ours to cut.
+        # more than ours, another process writes it too, and we must not cut it.
         if os.fstat(self._fd).st_size == self._start + self.written_bytes:
             os.ftruncate(self._fd, self._start)
             os.lseek(self._fd, self._start, os.SEEK_SET)
@@ -147,7 +147,7 @@ def _duplicate(number: int) -> int:
 def open_fifo(
     path: str, cancel: Cancel | None = None, wait_s: float = READER_WAIT_S
 ) -> StreamOutput:
-    """Open a FIFO as soon as somebody reads it. Raises OutputFailure when nobody does in time."""
+    """Open a FIFO as soon as it has a reader. Raises OutputFailure when none comes in time."""
 
     def attempt() -> int:
         fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -164,7 +164,7 @@ def open_fifo(
 
 
 def connect(path: str, cancel: Cancel | None = None, wait_s: float = READER_WAIT_S) -> StreamOutput:
-    """Connect to whoever listens at a Unix socket. Raises OutputFailure."""
+    """Connect to the listener at a Unix socket. Raises OutputFailure."""
 
     def attempt() -> int:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
@@ -172,7 +172,7 @@ def connect(path: str, cancel: Cancel | None = None, wait_s: float = READER_WAIT
             end.connect(path)
             return end.detach()
 
-    # EAGAIN: somebody listens, and has not yet taken those who came before us.
+    # EAGAIN: the listener's backlog is full of connections that came before us.
     try:
         fd = _retry(attempt, errno.EAGAIN, cancel, wait_s)
     except ConnectionRefusedError as error:
@@ -224,7 +224,7 @@ def _retry(
 
 
 def check_kind(mode: int, description: str) -> None:
-    """Raises UsageError for what is no place for an archive."""
+    """Raise UsageError for a file of a kind that an archive cannot be written to."""
     if stat.S_ISDIR(mode):
         raise UsageError(f"{description} is a folder; name a file in it")
     if stat.S_ISBLK(mode):

@@ -33,7 +33,7 @@ class _Member:
     child: Child
     folder: str
     path: str
-    #: What it has under way to an object store: (the object's name, the upload's id).
+    #: Its unfinished uploads to an object store: (the object's name, the upload's id).
     uploads: list[tuple[str, str]] = field(default_factory=list)
     #: When it closed its end of the socket; it must be gone soon afterwards.
     ending: float | None = None
@@ -56,15 +56,15 @@ class ArchiverProcesses:
         self._unwatch = unwatch
         self._members: dict[bytes, _Member] = {}
         self._cleaners: list[threading.Thread] = []
-        # Whoever can open a job's socket can write its archive.
+        # A process that can open a job's socket can write its archive.
         self._folder = WorkFolder(takes_uploads=to_store)
         self._count = 0
-        #: Of services that were killed on this host, and theirs no more.
+        #: Uploads of services that were killed on this host.
         self.left_uploads = self._folder.left_uploads
 
     @property
     def in_a_hurry(self) -> bool:
-        """Whether somebody's end is awaited."""
+        """True while the end of an archiver is awaited."""
         return any(m.ending is not None and not m.gone for m in self._members.values())
 
     def start(self, instruction: StartArchiver) -> None:
@@ -98,7 +98,7 @@ class ArchiverProcesses:
         if not request.manifest:
             argv.append("--no-manifest")
         elif is_object(instruction.path):
-            # Named, because it is not replaced then: nobody has looked whether it exists.
+            # Named, because it is not replaced then: its existence was not checked.
             argv.append(f"--manifest={beside(instruction.path)}")
         for index, (name, data) in enumerate(request.configs):
             path = os.path.join(folder, str(index))
@@ -111,7 +111,7 @@ class ArchiverProcesses:
         return _endpoint(self._members[job].folder)
 
     def take_events(self) -> list[tuple[bytes, Event | None]]:
-        """What has happened since: (job, event), or (job, None) when its archiver is gone."""
+        """Return new events: (job, event), or (job, None) when its archiver is gone."""
         now = time.monotonic()
         taken: list[tuple[bytes, Event | None]] = []
         for job, member in list(self._members.items()):
@@ -122,7 +122,7 @@ class ArchiverProcesses:
                     events, ending = [], True
                     member.child.send_signal(signal.SIGKILL)
                 for event in events:
-                    self._heed(member, event)
+                    self._handle_event(member, event)
                     taken.append((job, event))
                 if ending:
                     self._unwatch(member.child.socket.fileno())
@@ -169,8 +169,8 @@ class ArchiverProcesses:
             thread.join(ABANDON_WAIT_S)
         self._folder.remove()
 
-    def _heed(self, member: _Member, event: Event) -> None:
-        """What is to be done at once when an archiver says this."""
+    def _handle_event(self, member: _Member, event: Event) -> None:
+        """Act at once on an event of an archiver."""
         match event["event"]:
             case "listening":
                 self._remove_configs(member)
@@ -180,7 +180,7 @@ class ArchiverProcesses:
                 note_upload(member.folder, name, upload)
 
     def _remove_leftovers(self, member: _Member) -> None:
-        """What an archiver that was killed could not remove itself."""
+        """Remove what an archiver that was killed has left."""
         if is_object(member.path):
             self._cleaners = [thread for thread in self._cleaners if thread.is_alive()]
             self._cleaners.append(abort_uploads(member.uploads))
@@ -234,7 +234,7 @@ class WorkFolder(OwnFolder):
 
 
 def note_upload(folder: str, name: str, upload: str) -> None:
-    """For whoever comes after this service, if that is killed with its archivers."""
+    """Record it for the next service, in case this one is killed with its archivers."""
     # A disk that is full costs the note, and no backup.
     with contextlib.suppress(OSError), open(os.path.join(folder, _UPLOADS), "ab") as notes:
         notes.write(json.dumps([name, upload]).encode() + b"\n")

@@ -120,7 +120,7 @@ class ArchivePlace(NamedTuple):
 
     path: str
     exists: bool = False
-    #: Of this client; 0: no limit of its own.
+    #: Most jobs of this client; 0: no limit of its own.
     max_jobs: int = 0
     quota_bytes: int = 0
     used_bytes: int = 0
@@ -129,7 +129,7 @@ class ArchivePlace(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What a job may take of the service: TCP connections, and descriptors with those."""
+    """Resources that a job may take of the service: TCP connections, and descriptors with those."""
 
     connections: int
     descriptors: int
@@ -147,7 +147,7 @@ def spare_of(devices: int) -> int:
 
 
 class FreeSpace(NamedTuple):
-    """What the host has left."""
+    """Free disk space and memory of the host."""
 
     free_bytes: int
     memory_bytes: int
@@ -184,7 +184,7 @@ class ServiceJob:
     #: How often its coordinator may be told everything again, and when that was so.
     _retellings: float = _RETELLINGS
     _retold: float = 0.0
-    #: What of its data has come, when it was looked at last, and when it was more.
+    #: Bytes of data that have come, when that was last checked, and when it last grew.
     _done: service.JobProgress | None = None
     _looked: service.JobProgress | None = None
     _progressed: float = 0.0
@@ -325,7 +325,7 @@ class ServiceJob:
         return ""
 
     def _has_all(self) -> bool:
-        """What is still to be done is the archiver's: its output may be slow."""
+        """True while only the archiver has work left: its output may be slow."""
         if self.begun is None or self._done is None:
             return self.phase is not ServicePhase.RUNNING
         return all(
@@ -334,7 +334,7 @@ class ServiceJob:
 
 
 def said_reason(reason: str) -> str:
-    """As a message has it, and short: it is kept for whoever does not read it."""
+    """Return a text fit for a message, and short: it is kept for a peer that does not read it."""
     return transfer.sayable(one_line(reason, _REASON_CHARS))
 
 
@@ -366,7 +366,7 @@ _KEPT_DEVICES = 8
 
 @dataclass(frozen=True, slots=True)
 class ServiceLimits:
-    """Of the whole service. `heartbeat_s`: a coordinator that is silent so long is dead."""
+    """Limits of the whole service. `heartbeat_s`: a coordinator that is silent so long is dead."""
 
     #: 0: as many as are usual, and not less than clients are listed.
     max_jobs: int = 0
@@ -383,16 +383,16 @@ class ServiceLimits:
 
 
 class ServiceStorage(Protocol):
-    """What the core asks the world."""
+    """What the core asks of the system: space, memory, quotas."""
 
     def place(self, client: str, request: service.Open) -> ArchivePlace:
         """Where its archive would go. Raises RemoteProtocolError."""
 
     def room(self) -> FreeSpace:
-        """What the host has left."""
+        """Free disk space and memory of the host."""
 
     def used_bytes(self, client: str) -> int:
-        """What a client with a quota has stored, with what is being written."""
+        """Return the bytes that a client with a quota has stored, including archives being written."""
 
 
 def admit(
@@ -480,7 +480,7 @@ def _check_need(
         if place.others:
             share = kept_share(most[number], number, 1 + len(place.others))
             unkept = left - sum(max(0, share - taken[other]) for other in place.others)
-            # The first job of a client may take more than half of what nobody needs.
+            # The first job of a client may take more than half of what is free.
             fair = max(share - own, min(unkept, left - own) if own else unkept)
         if need[number] > min(left, fair):
             raise RemoteProtocolError(

@@ -18,7 +18,7 @@ _PIECE_BYTES = 4096
 
 
 class LogStream:
-    """Write lines to `fd` without waiting for whoever reads it.
+    """Writes lines to `fd` without waiting for its reader.
 
     `left_out`: the line that tells how many were dropped. Call `flush` from time to time.
     """
@@ -55,7 +55,7 @@ class LogStream:
             self.flush()
 
     def close(self, timeout_s: float) -> None:
-        """Write the last lines, if somebody reads them in time."""
+        """Write the last lines, if they are read in time."""
         deadline = time.monotonic() + timeout_s
         self.flush()
         with contextlib.suppress(OSError):

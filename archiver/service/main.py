@@ -116,7 +116,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_for_store(options: argparse.Namespace) -> None:
-    """What cannot be done in an object store is not promised."""
+    """Refuse options that an object store cannot fulfil. Raises UsageError."""
     if options.quota:
         raise UsageError(
             "--quota: an object store is not counted for each client; set a limit at the store"
@@ -126,7 +126,7 @@ def _check_for_store(options: argparse.Namespace) -> None:
 
 
 def _archiver_options(options: argparse.Namespace, link: ServiceSockets) -> list[str]:
-    """What every job's archiver is told."""
+    """Return the options of every job's archiver."""
     argv = [f"--threads={options.threads}", f"--heartbeat={options.heartbeat}"]
     argv.append(f"--reconnect-limit={_reconnect_limit_s(options)}")
     argv.append(f"--start-timeout={options.start_timeout}")

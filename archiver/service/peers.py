@@ -49,7 +49,7 @@ class ForwardedProducer:
     _unanswered: int = 0
 
     def admits(self, parts: int, size_bytes: int) -> bool:
-        """Whether a message may be passed on; it is counted then."""
+        """Return whether a message may be passed on; it is counted then."""
         if parts == 1:
             self._unanswered += 1
             return self._unanswered <= _MAX_UNANSWERED
@@ -227,7 +227,7 @@ class LogLimit:
         return True
 
     def report_rest(self, now: float) -> list[str]:
-        """What was left out, when there is room for a line about it."""
+        """Return how many lines were left out, when there is room for a line about it."""
         lines = []
         for client in list(self._unsaid):
             if now - self._at[client] < _LINE_S and self._left[client] < 0.5:
@@ -254,7 +254,7 @@ class RejectedPeers:
         self._said = float("-inf")
 
     def add(self, peer: bytes) -> bool:
-        """Whether it was not refused before; from now on it was."""
+        """Return whether it is refused for the first time, and remember it."""
         if peer in self._peers:
             return False
         if len(self._peers) >= _MAX_REMEMBERED:

@@ -34,7 +34,7 @@ _MAX_RULES_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class ClientLimits:
-    """What holds for one client. `folder`: below the service's; empty: there."""
+    """The limits of one client. `folder`: below the service's; empty: the service's own."""
 
     folder: str = ""
     quota_bytes: int = 0
@@ -42,7 +42,7 @@ class ClientLimits:
 
 
 class ClientRules:
-    """`usual`: for whoever has none of its own. `folder`: with NAME.toml for clients that have.
+    """`usual`: for clients without limits of their own. `folder`: with NAME.toml for the others.
 
     They are read anew for each job. `per_client`: a client's archives go into a
     folder of its name.
@@ -61,7 +61,7 @@ class ClientRules:
         """Return the clients that may come beside this one, as they were listed last."""
         if not self._folder or not client:
             return frozenset()
-        # What cannot be read for a moment takes nobody's place away.
+        # A folder that cannot be read for a moment takes no client's place away.
         with contextlib.suppress(OSError):
             self._listed = frozenset(client_names(self._folder))
         return self._listed - {client}
@@ -160,14 +160,14 @@ class FolderStorage:
                 status = held.status(rules.folder)
             # Not through a link: it could lead anywhere.
             if not status or not stat.S_ISDIR(status.st_mode):
-                raise Failure(f"{folder} is no folder")
+                raise Failure(f"{folder} is not a folder")
         except OSError as error:
             raise Failure(f"cannot make {folder}: {os_error_text(error)}") from error
         return folder
 
 
 def _used_bytes(folder: str) -> int:
-    """Of all files in a client's folder, with what is being written."""
+    """Return the size of all files in a client's folder, including archives being written."""
     used = 0
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -206,7 +206,7 @@ def mark_as_service(folder: str) -> None:
 
 
 def is_of_service(folder: HeldFolder) -> bool:
-    """Whether a service stores there."""
+    """Return whether another service uses this folder."""
     with contextlib.suppress(OSError):
         os.getxattr(folder.fd, _MARK_ATTRIBUTE)
         return True
@@ -219,7 +219,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 def available_memory_bytes() -> int:
-    """What is available on the host, or less where systemd's MemoryMax= (cgroup v2) leaves less."""
+    """Return the memory available on the host, or less where systemd's MemoryMax= (cgroup v2) leaves less."""
     import psutil
 
     available = int(psutil.virtual_memory().available)
@@ -283,7 +283,7 @@ class ObjectStorage:
         return FreeSpace(_WITHOUT_LIMIT_BYTES, available_memory_bytes())
 
     def used_bytes(self, client: str) -> int:
-        """There are no quotas, so nobody asks."""
+        """Return 0: an object store has no quotas."""
         return 0
 
     def check(self, left: Uploads, tell: Callable[[str], None]) -> None:
@@ -308,7 +308,7 @@ def _refuse_quota(rules: ClientLimits) -> None:
 
 
 def abort_uploads(uploads: Uploads) -> threading.Thread:
-    """Of an archiver that was killed. In a thread: the store may be slow."""
+    """Abort the upload of an archiver that was killed. In a thread: the store may be slow."""
 
     def work() -> None:
         for name, upload in uploads:

@@ -145,7 +145,7 @@ def _backup(options: argparse.Namespace, parent: ParentContext | None = None) ->
 
 
 def _full_name(archive: str) -> str:
-    """Return its name as somebody in another folder would call it."""
+    """Return its name as seen from another folder."""
     return os.path.abspath(archive) if is_path(archive) else archive
 
 

@@ -129,7 +129,7 @@ def open_configs(options: argparse.Namespace) -> list[int]:
         try:
             if not stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith("/dev/"):
                 continue
-            # Its writer is waited for by whoever reads it, who can be stopped.
+            # The process that reads it waits for its writer, and can be stopped.
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error

@@ -53,7 +53,7 @@ examples:
 exit codes: 0 done (or said), 1 failed, 2 wrong use
 """
 
-# In a folder of a service: long enough for somebody to read what is said of a flood, after a
+# In a folder of a service: long enough to read what is said of a flood, after a
 # weekend and a holiday.
 _SERVICE_WITHIN_S = 7 * 86400
 _UNITS_S = {"h": 3600, "d": 86400, "w": 7 * 86400}

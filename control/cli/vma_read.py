@@ -59,7 +59,7 @@ def extract(argv: Sequence[str]) -> None:
             for name in wanted:
                 device_named(archive.header, name)
             try:
-                # Before the map is asked for: whoever writes it reads the configs first.
+                # Before the map is asked for: its writer reads the configs first.
                 for config in write_configs(archive.header, folder, folders):
                     stack.push(_taking_back(config))
                 plan = _plan(archive.header, folder, wanted, map_file, cancel)

@@ -92,10 +92,10 @@ class Hooks:
             yield
         except BaseException as error:
             self.state.fail(str(error), now_s())
-            self._see_off()
+            self._wait_for_disconnect()
             self._may("backup-abort")
             raise
-        self._see_off()
+        self._wait_for_disconnect()
         self._may("backup-end")
 
     def take(self, event: Event) -> None:
@@ -106,7 +106,7 @@ class Hooks:
             except Failure as failure:
                 self.emit({"event": "notice", "text": str(failure)})
         elif self._running is not None and self._has_ended(self._running, 0.0):
-            self._see_off()
+            self._wait_for_disconnect()
 
     def _must(self, phase: str) -> None:
         """Raises Failure, Cancelled."""
@@ -119,7 +119,7 @@ class Hooks:
             with self._told():
                 self._finish(self._start(phase), None)
 
-    def _see_off(self) -> None:
+    def _wait_for_disconnect(self) -> None:
         """The one that was started at the instant."""
         running, self._running = self._running, None
         if running is not None:
@@ -199,7 +199,7 @@ class Hooks:
             if not in_time:
                 self._end(running)
             code = process.wait()
-            self._let_go(running, in_time=in_time)
+            self._release(running, in_time=in_time)
             self._repeat(running)
         if cancel and cancel.asked:
             raise Cancelled(cancel.reason, cancel.signum)
@@ -209,7 +209,7 @@ class Hooks:
             how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
             raise Failure(f"hook {phase} failed: {how}")
 
-    def _let_go(self, running: _Running, *, in_time: bool) -> None:
+    def _release(self, running: _Running, *, in_time: bool) -> None:
         """Its watcher leaves; what it has left behind it goes on only if it ended by itself."""
         with contextlib.suppress(BrokenPipeError):
             if in_time:

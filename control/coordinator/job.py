@@ -115,7 +115,7 @@ class Disk(NamedTuple):
     guard: str = ""
     #: The producer's options for an image that is not simply raw.
     reading: tuple[str, ...] = ()
-    #: Of a running QEMU's disk.
+    #: The disk of a running QEMU.
     size_bytes: int = 0
 
 
@@ -153,7 +153,7 @@ class BackupJob:
     #: Disks are read one after the other.
     in_turn: bool = False
     priorities: Priorities = AS_INHERITED
-    #: Who is asked about the job from outside.
+    #: Answers questions about the job from outside.
     server: JobServer | None = None
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     #: Uploads to object stores that the archiver has begun: name and id.
@@ -186,7 +186,7 @@ class BackupJob:
                             children.watch(self.server.fd)
                         self._watch(children, emit, cancel, folder, commands)
                     finally:
-                        self._let_go(emit)
+                        self._release(emit)
             finally:
                 self._remove_leftovers(children)
             emit(
@@ -298,8 +298,8 @@ class BackupJob:
             for child, event in children.wait(first.wait_s):
                 if event is not None:
                     if event["event"] == "begun":
-                        # All are connected: nobody needs the socket's name any more, and
-                        # whoever kills this process once it has said so leaves no folder.
+                        # All are connected: the socket's name is not needed any more, and
+                        # when this process is killed after it has said so, no folder is left.
                         folder.clear()
                     self._take(event, unattached, emit, cancel, children)
                 first.note(child, event)
@@ -314,7 +314,7 @@ class BackupJob:
 
     def _stop_cancelled(self, children: Children, emit: Emit, cancel: Cancel) -> None:
         """Stop all processes. Raises Cancelled unless the archive was stored before."""
-        self._let_go(emit)
+        self._release(emit)
         children.stop()
         if children.all[0].exit_code != 0 or (self.service and self._unsent):
             raise Cancelled(cancel.reason, cancel.signum)
@@ -377,7 +377,7 @@ class BackupJob:
             self.machine.notices.clear()
             if self.machine.is_done:
                 children.unwatch(self.machine.fd)
-            _tell_instant(self.machine.take_instant(), emit)
+            _report_instant(self.machine.take_instant(), emit)
         if self.server:
             self.server.serve()
 
@@ -387,7 +387,7 @@ class BackupJob:
         if speed is None:
             return
         self._shares.bytes_per_s = speed
-        self._tell_share(children)
+        self._send_share(children)
         emit({"event": "speed", "bytes_per_s": speed})
 
     def _share_again(self, progress: BackupProgressEvent, children: Children) -> None:
@@ -398,9 +398,9 @@ class BackupJob:
             if device["done_bytes"] == device["bytes"]
         ]
         if any(changed):
-            self._tell_share(children)
+            self._send_share(children)
 
-    def _tell_share(self, children: Children) -> None:
+    def _send_share(self, children: Children) -> None:
         share = self._shares.share
         if self.machine:
             self.machine.set_speed(share)
@@ -415,7 +415,7 @@ class BackupJob:
     def _begin(self, emit: Emit, cancel: Cancel) -> None:
         """All disks in use are ready: choose the instant. Raises Failure."""
         if self.agent and self.machine and not self.machine.is_running:
-            # Nobody in it can answer, nor write.
+            # The guest is paused: nothing in it can answer, nor write.
             text = "the guest is not running: its file systems are backed up without its agent"
             emit({"event": "notice", "text": text})
             held = self._choose_instant()
@@ -427,7 +427,7 @@ class BackupJob:
                 held = self._choose_instant()
         else:
             held = self._choose_instant()
-        _tell_instant(held, emit)
+        _report_instant(held, emit)
 
     def _choose_instant(self) -> Instant | None:
         """For how long disks, or the machine, were held; None: it will be known later."""
@@ -439,14 +439,14 @@ class BackupJob:
                 guards.setdefault(disk.guard, []).append(disk.name)
         return Instant("", begin_together(guards, self.job_id))
 
-    def _let_go(self, emit: Emit) -> None:
+    def _release(self, emit: Emit) -> None:
         """QEMU is rid of us, while the producers still serve it."""
         text = self.machine.end() if self.machine else ""
         if text:
             emit({"event": "notice", "text": text})
 
 
-def _tell_instant(held: Instant | None, emit: Emit) -> None:
+def _report_instant(held: Instant | None, emit: Emit) -> None:
     if held is not None:
         instant: InstantEvent = {"event": "instant", "held_s": round(held.seconds, 4)}
         if held.how:

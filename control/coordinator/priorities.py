@@ -141,7 +141,7 @@ def _cores(text: str) -> tuple[int, ...]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise argparse.ArgumentTypeError(f"{text!r} is not a valid list of cores like 0-2,5")
-        # Nobody has more cores than that, and a range is made before it is looked at.
+        # No machine has more cores than that, and a range is made before it is looked at.
         cores |= set(range(int(first), min(int(last or first), 1 << 16) + 1))
     if not cores or not cores <= allowed:
         known = ",".join(map(str, sorted(allowed)))

@@ -22,7 +22,7 @@ from vmapipe.vma.names import CONFIG_NAME, FIREWALL_NAME
 # Proxmox VE's own bounds.
 MIN_VMID, MAX_VMID = 100, 999_999_999
 # What a backup's configuration does not have: traces of other backups, what holds only for the
-# machine as it is now, and the volumes that nobody backs up: unused ones, and the memory of a
+# machine as it is now, and the volumes that are never backed up: unused ones, and the memory of a
 # machine that was suspended to disk.
 _LEFT_OUT = re.compile(
     r"#vzdump#|#qmdump#|lock:|parent:|unused\d+:|vmstate:|running(?:machine|cpu|-nets-host-mtu):"
@@ -39,7 +39,7 @@ _EXTENSION_FORMATS = {"raw": "raw", "qcow2": "qcow2", "vmdk": "vmdk"}
 
 #: Why a disk whose configuration says `backup=0` is not taken.
 NOT_TO_BE_BACKED_UP = "backup=0 in the machine's configuration"
-#: Of one that the configuration has, and neither the machine nor the command line.
+#: A disk that the configuration has, and neither the machine nor the command line.
 NOT_THERE = "the machine's configuration has it, and no disk that is backed up has its name"
 
 
@@ -168,7 +168,7 @@ class Configs(NamedTuple):
 
     @property
     def disks(self) -> list[ConfigDisk]:
-        """Those of which the machine has a volume of its own."""
+        """Names of the disks for which the machine has a volume of its own."""
         text = next(iter(self.texts.values()), "")
         return [disk for disk in config_disks(text) if disk.is_its_own]
 

@@ -40,7 +40,7 @@ _PAUSE_S = 1.0
 # Notices of a job; an honest one has a line for each connection that was lost.
 _MAX_NOTICES = 1000
 _MAX_NOTICE_CHARS = 1000
-# Far beyond those of any honest job: whoever sends so many never ends by itself.
+# Far beyond those of any honest job: a service that sends so many never ends by itself.
 _NOTICES_WITHOUT_END = 100_000
 # Messages between two looks at the clock and at who cancels.
 _MESSAGES_A_TURN = 1000
@@ -139,7 +139,7 @@ class RemoteJob:
                     return
             now = time.monotonic()
             if now - before > wait_s + _STOPPED_S:
-                # This process itself was stopped: nobody else's silence counts.
+                # This process itself was stopped: the service's silence does not count.
                 self._heard = self._advanced = now
             if self._cancel.asked and deadline == float("inf"):
                 deadline = now + _VERDICT_S
@@ -292,7 +292,7 @@ class RemoteJob:
 
 
 def _print(event: Event) -> None:
-    """By hand nobody starts it; what goes wrong is said by its end."""
+    """Report nothing: it is never started by hand, and its exit tells what went wrong."""
 
 
 if __name__ == "__main__":

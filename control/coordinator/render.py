@@ -45,7 +45,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def renderer(verb: str, options: argparse.Namespace, stream: TextIO) -> Iterator[Emit]:
-    """Yield the function that takes a job's events. `stream` is where words go that nobody reads as data."""
+    """Yield the function that takes a job's events. `stream` takes text that is not data."""
     if options.json:
 
         def write_json(event: Event) -> None:
@@ -74,7 +74,7 @@ def renderer(verb: str, options: argparse.Namespace, stream: TextIO) -> Iterator
 
 
 def _going_on(report: Emit, stream: TextIO) -> Emit:
-    """Report for as long as somebody reads: a closed pipe must not end a backup."""
+    """Report as long as there is a reader: a closed pipe must not end a backup."""
 
     def careful(event: Event) -> None:
         try:

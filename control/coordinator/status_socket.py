@@ -72,7 +72,7 @@ class JobServer:
         self._processes = processes
 
     def serve(self) -> None:
-        """Answer whoever has asked; never waits."""
+        """Answer the clients that have asked; never waits."""
         if self._clients is not None:
             self._clients.serve(0)
 
@@ -123,7 +123,7 @@ def _age_s(pid: int) -> float:
 
 
 _NAME = re.compile(r"[0-9a-f]{32}\.sock")
-# Whoever listens answers a connection at once; one that is stopped does so, too.
+# A listener answers a connection at once, even while it is stopped.
 _PROBE_S = 1.0
 
 
@@ -148,7 +148,7 @@ def listen(job: str) -> Listener:
 
 
 def sockets() -> dict[str, str]:
-    """Job ids and the sockets where somebody listens; the others are removed."""
+    """Return job ids and the sockets that have a listener; the others are removed."""
     try:
         with HeldFolder(runtime_folder()) as folder:
             return {
@@ -162,12 +162,12 @@ def sockets() -> dict[str, str]:
 def _alive(folder: HeldFolder) -> list[str]:
     """Raises OSError."""
     status = os.fstat(folder.fd)
-    # Whoever else can make names in it may have made these: they are looked at, and left alone.
+    # Other users that can make names in it may have made these: they are looked at, and left alone.
     ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
     names = sorted(filter(_NAME.fullmatch, folder.names()))
     alive = {name: _is_alive(folder, name) for name in names}
     if ours and not all(alive.values()):
-        # The file is there before somebody listens: while it is our turn, no maker is between.
+        # The file is there before its owner listens: while it is our turn, no maker is between.
         with contextlib.suppress(Failure), alone_in(folder):
             for name in [name for name in names if not alive[name]]:
                 alive[name] = _is_alive(folder, name, remove=True)
@@ -186,7 +186,7 @@ def _is_alive(folder: HeldFolder, name: str, *, remove: bool = False) -> bool:
                     os.unlink(name, dir_fd=folder.fd)
             return False
         except OSError:
-            return True  # somebody is there, and busy
+            return True  # a listener is there, and busy
     return True
 
 

@@ -48,7 +48,7 @@ class Disks(Protocol):
         """Before a backup: which there are now. Raises QmpError."""
 
     def commands(self) -> Mapping[str, CommandHandler]:
-        """Those that tell about the disks."""
+        """Return the commands that tell about the disks."""
 
 
 class Commands:

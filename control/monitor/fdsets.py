@@ -37,7 +37,7 @@ class FdSets:
         self._fds: list[_Fd] = []
 
     def commands(self, client: Client) -> dict[str, CommandHandler]:
-        """Those whose descriptors come with the command."""
+        """Return the commands whose descriptors come with the message."""
         return {
             "add-fd": lambda arguments: self._add(client, Arguments(arguments)),
             "remove-fd": lambda arguments: self._remove(Arguments(arguments)),

@@ -198,7 +198,7 @@ class Handover:
         return [index for index, error in self._ends(taken) if self._copy(index, error)]
 
     def why_covered(self, index: int) -> str:
-        """Return what somebody has put between this disk's filter and our view of it, in words; empty:
+        """Return what was put between this disk's filter and our view of it, as text; empty:
         nothing. Raises QmpGone.
         """
         try:
@@ -267,7 +267,7 @@ class Handover:
 _CHECK_POLL_S = 0.002
 # The whole of a null device, and of what is read: QEMU counts in sectors.
 _SECTOR_BYTES = 512
-#: What QEMU says to a reader of a broken snapshot, and what that means.
+#: The error that QEMU gives a reader of a broken snapshot, and what it means.
 REFUSED = "Permission denied"
 BROKEN = (
     "old data that a write of the guest was about to replace could not be read or sent; the write "

@@ -92,7 +92,7 @@ def disk_names(block: Answer) -> DiskNames:
     return DiskNames(name, frozenset(words - {""}))
 
 
-#: Of a line in the log.
+#: Level of the line in the log.
 Level = Literal["debug", "info", "warn"]
 
 

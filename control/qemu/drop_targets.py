@@ -23,7 +23,7 @@ class DropTarget(WriteOnlyBackend):
     """
 
     def __init__(self, listener: socket.socket, size_bytes: int) -> None:
-        #: Whether QEMU has sent something.
+        #: True: QEMU has sent something.
         self.served = False
         self._started = False
         self._server = Server([listener], [Offer(sink_export(size_bytes), self)])

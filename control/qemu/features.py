@@ -24,7 +24,7 @@ class Features(NamedTuple):
 
     @property
     def breaks_snapshots(self) -> bool:
-        """Whether old data that cannot be saved fails the backup, not the guest's write."""
+        """True when old data that cannot be saved fails the backup, not the guest's write."""
         return "on-cbw-error" in self.members
 
     def without_snapshots(self) -> Features:

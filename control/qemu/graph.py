@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from vmapipe.control.qmp.connection import Answer
 
-#: What QEMU puts above a disk while one of its block jobs works on it.
+#: Drivers that QEMU puts above a disk while one of its block jobs works on it.
 JOB_FILTERS = frozenset({"backup-top", "commit_top", "copy-before-write", "mirror_top"})
 # Filters that only the guest should pay for, and below which its disk reads the same: the guest's
 # I/O limit, and what fills an image from its backing file with whatever is read. All others stay

@@ -40,7 +40,7 @@ _THAW_S = 10.0
 # this begins to fail; a database's clients time out.
 _FROZEN_S = 10.0
 # An agent that died while the guest was frozen is started again by the guest's service
-# manager, a port that somebody else keeps busy becomes free, and an agent that still freezes
+# manager, a port that another program keeps busy becomes free, and an agent that still freezes
 # (some take a minute) answers after that: tried for so long.
 _THAW_FOR_S = 60.0
 _THAW_AGAIN_S = 0.2

@@ -284,7 +284,7 @@ def devices_above_filters(
 
 
 class OverlayAboveFilter(NamedTuple):
-    """An image that somebody has put above a filter of ours by an external snapshot, the filter, and
+    """An image that was put above a filter of ours by an external snapshot, the filter, and
     the node below that."""
 
     overlay: str

@@ -215,7 +215,7 @@ class RunningMachine:
 
     @property
     def is_running(self) -> bool:
-        """Whether the guest runs; a qemu-storage-daemon has none, and counts as running."""
+        """True while the guest runs; a qemu-storage-daemon has none, and counts as running."""
         try:
             return bool(self._link.execute(Command("query-status", {})).get("running", True))
         except QmpRefused:
@@ -447,7 +447,7 @@ class RunningMachine:
         guardian = self._guardian
         if guardian is None:
             return ""
-        # While the memory is being saved the guest may wait for whoever reads it: the
+        # While the memory is being saved the guest may wait for its reader: the
         # guardian does so at once.
         saving = self._saving is not None and self._saving.has_begun and not self._saving.is_done
         can_wait = not (saving and guardian.is_alive)

@@ -83,7 +83,7 @@ class SinkFolder:
             folder = above.folder(name)
             stack.callback(folder.close)
             status = os.fstat(folder.fd)
-            # Nobody else can have made what is in it.
+            # No other user can have made what is in it.
             if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
                 stack.pop_all()
                 return cls(above, folder)
@@ -146,11 +146,11 @@ class SinkFolder:
         os.fchmod(self._folder.fd, _PASS_THROUGH)
 
     def address(self, name: str) -> str:
-        """What to connect to in this process."""
+        """The path to connect to in this process."""
         return self._folder.address(name)
 
     def sinks(self) -> list[str]:
-        """What to connect to, in this process."""
+        """The path to connect to, in this process."""
         try:
             names = self._folder.names()
         except OSError:

@@ -69,7 +69,7 @@ class MemorySaving:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is something to undo in QEMU."""
+        """True when there is something to undo in QEMU."""
         return self._note is not None
 
     def estimate_bytes(self) -> int:

@@ -18,7 +18,7 @@ _MOST = (1 << 63) - 1
 
 
 class Shape(Protocol):
-    """What a value must be."""
+    """The shape that a value must have."""
 
     def fault(self, value: object) -> str:
         """Return where a value does not fit and why, as `.member is …`; empty: it fits."""

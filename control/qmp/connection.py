@@ -24,7 +24,7 @@ _NBD = b"NBDMAGIC"
 _HUMAN_MONITOR = b"QEMU "
 
 
-#: What QEMU answers, or an object in it, whose shape has been checked.
+#: An answer of QEMU, or an object in it, whose shape has been checked.
 Answer = Mapping[str, Any]
 
 
@@ -66,7 +66,7 @@ class QmpLink(Qmp, Protocol):
 
     @property
     def is_shared(self) -> bool:
-        """Whether events are missed, so that a caller has to poll."""
+        """True when events are missed, so that a caller has to poll."""
 
     @property
     def fd(self) -> int:

@@ -125,10 +125,10 @@ class DeferredAnswer:
         self._hooks: list[Callable[[], None]] = []
 
     def answer(self, value: Any) -> None:
-        self._settle(value, None)
+        self._finish(value, None)
 
     def refuse(self, error: QmpError) -> None:
-        self._settle(None, error)
+        self._finish(None, error)
 
     def then(self, hook: Callable[[], None]) -> None:
         """Call `hook` when the answer is there."""
@@ -143,7 +143,7 @@ class DeferredAnswer:
             raise self._error
         return self._value
 
-    def _settle(self, value: Any, error: QmpError | None) -> None:
+    def _finish(self, value: Any, error: QmpError | None) -> None:
         if self.done:
             return
         self.done, self._value, self._error = True, value, error
@@ -165,7 +165,7 @@ class QmpServer:
 
     @property
     def takes_more(self) -> bool:
-        """Whether to read more from the client; False: enough of its commands wait."""
+        """True when more is to be read from the client; False: enough of its commands wait."""
         waiting = sum(request.size for request in self._requests)
         return self._awaited is None or waiting < _MAX_WAITING_BYTES
 

@@ -34,7 +34,7 @@ from vmapipe.runtime.errors import Failure, os_error_text
 # A coordinator that holds the writes has so long to say go: longer would be
 # felt in a guest.
 _BEGIN_S = 5.0
-# Whoever connects says who he is at once.
+# A peer that connects identifies itself at once.
 _GREETING_S = 10.0
 # Conversations end as soon as their connection does, unless a disk hangs.
 _CLOSE_S = 5.0
@@ -143,7 +143,7 @@ class Conversations:
                 message, more = received
                 close_all(more)
                 with disk.lock:
-                    _obey(job, message)
+                    _carry_out(job, message)
         except OSError as error:
             raise Failure(f"disk {attach.disk!r}: {os_error_text(error)}") from error
         finally:
@@ -177,11 +177,11 @@ class Conversations:
                 disk.begin(hold.job)
         finally:
             for disk in held:
-                disk.let_go()
+                disk.release()
         peer.send(GuardBegun())
 
 
-def _obey(job: DiskBackup, message: object) -> None:
+def _carry_out(job: DiskBackup, message: object) -> None:
     """Carry out a message, the disk's lock being held. Raises Failure."""
     match message:
         case Claim(most):

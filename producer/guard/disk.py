@@ -144,7 +144,7 @@ class ServedDisk:
                 raise Failure(f"disk {self.image.name!r}: no backup of this job is ready to begin")
             job.begin()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         with self._changed:
             self._held = False
             self._changed.notify_all()
@@ -214,7 +214,7 @@ class ServedDisk:
         while True:
             with self._changed:
                 while self._held:
-                    self._changed.wait()  # whoever holds lets go within seconds
+                    self._changed.wait()  # the holder releases it within seconds
                 if self._may_write(offset, length):
                     self._writes += 1
                     return

@@ -82,7 +82,7 @@ class Backend(Protocol):
         """Lengths and NBD_STATE_ flags of consecutive parts, from `offset` on."""
 
 
-#: What QEMU has to ask for.
+#: The name that QEMU has to ask for.
 EXPORT_NAME = "disk"
 _FLAGS = NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES
 

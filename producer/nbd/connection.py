@@ -84,7 +84,7 @@ class Connection:
         self.requests = 0
         #: Since when nothing has come (time.monotonic()); infinity: it works.
         self.idle_since = time.monotonic()
-        #: What came last is a part of a request.
+        #: True: the bytes that came last are part of a request.
         self.is_amid = False
         self._sending = threading.Lock()
         # Replies of the connection's own thread, and the memory of their data.

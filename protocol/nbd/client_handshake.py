@@ -162,7 +162,7 @@ _FINAL = frozenset({NBD_REP_ERR_SHUTDOWN, NBD_REP_ERR_TLS_REQD})
 
 
 class Goal(enum.Enum):
-    """What a connection is for."""
+    """The purpose of a connection."""
 
     TRANSMISSION = NBD_OPT_GO
     #: Learn about one export, and leave.
@@ -223,7 +223,7 @@ class NbdClientHandshake(Handshake):
         if password == INIT_PASSWD and magic == CLISERV_MAGIC:
             raise NbdProtocolError("the server speaks the oldstyle protocol of before 2011")
         if (password, magic) != (INIT_PASSWD, IHAVEOPT):
-            raise NbdProtocolError("this is no NBD server")
+            raise NbdProtocolError("this is not an NBD server")
         self._fixed = bool(flags & NBD_FLAG_FIXED_NEWSTYLE)
         self._no_zeroes = bool(flags & NBD_FLAG_NO_ZEROES)
         answer = NBD_FLAG_C_FIXED_NEWSTYLE if self._fixed else 0

@@ -182,7 +182,7 @@ class PendingRequest:
 
 
 def is_error_length_possible(length: int) -> bool:
-    """Whether the payload of an error chunk may be so long."""
+    """Return whether the payload of an error chunk may be so long."""
     return ERROR_PAYLOAD.size <= length <= MAX_ERROR_CHUNK_BYTES
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both handshakes share: greeting, options and their replies as bytes (proto.md, Option types)."""
+"""Parts shared by both handshakes: greeting, options and their replies as bytes (proto.md, Option types)."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def encode_infos(
 
 
 def parse_string(raw: bytes) -> str:
-    """Raises OptionFault for what is no string (proto.md, Conventions)."""
+    """Raise OptionFault for bytes that are not a valid string (proto.md, Conventions)."""
     if len(raw) > MAX_STRING_BYTES:
         raise OptionFault(NBD_REP_ERR_TOO_BIG, f"a string of more than {MAX_STRING_BYTES} bytes")
     if b"\0" in raw:
@@ -168,7 +168,7 @@ class Handshake:
 
     def __init__(self, first_bytes: int, take: Callable[[bytes], bytes]) -> None:
         self.session: NbdSession | None = None
-        #: What was fed beyond the handshake's end: the beginning of the transmission phase.
+        #: Bytes that were fed beyond the handshake's end: the beginning of the transmission phase.
         self.unread = b""
         self._intake = ReceiveBuffer(first_bytes)
         # Takes the structure that is complete and returns what to send; None: the end.

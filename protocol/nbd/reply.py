@@ -109,7 +109,7 @@ _DATA_CHUNK = struct.Struct(">IHHQIQ")
 
 
 def read_reply(session: NbdSession, request: NbdRequest) -> bytes:
-    """What goes before the whole data of an NBD_CMD_READ, `request.length` bytes."""
+    """Return the bytes before the whole data of an NBD_CMD_READ, `request.length` bytes."""
     if session.structured:
         return data_chunk(request.cookie, request.offset, request.length)
     return simple_reply(request.cookie)

@@ -187,7 +187,7 @@ class ServerOptions:
         return export
 
     def _choose(self, name: str) -> NbdSession:
-        """What the transmission phase would be with this export. Raises OptionFault."""
+        """Return the session that the transmission phase would have with this export. Raises OptionFault."""
         export = self._find(name)
         flags = export.flags if self._structured else export.flags & ~NBD_FLAG_SEND_DF
         # Contexts are selected for an export, by its name as the client gave it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What client and server know after the handshake: the export, requests, and what they agreed on.
+"""State that client and server share after the handshake: the export, requests, and agreed options.
 
 See proto.md: Transmission flags, Block size constraints, Request message.
 """
@@ -112,7 +112,7 @@ def known_flags(flags: int) -> int:
 
 
 def string_fault(text: str) -> str | None:
-    """Why this is no string of the protocol (proto.md, Conventions); None: it is one."""
+    """Return why this is not a valid string of the protocol (proto.md, Conventions); None: it is."""
     try:
         raw = text.encode()
     except UnicodeEncodeError:
@@ -129,7 +129,7 @@ def size_fault(size_bytes: int) -> str | None:
 
 
 def block_sizes_fault(sizes: BlockSizes) -> str | None:
-    """Why these are no block sizes of the protocol; None: they are."""
+    """Return why these are not valid block sizes of the protocol; None: they are."""
     minimum, preferred, maximum = sizes
     if not _is_power_of_2(minimum) or minimum > MAX_MINIMUM_BLOCK_BYTES:
         return f"a minimum block size of {minimum} bytes"
@@ -181,7 +181,7 @@ def parse_request(header: Bytes) -> NbdRequest:
     try:
         magic, flags, kind, cookie, offset, length = REQUEST.unpack(header)
     except struct.error:
-        raise LocalProtocolError(f"{len(header)} bytes are no request header") from None
+        raise LocalProtocolError(f"{len(header)} bytes are not a request header") from None
     if magic != NBD_REQUEST_MAGIC:
         raise NbdProtocolError(f"no request where one must be (magic {magic:#x})")
     if kind == NBD_CMD_WRITE and length > MAX_PAYLOAD_BYTES:

@@ -50,11 +50,11 @@ class PlainFile:
         self.path = path
         self.fd = fd
         self.size_bytes = size_bytes
-        #: What its disk cannot read, as (offset, length), and reads as zeroes; None: that is an error.
+        #: Ranges (offset, length) that its disk cannot read and that read as zeroes; None: that is an error.
         self.lost: list[tuple[int, int]] | None = None
 
     def lost_in(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """What of these bytes cannot be read. Raises InputError."""
+        """Return the ranges among these bytes that cannot be read. Raises InputError."""
         found = _within(self.lost or (), offset, length)
         if not found and self.lost is not None:
             # Another process has met it.

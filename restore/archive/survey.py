@@ -47,7 +47,7 @@ class Gap(NamedTuple):
 
     @property
     def is_shift(self) -> bool:
-        """Whether bytes were added or removed here: the gap is not a multiple of 512 bytes.
+        """True when bytes were added or removed here: the gap is not a multiple of 512 bytes.
 
         The data of the extent in front may then be wrong, too.
         """
@@ -183,7 +183,7 @@ def survey(
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Whoever keeps an error keeps its frames, too, and with them views of the data's memory."""
+    """Drop an error's frames: an error that is kept would keep views of the data's memory."""
     while error is not None:
         before, error.__context__ = error.__cause__ or error.__context__, None
         error.__traceback__ = error.__cause__ = None

@@ -81,7 +81,7 @@ class Folders:
 
     @property
     def remover_fds(self) -> list[int]:
-        """What every process inherits that writes to files of `make_partial`."""
+        """Descriptors for every process that writes to files of `make_partial` to inherit."""
         return [remover.fd for remover in self._removers.values() if remover is not None]
 
     def look_at(self, path: str) -> None:
@@ -117,7 +117,7 @@ class NewFile:
     us removes it; it is locked, so that the next restore does if nothing else could.
     """
 
-    #: Whether it may hold other data than zeroes before anything is written.
+    #: True: it may hold other data than zeroes before anything is written.
     has_old_data = False
 
     def __init__(self, path: str, folders: Folders) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that removes what a killed restore leaves in a folder: named files that nobody holds any more.
+"""A process that removes what a killed restore leaves in a folder: named files that no process holds any more.
 
     python -m vmapipe.restore.targets.leftovers --parent-fd N --folder-fd N
 
@@ -33,7 +33,7 @@ class LeftoverRemover:
 
     @property
     def fd(self) -> int:
-        """What a worker inherits, so that nothing is removed while it writes."""
+        """The descriptor that a worker inherits, so that nothing is removed while it writes."""
         return self._child.socket.fileno()
 
     def close(self) -> None:

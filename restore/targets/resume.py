@@ -25,7 +25,7 @@ from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.folders import HeldFolder
 
 NAME = ".vmapipe-resume"
-#: What a new file is called until it is complete.
+#: The name of a new file until it is complete.
 UNFINISHED = ".unfinished"
 _FORMAT = 1
 # 254 targets with the longest paths that there are.

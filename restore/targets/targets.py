@@ -132,7 +132,7 @@ class OpenTargets:
 
     @property
     def setups(self) -> tuple[TargetSetup, ...]:
-        """What a worker has to know of each target."""
+        """What workers are told about each target."""
         return tuple(self._setup(device) for device in self.devices)
 
     def _setup(self, device: Device) -> TargetSetup:

@@ -103,7 +103,7 @@ class Ledger:
         self._unchecked: set[int] = set()
         #: Devices with a damaged extent that holds nothing but theirs.
         self._surely_damaged: set[int] = set()
-        #: What is told of damaged extents that hold several devices, if it is still so at the end.
+        #: Findings about damaged extents that hold several devices, reported at the end if still true.
         self._shared: list[Damage] = []
         self._is_cut = False
         self._gaps = 0
@@ -179,7 +179,7 @@ class Ledger:
                 self._tell(find)
 
     def _unreadable(self, extent: Extent, lost: list[tuple[int, int]]) -> None:
-        """What else the extent holds is restored, and nothing vouches for it."""
+        """Mark the clusters that cannot be read; the others are restored, unchecked."""
         for run in extent.runs:
             self._unchecked.add(run.dev_id)
             at = extent.offset + EXTENT_HEADER_BYTES + run.data_at

@@ -46,7 +46,7 @@ class MappedHashers:
         self._compute = compute
         self._cancel = cancel
         self._answers: dict[int, bytes] = {}
-        #: Of each process, its pid, and a descriptor that is readable when it has ended.
+        #: Each process: its pid, and a descriptor that is readable when it has ended.
         self._workers: list[tuple[int, int]] = []
         # SEQPACKET keeps messages apart: each read is a whole job.
         self._jobs, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

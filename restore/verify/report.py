@@ -33,7 +33,7 @@ _STATE_WORDS = {
 }
 # More than a person reads; the rest is only counted.
 MAX_DAMAGE = 1000
-#: What a salvage writes beside the disks: its map, for programs and for people.
+#: Names of the map that a salvage writes beside the disks, for programs and for people.
 JSON_NAME, TEXT_NAME = "vmapipe-salvage.json", "vmapipe-salvage.txt"
 
 
@@ -106,7 +106,7 @@ class DiskState(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it can be restored as it was, as far as can be known."""
+        """True when all of it can be restored as it was, as far as can be known."""
         return self.state in (SOUND, UNCHECKED)
 
     def fields(self) -> DiskStateFields:

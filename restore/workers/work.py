@@ -211,7 +211,7 @@ class WorkerTable:
 
     @property
     def idle(self) -> bool:
-        """Whether no work is under way."""
+        """True when no work is under way."""
         return not any(self._held.values())
 
     def free_worker(self, work: Work) -> str | None:

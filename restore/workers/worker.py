@@ -169,7 +169,7 @@ class Worker:
         return _is_right(digest, raw)
 
     def _read(self, raw: memoryview, offset: int) -> list[tuple[int, int]]:
-        """What the archive's disk cannot read of it, where that is to be passed over."""
+        """Read an extent; return the ranges that the archive's disk cannot read, where these are skipped."""
         lost: list[tuple[int, int]] = []
         passes = self._setup is not None and self._setup.past_errors
         done = read_at(self._archive_fd, raw, offset, _unreadable, lost if passes else None)

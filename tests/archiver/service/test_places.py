@@ -60,7 +60,7 @@ def test_a_folder_in_which_clients_choose_the_names_is_known_to_prune(
 def test_a_link_in_the_place_of_a_clients_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "alice").symlink_to(tmp_path)
-    with pytest.raises(RemoteProtocolError, match="is no folder"):
+    with pytest.raises(RemoteProtocolError, match="is not a folder"):
         places(tmp_path / "store").place("alice", REQUEST)
 
 

@@ -430,7 +430,7 @@ def test_a_write_that_does_not_end_keeps_a_backup_from_beginning(
         place.disk.hold()
         with pytest.raises(Failure, match="have not come to an end"):
             place.disk.wait_until_held(time.monotonic() + 0.2)
-        place.disk.let_go()
+        place.disk.release()
         go_on.set()
         writing.join(LIMIT_S)
         client.write(9, b"and on it goes")
