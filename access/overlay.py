@@ -43,8 +43,19 @@ _ZEROES_BYTES = 1 << 20
 class OverlayDisk:
     """An `ArchiveDisk` below, and the file `path` above it. Owns the file. See `nbd.backend.Backend`."""
 
-    def __init__(self, below: ArchiveDisk, path: str, uuid: bytes, dev_id: int) -> None:
-        """A new file is made, or one of the same device is gone on with. Raises Failure."""
+    def __init__(
+        self,
+        below: ArchiveDisk,
+        path: str,
+        uuid: bytes,
+        dev_id: int,
+        *,
+        is_kept: bool = True,
+    ) -> None:
+        """A new file is made, or one of the same device is gone on with. Raises Failure.
+
+        `is_kept`: False: it has no name from its first moment on, and nothing is made to last.
+        """
         self.size_bytes = below.size_bytes
         self._below = below
         self._path = path
@@ -54,7 +65,15 @@ class OverlayDisk:
         self._dirty: set[int] = set()
         # Blocks are marked, and filled up from below, one write at a time.
         self._lock = threading.Lock()
+        self._is_kept = is_kept
         self._fd = self._open(_TRAILER.pack(_MAGIC, uuid, dev_id, self.size_bytes))
+        if not is_kept:
+            os.unlink(path)
+
+    @property
+    def stored_bytes(self) -> int:
+        """How much of its file's disk it takes."""
+        return os.fstat(self._fd).st_blocks * 512
 
     def _open(self, trailer: bytes) -> int:
         end = self._table_at + len(self._table)
@@ -221,6 +240,8 @@ class OverlayDisk:
             self.write_zeroes(first, last - first, may_hole=True, fast_only=False)
 
     def flush(self) -> None:
+        if not self._is_kept:
+            return
         with self._lock:
             dirty, self._dirty = sorted(self._dirty), set()
             pages = [(page, bytes(self._page(page))) for page in dirty]

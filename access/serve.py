@@ -64,7 +64,7 @@ def serve(
             else:
                 overlay = OverlayDisk(disk, path, archive.header.uuid, device.dev_id)
                 overlays.append(overlay)
-                offers.append(_offer(export, overlay, _WRITABLE, device.name))
+                offers.append(writable_offer(export, overlay, device.name))
         server = Server([listener], offers, lambda text: emit({"event": "notice", "text": text}))
         server.start()
         for item in shown:
@@ -90,6 +90,11 @@ def serve(
 def read_only_offer(export: str, disk: ArchiveDisk, device_name: str) -> Offer:
     """Return what a server of ours needs to serve this disk."""
     return _offer(export, disk, _READ_ONLY, device_name)
+
+
+def writable_offer(export: str, overlay: OverlayDisk, device_name: str) -> Offer:
+    """Return the same for a disk whose writes are kept in its overlay."""
+    return _offer(export, overlay, _WRITABLE, device_name)
 
 
 def _offer(export: str, disk: ArchiveDisk | OverlayDisk, flags: int, device_name: str) -> Offer:

@@ -30,6 +30,7 @@ archives:
   serve      attach an archive's disks over NBD, without restoring them
   files      list an archive's files and take some out, without restoring it
   mount      show an archive as a folder: its disks, configurations, files
+  drill      boot an archive, and say whether it did
   prune      remove old archives by retention rules, as Proxmox VE does
 
 running backups:
@@ -58,7 +59,7 @@ first steps, with a disk that no machine is using:
 a running machine (its QEMU needs -qmp unix:qmp.sock,server=on,wait=off):
   vmapipe backup --qmp qmp.sock --config vm.conf vm.vma
 
-exit codes: 0 done, 1 failed, 2 wrong use, 4 verify found damage, 130/143 ended by a signal
+exit codes: 0 done, 1 failed, 2 wrong use, 4 verify found damage or drill's machine did not boot, 130/143 ended by a signal
 """
 
 # Where each command starts: module and function.
@@ -71,6 +72,7 @@ COMMANDS = {
     "serve": ("vmapipe.control.cli.serve", "main"),
     "files": ("vmapipe.control.cli.files", "main"),
     "mount": ("vmapipe.control.cli.mount", "main"),
+    "drill": ("vmapipe.control.cli.drill", "main"),
     "status": ("vmapipe.control.cli.running", "main_status"),
     "speed": ("vmapipe.control.cli.running", "main_speed"),
     "cancel": ("vmapipe.control.cli.running", "main_cancel"),

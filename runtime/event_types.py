@@ -268,6 +268,42 @@ class VerifiedEvent(TypedDict):
     seconds: float
 
 
+class OmissionFields(TypedDict):
+    key: str
+    reason: str
+
+
+class DrillingEvent(TypedDict):
+    event: Literal["drilling"]
+    archive: str
+    accelerator: str
+    firmware: str
+    resumed: bool
+    limit_s: float
+    left_out: list[OmissionFields]
+
+
+class DrillStepFields(TypedDict):
+    kind: str
+    state: Literal["answered", "silent", "wrong"]
+    seconds: float | None
+    detail: str
+
+
+class DrilledEvent(TypedDict):
+    event: Literal["drilled"]
+    archive: str
+    uuid: str
+    verdict: Literal["booted", "not booted", "undecided"]
+    reason: str
+    seconds: float | None
+    proof: str
+    steps: list[DrillStepFields]
+    resumed: bool
+    bytes_read: int
+    evidence: str | None
+
+
 PublicEvent = (
     ListeningEvent
     | ReadingEvent
@@ -294,4 +330,6 @@ PublicEvent = (
     | RestoringEvent
     | RestoredEvent
     | VerifiedEvent
+    | DrillingEvent
+    | DrilledEvent
 )

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import IO
 
@@ -29,6 +30,8 @@ _LAST_WORDS_S = 2.0
 # It says why just before it hangs up.
 _REASON_S = 0.2
 _LONGEST_LINE_BYTES = 4096
+# Warnings come before an error, and are some lines.
+_KEPT_LINES = 100
 _PACKAGES = {"qemu-storage-daemon": "qemu-system-common", "qemu-nbd": "qemu-utils"}
 
 
@@ -41,9 +44,10 @@ class LastWords:
     def __init__(self, stream: IO[bytes], prefix: str = "") -> None:
         self._stream = stream
         self._prefix = prefix
-        #: The last line, and how many there were.
+        #: The last line, how many there were, and the latest of them.
         self.last = ""
         self.count = 0
+        self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._thread = threading.Thread(target=self._read, name="daemon-words", daemon=True)
         self._thread.start()
 
@@ -57,6 +61,7 @@ class LastWords:
                 if line := raw.decode(errors="replace").strip():
                     if not self.last or line.startswith(self._prefix):
                         self.last = line
+                    self.lines.append(line)
                     self.count += 1
 
 

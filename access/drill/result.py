@@ -14,6 +14,7 @@ import uuid as uuids
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+from vmapipe.access.machine.spec import Omission
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.side_files import open_regular, write_whole
 
@@ -22,7 +23,7 @@ SUFFIX = ".drill.json"
 #: The folder of the evidence, behind the archive's name, unless another was asked for.
 EVIDENCE_SUFFIX = ".drill"
 Verdict = Literal["booted", "not booted", "undecided"]
-StepState = Literal["answered", "silent", "wrong", "not asked"]
+StepState = Literal["answered", "silent", "wrong"]
 
 _VERSION = 1
 # Some hundred omissions with a sentence each; no result of ours is longer.
@@ -30,13 +31,6 @@ _MAX_BYTES = 256 << 10
 _MAX_ITEMS = 500
 _MAX_CHARS = 4000
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
-
-
-class Omission(NamedTuple):
-    """A part of the configuration that the tested machine did not have, or had otherwise."""
-
-    key: str
-    reason: str
 
 
 class StepResult(NamedTuple):

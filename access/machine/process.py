@@ -136,6 +136,11 @@ class OwnQemu:
         return self._process.pid
 
     @property
+    def said(self) -> list[str]:
+        """The latest lines of its standard error."""
+        return list(self._words.lines) if self._words is not None else []
+
+    @property
     def fd(self) -> int:
         """Readable when QEMU has ended; -1 after `close`."""
         return self._pidfd

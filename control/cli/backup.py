@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.cli.backup_arguments import (
+    add_drill_options,
     add_proxmox_options,
     add_service_options,
     add_source_options,
@@ -89,7 +90,8 @@ examples:
   vmapipe backup --archiver tcp://backup.example:7777 --keys /etc/vmapipe/keys \\
                  --disk /srv/vm.raw vm.vma
 
-exit codes: 0 stored, 1 failed (nothing was stored), 2 wrong use, 130/143 ended by a signal
+exit codes: 0 stored, 1 failed (nothing was stored, but where --drill could not test), 2 wrong use,
+4 stored, and with --drill the machine did not boot, 130/143 ended by a signal
 """
 
 
@@ -101,6 +103,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_buffer_options(parser)
     add_speed_option(add_priority_options(parser))
     add_proxmox_options(parser)
+    add_drill_options(parser)
     add_report_options(parser)
     add_attending_options(parser)
     add_child_options(parser)
@@ -137,11 +140,14 @@ def _backup(options: argparse.Namespace, parent: ParentContext | None = None) ->
     # With the archive on stdout, every word goes to stderr.
     to_stdout = not service and goes_to_stdout(options.archive)
     stream = sys.stderr if to_stdout else sys.stdout
-    with (
-        renderer("backup", options, stream) as emit,
-        job_context(options, place, ParentContext(emit, cancel, ChildCommands())) as around,
-    ):
-        _run_job(options, service, pass_fds, around)
+    with renderer("backup", options, stream) as emit:
+        with job_context(options, place, ParentContext(emit, cancel, ChildCommands())) as around:
+            _run_job(options, service, pass_fds, around)
+        if options.drill:
+            # Here: other backups start sooner without.
+            from vmapipe.control.cli.drill import drill_stored
+
+            drill_stored(options.archive, options.drill_plan, cancel, emit)
 
 
 def _full_name(archive: str) -> str:
@@ -149,8 +155,29 @@ def _full_name(archive: str) -> str:
     return os.path.abspath(archive) if is_path(archive) else archive
 
 
+def _check_drill(options: argparse.Namespace) -> None:
+    """Raises UsageError."""
+    if options.drill_plan and not options.drill:
+        raise UsageError("--drill-plan belongs to --drill")
+    if options.drill and (options.archiver or not is_path(options.archive)):
+        raise UsageError(
+            "--drill boots from an archive that is a file of this host: run `vmapipe drill` where the "
+            "archive is"
+        )
+    if options.drill and options.parent_fd is not None:
+        raise UsageError("--drill is for a backup that is started by hand")
+    if options.drill and options.vmid is None and not _is_for_a_file(options.archive):
+        raise UsageError(f"--drill needs an archive that is a file: {options.archive} is none")
+
+
+def _is_for_a_file(archive: str) -> bool:
+    """What is there already is refused later, with the reason."""
+    return os.path.isfile(archive) or not os.path.exists(archive)
+
+
 def _check(options: argparse.Namespace) -> None:
     """Raises UsageError."""
+    _check_drill(options)
     if options.freeze and not options.agent:
         raise UsageError(
             "--freeze needs --agent SOCKET: only the guest's own agent can freeze its file systems"

@@ -96,6 +96,19 @@ def add_proxmox_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_drill_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the restore test")
+    group.add_argument(
+        "--drill",
+        action="store_true",
+        help="when the archive is stored, boot the machine in it and say whether it did, as `vmapipe "
+        "drill` does; exit code 4 if it did not, and the archive stays",
+    )
+    group.add_argument(
+        "--drill-plan", metavar="FILE", help="with --drill: what has to answer, as TOML"
+    )
+
+
 def add_service_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("to a service on another host")
     group.add_argument(

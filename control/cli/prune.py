@@ -14,6 +14,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from vmapipe.access.drill.evidence import remove_evidence
+from vmapipe.access.drill.result import EVIDENCE_SUFFIX
+from vmapipe.access.drill.result import SUFFIX as DRILL_SUFFIX
 from vmapipe.archiver.service.storage import is_of_service
 from vmapipe.control.cli.retention import (
     RULES,
@@ -33,7 +36,7 @@ from vmapipe.runtime.text import human_bytes, name_text, one_line
 
 DESCRIPTION = """\
 Say which archives in a folder are no longer needed, and with --yes remove them,
-each with its log, notes and manifest. The rules are those of Proxmox VE and
+each with its log, notes, manifest and what `vmapipe drill` has kept. The rules are those of Proxmox VE and
 Proxmox Backup Server. An archive belongs to the machine, and is from the time,
 that its name says: vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma.
 Other files are left alone; so is an archive with a file ARCHIVE.protected beside it,
@@ -291,6 +294,11 @@ def remove(folder: HeldFolder, archive: str) -> None:
             _unlink(folder, name)
         except OSError as error:
             left.append(f"{os.path.join(folder.path, name)}: {os_error_text(error)}")
+    evidence = archive + EVIDENCE_SUFFIX
+    try:
+        remove_evidence(folder, evidence)
+    except OSError as error:
+        left.append(f"{os.path.join(folder.path, evidence)}: {os_error_text(error)}")
     if left:
         raise Failure(f"cannot remove {'; '.join(left)}; the archive beside it is removed")
 
@@ -332,4 +340,4 @@ def beside(archive: str) -> list[str]:
     """The files that belong to an archive, there or not."""
     stem = _ENDING.sub("", archive)
     logs = [f"{stem}.log"] if stem != archive else []
-    return [f"{archive}.manifest.json", f"{archive}.notes", *logs]
+    return [f"{archive}.manifest.json", archive + DRILL_SUFFIX, f"{archive}.notes", *logs]

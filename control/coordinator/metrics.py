@@ -18,7 +18,6 @@ from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 
 SUFFIX = ".prom"
 _LAST_SUCCESS = "vmapipe_backup_last_success_timestamp_seconds"
-_OLD_SUCCESS = re.compile(rf"^{_LAST_SUCCESS}\{{[^\n]*\}} ([0-9.e+]+)$", re.MULTILINE)
 # Far more than such a file has.
 _MAX_OLD_BYTES = 1 << 20
 
@@ -90,10 +89,10 @@ def _labelled(state: JobState) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _labels(labels: Mapping[str, str]) -> str:
-    return ",".join(f'{key}="{_escaped(value)}"' for key, value in labels.items())
+    return ",".join(f'{key}="{escaped_label(value)}"' for key, value in labels.items())
 
 
-def _escaped(text: str) -> str:
+def escaped_label(text: str) -> str:
     text = one_line(text, MAX_NAME_CHARS)
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
@@ -104,20 +103,21 @@ def write(path: str, state: JobState) -> None:
     backup = name.removesuffix(SUFFIX)
     try:
         with HeldFolder(place) as folder:
-            text = render(backup, state, _old_success(folder, name), time.time())
+            text = render(backup, state, old_value(folder, name, _LAST_SUCCESS), time.time())
         write_whole(path, text.encode(), 0o644)  # the exporter is another user
     except OSError as error:
         raise Failure(f"cannot write the metrics {path}: {os_error_text(error)}") from error
 
 
-def _old_success(folder: HeldFolder, name: str) -> float:
-    """When it last went well, from the file that is there; 0: not known."""
+def old_value(folder: HeldFolder, name: str, metric: str) -> float:
+    """Return a metric's value from the file that is there, as when it last went well; 0: not known."""
+    line = re.compile(rf"^{metric}\{{[^\n]*\}} ([0-9.e+]+)$", re.MULTILINE)
     try:
         fd = folder.open(name, os.O_RDONLY | os.O_NONBLOCK)
         with open(fd, encoding="utf-8", errors="replace") as file:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 return 0.0
-            found = _OLD_SUCCESS.search(file.read(_MAX_OLD_BYTES))
+            found = line.search(file.read(_MAX_OLD_BYTES))
         return float(found[1]) if found else 0.0
     except (OSError, ValueError):
         return 0.0

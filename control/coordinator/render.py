@@ -17,6 +17,8 @@ from vmapipe.runtime.event_types import (
     BufferEvent,
     DamageFields,
     DoneEvent,
+    DrilledEvent,
+    DrillingEvent,
     ExportedEvent,
     InstantEvent,
     MountedEvent,
@@ -129,7 +131,7 @@ class _Text:
             return "--:--"
         return human_time(max(0, self.total_bytes - self.done_bytes) / self.rate)
 
-    def summary(self, event: Event) -> str | None:  # noqa: PLR0911  a case an event
+    def summary(self, event: Event) -> str | None:  # noqa: PLR0911, PLR0912  a case an event
         """The line for an event that is worth one in any form."""
         match event["event"]:
             case "stored":
@@ -158,6 +160,8 @@ class _Text:
                 return _opened_text(event)
             case "ready":
                 return f"ready; backups ask {one_line(event['listen'])}"
+            case "drilling" | "drilled":
+                return _drill_text(event)
             case "notice":
                 return one_line(event["text"])
             case "speed":
@@ -220,6 +224,22 @@ def _opened_text(event: ExportedEvent | MountedEvent) -> str:
     access = "writable" if event["writable"] else "read-only"
     size = human_bytes(event["bytes"])
     return f"{device} of {one_line(event['archive'])}, {size}, {access}: {event['uri']}"
+
+
+def _drill_text(event: DrillingEvent | DrilledEvent) -> str:
+    archive = one_line(event["archive"])
+    if event["event"] == "drilling":
+        way = "going on from the memory in" if event["resumed"] else "booting"
+        how = "KVM" if event["accelerator"] == "kvm" else "emulated: some 10 times slower"
+        lines = [f"{way} {archive} ({how}), {event['limit_s']:.0f} s at most"]
+        lines += [f"  not as it was: {one['key']}: {one['reason']}" for one in event["left_out"]]
+        return "\n".join(lines)
+    seconds = event["seconds"]
+    after = f" in {seconds:.1f} s" if seconds is not None else ""
+    verdict = "goes on" if event["resumed"] and seconds is not None else event["verdict"]
+    where = f"; look at {one_line(event['evidence'])}" if event["evidence"] else ""
+    read = human_bytes(event["bytes_read"])
+    return f"{archive}: {verdict}{after}: {event['reason']}; the guest read {read}{where}"
 
 
 def verified_text(event: VerifiedEvent) -> str:

@@ -14,7 +14,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -90,10 +90,15 @@ class GuestAgent:
             self.close()
             raise
 
-    def execute(self, command: str, timeout_s: float) -> Any:
+    def execute(
+        self, command: str, timeout_s: float, arguments: Mapping[str, Any] | None = None
+    ) -> Any:
         deadline = time.monotonic() + timeout_s
+        request: dict[str, Any] = {"execute": command}
+        if arguments is not None:
+            request["arguments"] = dict(arguments)
         try:
-            self._wire.send({"execute": command}, deadline)
+            self._wire.send(request, deadline)
             answer = self._wire.receive(deadline)
         except TimeoutError as error:
             raise Failure(

@@ -42,11 +42,11 @@ def with_agent(program: Path, socket: Path) -> Extra:
         *("-device", "virtio-serial-pci,id=ports"),
         *("-device", f"virtserialport,bus=ports.0,chardev=agent,name={_PORT}"),
     )
-    files = {"bin/qemu-ga": program, **_libraries(program)}
+    files = {"bin/qemu-ga": program, **libraries(program)}
     return Extra(options, PORT_MODULES, files, _START + OBEY)
 
 
-def _libraries(program: Path) -> dict[str, Path]:
+def libraries(program: Path) -> dict[str, Path]:
     """What a program is linked with, and who links it, where the latter looks for them."""
     words = ["ldd", str(program)]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One machine under test, watched until there is a verdict: its consoles, screen, events and probes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from vmapipe.access.drill.judge import Decision, Judge
+from vmapipe.access.drill.patterns import PatternTooSlow, bounded_search
+from vmapipe.access.drill.plan import DrillPlan, Step
+from vmapipe.access.drill.probes import Heard, Probes, shown
+from vmapipe.access.drill.screen import (
+    TEXT_ADDRESS,
+    TEXT_BYTES,
+    Picture,
+    is_still,
+    looks_graphical,
+    parse_ppm,
+    text_lines,
+)
+from vmapipe.access.drill.signs import LOGIN, Sign, failure_in
+from vmapipe.access.drill.transcript import Transcript
+from vmapipe.access.machine.process import OwnQemu
+from vmapipe.control.qmp.connection import Command, QmpGone, QmpRefused
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.syscalls import readable
+from vmapipe.runtime.text import human_bytes, one_line
+
+_TICK_S = 0.25
+# A picture costs the guest and us some 30 ms.
+_LOOK_S = 1.0
+_READ_BYTES = 64 << 10
+# One turn takes no more from a console, so that a guest that writes for ever is looked at, too.
+_TURN_BYTES = 1 << 20
+# To a machine that goes on in the middle: who is there answers an empty line.
+_KNOCK_S = 3.0
+_SLOW = "the plan's expression takes too long on what it said: make it simpler"
+
+
+class Console:
+    """A socket that QEMU writes one of the machine's ports to, and what has come."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._sock, _ = listener.accept()
+        self._sock.setblocking(False)
+        self.transcript = Transcript()
+
+    def fileno(self) -> int:
+        """-1: QEMU has closed it."""
+        return self._sock.fileno()
+
+    def read(self) -> Sequence[str]:
+        """Return the windows of what has come since."""
+        windows: list[str] = []
+        taken = 0
+        try:
+            while taken < _TURN_BYTES:
+                data = self._sock.recv(_READ_BYTES)
+                if not data:
+                    self._sock.close()
+                    break
+                taken += len(data)
+                windows += self.transcript.feed(data)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._sock.close()
+        return windows
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._sock.send(data)
+        except OSError:
+            pass  # it takes nothing now, or has ended
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class Bounds(NamedTuple):
+    """`limit_s`: for the whole; `written_bytes`: what the guest may write to its disks."""
+
+    limit_s: float
+    written_bytes: int
+
+
+class Seen(NamedTuple):
+    """How it ended, and what to keep of it."""
+
+    decision: Decision
+    picture: Picture | None
+    screen_text: str
+    bytes_read: int
+
+
+class Watch:
+    """Runs a machine that was started with -S, and watches it. Call `run`, then `close`."""
+
+    def __init__(
+        self,
+        machine: OwnQemu,
+        consoles: tuple[Console, Console],
+        plan: DrillPlan,
+        bounds: Bounds,
+        folder: str,
+    ) -> None:
+        self._machine = machine
+        self._serial, self._firmware = consoles
+        self._plan = plan
+        self._bounds = bounds
+        self._folder = folder
+        self.judge = Judge(plan, bounds.limit_s)
+        self.probes = Probes()
+        self._started = time.monotonic()
+        self._picture: Picture | None = None
+        self._still_since = 0.0
+        self._screen_text = ""
+        self._look_at = self._knock_at = 0.0
+        self._bytes_read = 0
+        #: What the archive has said of damage.
+        self.damage: list[str] = []
+
+    def run(self, cancel: Cancel, written_bytes: Any, *, is_resumed: bool) -> Seen:
+        """Raises Cancelled, QmpRefused."""
+        self._started = time.monotonic()
+        with contextlib.suppress(QmpGone):  # its end is seen below
+            self._execute("cont")
+        while True:
+            fds = [c.fileno() for c in (self._serial, self._firmware) if c.fileno() >= 0]
+            fds += [self._machine.fd, cancel.fd]
+            readable(fds, _TICK_S)
+            cancel.check()
+            self._hear_consoles()
+            self._hear_events()
+            for heard in self.probes.take():
+                self._hear(heard)
+            self._look()
+            if is_resumed and self._now() >= self._knock_at:
+                self._knock_at = self._now() + _KNOCK_S
+                self._serial.write(b"\r")
+            if written_bytes() > self._bounds.written_bytes:
+                self.judge.ended(
+                    "undecided",
+                    f"it has written more than {human_bytes(self._bounds.written_bytes)} to its "
+                    "disks, which --scratch-size allows",
+                )
+            if self._machine.wait(0):
+                self._hear_consoles()
+                # Somebody else's doing, or a defect of QEMU's: no word about the archive.
+                self.judge.ended("undecided", str(self._machine.ended()))
+            decision = self.judge.decide(self._now())
+            if decision is not None:
+                self._take_picture()
+                return Seen(decision, self._picture, self._screen_text, self._read_bytes())
+
+    def close(self) -> None:
+        self.probes.close()
+        self._serial.close()
+        self._firmware.close()
+
+    def _now(self) -> float:
+        return time.monotonic() - self._started
+
+    # --- Consoles and events ---
+
+    def _hear_consoles(self) -> None:
+        for console in (self._serial, self._firmware):
+            windows = console.read()
+            if windows:
+                self.judge.moved(self._now())
+            for window in windows:
+                if console is self._serial:
+                    self._try_steps("serial", window)
+                sign = failure_in(window)
+                if sign is not None and sign.weight == "final":
+                    self.judge.shows(sign)
+            if windows:
+                self._show_signs()
+
+    def _show_signs(self) -> None:
+        texts = (
+            self._screen_text,
+            self._serial.transcript.window,
+            self._firmware.transcript.window,
+        )
+        found = [sign for sign in map(failure_in, texts) if sign is not None]
+        self.judge.shows(min(found, key=lambda sign: sign.weight) if found else None)
+
+    def _try_steps(self, kind: str, text: str) -> None:
+        for index, step in enumerate(self._plan.steps):
+            if step.kind == kind and step.pattern is not None and not self.judge.is_answered(index):
+                self._try(index, step, step.pattern, text)
+
+    def _try(self, index: int, step: Step, pattern: re.Pattern[str], text: str) -> bool:
+        """Hold an answer against what is expected; a kind that only listens says nothing of the others."""
+        try:
+            match = bounded_search(pattern, text)
+        except PatternTooSlow:
+            self.judge.wrong(index, _SLOW)
+            return False
+        if match is None:
+            return False
+        said = shown(match[0] or text)
+        self.judge.answered(index, self._now(), f"it said {said}" if said != "''" else "")
+        return True
+
+    def _hear(self, heard: Heard) -> None:
+        index, step = heard.step, self._plan.steps[heard.step]
+        at_s = heard.at - self._started
+        if heard.refusal:
+            self.judge.wrong(index, one_line(heard.refusal, 400))
+        elif step.pattern is None:
+            said = shown(heard.text) if heard.text.strip() else ""
+            self.judge.answered(index, at_s, f"it said {said}" if said else "")
+        elif not self._try(index, step, step.pattern, heard.text):
+            self.judge.wrong(index, f"it said {shown(heard.text)}, which is not what was expected")
+        if self.judge.is_answered(index):
+            self.probes.done_with(index)
+
+    def _hear_events(self) -> None:
+        try:
+            events = self._machine.qmp.events()
+        except QmpGone:
+            return  # its end is seen by its process
+        for event in events:
+            data = event.get("data", {})
+            match event["event"]:
+                case "GUEST_PANICKED":
+                    self.judge.shows(Sign("final", "the guest has reported a panic (pvpanic)"))
+                case "SHUTDOWN" if data.get("guest"):
+                    self.judge.ended(
+                        "not booted", f"it switched itself off after {self._now():.1f} s"
+                    )
+                case "RESET" if data.get("guest"):
+                    self.judge.reset(self._now())
+                case "BLOCK_IO_ERROR":
+                    self._stopped(data)
+
+    def _stopped(self, data: dict[str, Any]) -> None:
+        if self.damage:
+            self.judge.ended(
+                "not booted", f"the archive is damaged: {one_line(self.damage[0], 600)}"
+            )
+        elif data.get("nospace"):
+            self.judge.ended("undecided", "no room is left for what it writes (--scratch)")
+        else:
+            reason = one_line(str(data.get("reason", "")), 200)
+            what = "read" if data.get("operation") == "read" else "written"
+            self.judge.ended("undecided", f"a disk could not be {what}: {reason}")
+
+    # --- The screen ---
+
+    def _look(self) -> None:
+        now = self._now()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_S
+        before = self._picture
+        self._take_picture()
+        picture = self._picture
+        if picture is None:
+            return
+        if before is None or not is_still(before, picture):
+            self._still_since = now
+            self.judge.moved(now)
+        self._show_signs()
+        self._try_steps("screen", self._screen_text)
+        for index, step in enumerate(self._plan.steps):
+            if step.kind == "screen" and not self.judge.is_answered(index):
+                self._try_picture(index, step, picture, now - self._still_since)
+
+    def _try_picture(self, index: int, step: Step, picture: Picture, still_s: float) -> None:
+        """A picture that stays as it is: of a plan that asks for no more, or no console's."""
+        is_usual = step.pattern is LOGIN and looks_graphical(picture)
+        is_proof = (is_usual or step.is_lenient) and not picture.is_blank
+        if is_proof and still_s >= step.stable_s and failure_in(self._screen_text) is None:
+            self.judge.answered(index, self._now(), f"a picture that stays, for {still_s:.0f} s")
+
+    def _take_picture(self) -> None:
+        path = os.path.join(self._folder, "screen.ppm")
+        try:
+            self._execute("screendump", filename=path)
+            picture = parse_ppm(_read_and_remove(path))
+            text = ""
+            if picture.is_text_mode:
+                memory = os.path.join(self._folder, "text")
+                words = {"val": TEXT_ADDRESS, "size": TEXT_BYTES, "filename": memory}
+                self._execute("pmemsave", **words)
+                text = "\n".join(text_lines(picture, _read_and_remove(memory)))
+        except (OSError, ValueError, Failure):
+            return  # QEMU has ended, or the screen changes just now
+        self._picture, self._screen_text = picture, text
+        self.judge.is_readable = picture.is_text_mode
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        self.judge.last_line = one_line(lines[-1], 200) if lines else ""
+
+    def _execute(self, name: str, **arguments: Any) -> Any:
+        return self._machine.qmp.execute(Command(name, arguments))
+
+    def _read_bytes(self) -> int:
+        """How much the guest has read of its disks."""
+        try:
+            answer = self._execute("query-blockstats")
+            counts = [entry["stats"]["rd_bytes"] for entry in answer if entry.get("qdev")]
+            return sum(count for count in counts if isinstance(count, int) and count >= 0)
+        except (QmpGone, QmpRefused, KeyError, TypeError, AttributeError):
+            return 0
+
+
+def _read_and_remove(path: str) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(_MAX_PICTURE_BYTES)
+    os.unlink(path)
+    return data
+
+
+# More than QEMU's card can show.
+_MAX_PICTURE_BYTES = 128 << 20

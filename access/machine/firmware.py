@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UEFI firmware for a machine: its code as distributions install it, and its variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from vmapipe.access.machine.spec import FirmwareSpec
+from vmapipe.runtime.errors import Failure
+
+# Debian and Ubuntu, Proxmox VE, Fedora and RHEL, Arch, and what QEMU itself installs.
+_FOLDERS = (
+    "/usr/share/OVMF",
+    "/usr/share/pve-edk2-firmware",
+    "/usr/share/edk2/ovmf",
+    "/usr/share/edk2/x64",
+    "/usr/share/qemu",
+)
+# Code, and a template of variables that goes with it.
+_USUAL = (
+    ("OVMF_CODE_4M.fd", "OVMF_VARS_4M.fd"),
+    ("OVMF_CODE.4m.fd", "OVMF_VARS.4m.fd"),
+    ("edk2-x86_64-code.fd", "edk2-i386-vars.fd"),
+)
+_SECURE = (
+    ("OVMF_CODE_4M.secboot.fd", "OVMF_VARS_4M.ms.fd"),
+    ("OVMF_CODE.secboot.4m.fd", "OVMF_VARS.4m.fd"),
+    ("edk2-x86_64-secure-code.fd", "edk2-i386-vars.fd"),
+)
+_SMALL = (("OVMF_CODE.fd", "OVMF_VARS.fd"),)
+# Of a build for 2 MiB of flash memory; the others' are 528 KiB.
+_SMALL_BYTES = 128 << 10
+
+
+class Firmware(NamedTuple):
+    """Files of this host. `omission`: what is different from the machine's own; empty: nothing."""
+
+    code: str
+    variables: str
+    variables_bytes: int
+    is_secure: bool
+    omission: str
+
+
+def find_firmware(
+    wanted: FirmwareSpec, *, is_q35: bool, folders: Sequence[str] = _FOLDERS
+) -> Firmware:
+    """Return the firmware that fits. Raises Failure: none is installed."""
+    if wanted.is_secure and not wanted.has_small_variables:
+        found = _first(folders, _SECURE) if is_q35 else None
+        if found:
+            return Firmware(*found, True, "")
+        why = "secure boot is off: it needs a q35 machine and firmware for it"
+    elif wanted.has_small_variables:
+        found = _first(folders, _SMALL)
+        if found and found[2] == _SMALL_BYTES:
+            return Firmware(*found, False, "")
+        why = "no firmware for its small variables (efitype=2m) is installed: it has new ones"
+    else:
+        why = ""
+    found = _first(folders, _USUAL) or _first(folders, _SMALL)
+    if found is None:
+        raise Failure(
+            "the machine has UEFI firmware, and none is installed here (Debian: ovmf; looked into "
+            f"{', '.join(folders)})"
+        )
+    return Firmware(*found, False, why)
+
+
+def _first(folders: Sequence[str], names: Sequence[tuple[str, str]]) -> tuple[str, str, int] | None:
+    return next(_there(folders, names), None)
+
+
+def _there(
+    folders: Sequence[str], names: Sequence[tuple[str, str]]
+) -> Iterator[tuple[str, str, int]]:
+    for folder in folders:
+        for code, variables in names:
+            paths = (os.path.join(folder, code), os.path.join(folder, variables))
+            if all(os.access(path, os.R_OK) for path in paths):
+                yield *paths, os.stat(paths[1]).st_size

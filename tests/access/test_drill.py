@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe drill` with machines that boot and with ones that do not: the verdict is right each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonschema
+import psutil
+import pytest
+
+from tests.access.bootable import OVMF, break_system, config, make_bootable, zero_kernel
+from tests.conftest import absent
+from tests.guest import Kernel, find_kernel
+from tests.machine import LIMIT_S, VMAPIPE, Need, bad, eventually, good, make_disk, run, started
+from vmapipe.access.drill.result import read_result
+from vmapipe.access.drill.screen import Picture, looks_graphical
+from vmapipe.access.machine.accelerator import TCG, VARIABLE
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+EVENTS = jsonschema.Draft202012Validator(json.loads((DOCS / "events.schema.json").read_text()))
+# An emulated machine is up within 4 s (UEFI: 8) on an idle host.
+_BOOT_LIMIT_S = 80
+# More than a good one needs on a busy host to show what it hangs at; nobody has to wait for more.
+_HANG_LIMIT_S = 20
+
+
+# The fixture boots several machines, emulated, on a host that may be busy.
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _emulated() -> Iterator[None]:
+    """As on any host; the probe for KVM has a test of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, TCG)
+        yield
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    found = find_kernel()
+    if found is None:
+        absent("a kernel for a guest; scripts/setup unpacks Debian's into .venv/kernel")
+    return found
+
+
+class Drilled(NamedTuple):
+    """One finished test: its exit code, its events, its error, and the archive."""
+
+    code: int
+    events: list[dict[str, Any]]
+    error: str
+    archive: Path
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return next(event for event in self.events if event["event"] == "drilled")
+
+    def evidence(self, name: str) -> bytes:
+        return (self.archive.parent / f"{self.archive.name}.drill" / name).read_bytes()
+
+
+class Lab:
+    """Disks to boot from, archives of them, and tests that run side by side."""
+
+    def __init__(self, need: Need, kernel: Kernel, folder: Path) -> None:
+        need("qemu-system-x86_64", "setpriv")
+        self.folder = folder
+        self._running: list[tuple[subprocess.Popen[bytes], Path]] = []
+        self.disks = {
+            name: folder / f"{name}.raw" for name in ("good", "hang", "zeroed", "broken", "empty")
+        }
+        make_bootable(need, kernel, folder / "good", self.disks["good"])
+        make_bootable(need, kernel, folder / "hang", self.disks["hang"], "hang")
+        for name in ("zeroed", "broken"):
+            shutil.copy(self.disks["good"], self.disks[name])
+        zero_kernel(need, self.disks["zeroed"])
+        break_system(self.disks["broken"])
+        with self.disks["empty"].open("wb") as file:
+            file.truncate(8 << 20)
+
+    def archive(self, name: str, disk: str, *lines: str) -> Path:
+        archive, conf = self.folder / f"{name}.vma", self.folder / f"{name}.conf"
+        conf.write_text(config(*lines))
+        words = (
+            "--disk",
+            f"drive-virtio0={self.disks[disk]}",
+            "--config",
+            f"qemu-server.conf={conf}",
+        )
+        good("backup", "--quiet", *words, archive)
+        return archive
+
+    def start(self, archive: Path, *words: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [*VMAPIPE, "drill", "--json", "--no-index-cache", *words, str(archive)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self._running.append((process, archive))
+        return process
+
+    def finish(self, process: subprocess.Popen[bytes], archive: Path) -> Drilled:
+        stdout, stderr = process.communicate(timeout=LIMIT_S + _BOOT_LIMIT_S)
+        events = [json.loads(line) for line in stdout.decode().splitlines()]
+        for event in events:
+            EVENTS.validate(event)
+        error = stderr.decode()
+        assert "Traceback" not in error, error
+        return Drilled(process.returncode, events, error, archive)
+
+    def close(self) -> None:
+        for process, _ in self._running:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
+
+PLAN = """
+[[step]]
+kind = "command"
+run = ["/bin/cat", "/proc/version"]
+output = "^Linux version [0-9]"
+[[step]]
+kind = "tcp"
+port = 80
+send = "GET / HTTP/1.0\\r\\n\\r\\n"
+text = "hello from the guest"
+required = true
+[[step]]
+kind = "serial"
+regex = "restored login:"
+[[step]]
+kind = "screen"
+text = "restored login:"
+"""
+
+
+# Where QEMU itself has the bridge to ISA.
+MISPLACED = """
+<domain type='kvm'><memory unit='MiB'>128</memory><os><type machine='pc'>hvm</type></os><devices>
+<disk device='disk'><target dev='vda' bus='virtio'/>
+  <address type='pci' bus='0x00' slot='0x01' function='0x0'/></disk></devices></domain>
+"""
+
+
+def _damaged(archive: Path) -> Path:
+    """Within the first extent with data: the boot sector and the boot loader."""
+    with archive.open("r+b") as file:
+        file.seek(40_000)
+        file.write(b"damage" * 100)
+    return archive
+
+
+@pytest.fixture(scope="module")
+def lab(need: Need, kernel: Kernel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    made = Lab(need, kernel, tmp_path_factory.mktemp("drill"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def drilled(lab: Lab) -> Mapping[str, Drilled]:
+    """All at once: most of them wait for their machine."""
+    if not OVMF.exists():
+        absent("ovmf")
+    plan = lab.folder / "plan.toml"
+    plan.write_text(PLAN)
+    domain = lab.folder / "domain.xml"
+    domain.write_text(MISPLACED)
+    uefi = ("bios: ovmf", "machine: q35", "agent: 1")
+    slow, quick = f"--timeout={_BOOT_LIMIT_S}", f"--timeout={_HANG_LIMIT_S}"
+    cases: dict[str, tuple[Path, Sequence[str]]] = {
+        "bios": (
+            lab.archive("bios", "good", "agent: 1", "args: -device evil", "hostpci0: 01:00"),
+            (slow, f"--plan={plan}", f"--metrics={lab.folder}/vm.prom"),
+        ),
+        "uefi": (lab.archive("uefi", "good", *uefi), (slow,)),
+        "zeroed": (lab.archive("zeroed", "zeroed", "agent: 1"), (slow,)),
+        "broken": (lab.archive("broken", "broken", "agent: 1"), (slow,)),
+        "empty": (lab.archive("empty", "empty"), (slow,)),
+        "hung": (lab.archive("hung", "hang"), (quick,)),
+        "damaged": (_damaged(lab.archive("damaged", "good")), (slow,)),
+        "misplaced": (lab.archive("misplaced", "empty"), (slow, f"--config={domain}")),
+    }
+    running = {name: (lab.start(a, *words), a) for name, (a, words) in cases.items()}
+    return {name: lab.finish(process, archive) for name, (process, archive) in running.items()}
+
+
+def _uuid(archive: Path) -> bytes:
+    return archive.read_bytes()[8:24]
+
+
+def _picture(raw: bytes) -> Picture:
+    """A PNG of ours: one chunk of data, no filters."""
+    width, height = struct.unpack(">II", raw[16:24])
+    rows = zlib.decompress(raw[raw.index(b"IDAT") + 4 : -16])
+    step = 3 * width + 1
+    return Picture(
+        width, height, b"".join(rows[at + 1 : at + step] for at in range(0, len(rows), step))
+    )
+
+
+def test_a_good_machine_has_booted_and_each_step_of_the_plan_has_its_answer(
+    drilled: Mapping[str, Drilled], lab: Lab
+) -> None:
+    done = drilled["bios"]
+    assert done.code == 0, done.error
+    assert done.last["verdict"] == "booted"
+    assert done.last["proof"] == "command"
+    assert {step["state"] for step in done.last["steps"]} == {"answered"}
+    assert done.last["seconds"] > 0
+    # A part of the kernel and the initramfs; the whole disk has 58 MiB.
+    assert 8 << 20 < done.last["bytes_read"] < 50 << 20
+    begun = next(event for event in done.events if event["event"] == "drilling")
+    assert {one["key"] for one in begun["left_out"]} == {"args", "hostpci0"}
+    result = read_result(str(done.archive), _uuid(done.archive))
+    assert result is not None
+    assert (result.verdict, result.proof, result.evidence) == (
+        "booted",
+        "command",
+        "bios.vma.drill",
+    )
+    assert "restored login:" in done.evidence("screen.txt").decode()
+    assert b"restored login:" in done.evidence("serial.log")
+    assert not _picture(done.evidence("screen.png")).is_blank
+    metrics = (lab.folder / "vm.prom").read_text()
+    assert 'vmapipe_drill_success{drill="vm"} 1' in metrics
+
+
+def test_a_good_machine_with_uefi_has_booted(drilled: Mapping[str, Drilled]) -> None:
+    done = drilled["uefi"]
+    assert done.code == 0, done.error
+    assert (done.last["verdict"], done.last["proof"]) == ("booted", "agent")
+    begun = next(event for event in done.events if event["event"] == "drilling")
+    assert begun["firmware"] == "uefi"
+    assert b"BdsDxe: starting Boot0001" in done.evidence("serial.log")
+    assert not looks_graphical(_picture(done.evidence("screen.png")))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("zeroed", "Booting kernel failed"),
+        ("broken", "Kernel panic - not syncing"),
+        ("empty", "No bootable device"),
+        ("hung", "no login prompt within"),
+        ("damaged", "the archive is damaged"),
+    ],
+)
+def test_a_machine_that_does_not_boot_is_told_with_the_reason(
+    name: str, reason: str, drilled: Mapping[str, Drilled]
+) -> None:
+    done = drilled[name]
+    assert done.code == 4, done.error
+    assert done.last["verdict"] == "not booted"
+    assert reason in done.last["reason"]
+    assert done.error.count("\n") == 1
+    assert reason in done.error
+    assert not _picture(done.evidence("screen.png")).is_blank
+    result = read_result(str(done.archive), _uuid(done.archive))
+    assert result is not None
+    assert (result.verdict, result.seconds) == ("not booted", None)
+
+
+def test_the_archives_are_as_they_were(drilled: Mapping[str, Drilled]) -> None:
+    for done in drilled.values():
+        if done.archive.name == "damaged.vma":
+            continue
+        good("verify", "--quiet", "--require-manifest", done.archive)
+
+
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def _is_booting(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["event"] == "drilling":
+            break
+    family = _family(process)
+    assert any("qemu-system" in child.name() for child in family)
+    return family
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_of_the_machine_survives_also_after_a_kill(
+    lab: Lab, signum: int, short_folder: Path
+) -> None:
+    archive = lab.folder / "killed.vma"
+    if not archive.exists():
+        archive = lab.archive("killed", "hang", "tpmstate0: x,version=v2.0")
+    environment = {**os.environ, "TMPDIR": str(short_folder)}
+    words = ("drill", "--json", "--no-index-cache", "--timeout=60", archive)
+    with started(*words, env=environment) as process:
+        family = _is_booting(process)
+        process.send_signal(signum)
+        process.wait(LIMIT_S)
+    assert process.returncode in (-signum, 128 + signum)
+    _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
+    assert alive == []
+    if signum == signal.SIGKILL:
+        # What a killed one has left goes with the next.
+        bad("drill", "--quiet", "--timeout=1", archive, code=4, env=environment)
+    assert eventually(lambda: not list(short_folder.iterdir()))
+    assert not archive.with_name("killed.vma.partial").exists()
+
+
+def test_a_qemu_that_is_killed_says_nothing_about_the_archive(lab: Lab) -> None:
+    archive = lab.archive("shot", "hang")
+    process = lab.start(archive, "--timeout=60")
+    next(child for child in _is_booting(process) if "qemu-system" in child.name()).kill()
+    done = lab.finish(process, archive)
+    assert (done.code, done.last["verdict"]) == (1, "undecided")
+    assert "killed by SIGKILL" in done.last["reason"]
+
+
+@pytest.mark.soak  # one more boot
+def test_a_machine_that_writes_too_much_is_stopped(lab: Lab) -> None:
+    archive = lab.archive("writer", "good")
+    process = lab.start(archive, f"--timeout={_BOOT_LIMIT_S}", "--scratch-size=4K")
+    done = lab.finish(process, archive)
+    assert (done.code, done.last["verdict"]) == (1, "undecided")
+    assert "--scratch-size" in done.last["reason"]
+
+
+def test_a_place_that_qemu_refuses_is_given_up_and_that_is_told(
+    drilled: Mapping[str, Drilled],
+) -> None:
+    done = drilled["misplaced"]
+    begun = next(event for event in done.events if event["event"] == "drilling")
+    told = {one["key"]: one["reason"] for one in begun["left_out"]}
+    assert "QEMU does not take them" in told["PCI addresses"]
+    assert "No bootable device" in done.last["reason"]
+
+
+def test_what_cannot_be_tested_is_refused_in_one_line(lab: Lab, tmp_path: Path) -> None:
+    archive = lab.archive("refused", "empty")
+    text = bad("drill", "--memory=1M", archive, code=2)
+    assert "64M at least" in text
+    assert "--cpus" in bad("drill", "--cpus=0", archive, code=2)
+    assert "from 1 to" in bad("drill", "--timeout=x", archive, code=2)
+    assert "No such file" in bad("drill", "--plan=/no/such", archive)
+    assert "No such file" in bad("drill", "--config=/no/such", archive)
+    assert "cannot be read at any place" in bad("drill", "-", code=2)
+    (tmp_path / "p.toml").write_text("x")
+    assert "not valid TOML" in bad("drill", f"--plan={tmp_path}/p.toml", archive, code=2)
+    (tmp_path / "c.conf").write_text("arch: aarch64\nvirtio0: x\n")
+    assert "only x86_64" in bad("drill", f"--config={tmp_path}/c.conf", archive)
+    disk = make_disk(tmp_path / "d", "A")
+    good("backup", "--disk", disk, tmp_path / "vm.vma")
+    (tmp_path / "no-qemu").mkdir()
+    environment = {**os.environ, "PATH": str(tmp_path / "no-qemu")}
+    text = bad("drill", "--quiet", tmp_path / "vm.vma", env=environment)
+    assert "Debian: qemu-system-x86" in text
+    assert not (tmp_path / "vm.vma.drill.json").exists()
+
+
+def test_an_archive_without_a_configuration_is_tried_and_that_is_said(
+    lab: Lab, tmp_path: Path
+) -> None:
+    archive = tmp_path / "plain.vma"
+    good("backup", "--quiet", "--disk", f"web.raw={lab.disks['empty']}", archive)
+    done = run("drill", "--timeout=60", archive)
+    assert done.returncode == 4
+    text = done.stdout.decode()
+    assert "configuration: the archive has none" in text
+    assert "No bootable device" in text
