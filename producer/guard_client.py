@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
@@ -23,7 +24,10 @@ from vmapipe.protocol.guard import (
     encode,
 )
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.logs import TRACE, shown
 from vmapipe.runtime.syscalls import receive_fds
+
+_log = logging.getLogger(__name__)
 
 # A guard answers at once; only one that was stopped or hangs does not.
 _ANSWER_S = 10.0
@@ -90,6 +94,8 @@ class GuardClient:
             self._socket.close()
 
     def _send(self, message: ToGuard) -> None:
+        if _log.isEnabledFor(TRACE):
+            _log.log(TRACE, "%s to the guard: %s", self._name, shown(message))
         try:
             self._socket.send(encode(message))
         except OSError as error:
@@ -100,6 +106,8 @@ class GuardClient:
         if not packet:
             raise self._gone()
         message = decode_from_guard(packet)
+        if _log.isEnabledFor(TRACE):
+            _log.log(TRACE, "%s from the guard: %s", self._name, shown(message))
         if isinstance(message, GuardRefused | GuardFailed):
             raise Failure(message.reason)
         return message, fds

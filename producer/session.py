@@ -28,7 +28,7 @@ from vmapipe.protocol.transfer import (
 from vmapipe.protocol.transfer_state import ProducerSide, ProducerState
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.logs import shown
+from vmapipe.runtime.logs import TRACE, shown
 
 _log = logging.getLogger(__name__)
 
@@ -182,7 +182,8 @@ class Session:
 
     def _send(self, parts: list[Part]) -> None:
         if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s sends %s", self._name, shown(parts))
+            level = TRACE if len(parts) > 1 else logging.DEBUG
+            _log.log(level, "%s sends %s", self._name, shown(parts))
         # While there is no answer, what is kept is sent again later, and the rest is worth nothing.
         if not self._away:
             self._connection.send(parts)
@@ -194,7 +195,8 @@ class Session:
             self._heard = time.monotonic()
             message = self._side.receive(parts)
             if _log.isEnabledFor(logging.DEBUG):
-                _log.debug("%s receives %s", self._name, shown(message))
+                level = TRACE if isinstance(message, Grant) else logging.DEBUG
+                _log.log(level, "%s receives %s", self._name, shown(message))
             match message:
                 case Refuse(code, reason):
                     raise RefusedByArchiver(

@@ -8,7 +8,7 @@ import os
 from typing import NoReturn
 
 from vmapipe.runtime.errors import EXIT_USAGE, UsageError
-from vmapipe.runtime.logs import LEVELS, LogLevel
+from vmapipe.runtime.logs import LEVELS, TRACE_LEVELS, LogLevel
 from vmapipe.runtime.text import one_line
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -22,8 +22,13 @@ MAX_BUFFER_BYTES = 192 << 20
 MAX_SPOOL_BYTES = 64 << 30
 
 
-def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser whose texts keep their line breaks, and that says in one line what is wrong."""
+def make_parser(
+    prog: str, description: str, epilog: str, *, has_log: bool = False
+) -> argparse.ArgumentParser:
+    """Return a parser whose texts keep their line breaks, and that says in one line what is wrong.
+
+    `has_log`: the program writes a log, and `--log-level` chooses its least level, too.
+    """
     parser = _Parser(
         prog=prog,
         description=description,
@@ -32,10 +37,11 @@ def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentPa
     )
     parser.add_argument(
         "--log-level",
-        choices=LEVELS,
+        choices=LEVELS if has_log else TRACE_LEVELS,
         action=LogLevel,
-        help="with debug, show on stderr what processes, peers and QEMU tell each other; where there "
-        "is a --log, also the least level that it takes (default: info)",
+        help="show on stderr what processes, peers and QEMU tell each other (debug), and what comes "
+        "with each piece of data (trace)"
+        + ("; or the least level of the --log (default: info)" if has_log else ""),
     )
     return parser
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trace of `--log-level`: what crosses a process boundary, through the standard `logging`.
 
-Off, each place costs one `isEnabledFor`. Values are shortened, and bytes are shown as their
+`debug` has events, instructions, commands and answers; `trace` also those that come with each
+extent, or several times a second. Off, each place costs one `isEnabledFor`. Values are shortened, and bytes are shown as their
 length only, so that neither a guest's data nor a key is ever in the trace.
 """
 
@@ -14,8 +15,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: The words of vzdump's log; the standard `logging` knows them in capitals.
-LEVELS = ("debug", "info", "warn", "error")
+#: Below logging.DEBUG: what comes with each extent, or several times a second.
+TRACE = 5
+TRACE_LEVELS = ("debug", "trace")
+#: The levels of vzdump's log, beside those of the trace.
+LEVELS = (*TRACE_LEVELS[::-1], "info", "warn", "error")
 #: How the level comes to child processes, forked, started anew or through a monitor.
 VARIABLE = "VMAPIPE_LOG_LEVEL"
 # A line is to be read by a person: more of a list or a text says nothing more.
@@ -41,10 +45,10 @@ class LogLevel(argparse.Action):
 
 
 def start_logging() -> None:
-    """Write what VARIABLE asks for to stderr; does nothing when it is not set."""
+    """Write the trace that VARIABLE asks for to stderr; do nothing when it asks for none."""
     level = os.environ.get(VARIABLE)
     log = logging.getLogger("vmapipe")
-    if level not in LEVELS or log.handlers:
+    if level not in TRACE_LEVELS or log.handlers:
         return
     handler = logging.StreamHandler()
     handler.setFormatter(
@@ -52,9 +56,15 @@ def start_logging() -> None:
     )
     log.addHandler(handler)
     log.propagate = False
-    log.setLevel(level.upper())
+    log.setLevel(TRACE if level == "trace" else logging.DEBUG)
     # A full disk or a closed stderr must not end a backup, nor write tracebacks.
     logging.raiseExceptions = False
+
+
+def debug(log: logging.Logger, what: str, value: Any) -> None:
+    """Log `what` and a value in short at level debug. Not for what comes with each extent."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s %s", what, shown(value))
 
 
 def shown(value: Any) -> str:
@@ -66,6 +76,8 @@ def shown(value: Any) -> str:
             text = _members("", value)
         case tuple() if hasattr(value, "_asdict"):
             text = _members(type(value).__name__, value._asdict())
+        case set():
+            text = shown(sorted(value))
         case list() | tuple():
             more = [f"… {len(value)} in all"] if len(value) > _MOST_ITEMS else []
             text = f"[{', '.join([*map(shown, value[:_MOST_ITEMS]), *more])}]"

@@ -23,7 +23,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.keys import ServerKeys
-from vmapipe.runtime.logs import shown
+from vmapipe.runtime.logs import TRACE, shown
 from vmapipe.runtime.process import yield_cpu
 
 _log = logging.getLogger(__name__)
@@ -130,12 +130,14 @@ class _Server:
             self._emit({"event": "notice", "text": text})
 
     def _handle(self, event: core.JobEvent) -> None:
-        is_traced = _log.isEnabledFor(logging.DEBUG)
-        if is_traced and not isinstance(event, core.TimePassed):  # several a second
-            _log.debug("event %s", shown(event))
+        is_traced, level = _log.isEnabledFor(logging.DEBUG), logging.DEBUG
+        if is_traced:
+            level = TRACE if _comes_with_data(event) else level
+            _log.log(level, "event %s", shown(event))
         for instruction in self._job.handle(event):
             if is_traced:
-                _log.debug("instruction %s", shown(instruction))
+                is_data = isinstance(instruction, core.StoreExtent)
+                _log.log(TRACE if is_data else level, "instruction %s", shown(instruction))
             match instruction:
                 case core.Send(peer, parts):
                     self._link.send(peer, parts)
@@ -202,6 +204,13 @@ class _Server:
                 ],
             }
         )
+
+
+def _comes_with_data(event: core.JobEvent) -> bool:
+    """Tell events that come with each extent, or several times a second, from the others."""
+    if isinstance(event, core.MessageReceived):
+        return len(event.parts) > 1
+    return isinstance(event, core.ExtentWritten | core.TimePassed)
 
 
 # Larger than any ring of a producer; a mapping costs address space only, but no

@@ -34,7 +34,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.keys import ServerKeys
-from vmapipe.runtime.logs import shown
+from vmapipe.runtime.logs import TRACE, shown
 from vmapipe.runtime.process import notify
 
 # Time passes for the core, and systemd's watchdog is fed, so often.
@@ -124,12 +124,14 @@ class ServiceLoop:
         self._status = status
 
     def _handle(self, event: FrontEvent, frames: Frames = ()) -> None:
-        is_traced = _log.isEnabledFor(logging.DEBUG)
-        if is_traced and not isinstance(event, ServiceTicked):  # one a second
-            _log.debug("event %s", shown(event))
+        is_traced, level = _log.isEnabledFor(logging.DEBUG), logging.DEBUG
+        if is_traced:
+            is_data = isinstance(event, PeerMessage) and len(event.parts) > 1
+            level = TRACE if is_data or isinstance(event, ServiceTicked) else level
+            _log.log(level, "event %s", shown(event))
         for instruction in self._front.handle(event):
             if is_traced:
-                _log.debug("instruction %s", shown(instruction))
+                _log.log(level, "instruction %s", shown(instruction))
             self._carry_out(instruction, frames)
 
     def _carry_out(self, instruction: core.ServiceInstruction, frames: Frames) -> None:

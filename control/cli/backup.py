@@ -96,7 +96,7 @@ exit codes: 0 stored, 1 failed (nothing was stored, but where --drill could not 
 
 
 def main(argv: Sequence[str], prog: str) -> int:
-    parser = make_parser(prog, DESCRIPTION, EPILOG)
+    parser = make_parser(prog, DESCRIPTION, EPILOG, has_log=True)
     add_source_options(parser)
     add_output_options(parser)
     add_service_options(parser)

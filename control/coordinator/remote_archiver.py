@@ -8,6 +8,7 @@ so that the coordinator need not know the difference.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,8 +30,11 @@ from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.event_types import BackupProgressEvent, BegunDevice, BegunEvent, ProgressDevice
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import read_client_keys
+from vmapipe.runtime.logs import debug
 from vmapipe.runtime.process import run_child
 from vmapipe.runtime.text import one_line
+
+_log = logging.getLogger(__name__)
 
 # After CANCEL the service has so long to say how the job ended: its archiver
 # removes a partial file. Below the time that our parent gives us (children.STOP_S).
@@ -172,6 +176,7 @@ class RemoteJob:
 
     def _take(self, message: service.FromService) -> bool:
         """Tell whether it was the last one. Raises Failure."""
+        debug(_log, f"{self._at} sends", message)
         match message:
             case service.Opened() if self._opened is None:
                 self._opened = message

@@ -8,6 +8,7 @@ with that its backup is over here too: the disk serves on.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -30,6 +31,9 @@ from vmapipe.protocol.guard import (
     Hold,
 )
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.logs import debug
+
+_log = logging.getLogger(__name__)
 
 # A coordinator that holds the writes has so long to say go: longer would be
 # felt in a guest.
@@ -102,6 +106,7 @@ class Conversations:
             if received is None:
                 return
             message, fds = received
+            debug(_log, "a peer begins with", message)
             match message:
                 case GuardAttach():
                     self._back_up(message, fds, peer)
@@ -112,6 +117,7 @@ class Conversations:
                     close_all(fds)
                     raise Failure(f"{type(message).__name__} comes too early")
         except (Failure, ProtocolError) as error:
+            debug(_log, "a peer is refused:", str(error))
             peer.send(GuardRefused(str(error)))
         except TimeoutError:
             peer.send(GuardRefused("nothing was heard for too long"))

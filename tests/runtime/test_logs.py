@@ -51,6 +51,29 @@ def test_a_backups_and_a_restores_trace_shows_each_boundary_and_no_data(disk: Pa
         assert "hunter2" not in trace
 
 
+def test_what_comes_with_each_piece_of_data_is_shown_at_the_level_trace_only(disk: Path) -> None:
+    often = ["d receives Grant(", "event ExtentWritten(", "instruction StoreExtent("]
+    for level, is_shown in (("debug", False), ("trace", True)):
+        archive = disk.with_name(f"{level}.vma")
+        made = vmapipe("backup", "--log-level", level, f"--disk=d={disk}", archive)
+        assert made.returncode == 0, made.stderr
+        assert "instruction FinishArchive(" in made.stderr
+        assert [text in made.stderr for text in often] == [is_shown] * 3
+
+
+def test_a_level_is_refused_where_it_would_mean_nothing(disk: Path) -> None:
+    refused = vmapipe("restore", "--log-level", "info", disk, disk.with_name("out"))
+    assert refused.returncode == 2
+    assert "choose from" in refused.stderr
+    log = disk.with_name("log")
+    made = vmapipe(
+        *("backup", "--log-level", "warn", "--log", log, f"--disk=d={disk}"),
+        disk.with_name("a.vma"),
+    )
+    assert made.returncode == 0
+    assert log.read_text() == ""
+
+
 def test_without_the_option_nothing_is_traced(disk: Path) -> None:
     made = vmapipe("backup", f"--disk=d={disk}", disk.with_name("a.vma"))
     assert made.returncode == 0
