@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
+from vmapipe.control.cli.condition import Condition, condition_of
 from vmapipe.control.cli.errors import naming, source_name
 from vmapipe.control.coordinator.output_spec import inherited_fds
 from vmapipe.control.coordinator.render import add_report_options, renderer
@@ -49,7 +50,9 @@ DEFAULT_CONFIG = "qemu-server.conf"
 def main_list(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(
         prog,
-        "Tell what an archive holds: its devices with their sizes, and its configs.",
+        "Tell what an archive holds: its devices with their sizes, and its configs; whether any place "
+        "of it can be read at once, whether its data is checked by digests, and how its latest "
+        "restore test ended.",
         "example:\n  vmapipe list vm.vma.zst",
     )
     parser.add_argument(
@@ -168,8 +171,9 @@ def open_by_name(name: str, options: argparse.Namespace, cancel: Cancel) -> Arch
 def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
     with open_by_name(name, options, cancel) as archive:
         header = archive.header
+        condition = condition_of(name, header.uuid, cancel)
         if options.json:
-            print(json.dumps(listing(header)))
+            print(json.dumps({**listing(header), **_condition_json(condition)}))
             return
         made = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(header.ctime_s))
         print(
@@ -187,6 +191,37 @@ def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
             print(
                 f"  config      {one_line(config.name, MAX_NAME_CHARS):<24} {len(config.data):>16} bytes"
             )
+        for line in _condition_lines(condition):
+            print(f"  {line}")
+
+
+def _condition_json(condition: Condition) -> dict[str, object]:
+    """null for what cannot be known of a pipe."""
+    known, drill = bool(condition.compression), condition.drill
+    return {
+        "compression": condition.compression or None,
+        "seekable": condition.is_seekable if known else None,
+        "digests": condition.has_digests if known else None,
+        "drill": drill and {"verdict": drill.verdict, "date": drill.date, "seconds": drill.seconds},
+    }
+
+
+def _condition_lines(condition: Condition) -> list[str]:
+    if not condition.compression:
+        return []
+    form = "plain" if condition.compression == "none" else condition.compression
+    if condition.is_seekable:
+        seekable = f"yes, {form}"
+    else:
+        seekable = f"no, {form} in one piece: serve, mount and files decompress it first"
+    digests = "no manifest: its data cannot be checked"
+    if condition.has_digests:
+        digests = "a digest of each extent, compared when it is read"
+    drill, drilled = condition.drill, "never"
+    if drill is not None:
+        after = "" if drill.seconds is None else f" after {drill.seconds:.1f} s"
+        drilled = f"{drill.verdict}{after}, tested {drill.date}"
+    return [f"seekable    {seekable}", f"checked     {digests}", f"drilled     {one_line(drilled)}"]
 
 
 def listing(header: Header) -> dict[str, object]:
