@@ -186,9 +186,10 @@ class TarWriter:
             "GNU.sparse.name": info.name,
             "GNU.sparse.realsize": str(content.entry.size_bytes),
         }
-        info.pax_headers = {**info.pax_headers, **headers}
         folder, _, name = info.name.rpartition("/")
         info.name = f"{folder}/GNUSparseFile.0/{name}" if folder else f"GNUSparseFile.0/{name}"
+        # The path in front: Python's tarfile takes what comes last for the name.
+        info.pax_headers = {"path": info.name, **info.pax_headers, **headers}
         info.size = len(table) + content.data_bytes
         self._write(_header(info))
         self._write(table)

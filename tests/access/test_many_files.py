@@ -30,7 +30,8 @@ def fill(folder: Path, count: int, prefix: str = "f") -> None:
         below = folder / f"folder {number // 300}"
         below.mkdir(parents=True, exist_ok=True)
         size = chance.choice([0, 1, 60, 511, 4096, 4097, 9_999, 20_000])
-        (below / f"{prefix} {number} é.bin").write_bytes(chance.randbytes(size))
+        content = bytes(size) if number % 50 == 7 else chance.randbytes(size)
+        (below / f"{prefix} {number} é.bin").write_bytes(content)
 
 
 def sums(folder: Path) -> dict[str, str]:
