@@ -13,6 +13,7 @@ from typing import Any
 import pytsk3
 
 from vmapipe.access.files import ext
+from vmapipe.access.files.lookup import find_file
 from vmapipe.access.files.messages import (
     BLOCK_DEVICE,
     CHARACTER_DEVICE,
@@ -69,6 +70,8 @@ _NAMES = {
 _OTHER_TABLES = [
     int(kind) for kind in (pytsk3.TSK_VS_TYPE_BSD, pytsk3.TSK_VS_TYPE_SUN, pytsk3.TSK_VS_TYPE_MAC)
 ]
+# Where large and small letters make no other name.
+_FOLDING = (b"ntfs", b"fat12", b"fat16", b"fat32", b"exfat", b"hfs+")
 _PARTITION = int(pytsk3.TSK_VS_PART_FLAG_ALLOC)
 _UNALLOCATED_NAME = int(pytsk3.TSK_FS_NAME_FLAG_UNALLOC)
 # No content on the disk: TSK_FS_ATTR_RUN_FLAG_FILLER and _SPARSE.
@@ -224,19 +227,19 @@ class FileSystem:
     # --- entries ---
 
     def find(self, path: bytes) -> tuple[bytes, Any] | None:
-        """The file or folder of this path, each name compared as bytes; None: there is none."""
-        names = [name for name in path.split(b"/") if name]
-        current: Any = self._fs.open_meta(inode=self._fs.info.root_inum)
-        for name in names:
-            if name in (b".", b".."):
-                return None
-            for child in self._children(current):
-                if child.info.name.name == name:
-                    current = child
-                    break
-            else:
-                return None
-        return b"/" + b"/".join(names), current
+        """The file or folder of this path, and the path made plain; None: there is none."""
+        root = self._fs.open_meta(inode=self._fs.info.root_inum)
+        folds_case = self.kind in _FOLDING
+        found = find_file(root, path, self._named, self._target, folds_case=folds_case)
+        return None if found is None else (b"/" + b"/".join(filter(None, path.split(b"/"))), found)
+
+    def _named(self, folder: Any) -> Iterator[tuple[bytes, Any]]:
+        if _KINDS.get(int(folder.info.meta.type)) == FOLDER:
+            yield from ((child.info.name.name, child) for child in self._children(folder))
+
+    def _target(self, file: Any) -> bytes | None:
+        meta = file.info.meta
+        return self._link_target(file, meta) if _KINDS.get(int(meta.type)) == LINK else None
 
     def _children(self, folder: Any) -> Iterator[Any]:
         """Raises OSError where it is not a folder or cannot be read."""
