@@ -22,9 +22,11 @@ from vmapipe.access.index import (
     decode_index,
     encode_index,
 )
+from vmapipe.access.lzo import MAGIC, can_read_lzo, lzo_blocks
 from vmapipe.access.storage import (
     WHOLE_FRAME_BYTES,
     FrameStorage,
+    LzoStorage,
     PlainStorage,
     RangeStorage,
     SpoolStorage,
@@ -250,6 +252,11 @@ def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int
         frames = seekable_frames(pread, size, (cancel,)) if is_zstd(start) else None
         if frames is not None:
             return FrameStorage(name, pread, lambda: os.close(fd), frames), identity
+        blocks = (
+            lzo_blocks(pread, (cancel,)) if start.startswith(MAGIC) and can_read_lzo() else None
+        )
+        if blocks is not None:
+            return LzoStorage(name, fd, blocks), identity
         source = open_source(f"fd:{fd}", cancel)
     except OSError as error:
         os.close(fd)

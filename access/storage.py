@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
+from vmapipe.access.lzo import LzoBlocks, decompress_block
 from vmapipe.restore.archive.errors import InputError
 from vmapipe.restore.archive.source import Stream
 from vmapipe.restore.archive.zstd import FrameReader, decompress_start
@@ -230,6 +231,53 @@ class RangeStorage:
 
     def close(self) -> None:
         self._release()
+
+
+class LzoStorage:
+    """A .lzo file of independent blocks, which are kept while there is room. Owns `fd`."""
+
+    def __init__(
+        self, name: str, fd: int, blocks: LzoBlocks, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self.size_bytes = blocks.plain_at[-1]
+        self._name = name
+        self._fd = fd
+        self._blocks = blocks
+        self._cache = _Cache(cache_bytes, _cost_of_bytes)
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        done = 0
+        while done < len(view) and offset + done < self.size_bytes:
+            number = bisect_right(self._blocks.plain_at, offset + done) - 1
+            at = offset + done - self._blocks.plain_at[number]
+            piece = self._cache.get(number, self._block)[at : at + len(view) - done]
+            view[done : done + len(piece)] = piece
+            done += len(piece)
+        return done
+
+    def try_read_into(self, view: memoryview, offset: int) -> bool:
+        number = bisect_right(self._blocks.plain_at, offset) - 1
+        kept = self._cache.kept(number)
+        at = offset - self._blocks.plain_at[min(number, len(self._blocks.plain_at) - 1)]
+        if kept is None or at + len(view) > len(kept):
+            return False
+        view[:] = kept[at : at + len(view)]
+        return True
+
+    def _block(self, number: int) -> bytes:
+        start, end = self._blocks.file_at[number], self._blocks.file_at[number + 1]
+        try:
+            raw = os.pread(self._fd, end - start, start)
+            if len(raw) < end - start:
+                raise ValueError("the file is shorter than it was")
+            return decompress_block(raw, self._blocks.flags)
+        except OSError as error:
+            raise read_error(self._name, start, os_error_text(error)) from error
+        except ValueError as error:
+            raise read_error(self._name, start, str(error)) from error
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 class SpoolStorage:

@@ -50,6 +50,7 @@ ONLY_IN = {
     "pytsk3": {"access/files/parser.py"},  # C, and its input is a stranger's
     "mfusepy": {"access/mount/fuse.py"},
     "cryptography": {"access/files/luks.py"},
+    "lzallright": {"access/lzo.py"},
     "botocore": {"runtime/objectstore.py"},
     "dissect": set[str](),  # for tests: another project's reader, under another licence
 }
