@@ -99,7 +99,7 @@ class _Worker:
             for message in self._answers(ask):
                 self.tell(message)
         except parser.PARSER_ERRORS as error:
-            self.tell(EntryFailed(b"", str(error).encode()[:400]))
+            self.tell(EntryFailed(b"", parser.reason_of(error)))
         self.tell(AnswerEnd())
 
     def _answers(self, ask: Ask) -> Iterator[FromParser]:
@@ -182,7 +182,7 @@ class _Worker:
                 if action == "read" and entry.kind == FILE:
                     yield from file_system.content(file)
             except parser.PARSER_ERRORS as error:
-                yield EntryFailed(name, str(error).encode()[:400])
+                yield EntryFailed(name, parser.reason_of(error))
             for text in file_system.notices[told:]:
                 yield ParserNotice(text.encode())
             told = len(file_system.notices)

@@ -253,8 +253,13 @@ class FileWriter:
         self._content: _Content | None = None
         self._at = 0
         self.is_whole = True
+        #: Where to go on, if it is a link.
+        self.target: bytes | None = None
 
     def entry(self, entry: Entry) -> None:
+        if entry.kind == LINK and self._content is None:
+            self.target = entry.target
+            return
         if entry.kind != FILE or self._content is not None:
             raise Failure(f"{shown(entry.path)} is not a file")
         self._content = _Content(entry)
@@ -279,6 +284,8 @@ class FileWriter:
     def close(self) -> None:
         if self._content is not None:
             self._fill(self._content.entry.size_bytes)
+        elif self.target is None:
+            raise Failure("there is no such file")
         self._out.flush()
 
     def _fill(self, end: int) -> None:

@@ -6,6 +6,7 @@ What it reads may be made by a stranger: run it only in a process without rights
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +34,7 @@ from vmapipe.access.files.messages import (
     Stretch,
     Volume,
 )
-from vmapipe.access.files.sources import ByteSource
+from vmapipe.access.files.sources import ByteSource, joined
 from vmapipe.access.files.tables import Partition
 from vmapipe.access.files.volumes import Node, signature
 
@@ -72,6 +73,9 @@ _OTHER_TABLES = [
 ]
 # Where large and small letters make no other name.
 _FOLDING = (b"ntfs", b"fat12", b"fat16", b"fat32", b"exfat", b"hfs+")
+# As the library's errors show one of ours, and where in the library they are from.
+_OWN_ERROR = re.compile(r"""OSError\((['"])(.*?)\1\)""")
+_CALLERS = re.compile(r"^\w+: \(\w+\.cpp:\d+\) ")
 _PARTITION = int(pytsk3.TSK_VS_PART_FLAG_ALLOC)
 _UNALLOCATED_NAME = int(pytsk3.TSK_FS_NAME_FLAG_UNALLOC)
 # No content on the disk: TSK_FS_ATTR_RUN_FLAG_FILLER and _SPARSE.
@@ -336,7 +340,7 @@ class FileSystem:
             try:
                 item = next(stack[-1], None)
             except PARSER_ERRORS as error:
-                item = EntryFailed(path, str(error).encode()[:400])
+                item = EntryFailed(path, reason_of(error))
                 stack[-1] = iter(())
             if item is None:
                 stack.pop()
@@ -372,7 +376,7 @@ class FileSystem:
     def stretches(self, file: Any) -> list[tuple[int, int]]:
         """Where the file has data, in order, as (start, end). Raises OSError."""
         size = max(0, int(file.info.meta.size))
-        return list(_joined(self._stretches(file, size)))
+        return list(joined(self._stretches(file, size)))
 
     def data(self, file: Any, start: int, end: int) -> Iterator[FileData]:
         """The bytes of a stretch, or of a part of it. Raises OSError."""
@@ -408,26 +412,19 @@ class FileSystem:
             yield covered, size
 
 
-def _joined(stretches: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Those that touch as one. Raises OSError where they are not in order."""
-    last_start = last_end = 0
-    for start, end in stretches:
-        if start < last_end:
-            raise OSError("its extents overlap, or are not in order")
-        if start > last_end:
-            if last_end > last_start:
-                yield last_start, last_end
-            last_start = start
-        last_end = max(end, start)
-    if last_end > last_start:
-        yield last_start, last_end
-
-
 _TWICE = "the folder is there twice, inside itself, or too deep"
 _UNTRUE = (
     "the log of this file system is not replayed: what was written in the last seconds before "
     "the backup may be missing or old"
 )
+
+
+def reason_of(error: Exception) -> bytes:
+    """What our own read has said, if that failed, and not who called it."""
+    text = str(error)
+    own = _OWN_ERROR.search(text)
+    text = own[2] if own else _CALLERS.sub("", text)
+    return text.partition("\n")[0].encode("utf-8", "replace")[:400]
 
 
 # --- volumes ---

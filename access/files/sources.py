@@ -74,3 +74,18 @@ def _piece_bytes(piece: Piece, low: int, high: int) -> Iterator[bytes]:
             raise OSError("it is mapped to a place behind the end of a disk")
         yield data
         low += length
+
+
+def joined(stretches: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Stretches (start, end), those that touch as one. Raises OSError where they are not in order."""
+    last_start = last_end = 0
+    for start, end in stretches:
+        if start < last_end:
+            raise OSError("its extents overlap, or are not in order")
+        if start > last_end:
+            if last_end > last_start:
+                yield last_start, last_end
+            last_start = start
+        last_end = max(end, start)
+    if last_end > last_start:
+        yield last_start, last_end

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.copies import FileWriter, FolderWriter, TarWriter, shown
 from vmapipe.access.files.engines import AUTO, ENGINES, Engines, FileReader
 from vmapipe.access.files.messages import (
-    LINK,
     MAX_KEY_BYTES,
     MAX_WORD_BYTES,
     WRONG_KEY,
@@ -30,13 +28,14 @@ from vmapipe.access.files.messages import (
     Stretch,
     Volume,
 )
+from vmapipe.control.cli.entries import entry_filter, print_entry
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.process import run
-from vmapipe.runtime.text import escaped, human_bytes, name_text, one_line
+from vmapipe.runtime.text import human_bytes, name_text, one_line
 
 DESCRIPTION = """\
 Look into the file systems of an archive's disks and take files out, without root and
@@ -45,11 +44,12 @@ in MBR or GPT partitions, logical volumes of LVM2 and, with a key, in LUKS1. The
 ext4 is replayed in memory; where a log is not, a notice says so. What is read is
 compared with the archive's manifest.
 
-A PLACE is [DISK[:PARTITION|/GROUP/VOLUME]:]/PATH; without a disk, all disks are looked through.
+A PLACE is [DISK[:PARTITION|/GROUP/VOLUME]:]/PATH; without a disk, all disks are looked through,
+and without a path it is the whole file system. Links on the way are followed.
 
   ls ARCHIVE              its disks, partitions and file systems
   ls ARCHIVE PLACE        the entries of a folder (-l: with all that is known of each)
-  find ARCHIVE PLACE      a folder and everything below it
+  find ARCHIVE PLACE      a folder and everything below it (--name '*.conf': of these names)
   cat ARCHIVE PLACE       a file's bytes, to standard output
   cp ARCHIVE PLACE DEST   a file, or a folder with all below it, into DEST
   tar ARCHIVE PLACE       the same as a tar stream: owners, device nodes, xattrs, holes
@@ -65,7 +65,8 @@ examples:
   vmapipe files tar vm.vma.zst drive-scsi1:/srv | tar -x --xattrs -C /srv/back
 """
 _PLACE_FORM = "[DISK[:PARTITION|/GROUP/VOLUME]:]/PATH"
-_MODES = "-dlcbps"
+# As Linux: more are a circle.
+_MAX_LINKS = 40
 
 
 class _Place(NamedTuple):
@@ -86,6 +87,23 @@ def main(argv: Sequence[str], prog: str) -> int:
     parser.add_argument("dest", metavar="DEST", nargs="?", help="for cp: a folder, or a new name")
     parser.add_argument(
         "-l", "--long", action="store_true", help="for ls and find: with mode, owner, size, time"
+    )
+    parser.add_argument(
+        "-R", "--recursive", action="store_true", help="for ls: everything below, too"
+    )
+    parser.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="for ls and find: only names that match ('*.conf'), or with a / in it whole paths; may be repeated",
+    )
+    parser.add_argument(
+        "--iname",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="the same, whether letters are large or small",
     )
     parser.add_argument(
         "--json", action="store_true", help="for ls and find: a JSON object on a line for each"
@@ -156,6 +174,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"{options.action} needs a PLACE: {_PLACE_FORM}")
     if (options.action == "cp") != (options.dest is not None):
         raise UsageError("cp, and nothing else, takes a DEST: a folder, or a new name")
+    if (options.name or options.iname) and options.action not in ("ls", "find"):
+        raise UsageError("--name and --iname are for ls and find")
     if options.action == "tar" and sys.stdout.isatty():
         raise UsageError("the tar stream goes to standard output, which is a terminal")
 
@@ -189,7 +209,11 @@ def _parse_place(text: str, disks: Sequence[str]) -> _Place:
         return _Place(-1, "", os.fsencode(text))
     where, slash, path = text.partition(":/")
     if not slash:
-        raise UsageError(f"{name_text(text)} is not a valid place: {_PLACE_FORM}")
+        # As `ls` shows it: the whole of it.
+        whole = _parse_where(text.removesuffix(":"), disks)
+        if whole is None or (whole[0] < 0 and not text.endswith(":")):
+            raise UsageError(f"{name_text(text)} is not a valid place: {_PLACE_FORM}")
+        return _Place(*whole, b"/")
     found = _parse_where(where, disks)
     if found is None:
         there = ", ".join(map(name_text, disks)) or "none"
@@ -292,97 +316,47 @@ def _print_entries(
     action: str, session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace
 ) -> int:
     status = 0
+    wanted = entry_filter(options)
     for message in session.ask(action, volume.disk, volume.name, place.path):
-        if isinstance(message, Entry):
+        if not isinstance(message, Entry):
+            status = max(status, _tell(message))
+        elif wanted(message.path):
             path = message.path
             if action == "list":
                 path = path.rpartition(b"/")[2] or path
-            _print_entry(message, path, options)
-        else:
-            status = max(status, _tell(message))
+            print_entry(message, path, options)
     sys.stdout.flush()
     return status
 
 
 def _list(session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
-    return _print_entries("list", session, volume, place, options)
+    action = "walk" if options.recursive else "list"
+    return _print_entries(action, session, volume, place, options)
 
 
 def _walk(session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
     return _print_entries("walk", session, volume, place, options)
 
 
-def _print_entry(entry: Entry, path: bytes, options: argparse.Namespace) -> None:
-    if options.json:
-        print(json.dumps(_as_json(entry)))
-    elif options.null:
-        sys.stdout.buffer.write(path + b"\0")
-    elif options.long:
-        print(_long_line(entry, path))
-    else:
-        print(_for_people(path))
-
-
-def _for_people(path: bytes) -> str:
-    """Escaped, so that no name moves the cursor or passes for two."""
-    return escaped(path.decode("utf-8", "backslashreplace"))
-
-
-def _as_json(entry: Entry) -> dict[str, object]:
-    """Bytes that are not UTF-8 are lone surrogates (PEP 383): os.fsencode gives them back."""
-    pairs = zip(entry.xattrs[::2], entry.xattrs[1::2], strict=False)
-    return {
-        "path": os.fsdecode(entry.path),
-        "type": ("file", "folder", "link", "character", "block", "fifo", "socket")[entry.kind],
-        "mode": f"{entry.mode:04o}",
-        "uid": entry.uid,
-        "gid": entry.gid,
-        "bytes": entry.size_bytes,
-        "mtime_ns": entry.mtime_ns,
-        "inode": entry.inode,
-        "links": entry.links,
-        "target": os.fsdecode(entry.target) if entry.kind == LINK else None,
-        "xattrs": {os.fsdecode(key): value.hex() for key, value in pairs},
-    }
-
-
-def _long_line(entry: Entry, path: bytes) -> str:
-    """A line as `ls -l` has it, but with setuid, setgid and sticky as u, g and t behind the mode."""
-    name = _for_people(path)
-    if entry.kind == LINK:
-        name += f" -> {_for_people(entry.target)}"
-    if entry.device:
-        size = f"{os.major(entry.device)},{os.minor(entry.device)}"
-    else:
-        size = str(entry.size_bytes)
-    owner = f"{entry.uid}:{entry.gid}"
-    mode = f"{_MODES[entry.kind]}{_mode_letters(entry.mode)}"
-    return f"{mode} {owner:<11} {size:>12} {_time_text(entry.mtime_ns)} {name}"
-
-
-def _mode_letters(mode: int) -> str:
-    rights = "".join(
-        letter if mode >> (8 - at) & 1 else "-" for at, letter in enumerate("rwxrwxrwx")
-    )
-    special = "".join(
-        letter for bit, letter in ((0o4000, "u"), (0o2000, "g"), (0o1000, "t")) if mode & bit
-    )
-    return f"{rights}{special:<2}"
-
-
-def _time_text(mtime_ns: int) -> str:
-    try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(mtime_ns / 1e9))
-    except (OverflowError, ValueError, OSError):
-        return "?"
-
-
 # --- cat, cp, tar ---
 
 
 def _cat(session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
+    """A file's bytes; of a link, those of the file that it leads to in the same file system."""
     del options
-    return _copy(session, volume, place.path, FileWriter(sys.stdout.buffer))
+    path = place.path
+    for _ in range(_MAX_LINKS):
+        writer = FileWriter(sys.stdout.buffer)
+        try:
+            status = _copy(session, volume, path, writer)
+        except Failure as error:
+            if path == place.path:
+                raise
+            raise Failure(f"{shown(place.path)} is a link to {shown(path)}: {error}") from error
+        if writer.target is None:
+            return status
+        path = os.path.normpath(os.path.join(os.path.dirname(path), writer.target))
+    raise Failure(f"{shown(place.path)}: its links lead round in a circle")
 
 
 def _tar(session: FileReader, volume: Volume, place: _Place, options: argparse.Namespace) -> int:
@@ -428,8 +402,8 @@ def _copy(
             case EntryFailed(where, reason):
                 status = 1
                 text = f"{shown(where or path)}: {os.fsdecode(reason)}"
+                writer.failed(text)  # the end of `cat`, which tells it
                 _notice(text)
-                writer.failed(text)
             case _:
                 _tell(message)
     writer.close()

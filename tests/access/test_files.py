@@ -429,3 +429,59 @@ def test_without_the_extra_it_says_what_to_install(archive: Path) -> None:
     )
     assert done.returncode == 2
     assert b"pip install 'vmapipe[files]'" in done.stderr
+
+
+# --- as a newcomer would ask ---
+
+
+@pytest.fixture(scope="module")
+def debian(need: Need, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A system's root whose /bin is a link, as of today."""
+    (mke2fs,) = need("mke2fs")
+    folder = tmp_path_factory.mktemp("debian")
+    tree = folder / "tree"
+    (tree / "usr/bin").mkdir(parents=True)
+    (tree / "etc/ssh").mkdir(parents=True)
+    (tree / "usr/bin/tool").write_bytes(b"a tool")
+    (tree / "bin").symlink_to("usr/bin")
+    (tree / "etc/motd").symlink_to("../usr/bin/tool")
+    (tree / "etc/round").symlink_to("round")
+    (tree / "etc/gone").symlink_to("/run/gone")
+    (tree / "etc/ssh/Sshd.CONF").touch()
+    (tree / "etc/fstab.conf").touch()
+    subprocess.run([mke2fs, "-q", "-t", "ext4", "-d", tree, folder / "sda", "8M"], check=True)
+    good("backup", "--quiet", "--disk", folder / "sda", folder / "vm.vma")
+    return folder / "vm.vma"
+
+
+def test_links_are_followed_on_the_way_and_by_cat_to_the_end(debian: Path) -> None:
+    assert files("cat", debian, "/bin/tool") == b"a tool"
+    assert files("cat", debian, "/etc/motd") == b"a tool"
+    assert files("ls", debian, "/bin") == b"bin\n"
+    assert "is a link to '/run/gone': there is no such file" in bad(
+        "files", "cat", debian, "/etc/gone"
+    )
+    assert "round in a circle" in bad("files", "cat", debian, "/etc/round")
+
+
+def test_a_place_without_a_path_is_all_of_it_as_ls_shows_it(debian: Path) -> None:
+    listed = files("ls", debian, "/").splitlines()
+    assert b"etc" in listed
+    for place in ("sda", "sda:", "sda:/"):
+        assert files("ls", debian, place).splitlines() == listed
+    assert "not a valid place" in bad("files", "ls", debian, "etc/ssh", code=2)
+
+
+def test_names_are_found_by_patterns(debian: Path) -> None:
+    def found(*words: str) -> list[bytes]:
+        return sorted(files(words[0], *words[1:], debian, "/etc").splitlines())
+
+    assert found("find", "--name", "*.conf") == [b"/etc/fstab.conf"]
+    assert found("find", "--iname", "*.conf") == [b"/etc/fstab.conf", b"/etc/ssh/Sshd.CONF"]
+    assert found("find", "--name", "/etc/ssh/*", "--name", "mo?d") == [
+        b"/etc/motd",
+        b"/etc/ssh/Sshd.CONF",
+    ]
+    assert found("ls", "-R", "--iname", "*.conf") == found("find", "--iname", "*.conf")
+    assert found("ls", "--name", "*.conf") == [b"fstab.conf"]
+    assert "--name" in bad("files", "tar", "--name", "x", debian, "/", code=2)
