@@ -129,8 +129,11 @@ class OpenArchive:
     def is_checked(self, extent: int) -> bool:
         return extent < len(self._good) and bool(self._good[extent])
 
-    def ensure(self, extent: int) -> None:
-        """Check this extent, unless that was done. Raises OSError (EIO) where it is damaged."""
+    def ensure(self, extent: int, wanted: str) -> None:
+        """Check this extent, unless that was done. Raises OSError (EIO) where it is damaged.
+
+        `wanted`: what is to be read from it, for the line that says so.
+        """
         if self.is_checked(extent):
             return
         offset = self.index.offsets[extent]
@@ -144,7 +147,7 @@ class OpenArchive:
                     is_news = extent not in self._why
                     self._why[extent] = why
                 if is_news:
-                    self.tell(f"the extent at offset {offset} is damaged: {why}")
+                    self.tell(f"the extent at offset {offset} is damaged ({wanted}): {why}")
         if why is not None:
             raise read_error(self.name, offset, why)
         with self._lock:
@@ -221,13 +224,18 @@ def open_for_access(name: str, cancel: Cancel, report: Report, caches: Caches) -
         raise
 
 
-def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int, ...]]:
-    """Return the storage and the identity that a kept index must have (empty: do not keep one)."""
+def refuse_streams(name: str) -> None:
+    """Raise UsageError for an archive that can only be read from its start to its end."""
     if name == "-" or name.startswith(("fd:", "exec:", "/dev/fdset/")):
         raise UsageError(
             f"{name}: what comes in order, and once, cannot be read at any place: "
             "put the archive into a file first"
         )
+
+
+def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int, ...]]:
+    """Return the storage and the identity that a kept index must have (empty: do not keep one)."""
+    refuse_streams(name)
     if is_object(name):
         return _open_object(name, cancel, caches), ()
     try:

@@ -88,7 +88,7 @@ class ArchiveDisk:
         if place.is_missing:
             raise self._fault(offset, "the archive does not hold these bytes, or holds them twice")
         try:
-            self._archive.ensure(place.extent)
+            self._archive.ensure(place.extent, f"device {self._name!r}, byte {offset}")
         except OSError as error:
             raise self._fault(offset, error.strerror or str(error)) from error
         for piece, position in self._pieces(target, offset, place):

@@ -230,6 +230,13 @@ class RestoredEvent(TypedDict):
     peak_rss_bytes: int
 
 
+class MovedEvent(TypedDict):
+    event: Literal["moved"]
+    device: str
+    path: str
+    bytes: int
+
+
 class RangeFields(TypedDict):
     offset: int
     length: int
@@ -329,6 +336,7 @@ PublicEvent = (
     | ReadProgressEvent
     | RestoringEvent
     | RestoredEvent
+    | MovedEvent
     | VerifiedEvent
     | DrillingEvent
     | DrilledEvent

@@ -10,6 +10,12 @@ from collections.abc import Sequence
 
 from vmapipe.control.cli.errors import naming, source_name
 from vmapipe.control.cli.inspect import add_read_options, read_options
+from vmapipe.control.cli.live import (
+    add_live_options,
+    check_live,
+    restore_live,
+    split_machine,
+)
 from vmapipe.control.coordinator.output_spec import inherited_fds
 from vmapipe.control.coordinator.priorities import add_io_priority_option, priorities
 from vmapipe.control.coordinator.render import add_report_options, renderer
@@ -55,9 +61,11 @@ examples:
   vmapipe restore vm.vma restored/ --format qcow2
   ssh backup.example cat vm.vma.zst | vmapipe restore - restored/
   vmapipe restore damaged.vma restored/ --salvage
+  vmapipe restore --live vm.vma restored/ -- qemu-system-x86_64 -m 4G \\
+      -device virtio-scsi-pci -device scsi-hd,drive=drive-scsi0
 
 exit codes: 0 restored, 1 failed (no new file is left), 2 wrong use, 4 salvaged, with something
-missing or damaged, 130/143 ended by a signal
+missing or damaged, 130/143 ended by a signal (of a live restore the machine goes on)
 """
 _MAX_WORKERS = 64
 
@@ -67,11 +75,13 @@ def main(argv: Sequence[str], prog: str) -> int:
     _add_target_options(parser)
     _add_damage_options(parser)
     _add_load_options(parser)
+    add_live_options(parser)
     add_report_options(parser)
     parser.add_argument("archive", metavar="ARCHIVE", help="where the archive comes from")
     parser.add_argument("folder", metavar="DIR", help="where the files go; created if need be")
-    options = parser.parse_args(argv)
-    return run(prog, lambda: _restore(options))
+    words, machine = split_machine(argv)
+    options = parser.parse_args(words)
+    return run(prog, lambda: _restore(options, words, machine))
 
 
 def _add_target_options(parser: argparse.ArgumentParser) -> None:
@@ -157,8 +167,13 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     add_read_options(group)
 
 
-def _restore(options: argparse.Namespace) -> None:
+def _restore(options: argparse.Namespace, words: Sequence[str], machine: Sequence[str]) -> None:
+    check_live(options)
     chosen = _chosen(options)
+    if options.live:
+        with target_folder(options.folder) as folder:
+            restore_live(options, words, machine, chosen, folder)
+        return
     if not 0 <= options.workers <= _MAX_WORKERS:
         raise UsageError(f"--workers {options.workers}: use 1 to {_MAX_WORKERS}")
     if options.map and options.device:

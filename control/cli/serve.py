@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 
 from vmapipe.access.archive import (
@@ -27,6 +28,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.process import run
+from vmapipe.runtime.syscalls import readable
 from vmapipe.runtime.text import name_text
 
 DESCRIPTION = """\
@@ -65,6 +67,12 @@ def main(argv: Sequence[str], prog: str) -> int:
     parser.add_argument(
         "--all", metavar="DIR", help="serve all archives (*.vma, *.vma.zst) of a folder"
     )
+    parser.add_argument(
+        "--until-exit",
+        type=int,
+        metavar="PID",
+        help="end when this process does: the machine that reads from it",
+    )
     add_cache_options(parser)
     add_report_options(parser)
     parser.add_argument(
@@ -100,6 +108,18 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def cache_words(options: argparse.Namespace) -> list[str]:
+    """Return these options as another process's, which may stand in another folder."""
+    words = ["--index-cache", os.path.abspath(options.index_cache)]
+    if options.no_index_cache:
+        words.append("--no-index-cache")
+    if options.cache:
+        words += ["--cache", os.path.abspath(options.cache)]
+    if options.cache_size is not None:
+        words += ["--cache-size", str(options.cache_size)]
+    return words
+
+
 def _serve(options: argparse.Namespace) -> None:
     names = list(options.archives)
     if options.all is not None:
@@ -108,6 +128,8 @@ def _serve(options: argparse.Namespace) -> None:
         raise UsageError("say which archive to serve, or --all DIR")
     cancel = Cancel()
     cancel.on_signals()
+    if options.until_exit is not None:
+        _end_with(options.until_exit, cancel)
     with contextlib.ExitStack() as stack:
         emit = stack.enter_context(renderer("serve", options, sys.stdout))
         opened = _open_all(names, options, cancel, emit, stack)
@@ -118,6 +140,20 @@ def _serve(options: argparse.Namespace) -> None:
             serve(listener.socket, os.path.abspath(options.listen), shown, cancel, emit)
         except OSError as error:
             raise Failure(f"the last writes could not be kept: {error}") from error
+
+
+def _end_with(pid: int, cancel: Cancel) -> None:
+    """Ask for a stop when that process ends. Raises UsageError: there is none."""
+    try:
+        fd = os.pidfd_open(pid)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"--until-exit {pid}: there is no such process") from error
+
+    def watch() -> None:
+        readable([fd])
+        cancel.ask("the process of --until-exit has ended")
+
+    threading.Thread(target=watch, name="until-exit", daemon=True).start()
 
 
 def _archives_of(folder: str) -> list[str]:

@@ -150,6 +150,9 @@ class _Text:
                 return f"not in the archive: {device}: {reason}"
             case "restored":
                 return _restored_text(event)
+            case "moved":
+                device, path = name_text(event["device"]), one_line(event["path"])
+                return f"the machine's disk {device} is now {path}, and whole"
             case "verified":
                 return verified_text(event)
             case "instant":

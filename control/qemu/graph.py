@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from vmapipe.control.qmp.connection import Answer
@@ -16,6 +16,8 @@ JOB_FILTERS = frozenset({"backup-top", "commit_top", "copy-before-write", "mirro
 # unknown filter may change anything.
 _GUESTS_FILTERS = frozenset({"throttle", "copy-on-read"})
 _DRIVER, _JOB = "block-driver", "block-job"
+# QEMU's chains of overlays are shorter; an answer may have a circle.
+_MOST_BELOW = 1000
 
 
 class NodeUser(NamedTuple):
@@ -54,6 +56,11 @@ class Graph:
         if parent.kind == _DRIVER:
             self._children.setdefault(parent.name, {})[parent.role] = below
 
+    @property
+    def nodes(self) -> Iterable[Answer]:
+        """All nodes, as QEMU lists them."""
+        return self._nodes.values()
+
     def driver(self, node: str) -> str:
         return str(self._nodes.get(node, {}).get("drv", ""))
 
@@ -73,6 +80,28 @@ class Graph:
 
     def has_backing(self, node: str) -> bool:
         return "backing" in self._children.get(node, {})
+
+    def users(self, node: str) -> Sequence[NodeUser]:
+        """All that stands on this node, or works with it."""
+        return self._parents.get(node, ())
+
+    def in_use(self) -> frozenset[str]:
+        """The nodes that a device, an export or another node stands on."""
+        return frozenset(
+            node
+            for node, parents in self._parents.items()
+            if any(parent.kind != _JOB for parent in parents)
+        )
+
+    def tree(self, node: str) -> list[str]:
+        """The node and all below it, each before those that it needs."""
+        # A node that two others need comes behind both: its last place counts.
+        found, waiting = [node], [node]
+        while waiting and len(found) < _MOST_BELOW:
+            below = self._children.get(waiting.pop(0), {}).values()
+            found += below
+            waiting += below
+        return list(reversed(dict.fromkeys(reversed(found))))
 
     def jobs(self, node: str) -> Iterator[NodeUser]:
         """The block jobs that work with this node."""

@@ -57,12 +57,14 @@ def is_qemu(pid: int) -> bool:
     except OSError:
         return False
     if program.startswith("ld-"):
-        return any(_is_name(os.path.basename(word)) for word in command_line(pid)[1:])
-    return _is_name(program)
+        return any(is_qemu_name(os.path.basename(word)) for word in command_line(pid)[1:])
+    return is_qemu_name(program)
 
 
-def _is_name(program: str) -> bool:
-    """qemu-system-x86_64, qemu-kvm, kvm, qemu-storage-daemon; NixOS wraps them in more letters."""
+def is_qemu_name(program: str) -> bool:
+    """Tell by a program's name: qemu-system-x86_64, qemu-kvm, kvm, qemu-storage-daemon; NixOS wraps
+    them in more letters.
+    """
     return program.lstrip(".").startswith(("qemu-", "kvm"))
 
 

@@ -128,7 +128,14 @@ _NODE: Members = {
     "backing_file_depth": SIZE,
     "children": List(Record({"node-name": NAME}, {"child": NAME})),
 }
-_BLOCK = Record({"device": NAME}, {"qdev": NAME, "removable": FLAG, "inserted": Record({}, _NODE)})
+_BLOCK = Record(
+    {"device": NAME},
+    {"qdev": NAME, "removable": FLAG, "io-status": NAME, "inserted": Record({}, _NODE)},
+)
+_BLOCK_JOB: Members = {
+    **dict.fromkeys(("device", "type", "io-status"), NAME),
+    **dict.fromkeys(("len", "offset", "speed"), SIZE),
+}
 _GRAPH = Record(
     {
         "nodes": List(Record({"id": SIZE, "type": NAME, "name": NAME})),
@@ -151,7 +158,7 @@ ANSWERS: Members = {
     # QEMU's.
     "query-block": List(_BLOCK),
     "query-named-block-nodes": List(Record({}, _NODE)),
-    "query-block-jobs": List(Record({}, {"device": NAME, "type": NAME})),
+    "query-block-jobs": List(Record({}, _BLOCK_JOB)),
     "query-jobs": List(
         Record(
             {"id": NAME, "status": NAME},
@@ -167,7 +174,7 @@ ANSWERS: Members = {
     "query-migrate": Record({}, {"status": NAME, "error-desc": TEXT, "ram": Record({}, _RAM)}),
     "query-migrate-capabilities": List(Record({"capability": NAME, "state": FLAG})),
     "query-migrate-parameters": Record({}, {"max-bandwidth": SIZE}),
-    # Of the objects that are notes of ours; nothing else is asked for.
+    # Of the objects that are notes of ours, and devices' error policies; nothing else is asked for.
     "qom-get": TEXT,
     "qom-list": List(Record({}, {"name": NAME, "type": NAME})),
     # A monitor's of ours.

@@ -166,6 +166,24 @@ class ExistingImage:
             self.fd = -1
 
 
+def new_overlay(path: str, folders: Folders, size_bytes: int, backing: str) -> NewFile:
+    """A new qcow2 image without data of its own, above the raw disk at the address `backing`.
+
+    That need not be there yet. It is open, and without its name: publish and close it. Raises
+    TargetError.
+    """
+    file = NewFile(path, folders)
+    try:
+        words = ["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", backing]
+        words += [_place(file.fd), str(size_bytes)]
+        _qemu_img(path, "qcow2", words, "cannot make")
+        os.fsync(file.fd)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
 def _place(fd: int) -> str:
     """A file that QEMU opens by a path although it has none, or may have another by then."""
     return f"/proc/{os.getpid()}/fd/{fd}"
