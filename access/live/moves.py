@@ -59,7 +59,7 @@ class MirrorState(NamedTuple):
     total: int = 0
 
 
-class Seen(NamedTuple):
+class MachineView(NamedTuple):
     """What QEMU says. `run_state`: empty where there is no machine (qemu-storage-daemon).
 
     `used`: the nodes that a device, an export or another node stands on. `broken`: those of a
@@ -109,7 +109,7 @@ PAUSED = frozenset({"paused", "standby"})
 _ENDING = frozenset({"waiting", "pending", "aborting"})
 
 
-def is_finished(moves: Sequence[Move], seen: Seen, noted: Noted) -> bool:
+def is_finished(moves: Sequence[Move], seen: MachineView, noted: Noted) -> bool:
     """Tell whether all disks are on their targets, and nothing else is left in QEMU."""
     if noted.held:
         return False
@@ -122,7 +122,7 @@ def is_finished(moves: Sequence[Move], seen: Seen, noted: Noted) -> bool:
 
 
 def next_steps(
-    moves: Sequence[Move], seen: Seen, noted: Noted, speed_bytes_s: int = 0
+    moves: Sequence[Move], seen: MachineView, noted: Noted, speed_bytes_s: int = 0
 ) -> list[Step]:
     """Return what is to be done now, in order; look again afterwards. None: wait."""
     jobs = [(move, seen.jobs.get(move.job)) for move in moves]
@@ -152,7 +152,7 @@ def next_steps(
     return [step for step in steps if not isinstance(step, GiveUp)] + failed[:1]
 
 
-def _has_arrived(move: Move, seen: Seen, noted: Noted) -> bool:
+def _has_arrived(move: Move, seen: MachineView, noted: Noted) -> bool:
     """Tell whether the machine stands on the target, and that is not noted yet."""
     if move.job in noted.moved:
         return False
@@ -163,21 +163,21 @@ def _has_arrived(move: Move, seen: Seen, noted: Noted) -> bool:
     return done and move.target in seen.nodes and move.source not in seen.used
 
 
-def _complete(ready: Sequence[Move], seen: Seen, noted: Noted) -> list[Step]:
+def _complete(ready: Sequence[Move], seen: MachineView, noted: Noted) -> list[Step]:
     if seen.run_state == "running":
         stop = Command("stop", {})
         return [stop] if noted.held else [Note(noted._replace(held=True)), stop]
     return [Command("block-job-complete", {"device": move.job}) for move in ready]
 
 
-def _clear(move: Move, job: MirrorState | None, seen: Seen) -> list[Step]:
+def _clear(move: Move, job: MirrorState | None, seen: MachineView) -> list[Step]:
     if job is not None:
         return [Command("job-dismiss", {"id": move.job})]
     left = [node for node in move.below if node in seen.nodes - seen.stubborn]
     return [Command("blockdev-del", {"node-name": node}) for node in left]
 
 
-def _begin(move: Move, seen: Seen, share: int) -> list[Step]:
+def _begin(move: Move, seen: MachineView, share: int) -> list[Step]:
     if move.source not in seen.nodes:
         return [
             GiveUp(
@@ -202,7 +202,7 @@ def _begin(move: Move, seen: Seen, share: int) -> list[Step]:
     return [*adds, Command("blockdev-mirror", mirror)]
 
 
-def _tend(move: Move, job: MirrorState, seen: Seen, share: int) -> list[Step]:
+def _tend(move: Move, job: MirrorState, seen: MachineView, share: int) -> list[Step]:
     if job.status in ("concluded", "null"):
         return _ended(move, job, seen)
     steps: list[Step] = []
@@ -218,7 +218,7 @@ def _tend(move: Move, job: MirrorState, seen: Seen, share: int) -> list[Step]:
     return steps
 
 
-def _ended(move: Move, job: MirrorState, seen: Seen) -> list[Step]:
+def _ended(move: Move, job: MirrorState, seen: MachineView) -> list[Step]:
     """A job has ended, and the machine still is where it was.
 
     An error while QEMU looks where there is data ends a job that was told to stop and wait.
@@ -231,7 +231,7 @@ def _ended(move: Move, job: MirrorState, seen: Seen) -> list[Step]:
     return [dismiss] if seen.may_retry else []
 
 
-def _wake(moves: Sequence[Move], seen: Seen, noted: Noted) -> list[Step]:
+def _wake(moves: Sequence[Move], seen: MachineView, noted: Noted) -> list[Step]:
     """Let a machine go on that has met an error on a disk of ours."""
     ours = {move.source for move in moves if move.job not in noted.moved}
     if seen.run_state != IO_ERROR or (seen.broken and not seen.broken & ours):
@@ -241,7 +241,7 @@ def _wake(moves: Sequence[Move], seen: Seen, noted: Noted) -> list[Step]:
     return [Command("cont", {})] if seen.may_retry else []
 
 
-def _hopeless(key: str, seen: Seen) -> str:
+def _hopeless(key: str, seen: MachineView) -> str:
     """Return why trying again does not help; empty: it may."""
     failing_s = seen.failing_s.get(key, 0.0)
     if seen.damage and failing_s > _FAILING_DAMAGED_S:
@@ -251,7 +251,7 @@ def _hopeless(key: str, seen: Seen) -> str:
     return ""
 
 
-def changes(moves: Sequence[Move], before: Seen | None, now: Seen) -> list[str]:
+def changes(moves: Sequence[Move], before: MachineView | None, now: MachineView) -> list[str]:
     """Return the lines for what has changed between two looks that the user should know."""
     told = []
     was = before.run_state if before else ""

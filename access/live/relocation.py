@@ -17,9 +17,9 @@ from vmapipe.access.live.moves import (
     IO_ERROR,
     PAUSED,
     GiveUp,
+    MachineView,
     MirrorState,
     Note,
-    Seen,
     Step,
     changes,
     is_finished,
@@ -69,7 +69,7 @@ class Relocation:
         self._cancel = cancel
         self._speed = speed_bytes_s
         self._moves = [disk.move for disk in note.disks]
-        self._before: Seen | None = None
+        self._before: MachineView | None = None
         self._retried = 0.0
         self._tries: dict[str, int] = {}
         # By job, and "" for the machine: since when it fails, and how far it was then.
@@ -99,7 +99,7 @@ class Relocation:
 
     # --- Looking ---
 
-    def look(self) -> Seen:
+    def look(self) -> MachineView:
         """Ask QEMU for all that matters. Raises QmpGone."""
         status = self._ask("query-status") or {}
         block_jobs = {job["device"]: job for job in self._ask("query-block-jobs")}
@@ -120,7 +120,7 @@ class Relocation:
             is_waiting = job.io_status != "ok" or job.status in PAUSED
             self._mark(name, is_waiting or bool(job.error), job.done)
         now = time.monotonic()
-        return Seen(
+        return MachineView(
             run_state,
             jobs,
             frozenset(str(node.get("node-name", "")) for node in nodes),
@@ -149,7 +149,7 @@ class Relocation:
 
     # --- Telling ---
 
-    def _tell(self, seen: Seen) -> None:
+    def _tell(self, seen: MachineView) -> None:
         for text in changes(self._moves, self._before, seen):
             self._notice(text)
         self._before = seen
@@ -157,7 +157,7 @@ class Relocation:
             self._told = time.monotonic()
             self._tell_progress(seen)
 
-    def _tell_progress(self, seen: Seen) -> None:
+    def _tell_progress(self, seen: MachineView) -> None:
         done = total = 0
         for disk in self._note.disks:
             job = seen.jobs.get(disk.job)

@@ -15,11 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from vmapipe.access.live.moves import (
     IO_ERROR,
     GiveUp,
+    MachineView,
     MirrorState,
     Move,
     Note,
     Noted,
-    Seen,
     changes,
     is_finished,
     next_steps,
@@ -59,13 +59,13 @@ class Qemu:
     jobs: dict[str, MirrorState] = field(default_factory=dict)
     run_state: str = "running"
 
-    def seen(self) -> Seen:
+    def seen(self) -> MachineView:
         used = {
             disk.move.target if disk.on_target else disk.move.source
             for disk in self.disks
             if disk.move.source in self.nodes or disk.on_target
         }
-        return Seen(self.run_state, dict(self.jobs), frozenset(self.nodes), frozenset(used))
+        return MachineView(self.run_state, dict(self.jobs), frozenset(self.nodes), frozenset(used))
 
     def disk(self, job: str) -> Disk:
         return next(disk for disk in self.disks if disk.move.job == job)
@@ -226,10 +226,10 @@ TestLiveRestore = LiveRestoreMachine.TestCase
 ONE = move(0)
 
 
-def seen(run_state: str = "running", job: MirrorState | None = None, **more: object) -> Seen:
+def seen(run_state: str = "running", job: MirrorState | None = None, **more: object) -> MachineView:
     jobs = {} if job is None else {ONE.job: job}
     nodes = frozenset({*ONE.below, "file0", ONE.target})
-    return Seen(run_state, jobs, nodes, frozenset({ONE.source}), **more)  # type: ignore[arg-type]
+    return MachineView(run_state, jobs, nodes, frozenset({ONE.source}), **more)  # type: ignore[arg-type]
 
 
 def names(steps: Sequence[object]) -> list[str]:
@@ -307,7 +307,7 @@ def test_the_machine_goes_on_before_anything_is_given_up() -> None:
 
 def test_the_speed_limit_is_shared_by_the_disks_that_are_left() -> None:
     two = move(1)
-    state = Seen(
+    state = MachineView(
         "running",
         {ONE.job: MirrorState("running", speed=50), two.job: MirrorState("running", speed=10)},
         frozenset({*ONE.below, *two.below}),
