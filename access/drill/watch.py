@@ -39,6 +39,9 @@ _LOOK_S = 1.0
 _READ_BYTES = 64 << 10
 # One turn takes no more from a console, so that a guest that writes for ever is looked at, too.
 _TURN_BYTES = 1 << 20
+# An agent answers before the screen has its login prompt: a good machine's picture is taken when
+# it has not changed for so long, and at the latest then.
+_SETTLED_S, _SETTLING_S = 2.0, 10.0
 # To a machine that goes on in the middle: who is there answers an empty line.
 _KNOCK_S = 3.0
 _SLOW = "the plan's expression takes too long on what it said: make it simpler"
@@ -157,7 +160,7 @@ class Watch:
                 self.judge.ended("undecided", str(self._machine.ended()))
             decision = self.judge.decide(self._now())
             if decision is not None:
-                self._take_picture()
+                self._take_last_picture(decision, cancel)
                 return Seen(decision, self._picture, self._screen_text, self._read_bytes())
 
     def close(self) -> None:
@@ -275,6 +278,22 @@ class Watch:
         for index, step in enumerate(self._plan.steps):
             if step.kind == "screen" and not self.judge.is_answered(index):
                 self._try_picture(index, step, picture, now - self._still_since)
+
+    def _take_last_picture(self, decision: Decision, cancel: Cancel) -> None:
+        """Raises Cancelled."""
+        self._take_picture()
+        deadline = self._now() + _SETTLING_S
+        still_since = self._now()
+        while decision.verdict == "booted" and not self._machine.wait(_TICK_S):
+            cancel.check()
+            self._serial.read()
+            before = self._picture
+            self._take_picture()
+            now = self._now()
+            if before is None or self._picture is None or not is_still(before, self._picture):
+                still_since = now
+            if now - still_since >= _SETTLED_S or now >= deadline:
+                return
 
     def _try_picture(self, index: int, step: Step, picture: Picture, still_s: float) -> None:
         """A picture that stays as it is: of a plan that asks for no more, or no console's."""
