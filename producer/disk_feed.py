@@ -47,18 +47,18 @@ class RunCutter:
         #: From the disk, not counting holes.
         self.read_bytes = 0
         self._segments = source.segments()
-        self._segment = next(self._segments, None)
-        self._at = self._segment.start if self._segment else 0
+        self._at = 0
+        #: True: the whole disk has been cut.
+        self.ended = False
+        #: True: `pass_hole` comes next, and not `read`.
+        self.at_hole = False
+        self._next_segment()
 
-    @property
-    def ended(self) -> bool:
-        """True when the whole disk has been cut."""
-        return self._segment is None
-
-    @property
-    def at_hole(self) -> bool:
-        """True when `pass_hole` comes next, and not `read`."""
-        return self._segment is not None and not self._segment.is_data
+    def _next_segment(self) -> None:
+        segment = self._segment = next(self._segments, None)
+        self.ended = segment is None
+        self.at_hole = segment is not None and not segment.is_data
+        self._at = segment.start if segment is not None else self._at
 
     @property
     def needs_memory(self) -> bool:
@@ -95,10 +95,9 @@ class RunCutter:
         """Go on at offset `at`, perhaps with the next segment; return the last runs at the disk's end."""
         self._at = at
         if self._segment is not None and at >= self._segment.end:
-            self._segment = next(self._segments, None)
-            if self._segment is None:
+            self._next_segment()
+            if self.ended:
                 return self._cut() + self._zero_runs(self._next)
-            self._at = self._segment.start
         return []
 
     def _room(self, position: int) -> int:

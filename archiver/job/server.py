@@ -84,7 +84,8 @@ class _Server:
     def run(self, wake_fd: int, cancel: Cancel) -> None:
         job = self._job
         self._handle(core.JobStarted())
-        while not job.over and not (job.phase is JobPhase.DONE and cancel.asked):
+        ended = (JobPhase.DONE, JobPhase.FAILED)
+        while job.phase not in ended or not (job.over or cancel.asked):
             self._link.wait(1.0)
             self._receive()
             self._handle_writer(wake_fd)

@@ -40,6 +40,10 @@ def test_every_cluster_once_in_any_order_is_complete(
     for run in runs:
         state.add(extent(run))
     state.finish()
+    assert list(state.missing()) == []
+    for device in devices:
+        if not device.is_vmstate:
+            assert state.clusters_seen(device.dev_id) == device.clusters
 
 
 @given(devices_and_runs())
@@ -101,12 +105,16 @@ def test_a_block_beyond_the_devices_end_is_named(mask: int) -> None:
 
 @pytest.mark.parametrize("mask", [0, 1, 2, 3, FULL_MASK])
 def test_a_last_cluster_within_the_device_or_full_is_taken(mask: int) -> None:
-    coverage().add(extent((3, 5, (mask,))))
+    state = coverage()
+    state.add(extent((3, 5, (mask,))))
+    assert state.clusters_seen(3) == 1
 
 
 @pytest.mark.parametrize("mask", [1, 0x8000, FULL_MASK])
 def test_only_the_last_cluster_is_held_to_the_devices_end(mask: int) -> None:
-    coverage().add(extent((3, 4, (mask,))))
+    state = coverage()
+    state.add(extent((3, 4, (mask,))))
+    assert state.clusters_seen(3) == 1
 
 
 @pytest.mark.parametrize(
@@ -154,6 +162,7 @@ def test_vmstate_and_disks_may_interleave() -> None:
     state.add(extent((9, 0, (1,)), (3, 3, (1, 1, 1)), (9, 1, (1,))))
     state.add(extent((3, 0, (1, 1, 1)), (9, 2, (FULL_MASK,))))
     state.finish()
+    assert (state.clusters_seen(3), state.vmstate_clusters(9)) == (6, 3)
 
 
 def test_a_name_that_would_steer_the_terminal_is_escaped_in_the_references_words() -> None:

@@ -76,11 +76,11 @@ def test_a_command_that_cannot_be_found_is_an_error_of_the_shell() -> None:
 
 
 def test_a_shell_that_is_killed_fails_the_write_though_its_pipeline_still_reads() -> None:
-    output = CommandOutput("sleep 1000 | cat; exit 0")
-    reader = CommandOutput("cat | cat >/dev/null")
-    for one in (output, reader):
-        one._process.kill()
-        assert one._has_ended(LIMIT_S)
+    for words in ("sleep 1000 | cat; exit 0", "cat | cat >/dev/null"):
+        one = CommandOutput(words)
+        shell = _shell(words)
+        shell.kill()
+        _wait_for(lambda shell=shell: shell.status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]
         with pytest.raises(OutputFailure, match=r"was killed by SIGKILL after 0 bytes, before"):
             one.write([b"data"])
         one.abandon()
@@ -106,10 +106,12 @@ def test_a_command_that_does_not_end_is_an_error_in_the_end() -> None:
 @pytest.mark.parametrize("how", ["abandon", "cancel"])
 def test_waiting_for_the_commands_end_can_be_ended(how: str) -> None:
     cancel = Cancel()
-    output = CommandOutput("cat >/dev/null; exec sleep 1000", cancel=cancel)
+    words = "cat >/dev/null; exec sleep 1000"
+    output = CommandOutput(words, cancel=cancel)
+    shell = _shell(words)
     with in_thread(output.commit) as errors:
         # The command has read its input to the end: the commit waits now.
-        _wait_for(lambda: output._process.pid in _sleeping())
+        _wait_for(lambda: shell.pid in _sleeping())
         if how == "abandon":
             output.abandon()
         else:
@@ -187,6 +189,12 @@ def test_the_command_gets_the_usual_signals_back() -> None:
 def test_a_command_that_is_none_is_refused(spec: str) -> None:
     with pytest.raises(UsageError):
         open_output(spec)
+
+
+def _shell(words: str) -> psutil.Process:
+    """The shell that runs this command, which a test has just started."""
+    (shell,) = (each for each in psutil.Process().children() if each.cmdline()[-1:] == [words])
+    return shell
 
 
 def _sleeping() -> set[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmapipe.control.coordinator.metrics import write
+from vmapipe.control.coordinator.status import now_s
 from vmapipe.control.coordinator.status_socket import JobServer
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import ChildCommands
@@ -20,11 +21,11 @@ from vmapipe.runtime.events import ChildCommands
 def test_durations_are_true_when_the_clock_jumps_and_the_end_is_by_the_clock_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: int
 ) -> None:
-    cancel, orders = Cancel(), ChildCommands()
+    cancel, commands = Cancel(), ChildCommands()
     wall = time.time
-    with JobServer("1" * 32, "vm.vma", cancel, orders) as server:
+    with JobServer("1" * 32, "vm.vma", cancel, commands) as server:
         monkeypatch.setattr(time, "time", lambda: wall() + jump_s)
-        details = server._details()
+        details = server.state.details(now_s())
         assert 0 <= details["seconds"] < 60
         server.take(
             {
@@ -46,4 +47,4 @@ def test_durations_are_true_when_the_clock_jumps_and_the_end_is_by_the_clock_as_
     ended = float(lines['vmapipe_backup_last_run_timestamp_seconds{backup="vm"}'])
     assert abs(ended - time.time()) < 60
     cancel.close()
-    os.close(orders.fd)
+    os.close(commands.fd)
