@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vmapipe.archiver.service.admission import ServiceLimits, ServiceStorage, admit
 from vmapipe.archiver.service.jobs import (
     STOP_S,
     DropPeer,
@@ -20,11 +21,8 @@ from vmapipe.archiver.service.jobs import (
     SendAnswer,
     ServiceInstruction,
     ServiceJob,
-    ServiceLimits,
     ServicePhase,
-    ServiceStorage,
     StartArchiver,
-    admit,
     said_reason,
 )
 from vmapipe.archiver.service.peers import (

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from vmapipe.archiver.job.spec import RECONNECT_S
 from vmapipe.archiver.outputs.compress import MAX_THREADS
+from vmapipe.archiver.service.admission import ServiceLimits
 from vmapipe.archiver.service.archivers import ArchiverProcesses
 from vmapipe.archiver.service.front import Front
-from vmapipe.archiver.service.jobs import Need, ServiceLimits
+from vmapipe.archiver.service.jobs import Need
 from vmapipe.archiver.service.log import LogStream
 from vmapipe.archiver.service.server import ServiceLoop, ServiceSockets
 from vmapipe.archiver.service.storage import (

@@ -17,7 +17,8 @@ from pathlib import Path
 from vmapipe.archiver.outputs.compress import parse_compression
 from vmapipe.archiver.outputs.manifests import SUFFIX, beside
 from vmapipe.archiver.outputs.object import abort_stale_uploads, abort_upload
-from vmapipe.archiver.service.jobs import ArchivePlace, FreeSpace
+from vmapipe.archiver.service.admission import FreeSpace
+from vmapipe.archiver.service.jobs import ArchivePlace
 from vmapipe.protocol import service
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.arguments import size

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from tests.archiver.service.world import World
+from vmapipe.archiver.service.admission import JOB_MEMORY_BYTES, FreeSpace, ServiceLimits
 from vmapipe.archiver.service.front import (
     DRAIN_S,
     ArchiverAnswer,
@@ -17,15 +18,7 @@ from vmapipe.archiver.service.front import (
     PeerGone,
     StopAsked,
 )
-from vmapipe.archiver.service.jobs import (
-    JOB_MEMORY_BYTES,
-    START_S,
-    STOP_S,
-    FreeSpace,
-    Need,
-    ServiceLimits,
-    need_of,
-)
+from vmapipe.archiver.service.jobs import START_S, STOP_S, Need, need_of
 from vmapipe.archiver.service.peers import MAX_REFUSALS, SLACK_BYTES, UnassignedPeers
 from vmapipe.protocol import limits, service, transfer
 from vmapipe.protocol.transfer import Abort, Grant, Ping, Welcome

@@ -11,8 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.archiver.service.world import World
 from tests.protocol.jobs import of_coordinators
+from vmapipe.archiver.service.admission import ServiceLimits
 from vmapipe.archiver.service.front import ClientRevoked
-from vmapipe.archiver.service.jobs import START_S, ServiceLimits, ServicePhase
+from vmapipe.archiver.service.jobs import START_S, ServicePhase
 from vmapipe.protocol import service, transfer
 from vmapipe.protocol.schema import Part
 from vmapipe.protocol.transfer import Ping

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmapipe.archiver.service import jobs as core
+from vmapipe.archiver.service.admission import FreeSpace, ServiceLimits
 from vmapipe.archiver.service.front import (
     ArchiverEnded,
     ArchiverEvent,
@@ -14,7 +15,7 @@ from vmapipe.archiver.service.front import (
     PeerMessage,
     ServiceTicked,
 )
-from vmapipe.archiver.service.jobs import ArchivePlace, FreeSpace, ServiceLimits
+from vmapipe.archiver.service.jobs import ArchivePlace
 from vmapipe.protocol import limits, service, transfer
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.schema import Part
