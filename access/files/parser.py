@@ -86,6 +86,8 @@ _STEP_BYTES = 4096
 # Deeper than any real one; a folder that holds itself would go on for ever.
 _MAX_DEPTH = 256
 _MAX_NS = (1 << 63) - 1
+# NTFS packs 64 KiB into 4 KiB at the best; 16 times that, for units without any data.
+_MOST_COMPRESSED = 256
 # ext4 has room for a block of them, and an inode's rest; with a path it has to fit into a message.
 _MAX_XATTR_BYTES = 56 << 10
 # Folders that are known again: numbers of 4 million take some 200 MiB. With more, one that has
@@ -376,7 +378,12 @@ class FileSystem:
     def stretches(self, file: Any) -> list[tuple[int, int]]:
         """Where the file has data, in order, as (start, end). Raises OSError."""
         size = max(0, int(file.info.meta.size))
-        return list(joined(self._stretches(file, size)))
+        found = list(joined(self._stretches(file, size)))
+        # A compressed file may hold more than there is room; and none has to be followed for ever.
+        most = self._source.size_bytes * (_MOST_COMPRESSED if self.kind == b"ntfs" else 1)
+        if sum(end - start for start, end in found) > most:
+            raise OSError(_TOO_MUCH)
+        return found
 
     def data(self, file: Any, start: int, end: int) -> Iterator[FileData]:
         """The bytes of a stretch, or of a part of it. Raises OSError."""
@@ -413,6 +420,7 @@ class FileSystem:
 
 
 _TWICE = "the folder is there twice, inside itself, or too deep"
+_TOO_MUCH = "it says that it has more content than its file system has room for"
 _UNTRUE = (
     "the log of this file system is not replayed: what was written in the last seconds before "
     "the backup may be missing or old"

@@ -29,7 +29,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 from unittest import mock
 
 from vmapipe.access.disk import ArchiveDisk
@@ -76,6 +76,19 @@ class _Disk:
 
     def read(self, target: memoryview, offset: int) -> None:
         target[:] = self._content[offset : offset + len(target)]
+
+
+class _Sink(io.RawIOBase):
+    """Takes a stream, keeps nothing of it, and has an end."""
+
+    def __init__(self) -> None:
+        self._left = 16 * _MOST_BYTES
+
+    def write(self, data: Any) -> int:
+        self._left -= len(data)
+        if self._left < 0:
+            raise Failure("the stream is longer than the disk can be")
+        return len(data)
 
 
 class _Forked:
@@ -181,7 +194,7 @@ def _copy(
         said.add(_plain(text))
 
     writers: list[TarWriter | FolderWriter] = [
-        TarWriter(io.BytesIO(), b"/", report),
+        TarWriter(cast(BinaryIO, _Sink()), b"/", report),
         FolderWriter(fd, b"/", b"%d" % number, report),
     ]
     try:
@@ -350,21 +363,24 @@ def main(kind: str, seconds: float, seed: int) -> None:
         known |= run(image(name)).words
     chance, count, ended, longest, peak = random.Random(seed), 0, 0, 0.0, 0
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        name = chance.choice(kinds)
-        changes = mutations(name, chance)
-        outcome = run(changed(name, changes))
-        count, ended = count + 1, ended + outcome.has_parser_ended
-        longest, peak = max(longest, outcome.seconds), max(peak, outcome.peak_bytes)
-        if outcome.seconds > 10 or outcome.words - known:
-            known |= outcome.words
-            print(f"{outcome.seconds:.1f} s {sorted(outcome.words)[:3]}", file=sys.stderr)
-            print(line_of(name, changes), flush=True)
-    print(
-        f"{count} images, {ended} ended their parser, longest {longest:.1f} s, "
-        f"largest {peak >> 20} MiB",
-        file=sys.stderr,
-    )
+    try:
+        while time.monotonic() < end:
+            name = chance.choice(kinds)
+            changes = mutations(name, chance)
+            outcome = run(changed(name, changes))
+            count, ended = count + 1, ended + outcome.has_parser_ended
+            longest, peak = max(longest, outcome.seconds), max(peak, outcome.peak_bytes)
+            if outcome.words - known:
+                new = sorted(outcome.words - known)[:3]
+                known |= outcome.words
+                print(f"{count}: {outcome.seconds:.1f} s {new}", file=sys.stderr)
+                print(line_of(name, changes), flush=True)
+    finally:
+        print(
+            f"{count} images, {ended} ended their parser, longest {longest:.1f} s, "
+            f"largest {peak >> 20} MiB",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -104,3 +104,32 @@ def test_a_file_that_says_it_is_an_exbibyte_large_is_a_hole(need: Need, tmp_path
         assert b"cannot be made here" in done.stderr
     else:
         assert os.stat(tmp_path / "huge").st_blocks == 0
+
+
+def test_a_file_with_more_content_than_there_is_room_for_is_refused(
+    need: Need, tmp_path: Path
+) -> None:
+    """Else a tar stream would be filled up with as many zeroes as it says."""
+    mke2fs, debugfs = need("mke2fs", "debugfs")
+    (tmp_path / "tree").mkdir()
+    for name in ("good", "large"):
+        (tmp_path / "tree" / name).write_bytes(name.encode() * 500)
+    image, archive = tmp_path / "disk", tmp_path / "vm.vma"
+    words = ["-q", "-t", "ext4", "-b", "1024", "-O", "^metadata_csum", "-d", str(tmp_path / "tree")]
+    subprocess.run([mke2fs, *words, image, "1M"], check=True)
+    text = subprocess.check_output([debugfs, "-R", "imap /large", image], text=True)
+    # "located at block 5, offset 0x0b00"
+    place = text.partition("located at block ")[2].split(", offset ")
+    block, offset = int(place[0]), int(place[1], 16)
+    raw = bytearray(image.read_bytes())
+    at = block * 1024 + offset
+    assert raw[at + 40 : at + 42] == b"\x0a\xf3"  # an extent's header
+    raw[at + 4 : at + 8] = (32 << 20).to_bytes(4, "little")
+    raw[at + 56 : at + 58] = (0x8000).to_bytes(2, "little")  # 32 MiB of blocks
+    image.write_bytes(raw)
+    good("backup", "--quiet", "--disk", image, archive)
+    done = run("files", "tar", archive, "/")
+    assert done.returncode == 1
+    assert b"'/large': it says that it has more content" in done.stderr
+    assert len(done.stdout) < 1 << 20
+    assert good("files", "cat", archive, "/good") == b"good" * 500

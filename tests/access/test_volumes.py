@@ -22,6 +22,11 @@ from tests.access.volumes import (
     put_striped,
 )
 from tests.machine import Need, bad, good, run
+from vmapipe.access.archive import Caches, open_for_access
+from vmapipe.access.disk import ArchiveDisk
+from vmapipe.access.mount.guest import GuestDisk
+from vmapipe.access.mount.tree import ArchiveTree
+from vmapipe.runtime.cancel import Cancel
 
 LARGE = random.Random(4).randbytes(900_001)
 
@@ -197,3 +202,25 @@ def test_partitions_are_numbered_as_linux_numbers_them(need: Need, tmp_path: Pat
     archive = backup(tmp_path, sda=disk)
     assert [row["partition"] for row in rows(archive)] == ["1", "3"]
     assert good("files", "cat", archive, "sda:3:/root") == b"this is root\n"
+
+
+def test_a_mount_shows_logical_volumes_on_all_their_disks(group: Path) -> None:
+    """As its tree, without the kernel's part; with keys as `vmapipe files` has them."""
+    cancel = Cancel()
+    told: list[str] = []
+    archive = open_for_access(str(group), cancel, told.append, Caches(None, "/tmp", 0))
+    disks = [(device.name, ArchiveDisk(archive, device)) for device in archive.header.devices]
+    guests = {
+        name: GuestDisk(disks, index, cancel, told.append) for index, (name, _) in enumerate(disks)
+    }
+    try:
+        tree = ArchiveTree(archive, guests)
+        assert sorted(name for name, _ in tree.names(b"/files/sda/vg0")) == [b"root", b"striped"]
+        path = b"/files/sdb/vg0/span/span"
+        assert tree.read(path, 0, tree.attributes(path).size_bytes) == b"this is span\n"
+    finally:
+        for guest in guests.values():
+            guest.close()
+        archive.close()
+        cancel.close()
+    assert not [line for line in told if "holds /vg0" in line]
