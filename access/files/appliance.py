@@ -260,7 +260,8 @@ class Appliance:
                 f"if=none,id=disk{number},format=raw,snapshot=on,file.driver=nbd,"
                 f"file.server.type=unix,file.server.path={quoted(address)},file.export=disk{number}",
                 "-device",
-                f"virtio-blk-pci,drive=disk{number},serial=disk{number},"
+                # By itself QEMU would stop the machine where the host's disk is full.
+                f"virtio-blk-pci,drive=disk{number},serial=disk{number},werror=report,rerror=report,"
                 f"addr={_FIRST_SLOT + slot:#x}.{function},multifunction=on",
             ]
         return words

@@ -123,50 +123,65 @@ class Engines:
 
     def find(self, disk: int, where: bytes, path: bytes) -> tuple[FileReader, Volume]:
         """The volume that has the path, and the engine that reads it. Raises Failure, UsageError."""
-        session = self.first()
-        found = _look(session, disk, where, path)
-        if len(found.holding) > 1:
-            raise _several(session, found.holding, path)
+        reader = self.first()
+        found = _look(reader, disk, where, path)
         why = ""
-        if any(map(self.may_read, found.holding or found.unreadable)):
+        if len(found.holding) < 2 and self._is_for_vm(reader, disk, where, found):
             try:
-                return self._find_in_appliance(disk, where, path, found)
+                reader, found = self._look_in_vm(disk, where, path, found)
             except Cancelled:
                 raise
             except Failure as error:
                 why = str(error)
+        if len(found.holding) > 1:
+            choices = ", ".join(f"{reader.place_of(volume)}:" for volume in found.holding)
+            raise UsageError(f"several file systems have {shown(path)}: say which of {choices}")
         if found.holding:
             if why:
                 self._notice(f"notice: the engine vm would replay its log, but: {why}")
-            return session, found.holding[0]
-        if not any(session.ask("volumes", disk, where)):
-            raise UsageError(f"there is no such volume; there is {_all_places(session)}")
-        raise self._not_found(session, found, path, why)
+            return reader, found.holding[0]
+        if not why and not _volumes(reader, disk, where):
+            there = ", ".join(f"{reader.place_of(volume)}:" for volume in _volumes(reader))
+            raise UsageError(f"there is no such volume; there is {there}")
+        raise self._not_found(reader, found, (disk, where, path), why)
 
-    def _find_in_appliance(
+    def _is_for_vm(self, reader: FileReader, disk: int, where: bytes, found: _Candidates) -> bool:
+        """Whether the appliance may have the path, or has more than the parser shows of it."""
+        if self._choice != AUTO or reader is self._started.get(VM):
+            return False
+        if found.holding:
+            return any(map(self.may_read, found.holding))
+        # A log may hold the path; an encrypted volume, the volume that is meant.
+        scope = _volumes(reader, disk, where) or _volumes(reader, disk) or _volumes(reader)
+        return any(map(self.may_read, scope))
+
+    def _look_in_vm(
         self, disk: int, where: bytes, path: bytes, before: _Candidates
-    ) -> tuple[FileReader, Volume]:
-        """Raises Failure: why it does not have it."""
+    ) -> tuple[FileReader, _Candidates]:
+        """Raises Failure: why it cannot be had, or does not read what the parser does."""
         if self.obstacle():
             raise Failure(self.obstacle())
         appliance = self._appliance()
         found = _look(appliance, disk, where, path)
-        holding = found.holding
-        if before.holding:
-            wanted = before.holding[0]
-            holding = [item for item in holding if item[:2] == wanted[:2]]
-        if len(holding) > 1:
-            raise _several(appliance, holding, path)
-        if holding:
-            return appliance, holding[0]
-        remarks = [_text(appliance, item) for item in found.unreadable if item.remark]
-        raise Failure("; ".join(remarks) or f"no file system there has {shown(path)}")
+        if not before.holding:
+            return appliance, found
+        wanted = before.holding[0]
+        holding = [item for item in found.holding if item[:2] == wanted[:2]]
+        if not holding:
+            remarks = [_text(appliance, item) for item in found.unreadable if item.remark]
+            raise Failure("; ".join(remarks) or f"no file system there has {shown(path)}")
+        return appliance, _Candidates(holding, [])
 
-    def _not_found(self, session: FileReader, found: _Candidates, path: bytes, why: str) -> Failure:
+    def _not_found(
+        self, reader: FileReader, found: _Candidates, place: tuple[int, bytes, bytes], why: str
+    ) -> Failure:
+        disk, where, path = place
         text = f"no file system here has {shown(path)}"
         left = [item for item in found.unreadable if item.kind not in (b"", b"swap")]
         if left:
-            text += f"; not looked into: {', '.join(_text(session, item) for item in left)}"
+            text += f"; not looked into: {', '.join(_text(reader, item) for item in left)}"
+        if old := [item for item in _volumes(reader, disk, where) if item.can_read and item.remark]:
+            text += f"; the log is not replayed of {', '.join(f'{reader.place_of(item)}:' for item in old)}"
         if why:
             text += f"; the engine vm is for that, but: {why}"
         elif any(not item.remark for item in left):
@@ -177,8 +192,8 @@ class Engines:
 
     def _parser(self) -> FileReader:
         if PARSER not in self._started:
-            session = FileSession(self._disks, self._cancel, self._keys)
-            self._started[PARSER] = self._stack.enter_context(session)
+            parser = FileSession(self._disks, self._cancel, self._keys)
+            self._started[PARSER] = self._stack.enter_context(parser)
         return self._started[PARSER]
 
     def _appliance(self) -> FileReader:
@@ -188,10 +203,10 @@ class Engines:
         return self._started[VM]
 
 
-def _look(session: FileReader, disk: int, where: bytes, path: bytes) -> _Candidates:
+def _look(reader: FileReader, disk: int, where: bytes, path: bytes) -> _Candidates:
     """Raises Failure."""
     found = _Candidates([], [])
-    for message in session.ask("find", disk, where, path):
+    for message in reader.ask("find", disk, where, path):
         match message:
             case Volume(can_read=True):
                 found.holding.append(message)
@@ -202,17 +217,12 @@ def _look(session: FileReader, disk: int, where: bytes, path: bytes) -> _Candida
     return found
 
 
-def _several(session: FileReader, holding: Sequence[Volume], path: bytes) -> UsageError:
-    choices = ", ".join(f"{session.place_of(volume)}:" for volume in holding)
-    return UsageError(f"several file systems have {shown(path)}: say which of {choices}")
+def _volumes(reader: FileReader, disk: int = -1, where: bytes = b"") -> list[Volume]:
+    answer = reader.ask("volumes", disk, where)
+    return [message for message in answer if isinstance(message, Volume)]
 
 
-def _all_places(session: FileReader) -> str:
-    volumes = [message for message in session.ask("volumes") if isinstance(message, Volume)]
-    return ", ".join(f"{session.place_of(volume)}:" for volume in volumes)
-
-
-def _text(session: FileReader, volume: Volume) -> str:
+def _text(reader: FileReader, volume: Volume) -> str:
     """A volume that is not read, and why."""
     why = f", {os.fsdecode(volume.remark)}" if volume.remark else ""
-    return one_line(f"{session.place_of(volume)}: ({os.fsdecode(volume.kind)}{why})")
+    return one_line(f"{reader.place_of(volume)}: ({os.fsdecode(volume.kind)}{why})")

@@ -29,6 +29,7 @@ from vmapipe.access.archive import Caches, open_for_access
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.appliance import Appliance
 from vmapipe.access.files.copies import TarWriter
+from vmapipe.access.files.engines import AUTO, VM, Engines
 from vmapipe.access.files.messages import (
     Entry,
     EntryFailed,
@@ -38,6 +39,7 @@ from vmapipe.access.files.messages import (
     Stretch,
     Volume,
 )
+from vmapipe.access.files.session import FileSession
 from vmapipe.access.machine import accelerator, kernels
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
@@ -77,22 +79,26 @@ def archive(tmp_path_factory: pytest.TempPathFactory, _environment: None) -> Pat
     (folder / "key").write_bytes(KEY)
     path = folder / "vm.vma.zst"
     (folder / "locked").write_bytes((folder / "luks2").read_bytes())
-    names = ("xfs", "btrfs", "luks2,format=raw", "locked,format=raw", "lvm0", "lvm1", "damaged")
+    names = ("xfs", "btrfs", "luks2", "locked", "lvm0", "lvm1", "fast", "damaged")
     disks = [word for name in names for word in ("--disk", f"{folder}/{name}")]
     good("backup", "--quiet", "--compress", "zstd", *disks, path)
     return path
 
 
 @contextlib.contextmanager
-def booted(archive: Path, cancel: Cancel, keys: tuple[Key, ...] = ()) -> Iterator[Appliance]:
+def opened(archive: Path, cancel: Cancel) -> Iterator[list[tuple[str, ArchiveDisk]]]:
     caches = Caches(None, str(archive.parent), 1 << 30)
-    opened = open_for_access(str(archive), cancel, lambda text: None, caches)
+    access = open_for_access(str(archive), cancel, lambda text: None, caches)
     try:
-        disks = [(item.name, ArchiveDisk(opened, item)) for item in opened.header.devices]
-        with Appliance(disks, cancel, keys) as made:
-            yield made
+        yield [(item.name, ArchiveDisk(access, item)) for item in access.header.devices]
     finally:
-        opened.close()
+        access.close()
+
+
+@contextlib.contextmanager
+def booted(archive: Path, cancel: Cancel, keys: tuple[Key, ...] = ()) -> Iterator[Appliance]:
+    with opened(archive, cancel) as disks, Appliance(disks, cancel, keys) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +144,12 @@ def test_each_volume_is_named_with_what_it_lies_in(volumes: dict[str, Volume]) -
     assert found == {
         "xfs": (b"xfs", True, (), False),
         "btrfs": (b"btrfs", True, (), False),
-        "luks2": (b"ext4", True, (b"luks2",), False),
-        "locked": (b"luks2", False, (), False),
+        "luks2:1": (b"", False, (), False),
+        "luks2:2": (b"lvm", False, (b"luks2",), True),
+        "luks2/inner/root": (b"ext4", True, (b"luks2", b"lvm"), False),
+        "locked:1": (b"", False, (), False),
+        "locked:2": (b"luks2", False, (), False),
+        "fast": (b"ext4", True, (), False),
         "lvm0": (b"lvm", False, (), True),
         "lvm1": (b"lvm", False, (), True),
         "lvm0/group/linear": (b"xfs", True, (b"lvm",), False),
@@ -148,7 +158,7 @@ def test_each_volume_is_named_with_what_it_lies_in(volumes: dict[str, Volume]) -
     }
 
 
-@pytest.mark.parametrize("place", ["xfs", "btrfs", "luks2", "lvm0/group/linear"])
+@pytest.mark.parametrize("place", ["xfs", "btrfs", "luks2/inner/root", "lvm0/group/linear", "fast"])
 def test_what_was_synced_before_the_copy_is_there(
     place: str, appliance: Appliance, volumes: dict[str, Volume]
 ) -> None:
@@ -235,7 +245,7 @@ def test_a_damaged_file_system_is_refused_with_the_kernels_reason(
 
 
 def test_a_wrong_key_is_said(volumes: dict[str, Volume]) -> None:
-    assert volumes["locked"].remark == b"wrong key: No key available with this passphrase."
+    assert volumes["locked:2"].remark == b"wrong key: No key available with this passphrase."
 
 
 def test_a_killed_qemu_is_one_clear_line(archive: Path) -> None:
@@ -303,9 +313,32 @@ def test_nothing_is_left_of_it_when_we_are_killed(
 
 def test_the_command_takes_the_appliance_for_what_the_parser_cannot_read(archive: Path) -> None:
     pytest.importorskip("pytsk3")
-    key = f"luks2={archive.parent}/key"
-    said = good("files", "cat", "--key-file", key, archive, "luks2:/new/file")
+    key = f"luks2:2={archive.parent}/key"
+    said = good("files", "cat", "--key-file", key, archive, "luks2/inner/root:/new/file")
     assert said == b"after\n"
+
+
+def test_by_itself_it_is_taken_for_a_log_that_the_parser_does_not_replay(
+    archive: Path, appliance: Appliance
+) -> None:
+    pytest.importorskip("pytsk3")
+    cancel, told = Cancel(), list[str]()
+    with opened(archive, cancel) as disks:
+        with Engines(disks, cancel, (), AUTO, None, told.append) as engines:
+            engines._started[VM] = appliance
+            # The parser sees neither of the first, and reads nothing of the second.
+            for place, path in ((6, b"/new/file"), (6, b"/old/file"), (0, b"/new")):
+                reader, volume = engines.find(place, b"", path)
+                assert reader is appliance
+                assert volume.disk == place
+        with Engines(disks, cancel, (), AUTO, "/nowhere", told.append) as engines:
+            with pytest.raises(Failure, match="the log is not replayed of fast:; the engine vm"):
+                engines.find(6, b"", b"/new/file")
+            assert not told
+            reader, _ = engines.find(6, b"", b"/old/file")
+            assert isinstance(reader, FileSession)
+            assert "would replay its log, but: there is no Linux kernel in /nowhere" in told[0]
+    cancel.close()
 
 
 def test_a_host_without_a_kernel_is_told_how_to_get_one(archive: Path, tmp_path: Path) -> None:

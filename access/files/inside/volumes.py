@@ -181,7 +181,9 @@ class Guest:
             for offset, magic, kind in self._config["signatures"]:
                 if os.pread(fd, len(magic), offset) == magic:
                     volume.kind = kind
-                    return
+                    break
+            if volume.kind == b"ext4" and _is_journal(os.pread(fd, 1024, 1024)):
+                volume.kind = b"ext4 journal"
         except OSError:
             volume.kind = b"damaged"
         finally:
@@ -324,9 +326,7 @@ class Guest:
             if other is volume:
                 continue
             raw = _read(other.device, 1024, 1024)
-            # A journal's device has its own superblock, with the feature journal_dev.
-            is_journal = raw[0x38:0x3A] == b"\x53\xef" and raw[0x60] & 8
-            if is_journal and raw[0x68:0x78] == superblock[0xD0:0xE0]:
+            if other.kind == b"ext4 journal" and raw[0x68:0x78] == superblock[0xD0:0xE0]:
                 return b"journal_path=" + os.fsencode(other.device)
         return b""
 
@@ -356,6 +356,11 @@ def load_modules(libc: Any, paths: Any, loaded: set[str]) -> None:
             if number not in (errno.EEXIST, errno.ENODEV):
                 print(f"cannot load {path}: {os.strerror(number)}", file=sys.stderr)
         os.close(fd)
+
+
+def _is_journal(superblock: bytes) -> bool:
+    """Whether it is one with the feature journal_dev: the rest of the device is a journal."""
+    return len(superblock) == 1024 and bool(superblock[0x60] & 8)
 
 
 def _read(device: str, offset: int, length: int) -> bytes:

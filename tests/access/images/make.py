@@ -31,7 +31,7 @@ _MODULES = (
     *("crc32c_generic", "xxhash_generic", "blake2b_generic"),
 )
 _PROGRAMS = ("lvm", "cryptsetup", "mkfs.xfs", "mkfs.ext4")
-_DISKS = {"xfs": 320, "btrfs": 160, "luks2": 8, "lvm0": 400, "lvm1": 64}
+_DISKS = {"xfs": 320, "btrfs": 160, "luks2": 12, "lvm0": 400, "lvm1": 64, "fast": 16}
 _LVM = 'activation{udev_sync=0 udev_rules=0} devices{external_device_info_source="none"}'
 _SCRIPT = f"""\
 #!/bin/busybox sh
@@ -45,7 +45,7 @@ say
 for module in $(cat /modules/order); do insmod /modules/$module.ko; done
 trap 'say failed: the script ended; poweroff -f' EXIT
 set -e
-until [ -b /dev/vde ]; do sleep 0.1; done
+until [ -b /dev/vdf ]; do sleep 0.1; done
 # A tree as it is found on real disks, synced; then one that only the log has.
 fill() {{
     mkdir $1/old
@@ -70,24 +70,32 @@ settle() {{
         dd if=/dev/null of="$file" conv=notrunc,fsync
     done
 }}
-mkdir -p /mnt/xfs /mnt/btrfs /mnt/luks2 /mnt/thin /mnt/linear
+lvm() {{ what=$1; shift; /usr/sbin/lvm $what --config '{_LVM}' -y "$@"; }}
+mkdir -p /mnt/xfs /mnt/btrfs /mnt/luks2 /mnt/thin /mnt/linear /mnt/fast
 mount -t xfs /dev/vda /mnt/xfs
 mount -t btrfs /dev/vdb /mnt/btrfs
-cryptsetup open --key-file /key --disable-locks --batch-mode /dev/vdc opened
-mkfs.ext4 -q -O fast_commit -J size=1 -N 64 /dev/mapper/opened
-mount -t ext4 /dev/mapper/opened /mnt/luks2
-lvm="lvm"
-$lvm pvcreate --config '{_LVM}' -y /dev/vdd /dev/vde
-$lvm vgcreate --config '{_LVM}' group /dev/vdd /dev/vde
-$lvm lvcreate --config '{_LVM}' -y -Wn -Zn -L 316M -n linear group /dev/vdd
-$lvm lvcreate --config '{_LVM}' -y -Wn -Zn -L 32M -V 200M -T group/pool -n thin
+cryptsetup luksFormat --type luks2 --key-file /key --disable-locks --batch-mode \\
+    --pbkdf argon2id --pbkdf-memory 32 --pbkdf-force-iterations 4 \\
+    --luks2-metadata-size 16k --luks2-keyslots-size 256k /dev/vdc2
+cryptsetup open --key-file /key --disable-locks --batch-mode /dev/vdc2 opened
+lvm pvcreate /dev/mapper/opened
+lvm vgcreate -s 256k inner /dev/mapper/opened
+lvm lvcreate -Wn -Zn -L 7M -n root inner
+mkfs.ext4 -q -O ^has_journal -N 64 /dev/mapper/inner-root
+mount -t ext4 /dev/mapper/inner-root /mnt/luks2
+lvm pvcreate /dev/vdd /dev/vde
+lvm vgcreate group /dev/vdd /dev/vde
+lvm lvcreate -Wn -Zn -L 316M -n linear group /dev/vdd
+lvm lvcreate -Wn -Zn -L 32M -V 200M -T group/pool -n thin
 mkfs.xfs -q /dev/mapper/group-linear
 mkfs.ext4 -q /dev/mapper/group-thin
 mount -t xfs /dev/mapper/group-linear /mnt/linear
 mount -t ext4 /dev/mapper/group-thin /mnt/thin
-for name in xfs btrfs luks2 linear thin; do fill /mnt/$name; done
+mkfs.ext4 -q -O fast_commit /dev/vdf
+mount -t ext4 /dev/vdf /mnt/fast
+for name in xfs btrfs luks2 linear thin fast; do fill /mnt/$name; done
 sync /mnt/thin
-for name in xfs btrfs luks2 linear; do settle /mnt/$name; done
+for name in xfs btrfs luks2 linear fast; do settle /mnt/$name; done
 say ready
 read answer
 """
@@ -136,7 +144,6 @@ def main() -> None:
         for disk, mib in _DISKS.items():
             with (folder / disk).open("wb") as file:
                 file.truncate(mib << 20)
-        (folder / "key").write_bytes(KEY)
         for place, text in many_files():
             (folder / "tree" / place).parent.mkdir(parents=True, exist_ok=True)
             (folder / "tree" / place).write_bytes(text)
@@ -146,23 +153,8 @@ def main() -> None:
             ["mkfs.btrfs", "-q", "-m", "single", "--rootdir", folder / "tree", folder / "btrfs"],
             check=True,
         )
-        quick = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
-        small = ("--luks2-metadata-size", "16k", "--luks2-keyslots-size", "256k")
-        subprocess.run(
-            [
-                "cryptsetup",
-                "luksFormat",
-                "--batch-mode",
-                "--type",
-                "luks2",
-                *quick,
-                *small,
-                "--key-file",
-                str(folder / "key"),
-                str(folder / "luks2"),
-            ],
-            check=True,
-        )
+        table = b"label: gpt\nsize=1M\nsize=9M\n"
+        subprocess.run(["sfdisk", "-q", folder / "luks2"], input=table, check=True)
         initramfs = folder / "initramfs"
         kernel = kernels.find_kernel(str(unpacked.image.parent.parent), ())
         initramfs.write_bytes(_initramfs(kernel, busybox))
