@@ -32,6 +32,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_OPT_LIST,
     NBD_OPT_LIST_META_CONTEXT,
     NBD_OPT_SET_META_CONTEXT,
+    NBD_OPT_STARTTLS,
     NBD_OPT_STRUCTURED_REPLY,
     NBD_REP_ACK,
     NBD_REP_ERR_SHUTDOWN,
@@ -44,6 +45,7 @@ from vmapipe.protocol.nbd.constants import (
     OPTION_NAMES,
     REP_MAGIC,
     ZEROES_BYTES,
+    Bytes,
 )
 from vmapipe.protocol.nbd.errors import NbdProtocolError, NbdRefusedError
 from vmapipe.protocol.nbd.handshake import (
@@ -153,6 +155,11 @@ def _string(raw: bytes) -> str:
         raise NbdProtocolError(fault.message) from None
 
 
+def _unencrypted() -> NbdProtocolError:
+    """Somebody on the way may have put it there, to be believed as if it had been encrypted."""
+    return NbdProtocolError("data without TLS behind the answer to NBD_OPT_STARTTLS")
+
+
 _WANTED_INFOS = (NBD_INFO_NAME, NBD_INFO_DESCRIPTION, NBD_INFO_BLOCK_SIZE)
 _META_OPTIONS = frozenset({NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT})
 # Without these one can do: the client goes on.
@@ -181,6 +188,9 @@ class NbdClientHandshake(Handshake):
 
     `structured`: ask for structured replies; `allocation`: with them, for
     base:allocation. A server may have neither: see the session.
+
+    `tls`: ask for TLS first, and nothing without it. When `wants_tls`, encrypt the connection
+    and send what `secured` returns.
     """
 
     def __init__(
@@ -190,6 +200,7 @@ class NbdClientHandshake(Handshake):
         goal: Goal = Goal.TRANSMISSION,
         structured: bool = True,
         allocation: bool = True,
+        tls: bool = False,
     ) -> None:
         fault = string_fault(name)
         if fault:
@@ -202,6 +213,9 @@ class NbdClientHandshake(Handshake):
         self._goal = goal
         self._ask_structured = structured and goal is not Goal.LIST
         self._ask_allocation = allocation
+        self._ask_tls = tls
+        #: The server is ready for TLS: nothing more may be sent or received without it.
+        self.wants_tls = False
         self._structured = self._fixed = self._no_zeroes = False
         self._contexts: list[MetaContext] = []
         self._info = ExportInfo(name)
@@ -215,6 +229,24 @@ class NbdClientHandshake(Handshake):
         if self._option == NBD_OPT_EXPORT_NAME:
             raise NbdRefusedError(NBD_OPT_EXPORT_NAME, None, "it may have no export of that name")
         raise NbdProtocolError("the server closed the connection during the handshake")
+
+    def secured(self) -> bytes:
+        """The connection is encrypted now; return what to send next."""
+        if not self.wants_tls:
+            raise LocalProtocolError("TLS that was not agreed on")
+        self.wants_tls = False
+        return self._first_question()
+
+    def feed(self, data: Bytes) -> bytes:
+        out = super().feed(data)
+        if self._is_followed:
+            raise _unencrypted()
+        return out
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether more has come behind the answer to NBD_OPT_STARTTLS."""
+        return self.wants_tls and self._intake.missing_bytes != OPTION_REPLY.size
 
     # --- what the server sends ---
 
@@ -232,6 +264,8 @@ class NbdClientHandshake(Handshake):
 
     def _take_reply(self, raw: bytes) -> bytes:
         """An answer's header. The limits are checked here, before its data comes."""
+        if self.wants_tls:
+            raise _unencrypted()
         magic, option, self._reply_type, length = OPTION_REPLY.unpack(raw)
         if magic != REP_MAGIC:
             raise NbdProtocolError(f"no option reply where one must be (magic {magic:#x})")
@@ -277,12 +311,22 @@ class NbdClientHandshake(Handshake):
         if not self._fixed:
             if self._goal is not Goal.TRANSMISSION:
                 raise NbdRefusedError(self._goal.value, NBD_REP_ERR_UNSUP)
+            if self._ask_tls:
+                raise NbdRefusedError(NBD_OPT_STARTTLS, NBD_REP_ERR_UNSUP)
             return self._ask_export_name()
+        if self._ask_tls:
+            return self._ask(NBD_OPT_STARTTLS)
+        return self._first_question()
+
+    def _first_question(self) -> bytes:
         if self._ask_structured:
             return self._ask(NBD_OPT_STRUCTURED_REPLY)
         return self._ask_goal()
 
     def _acknowledged(self) -> bytes:
+        if self._option == NBD_OPT_STARTTLS:
+            self.wants_tls = True
+            return b""
         if self._option == NBD_OPT_STRUCTURED_REPLY:
             self._structured = True
             return self._ask_contexts() if self._ask_allocation else self._ask_goal()

@@ -342,3 +342,40 @@ def test_endless_answers_are_left(option: int, kind: int, data: bytes) -> None:
     client.feed(raw * (many - 1))
     with pytest.raises(NbdProtocolError, match="bytes of option replies"):
         client.feed(raw * 2)
+
+
+# --- TLS ---
+
+
+def test_tls_comes_before_everything_else_and_the_handshake_goes_on_behind_it() -> None:
+    client = NbdClientHandshake("disk", tls=True)
+    assert asked(client.feed(greeting())[4:]) == [c.NBD_OPT_STARTTLS]
+    assert client.feed(ack(c.NBD_OPT_STARTTLS)) == b""
+    assert client.wants_tls
+    assert asked(client.secured()) == [STRUCTURED]
+    assert not client.wants_tls
+    with pytest.raises(LocalProtocolError):
+        client.secured()
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["a part of it", "all of it"])
+@pytest.mark.parametrize("injected", [ack(STRUCTURED), info(EXPORT_INFO), b"\0"])
+def test_what_comes_unencrypted_behind_the_answer_is_not_believed(
+    injected: bytes, cut: bool
+) -> None:
+    client = NbdClientHandshake("disk", tls=True)
+    client.feed(greeting())
+    with pytest.raises(NbdProtocolError, match="data without TLS"):
+        client.feed(ack(c.NBD_OPT_STARTTLS) + (injected[:1] if cut else injected))
+
+
+@pytest.mark.parametrize("error", [c.NBD_REP_ERR_UNSUP, c.NBD_REP_ERR_POLICY])
+def test_a_server_without_tls_is_left_and_nothing_is_asked_in_plain_text(error: int) -> None:
+    client = NbdClientHandshake("disk", tls=True)
+    client.feed(greeting())
+    with pytest.raises(NbdRefusedError) as raised:
+        client.feed(encode_option_reply(c.NBD_OPT_STARTTLS, error))
+    assert raised.value.unsent == ABORT
+    old = NbdClientHandshake("disk", tls=True)
+    with pytest.raises(NbdRefusedError):
+        old.feed(greeting(0))
