@@ -7,7 +7,7 @@ import time
 from collections import deque
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_CLUSTERS
-from vmapipe.producer.runs import Run, largest_frame_bytes, packed, piece_bytes
+from vmapipe.producer.runs import MOST_CLUSTERS, Run, largest_frame_bytes, packed, piece_bytes
 from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.source import Source
@@ -16,11 +16,6 @@ from vmapipe.protocol import limits
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.rate_limit import RateLimiter
 
-# Clusters of a frame that has data. Frames that end where an extent of the archive does are
-# written, and acknowledged, as a whole; that is no rule of the wire. But where most clusters are zero, a message for each extent
-# of the archive would be little data for its cost. Four extents of a disk that is a
-# quarter full are one full extent of data.
-_MOST_CLUSTERS = 4 * EXTENT_CLUSTERS
 # A hole is passed in steps of 64 GiB: what is cut in one step stays a short list.
 _HOLE_STEP_BYTES = 1 << 36
 
@@ -105,7 +100,7 @@ class RunCutter:
         if not self._clusters:
             self._largest = self._step_bytes
             spare = self._frame_bytes - limits.CHARGE_PER_FRAME - self._largest
-            self._most = min(_MOST_CLUSTERS, spare // limits.CHARGE_PER_CLUSTER)
+            self._most = min(MOST_CLUSTERS, spare // limits.CHARGE_PER_CLUSTER)
             self._position, self._filled = position, 0
         clusters = min(
             min(self._step_bytes, self._largest - self._filled) // CLUSTER_BYTES,

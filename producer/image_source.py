@@ -1,28 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that an NBD server holds: images of every format, by way of qemu-nbd."""
+"""Images of every format that QEMU knows: pulled from a qemu-nbd of our own."""
 
 from __future__ import annotations
 
+import functools
 import os
-import socket
 import stat
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.producer.source import UNSHARED, DiskSourceError, Segment, Sharing, open_at_rest
-from vmapipe.protocol.errors import ProtocolError
-from vmapipe.protocol.nbd.client_handshake import NbdClientHandshake
-from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
-from vmapipe.protocol.nbd.constants import (
-    NBD_CMD_BLOCK_STATUS,
-    NBD_CMD_FLAG_DF,
-    NBD_CMD_READ,
-    NBD_FLAG_SEND_DF,
-    NBD_STATE_ZERO,
-)
-from vmapipe.protocol.nbd.reply import Hole, ReplyEvent, RequestDone, RequestFailed, Status
-from vmapipe.protocol.nbd.session import NbdSession, encode_request
+from vmapipe.producer.pull.arguments import parse_uri
+from vmapipe.producer.pull.connections import Endpoint
+from vmapipe.producer.pull.export import ExportError, open_export
+from vmapipe.producer.pull.uri import NbdUri, is_nbd_uri
+from vmapipe.producer.pull_reader import PullReader
+from vmapipe.producer.source import UNSHARED, DiskSourceError, Sharing, open_at_rest
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.image_format import references
@@ -30,176 +21,6 @@ from vmapipe.runtime.storage_daemon import StorageDaemon
 from vmapipe.runtime.text import name_text
 
 EXPORT = "disk"
-# QEMU's server works on 16 requests of a connection at once; 256 KiB each were
-# the quickest of 64 KiB to 1 MiB.
-_IN_FLIGHT = 16
-_READ_BYTES = 256 * 1024
-# Whether there is data in so much is asked at once.
-_STATUS_BYTES = 1 << 30
-# A server that says nothing for so long hangs with its disk.
-_TIMEOUT_S = 120.0
-
-
-class NbdSource:
-    """A `Source`: the disk of one export, which does not change while it is read."""
-
-    def __init__(self, name: str, path: str) -> None:
-        """`path`: the server's Unix socket. Raises SourceError."""
-        self.name = name
-        # Of each request, by its cookie: where it begins.
-        self._offsets: dict[int, int] = {}
-        self._offset = 0
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            self._session = self._connect(path)
-        except (OSError, ProtocolError) as error:
-            self._socket.close()
-            raise self._error(error) from error
-        self.size_bytes = self._session.export.size_bytes
-        self._codec = NbdClientTransmission(self._session)
-        if not self.size_bytes:
-            self._socket.close()
-            raise DiskSourceError(f"disk {name!r}: it is empty: nothing to back up")
-
-    def _connect(self, path: str) -> NbdSession:
-        self._socket.settimeout(_TIMEOUT_S)
-        self._socket.connect(path)
-        handshake = NbdClientHandshake(EXPORT)
-        while handshake.wanted_bytes:
-            data = self._socket.recv(handshake.wanted_bytes)
-            if not data:
-                handshake.eof()
-            self._socket.sendall(handshake.feed(data))
-        if handshake.session is None:
-            raise RuntimeError("a handshake that ended without a session")
-        return handshake.session
-
-    def segments(self) -> Iterator[Segment]:
-        """Yield segments by what the server says of zeroes; a partly filled cluster is read as a whole."""
-        at = 0  # all before it was told
-        for first, last in self._data_extents():
-            start = max(at, first - first % CLUSTER_BYTES)
-            end = min(self.size_bytes, -(-last // CLUSTER_BYTES) * CLUSTER_BYTES)
-            if end <= at:
-                continue
-            if start > at:
-                yield Segment(at, start, is_data=False)
-            yield Segment(start, end, is_data=True)
-            at = end
-        if at < self.size_bytes:
-            yield Segment(at, self.size_bytes, is_data=False)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Several requests are under way at once; data goes from the socket into place."""
-        self._offset = ahead = offset
-        end = offset + len(buffer)
-        while ahead < end or self._codec.in_flight:
-            while ahead < end and self._codec.in_flight < _IN_FLIGHT:
-                length = min(_READ_BYTES, end - ahead)
-                self._request(NBD_CMD_READ, ahead, length)
-                ahead += length
-            self._check(self._receive(buffer, offset))
-
-    def check_unchanged(self) -> None:
-        """An export's size cannot change."""
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _data_extents(self) -> Iterator[tuple[int, int]]:
-        """Bytes [start, end) that may not be zero, in order."""
-        if self._session.allocation_id is None:
-            yield 0, self.size_bytes
-            return
-        at = 0
-        while at < self.size_bytes:
-            length = min(_STATUS_BYTES, self.size_bytes - at)
-            self._offset = at
-            self._request(NBD_CMD_BLOCK_STATUS, at, length)
-            extents: list[tuple[int, int]] = []
-            while self._codec.in_flight:
-                events = self._receive(memoryview(b""), 0)
-                self._check(events)
-                extents += [
-                    extent
-                    for event in events
-                    if isinstance(event, Status)
-                    for extent in event.extents()
-                ]
-            if not extents:
-                raise DiskSourceError(
-                    f"disk {self.name!r}: the server tells nothing of offset {at}"
-                )
-            for extent_bytes, flags in extents:
-                end = min(self.size_bytes, at + extent_bytes)
-                if not flags & NBD_STATE_ZERO:
-                    yield at, end
-                at = end
-
-    def _request(self, kind: int, offset: int, length: int) -> None:
-        # A read in one piece: QEMU's server looks for holes in it else, and hangs up, with a
-        # word to its stderr only, where the image cannot be read.
-        in_one_piece = self._session.structured and self._session.flags & NBD_FLAG_SEND_DF
-        flags = NBD_CMD_FLAG_DF if kind == NBD_CMD_READ and in_one_piece else 0
-        try:
-            request = self._codec.request(kind, offset, length, flags)
-            self._offsets[request.cookie] = offset
-            self._socket.sendall(encode_request(request))
-        except (OSError, ProtocolError) as error:
-            raise self._error(error) from error
-
-    def _receive(self, buffer: memoryview, base: int) -> list[ReplyEvent]:
-        """One message, or a piece of one. `buffer` takes the export's bytes from `base` on."""
-        try:
-            payload = self._codec.payload
-            if payload is not None:
-                start = payload.offset - base
-                got = self._socket.recv_into(buffer[start : start + payload.length])
-                events = self._codec.took(got)
-            else:
-                head = self._socket.recv(self._codec.wanted_bytes)
-                got = len(head)
-                events = list(self._codec.feed(head))
-        except (OSError, ProtocolError) as error:
-            raise self._error(error) from error
-        if not got:
-            raise self._error(None)
-        for event in events:
-            if isinstance(event, Hole):
-                start = event.offset - base
-                buffer[start : start + event.length] = bytes(event.length)
-        return events
-
-    def _check(self, events: Sequence[ReplyEvent]) -> None:
-        """Raises SourceError for a request that has failed, with its offset and the reason."""
-        for event in events:
-            if not isinstance(event, RequestDone):
-                continue
-            offset = self._offsets.pop(event.cookie, self._offset)
-            if event.error:
-                said = [
-                    e for e in events if isinstance(e, RequestFailed) and e.cookie == event.cookie
-                ]
-                places = [e.offset for e in said if e.offset is not None]
-                reasons = [os.strerror(event.error), *(e.message for e in said)]
-                raise DiskSourceError(
-                    f"disk {self.name!r}: cannot read near offset {[*places, offset][0]}: "
-                    + "; ".join(dict.fromkeys(filter(None, reasons)))
-                )
-
-    def _error(self, error: Exception | None) -> DiskSourceError:
-        """Return the error of a failed connection; None: the server has closed it."""
-        near = min(self._offsets.values(), default=self._offset)
-        text = "its server has hung up"
-        if error is not None:
-            text = os_error_text(error) if isinstance(error, OSError) else str(error)
-        if reason := self._reason():
-            text += f"; {reason}"
-        return DiskSourceError(f"disk {self.name!r}: cannot read near offset {near}: {text}")
-
-    def _reason(self) -> str:
-        """Return what is known of a server that has closed the connection."""
-        return ""
 
 
 class HowToRead(NamedTuple):
@@ -214,7 +35,7 @@ class HowToRead(NamedTuple):
     others: bool = False
 
 
-class ImageSource(NbdSource):
+class ImageReader(PullReader):
     """An image of any format that qemu-nbd opens, read only. `path`: a file, or a URI of QEMU's."""
 
     def __init__(
@@ -225,7 +46,9 @@ class ImageSource(NbdSource):
         cancel: Cancel,
         sharing: Sharing = UNSHARED,
     ) -> None:
-        """Raises SourceError, Failure, Cancelled."""
+        """Raises DiskSourceError, ExportError, Failure, Cancelled."""
+        if is_nbd_uri(path):
+            path = _uri_for_qemu(name, path)
         self._image_fd = open_at_rest(name, path, sharing) if os.path.exists(path) else -1
         try:
             self._open(name, _checked(name, path, how), how, cancel, sharing)
@@ -247,14 +70,23 @@ class ImageSource(NbdSource):
             argv += [f"--format={how.image_format}", "--", path]
         self._daemon = StorageDaemon(f"disk {name!r}", argv, cancel)
         try:
-            super().__init__(name, self._daemon.socket)
+            endpoint = Endpoint(
+                *(
+                    name,
+                    path,
+                    functools.partial(open_export, NbdUri(EXPORT, socket=self._daemon.socket)),
+                ),
+                is_ours=True,
+                reason=self._daemon.reason,
+            )
+            super().__init__(endpoint, cancel, compares=not sharing.force)
             if not how.others and how.image_format != "raw":
                 self._refuse_other_files(path)
         except _OtherFileError:
-            self._socket.close()
+            super().close()
             self._daemon.close()
             raise
-        except DiskSourceError as error:
+        except ExportError as error:
             # It listens before it looks at the image, and then ends.
             said = self._daemon.last_words()
             raise DiskSourceError(f"disk {name!r}: {said}" if said else str(error)) from error
@@ -272,9 +104,6 @@ class ImageSource(NbdSource):
             os.close(self._image_fd)
             self._image_fd = -1
 
-    def _reason(self) -> str:
-        return self._daemon.reason()
-
     def _refuse_other_files(self, path: str) -> None:
         """The image may have been written to since it was looked at, or QEMU know more than we do.
 
@@ -286,6 +115,17 @@ class ImageSource(NbdSource):
             same_device = stat.S_ISBLK(status.st_mode) and status.st_rdev == image.st_rdev
             if not (same_device or os.path.samestat(status, image)):
                 raise _OtherFileError(_refusal(self.name, name_text(os.readlink(opened))))
+
+
+def _uri_for_qemu(name: str, text: str) -> str:
+    """Return the URI of an export that an image lies in, without a user. Raises UsageError, ExportError."""
+    uri = parse_uri(name, text)
+    if uri.tls:
+        raise ExportError(
+            f"disk {name!r}: {uri.shown}: an image that is not raw is read by qemu-nbd, which has no "
+            "TLS by a URI; export the disk that is in it"
+        )
+    return uri.shown
 
 
 def _shared_image(path: str, fd: int, image_format: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -21,11 +22,17 @@ from vmapipe.producer.guard_feed import (
     attach,
     open_spool,
 )
-from vmapipe.producer.image_source import HowToRead, ImageSource
+from vmapipe.producer.image_source import HowToRead, ImageReader
+from vmapipe.producer.pull.arguments import add_nbd_options, parse_nbd_disk, parse_uri
+from vmapipe.producer.pull.connections import Endpoint
+from vmapipe.producer.pull.export import open_export
+from vmapipe.producer.pull.uri import is_nbd_uri
+from vmapipe.producer.pull_feed import PullFeed
+from vmapipe.producer.pull_reader import PullReader
 from vmapipe.producer.qemu_feed import QemuFeed, SinkOptions
 from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import Ring
-from vmapipe.producer.source import RawSource, Sharing, Source
+from vmapipe.producer.source import RawSource, Sharing
 from vmapipe.producer.transmit import transmit
 from vmapipe.producer.vmstate_feed import StreamOptions, VmstateFeed
 from vmapipe.runtime.arguments import (
@@ -49,8 +56,9 @@ from vmapipe.runtime.text import one_line
 
 DESCRIPTION = """\
 Send the clusters of one disk to an archiver: of a disk at rest (a raw image
-file or a block device), of one that a monitor serves to a guest, or of one that
-QEMU's backup job writes to a socket of ours; or a machine's memory. Ends with
+file or a block device), of one that an NBD server exports, of one that a monitor
+serves to a guest, or of one that QEMU's backup job writes to a socket of ours; or
+a machine's memory. Ends with
 exit code 0 when the archiver has stored the whole archive, and with 1 when this
 device or the job failed.
 """
@@ -59,12 +67,15 @@ EPILOG = """\
 example, by hand, in two terminals:
   vmapipe archiver --listen ipc:///run/backup.sock --expect 1 --output vm.vma
   vmapipe producer --archiver ipc:///run/backup.sock --disk drive-scsi0=/srv/vm.raw
+or, for an NBD export:
+  vmapipe producer --archiver ipc:///run/backup.sock --nbd 'vda=nbd+unix:///vda?socket=/run/q.sock'
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     _add_job_options(parser)
     _add_disk_options(parser)
+    add_nbd_options(parser.add_argument_group("an NBD export"))
     _add_live_options(parser)
     add_buffer_options(parser)
     tcp = parser.add_argument_group("over tcp://")
@@ -216,13 +227,14 @@ class _Producer:
     def run(self) -> None:
         """Raises Failure."""
         options = self._options
-        if (options.disk is None) == (options.stream_fd is None):
-            raise UsageError("say what to send: --disk or --stream-fd")
+        said = [w for w in (options.disk, options.stream_fd, *options.nbd) if w is not None]
+        if len(said) != 1:
+            raise UsageError("say what to send: one of --disk, --nbd and --stream-fd")
         check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
         if options.guard:
             lower_priority()  # before ZeroMQ has threads of its own
         keys = read_client_keys(options.keys) if options.keys else None
-        name = VMSTATE_NAME if options.disk is None else options.name or options.disk
+        name = VMSTATE_NAME if options.stream_fd is not None else options.name or options.disk
         with ExitStack() as stack:
             connection = ArchiverConnection(options.archiver, keys, options.connect_timeout)
             stack.callback(connection.close)
@@ -234,10 +246,7 @@ class _Producer:
             elif options.sink_fd is not None:
                 sent = self._send_arriving(name, connection)
             else:
-                if not options.name:
-                    name, path = split_named(options.disk)
-                else:
-                    path = options.disk
+                name, path = self._named_source()
                 sent = self._send_at_rest(name, path, connection)
             size_bytes, zero_clusters = sent
             self._emit(
@@ -255,25 +264,54 @@ class _Producer:
         self._emit({"event": "reading", "device": name, "path": path, "bytes": size_bytes})
         return Session(name, size_bytes, connection, self._options.job, ring, self._cancel)
 
+    def _named_source(self) -> tuple[str, str]:
+        """Return the name and the path, or URI, of a disk at rest. Raises UsageError."""
+        options = self._options
+        if options.nbd:
+            name, _, uri = parse_nbd_disk(options.nbd[0])
+            return name, uri
+        return (options.name, options.disk) if options.name else split_named(options.disk)
+
     def _send_at_rest(
         self, name: str, path: str, connection: ArchiverConnection
     ) -> tuple[int, int]:
-        with closing(self._open_source(name, path)) as source, closing(Ring()) as ring:
-            session = self._session(name, source.size_bytes, path, connection, ring)
-            feed = DiskFeed(source, ring, session, self._limiter)
-            transmit(feed, session, self._emit)
-            return source.size_bytes, session.zero_clusters
-
-    def _open_source(self, name: str, path: str) -> Source:
-        """Raises DiskSourceError, Failure."""
         options = self._options
         sharing = Sharing(
             options.force_share, lambda text: self._emit({"event": "notice", "text": text})
         )
-        if options.format == "raw" and not (options.snapshot or options.offset or "://" in path):
-            return RawSource(name, path, sharing)
+        is_raw = options.format == "raw" and not (options.snapshot or options.offset)
+        if is_raw and "://" not in path:
+            return self._send_raw(RawSource(name, path, sharing), connection)
+        if is_raw and is_nbd_uri(path):
+            return self._send_pulled(self._open_export(name, path), connection)
         how = HowToRead(options.format, options.snapshot, options.offset, options.others)
-        return ImageSource(name, path, how, self._cancel, sharing)
+        image = ImageReader(name, path, how, self._cancel, sharing)
+        return self._send_pulled(image, connection)
+
+    def _open_export(self, name: str, text: str) -> PullReader:
+        """Raises ExportError, UsageError, Cancelled."""
+        options = self._options
+        uri = parse_uri(name, text)
+        endpoint = Endpoint(
+            name, uri.shown, functools.partial(open_export, uri), answer_s=options.nbd_timeout
+        )
+        return PullReader(
+            endpoint, self._cancel, trims=options.trim, compares=not options.force_share
+        )
+
+    def _send_raw(self, source: RawSource, connection: ArchiverConnection) -> tuple[int, int]:
+        with closing(source), closing(Ring()) as ring:
+            session = self._session(source.name, source.size_bytes, source.path, connection, ring)
+            feed = DiskFeed(source, ring, session, self._limiter)
+            transmit(feed, session, self._emit)
+            return source.size_bytes, session.zero_clusters
+
+    def _send_pulled(self, reader: PullReader, connection: ArchiverConnection) -> tuple[int, int]:
+        with closing(reader), closing(Ring()) as ring:
+            session = self._session(reader.name, reader.size_bytes, reader.shown, connection, ring)
+            feed = PullFeed(reader, ring, session, self._limiter)
+            transmit(feed, session, self._emit)
+            return reader.size_bytes, session.zero_clusters
 
     def _send_guarded(self, name: str, connection: ArchiverConnection) -> tuple[int, int]:
         options = self._options

@@ -7,8 +7,14 @@ import struct
 from typing import NamedTuple
 
 from vmapipe.clusters.masks import cluster_masks, compact
-from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_CLUSTERS
 from vmapipe.protocol import limits
+
+# Clusters of a frame that has data. Frames that end where an extent of the archive does are
+# written, and acknowledged, as a whole; that is no rule of the wire. But where most clusters
+# are zero, a message for each extent of the archive would be little data for its cost. Four
+# extents of a disk that is a quarter full are one full extent of data.
+MOST_CLUSTERS = 4 * EXTENT_CLUSTERS
 
 
 class Run(NamedTuple):

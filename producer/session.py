@@ -224,6 +224,9 @@ class Session:
         """End each wait also when `fd` becomes readable."""
         self._connection.watch(fd)
 
+    def unwatch(self, fd: int) -> None:
+        self._connection.unwatch(fd)
+
     def wait_until(self, reached: Callable[[], bool]) -> None:
         while not reached():
             self.step(self._side.ping_s)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one loop that sends a device to the archiver, and reports how far it is.
 
-A Feed is where the frames come from: a disk at rest, a disk that a guard serves, what QEMU's
-backup job writes, a machine's memory. `transmit` asks it to advance, keeps the session alive
+A Feed is where the frames come from: a disk at rest, an NBD export, a disk that a guard serves,
+what QEMU's backup job writes, a machine's memory. `transmit` asks it to advance, keeps the session alive
 meanwhile, and tells both sides when something fails.
 """
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from vmapipe.runtime.errors import EXIT_USAGE, UsageError
 from vmapipe.runtime.logs import LEVELS, TRACE_LEVELS, LogLevel
-from vmapipe.runtime.text import one_line
+from vmapipe.runtime.text import one_line, without_user
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -132,7 +132,7 @@ def split_named(text: str) -> tuple[str, str]:
     if os.path.lexists(text):
         return text, text
     if not name or not path:
-        raise UsageError(f"{text!r} is not NAME=PATH")
+        raise UsageError(f"{without_user(text)!r} is not NAME=PATH")
     return name, path
 
 

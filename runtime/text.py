@@ -28,6 +28,13 @@ def name_text(name: str) -> str:
     return repr(_shortened(name, MAX_NAME_CHARS))
 
 
+def without_user(text: str) -> str:
+    """A text that may hold a URI, without the user and the password that the URI may have."""
+    before, scheme, rest = text.partition("://")
+    # To the last one: a password may have any character, and too little is better than a part of it.
+    return before + scheme + rest.rpartition("@")[2]
+
+
 def human_bytes(count: float) -> str:
     """1536 to `1.5 KiB`."""
     if abs(count) < 1024:

@@ -21,6 +21,7 @@ from vmapipe.control.cli.backup_arguments import (
     buffer_options,
     open_configs,
     parse_disk,
+    parse_nbd,
     service_of,
 )
 from vmapipe.control.coordinator.job import BackupJob, Disk, Service
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Back up disks into one VMA archive: disks at rest (raw image files or block
-devices), those of a running QEMU, or those that a monitor serves to a running
-guest; disks in use all at one instant.
+devices, NBD exports), those of a running QEMU, or those that a monitor serves to
+a running guest; disks in use all at one instant.
 A process of its own reads each disk; another writes the archive, which appears
 under its name only when it is complete and on disk. Holes and zeroes cost
 next to nothing; of a running QEMU's disk some 0.04 s a GiB, but in qcow2
@@ -82,6 +83,7 @@ and with other versions the write fails as QEMU's own backup lets it.
 examples:
   vmapipe backup --disk drive-scsi0=/srv/vm.raw --config qemu-server.conf vm.vma
   vmapipe backup --disk /dev/vg0/vm --compress zstd vm.vma.zst
+  vmapipe backup --nbd 'vda=nbd+unix:///vda?socket=/run/backup.sock' vm.vma
   vmapipe backup --qmp /run/vm/qmp.sock --config vm.conf vm.vma
   vmapipe backup --qmp /run/vm/qmp.sock --state --config vm.conf vm.vma
   vmapipe backup --monitor /run/vm/monitor.sock --config vm.conf vm.vma
@@ -207,6 +209,13 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(
             "--force-share is for disks at rest: a disk in use is read as of one instant"
         )
+    if options.nbd and (options.qmp or options.monitor):
+        raise UsageError(
+            "--nbd is for exports that do not change: the disks of --qmp and --monitor are of an "
+            "instant of their own; make two archives"
+        )
+    if options.trim and not options.nbd:
+        raise UsageError("--trim frees what --nbd has read: it needs that")
     if options.notes and options.vmid is None:
         raise UsageError("--notes needs --vmid: only Proxmox VE's archives have a place for them")
     if options.vmid is not None and is_object(options.archive):
@@ -281,6 +290,7 @@ def _disks_at_rest(options: argparse.Namespace) -> list[Disk]:
     """Raises UsageError."""
     shared = ("--force-share",) if options.force_share else ()
     disks = [parse_disk(text) for text in options.disk]
+    disks += [parse_nbd(text, options) for text in options.nbd]
     return [disk._replace(reading=(*disk.reading, *shared)) for disk in disks]
 
 

@@ -11,6 +11,8 @@ import stat
 from vmapipe.control.coordinator.job import Disk, Service
 from vmapipe.control.coordinator.priorities import buffer_of_each
 from vmapipe.control.qmp.addresses import add_monitor_options
+from vmapipe.producer.pull.arguments import add_nbd_options, parse_nbd_disk, parse_uri
+from vmapipe.producer.pull.uri import is_nbd_uri
 from vmapipe.runtime.arguments import (
     add_connect_option,
     add_first_group,
@@ -21,6 +23,7 @@ from vmapipe.runtime.arguments import (
 )
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.image_format import format_of_content
+from vmapipe.runtime.text import without_user
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +37,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "raw need their format (qcow2, vmdk, vhdx, vdi, ...), and ,snapshot=NAME or ,offset=BYTES "
         "may follow; may be repeated",
     )
+    add_nbd_options(what)
     what.add_argument(
         "--force-share",
         action="store_true",
@@ -177,9 +181,17 @@ _READING = ("format", "snapshot", "offset", "others")
 _WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
+def parse_nbd(text: str, options: argparse.Namespace) -> Disk:
+    """`NAME=URI`, to be pulled. Raises UsageError."""
+    name, _, uri = parse_nbd_disk(text)
+    words = [f"--nbd-timeout={options.nbd_timeout}", *(["--trim"] if options.trim else [])]
+    return Disk(name, uri, reading=tuple(words))
+
+
 def parse_disk(text: str) -> Disk:
     """`[NAME=]PATH[,format=FORMAT][,snapshot=NAME][,offset=BYTES][,others=yes]`. Raises UsageError."""
     body, found = text, dict[str, str]()
+    text = without_user(text)
     while True:
         rest, comma, last = body.rpartition(",")
         key, equals, value = last.partition("=")
@@ -190,12 +202,16 @@ def parse_disk(text: str) -> Disk:
             raise UsageError(f"{text}: {key} comes twice")
         found[key] = value
     disk = Disk(*split_named(body))
+    if is_nbd_uri(disk.path):
+        parse_uri(disk.name, disk.path)
     if "format" in found:
         if not _WORD.fullmatch(found["format"]):
             raise UsageError(f"{text}: {found['format']!r} is not a valid format")
         return Disk(disk.name, disk.path, reading=_reading_words(text, found))
     if found:
-        raise UsageError(f"{text}: say the format, too: {body},format=qcow2,…")
+        raise UsageError(f"{text}: say the format, too: {without_user(body)},format=qcow2,…")
+    if is_nbd_uri(disk.path):
+        raise UsageError(f"{text}: for an NBD export, say --nbd {text}")
     if "://" in disk.path:
         raise UsageError(f"{text}: say what is there: {text},format=raw (or qcow2, …)")
     image_format = _looks_like(disk.path)

@@ -104,7 +104,7 @@ class _FirstFailure:
 
 
 class Disk(NamedTuple):
-    """A raw image or block device, and its name in the archive.
+    """A raw image, a block device or the URI of an NBD export, and its name in the archive.
 
     `guard`: the control socket of the process that serves it to a guest; empty:
     the disk is at rest, or a running QEMU's.
@@ -278,7 +278,7 @@ class BackupJob:
         if len(self.names) > MAX_DEVICES:
             raise UsageError(f"too many drives: {len(self.disks)}; the limit is {MAX_DEVICES}")
         if not self.disks and not any("--config" in word for word in self.archiver_options):
-            raise UsageError("nothing to back up: name a disk with --disk")
+            raise UsageError("nothing to back up: name a disk with --disk or --nbd")
         check_names([disk.name for disk in self.disks])
 
     def _watch(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine import LIMIT_S, VMA, Need, bad, good, listens, make_disk, run, sha256
-from vmapipe.producer.image_source import HowToRead, ImageSource
+from vmapipe.producer.image_source import HowToRead, ImageReader
 from vmapipe.producer.source import DiskSourceError
 from vmapipe.runtime.cancel import Cancel
 
@@ -199,7 +199,7 @@ def test_a_reference_that_only_qemu_sees_is_refused_when_it_has_opened_the_file(
     monkeypatch.setattr("vmapipe.producer.image_source.references", lambda *words: [])
     cancel = Cancel()
     with pytest.raises(DiskSourceError, match=r"refers to another file.*shadow"):
-        ImageSource("d", str(image), HowToRead("qcow2"), cancel)
+        ImageReader("d", str(image), HowToRead("qcow2"), cancel)
     cancel.close()
 
 
@@ -221,8 +221,8 @@ def test_whether_others_may_be_read_is_yes_or_no(tmp_path: Path, qcow2: Path, wo
 def test_what_an_nbd_server_exports_is_backed_up_by_its_uri(
     tmp_path: Path, disk: Path, need: Need
 ) -> None:
-    """One that is not QEMU's: any server will do."""
-    nbdkit, _ = need("nbdkit", "qemu-nbd")
+    """One that is not QEMU's: any server will do. As `--nbd` does it, without qemu-nbd."""
+    (nbdkit,) = need("nbdkit")
     socket = tmp_path / "nbd.sock"
     words = [nbdkit, "-f", "-r", "-U", str(socket), "file", str(disk)]
     with subprocess.Popen(words) as server:

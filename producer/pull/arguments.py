@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of exports that are pulled, which the backup and the producer share."""
+
+from __future__ import annotations
+
+import argparse
+
+from vmapipe.producer.pull.uri import NbdUri, NbdUriError, is_nbd_uri, parse_nbd_uri
+from vmapipe.runtime.arguments import wait_time
+from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.text import name_text, without_user
+
+# A server that says nothing for so long hangs with its disk.
+ANSWER_S = 120
+
+
+def add_nbd_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--nbd",
+        action="append",
+        default=[],
+        metavar="NAME=URI",
+        help="the disk of an NBD export, and its name in the archive: nbd://HOST[:PORT]/EXPORT, "
+        "nbd+unix:///EXPORT?socket=PATH, or with TLS nbds:// and nbds+unix:// "
+        "(?tls-certificates=DIR, ?tls-psk-file=FILE, &tls-hostname=NAME); may be repeated",
+    )
+    parser.add_argument(
+        "--nbd-timeout",
+        type=wait_time,
+        default=ANSWER_S,
+        metavar="SECONDS",
+        help="how long an NBD server may answer nothing before the backup fails "
+        f"(default: {ANSWER_S})",
+    )
+    parser.add_argument(
+        "--trim",
+        action="store_true",
+        help="free on the NBD server what has been read: THE EXPORT'S DATA IS GONE AFTERWARDS; for "
+        "scratch files that hold a snapshot and nothing else",
+    )
+
+
+def parse_nbd_disk(text: str) -> tuple[str, NbdUri, str]:
+    """`NAME=URI` to the name, what the URI says, and the URI. Raises UsageError without a secret."""
+    name, equals, uri = text.partition("=")
+    if not equals or not name or is_nbd_uri(text):
+        raise UsageError(
+            f"--nbd {without_user(text)}: say NAME=URI, with the disk's name in the archive"
+        )
+    return name, parse_uri(name, uri), uri
+
+
+def parse_uri(name: str, text: str) -> NbdUri:
+    """Raises UsageError, which does not quote the URI: it may hold a password."""
+    try:
+        return parse_nbd_uri(text)
+    except NbdUriError as error:
+        raise UsageError(f"disk {name_text(name)}: its NBD URI cannot be used: {error}") from None

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection in its transmission phase: tasks under way, sent and answered without waiting."""
+
+from __future__ import annotations
+
+import os
+import select
+import ssl
+import time
+from typing import NamedTuple
+
+from vmapipe.producer.pull.export import OpenExport
+from vmapipe.protocol.errors import ProtocolError
+from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
+from vmapipe.protocol.nbd.constants import (
+    NBD_CMD_FLAG_DF,
+    NBD_CMD_READ,
+    NBD_FLAG_SEND_DF,
+)
+from vmapipe.protocol.nbd.reply import Data, Hole, ReplyEvent, RequestDone, RequestFailed, Status
+from vmapipe.protocol.nbd.session import encode_request
+from vmapipe.runtime.errors import os_error_text
+
+# One visit takes no more: others wait, too. What is under way is hardly ever so much.
+_MOST_RECEIVES = 256
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
+
+
+class ConnectionLost(Exception):
+    """The connection is over: closed, reset, or its data damaged on the way; another one may do."""
+
+
+class Task:
+    """A request, and where its answer goes. It may be sent again on another connection."""
+
+    __slots__ = ("about", "in_chunks", "into", "kind", "length", "offset", "tries")
+
+    def __init__(
+        self,
+        kind: int,
+        offset: int,
+        length: int,
+        into: memoryview | None = None,
+        about: object = None,
+    ) -> None:
+        """`kind`: NBD_CMD_READ (with `into`, of `length` bytes), _BLOCK_STATUS or _TRIM."""
+        self.kind = kind
+        self.offset = offset
+        self.length = length
+        self.into = into
+        #: What it is for, as whoever submits it knows it.
+        self.about = about
+        #: How many connections were lost over it.
+        self.tries = 0
+        #: It cannot be answered in one piece.
+        self.in_chunks = False
+
+
+class Answer(NamedTuple):
+    """A task that is done: with NBD_SUCCESS, or `error` and what the server says of it."""
+
+    task: Task
+    error: int = 0
+    words: str = ""
+    #: Where it failed.
+    offset: int = 0
+    status: Status | None = None
+
+
+class ExportConnection:
+    """`fileno` becomes readable when answers come, and `wants_out` tells when writable matters."""
+
+    def __init__(self, opened: OpenExport) -> None:
+        self.session = opened.session
+        self._socket = opened.socket
+        self._socket.setblocking(False)
+        self._codec = NbdClientTransmission(opened.session)
+        self._tasks: dict[int, Task] = {}
+        # Of the task whose answer is being read.
+        self._failed: dict[int, RequestFailed] = {}
+        self._status: dict[int, Status] = {}
+        self._out = bytearray()
+        self._is_blocked = False
+        # What the next visit has to tell.
+        self._fault: Exception | None = None
+        #: The last visit ended before all was read.
+        self.has_more = False
+        #: Since when nothing has been answered.
+        self.progress_at = 0.0
+        can_df = opened.session.structured and opened.session.flags & NBD_FLAG_SEND_DF
+        # A read in one piece: QEMU's server looks for holes in it else, and hangs up, with a
+        # word to its stderr only, where the image cannot be read.
+        self._read_flags = NBD_CMD_FLAG_DF if can_df else 0
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def wants_out(self) -> bool:
+        return bool(self._out) or self._is_blocked
+
+    @property
+    def oldest(self) -> Task | None:
+        return next(iter(self._tasks.values()), None)
+
+    def start(self, task: Task) -> None:
+        """Raises ConnectionLost, ProtocolError."""
+        if not self._tasks:
+            self.progress_at = time.monotonic()
+        whole = task.kind == NBD_CMD_READ and not task.in_chunks
+        flags = self._read_flags if whole else 0
+        request = self._codec.request(task.kind, task.offset, task.length, flags)
+        self._tasks[request.cookie] = task
+        self._out += encode_request(request)
+
+    def flush(self) -> None:
+        """Send what can be sent now. Raises ConnectionLost."""
+        try:
+            while self._out:
+                del self._out[: self._socket.send(self._out)]
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            return
+        except OSError as error:
+            raise ConnectionLost(_text(error)) from error
+
+    def receive(self) -> list[Answer]:
+        """Take in what has come. Raises ConnectionLost, ProtocolError; what was answered before counts."""
+        answers: list[Answer] = []
+        self._is_blocked = self.has_more = False
+        if self._fault is not None:
+            raise self._fault
+        try:
+            for _ in range(_MOST_RECEIVES):
+                for event in self._take():
+                    self._note(event, answers)
+            self.has_more = True
+        except _WOULD_BLOCK:
+            pass
+        except ssl.SSLWantWriteError:
+            self._is_blocked = True
+        except (ConnectionLost, ProtocolError) as fault:
+            if not answers:
+                raise
+            self._fault, self.has_more = fault, True
+        if answers:
+            self.progress_at = time.monotonic()
+        return answers
+
+    def _take(self) -> list[ReplyEvent]:
+        """One message, or a piece of one; data goes from the socket into place."""
+        payload = self._codec.payload
+        try:
+            if payload is not None:
+                task = self._tasks[payload.cookie]
+                start = payload.offset - task.offset
+                target = _target(task)[start : start + payload.length]
+                count = self._socket.recv_into(target)
+                events = self._codec.took(count)
+            else:
+                head = self._socket.recv(self._codec.wanted_bytes)
+                count = len(head)
+                events = list(self._codec.feed(head))
+        except (*_WOULD_BLOCK, ssl.SSLWantWriteError):
+            raise
+        except OSError as error:
+            raise ConnectionLost(_text(error)) from error
+        if not count:
+            raise ConnectionLost("its server has hung up")
+        return events
+
+    def _note(self, event: ReplyEvent, answers: list[Answer]) -> None:
+        task = self._tasks[event.cookie]
+        match event:
+            case Hole(_, offset, length):
+                start = offset - task.offset
+                _target(task)[start : start + length] = bytes(length)
+            case Status():
+                self._status[event.cookie] = event
+            case RequestFailed():
+                self._failed.setdefault(event.cookie, event)
+            case RequestDone(cookie, error):
+                del self._tasks[cookie]
+                failed = self._failed.pop(cookie, None)
+                status = self._status.pop(cookie, None)
+                words, offset = "", task.offset
+                if error:
+                    words = os.strerror(error)
+                    if failed is not None and failed.message:
+                        words += f"; {failed.message}"
+                    if failed is not None and failed.offset is not None:
+                        offset = failed.offset
+                answers.append(Answer(task, error, words, offset, status))
+            case Data():
+                raise RuntimeError("data that was not received in place")
+
+    def unanswered(self) -> list[Task]:
+        """The tasks under way, oldest first; they are no longer this connection's."""
+        tasks = [*self._tasks.values()]
+        self._tasks.clear()
+        return tasks
+
+    def ask(self, task: Task, deadline: float) -> Answer:
+        """Send one task alone, and wait for its answer. Raises ConnectionLost, ProtocolError, TimeoutError."""
+        self.start(task)
+        poll = select.poll()
+        while True:
+            self.flush()
+            if answers := self.receive():
+                return answers[0]
+            poll.register(self._socket, select.POLLIN | (select.POLLOUT * self.wants_out))
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(1000 * left + 1):
+                raise TimeoutError
+
+    def close(self, *, politely: bool = False) -> None:
+        """`politely`: say so to the server, if nothing hinders."""
+        if politely and not self._out:
+            try:
+                self._socket.send(self._codec.disconnect())
+            except OSError:
+                pass  # it is closed anyway
+        self._socket.close()
+
+
+def _target(task: Task) -> memoryview:
+    if task.into is None:
+        raise RuntimeError("data for a request that has no place for it")
+    return task.into
+
+
+def _text(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {error.reason or 'it ended in mid-stream'}"
+    return os_error_text(error)

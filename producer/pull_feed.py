@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The feed of a disk that an NBD export holds: read ahead, sent in the order of the disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from vmapipe.producer.pull_reader import PullReader
+from vmapipe.producer.runs import Run, largest_frame_bytes
+from vmapipe.producer.session import Session
+from vmapipe.producer.shared_memory import Ring
+from vmapipe.producer.transmit import NOT_BUFFERED, REPORT_S, Transfer
+from vmapipe.runtime.events import Emit, ignore
+from vmapipe.runtime.rate_limit import RateLimiter
+
+# Data comes every few hundred microseconds, and is waited for here: the session, which waits
+# for it, too, costs more. The archiver is heard in between.
+_WAIT_S = 0.02
+
+
+class PullFeed:
+    """An export's disk, at the speed that `limiter` allows."""
+
+    buffered = NOT_BUFFERED
+
+    def __init__(
+        self, reader: PullReader, ring: Ring, session: Session, limiter: RateLimiter
+    ) -> None:
+        self.name = reader.name
+        self.ended = False
+        self.pause_s = REPORT_S
+        self._reader = reader
+        self._ring = ring
+        self._session = session
+        self._limiter = limiter
+        self._emit: Emit = ignore
+        # Waits for credit.
+        self._run: tuple[Run, Callable[[], None] | None] | None = None
+
+    def begin(self, emit: Emit) -> None:
+        self._emit = emit
+        self._reader.begin(self._ring, self._session.frame_bytes)
+        self._session.watch(self._reader.fd)
+
+    def advance(self) -> bool:
+        self.pause_s = REPORT_S
+        asked = self._read_ahead()
+        if self._run is None:
+            self._run = self._reader.next_run()
+        sent = self._run is not None and self._send(*self._run)
+        if not sent and self._run is None and self._reader.has_all:
+            self.ended = self._reader.prove()
+        # Whoever waits for credit waits with the session.
+        waits = not (asked or sent) and self._run is None and self.pause_s >= REPORT_S
+        came = self._pump() if waits else self._reader.pump(0)
+        return asked or sent or came
+
+    def _pump(self) -> bool:
+        """Wait until the next run is complete, but not long; whether anything came."""
+        until = time.monotonic() + _WAIT_S
+        left_s, came = _WAIT_S, False
+        while left_s > 0 and not self._reader.has_run and self._reader.pump(left_s):
+            came = True
+            left_s = until - time.monotonic()
+        return came
+
+    def _send(self, run: Run, on_ack: Callable[[], None] | None) -> bool:
+        if self._session.credit < run.charge:
+            return False
+        self._session.send(run, on_ack)
+        self._run = None
+        return True
+
+    def _read_ahead(self) -> bool:
+        """Ask for the next piece, unless the speed limit forbids it now."""
+        now = time.monotonic()
+        pause_s = self._limiter.wait_s(now)
+        if pause_s > 0:
+            self.pause_s = min(self.pause_s, pause_s)
+            return False
+        # A piece is as large as the limit is now, and not before.
+        frame_bytes = largest_frame_bytes(self._session.frame_bytes, self._limiter.bytes_per_s)
+        asked_bytes = self._reader.plan_ahead(frame_bytes)
+        if asked_bytes is None:
+            return False
+        # Holes are not counted: nothing is read there.
+        self._limiter.took(asked_bytes, now)
+        return True
+
+    @property
+    def transfer(self) -> Transfer:
+        return Transfer(self._reader.read_bytes, self._session.sent_bytes, 0)
+
+    def check(self) -> None:
+        while self._reader.notices:
+            self._emit({"event": "notice", "text": self._reader.notices.pop(0)})
+
+    def finish(self) -> None:
+        """Leave the export: until the archive is stored, nobody would look what it says."""
+        self._session.unwatch(self._reader.fd)
+        self._reader.close()
+
+    def fail(self, reason: str) -> None: ...
+
+    def leave(self) -> None: ...
