@@ -11,6 +11,7 @@ from vmapipe.producer.runs import Run, largest_frame_bytes
 from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.transmit import NOT_BUFFERED, REPORT_S, Transfer
+from vmapipe.protocol import limits
 from vmapipe.runtime.events import Emit, ignore
 from vmapipe.runtime.rate_limit import RateLimiter
 
@@ -66,7 +67,7 @@ class PullFeed:
         return came
 
     def _send(self, run: Run, on_ack: Callable[[], None] | None) -> bool:
-        if self._session.credit < run.charge:
+        if self._session.credit < limits.charge(run.clusters, run.length):
             return False
         self._session.send(run, on_ack)
         self._run = None

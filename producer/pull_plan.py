@@ -113,7 +113,7 @@ class Request(NamedTuple):
     position: int
 
 
-class Piece:
+class PullPiece:
     """Consecutive clusters that become one run; their data is to lie at `position`, without the holes."""
 
     def __init__(self, first: int, parts: list[tuple[int, bool]], size_bytes: int) -> None:
@@ -182,7 +182,7 @@ class PullPlan:
         """Whether all of the export is planned."""
         return self._next >= self.layout.clusters
 
-    def next_piece(self, frame_bytes: int) -> Piece | None:
+    def next_piece(self, frame_bytes: int) -> PullPiece | None:
         """Return the next piece, with at most the data of a frame of `frame_bytes`.
 
         None: all is planned, or the layout has to be told more.
@@ -191,7 +191,7 @@ class PullPlan:
             return None
         self.layout.forget(self._next)
         parts = self._zeroes() or self._data(piece_bytes(frame_bytes) // CLUSTER_BYTES)
-        piece = Piece(self._next, parts, self._size_bytes)
+        piece = PullPiece(self._next, parts, self._size_bytes)
         self._next += piece.clusters
         return piece
 

@@ -10,7 +10,7 @@ from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.pull.connection import Answer, Task
 from vmapipe.producer.pull.connections import Endpoint, ExportConnections
 from vmapipe.producer.pull.export import ExportError
-from vmapipe.producer.pull_plan import DataExtent, Piece, PullPlan
+from vmapipe.producer.pull_plan import DataExtent, PullPiece, PullPlan
 from vmapipe.producer.runs import Run, piece_bytes, whole_blocks
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.protocol.nbd.constants import (
@@ -59,7 +59,7 @@ class PullReader:
         self._plan: PullPlan | None = None
         self._ring: Ring | None = None
         # In order; the first ones may be complete.
-        self._pieces: deque[Piece] = deque()
+        self._pieces: deque[PullPiece] = deque()
         self._proof: Task | None = None
         self._is_proven = False
         #: Not counting holes.
@@ -117,7 +117,7 @@ class PullReader:
             self._ask(piece, ring)
         return piece.data_bytes
 
-    def _ask(self, piece: Piece, ring: Ring) -> None:
+    def _ask(self, piece: PullPiece, ring: Ring) -> None:
         length = whole_blocks(piece.data_bytes)
         position = ring.take(length)
         if position is None:
@@ -159,7 +159,7 @@ class PullReader:
             self._tell(task, answer.status)
         elif task is self._proof:
             self._check_proof(task)
-        elif isinstance(task.about, Piece):
+        elif isinstance(task.about, PullPiece):
             self._came(task, task.about)
 
     def _tell(self, task: Task, status: Status | None) -> None:
@@ -168,7 +168,7 @@ class PullReader:
             raise RuntimeError("a block status without extents")
         plan.layout.tell(_extents(task.offset, status))
 
-    def _came(self, task: Task, piece: Piece) -> None:
+    def _came(self, task: Task, piece: PullPiece) -> None:
         self.read_bytes += task.length
         is_first = self._connections.fingerprint is None and self._compares
         if is_first and task.into is not None:
@@ -177,7 +177,7 @@ class PullReader:
         if piece.is_complete and self._trims:
             self._trim(piece)
 
-    def _trim(self, piece: Piece) -> None:
+    def _trim(self, piece: PullPiece) -> None:
         """Free what was read, but for what is read again at the end."""
         kept = self._connections.fingerprint[0] if self._connections.fingerprint else 0
         kept -= kept % CLUSTER_BYTES

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_CLUSTERS
-from vmapipe.producer.pull_plan import DataExtent, Layout, Piece, PullPlan
+from vmapipe.producer.pull_plan import DataExtent, Layout, PullPiece, PullPlan
 from vmapipe.producer.runs import Run
 from vmapipe.protocol import limits
 
@@ -47,7 +47,7 @@ def answer(extents: list[DataExtent], at: int, most: int) -> Iterator[DataExtent
 
 def pulled(
     disk: bytes, extents: list[DataExtent], frame_bytes: int, limited: int, chance: random.Random
-) -> Iterator[tuple[Piece, Run, bytes]]:
+) -> Iterator[tuple[PullPiece, Run, bytes]]:
     """Carry a plan out, each piece in memory of its own; the answers of a piece come in any order."""
     plan = PullPlan(len(disk), frame_bytes)
     while not plan.ended:
@@ -82,7 +82,7 @@ def test_the_runs_are_the_disk_whatever_is_told_and_in_whatever_order_it_comes(
     next_cluster = 0
     for _, run, data in pulled(disk, extents, frame_bytes, limited, chance):
         assert run.first_cluster == next_cluster, "a gap, or an overlap"
-        assert run.charge <= frame_bytes
+        assert limits.charge(run.clusters, run.length) <= frame_bytes
         next_cluster += run.clusters
         at = 0
         for index in range(run.clusters):

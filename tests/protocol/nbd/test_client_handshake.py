@@ -351,9 +351,9 @@ def test_tls_comes_before_everything_else_and_the_handshake_goes_on_behind_it() 
     client = NbdClientHandshake("disk", tls=True)
     assert asked(client.feed(greeting())[4:]) == [c.NBD_OPT_STARTTLS]
     assert client.feed(ack(c.NBD_OPT_STARTTLS)) == b""
-    assert client.wants_tls
+    before = client.wants_tls
     assert asked(client.secured()) == [STRUCTURED]
-    assert not client.wants_tls
+    assert (before, client.wants_tls) == (True, False)
     with pytest.raises(LocalProtocolError):
         client.secured()
 
