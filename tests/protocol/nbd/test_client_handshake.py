@@ -68,8 +68,8 @@ def at(option: int, name: str = "disk") -> NbdClientHandshake:
     ("raw", "reason"),
     [
         (GREETING.pack(c.INIT_PASSWD, c.CLISERV_MAGIC, 0), "oldstyle"),
-        (b"SSH-2.0-OpenSSH_9.2", "no NBD server"),
-        (GREETING.pack(c.INIT_PASSWD, 1, 3), "no NBD server"),
+        (b"SSH-2.0-OpenSSH_9.2", "not an NBD server"),
+        (GREETING.pack(c.INIT_PASSWD, 1, 3), "not an NBD server"),
     ],
 )
 def test_a_server_of_another_kind_is_recognized(raw: bytes, reason: str) -> None:
