@@ -87,6 +87,8 @@ class Connection:
         #: True: the bytes that came last are part of a request.
         self.is_amid = False
         self._sending = threading.Lock()
+        # The client takes no answers any more: what it has asked for is not worth the work.
+        self._is_lost = False
         # Replies of the connection's own thread, and the memory of their data.
         self._replies: list[Bytes] = []
         self._scratch = memoryview(bytearray(_BUFFER_BYTES))
@@ -266,6 +268,9 @@ class Connection:
         if not self._budget.fits(size):
             self._send_replies()
         share = self._budget.take(size)
+        if self._is_lost:
+            self._budget.give_back(share)
+            raise ConnectionAbortedError
         # The buffer is used again: what waits has its own copy.
         work = functools.partial(self._carry_out, request, memoryview(bytes(payload)), share)
         self._workers.submit(work)
@@ -304,6 +309,7 @@ class Connection:
         finally:
             if not answered:
                 # Close the connection rather than leave a request unanswered.
+                self._is_lost = True
                 self.stop()
             self._budget.give_back(share)
 

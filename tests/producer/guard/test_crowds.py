@@ -194,7 +194,7 @@ def test_the_words_about_a_crowd_are_few(crowd: Crowd, monkeypatch: pytest.Monke
 def test_clients_that_do_not_read_take_no_more_than_the_pool_and_are_cut_off_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "_STALL_S", 1.0)
+    monkeypatch.setattr(connections, "_STALL_S", 0.5)
     taken, most = [0], [0]
     pool = Pool(size_bytes=2 * LARGEST)
     take, give_back = pool.take, pool.give_back
@@ -212,7 +212,7 @@ def test_clients_that_do_not_read_take_no_more_than_the_pool_and_are_cut_off_for
     monkeypatch.setattr(pool, "give_back", counted_give_back)
     with serving(tmp_path, pool) as crowd, ExitStack() as stack:
         honest = stack.enter_context(Client(crowd.path, "d"))
-        for _ in range(20):
+        for _ in range(10):
             greedy = Client(crowd.path, "d")
             stack.callback(raw(greedy).close)
             raw(greedy).sendall(request(NBD_CMD_READ, LARGEST) * 8)
@@ -223,6 +223,26 @@ def test_clients_that_do_not_read_take_no_more_than_the_pool_and_are_cut_off_for
         assert honest.read(0, LARGEST)[:4096] == b"x" * 4096
         honest.write(0, bytes(LARGEST))
         assert most[0] <= 2 * LARGEST
+
+
+def test_what_a_client_has_asked_for_and_left_is_not_done_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = [0]
+    read = ServedDisk.read
+
+    def counted(disk: ServedDisk, target: memoryview, offset: int) -> None:
+        done[0] += 1
+        read(disk, target, offset)
+
+    monkeypatch.setattr(ServedDisk, "read", counted)
+    with serving(tmp_path, Pool(size_bytes=2 * LARGEST)) as crowd:
+        for _ in range(10):
+            client = Client(crowd.path, "d")
+            raw(client).sendall(request(NBD_CMD_READ, LARGEST) * 64)
+            raw(client).close()
+        assert eventually(lambda: crowd.server.clients == 0)
+    assert done[0] < 10 * 8
 
 
 def test_writes_that_are_announced_and_never_sent_give_their_memory_to_others(
