@@ -8,6 +8,7 @@ service's state; `lower_priority` and `yield_cpu` let guests have the processors
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -57,8 +58,7 @@ def _system_failure(error: BaseException) -> str:
     if isinstance(error, BrokenPipeError):
         return "the reader of our output has closed it"
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{os_error_text(error)}"
+        return _os_failure(error)
     if isinstance(error, MemoryError):
         return "out of memory (see ulimit -v, and MemoryMax= of systemd)"
     # Python has no class of its own for this.
@@ -69,6 +69,14 @@ def _system_failure(error: BaseException) -> str:
     if isinstance(error, ImportError) and _is_library(error):
         return f"a library cannot be loaded: {error} (out of memory? see ulimit -v)"
     return ""
+
+
+def _os_failure(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        # Which file it was has nothing to do with it.
+        return "no more files can be opened here: raise the limit (`ulimit -n`, LimitNOFILE= of a unit)"
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{os_error_text(error)}"
 
 
 def _is_library(error: ImportError) -> bool:

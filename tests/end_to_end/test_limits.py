@@ -48,6 +48,17 @@ def test_a_hard_limit_below_what_a_job_needs_is_said_at_once(tmp_path: Path, har
     ]
 
 
+def test_descriptors_that_do_not_reach_for_all_disks_are_said_as_that(tmp_path: Path) -> None:
+    disks = [make_disk(tmp_path / f"{number}.raw", "A") for number in range(24)]
+    words = [word for disk in disks for word in ("--disk", disk)]
+    text = bad("backup", *words, tmp_path / "v.vma", preexec_fn=limited(34, 34))
+    assert text.splitlines()[-1] == (
+        "vmapipe backup: no more files can be opened here: raise the limit (`ulimit -n`, "
+        "LimitNOFILE= of a unit)"
+    )
+    assert not list(tmp_path.glob("v.vma*"))
+
+
 def test_a_tmpdir_too_long_for_sockets_does_not_matter(tmp_path: Path) -> None:
     long = tmp_path / ("y" * 90)
     long.mkdir()
