@@ -44,7 +44,9 @@ from vmapipe.restore.archive.source import Source, Stream, open_source
 from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.folders import made_path
 from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.side_files import write_whole
 from vmapipe.vma.errors import ArchiveError, ExtentError
 from vmapipe.vma.extent import Extent, parse_extent_header
 from vmapipe.vma.header import PEEK_BYTES, Header, parse_header, peek_header_bytes
@@ -53,6 +55,8 @@ from vmapipe.vma.seektable import is_zstd
 
 # Bytes read at a time while headers of zero extents follow each other.
 _HEADERS_BYTES = 64 << 10
+# The thread that makes an index ends with the extent that it is at.
+_JOIN_S = 5.0
 Report = Callable[[str], None]
 
 
@@ -76,6 +80,8 @@ class OpenArchive:
         self._builder: IndexBuilder | None = None
         self._grown = threading.Condition()
         self._broken = ""
+        self._thread: threading.Thread | None = None
+        self._is_closing = False
 
     def use(self, index: ArchiveIndex) -> None:
         """The whole index is there."""
@@ -108,17 +114,21 @@ class OpenArchive:
             try:
                 index = build(builder)
             except (ArchiveError, Failure, OSError) as error:
-                self.tell(str(error))
+                if not self._is_closing:
+                    self.tell(str(error))
                 with self._grown:
                     self._broken = str(error)
                     self._grown.notify_all()
             else:
                 self.use(index)
 
-        threading.Thread(target=work, name="index", daemon=True).start()
+        self._thread = threading.Thread(target=work, name="index", daemon=True)
+        self._thread.start()
 
     def has_grown(self) -> None:
-        """There is more of the index."""
+        """There is more of the index. Raises InputError where nobody wants it any more."""
+        if self._is_closing:
+            raise InputError(f"{self.name} is closed")
         with self._grown:
             self._grown.notify_all()
 
@@ -170,6 +180,14 @@ class OpenArchive:
             raise ExtentError("its header is not the one that was indexed", offset=offset)
 
     def close(self) -> None:
+        self._is_closing = True
+        if self._thread is not None:
+            # It reads from the storage, and waits for what is decompressed.
+            if isinstance(self.storage, SpoolStorage):
+                self.storage.stop()
+            self._thread.join(_JOIN_S)
+            if self._thread.is_alive():
+                return  # it ends with the process, and so do its files
         self.storage.close()
 
 
@@ -405,8 +423,8 @@ def default_cache_folder() -> str:
     return os.path.join(base, "vmapipe", "index")
 
 
-def _index_path(folder: str, header: Header) -> str:
-    return os.path.join(folder, header.uuid.hex())
+def _index_path(folder: str, uuid: bytes) -> str:
+    return os.path.join(folder, uuid.hex())
 
 
 def _kept_index(
@@ -417,7 +435,7 @@ def _kept_index(
         return None
     try:
         fd = os.open(
-            _index_path(folder, header),
+            _index_path(folder, header.uuid),
             os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK,
         )
     except OSError:
@@ -449,17 +467,9 @@ def _keep_index(folder: str | None, identity: tuple[int, ...], index: ArchiveInd
     if folder is None:
         return
     body = encode_index(index)
-    path = os.path.join(folder, index.uuid.hex())
     try:
-        os.makedirs(folder, 0o700, exist_ok=True)
-        scratch = f"{path}.{os.getpid()}"
-        fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(_identity_line(identity) + extent_digest(body) + body)
-            os.rename(scratch, path)
-        except BaseException:
-            os.unlink(scratch)
-            raise
+        with made_path(folder):
+            kept = _identity_line(identity) + extent_digest(body) + body
+            write_whole(_index_path(folder, index.uuid), kept, 0o600)
     except OSError:
         return

@@ -22,6 +22,7 @@ from vmapipe.clusters.sizes import BLOCK_BYTES
 from vmapipe.producer.nbd.backend import Write, one_by_one
 from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.side_files import open_to_change
 from vmapipe.runtime.syscalls import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -78,7 +79,7 @@ class OverlayDisk:
     def _open(self, trailer: bytes) -> int:
         end = self._table_at + len(self._table)
         try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+            fd = open_to_change(self._path)
         except OSError as error:
             raise Failure(f"cannot open {self._path}: {os_error_text(error)}") from error
         try:

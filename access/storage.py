@@ -348,8 +348,12 @@ class SpoolStorage:
         there = offset + len(view) <= self._there
         return there and try_read_at(self._file.fileno(), view, offset)
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Nothing more comes; whoever waits for it hears so."""
         self._source.stop()
+
+    def close(self) -> None:
+        self.stop()
         self._thread.join(_JOIN_S)
         if not self._thread.is_alive():
             self._source.close()

@@ -314,6 +314,21 @@ class MadeFolder:
         self._above.close()
 
 
+def made_path(path: str) -> HeldFolder:
+    """Open a folder; what is missing of its path is made, for its owner alone. Raises OSError."""
+    try:
+        return HeldFolder(path)
+    except FileNotFoundError:
+        place, name = os.path.split(path.rstrip("/"))
+        if not name:
+            raise
+    with made_path(place or ".") as above:
+        try:
+            return above.make_folder(name)
+        except FileExistsError:  # another process was quicker
+            return above.folder(name)
+
+
 def _checked(name: str) -> str:
     if name in ("", ".", "..") or "/" in name:
         raise OSError(errno.EINVAL, "not a name in a folder", name)

@@ -75,12 +75,21 @@ def open_new(path: str, mode: int = 0o666) -> int:
 
 
 def open_to_append(path: str, mode: int = 0o666) -> int:
-    """A descriptor to write to the end of a file, which is made if it is not there.
+    """A descriptor to write to the end of a file, which is made if it is not there; links as for `open_to_change`."""
+    return _open_or_make(path, os.O_WRONLY | os.O_APPEND, mode)
+
+
+def open_to_change(path: str, mode: int = 0o600) -> int:
+    """A descriptor to read and write a file, which is made if it is not there.
 
     A link is followed only where nobody but root and us can have put it; a file that has
     other names only where nobody else can have given it this one.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY
+    return _open_or_make(path, os.O_RDWR, mode)
+
+
+def _open_or_make(path: str, flags: int, mode: int) -> int:
+    flags |= os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY
     place, name = os.path.split(path)
     with HeldFolder(place) as folder:
         status = folder.status(name)

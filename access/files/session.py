@@ -32,6 +32,7 @@ from vmapipe.access.files.messages import (
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.folders import temporary_folder
 
 # A parser that says and asks nothing for so long has been sent round in a circle. The
 # longest silence seen was 2 s, in a folder of 1,000,000 names.
@@ -59,7 +60,7 @@ class FileSession:
         self._cancel = cancel
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # Their own words, for the one line that tells how it ended.
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115  closed by __exit__
+        self._words = tempfile.TemporaryFile(dir=temporary_folder())  # noqa: SIM115  closed by __exit__
         command = [sys.executable, "-m", "vmapipe.access.files.child"]
         with theirs:
             self._process = subprocess.Popen(

@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 
@@ -27,6 +26,7 @@ from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.folders import temporary_folder
 from vmapipe.runtime.process import run
 from vmapipe.runtime.syscalls import readable
 from vmapipe.runtime.text import name_text
@@ -199,7 +199,7 @@ def _open_all(
 
 def caches_of(options: argparse.Namespace) -> Caches:
     """Return the caches that the options ask for. Raises Failure."""
-    folder = options.cache or tempfile.gettempdir()
+    folder = options.cache or temporary_folder()
     limit = options.cache_size
     if limit is None:
         try:
