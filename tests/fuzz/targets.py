@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fuzzer feeds with bytes: the decoder of frames, a job with hostile peers, QEMU, an agent.
+"""What a fuzzer feeds with bytes: the decoder of frames, a job with hostile peers, QEMU, an agent,
+both sides of NBD, archives and manifests, and what `vmapipe files` and its parser tell each other.
 
 Each target takes any bytes and returns, or raises what is a defect of ours.
 """
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.archiver.job.world import JOB, spec
-from tests.fuzz import nbd_targets, talking
+from tests.fuzz import archive_targets, nbd_targets, talking
 from tests.fuzz.choices import Bytes
 from tests.network.lossy import Producer, World
-from tests.protocol.messages import encode
+from tests.protocol.messages import EXAMPLES, encode
+from vmapipe.access.files import messages as files_messages
 from vmapipe.archiver.job.job import Job, JobPhase
 from vmapipe.archiver.job.spec import TimePassed
 from vmapipe.clusters.sizes import CLUSTER_BYTES
@@ -165,17 +167,67 @@ def _check(world: World, honest: Producer) -> None:
         raise AssertionError("the job failed without a reason")
 
 
+def files(data: bytes) -> None:
+    """What comes from a parser that was taken over, or goes to it: a message or an error."""
+    source = Bytes(data)
+    decode = (files_messages.decode_for_asker, files_messages.decode_for_parser)[
+        source.number() & 1
+    ]
+    packet = source.take(len(data))
+    try:
+        message = decode([packet])
+    except RemoteProtocolError:
+        return
+    again = decode([files_messages.encode(message)])
+    if again != message:
+        raise AssertionError(f"{message!r:.200} is read back as {again!r:.200}")
+
+
+def _files_seeds() -> list[bytes]:
+    said: list[files_messages.FromAsker | files_messages.FromParser] = [
+        files_messages.Ask("list", 0, b"1", b"/etc", 0, 0),
+        files_messages.Bytes(b"data"),
+        files_messages.DiskUnreadable(b"why"),
+        files_messages.Read(0, 512, 4096),
+        files_messages.FileData(512, b"data"),
+        files_messages.ParserNotice(b"a word"),
+        files_messages.AnswerEnd(),
+    ]
+    return [
+        bytes([isinstance(each, files_messages.FromAsker)]) + bytes(files_messages.encode(each))
+        for each in said
+    ]
+
+
+def seeds(name: str) -> list[bytes]:
+    """Return where a fuzzer begins, beside what it has found before."""
+    if name in ("qmp", "agent"):
+        return talking.seeds(name)
+    if name in archive_targets.TARGETS:
+        return list(archive_targets.seeds())
+    if name == "files":
+        return _files_seeds()
+    if name == "decoder":
+        # Not the cluster: 64 KiB that tell nothing new.
+        return [written(each) for kind, each in EXAMPLES.items() if kind != "CLUSTER"]
+    return []
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "decoder": decoder,
     "session": session,
     "qmp": talking.qmp,
     "agent": talking.agent,
+    "files": files,
     **nbd_targets.TARGETS,
+    **archive_targets.TARGETS,
 }
 LONGEST_BYTES = {
     "decoder": 6000,
     "session": 600,
     "qmp": 3000,
     "agent": 1000,
+    "files": 600,
     **nbd_targets.LONGEST_BYTES,
+    **archive_targets.LONGEST_BYTES,
 }
