@@ -167,6 +167,40 @@ def test_jobs_that_only_ping_leave_places_for_others_and_end(scene: Scene) -> No
     served.stop()
 
 
+@pytest.mark.soak  # each of 64 jobs is the start of a process
+@pytest.mark.timeout(900)
+def test_jobs_that_are_opened_and_cancelled_without_number_start_few_processes(
+    scene: Scene,
+) -> None:
+    served = scene.serve()
+    peers, opened, refused = [scene.eve() for _ in range(16)], 0, ""
+    # Time gives some back, so the number is not known, but it has an end.
+    for _ in range(100):
+        begun = []
+        for number, peer in enumerate(peers):
+            job = secrets.token_bytes(16)
+            peer.open(f"{number}.vma", job=job)
+            name, fields = peer.next()
+            if name == "OPENED":
+                opened += 1
+                begun.append((peer, job))
+            elif fields["code"] == "too-often":
+                refused = fields["reason"]
+        for peer, job in begun:
+            peer.say("CANCEL", job=job, reason="changed my mind")
+        for peer, _ in begun:
+            while peer.next()[0] != "FAILED":
+                pass
+        if refused:
+            break
+    assert "has opened many jobs that stored nothing" in refused
+    assert opened >= 64  # a host with many machines may lose all its jobs to a cut
+    scene.is_honest_backup_good()
+    log = served.stop()
+    assert len([event for event in log if event["event"] == "job-opened"]) <= opened + 1
+    assert {path for path in served.stored() if not path.endswith(".json")} == {"honest.vma"}
+
+
 def test_a_client_that_does_not_read_its_answers_takes_neither_memory_nor_the_log(
     scene: Scene,
 ) -> None:
@@ -226,12 +260,18 @@ def test_producers_whose_connections_have_ended_keep_no_descriptors(scene: Scene
     coordinator.open("x.vma", job=job, devices=[f"d{n}" for n in range(40)])
     coordinator.hear("OPENED")
     front = psutil.Process(served.process.pid)
-    before = front.num_fds()
+    before = most = front.num_fds()
     for number in range(60):
         producer = scene.eve()
         producer.hello(job, device=f"d{number % 40}", session=secrets.token_bytes(16), attempt=0)
-        producer.next()
+        # Answered by the job's archiver, or refused by it: so it was connected to that.
+        producer.say("PING")
+        assert producer.next()[0] in ("PONG", "WELCOME", "REFUSE")
+        most = max(most, front.num_fds())
         producer.socket.close()
     until(lambda: front.num_fds() <= before + 8, served.process)
+    coordinator.say("BEAT", job=job)
+    coordinator.hear("ALIVE")  # the job itself is still there
+    assert most > before + 8
     scene.is_honest_backup_good()
     served.stop()
