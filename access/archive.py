@@ -231,7 +231,9 @@ def open_for_access(name: str, cancel: Cancel, report: Report, caches: Caches) -
         if index is None:
             index = build(IndexBuilder(header))
             # Damage has to be told anew each time, so it is looked for anew.
-            if not any(disk.missing() for disk in index.disks.values()):
+            # A machine's memory takes less than the header, which was written before, has room for.
+            disks = [d for d in header.devices if not d.is_vmstate]
+            if not any(index.disks[device.dev_id].missing() for device in disks):
                 _keep_index(folder, identity, index)
         elif manifest is not None:
             manifest.close()

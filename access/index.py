@@ -16,9 +16,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK
+from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK, MAX_CLUSTERS
 from vmapipe.vma.extent import ClusterRun, Extent
-from vmapipe.vma.header import UUID_BYTES, Header
+from vmapipe.vma.header import UUID_BYTES, Device, Header
 from vmapipe.vma.manifest import DIGEST_BYTES
 
 # A run's place, as one 64-bit number: the extent's number + 1, the first block in the
@@ -183,6 +183,11 @@ def _parts(run: ClusterRun) -> Iterable[_Part]:
     return parts
 
 
+def _clusters(device: Device) -> int:
+    """Return how many clusters a device may have; of a machine's memory the header has an estimate."""
+    return MAX_CLUSTERS if device.is_vmstate else device.clusters
+
+
 class IndexBuilder:
     """Takes an archive's extents in any order; `finish` gives the index.
 
@@ -193,11 +198,7 @@ class IndexBuilder:
     def __init__(self, header: Header) -> None:
         self.index = ArchiveIndex(header.uuid)
         self.double: dict[int, int] = {}
-        self._runs = {
-            device.dev_id: _Runs(device.clusters)
-            for device in header.devices
-            if not device.is_vmstate
-        }
+        self._runs = {device.dev_id: _Runs(_clusters(device)) for device in header.devices}
 
     def add(self, extent: Extent, digest: bytes = b"") -> None:
         """`digest` of the whole extent: for all of them, or for none."""
@@ -384,7 +385,7 @@ def decode_index(raw: bytes, header: Header) -> ArchiveIndex | None:
 
 def _is_sound(index: ArchiveIndex, header: Header) -> bool:
     """Return whether all positions in the index lie inside the archive."""
-    sizes = {d.dev_id: d.clusters for d in header.devices if not d.is_vmstate}
+    sizes = {device.dev_id: _clusters(device) for device in header.devices}
     if {dev_id: disk.clusters for dev_id, disk in index.disks.items()} != sizes:
         return False
     for disk in index.disks.values():

@@ -29,6 +29,7 @@ from vmapipe.access.machine.firmware import Firmware, find_firmware
 from vmapipe.access.machine.process import MachineEnded, OwnQemu, find_qemu
 from vmapipe.access.machine.spec import MachineSpec, Omission, known_type
 from vmapipe.access.machine.tpm import STATE_BYTES, Tpm
+from vmapipe.clusters.sizes import CLUSTER_BYTES, MAX_DEVICE_BYTES
 from vmapipe.control.qmp.connection import Command, QmpGone
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
@@ -286,16 +287,21 @@ class _Drill:
         """Let QEMU read the machine's memory. Raises _CannotResume, Cancelled."""
         if self._memory is None:
             return
-        disk = ArchiveDisk(self._archive, self._memory)
+        device = self._memory._replace(size_bytes=MAX_DEVICE_BYTES)
+        disk = ArchiveDisk(self._archive, device)
         sock = socket.socket(socket.AF_UNIX)
 
         def send() -> None:
             with contextlib.suppress(OSError), sock:
                 sock.connect(self._path("memory"))
-                for at in range(0, disk.size_bytes, _READ_BYTES):
-                    piece = memoryview(bytearray(min(_READ_BYTES, disk.size_bytes - at)))
-                    disk.read(piece, at)
+                cluster = 0
+                # Its length is where the archive has no more of it: the header has an estimate.
+                while not (place := self._archive.find(device.dev_id, cluster)).is_missing:
+                    count = min(place.end - cluster, _READ_BYTES // CLUSTER_BYTES)
+                    piece = memoryview(bytearray(count * CLUSTER_BYTES))
+                    disk.read(piece, cluster * CLUSTER_BYTES)
                     sock.sendall(piece)
+                    cluster += count
 
         thread = threading.Thread(target=send, name="drill-memory", daemon=True)
         thread.start()

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ _TICK_S = 0.25
 # A picture costs the guest and us some 30 ms.
 _LOOK_S = 1.0
 _READ_BYTES = 64 << 10
-# One turn takes no more from a console, so that a guest that writes for ever is looked at, too.
+# So much of a console is looked at in one turn; the rest of the machine has its turn, too.
 _TURN_BYTES = 1 << 20
 # An agent answers before the screen has its login prompt: a good machine's picture is taken when
 # it has not changed for so long, and at the latest then.
@@ -48,43 +49,52 @@ _SLOW = "the plan's expression takes too long on what it said: make it simpler"
 
 
 class Console:
-    """A socket that QEMU writes one of the machine's ports to, and what has come."""
+    """A socket that QEMU writes one of the machine's ports to, and what has come.
+
+    A thread reads it at any time: QEMU waits for its reader with all else standing still, its monitor
+    too, and some hundred letters fill a socket. So nobody here may be waiting for the monitor then.
+    """
 
     def __init__(self, listener: socket.socket) -> None:
         self._sock, _ = listener.accept()
-        self._sock.setblocking(False)
+        self._come = bytearray()
+        self._lock = threading.Lock()
+        self._waiting = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.transcript = Transcript()
+        self._thread = threading.Thread(target=self._read, name="drill-console", daemon=True)
+        self._thread.start()
 
     def fileno(self) -> int:
-        """-1: QEMU has closed it."""
-        return self._sock.fileno()
+        """Readable when something has come."""
+        return self._waiting
 
     def read(self) -> Sequence[str]:
         """Return the windows of what has come since."""
-        windows: list[str] = []
-        taken = 0
-        try:
-            while taken < _TURN_BYTES:
-                data = self._sock.recv(_READ_BYTES)
-                if not data:
-                    self._sock.close()
-                    break
-                taken += len(data)
-                windows += self.transcript.feed(data)
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._sock.close()
-        return windows
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._waiting)
+        with self._lock:
+            data, self._come = bytes(self._come), bytearray()
+        return list(self.transcript.feed(data))
 
     def write(self, data: bytes) -> None:
-        try:
-            self._sock.send(data)
-        except OSError:
-            pass  # it takes nothing now, or has ended
+        with contextlib.suppress(OSError):  # it takes nothing now, or has ended
+            self._sock.send(data, socket.MSG_DONTWAIT)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
         self._sock.close()
+        os.close(self._waiting)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self._sock.recv(_READ_BYTES):
+                with self._lock:
+                    self._come += data
+                    # A guest that writes for ever: what nobody has looked at in time is lost.
+                    del self._come[: max(0, len(self._come) - _TURN_BYTES)]
+                os.eventfd_write(self._waiting, 1)
 
 
 class Bounds(NamedTuple):
@@ -136,8 +146,7 @@ class Watch:
         with contextlib.suppress(QmpGone):  # its end is seen below
             self._execute("cont")
         while True:
-            fds = [c.fileno() for c in (self._serial, self._firmware) if c.fileno() >= 0]
-            fds += [self._machine.fd, cancel.fd]
+            fds = [self._serial.fileno(), self._firmware.fileno(), self._machine.fd, cancel.fd]
             readable(fds, _TICK_S)
             cancel.check()
             self._hear_consoles()
@@ -230,8 +239,11 @@ class Watch:
     def _hear_events(self) -> None:
         try:
             events = self._machine.qmp.events()
-        except QmpGone:
-            return  # its end is seen by its process
+        except QmpGone as error:
+            # Most often QEMU has ended, which its process tells.
+            if not self._machine.wait(1.0):
+                self.judge.ended("undecided", str(error))
+            return
         for event in events:
             data = event.get("data", {})
             match event["event"]:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import zlib
@@ -21,10 +23,30 @@ import pytest
 from tests.access.bootable import OVMF, break_system, config, make_bootable, zero_kernel
 from tests.conftest import absent
 from tests.guest import Kernel, find_kernel
-from tests.machine import LIMIT_S, VMAPIPE, Need, bad, eventually, good, make_disk, run, started
+from tests.machine import (
+    LIMIT_S,
+    VMAPIPE,
+    Need,
+    bad,
+    eventually,
+    good,
+    make_disk,
+    next_event,
+    run,
+    started,
+)
+from vmapipe.access.drill.evidence import keep_evidence
 from vmapipe.access.drill.result import read_result
 from vmapipe.access.drill.screen import Picture, looks_graphical
 from vmapipe.access.machine.accelerator import TCG, VARIABLE
+from vmapipe.access.machine.argv import Wiring, qemu_words
+from vmapipe.access.machine.process import OwnQemu
+from vmapipe.access.machine.proxmox import machine_of_proxmox
+from vmapipe.access.machine.spec import Limits
+from vmapipe.control.qmp.connection import Command
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.folders import OwnFolder
+from vmapipe.runtime.syscalls import readable
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 EVENTS = jsonschema.Draft202012Validator(json.loads((DOCS / "events.schema.json").read_text()))
@@ -343,6 +365,113 @@ def test_a_place_that_qemu_refuses_is_given_up_and_that_is_told(
     told = {one["key"]: one["reason"] for one in begun["left_out"]}
     assert "QEMU does not take them" in told["PCI addresses"]
     assert "No bootable device" in done.last["reason"]
+
+
+@contextlib.contextmanager
+def _running(lab: Lab, folder: Path) -> Iterator[Path]:
+    """The machine as a test starts it, up and at work on a disk of its own; its second monitor."""
+    disk, monitor = folder / "running.raw", folder / "qmp"
+    shutil.copy(lab.disks["good"], disk)
+    spec = machine_of_proxmox(config("agent: 1"), ["drive-virtio0"], Limits(1 << 30, 1))
+    with (
+        OwnFolder("test", str(folder)) as scratch,
+        socket.socket(socket.AF_UNIX) as listener,
+        contextlib.ExitStack() as stack,
+    ):
+        place = f"{scratch.path}/console"
+        listener.bind(place)
+        listener.listen()
+        words = qemu_words(spec, Wiring("pc", TCG, place, place, place, f"{scratch.path}/agent"))
+        node = {"driver": "file", "filename": str(disk)}
+        own = json.dumps({"driver": "raw", "node-name": "disk0", "file": node})
+        words = [own if '"nbd"' in word else word for word in words]
+        words += ["-qmp", f"unix:{monitor},server=on,wait=off"]
+        cancel = Cancel()
+        stack.callback(cancel.close)
+        machine = stack.enter_context(OwnQemu("the machine", scratch, words, cancel))
+        serial = stack.enter_context(listener.accept()[0])
+        firmware = stack.enter_context(listener.accept()[0])
+        machine.qmp.execute(Command("cont", {}))
+        said = b""
+        while b"login:" not in said:
+            assert readable([serial.fileno(), firmware.fileno()], _BOOT_LIMIT_S)
+            for console in (serial, firmware):
+                if readable([console.fileno()], 0):
+                    data = console.recv(65536)
+                    assert data
+                    said += data
+        yield monitor
+
+
+def test_a_machine_with_its_memory_goes_on_and_one_that_cannot_is_booted(
+    lab: Lab, short_folder: Path
+) -> None:
+    archive, conf = lab.folder / "memory.vma", lab.folder / "memory.conf"
+    conf.write_text(config("agent: 1"))
+    with _running(lab, short_folder) as monitor:
+        words = ("--qmp", monitor, "--state", "--config", f"qemu-server.conf={conf}")
+        good("backup", "--quiet", *words, archive)
+    slow = f"--timeout={_BOOT_LIMIT_S}"
+    # The other one has another machine's configuration: QEMU does not take the memory.
+    other = lab.folder / "other.conf"
+    other.write_text(config("agent: 1", "scsihw: pvscsi", "machine: q35"))
+    copy = archive.with_name("copy.vma")
+    shutil.copy(archive, copy)
+    first, second = lab.start(archive, slow), lab.start(copy, slow, f"--config={other}")
+    resumed = lab.finish(first, archive)
+    assert resumed.code == 0, resumed.error
+    assert (resumed.last["resumed"], resumed.last["proof"]) == (True, "agent")
+    assert resumed.last["bytes_read"] < 1 << 20, "it was booted"
+    begun = next_event(second, "drilling")
+    second.terminate()
+    second.communicate(timeout=LIMIT_S)
+    assert begun["resumed"] is False
+    told = {one["key"]: one["reason"] for one in begun["left_out"]}
+    assert "it cannot go on from its memory here" in told["vmstate"]
+
+
+def test_a_backup_tests_what_it_has_stored_and_has_the_tests_exit_code(
+    lab: Lab, tmp_path: Path
+) -> None:
+    conf, archive = tmp_path / "c.conf", tmp_path / "vm.vma.zst"
+    conf.write_text(config())
+    words = (
+        "--disk",
+        f"drive-virtio0={lab.disks['empty']}",
+        "--config",
+        f"qemu-server.conf={conf}",
+    )
+    done = run("backup", "--json", "--compress", "zstd", "--drill", *words, archive)
+    assert done.returncode == 4
+    told = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    for event in told:
+        EVENTS.validate(event)
+    names = [event["event"] for event in told]
+    assert names.index("stored") < names.index("done") < names.index("drilled")
+    assert "No bootable device" in done.stderr.decode()
+    good("verify", "--quiet", archive)
+    assert (tmp_path / "vm.vma.zst.drill" / "screen.png").exists()
+    for place, reason in (
+        ("-", "a file of this host"),
+        ("exec:cat", "a file of this host"),
+        ("s3://b/k", "a file of this host"),
+        ("/dev/null", "is none"),
+    ):
+        assert reason in bad("backup", "--drill", *words, place, code=2)
+    service = ("--archiver=tcp://127.0.0.1:1", "--insecure-plain-tcp")
+    assert "a file of this host" in bad("backup", "--drill", *service, *words, "x.vma", code=2)
+    assert "belongs to --drill" in bad("backup", "--drill-plan=x", *words, archive, code=2)
+
+
+def test_what_a_test_has_kept_goes_with_its_archive(tmp_path: Path) -> None:
+    for day in (1, 2):
+        archive = tmp_path / f"vm-2020-01-0{day}.vma"
+        archive.write_bytes(b"x")
+        (tmp_path / f"{archive.name}.drill.json").write_text("{}")
+        keep_evidence(str(archive) + ".drill", {"screen.png": b"x", "serial.log": b"y"})
+    good("prune", tmp_path, "--keep-last", "1", "--yes")
+    left = sorted(os.listdir(tmp_path))
+    assert left == [f"vm-2020-01-02.vma{end}" for end in ("", ".drill", ".drill.json")]
 
 
 def test_what_cannot_be_tested_is_refused_in_one_line(lab: Lab, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_every_cluster_is_found_where_it_is_and_one_that_comes_twice_is_missing(
 ) -> None:
     made = extents(listed, per_extent)
     index, builder = built(made)
-    assert set(index.disks) == {1, 2}
+    assert set(index.disks) == {1, 2, 3}
     check(index, made)
     where, _ = model(made)
     for dev_id in (1, 2):
