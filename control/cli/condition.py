@@ -8,6 +8,7 @@ import stat
 from typing import NamedTuple
 
 from vmapipe.access.drill.result import DrillResult, read_result
+from vmapipe.access.lzo import can_read_lzo
 from vmapipe.restore.archive.compressed import MAGIC_BYTES, compression_of
 from vmapipe.restore.archive.manifest import Manifest, manifest_beside
 from vmapipe.restore.archive.object import RemoteObject
@@ -54,7 +55,9 @@ def _stored_form(name: str, cancel: Cancel) -> tuple[str, bool]:
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             size_bytes = os.lseek(fd, 0, os.SEEK_END)
-            return _form(lambda length, offset: os.pread(fd, length, offset), size_bytes, cancel)
+            form = _form(lambda length, offset: os.pread(fd, length, offset), size_bytes, cancel)
+            # Its blocks are independent; finding them all here would take as long as opening it.
+            return ("lzo", can_read_lzo()) if form[0] == "lzo" else form
         finally:
             os.close(fd)
     except Cancelled:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.machine import LIMIT_S, VMAPIPE
@@ -26,9 +26,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(socket: Path, *words: str | Path, cached: bool = False) -> Iterator[Served]:
+def serving(
+    socket: Path, *words: str | Path, cached: bool = False, before: Sequence[str] = ()
+) -> Iterator[Served]:
     """Serves until the block ends, then stops it: that is no failure."""
-    command = [*VMAPIPE, "serve", "--json", "--listen", str(socket)]
+    command = [*before, *VMAPIPE, "serve", "--json", "--listen", str(socket)]
     command += [] if cached else ["--no-index-cache"]
     process = subprocess.Popen(
         [*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE

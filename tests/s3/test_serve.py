@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.access.serving import serving
-from tests.machine import good, make_disk
+from tests.access.sessions import FSTAB, make_archives, run_session, sessions
+from tests.machine import Need, good, make_disk
 from tests.protocol.nbd.client import Client
 from tests.s3.server import BUCKET, S3Server
 
@@ -30,3 +31,16 @@ def test_an_object_is_served_by_ranges_and_checked(
             assert client.read(start, length) == content[start : start + length]
         assert client.read_all(1 << 20) == content
     assert "no manifest" not in served.said
+
+
+def test_the_session_of_the_page_runs_on_a_bucket_as_it_stands_there(
+    s3: S3Server, tmp_path: Path, short_folder: Path, need: Need
+) -> None:
+    make_archives(tmp_path, need)
+    for name in ("vm.vma.zst", "vm.vma.zst.manifest.json"):
+        s3.client.put_object(Bucket=BUCKET, Key=name, Body=(tmp_path / name).read_bytes())
+    (session,) = [session for session in sessions() if "s3://" in session.script]
+    done = run_session(session.script, short_folder, tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().endswith(FSTAB)
+    assert b"no manifest" not in done.stderr
