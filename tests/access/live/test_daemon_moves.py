@@ -112,7 +112,14 @@ def test_the_export_goes_on_at_its_target_with_all_that_was_written(
     assert target.stat().st_blocks * 512 < disk.stat().st_size * 0.8
 
 
-@pytest.mark.parametrize("moment", ["restoring", "progress", "moved"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "progress",
+        pytest.param("restoring", marks=pytest.mark.soak),
+        pytest.param("moved", marks=pytest.mark.soak),
+    ],
+)
 def test_a_command_that_is_killed_is_said_again_and_goes_on(
     archive: Path, out: Path, disk: Path, daemon: Daemon, moment: str
 ) -> None:
