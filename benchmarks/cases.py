@@ -21,6 +21,8 @@ def bound_cases(place: Place) -> list[Case]:
         _dense_to_nothing(place),
         _zeroes_to_nothing(place),
         _quarter_to_nothing(place),
+        _nbd_to_nothing(place, "dense", place.dense),
+        _nbd_to_nothing(place, "25 % data and holes", place.quarter),
         _tib_to_nothing(place),
         _dense_to_file(place),
         manifest(place),
@@ -101,6 +103,26 @@ def _quarter_to_nothing(place: Place) -> Case:
         ],
         Bound("at most 0.35 x the dense one", OURS, "vmapipe, dense", 0.35),
         warm=[place.quarter, place.dense],
+    )
+
+
+def _nbd_to_nothing(place: Place, what: str, image: Path) -> Case:
+    """Each time a server of its own, which both pay for alike; pairs in turn."""
+
+    def pulled(command: str) -> str:
+        server = shlex.join(["nbdkit", "-r", "-U", "-", "file", str(image), "--run"])
+        return f"{server} {shlex.quote(command)}"
+
+    ours = shlex.join(vmapipe("backup", "--quiet", "--nbd"))
+    return Case(
+        f"backup of an NBD export, {what}, to nothing",
+        [
+            Command(OURS, pulled(f'{ours} "d=$uri" /dev/null'), needs="nbdkit"),
+            Command("nbdcopy", pulled('nbdcopy "$uri" null:'), needs="nbdcopy"),
+        ],
+        # 0.9 of its speed.
+        Bound("at most 1.11 x nbdcopy", OURS, "nbdcopy", 1.11),
+        warm=[image],
     )
 
 

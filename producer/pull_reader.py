@@ -27,8 +27,8 @@ from vmapipe.runtime.text import one_line
 
 # Of 64 KiB to 1 MiB the quickest with QEMU's server.
 _READ_BYTES = 256 * 1024
-# Beside the piece that each connection is busy with, one that is complete and one to come.
-_PIECES_AHEAD = 2
+# Beside the piece that each connection is busy with.
+_PIECES_AHEAD = 1
 # Bytes that an export has to have again at the end, and when it comes back.
 _FINGERPRINT_BYTES = 4096
 _MAX_WORDS_CHARS = 500
