@@ -242,30 +242,25 @@ class Dialogue:
         return message
 
 
-class _Field(NamedTuple):
-    """How one field is checked: a whole number by its range alone, all else by `read`.
-
-    `default` stands where a keyed message lacks the field; _MISSING: it must be there.
-    """
-
-    name: str
-    default: Any
-    low: int
-    high: int
-    read: _Reader | None
+#: A whole number's range, and None; or, of all other fields, what reads the value.
+_Row = tuple[int, int, _Reader | None]
 
 
 class _Layout:
-    """One message type, compiled: a row for each field, all checked in one loop."""
+    """One message type, compiled: a row for each field, all checked in one loop.
+
+    A whole number, as most fields are, is checked by its range alone.
+    """
 
     def __init__(self, name: str, kind: type[Any], max_bytes: int) -> None:
         self.name = name
         self.kind = kind
         self.max_bytes = max_bytes
         hints = typing.get_type_hints(kind, include_extras=True)
-        defaults = _defaults_of(kind)
-        self.names = tuple(defaults)
-        self._fields = [_field(field, defaults[field], hints[field]) for field in self.names]
+        # What stands where a keyed message lacks a field; _MISSING: it must be there.
+        self._defaults = _defaults_of(kind)
+        self.names = tuple(self._defaults)
+        self._rows = [_row(hints[field]) for field in self.names]
         # The few fields that travel in another form than msgpack's, by index.
         self.writers = [
             (index, to_wire)
@@ -277,24 +272,27 @@ class _Layout:
 
     def read(self, given: Sequence[Any]) -> list[Any]:
         """Check the values of all fields, in their order; return them as annotated. Raises ValueError."""
-        if len(given) != len(self._fields):
+        if len(given) != len(self._rows):
             raise ValueError(f"{self.name} with {len(given)} fields")
         values = []
-        for (name, default, low, high, read), value in zip(self._fields, given, strict=True):
-            if value is _MISSING:
-                if default is _MISSING:
-                    raise ValueError(f"{self.name} without {name!r}")
-                values.append(default)
-            elif read is not None:
-                try:
-                    values.append(read(value))
-                except ValueError as error:
-                    raise ValueError(f"{self.name}: {name}: {error}") from None
-            elif type(value) is int and low <= value <= high:
+        for (low, high, read), value in zip(self._rows, given, strict=True):
+            if read is None and type(value) is int and low <= value <= high:
                 values.append(value)
             else:
-                raise ValueError(f"{self.name}: {name}: {value!r:.40} is not valid")
+                values.append(self._read_other(self.names[len(values)], read, value))
         return values
+
+    def _read_other(self, field: str, read: _Reader | None, value: Any) -> Any:
+        if value is _MISSING:
+            if self._defaults[field] is _MISSING:
+                raise ValueError(f"{self.name} without {field!r}")
+            return self._defaults[field]
+        if read is None:
+            raise ValueError(f"{self.name}: {field}: {value!r:.40} is not valid")
+        try:
+            return read(value)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {field}: {error}") from None
 
 
 def _defaults_of(kind: type[Any]) -> dict[str, Any]:
@@ -304,11 +302,9 @@ def _defaults_of(kind: type[Any]) -> dict[str, Any]:
     return {name: kind._field_defaults.get(name, _MISSING) for name in kind._fields}
 
 
-def _field(name: str, default: Any, hint: Any) -> _Field:
+def _row(hint: Any) -> _Row:
     numbers = _range_of(hint)
-    if numbers is not None:
-        return _Field(name, default, numbers.low, numbers.high, None)
-    return _Field(name, default, 0, 0, _reader(hint))
+    return (0, 0, _reader(hint)) if numbers is None else (numbers.low, numbers.high, None)
 
 
 def _range_of(hint: Any) -> Range | None:
