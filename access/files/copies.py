@@ -228,8 +228,8 @@ def _tar_info(entry: Entry, name: str) -> tarfile.TarInfo:
     info.mtime = seconds
     headers = {"mtime": f"{seconds}.{nanoseconds:09d}"} if nanoseconds and seconds >= 0 else {}
     for key, value in zip(entry.xattrs[::2], entry.xattrs[1::2], strict=False):
-        # As GNU tar writes a name that would end the keyword.
-        name = os.fsdecode(key).replace("%", "%25").replace("=", "%3D")
+        # As GNU tar writes a name that would end the keyword. Other bytes than text it cannot hold.
+        name = key.decode("utf-8", "ignore").replace("%", "%25").replace("=", "%3D")
         if "\0" not in name:
             headers[f"SCHILY.xattr.{name}"] = os.fsdecode(value)
     info.pax_headers = headers
