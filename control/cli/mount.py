@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from ctypes.util import find_library
 
 from vmapipe.access.archive import OpenArchive, Report, open_for_access
 from vmapipe.access.mount.guest import GuestDisk
@@ -64,6 +65,9 @@ def _mount(options: argparse.Namespace) -> None:
         raise UsageError(_NO_EXTRA)
     folder = _empty_folder(options.folder)
     _check_fuse()
+    if find_library("fuse3") is not None:
+        # mfusepy looks for libfuse 2 first, which cannot tell where holes are.
+        os.environ.setdefault("FUSE_LIBRARY_NAME", "fuse3")
     try:
         from vmapipe.access.mount.fuse import run_mount
     except OSError as error:
