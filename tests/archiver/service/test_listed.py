@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -274,4 +275,4 @@ def test_producers_whose_connections_have_ended_keep_no_descriptors(scene: Scene
     coordinator.hear("ALIVE")  # the job itself is still there
     assert most > before + 8
     scene.is_honest_backup_good()
-    served.stop()
+    served.stop(signal.SIGINT)  # at once: the job would be waited for
