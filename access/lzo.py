@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from vmapipe.restore.archive.input import Pread
 from vmapipe.runtime.cancel import Cancel
 
 MAGIC = b"\x89LZO\0\r\n\x1a\n"
@@ -25,8 +26,6 @@ _MOST_HEADER_BYTES = 9 + 29 + 255 + 4
 # lzop makes blocks of 256 KiB. LZO makes 255 bytes of one at the most: of larger blocks somebody
 # could make one that fills the memory.
 _MAX_BLOCK_BYTES = 1 << 20
-
-Pread = Callable[[int, int], bytes]  # length, offset
 
 
 class LzoBlocks(NamedTuple):

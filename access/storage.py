@@ -19,6 +19,7 @@ from typing import Generic, Protocol, TypeVar
 
 from vmapipe.access.lzo import LzoBlocks, decompress_block
 from vmapipe.restore.archive.errors import InputError
+from vmapipe.restore.archive.input import Pread
 from vmapipe.restore.archive.source import Stream
 from vmapipe.restore.archive.zstd import FrameReader, decompress_start
 from vmapipe.runtime.errors import Failure, os_error_text
@@ -28,7 +29,6 @@ from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import Frame
 
 # (length, offset): fewer bytes only at the end.
-Pread = Callable[[int, int], bytes]
 
 # Of decompressed frames that are kept: 32 of ours, which hold an extent each. A guest
 # that boots comes back to the same few dozen.

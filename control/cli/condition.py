@@ -10,9 +10,9 @@ from typing import NamedTuple
 from vmapipe.access.drill.result import DrillResult, read_result
 from vmapipe.access.lzo import can_read_lzo
 from vmapipe.restore.archive.compressed import MAGIC_BYTES, compression_of
+from vmapipe.restore.archive.input import Pread
 from vmapipe.restore.archive.manifest import Manifest, manifest_beside
 from vmapipe.restore.archive.object import RemoteObject
-from vmapipe.restore.archive.zstd import Pread, seekable_frames
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.objectstore import is_object
@@ -75,6 +75,9 @@ def _is_file(name: str) -> bool:
 def _form(pread: Pread, size_bytes: int, cancel: Cancel) -> tuple[str, bool]:
     compression = compression_of(pread(MAGIC_BYTES, 0))
     if compression == "zstd":
+        # Listing a plain archive does without a library that many installations have not.
+        from vmapipe.restore.archive.zstd import seekable_frames
+
         return compression, seekable_frames(pread, size_bytes, (cancel,)) is not None
     return compression, compression == "none"
 

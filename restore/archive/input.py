@@ -29,6 +29,9 @@ from vmapipe.runtime.threads import DaemonPool
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+#: Reads (length, offset) of a stored archive: fewer bytes only at its end. Raises InputError.
+Pread = Callable[[int, int], bytes]
+
 # The largest pipe an unprivileged process may make: fewer, larger reads.
 _PIPE_BYTES = 1 << 20
 # A program that was told to end ends at once; after this it is killed.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.restore.archive.errors import CompressionError, InputError
-from vmapipe.restore.archive.input import ReadAhead, Wait, interruptible
+from vmapipe.restore.archive.input import Pread, ReadAhead, Wait, interruptible
 from vmapipe.restore.archive.parts import READ_BYTES, Proof, Rewindable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.vma.errors import ArchiveError
@@ -38,8 +38,6 @@ else:
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-# (length, offset): fewer bytes only at the end. Raises InputError.
-Pread = Callable[[int, int], bytes]
 MIB = 1 << 20
 # What `zstd -d` takes without being asked. A window is memory that a stranger
 # makes us allocate.

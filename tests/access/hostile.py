@@ -61,7 +61,10 @@ Change = tuple[int, bytes]
 
 
 class Outcome(NamedTuple):
-    """How one image went. `words`: what was said, with numbers and names left out."""
+    """How one image went. `words`: what was said, with numbers and names left out.
+
+    `peak_bytes`: the memory that the parser took at the most, beyond what it was started with.
+    """
 
     words: frozenset[str]
     has_parser_ended: bool
@@ -99,6 +102,8 @@ class _Forked:
     def __init__(self, words: list[str], *, stderr: Any, **_: object) -> None:
         self.returncode: int | None = None
         _Forked.last = self
+        # What is forked has all memory of this process from the start, much of it if that tests more.
+        self._at_start_bytes = _status_bytes(os.getpid(), "VmRSS")
         self.pid = os.fork()
         if not self.pid:
             os.dup2(stderr.fileno(), 2)
@@ -121,10 +126,14 @@ class _Forked:
         return self.returncode
 
     def peak_bytes(self) -> int:
-        with contextlib.suppress(OSError):
-            text = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
-            return int(text.partition("VmHWM:")[2].split()[0]) << 10
-        return 0
+        return max(0, _status_bytes(self.pid, "VmHWM") - self._at_start_bytes)
+
+
+def _status_bytes(pid: int, name: str) -> int:
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        return int(text.partition(f"{name}:")[2].split()[0]) << 10
+    return 0
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from tests.machine import Need, sha256
 
 # A store of their own: tests/s3/test_serve.py runs these.
 HERE = [session for session in sessions() if "s3://" not in session.script]
-# Large or of the kernel: never installed for a test.
-OPTIONAL = ("guestfish", "virt-v2v")
+# Large, or of the kernel: never installed for a test, so these are tried by `make soak` where they are.
+OPTIONAL = ("guestfish", "virt-v2v", "modprobe nbd")
 # What the output has to have, by a word of the title.
 EXPECTED = {
     "dead host": "/dev/vda1 / ext4",
@@ -48,7 +48,7 @@ def check_programs(script: str, need: Need) -> None:
     if "mount " in script:
         need_fuse()
         need("fusermount3")
-    for program in OPTIONAL:
+    for program in OPTIONAL[:2]:
         if re.search(rf"^{program} ", script, re.MULTILINE) and shutil.which(program) is None:
             pytest.skip(f"not installed: {program}")
     if "modprobe nbd" in script and not os.path.exists("/sys/module/nbd"):
@@ -56,7 +56,12 @@ def check_programs(script: str, need: Need) -> None:
     need(*set(re.findall(r"^(qemu-img|qemu-io|nbdinfo|nbdcopy) ", script, re.MULTILINE)))
 
 
-@pytest.mark.parametrize("session", HERE, ids=name_of)
+def everywhere(session: Session) -> object:
+    is_optional = any(re.search(rf"^{what} ", session.script, re.MULTILINE) for what in OPTIONAL)
+    return pytest.param(session, marks=pytest.mark.soak if is_optional else ())
+
+
+@pytest.mark.parametrize("session", [everywhere(session) for session in HERE], ids=name_of)
 def test_a_session_of_the_page_runs_as_it_stands_there(
     session: Session, archives: Path, short_folder: Path, need: Need
 ) -> None:

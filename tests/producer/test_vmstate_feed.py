@@ -144,8 +144,11 @@ def test_a_stream_waits_no_longer_than_a_guest_may_and_is_then_dropped(tmp_path:
     ("words", "text"),
     [
         (["--stream-fd", "0"], "needs --size"),
-        ([], "--disk or --stream-fd"),
-        (["--stream-fd", "0", "--disk", "x", "--size", "1"], "--disk or --stream-fd"),
+        ([], "one of --disk, --nbd and --stream-fd"),
+        (
+            ["--stream-fd", "0", "--disk", "x", "--size", "1"],
+            "one of --disk, --nbd and --stream-fd",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path: Path, words: list[str], text: str) -> None:
