@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES, VMSTATE_NAME
 from vmapipe.producer.connection import ArchiverConnection
@@ -22,13 +23,8 @@ from vmapipe.producer.guard_feed import (
     attach,
     open_spool,
 )
-from vmapipe.producer.image_source import HowToRead, ImageReader
 from vmapipe.producer.pull.arguments import add_nbd_options, parse_nbd_disk, parse_uri
-from vmapipe.producer.pull.connections import Endpoint
-from vmapipe.producer.pull.export import open_export
 from vmapipe.producer.pull.uri import is_nbd_uri
-from vmapipe.producer.pull_feed import PullFeed
-from vmapipe.producer.pull_reader import PullReader
 from vmapipe.producer.qemu_feed import QemuFeed, SinkOptions
 from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import Ring
@@ -53,6 +49,9 @@ from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.process import lower_priority, run_child
 from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.runtime.text import one_line
+
+if TYPE_CHECKING:
+    from vmapipe.producer.pull_reader import PullReader
 
 DESCRIPTION = """\
 Send the clusters of one disk to an archiver: of a disk at rest (a raw image
@@ -284,12 +283,19 @@ class _Producer:
             return self._send_raw(RawSource(name, path, sharing), connection)
         if is_raw and is_nbd_uri(path):
             return self._send_pulled(self._open_export(name, path), connection)
+        from vmapipe.producer.image_source import HowToRead, ImageReader
+
         how = HowToRead(options.format, options.snapshot, options.offset, options.others)
         image = ImageReader(name, path, how, self._cancel, sharing)
         return self._send_pulled(image, connection)
 
     def _open_export(self, name: str, text: str) -> PullReader:
         """Raises ExportError, UsageError, Cancelled."""
+        # With OpenSSL, 15 ms of each start, which raw images and disks in use do without.
+        from vmapipe.producer.pull.connections import Endpoint
+        from vmapipe.producer.pull.export import open_export
+        from vmapipe.producer.pull_reader import PullReader
+
         options = self._options
         uri = parse_uri(name, text)
         endpoint = Endpoint(
@@ -307,6 +313,8 @@ class _Producer:
             return source.size_bytes, session.zero_clusters
 
     def _send_pulled(self, reader: PullReader, connection: ArchiverConnection) -> tuple[int, int]:
+        from vmapipe.producer.pull_feed import PullFeed
+
         with closing(reader), closing(Ring()) as ring:
             session = self._session(reader.name, reader.size_bytes, reader.shown, connection, ring)
             feed = PullFeed(reader, ring, session, self._limiter)

@@ -281,6 +281,8 @@ class FileSystem:
                     major, minor = inode.device
                     device = (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & 0xFFF00) << 12
                 xattrs = inode.xattrs
+        if not mode and kind == FOLDER and b"fat" in self.kind:
+            mode = 0o777  # The root of a FAT has no entry of its own: as its other folders.
         target = self._link_target(file, meta) if kind == LINK else b""
         flat = self._flat(xattrs)
         return Entry(

@@ -41,8 +41,9 @@ DESCRIPTION = """\
 Look into the file systems of an archive's disks and take files out, without root and
 without restoring anything: ext2, ext3, ext4, NTFS, FAT, exFAT, HFS+, UFS, ISO 9660, on whole disks and
 in MBR or GPT partitions, logical volumes of LVM2 and, with a key, in LUKS1. The journal of ext3 and
-ext4 is replayed in memory; where a log is not, a notice says so. What is read is
-compared with the archive's manifest.
+ext4 is replayed in memory; where a log is not, a notice says so. XFS, btrfs, LUKS2 and
+unreplayed logs are read by a small virtual machine where QEMU and a kernel are there. What is
+read is compared with the archive's manifest.
 
 A PLACE is [DISK[:PARTITION|/GROUP/VOLUME]:]/PATH; without a disk, all disks are looked through,
 and without a path it is the whole file system. Links on the way are followed.

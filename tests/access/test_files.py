@@ -208,6 +208,10 @@ def test_file_systems_of_windows_are_read(kind: str, need: Need, tmp_path: Path)
     good("backup", "--quiet", "--disk", image, archive)
     assert files("ls", archive, "/").splitlines() == [b"A long name.bin"]
     assert files("cat", archive, "/A long name.bin") == content.read_bytes()
+    good("files", "cp", archive, "/", tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o500 == 0o500, (
+        "a copy of the root can be looked into"
+    )
 
 
 def test_a_file_system_that_is_not_read_here_is_named_with_a_way_out(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
             "vmapipe.control.cli.backup",
             "backports.zstd asyncio xxhash qemu vmapipe.restore vmapipe.protocol.service",
         ),
-        ("vmapipe.producer.main", "backports.zstd asyncio xxhash vmapipe.vma"),
+        ("vmapipe.producer.main", "backports.zstd asyncio xxhash ssl vmapipe.vma"),
         (
             "vmapipe.archiver.main",
             "backports.zstd asyncio qemu vmapipe.restore",
