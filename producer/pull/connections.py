@@ -26,8 +26,8 @@ from vmapipe.runtime.threads import DaemonPool
 
 # QEMU's server works on 16 requests of a connection at once, nbdkit's has 16 threads.
 _IN_FLIGHT = 16
-# Four, as nbdcopy has, took a quarter longer than two: more of the ring is in use at a time, and
-# less of it in the processor's cache. Where a server is one thread, more change nothing.
+# Four, as nbdcopy has, took longer than two in the few runs that compared them, on a busy machine;
+# why was not looked into. Where a server is one thread, more change nothing.
 _CONNECTIONS = 2
 # Below it a second one costs more than it saves.
 _WORTH_BYTES = 64 << 20
