@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine "vm" of `vmapipe files`: a small virtual machine whose kernel mounts the file systems.
 
-It has a kernel of this host, our own interpreter with guest.py as its only process, the
+It has a kernel of this host, our own interpreter with inside/start.py as its only process, the
 archive's disks (what its kernel replays goes into a nameless file), one port, no network. What it says is
 a stranger's word, as the parser's is: whoever made the file system may have taken its kernel over.
 """
@@ -21,18 +21,15 @@ from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.appliance_image import NEEDED_MODULES, PYTHON, START, make_initramfs
 from vmapipe.access.files.messages import (
     MAX_MESSAGE_BYTES,
-    AnswerEnd,
-    Ask,
     FromAsker,
     FromParser,
     Key,
     ParserReady,
     Read,
-    Volume,
     decode_for_asker,
     encode,
 )
-from vmapipe.access.files.session import place_of
+from vmapipe.access.files.session import FileReader
 from vmapipe.access.machine.accelerator import KVM, TCG, accelerator
 from vmapipe.access.machine.kernels import Kernel, find_kernel
 from vmapipe.access.machine.process import MachineEnded, OwnQemu, find_qemu, quoted
@@ -52,8 +49,6 @@ _START_S = {TCG: 180.0, KVM: 30.0}
 # A key is derived, or a large log replayed, without a word meanwhile. 300 s is what the key of a
 # LUKS2 volume that was made for a quick processor takes on an emulated one.
 _SILENCE_S = 300.0
-# A message each 128 KiB of a disk of 64 TiB.
-_MAX_MESSAGES = 1 << 29
 # The kernel, 40 MiB of files, and what it keeps of a file system whose log it replays.
 _MEMORY_MIB = 512
 # What LUKS2 needs beside it to derive a key: 1 GiB, if it was made with cryptsetup's defaults.
@@ -104,11 +99,8 @@ def check_host(folder: str | None) -> Kernel:
     return find_kernel(folder, NEEDED_MODULES)
 
 
-class Appliance:
-    """One virtual machine for all disks of an archive. Use as a context: it is ended at the end.
-
-    Messages name a disk by its place in `disks`. Everything else as FileSession.
-    """
+class Appliance(FileReader):
+    """One virtual machine for all disks of an archive. Use as a context: it is ended at the end."""
 
     def __init__(
         self,
@@ -145,35 +137,6 @@ class Appliance:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def ask(
-        self,
-        action: str,
-        disk: int = -1,
-        where: bytes = b"",
-        path: bytes = b"/",
-        *,
-        offset: int = 0,
-        length: int = 0,
-    ) -> Iterator[FromParser]:
-        """The answers to one command. Raises ApplianceFailed, Cancelled."""
-        self._tell(Ask(action, disk, where, path, offset, length))
-        for _ in range(_MAX_MESSAGES):
-            message = self._hear(_SILENCE_S)
-            match message:
-                case AnswerEnd():
-                    return
-                case ParserReady() | Read():
-                    raise self._error("it says what it must not")
-                case Volume(disk=number) if number >= len(self._disks):
-                    raise self._error("it names a disk that it was not given")
-                case _:
-                    yield message
-        raise self._error("its answer has no end")
-
-    def place_of(self, volume: Volume) -> str:
-        """Its name as it stands in a place: DISK, DISK:PARTITION or DISK/GROUP/VOLUME."""
-        return place_of(self.names[volume.disk], volume)
-
     # --- start ---
 
     def _boot(self, notice: Callable[[str], None]) -> None:
@@ -190,7 +153,7 @@ class Appliance:
     def _start(self, accelerator_name: str, notice: Callable[[str], None]) -> None:
         folder = self._stack.enter_context(OwnFolder("appliance"))
         address = os.path.join(folder.path, "nbd")
-        self._serve(address, notice)
+        self._serve_disks(address, notice)
         initramfs = os.path.join(folder.path, "initramfs")
         with open(initramfs, "wb") as file:
             file.write(self._initramfs.finish())
@@ -221,7 +184,7 @@ class Appliance:
         for key in self._keys:
             self._tell(key)
 
-    def _serve(self, address: str, notice: Callable[[str], None]) -> None:
+    def _serve_disks(self, address: str, notice: Callable[[str], None]) -> None:
         # Nobody else can enter its folder.
         listener = self._stack.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(address)
@@ -283,7 +246,7 @@ class Appliance:
         except OSError:
             raise self._error("") from None
 
-    def _hear(self, limit_s: float) -> FromParser:
+    def _hear(self, limit_s: float = _SILENCE_S) -> FromParser:
         deadline = time.monotonic() + limit_s
         while True:
             try:
@@ -293,6 +256,9 @@ class Appliance:
             if message is not None:
                 return message
             self._take(deadline, limit_s)
+
+    def _serve(self, request: Read | ParserReady) -> None:
+        raise self._error("it says what it must not")
 
     def _take(self, deadline: float, limit_s: float) -> None:
         """Wait for more bytes. Raises ApplianceFailed, Cancelled."""

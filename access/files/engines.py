@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.appliance import Appliance, check_host
 from vmapipe.access.files.copies import shown
-from vmapipe.access.files.messages import WRONG_KEY, EntryFailed, FromParser, Key, Volume
-from vmapipe.access.files.session import FileSession
+from vmapipe.access.files.messages import WRONG_KEY, EntryFailed, Key, Volume
+from vmapipe.access.files.session import FileReader, FileSession
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError
 from vmapipe.runtime.text import one_line
@@ -28,27 +28,6 @@ _NEITHER = frozenset({b"", b"swap", b"damaged", b"bitlocker", b"hfs+", b"ufs1", 
 _MISSING = """\
 files are read with pytsk3: pip install 'vmapipe[files]'; without it, serve the disk \
 (vmapipe serve) and open it with guestfish"""
-
-
-class FileReader(Protocol):
-    """An engine that is ready: it answers commands about all disks of an archive."""
-
-    names: list[str]
-
-    def ask(
-        self,
-        action: str,
-        disk: int = -1,
-        where: bytes = b"",
-        path: bytes = b"/",
-        *,
-        offset: int = 0,
-        length: int = 0,
-    ) -> Iterator[FromParser]:
-        """The answers to one command."""
-
-    def place_of(self, volume: Volume) -> str:
-        """Its name as it stands in a place: DISK, DISK:PARTITION or DISK/GROUP/VOLUME."""
 
 
 class _Candidates(NamedTuple):

@@ -45,11 +45,63 @@ class ParserError(Failure):
     """The parser of file systems ended, or said what it must not."""
 
 
-class FileSession:
-    """One parser process for disks of an archive. Use as a context: it is killed at the end.
+class FileReader:
+    """An engine that is ready: it answers commands about all disks of an archive.
 
-    Messages name a disk by its place in `disks`: a logical volume may lie on several.
+    Messages name a disk by its place in `names`: a logical volume may lie on several. A subclass
+    carries messages to the side that reads and back; what that says is a stranger's.
     """
+
+    names: list[str]
+
+    def ask(
+        self,
+        action: str,
+        disk: int = -1,
+        where: bytes = b"",
+        path: bytes = b"/",
+        *,
+        offset: int = 0,
+        length: int = 0,
+    ) -> Iterator[FromParser]:
+        """The answers to one command, less the reads. Raises Failure, Cancelled."""
+        self._tell(Ask(action, disk, where, path, offset, length))
+        for _ in range(_MAX_MESSAGES):
+            message = self._hear()
+            match message:
+                case AnswerEnd():
+                    return
+                case Read() | ParserReady():
+                    self._serve(message)
+                case Volume(disk=number) if number >= len(self.names):
+                    raise self._error("it names a disk that it was not given")
+                case _:
+                    yield message
+        raise self._error("its answer has no end")
+
+    def place_of(self, volume: Volume) -> str:
+        """Its name as it stands in a place: DISK, DISK:PARTITION or DISK/GROUP/VOLUME."""
+        return place_of(self.names[volume.disk], volume)
+
+    def _tell(self, message: FromAsker) -> None:
+        """Send a message. Raises Failure."""
+        raise NotImplementedError
+
+    def _hear(self) -> FromParser:
+        """Return the next message; no wait is endless. Raises Failure, Cancelled."""
+        raise NotImplementedError
+
+    def _serve(self, request: Read | ParserReady) -> None:
+        """Answer what is no part of an answer. Raises Failure where that must not come."""
+        raise NotImplementedError
+
+    def _error(self, what: str) -> Failure:
+        """Return the error for what the other side did."""
+        raise NotImplementedError
+
+
+class FileSession(FileReader):
+    """One parser process for disks of an archive. Use as a context: it is killed at the end."""
 
     def __init__(
         self, disks: Sequence[tuple[str, ArchiveDisk]], cancel: Cancel, keys: Sequence[Key] = ()
@@ -92,36 +144,10 @@ class FileSession:
         self._sock.close()
         self._words.close()
 
-    def ask(
-        self,
-        action: str,
-        disk: int = -1,
-        where: bytes = b"",
-        path: bytes = b"/",
-        *,
-        offset: int = 0,
-        length: int = 0,
-    ) -> Iterator[FromParser]:
-        """The answers to one command, less the reads. Raises ParserError, Cancelled."""
-        self._tell(Ask(action, disk, where, path, offset, length))
-        for _ in range(_MAX_MESSAGES):
-            message = self._hear()
-            match message:
-                case Read(disk, offset, length):
-                    self._tell(self._read(disk, offset, length))
-                case AnswerEnd():
-                    return
-                case ParserReady():
-                    raise self._error("it begins a second time")
-                case Volume(disk=disk) if disk >= len(self._disks):
-                    raise self._error("it names a disk that it was not given")
-                case _:
-                    yield message
-        raise self._error("its answer has no end")
-
-    def place_of(self, volume: Volume) -> str:
-        """Its name as it stands in a place: DISK, DISK:PARTITION or DISK/GROUP/VOLUME."""
-        return place_of(self.names[volume.disk], volume)
+    def _serve(self, request: Read | ParserReady) -> None:
+        if isinstance(request, ParserReady):
+            raise self._error("it begins a second time")
+        self._tell(self._read(*request))
 
     def _read(self, index: int, offset: int, length: int) -> FromAsker:
         if index >= len(self._disks):

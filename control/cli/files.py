@@ -14,7 +14,7 @@ from typing import NamedTuple
 from vmapipe.access.archive import OpenArchive, open_for_access
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.copies import FileWriter, FolderWriter, TarWriter, shown
-from vmapipe.access.files.engines import AUTO, ENGINES, Engines, FileReader
+from vmapipe.access.files.engines import AUTO, ENGINES, Engines
 from vmapipe.access.files.messages import (
     MAX_KEY_BYTES,
     MAX_WORD_BYTES,
@@ -28,6 +28,7 @@ from vmapipe.access.files.messages import (
     Stretch,
     Volume,
 )
+from vmapipe.access.files.session import FileReader
 from vmapipe.control.cli.entries import entry_filter, print_entry
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.serve import add_cache_options, caches_of
