@@ -52,6 +52,30 @@ def busy_backup(daemon: StorageDaemon, out: Path, *options: str, **more: Any) ->
         guest.wait_for(50)
 
 
+def check_one_instant(
+    daemon: StorageDaemon, contents: dict[str, bytes], folder: Path, speed: str
+) -> None:
+    """Back up while two guests write: both disks come back as after so many of the writes of each."""
+    archive = folder / "vm.vma"
+    with contextlib.ExitStack() as stack:
+        hammers = [
+            stack.enter_context(Hammer(daemon.path, SIZES, lane, 2, pause_s=0.001))
+            for lane in range(2)
+        ]
+        for hammer in hammers:
+            hammer.wait_for(20)
+        good("backup", "--qmp", daemon.qmp, *BOTH, "--speed", speed, archive)
+        for hammer in hammers:
+            hammer.wait_for(20)
+    copies = restored(archive, folder / "restored")
+    model = {name: bytearray(content) for name, content in contents.items()}
+    for hammer in hammers:
+        count = hammer.replay(copies, model)
+        assert 20 <= count < hammer.done
+    assert copies == model
+    assert daemon.ours() == []
+
+
 def busy_guest(daemon: StorageDaemon) -> Hammer:
     """It writes some hundred times a second: what it writes to is copied, and takes it ten seconds."""
     return Hammer(daemon.path, SIZES, pause_s=0.005)

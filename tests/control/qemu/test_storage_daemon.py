@@ -10,11 +10,10 @@ import pytest
 
 from tests.control.qemu.daemon_backup import (
     BOTH,
-    SIZES,
+    check_one_instant,
     restored,
     slow_backup,
 )
-from tests.control.qemu.hammer import Hammer
 from tests.control.qemu.storage_daemon import StorageDaemon
 from tests.machine import end_of, eventually, good
 from vmapipe.control.coordinator.status_socket import JobClient, sockets
@@ -38,24 +37,7 @@ def test_disks_at_rest_are_copied_with_their_zeroes(
 def test_the_archive_shows_all_disks_at_one_instant_while_writers_go_on(
     daemon: StorageDaemon, contents: dict[str, bytes], tmp_path: Path, speed: str
 ) -> None:
-    archive = tmp_path / "vm.vma"
-    with contextlib.ExitStack() as stack:
-        hammers = [
-            stack.enter_context(Hammer(daemon.path, SIZES, lane, 2, pause_s=0.001))
-            for lane in range(2)
-        ]
-        for hammer in hammers:
-            hammer.wait_for(20)
-        good("backup", "--qmp", daemon.qmp, *BOTH, "--speed", speed, archive)
-        for hammer in hammers:
-            hammer.wait_for(20)
-    copies = restored(archive, tmp_path / "restored")
-    model = {name: bytearray(content) for name, content in contents.items()}
-    for hammer in hammers:
-        count = hammer.replay(copies, model)
-        assert 20 <= count < hammer.done
-    assert copies == model
-    assert daemon.ours() == []
+    check_one_instant(daemon, contents, tmp_path, speed)
 
 
 def test_a_limit_that_is_changed_while_it_runs_reaches_qemus_jobs(

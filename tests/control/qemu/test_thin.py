@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.control.qemu.daemon_backup import BOTH, SIZES, restored, slow_backup
-from tests.control.qemu.hammer import CLUSTER, Hammer
+from tests.control.qemu.daemon_backup import check_one_instant, slow_backup
+from tests.control.qemu.hammer import CLUSTER
 from tests.control.qemu.storage_daemon import StorageDaemon, storage_daemon
 from tests.machine import Need, end_of, eventually, good, make_disk, next_event, started
 from vmapipe.control.qmp.client import QmpClient
@@ -55,24 +55,7 @@ def thin(
 def test_a_guest_may_write_into_the_empty_space_meanwhile(
     thin: StorageDaemon, contents: dict[str, bytes], tmp_path: Path, speed: str
 ) -> None:
-    archive = tmp_path / "vm.vma"
-    with contextlib.ExitStack() as stack:
-        hammers = [
-            stack.enter_context(Hammer(thin.path, SIZES, lane, 2, pause_s=0.001))
-            for lane in range(2)
-        ]
-        for hammer in hammers:
-            hammer.wait_for(20)
-        good("backup", "--qmp", thin.qmp, *BOTH, "--speed", speed, archive)
-        for hammer in hammers:
-            hammer.wait_for(20)
-    copies = restored(archive, tmp_path / "restored")
-    model = {name: bytearray(content) for name, content in contents.items()}
-    for hammer in hammers:
-        count = hammer.replay(copies, model)
-        assert 20 <= count < hammer.done
-    assert copies == model
-    assert thin.ours() == []
+    check_one_instant(thin, contents, tmp_path, speed)
 
 
 def test_empty_space_takes_no_time_however_low_the_limit_is(
