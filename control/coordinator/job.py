@@ -257,14 +257,18 @@ class BackupJob:
         return args, []
 
     def _remove_leftovers(self, children: Children) -> None:
-        """Remove what an archiver that was killed could not remove itself."""
-        killed = children.all and (children.all[0].exit_code or 0) < 0
-        if not killed or self.service:
+        """Remove what an archiver that failed or was killed could not remove itself."""
+        exit_code = (children.all and children.all[0].exit_code) or 0
+        if not exit_code or self.service:
             return
+        # Also where the archiver has done so: it waits for few seconds only, and a part
+        # that was still on its way then may have reached the store after that.
         for name, upload in self.uploads:
             from vmapipe.archiver.outputs.object import abort_upload
 
             abort_upload(name, upload)
+        if exit_code > 0:
+            return
         # Imported here: it is seldom needed, and a backup starts sooner without.
         from vmapipe.archiver.outputs.file import remove_leftover
         from vmapipe.archiver.outputs.manifests import beside
