@@ -29,7 +29,7 @@ from vmapipe.access.files.messages import (
     decode_for_asker,
     encode,
 )
-from vmapipe.access.files.session import FileReader
+from vmapipe.access.files.session import EngineEnded, FileReader
 from vmapipe.access.machine.accelerator import KVM, TCG, accelerator
 from vmapipe.access.machine.kernels import Kernel, find_kernel
 from vmapipe.access.machine.process import MachineEnded, OwnQemu, find_qemu, quoted
@@ -61,10 +61,6 @@ _CONSOLE = "64K"
 # PCI: eight functions on each of the places that q35 leaves free behind our other devices.
 _FIRST_SLOT, _LAST_SLOT, _FUNCTIONS = 8, 30, 8
 MAX_DISKS = (_LAST_SLOT - _FIRST_SLOT + 1) * _FUNCTIONS
-
-
-class ApplianceFailed(Failure):
-    """The virtual machine ended, or said what it must not."""
 
 
 class Frames:
@@ -131,10 +127,7 @@ class Appliance(FileReader):
             self._stack.close()
             raise
 
-    def __enter__(self) -> Appliance:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._stack.close()
 
     # --- start ---
@@ -144,7 +137,7 @@ class Appliance(FileReader):
         name = accelerator(self._cancel)
         try:
             self._start(name, notice)
-        except ApplianceFailed:
+        except EngineEnded:
             if name != KVM:
                 raise
             self._stack.close()
@@ -261,7 +254,7 @@ class Appliance(FileReader):
         raise self._error("it says what it must not")
 
     def _take(self, deadline: float, limit_s: float) -> None:
-        """Wait for more bytes. Raises ApplianceFailed, Cancelled."""
+        """Wait for more bytes. Raises EngineEnded, Cancelled."""
         ready = {key.fd for key, _ in self._selector.select(max(0.0, deadline - time.monotonic()))}
         self._cancel.check()
         if self._sock.fileno() in ready:
@@ -285,11 +278,11 @@ class Appliance(FileReader):
         except QmpGone:
             return True
 
-    def _error(self, what: str) -> ApplianceFailed:
+    def _error(self, what: str) -> EngineEnded:
         """`what` it did, or if that is empty: how it has ended."""
         if not what:
             what = self._last_words()
-        return ApplianceFailed(f"the appliance for {', '.join(self.names)} failed: {what}")
+        return EngineEnded(f"the appliance for {', '.join(self.names)} failed: {what}")
 
     def _last_words(self) -> str:
         """What its kernel said last, or how QEMU has ended."""

@@ -81,24 +81,12 @@ class Engines:
     def obstacle(self) -> str:
         """Why the appliance cannot be had here; empty: it can, as far as is known."""
         if self._obstacle is None:
-            try:
-                check_host(self._folder)
-                self._obstacle = ""
-            except Failure as error:
-                self._obstacle = str(error)
+            self._obstacle = obstacle(self._folder)
         return self._obstacle
 
     def may_read(self, volume: Volume) -> bool:
-        """Whether the appliance is for this one, which the parser does not read, or not truly."""
-        if self._choice != AUTO or volume.is_container:
-            return False
-        if volume.can_read:
-            return bool(volume.remark)
-        return not (
-            volume.kind in _NEITHER
-            or volume.kind.endswith((b", damaged", b"pool"))
-            or volume.remark.startswith(WRONG_KEY)
-        )
+        """Whether the appliance would be asked for this one."""
+        return self._choice == AUTO and is_for_vm(volume)
 
     def find(self, disk: int, where: bytes, path: bytes) -> tuple[FileReader, Volume]:
         """The volume that has the path, and the engine that reads it. Raises Failure, UsageError."""
@@ -129,10 +117,10 @@ class Engines:
         if self._choice != AUTO or reader is self._started.get(VM):
             return False
         if found.holding:
-            return any(map(self.may_read, found.holding))
+            return any(map(is_for_vm, found.holding))
         # A log may hold the path; an encrypted volume, the volume that is meant.
         scope = _volumes(reader, disk, where) or _volumes(reader, disk) or _volumes(reader)
-        return any(map(self.may_read, scope))
+        return any(map(is_for_vm, scope))
 
     def _look_in_vm(
         self, disk: int, where: bytes, path: bytes, before: _Candidates
@@ -180,6 +168,28 @@ class Engines:
             appliance = Appliance(self._disks, self._cancel, self._keys, self._folder, self._notice)
             self._started[VM] = self._stack.enter_context(appliance)
         return self._started[VM]
+
+
+def obstacle(folder: str | None) -> str:
+    """Why the appliance cannot be had here (`folder`: see Appliance); empty: it can, as far as is known."""
+    try:
+        check_host(folder)
+    except Failure as error:
+        return str(error)
+    return ""
+
+
+def is_for_vm(volume: Volume) -> bool:
+    """Whether the appliance is for this one, which the parser does not read, or not truly."""
+    if volume.is_container:
+        return False
+    if volume.can_read:
+        return bool(volume.remark)
+    return not (
+        volume.kind in _NEITHER
+        or volume.kind.endswith((b", damaged", b"pool"))
+        or volume.remark.startswith(WRONG_KEY)
+    )
 
 
 def _look(reader: FileReader, disk: int, where: bytes, path: bytes) -> _Candidates:

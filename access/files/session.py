@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.messages import (
@@ -41,8 +42,8 @@ _SILENCE_S = 120.0
 _MAX_MESSAGES = 1 << 29
 
 
-class ParserError(Failure):
-    """The parser of file systems ended, or said what it must not."""
+class EngineEnded(Failure):
+    """An engine ended, or said what it must not."""
 
 
 class FileReader:
@@ -83,6 +84,16 @@ class FileReader:
         """Its name as it stands in a place: DISK, DISK:PARTITION or DISK/GROUP/VOLUME."""
         return place_of(self.names[volume.disk], volume)
 
+    def close(self) -> None:
+        """End the engine, at once."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _tell(self, message: FromAsker) -> None:
         """Send a message. Raises Failure."""
         raise NotImplementedError
@@ -106,9 +117,9 @@ class FileSession(FileReader):
     def __init__(
         self, disks: Sequence[tuple[str, ArchiveDisk]], cancel: Cancel, keys: Sequence[Key] = ()
     ) -> None:
+        """Starts it. Raises Failure, Cancelled."""
         self.names = [name for name, _ in disks]
         self._disks = [disk for _, disk in disks]
-        self._keys = keys
         self._cancel = cancel
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # Their own words, for the one line that tells how it ended.
@@ -127,17 +138,21 @@ class FileSession(FileReader):
         self._selector.register(self._sock, selectors.EVENT_READ)
         self._selector.register(cancel.fd, selectors.EVENT_READ)
         self.is_confined = False
+        try:
+            self._begin(keys)
+        except BaseException:
+            self.close()
+            raise
 
-    def __enter__(self) -> FileSession:
+    def _begin(self, keys: Sequence[Key]) -> None:
         first = self._hear()
         if not isinstance(first, ParserReady):
             raise self._error("it does not begin as it should")
         self.is_confined = first.is_confined
-        for key in self._keys:
+        for key in keys:
             self._tell(key)
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
         self._selector.close()
@@ -189,7 +204,7 @@ class FileSession(FileReader):
             pass
         raise self._error("it has ended")
 
-    def _error(self, what: str) -> ParserError:
+    def _error(self, what: str) -> EngineEnded:
         """With how the process ended, if it did."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             # It has closed its socket, so its end is a matter of moments.
@@ -202,7 +217,7 @@ class FileSession(FileReader):
             size = os.fstat(self._words.fileno()).st_size
             last = os.pread(self._words.fileno(), 400, max(0, size - 400)).decode(errors="replace")
             how = f" with exit code {status} ({(last.strip().splitlines() or ['?'])[-1]})"
-        return ParserError(
+        return EngineEnded(
             f"the parser of the file systems on {', '.join(self.names)} failed: {what}{how}; "
             "restore the disk, or serve it, to look at it with other tools"
         )

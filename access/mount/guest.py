@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file systems of one disk, read path by path as a kernel asks for them.
 
-Their parser is the one of `vmapipe files`, in its process without rights. Its answers are a
+The engines are those of `vmapipe files`: a parser for each disk, in a process without rights, and
+one virtual machine for all disks, for what the parsers do not read. Their answers are a
 stranger's: names that no folder can hold are left out, and ranges are checked.
 """
 
@@ -9,23 +10,22 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.copies import shown
+from vmapipe.access.files.engines import is_for_vm
 from vmapipe.access.files.messages import (
     Entry,
     EntryFailed,
     FileData,
     FromParser,
-    Key,
     ParserNotice,
     Volume,
 )
-from vmapipe.access.files.session import FileSession, ParserError, place_of
-from vmapipe.runtime.cancel import Cancel
+from vmapipe.access.files.session import EngineEnded, FileReader, place_of
 from vmapipe.runtime.errors import Cancelled, Failure, os_error_text
 
 Report = Callable[[str], None]
@@ -38,71 +38,169 @@ _MAX_NAME_BYTES = 255
 _MAX_TOLD = 1000
 
 
+class GuestReader:
+    """An engine that is started when it is first asked, and once more when it has ended.
+
+    It has one thread for all that is asked: an engine answers one command at a time, and the
+    kernel ends its process when the thread that has started it does. Any thread may ask.
+    """
+
+    def __init__(self, name: str, start: Callable[[], FileReader]) -> None:
+        """`start` may raise Failure or OSError."""
+        self._name = name
+        self._start = start
+        self._thread = ThreadPoolExecutor(1, f"engine-{name}")
+        self._reader: FileReader | None = None
+        #: What it has answered to "volumes": they do not change.
+        self.volumes: list[Volume] | None = None
+
+    def ask(
+        self,
+        look: Callable[[Iterator[FromParser]], list[FromParser]],
+        action: str,
+        disk: int,
+        volume: bytes = b"",
+        path: bytes = b"/",
+        offset: int = 0,
+        length: int = 0,
+    ) -> list[FromParser]:
+        """Return what `look` makes of the answer. Raises what it raises, Failure, Cancelled."""
+        asked = (look, action, disk, volume, path, offset, length)
+        return self._thread.submit(self._ask, *asked).result()
+
+    def close(self) -> None:
+        """End the engine. What is being asked fails."""
+        self._thread.submit(self._end)
+        self._thread.shutdown(wait=False)
+
+    # --- in the thread ---
+
+    def _ask(
+        self,
+        look: Callable[[Iterator[FromParser]], list[FromParser]],
+        action: str,
+        disk: int,
+        volume: bytes,
+        path: bytes,
+        offset: int,
+        length: int,
+    ) -> list[FromParser]:
+        for was_there in (self._reader is not None, False):
+            if self._reader is None:
+                self._reader = self._started()
+            try:
+                answer = self._reader.ask(action, disk, volume, path, offset=offset, length=length)
+                return look(answer)
+            except EngineEnded:
+                self._end()
+                if not was_there:
+                    raise
+            except Cancelled:
+                raise
+            except Failure:
+                self._end()
+                raise
+        raise EngineEnded(f"{self._name}: what reads its files ends again and again")
+
+    def _started(self) -> FileReader:
+        try:
+            return self._start()
+        except OSError as error:
+            why = os_error_text(error)
+            raise Failure(f"{self._name}: cannot start what reads its files: {why}") from error
+
+    def _end(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+
 class GuestDisk:
     """One disk's file systems. Every method may be called by any thread, and may raise OSError."""
 
     def __init__(
         self,
-        disks: Sequence[tuple[str, ArchiveDisk]],
+        name: str,
         index: int,
-        cancel: Cancel,
         report: Report,
-        keys: Sequence[Key] = (),
+        parser: GuestReader | None,
+        vm: GuestReader | None,
     ) -> None:
-        """`disks`: all of the archive, for a logical volume that begins on this one may go on there."""
-        self._disks = disks
+        """`parser`, `vm`: the engines that are there; `index`: how they name this disk.
+
+        With both, the virtual machine reads only what the parser does not, or not truly.
+        """
+        self._name = name
         self._index = index
-        self._keys = keys
-        self._name = name = disks[index][0]
-        self._cancel = cancel
         self._report = report
-        # One thread for all that is asked: a parser answers one command at a time, and
-        # the kernel ends it when the thread that has started it does.
-        self._thread = ThreadPoolExecutor(1, f"parser-{name}")
-        self._session: FileSession | None = None
+        self._parser = parser
+        self._vm = vm
+        # What is known of the disk belongs to whoever holds this.
+        self._lock = threading.Lock()
         self._volumes: dict[bytes, Volume] | None = None
+        self._in_vm: set[bytes] = set()
         self._folders: OrderedDict[tuple[bytes, bytes], dict[bytes, Entry]] = OrderedDict()
         self._entries = 0
         self._told: set[str] = set()
 
     def volumes(self) -> list[Volume]:
         """The file systems that can be read; the others are told once."""
-        return self._thread.submit(self._find_volumes).result()
+        with self._lock:
+            if self._volumes is None:
+                self._volumes = self._find_volumes()
+            return list(self._volumes.values())
 
     def entry(self, volume: bytes, path: bytes) -> Entry:
         """What has this path. Raises OSError (ENOENT)."""
-        return self._thread.submit(self._entry, volume, path).result()
+        with self._lock:
+            return self._entry(volume, path)
 
     def entries(self, volume: bytes, path: bytes) -> dict[bytes, Entry]:
         """The entries of a folder, by name."""
-        return self._thread.submit(self._list, volume, path).result()
+        with self._lock:
+            return self._list(volume, path)
 
     def read(self, volume: bytes, path: bytes, offset: int, length: int) -> bytes:
         """Bytes of a file, holes as zeroes: all `length`, which the caller knows to be inside."""
-        return self._thread.submit(self._read, volume, path, offset, length).result()
+        with self._lock:
+            return self._read(volume, path, offset, length)
 
-    def close(self) -> None:
-        """End the parser. What is being asked fails."""
-        self._thread.submit(self._end_session)
-        self._thread.shutdown(wait=False)
+    # --- the lock is held ---
 
-    # --- In the thread ---
+    def _find_volumes(self) -> dict[bytes, Volume]:
+        found = self._volumes_of(self._parser) if self._parser else {}
+        if self._vm and (not self._parser or any(map(is_for_vm, found.values()))):
+            try:
+                there = self._volumes_of(self._vm)
+            except OSError:
+                there = {}  # it was told why
+            for name, volume in there.items():
+                known = found.get(name)
+                if known is None or (is_for_vm(known) and (volume.can_read or not known.can_read)):
+                    found[name] = volume
+                    self._in_vm.add(name)
+        for volume in found.values():
+            self._tell_of(volume)
+        return {name: volume for name, volume in found.items() if volume.can_read}
 
-    def _find_volumes(self) -> list[Volume]:
-        if self._volumes is None:
-            found = {}
-            for message in self._ask("volumes"):
-                if not isinstance(message, Volume) or message.disk != self._index:
-                    continue
-                if message.can_read:
-                    found[message.name] = message
-                elif not message.is_container and message.kind not in (b"", b"swap"):
-                    where = place_of(self._name, message)
-                    kind, why = os.fsdecode(message.kind), os.fsdecode(message.remark)
-                    why = why or "its file system is not read here"
-                    self._tell(f"{where} ({kind}) is not shown: {why}")
-            self._volumes = found
-        return list(self._volumes.values())
+    def _volumes_of(self, reader: GuestReader) -> dict[bytes, Volume]:
+        if reader.volumes is None:
+            answer = self._ask_reader(reader, "volumes", -1)
+            reader.volumes = [message for message in answer if isinstance(message, Volume)]
+        return {item.name: item for item in reader.volumes if item.disk == self._index}
+
+    def _tell_of(self, volume: Volume) -> None:
+        """Say what is not shown, or not as it was."""
+        where = place_of(self._name, volume)
+        kind, why = os.fsdecode(volume.kind), os.fsdecode(volume.remark)
+        if volume.can_read:
+            if why:
+                self._tell(f"{where} ({kind}): {why}")
+        elif self._in_vm and volume.kind.endswith(b"pool"):
+            pass  # its volumes are shown
+        elif not volume.is_container and volume.kind not in (b"", b"swap"):
+            why = why or "its file system is not read here"
+            self._tell(f"{where} ({kind}) is not shown: {why}")
 
     def _entry(self, volume: bytes, path: bytes) -> Entry:
         folder, _, name = path.rpartition(b"/")
@@ -155,38 +253,34 @@ class GuestDisk:
         return bytes(data)
 
     def _ask(
-        self, action: str, volume: bytes = b"", path: bytes = b"/", offset: int = 0, length: int = 0
+        self, action: str, volume: bytes, path: bytes, offset: int = 0, length: int = 0
     ) -> list[FromParser]:
-        """The whole answer. A parser that has ended, its time used up, is started again once."""
-        was_there = self._session is not None
-        try:
-            if self._session is None:
-                self._session = self._started()
-            disk = self._index
-            answer = self._session.ask(action, disk, volume, path, offset=offset, length=length)
+        reader = self._vm if volume in self._in_vm else self._parser
+        if reader is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return self._ask_reader(reader, action, self._index, volume, path, offset, length)
+
+    def _ask_reader(
+        self,
+        reader: GuestReader,
+        action: str,
+        disk: int,
+        volume: bytes = b"",
+        path: bytes = b"/",
+        offset: int = 0,
+        length: int = 0,
+    ) -> list[FromParser]:
+        """The whole answer. Raises OSError."""
+
+        def look(answer: Iterator[FromParser]) -> list[FromParser]:
             return list(self._looked_at(answer, path))
-        except ParserError as error:
-            self._end_session()
-            if not was_there:
-                raise self._fault(str(error)) from error
-            return self._ask(action, volume, path, offset, length)
+
+        try:
+            return reader.ask(look, action, disk, volume, path, offset, length)
         except Cancelled as error:
             raise OSError(errno.EIO, str(error)) from error
         except Failure as error:
-            self._end_session()
             raise self._fault(str(error)) from error
-
-    def _started(self) -> FileSession:
-        try:
-            session = FileSession(self._disks, self._cancel, self._keys)
-        except OSError as error:
-            why = os_error_text(error)
-            raise self._fault(f"{self._name}: cannot start the parser: {why}") from error
-        try:
-            return session.__enter__()
-        except BaseException:
-            session.__exit__()
-            raise
 
     def _looked_at(self, answer: Iterator[FromParser], path: bytes) -> Iterator[FromParser]:
         """The messages, less what is told; the answer is heard to its end even if it is too long."""
@@ -220,11 +314,6 @@ class GuestDisk:
         if text not in self._told and len(self._told) < _MAX_TOLD:
             self._told.add(text)
             self._report(text)
-
-    def _end_session(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            session.__exit__()
 
 
 def _is_name(name: bytes) -> bool:

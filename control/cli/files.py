@@ -117,6 +117,14 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="for ls and find: names as they are, each ended by a zero byte (for xargs -0)",
     )
     add_key_option(parser)
+    add_engine_options(parser)
+    add_cache_options(parser)
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _files(options))
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add what reads file systems, and with what."""
     parser.add_argument(
         "--engine",
         choices=ENGINES,
@@ -130,9 +138,6 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="for the engine vm: where a kernel and its modules are, as dpkg-deb -x leaves Debian's package "
         "linux-image-…-cloud-amd64 (default: $VMAPIPE_APPLIANCE, or this host's own kernel)",
     )
-    add_cache_options(parser)
-    options = parser.parse_args(argv)
-    return run(prog, lambda: _files(options))
 
 
 def add_key_option(parser: argparse.ArgumentParser) -> None:

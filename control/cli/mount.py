@@ -10,14 +10,17 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes.util import find_library
 
 from vmapipe.access.archive import OpenArchive, Report, open_for_access
-from vmapipe.access.mount.guest import GuestDisk
+from vmapipe.access.files.appliance import Appliance
+from vmapipe.access.files.engines import PARSER, VM, obstacle
+from vmapipe.access.files.session import FileReader, FileSession
+from vmapipe.access.mount.guest import GuestDisk, GuestReader
 from vmapipe.access.mount.tree import ArchiveTree
 from vmapipe.control.cli.errors import naming
-from vmapipe.control.cli.files import add_key_option, disks_of, read_keys
+from vmapipe.control.cli.files import add_engine_options, add_key_option, disks_of, read_keys
 from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.runtime.arguments import make_parser
@@ -28,7 +31,7 @@ from vmapipe.runtime.process import run
 DESCRIPTION = """\
 Show an archive as a folder, read-only, without restoring it: disks/NAME.raw is each
 disk, config/NAME each configuration, and files/DISK/PARTITION/ the files of each file
-system that `vmapipe files` reads (`whole` where a disk has no partitions, GROUP/VOLUME/ for
+system that `vmapipe files` reads, with the same engines (`whole` where a disk has no partitions, GROUP/VOLUME/ for
 a logical volume). What is read is
 compared with the manifest when it is first touched: damage is an I/O error, with a line here
 that says where. It runs until the folder is unmounted (fusermount3 -u DIR) or until Ctrl-C.
@@ -43,6 +46,7 @@ examples:
   cp --sparse=always /mnt/vm/disks/drive-scsi0.raw ./
   fusermount3 -u /mnt/vm
 """
+_NOT_ASKED_FOR = "it was not asked for"
 _NO_EXTRA = "archives are mounted with mfusepy: pip install 'vmapipe[mount]'"
 _OTHER_WAYS = "vmapipe serve and vmapipe files do without"
 
@@ -50,6 +54,7 @@ _OTHER_WAYS = "vmapipe serve and vmapipe files do without"
 def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
     add_key_option(parser)
+    add_engine_options(parser)
     add_cache_options(parser)
     add_report_options(parser)
     parser.add_argument(
@@ -83,13 +88,7 @@ def _mount(options: argparse.Namespace) -> None:
         with naming(options.archive):
             archive = open_for_access(options.archive, cancel, report, caches_of(options))
         stack.callback(archive.close)
-        guests: dict[str, GuestDisk] = {}
-        if importlib.util.find_spec("pytsk3") is None:
-            report("files/ is left out, it needs pytsk3: pip install 'vmapipe[files]'")
-        else:
-            guests = _guests(archive, options, cancel, report)
-        for guest in guests.values():
-            stack.callback(guest.close)
+        guests = _guests(archive, options, cancel, report, stack)
         with naming(options.archive):
             tree = ArchiveTree(archive, guests)
 
@@ -102,13 +101,42 @@ def _mount(options: argparse.Namespace) -> None:
 
 
 def _guests(
-    archive: OpenArchive, options: argparse.Namespace, cancel: Cancel, report: Report
+    archive: OpenArchive,
+    options: argparse.Namespace,
+    cancel: Cancel,
+    report: Report,
+    stack: contextlib.ExitStack,
 ) -> dict[str, GuestDisk]:
+    """The file systems of each disk; `stack` ends what reads them. Raises Failure, UsageError."""
     disks = disks_of(archive)
     keys = read_keys(options, [name for name, _ in disks])
-    return {
-        name: GuestDisk(disks, index, cancel, report, keys) for index, (name, _) in enumerate(disks)
-    }
+    has_parser = options.engine != VM and importlib.util.find_spec("pytsk3") is not None
+    why_no_vm = _NOT_ASKED_FOR if options.engine == PARSER else obstacle(options.appliance)
+    if options.engine == VM and why_no_vm:
+        raise Failure(why_no_vm)
+    if not has_parser and why_no_vm:
+        report(
+            "files/ is left out, it needs pytsk3: pip install 'vmapipe[files]'; or --engine vm, "
+            f"but: {why_no_vm}"
+        )
+        return {}
+
+    def reader(name: str, start: Callable[[], FileReader]) -> GuestReader:
+        made = GuestReader(name, start)
+        stack.callback(made.close)
+        return made
+
+    def start_vm() -> FileReader:
+        return Appliance(disks, cancel, keys, options.appliance, report)
+
+    vm = None if why_no_vm else reader("the virtual machine", start_vm)
+    guests = {}
+    for index, (name, _) in enumerate(disks):
+        parser = None
+        if has_parser:
+            parser = reader(name, lambda: FileSession(disks, cancel, keys))
+        guests[name] = GuestDisk(name, index, report, parser, vm)
+    return guests
 
 
 def _empty_folder(name: str) -> str:

@@ -175,7 +175,7 @@ def run(content: bytes) -> Outcome:
                 if volume.can_read and not _copy(parser, volume, number, fd, said, started):
                     break
             peak = _Forked.last.peak_bytes()
-    except session.ParserError as error:
+    except session.EngineEnded as error:
         has_ended = True
         said.add(_plain(str(error)))
     finally:
@@ -197,7 +197,7 @@ def _copy(
     said: set[str],
     started: float,
 ) -> bool:
-    """Return False where it was cut off. Raises ParserError."""
+    """Return False where it was cut off. Raises EngineEnded."""
 
     def report(text: str) -> None:
         said.add(_plain(text))

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from tests.access.images.make import KEY, many_files, unpack
+from tests.access.mounting import mounting
 from tests.conftest import absent
 from tests.guest import find_kernel
 from tests.machine import LIMIT_S, VMAPIPE, Need, bad, good
@@ -246,6 +247,29 @@ def test_a_damaged_file_system_is_refused_with_the_kernels_reason(
 
 def test_a_wrong_key_is_said(volumes: dict[str, Volume]) -> None:
     assert volumes["locked:2"].remark == b"wrong key: No key available with this passphrase."
+
+
+def test_a_mount_shows_what_only_the_virtual_machine_reads(archive: Path, tmp_path: Path) -> None:
+    with mounting(tmp_path / "m", archive) as mounted:
+        files = mounted.folder / "files"
+        assert [item.name for item in (files / "xfs").iterdir()] == ["whole"]
+        assert (files / "xfs/whole/new/file").read_bytes() == b"after\n"
+        # The parser reads this one, less what the log has.
+        assert (files / "fast/whole/new/file").read_bytes() == b"after\n"
+        assert (files / "lvm0/group/linear/old/file").read_bytes() == b"before\n"
+        assert list((files / "damaged").iterdir()) == []
+    assert "damaged (xfs) is not shown: cannot be mounted: " in mounted.said
+
+
+def test_a_mount_without_the_virtual_machine_says_which_log_is_not_replayed(
+    archive: Path, tmp_path: Path
+) -> None:
+    with mounting(tmp_path / "m", archive, "--engine", "parser") as mounted:
+        files = mounted.folder / "files"
+        assert list((files / "xfs").iterdir()) == []
+        assert (files / "fast/whole/old/file").read_bytes() == b"before\n"
+    assert "xfs (xfs) is not shown: " in mounted.said
+    assert "fast (ext4): " in mounted.said
 
 
 def test_a_killed_qemu_is_one_clear_line(archive: Path) -> None:

@@ -30,9 +30,9 @@ from vmapipe.access.files.messages import (
     ParserReady,
     Volume,
 )
+from vmapipe.access.files.session import FileReader
 from vmapipe.access.mount import guest as guest_module
-from vmapipe.access.mount.guest import GuestDisk
-from vmapipe.runtime.cancel import Cancel
+from vmapipe.access.mount.guest import GuestDisk, GuestReader
 
 CONF = b"memory: 512\nscsi0: whole\n"
 
@@ -349,17 +349,12 @@ def test_without_the_extra_it_says_what_to_install(work: Path, tmp_path: Path) -
 # --- a parser that has been taken over ---
 
 
-class Hostile:
-    """In a session's place: answers with what it was given."""
+class Hostile(FileReader):
+    """In an engine's place: answers with what it was given."""
 
     answers: tuple[FromParser, ...] = ()
 
-    def __init__(self, *_: object) -> None: ...
-
-    def __enter__(self) -> Hostile:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
+    def close(self) -> None: ...
 
     def ask(self, *_: object, **__: object) -> Iterator[FromParser]:
         yield from self.answers
@@ -370,14 +365,11 @@ def entry(path: bytes, kind: int = FILE) -> Entry:
 
 
 @pytest.fixture
-def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GuestDisk, list[str]]]:
-    monkeypatch.setattr(guest_module, "FileSession", Hostile)
+def hostile() -> Iterator[tuple[GuestDisk, list[str]]]:
     told: list[str] = []
-    cancel = Cancel()
-    disk = GuestDisk([("d", None)], 0, cancel, told.append)  # type: ignore[list-item]
-    yield disk, told
-    disk.close()
-    cancel.close()
+    reader = GuestReader("d", Hostile)
+    yield GuestDisk("d", 0, told.append, reader, None), told
+    reader.close()
 
 
 def test_names_that_no_folder_can_hold_are_left_out_and_told(

@@ -24,7 +24,8 @@ from tests.access.volumes import (
 from tests.machine import Need, bad, good, run
 from vmapipe.access.archive import Caches, open_for_access
 from vmapipe.access.disk import ArchiveDisk
-from vmapipe.access.mount.guest import GuestDisk
+from vmapipe.access.files.session import FileSession
+from vmapipe.access.mount.guest import GuestDisk, GuestReader
 from vmapipe.access.mount.tree import ArchiveTree
 from vmapipe.runtime.cancel import Cancel
 
@@ -213,8 +214,10 @@ def test_a_mount_shows_logical_volumes_on_all_their_disks(group: Path) -> None:
     told: list[str] = []
     archive = open_for_access(str(group), cancel, told.append, Caches(None, "/tmp", 0))
     disks = [(device.name, ArchiveDisk(archive, device)) for device in archive.header.devices]
+    reader = GuestReader("both", lambda: FileSession(disks, cancel))
     guests = {
-        name: GuestDisk(disks, index, cancel, told.append) for index, (name, _) in enumerate(disks)
+        name: GuestDisk(name, index, told.append, reader, None)
+        for index, (name, _) in enumerate(disks)
     }
     try:
         tree = ArchiveTree(archive, guests)
@@ -222,8 +225,7 @@ def test_a_mount_shows_logical_volumes_on_all_their_disks(group: Path) -> None:
         path = b"/files/sdb/vg0/span/span"
         assert tree.read(path, 0, tree.attributes(path).size_bytes) == b"this is span\n"
     finally:
-        for guest in guests.values():
-            guest.close()
+        reader.close()
         archive.close()
         cancel.close()
     assert not [line for line in told if "holds /vg0" in line]
