@@ -51,6 +51,7 @@ ONLY_IN = {
     "mfusepy": {"access/mount/fuse.py"},
     "cryptography": {"access/files/luks.py"},
     "lzallright": {"access/lzo.py"},
+    "libvirt": {"control/hosts/libvirt/connect.py"},
     "botocore": {"runtime/objectstore.py"},
     "dissect": set[str](),  # for tests: another project's reader, under another licence
 }

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A connection to libvirt's daemon: its errors in words, and an end to every wait.
+
+The one file that imports libvirt's library. Every call goes through `Host.call`: a daemon that
+hangs (stopped, its storage dead) never holds the caller for longer than the call's time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+import threading
+import urllib.parse
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as LateError
+from importlib.machinery import PathFinder
+from typing import Any, TypeVar
+
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
+from vmapipe.runtime.threads import DaemonPool
+
+Result = TypeVar("Result")
+
+#: Debian's python3-libvirt, which a virtual environment does not see.
+_DISTRIBUTION = "/usr/lib/python3/dist-packages"
+#: Libvirt itself waits 30 s for a machine that another of its commands is busy with.
+CALL_S = 45.0
+_OPEN_S = 15.0
+# A daemon that answers nothing for 15 s is given up by the library: each call then ends.
+_KEEPALIVE_S, _KEEPALIVE_TRIES = 5, 3
+# Its event loop is woken so often, so that it sees what was added meanwhile.
+_LOOP_MS = 1000
+# Calls that hang keep a thread each: as many may before new ones have to wait for them.
+_THREADS = 4
+_WORDS_CHARS = 600
+
+
+class LibvirtFailure(Failure):
+    """An error that libvirt has answered with; `code` is one of its VIR_ERR_ numbers, 0: no answer."""
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Library:
+    """The module `libvirt`, loaded once a process, quiet, and with its event loop running."""
+
+    _module: Any = None
+    _lock = threading.Lock()
+
+    @classmethod
+    def get(cls) -> Any:
+        """Return the module. Raises Failure where it is not installed."""
+        with cls._lock:
+            if cls._module is None:
+                cls._module = _load()
+                _prepare(cls._module)
+        return cls._module
+
+
+def _load() -> Any:
+    try:
+        import libvirt
+
+        return libvirt
+    except ImportError as error:
+        reason = str(error)
+    # In a virtual environment the distribution's own serves as well, if it is for this Python.
+    place = f"{_DISTRIBUTION}/libvirt.py"
+    native = PathFinder.find_spec("libvirtmod", [_DISTRIBUTION])
+    spec = importlib.util.spec_from_file_location("libvirt", place)
+    if native is not None and native.loader is not None and spec is not None and spec.loader:
+        try:
+            sys.modules["libvirtmod"] = importlib.util.module_from_spec(native)
+            native.loader.exec_module(sys.modules["libvirtmod"])
+            module = importlib.util.module_from_spec(spec)
+            sys.modules["libvirt"] = module
+            spec.loader.exec_module(module)
+            return module
+        except (ImportError, OSError) as error:
+            sys.modules.pop("libvirt", None)
+            sys.modules.pop("libvirtmod", None)
+            reason = str(error)
+    raise Failure(
+        f"libvirt's library for Python cannot be loaded ({one_line(reason, _WORDS_CHARS)}): "
+        "`apt install python3-libvirt`, or `pip install 'vmapipe[libvirt]'`"
+    )
+
+
+def _prepare(module: Any) -> None:
+    # It prints every error to stderr otherwise.
+    module.registerErrorHandler(lambda context, error: None, None)
+    module.virEventRegisterDefaultImpl()
+    # A loop that nothing wakes would not see handles that come later.
+    module.virEventAddTimeout(_LOOP_MS, lambda timer, opaque: None, None)
+
+    def loop() -> None:
+        while module.virEventRunDefaultImpl() == 0:
+            pass
+
+    threading.Thread(target=loop, name="libvirt-events", daemon=True).start()
+
+
+class Host:
+    """An open connection; use `closing`, or call `close`. Every method but that raises LibvirtFailure."""
+
+    def __init__(self, uri: str = "") -> None:
+        """Connect to `uri`; empty: LIBVIRT_DEFAULT_URI, or what libvirt chooses. Raises Failure."""
+        self.lib = Library.get()
+        self._pool = DaemonPool(_THREADS, "libvirt")
+        self.uri = uri
+        try:
+            self.connection: Any = self._wait(
+                "opening the connection", _OPEN_S, lambda: self.lib.open(uri or None)
+            )
+        except LibvirtFailure as failure:
+            self._pool.close()
+            raise LibvirtFailure(
+                f"cannot reach libvirt at {shown_uri(uri)}: {failure}{_hint(str(failure))}",
+                failure.code,
+            ) from failure
+        with contextlib.suppress(self.lib.libvirtError):  # an embedded one has none
+            self.connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_TRIES)
+
+    def close(self) -> None:
+        """Close it, without waiting for a daemon that hangs."""
+        with contextlib.suppress(Failure):
+            self._wait("closing the connection", 2.0, self.connection.close)
+        self._pool.close()
+
+    def call(self, function: Callable[..., Result], *words: Any, limit_s: float = CALL_S) -> Result:
+        """Return what `function`, a method of one of libvirt's objects, returns."""
+        name = getattr(function, "__name__", "a call")
+        return self._wait(name, limit_s, lambda: function(*words))
+
+    def domain(self, name: str) -> Any:
+        """Look up a domain by name, uuid or, of one that runs, its number, as virsh does."""
+        lookups: list[Callable[[], Any]] = [
+            lambda: self.connection.lookupByName(name),
+            lambda: self.connection.lookupByUUIDString(name),
+        ]
+        if name.isdecimal() and int(name) < 1 << 31:
+            lookups.insert(0, lambda: self.connection.lookupByID(int(name)))
+        for lookup in lookups:
+            try:
+                return self._wait("looking up the domain", CALL_S, lookup)
+            except LibvirtFailure as failure:
+                absent = (self.lib.VIR_ERR_NO_DOMAIN, self.lib.VIR_ERR_INVALID_ARG)
+                if failure.code not in absent:
+                    raise
+        known = self.call(self.connection.listAllDomains)
+        names = (
+            ", ".join(sorted(name_text(domain.name()) for domain in known[:20])) or "none at all"
+        )
+        raise LibvirtFailure(
+            f"libvirt at {shown_uri(self.uri)} has no domain {name_text(name)}; it has {names}",
+            self.lib.VIR_ERR_NO_DOMAIN,
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        """Tell whether the connection still stands."""
+        try:
+            return bool(self._wait("isAlive", 2.0, self.connection.isAlive))
+        except LibvirtFailure:
+            return False
+
+    def _wait(self, what: str, limit_s: float, job: Callable[[], Result]) -> Result:
+        future = self._pool.submit(job)
+        try:
+            return future.result(limit_s)
+        except self.lib.libvirtError as error:
+            raise LibvirtFailure(words_of(error), error.get_error_code() or 0) from error
+        except LateError as error:
+            raise LibvirtFailure(
+                f"libvirt has not answered {what} within {limit_s:.0f} s: is its daemon stopped, or "
+                "the machine's QEMU or storage stuck?"
+            ) from error
+
+
+def words_of(error: Any) -> str:
+    """Return an error of libvirt's as one line."""
+    return one_line(str(error.get_error_message() or error), _WORDS_CHARS)
+
+
+def is_remote(uri: str) -> bool:
+    """Tell whether a connection's URI names another host."""
+    return bool(urllib.parse.urlsplit(uri).hostname)
+
+
+def shown_uri(uri: str) -> str:
+    """Return a URI for messages."""
+    return one_line(uri, MAX_NAME_CHARS) if uri else "its usual address"
+
+
+def _hint(words: str) -> str:
+    """Return the way out that an error of opening has, if it is known."""
+    if "No such file" in words or "Connection refused" in words:
+        return "; is libvirtd (or virtqemud) running? `systemctl start libvirtd`"
+    if "ermission denied" in words or "authentication" in words:
+        return "; run this as root, or as a member of the group libvirt"
+    return ""
