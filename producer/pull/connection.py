@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import ssl
+import struct
 import time
 from typing import NamedTuple
 
@@ -21,9 +23,12 @@ from vmapipe.protocol.nbd.reply import Data, Hole, ReplyEvent, RequestDone, Requ
 from vmapipe.protocol.nbd.session import encode_request
 from vmapipe.runtime.errors import os_error_text
 
-# One visit takes no more: others wait, too. What is under way is hardly ever so much.
-_MOST_RECEIVES = 256
+# One visit takes no more: others wait, too, and what is read next is to be asked for in time.
+_MOST_RECEIVES = 8
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
+# The kernel waits for the rest of an answer's data: a socket holds 200 KB, and Python would be
+# woken for each. Not for longer than this: another connection may have something, or the archiver.
+_REST_OF_DATA = struct.pack("@ll", 0, 10_000)
 
 
 class ConnectionLost(Exception):
@@ -73,7 +78,13 @@ class ExportConnection:
     def __init__(self, opened: OpenExport) -> None:
         self.session = opened.session
         self._socket = opened.socket
-        self._socket.setblocking(False)
+        # What TLS holds the kernel cannot wait for.
+        is_plain = not isinstance(opened.socket, ssl.SSLSocket)
+        self._socket.setblocking(is_plain)
+        self._at_once = socket.MSG_DONTWAIT if is_plain else 0
+        self._whole = socket.MSG_WAITALL if is_plain else 0
+        if is_plain:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _REST_OF_DATA)
         self._codec = NbdClientTransmission(opened.session)
         self._tasks: dict[int, Task] = {}
         # Of the task whose answer is being read.
@@ -81,6 +92,8 @@ class ExportConnection:
         self._status: dict[int, Status] = {}
         self._out = bytearray()
         self._is_blocked = False
+        # The rest of an answer's data takes longer.
+        self._is_stalled = False
         # What the next visit has to tell.
         self._fault: Exception | None = None
         #: The last visit ended before all was read.
@@ -121,7 +134,7 @@ class ExportConnection:
         """Send what can be sent now. Raises ConnectionLost."""
         try:
             while self._out:
-                del self._out[: self._socket.send(self._out)]
+                del self._out[: self._socket.send(self._out, self._at_once)]
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
             return
         except OSError as error:
@@ -130,14 +143,17 @@ class ExportConnection:
     def receive(self) -> list[Answer]:
         """Take in what has come. Raises ConnectionLost, ProtocolError; what was answered before counts."""
         answers: list[Answer] = []
-        self._is_blocked = self.has_more = False
+        self._is_blocked = self._is_stalled = self.has_more = False
         if self._fault is not None:
             raise self._fault
         try:
             for _ in range(_MOST_RECEIVES):
                 for event in self._take():
                     self._note(event, answers)
-            self.has_more = True
+                if self._is_stalled:
+                    break
+            else:
+                self.has_more = True
         except _WOULD_BLOCK:
             pass
         except ssl.SSLWantWriteError:
@@ -158,10 +174,11 @@ class ExportConnection:
                 task = self._tasks[payload.cookie]
                 start = payload.offset - task.offset
                 target = _target(task)[start : start + payload.length]
-                count = self._socket.recv_into(target)
+                count = self._socket.recv_into(target, 0, self._whole)
+                self._is_stalled = count < payload.length
                 events = self._codec.took(count)
             else:
-                head = self._socket.recv(self._codec.wanted_bytes)
+                head = self._socket.recv(self._codec.wanted_bytes, self._at_once)
                 count = len(head)
                 events = list(self._codec.feed(head))
         except (*_WOULD_BLOCK, ssl.SSLWantWriteError):
@@ -220,7 +237,7 @@ class ExportConnection:
         """`politely`: say so to the server, if nothing hinders."""
         if politely and not self._out:
             try:
-                self._socket.send(self._codec.disconnect())
+                self._socket.send(self._codec.disconnect(), self._at_once)
             except OSError:
                 pass  # it is closed anyway
         self._socket.close()

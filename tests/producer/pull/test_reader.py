@@ -242,7 +242,7 @@ def test_what_was_under_way_on_a_lost_connection_is_read_over_another(tmp_path: 
             raise ConnectionError
         return None
 
-    disk = Scripted(random.Random(1).randbytes(16 << 20), script)
+    disk = Scripted(random.Random(1).randbytes(16 << 20) * 3, script)
     with DiskServer(tmp_path / "s", disk, [export_of(len(disk.content))]) as server:
         with pulled(server) as reader:
             assert content(reader) == disk.content
