@@ -13,9 +13,12 @@ from typing import NamedTuple
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.limits import MAX_RUN_CLUSTERS
 
+#: In the place of a position: the clusters are all zero, or as the base has them.
+ZEROES, UNCHANGED = -1, -2
+
 
 class Chunk(NamedTuple):
-    """A run of clusters that waits to be sent. `position` -1: they are all zero."""
+    """A run of clusters that waits to be sent. `position`: where its data is, ZEROES or UNCHANGED."""
 
     first: int
     clusters: int

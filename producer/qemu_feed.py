@@ -8,7 +8,7 @@ import time
 from typing import NamedTuple
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.producer.chunks import Chunk
+from vmapipe.producer.chunks import UNCHANGED, ZEROES, Chunk
 from vmapipe.producer.nbd.backend import sink_export
 from vmapipe.producer.nbd.server import Offer, Server, answer_promptly
 from vmapipe.producer.qemu_sink import MAX_PIECE_CLUSTERS, QemuSink
@@ -193,19 +193,19 @@ class QemuFeed:
         """Take the good end of QEMU's job. Raises Failure when less has come than that means."""
         sink = self._sink
         came_bytes = sink.arrived * CLUSTER_BYTES
-        if not copied.rest_is_zero and sink.missing:
+        if copied.rest == "none" and sink.missing:
             raise Failure(
                 f"disk {self.name!r}: QEMU's job has ended, but {sink.missing} of {sink.clusters} "
                 "clusters have not come"
             )
         # The last cluster counts as a whole one on both sides.
-        if copied.rest_is_zero and came_bytes < copied.copied_bytes:
+        if copied.rest != "none" and came_bytes < copied.copied_bytes:
             raise Failure(
                 f"disk {self.name!r}: QEMU's job has copied {copied.copied_bytes} bytes, but "
                 f"{came_bytes} have come"
             )
-        if copied.rest_is_zero:
-            sink.rest_is_zero()
+        if copied.rest != "none":
+            sink.rest_is(UNCHANGED if copied.rest == "unchanged" else ZEROES)
         self._job_ended = True
 
     def finish(self) -> None: ...

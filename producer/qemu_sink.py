@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from vmapipe.clusters.cluster_set import ClusterSet
 from vmapipe.clusters.sizes import CLUSTER_BYTES, cluster_count
 from vmapipe.producer.chunks import (
+    ZEROES,
     Chunk,
     PartialClusters,
     TooManyPartialClusters,
@@ -118,6 +119,7 @@ class QemuSink(WriteOnlyBackend):
         self._zeroes_at = 0.0
         # Behind it is what has not come and will not come; -1: that may still come.
         self._rest_from = -1
+        self._rest_kind = ZEROES
         # Positions of runs in the queue whose data is still being copied.
         self._filling: set[int] = set()
         self._sleeping = self._woken = False
@@ -137,11 +139,11 @@ class QemuSink(WriteOnlyBackend):
         """Clusters that have come."""
         return self._arrivals.count
 
-    def rest_is_zero(self) -> None:
-        """Take what has not come yet as zero: it will not come."""
+    def rest_is(self, kind: int) -> None:
+        """Take what has not come yet as this kind, ZEROES or UNCHANGED: it will not come."""
         with self._changed:
             if not self.failure:
-                self._rest_from = 0
+                self._rest_from, self._rest_kind = 0, kind
 
     def limit(self, bytes_per_s: int) -> None:
         """Another speed limit, which QEMU's job has been given."""
@@ -192,13 +194,15 @@ class QemuSink(WriteOnlyBackend):
             return first
 
     def sent(self, clusters: int) -> None:
-        """Mark so many of the first chunk's clusters as sent; less than all only of zeroes."""
+        """Mark so many of the first chunk's clusters as sent; less than all only of those
+        without data.
+        """
         with self._changed:
             if self.failure:
                 return
-            first, count, _, _ = self._queue.popleft()
+            first, count, kind, _ = self._queue.popleft()
             if clusters < count:
-                self._queue.appendleft(Chunk(first + clusters, count - clusters, -1, 0))
+                self._queue.appendleft(Chunk(first + clusters, count - clusters, kind, 0))
             if self._turns:
                 self._changed.notify_all()
 
@@ -384,14 +388,14 @@ class QemuSink(WriteOnlyBackend):
                 self._wake()
 
     def _queue_rest(self) -> None:
-        """Queue some of what has not come, as zeroes. The lock is held."""
+        """Queue some of what has not come, as the kind that it is. The lock is held."""
         arrivals, end = self._arrivals, self._arrivals.size
         while self.missing and len(self._queue) < _REST_RUNS:
             first = arrivals.next_missing(self._rest_from, end)
             longest = min(end, first + MAX_RUN_CLUSTERS)
             self._rest_from = arrivals.next_present(first, longest)
             arrivals.add(first, self._rest_from - first)
-            self._queue.append(Chunk(first, self._rest_from - first, -1, 0))
+            self._queue.append(Chunk(first, self._rest_from - first, self._rest_kind, 0))
 
     def _wake(self) -> None:
         if self._sleeping:

@@ -169,10 +169,14 @@ class SpeedCommand(TypedDict):
     bytes_per_s: int
 
 
+#: What a backup job of QEMU has not sent: nothing, what was never written to, what the base has.
+Rest = Literal["none", "zero", "unchanged"]
+
+
 class CopiedCommand(TypedDict):
     order: Literal["copied"]
     bytes: int
-    rest_is_zero: bool
+    rest: Rest
 
 
 class JobSpeedSetCommand(TypedDict):
@@ -257,23 +261,24 @@ def speed_in(command: Command) -> int | None:
 class JobCopied(NamedTuple):
     """The successful end of QEMU's backup job of a disk. `copied_bytes`: as QEMU reports it.
 
-    `rest_is_zero`: it has left out what its image has never been given, which reads as zeroes.
+    `rest`: what it has left out: what its image has never been given, which reads as zeroes; or what
+    has not changed since the base.
     """
 
     copied_bytes: int
-    rest_is_zero: bool
+    rest: Rest = "none"
 
 
 def copied_command(copied: JobCopied) -> Command:
     """Return the command that says that all of the disk has been sent to the sink."""
-    return {"order": "copied", "bytes": copied.copied_bytes, "rest_is_zero": copied.rest_is_zero}
+    return {"order": "copied", "bytes": copied.copied_bytes, "rest": copied.rest}
 
 
 def copied_in(command: Command) -> JobCopied | None:
     """Return the end of QEMU's job; None: another command."""
     if command["order"] != "copied":
         return None
-    return JobCopied(int(command["bytes"]), bool(command["rest_is_zero"]))
+    return JobCopied(int(command["bytes"]), command["rest"])
 
 
 #: QEMU's job has been given the speed that its sink asked for last.

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from vmapipe.control.qemu.disks import MachineDisk
@@ -26,6 +26,7 @@ from vmapipe.control.qemu.features import Features
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.jobs import (
     CBW_GRACE_S,
+    BackupTarget,
     check_nodes,
     copy_snapshot,
     device_path,
@@ -176,13 +177,19 @@ def choose_method(
 
 
 class Handover:
-    """The hand-over of the disks with these `indices`, in one backup whose jobs have just begun."""
+    """The hand-over of these disks, by index, in one backup whose jobs have just begun."""
 
-    def __init__(self, qmp: Qmp, run: str, indices: Sequence[int], features: Features) -> None:
+    def __init__(
+        self, qmp: Qmp, run: str, targets: Mapping[int, BackupTarget], features: Features
+    ) -> None:
         self._qmp = qmp
         self._run = run
-        self._indices = indices
+        self._targets = targets
         self._features = features
+
+    @property
+    def indices(self) -> Sequence[int]:
+        return tuple(self._targets)
 
     def carry_out(self) -> list[int]:
         """Return the disks whose writes go through a filter of ours from now on; the others keep
@@ -191,7 +198,7 @@ class Handover:
         These copy slowly until they are told otherwise. Raises Failure, QmpGone.
         """
         blocks = self._qmp.execute(Command("query-block", {}))
-        taken = [index for index in self._indices if self._insert(index, blocks)]
+        taken = [index for index in self._targets if self._insert(index, blocks)]
         for index in taken:
             with contextlib.suppress(QmpRefused):  # it has ended
                 self._qmp.execute(Command("job-cancel", {"id": job_name(self._run, index)}))
@@ -253,7 +260,7 @@ class Handover:
             return False
         commands = [
             Command("job-dismiss", {"id": job_name(self._run, index)}),
-            *copy_snapshot(self._run, index, self._features),
+            *copy_snapshot(self._run, index, self._targets[index], self._features),
         ]
         for command in commands:
             try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.features import Features
 from vmapipe.control.qemu.graph import Graph
@@ -36,11 +37,19 @@ _VIEW = "view"
 _ENDED = frozenset({"concluded", "null"})
 
 
+class NodeBitmap(NamedTuple):
+    """A dirty bitmap, and the node that it is on."""
+
+    node: str
+    name: str
+
+
 class BackupTarget(NamedTuple):
     """One disk to back up, and the socket and export of its sink.
 
     `is_handed_over`: a filter of ours is to take the place of its job soon after the instant,
     and gives up when it has taken `filter_timeout_s` over old data, 0: only when that fails.
+    `bitmap`: only what it has is copied; None: all of the disk.
     """
 
     disk: MachineDisk
@@ -48,6 +57,7 @@ class BackupTarget(NamedTuple):
     export: str
     is_handed_over: bool = False
     filter_timeout_s: int = 0
+    bitmap: NodeBitmap | None = None
 
 
 class BackupSettings(NamedTuple):
@@ -180,9 +190,13 @@ def _backup(
         "speed": settings.speed_bytes_s,
         **_copying(features),
     }
+    if target.bitmap:
+        data |= _only(target.bitmap.name)
     if target.is_handed_over:
         # What was never written to is not for it to leave out: it ends before the guest has
-        # written there. It copies next to nothing itself.
+        # written there. Nor what has not changed: our filter saves that, too, and must not find
+        # it written to already. It copies next to nothing itself.
+        data = {k: v for k, v in data.items() if not k.startswith("bitmap")}
         data |= {"sync": "full", "speed": SLOW_BYTES_S}
         data["filter-node-name"] = job_filter_name(settings.run, index)
     if features.breaks_snapshots:
@@ -193,6 +207,11 @@ def _backup(
     if "cbw-timeout" in features.members:
         data["cbw-timeout"] = settings.guest_wait_s + CBW_GRACE_S
     return data
+
+
+def _only(bitmap: str) -> dict[str, str]:
+    """Return the arguments of a job that copies what a bitmap has, and leaves the bitmap alone."""
+    return {"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": "never"}
 
 
 def _copying(features: Features) -> dict[str, Any]:
@@ -233,17 +252,30 @@ def rehearse(run: str, device: str) -> tuple[Command, Command]:
     return Command("blockdev-add", arguments), Command("blockdev-del", {"node-name": name})
 
 
-def copy_snapshot(run: str, index: int, features: Features) -> list[Command]:
-    """Return the commands that copy what our filter shows to the job's target."""
+def copy_snapshot(run: str, index: int, target: BackupTarget, features: Features) -> list[Command]:
+    """Return the commands that copy what our filter shows to the job's target.
+
+    With a bitmap, what that has by now: all of it is shown as it was at the instant.
+    """
     name, source = job_name(run, index), snapshot_name(run, index)
     view = {"driver": "snapshot-access", "node-name": source, "file": filter_name(run, index)}
     arguments = {"job-id": name, "device": source, "target": name, "sync": "full"}
+    commands = [Command("blockdev-add", {**view, "read-only": True})]
+    if target.bitmap:
+        copy = {"node": source, "name": target.bitmap.name, "granularity": CLUSTER_BYTES}
+        merge = {
+            "node": source,
+            "target": target.bitmap.name,
+            "bitmaps": [target.bitmap._asdict()],
+        }
+        commands += [
+            Command("block-dirty-bitmap-add", copy),
+            Command("block-dirty-bitmap-merge", merge),
+        ]
+        arguments |= _only(target.bitmap.name)
     # As with a job that breaks its snapshot: we look before it ends.
     more = {"speed": SLOW_BYTES_S, "auto-finalize": False, **_copying(features)}
-    return [
-        Command("blockdev-add", {**view, "read-only": True}),
-        Command("blockdev-backup", {**arguments, **more}),
-    ]
+    return [*commands, Command("blockdev-backup", {**arguments, **more})]
 
 
 class DeviceAboveFilter(NamedTuple):
@@ -315,6 +347,7 @@ class OwnObjects(NamedTuple):
     filters of ours.
 
     `copied`: jobs that have copied all and wait to be finished; they send nothing any more.
+    `bitmaps`: the commands that remove those that the jobs read.
     """
 
     active: tuple[str, ...]
@@ -324,6 +357,7 @@ class OwnObjects(NamedTuple):
     nodes: tuple[str, ...]
     writers: tuple[DeviceAboveFilter, ...] = ()
     overlays: tuple[OverlayAboveFilter, ...] = ()
+    bitmaps: tuple[Command, ...] = ()
 
     @property
     def nothing(self) -> bool:
@@ -331,8 +365,9 @@ class OwnObjects(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of jobs and nodes."""
-        known = (*self.active, *self.copied, *self.ending, *self.ended, *self.nodes)
+        """The names of jobs, nodes and bitmaps."""
+        bitmaps = [str(command.arguments["name"]) for command in self.bitmaps]
+        known = (*self.active, *self.copied, *self.ending, *self.ended, *self.nodes, *bitmaps)
         return tuple(dict.fromkeys(known))
 
     def unthrottle(self) -> list[Command]:
@@ -363,7 +398,7 @@ class OwnObjects(NamedTuple):
         # put another image there. Where that is refused, or not known, it is looked at again.
         back = [writer.put_back() for writer in self.writers if writer.below]
         back += [overlay.take_out() for overlay in self.overlays]
-        return [*back, *_delete(self.nodes)]
+        return [*self.bitmaps, *back, *_delete(self.nodes)]
 
 
 def _delete(nodes: Sequence[str]) -> list[Command]:
@@ -385,6 +420,7 @@ def own_objects(
     prefix: str,
     writers: Sequence[DeviceAboveFilter] = (),
     overlays: Sequence[OverlayAboveFilter] = (),
+    bitmaps: Sequence[Command] = (),
 ) -> OwnObjects:
     """Find the objects whose names begin with `prefix`, from query-jobs and query-named-block-
     nodes.
@@ -402,6 +438,7 @@ def own_objects(
         ),
         tuple(writers),
         tuple(overlays),
+        tuple(bitmaps),
     )
 
 

@@ -5,16 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from vmapipe.control.qemu import poweroff
+from vmapipe.control.qemu.bitmaps import all_but, records_in, worthless
 from vmapipe.control.qemu.drop_targets import DropTarget, StreamDrain, streams_of
 from vmapipe.control.qemu.jobs import PREFIX, OwnTarget, own_targets
 from vmapipe.control.qemu.sink_folder import STREAM_NAME, SinkFolder, sink_name
 from vmapipe.control.qemu.undo import clean_up, find_memory_notes, find_own_objects
 from vmapipe.control.qmp.addresses import Address, is_listening, parse_address
 from vmapipe.control.qmp.client import open_link
-from vmapipe.control.qmp.connection import Command, Qmp, QmpGone, QmpInvalid, QmpLink
+from vmapipe.control.qmp.connection import (
+    Answer,
+    Command,
+    Qmp,
+    QmpGone,
+    QmpInvalid,
+    QmpLink,
+    QmpRefused,
+)
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.text import name_text
 
@@ -27,7 +36,7 @@ def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[s
     left, notes = find_own_objects(qmp, PREFIX), find_memory_notes(qmp, PREFIX)
     held = poweroff.find_poweroff_notes(qmp, PREFIX)
     if left.nothing and not notes and not held:
-        return ()
+        return _remove_records(qmp, worthless)
     targets = own_targets(qmp.execute(Command("query-named-block-nodes", {"flat": True})))
     with contextlib.ExitStack() as stack:
         places = _Places(stack)
@@ -49,7 +58,40 @@ def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[s
         # A job has the name of its target.
         stand_ins = {t.node: stack.enter_context(_drop_target(t, places, owner)) for t in targets}
         clean_up(qmp, PREFIX, lambda job: job not in stand_ins or stand_ins[job].served)
-    return tuple(dict.fromkeys([*left.names, *notes, *held]))
+    return tuple(dict.fromkeys([*left.names, *notes, *held, *_remove_records(qmp, worthless)]))
+
+
+def remove_records(qmp: Qmp) -> tuple[str, ...]:
+    """Remove all records of changes that backups have left, of whatever archive; return their names.
+
+    Raises Failure for one that QEMU does not let go.
+    """
+    removed = _remove_records(qmp, lambda nodes: all_but(nodes, ""))
+    nodes = qmp.execute(Command("query-named-block-nodes", {"flat": True}))
+    if left := records_in(nodes):
+        raise Failure(
+            f"QEMU does not remove its record {left[0].name} on its node {name_text(left[0].node)}: "
+            "it is in use, or in an image that is open for reading only"
+        )
+    return removed
+
+
+def kept_records(qmp: Qmp) -> tuple[str, ...]:
+    """Return the names of the records that are there."""
+    nodes = qmp.execute(Command("query-named-block-nodes", {"flat": True}))
+    return tuple(dict.fromkeys(record.name for record in records_in(nodes)))
+
+
+def _remove_records(
+    qmp: Qmp, chosen: Callable[[Sequence[Answer]], list[Command]]
+) -> tuple[str, ...]:
+    """Remove these records of ours; one that QEMU refuses to remove stays."""
+    removed = []
+    for command in chosen(qmp.execute(Command("query-named-block-nodes", {"flat": True}))):
+        with contextlib.suppress(QmpRefused):
+            qmp.execute(command)
+            removed.append(str(command.arguments["name"]))
+    return tuple(dict.fromkeys(removed))
 
 
 class _Places:

@@ -7,25 +7,24 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vmapipe.control.qemu import poweroff
+from vmapipe.control.qemu.bitmaps import DiskMethod
 from vmapipe.control.qemu.cbw_filters import (
-    BROKEN,
-    REFUSED,
     Handover,
     SnapshotCheck,
     broken_reason,
     choose_method,
 )
+from vmapipe.control.qemu.change_tracking import ChangeTracking, TrackingOptions
 from vmapipe.control.qemu.disks import (
     DiskChoice,
     DiskChoiceOptions,
     Machine,
     MachineDisk,
     choose_disks,
-    disk_names,
     storage_outside,
     tpm_aliases,
     tpm_outside,
@@ -33,10 +32,12 @@ from vmapipe.control.qemu.disks import (
 from vmapipe.control.qemu.features import find_features
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.guardian import GuardianClient, SinkSocket, monitor_arguments
+from vmapipe.control.qemu.job_errors import JobErrors
 from vmapipe.control.qemu.jobs import (
     SLOW_BYTES_S,
     BackupSettings,
     BackupTarget,
+    NodeBitmap,
     absent_name,
     begin_commands,
     check_name,
@@ -53,24 +54,20 @@ from vmapipe.control.qemu.undo import clean_up
 from vmapipe.control.qemu.vmstate import Instant, MemorySaving
 from vmapipe.control.qemu.vmstate_commands import migration_progress
 from vmapipe.control.qmp.addresses import parse_address
-from vmapipe.control.qmp.connection import Answer, Command, QmpRefused
+from vmapipe.control.qmp.client import open_link
+from vmapipe.control.qmp.connection import Command, QmpRefused, ask_if_known
 from vmapipe.producer.nbd.backend import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.events import JOB_SPEED_SET, JobCopied, copied_command
+from vmapipe.runtime.events import JOB_SPEED_SET, JobCopied, Rest, copied_command
 
 # Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
 _JOB_EVENTS = frozenset(
     {"BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_JOB_PENDING"}
 )
-# What a job was at when an error ended it, in its event's word.
-_OPERATIONS = {"read": "read the disk", "write": "sent its data to us"}
 # With sinks that answer, jobs end within a tenth of a second. One that does not
 # (its process hangs) makes a guest wait: the guardian ends it, and cleans up itself.
 _CLEAN_S = 5.0
-# QEMU frees a device within milliseconds of the end of its drive's jobs.
-_UNPLUG_S = 0.5
-_POLL_S = 0.02
 # How often QEMU is asked about its jobs where it is asked only now and then.
 _SHARED_POLL_S = 0.5
 
@@ -91,6 +88,7 @@ class RunningMachine:
         self._with_memory = with_memory
         self._saving: MemorySaving | None = None
         self._link = connect_or_unblock(qmp, share=share)
+        self._qmp = qmp
         self._address = parse_address(qmp)
         # Also in a node's name, of which QEMU takes 31 characters.
         self._run = secrets.token_hex(4)
@@ -101,10 +99,10 @@ class RunningMachine:
         self._guardian: GuardianClient | None = None
         self._producers: list[Child] = []
         self._handover: Handover | None = None
+        self._tracking: ChangeTracking | None = None
         # Disks whose producers know that QEMU's job has ended well, by index.
         self._reported: set[int] = set()
-        # By job: what it was at when QEMU met an error, in its own word.
-        self._failed_at: dict[str, str] = {}
+        self._errors = JobErrors(self._link)
         #: Texts for the user; the caller that prints them removes them.
         self.notices: list[str] = []
         # Whose state is one of the disks.
@@ -131,15 +129,15 @@ class RunningMachine:
         self._check_run_state()
         ask = self._ask
         nodes = self._link.execute(Command("query-named-block-nodes", {"flat": True}))
-        graph = Graph(nodes, self._ask_if_known("x-debug-query-block-graph"))
+        graph = Graph(nodes, ask_if_known(self._link, "x-debug-query-block-graph"))
         outside = storage_outside(
             {
-                path: self._ask_if_known("qom-list", path=path) or ()
+                path: ask_if_known(self._link, "qom-list", path=path) or ()
                 for path in ("/machine/peripheral", "/machine/peripheral-anon")
             }
         )
         added = []
-        for tpm in self._ask_if_known("query-tpm") or ():
+        for tpm in ask_if_known(self._link, "query-tpm") or ():
             try:
                 self._tpm = TpmState(self._link, self._run, self._qemu_pid())
                 added.append((self._tpm.disk, tpm_aliases(tpm)))
@@ -154,13 +152,13 @@ class RunningMachine:
 
     def _check_run_state(self) -> None:
         """Refuse a machine whose disks are another QEMU's, or soon will be. Raises Failure."""
-        status = self._ask_if_known("query-status") or {}
+        status = ask_if_known(self._link, "query-status") or {}
         if status.get("status") == "inmigrate":
             raise Failure(
                 "the machine waits for an incoming migration (run state inmigrate): its disks are "
                 "still the other host's; back it up there, or here when it has arrived"
             )
-        if migration_progress(self._ask_if_known("query-migrate") or {}).is_moving:
+        if migration_progress(ask_if_known(self._link, "query-migrate") or {}).is_moving:
             raise Failure(
                 "the machine is being migrated: back it up when that has ended, where it is then"
             )
@@ -221,6 +219,18 @@ class RunningMachine:
         except QmpRefused:
             return True
 
+    def track_changes(self, options: TrackingOptions) -> None:
+        """Send only what has changed where that is certain, and record what changes from now on.
+
+        Before `begin`.
+        """
+        self._tracking = ChangeTracking(self._link, self._run, options)
+
+    @property
+    def methods(self) -> Mapping[str, DiskMethod]:
+        """How each disk is backed up, when the jobs have begun; empty: changes are not tracked."""
+        return self._tracking.methods if self._tracking else {}
+
     def begin(self) -> Instant | None:
         """Begin the jobs of all disks: this is the instant.
 
@@ -228,12 +238,21 @@ class RunningMachine:
         """
         features = find_features(self._link, absent_name(self._run))
         way = choose_method(self._link, self._run, features, self._disks, self._guest_wait_s)
-        if way.handed_over:
-            self._handover = Handover(self._link, self._run, way.handed_over, way.features)
+        bitmaps: Mapping[str, NodeBitmap] = {}
+        if self._tracking is not None and self._folder is not None:
+            made = [self._tpm.disk.name] if self._tpm else []
+            bitmaps = self._tracking.prepare(self._disks, made, self._folder)
+            self.notices += self._tracking.notices
         targets = [
-            BackupTarget(disk, sink.path, EXPORT_NAME, index in way.handed_over, way.timeout_s)
+            BackupTarget(
+                *(disk, sink.path, EXPORT_NAME, index in way.handed_over, way.timeout_s),
+                bitmaps.get(disk.name),
+            )
             for index, (disk, sink) in enumerate(zip(self._disks, self._sinks, strict=True))
         ]
+        if way.handed_over:
+            taken = {index: targets[index] for index in way.handed_over}
+            self._handover = Handover(self._link, self._run, taken, way.features)
         speed = SLOW_BYTES_S if self._saving else self._speed_bytes_s
         settings = BackupSettings(self._run, speed, self._guest_wait_s)
         jobs = begin_commands(targets, settings, way.features)
@@ -262,7 +281,10 @@ class RunningMachine:
         if self._tpm is not None:
             self._tpm.check()
         if self._handover is not None:
-            self._handover.carry_out()
+            copied = self._handover.carry_out()
+            for index in self._handover.indices:
+                if self._tracking is not None and index not in copied:
+                    self._tracking.copies_all(self._disks[index])
         self.set_speed(self._speed_bytes_s)
         self._hold_poweroff()
         self._poll_jobs()  # short ones may have ended
@@ -278,7 +300,7 @@ class RunningMachine:
         """Keep QEMU, and the backup, alive when the guest powers off from now on."""
         pid = self._qemu_pid()
         argv = command_line(pid) if pid else []
-        status = self._ask_if_known("query-status") or {}
+        status = ask_if_known(self._link, "query-status") or {}
         note = poweroff.poweroff_note(argv, status, self._folder_path)
         if note and poweroff.hold_at_poweroff(self._link, self._run, note):
             self._poweroff_note = note
@@ -327,7 +349,7 @@ class RunningMachine:
                 self._saving.handle_event(event)
             self._saving.poll()
         for event in events:
-            self._note_error(event)
+            self._errors.note(event)
         if self._poweroff_note and not self._is_off and self._has_powered_off(events, asks=is_due):
             self._is_off = True
             self.notices.append("the guest has powered off; QEMU ends when its backup is done")
@@ -345,7 +367,7 @@ class RunningMachine:
                 raise Failure(f"disk {disk.name!r}: somebody has removed QEMU's backup job")
             if job.get("error"):
                 reason = self._handover.why_covered(index) if self._handover else ""
-                raise Failure(f"disk {disk.name!r}: {reason or self._why_failed(disk, job)}")
+                raise Failure(f"disk {disk.name!r}: {reason or self._errors.why_failed(disk, job)}")
             if job["status"] == "pending":
                 self._finish(index)
             if job["status"] == "concluded":
@@ -367,63 +389,32 @@ class RunningMachine:
         asks = asks and self._link.is_shared
         if self._poweroff_note is None or not (asks or any(map(poweroff.may_be_off, events))):
             return False
-        return self._poweroff_note.is_off(self._ask_if_known("query-status") or {})
-
-    def _note_error(self, event: dict[str, Any]) -> None:
-        data = event.get("data") or {}
-        if event.get("event") == "BLOCK_JOB_ERROR":
-            self._failed_at[str(data.get("device", ""))] = str(data.get("operation", ""))
-
-    def _error_of(self, job: Answer) -> str:
-        """Word a job's error; QEMU reports how much was copied by then, not where it met the error."""
-        if job["error"] == REFUSED:
-            return BROKEN
-        for event in self._link.events():  # its word of it comes before the job's state
-            self._note_error(event)
-        at = _OPERATIONS.get(self._failed_at.get(str(job["id"]), ""))
-        copied = f"{job.get('current-progress', 0)} of {job.get('total-progress', 0)} bytes"
-        what = f" while it {at}" if at else ""
-        return f"QEMU's backup job failed{what}, with {copied} copied: {job['error']}"
-
-    def _why_failed(self, disk: MachineDisk, job: Answer) -> str:
-        """Word a job's end; QEMU cancels a job itself when its -drive goes, which looks like a
-        user's cancel.
-        """
-        if job["error"] != "Operation canceled":
-            return self._error_of(job)
-        # A device that goes is there a moment longer than the job of its drive.
-        deadline = time.monotonic() + _UNPLUG_S
-        while time.monotonic() < deadline:
-            plugged = [b for b in self._ask_if_known("query-block") or () if b.get("qdev")]
-            if not any({disk.device, disk.name} & disk_names(block).aliases for block in plugged):
-                return (
-                    "it was removed from the machine while it was backed up (or somebody has "
-                    "cancelled QEMU's backup job)"
-                )
-            time.sleep(_POLL_S)
-        return "somebody has cancelled QEMU's backup job"
+        return self._poweroff_note.is_off(ask_if_known(self._link, "query-status") or {})
 
     def _report_copied(self, index: int, copied_bytes: int | None) -> None:
         """Report the job's end to its producer, without which nothing is stored.
 
-        Raises Failure when it is not known how much of a thin disk should have come.
+        Raises Failure when it is not known how much should have come.
         """
         disk = self._disks[index]
-        if copied_bytes is None and disk.is_thin:
+        is_incremental = disk.name in self.methods and self.methods[disk.name].is_incremental
+        if copied_bytes is None and (disk.is_thin or is_incremental):
             raise Failure(f"disk {disk.name!r}: QEMU does not tell how much its job has copied")
         if index not in self._reported:
             self._reported.add(index)
-            self._producers[index].tell(copied_command(JobCopied(copied_bytes or 0, disk.is_thin)))
+            rest: Rest = "unchanged" if is_incremental else "zero" if disk.is_thin else "none"
+            self._producers[index].tell(copied_command(JobCopied(copied_bytes or 0, rest)))
 
     def _clean_up(self) -> None:
         clean_up(self._link, run_prefix(self._run), lambda job: True, _CLEAN_S)
         self._is_clean = True
 
-    def end(self) -> str:
+    def end(self, *, stored: bool = False) -> str:
         """Remove all that is ours from QEMU; return a text when something remains. Never raises.
 
         Call it while the producers still serve: QEMU's requests have to be
-        answered until its jobs have ended.
+        answered until its jobs have ended. `stored`: the archive is on disk; what is recorded
+        since its instant stays.
         """
         text = ""
         if self._guardian is not None and not self._is_clean:
@@ -431,6 +422,7 @@ class RunningMachine:
         elif self._guardian is not None:
             self._guardian.dismiss()
         self._guardian = None
+        self._settle_records(stored=stored)
         self._close_link()
         for sink in self._sinks:
             sink.listener.close()
@@ -442,6 +434,17 @@ class RunningMachine:
                 folder.remove()
             folder.close()
         return text
+
+    def _settle_records(self, *, stored: bool) -> None:
+        """Remove the records of changes that are of no use any more, once. Raises nothing."""
+        tracking, self._tracking = self._tracking, None
+        if tracking is None or not tracking.methods:
+            return
+        with contextlib.suppress(Failure):
+            if self._link_closed:  # the guardian needed the monitor
+                self._link = open_link(self._qmp, share=self._link.is_shared)
+                self._link_closed = False
+            tracking.settle(self._link, stored=stored)
 
     def _end_jobs(self) -> str:
         guardian = self._guardian
@@ -485,15 +488,8 @@ class RunningMachine:
         return uid_of_qemu(self._address.path, self._qemu_pid())
 
     def _qemu_pid(self) -> int | None:
-        uuid = str((self._ask_if_known("query-uuid") or {}).get("UUID", ""))
+        uuid = str((ask_if_known(self._link, "query-uuid") or {}).get("UUID", ""))
         return pid_of_qemu(self._link.peer_pid, uuid)
-
-    def _ask_if_known(self, name: str, **arguments: str) -> Any:
-        """Execute a command; None where this QEMU (an old one, a storage daemon) does not know it."""
-        try:
-            return self._link.execute(Command(name, arguments))
-        except QmpRefused:
-            return None
 
     def _ask(self, name: str) -> list[dict[str, Any]]:
         answer: list[dict[str, Any]] = self._link.execute(Command(name, {}))

@@ -15,6 +15,7 @@ import re
 import secrets
 import socket
 import stat
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from vmapipe.runtime.errors import Failure, os_error_text
@@ -22,6 +23,8 @@ from vmapipe.runtime.folders import HeldFolder, made_with, temporary_folder
 
 #: In it: what QEMU writes the machine's memory to.
 STREAM_NAME = "memory.fifo"
+#: In it, for a moment: a sample of a disk's clusters, which QEMU reads.
+IMAGE_NAME = "sample.qcow2"
 _PREFIX = "vmapipe-sinks-"
 # As tempfile's names, which those of earlier versions were.
 _FOLDER = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
@@ -125,6 +128,22 @@ class SinkFolder:
         qemu_fd = self._folder.open(STREAM_NAME, os.O_RDWR)
         return qemu_fd, self._folder.open(STREAM_NAME, os.O_RDONLY)
 
+    @contextlib.contextmanager
+    def image(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[str]:
+        """A file of these pieces (offset, bytes) that QEMU can open meanwhile: its path. Raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(IMAGE_NAME, flags, 0o600, dir_fd=self._folder.fd)
+        try:
+            with open(fd, "wb") as file:
+                # It is QEMU's to read, whoever that is, and nobody's to write.
+                os.fchmod(fd, 0o444)
+                for offset, data in pieces:
+                    file.seek(offset)
+                    file.write(data)
+            yield os.path.join(self.path, IMAGE_NAME)
+        finally:
+            os.unlink(IMAGE_NAME, dir_fd=self._folder.fd)
+
     def qemus_socket(self) -> str:
         """A path at which QEMU may make a socket of its own."""
         return os.path.join(self.path, _QEMUS, "activate.sock")
@@ -178,7 +197,9 @@ class SinkFolder:
         """Remove it, and what is in it. Never raises."""
         with contextlib.suppress(OSError):
             names = self._folder.names()
-            self.remove_names(*(n for n in names if _SINK.fullmatch(n) or n == STREAM_NAME))
+            self.remove_names(
+                *(n for n in names if _SINK.fullmatch(n) or n in (STREAM_NAME, IMAGE_NAME))
+            )
 
     def close(self) -> None:
         """Close it; what is there stays."""
@@ -196,8 +217,10 @@ class SinkFolder:
         status = self._folder.status(name)
         if status is None:
             return None
-        is_pipe = stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
-        if not (stat.S_ISSOCK(status.st_mode) or is_pipe):
+        is_ours = status.st_uid == os.geteuid()
+        is_pipe = stat.S_ISFIFO(status.st_mode) and is_ours
+        is_image = name == IMAGE_NAME and stat.S_ISREG(status.st_mode) and is_ours
+        if not (stat.S_ISSOCK(status.st_mode) or is_pipe or is_image):
             raise FileExistsError(errno.EEXIST, "it exists, and is not a socket", name)
         os.unlink(name, dir_fd=self._folder.fd)
         return status.st_uid

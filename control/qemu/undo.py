@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
 
+from vmapipe.control.qemu.bitmaps import of_runs
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.jobs import (
     OwnObjects,
@@ -26,7 +26,7 @@ from vmapipe.control.qemu.vmstate_commands import (
     read_memory_note,
     undo_commands,
 )
-from vmapipe.control.qmp.connection import Command, Qmp, QmpRefused
+from vmapipe.control.qmp.connection import Command, Qmp, QmpRefused, ask_if_known
 from vmapipe.runtime.errors import Failure
 
 # A job ends when its requests have: milliseconds with a sink that answers at
@@ -42,10 +42,11 @@ def find_own_objects(qmp: Qmp, prefix: str) -> OwnObjects:
     """Find all that is named `prefix`. Raises QmpGone."""
     jobs = qmp.execute(Command("query-jobs", {}))
     nodes = qmp.execute(Command("query-named-block-nodes", {"flat": True}))
+    bitmaps = of_runs(nodes, prefix)
     if not any(str(node.get("node-name", "")).startswith(prefix) for node in nodes):
-        return own_objects(jobs, nodes, prefix)
-    blocks = _answer_or_none(qmp, "query-block") or ()
-    graph = Graph(nodes, _answer_or_none(qmp, "x-debug-query-block-graph"))
+        return own_objects(jobs, nodes, prefix, bitmaps=bitmaps)
+    blocks = ask_if_known(qmp, "query-block") or ()
+    graph = Graph(nodes, ask_if_known(qmp, "x-debug-query-block-graph"))
     ours = [name for node in nodes if (name := str(node.get("node-name", ""))).startswith(prefix)]
     return own_objects(
         jobs,
@@ -53,14 +54,8 @@ def find_own_objects(qmp: Qmp, prefix: str) -> OwnObjects:
         prefix,
         devices_above_filters(blocks, graph.below, prefix),
         overlays_above_filters(graph, ours),
+        bitmaps,
     )
-
-
-def _answer_or_none(qmp: Qmp, name: str) -> Any:
-    """Execute a command; None where this QEMU does not know it."""
-    with contextlib.suppress(QmpRefused):
-        return qmp.execute(Command(name, {}))
-    return None
 
 
 def clean_up(

@@ -53,6 +53,14 @@ class Qmp(Protocol):
     def execute(self, command: Command) -> Any: ...
 
 
+def ask_if_known(qmp: Qmp, name: str, **arguments: str) -> Any:
+    """Execute a command; None where this QEMU (an old one, a storage daemon) does not know it."""
+    try:
+        return qmp.execute(Command(name, arguments))
+    except QmpRefused:
+        return None
+
+
 class QmpLink(Qmp, Protocol):
     """A connection to QEMU for as long as a backup takes; all but `close` raise QmpGone, too."""
 

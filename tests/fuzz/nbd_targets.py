@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from tests.fuzz.choices import Bytes
+from vmapipe.producer.chunks import ZEROES
 from vmapipe.producer.nbd.backend import Backend, Write, one_by_one, sink_export
 from vmapipe.producer.nbd.connection import Connection
 from vmapipe.producer.nbd.workers import Pool, Workers
@@ -280,7 +281,7 @@ def sink(data: bytes) -> None:
         _serve(source, _session(source, sink_export(SIZE)), cast(Backend, target))
         seen: list[int] = []
         if source.number() & 1 and not target.failure:
-            target.rest_is_zero()
+            target.rest_is(ZEROES)
         while (arrived := target.next()) is not None:
             seen += range(arrived.first, arrived.first + arrived.clusters)
             target.sent(arrived.clusters)

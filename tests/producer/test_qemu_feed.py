@@ -179,7 +179,7 @@ def test_a_sink_with_all_data_stores_nothing_before_qemus_job_has_ended_well(
             pass
         with pytest.raises(subprocess.TimeoutExpired):
             run.archiver.wait(0.5)
-        run.tell(copied_command(JobCopied(91 * CLUSTER, rest_is_zero=False)))
+        run.tell(copied_command(JobCopied(91 * CLUSTER)))
         assert run.ends() == (0, 0)
     assert restored(run.archive, tmp_path / "out") == content()
 
@@ -187,8 +187,8 @@ def test_a_sink_with_all_data_stores_nothing_before_qemus_job_has_ended_well(
 @pytest.mark.parametrize(
     ("copied", "text"),
     [
-        (JobCopied(91 * CLUSTER, rest_is_zero=False), "31 of 91 clusters have not come"),
-        (JobCopied(61 * CLUSTER, rest_is_zero=True), "3997696 bytes, but 3932160 have come"),
+        (JobCopied(91 * CLUSTER), "31 of 91 clusters have not come"),
+        (JobCopied(61 * CLUSTER, "zero"), "3997696 bytes, but 3932160 have come"),
     ],
 )
 def test_a_job_that_has_copied_more_than_has_come_is_a_failure(
@@ -209,7 +209,7 @@ def test_what_a_thin_disk_has_left_out_is_zero(tmp_path: Path) -> None:
             for cluster in (1, 40, 41, 89):
                 at = cluster * CLUSTER
                 client.write(at, content()[at : at + CLUSTER])
-        run.tell(copied_command(JobCopied(4 * CLUSTER, rest_is_zero=True)))
+        run.tell(copied_command(JobCopied(4 * CLUSTER, "zero")))
         assert run.ends() == (0, 0)
     wanted = bytearray(SIZE)
     for at in (1 * CLUSTER, 40 * CLUSTER, 41 * CLUSTER, 89 * CLUSTER):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmapipe.clusters.cluster_set import ClusterSet
-from vmapipe.producer.chunks import MAX_PARTIAL_CLUSTERS, ZeroRuns
+from vmapipe.producer.chunks import MAX_PARTIAL_CLUSTERS, ZEROES, ZeroRuns
 from vmapipe.producer.qemu_sink import QemuSink
 from vmapipe.producer.runs import packed
 from vmapipe.producer.shared_memory import RingAllocator
@@ -243,7 +243,7 @@ def test_the_rest_of_a_thin_disk_is_zero_and_each_cluster_comes_once(came: list[
         data = memoryview(pattern(0, min(CLUSTER, SIZE - cluster * CLUSTER)))
         assert target.sink.try_write(data, cluster * CLUSTER)
     assert target.sink.arrived == len(came)
-    target.sink.rest_is_zero()
+    target.sink.rest_is(ZEROES)
     target.take()
     assert sorted(target.seen) == list(range(6))
     assert target.sink.missing == 0

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The records of changes that one backup uses and leaves behind: QEMU's dirty bitmaps, carried out.
+
+See bitmaps.py for what is what.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from vmapipe.clusters.sizes import cluster_count
+from vmapipe.control.qemu.bitmaps import (
+    BaseArchive,
+    DiskMethod,
+    add_bitmap,
+    add_image,
+    add_job_bitmap,
+    all_but,
+    bitmap_name,
+    bitmaps_in,
+    choose_method,
+    job_bitmap,
+    merge_bitmap,
+    named,
+    node_of,
+    remove_bitmap,
+    sample_name,
+    worthless,
+)
+from vmapipe.control.qemu.disks import MachineDisk
+from vmapipe.control.qemu.jobs import NodeBitmap, run_prefix
+from vmapipe.control.qemu.sample import BITMAP, sample_image
+from vmapipe.control.qemu.sink_folder import SinkFolder
+from vmapipe.control.qmp.connection import Answer, Command, Qmp, QmpRefused, ask_if_known
+from vmapipe.runtime.errors import os_error_text
+
+
+class TrackingOptions(NamedTuple):
+    """The records that a backup wants.
+
+    `archive`: its own uuid; `base`: what it builds on, None: nothing, for the reason `why_full`;
+    `samples`: by disk, the clusters to read although they have not changed.
+    """
+
+    archive: bytes
+    base: BaseArchive | None
+    why_full: str
+    samples: Mapping[str, Sequence[int]]
+
+
+# A record that is wrong (a disk that was shrunk and grown again, an image put in another's place) is
+# wrong at many places: with 64 of them one cluster in 20 is found at 96 %.
+LEAST_SAMPLES = 64
+
+
+def choose_sample(size_bytes: int, percent: float) -> list[int]:
+    """Choose so many of a disk's clusters by chance, at least LEAST_SAMPLES; none for 0 percent."""
+    clusters = cluster_count(size_bytes)
+    wanted = max(LEAST_SAMPLES, round(clusters * percent / 100)) if percent else 0
+    # Nobody in the guest may know which they will be.
+    return sorted(random.SystemRandom().sample(range(clusters), min(wanted, clusters)))
+
+
+class ChangeTracking:
+    """The records of one backup. Call `prepare` before the instant, and `settle` at the end."""
+
+    def __init__(self, qmp: Qmp, run: str, options: TrackingOptions) -> None:
+        self._qmp = qmp
+        self._run = run
+        self._options = options
+        self._new = bitmap_name(options.archive)
+        #: Texts for the user; the caller takes them.
+        self.notices: list[str] = []
+        # By disk: the node that its jobs' records are on.
+        self._nodes: dict[str, str] = {}
+        self._methods: dict[str, DiskMethod] = {}
+
+    def prepare(
+        self, disks: Sequence[MachineDisk], untracked: Sequence[str], folder: SinkFolder
+    ) -> dict[str, NodeBitmap]:
+        """Begin the new records, and return what a disk's job is to copy, by name; others: all of it.
+
+        `untracked`: disks of our own making. Raises QmpGone.
+        """
+        blocks = ask_if_known(self._qmp, "query-block") or ()
+        nodes = self._all_nodes()
+        for command in worthless(nodes):
+            self._do(command)
+        for disk in disks:
+            if disk.name in untracked:
+                self._methods[disk.name] = DiskMethod("", "its state is always sent whole")
+                continue
+            node = node_of(disk.device, blocks, nodes)
+            method = self._choose(disk, node)
+            if node is not None:
+                name = self._nodes[disk.name] = str(node["node-name"])
+                if method.is_incremental and (why := self._fill(disk, name, method, folder)):
+                    method = DiskMethod("", why)
+                self._begin_record(disk, node)
+            self._methods[disk.name] = method
+        return {
+            name: NodeBitmap(self._nodes[name], job_bitmap(self._run))
+            for name, method in self._methods.items()
+            if method.is_incremental
+        }
+
+    def copies_all(self, disk: MachineDisk) -> None:
+        """Note that a disk's job copies all of it after all: our filter did not take its place."""
+        if self._methods[disk.name].is_incremental:
+            self._methods[disk.name] = DiskMethod("", "QEMU does not let us read it as a snapshot")
+
+    @property
+    def methods(self) -> Mapping[str, DiskMethod]:
+        """How each disk is backed up, by name; empty before `prepare`."""
+        return self._methods
+
+    def _choose(self, disk: MachineDisk, node: Answer | None) -> DiskMethod:
+        if self._options.base is None:
+            return DiskMethod("", self._options.why_full)
+        return choose_method(disk, node, self._options.base)
+
+    def _begin_record(self, disk: MachineDisk, node: Answer) -> None:
+        refused = ""
+        for command in add_bitmap(str(node["node-name"]), self._new, node):
+            refused = self._do(command)
+            if not refused:
+                return
+        self.notices.append(
+            f"disk {disk.name!r}: QEMU does not record what changes from now on ({refused}): its "
+            "next backup will be a full one"
+        )
+
+    def _fill(self, disk: MachineDisk, node: str, method: DiskMethod, folder: SinkFolder) -> str:
+        """Make what the disk's job reads; return why that failed, empty: it did not."""
+        samples = self._options.samples.get(disk.name, ())
+        refused = self._do(add_job_bitmap(node, job_bitmap(self._run)))
+        refused = refused or self._do(merge_bitmap(node, job_bitmap(self._run), method.since))
+        if samples and not refused:
+            refused = self._merge_clusters(disk, node, job_bitmap(self._run), samples, folder)
+        if refused:
+            self._do(remove_bitmap(node, job_bitmap(self._run)))
+            return f"QEMU does not prepare an incremental backup of it: {refused}"
+        return ""
+
+    def _merge_clusters(
+        self,
+        disk: MachineDisk,
+        node: str,
+        bitmap: str,
+        clusters: Sequence[int],
+        folder: SinkFolder,
+    ) -> str:
+        """Add clusters to a bitmap; return why that failed, empty: it did not."""
+        image = sample_name(self._run)
+        try:
+            with folder.image(sample_image(disk.size_bytes, clusters)) as path:
+                refused = self._do(add_image(image, path))
+        except OSError as error:
+            return f"an image for a sample cannot be made: {os_error_text(error)}"
+        if refused:
+            return refused
+        try:
+            return self._do(merge_bitmap(node, bitmap, {"node": image, "name": BITMAP}))
+        finally:
+            self._do(Command("blockdev-del", {"node-name": image}))
+
+    def has_unrecorded(
+        self, disk: MachineDisk, clusters: Sequence[int], folder: SinkFolder
+    ) -> bool:
+        """Tell whether the old record lacks one of these clusters, which differ from the base.
+
+        What the guest has written since the instant is in the record, too: so its lack is certain,
+        and a cluster that was written just then is not looked at. Any doubt counts as a lack.
+        """
+        node, name = self._nodes[disk.name], f"{run_prefix(self._run)}judged"
+        since = self._methods[disk.name].since
+        # Its own recording would count, too.
+        refused = self._do(add_job_bitmap(node, name, disabled=True))
+        refused = refused or self._do(merge_bitmap(node, name, since))
+        before = self._count(node, name)
+        refused = refused or self._merge_clusters(disk, node, name, clusters, folder)
+        after = self._count(node, name)
+        self._do(remove_bitmap(node, name))
+        return bool(refused) or before < 0 or after != before
+
+    def _count(self, node: str, name: str) -> int:
+        """Return how much a bitmap has, in bytes; -1: it is not there."""
+        found = [b for b in bitmaps_in(self._all_nodes()) if (b.node, b.name) == (node, name)]
+        return found[0].dirty_bytes if found else -1
+
+    def settle(self, qmp: Qmp, *, stored: bool) -> None:
+        """Remove the old records when the archive is on disk, else the new ones. Raises QmpGone.
+
+        `qmp`: a connection that is open. After a crash both stay: each is worth what its name says.
+        """
+        self._qmp = qmp
+        nodes = self._all_nodes()
+        commands = named(nodes, self._new)
+        if stored:
+            tracked = {str(command.arguments["node"]) for command in commands}
+            ours = [node for node in nodes if node.get("node-name") in tracked]
+            commands = all_but(ours, self._new)
+        for command in commands:
+            self._do(command)
+
+    def _do(self, command: Command) -> str:
+        """Execute a command; return why QEMU refuses it, empty: it does not. Raises QmpGone."""
+        try:
+            self._qmp.execute(command)
+        except QmpRefused as refused:
+            return str(refused)
+        return ""
+
+    def _all_nodes(self) -> Sequence[Answer]:
+        nodes: Sequence[Answer] = self._qmp.execute(
+            Command("query-named-block-nodes", {"flat": True})
+        )
+        return nodes
