@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from vmapipe.archiver.arguments import add_output_options, add_service_options, read_configs
+from vmapipe.archiver.base.check import Base, check_base
 from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.server import Listen, serve
 from vmapipe.archiver.job.spec import RECONNECT_S, JobSpec
@@ -126,6 +127,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="let everything else on this host have the processors first (guests, for instance)",
     )
     add_output_options(parser)
+    one.add_argument(
+        "--base",
+        metavar="ARCHIVE",
+        help="an earlier archive of these devices, with its manifest: producers need not send what is "
+        "unchanged since then, and it is taken from there (docs/operations/incremental.md)",
+    )
     parser.add_argument("--manifest-events", action="store_true", help=argparse.SUPPRESS)
     # For the archivers of a service, whose producers only seem to be on this host.
     parser.add_argument("--from-afar", action="store_true", help=argparse.SUPPRESS)
@@ -192,10 +199,11 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         heartbeat_s=options.heartbeat,
         reconnect_s=reconnect_s,
         start_timeout_s=options.start_timeout,
+        base=check_base(options.base) if options.base else None,
     )
     keys = read_server_keys(options.keys) if options.keys else None
     at = Listen(options.listen, keys, from_afar=options.from_afar)
-    serve(spec, at, lambda wake: store_for(options, wake, cancel, emit), cancel, emit)
+    serve(spec, at, lambda wake: store_for(options, spec.base, wake, cancel, emit), cancel, emit)
 
 
 def archive_time(*, reproducible: bool) -> int:
@@ -222,7 +230,11 @@ def _print(event: Event) -> None:
 
 
 def store_for(
-    options: argparse.Namespace, wake: Callable[[], None], cancel: Cancel, emit: Emit
+    options: argparse.Namespace,
+    base: Base | str | None,
+    wake: Callable[[], None],
+    cancel: Cancel,
+    emit: Emit,
 ) -> ArchiveWriter[FrameMark]:
     """Open the output and what goes beside it. Raises Failure; nothing is then left."""
     compression = None
@@ -236,7 +248,9 @@ def store_for(
     except BaseException:
         output.abandon()
         raise
-    return ArchiveWriter(output, Digests(sink) if sink else None, wake, compression)
+    digests = Digests(sink) if sink else None
+    found = base if isinstance(base, Base) else None
+    return ArchiveWriter(output, digests, wake, compression, found)
 
 
 def _manifest_sink(

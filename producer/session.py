@@ -106,7 +106,7 @@ class Session:
         self._asked_at = 0.0
         self._pause_s = _FIRST_PAUSE_S
         self._heard = self._pinged = self.spoke = self._looked = time.monotonic()
-        self.zero_clusters = 0
+        self.zero_clusters = self.unchanged_clusters = 0
         #: Payload bytes; zero runs carry none.
         self.sent_bytes = 0
 
@@ -148,6 +148,19 @@ class Session:
             self._in_flight.add(self._side.sent_frames, kept, on_ack)
         self.sent_bytes += run.length
         self.zero_clusters += run.zero_clusters
+
+    @property
+    def has_base(self) -> bool:
+        """True when the archiver takes `send_unchanged`: it has an earlier archive of the device."""
+        return self._side.has_base
+
+    def send_unchanged(self, first_cluster: int, clusters: int) -> None:
+        """Say that clusters are as in the base; any number, for a credit of CHARGE_PER_FRAME."""
+        parts = self._side.unchanged(first_cluster, clusters)
+        self._send(parts)
+        if self._side.reconnect_s:
+            self._in_flight.add(self._side.sent_frames, parts)
+        self.unchanged_clusters += clusters
 
     def send_from_ring(self, run: Run) -> None:
         """Send a run whose data lies in a piece of the ring, which is held until it is free."""

@@ -61,7 +61,8 @@ class Welcome:
     `frame_bytes` is the largest charge of one frame; a peer that is silent for
     `heartbeat_s` seconds is taken for dead. `shared`: the producer may send
     `SharedRun` frames. `reconnect_s`: so long a lost connection is waited for;
-    0: it is the end. `scattered`: and `Scattered` frames, too.
+    0: it is the end. `scattered`: and `Scattered` frames, too. `base`: there is
+    an earlier archive of the device, and `UnchangedRun` frames may be sent.
     """
 
     version: Uint
@@ -72,6 +73,7 @@ class Welcome:
     shared: bool = False
     reconnect_s: Annotated[int, between(0, limits.MAX_RECONNECT_S)] = 0
     scattered: bool = False
+    base: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +223,16 @@ class Scattered(NamedTuple):
     clusters: tuple[SharedCluster, ...]
 
 
-DataFrame = ClusterFrame | RunFrame | SharedRun | Scattered
+class UnchangedRun(NamedTuple):
+    """Consecutive clusters that are as they were when the base was made; no data travels."""
+
+    seq: int
+    dev_id: int
+    first_cluster: int
+    count: int  # type: ignore[assignment]  # as above
+
+
+DataFrame = ClusterFrame | RunFrame | SharedRun | Scattered | UnchangedRun
 Message = Control | DataFrame
 
 
@@ -280,6 +291,10 @@ def encode_scattered(seq: int, dev_id: int, clusters: Iterable[SharedCluster]) -
     return [pack(seq), pack([dev_id, table])]
 
 
+def encode_unchanged(seq: int, dev_id: int, first_cluster: int, count: int) -> list[Part]:
+    return [pack(seq), pack([dev_id, first_cluster, count])]
+
+
 def decode(parts: Sequence[Part]) -> Message:
     """Read one message. Raises RemoteProtocolError for anything else than a message."""
     if len(parts) == 1:
@@ -290,13 +305,16 @@ def decode(parts: Sequence[Part]) -> Message:
     raise RemoteProtocolError("malformed", f"a message of {len(parts)} parts")
 
 
-# The items of a frame, by their number: dev_id first, then the clusters.
-_ITEM_TYPES: dict[int, tuple[type, ...]] = {
-    2: (int, bytes),
-    3: (int, int, bytes),
-    4: (int, int, int, bytes),
-    5: (int, int, int, bytes, int),
-}
+# The items of a frame: dev_id first, then the clusters.
+_ITEM_TYPES: frozenset[tuple[type, ...]] = frozenset(
+    {
+        (int, bytes),
+        (int, int, bytes),
+        (int, int, int),
+        (int, int, int, bytes),
+        (int, int, int, bytes, int),
+    }
+)
 
 
 def _decode_data(parts: Sequence[Part]) -> DataFrame:
@@ -304,7 +322,7 @@ def _decode_data(parts: Sequence[Part]) -> DataFrame:
     if type(seq) is not int or seq < 1:
         raise RemoteProtocolError("malformed", "a data message without a number")
     frame = unpack(parts[1], limits.MAX_FRAME_PART_BYTES)
-    if not isinstance(frame, list) or tuple(map(type, frame)) != _ITEM_TYPES.get(len(frame)):
+    if not isinstance(frame, list) or tuple(map(type, frame)) not in _ITEM_TYPES:
         raise RemoteProtocolError("malformed", "a frame of wrong types")
     if len(parts) == 3 and len(frame) != 4:
         raise RemoteProtocolError("malformed", f"a frame of {len(frame)} items with a payload")
@@ -313,26 +331,34 @@ def _decode_data(parts: Sequence[Part]) -> DataFrame:
     match frame:
         case [dev_id, table]:
             return _decode_scattered(seq, dev_id, table)
+        case [dev_id, int(first), int(count)]:
+            _raise(unchanged_fault(first, count))
+            return UnchangedRun(seq, dev_id, first, count)
         case [dev_id, cluster_num, data]:
-            if len(data) > CLUSTER_BYTES:
-                raise RemoteProtocolError("too-large", f"a cluster of {len(data)} bytes")
-            if not 0 <= cluster_num < MAX_CLUSTERS:
-                raise RemoteProtocolError("malformed", f"cluster {cluster_num}")
-            return ClusterFrame(seq, dev_id, cluster_num, data)
+            return _decode_cluster(seq, dev_id, cluster_num, data)
         case [dev_id, first, count, masks]:
             payload = memoryview(parts[2]) if len(parts) == 3 else _NOTHING
             size_bytes = payload.nbytes
-            fault = run_fault(first, count, masks, size_bytes) or payload_fault(masks, size_bytes)
-            if fault is not None:
-                raise RemoteProtocolError(*fault)
+            _raise(run_fault(first, count, masks, size_bytes) or payload_fault(masks, size_bytes))
             return RunFrame(seq, dev_id, first, count, masks, payload)
     dev_id, first, count, masks, position = frame
     if not masks or position < 0:
         raise RemoteProtocolError("malformed", "a run in shared memory that is nowhere")
-    fault = run_fault(first, count, masks, masked_bytes(masks))
+    _raise(run_fault(first, count, masks, masked_bytes(masks)))
+    return SharedRun(seq, dev_id, first, count, masks, position)
+
+
+def _raise(fault: tuple[str, str] | None) -> None:
     if fault is not None:
         raise RemoteProtocolError(*fault)
-    return SharedRun(seq, dev_id, first, count, masks, position)
+
+
+def _decode_cluster(seq: int, dev_id: int, cluster_num: int, data: bytes) -> ClusterFrame:
+    if len(data) > CLUSTER_BYTES:
+        raise RemoteProtocolError("too-large", f"a cluster of {len(data)} bytes")
+    if not 0 <= cluster_num < MAX_CLUSTERS:
+        raise RemoteProtocolError("malformed", f"cluster {cluster_num}")
+    return ClusterFrame(seq, dev_id, cluster_num, data)
 
 
 def _decode_scattered(seq: int, dev_id: int, table: bytes) -> Scattered:
@@ -342,9 +368,7 @@ def _decode_scattered(seq: int, dev_id: int, table: bytes) -> Scattered:
     if count > limits.MAX_SCATTERED_CLUSTERS:
         raise RemoteProtocolError(*_too_many(count))
     clusters = tuple(map(SharedCluster._make, _SCATTERED.iter_unpack(table)))
-    fault = scattered_fault(clusters)
-    if fault is not None:
-        raise RemoteProtocolError(*fault)
+    _raise(scattered_fault(clusters))
     return Scattered(seq, dev_id, clusters)
 
 
@@ -366,6 +390,13 @@ def run_fault(first: int, count: int, masks: bytes, data_bytes: int) -> tuple[st
         return "malformed", f"a run of clusters {first} + {count}"
     if masks and len(masks) != 2 * count:
         return "malformed", f"{len(masks)} bytes of masks for {count} clusters"
+    return None
+
+
+def unchanged_fault(first: int, count: int) -> tuple[str, str] | None:
+    """Return what is wrong with a run of unchanged clusters, as (error code, reason)."""
+    if first < 0 or count < 1 or first + count > MAX_CLUSTERS:
+        return "malformed", f"a run of unchanged clusters {first} + {count}"
     return None
 
 

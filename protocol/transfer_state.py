@@ -58,6 +58,7 @@ from vmapipe.protocol.transfer import (
     Scattered,
     SharedCluster,
     SharedRun,
+    UnchangedRun,
     Welcome,
 )
 
@@ -96,6 +97,8 @@ class ProducerSide:
         self.ping_s = self.heartbeat_s / 3
         #: True: the archiver takes runs, and scattered clusters, in shared memory.
         self.shared = self.scatters = False
+        #: True: the archiver has an earlier archive of the device, and takes `unchanged`.
+        self.has_base = False
         self.sent_frames = 0
         self.sent_clusters = 0
         self._hello = Hello(
@@ -146,6 +149,18 @@ class ProducerSide:
         fault = transfer.scattered_fault(clusters)
         self._charge(fault, len(clusters), transfer.scattered_bytes(clusters))
         return transfer.encode_scattered(self.sent_frames, self.dev_id, clusters)
+
+    def unchanged(self, first: int, count: int) -> list[Part]:
+        """Clusters that are as in the base (see UnchangedRun), where `has_base` says so.
+
+        Their charge is that of a message without clusters and data: CHARGE_PER_FRAME.
+        """
+        if not self.has_base:
+            raise LocalProtocolError("the archiver has no base of this device")
+        fault = transfer.unchanged_fault(first, count)
+        self._charge(fault, 0, 0)
+        self.sent_clusters += count
+        return transfer.encode_unchanged(self.sent_frames, self.dev_id, first, count)
 
     def _charge(self, fault: tuple[str, str] | None, count: int, data_bytes: int) -> None:
         if self.state is not ProducerState.SENDING:
@@ -229,6 +244,7 @@ class ProducerSide:
         self.frame_bytes = message.frame_bytes
         self.heartbeat_s = message.heartbeat_s
         self.shared, self.scatters = message.shared, message.scattered
+        self.has_base = message.base
         self.reconnect_s = message.reconnect_s if self._hello.session else 0
         self.ping_s = self.heartbeat_s / 3
         if self.reconnect_s:
@@ -281,6 +297,8 @@ class ArchiverSide:
         #: Where the producer offers to share memory, and whether it was accepted.
         self.shared_at = ""
         self.shared = False
+        #: There is an earlier archive of the device: unchanged clusters may come.
+        self.has_base = False
         #: Identifies the producer when it reconnects; empty: it cannot resume.
         self.session = b""
         self.reconnect_s = 0
@@ -306,6 +324,9 @@ class ArchiverSide:
             case Scattered() if self.state is ArchiverState.RECEIVING and self.shared:
                 data_bytes = transfer.scattered_bytes(message.clusters)
                 self._take(message.seq, message.dev_id, len(message.clusters), data_bytes)
+            case UnchangedRun() if self.state is ArchiverState.RECEIVING and self.has_base:
+                self._take(message.seq, message.dev_id, 0, 0)
+                self.received_clusters += message.count
             case Ping():
                 pass
             case Hello() if self.state is ArchiverState.GREETING:
@@ -366,6 +387,7 @@ class ArchiverSide:
         *,
         shared: bool = False,
         reconnect_s: int = 0,
+        base: bool = False,
     ) -> list[Part]:
         """`reconnect_s` is for a session that can be resumed."""
         self._must_be(ArchiverState.WAITING, "welcome")
@@ -375,6 +397,7 @@ class ArchiverSide:
             raise LocalProtocolError("the producer offers no memory")
         self.reconnect_s = reconnect_s if self.session else 0
         self._heartbeat_s = heartbeat_s
+        self.has_base = base
         parts = self._welcome(dev_id, credit_bytes, frame_bytes, shared=shared)
         self.state = ArchiverState.RECEIVING
         self.dev_id = dev_id
@@ -396,6 +419,7 @@ class ArchiverSide:
                 shared,
                 self.reconnect_s,
                 scattered=shared,
+                base=self.has_base,
             )
         )
 

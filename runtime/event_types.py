@@ -47,6 +47,19 @@ class BegunEvent(TypedDict):
     devices: list[BegunDevice]
 
 
+class BaseDevice(TypedDict):
+    name: str
+    incremental: bool
+    reason: str
+
+
+class BaseEvent(TypedDict):
+    event: Literal["base"]
+    archive: str
+    uuid: str
+    devices: list[BaseDevice]
+
+
 class InstantEvent(TypedDict):
     event: Literal["instant"]
     held_s: float
@@ -63,6 +76,7 @@ class ProgressDevice(TypedDict):
     bytes: int
     done_bytes: int
     zero_bytes: int
+    unchanged_bytes: NotRequired[int]
 
 
 # Final, as the other `progress` is: then `"devices" in event` tells one from the other.
@@ -118,6 +132,7 @@ class StoredEvent(TypedDict):
     uuid: str
     stored_bytes: int
     plain_bytes: int
+    base_bytes: NotRequired[int]
 
 
 class DoneEvent(TypedDict):
@@ -317,6 +332,7 @@ PublicEvent = (
     | AttachedEvent
     | SkippedEvent
     | BegunEvent
+    | BaseEvent
     | InstantEvent
     | ThawedEvent
     | BackupProgressEvent

@@ -115,6 +115,13 @@ class UploadEvent(TypedDict):
     upload: str
 
 
+class BaseDamagedEvent(TypedDict):
+    """The base turned out to be damaged while it was used: a full backup would do."""
+
+    event: Literal["base-damaged"]
+    text: str
+
+
 class GuardReadyEvent(TypedDict):
     """All disks of a guard can be reached."""
 
@@ -151,6 +158,7 @@ ChildEvent = (
     | EndingEvent
     | JobSpeedEvent
     | UploadEvent
+    | BaseDamagedEvent
     | GuardReadyEvent
     | FrozenEvent
     | NotThawedEvent

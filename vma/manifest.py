@@ -167,6 +167,18 @@ class ManifestReader:
         return totals
 
 
+def read_totals(text: str) -> Totals:
+    """Read a manifest's last line alone. Raises ArchiveError; it is not held against the lines before."""
+    try:
+        if not text.startswith("], "):
+            raise ValueError("its last line is not as vmapipe writes it")
+        totals = _parse_totals(json.loads("{" + text[3:]))
+        _must_equal(text, totals_line(totals))
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ArchiveError(f"the manifest is damaged: {error}") from error
+    return totals
+
+
 def _must_equal(text: str, written: str) -> None:
     # What a lenient parser takes for the same (1.0 for 1, a key twice) is damage here.
     if text != written.removesuffix("\n"):

@@ -16,6 +16,7 @@ from vmapipe.protocol.transfer import (
     RunFrame,
     SharedCluster,
     SharedRun,
+    UnchangedRun,
 )
 from vmapipe.protocol.transfer_state import ArchiverSide
 from vmapipe.vma.coverage import mask_fits
@@ -40,7 +41,27 @@ class PackedRun(NamedTuple):
     first: int
     clusters: int
     masks: bytes
-    payload: memoryview
+    #: None: they are as in the base.
+    payload: memoryview | None
+
+
+class FillRun(NamedTuple):
+    """Clusters of a device that has a base: changed ones in the packer's form, or unchanged ones.
+
+    `notes` and `dev_ids` as those of a PackedExtent: when it is done, so is everything up to there.
+    """
+
+    dev_id: int
+    first: int
+    clusters: int
+    masks: bytes
+    #: None: unchanged.
+    payload: memoryview | None
+    notes: dict[int, FrameMark]
+
+    @property
+    def dev_ids(self) -> set[int]:
+        return {self.dev_id}
 
 
 class DeviceState:
@@ -58,11 +79,16 @@ class DeviceState:
         device: Device,
         window_bytes: int,
         shared: memoryview | None,
+        *,
+        has_base: bool = False,
     ) -> None:
         self.peer = peer
         self.device = device
         self.dev_id = device.dev_id
         self.queued_extents = 0
+        #: Unchanged clusters are filled from an earlier archive.
+        self.has_base = has_base
+        self.unchanged_clusters = 0
         self.clusters = 0
         self.data_bytes = 0
         self.complete = False
@@ -87,7 +113,12 @@ class DeviceState:
     def zero_bytes(self) -> int:
         """How much of that is zero, and takes no room in the archive."""
         # The last block is stored whole, and may reach beyond the device's end.
-        return max(0, self.done_bytes - self.data_bytes)
+        return max(0, self.done_bytes - self.unchanged_bytes - self.data_bytes)
+
+    @property
+    def unchanged_bytes(self) -> int:
+        """How much of it is as in the base, zeroes included."""
+        return self.unchanged_clusters * CLUSTER_BYTES
 
     def take(self, message: DataFrame) -> list[tuple[PackedRun, FrameMark]]:
         """A frame as runs, and how far the device has come with each. Raises RemoteProtocolError."""
@@ -96,6 +127,8 @@ class DeviceState:
             case SharedRun(_, _, first, clusters, masks, position):
                 payload = self._shared_at(position, self._side.data_bytes)
                 return [(self._check(PackedRun(first, clusters, masks, payload)), self._came)]
+            case UnchangedRun(_, _, first, clusters):
+                return [(self._check(PackedRun(first, clusters, b"", None)), self._came)]
             case RunFrame(_, _, first, clusters, masks, payload):
                 return [(self._check(PackedRun(first, clusters, masks, payload)), self._came)]
             case ClusterFrame():
@@ -122,7 +155,10 @@ class DeviceState:
             if double is not None:
                 raise RemoteProtocolError("coverage", f"cluster {double} comes a second time")
         self.clusters += run.clusters
-        self.data_bytes += len(run.payload)
+        if run.payload is None:
+            self.unchanged_clusters += run.clusters
+        else:
+            self.data_bytes += len(run.payload)
         return run
 
     def _shared_at(self, position: int, length: int) -> memoryview:

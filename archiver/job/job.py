@@ -10,13 +10,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 
-from vmapipe.archiver.job.device import DeviceState, FrameMark
+from vmapipe.archiver.job.device import DeviceState, FillRun, FrameMark
 from vmapipe.archiver.job.producers import Admission, JobProducer, JobProducers, Lost
 from vmapipe.archiver.job.spec import (
     AbandonArchive,
     ArchiveStored,
+    BaseUse,
     BeginArchive,
     ExtentWritten,
+    FillClusters,
     FinishArchive,
     JobAborted,
     JobEvent,
@@ -29,6 +31,7 @@ from vmapipe.archiver.job.spec import (
     Send,
     StoreExtent,
     TimePassed,
+    base_use,
     uuid_of,
 )
 from vmapipe.clusters.sizes import CLUSTER_BYTES
@@ -46,6 +49,7 @@ from vmapipe.protocol.transfer import (
     RunFrame,
     Scattered,
     SharedRun,
+    UnchangedRun,
 )
 from vmapipe.protocol.transfer_state import ArchiverSide, ArchiverState
 from vmapipe.vma.errors import LimitError
@@ -152,7 +156,9 @@ class Job:
         flow, device = self._flow, state.device if state else None
         instructions: list[JobInstruction] = []
         match message:
-            case ClusterFrame() | RunFrame() | SharedRun() | Scattered() if flow and device:
+            case ClusterFrame() | RunFrame() | SharedRun() | Scattered() | UnchangedRun() if (
+                flow and device
+            ):
                 instructions += flow.take(device, message)
             case End() if flow and device:
                 instructions += flow.end(device)
@@ -239,11 +245,14 @@ class Job:
             return self._fail(str(error))
         self.phase = JobPhase.RUNNING
         flow = self._flow = JobDevices(self._spec, header)
-        instructions: list[JobInstruction] = [BeginArchive(header, raw_header)]
-        for (peer, state), device in zip(peers, devices, strict=True):
+        base = self._spec.base
+        uses = [base_use(base, device) for device in devices]
+        told = () if base is None else tuple(uses)
+        instructions: list[JobInstruction] = [BeginArchive(header, raw_header, told)]
+        for (peer, state), use in zip(peers, uses, strict=True):
             offer = state.side.shared_at
             shared = self._map_shared(offer) if offer else None
-            instructions.append(flow.welcome(peer, state, device, shared))
+            instructions.append(flow.welcome(peer, state, use, shared))
         return instructions + self._finish_if_complete(flow)
 
     def _finish_if_complete(self, flow: JobDevices) -> list[JobInstruction]:
@@ -285,11 +294,14 @@ class JobDevices:
         self._window_bytes = max(limits.MIN_WINDOW_BYTES, share_bytes)
 
     def welcome(
-        self, at: bytes, peer: JobProducer, device: Device, shared: memoryview | None
+        self, at: bytes, peer: JobProducer, use: BaseUse, shared: memoryview | None
     ) -> Send:
         """One device more, in the header's order: tells its producer how much it may send."""
         may_send = not self._spec.in_order or not self.devices
-        peer.device = DeviceState(at, peer.side, device, self._window_bytes, shared)
+        device, has_base = use.device, bool(use.base_dev_id)
+        peer.device = DeviceState(
+            at, peer.side, device, self._window_bytes, shared, has_base=has_base
+        )
         self.devices.append(peer.device)
         return Send(
             at,
@@ -300,6 +312,7 @@ class JobDevices:
                 self._spec.heartbeat_s,
                 shared=shared is not None,
                 reconnect_s=self._spec.reconnect_s,
+                base=has_base,
             ),
         )
 
@@ -308,11 +321,20 @@ class JobDevices:
         """Every device has come to its end."""
         return all(device.complete for device in self.devices)
 
-    def take(self, device: DeviceState, message: DataFrame) -> list[StoreExtent | Send]:
+    def take(
+        self, device: DeviceState, message: DataFrame
+    ) -> list[StoreExtent | FillClusters | Send]:
         """Raises RemoteProtocolError for a frame that cannot be."""
-        instructions: list[StoreExtent | Send] = []
-        for run, mark in device.take(message):
-            instructions += map(self._put, self._packer.add(device.dev_id, *run, mark))
+        instructions: list[StoreExtent | FillClusters | Send] = []
+        for (first, count, masks, payload), mark in device.take(message):
+            dev_id = device.dev_id
+            if device.has_base or payload is None:
+                device.queued_extents += 1
+                fill = FillRun(dev_id, first, count, masks, payload, {dev_id: mark})
+                instructions.append(FillClusters(fill))
+            else:
+                packed = self._packer.add(dev_id, first, count, masks, payload, mark)
+                instructions += map(self._put, packed)
         return [*instructions, *self._grant(device)]
 
     def written(self, marks: dict[int, FrameMark], dev_ids: set[int]) -> list[Send]:
@@ -334,6 +356,8 @@ class JobDevices:
 
     def flush(self) -> list[StoreExtent]:
         """Return the last extents, when all devices are complete."""
+        if self.devices and all(device.has_base for device in self.devices):
+            return []
         return [self._put(extent) for extent in self._packer.flush()]
 
     def _put(self, extent: PackedExtent[FrameMark]) -> StoreExtent:

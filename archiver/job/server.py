@@ -10,9 +10,10 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from vmapipe.archiver.base.check import Base
 from vmapipe.archiver.job import spec as core
 from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.job import Job, JobPhase
@@ -60,7 +61,7 @@ def serve(spec: JobSpec, at: Listen, make_store: MakeStore, cancel: Cancel, emit
             emit({"event": "listening", "endpoint": link.endpoint})
             shares = link.is_local and not at.from_afar
             job = Job(spec, time.monotonic(), map_shared if shares else refuse_shared)
-            _Server(job, link, store, emit).run(wake_fd, cancel)
+            _Server(job, link, store, emit, spec.base).run(wake_fd, cancel)
         finally:
             # Nothing to do where the archive was stored.
             store.abandon()
@@ -72,8 +73,14 @@ def serve(spec: JobSpec, at: Listen, make_store: MakeStore, cancel: Cancel, emit
 
 class _Server:
     def __init__(
-        self, job: Job, link: ListeningSocket, store: ArchiveWriter[FrameMark], emit: Emit
+        self,
+        job: Job,
+        link: ListeningSocket,
+        store: ArchiveWriter[FrameMark],
+        emit: Emit,
+        base: Base | str | None,
     ) -> None:
+        self._base = base
         self._job = job
         self._link = link
         self._store = store
@@ -123,6 +130,7 @@ class _Server:
                     "uuid": self._job.uuid.hex(),
                     "stored_bytes": self._store.stored_bytes,
                     "plain_bytes": self._store.plain_bytes,
+                    "base_bytes": self._store.base_bytes,
                 }
             )
 
@@ -144,8 +152,10 @@ class _Server:
                     self._link.send(peer, parts)
                 case core.StoreExtent(extent):
                     self._store.put(extent)
-                case core.BeginArchive(header, raw_header):
-                    self._store.begin(header, raw_header)
+                case core.FillClusters(run):
+                    self._store.fill(run)
+                case core.BeginArchive(header, raw_header, bases):
+                    self._store.begin(header, raw_header, bases)
                     self._emit(
                         {
                             "event": "begun",
@@ -156,12 +166,33 @@ class _Server:
                             ],
                         }
                     )
+                    self._emit_bases(bases)
                 case core.FinishArchive():
                     self._store.finish()
                 case core.AbandonArchive():
                     self._store.abandon()
                 case core.LogNotice(text):
                     self._emit({"event": "notice", "text": text})
+
+    def _emit_bases(self, bases: Sequence[core.BaseUse]) -> None:
+        """Tell which devices are filled from the base, and why others are not."""
+        base = self._base
+        if bases:
+            self._emit(
+                {
+                    "event": "base",
+                    "archive": base.archive if isinstance(base, Base) else "",
+                    "uuid": base.uuid.hex() if isinstance(base, Base) else "",
+                    "devices": [
+                        {
+                            "name": use.device.name,
+                            "incremental": bool(use.base_dev_id),
+                            "reason": use.reason,
+                        }
+                        for use in bases
+                    ],
+                }
+            )
 
     def _handle_writer(self, wake_fd: int) -> None:
         try:
@@ -170,6 +201,9 @@ class _Server:
             return
         for extent in self._store.take_written():
             self._handle(core.ExtentWritten(extent.notes, extent.dev_ids))
+        if self._store.base_damage:
+            self._emit({"event": "base-damaged", "text": self._store.base_damage})
+            self._store.base_damage = ""
         if self._store.error is not None:
             self._handle(core.JobAborted(str(self._store.error)))
         elif self._store.committed:
@@ -200,6 +234,7 @@ class _Server:
                         "bytes": d.device.size_bytes,
                         "done_bytes": d.done_bytes,
                         "zero_bytes": d.zero_bytes,
+                        "unchanged_bytes": d.unchanged_bytes,
                     }
                     for d in self._job.devices
                 ],

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vmapipe.archiver.job.device import FrameMark
+from vmapipe.archiver.base.check import Base
+from vmapipe.archiver.job.device import FillRun, FrameMark
 from vmapipe.protocol.schema import Part
 from vmapipe.vma.header import Config, Device, Header
 from vmapipe.vma.packer import PackedExtent
@@ -40,12 +41,33 @@ class JobSpec(NamedTuple):
     reconnect_s: int = RECONNECT_S
     #: Until all producers have come, in seconds.
     start_timeout_s: int = 60
+    #: An earlier archive, of which unchanged clusters are taken; the doubt about it, in words;
+    #: None: no base was asked for.
+    base: Base | str | None = None
 
 
 def uuid_of(spec: JobSpec, devices: tuple[Device, ...]) -> bytes:
     """The same 16 bytes for the same header contents (a name-based uuid, version 5)."""
     contents = repr((spec.ctime_s, devices, [(c.name, c.data) for c in spec.configs]))
     return uuid.uuid5(_NAMESPACE, contents).bytes
+
+
+def base_use(base: Base | str | None, device: Device) -> BaseUse:
+    """Whether unchanged clusters of a device can be taken from the base."""
+    if not isinstance(base, Base):
+        return BaseUse(device, 0, base or "no base was asked for")
+    there = base.device(device.name)
+    if device.is_vmstate:
+        return BaseUse(device, 0, "a machine's memory has no base")
+    if there is None:
+        return BaseUse(device, 0, f"{base.archive} does not have this device")
+    if there.size_bytes != device.size_bytes:
+        return BaseUse(
+            device,
+            0,
+            f"its size was {there.size_bytes} bytes in {base.archive}, and is {device.size_bytes} now",
+        )
+    return BaseUse(device, there.dev_id)
 
 
 class JobStarted(NamedTuple):
@@ -106,13 +128,29 @@ class Send(NamedTuple):
     parts: list[Part]
 
 
+class BaseUse(NamedTuple):
+    """The base's part in one device: its dev_id there, or 0 and the reason why the device is sent in full."""
+
+    device: Device
+    base_dev_id: int
+    reason: str = ""
+
+
 class BeginArchive(NamedTuple):
     header: Header
     raw_header: bytes
+    #: For each device; empty where no base was asked for.
+    bases: tuple[BaseUse, ...] = ()
 
 
 class StoreExtent(NamedTuple):
     extent: PackedExtent[FrameMark]
+
+
+class FillClusters(NamedTuple):
+    """Clusters of a device that has a base."""
+
+    run: FillRun
 
 
 class FinishArchive(NamedTuple):
@@ -131,4 +169,6 @@ class LogNotice(NamedTuple):
     text: str
 
 
-JobInstruction = Send | BeginArchive | StoreExtent | FinishArchive | AbandonArchive | LogNotice
+JobInstruction = (
+    Send | BeginArchive | StoreExtent | FillClusters | FinishArchive | AbandonArchive | LogNotice
+)

@@ -8,9 +8,14 @@ import enum
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
+from vmapipe.archiver.base.check import Base
+from vmapipe.archiver.base.extents import BaseExtents, DamagedBase
+from vmapipe.archiver.job.device import FillRun
+from vmapipe.archiver.job.fill import FilledExtent, Filler
+from vmapipe.archiver.job.spec import BaseUse
 from vmapipe.archiver.outputs.base import IOV_MAX, Output, OutputFailure
 from vmapipe.archiver.outputs.compress import Compression, ZstdOutput
 from vmapipe.archiver.outputs.manifests import DigestedOutput, Digests
@@ -38,6 +43,7 @@ class WriterState(enum.Enum):
 class _Begin(NamedTuple):
     header: Header
     raw_header: bytes
+    bases: Sequence[BaseUse]
 
 
 class _Order(enum.Enum):
@@ -45,7 +51,7 @@ class _Order(enum.Enum):
     STOP = "stop"
 
 
-_Item = _Begin | PackedExtent[Note] | _Order
+_Item = _Begin | PackedExtent[Note] | FillRun | _Order
 
 
 class ArchiveWriter(Generic[Note]):
@@ -67,6 +73,7 @@ class ArchiveWriter(Generic[Note]):
         digests: Digests | None,
         on_progress: Callable[[], None],
         compression: Compression | None = None,
+        base: Base | None = None,
     ) -> None:
         # The digest of the file is that of its bytes as stored: below the compression.
         if digests is not None:
@@ -82,8 +89,12 @@ class ArchiveWriter(Generic[Note]):
         self._digests = digests
         self._on_progress = on_progress
         self._put_bytes = 0
+        self._base = base
+        self._filler: Filler | None = None
+        #: What is wrong with the base, where that is why nothing is stored.
+        self.base_damage = ""
         self._queue: queue.SimpleQueue[_Item[Note]] = queue.SimpleQueue()
-        self._written: deque[PackedExtent[Note]] = deque()
+        self._written: deque[PackedExtent[Note] | FillRun] = deque()
         self._ending = threading.Lock()
         self._stopping = False
         # A daemon: one that hangs in the kernel must not keep the process alive.
@@ -107,9 +118,9 @@ class ArchiveWriter(Generic[Note]):
         """Bytes of extents that were put and are not written yet."""
         return self._put_bytes - self.plain_bytes
 
-    def begin(self, header: Header, raw_header: bytes) -> None:
+    def begin(self, header: Header, raw_header: bytes, bases: Sequence[BaseUse] = ()) -> None:
         self._put_bytes += len(raw_header)
-        self._queue.put(_Begin(header, raw_header))
+        self._queue.put(_Begin(header, raw_header, bases))
         self._thread.start()
 
     def put(self, extent: PackedExtent[Note]) -> None:
@@ -118,12 +129,22 @@ class ArchiveWriter(Generic[Note]):
             self._put_bytes += extent.total_bytes
             self._queue.put(extent)
 
+    def fill(self, run: FillRun) -> None:
+        """Clusters of a device that has a base; never waits. After an error they are dropped."""
+        if self.state is WriterState.RUNNING:
+            self._queue.put(run)
+
+    @property
+    def base_bytes(self) -> int:
+        """Data that was taken from the base so far, in bytes."""
+        return self._filler.kept_bytes if self._filler else 0
+
     def finish(self) -> None:
         """All extents were put: bring them to the disk and the archive to its name."""
         self._queue.put(_Order.FINISH)
 
-    def take_written(self) -> list[PackedExtent[Note]]:
-        """The extents that were written since the last call, in order.
+    def take_written(self) -> list[PackedExtent[Note] | FillRun]:
+        """The extents that were written since the last call, in order, and the runs that were taken.
 
         Nothing looks at their buffers any more.
         """
@@ -151,16 +172,24 @@ class ArchiveWriter(Generic[Note]):
         try:
             self._work()
         except Exception as error:  # noqa: BLE001  a defect, too, must reach the main loop
+            if isinstance(error, DamagedBase) and not self._stopping:
+                self.base_damage = str(error)
             # After `abandon`, errors are only how the output lets go of us.
             self._end(WriterState.FAILED, _abandoned() if self._stopping else error)
             self._report()
             self._output.abandon()
             self._drop_queue()
+        finally:
+            if self._filler is not None:
+                self._filler.close()
 
     def _work(self) -> None:
         item = self._queue.get()
         while item is not _Order.STOP:
             if item is _Order.FINISH:
+                if self._filler is not None:
+                    for filled in self._filler.finish():
+                        self._write_filled(filled)
                 self._output.commit()
                 self._end(WriterState.COMMITTED, None)
                 self._report()
@@ -168,6 +197,8 @@ class ArchiveWriter(Generic[Note]):
             following: _Item[Note] | None = None
             if isinstance(item, _Begin):
                 self._write_header(item)
+            elif isinstance(item, FillRun):
+                self._fill(item)
             else:
                 following = self._write_with_following(item)
             item = self._queue.get() if following is None else following
@@ -198,11 +229,31 @@ class ArchiveWriter(Generic[Note]):
         self._report()
         return following
 
+    def _fill(self, run: FillRun) -> None:
+        if self._filler is None:
+            raise RuntimeError("clusters of a device that has a base, without one")
+        for filled in self._filler.take(run):
+            self._write_filled(filled)
+        self._written.append(run)
+        self._report()
+
+    def _write_filled(self, filled: FilledExtent) -> None:
+        extent = filled.extent
+        if self._digests is not None:
+            self._digests.extents([extent])
+        self._output.write(extent.buffers)
+        self.plain_bytes += extent.total_bytes
+        self._put_bytes += extent.total_bytes
+        yield_cpu()
+
     def _write_header(self, begin: _Begin) -> None:
         if self._digests is not None:
             self._digests.begin(begin.header, begin.raw_header)
         self._output.write([begin.raw_header])
         self.plain_bytes += len(begin.raw_header)
+        devices = {use.base_dev_id: use.device for use in begin.bases if use.base_dev_id}
+        if self._base is not None and devices:
+            self._filler = Filler(BaseExtents(self._base), begin.header.uuid, devices)
 
     def _end(self, state: WriterState, error: Exception | None) -> None:
         """The first end counts."""

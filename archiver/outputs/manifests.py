@@ -156,7 +156,7 @@ class Digests:
     def begin(self, header: Header, raw_header: bytes) -> None:
         self._devices = {device.dev_id: _DeviceHasher(device) for device in header.devices}
         self._archive_bytes = len(raw_header)
-        opening = Opening(header.uuid, header.ctime_s, _digest([raw_header]))
+        opening = Opening(header.uuid, header.ctime_s, digest_of([raw_header]))
         self._sink.line(opening_line(opening))
 
     def extents(self, batch: Sequence[PackedExtent[Any]]) -> None:
@@ -172,7 +172,7 @@ class Digests:
                 self._devices[dev_id].add(first, count, masks, data)
 
     def _extent(self, buffers: Buffers) -> None:
-        digest = _digest(buffers)
+        digest = digest_of(buffers)
         self._sink.line(extent_line(self._extents, digest))
         self._extents += 1
         self._archive_bytes += digest.total_bytes
@@ -280,7 +280,8 @@ class DigestedOutput(OutputWrapper):
             self._committing.release()
 
 
-def _digest(buffers: Buffers) -> ExtentDigest:
+def digest_of(buffers: Buffers) -> ExtentDigest:
+    """Length and digest of a header or an extent, as the manifest has them."""
     hasher, size_bytes = xxh3_128(), 0
     for buffer in buffers:
         hasher.update(buffer)

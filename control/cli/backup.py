@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.cli.backup_arguments import (
+    add_base_options,
     add_drill_options,
     add_proxmox_options,
     add_service_options,
@@ -48,8 +50,8 @@ from vmapipe.runtime.arguments import (
     make_parser,
 )
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import UsageError
-from vmapipe.runtime.events import ChildCommands, ignore
+from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.events import ChildCommands, Emit, ignore
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import run, run_child
 
@@ -106,6 +108,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_speed_option(add_priority_options(parser))
     add_proxmox_options(parser)
     add_drill_options(parser)
+    add_base_options(parser)
     add_report_options(parser)
     add_attending_options(parser)
     add_child_options(parser)
@@ -177,6 +180,18 @@ def _is_for_a_file(archive: str) -> bool:
     return os.path.isfile(archive) or not os.path.exists(archive)
 
 
+def _check_base_options(options: argparse.Namespace) -> None:
+    """Raises UsageError."""
+    if options.base == "none":
+        return
+    if options.archiver:
+        raise UsageError("--base is for an archiver of this host")
+    if options.reproducible:
+        raise UsageError(
+            "--reproducible makes the same bytes of the same disks; with --base they depend on the base"
+        )
+
+
 def _check(options: argparse.Namespace) -> None:
     """Raises UsageError."""
     _check_drill(options)
@@ -214,6 +229,7 @@ def _check(options: argparse.Namespace) -> None:
             "--nbd is for exports that do not change: the disks of --qmp and --monitor are of an "
             "instant of their own; make two archives"
         )
+    _check_base_options(options)
     if options.trim and not options.nbd:
         raise UsageError("--trim frees what --nbd has read: it needs that")
     if options.notes and options.vmid is None:
@@ -245,8 +261,10 @@ def _run_job(
         if options.vmid is not None:
             options.config, fds = configs.stored([disk.name for disk in disks])
             pass_fds = pass_fds + fds
+        base = base_of(options, [disk.name for disk in disks], around.emit)
         job = BackupJob(
             disks=disks,
+            base=base,
             archive=options.archive,
             archiver_options=archiver_options(options),
             speed_bytes_s=options.speed,
@@ -261,10 +279,45 @@ def _run_job(
             server=around.server,
             job_id=around.job_id,
         )
-        job.run(around.emit, around.cancel, around.commands)
+        try:
+            job.run(around.emit, around.cancel, around.commands)
+        except Failure:
+            if not job.base_damage or machine is not None:
+                raise
+            text = f"{job.base_damage}. This is a full backup instead"
+            around.emit({"event": "notice", "text": text})
+            dataclasses.replace(job, base="", base_damage="").run(
+                around.emit, around.cancel, around.commands
+            )
     finally:
         if machine:
             machine.end()
+
+
+def base_of(options: argparse.Namespace, devices: Sequence[str], emit: Emit) -> str:
+    """Return the base's path, empty where there is none, and report why."""
+    if options.base == "none":
+        return ""
+    # Imported here: other backups start sooner without.
+    from vmapipe.archiver.base.check import Base, check_base
+    from vmapipe.archiver.base.choice import choose_base
+
+    found: Base | str = f"{options.archive} is not a file: only beside one is a base looked for"
+    if options.base != "auto":
+        found = check_base(options.base)
+    elif is_path(options.archive):
+        found = choose_base(options.archive, devices)
+    if isinstance(found, Base):
+        return found.archive
+    emit(
+        {
+            "event": "base",
+            "archive": "",
+            "uuid": "",
+            "devices": [{"name": name, "incremental": False, "reason": found} for name in devices],
+        }
+    )
+    return ""
 
 
 def open_machine(options: argparse.Namespace) -> RunningMachine | None:

@@ -113,6 +113,17 @@ def add_drill_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_base_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("incremental (docs/operations/incremental.md)")
+    group.add_argument(
+        "--base",
+        default="none",
+        metavar="auto|ARCHIVE|none",
+        help="take what is unchanged from an earlier archive with a manifest; auto: from the newest of "
+        "this machine beside the new one. The new archive is as full as any other (default: none)",
+    )
+
+
 def add_service_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("to a service on another host")
     group.add_argument(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from vmapipe.access.drill.evidence import remove_evidence
 from vmapipe.access.drill.result import EVIDENCE_SUFFIX
 from vmapipe.access.drill.result import SUFFIX as DRILL_SUFFIX
+from vmapipe.archiver.base.choice import read_name
 from vmapipe.archiver.service.storage import is_of_service
 from vmapipe.control.cli.retention import (
     RULES,
@@ -24,7 +24,6 @@ from vmapipe.control.cli.retention import (
     Mark,
     StoredArchive,
     Verdict,
-    When,
     flood,
     judge,
 )
@@ -183,7 +182,7 @@ def find(folder: HeldFolder) -> Mapping[str, list[StoredArchive]]:
     groups: dict[str, list[StoredArchive]] = {}
     try:
         for name in folder.names():
-            parsed = parse(name)
+            parsed = read_name(name)
             status = folder.status(name) if parsed else None
             if parsed and status and stat.S_ISREG(status.st_mode):
                 path = os.path.join(folder.path, name)
@@ -309,31 +308,8 @@ def _unlink(folder: HeldFolder, name: str) -> None:
         os.unlink(name, dir_fd=folder.fd)
 
 
-# vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma, db_20260131T020000.vma.gz
-_NAME = re.compile(
-    r"(?P<group>.+)[-_.]"
-    r"(?P<year>\d{4})[-_]?(?P<month>\d\d)[-_]?(?P<day>\d\d)"
-    r"(?:[-_T.](?P<hour>\d\d)[-_:]?(?P<minute>\d\d)(?:[-_:]?(?P<second>\d\d))?Z?)?"
-    r"\.vma(?:\.(?:zst|gz|lzo))?",
-    re.ASCII,
-)
 _ENDING = re.compile(r"\.vma(?:\.(?:zst|gz|lzo))?$")
 PROTECTED = ".protected"
-
-
-def parse(name: str) -> tuple[str, When] | None:
-    """Group and time; None: the name has no date, or is not an archive's."""
-    found = _NAME.fullmatch(name)
-    if found is None:
-        return None
-    fields = ("year", "month", "day", "hour", "minute", "second")
-    year, month, day, hour, minute, second = (int(found[field] or 0) for field in fields)
-    try:
-        datetime.date(year, month, day)
-        datetime.time(hour, minute, second)
-    except ValueError:
-        return None
-    return found["group"], (year, month, day, hour, minute, second)
 
 
 def beside(archive: str) -> list[str]:

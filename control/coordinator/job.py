@@ -153,6 +153,10 @@ class BackupJob:
     #: Disks are read one after the other.
     in_turn: bool = False
     priorities: Priorities = AS_INHERITED
+    #: An earlier archive, of which unchanged clusters are taken; empty: all is sent.
+    base: str = ""
+    #: What is wrong with the base, where that is why this backup failed: a full one would do.
+    base_damage: str = ""
     #: Answers questions about the job from outside.
     server: JobServer | None = None
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
@@ -215,6 +219,8 @@ class BackupJob:
         args += [f"--output={self.archive}", f"--job={self.job_id.hex()}"]
         args += [f"--device={name}" for name in self.names]
         args += self.archiver_options
+        if self.base:
+            args.append(f"--base={self.base}")
         archiver = children.start("the archiver", module, args, self.pass_fds)
         self.priorities.apply(archiver.pid, guest_waits=False)
         if self.service:
@@ -358,6 +364,8 @@ class BackupJob:
                 self._begin(emit, cancel)
         elif event["event"] == "ending":
             self._ending.add(event["device"])
+        elif event["event"] == "base-damaged":
+            self.base_damage = event["text"]
         elif event["event"] == "upload":
             self.uploads.append((event["archive"], event["upload"]))
         elif event["event"] == "job-speed":

@@ -28,12 +28,14 @@ from vmapipe.protocol.transfer import (
     Scattered,
     SharedCluster,
     SharedRun,
+    UnchangedRun,
     Welcome,
     encode_cluster,
     encode_control,
     encode_run,
     encode_scattered,
     encode_shared_run,
+    encode_unchanged,
 )
 
 UUID = bytes(range(16))
@@ -43,7 +45,7 @@ FULL_CLUSTER = b"\x5a" * CLUSTER_BYTES
 # One valid message of every kind.
 EXAMPLES: dict[str, Message] = {
     "HELLO": Hello(limits.VERSION, UUID, "drive-scsi0", 3 * 65536, "test", "/proc/7/fd/5", UUID, 0),
-    "WELCOME": Welcome(limits.VERSION, 1, 1 << 24, 1 << 20, 30, True, 60, True),
+    "WELCOME": Welcome(limits.VERSION, 1, 1 << 24, 1 << 20, 30, True, 60, True, True),
     "GRANT": Grant(1 << 25, 0),
     "END": End(0, 0),
     "DONE": Done(UUID),
@@ -59,6 +61,7 @@ EXAMPLES: dict[str, Message] = {
     "RUN": RunFrame(1, 1, 0, 2, b"\0\1\0\0", memoryview(bytes(4096))),
     "SHARED": SharedRun(1, 1, 0, 2, b"\0\1\0\0", 8192),
     "SCATTERED": Scattered(1, 1, (SharedCluster(7, 8192, 1), SharedCluster(3, 0, 0))),
+    "UNCHANGED": UnchangedRun(1, 1, 0, 3),
 }
 
 uints = st.integers(0, U64)
@@ -88,6 +91,7 @@ controls: st.SearchStrategy[Control] = st.one_of(
         st.integers(1, limits.MAX_HEARTBEAT_S),
         st.booleans(),
         st.integers(0, limits.MAX_RECONNECT_S),
+        st.booleans(),
         st.booleans(),
     ),
     st.builds(Resume, st.just(limits.VERSION), uuids, uuids, uints),
@@ -155,7 +159,14 @@ def scattered(draw: st.DrawFn) -> Scattered:
     return Scattered(draw(st.integers(1, U64)), draw(st.integers(1, 254)), tuple(many))
 
 
-data_frames = cluster_frames | run_frames() | shared_runs() | scattered()
+@st.composite
+def unchanged_runs(draw: st.DrawFn) -> UnchangedRun:
+    first = draw(st.integers(0, MAX_CLUSTERS - 1))
+    count = draw(st.integers(1, MAX_CLUSTERS - first))
+    return UnchangedRun(draw(st.integers(1, U64)), draw(st.integers(1, 254)), first, count)
+
+
+data_frames = cluster_frames | run_frames() | shared_runs() | scattered() | unchanged_runs()
 
 
 def encode(message: Message) -> list[Part]:
@@ -168,5 +179,7 @@ def encode(message: Message) -> list[Part]:
             return encode_shared_run(*message)
         case Scattered():
             return encode_scattered(*message)
+        case UnchangedRun():
+            return encode_unchanged(*message)
         case _:
             return encode_control(message)

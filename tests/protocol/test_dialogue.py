@@ -16,7 +16,14 @@ from tests.protocol.messages import UUID
 from vmapipe.protocol import limits, transfer_state
 from vmapipe.protocol.errors import LocalProtocolError
 from vmapipe.protocol.schema import Part
-from vmapipe.protocol.transfer import Ping, RunFrame, Scattered, SharedCluster, SharedRun
+from vmapipe.protocol.transfer import (
+    Ping,
+    RunFrame,
+    Scattered,
+    SharedCluster,
+    SharedRun,
+    UnchangedRun,
+)
 from vmapipe.protocol.transfer_state import ArchiverSide, ProducerSide
 
 P = transfer_state.ProducerState
@@ -40,6 +47,8 @@ class Sent(NamedTuple):
     place: bytes | int
     #: Not as a run, but cluster by cluster.
     scattered: bool = False
+    #: As in the base, without data.
+    unchanged: bool = False
 
 
 def clusters_of(frame: Sent) -> list[SharedCluster]:
@@ -110,6 +119,19 @@ class Dialogue(RuleBasedStateMachine):
         self.sent.append(frame)
         self.charges.append(before[0] - self.producer.credit)
 
+    @precondition(lambda self: self.producer.state is P.SENDING and self.producer.has_base)
+    @rule(count=st.integers(1, 1 << 20))
+    def send_unchanged(self, count: int) -> None:
+        before = self.producer.credit
+        try:
+            parts = self.producer.unchanged(len(self.sent), count)
+        except LocalProtocolError:
+            assert before < limits.CHARGE_PER_FRAME
+            return
+        self.up.append(parts)
+        self.sent.append(Sent(len(self.sent), count, b"", b"", unchanged=True))
+        self.charges.append(before - self.producer.credit)
+
     @precondition(lambda self: self.greeted and self.producer.state is not P.CLOSED)
     @rule()
     def ping(self) -> None:
@@ -133,11 +155,12 @@ class Dialogue(RuleBasedStateMachine):
         window=st.integers(limits.MIN_WINDOW_BYTES, 8 << 20),
         first=st.booleans(),
         shared=st.booleans(),
+        base=st.booleans(),
     )
-    def welcome(self, window: int, first: bool, shared: bool) -> None:
+    def welcome(self, window: int, first: bool, shared: bool, base: bool) -> None:
         self.window = window
         self.limit = window if first else 0
-        parts = self.archiver.welcome(1, self.limit, window // 2, 30, shared=shared)
+        parts = self.archiver.welcome(1, self.limit, window // 2, 30, shared=shared, base=base)
         self.down.append(parts)
 
     @precondition(lambda self: self.archiver.state in (A.RECEIVING, A.ENDED))
@@ -194,6 +217,9 @@ class Dialogue(RuleBasedStateMachine):
                 first, position, _ = clusters[0]
                 self.received.append(Sent(first, len(clusters), masks, position, True))
                 assert list(clusters) == clusters_of(self.received[-1])
+            case UnchangedRun(_, dev_id, first, count):
+                assert dev_id == 1
+                self.received.append(Sent(first, count, b"", b"", unchanged=True))
             case Ping():
                 self.down.append(self.archiver.pong())
 
@@ -244,7 +270,7 @@ class Dialogue(RuleBasedStateMachine):
             self.hello()
             self.deliver_all()
         if self.archiver.state is A.WAITING:
-            self.welcome(limits.MIN_WINDOW_BYTES, True, False)
+            self.welcome(limits.MIN_WINDOW_BYTES, True, False, False)
             self.deliver_all()
         if self.producer.state is P.SENDING:
             self.give(self.window + sum(self.charges), len(self.sent))

@@ -19,10 +19,10 @@ from tests.protocol.messages import (
     uints,
 )
 from tests.vma.memory import peak_bytes
-from vmapipe.clusters.sizes import CLUSTER_BYTES
+from vmapipe.clusters.sizes import CLUSTER_BYTES, MAX_CLUSTERS
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
-from vmapipe.protocol.schema import Part
+from vmapipe.protocol.schema import Part, pack
 from vmapipe.protocol.transfer import (
     ClusterFrame,
     Control,
@@ -33,10 +33,12 @@ from vmapipe.protocol.transfer import (
     RunFrame,
     Scattered,
     SharedRun,
+    UnchangedRun,
     Welcome,
     decode,
     encode_control,
     encode_run,
+    encode_unchanged,
     payload_fault,
     run_fault,
     sayable,
@@ -45,7 +47,7 @@ from vmapipe.protocol.transfer import (
 CONTROLS: list[Control] = [
     message
     for message in EXAMPLES.values()
-    if not isinstance(message, ClusterFrame | RunFrame | SharedRun | Scattered)
+    if not isinstance(message, ClusterFrame | RunFrame | SharedRun | Scattered | UnchangedRun)
 ]
 FORMS: list[type[bytes] | type[bytearray] | type[memoryview]] = [bytes, bytearray, memoryview]
 
@@ -596,3 +598,19 @@ def test_a_run_without_fault_is_decoded_and_one_with_a_fault_refused(
         assert isinstance(decode(parts), RunFrame)
     else:
         assert refusal(*parts).code == fault[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [(-1, 1), (0, 0), (0, -1), (MAX_CLUSTERS, 1), (1, MAX_CLUSTERS)]
+)
+def test_unchanged_clusters_that_no_device_has_are_malformed(first: int, count: int) -> None:
+    assert refusal(pack(1), pack([1, first, count])).code == "malformed"
+
+
+def test_unchanged_clusters_may_be_a_whole_device() -> None:
+    parts = encode_unchanged(1, 1, 0, MAX_CLUSTERS)
+    assert decode(parts) == UnchangedRun(1, 1, 0, MAX_CLUSTERS)
+
+
+def test_unchanged_clusters_with_a_third_part_are_malformed() -> None:
+    assert refusal(*encode_unchanged(1, 1, 0, 1), b"x").code == "malformed"

@@ -65,10 +65,10 @@ def said_again(side: ProducerSide, message: Message) -> list[bytes]:
     return [bytes(part) for part in parts]
 
 
-def answered_again(side: ArchiverSide, message: Message) -> list[bytes] | None:
+def answered_again(side: ArchiverSide, message: Message) -> list[bytes]:
     """The message, made by today's archiver."""
     match message:
-        case Welcome(_, dev_id, credit, frame_bytes, heartbeat_s, shared, reconnect_s, _):
+        case Welcome(_, dev_id, credit, frame_bytes, heartbeat_s, shared, reconnect_s):
             parts = side.welcome(
                 dev_id, credit, frame_bytes, heartbeat_s, shared=shared, reconnect_s=reconnect_s
             )
@@ -100,7 +100,11 @@ def test_a_dialogue_recorded_before_is_the_same_today(name: str, kind: type[Mess
             assert said_again(producer, message) == parts
             assert archiver.receive(parts) == message
         else:
-            assert answered_again(archiver, message) == parts
+            answer = answered_again(archiver, message)
+            # Today's WELCOME has more fields; those with their default were left out then.
+            if answer != parts:
+                assert isinstance(message, Welcome)
+                assert transfer.decode(answer) == message
             assert producer.receive(parts) == message
     assert {Hello, Welcome, kind, Grant, End, Done} <= kinds
     assert producer.state is ProducerState.CLOSED

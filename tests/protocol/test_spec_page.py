@@ -21,6 +21,7 @@ from vmapipe.protocol.transfer import (
     Scattered,
     SharedCluster,
     SharedRun,
+    UnchangedRun,
 )
 
 KINDS = {name: type(message) for name, message in EXAMPLES.items()}
@@ -41,6 +42,8 @@ def meant(text: str) -> Message:
         case [dev_id, table]:
             entries = struct.iter_unpack(">IQH", table)
             return Scattered(int(number), dev_id, tuple(SharedCluster(*each) for each in entries))
+        case [dev_id, int(first), int(count)]:
+            return UnchangedRun(int(number), dev_id, first, count)
         case [dev_id, cluster_num, data]:
             return ClusterFrame(int(number), dev_id, cluster_num, data)
         case [dev_id, first, count, masks]:

@@ -11,6 +11,7 @@ import pytest
 from tests.protocol.messages import EXAMPLES, U64, UUID, encode
 from vmapipe.protocol import limits, transfer_state
 from vmapipe.protocol.errors import LocalProtocolError, RemoteProtocolError
+from vmapipe.protocol.schema import pack
 from vmapipe.protocol.transfer import (
     ClusterFrame,
     End,
@@ -23,6 +24,7 @@ from vmapipe.protocol.transfer import (
     Scattered,
     SharedCluster,
     SharedRun,
+    UnchangedRun,
     Welcome,
 )
 from vmapipe.protocol.transfer_state import ArchiverSide, ProducerSide
@@ -42,6 +44,7 @@ ARCHIVER_TAKES = {
     (A.RECEIVING, "RUN"): A.RECEIVING,
     (A.RECEIVING, "SHARED"): A.RECEIVING,
     (A.RECEIVING, "SCATTERED"): A.RECEIVING,
+    (A.RECEIVING, "UNCHANGED"): A.RECEIVING,
     (A.RECEIVING, "PING"): A.RECEIVING,
     (A.RECEIVING, "END"): A.ENDED,
     (A.RECEIVING, "FAIL"): A.CLOSED,
@@ -83,7 +86,7 @@ def archiver_in(state: transfer_state.ArchiverState) -> ArchiverSide:
     side.receive(encode(EXAMPLES["HELLO"]))
     if state is A.WAITING:
         return side
-    side.welcome(1, 1 << 20, 1 << 19, 30, shared=True, reconnect_s=60)
+    side.welcome(1, 1 << 20, 1 << 19, 30, shared=True, reconnect_s=60, base=True)
     if state is A.RECEIVING:
         return side
     side.receive(encode(End(0, 0)))
@@ -144,13 +147,14 @@ def test_the_producer_in_every_state_takes_or_refuses_every_message(
 
 @pytest.mark.parametrize("state", P, ids=lambda state: state.value)
 def test_the_producer_sends_only_what_its_state_allows(state: transfer_state.ProducerState) -> None:
-    sending = ("run", "shared", "scattered", "end")
+    sending = ("run", "shared", "scattered", "unchanged", "end")
     allowed = {"hello": [P.GREETING], **{name: [P.SENDING] for name in sending}}
     moves: dict[str, Callable[[ProducerSide], object]] = {
         "hello": lambda side: side.hello(),
         "run": lambda side: side.run(0, 1, b"", b""),
         "shared": lambda side: side.shared_run(0, 1, b"\0\1", 0),
         "scattered": lambda side: side.scattered([SharedCluster(0, 0, 1)]),
+        "unchanged": lambda side: side.unchanged(0, 1),
         "end": lambda side: side.end(),
     }
     for name, move in moves.items():
@@ -293,6 +297,7 @@ def test_a_frame_of_another_device_is_refused(dev_id: int) -> None:
         ClusterFrame(1, dev_id, 0, b""),
         SharedRun(1, dev_id, 0, 1, b"\0\1", 0),
         Scattered(1, dev_id, (SharedCluster(0, 0, 1),)),
+        UnchangedRun(1, dev_id, 0, 1),
     ]
     for message in frames:
         assert code_of(archiver_in(A.RECEIVING), message) == "wrong-device"
@@ -398,3 +403,39 @@ def test_grants_are_cumulative_and_an_old_one_changes_nothing() -> None:
     for grant in (Grant(1 << 30, 0), Grant(1, 0), Grant(1 << 29, 0)):
         side.receive(encode(grant))
         assert side.credit == 1 << 30
+
+
+def test_unchanged_clusters_are_refused_where_there_is_no_base() -> None:
+    side = ArchiverSide()
+    side.receive(encode(EXAMPLES["HELLO"]))
+    side.welcome(1, 1 << 20, 1 << 19, 30)
+    assert code_of(side, UnchangedRun(1, 1, 0, 1)) == "sequence"
+
+
+def test_unchanged_clusters_are_not_sent_to_an_archiver_without_a_base() -> None:
+    side = ProducerSide(UUID, "drive-scsi0", 1 << 30)
+    side.receive(encode(Welcome(1, 1, 1 << 24, 1 << 20, 30)))
+    with pytest.raises(LocalProtocolError, match="has no base"):
+        side.unchanged(0, 1)
+
+
+def test_unchanged_clusters_cost_a_message_whatever_their_number() -> None:
+    side, producer = archiver_in(A.RECEIVING), producer_in(P.SENDING)
+    before = producer.credit
+    side.receive(producer.unchanged(0, 1 << 32))
+    assert side.charged == before - producer.credit == limits.CHARGE_PER_FRAME
+    assert side.received_clusters == producer.sent_clusters == 1 << 32
+
+
+def test_unchanged_clusters_need_credit_too() -> None:
+    side = ProducerSide(UUID, "drive-scsi0", 1 << 30)
+    side.receive(encode(Welcome(1, 1, limits.CHARGE_PER_FRAME - 1, 1 << 20, 30, base=True)))
+    with pytest.raises(LocalProtocolError, match="credit"):
+        side.unchanged(0, 1)
+
+
+def test_a_welcome_of_an_archiver_that_knows_no_bases_says_that_there_is_none() -> None:
+    old = {"version": 1, "dev_id": 1, "credit": 1 << 24, "frame_bytes": 1 << 20, "heartbeat_s": 30}
+    side = ProducerSide(UUID, "drive-scsi0", 1 << 30)
+    side.receive([pack(["WELCOME", old])])
+    assert not side.has_base

@@ -42,7 +42,7 @@ class Loop:
         self.store: ArchiveWriter[int] = ArchiveWriter(
             output, digests, self._wake.release, compression
         )
-        self.written: list[dict[int, int]] = []
+        self.written: list[dict[int, Any]] = []
 
     def put(self, made: Archive) -> None:
         self.store.begin(made.header, made.raw_header)

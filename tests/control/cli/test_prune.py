@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.machine import LIMIT_S, VMAPIPE, bad, good, run
+from vmapipe.archiver.base.choice import read_name
 from vmapipe.archiver.service.storage import mark_as_service
-from vmapipe.control.cli.prune import parse, remove
+from vmapipe.control.cli.prune import remove
 from vmapipe.runtime.folders import HeldFolder
 
 
@@ -33,7 +34,7 @@ from vmapipe.runtime.folders import HeldFolder
     ],
 )
 def test_names_with_a_date_are_understood(name: str, group: str, when: tuple[int, ...]) -> None:
-    assert parse(name) == (group, when)
+    assert read_name(name) == (group, when)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_names_with_a_date_are_understood(name: str, group: str, when: tuple[int
     ],
 )
 def test_what_says_no_time_is_left_alone(name: str) -> None:
-    assert parse(name) is None
+    assert read_name(name) is None
 
 
 @pytest.fixture
@@ -311,4 +312,4 @@ def test_links_are_removed_themselves_and_folders_swapped_for_links_lead_nowhere
 
 
 def test_digits_of_another_alphabet_are_no_date() -> None:
-    assert parse("vm-\u0662\u0660\u0662\u0660-01-01.vma") is None
+    assert read_name("vm-\u0662\u0660\u0662\u0660-01-01.vma") is None

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A check of a base that costs little: everything about it but the data.
+
+It reads the header, and the manifest's first and last lines. The data, and the manifest's other
+lines, are held against each other when they are used (extents.py).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from vmapipe.archiver.outputs.manifests import beside, digest_of
+from vmapipe.clusters.sizes import CLUSTER_BYTES
+from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.side_files import open_regular
+from vmapipe.runtime.syscalls import read_at
+from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.header import PEEK_BYTES, Device, Header, parse_header, peek_header_bytes
+from vmapipe.vma.manifest import (
+    MAX_LINE_BYTES,
+    ManifestReader,
+    Opening,
+    Totals,
+    read_totals,
+)
+from vmapipe.vma.seektable import ZSTD_MAGIC
+
+
+class Base(NamedTuple):
+    """An archive that can be a base, as far as that can be told without reading its data."""
+
+    archive: str
+    header: Header
+    opening: Opening
+    totals: Totals
+    #: Device and inode: what is read later must still be this file.
+    identity: tuple[int, int]
+
+    @property
+    def uuid(self) -> bytes:
+        return self.header.uuid
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Those of which unchanged clusters can be taken: all but the machine's memory."""
+        return tuple(device for device in self.header.devices if not device.is_vmstate)
+
+    def device(self, name: str) -> Device | None:
+        return next((device for device in self.devices if device.name == name), None)
+
+
+def check_base(archive: str) -> Base | str:
+    """Return what the archive is as a base, or the doubt about it in words, for a report. Never raises."""
+    if is_object(archive):
+        return f"{archive} is an object: a base is a file"
+    try:
+        with open(open_regular(archive), "rb") as file:
+            return _check(archive, file.fileno())
+    except FileNotFoundError:
+        return f"{archive} does not exist"
+    except OSError as error:
+        return f"{archive} cannot be read: {os_error_text(error)}"
+    except ArchiveError as error:
+        return f"{archive}: {error}"
+
+
+def _check(archive: str, fd: int) -> Base | str:
+    """Raises OSError, ArchiveError."""
+    try:
+        opening, totals = _read_manifest(beside(archive))
+    except FileNotFoundError:
+        return f"{archive} has no manifest, and without one a base cannot be checked"
+    status = os.fstat(fd)
+    if status.st_size != totals.file_bytes:
+        return (
+            f"{archive} has {status.st_size} bytes where its manifest says {totals.file_bytes}: it "
+            "is damaged, or the manifest is another archive's"
+        )
+    start = os.pread(fd, PEEK_BYTES, 0)
+    if start.startswith(ZSTD_MAGIC):
+        return f"{archive} is compressed: a base is a plain archive"
+    raw = bytearray(peek_header_bytes(start))
+    read_at(fd, memoryview(raw), 0)
+    header = parse_header(bytes(raw))
+    fault = header_fault(header, bytes(raw), opening, totals)
+    if fault:
+        return f"{archive}: {fault}"
+    return Base(archive, header, opening, totals, (status.st_dev, status.st_ino))
+
+
+def header_fault(header: Header, raw: bytes, opening: Opening, totals: Totals) -> str:
+    """Return what of the header its manifest does not vouch for, in words; empty: nothing."""
+    if header.uuid != opening.uuid:
+        return "its manifest is another archive's (its uuid differs)"
+    if digest_of([raw]) != opening.header:
+        return "its header is not the one that its manifest vouches for: it is damaged"
+    told = {device.dev_id: device for device in totals.devices}
+    for device in header.devices:
+        there = told.pop(device.dev_id, None)
+        if there is None or (there.name, there.size_bytes) != (device.name, device.size_bytes):
+            return f"its manifest does not list its device {device.name!r}"
+        if not device.is_vmstate and there.clusters != device.clusters:
+            return (
+                f"device {device.name!r} is not complete: {there.clusters} of {device.clusters} "
+                f"clusters of {CLUSTER_BYTES} bytes"
+            )
+    if told:
+        return f"its manifest lists a device {next(iter(told.values())).name!r} that it has not"
+    return ""
+
+
+def _read_manifest(path: str) -> tuple[Opening, Totals]:
+    """Read its first and its last line. Raises OSError, ArchiveError."""
+    fd = open_regular(path)
+    with open(fd, "rb") as file:
+        first = file.readline(MAX_LINE_BYTES)
+        opening = ManifestReader().line(first.decode("utf-8", "backslashreplace"))
+        size_bytes = os.fstat(fd).st_size
+        file.seek(max(len(first), size_bytes - MAX_LINE_BYTES))
+        last = file.read().removesuffix(b"\n").rpartition(b"\n")[2]
+    if not isinstance(opening, Opening):
+        raise ArchiveError("the manifest is damaged: it does not begin with an opening")
+    return opening, read_totals(last.decode("utf-8", "backslashreplace"))

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which archive can be the base of a new one: the newest of the same machine beside it that stands the check.
+
+A machine is what an archive's name says up to the date, as for `vmapipe prune`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from collections.abc import Collection
+from typing import NamedTuple
+
+from vmapipe.archiver.base.check import Base, check_base
+from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.folders import HeldFolder
+
+# Year to second, of the clock on the wall where the archive was made.
+When = tuple[int, int, int, int, int, int]
+
+# vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma, db_20260131T020000.vma.gz
+_NAME = re.compile(
+    r"(?P<group>.+)[-_.]"
+    r"(?P<year>\d{4})[-_]?(?P<month>\d\d)[-_]?(?P<day>\d\d)"
+    r"(?:[-_T.](?P<hour>\d\d)[-_:]?(?P<minute>\d\d)(?:[-_:]?(?P<second>\d\d))?Z?)?"
+    r"\.vma(?:\.(?:zst|gz|lzo))?",
+    re.ASCII,
+)
+# Behind so many that are none, a full backup is made, rather than a folder of damage read.
+_MOST_LOOKS = 16
+
+
+class ArchiveName(NamedTuple):
+    """What an archive's name says: the machine, and when it was made."""
+
+    machine: str
+    when: When
+
+
+def read_name(name: str) -> ArchiveName | None:
+    """Machine and time; None: the name has no date, or is not an archive's."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    fields = ("year", "month", "day", "hour", "minute", "second")
+    year, month, day, hour, minute, second = (int(found[field] or 0) for field in fields)
+    try:
+        datetime.date(year, month, day)
+        datetime.time(hour, minute, second)
+    except ValueError:
+        return None
+    return ArchiveName(found["group"], (year, month, day, hour, minute, second))
+
+
+def choose_base(archive: str, devices: Collection[str]) -> Base | str:
+    """Return the base for a new `archive` (a file's path), or in words why there is none. Never raises.
+
+    It has at least one of `devices`; each device that it lacks, or has in another size, is
+    sent in full. The time in a name only orders: with a clock that was wrong another one is
+    chosen, and a base that is older than it might be costs time, never data.
+    """
+    folder, name = os.path.split(archive)
+    parsed = read_name(name)
+    if parsed is None:
+        return f"the name {name} has no date: whose archives it follows cannot be told"
+    try:
+        with HeldFolder(folder) as held:
+            names = held.names()
+    except OSError as error:
+        return f"cannot look into {folder or '.'}: {os_error_text(error)}"
+    parts = [
+        (other.when, each)
+        for each in names
+        if (other := read_name(each)) is not None and other.machine == parsed.machine
+    ]
+    doubts = []
+    for _, each in sorted(parts, reverse=True)[:_MOST_LOOKS]:
+        found = check_base(os.path.join(folder, each))
+        if isinstance(found, Base):
+            if any(device.name in devices for device in found.devices):
+                return found
+            found = f"{found.archive} has none of these disks"
+        doubts.append(found)
+    if doubts:
+        return doubts[0]
+    return f"there is no earlier archive of {parsed.machine} in {folder or '.'}"

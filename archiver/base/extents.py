@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extents of a base in their order, each held against its manifest before a byte of it is used."""
+
+from __future__ import annotations
+
+import os
+
+from vmapipe.archiver.base.check import Base, header_fault
+from vmapipe.archiver.outputs.manifests import beside, digest_of
+from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES, MAX_EXTENT_BYTES
+from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.side_files import open_regular
+from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.extent import Extent, parse_extent_header
+from vmapipe.vma.header import parse_header
+from vmapipe.vma.manifest import MAX_LINE_BYTES, ExtentDigest, ManifestReader, Opening, Totals
+
+# Two of the largest extents: the next one is read together with what is left of this one.
+_BUFFER_BYTES = 2 * MAX_EXTENT_BYTES
+_WAY_OUT = "make a full backup (--base none), and look at the base with `vmapipe verify`"
+
+
+class DamagedBase(Failure):
+    """A base turned out to be damaged while it was used: nothing is stored."""
+
+
+class BaseExtents:
+    """An open base. `peek` shows the next extent, `take` gives its data and goes on behind it.
+
+    All errors are DamagedBase, and name the base, the offset in it and the device.
+    """
+
+    def __init__(self, base: Base) -> None:
+        """Raises DamagedBase where it is not the file any more that was checked."""
+        self.base = base
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        #: The buffer holds the archive's bytes from `_from` on, `_length` of them.
+        self._from = self._length = 0
+        self._at = 0
+        self._next: Extent | None = None
+        self._expected: ExtentDigest | None = None
+        self._totals: Totals | None = None
+        self._manifest_reader = ManifestReader()
+        self._ended = False
+        try:
+            self.fd = open_regular(base.archive)
+        except OSError as error:
+            raise self._failure(f"it cannot be read: {os_error_text(error)}") from error
+        try:
+            # Closed by close().
+            self._manifest = open(open_regular(beside(base.archive)), "rb")  # noqa: SIM115
+            try:
+                self._begin()
+            except BaseException:
+                self._manifest.close()
+                raise
+        except OSError as error:
+            os.close(self.fd)
+            raise self._failure(f"it cannot be read: {os_error_text(error)}") from error
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _begin(self) -> None:
+        status = os.fstat(self.fd)
+        self._changed_at = status.st_mtime_ns
+        if (status.st_dev, status.st_ino) != self.base.identity:
+            raise self._failure("another file has taken its place since it was checked")
+        raw = bytes(self._have(0, self.base.opening.header.total_bytes))
+        opening = self._line()
+        if not isinstance(opening, Opening) or opening != self.base.opening:
+            raise self._failure("its manifest has changed since it was checked")
+        try:
+            header = parse_header(raw)
+        except ArchiveError as error:
+            raise self._failure(str(error)) from error
+        fault = header_fault(header, raw, opening, self.base.totals)
+        if fault:
+            raise self._failure(fault)
+        self._at = len(raw)
+
+    def close(self) -> None:
+        self._manifest.close()
+        os.close(self.fd)
+
+    def peek(self) -> Extent | None:
+        """Return the next extent's header; None at the end, which was then found to be sound."""
+        if self._next is None and not self._ended:
+            line = self._line()
+            if isinstance(line, Totals):
+                self._end(line)
+                return None
+            if not isinstance(line, ExtentDigest):
+                raise self._failure("its manifest is damaged")
+            self._expected = line
+            raw = self._have(self._at, EXTENT_HEADER_BYTES)
+            try:
+                self._next = parse_extent_header(raw, self.base.uuid, self._at)
+            except ArchiveError as error:
+                raise self._failure(str(error), at=self._at) from error
+            if self._next.total_bytes != line.total_bytes:
+                raise self._failure(
+                    "its extent is not the one that its manifest lists", at=self._at
+                )
+        return self._next
+
+    def take(self) -> memoryview:
+        """Return the data of the extent that `peek` has shown, checked; good until the next call."""
+        extent, expected = self._next, self._expected
+        if extent is None:
+            raise RuntimeError("no extent to take")
+        raw = self._have(extent.offset, extent.total_bytes)
+        if digest_of([raw]) != expected:
+            raise self._failure("the data is not what its manifest vouches for", extent)
+        self._pass(extent)
+        return raw[EXTENT_HEADER_BYTES:]
+
+    def skip(self) -> None:
+        """Pass over the extent that `peek` has shown: nothing of its data is needed, or looked at."""
+        if self._next is None:
+            raise RuntimeError("no extent to pass over")
+        self._pass(self._next)
+
+    def _pass(self, extent: Extent) -> None:
+        self._at = extent.offset + extent.total_bytes
+        self._next = None
+
+    def _end(self, totals: Totals) -> None:
+        self._ended = True
+        status = os.fstat(self.fd)
+        if totals != self.base.totals or status.st_size != totals.file_bytes:
+            raise self._failure("it has changed since it was checked")
+        if status.st_mtime_ns != self._changed_at:
+            raise self._failure("somebody has written to it meanwhile")
+        if self._at != totals.archive_bytes:
+            raise self._failure(f"it ends at {totals.archive_bytes}", at=self._at)
+
+    def _line(self) -> Opening | ExtentDigest | Totals:
+        raw = self._manifest.readline(MAX_LINE_BYTES + 1)
+        if not raw:
+            raise self._failure("its manifest ends too early")
+        try:
+            return self._manifest_reader.line(raw.decode("utf-8", "backslashreplace"))
+        except ArchiveError as error:
+            raise self._failure(str(error)) from error
+
+    def _have(self, at: int, length: int) -> memoryview:
+        """`length` bytes of the archive from `at` on, not before what was had last."""
+        start = at - self._from
+        if start > self._length:
+            self._from, self._length, start = at, 0, 0
+        if start + length > self._length:
+            left = self._length - start
+            self._buffer[:left] = self._buffer[start : start + left]
+            self._from, self._length, start = at, left, 0
+            try:
+                while self._length < length:
+                    got = os.preadv(
+                        self.fd, [self._view[self._length :]], self._from + self._length
+                    )
+                    if not got:
+                        raise self._failure("it ends too early", at=at)
+                    self._length += got
+            except OSError as error:
+                raise self._failure(f"it cannot be read: {os_error_text(error)}", at=at) from error
+        return self._view[start : start + length]
+
+    def _failure(self, why: str, extent: Extent | None = None, *, at: int = -1) -> DamagedBase:
+        where = ""
+        extent = extent or self._next
+        if extent is not None:
+            at = extent.offset
+            header = self.base.header
+            names = {run.dev_id: header.device(run.dev_id) for run in extent.runs}
+            of = ", ".join(
+                f"{device.name!r}" if device else f"number {number}"
+                for number, device in sorted(names.items())
+            )
+            if extent.runs:
+                where = f" (device {of}, from cluster {extent.runs[0].first_cluster} on)"
+        elif at >= 0:
+            names_of_all = ", ".join(repr(device.name) for device in self.base.header.devices)
+            where = f" (device unknown: one of {names_of_all})"
+        if at >= 0:
+            where = f" at offset {at}{where}"
+        return DamagedBase(f"the base {self.base.archive}{where}: {why}; {_WAY_OUT}")
