@@ -144,6 +144,25 @@ class DoneEvent(TypedDict):
     peak_rss_bytes: int
 
 
+class MachineEvent(TypedDict):
+    event: Literal["machine"]
+    vmid: int
+    name: str
+    mode: Literal["snapshot", "stop"]
+
+
+class FailedMachine(TypedDict):
+    vmid: int
+    text: str
+
+
+class MachinesEvent(TypedDict):
+    event: Literal["machines"]
+    stored: list[int]
+    failed: list[FailedMachine]
+    left_out: list[FailedMachine]
+
+
 class FailedEvent(TypedDict):
     event: Literal["failed"]
     text: str
@@ -345,6 +364,8 @@ PublicEvent = (
     | StoredEvent
     | DoneEvent
     | FailedEvent
+    | MachineEvent
+    | MachinesEvent
     | ServingEvent
     | ExportedEvent
     | MountedEvent

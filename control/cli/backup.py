@@ -16,11 +16,13 @@ from vmapipe.control.cli.backup_arguments import (
     add_base_options,
     add_drill_options,
     add_proxmox_options,
+    add_pve_options,
     add_service_options,
     add_source_options,
     add_speed_option,
     archiver_options,
     buffer_options,
+    check_without_pve,
     open_configs,
     parse_disk,
     parse_nbd,
@@ -38,8 +40,8 @@ from vmapipe.control.coordinator.priorities import add_priority_options, priorit
 from vmapipe.control.coordinator.proxmox import (
     NO_CONFIGS,
     NOT_THERE,
-    NOT_TO_BE_BACKED_UP,
     ConfigDisk,
+    Configs,
     archive_name,
     read_configs,
 )
@@ -107,13 +109,26 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_buffer_options(parser)
     add_speed_option(add_priority_options(parser))
     add_proxmox_options(parser)
+    add_pve_options(parser)
     add_drill_options(parser)
     add_base_options(parser)
     add_report_options(parser)
     add_attending_options(parser)
     add_child_options(parser)
-    parser.add_argument("archive", metavar="ARCHIVE", help="where the archive goes")
+    parser.add_argument(
+        "archive",
+        metavar="ARCHIVE",
+        nargs="?",
+        help="where the archive goes; with --pve a folder, or a storage of Proxmox VE",
+    )
     options = parser.parse_args(argv)
+    if options.pve:
+        # Imported here: other backups start sooner without.
+        from vmapipe.control.cli.backup_pve import backup_machines
+
+        return run(prog, lambda: backup_machines(options))
+    if options.archive is None:
+        parser.error("the following arguments are required: ARCHIVE")
     if options.parent_fd is None:
         return run(prog, lambda: _backup(options))
     commands = ChildCommands()
@@ -138,7 +153,7 @@ def _backup(options: argparse.Namespace, parent: ParentContext | None = None) ->
     place = service.name_of(options.archive) if service else _full_name(options.archive)
     if parent is not None:
         with job_context(options, place, parent) as around:
-            _run_job(options, service, pass_fds, around)
+            run_job(options, service, pass_fds, around)
         return
     cancel = Cancel()
     cancel.on_signals()
@@ -147,7 +162,7 @@ def _backup(options: argparse.Namespace, parent: ParentContext | None = None) ->
     stream = sys.stderr if to_stdout else sys.stdout
     with renderer("backup", options, stream) as emit:
         with job_context(options, place, ParentContext(emit, cancel, ChildCommands())) as around:
-            _run_job(options, service, pass_fds, around)
+            run_job(options, service, pass_fds, around)
         if options.drill:
             # Here: other backups start sooner without.
             from vmapipe.control.cli.drill import drill_stored
@@ -195,6 +210,7 @@ def _check_base_options(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     """Raises UsageError."""
     _check_drill(options)
+    check_without_pve(options)
     if options.freeze and not options.agent:
         raise UsageError(
             "--freeze needs --agent SOCKET: only the guest's own agent can freeze its file systems"
@@ -240,13 +256,17 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _run_job(
-    options: argparse.Namespace, service: Service | None, pass_fds: list[int], around: JobContext
+def run_job(
+    options: argparse.Namespace,
+    service: Service | None,
+    pass_fds: list[int],
+    around: JobContext,
+    configs: Configs = NO_CONFIGS,
 ) -> None:
+    """Run one backup to its end. `configs`: of --vmid, if they have been read. Raises Failure."""
     machine = open_machine(options)
     try:
-        configs = NO_CONFIGS
-        if options.vmid is not None:
+        if options.vmid is not None and configs is NO_CONFIGS:
             configs = read_configs(options.config, options.vmid, around.cancel)
         disks, left_out = choose_disks(options, configs.disks, machine)
         for disk in left_out:
@@ -356,7 +376,7 @@ def choose_disks(
 
     `configured`: what the configuration of a machine with --vmid says of its disks.
     """
-    excluded = {d.device: NOT_TO_BE_BACKED_UP for d in configured if not d.is_backed_up}
+    excluded = {d.device: d.excluded for d in configured if d.excluded}
     if machine is None and options.monitor is None and not configured:
         return _disks_at_rest(options), []
     # Imported here: a backup of disks at rest starts sooner without.
@@ -364,7 +384,9 @@ def choose_disks(
 
     if machine:
         read_only = {d.device for d in configured if d.options.get("media") != "cdrom"}
-        wishes = DiskChoiceOptions(options.disk, excluded, frozenset(read_only - set(excluded)))
+        only = frozenset(d.device for d in configured) if options.pve else None
+        taken = frozenset(read_only - set(excluded))
+        wishes = DiskChoiceOptions(options.disk, excluded, taken, only)
         choice = machine.choose(wishes)
         disks = [Disk(disk.name, "", size_bytes=disk.size_bytes) for disk in choice.disks]
         left_out = list(choice.left_out)

@@ -100,6 +100,64 @@ def add_proxmox_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_pve_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "machines of this Proxmox VE node",
+        "Running or not, each into an archive of its own, one after the other. ARCHIVE is a folder, or a\n"
+        "storage with content backup; without it, as /etc/vzdump.conf says.",
+    )
+    group.add_argument(
+        "--pve",
+        action="append",
+        default=[],
+        metavar="VMID|all|POOL|TAG",
+        help="back up these machines: numbers, all of this node, those of a pool (pool:NAME) or with a "
+        "tag (tag:NAME); with commas, or repeated",
+    )
+    group.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="VMID|POOL|TAG",
+        help="with --pve: but not these",
+    )
+    group.add_argument(
+        "--mode",
+        choices=("snapshot", "suspend", "stop"),
+        help="with --pve: a running machine is always backed up as it runs (snapshot, the default); "
+        "suspend and stop are refused where one runs, and taken for snapshot in /etc/vzdump.conf",
+    )
+    group.add_argument(
+        "--bwlimit",
+        type=_bandwidth,
+        metavar="KIB/S",
+        help="with --pve: --speed in vzdump's unit, KiB a second",
+    )
+    group.add_argument(
+        "--protected",
+        action="store_true",
+        help="with --pve: mark the archives as protected from pruning",
+    )
+    group.add_argument(
+        "--pve-root",
+        metavar="DIR",
+        help="with --pve: the node's files are below this folder (default: $VMAPIPE_PVE_ROOT, or /)",
+    )
+
+
+def check_without_pve(options: argparse.Namespace) -> None:
+    """Raises UsageError for options that only a backup with --pve has."""
+    for word in ("exclude", "pve_root", "mode", "bwlimit", "protected"):
+        if getattr(options, word):
+            raise UsageError(f"--{word.replace('_', '-')} belongs to --pve")
+
+
+def _bandwidth(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 13):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of KiB a second")
+    return int(text) << 10
+
+
 def add_drill_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the restore test")
     group.add_argument(

@@ -302,6 +302,29 @@ def remove(folder: HeldFolder, archive: str) -> None:
         raise Failure(f"cannot remove {'; '.join(left)}; the archive beside it is removed")
 
 
+def prune_machine(folder: str, group: str, keep: Mapping[str, int], new: str) -> list[str]:
+    """Remove a machine's older archives by these rules, never `new`; return their names. Raises Failure."""
+    removed, failures = [], []
+    try:
+        held = HeldFolder(folder)
+    except OSError as error:
+        raise Failure(f"cannot look into {folder}: {os_error_text(error)}") from error
+    with held:
+        is_service = is_of_service(held)
+        clock = Clock(time.time(), _SERVICE_WITHIN_S if is_service else 0, is_service)
+        for verdict in judge(find(held).get(group, []), keep, clock):
+            name = os.path.basename(verdict.archive.path)
+            if verdict.mark is Mark.REMOVE and name != new:
+                try:
+                    remove(held, name)
+                    removed.append(name)
+                except Failure as failure:
+                    failures.append(str(failure))
+    if failures:
+        raise Failure("; ".join(failures))
+    return removed
+
+
 def _unlink(folder: HeldFolder, name: str) -> None:
     """A link itself goes, and not what it leads to."""
     with contextlib.suppress(FileNotFoundError):

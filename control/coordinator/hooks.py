@@ -72,8 +72,15 @@ class Hooks:
     @contextlib.contextmanager
     def job(self) -> Iterator[None]:
         """job-start, then log-end and job-end; or job-abort. Raises Failure."""
+        with self.whole("job-start"), self.log():
+            yield
+
+    @contextlib.contextmanager
+    def whole(self, *first: str) -> Iterator[None]:
+        """These phases, then job-end; or job-abort: around the backups of any number of machines."""
         try:
-            self._must("job-start")
+            for phase in first:
+                self._must(phase)
         except BaseException as error:
             self.state.fail(str(error), now_s())
             self._may("job-abort")
@@ -81,22 +88,35 @@ class Hooks:
         try:
             yield
         finally:
-            self._may("log-end")
             self._may("job-end")
 
     @contextlib.contextmanager
-    def backup(self) -> Iterator[None]:
-        """backup-start, then backup-end or backup-abort. Raises Failure."""
+    def log(self) -> Iterator[None]:
+        """log-end, when the log of one backup is complete."""
         try:
-            self._must("backup-start")
             yield
+        finally:
+            self._may("log-end")
+
+    @contextlib.contextmanager
+    def backup(
+        self, hold: contextlib.AbstractContextManager[object] | None = None
+    ) -> Iterator[None]:
+        """backup-start, then backup-end or backup-abort. Raises Failure.
+
+        `hold`: what is held from before the first to after backup-end, or before backup-abort.
+        """
+        try:
+            with hold or contextlib.nullcontext():
+                self._must("backup-start")
+                yield
+                self._wait_for_disconnect()
+                self._may("backup-end")
         except BaseException as error:
             self.state.fail(str(error), now_s())
             self._wait_for_disconnect()
             self._may("backup-abort")
             raise
-        self._wait_for_disconnect()
-        self._may("backup-end")
 
     def take(self, event: Event) -> None:
         """At the instant its hook is started; the backup goes on meanwhile."""

@@ -76,6 +76,12 @@ class JobLog:
                 name = event["device"].removeprefix("drive-")
                 size = human_bytes(event["bytes"])
                 self._say("info", f"include disk '{name}' '{event['path']}' {size}")
+            case "machine":
+                status = "running" if event["mode"] == "snapshot" else "stopped"
+                self._say("info", f"status = {status}")
+                if event["name"]:
+                    self._say("info", f"VM Name: {event['name']}")
+                self._say("info", f"backup mode: {event['mode']}")
             case "skipped":
                 name = event["device"].removeprefix("drive-")
                 self._say(event["level"], f"exclude disk '{name}' ({event['reason']})")

@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from vmapipe.control.coordinator.hooks import Hooks
@@ -41,6 +41,16 @@ class JobContext(NamedTuple):
     job_id: bytes
 
 
+class Surroundings(NamedTuple):
+    """What one of several backups of a command has around it; its hooks of the whole job are theirs.
+
+    `hold` is entered before the hook backup-start; `variables`: more of the hooks' environment.
+    """
+
+    hold: contextlib.AbstractContextManager[object]
+    variables: Mapping[str, str]
+
+
 def add_attending_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("logs, hooks, metrics")
     group.add_argument(
@@ -71,9 +81,15 @@ def add_attending_options(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def job_context(
-    options: argparse.Namespace, place: str, around: ParentContext
+    options: argparse.Namespace,
+    place: str,
+    around: ParentContext,
+    surroundings: Surroundings | None = None,
 ) -> Iterator[JobContext]:
-    """`place`: of the archive, for people everywhere. Raises Failure; also when a hook that must not fail has failed."""
+    """`place`: of the archive, for people everywhere. Raises Failure; also when a hook that must not fail has failed.
+
+    `surroundings`: it is one of several backups of a command.
+    """
     report, cancel, commands = around
     _check(options)
     job_id = uuid.uuid4().bytes
@@ -87,8 +103,9 @@ def job_context(
     ):
         listeners = [report, server.take]
         emit = _all(listeners)
-        hooks = _hooks(options, server.state, cancel, log_path, emit)
-        stack.enter_context(hooks.job())
+        variables = dict(surroundings.variables) if surroundings else {}
+        hooks = _hooks(options, server.state, cancel, log_path, emit, variables)
+        stack.enter_context(hooks.log() if surroundings else hooks.job())
         if log_path:
             named = options.vmid is not None
             what, kind = (f"VM {options.vmid}", "qemu") if named else (place, "")
@@ -101,7 +118,7 @@ def job_context(
                 complain=report,
             )
             listeners.append(stack.enter_context(log))
-        stack.enter_context(hooks.backup())
+        stack.enter_context(hooks.backup(surroundings.hold if surroundings else None))
         listeners.append(hooks.take)
         if server.notice:
             emit({"event": "notice", "text": server.notice})
@@ -151,11 +168,18 @@ def _all(listeners: list[Emit]) -> Emit:
 
 
 def _hooks(
-    options: argparse.Namespace, state: JobState, cancel: Cancel, log_path: str | None, emit: Emit
+    options: argparse.Namespace,
+    state: JobState,
+    cancel: Cancel,
+    log_path: str | None,
+    emit: Emit,
+    variables: Mapping[str, str],
 ) -> Hooks:
     """Raises UsageError."""
     # As vzdump names them.
-    places = {"LOGFILE": os.path.abspath(log_path)} if log_path else {}
+    places = {**variables}
+    if log_path:
+        places["LOGFILE"] = os.path.abspath(log_path)
     if os.path.isabs(state.archive):
         places["DUMPDIR"] = os.path.dirname(state.archive)
     hooks = Hooks(

@@ -49,6 +49,8 @@ class ConfigDisk(NamedTuple):
     key: str
     volume: str
     options: Mapping[str, str]
+    #: Why it is not to be backed up, as far as the configuration says; empty: it is.
+    excluded: str = ""
 
     @property
     def device(self) -> str:
@@ -58,7 +60,7 @@ class ConfigDisk(NamedTuple):
     @property
     def is_backed_up(self) -> bool:
         """As far as the configuration says."""
-        return self.options.get("backup", "1") not in _NO
+        return not self.excluded
 
     @property
     def is_its_own(self) -> bool:
@@ -98,7 +100,8 @@ def _disk_of(line: str) -> ConfigDisk | None:
             volume = word
         elif equals:
             options[name] = rest
-    return ConfigDisk(key, volume, options)
+    is_excluded = options.get("backup", "1") in _NO
+    return ConfigDisk(key, volume, options, NOT_TO_BE_BACKED_UP if is_excluded else "")
 
 
 def archive_name(vmid: int, when: float, compress: str | None) -> str:
@@ -160,15 +163,19 @@ def _volume(volume: str) -> tuple[str, str]:
 class Configs(NamedTuple):
     """Read the configs of `[NAME=]PATH` options for --vmid: the machine's own have the archive's names.
 
-    `texts`: the machine's configuration, by its place among `words`.
+    `texts`: the machine's configuration, by its place among `words`. `own_disks`: its disks, where who
+    has read it knows more of them.
     """
 
     words: Sequence[str]
     texts: Mapping[int, str]
+    own_disks: Sequence[ConfigDisk] | None = None
 
     @property
     def disks(self) -> list[ConfigDisk]:
         """Names of the disks for which the machine has a volume of its own."""
+        if self.own_disks is not None:
+            return list(self.own_disks)
         text = next(iter(self.texts.values()), "")
         return [disk for disk in config_disks(text) if disk.is_its_own]
 
@@ -204,6 +211,17 @@ def read_configs(configs: Sequence[str], vmid: int, cancel: Cancel) -> Configs:
         except OSError as error:
             raise Failure(f"unable to read file '{path}': {os_error_text(error)}") from error
     return Configs(words, texts)
+
+
+def write_mark(archive: str) -> None:
+    """`.protected` beside the archive: neither Proxmox VE nor `vmapipe prune` removes it. Raises Failure."""
+    path = f"{archive}.protected"
+    try:
+        os.close(open_new(path))
+    except OSError as error:
+        raise Failure(
+            f"the archive is stored, and cannot be marked as protected: {path}: {os_error_text(error)}"
+        ) from error
 
 
 def write_notes(archive: str, notes: str) -> None:

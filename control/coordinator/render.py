@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Literal, TextIO
 
 from vmapipe.runtime.event_types import (
     BackupProgressEvent,
@@ -21,6 +21,7 @@ from vmapipe.runtime.event_types import (
     DrillingEvent,
     ExportedEvent,
     InstantEvent,
+    MachinesEvent,
     MountedEvent,
     ReadProgressEvent,
     RestoredEvent,
@@ -167,6 +168,12 @@ class _Text:
                 return _drill_text(event)
             case "notice":
                 return one_line(event["text"])
+            case "machine":
+                name = f" ({one_line(event['name'], MAX_NAME_CHARS)})" if event["name"] else ""
+                how = "it runs" if event["mode"] == "snapshot" else "it does not run"
+                return f"VM {event['vmid']}{name}: backup mode {event['mode']}, {how}"
+            case "machines":
+                return _machines_text(event)
             case "speed":
                 speed = event["bytes_per_s"]
                 limit = f"{human_bytes(speed)}/s"
@@ -187,6 +194,16 @@ class _Text:
         before = self._pressure.get(event["device"], 0)
         self._pressure[event["device"]] = max(now, before)
         return f"{one_line(event['device'])}: {_PRESSURE[now]}" if now > before else None
+
+
+def _machines_text(event: MachinesEvent) -> str:
+    stored = len(event["stored"])
+    words = [f"{stored} machine{'s' * (stored != 1)} stored"]
+    words += [f"{len(event[key])} {key.replace('_', ' ')}" for key in _NOT_STORED if event[key]]
+    return ", ".join(words)
+
+
+_NOT_STORED: tuple[Literal["left_out", "failed"], ...] = ("left_out", "failed")
 
 
 _PRESSURE = (

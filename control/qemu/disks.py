@@ -30,6 +30,7 @@ _FLASH_CODE = "/machine/system.flash0"
 
 #: Why a disk that could be taken is not.
 NOT_CHOSEN = "--disk chooses others"
+NOT_CONFIGURED = "the machine's configuration does not have it (a disk of its args?)"
 
 
 class Machine(NamedTuple):
@@ -53,12 +54,13 @@ class DiskChoiceOptions(NamedTuple):
     `requested`: what was asked for, `[NAME=]DEVICE` each; none: all that can be.
 
     Of that all: `excluded`, by name with the reason, stay out, and `read_only`, by name, are taken
-    although they are not writable.
+    although they are not writable; with `configured` no others than these are taken.
     """
 
     requested: Sequence[str] = ()
     excluded: Mapping[str, str] = MappingProxyType({})
     read_only: frozenset[str] = frozenset()
+    configured: frozenset[str] | None = None
 
 
 class MachineDisk(NamedTuple):
@@ -164,6 +166,9 @@ def choose_disks(machine: Machine, wishes: DiskChoiceOptions) -> DiskChoice:
 def _as_wished(disk: _Found, wishes: DiskChoiceOptions) -> _Found:
     if not disk.skipped and disk.disk.name in wishes.excluded:
         return disk._replace(skipped=wishes.excluded[disk.disk.name], level="info")
+    is_known = wishes.configured is None or disk.disk.name in wishes.configured
+    if not disk.skipped and not is_known:
+        return disk._replace(skipped=NOT_CONFIGURED, level="warn")
     if disk.disk.size_bytes and disk.disk.name in wishes.read_only:
         return disk._replace(skipped="")
     return disk

@@ -257,7 +257,7 @@ class RunningMachine:
         settings = BackupSettings(self._run, speed, self._guest_wait_s)
         jobs = begin_commands(targets, settings, way.features)
         if self._tpm is not None:
-            jobs = jobs._replace(targets=[self._tpm.add(), *jobs.targets])
+            jobs = jobs._replace(targets=[self._tpm.add(self._folder), *jobs.targets])
         if self._saving is not None:
             self._saving.begin(jobs)
             return self.take_instant()

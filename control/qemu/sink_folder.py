@@ -25,6 +25,8 @@ from vmapipe.runtime.folders import HeldFolder, made_with, temporary_folder
 STREAM_NAME = "memory.fifo"
 #: In it, for a moment: a sample of a disk's clusters, which QEMU reads.
 IMAGE_NAME = "sample.qcow2"
+#: In it, for the moment of the instant: what QEMU reads of a TPM.
+TPM_STATE_NAME = "tpm.state"
 _PREFIX = "vmapipe-sinks-"
 # As tempfile's names, which those of earlier versions were.
 _FOLDER = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
@@ -144,6 +146,19 @@ class SinkFolder:
         finally:
             os.unlink(IMAGE_NAME, dir_fd=self._folder.fd)
 
+    def lend(self, name: str, data: bytes, uid: int) -> str:
+        """Make a file that QEMU's user may read; return its path. Raises Failure."""
+        try:
+            fd = self._folder.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(fd, "wb") as file:
+                file.write(data)
+            if uid != os.geteuid() == 0:
+                self._give(name, uid)
+        except OSError as error:
+            where = os.path.join(self.path, name)
+            raise Failure(f"cannot write {where}: {os_error_text(error)}") from error
+        return os.path.join(self.path, name)
+
     def qemus_socket(self) -> str:
         """A path at which QEMU may make a socket of its own."""
         return os.path.join(self.path, _QEMUS, "activate.sock")
@@ -177,10 +192,10 @@ class SinkFolder:
         return [self._folder.address(name) for name in names if _SINK.fullmatch(name)]
 
     def remove_names(self, *names: str) -> None:
-        """Remove these, as far as they are sockets or the pipe; and the folder, if nothing else is
-        in it.
+        """Remove these, as far as they are sockets or the pipe, and what was lent; and the folder, if
+        nothing else is in it.
         """
-        for name in names:
+        for name in (*names, TPM_STATE_NAME):
             with contextlib.suppress(OSError):
                 self._remove(name)
         # QEMU's own folder holds what its user made: only names in it go.
@@ -220,7 +235,8 @@ class SinkFolder:
         is_ours = status.st_uid == os.geteuid()
         is_pipe = stat.S_ISFIFO(status.st_mode) and is_ours
         is_image = name == IMAGE_NAME and stat.S_ISREG(status.st_mode) and is_ours
-        if not (stat.S_ISSOCK(status.st_mode) or is_pipe or is_image):
+        is_lent = name == TPM_STATE_NAME and stat.S_ISREG(status.st_mode)
+        if not (stat.S_ISSOCK(status.st_mode) or is_pipe or is_image or is_lent):
             raise FileExistsError(errno.EEXIST, "it exists, and is not a socket", name)
         os.unlink(name, dir_fd=self._folder.fd)
         return status.st_uid

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from vmapipe.control.qemu.disks import TPM_NAME, MachineDisk
 from vmapipe.control.qemu.jobs import run_prefix
-from vmapipe.control.qemu.qemu_process import command_line
+from vmapipe.control.qemu.qemu_process import command_line, uid_of
+from vmapipe.control.qemu.sink_folder import TPM_STATE_NAME, SinkFolder
 from vmapipe.control.qmp.connection import Command, QmpLink, QmpRefused
 from vmapipe.runtime.errors import Failure, os_error_text
 
@@ -186,19 +187,32 @@ class TpmState:
 
     def __init__(self, link: QmpLink, run: str, qemu_pid: int | None) -> None:
         """Find and read it. Raises Failure, with the reason."""
-        if link.is_shared or link.peer_pid is None:
-            raise Failure("QEMU takes it only over a Unix socket that is ours (not --qmp-share)")
+        if link.peer_pid is None:
+            raise Failure("QEMU takes it only over a Unix socket")
         if not qemu_pid:
             raise Failure("its QEMU is not among the processes that we see")
         self._link = link
+        self._qemu_pid = qemu_pid
         self._place = find_tpm(command_line(qemu_pid))
         self._content = read_volume(self._place)
         self._fdset = -1
+        self._folder: SinkFolder | None = None
         self.disk = MachineDisk(TPM_NAME, f"{run_prefix(run)}tpm", VOLUME_BYTES)
 
-    def add(self) -> Command:
-        """Read the state, and return the command that makes it a node of QEMU."""
+    def add(self, folder: SinkFolder | None) -> Command:
+        """Read the state, and return the command that makes it a node of QEMU.
+
+        A descriptor belongs to a connection that stays: over one that is shared, QEMU opens a file in
+        `folder` instead.
+        """
         self._content = read_volume(self._place)
+        if self._link.is_shared and folder is not None:
+            self._folder = folder
+            owner = uid_of(self._qemu_pid)
+            path = folder.lend(
+                TPM_STATE_NAME, self._content, os.geteuid() if owner is None else owner
+            )
+            return self._command(path)
         memory = os.memfd_create(TPM_NAME)
         try:
             with open(memory, "wb", closefd=False) as file:
@@ -213,16 +227,22 @@ class TpmState:
             raise Failure(f"disk {TPM_NAME!r}: QEMU does not take it: {error}") from error
         finally:
             os.close(lent)
+        return self._command(f"/dev/fdset/{self._fdset}")
+
+    def _command(self, path: str) -> Command:
         file_node = {"driver": "file", "read-only": True, "locking": "off"}
-        file_node["filename"] = f"/dev/fdset/{self._fdset}"
+        file_node["filename"] = path
         arguments = {"node-name": self.disk.device, "driver": "raw", "read-only": True}
         return Command("blockdev-add", {**arguments, "file": file_node})
 
     def check(self) -> None:
         """Check that the state is of the instant: unchanged until the jobs had begun."""
         # The node has it open; QEMU keeps it no longer than that.
-        with contextlib.suppress(QmpRefused):
-            self._link.execute(Command("remove-fd", {"fdset-id": self._fdset}))
+        if self._folder is not None:
+            self._folder.remove_names(TPM_STATE_NAME)
+        else:
+            with contextlib.suppress(QmpRefused):
+                self._link.execute(Command("remove-fd", {"fdset-id": self._fdset}))
         if read_now(self._place) != self._content:
             raise Failure(
                 f"disk {TPM_NAME!r}: the TPM changed its state in the moment of the instant: start "

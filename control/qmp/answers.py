@@ -166,6 +166,7 @@ ANSWERS: Members = {
         )
     ),
     "query-uuid": Record({}, {"UUID": NAME}),
+    "query-chardev": List(Record({"label": NAME}, {"frontend-open": FLAG})),
     "query-tpm": List(Record({"id": NAME}, {"options": Record({}, {"type": NAME})})),
     "add-fd": Record({"fdset-id": SIZE}),
     "x-debug-query-block-graph": _GRAPH,

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A node of Proxmox VE 9 as far as a backup sees it: its files below a folder, QEMUs as it starts them.
+
+The command line is that of qemu-server: each disk is a throttle node `drive-scsi0` above raw or qcow2 and
+its file, whose node names are hashes; one QMP monitor, which pvestatd asks again and again. Stock QEMUs
+do not know `-id`, and their machine types have no `+pve0`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tests.control.qemu.paused_machine import PausedMachine
+from tests.machine import LIMIT_S, Need
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command, QmpGone, QmpPeer, QmpRefused
+
+NODE = "one"
+STORAGES = """\
+dir: local
+\tpath /var/lib/vz
+\tcontent images,backup,iso
+
+lvmthin: local-lvm
+\tthinpool data
+\tvgname pve
+\tcontent images,rootdir
+
+"""
+
+
+class SimulatedNode:
+    """The files of a node, and of another one in its cluster."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.pve = root / "etc/pve"
+        self.configs = self.pve / f"nodes/{NODE}/qemu-server"
+        for folder in (
+            *(self.configs, self.pve / f"nodes/{NODE}/lxc", self.pve / "nodes/two/qemu-server"),
+            *(self.pve / "firewall", root / "var/run/qemu-server", root / "var/lib/vz/dump"),
+        ):
+            folder.mkdir(parents=True)
+        (self.pve / "local").symlink_to(f"nodes/{NODE}")
+        (self.pve / "qemu-server").symlink_to(f"nodes/{NODE}/qemu-server")
+        (self.pve / "storage.cfg").write_text(STORAGES)
+        self.dump = root / "var/lib/vz/dump"
+
+    def configure(self, vmid: int, text: str) -> Path:
+        path = self.configs / f"{vmid}.conf"
+        path.write_text(text)
+        return path
+
+    def config(self, vmid: int) -> str:
+        return (self.configs / f"{vmid}.conf").read_text()
+
+    def image(self, vmid: int, name: str, content: bytes) -> Path:
+        path = self.root / f"var/lib/vz/images/{vmid}/{name}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    def qmp(self, vmid: int) -> Path:
+        return self.root / f"var/run/qemu-server/{vmid}.qmp"
+
+    def archives(self) -> list[Path]:
+        return sorted(self.dump.glob("*.vma*[tas]"))
+
+    def words(self, *more: str | Path) -> list[str | Path]:
+        return ["backup", "--pve-root", self.root, *more]
+
+    @contextlib.contextmanager
+    def running(
+        self, need: Need, folder: Path, vmid: int, words: Sequence[str], *, machine: str = "q35"
+    ) -> Iterator[PausedMachine]:
+        """The machine's QEMU runs, its guest has not begun; `folder` is for the test's own monitor."""
+        (qemu,) = need("qemu-system-x86_64")
+        run = self.root / "var/run/qemu-server"
+        argv = [
+            *(qemu, "-name", f"vm{vmid},debug-threads=on", "-no-shutdown"),
+            *("-chardev", f"socket,id=qmp,path={run}/{vmid}.qmp,server=on,wait=off"),
+            *("-mon", "chardev=qmp,mode=control", "-pidfile", f"{run}/{vmid}.pid"),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-S"),
+            *("-machine", machine, "-accel", "tcg", "-m", "64"),
+            *words,
+        ]
+        with contextlib.closing(PausedMachine(folder, argv)) as started:
+            yield started
+        (run / f"{vmid}.pid").unlink(missing_ok=True)
+
+
+def node_name(letter: str, key: str) -> str:
+    """A node's name as qemu-server makes it: a letter, and a hash."""
+    return letter + hashlib.sha256(key.encode()).hexdigest()[:30]
+
+
+def blockdev(
+    key: str, path: Path, image_format: str = "raw", *, is_read_only: bool = False, size: int = 0
+) -> list[str]:
+    """The words of one disk, `drive-KEY`, without its device."""
+    group = f"throttle-drive-{key}"
+    bottom = {"driver": "file", "filename": str(path), "node-name": node_name("e", key)}
+    image = {"driver": image_format, "file": bottom, "node-name": node_name("f", key)}
+    if size:
+        image["size"] = size  # type: ignore[assignment]
+    top = {
+        "driver": "throttle",
+        "file": image,
+        "node-name": f"drive-{key}",
+        "throttle-group": group,
+    }
+    for layer in (bottom, image, top):
+        layer["read-only"] = is_read_only  # type: ignore[assignment]
+    return ["-object", f"throttle-group,id={group}", "-blockdev", json.dumps(top)]
+
+
+def scsi(
+    number: int, path: Path, image_format: str = "raw", *, is_read_only: bool = False
+) -> list[str]:
+    """A disk with the controller of virtio-scsi-single, as qemu-server has it."""
+    key = f"scsi{number}"
+    return [
+        *blockdev(key, path, image_format, is_read_only=is_read_only),
+        *("-device", f"virtio-scsi-pci,id=virtioscsi{number}"),
+        "-device",
+        f"scsi-hd,bus=virtioscsi{number}.0,channel=0,scsi-id=0,lun={number},drive=drive-{key},"
+        f"id={key},device_id=drive-{key}",
+    ]
+
+
+def guest_path(number: int) -> str:
+    """The path of a scsi disk in QEMU's tree, for writing as the guest would."""
+    return f"scsi{number}"
+
+
+class Pvestatd(threading.Thread):
+    """Asks each running machine what pvestatd asks, over its only monitor: connects, asks, leaves."""
+
+    _ASKED = ("query-status", "query-blockstats", "query-balloon", "query-proxmox-support")
+
+    def __init__(self, qmp: Path, pause_s: float) -> None:
+        super().__init__(daemon=True)
+        self._qmp = str(qmp)
+        self._pause_s = pause_s
+        self._is_over = threading.Event()
+        #: How long each round took; infinite: it was not answered.
+        self.took_s: list[float] = []
+
+    def run(self) -> None:
+        peer = QmpPeer()
+        peer.greeting_s = peer.answer_s = LIMIT_S
+        while not self._is_over.wait(self._pause_s):
+            asked_at = time.monotonic()
+            try:
+                with contextlib.closing(QmpClient(self._qmp, peer)) as client:
+                    for name in self._ASKED:
+                        with contextlib.suppress(QmpRefused):  # no balloon, not Proxmox's QEMU
+                            client.execute(Command(name, {}))
+                self.took_s.append(time.monotonic() - asked_at)
+            except QmpGone:
+                self.took_s.append(float("inf"))
+
+    def finish(self) -> None:
+        self._is_over.set()
+        self.join(LIMIT_S)
+
+
+@contextlib.contextmanager
+def pvestatd(qmp: Path, pause_s: float = 0.2) -> Iterator[Pvestatd]:
+    asking = Pvestatd(qmp, pause_s)
+    asking.start()
+    try:
+        yield asking
+    finally:
+        asking.finish()
