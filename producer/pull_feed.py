@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
-from vmapipe.producer.pull_reader import PullReader
-from vmapipe.producer.runs import Run, largest_frame_bytes
+from vmapipe.producer.pull_reader import PulledRun, PullReader
+from vmapipe.producer.runs import largest_frame_bytes
 from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.transmit import NOT_BUFFERED, REPORT_S, Transfer
@@ -37,7 +36,7 @@ class PullFeed:
         self._limiter = limiter
         self._emit: Emit = ignore
         # Waits for credit.
-        self._run: tuple[Run, Callable[[], None] | None] | None = None
+        self._run: PulledRun | None = None
 
     def begin(self, emit: Emit) -> None:
         self._emit = emit
@@ -49,7 +48,7 @@ class PullFeed:
         asked = self._read_ahead()
         if self._run is None:
             self._run = self._reader.next_run()
-        sent = self._run is not None and self._send(*self._run)
+        sent = self._run is not None and self._send(self._run)
         if not sent and self._run is None and self._reader.has_all:
             self.ended = self._reader.prove()
         # Whoever waits for credit waits with the session.
@@ -66,10 +65,11 @@ class PullFeed:
             left_s = until - time.monotonic()
         return came
 
-    def _send(self, run: Run, on_ack: Callable[[], None] | None) -> bool:
+    def _send(self, pulled: PulledRun) -> bool:
+        run = pulled.run
         if self._session.credit < limits.charge(run.clusters, run.length):
             return False
-        self._session.send(run, on_ack)
+        self._session.send(run, pulled.free)
         self._run = None
         return True
 

@@ -4,24 +4,30 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.pull.connection import Answer, Task
 from vmapipe.producer.pull.connections import Endpoint, ExportConnections
 from vmapipe.producer.pull.export import ExportError
-from vmapipe.producer.pull_plan import DataExtent, PullPiece, PullPlan
+from vmapipe.producer.pull_plan import (
+    Content,
+    ExportExtent,
+    PullPiece,
+    PullPlan,
+    extents_told,
+)
 from vmapipe.producer.runs import Run, piece_bytes, whole_blocks
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.protocol.nbd.constants import (
+    BASE_ALLOCATION,
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_READ,
     NBD_CMD_TRIM,
     NBD_FLAG_READ_ONLY,
     NBD_FLAG_SEND_TRIM,
-    NBD_STATE_ZERO,
 )
-from vmapipe.protocol.nbd.reply import Status
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.text import one_line
 
@@ -33,6 +39,14 @@ _PIECES_AHEAD = 1
 # Bytes that an export has to have again at the end, and when it comes back.
 _FINGERPRINT_BYTES = 4096
 _MAX_WORDS_CHARS = 500
+
+
+class PulledRun(NamedTuple):
+    """A run of the disk, and what frees its memory; `is_unchanged`: it is as the base has it."""
+
+    run: Run
+    free: Callable[[], None] | None = None
+    is_unchanged: bool = False
 
 
 class PullReader:
@@ -50,6 +64,9 @@ class PullReader:
         self.shown = endpoint.shown
         self._trims = trims
         self._compares = compares
+        self._bitmap = endpoint.bitmap
+        self._bitmap_context = endpoint.bitmap_context
+        self._is_incremental = False
         self._connections = ExportConnections(endpoint, cancel)
         try:
             self._check_export()
@@ -88,14 +105,31 @@ class PullReader:
         """Readable when there is something to do."""
         return self._connections.fd
 
-    def begin(self, ring: Ring, frame_bytes: int) -> None:
-        """Read into `ring`; frames charge at most `frame_bytes`."""
+    @property
+    def why_full(self) -> str:
+        """Why all of the disk has to be read, in words; empty: what a dirty bitmap tells is enough."""
+        if not self._bitmap:
+            return "no bitmap is named"
+        if self._connections.session.context_id(self._bitmap_context) is None:
+            return (
+                f"the export does not offer the bitmap {self._bitmap!r} (the metadata context "
+                f"{self._bitmap_context})"
+            )
+        return ""
+
+    def begin(self, ring: Ring, frame_bytes: int, *, is_incremental: bool = False) -> None:
+        """Read into `ring`; frames charge at most `frame_bytes`.
+
+        `is_incremental`: leave out what the bitmap does not call dirty, for which `why_full` has to
+        be empty.
+        """
         self._ring = ring
+        self._is_incremental = is_incremental
         self._plan = PullPlan(self.size_bytes, frame_bytes)
-        if self._connections.session.allocation_id is None:
+        if not is_incremental and self._connections.session.allocation_id is None:
             # All may be data.
             self._plan.layout.question()
-            self._plan.layout.tell([DataExtent(0, self.size_bytes, True)])
+            self._plan.layout.tell([ExportExtent(0, self.size_bytes, Content.DATA)])
 
     # --- what is to be read ---
 
@@ -152,22 +186,42 @@ class PullReader:
                     "read is not freed any more"
                 )
             return
+        if answer.error and self._can_ask_bitmap_alone(task):
+            self._connections.ask_bitmap_alone()
+            self._connections.submit(task)
+            return
         if answer.error:
             words = one_line(answer.words, _MAX_WORDS_CHARS)
             end = " at the end, when all was read" if task is self._proof else ""
             raise self._error(f"cannot read near offset {answer.offset}{end}: {words}")
         if task.kind == NBD_CMD_BLOCK_STATUS:
-            self._tell(task, answer.status)
+            self._tell(task, answer)
         elif task is self._proof:
             self._check_proof(task)
         elif isinstance(task.about, PullPiece):
             self._came(task, task.about)
 
-    def _tell(self, task: Task, status: Status | None) -> None:
+    def _can_ask_bitmap_alone(self, task: Task) -> bool:
+        """Whether it may be base:allocation that failed: some servers answer nothing outside of what is dirty."""
+        both = self._is_incremental and BASE_ALLOCATION in self._connections.contexts
+        return both and task.kind == NBD_CMD_BLOCK_STATUS and task is not self._proof
+
+    def _tell(self, task: Task, answer: Answer) -> None:
+        if task is self._proof:
+            self._is_proven = True
+            return
         plan, _ = self._begun()
-        if status is None:
-            raise RuntimeError("a block status without extents")
-        plan.layout.tell(_extents(task.offset, status))
+        allocation = answer.statuses.get(BASE_ALLOCATION)
+        dirty = answer.statuses.get(self._bitmap_context) if self._is_incremental else None
+        if self._is_incremental and dirty is None:
+            raise RuntimeError("a block status without the bitmap")
+        plan.layout.tell(
+            extents_told(
+                task.offset,
+                allocation.extents() if allocation else None,
+                dirty.extents() if dirty else None,
+            )
+        )
 
     def _came(self, task: Task, piece: PullPiece) -> None:
         self.read_bytes += task.length
@@ -191,20 +245,20 @@ class PullReader:
         """Whether `next_run` has one."""
         return bool(self._pieces) and self._pieces[0].is_complete
 
-    def next_run(self) -> tuple[Run, Callable[[], None] | None] | None:
-        """Return the next run of the disk, and what frees its memory; None: it is not there yet."""
+    def next_run(self) -> PulledRun | None:
+        """Return the next run of the disk; None: it is not there yet."""
         _, ring = self._begun()
         if not self.has_run:
             return None
         piece = self._pieces.popleft()
         run = piece.run(ring.view)
         if not piece.data_bytes:
-            return run, None
+            return PulledRun(run, is_unchanged=piece.is_unchanged)
         position = piece.position
         if not run.length:
             ring.free(position)
-            return run, None
-        return run, lambda: ring.free(position)
+            return PulledRun(run)
+        return PulledRun(run, lambda: ring.free(position))
 
     # --- the end ---
 
@@ -216,12 +270,18 @@ class PullReader:
     def prove(self) -> bool:
         """Ask for the last read, which tells that the export still is what it was; whether it did."""
         if self._proof is None and not self._connections.outstanding:
-            offset, wanted = self._connections.fingerprint or (0, b"")
-            length = len(wanted) or min(self._proof_bytes, self.size_bytes)
-            into = memoryview(bytearray(length))
-            self._proof = Task(NBD_CMD_READ, offset, length, into)
+            self._proof = self._last_question()
             self._connections.submit(self._proof)
         return self._is_proven
+
+    def _last_question(self) -> Task:
+        known = self._connections.fingerprint
+        if known is None and self._is_incremental:
+            # Nothing was read, and it may be that nothing can be.
+            return Task(NBD_CMD_BLOCK_STATUS, 0, min(self._proof_bytes, self.size_bytes))
+        offset, wanted = known or (0, b"")
+        length = len(wanted) or min(self._proof_bytes, self.size_bytes)
+        return Task(NBD_CMD_READ, offset, length, memoryview(bytearray(length)))
 
     @property
     def _proof_bytes(self) -> int:
@@ -246,9 +306,3 @@ class PullReader:
 
     def _error(self, text: str) -> ExportError:
         return ExportError(f"disk {self.name!r}: {text}")
-
-
-def _extents(at: int, status: Status) -> Iterator[DataExtent]:
-    for length, flags in status.extents():
-        yield DataExtent(at, at + length, not flags & NBD_STATE_ZERO)
-        at += length

@@ -9,6 +9,7 @@ import socket
 import ssl
 import struct
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from vmapipe.producer.pull.export import OpenExport
@@ -69,7 +70,8 @@ class Answer(NamedTuple):
     words: str = ""
     #: Where it failed.
     offset: int = 0
-    status: Status | None = None
+    #: Of a block status, by the metadata contexts' names.
+    statuses: Mapping[str, Status] = {}
 
 
 class ExportConnection:
@@ -89,7 +91,8 @@ class ExportConnection:
         self._tasks: dict[int, Task] = {}
         # Of the task whose answer is being read.
         self._failed: dict[int, RequestFailed] = {}
-        self._status: dict[int, Status] = {}
+        self._statuses: dict[int, dict[str, Status]] = {}
+        self._contexts = {context.id: context.name for context in opened.session.meta_contexts}
         self._out = bytearray()
         self._is_blocked = False
         # The rest of an answer's data takes longer.
@@ -195,14 +198,15 @@ class ExportConnection:
             case Hole(_, offset, length):
                 start = offset - task.offset
                 _target(task)[start : start + length] = bytes(length)
-            case Status():
-                self._status[event.cookie] = event
+            case Status(cookie, context_id):
+                name = self._contexts[context_id]
+                self._statuses.setdefault(cookie, {})[name] = event
             case RequestFailed():
                 self._failed.setdefault(event.cookie, event)
             case RequestDone(cookie, error):
                 del self._tasks[cookie]
                 failed = self._failed.pop(cookie, None)
-                status = self._status.pop(cookie, None)
+                statuses = self._statuses.pop(cookie, {})
                 words, offset = "", task.offset
                 if error:
                     words = os.strerror(error)
@@ -210,7 +214,7 @@ class ExportConnection:
                         words += f"; {failed.message}"
                     if failed is not None and failed.offset is not None:
                         offset = failed.offset
-                answers.append(Answer(task, error, words, offset, status))
+                answers.append(Answer(task, error, words, offset, statuses))
             case Data():
                 raise RuntimeError("data that was not received in place")
 

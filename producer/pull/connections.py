@@ -7,7 +7,7 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -16,6 +16,8 @@ from vmapipe.producer.pull.connection import Answer, ConnectionLost, ExportConne
 from vmapipe.producer.pull.export import OPEN_S, CannotOpen, ExportError, OpenExport
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.nbd.constants import (
+    BASE_ALLOCATION,
+    DIRTY_BITMAP,
     NBD_CMD_READ,
     NBD_EOVERFLOW,
     NBD_FLAG_CAN_MULTI_CONN,
@@ -42,7 +44,10 @@ _STOPPED_S = 5.0
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An export and how to reach it. `shown`: for messages; `open_` waits until a deadline.
+    """An export and how to reach it. `shown`: for messages.
+
+    `open_` waits until a deadline, and asks for metadata contexts: base:allocation, and that of `bitmap`,
+    the dirty bitmap that tells what has to be read; empty: all has.
 
     `is_ours`: the server is a child of ours, which is not tried again when it has hung up; `reason`
     tells what is known of that.
@@ -50,10 +55,15 @@ class Endpoint:
 
     name: str
     shown: str
-    open_: Callable[[float], OpenExport]
+    open_: Callable[[float, Sequence[str]], OpenExport]
+    bitmap: str = ""
     is_ours: bool = False
     reason: Callable[[], str] = str
     answer_s: float = ANSWER_S
+
+    @property
+    def bitmap_context(self) -> str:
+        return DIRTY_BITMAP + self.bitmap if self.bitmap else ""
 
 
 class ExportConnections:
@@ -65,6 +75,8 @@ class ExportConnections:
     def __init__(self, endpoint: Endpoint, cancel: Cancel) -> None:
         """Return when the first connection is there. Raises ExportError, Cancelled."""
         self._endpoint = endpoint
+        #: The metadata contexts that are asked for.
+        self.contexts = tuple(filter(None, (BASE_ALLOCATION, endpoint.bitmap_context)))
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
@@ -116,6 +128,18 @@ class ExportConnections:
 
     def submit(self, task: Task) -> None:
         self._queue.append(task)
+
+    def ask_bitmap_alone(self) -> None:
+        """Go on with connections on which a block status tells of the dirty bitmap and nothing else."""
+        self.contexts = (self._endpoint.bitmap_context,)
+        self._lost_at = time.monotonic()
+        for connection in [*self._by_fd.values()]:
+            self._queue.extendleft(reversed(self._drop(connection)))
+
+    def _tells_too_much(self, connection: ExportConnection) -> bool:
+        return any(
+            context.name not in self.contexts for context in connection.session.meta_contexts
+        )
 
     def pump(self, wait_s: float) -> list[Answer] | None:
         """Send what can be sent, wait for at most `wait_s`, and return what was answered.
@@ -208,7 +232,7 @@ class ExportConnections:
     def _opened(self) -> ExportConnection:
         """In a thread. Raises CannotOpen, _AnotherDisk."""
         deadline = time.monotonic() + OPEN_S
-        connection = ExportConnection(self._endpoint.open_(deadline))
+        connection = ExportConnection(self._endpoint.open_(deadline, self.contexts))
         try:
             self._check_identity(connection, deadline)
         except BaseException:
@@ -225,6 +249,7 @@ class ExportConnections:
             ("name", ours.name, theirs.name),
             ("transmission flags", f"{ours.flags:#x}", f"{theirs.flags:#x}"),
             ("block sizes", ours.block_sizes, theirs.block_sizes),
+            ("dirty bitmap", self._bitmap_of(self._first), self._bitmap_of(connection.session)),
         ):
             if one != other:
                 raise _AnotherDisk(f"its {what} was {one} and is {other}")
@@ -244,6 +269,10 @@ class ExportConnections:
         if found != wanted:
             raise _AnotherDisk(f"other bytes are at offset {offset}")
 
+    def _bitmap_of(self, session: NbdSession) -> str:
+        is_there = session.context_id(self._endpoint.bitmap_context) is not None
+        return self._endpoint.bitmap if is_there else "not there"
+
     def _take_wake(self) -> None:
         try:
             os.eventfd_read(self._wake)
@@ -257,7 +286,11 @@ class ExportConnections:
             self._opening = future
             return
         try:
-            self._add(future.result())
+            connection = future.result()
+            if self._tells_too_much(connection):
+                connection.close(politely=True)  # it was on its way before
+            else:
+                self._add(connection)
         except _AnotherDisk as error:
             raise self._failure(
                 f"{self._endpoint.shown} is another disk than before: {error}"
@@ -316,12 +349,8 @@ class ExportConnections:
 
     def _lose(self, connection: ExportConnection, error: Exception) -> None:
         """Raises ExportError when no other connection would help."""
-        fd = connection.fileno()
-        self._epoll.unregister(fd)
-        del self._by_fd[fd], self._masks[fd]
-        tasks = connection.unanswered()
+        tasks = self._drop(connection)
         self._queue.extendleft(reversed(tasks))
-        connection.close()
         if isinstance(error, ProtocolError):
             raise self._at_oldest(str(error)) from error
         if self._endpoint.is_ours:
@@ -335,6 +364,15 @@ class ExportConnections:
         if not self._by_fd:
             self._lost_at = time.monotonic()
             self._last_words = str(error)
+
+    def _drop(self, connection: ExportConnection) -> list[Task]:
+        """Close it, and return what was under way on it."""
+        fd = connection.fileno()
+        self._epoll.unregister(fd)
+        del self._by_fd[fd], self._masks[fd]
+        tasks = connection.unanswered()
+        connection.close()
+        return tasks
 
     def _check_progress(self, now: float) -> None:
         limit_s = self._endpoint.answer_s

@@ -9,6 +9,7 @@ import ssl
 import stat
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmapipe.producer.pull.uri import NbdUri
@@ -53,10 +54,13 @@ class OpenExport(NamedTuple):
     session: NbdSession
 
 
-def open_export(uri: NbdUri, deadline: float) -> OpenExport:
-    """Connect and shake hands, until `deadline` (monotonic) at the latest. Raises CannotOpen."""
+def open_export(uri: NbdUri, deadline: float, contexts: Sequence[str]) -> OpenExport:
+    """Connect and shake hands, until `deadline` (monotonic) at the latest. Raises CannotOpen.
+
+    `contexts`: the metadata contexts to ask for; the session says which the server has.
+    """
     try:
-        return _shake_hands(uri, _connect(uri, deadline), deadline)
+        return _shake_hands(uri, contexts, _connect(uri, deadline), deadline)
     except NbdRefusedError as error:
         raise CannotOpen(f"{uri.shown}: {error}{_way_out(uri, error)}") from error
     except ProtocolError as error:
@@ -91,12 +95,14 @@ def _connect(uri: NbdUri, deadline: float) -> socket.socket:
     return connection
 
 
-def _shake_hands(uri: NbdUri, connection: socket.socket, deadline: float) -> OpenExport:
+def _shake_hands(
+    uri: NbdUri, contexts: Sequence[str], connection: socket.socket, deadline: float
+) -> OpenExport:
     """Return the connection as it is afterwards, with TLS another object; or close it.
 
     Raises OSError, ProtocolError, CannotOpen.
     """
-    handshake = NbdClientHandshake(uri.export, tls=uri.tls)
+    handshake = NbdClientHandshake(uri.export, contexts=contexts, tls=uri.tls)
     try:
         while handshake.wanted_bytes:
             connection.settimeout(_left(deadline))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Sequence
 from typing import NoReturn
 
 from vmapipe.protocol.errors import LocalProtocolError
@@ -186,8 +187,8 @@ class NbdClientHandshake(Handshake):
     it); or `export` and `offered_contexts`; or `listed`. In the latter two
     cases the connection is to be closed.
 
-    `structured`: ask for structured replies; `allocation`: with them, for
-    base:allocation. A server may have neither: see the session.
+    `structured`: ask for structured replies; `contexts`: with them, for these metadata
+    contexts. A server may have none of it: see the session.
 
     `tls`: ask for TLS first, and nothing without it. When `wants_tls`, encrypt the connection
     and send what `secured` returns.
@@ -199,12 +200,13 @@ class NbdClientHandshake(Handshake):
         *,
         goal: Goal = Goal.TRANSMISSION,
         structured: bool = True,
-        allocation: bool = True,
+        contexts: Sequence[str] = (BASE_ALLOCATION,),
         tls: bool = False,
     ) -> None:
-        fault = string_fault(name)
-        if fault:
-            raise LocalProtocolError(fault)
+        for text in (name, *contexts):
+            fault = string_fault(text)
+            if fault:
+                raise LocalProtocolError(fault)
         super().__init__(GREETING.size, self._take_greeting)
         self.export: Export | None = None
         self.listed: list[ListedExport] = []
@@ -212,7 +214,7 @@ class NbdClientHandshake(Handshake):
         self._name = name
         self._goal = goal
         self._ask_structured = structured and goal is not Goal.LIST
-        self._ask_allocation = allocation
+        self._wanted_contexts = tuple(contexts)
         self._ask_tls = tls
         #: The server is ready for TLS: nothing more may be sent or received without it.
         self.wants_tls = False
@@ -329,7 +331,7 @@ class NbdClientHandshake(Handshake):
             return b""
         if self._option == NBD_OPT_STRUCTURED_REPLY:
             self._structured = True
-            return self._ask_contexts() if self._ask_allocation else self._ask_goal()
+            return self._ask_contexts() if self._wanted_contexts else self._ask_goal()
         if self._option in _META_OPTIONS:
             self._check_contexts()
             return self._ask_goal()
@@ -352,7 +354,7 @@ class NbdClientHandshake(Handshake):
         names = [context.name for context in self._contexts]
         if self._option == NBD_OPT_LIST_META_CONTEXT:
             self.offered_contexts = tuple(names)
-        elif names not in ([], [BASE_ALLOCATION]):
+        elif len(set(names)) < len(names) or not set(names) <= set(self._wanted_contexts):
             raise NbdProtocolError("metadata contexts that were not asked for")
 
     def _enter(self) -> bytes:
@@ -377,7 +379,7 @@ class NbdClientHandshake(Handshake):
             return self._ask(
                 NBD_OPT_LIST_META_CONTEXT, encode_meta_query(MetaQuery(self._name, ()))
             )
-        query = MetaQuery(self._name, (BASE_ALLOCATION,))
+        query = MetaQuery(self._name, self._wanted_contexts)
         return self._ask(NBD_OPT_SET_META_CONTEXT, encode_meta_query(query))
 
     def _ask_goal(self) -> bytes:

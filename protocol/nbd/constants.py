@@ -85,6 +85,9 @@ NBD_INFO_BLOCK_SIZE: Final = 3
 BASE_ALLOCATION: Final = "base:allocation"
 NBD_STATE_HOLE: Final = 1 << 0
 NBD_STATE_ZERO: Final = 1 << 1
+# QEMU's own namespace (its docs/interop/nbd.rst): what was written to since a bitmap began.
+DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
+STATE_DIRTY: Final = 1 << 0
 
 # --- Request types, Command flags ---
 

@@ -240,7 +240,11 @@ class NbdSession:
     @property
     def allocation_id(self) -> int | None:
         """The id of base:allocation in block status chunks, if it was selected."""
-        return next((ctx.id for ctx in self.meta_contexts if ctx.name == BASE_ALLOCATION), None)
+        return self.context_id(BASE_ALLOCATION)
+
+    def context_id(self, name: str) -> int | None:
+        """The id of a metadata context in block status chunks, if it was selected."""
+        return next((context.id for context in self.meta_contexts if context.name == name), None)
 
     def fault_of(self, request: NbdRequest) -> int:
         """NBD_SUCCESS for a request that may be carried out, else the error to answer.

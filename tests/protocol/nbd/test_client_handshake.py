@@ -113,7 +113,8 @@ def test_a_name_that_no_export_can_have_is_refused() -> None:
 @pytest.mark.parametrize("structured", [True, False])
 @pytest.mark.parametrize("allocation", [True, False])
 def test_the_client_asks_for_what_it_was_told_to(structured: bool, allocation: bool) -> None:
-    client = NbdClientHandshake("disk", structured=structured, allocation=allocation)
+    contexts = (c.BASE_ALLOCATION,) if allocation else ()
+    client = NbdClientHandshake("disk", structured=structured, contexts=contexts)
     options = asked(client.feed(greeting())[4:])
     while options[-1] != GO:
         options += asked(client.feed(ack(options[-1])))
