@@ -133,9 +133,10 @@ def test_any_lie_with_a_right_checksum_is_a_header_or_refused(data: st.DataObjec
     for at, value in data.draw(st.lists(lies, min_size=1, max_size=6)):
         raw[at : at + len(value)] = value
     try:
-        parse_header(with_md5(raw, MD5_AT))
+        header = parse_header(with_md5(raw, MD5_AT))
     except HeaderError:
-        pass
+        return
+    assert {device.dev_id for device in header.devices} <= set(range(1, 256))
 
 
 def test_the_places_are_those_of_the_specification() -> None:

@@ -170,11 +170,15 @@ def test_what_the_command_says_goes_to_standard_error() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"hello\n")
 
 
-def test_the_command_inherits_nothing_but_its_input() -> None:
+def test_the_command_inherits_nothing_but_its_input(tmp_path: Path) -> None:
     extra = os.open("/dev/null", os.O_RDONLY)
-    output = open_output("exec:cat >/dev/null; ls /proc/self/fd | wc -l | grep -qx 4")
+    os.set_inheritable(extra, True)
+    listed = tmp_path / "listed"
+    output = open_output(f"exec:cat >/dev/null; ls /proc/self/fd > {listed}")
     output.commit()
     os.close(extra)
+    # 0 to 2, and that of the folder which is listed.
+    assert listed.read_text().split() == ["0", "1", "2", "3"]
 
 
 def test_the_command_gets_the_usual_signals_back() -> None:

@@ -12,8 +12,8 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,23 +32,19 @@ TOO_MUCH = bytes(8 << 20)
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set when an open or connect has found nobody at the far end."""
+    """Set when an open has found nobody at the far end."""
     event = threading.Event()
-    retry = stream._retry
+    system_open = os.open
 
-    def noting(
-        attempt: Callable[[], int], expected: int, cancel: Cancel | None, wait_s: float
-    ) -> int | None:
-        def noting_attempt() -> int:
-            try:
-                return attempt()
-            except OSError:
+    def noting(*words: Any, **options: Any) -> int:
+        try:
+            return system_open(*words, **options)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
                 event.set()
-                raise
+            raise
 
-        return retry(noting_attempt, expected, cancel, wait_s)
-
-    monkeypatch.setattr(stream, "_retry", noting)
+    monkeypatch.setattr(os, "open", noting)
     return event
 
 
@@ -181,7 +177,14 @@ def test_a_descriptor_given_to_us_is_not_inherited_further() -> None:
 def test_a_pipe_that_cannot_be_opened_anew_is_written_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stream, "_open_anew", lambda number: None)
+    system_open = os.open
+
+    def forbidden(path: Any, *words: Any, **options: Any) -> int:
+        if str(path).startswith("/proc/self/fd/"):
+            raise PermissionError(errno.EACCES, "a pipe of another user")
+        return system_open(path, *words, **options)
+
+    monkeypatch.setattr(os, "open", forbidden)
     theirs, ours = os.pipe()
     reader = Reader(lambda: theirs)
     output = open_output(f"fd:{ours}")

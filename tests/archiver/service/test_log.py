@@ -33,13 +33,21 @@ def test_a_log_that_nobody_reads_is_dropped_and_counted() -> None:
 
 
 def test_a_log_whose_reader_is_gone_costs_nothing() -> None:
+    told: list[int] = []
+
+    def drop(count: int) -> str:
+        told.append(count)
+        return ""
+
     read, write = os.pipe()
     os.close(read)
     try:
-        log = LogStream(write, str)
+        log = LogStream(write, drop)
+        # More than is held for a reader who is only late.
         for _ in range(1000):
-            log.write("x" * 1000)
+            log.write("x" * 10_000)
         log.close(1.0)
+        assert told == [], "nothing was held, so nothing was dropped"
     finally:
         os.close(write)
 

@@ -161,7 +161,8 @@ def test_the_acceptor_ends_with_its_service(tmp_path: Path, keys: tuple[Path, Pa
         # And the port is free again.
         words = ("--listen", served.endpoint, "--directory", str(served.folder), "--json")
         with started("archiver", *words, "--keys", str(keys[0])) as second:
-            next_event(second, "ready")
+            assert next_event(second, "ready")
+            assert second.poll() is None
 
 
 def test_strangers_that_connect_and_go_cost_little_processor_time(

@@ -96,12 +96,7 @@ def test_what_a_stranger_named_cannot_begin_a_line(tmp_path: Path) -> None:
     assert len((tmp_path / "log").read_text().splitlines()) == 5
 
 
-def test_a_full_disk_does_not_end_the_backup(tmp_path: Path) -> None:
-    with JobLog("/dev/full", *WHAT, append=True) as log:
-        log({"event": "notice", "text": "x"})
-
-
-def test_a_log_that_cannot_be_written_any_more_is_told_once() -> None:
+def test_a_log_on_a_full_disk_is_told_once_and_does_not_end_the_backup() -> None:
     told: list[Event] = []
     with JobLog("/dev/full", *WHAT, append=True, complain=told.append) as log:
         for _ in range(3):

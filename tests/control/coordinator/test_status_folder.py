@@ -13,10 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.machine import LIMIT_S
-from vmapipe.control.coordinator import status_socket as module
 from vmapipe.control.coordinator.status_socket import listen, runtime_folder, sockets
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.folders import HeldFolder
 
 JOB, OTHER = "1" * 32, "2" * 32
 
@@ -75,7 +73,7 @@ def test_a_socket_that_is_there_before_somebody_listens_is_not_taken_for_a_dead_
     found: list[dict[str, str]] = []
     looking: list[threading.Thread] = []
     probed = threading.Event()
-    bind, is_alive = socket.socket.bind, module._is_alive
+    bind, connect = socket.socket.bind, socket.socket.connect
 
     def slow_bind(sock: socket.socket, address: str) -> None:
         bind(sock, address)
@@ -84,13 +82,14 @@ def test_a_socket_that_is_there_before_somebody_listens_is_not_taken_for_a_dead_
         # It has seen that nobody listens yet.
         assert probed.wait(LIMIT_S)
 
-    def told(folder: HeldFolder, name: str, *, remove: bool = False) -> bool:
-        alive = is_alive(folder, name, remove=remove)
-        probed.set()
-        return alive
+    def told(sock: socket.socket, address: str) -> None:
+        try:
+            connect(sock, address)
+        finally:
+            probed.set()
 
     monkeypatch.setattr(socket.socket, "bind", slow_bind)
-    monkeypatch.setattr(module, "_is_alive", told)
+    monkeypatch.setattr(socket.socket, "connect", told)
     listener = listen(JOB)
     looking[0].join(LIMIT_S)
     assert found == [{JOB: str(folder / f"{JOB}.sock")}]

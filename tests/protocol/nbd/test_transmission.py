@@ -109,6 +109,7 @@ def test_what_has_no_data_and_is_fast_may_be_longer_than_the_maximum() -> None:
     client.request(c.NBD_CMD_WRITE_ZEROES, 0, SIZE, c.NBD_CMD_FLAG_FAST_ZERO)
     client.request(c.NBD_CMD_TRIM, 0, SIZE)
     client.request(c.NBD_CMD_BLOCK_STATUS, 0, SIZE)
+    assert client.in_flight == 3
 
 
 def test_a_server_without_a_maximum_still_gets_no_request_for_more_than_32_mib() -> None:

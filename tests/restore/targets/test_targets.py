@@ -150,6 +150,7 @@ def test_an_existing_file_may_be_up_to_4_mib_larger(tmp_path: Path, surplus: int
     path.write_bytes(b"x")
     os.truncate(path, MIB + surplus)
     existing(path, MIB).close()
+    assert path.stat().st_size == MIB + surplus
 
 
 @pytest.mark.parametrize(
