@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vmapipe.access.index import (
@@ -33,7 +33,7 @@ from vmapipe.access.storage import (
     Storage,
     read_error,
 )
-from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
+from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_HEADER_BYTES, MAX_EXTENT_CLUSTERS
 from vmapipe.restore.archive.compressed import MAGIC_BYTES, is_compressed
 from vmapipe.restore.archive.digest import extent_digest
 from vmapipe.restore.archive.errors import DigestError, InputError
@@ -57,6 +57,9 @@ from vmapipe.vma.seektable import is_zstd
 _HEADERS_BYTES = 64 << 10
 # The thread that makes an index ends with the extent that it is at.
 _JOIN_S = 5.0
+# The largest extent that there can be; and how much memory for such is kept.
+_CHECK_BYTES = EXTENT_HEADER_BYTES + MAX_EXTENT_CLUSTERS * CLUSTER_BYTES
+_KEPT_BUFFERS = 4
 Report = Callable[[str], None]
 
 
@@ -72,10 +75,13 @@ class OpenArchive:
         self.storage = storage
         self.index = ArchiveIndex(header.uuid)
         self._report = report
-        # By extent: whether it was found good. Others are looked up in `_why`.
+        # By extent: whether it is good. Others are looked up in `_why`.
         self._good = bytearray()
         self._why: dict[int, str] = {}
-        self._lock = threading.Lock()
+        self._checked = threading.Condition()
+        self._under_check: set[int] = set()
+        # For checks: fresh memory would cost more than the reading.
+        self._buffers: list[memoryview] = []
         # While the index is being made: what is there of it, and why there will be no more.
         self._builder: IndexBuilder | None = None
         self._grown = threading.Condition()
@@ -140,42 +146,64 @@ class OpenArchive:
         return extent < len(self._good) and bool(self._good[extent])
 
     def ensure(self, extent: int, wanted: str) -> None:
-        """Check this extent, unless that was done. Raises OSError (EIO) where it is damaged.
+        """Check this extent, once. Raises OSError (EIO) where it is damaged.
 
         `wanted`: what is to be read from it, for the line that says so.
         """
         if self.is_checked(extent):
             return
         offset = self.index.offsets[extent]
-        why = self._why.get(extent)
-        if why is None:
-            try:
-                self._check(extent)
-            except (ArchiveError, OSError) as error:
-                why = str(error)
-                with self._lock:
-                    is_news = extent not in self._why
+        with self._checked:
+            while extent in self._under_check:
+                self._checked.wait()
+            if self.is_checked(extent):
+                return
+            if extent in self._why:
+                raise read_error(self.name, offset, self._why[extent])
+            self._under_check.add(extent)
+        why = "it could not be checked"
+        try:
+            self._check(extent)
+            why = ""
+        except (ArchiveError, OSError) as error:
+            why = str(error)
+        finally:
+            with self._checked:
+                self._under_check.discard(extent)
+                if why:
                     self._why[extent] = why
-                if is_news:
-                    self.tell(f"the extent at offset {offset} is damaged ({wanted}): {why}")
-        if why is not None:
+                else:
+                    missing = max(0, len(self.index.offsets) - len(self._good))
+                    self._good += bytes(missing)
+                    self._good[extent] = 1
+                self._checked.notify_all()
+        if why:
+            self.tell(f"the extent at offset {offset} is damaged ({wanted}): {why}")
             raise read_error(self.name, offset, why)
-        with self._lock:
-            missing = max(0, len(self.index.offsets) - len(self._good))
-            self._good += bytes(missing)
-            self._good[extent] = 1
 
     def _check(self, extent: int) -> None:
         offset, size = self.index.offsets[extent], self.index.sizes[extent]
         digest = self.index.digest_of(extent)
-        length = size if digest else EXTENT_HEADER_BYTES
-        raw = memoryview(bytearray(length))
-        got = self.storage.read_into(raw, offset)
-        if got < length:
+        if digest and isinstance(self.storage, FrameStorage):
+            return self._check_parts(extent, list(self.storage.pieces(offset, size)), digest)
+        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(_CHECK_BYTES))
+        try:
+            raw = buffer[: size if digest else EXTENT_HEADER_BYTES]
+            self._check_parts(extent, [raw[: self.storage.read_into(raw, offset)]], digest)
+        finally:
+            if len(self._buffers) < _KEPT_BUFFERS:
+                self._buffers.append(buffer)
+
+    def _check_parts(self, extent: int, parts: Sequence[memoryview], digest: bytes) -> None:
+        """`parts`: all of it; without a `digest` its header."""
+        offset, size = self.index.offsets[extent], self.index.sizes[extent]
+        if sum(map(len, parts)) < (size if digest else EXTENT_HEADER_BYTES):
             raise ExtentError("the archive ends inside it", offset=offset)
-        if digest and extent_digest(raw) != digest:
+        if digest and extent_digest(*parts) != digest:
             raise DigestError("it is not what was stored: its digest differs", offset=offset)
-        found = parse_extent_header(raw[:EXTENT_HEADER_BYTES], self.header.uuid, offset)
+        # A piece may end inside a header, where a frame does.
+        raw = b"".join(part[:EXTENT_HEADER_BYTES] for part in parts[:2])[:EXTENT_HEADER_BYTES]
+        found = parse_extent_header(raw, self.header.uuid, offset)
         if found.total_bytes != size or not self.index.agrees_with(extent, found):
             raise ExtentError("its header is not the one that was indexed", offset=offset)
 
@@ -421,12 +449,8 @@ def _parse(
 
 
 def default_cache_folder() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(base, "vmapipe", "index")
-
-
-def _index_path(folder: str, uuid: bytes) -> str:
-    return os.path.join(folder, uuid.hex())
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.path.join(os.path.expanduser(base), "vmapipe", "index")
 
 
 def _kept_index(
@@ -437,7 +461,7 @@ def _kept_index(
         return None
     try:
         fd = os.open(
-            _index_path(folder, header.uuid),
+            os.path.join(folder, header.uuid.hex()),
             os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK,
         )
     except OSError:
@@ -469,9 +493,6 @@ def _keep_index(folder: str | None, identity: tuple[int, ...], index: ArchiveInd
     if folder is None:
         return
     body = encode_index(index)
-    try:
-        with made_path(folder):
-            kept = _identity_line(identity) + extent_digest(body) + body
-            write_whole(_index_path(folder, index.uuid), kept, 0o600)
-    except OSError:
-        return
+    with contextlib.suppress(OSError), made_path(folder):
+        kept = _identity_line(identity) + extent_digest(body) + body
+        write_whole(os.path.join(folder, index.uuid.hex()), kept, 0o600)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from vmapipe.access.archive import OpenArchive
 from vmapipe.access.index import StoredRun
-from vmapipe.access.storage import read_error
+from vmapipe.access.storage import PlainStorage, read_error
 from vmapipe.clusters.masks import mask_runs
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES, FULL_MASK
 from vmapipe.producer.nbd.backend import Write
@@ -17,6 +17,8 @@ from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
 from vmapipe.vma.header import Device
 
 _ZEROES = memoryview(bytes(1 << 20))
+# Beyond that, copying the pieces costs less than one of them each.
+_MAX_VIEWS = 64
 
 
 class ArchiveDisk:
@@ -29,6 +31,7 @@ class ArchiveDisk:
         self._dev_id = device.dev_id
         self._stored_bytes: int | None = None
         self._try_stored = archive.storage.try_read_into
+        self._mapped = archive.storage if isinstance(archive.storage, PlainStorage) else None
 
     # --- reads ---
 
@@ -62,15 +65,65 @@ class ArchiveDisk:
             at += len(piece)
         return True
 
+    def views(self, offset: int, length: int) -> Sequence[memoryview] | None:
+        """See `nbd.backend.Mapped`: zeroes, and data that was checked before, of a plain file."""
+        archive = self._archive
+        index = archive.index.disks.get(self._dev_id)
+        if index is None or self._mapped is None:
+            return None
+        found = index.data_at(offset, length)
+        if found is None:
+            return self._many_views(self._mapped, offset, length)
+        extent, byte = found
+        if extent < 0:
+            return list(_zeroes(length))
+        if not archive.is_checked(extent):
+            return None
+        start = archive.index.offsets[extent] + EXTENT_HEADER_BYTES
+        view = self._mapped.view(start + byte, length)
+        return None if view is None else (view,)
+
+    def _many_views(
+        self, mapped: PlainStorage, offset: int, length: int
+    ) -> Sequence[memoryview] | None:
+        views: list[memoryview] = []
+        end = offset + length
+        while offset < end:
+            place = self._find(offset)
+            size = min(end, place.end * CLUSTER_BYTES) - offset
+            if place.is_zero:
+                views += _zeroes(size)
+            elif place.is_missing or not self._archive.is_checked(place.extent):
+                return None
+            else:
+                for piece, position in self._pieces(size, offset, place):
+                    if position is None:
+                        views += _zeroes(piece)
+                        continue
+                    view = mapped.view(position, piece)
+                    if view is None or len(views) >= _MAX_VIEWS:
+                        return None
+                    views.append(view)
+            offset += size
+        return views
+
+    def distrust_views(self) -> None:
+        if self._mapped is not None:
+            self._mapped.distrust_views()
+
     def _find(self, offset: int) -> StoredRun:
         return self._archive.find(self._dev_id, offset // CLUSTER_BYTES)
 
     def _try_data(self, target: memoryview, offset: int, place: StoredRun) -> bool:
-        storage = self._archive.storage
-        return all(
-            _clear(piece) if position is None else storage.try_read_into(piece, position)
-            for piece, position in self._pieces(target, offset, place)
-        )
+        at = 0
+        for length, position in self._pieces(len(target), offset, place):
+            piece = target[at : at + length]
+            if position is None:
+                _clear(piece)
+            elif not self._try_stored(piece, position):
+                return False
+            at += length
+        return True
 
     def read(self, target: memoryview, offset: int) -> None:
         """Raises OSError (EIO) where the data is damaged, missing or cannot be read."""
@@ -91,40 +144,43 @@ class ArchiveDisk:
             self._archive.ensure(place.extent, f"device {self._name!r}, byte {offset}")
         except OSError as error:
             raise self._fault(offset, error.strerror or str(error)) from error
-        for piece, position in self._pieces(target, offset, place):
+        at = 0
+        for length, position in self._pieces(len(target), offset, place):
+            piece = target[at : at + length]
             if position is None:
                 _clear(piece)
-            elif self._archive.storage.read_into(piece, position) < len(piece):
+            elif self._archive.storage.read_into(piece, position) < length:
                 raise self._fault(offset, "the archive is shorter than it was")
+            at += length
 
     def _fault(self, offset: int, why: str) -> OSError:
         return read_error(f"device {self._name!r}", offset, why)
 
     def _pieces(
-        self, target: memoryview, offset: int, place: StoredRun
-    ) -> Iterator[tuple[memoryview, int | None]]:
-        """Parts of `target`, and where each is in the plain archive; None: it is zero."""
+        self, total: int, offset: int, place: StoredRun
+    ) -> Iterator[tuple[int, int | None]]:
+        """Lengths of parts of `total` bytes, and where each is in the plain archive; None: it is zero."""
         start = self._archive.index.offsets[place.extent] + EXTENT_HEADER_BYTES
         if place.mask == FULL_MASK:
             into = offset - place.first * CLUSTER_BYTES
-            yield target, start + place.block * BLOCK_BYTES + into
+            yield total, start + place.block * BLOCK_BYTES + into
             return
         blocks = [None if not place.mask >> bit & 1 else bit for bit in range(16)]
         at = 0
-        while at < len(target):
+        while at < total:
             cluster, within = divmod(offset + at, CLUSTER_BYTES)
             bit = within // BLOCK_BYTES
             # As many blocks as are all stored, or all zero.
             last = bit
             while last < 15 and (blocks[last + 1] is None) == (blocks[bit] is None):
                 last += 1
-            length = min(len(target) - at, (last + 1) * BLOCK_BYTES - within)
+            length = min(total - at, (last + 1) * BLOCK_BYTES - within)
             position = None
             if blocks[bit] is not None:
                 before = (place.mask & ((1 << bit) - 1)).bit_count()
                 block = place.block_of(cluster) + before
                 position = start + block * BLOCK_BYTES + within % BLOCK_BYTES
-            yield target[at : at + length], position
+            yield length, position
             at += length
 
     def stored_bytes(self) -> int:
@@ -202,6 +258,11 @@ def _clear(target: memoryview) -> bool:
         target[at : at + length] = _ZEROES[:length]
         at += length
     return True
+
+
+def _zeroes(length: int) -> Iterator[memoryview]:
+    for at in range(0, length, len(_ZEROES)):
+        yield _ZEROES[: length - at]
 
 
 def _read_only() -> OSError:

@@ -142,6 +142,14 @@ class OverlayDisk:
                 return False
         return True
 
+    def views(self, offset: int, length: int) -> Sequence[memoryview] | None:
+        """See `nbd.backend.Mapped`: what nobody has written to, as the archive has it."""
+        _, whole, here = next(self._runs(offset, length))
+        return None if here or whole < length else self._below.views(offset, length)
+
+    def distrust_views(self) -> None:
+        self._below.distrust_views()
+
     def read(self, target: memoryview, offset: int) -> None:
         at = offset
         for start, length, here in self._runs(offset, len(target)):

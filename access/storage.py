@@ -7,10 +7,13 @@ into a file of its own while it is read.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import mmap
 import os
 import tempfile
 import threading
+import time
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
@@ -63,6 +66,12 @@ def read_error(name: str, offset: int, why: str) -> OSError:
     return OSError(errno.EIO, f"cannot read {name} at offset {offset}: {why}")
 
 
+# What is in the page cache is looked for once a second, for so much of a file: what is needed all
+# the time stays there, and where it did not, a read waits for the disk as it does elsewhere.
+_RESIDENT_S = 1.0
+_RESIDENT_SHIFT = 22
+
+
 class PlainStorage:
     """A file that is not compressed. Owns `fd`."""
 
@@ -70,6 +79,32 @@ class PlainStorage:
         self.size_bytes = size_bytes
         self._name = name
         self._fd = fd
+        self._map: memoryview | None = None
+        with contextlib.suppress(
+            OSError, ValueError, OverflowError
+        ):  # no room for it, or nothing to map
+            self._map = memoryview(mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ))
+        # By part of the file: until when it counts as in memory (time.monotonic()).
+        self._resident = array("d", bytes(8 * ((size_bytes >> _RESIDENT_SHIFT) + 1)))
+        self._probe = memoryview(bytearray(1))
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """Return bytes where they lie, that nobody may look at (`nbd.backend.Mapped`); None: read them."""
+        end = offset + length
+        mapped = self._map
+        if mapped is None or os.lseek(self._fd, 0, os.SEEK_END) < end:
+            return None
+        part = offset >> _RESIDENT_SHIFT
+        now = time.monotonic()
+        if self._resident[part] < now:
+            probe = self._probe
+            if not (try_read_at(self._fd, probe, offset) and try_read_at(self._fd, probe, end - 1)):
+                return None
+            self._resident[part] = now + _RESIDENT_S
+        return mapped[offset:end]
+
+    def distrust_views(self) -> None:
+        self._map = None
 
     def read_into(self, view: memoryview, offset: int) -> int:
         return read_at(self._fd, view, offset, self._failed)
@@ -81,6 +116,7 @@ class PlainStorage:
         return try_read_at(self._fd, view, offset)
 
     def close(self) -> None:
+        self._map = None  # it has a descriptor of its own
         os.close(self._fd)
 
 
@@ -118,13 +154,20 @@ class FrameStorage:
 
     def read_into(self, view: memoryview, offset: int) -> int:
         done = 0
-        while done < len(view) and offset + done < self.size_bytes:
-            number = bisect_right(self._plain_at, offset + done) - 1
-            at = offset + done - self._plain_at[number]
-            length = min(len(view) - done, self._plain_at[number + 1] - self._plain_at[number] - at)
-            self._frame(number, at + length).copy_to(view[done : done + length], at)
-            done += length
+        for piece in self.pieces(offset, len(view)):
+            view[done : done + len(piece)] = piece
+            done += len(piece)
         return done
+
+    def pieces(self, offset: int, length: int) -> Iterator[memoryview]:
+        """The same bytes where they lie in memory; as many as there are."""
+        end = min(offset + length, self.size_bytes)
+        while offset < end:
+            number = bisect_right(self._plain_at, offset) - 1
+            start = self._plain_at[number]
+            stop = min(end, self._plain_at[number + 1])
+            yield from self._frame(number, stop - start).pieces(offset - start, stop - start)
+            offset = stop
 
     def _frame(self, number: int, end: int) -> FrameReader:
         """The frame, decompressed up to `end` at least. Raises OSError (EIO)."""

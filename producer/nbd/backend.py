@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_SEND_FLUSH,
@@ -80,6 +80,21 @@ class Backend(Protocol):
 
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Lengths and NBD_STATE_ flags of consecutive parts, from `offset` on."""
+
+
+@runtime_checkable
+class Mapped(Protocol):
+    """A part of a `Backend` whose data lies in mapped files, so that it can be sent without a copy."""
+
+    def views(self, offset: int, length: int) -> Sequence[memoryview] | None:
+        """Return the bytes where they lie, if sending them need not wait for a disk; None: read them.
+
+        Nobody may look at them: where the file has become shorter, the kernel ends a process that
+        does. It only answers EFAULT where it was to send them.
+        """
+
+    def distrust_views(self) -> None:
+        """Give no more of them: some could not be sent."""
 
 
 #: The name that QEMU has to ask for.

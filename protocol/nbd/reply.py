@@ -108,11 +108,11 @@ _DATA_CHUNK = struct.Struct(">IHHQIQ")
 # --- Answers that fit what the session has settled ---
 
 
-def read_reply(session: NbdSession, request: NbdRequest) -> bytes:
-    """Return the bytes before the whole data of an NBD_CMD_READ, `request.length` bytes."""
+def read_reply(session: NbdSession, cookie: int, offset: int, length: int) -> bytes:
+    """Return the bytes before the whole data of an NBD_CMD_READ, `length` bytes."""
     if session.structured:
-        return data_chunk(request.cookie, request.offset, request.length)
-    return simple_reply(request.cookie)
+        return data_chunk(cookie, offset, length)
+    return simple_reply(cookie)
 
 
 def status_reply(

@@ -246,6 +246,24 @@ class NbdSession:
         """The id of a metadata context in block status chunks, if it was selected."""
         return next((context.id for context in self.meta_contexts if context.name == name), None)
 
+    def valid_read(self, raw: Bytes, at: int) -> tuple[int, int, int] | None:
+        """Return cookie, offset and length of the NBD_CMD_READ at `at` if it may be carried out.
+
+        None: it is another request, or a wrong one; `parse_request` and `fault_of` tell which. Most
+        requests are reads, and this asks all that they ask, in a third of the time.
+        """
+        magic, flags, kind, cookie, offset, length = REQUEST.unpack_from(raw, at)
+        if (
+            kind != NBD_CMD_READ
+            or magic != NBD_REQUEST_MAGIC
+            or not 0 < length <= self.max_data_bytes
+            or offset + length > self.export.size_bytes
+            or (offset | length) & self._unaligned_bits
+            or flags & ~self._valid_flags[NBD_CMD_READ]
+        ):
+            return None
+        return cookie, offset, length
+
     def fault_of(self, request: NbdRequest) -> int:
         """NBD_SUCCESS for a request that may be carried out, else the error to answer.
 

@@ -263,11 +263,17 @@ class FrameReader:
     def copy_to(self, view: memoryview, at: int) -> None:
         """Fill `view` with the bytes from `at` on, which `go_to` has reached."""
         done = 0
-        while done < len(view):
-            number, start = divmod(at + done, _CHUNK_BYTES)
-            piece = memoryview(self._chunks[number])[start : start + len(view) - done]
+        for piece in self.pieces(at, at + len(view)):
             view[done : done + len(piece)] = piece
             done += len(piece)
+
+    def pieces(self, at: int, end: int) -> Iterator[memoryview]:
+        """The bytes from `at` to `end`, which `go_to` has reached, where they lie."""
+        while at < end:
+            number, start = divmod(at, _CHUNK_BYTES)
+            piece = memoryview(self._chunks[number])[start : start + end - at]
+            yield piece
+            at += len(piece)
 
 
 def decompress_start(pieces: Iterable[bytes], length: int) -> bytes:

@@ -84,7 +84,7 @@ class Disk:
     def _read(self, session: NbdSession, request: NbdRequest) -> Iterator[Bytes]:
         data = bytes(self.content[request.offset : request.offset + request.length])
         if not session.structured or request.flags & NBD_CMD_FLAG_DF:
-            yield reply.read_reply(session, request)
+            yield reply.read_reply(session, request.cookie, request.offset, request.length)
             yield data
             return
         for offset, length, zero in self._extents(request.offset, request.length):

@@ -143,7 +143,7 @@ def test_simple_replies_have_the_bytes_of_the_document() -> None:
     client = NbdClientTransmission(SIMPLE)
     request = client.request(NBD_CMD_READ, 8, 4)
     head = unhex("67446698  00000000  0000000000000001  | NBD_SIMPLE_REPLY_MAGIC, error, cookie")
-    assert reply.read_reply(SIMPLE, request) == head
+    assert reply.read_reply(SIMPLE, request.cookie, request.offset, request.length) == head
     assert joined(client.feed(head + b"data")) == [
         Data(1, 8, memoryview(b"data")),
         RequestDone(1, 0),
