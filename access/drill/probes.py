@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from vmapipe.access.drill.plan import Step
-from vmapipe.control.qemu.guest_agent import AgentRefused, GuestAgent
+from vmapipe.control.qemu.freezing import AgentRefused
+from vmapipe.control.qemu.guest_agent import GuestAgent
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.syscalls import readable
