@@ -15,6 +15,7 @@ from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.cli.backup_arguments import (
     add_base_options,
     add_drill_options,
+    add_libvirt_options,
     add_proxmox_options,
     add_pve_options,
     add_service_options,
@@ -22,6 +23,7 @@ from vmapipe.control.cli.backup_arguments import (
     add_speed_option,
     archiver_options,
     buffer_options,
+    check_libvirt,
     check_without_pve,
     open_configs,
     parse_disk,
@@ -58,13 +60,14 @@ from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import run, run_child
 
 if TYPE_CHECKING:
+    from vmapipe.control.hosts.libvirt.running import DomainBackup
     from vmapipe.control.qemu.disks import LeftOut
     from vmapipe.control.qemu.machine import RunningMachine
 
 DESCRIPTION = """\
 Back up disks into one VMA archive: disks at rest (raw image files or block
-devices, NBD exports), those of a running QEMU, or those that a monitor serves to
-a running guest; disks in use all at one instant.
+devices, NBD exports), those of a running QEMU, of a domain of libvirt's, or those
+that a monitor serves to a running guest; disks in use all at one instant.
 A process of its own reads each disk; another writes the archive, which appears
 under its name only when it is complete and on disk. Holes and zeroes cost
 next to nothing; of a running QEMU's disk some 0.04 s a GiB, but in qcow2
@@ -88,6 +91,7 @@ examples:
   vmapipe backup --disk drive-scsi0=/srv/vm.raw --config qemu-server.conf vm.vma
   vmapipe backup --disk /dev/vg0/vm --compress zstd vm.vma.zst
   vmapipe backup --nbd 'vda=nbd+unix:///vda?socket=/run/backup.sock' vm.vma
+  vmapipe backup --libvirt vm --compress zstd vm.vma.zst
   vmapipe backup --qmp /run/vm/qmp.sock --config vm.conf vm.vma
   vmapipe backup --qmp /run/vm/qmp.sock --state --config vm.conf vm.vma
   vmapipe backup --monitor /run/vm/monitor.sock --config vm.conf vm.vma
@@ -104,6 +108,7 @@ exit codes: 0 stored, 1 failed (nothing was stored, but where --drill could not 
 def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG, has_log=True)
     add_source_options(parser)
+    add_libvirt_options(parser)
     add_output_options(parser)
     add_service_options(parser)
     add_buffer_options(parser)
@@ -211,7 +216,8 @@ def _check(options: argparse.Namespace) -> None:
     """Raises UsageError."""
     _check_drill(options)
     check_without_pve(options)
-    if options.freeze and not options.agent:
+    check_libvirt(options)
+    if options.freeze and not options.agent and options.libvirt is None:
         raise UsageError(
             "--freeze needs --agent SOCKET: only the guest's own agent can freeze its file systems"
         )
@@ -231,12 +237,12 @@ def _check(options: argparse.Namespace) -> None:
             "--state needs no --agent: what is in the guest's memory is saved with it, and the "
             "restored guest would still be frozen"
         )
-    if options.reproducible and (options.qmp or options.monitor):
+    if options.reproducible and (options.qmp or options.monitor or options.libvirt):
         raise UsageError(
             "--reproducible is for disks at rest: it takes one disk after the other, and the guest "
             "would wait for its turn"
         )
-    if options.force_share and (options.qmp or options.monitor):
+    if options.force_share and (options.qmp or options.monitor or options.libvirt):
         raise UsageError(
             "--force-share is for disks at rest: a disk in use is read as of one instant"
         )
@@ -264,11 +270,18 @@ def run_job(
     configs: Configs = NO_CONFIGS,
 ) -> None:
     """Run one backup to its end. `configs`: of --vmid, if they have been read. Raises Failure."""
-    machine = open_machine(options)
+    machine, domain = open_machine(options), open_domain(options)
     try:
         if options.vmid is not None and configs is NO_CONFIGS:
             configs = read_configs(options.config, options.vmid, around.cancel)
-        disks, left_out = choose_disks(options, configs.disks, machine)
+        if domain:
+            disks, left_out = domain.choose()
+            stored, fds = domain.configs()
+            options.config, pass_fds = [*stored, *options.config], pass_fds + fds
+            for text in domain.notices:
+                around.emit({"event": "notice", "text": text})
+        else:
+            disks, left_out = choose_disks(options, configs.disks, machine)
         for disk in left_out:
             around.emit(
                 {
@@ -292,6 +305,7 @@ def run_job(
             buffer_options=buffer_options(options, len(disks)),
             machine=machine,
             with_memory=options.state,
+            snapshot=domain,
             service=service,
             agent=options.agent or "",
             in_turn=options.reproducible,
@@ -302,7 +316,7 @@ def run_job(
         try:
             job.run(around.emit, around.cancel, around.commands)
         except Failure:
-            if not job.base_damage or machine is not None:
+            if not job.base_damage or machine or domain:
                 raise
             text = f"{job.base_damage}. This is a full backup instead"
             around.emit({"event": "notice", "text": text})
@@ -312,6 +326,28 @@ def run_job(
     finally:
         if machine:
             machine.end()
+        if domain:
+            domain.end()
+
+
+def open_domain(options: argparse.Namespace) -> DomainBackup | None:
+    """Raises UsageError, Failure."""
+    if options.libvirt is None:
+        return None
+    # Imported here: others start sooner without.
+    from vmapipe.control.hosts.libvirt.running import DomainBackup, Wishes
+    from vmapipe.control.hosts.libvirt.scratch import DEFAULT_PLACE
+
+    return DomainBackup(
+        Wishes(
+            options.libvirt,
+            options.connect,
+            options.scratch or DEFAULT_PLACE,
+            options.scratch_size,
+            options.disk,
+            options.freeze,
+        )
+    )
 
 
 def base_of(options: argparse.Namespace, devices: Sequence[str], emit: Emit) -> str:

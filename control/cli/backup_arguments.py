@@ -71,8 +71,66 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--freeze",
         action="store_true",
-        help="with --agent, which freezes without it, too: says so in a script; alone it is refused",
+        help="with --libvirt: freeze the guest's file systems for the instant, through its agent; with "
+        "--agent, which freezes without it, too: says so in a script",
     )
+
+
+def add_libvirt_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("domains of libvirt's")
+    add_domain_options(
+        group,
+        help="back up this domain, by name or uuid: running, all disks of one instant, through "
+        "libvirt's own backup job; shut off, its images (--disk [NAME=]TARGET then chooses some disks, "
+        "such as vda; --freeze freezes the guest's file systems for the instant)",
+    )
+    group.add_argument(
+        "--scratch-size",
+        type=size,
+        default=0,
+        metavar="SIZE",
+        help="most that all scratch files together may take; when they are full the backup fails, and "
+        "the guest goes on (default: all that is free but 256M)",
+    )
+
+
+def add_domain_options(group: argparse._ActionsContainer, help: str) -> None:
+    """Add the options that name a domain, and where a backup of it has its scratch files."""
+    group.add_argument("--libvirt", metavar="DOMAIN", help=help)
+    group.add_argument(
+        "--connect",
+        default="",
+        metavar="URI",
+        help="where libvirt is: qemu:///system, qemu:///session (default: LIBVIRT_DEFAULT_URI, or what "
+        "libvirt chooses)",
+    )
+    group.add_argument(
+        "--scratch",
+        default="",
+        metavar="DIR",
+        help="where QEMU keeps what the guest overwrites during a backup, in a folder that is removed "
+        "afterwards (default: /var/tmp)",
+    )
+
+
+def check_libvirt(options: argparse.Namespace) -> None:
+    """Check what goes with --libvirt. Raises UsageError."""
+    if options.libvirt is None:
+        for name in ("connect", "scratch", "scratch_size"):
+            if getattr(options, name):
+                raise UsageError(f"--{name.replace('_', '-')} belongs to --libvirt")
+        return
+    others = ("pve", "qmp", "monitor", "nbd", "state", "agent", "vmid", "spool", "reproducible")
+    for name in others:
+        if getattr(options, name) not in (None, False, "", []):
+            raise UsageError(f"--{name} does not go with --libvirt{_INSTEAD.get(name, '')}")
+
+
+_INSTEAD = {
+    "agent": ": libvirt has the guest agent's socket, and --freeze freezes through it",
+    "state": ": libvirt's backup job is of the disks only",
+    "spool": ": old data waits in scratch files (--scratch)",
+}
 
 
 def add_speed_option(parser: argparse._ActionsContainer) -> None:

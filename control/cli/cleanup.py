@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmapipe cleanup`: removes what a crashed backup has left in a running QEMU."""
+"""`vmapipe cleanup`: removes what a crashed backup has left in a running QEMU, or in a domain of libvirt's."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 from collections.abc import Sequence
 
+from vmapipe.control.cli.backup_arguments import add_domain_options
 from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.runtime.arguments import make_parser
+from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.process import run
 from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 
 DESCRIPTION = """\
-Remove from a running QEMU the jobs and nodes of a backup that was killed
-together with its guardian, and let the guest go on. The next backup does the
-same by itself. A backup that still runs is left alone, and so is everything in
-QEMU whose name does not begin with `vmapipe-`.
+Remove from a running QEMU, or a domain of libvirt's, what a backup has left that
+was killed together with its guardian (jobs, nodes, scratch files), and let the
+guest go on. The next backup does the same by itself. A backup that still runs is
+left alone, and so is everything whose name does not begin with `vmapipe-`.
 QEMU's records of what has changed since an archive (backup --base) stay, unless
 they cannot be used any more; --bitmaps removes them all.
 """
@@ -26,7 +30,8 @@ exit codes: 0 nothing of ours is there any more, 1 a backup runs, or QEMU is not
 
 def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
-    add_monitor_options(parser, required=True, help="the QMP monitor of this QEMU")
+    add_monitor_options(parser, help="the QMP monitor of this QEMU")
+    add_domain_options(parser, help="the domain, by name or uuid")
     parser.add_argument(
         "--bitmaps",
         action="store_true",
@@ -34,9 +39,27 @@ def main(argv: Sequence[str], prog: str) -> int:
         "backup with --base is a full one, and QEMU takes and loads internal snapshots again",
     )
     options = parser.parse_args(argv)
-    return run(
-        prog, lambda: _clean_up(options.qmp, share=options.qmp_share, bitmaps=options.bitmaps)
-    )
+    return run(prog, lambda: _clean_up_what(options))
+
+
+def _clean_up_what(options: argparse.Namespace) -> None:
+    if (options.qmp is None) == (options.libvirt is None):
+        raise UsageError("say where: one of --qmp ADDRESS and --libvirt DOMAIN")
+    if options.libvirt is None:
+        _clean_up(options.qmp, share=options.qmp_share, bitmaps=options.bitmaps)
+    else:
+        _clean_up_domain(options.libvirt, options.connect, options.scratch)
+
+
+def _clean_up_domain(name: str, uri: str, scratch: str) -> None:
+    # Imported here: `--help` comes sooner without.
+    from vmapipe.control.hosts.libvirt.connect import Host
+    from vmapipe.control.hosts.libvirt.jobs import DomainJobs, remove_leftovers
+    from vmapipe.control.hosts.libvirt.scratch import DEFAULT_PLACE
+
+    with contextlib.closing(Host(uri)) as host:
+        jobs = DomainJobs(host, host.domain(name))
+        _tell(remove_leftovers(jobs, scratch or DEFAULT_PLACE))
 
 
 def _clean_up(address: str, *, share: bool, bitmaps: bool) -> None:
@@ -61,6 +84,10 @@ def _clean_up(address: str, *, share: bool, bitmaps: bool) -> None:
         kept = kept_records(link)
     finally:
         link.close()
+    _tell(removed, kept)
+
+
+def _tell(removed: Sequence[str], kept: Sequence[str] = ()) -> None:
     names = ", ".join(one_line(name, MAX_NAME_CHARS) for name in removed)
     print(one_line(f"removed {names}") if removed else "there was nothing to remove")
     if kept:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmapipe.clusters.sizes import VMSTATE_NAME
 from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.control.coordinator.priorities import AS_INHERITED, Priorities
+from vmapipe.control.coordinator.shares import Shares
 from vmapipe.control.monitor.client import begin_together
 from vmapipe.control.qemu.disks import check_names
 from vmapipe.control.qemu.vmstate import Instant
@@ -24,35 +25,9 @@ from vmapipe.runtime.folders import OwnFolder
 from vmapipe.vma.header import MAX_DEVICES
 
 if TYPE_CHECKING:
+    from vmapipe.control.coordinator.snapshot import Snapshot
     from vmapipe.control.coordinator.status_socket import JobServer
     from vmapipe.control.qemu.machine import RunningMachine
-
-
-class Shares:
-    """Equal parts for all disks that are not done; 0 is no limit.
-
-    `in_turn`: the disks are read one after the other, and each has all of it.
-    """
-
-    def __init__(self, bytes_per_s: int, disks: Sequence[str], *, in_turn: bool = False) -> None:
-        self.bytes_per_s = bytes_per_s
-        self._active = dict.fromkeys(disks)
-        self._in_turn = in_turn
-
-    @property
-    def share(self) -> int:
-        """The share of each disk that is not done, rounded up: 1 byte a second of two disks is not 0."""
-        return -(-self.bytes_per_s // (1 if self._in_turn else max(1, len(self._active))))
-
-    @property
-    def active(self) -> list[str]:
-        return list(self._active)
-
-    def done(self, disk: str) -> bool:
-        """Take a disk out; tell whether the share of the others has changed."""
-        before = self.share
-        self._active.pop(disk, None)
-        return bool(self._active) and self.share != before
 
 
 # When one process has failed, the others hear of it from the archiver and end
@@ -146,6 +121,8 @@ class BackupJob:
     machine: RunningMachine | None = None
     #: Its memory, too.
     with_memory: bool = False
+    #: What keeps the disks as they were, where they are a running machine's that is not `machine`.
+    snapshot: Snapshot | None = None
     #: The archiver, if that is a service elsewhere; `archive` is a name there.
     service: Service | None = None
     #: The guest agent's socket, if file systems are to be frozen for the instant.
@@ -184,6 +161,9 @@ class BackupJob:
                     children.watch(commands.fd)
                     try:
                         self._start_archiver(children, folder, emit, cancel)
+                        if self.snapshot:
+                            _report_instant(self.snapshot.begin(emit, cancel), emit)
+                            children.watch(self.snapshot.fd)
                         self._start_producers(children, folder, self._shares.share)
                         if self.server:
                             self.server.begin(self.speed_bytes_s, children.pids)
@@ -390,6 +370,8 @@ class BackupJob:
             if self.machine.is_done:
                 children.unwatch(self.machine.fd)
             _report_instant(self.machine.take_instant(), emit)
+        if self.snapshot:
+            self.snapshot.poll()
         if self.server:
             self.server.serve()
 
@@ -453,9 +435,9 @@ class BackupJob:
 
     def _release(self, emit: Emit) -> None:
         """QEMU is rid of us, while the producers still serve it."""
-        text = self.machine.end() if self.machine else ""
-        if text:
-            emit({"event": "notice", "text": text})
+        for text in (source.end() for source in (self.machine, self.snapshot) if source):
+            if text:
+                emit({"event": "notice", "text": text})
 
 
 def _report_instant(held: Instant | None, emit: Emit) -> None:

@@ -185,7 +185,7 @@ def _hooks(
     hooks = Hooks(
         os.path.abspath(options.hook) if "/" in options.hook else options.hook,
         options.hook_timeout,
-        "snapshot" if options.qmp or options.monitor else "stop",
+        "snapshot" if options.qmp or options.monitor or options.libvirt else "stop",
         "" if options.vmid is None else str(options.vmid),
         state,
         cancel,

@@ -56,9 +56,15 @@ class Library:
         """Return the module. Raises Failure where it is not installed."""
         with cls._lock:
             if cls._module is None:
-                cls._module = _load()
-                _prepare(cls._module)
+                module = _load()
+                _prepare(module)
+                cls._module = module
         return cls._module
+
+    @staticmethod
+    def find() -> None:
+        """Load the module, and nothing more. Raises Failure where it is not installed."""
+        _load()
 
 
 def _load() -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.control.coordinator.job import Shares
+from vmapipe.control.coordinator.shares import Shares
 
 names = st.lists(st.text(min_size=1), min_size=1, max_size=20, unique=True)
 

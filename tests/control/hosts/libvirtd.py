@@ -16,15 +16,20 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
+
+from tests.control.qemu.agent import with_agent
+from tests.control.qemu.running_guest import SCRIPT, RunningGuest
 from tests.guest import find_kernel, make_initramfs
-from tests.machine import LIMIT_S, eventually, listens
+from tests.machine import LIMIT_S, Need, eventually, listens
+from vmapipe.runtime.syscalls import readable
 
 # libvirtd asks for the name of its user: one that every system has (nobody).
 _UID = 65534
 
 DOMAIN = """\
 <domain type='qemu'>
-  <name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>96</memory><vcpu>1</vcpu>
+  <name>{name}</name><memory unit='MiB'>96</memory><vcpu>1</vcpu>
   <os><type arch='x86_64' machine='q35'>hvm</type>{boot}</os>
   <cpu mode='maximum'/>
   <devices>
@@ -39,9 +44,10 @@ _BOOT = (
     "<kernel>{folder}/vmlinuz</kernel><initrd>{folder}/initrd</initrd><cmdline>console=ttyS0 quiet "
     "panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check</cmdline>"
 )
-_CONSOLES = """\
+_PORTS = """\
 <serial type='file'><source path='{folder}/{name}.console'/><target port='0'/></serial>
 <serial type='unix'><source mode='bind' path='{folder}/{name}.port'/><target port='1'/></serial>
+<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
 """
 
 
@@ -53,18 +59,18 @@ class Libvirtd:
         self.socket = folder / "run" / "libvirt" / "libvirt-sock"
         self.uri = f"qemu:///session?socket={self.socket}"
         self._daemon, self._virsh = daemon, virsh
-        self._process: subprocess.Popen[bytes] | None = None
+        self.pid = 0
         for name in ("config/libvirt", "cache", "run/libvirt", "data", "home"):
             (folder / name).mkdir(parents=True)
         (folder / "config/libvirt/qemu.conf").write_text('stdio_handler = "file"\n')
         (folder / "config/libvirt/libvirtd.conf").write_text('auth_unix_rw = "none"\n')
+        self.scratch = folder / "scratch"
+        self.scratch.mkdir()
         self.give(folder)
+        # As /var/tmp.
+        os.chown(self.scratch, os.geteuid(), -1)
+        self.scratch.chmod(0o1777)
         self.start()
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
 
     def give(self, path: Path) -> None:
         """Give it, and what is in it, to the daemon's user."""
@@ -82,32 +88,33 @@ class Libvirtd:
             "XDG_RUNTIME_DIR": str(self.folder / "run"),
             "HOME": str(self.folder / "home"),
         }
-        with (self.folder / "libvirtd.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [self._daemon],
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                **user,  # type: ignore[call-overload]
-            )
-        assert eventually(lambda: listens(self.socket)), (self.folder / "libvirtd.log").read_text()
+        log = self.folder / "libvirtd.log"
+        log.touch()
+        self.give(log)
+        # Through a shell that ends: no child of a test, in the middle of which it may be started again.
+        done = subprocess.run(
+            ["/bin/sh", "-c", '"$0" </dev/null >>"$1" 2>&1 & echo $!', self._daemon, log],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            check=True,
+            cwd="/",
+            **user,  # type: ignore[call-overload]
+        )
+        self.pid = int(done.stdout)
+        assert eventually(lambda: listens(self.socket)), log.read_text()
 
     def kill(self) -> None:
         """As a crash: its machines go on."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
+        psutil.Process(self.pid).kill()
+        assert eventually(lambda: not psutil.pid_exists(self.pid))
 
     def close(self) -> None:
-        if self._process is not None and self._process.poll() is not None:
+        if not psutil.pid_exists(self.pid):
             self.start()
         for name in self("list", "--name").split():
             self("destroy", name)
-        assert self._process is not None
-        self._process.terminate()
-        self._process.wait(LIMIT_S)
+        psutil.Process(self.pid).terminate()
+        assert eventually(lambda: not psutil.pid_exists(self.pid))
         shutil.rmtree(self.folder)
 
     def try_virsh(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -132,7 +139,7 @@ class Libvirtd:
 
 
 class Console:
-    """The port of a guest's script, as `tests.guest` has it, of a domain."""
+    """The port of a guest's script, as `tests.guest.Guest` has it, of a domain."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -144,26 +151,93 @@ class Console:
 
     def hear(self, what: str, limit_s: float = LIMIT_S) -> list[str]:
         """What the script says up to the line `what`, without that."""
-        said: list[str] = []
         deadline = time.monotonic() + limit_s
-        while True:
-            while b"\n" not in self._unread:
-                self._socket.settimeout(max(0.01, deadline - time.monotonic()))
-                try:
-                    data = self._socket.recv(65536)
-                except TimeoutError:
-                    raise AssertionError(f"the guest never said {what!r}: {said[-20:]}") from None
-                assert data, f"the guest has ended, and never said {what!r}: {said[-20:]}"
-                self._unread += data
-            raw, _, self._unread = self._unread.partition(b"\n")
-            line = raw.decode(errors="replace").rstrip("\r")
-            assert not line.startswith("failed"), line
-            if line == what:
-                return said
+        said: list[str] = []
+        while (line := self._line(deadline)) != what:
+            assert line is not None, f"the guest never said {what!r}: {said[-20:]}"
             said.append(line)
+        return said
+
+    def hear_next(self, limit_s: float = LIMIT_S) -> str:
+        """What the script says next."""
+        line = self._line(time.monotonic() + limit_s)
+        assert line is not None, "the guest said nothing"
+        return line
+
+    def has_said(self) -> list[str]:
+        """What nobody has heard yet, without waiting for more."""
+        said = []
+        while (line := self._line(time.monotonic())) is not None:
+            said.append(line)
+        return said
 
     def tell(self, line: str) -> None:
         self._socket.sendall(line.encode() + b"\n")
+
+    def _line(self, deadline: float) -> str | None:
+        """None: there was none in time."""
+        while b"\n" not in self._unread:
+            if not readable([self._socket.fileno()], max(0.0, deadline - time.monotonic())):
+                return None
+            data = self._socket.recv(65536)
+            assert data, "the guest has ended"
+            self._unread += data
+        raw, _, self._unread = self._unread.partition(b"\n")
+        line = raw.decode(errors="replace").rstrip("\r")
+        assert not line.startswith("failed"), line
+        return line
+
+
+class DomainGuest(RunningGuest):
+    """A guest of `running_guest`'s that runs as a domain."""
+
+    def __init__(self, libvirtd: Libvirtd, name: str, console: Console) -> None:
+        self.libvirtd, self.name = libvirtd, name
+        self.console = console  # type: ignore[assignment]
+        self.rounds = 0
+
+    def is_untouched(self) -> None:
+        """libvirt has nothing of ours: no job, checkpoint or file; the guest runs."""
+        info = self.libvirtd("domjobinfo", self.name)
+        assert info.split() == ["Job", "type:", "None"], info
+        assert self.libvirtd("checkpoint-list", "--name", self.name).split() == []
+        assert self.libvirtd("domstate", self.name).strip() == "running"
+        assert os.listdir(self.libvirtd.scratch) == []
+        left = [path.name for path in self.libvirtd.folder.rglob("vmapipe-*")]
+        assert left == []
+
+    def close(self) -> None:
+        self.console.close()
+
+
+@contextlib.contextmanager
+def booted_domain(
+    libvirtd: Libvirtd, need: Need, agent: Path, name: str, disks: Sequence[Path]
+) -> Iterator[DomainGuest]:
+    """A domain whose guest has these two disks (see `make_images`), and the agent."""
+    qemu, busybox = need("qemu-system-x86_64", "busybox")
+    kernel = find_kernel()
+    assert kernel is not None
+    shutil.copyfile(kernel.image, libvirtd.folder / "vmlinuz")
+    extra = with_agent(agent, Path("unused"))
+    script = f"{extra.script}\nsecond=/dev/vdb{SCRIPT}"
+    initrd = make_initramfs(kernel, Path(busybox), script, extra.modules, extra.files)
+    (libvirtd.folder / "initrd").write_bytes(initrd)
+    for path in (*disks, libvirtd.folder / "vmlinuz", libvirtd.folder / "initrd"):
+        libvirtd.give(path)
+    devices = [
+        disk_xml(target, path, "qcow2" if path.suffix == ".qcow2" else "raw")
+        for target, path in zip(("vda", "vdb"), disks, strict=True)
+    ]
+    libvirtd.define(domain_xml(libvirtd, qemu, name, "".join(devices), boots=True))
+    libvirtd("start", name)
+    with contextlib.closing(Console(libvirtd.folder / f"{name}.port")) as console:
+        guest = DomainGuest(libvirtd, name, console)
+        console.hear("round 1")
+        guest.rounds = 1
+        yield guest
+        libvirtd.try_virsh("destroy", name)
+    libvirtd("undefine", name)
 
 
 @contextlib.contextmanager
@@ -188,25 +262,13 @@ def disk_xml(
 
 
 def domain_xml(
-    libvirtd: Libvirtd, qemu: str, name: str, uuid: str, devices: str, *, boots: bool = False
+    libvirtd: Libvirtd, qemu: str, name: str, devices: str, *, boots: bool = False
 ) -> str:
-    """`boots`: the guest of `make_guest`, whose script has the port NAME.port."""
+    """`boots`: with a kernel, whose script has the port NAME.port, and a channel for the agent."""
     where = {"folder": str(libvirtd.folder), "name": name}
     return DOMAIN.format(
         name=name,
-        uuid=uuid,
         qemu=qemu,
         boot=_BOOT.format(**where) if boots else "",
-        devices=devices + (_CONSOLES.format(**where) if boots else ""),
+        devices=devices + (_PORTS.format(**where) if boots else ""),
     )
-
-
-def make_guest(libvirtd: Libvirtd, busybox: str, script: str, **more: object) -> None:
-    """The kernel and the initramfs of domains that boot, where libvirt's QEMU can read them."""
-    kernel = find_kernel()
-    assert kernel is not None
-    shutil.copyfile(kernel.image, libvirtd.folder / "vmlinuz")
-    initrd = make_initramfs(kernel, Path(busybox), script, **more)  # type: ignore[arg-type]
-    (libvirtd.folder / "initrd").write_bytes(initrd)
-    libvirtd.give(libvirtd.folder / "vmlinuz")
-    libvirtd.give(libvirtd.folder / "initrd")

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The XML of libvirt's backup jobs and checkpoints: what we ask for, and what a job says of itself. Pure."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+from xml.sax.saxutils import quoteattr
+
+from vmapipe.access.machine.domain_xml import Element, XmlError, parse_xml
+
+#: Our scratch folders: the domain's uuid, and the backup's own id.
+FOLDER = re.compile(r"vmapipe-scratch-([0-9a-f]{32})-([0-9a-f]{8})")
+#: Our sockets, where they are not in the scratch folder.
+SOCKET = re.compile(r"vmapipe-[0-9a-f]{8}\.sock")
+_CHECKPOINT = re.compile(r"vmapipe-([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})")
+
+
+class BackupDisk(NamedTuple):
+    """A disk of a job: its target, the scratch file, and the checkpoint since which it is asked for."""
+
+    target: str
+    scratch: str
+    since: str = ""
+
+
+def backup_xml(
+    socket: str, disks: Sequence[BackupDisk], left_out: Sequence[str], since: str = ""
+) -> str:
+    """Return the job's description. `left_out`: the domain's other disks, by target.
+
+    `since`: a checkpoint, whose later changes each export then tells as the bitmap of its target's name.
+    """
+    lines = ["<domainbackup mode='pull'>"]
+    if since:
+        lines.append(f"<incremental>{since}</incremental>")
+    lines.append(f"<server transport='unix' socket={quoteattr(socket)}/><disks>")
+    for disk in disks:
+        target = quoteattr(disk.target)
+        bitmap = f" exportbitmap={target}" if since else ""
+        lines.append(
+            f"<disk name={target} backup='yes' type='file' exportname={target}{bitmap}>"
+            f"<driver type='qcow2'/><scratch file={quoteattr(disk.scratch)}/></disk>"
+        )
+    lines += [f"<disk name={quoteattr(target)} backup='no'/>" for target in left_out]
+    return "".join([*lines, "</disks></domainbackup>"])
+
+
+def checkpoint_xml(name: str, targets: Sequence[str], left_out: Sequence[str]) -> str:
+    """Return the description of a checkpoint of these disks."""
+    disks = [f"<disk name={quoteattr(target)} checkpoint='bitmap'/>" for target in targets]
+    disks += [f"<disk name={quoteattr(target)} checkpoint='no'/>" for target in left_out]
+    text = "made by vmapipe for the archive with this uuid"
+    return (
+        f"<domaincheckpoint><name>{name}</name><description>{text}</description>"
+        f"<disks>{''.join(disks)}</disks></domaincheckpoint>"
+    )
+
+
+def checkpoint_name(uuid: str) -> str:
+    """Return the name of the checkpoint that belongs to the archive with this uuid."""
+    return f"vmapipe-{uuid}"
+
+
+def is_our_checkpoint(name: str) -> bool:
+    return _CHECKPOINT.fullmatch(name) is not None
+
+
+class JobPlaces(NamedTuple):
+    """Where a job of ours has its scratch files and its socket, `folder` is one of FOLDER's names."""
+
+    folder: str
+    socket: str
+
+
+def our_job(xml: str) -> JobPlaces | None:
+    """Return the places of a job of ours by its XML; None: it is another program's."""
+    try:
+        root = parse_xml(xml.encode("utf-8", "surrogateescape"))
+    except XmlError:
+        return None
+    socket = root.find("server").get("socket")
+    folders = {os.path.dirname(path) for path in _scratches(root)}
+    if len(folders) != 1:
+        return None
+    (folder,) = folders
+    return JobPlaces(folder, socket) if FOLDER.fullmatch(os.path.basename(folder)) else None
+
+
+def _scratches(root: Element) -> list[str]:
+    disks = [disk for disk in root.find("disks").all("disk") if disk.get("backup", "yes") == "yes"]
+    return [disk.find("scratch").get("file") for disk in disks]

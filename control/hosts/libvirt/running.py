@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A domain during one backup, as the coordinator sees it: what it has, its instant, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from vmapipe.control.coordinator.job import Disk
+from vmapipe.control.hosts.libvirt.connect import is_remote, shown_uri
+from vmapipe.control.hosts.libvirt.domain import (
+    REPORTING,
+    Chosen,
+    DomainDisk,
+    choose,
+    proxmox_map,
+    read_domain,
+    why_not_at_rest,
+)
+from vmapipe.control.hosts.libvirt.freezer import freezing_of
+from vmapipe.control.hosts.libvirt.guardian import NVRAM_NAME, DomainGuardianClient
+from vmapipe.control.qemu.disks import TPM_NAME, LeftOut
+from vmapipe.control.qemu.freezing import frozen_by
+from vmapipe.control.qemu.vmstate import Instant
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.events import Emit
+from vmapipe.runtime.text import name_text
+
+#: Configs of the archive beside NAME.xml.
+MAP_NAME = "vmapipe-devices.map"
+# With older ones a client that leaves ends the QEMU of a disk with an I/O thread (an assertion in
+# blockdev-nbd.c, seen with 7.2.22).
+_SAFE_WITH_IO_THREADS = (9, 0)
+_VERSION = re.compile(r"version (\d+)\.(\d+)")
+_VERSION_S = 10.0
+
+
+class Wishes(NamedTuple):
+    """What the command line says. `limit_bytes`: of all scratch files, 0: what is free."""
+
+    domain: str
+    uri: str = ""
+    scratch: str = ""
+    limit_bytes: int = 0
+    disks: Sequence[str] = ()
+    freezes: bool = False
+
+
+class DomainBackup:
+    """One backup of one domain. Call `choose`; the job calls `begin`, `poll` and `end`.
+
+    Raises Failure, UsageError.
+    """
+
+    def __init__(self, wishes: Wishes) -> None:
+        """Ask libvirt about the domain, and remove what a crashed backup has left."""
+        if is_remote(wishes.uri):
+            raise UsageError(
+                f"--connect {shown_uri(wishes.uri)}: the disks' exports are sockets of that host: run "
+                "this there, and send the archive with --archiver or through ssh"
+            )
+        self._wishes = wishes
+        self._guardian = DomainGuardianClient(wishes.uri, wishes.domain, wishes.scratch)
+        self._socket = ""
+        self._taken: list[Chosen] = []
+        self._others: list[str] = []
+        self._nvram = ""
+        self._has_tpm = self._has_ended = False
+        #: Texts for the user; the caller that prints them removes them.
+        self.notices: list[str] = []
+        try:
+            self._seen = self._guardian.ask("look")
+            self.is_running = bool(self._seen["running"])
+            self._domain = read_domain(self._seen["active"] or self._seen["inactive"])
+        except BaseException:
+            self.end()
+            raise
+        if removed := self._seen["removed"]:
+            self.notices.append(
+                f"removed what a crashed backup has left in the domain: {', '.join(removed)}"
+            )
+
+    @property
+    def fd(self) -> int:
+        """Readable when `poll` has something to see."""
+        return self._guardian.fd
+
+    def choose(self) -> tuple[list[Disk], list[LeftOut]]:
+        """Return the disks as the producers read them, and what is left out."""
+        self._taken, left_out = choose(self._domain, self._wishes.disks)
+        if not self.is_running:
+            return self._choose_at_rest(left_out)
+        if self._wishes.freezes and not self._domain.has_agent:
+            raise UsageError(
+                f"--freeze: the domain {name_text(self._domain.name)} has no channel for a guest agent"
+            )
+        at_rest = [chosen for chosen in self._taken if chosen.disk.is_read_only]
+        self._taken = [chosen for chosen in self._taken if not chosen.disk.is_read_only]
+        self._check_pulled()
+        names = {chosen.disk.target for chosen in self._taken}
+        self._others = [d.target for d in self._domain.disks if d.target not in names]
+        places = self._guardian.ask("prepare", qemu=self._seen["qemu"])
+        self._socket = places["socket"]
+        disks = [
+            Disk(name, f"nbd+unix:///{_quoted(disk.target)}?socket={_quoted(self._socket)}")
+            for name, disk in self._taken
+        ]
+        disks += [_disk_at_rest(chosen, chosen.disk.path) for chosen in at_rest]
+        if not self._wishes.disks:
+            stored, without = self._stored_state(places["folder"])
+            disks += stored
+            left_out += without
+        return disks, left_out
+
+    def configs(self) -> tuple[list[str], list[int]]:
+        """Return the archive's configs as `NAME=PATH`, and the descriptors that go with them."""
+        name = self._domain.name.replace("/", "_")
+        texts = {f"{name}.xml": self._seen["inactive"]}
+        if self._seen["active"]:
+            texts[f"{name}.active.xml"] = self._seen["active"]
+        if lines := proxmox_map(self._taken):
+            texts[MAP_NAME] = lines
+        words, fds = [], []
+        for config, text in texts.items():
+            fd = os.memfd_create("vmapipe-config", 0)
+            with open(fd, "wb", closefd=False) as file:
+                file.write(text.encode("utf-8", "surrogateescape"))
+            os.lseek(fd, 0, os.SEEK_SET)
+            words.append(f"{config}=/dev/fd/{fd}")
+            fds.append(fd)
+        return words, fds
+
+    def begin(self, emit: Emit, cancel: Cancel) -> Instant | None:
+        """Begin libvirt's job: the instant. None: the domain is shut off, or has no disk in use."""
+        if not self.is_running or not self._socket:
+            return None
+        with self._frozen(emit, cancel):
+            answer = self._guardian.ask(
+                "begin",
+                cancel.fd,
+                targets=[chosen.disk.target for chosen in self._taken],
+                left_out=self._others,
+                limit=self._wishes.limit_bytes,
+                nvram=self._nvram,
+                tpm=self._has_tpm,
+                qemu=self._seen["qemu"],
+            )
+        return Instant("", answer["held_s"])
+
+    def poll(self) -> None:
+        """Take what the guardian has said. Raises Failure when the snapshot is lost."""
+        if self._has_ended:
+            return
+        self._guardian.take()
+        if self._guardian.lost:
+            raise Failure(self._guardian.lost)
+
+    def end(self) -> str:
+        """End libvirt's job and remove all files; return a text when something remains. Never raises."""
+        if self._has_ended:
+            return ""
+        self._has_ended = True
+        text = ""
+        try:
+            self._guardian.ask("end")
+        except Failure as failure:
+            text = (
+                f"the end of the domain's backup job: {failure}; it is tried on, and `vmapipe cleanup "
+                f"--libvirt {self._wishes.domain}` does it later"
+            )
+            if not self._guardian.is_alive:
+                text = self._clean_up_ourselves(text)
+        self._guardian.leave()
+        return text
+
+    def _clean_up_ourselves(self, text: str) -> str:
+        """Where the guardian was killed: do its work here."""
+        other = DomainGuardianClient(self._wishes.uri, self._wishes.domain, self._wishes.scratch)
+        try:
+            other.ask("look")
+            return ""
+        except Failure as failure:
+            return f"{text} ({failure})"
+        finally:
+            other.leave()
+
+    # --- Which disks ---
+
+    def _check_pulled(self) -> None:
+        """Refuse disks whose guest a pulled backup could harm."""
+        for _, disk in self._taken:
+            if disk.error_policy in REPORTING:
+                raise Failure(
+                    f"disk {name_text(disk.target)} has error_policy={disk.error_policy!r}: a full "
+                    "scratch space would be an I/O error in the guest, where it pauses for a moment "
+                    "otherwise. Change the policy (stop, enospace), or use --qmp with a monitor of its own"
+                )
+            if disk.has_io_thread and self._qemu_version() < _SAFE_WITH_IO_THREADS:
+                raise Failure(
+                    f"disk {name_text(disk.target)} has an I/O thread: QEMU before 9.0 may crash when a "
+                    "client leaves its NBD server. Use a newer QEMU, or --qmp with a monitor of its own"
+                )
+
+    def _qemu_version(self) -> tuple[int, int]:
+        """Return the running QEMU's version as far as it can be known; else (0, 0)."""
+        pid = self._seen["qemu"]
+        try:
+            program = os.readlink(f"/proc/{pid}/exe")
+            # An older one goes on after its package was upgraded: its file is `… (deleted)`.
+            answer = subprocess.run(
+                [program, "--version"], capture_output=True, timeout=_VERSION_S, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return (0, 0)
+        match = _VERSION.search(answer.stdout.decode(errors="replace"))
+        return (int(match[1]), int(match[2])) if match else (0, 0)
+
+    def _stored_state(self, folder: str) -> tuple[list[Disk], list[LeftOut]]:
+        """Firmware variables and the TPM's state, which the guardian stores at the instant."""
+        disks, left_out = [], []
+        domain = self._domain
+        if domain.nvram:
+            try:
+                with open(domain.nvram, "rb"):
+                    self._nvram = domain.nvram
+                disks.append(_file_disk(NVRAM_NAME, f"{folder}/{NVRAM_NAME}", domain.nvram_format))
+            except OSError as error:
+                reason = f"the firmware's variables {domain.nvram} cannot be read: {error.strerror}"
+                left_out.append(LeftOut(NVRAM_NAME, reason, "warn"))
+        if domain.has_tpm:
+            if reason := self._seen["tpm"]:
+                left_out.append(LeftOut(TPM_NAME, f"the TPM's state: {reason}", "warn"))
+            else:
+                self._has_tpm = True
+                disks.append(Disk(TPM_NAME, f"{folder}/{TPM_NAME}"))
+        return disks, left_out
+
+    def _choose_at_rest(self, left_out: list[LeftOut]) -> tuple[list[Disk], list[LeftOut]]:
+        """The images of a domain that is shut off, read under QEMU's locks."""
+        disks, kept = [], []
+        for chosen in self._taken:
+            if reason := why_not_at_rest(chosen.disk):
+                left_out.append(LeftOut(chosen.disk.target, reason, "warn"))
+                continue
+            path = self._seen["volumes"].get(chosen.disk.target, chosen.disk.path)
+            disks.append(_disk_at_rest(chosen, path))
+            kept.append(chosen)
+        self._taken = kept
+        domain = self._domain
+        if domain.nvram and not self._wishes.disks:
+            if os.path.exists(domain.nvram):
+                disks.append(_file_disk(NVRAM_NAME, domain.nvram, domain.nvram_format))
+            else:
+                reason = "the firmware's variables are not there: the domain was never started"
+                left_out.append(LeftOut(NVRAM_NAME, reason, "debug"))
+        if domain.has_tpm and not self._wishes.disks:
+            reason = "the TPM's state can be read while the domain runs only"
+            left_out.append(LeftOut(TPM_NAME, reason, "warn"))
+        return disks, left_out
+
+    # --- The instant ---
+
+    @contextlib.contextmanager
+    def _frozen(self, emit: Emit, cancel: Cancel) -> Iterator[None]:
+        if not self._wishes.freezes:
+            yield
+            return
+        if self._seen["paused"]:
+            # Nothing in it can answer, nor write.
+            text = "the guest is not running: its file systems are backed up without its agent"
+            emit({"event": "notice", "text": text})
+            yield
+            return
+        # Noted where it is found after any crash.
+        self._guardian.ask("frozen", is_frozen=True)
+        with frozen_by(freezing_of(self._wishes.uri, self._seen["uuid"]), emit, cancel):
+            yield
+        self._guardian.ask("frozen", is_frozen=False)
+
+
+def _disk_at_rest(chosen: Chosen, path: str) -> Disk:
+    disk: DomainDisk = chosen.disk
+    if disk.kind == "network":
+        return Disk(chosen.name, _nbd_uri(disk))
+    return _file_disk(chosen.name, path, disk.image_format)
+
+
+def _file_disk(name: str, path: str, image_format: str) -> Disk:
+    if image_format == "raw":
+        return Disk(name, path)
+    # libvirt's QEMU opens what the image refers to as well.
+    return Disk(name, path, reading=(f"--format={image_format}", "--others"))
+
+
+def _nbd_uri(disk: DomainDisk) -> str:
+    transport, where, port = disk.host
+    if transport == "unix":
+        return f"nbd+unix:///{_quoted(disk.path)}?socket={_quoted(where)}"
+    return f"nbd://{where}:{port or 10809}/{_quoted(disk.path)}"
+
+
+def _quoted(text: str) -> str:
+    return urllib.parse.quote(text)

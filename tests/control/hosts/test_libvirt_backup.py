@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A domain of libvirt's whose guest writes all the time, backed up through libvirt's own backup job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.control.hosts.libvirtd import DomainGuest, Libvirtd, disk_xml, domain_xml
+from tests.control.qemu.running_guest import is_clean
+from tests.machine import (
+    LIMIT_S,
+    Need,
+    bad,
+    end_of,
+    eventually,
+    good,
+    make_disk,
+    next_event,
+    sha256,
+    started,
+    without_limit,
+)
+
+GUARDIAN, FREEZER = (
+    "vmapipe.control.hosts.libvirt.guardian",
+    "vmapipe.control.hosts.libvirt.freezer",
+)
+
+
+def words_for(domain: DomainGuest, *more: str | Path) -> tuple[str | Path, ...]:
+    libvirtd = domain.libvirtd
+    where = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
+    return ("backup", "--libvirt", domain.name, *where, *more)
+
+
+def processes_with(word: str) -> list[psutil.Process]:
+    """All of this test's run with `word` in their command line: a guardian is nobody's child later."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(word in part for part in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def everybody(backup: subprocess.Popen[bytes], domain: DomainGuest) -> list[psutil.Process]:
+    """All processes of a backup."""
+    ours = psutil.Process(backup.pid)
+    guardians = [p for p in processes_with(GUARDIAN) if domain.libvirtd.uri in str(p.cmdline())]
+    return list({ours, *ours.children(recursive=True), *guardians})
+
+
+def kill_together(victims: list[psutil.Process]) -> None:
+    """None of them has a moment to see that another is dead."""
+    for victim in victims:
+        victim.suspend()
+    for victim in victims:
+        victim.kill()
+
+
+@contextmanager
+def another_programs_backup(libvirtd: Libvirtd, name: str) -> Iterator[None]:
+    """A job as other programs make it: in pull mode it lasts until somebody ends it."""
+    place = libvirtd.folder / "images"
+    text = (
+        f"<domainbackup mode='pull'><server transport='unix' socket='{place}/other.sock'/><disks>"
+        f"<disk name='vda' backup='yes' type='file'><scratch file='{place}/other.scratch'/></disk>"
+        "<disk name='vdb' backup='no'/></disks></domainbackup>"
+    )
+    (libvirtd.folder / "other.xml").write_text(text)
+    libvirtd("backup-begin", name, libvirtd.folder / "other.xml")
+    try:
+        yield
+    finally:
+        libvirtd("domjobabort", name)
+        assert eventually(lambda: "None" in libvirtd("domjobinfo", name))
+
+
+def test_a_running_domain_is_backed_up_at_one_instant_and_is_as_before(
+    need: Need, domain: DomainGuest, tmp_path: Path
+) -> None:
+    (debugfs,) = need("debugfs")
+    libvirtd, archive = domain.libvirtd, tmp_path / "vm.vma"
+    xml = libvirtd("dumpxml", domain.name)
+    domain.goes_on(2)
+    before = domain.rounds
+    with started(*words_for(domain, "--json", "--speed", "12M", archive)) as process:
+        next_event(process, "instant")
+        domain.goes_on(3)
+        assert end_of(process)[0] == 0
+    domain.is_untouched()
+    assert libvirtd("dumpxml", domain.name) == xml
+    good("restore", archive, tmp_path / "restored")
+    system, counter = (tmp_path / "restored" / f"disk-{name}.raw" for name in ("vda", "vdb"))
+    assert is_clean(need, system)
+    words = [debugfs, "-R", "cat /counter", str(system)]
+    file = int(subprocess.run(words, capture_output=True, check=True).stdout)
+    sector = int(counter.read_bytes()[:8])
+    assert before <= sector
+    assert file in (sector, sector - 1)
+    # Both descriptions, as libvirt gives them, and where Proxmox VE would have the disks.
+    assert good("config", archive, "--name", "vm1.active.xml").decode().strip() == xml.strip()
+    inactive = libvirtd("dumpxml", "--inactive", "--security-info", domain.name)
+    assert good("config", archive, "--name", "vm1.xml").decode().strip() == inactive.strip()
+    lines = good("config", archive, "--name", "vmapipe-devices.map").decode().splitlines()
+    assert lines == ["#qmdump#map:virtio0:vda::raw:", "#qmdump#map:virtio1:vdb::raw:"]
+
+
+@pytest.mark.parametrize("victim", ["producer", "coordinator", "guardian", "all"])
+def test_a_domain_does_not_notice_that_its_backup_is_killed(
+    domain: DomainGuest, tmp_path: Path, victim: str
+) -> None:
+    """Only what is killed as a whole leaves anything, which is found and removed."""
+    archive = tmp_path / "vm.vma"
+    with started(*words_for(domain, "--json", "--speed", "64K", archive)) as process:
+        next_event(process, "begun")
+        domain.goes_on(1)
+        all_of_them = everybody(process, domain)
+        match victim:
+            case "all":
+                victims = all_of_them
+            case "coordinator":
+                victims = [psutil.Process(process.pid)]
+            case "guardian":
+                victims = [p for p in all_of_them if GUARDIAN in str(p.cmdline())]
+            case _:
+                victims = [p for p in all_of_them if "vmapipe.producer.main" in str(p.cmdline())]
+        assert victims
+        kill_together(victims)
+        domain.goes_on(2)
+        assert end_of(process)[0] != 0
+    _, alive = psutil.wait_procs(all_of_them, timeout=LIMIT_S)
+    assert alive == []
+    if victim == "all":
+        libvirtd = domain.libvirtd
+        where = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
+        said = good("cleanup", "--libvirt", domain.name, *where).decode()
+        assert said.startswith("removed a backup job, ")
+        assert good("cleanup", "--libvirt", domain.name, *where) == b"there was nothing to remove\n"
+    domain.is_untouched()
+    domain.goes_on(1)
+
+
+def test_a_second_backup_of_a_domain_is_refused_ours_and_another_programs(
+    domain: DomainGuest, tmp_path: Path
+) -> None:
+    archive = tmp_path / "vm.vma"
+    with started(*words_for(domain, "--json", "--speed", "64K", archive)) as process:
+        next_event(process, "instant")
+        said = bad(*words_for(domain, tmp_path / "second.vma"))
+        assert "another backup of the domain 'vm1' is running" in said
+        without_limit(process)
+        assert end_of(process)[0] == 0
+    libvirtd = domain.libvirtd
+    with another_programs_backup(libvirtd, domain.name):
+        said = bad(*words_for(domain, tmp_path / "second.vma"))
+        assert "another program's backup of the domain 'vm1' is running" in said
+        where = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
+        assert "another program's backup" in bad("cleanup", "--libvirt", domain.name, *where)
+        assert "Backup" in libvirtd("domjobinfo", domain.name)
+    assert not (tmp_path / "second.vma").exists()
+    domain.is_untouched()
+
+
+def frozen_status(domain: DomainGuest) -> str:
+    """As the agent sees it."""
+    line = '{"execute": "guest-fsfreeze-status"}'
+    answer = json.loads(domain.libvirtd("qemu-agent-command", domain.name, line))
+    return str(answer["return"])
+
+
+def test_with_freeze_the_archived_file_system_needs_no_recovery(
+    need: Need, domain: DomainGuest, tmp_path: Path
+) -> None:
+    (dumpe2fs,) = need("dumpe2fs")
+    archive = tmp_path / "vm.vma"
+    with started(*words_for(domain, "--json", "--freeze", archive)) as process:
+        assert next_event(process, "thawed")["seconds"] < LIMIT_S
+        next_event(process, "instant")
+        domain.goes_on(2)
+        assert end_of(process)[0] == 0
+    assert frozen_status(domain) == "thawed"
+    good("restore", archive, tmp_path / "restored", "--device", "vda")
+    words = [dumpe2fs, "-h", str(tmp_path / "restored" / "disk-vda.raw")]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "needs_recovery" not in said
+    domain.is_untouched()
+
+
+@pytest.mark.parametrize("who", ["the backup", "everybody"])
+def test_a_guest_is_thawed_whoever_is_killed_while_it_is_frozen(
+    domain: DomainGuest, who: str
+) -> None:
+    """Where everybody was killed at once, by the next one that comes."""
+    libvirtd = domain.libvirtd
+    victims = "others + [me]" if who == "everybody" else "[me]"
+    program = f"""
+import os, psutil
+from vmapipe.control.hosts.libvirt.running import DomainBackup, Wishes
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.events import ignore
+scratch = {str(libvirtd.scratch)!r}
+backup = DomainBackup(Wishes({domain.name!r}, {libvirtd.uri!r}, scratch, freezes=True))
+backup.choose()
+with backup._frozen(ignore, Cancel()):
+    print("frozen", flush=True)
+    me = psutil.Process()
+    others = me.children()
+    for process in {victims}:
+        process.kill()
+"""
+    words = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(words, timeout=LIMIT_S, capture_output=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"frozen\n"), done.stderr
+    if who == "everybody":
+        assert frozen_status(domain) == "frozen"
+        where = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
+        said = good("cleanup", "--libvirt", domain.name, *where).decode()
+        assert said.startswith("removed the freezing of the guest's file systems, ")
+    assert eventually(lambda: frozen_status(domain) == "thawed")
+    domain.goes_on(2)
+    assert eventually(lambda: not list(libvirtd.scratch.iterdir()))
+    domain.is_untouched()
+
+
+def test_a_full_scratch_space_costs_the_backup_and_not_the_guest(
+    domain: DomainGuest, tmp_path: Path
+) -> None:
+    archive = tmp_path / "vm.vma"
+    # An empty scratch file has less; the guest overwrites more within a round or two.
+    limits = ("--scratch-size", "1M", "--speed", "64K")
+    with started(*words_for(domain, "--json", *limits, archive)) as process:
+        next_event(process, "instant")
+        code, said = end_of(process)
+    assert code == 1
+    assert "more than --scratch-size 1.0 MiB: the guest goes on, and the backup has failed" in said
+    assert not archive.exists()
+    domain.is_untouched()
+    domain.goes_on(2)
+
+
+def test_a_guest_that_was_paused_by_a_full_scratch_file_goes_on_without_an_error(
+    need: Need, domain: DomainGuest
+) -> None:
+    """As after a crash of everything of ours: nobody looks at the files any more."""
+    mount, umount = need("mount", "umount")
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    libvirtd = domain.libvirtd
+    uuid = libvirtd("domuuid", domain.name).strip().replace("-", "")
+    small = libvirtd.folder / "small"
+    small.mkdir()
+    subprocess.run([mount, "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(small)], check=True)
+    try:
+        folder = small / f"vmapipe-scratch-{uuid}-00000000"
+        folder.mkdir()
+        libvirtd.give(small)
+        disks = "".join(
+            f"<disk name='{name}' backup='yes' type='file'><scratch file='{folder}/{name}.qcow2'/></disk>"
+            for name in ("vda", "vdb")
+        )
+        server = f"<server transport='unix' socket='{folder}/nbd.sock'/>"
+        text = f"<domainbackup mode='pull'>{server}<disks>{disks}</disks></domainbackup>"
+        (libvirtd.folder / "small.xml").write_text(text)
+        libvirtd("backup-begin", domain.name, libvirtd.folder / "small.xml")
+        assert eventually(lambda: libvirtd("domstate", domain.name).strip() == "paused")
+        assert "no space" in libvirtd("domblkerror", domain.name)
+        words = ("--libvirt", domain.name, "--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
+        assert "the pause of the guest" in good("cleanup", *words).decode()
+        domain.goes_on(2)
+    finally:
+        libvirtd.try_virsh("domjobabort", domain.name)
+        subprocess.run([umount, "-l", str(small)], check=True)
+        small.rmdir()
+    domain.is_untouched()
+
+
+def test_a_libvirtd_that_is_killed_and_started_again_costs_nothing(
+    domain: DomainGuest, tmp_path: Path
+) -> None:
+    libvirtd, archive = domain.libvirtd, tmp_path / "vm.vma"
+    with started(*words_for(domain, "--json", "--speed", "64K", archive)) as process:
+        next_event(process, "instant")
+        libvirtd.kill()
+        domain.goes_on(1)
+        libvirtd.start()
+        domain.goes_on(1)
+        assert process.poll() is None
+        without_limit(process)
+        assert end_of(process) == (0, "")
+    good("verify", archive)
+    domain.is_untouched()
+
+
+@pytest.fixture(scope="module")
+def other(libvirtd: Libvirtd, need: Need) -> Iterator[str]:
+    """A domain without an operating system, of disks of each kind."""
+    qemu, qemu_img = need("qemu-system-x86_64", "qemu-img")
+    folder = libvirtd.folder / "other"
+    folder.mkdir()
+    base, top, plain, shared, fixed = (
+        folder / name for name in ("base.raw", "top.qcow2", "plain.raw", "shared.raw", "fixed.raw")
+    )
+    for seed, path in enumerate((base, plain, shared, fixed)):
+        make_disk(path, "A0AhA", seed=seed)
+    words = ["create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(top)]
+    subprocess.run([qemu_img, *words], check=True)
+    subprocess.run(["qemu-io", "-c", "write -P 9 64K 64K", str(top)], check=True, stdout=-3)
+    libvirtd.give(folder)
+    devices = [
+        disk_xml("sda", top, "qcow2", "sata"),
+        disk_xml("vda", plain),
+        disk_xml("vdb", shared, more="<shareable/>"),
+        disk_xml("vdc", fixed, more="<readonly/>"),
+        "<disk type='file' device='cdrom'><target dev='sdb' bus='sata'/></disk>",
+    ]
+    libvirtd.define(domain_xml(libvirtd, qemu, "vm2", "".join(devices)))
+    yield "vm2"
+    libvirtd.try_virsh("destroy", "vm2")
+    libvirtd("undefine", "vm2")
+
+
+def test_a_domain_that_is_shut_off_is_backed_up_from_its_images_and_cannot_be_started_meanwhile(
+    need: Need, libvirtd: Libvirtd, other: str, tmp_path: Path
+) -> None:
+    (qemu_img,) = need("qemu-img")
+    archive, folder = tmp_path / "vm.vma", libvirtd.folder / "other"
+    where = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
+    words = ("backup", "--libvirt", other, *where, "--json", "--speed", "4K", archive)
+    with started(*words) as process:
+        left_out = [next_event(process, "skipped") for _ in range(3)]
+        next_event(process, "begun")
+        refused = libvirtd.try_virsh("start", other)
+        assert "lock" in refused.stderr
+        without_limit(process)
+        assert end_of(process)[0] == 0
+    levels = {event["device"]: event["level"] for event in left_out}
+    assert levels == {"vdb": "warn", "vdc": "info", "sdb": "debug"}
+    good("restore", archive, tmp_path / "restored")
+    flat = tmp_path / "flat.raw"
+    subprocess.run([qemu_img, "convert", "-O", "raw", folder / "top.qcow2", flat], check=True)
+    assert sha256(tmp_path / "restored" / "disk-sda.raw") == sha256(flat)
+    assert sha256(tmp_path / "restored" / "disk-vda.raw") == sha256(folder / "plain.raw")
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("domjobabort", "somebody has ended its backup job (virsh domjobabort)"),
+        ("destroy", "it was destroyed (virsh destroy)"),
+    ],
+)
+def test_a_domain_whose_backup_somebody_ends_is_one_line(
+    libvirtd: Libvirtd, other: str, tmp_path: Path, command: str, reason: str
+) -> None:
+    archive = tmp_path / "vm.vma"
+    if libvirtd("domstate", other).strip() != "running":
+        libvirtd("start", other)
+    # A read-only disk is taken if somebody asks for it.
+    where = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
+    disks = ("--disk", "system=sda", "--disk", "vda", "--disk", "vdc")
+    words = ("backup", "--libvirt", other, *where, *disks, "--json", "--speed", "4K", archive)
+    with started(*words) as process:
+        devices = next_event(process, "begun")["devices"]
+        assert [device["name"] for device in devices] == ["system", "vda", "vdc"]
+        libvirtd(command, other)
+        code, said = end_of(process)
+    assert (code, len(said.splitlines())) == (1, 1), said
+    assert said.strip().endswith(f"the domain 'vm2' cannot be backed up any more: {reason}")
+    assert list(tmp_path.iterdir()) == []
+    assert list(libvirtd.scratch.iterdir()) == []
