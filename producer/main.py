@@ -122,6 +122,12 @@ def _add_disk_options(parser: argparse.ArgumentParser) -> None:
         "--snapshot", default="", metavar="NAME", help="read this internal snapshot of the image"
     )
     parser.add_argument(
+        "--bitmap",
+        default="",
+        metavar="NAME",
+        help="of an NBD export: read only what this dirty bitmap of it says, if the archiver has a base",
+    )
+    parser.add_argument(
         "--offset", type=size, default=0, metavar="BYTES", help="where the disk begins in the file"
     )
     parser.add_argument(
@@ -267,7 +273,8 @@ class _Producer:
         """Return the name and the path, or URI, of a disk at rest. Raises UsageError."""
         options = self._options
         if options.nbd:
-            name, _, uri = parse_nbd_disk(options.nbd[0])
+            name, uri, bitmap = parse_nbd_disk(options.nbd[0])
+            options.bitmap = bitmap
             return name, uri
         return (options.name, options.disk) if options.name else split_named(options.disk)
 
@@ -299,7 +306,9 @@ class _Producer:
         options = self._options
         uri = parse_uri(name, text)
         endpoint = Endpoint(
-            name, uri.shown, functools.partial(open_export, uri), answer_s=options.nbd_timeout
+            *(name, uri.shown, functools.partial(open_export, uri)),
+            bitmap=options.bitmap,
+            answer_s=options.nbd_timeout,
         )
         return PullReader(
             endpoint, self._cancel, trims=options.trim, compares=not options.force_share

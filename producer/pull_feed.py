@@ -40,8 +40,22 @@ class PullFeed:
 
     def begin(self, emit: Emit) -> None:
         self._emit = emit
-        self._reader.begin(self._ring, self._session.frame_bytes)
+        is_incremental = self._can_be_incremental()
+        self._reader.begin(self._ring, self._session.frame_bytes, is_incremental=is_incremental)
         self._session.watch(self._reader.fd)
+
+    def _can_be_incremental(self) -> bool:
+        """Whether what the export's bitmap says is enough; if not, and there is one, report why."""
+        if not self._reader.bitmap:
+            return False
+        why_full = self._reader.why_full
+        if not self._session.has_base:
+            why_full = "the archiver has no base of it"
+        if why_full:
+            self._emit(
+                {"event": "notice", "text": f"disk {self.name!r}: all of it is read: {why_full}"}
+            )
+        return not why_full
 
     def advance(self) -> bool:
         self.pause_s = REPORT_S
@@ -67,9 +81,13 @@ class PullFeed:
 
     def _send(self, pulled: PulledRun) -> bool:
         run = pulled.run
-        if self._session.credit < limits.charge(run.clusters, run.length):
+        clusters = 0 if pulled.is_unchanged else run.clusters
+        if self._session.credit < limits.charge(clusters, run.length):
             return False
-        self._session.send(run, pulled.free)
+        if pulled.is_unchanged:
+            self._session.send_unchanged(run.first_cluster, run.clusters)
+        else:
+            self._session.send(run, pulled.free)
         self._run = None
         return True
 

@@ -267,7 +267,10 @@ class PullPlan:
         if first.content is Content.DATA:
             return []
         stop = first.end
-        if first.content is Content.ZERO and self._is_followed_by_data(first):
+        if first.content is Content.UNCHANGED:
+            # A message for it says no more than the number, whatever that is.
+            return [(stop - self._next, False)]
+        if self._is_followed_by_data(first):
             stop -= stop % EXTENT_CLUSTERS
         count = min(stop - self._next, self._longest_zero)
         return [(count, False)] if count > 0 else []

@@ -64,7 +64,8 @@ class PullReader:
         self.shown = endpoint.shown
         self._trims = trims
         self._compares = compares
-        self._bitmap = endpoint.bitmap
+        #: The dirty bitmap that is asked for; empty: none.
+        self.bitmap = endpoint.bitmap
         self._bitmap_context = endpoint.bitmap_context
         self._is_incremental = False
         self._connections = ExportConnections(endpoint, cancel)
@@ -107,12 +108,10 @@ class PullReader:
 
     @property
     def why_full(self) -> str:
-        """Why all of the disk has to be read, in words; empty: what a dirty bitmap tells is enough."""
-        if not self._bitmap:
-            return "no bitmap is named"
+        """Why the bitmap cannot tell what has to be read, in words; empty: it can."""
         if self._connections.session.context_id(self._bitmap_context) is None:
             return (
-                f"the export does not offer the bitmap {self._bitmap!r} (the metadata context "
+                f"the export does not offer the bitmap {self.bitmap!r} (the metadata context "
                 f"{self._bitmap_context})"
             )
         return ""

@@ -48,6 +48,7 @@ from vmapipe.control.coordinator.proxmox import (
     read_configs,
 )
 from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.producer.pull.arguments import parse_nbd_disk
 from vmapipe.runtime.arguments import (
     add_buffer_options,
     add_child_options,
@@ -60,6 +61,7 @@ from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import run, run_child
 
 if TYPE_CHECKING:
+    from vmapipe.archiver.base.check import Base
     from vmapipe.control.hosts.libvirt.running import DomainBackup
     from vmapipe.control.qemu.disks import LeftOut
     from vmapipe.control.qemu.machine import RunningMachine
@@ -295,9 +297,11 @@ def run_job(
             options.config, fds = configs.stored([disk.name for disk in disks])
             pass_fds = pass_fds + fds
         base = base_of(options, [disk.name for disk in disks], around.emit)
+        if base is not None and options.nbd:
+            disks = without_foreign_bitmaps(disks, options.nbd, base.uuid, around.emit)
         job = BackupJob(
             disks=disks,
-            base=base,
+            base=base.archive if base else "",
             archive=options.archive,
             archiver_options=archiver_options(options),
             speed_bytes_s=options.speed,
@@ -316,7 +320,8 @@ def run_job(
         try:
             job.run(around.emit, around.cancel, around.commands)
         except Failure:
-            if not job.base_damage or machine or domain:
+            # What --trim has freed cannot be read again.
+            if not job.base_damage or machine or domain or options.trim:
                 raise
             text = f"{job.base_damage}. This is a full backup instead"
             around.emit({"event": "notice", "text": text})
@@ -350,10 +355,32 @@ def open_domain(options: argparse.Namespace) -> DomainBackup | None:
     )
 
 
-def base_of(options: argparse.Namespace, devices: Sequence[str], emit: Emit) -> str:
-    """Return the base's path, empty where there is none, and report why."""
+def without_foreign_bitmaps(
+    disks: Sequence[Disk], exports: Sequence[str], base: bytes, emit: Emit
+) -> list[Disk]:
+    """Return the disks, without bitmaps that are named after another archive than the base; report those."""
+    # Imported here: other backups start sooner without.
+    from vmapipe.control.qemu.bitmaps import archive_of
+
+    foreign = dict[str, str]()
+    for export in map(parse_nbd_disk, exports):
+        if archive_of(export.bitmap) not in (b"", base):
+            foreign[export.name] = f"--bitmap={export.bitmap}"
+            text = (
+                f"disk {export.name!r}: all of it is read: the bitmap {export.bitmap!r} records since "
+                "another archive than the base"
+            )
+            emit({"event": "notice", "text": text})
+    return [
+        disk._replace(reading=tuple(w for w in disk.reading if w != foreign.get(disk.name)))
+        for disk in disks
+    ]
+
+
+def base_of(options: argparse.Namespace, devices: Sequence[str], emit: Emit) -> Base | None:
+    """Return the base; None: there is none, and it has been reported why."""
     if options.base == "none":
-        return ""
+        return None
     # Imported here: other backups start sooner without.
     from vmapipe.archiver.base.check import Base, check_base
     from vmapipe.archiver.base.choice import choose_base
@@ -364,7 +391,7 @@ def base_of(options: argparse.Namespace, devices: Sequence[str], emit: Emit) -> 
     elif is_path(options.archive):
         found = choose_base(options.archive, devices)
     if isinstance(found, Base):
-        return found.archive
+        return found
     emit(
         {
             "event": "base",
@@ -373,7 +400,7 @@ def base_of(options: argparse.Namespace, devices: Sequence[str], emit: Emit) -> 
             "devices": [{"name": name, "incremental": False, "reason": found} for name in devices],
         }
     )
-    return ""
+    return None
 
 
 def open_machine(options: argparse.Namespace) -> RunningMachine | None:

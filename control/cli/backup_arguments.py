@@ -23,7 +23,7 @@ from vmapipe.runtime.arguments import (
 )
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.image_format import format_of_content
-from vmapipe.runtime.text import without_user
+from vmapipe.runtime.text import name_text, without_user
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -309,9 +309,15 @@ _WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
 def parse_nbd(text: str, options: argparse.Namespace) -> Disk:
-    """`NAME=URI`, to be pulled. Raises UsageError."""
-    name, _, uri = parse_nbd_disk(text)
+    """`NAME=URI[,bitmap=B]`, to be pulled. Raises UsageError."""
+    name, uri, bitmap = parse_nbd_disk(text)
+    if bitmap and options.base == "none":
+        raise UsageError(
+            f"disk {name_text(name)}: bitmap= says what has changed since an earlier archive: name "
+            "that with --base"
+        )
     words = [f"--nbd-timeout={options.nbd_timeout}", *(["--trim"] if options.trim else [])]
+    words += [f"--bitmap={bitmap}"] if bitmap else []
     return Disk(name, uri, reading=tuple(words))
 
 

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import argparse
+from typing import NamedTuple
 
 from vmapipe.producer.pull.uri import NbdUri, NbdUriError, is_nbd_uri, parse_nbd_uri
+from vmapipe.protocol.nbd.constants import DIRTY_BITMAP
+from vmapipe.protocol.nbd.session import string_fault
 from vmapipe.runtime.arguments import wait_time
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.text import name_text, without_user
 
+_BITMAP = ",bitmap="
 # A server that says nothing for so long hangs with its disk.
 ANSWER_S = 120
 
@@ -19,10 +23,11 @@ def add_nbd_options(parser: argparse._ActionsContainer) -> None:
         "--nbd",
         action="append",
         default=[],
-        metavar="NAME=URI",
+        metavar="NAME=URI[,bitmap=B]",
         help="the disk of an NBD export, and its name in the archive: nbd://HOST[:PORT]/EXPORT, "
         "nbd+unix:///EXPORT?socket=PATH, or with TLS nbds:// and nbds+unix:// "
-        "(?tls-certificates=DIR, ?tls-psk-file=FILE, &tls-hostname=NAME); may be repeated",
+        "(?tls-certificates=DIR, ?tls-psk-file=FILE, &tls-hostname=NAME); may be repeated. B: the "
+        "dirty bitmap that the export offers, which has recorded since --base (without it: all is read)",
     )
     parser.add_argument(
         "--nbd-timeout",
@@ -40,14 +45,28 @@ def add_nbd_options(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def parse_nbd_disk(text: str) -> tuple[str, NbdUri, str]:
-    """`NAME=URI` to the name, what the URI says, and the URI. Raises UsageError without a secret."""
+class NbdDisk(NamedTuple):
+    """The disk of an export: its name in the archive, the URI as it was said, and a dirty bitmap of it."""
+
+    name: str
+    uri: str
+    bitmap: str = ""
+
+
+def parse_nbd_disk(text: str) -> NbdDisk:
+    """`NAME=URI[,bitmap=B]`, well-formed. Raises UsageError without a secret."""
     name, equals, uri = text.partition("=")
     if not equals or not name or is_nbd_uri(text):
         raise UsageError(
             f"--nbd {without_user(text)}: say NAME=URI, with the disk's name in the archive"
         )
-    return name, parse_uri(name, uri), uri
+    # In a URI a comma before such words is %2C.
+    rest, comma, bitmap = uri.rpartition(_BITMAP)
+    disk = NbdDisk(name, rest, bitmap) if comma else NbdDisk(name, uri)
+    parse_uri(name, disk.uri)
+    if comma and (not bitmap or string_fault(DIRTY_BITMAP + bitmap)):
+        raise UsageError(f"disk {name_text(name)}: a bitmap's name has 1..1023 bytes, and no NUL")
+    return disk
 
 
 def parse_uri(name: str, text: str) -> NbdUri:

@@ -27,6 +27,7 @@ from tests.machine import (
     sha256,
     started,
 )
+from tests.producer.pull.bitmaps import CLUSTER, DIRTY, Image, by_qemu_nbd
 from tests.producer.pull.servers import free_port, served, served_on
 
 
@@ -288,3 +289,93 @@ def test_the_user_of_a_uri_is_in_no_event_log_manifest_or_error(
     everything = done.stdout + done.stderr + failed.stdout + failed.stderr
     everything += archive.read_bytes() + (tmp_path / "vm.vma.manifest.json").read_bytes()
     assert b"SECRET" not in everything
+
+
+# --- with a dirty bitmap ---
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory, need: Need) -> Image:
+    return Image(tmp_path_factory.mktemp("image"), need)
+
+
+def told(*words: str | Path) -> str:
+    """All that a command that must succeed says."""
+    done = run(*words)
+    assert done.returncode == 0, done.stderr.decode()
+    return (done.stdout + done.stderr).decode()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, image: Image) -> Path:
+    archive = tmp_path_factory.mktemp("base") / "vm-2026-01-31.vma"
+    good("backup", "--disk", f"d={image.base_path}", archive)
+    return archive
+
+
+def test_with_a_bitmap_and_a_base_only_what_has_changed_is_read(
+    tmp_path: Path, short_folder: Path, image: Image, base: Path
+) -> None:
+    archive = tmp_path / "vm.vma"
+    with by_qemu_nbd(image, short_folder) as sock:
+        uri = f"d=nbd+unix:///?socket={sock},bitmap=B"
+        said = told("backup", "--json", "--base", base, "--nbd", uri, archive)
+    read = [int(count) for count in re.findall(r'"read_bytes": ?(\d+)', said)]
+    zeroes = 4 * CLUSTER
+    assert max(read) == sum(length for _, length in DIRTY) - zeroes
+    assert restored(archive).read_bytes() == image.content
+    good("verify", archive)
+
+
+@pytest.mark.parametrize(
+    ("bitmap", "words"),
+    [
+        ("other", "does not offer the bitmap 'other'"),
+        ("vmapipe-" + 32 * "7", "records since another archive than the base"),
+    ],
+)
+def test_a_bitmap_that_cannot_serve_is_a_full_backup_with_the_reason(
+    tmp_path: Path, short_folder: Path, image: Image, base: Path, bitmap: str, words: str
+) -> None:
+    archive = tmp_path / "vm.vma"
+    with by_qemu_nbd(image, short_folder) as sock:
+        uri = f"d=nbd+unix:///?socket={sock},bitmap={bitmap}"
+        said = told("backup", "--base", base, "--nbd", uri, archive)
+    assert "disk 'd': all of it is read: the" in said
+    assert words in said
+    assert restored(archive).read_bytes() == image.content
+
+
+def test_a_base_that_does_not_fit_is_a_full_backup_although_there_is_a_bitmap(
+    tmp_path: Path, short_folder: Path, image: Image
+) -> None:
+    archive = tmp_path / "vm.vma"
+    with by_qemu_nbd(image, short_folder) as sock:
+        uri = f"d=nbd+unix:///?socket={sock},bitmap=B"
+        said = told("backup", "--base", tmp_path / "none.vma", "--nbd", uri, archive)
+    assert "all of it is read: the archiver has no base of it" in said
+    assert restored(archive).read_bytes() == image.content
+
+
+def test_a_bitmap_without_a_base_is_refused(tmp_path: Path) -> None:
+    uri = "d=nbd+unix:///?socket=/run/s,bitmap=B"
+    assert "name that with --base" in bad("backup", "--nbd", uri, tmp_path / "vm.vma", code=2)
+
+
+def test_what_was_freed_is_never_read_again_for_a_full_backup(
+    tmp_path: Path, short_folder: Path, image: Image, base: Path
+) -> None:
+    """The base turns out to be damaged when a part of the scratch file is gone."""
+    damaged = tmp_path / "base.vma"
+    for path in (base, base.with_name(base.name + ".manifest.json")):
+        shutil.copy(path, tmp_path / path.name.replace(base.name, damaged.name))
+    with damaged.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(b"damage")
+    copy = Path(shutil.copy(image.path, tmp_path / "copy.qcow2"))
+    with by_qemu_nbd(image, short_folder, path=copy, writable=True) as sock:
+        uri = f"d=nbd+unix:///?socket={sock},bitmap=B"
+        said = bad("backup", "--base", damaged, "--trim", "--nbd", uri, tmp_path / "vm.vma")
+    assert "the base" in said
+    assert "damaged" in said
+    assert not (tmp_path / "vm.vma").exists()
