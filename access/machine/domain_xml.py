@@ -46,6 +46,40 @@ class Element:
         return any(child.tag == tag for child in self.children)
 
 
+def made(tag: str, *children: Element, text: str = "", **attributes: str) -> Element:
+    """Return a new element. An attribute whose name is a word of Python's ends in `_`."""
+    element = Element(tag, {name.rstrip("_"): value for name, value in attributes.items()})
+    element.text = text
+    element.children = list(children)
+    return element
+
+
+def render_xml(root: Element) -> str:
+    """Return an element as a text that `parse_xml` reads as the same one."""
+    lines: list[str] = []
+    _render(root, 0, lines)
+    return "\n".join(lines) + "\n"
+
+
+def _render(element: Element, depth: int, lines: list[str]) -> None:
+    words = "".join(f" {name}='{_escaped(value)}'" for name, value in element.attributes.items())
+    head = f"{'  ' * depth}<{element.tag}{words}"
+    text = _escaped(element.text.strip())
+    if not element.children:
+        lines.append(f"{head}>{text}</{element.tag}>" if text else f"{head}/>")
+        return
+    lines.append(f"{head}>{text}")
+    for child in element.children:
+        _render(child, depth + 1, lines)
+    lines.append(f"{'  ' * depth}</{element.tag}>")
+
+
+def _escaped(text: str) -> str:
+    for letter, name in (("&", "amp"), ("<", "lt"), (">", "gt"), ("'", "apos"), ('"', "quot")):
+        text = text.replace(letter, f"&{name};")
+    return text
+
+
 def _nothing() -> Element:
     return Element("", {})
 

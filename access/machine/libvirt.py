@@ -7,16 +7,22 @@ index, so a guest finds its network card under the name that it had.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 
-from vmapipe.access.machine.domain_xml import Element, XmlError, parse_xml
+from vmapipe.access.machine.domain_xml import Element
 from vmapipe.access.machine.libvirt_addresses import (
     DriveAddress,
     PciAddresses,
-    disk_index,
     drive_address,
+)
+from vmapipe.access.machine.libvirt_parts import (
+    ELSEWHERE,
+    chosen_disks,
+    domain_of,
+    firmware_of,
+    matched_disks,
+    tpm_of,
 )
 from vmapipe.access.machine.spec import (
     DeviceSpec,
@@ -29,13 +35,11 @@ from vmapipe.access.machine.spec import (
     Notes,
     PciPlace,
     Property,
-    Sources,
     TpmSpec,
     is_mac,
     is_serial,
     is_uuid,
     limited,
-    matched,
     number,
 )
 
@@ -57,7 +61,6 @@ _UNITS = {
 }
 _ARCHES = ("", "x86_64", "i686")
 _TYPE = re.compile(r"(?:pc|q35|pc-(?:i440fx|q35)-[a-z0-9.-]{1,24})")
-_DISK_NAME = re.compile(r"(?:hd|vd|sd|xvd|ubd|fd)[a-z]{1,3}")
 _SCSI_MODELS = {
     "": "lsi53c895a",
     "auto": "lsi53c895a",
@@ -85,18 +88,17 @@ _CARDS = {
     "i82559er": "i82559er",
 }
 _NEVER = "it runs words of its own choice on the host: a restore test never does that"
-_ELSEWHERE = "a device, a file or a folder of the host it ran on"
 _WITHOUT = "the machine of the test does without"
 # Elements of <devices> that are not silently the test's own.
 _REASONS = {
-    "hostdev": _ELSEWHERE,
-    "redirdev": _ELSEWHERE,
-    "filesystem": _ELSEWHERE,
-    "shmem": _ELSEWHERE,
-    "smartcard": _ELSEWHERE,
-    "lease": _ELSEWHERE,
-    "parallel": _ELSEWHERE,
-    "vsock": _ELSEWHERE,
+    "hostdev": ELSEWHERE,
+    "redirdev": ELSEWHERE,
+    "filesystem": ELSEWHERE,
+    "shmem": ELSEWHERE,
+    "smartcard": ELSEWHERE,
+    "lease": ELSEWHERE,
+    "parallel": ELSEWHERE,
+    "vsock": ELSEWHERE,
     "crypto": _WITHOUT,
     "memory": "memory that is plugged in, of which the test has none",
     "sound": _WITHOUT,
@@ -126,16 +128,7 @@ def looks_like_libvirt(raw: bytes) -> bool:
 
 def machine_of_libvirt(raw: bytes, devices: Sequence[str], limits: Limits) -> MachineSpec:
     """Return the machine. `devices`: the archive's, but for its memory. Raises MachineConfigError."""
-    try:
-        domain = parse_xml(raw)
-        # `virsh snapshot-dumpxml` and `virsh save-image-dumpxml` wrap it.
-        while domain.tag != "domain" and domain.has("domain"):
-            domain = domain.find("domain")
-    except XmlError as error:
-        raise MachineConfigError(f"the domain's XML cannot be read: {error}") from error
-    if domain.tag != "domain":
-        raise MachineConfigError("the XML does not describe a domain of libvirt's")
-    return _LibvirtReader(domain, devices, limits).machine()
+    return _LibvirtReader(domain_of(raw), devices, limits).machine()
 
 
 class _LibvirtReader:
@@ -171,7 +164,8 @@ class _LibvirtReader:
         memory_bytes, cpus = limited(self._memory(), self._cpus(), self._limits, notes)
         self._pci = PciAddresses(notes, self._controllers, is_q35=self._is_q35)
         self._pci.add_bridges(self._devices.all("controller"))
-        firmware, tpm = self._firmware(), self._tpm()
+        firmware = firmware_of(domain, self._names, notes)
+        tpm = tpm_of(self._devices, self._names, notes)
         disks = self._disks(firmware, tpm)
         nics = tuple(self._nics())
         agent_port, agent_expected = self._agent()
@@ -231,47 +225,6 @@ class _LibvirtReader:
             return self._pci.place(video, "video")
         return None
 
-    def _firmware(self) -> FirmwareSpec:
-        os_ = self._domain.find("os")
-        loader = os_.find("loader")
-        for tag in ("kernel", "initrd", "cmdline", "bootmenu"):
-            if os_.has(tag) and tag != "bootmenu":
-                self._notes.leave_out(
-                    f"os/{tag}", "a file or word of the host: the disk's own boot loader has to do"
-                )
-        if os_.get("firmware") != "efi" and loader.get("type") != "pflash":
-            if loader.text.strip() and loader.get("type") == "rom":
-                self._notes.leave_out("os/loader", "firmware of its own: it has the usual one")
-            return FirmwareSpec()
-        is_secure = loader.get("secure") == "yes"
-        for feature in os_.find("firmware").all("feature"):
-            if feature.get("name") == "secure-boot" and feature.get("enabled") == "yes":
-                is_secure = True
-        names = ("drive-efidisk0", "efidisk0", "drive-pflash1", "pflash1")
-        found = [name for name in self._names if name in names or "pflash1" in name]
-        if not found:
-            self._notes.leave_out(
-                "os/nvram", "it is not in the archive: the firmware has new variables"
-            )
-        text = loader.text + os_.find("nvram").get("template") + os_.find("nvram").text
-        is_small = "OVMF" in text and "4M" not in text and "OVMF_CODE.fd" in text
-        return FirmwareSpec("uefi", is_secure, found[0] if found else "", is_small)
-
-    def _tpm(self) -> TpmSpec | None:
-        for tpm in self._devices.all("tpm"):
-            backend = tpm.find("backend")
-            if backend.get("type") != "emulator":
-                self._notes.leave_out("tpm", _ELSEWHERE)
-                return None
-            names = ("drive-tpmstate0-backup", "drive-tpmstate0", "tpmstate0")
-            state = next((name for name in self._names if name in names), "")
-            if not state:
-                self._notes.leave_out(
-                    "tpm", "its state is not in the archive: the machine has a new TPM"
-                )
-            return TpmSpec("1.2" if backend.get("version") == "1.2" else "2.0", state)
-        return None
-
     def _agent(self) -> tuple[DeviceSpec, bool]:
         expected = any(
             channel.find("target").get("name") == "org.qemu.guest_agent.0"
@@ -286,26 +239,9 @@ class _LibvirtReader:
     # --- Disks ---
 
     def _disks(self, firmware: FirmwareSpec, tpm: TpmSpec | None) -> tuple[DiskSpec, ...]:
-        notes = self._notes
-        elements: dict[str, Element] = {}
-        wanted: dict[str, Sequence[str]] = {}
-        for disk in self._devices.all("disk"):
-            key = disk.find("target").get("dev")
-            kind, bus = disk.get("device", "disk"), disk.find("target").get("bus")
-            if not _DISK_NAME.fullmatch(key) or key in elements:
-                notes.leave_out(
-                    key or "disk", "not a valid name of a disk, or one that comes twice"
-                )
-            elif kind not in ("disk", "lun"):
-                notes.leave_out(key, f"a {'CD' if kind == 'cdrom' else kind} drive")
-            elif bus not in ("virtio", "scsi", "sata", "ide", "usb"):
-                notes.leave_out(key, f"a disk on a bus of the kind {bus or 'that is not named'}")
-            else:
-                elements[key] = disk
-                wanted[key] = list(_archive_names(disk, key, bus))
-        other = {firmware.variables, tpm.state if tpm else ""}
-        other |= {n for n in self._names if n.startswith(("drive-efidisk", "drive-tpmstate"))}
-        found = matched(Sources([n for n in self._names if n not in other]), wanted, notes)
+        elements = chosen_disks(self._devices, self._notes)
+        taken = {firmware.variables, tpm.state if tpm else ""}
+        found = matched_disks(elements, self._names, taken, self._notes)
         if not found:
             raise MachineConfigError(
                 "the configuration has no disk that is in the archive: nothing can boot"
@@ -420,7 +356,7 @@ class _LibvirtReader:
             key, model = f"interface{index}", interface.find("model").get("type", "rtl8139")
             mac = interface.find("mac").get("address")
             if index >= 32 or interface.get("type") == "hostdev":
-                self._notes.leave_out(key, _ELSEWHERE)
+                self._notes.leave_out(key, ELSEWHERE)
             elif model not in _CARDS:
                 self._notes.leave_out(key, f"not a known kind of card: {model}")
             elif mac and not is_mac(mac):
@@ -459,29 +395,3 @@ class _LibvirtReader:
             model = video.find("model").get("type")
             if model not in ("vga", "none", "bochs", ""):
                 notes.leave_out("video", f"{model}: it has a standard one")
-
-
-def _archive_names(disk: Element, key: str, bus: str) -> Iterator[str]:
-    """What such a disk may be called in an archive, likeliest first."""
-    aliases = [disk.find("alias").get("name")]
-    if bus == "virtio":
-        aliases.append(f"virtio-disk{disk_index(key)}")
-    elif bus == "usb":
-        aliases.append(f"usb-disk{disk_index(key)}")
-    else:
-        where = disk.find("address")
-        numbers = [where.get(name, "0") for name in ("controller", "bus", "target", "unit")]
-        if bus != "scsi":
-            del numbers[2]
-        aliases.append(f"{bus}{'-'.join(numbers)}")
-    for name in (*aliases, key):
-        if name:
-            yield f"drive-{name}"
-            yield name
-    source = disk.find("source")
-    path = source.get("file") or source.get("dev") or source.get("name")
-    file_name = os.path.basename(path)
-    for name in (path, file_name, file_name.partition(".")[0]):
-        if name:
-            yield name
-            yield f"drive-{name}"

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from vmapipe.access.machine.proxmox_config import Words, is_on, parse_config, words_of
 from vmapipe.access.machine.spec import (
-    MAX_CONFIG_BYTES,
     DeviceSpec,
     DiskSpec,
     FirmwareSpec,
@@ -33,7 +33,6 @@ from vmapipe.access.machine.spec import (
     number,
 )
 
-_LINE = re.compile(r"([a-zA-Z][a-zA-Z0-9_-]*):\s*(.*)")
 _DISK = re.compile(r"(ide|sata|scsi|virtio)(0|[1-9]\d?)")
 _NET = re.compile(r"net(0|[1-9]\d?)")
 _MOST_DISKS = {"ide": 4, "sata": 6, "scsi": 31, "virtio": 16}
@@ -78,20 +77,36 @@ _DONE = re.compile(
     r"acpi|agent|arch|bios|boot|cores|cpu|efidisk0|kvm|localtime|machine|memory|ostype|scsihw|smbios1|"
     r"sockets|tpmstate0|vga|(?:ide|sata|scsi|virtio|net)\d+"
 )
-_NEVER = "it runs words of its own choice on the host: a restore test never does that"
+_HOST_WORDS = re.compile(r"args|hookscript")
 _REASONS: Sequence[tuple[re.Pattern[str], str]] = (
-    (re.compile(r"args|hookscript"), _NEVER),
     (re.compile(r"hostpci\d+|usb\d+|parallel\d+"), "a device of the host it ran on"),
     (re.compile(r"serial\d+"), "the test has one serial port, its own"),
     (re.compile(r"virtiofs\d+"), "a folder of the host it ran on"),
     (re.compile(r"watchdog"), "it would restart the machine in the middle of the test"),
-    (
-        re.compile(
-            r"audio\d+|rng0|ivshmem|numa\d*|hugepages|keephugepages|amd[-_]sev|intel[-_]tdx|"
-            r"allow-ksm"
-        ),
-        "the machine of the test does without",
-    ),
+)
+_WITHOUT = re.compile(
+    r"audio\d+|rng0|ivshmem|numa\d*|hugepages|keephugepages|amd[-_]sev|intel[-_]tdx|allow-ksm"
+)
+
+
+class Purpose(NamedTuple):
+    """What a machine is made for. `never`, `without`: why words of the host's, and extras, are left out.
+
+    `kept`: keys of which the caller makes something itself; `has_drives`: CD drives and a boot from
+    the network, too.
+    """
+
+    kept: re.Pattern[str]
+    has_drives: bool
+    never: str
+    without: str
+
+
+FOR_TEST = Purpose(
+    re.compile(r"serial0"),
+    False,
+    "it runs words of its own choice on the host: a restore test never does that",
+    "the machine of the test does without",
 )
 
 #: A network card's place, say `net0`; the same of disks and controllers. On `pc` pci.0 is the root,
@@ -117,45 +132,6 @@ def _place(name: str) -> PciPlace:
     return PciPlace(*_SLOTS[name])
 
 
-def looks_like_proxmox(text: str) -> bool:
-    """Tell whether a text has a line that only such a configuration has."""
-    wanted = re.compile(r"(?:memory|cores|ostype|scsihw|(?:ide|sata|scsi|virtio|net)\d+):\s*\S")
-    return any(wanted.match(line) for line in text[:MAX_CONFIG_BYTES].splitlines())
-
-
-def parse_config(text: str) -> dict[str, str]:
-    """Return the values of the machine as it is: snapshots and pending changes come behind it."""
-    found: dict[str, str] = {}
-    for line in text[:MAX_CONFIG_BYTES].splitlines():
-        if line.startswith("["):
-            break
-        if match := _LINE.fullmatch(line.rstrip()):
-            found[match[1]] = match[2]
-    return found
-
-
-class _Words(NamedTuple):
-    """A value `first,key=value,…`."""
-
-    first: str
-    options: Mapping[str, str]
-
-
-def _words(value: str, first_key: str = "") -> _Words:
-    first, options = "", dict[str, str]()
-    for index, word in enumerate(value.split(",")):
-        key, equals, rest = word.strip().partition("=")
-        if equals:
-            options[key] = rest
-        elif not index:
-            first = key
-    return _Words(options.get(first_key, first), options)
-
-
-def _is_on(value: str) -> bool:
-    return value in ("1", "on", "yes", "true")
-
-
 def config_without_one(devices: Sequence[str]) -> str:
     """Return a configuration for an archive that has none: its disks, and what any guest boots with."""
     lines = ["memory: 1024", "cores: 1", "scsihw: virtio-scsi-pci"]
@@ -173,15 +149,24 @@ def config_without_one(devices: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def machine_of_proxmox(text: str, devices: Sequence[str], limits: Limits) -> MachineSpec:
+def machine_of_proxmox(
+    text: str, devices: Sequence[str], limits: Limits, purpose: Purpose = FOR_TEST
+) -> MachineSpec:
     """Return the machine. `devices`: the archive's, but for its memory. Raises MachineConfigError."""
-    return _ProxmoxReader(parse_config(text), devices, limits).machine()
+    return _ProxmoxReader(parse_config(text), devices, limits, purpose).machine()
 
 
 class _ProxmoxReader:
     """One configuration on its way to a machine."""
 
-    def __init__(self, config: Mapping[str, str], devices: Sequence[str], limits: Limits) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, str],
+        devices: Sequence[str],
+        limits: Limits,
+        purpose: Purpose,
+    ) -> None:
+        self._purpose = purpose
         self._config = config
         self._devices = devices
         self._limits = limits
@@ -202,7 +187,7 @@ class _ProxmoxReader:
         firmware = self._firmware()
         tpm = self._tpm()
         disks = self._disks(firmware, tpm)
-        agent = _words(config.get("agent", "0"), "enabled")
+        agent = words_of(config.get("agent", "0"), "enabled")
         os_type = config.get("ostype", "")
         spec = MachineSpec(
             type=kind,
@@ -214,11 +199,11 @@ class _ProxmoxReader:
             nics=tuple(self._nics()),
             vga_place=PciPlace("pcie.0", 1) if self._is_q35 else PciPlace("pci.0", 2),
             agent_port=DeviceSpec("virtio-serial-pci", "qga0", _place("qga0")),
-            agent_expected=_is_on(agent.first),
+            agent_expected=is_on(agent.first),
             tpm=tpm,
             uuid=self._uuid(),
             has_acpi=config.get("acpi", "1") != "0",
-            has_local_time=_is_on(config.get("localtime", "1" if os_type[:1] == "w" else "0")),
+            has_local_time=is_on(config.get("localtime", "1" if os_type[:1] == "w" else "0")),
             can_use_kvm=config.get("kvm", "1") != "0",
             omissions=(),
         )
@@ -237,7 +222,7 @@ class _ProxmoxReader:
         return found
 
     def _type(self) -> str:
-        text = _words(self._config.get("machine", "pc"), "type").first.partition("+")[0]
+        text = words_of(self._config.get("machine", "pc"), "type").first.partition("+")[0]
         if not _TYPE.fullmatch(text):
             if text:
                 self._notes.leave_out("machine", f"not a known type: {text}")
@@ -245,7 +230,7 @@ class _ProxmoxReader:
         return text
 
     def _memory(self) -> int:
-        words = _words(self._config.get("memory", "512"), "current")
+        words = words_of(self._config.get("memory", "512"), "current")
         return self._number("memory", 512, 1 << 24, words.first) << 20
 
     def _cpus(self) -> int:
@@ -255,9 +240,9 @@ class _ProxmoxReader:
         return min(cpus, self._number("vcpus", cpus, 4096))
 
     def _uuid(self) -> str:
-        words = _words(self._config.get("smbios1", ""))
+        words = words_of(self._config.get("smbios1", ""))
         others = sorted(set(words.options) - {"uuid", "base64"})
-        if others:
+        if others and not self._purpose.kept.fullmatch("smbios1"):
             self._notes.leave_out("smbios1", f"only its uuid is kept, not {', '.join(others)}")
         found = words.options.get("uuid", "").lower()
         if found and not is_uuid(found):
@@ -272,20 +257,20 @@ class _ProxmoxReader:
             if self._config.get("bios", "seabios") != "seabios":
                 self._notes.leave_out("bios", f"not a known one: {self._config['bios']}")
             return FirmwareSpec()
-        options = _words(self._config.get("efidisk0", "")).options
+        options = words_of(self._config.get("efidisk0", "")).options
         variables = next((d for d in self._devices if d in ("drive-efidisk0", "efidisk0")), "")
         if not variables:
             self._notes.leave_out(
                 "efidisk0", "it is not in the archive: the firmware has new variables"
             )
         is_small = options.get("efitype", "2m") != "4m" and "efidisk0" in self._config
-        is_secure = _is_on(options.get("pre-enrolled-keys", "0"))
+        is_secure = is_on(options.get("pre-enrolled-keys", "0"))
         return FirmwareSpec("uefi", is_secure, variables, is_small)
 
     def _tpm(self) -> TpmSpec | None:
         if "tpmstate0" not in self._config:
             return None
-        options = _words(self._config["tpmstate0"]).options
+        options = words_of(self._config["tpmstate0"]).options
         names = ("drive-tpmstate0-backup", "drive-tpmstate0", "tpmstate0")
         state = next((d for d in self._devices if d in names), "")
         if not state:
@@ -306,9 +291,11 @@ class _ProxmoxReader:
             match = _DISK.fullmatch(key)
             if not match:
                 continue
-            words = _words(self._config[key], "file")
+            words = words_of(self._config[key], "file")
             if int(match[2]) >= _MOST_DISKS[match[1]]:
                 notes.leave_out(key, "there is no such place for a disk")
+            elif words.options.get("media") == "cdrom" and self._purpose.has_drives:
+                other.add(f"drive-{key}")
             elif words.options.get("media") == "cdrom" and f"drive-{key}" not in self._devices:
                 notes.leave_out(key, "a CD drive")
             elif words.options.get("media") == "cdrom":
@@ -331,26 +318,31 @@ class _ProxmoxReader:
 
     def _boot_order(self, found: Mapping[str, str]) -> dict[str, int]:
         """Return by disk its index, from 1 on."""
-        words = _words(self._config.get("boot", ""))
+        words = words_of(self._config.get("boot", ""))
         wanted = [key for key in words.options.get("order", "").split(";") if key]
         if not wanted and "bootdisk" in self._config:
             wanted = [self._config["bootdisk"]]
-        chosen = [key for key in dict.fromkeys(wanted) if key in found]
+        chosen = [key for key in dict.fromkeys(wanted) if self._can_boot(key, found)]
         for key in wanted:
-            if _NET.fullmatch(key):
+            if key not in chosen and _NET.fullmatch(key):
                 self._notes.leave_out("boot", f"{key}: it does not boot from the network")
-            elif key not in found:
+            elif key not in chosen:
                 self._notes.leave_out("boot", f"{key} is not in this machine")
         if not chosen:
             chosen = sorted(found, key=_boot_rank)[:1]
         return {key: index for index, key in enumerate(chosen, 1)}
+
+    def _can_boot(self, key: str, found: Mapping[str, str]) -> bool:
+        is_drive = "media=cdrom" in self._config.get(key, "") and bool(_DISK.fullmatch(key))
+        is_other = self._purpose.has_drives and (is_drive or _NET.fullmatch(key) is not None)
+        return key in found or (is_other and key in self._config)
 
     def _disk_device(self, key: str) -> DeviceSpec:
         match = _DISK.fullmatch(key)
         if match is None:
             raise MachineConfigError(f"not a disk's key: {key}")
         kind, index = match[1], int(match[2])
-        words = _words(self._config[key])
+        words = words_of(self._config[key])
         marks = self._marks(key, kind, words)
         if kind == "virtio":
             return DeviceSpec("virtio-blk-pci", key, _place(key), marks)
@@ -361,7 +353,7 @@ class _ProxmoxReader:
             return DeviceSpec("ide-hd", key, None, (*self._ide_place(index), *marks))
         return DeviceSpec("scsi-hd", key, None, (*self._scsi_place(index), *marks))
 
-    def _marks(self, key: str, kind: str, words: _Words) -> tuple[Property, ...]:
+    def _marks(self, key: str, kind: str, words: Words) -> tuple[Property, ...]:
         """What a guest knows a disk by."""
         marks: list[Property] = []
         serial = words.options.get("serial", "")
@@ -411,7 +403,7 @@ class _ProxmoxReader:
             match = _NET.fullmatch(key)
             if not match:
                 continue
-            words = _words(self._config[key], "model")
+            words = words_of(self._config[key], "model")
             model = words.first or next(iter(words.options), "")
             mac = words.options.get(model, words.options.get("macaddr", ""))
             if int(match[1]) >= _MOST_NETS:
@@ -427,7 +419,7 @@ class _ProxmoxReader:
 
     def _address(self, index: str) -> str:
         """Return what cloud-init gives the card; empty: DHCP, or nobody says."""
-        return _words(self._config.get(f"ipconfig{index}", "")).options.get("ip", "")
+        return words_of(self._config.get(f"ipconfig{index}", "")).options.get("ip", "")
 
     def _bridges(self) -> None:
         """PCI bridges as Proxmox VE has them, whether they are used or not: they count."""
@@ -463,20 +455,23 @@ class _ProxmoxReader:
     # --- The rest ---
 
     def _name_the_rest(self) -> None:
-        config, notes = self._config, self._notes
+        config, notes, kept = self._config, self._notes, self._purpose.kept
         for key in config:
-            if _DONE.fullmatch(key) or _UNNOTICED.fullmatch(key):
+            if _DONE.fullmatch(key) or _UNNOTICED.fullmatch(key) or kept.fullmatch(key):
                 continue
             reason = next((text for known, text in _REASONS if known.fullmatch(key)), "")
-            if key == "serial0":
-                continue
+            if _HOST_WORDS.fullmatch(key):
+                reason = self._purpose.never
+            elif _WITHOUT.fullmatch(key):
+                reason = self._purpose.without
             notes.leave_out(key, reason or "not a key that this program knows")
-        if config.get("cpu"):
+        if config.get("cpu") and not kept.fullmatch("cpu"):
             notes.leave_out(
                 "cpu",
-                f"{_words(config['cpu'], 'cputype').first}: it has the host's, or the emulator's",
+                f"{words_of(config['cpu'], 'cputype').first}: it has the host's, or the emulator's",
             )
-        if config.get("vga", "std").partition(",")[0] not in ("std", "serial0"):
+        is_standard = config.get("vga", "std").partition(",")[0] in ("std", "serial0")
+        if not is_standard and not kept.fullmatch("vga"):
             notes.leave_out("vga", "it has a standard one")
 
 

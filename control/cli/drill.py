@@ -23,12 +23,9 @@ from vmapipe.access.drill.result import (
 )
 from vmapipe.access.drill.run import DrillOptions, Outcome, drill
 from vmapipe.access.machine.libvirt import looks_like_libvirt, machine_of_libvirt
-from vmapipe.access.machine.proxmox import (
-    config_without_one,
-    looks_like_proxmox,
-    machine_of_proxmox,
-)
-from vmapipe.access.machine.spec import MAX_CONFIG_BYTES, Limits, MachineSpec, Omission
+from vmapipe.access.machine.proxmox import config_without_one, machine_of_proxmox
+from vmapipe.access.machine.spec import Limits, MachineSpec, Omission
+from vmapipe.control.cli.configuration import config_text, configuration_of
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.control.coordinator.output_spec import is_path
@@ -42,7 +39,6 @@ from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import run
 from vmapipe.runtime.side_files import read_awaited
 from vmapipe.runtime.text import one_line
-from vmapipe.vma.names import CONFIG_NAME
 
 DESCRIPTION = """\
 Boot the machine in an archive, and say whether it came up: the restore test. Nothing is restored,
@@ -242,30 +238,14 @@ def _machine(archive: OpenArchive, path: str | None, limits: Limits, cancel: Can
     devices = [device.name for device in header.devices if not device.is_vmstate]
     if not devices:
         raise Failure("there is no disk in it that could boot")
-    if path is not None:
-        try:
-            raw = read_awaited(path, MAX_CONFIG_BYTES, cancel)
-        except OSError as error:
-            raise Failure(
-                f"cannot read the configuration {path}: {os_error_text(error)}"
-            ) from error
-    else:
-        configs = {config.name: config.data for config in header.configs}
-        raw = configs.get(CONFIG_NAME, b"")
-        for data in configs.values():
-            if not raw and (looks_like_libvirt(data) or looks_like_proxmox(_text(data))):
-                raw = data
+    raw = configuration_of(header, path, cancel)
     if looks_like_libvirt(raw):
         return machine_of_libvirt(raw, devices, limits)
     if raw:
-        return machine_of_proxmox(_text(raw), devices, limits)
+        return machine_of_proxmox(config_text(raw), devices, limits)
     spec = machine_of_proxmox(config_without_one(devices), devices, limits)
     note = "the archive has none: any machine is tried; --config FILE says which it is"
     return spec._replace(omissions=(Omission("configuration", note), *spec.omissions))
-
-
-def _text(raw: bytes) -> str:
-    return raw[:MAX_CONFIG_BYTES].decode("utf-8", "replace")
 
 
 def _conclude(name: str, outcome: Outcome, options: argparse.Namespace, emit: Emit) -> DrillResult:
