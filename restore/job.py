@@ -7,7 +7,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import NamedTuple
 
@@ -74,7 +74,8 @@ class Options(NamedTuple):
     `check_digests`: compare the data with the manifest, where there is one. `bytes_per_s`:
     of data, all devices together; 0: as fast as it goes. `resume`: go on with an interrupted
     restore, and leave what another one can go on with. `salvage_folder`: restore what there
-    is of a damaged archive, and write there what is missing.
+    is of a damaged archive, and write there what is missing. `before_publish`: is called with the
+    descriptors of the new files by their paths, when all is written, and they get their names.
     """
 
     workers: int = 0
@@ -83,6 +84,7 @@ class Options(NamedTuple):
     bytes_per_s: int = 0
     resume: bool = False
     salvage_folder: str | None = None
+    before_publish: Callable[[Mapping[str, int]], None] | None = None
 
 
 class Restored(NamedTuple):
@@ -179,6 +181,7 @@ class _RestoreJob:
         self._targets = targets
         self._manifest = manifest
         self._salvage_folder = options.salvage_folder
+        self._before_publish = options.before_publish
         self._emit = emit
         self._cancel = cancel
         self._finds: list[Damage] = []
@@ -222,7 +225,7 @@ class _RestoreJob:
         wanted = [state for state in states if state.device.dev_id in self._wanted]
         if self._salvage_folder is not None and (self._ledger.error is not None):
             self._write_map(self._salvage_folder, states)
-        self._targets.publish()
+        self._targets.publish(self._before_publish)
         if self._journal is not None:
             self._journal.remove()
         result = Result(

@@ -314,6 +314,22 @@ class OmissionFields(TypedDict):
     reason: str
 
 
+class DefinedDisk(TypedDict):
+    name: str
+    device: str
+    path: str
+    format: str
+
+
+class DefinedEvent(TypedDict):
+    event: Literal["defined"]
+    domain: str
+    uuid: str
+    connection: str
+    disks: list[DefinedDisk]
+    left_out: list[OmissionFields]
+
+
 class DrillingEvent(TypedDict):
     event: Literal["drilling"]
     archive: str
@@ -374,6 +390,7 @@ PublicEvent = (
     | RestoringEvent
     | RestoredEvent
     | MovedEvent
+    | DefinedEvent
     | VerifiedEvent
     | DrillingEvent
     | DrilledEvent

@@ -16,6 +16,7 @@ from vmapipe.control.cli.live import (
     restore_live,
     split_machine,
 )
+from vmapipe.control.cli.restore_libvirt import add_libvirt_options, check_libvirt, restore_domain
 from vmapipe.control.coordinator.output_spec import inherited_fds
 from vmapipe.control.coordinator.priorities import add_io_priority_option, priorities
 from vmapipe.control.coordinator.render import add_report_options, renderer
@@ -46,7 +47,8 @@ disk, the configs by their names, vmstate.bin for the machine's memory. New
 files get their names when all of them are complete and on disk. Where the
 archive has a manifest beside it, every byte is checked on the way. A damaged
 archive is refused, but for disks of it that are whole and named with --device;
---salvage brings back what there is of the others.
+--salvage brings back what there is of the others. With --libvirt the machine itself comes
+back: its disks in a pool or a folder, and its domain.
 """
 
 EPILOG = """\
@@ -61,6 +63,7 @@ examples:
   vmapipe restore vm.vma restored/ --format qcow2
   ssh backup.example cat vm.vma.zst | vmapipe restore - restored/
   vmapipe restore damaged.vma restored/ --salvage
+  vmapipe restore vm.vma --libvirt --name web2 --pool default --start
   vmapipe restore --live vm.vma restored/ -- qemu-system-x86_64 -m 4G \\
       -device virtio-scsi-pci -device scsi-hd,drive=drive-scsi0
 
@@ -76,11 +79,19 @@ def main(argv: Sequence[str], prog: str) -> int:
     _add_damage_options(parser)
     _add_load_options(parser)
     add_live_options(parser)
+    add_libvirt_options(parser)
     add_report_options(parser)
     parser.add_argument("archive", metavar="ARCHIVE", help="where the archive comes from")
-    parser.add_argument("folder", metavar="DIR", help="where the files go; created if need be")
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        help="where the files go; created if need be (with --libvirt: see --dir, --pool)",
+    )
     words, machine = split_machine(argv)
     options = parser.parse_args(words)
+    if options.folder is None and not options.libvirt:
+        parser.error("the following arguments are required: DIR")
     return run(prog, lambda: _restore(options, words, machine))
 
 
@@ -168,14 +179,17 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _restore(options: argparse.Namespace, words: Sequence[str], machine: Sequence[str]) -> None:
+    check_libvirt(options)
     check_live(options)
+    if options.libvirt:
+        inherited_fds(options.archive)
+        restore_domain(options, _restore_options(options))
+        return
     chosen = _chosen(options)
     if options.live:
         with target_folder(options.folder) as folder:
             restore_live(options, words, machine, chosen, folder)
         return
-    if not 0 <= options.workers <= _MAX_WORKERS:
-        raise UsageError(f"--workers {options.workers}: use 1 to {_MAX_WORKERS}")
     if options.map and options.device:
         raise UsageError("--map and --device exclude each other")
     if options.salvage and options.resume:
@@ -200,14 +214,7 @@ def _restore(options: argparse.Namespace, words: Sequence[str], machine: Sequenc
             _plan(archive.header, options, chosen, cancel),
             emit,
             cancel,
-            Options(
-                workers=options.workers,
-                check_digests=not options.no_manifest,
-                manifest=options.manifest,
-                bytes_per_s=options.speed,
-                resume=options.resume,
-                salvage_folder=options.folder if options.salvage else None,
-            ),
+            _restore_options(options),
             folders,
         )
     if options.salvage and result.damage is not None:
@@ -217,6 +224,20 @@ def _restore(options: argparse.Namespace, words: Sequence[str], machine: Sequenc
             f"is of it, and {len(broken)} of {len(result.states)} devices are not whole: see "
             f"{os.path.join(options.folder, TEXT_NAME)}"
         )
+
+
+def _restore_options(options: argparse.Namespace) -> Options:
+    """Raises UsageError."""
+    if not 0 <= options.workers <= _MAX_WORKERS:
+        raise UsageError(f"--workers {options.workers}: use 1 to {_MAX_WORKERS}")
+    return Options(
+        workers=options.workers,
+        check_digests=not options.no_manifest,
+        manifest=options.manifest,
+        bytes_per_s=options.speed,
+        resume=options.resume,
+        salvage_folder=options.folder if options.salvage else None,
+    )
 
 
 def _open(options: argparse.Namespace, cancel: Cancel) -> Archive:

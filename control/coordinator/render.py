@@ -16,6 +16,7 @@ from vmapipe.runtime.event_types import (
     BackupProgressEvent,
     BufferEvent,
     DamageFields,
+    DefinedEvent,
     DoneEvent,
     DrilledEvent,
     DrillingEvent,
@@ -154,6 +155,8 @@ class _Text:
             case "moved":
                 device, path = name_text(event["device"]), one_line(event["path"])
                 return f"the machine's disk {device} is now {path}, and whole"
+            case "defined":
+                return _defined_text(event)
             case "verified":
                 return verified_text(event)
             case "instant":
@@ -223,6 +226,18 @@ def _restored_text(event: RestoredEvent) -> str:
         f"{human_bytes(event['zero_bytes'])} of zeroes in {event['seconds']:.1f} s, "
         f"{human_bytes(rate)}/s ({checked})"
     )
+
+
+def _defined_text(event: DefinedEvent) -> str:
+    lines = [
+        f"not as it was: {one_line(one['key'])}: {one_line(one['reason'])}"
+        for one in event["left_out"]
+    ]
+    for disk in event["disks"]:
+        device, path = name_text(disk["device"]), one_line(disk["path"])
+        lines.append(f"disk {disk['name']}: {device} in {path} ({disk['format']})")
+    lines.append(f"defined the domain {event['domain']} (uuid {event['uuid']})")
+    return "\n".join(lines)
 
 
 def _instant_text(event: InstantEvent) -> str:

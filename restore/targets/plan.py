@@ -18,10 +18,14 @@ from vmapipe.vma.names import safe_file_name
 
 
 class Kind(enum.Enum):
-    """NEW: a file that must not exist yet. EXISTING: a file or block device that must."""
+    """NEW: a file that must not exist yet. EXISTING: a file or block device that must.
+
+    MADE: as EXISTING; the caller has just made it for this restore, and removes it if that fails.
+    """
 
     NEW = "new"
     EXISTING = "existing"
+    MADE = "made"
 
 
 class Larger(enum.Enum):
@@ -267,7 +271,7 @@ def check_plan(header: Header, plan: Plan) -> None:
     for dev_id, spec in plan.targets.items():
         if dev_id not in known:
             raise PlanError(f"the archive has no device {dev_id}")
-        if known[dev_id].is_vmstate and spec.kind is Kind.EXISTING:
+        if known[dev_id].is_vmstate and spec.kind is not Kind.NEW:
             raise PlanError(
                 f"vmstate can only be restored to a new file, and {spec.path} exists: "
                 "its size is not known before its end"

@@ -135,7 +135,7 @@ def _opening(archive: Archive, plan: Plan) -> str:
     """The journal's first line: equal for the same archive and the same targets."""
     targets: dict[str, Any] = {}
     for dev_id, spec in sorted(plan.targets.items()):
-        identity = _identity(spec.path) if spec.kind is Kind.EXISTING else []
+        identity = [] if spec.kind is Kind.NEW else _identity(spec.path)
         path = os.path.abspath(spec.path)
         targets[str(dev_id)] = [path, spec.kind.value, spec.image_format, identity]
     return json.dumps(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.restore import TargetSetup
@@ -79,7 +79,7 @@ class OpenTargets:
 
     def _open(self, device: Device, spec: TargetSpec) -> None:
         self.devices.append(device)
-        if spec.kind is Kind.EXISTING:
+        if spec.kind is not Kind.NEW:
             self._folders.look_at(spec.path)
             # Before it is opened: its own lock would be in the way of a second time.
             self._take(spec.path)
@@ -167,7 +167,13 @@ class OpenTargets:
         return None if spec is None else spec.path
 
     def existing_paths(self) -> list[str]:
-        return [target.path for target in self._existing.values()]
+        """Return the paths of what held other data before, and stays."""
+        specs = [self.plan.targets[dev_id] for dev_id in self._existing]
+        return [spec.path for spec in specs if spec.kind is Kind.EXISTING]
+
+    def new_files(self) -> dict[str, int]:
+        """Return the descriptors of the new files of devices, by the paths that they will have."""
+        return {file.path: file.fd for file in self._new.values()}
 
     def set_vmstate_sizes(self, clusters_of: Callable[[int], int]) -> None:
         """Give each vmstate file its length, which `clusters_of` (dev_id) knows at the end.
@@ -185,9 +191,14 @@ class OpenTargets:
         self._configs.append(file)
         write_lines(file, lines)
 
-    def publish(self) -> None:
-        """Everything is on the disk: give the new files their names, all or none."""
+    def publish(self, before: Callable[[Mapping[str, int]], None] | None = None) -> None:
+        """Everything is on the disk: give the new files their names, all or none.
+
+        `before`: is called with `new_files` just before that.
+        """
         for image in self._images.values():
             if image.served is not None:
                 image.served.finish()
+        if before is not None:
+            before(self.new_files())
         publish_all([*self._new.values(), *self._configs])

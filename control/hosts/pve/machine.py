@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vmapipe.access.machine.proxmox import parse_config
+from vmapipe.access.machine.proxmox_config import parse_config
 from vmapipe.control.coordinator.proxmox import ConfigDisk, config_disks
 from vmapipe.control.hosts.pve.storages import PveStorage, PveVolume, resolve
 from vmapipe.runtime.errors import Failure
