@@ -98,6 +98,7 @@ examples:
   vmapipe backup --qmp /run/vm/qmp.sock --state --config vm.conf vm.vma
   vmapipe backup --monitor /run/vm/monitor.sock --config vm.conf vm.vma
   vmapipe backup --qmp /run/vm/qmp.sock --vmid 100 --config 100.conf /var/lib/vz/dump
+  vmapipe backup --pve all --exclude 105 --compress zstd local
   vmapipe backup --disk /srv/vm.raw - | ssh backup.example 'cat > vm.vma'
   vmapipe backup --archiver tcp://backup.example:7777 --keys /etc/vmapipe/keys \\
                  --disk /srv/vm.raw vm.vma

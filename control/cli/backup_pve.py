@@ -22,7 +22,7 @@ from vmapipe.control.hosts.pve.defaults import Defaults, notes_of, parse_prune
 from vmapipe.control.hosts.pve.guests import LeftOutGuest, select
 from vmapipe.control.hosts.pve.lock import BackupLock
 from vmapipe.control.hosts.pve.machine import MachineConfig, disks_at_rest
-from vmapipe.control.hosts.pve.node import ROOT_VARIABLE, PveNode
+from vmapipe.control.hosts.pve.node import PveNode, root_of
 from vmapipe.control.hosts.pve.storages import PveStorage, Target, backup_target
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError
@@ -42,6 +42,7 @@ _NOT_WITH_PVE = {
     "disk": "--disk",
     "nbd": "--nbd",
     "qmp": "--qmp",
+    "libvirt": "--libvirt",
     "monitor": "--monitor",
     "vmid": "--vmid",
     "agent": "--agent",
@@ -73,7 +74,7 @@ class _Plan(NamedTuple):
 def backup_machines(options: argparse.Namespace) -> None:
     """Back up all machines that are asked for. Raises Failure when one of them is not stored."""
     _check(options)
-    node = PveNode(options.pve_root or os.environ.get(ROOT_VARIABLE, "/"))
+    node = PveNode(root_of(options.pve_root))
     defaults = node.defaults()
     storages = node.storages()
     target = _target(options, defaults, node, storages)
@@ -215,9 +216,12 @@ class _Session:
                     options.agent = _answering_agent(
                         options.qmp, node.socket(vmid, "qga"), self._cancel, around.emit
                     )
-                words = [f"{CONFIG_NAME}=", *_firewall(node, vmid)]
+                words, fds = [f"{CONFIG_NAME}="], []
+                if rules := node.firewall(vmid):
+                    fds.append(stack.enter_context(_memory_file(rules)))
+                    words.append(f"{FIREWALL_NAME}=/dev/fd/{fds[0]}")
                 configs = Configs(words, {0: held.config.text}, held.config.disks)
-                run_job(options, None, [], around, configs)
+                run_job(options, None, fds, around, configs)
             if options.protected:
                 write_mark(options.archive)
         self._prune(options.archive, vmid)
@@ -279,6 +283,9 @@ class _HeldLock:
         self.config = MachineConfig("")
 
     def __enter__(self) -> _HeldLock:
+        if self._node.is_dead:
+            self.config = self._node.config(self._vmid)
+            return self
         lock = BackupLock(self._node, self._vmid)
         try:
             self.config = lock.take()
@@ -303,10 +310,16 @@ class _HeldLock:
             self._emit({"event": "notice", "text": text})
 
 
-def _firewall(node: PveNode, vmid: int) -> Iterator[str]:
-    path = node.firewall_path(vmid)
-    if path:
-        yield f"{FIREWALL_NAME}={path}"
+@contextlib.contextmanager
+def _memory_file(text: str) -> Iterator[int]:
+    fd = os.memfd_create(FIREWALL_NAME, 0)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _answering_agent(qmp: str, path: str, cancel: Cancel, emit: Emit) -> str:
@@ -336,6 +349,8 @@ def _check(options: argparse.Namespace) -> None:
     for name, word in _NOT_WITH_PVE.items():
         if getattr(options, name) not in (None, False, "", []):
             raise UsageError(f"{word} and --pve do not go together: --pve finds the disks itself")
+    if options.base not in ("none", "auto"):
+        raise UsageError("--base with --pve is auto: each machine has a base of its own")
     if options.speed and options.bwlimit:
         raise UsageError("--speed and --bwlimit are the same in two units: say one")
 

@@ -33,6 +33,18 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_monitor_options(parser, help="the QMP monitor of this QEMU")
     add_domain_options(parser, help="the domain, by name or uuid")
     parser.add_argument(
+        "--pve",
+        type=int,
+        metavar="VMID",
+        help="this machine of a Proxmox VE node; and the lock that a killed `vmapipe backup --pve` has "
+        "left in its configuration goes, too",
+    )
+    parser.add_argument(
+        "--pve-root",
+        metavar="DIR",
+        help="with --pve: the node's files are below this folder (default: $VMAPIPE_PVE_ROOT, or /)",
+    )
+    parser.add_argument(
         "--bitmaps",
         action="store_true",
         help="remove the records of what has changed since an archive, too (dirty bitmaps): the next "
@@ -43,12 +55,14 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _clean_up_what(options: argparse.Namespace) -> None:
-    if (options.qmp is None) == (options.libvirt is None):
-        raise UsageError("say where: one of --qmp ADDRESS and --libvirt DOMAIN")
-    if options.libvirt is None:
+    if sum(word is not None for word in (options.qmp, options.libvirt, options.pve)) != 1:
+        raise UsageError("say where: one of --qmp ADDRESS, --libvirt DOMAIN and --pve VMID")
+    if options.qmp is not None:
         _clean_up(options.qmp, share=options.qmp_share, bitmaps=options.bitmaps)
-    else:
+    elif options.libvirt is not None:
         _clean_up_domain(options.libvirt, options.connect, options.scratch)
+    else:
+        _clean_up_pve(options.pve, options.pve_root, bitmaps=options.bitmaps)
 
 
 def _clean_up_domain(name: str, uri: str, scratch: str) -> None:
@@ -60,6 +74,26 @@ def _clean_up_domain(name: str, uri: str, scratch: str) -> None:
     with contextlib.closing(Host(uri)) as host:
         jobs = DomainJobs(host, host.domain(name))
         _tell(remove_leftovers(jobs, scratch or DEFAULT_PLACE))
+
+
+def _clean_up_pve(vmid: int, root: str | None, *, bitmaps: bool) -> None:
+    """Remove what a killed backup has left of a Proxmox VE node's machine. Raises Failure."""
+    from vmapipe.control.hosts.pve.lock import BackupLock
+    from vmapipe.control.hosts.pve.node import PveNode, root_of
+
+    node = PveNode(root_of(root))
+    node.config(vmid)
+    lock = BackupLock(node, vmid)
+    try:
+        if node.is_running(vmid):
+            _clean_up(node.socket(vmid, "qmp"), share=True, bitmaps=bitmaps)
+        was_left = lock.remove()
+    finally:
+        lock.close()
+    text = (
+        "removed the lock that a killed backup has left" if was_left else "no lock of ours is left"
+    )
+    print(f"VM {vmid}: {text}")
 
 
 def _clean_up(address: str, *, share: bool, bitmaps: bool) -> None:

@@ -115,7 +115,12 @@ class BackupLock:
                 is_ours = MachineConfig(text).lock == LOCK and self._is_noted(text)
                 if is_ours:
                     self._write(unlocked_text(text), is_locked=False)
+                elif not MachineConfig(text).lock:
+                    self._remove_temporary()
+                    self._write_note({})
             return is_ours
+        except OSError as error:
+            raise Failure(f"cannot change {self._note_path}: {os_error_text(error)}") from error
         finally:
             self.close()
 
@@ -175,11 +180,7 @@ class BackupLock:
         data = text.encode("utf-8", "surrogateescape")
         note = self._note_of(data, temporary)
         try:
-            # One that a killed process of ours has left: nobody else has this machine's flock.
-            left = self._read_note().get("temporary")
-            if isinstance(left, str) and os.path.dirname(left) == os.path.dirname(self._path):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(left)
+            self._remove_temporary()
             self._write_note(note if is_locked else {**self._read_note(), "temporary": temporary})
             status = os.stat(self._path)
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
@@ -206,6 +207,17 @@ class BackupLock:
                 f"cannot write {self._path}: {os_error_text(error)} (is this root, and has the cluster "
                 "a quorum?)"
             ) from error
+
+    def _remove_temporary(self) -> None:
+        """Remove what a killed process of ours has not renamed; call it under Proxmox VE's lock."""
+        left = self._read_note().get("temporary")
+        if (
+            isinstance(left, str)
+            and left.startswith(f"{self._path}.tmp.")
+            and "/" not in left[len(self._path) :]
+        ):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(left)
 
     # --- The note ---
 

@@ -11,126 +11,107 @@ import subprocess
 from collections.abc import Iterator, Mapping
 
 from vmapipe.control.hosts.pve.defaults import Defaults, parse_defaults
+from vmapipe.control.hosts.pve.files import NodeFiles
 from vmapipe.control.hosts.pve.guests import Inventory, Kind, PveGuest, parse_pools, parse_tags
 from vmapipe.control.hosts.pve.machine import MachineConfig
 from vmapipe.control.hosts.pve.storages import PveStorage, PveVolume, parse_storages
 from vmapipe.control.qemu.qemu_process import command_line, is_qemu
 from vmapipe.control.qmp.addresses import Address, is_listening
-from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.side_files import open_regular
+from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.text import one_line
 
 #: Where the node's files are, if not below /.
 ROOT_VARIABLE = "VMAPIPE_PVE_ROOT"
-# pmxcfs itself takes no larger file (1 MiB).
-_MAX_BYTES = 1 << 20
 _CONF = re.compile(r"([1-9][0-9]{2,8})\.conf")
 _FOLDERS: Mapping[str, Kind] = {"qemu-server": "qemu", "lxc": "lxc"}
 # LVM scans all its disks; on a busy host that takes seconds.
 _LVM_S = 60.0
 
 
+def root_of(option: str | None) -> str:
+    """Return where the node's files are, by --pve-root or the environment."""
+    return option or os.environ.get(ROOT_VARIABLE) or "/"
+
+
 class PveNode:
-    """This node, with its files below `root`."""
+    """This node; or, below a `root`, one that is simulated, or dead. All but the paths raise Failure."""
 
     def __init__(self, root: str = "/") -> None:
         """Raises Failure where there is no node of Proxmox VE."""
-        self.root = os.path.abspath(root or "/").rstrip("/")
-        if not os.path.isdir(self.path("/etc/pve")):
-            raise Failure(
-                f"{self.path('/etc/pve')}: no Proxmox VE is here (or its service pve-cluster does not "
-                "run): --pve is for its nodes; for other machines see --qmp and --disk"
-            )
+        self._files = NodeFiles(root)
         self.name = self._own_name()
+
+    @property
+    def is_dead(self) -> bool:
+        """True for a node that does not run: none of its machines does, and nothing can be locked."""
+        return self._files.is_dead
 
     def path(self, path: str) -> str:
         """Return where a file of the node is for us."""
-        return self.root + path
+        return self._files.path(path)
 
     def _own_name(self) -> str:
         with contextlib.suppress(OSError):
             return os.path.basename(os.readlink(self.path("/etc/pve/local")).rstrip("/"))
-        if self.root:
-            with contextlib.suppress(Failure):
-                return self._text("/etc/hostname").strip().partition(".")[0]
-        return platform.node().partition(".")[0]
+        named = self._files.text("/etc/hostname").strip() if self._files.is_elsewhere else ""
+        return (named or platform.node()).partition(".")[0]
 
     # --- Files ---
-
-    def _text(self, path: str) -> str:
-        """Return a file's text; empty: it is not there. Raises Failure."""
-        try:
-            fd = open_regular(self.path(path))
-            with open(fd, "rb") as file:
-                return file.read(_MAX_BYTES).decode("utf-8", "surrogateescape")
-        except FileNotFoundError:
-            return ""
-        except OSError as error:
-            raise Failure(f"cannot read {self.path(path)}: {os_error_text(error)}") from error
 
     def config_path(self, vmid: int) -> str:
         return self.path(f"{self._own_folder('qemu-server')}/{vmid}.conf")
 
     def config(self, vmid: int) -> MachineConfig:
         """Raises Failure where the machine is not there any more."""
-        path = f"{self._own_folder('qemu-server')}/{vmid}.conf"
-        if not os.path.exists(self.path(path)):
-            raise Failure(f"VM {vmid}: its configuration {self.path(path)} is gone")
-        return MachineConfig(self._text(path))
+        folder = self._own_folder("qemu-server")
+        if f"{vmid}.conf" not in self._files.names(folder):
+            raise Failure(f"VM {vmid}: its configuration {self.config_path(vmid)} is gone")
+        return MachineConfig(self._files.text(f"{folder}/{vmid}.conf"))
 
-    def firewall_path(self, vmid: int) -> str:
-        """Return the path of its firewall's rules; empty: it has none."""
-        path = self.path(f"/etc/pve/firewall/{vmid}.fw")
-        return path if os.path.isfile(path) else ""
+    def firewall(self, vmid: int) -> str:
+        """Return its firewall's rules; empty: it has none."""
+        return self._files.text(f"/etc/pve/firewall/{vmid}.fw")
 
     def _own_folder(self, kind: str) -> str:
         """Return the folder of this node's guests: pmxcfs has a link to it at /etc/pve."""
-        own = f"/etc/pve/nodes/{self.name}/{kind}"
-        return own if os.path.isdir(self.path(own)) else f"/etc/pve/{kind}"
+        if self.name in self._files.names("/etc/pve/nodes"):
+            return f"/etc/pve/nodes/{self.name}/{kind}"
+        return f"/etc/pve/{kind}"
 
     def inventory(self) -> Inventory:
-        """Return all guests of the cluster, and the pools. Raises Failure."""
+        """Return all guests of the cluster, and the pools."""
         guests = dict[int, PveGuest]()
         for kind in _FOLDERS:
-            for node in self._other_nodes():
-                guests |= self._guests_in(f"/etc/pve/nodes/{node}/{kind}", kind, node)
+            for node in self._files.names("/etc/pve/nodes"):
+                if node != self.name:
+                    guests |= self._guests_in(f"/etc/pve/nodes/{node}/{kind}", kind, node)
         # Last: in a number that two have, ours is the one that can be backed up.
         for kind in _FOLDERS:
             guests |= self._guests_in(self._own_folder(kind), kind, self.name)
-        return Inventory(self.name, guests, parse_pools(self._text("/etc/pve/user.cfg")))
-
-    def _other_nodes(self) -> Iterator[str]:
-        with contextlib.suppress(OSError):
-            yield from sorted(set(os.listdir(self.path("/etc/pve/nodes"))) - {self.name})
+        return Inventory(self.name, guests, parse_pools(self._files.text("/etc/pve/user.cfg")))
 
     def _guests_in(self, folder: str, kind: str, node: str) -> dict[int, PveGuest]:
-        try:
-            names = os.listdir(self.path(folder))
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise Failure(
-                f"cannot look into {self.path(folder)}: {os_error_text(error)}"
-            ) from error
         found = {}
-        for match in filter(None, map(_CONF.fullmatch, names)):
+        for match in filter(None, map(_CONF.fullmatch, self._files.names(folder))):
             vmid = int(match[1])
             with contextlib.suppress(Failure):  # it says so itself when it is to be backed up
-                config = MachineConfig(self._text(f"{folder}/{match[0]}"))
+                config = MachineConfig(self._files.text(f"{folder}/{match[0]}"))
                 tags = parse_tags(config.tags)
                 found[vmid] = PveGuest(vmid, _FOLDERS[kind], node, config.is_template, tags)
             found.setdefault(vmid, PveGuest(vmid, _FOLDERS[kind], node))
         return found
 
     def storages(self) -> dict[str, PveStorage]:
-        return parse_storages(self._text("/etc/pve/storage.cfg"))
+        return parse_storages(self._files.text("/etc/pve/storage.cfg"))
 
     def defaults(self) -> Defaults:
-        return parse_defaults(self._text("/etc/vzdump.conf"))
+        return parse_defaults(self._files.text("/etc/vzdump.conf"))
 
     def cluster(self) -> str:
         """Return the cluster's name; empty: the node is alone."""
-        match = re.search(r"^\s*cluster_name:\s*(\S+)", self._text("/etc/pve/corosync.conf"), re.M)
+        match = re.search(
+            r"^\s*cluster_name:\s*(\S+)", self._files.text("/etc/pve/corosync.conf"), re.M
+        )
         return match[1] if match else ""
 
     # --- Running machines ---
@@ -138,7 +119,7 @@ class PveNode:
     def _run_folder(self, kind: str) -> str:
         """Return /var/run or /var/lock, which are links to folders of the host that runs."""
         path = self.path(f"/var/{kind}")
-        if self.root and os.path.islink(path):
+        if self._files.is_elsewhere and os.path.islink(path):
             path = self.path({"run": "/run", "lock": "/run/lock"}[kind])
         return f"{path}/qemu-server"
 
@@ -156,6 +137,8 @@ class PveNode:
 
     def is_running(self, vmid: int) -> bool:
         """Tell whether the machine's QEMU runs. Raises Failure for one that has no monitor."""
+        if self.is_dead:
+            return False
         pid_path = f"{self._run_folder('run')}/{vmid}.pid"
         listens = is_listening(Address(self.socket(vmid, "qmp")))
         try:
@@ -183,24 +166,32 @@ class PveNode:
 
         Raises Failure.
         """
-        path = self.path(volume.path)
-        if self.root and volume.path.startswith("/dev/") and not os.path.exists(path):
-            path = volume.path  # the devices of a dead host's disks are those of this one
-        if os.path.exists(path) or not volume.lv:
-            if not os.path.exists(path):
-                raise Failure(f"{path}: the volume is not there (is its storage mounted, mapped?)")
+        path = self._place_of(volume)
+        if path:
             yield path
             return
+        if not volume.lv:
+            raise Failure(
+                f"{self.path(volume.path)}: the volume is not there (is its storage mounted, mapped?)"
+            )
         # Proxmox VE has a volume active only where a machine uses it; -K: thin snapshots, too.
         _lvchange("-ay", "-K", volume.lv)
         try:
-            if not os.path.exists(path):
-                raise Failure(f"{path}: the volume is active, and its device is not there")
+            path = self._place_of(volume)
+            if not path:
+                raise Failure(f"{volume.path}: the volume is active, and its device is not there")
             yield path
         finally:
             # One that is left active harms nothing: Proxmox VE activates it itself.
             with contextlib.suppress(Failure):
                 _lvchange("-an", volume.lv)
+
+    def _place_of(self, volume: PveVolume) -> str:
+        """Return the path of a volume as we see it; empty: it is not there."""
+        places = [self.path(volume.path)]
+        if self._files.is_elsewhere and volume.path.startswith("/dev/"):
+            places.append(volume.path)  # the devices of a dead host's disks are those of this one
+        return next((place for place in places if os.path.exists(place)), "")
 
     def check_target(self, folder: str, mount_point: str) -> None:
         """Raises UsageError for a folder that is not there, or not the storage's own."""

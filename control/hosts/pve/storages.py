@@ -20,7 +20,7 @@ _FOLDERS = frozenset({"dir", "btrfs", *_MOUNTED})
 _FORMATS = {"raw": "raw", "qcow2": "qcow2", "vmdk": "vmdk"}
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _HEAD = re.compile(r"([a-z][a-z0-9]*):\s*(\S+)\s*")
-_OPTION = re.compile(r"\s+([a-z][a-z0-9-]*)(?:\s+(.*?))?\s*")
+_OPTION = re.compile(r"\s+([a-z][a-z0-9_-]*)(?:\s+(.*?))?\s*")
 _ISCSI = re.compile(r"\d+\.\d+\.\d+\.([A-Za-z0-9_.:+-]+)")
 
 _AT_REST = (

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.control.qemu.paused_machine import paused_machine
+from tests.control.qemu.software_tpm import swtpm
 from tests.machine import LIMIT_S, Need, eventually, good, listens
 from vmapipe.control.qemu.tpm import (
     VOLUME_BYTES,
@@ -35,21 +33,6 @@ _SESSION = "00000009 40000009 0000 00 0000"
 DEFINE = (0x12A, f"{_OWNER} {_SESSION} 0000 000e {_INDEX} 000b 02060006 0000 0008")
 WRITE = (0x137, f"{_OWNER} {_INDEX} {_SESSION} 0008 {KEY.hex()} 0000")
 READ = (0x14E, f"{_OWNER} {_INDEX} {_SESSION} 0008 0000")
-
-
-@contextlib.contextmanager
-def swtpm(need: Need, folder: Path, state: str, *options: str) -> Iterator[None]:
-    (program,) = need("swtpm")
-    control = folder / "control"
-    words = ["socket", "--tpm2", "--tpmstate", state, "--ctrl", f"type=unixio,path={control}"]
-    with subprocess.Popen([program, *words, *options], stdout=subprocess.DEVNULL) as process:
-        try:
-            assert eventually(lambda: listens(control))
-            yield
-        finally:
-            process.terminate()
-            process.wait(LIMIT_S)
-    control.unlink(missing_ok=True)
 
 
 def asked(need: Need, folder: Path, state: str, *commands: tuple[int, str]) -> bytes:

@@ -14,13 +14,12 @@ import pytest
 
 from tests.control.hosts.pve.simulated import SimulatedNode, blockdev, pvestatd, scsi
 from tests.control.qemu.paused_machine import PausedMachine
-from tests.control.qemu.test_tpm import swtpm
+from tests.control.qemu.software_tpm import swtpm
 from tests.machine import Need, end_of, eventually, good, next_event, started, without_limit
 
 MIB = 1 << 20
 CONF = """\
 #the web server
-agent: 1
 bios: ovmf
 boot: order=scsi0
 cores: 1
@@ -42,6 +41,7 @@ memory: 32
 scsi0: local:100/vm-100-disk-0.raw
 """
 EFI_BYTES = 540672
+FIREWALL = b"[OPTIONS]\nenable: 1\n"
 OVMF = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 
 
@@ -63,7 +63,7 @@ def web(node: SimulatedNode, need: Need, tmp_path: Path) -> Iterator[Web]:
         "drive-scsi2": chance.randbytes(4 * MIB),
     }
     node.configure(100, CONF)
-    (node.pve / "firewall/100.fw").write_text("[OPTIONS]\nenable: 1\n")
+    (node.pve / "firewall/100.fw").write_bytes(FIREWALL)
     efi = node.image(100, "vm-100-disk-1.raw", contents["drive-efidisk0"])
     first = node.image(100, "vm-100-disk-0.raw", contents["drive-scsi0"])
     second = node.image(100, "vm-100-disk-2.qcow2", b"")
@@ -114,6 +114,9 @@ def test_all_disks_that_vzdump_takes_are_in_the_archive_and_pvestatd_is_answered
         with started(*node.words("--pve", "100", "--json", "--speed", "1M"), node.dump) as process:
             next_event(process, "instant")
             assert "lock: backup\n" in node.config(100)
+            # The guest stands still: its TPM is asked nothing.
+            tpm = node.root / "var/lib/vz/images/100/vm-100-disk-4.raw"
+            vm.contents["drive-tpmstate0-backup"] = tpm.read_bytes().ljust(4 * MIB, b"\0")
             before = len(asking.took_s)
             vm.machine.write("scsi0", "write -P 7 0 4M")
             assert eventually(lambda: len(asking.took_s) > before + 5)
@@ -126,5 +129,17 @@ def test_all_disks_that_vzdump_takes_are_in_the_archive_and_pvestatd_is_answered
     assert float("inf") not in asking.took_s
     (archive,) = node.dump.glob("*.vma")
     good("restore", archive, tmp_path / "out")
-    for name, content in vm.contents.items():
-        assert (tmp_path / "out" / f"disk-{name}.raw").read_bytes() == content, name
+    contents = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("disk-*")}
+    assert contents == {f"disk-{name}.raw": content for name, content in vm.contents.items()}
+    assert (tmp_path / "out/qemu-server.fw").read_bytes() == FIREWALL
+    stored = (tmp_path / "out/qemu-server.conf").read_text().splitlines()
+    assert "#scsi1: local:100/vm-100-disk-2.qcow2,backup=0,size=8M" in stored
+    assert "scsi2: local:100/vm-100-disk-3.raw,ro=1,size=4M" in stored
+    assert "ide0: local:100/vm-100-cloudinit.qcow2,media=cdrom" in stored
+    assert [line for line in stored if line.startswith(("[", "unused", "lock"))] == []
+    assert sorted(line for line in stored if line.startswith("#qmdump")) == [
+        "#qmdump#map:efidisk0:drive-efidisk0:local:raw:",
+        "#qmdump#map:scsi0:drive-scsi0:local:raw:",
+        "#qmdump#map:scsi2:drive-scsi2:local:raw:",
+        "#qmdump#map:tpmstate0:drive-tpmstate0-backup:local:raw:",
+    ]
