@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a restore test, kept as `ARCHIVE.drill.json` beside the archive.
+"""The result of a restore test, kept as `ARCHIVE.drill.json` beside the archive; evidence and metrics of it.
 
 Whoever can write beside an archive can put anything there. So the file is read as a stranger's: in
-bounds, each field of its type, and only for the archive with its uuid.
+bounds, each field of its type, and only for the archive with its uuid. The evidence is a folder of
+bounded files, named by this program only; the metrics are a text file for Prometheus' node_exporter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import time
 import uuid as uuids
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from vmapipe.access.machine.spec import Omission
+from vmapipe.control.coordinator.metrics import SUFFIX as METRICS_SUFFIX
+from vmapipe.control.coordinator.metrics import escaped_label, old_value
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.side_files import open_regular, write_whole
 
 #: Behind the archive's name.
@@ -180,3 +186,94 @@ def read_result(archive: str, uuid: bytes) -> DrillResult | None:
     except (OSError, ValueError):
         return None
     return result if uuids.UUID(result.archive_uuid).bytes == uuid else None
+
+
+#: Every file that there may be in the folder of the evidence: a picture, logs and the result.
+EVIDENCE_NAMES = (
+    "screen.png",
+    "screen.txt",
+    "serial.log",
+    "firmware.log",
+    "qemu.log",
+    "result.json",
+)
+# A picture of a full screen has some 100 KiB, a log at most 1 MiB.
+_MAX_EVIDENCE_BYTES = 8 << 20
+
+
+def keep_evidence(path: str, files: Mapping[str, bytes]) -> None:
+    """Write the files into the folder `path`, in place of an earlier test's. Raises Failure."""
+    place, name = os.path.split(os.path.abspath(path))
+    try:
+        with HeldFolder(place) as above, _folder(above, name) as folder:
+            for file_name in EVIDENCE_NAMES:
+                _unlink(folder, file_name)
+            for file_name, data in files.items():
+                if file_name in EVIDENCE_NAMES and len(data) <= _MAX_EVIDENCE_BYTES:
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                    with open(folder.open(file_name, flags), "wb") as file:
+                        file.write(data)
+    except OSError as error:
+        raise Failure(f"cannot keep the evidence in {path}: {os_error_text(error)}") from error
+
+
+def remove_evidence(above: HeldFolder, name: str) -> None:
+    """Remove such a folder; one that holds more than that stays. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), above.folder(name) as folder:
+        for file_name in EVIDENCE_NAMES:
+            _unlink(folder, file_name)
+        if not folder.names():
+            above.remove_folder(name, folder)
+
+
+def _folder(above: HeldFolder, name: str) -> HeldFolder:
+    try:
+        return above.make_folder(name)
+    except FileExistsError:
+        # Never through a link: somebody else would choose where it leads.
+        folder = above.folder(name)
+    if os.fstat(folder.fd).st_uid != os.geteuid():
+        folder.close()
+        raise PermissionError(0, "the folder belongs to another user")
+    return folder
+
+
+def _unlink(folder: HeldFolder, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder.fd)
+
+
+_LAST_SUCCESS = "vmapipe_drill_last_success_timestamp_seconds"
+
+
+def render_metrics(name: str, result: DrillResult, last_success: float, ended_s: float) -> str:
+    """`name` tells this file's metrics from those of others. `last_success` 0: never."""
+    has_booted = result.verdict == "booted"
+    values = {
+        "vmapipe_drill_success": ("Whether the last archive that was tested boots.", has_booted),
+        "vmapipe_drill_last_run_timestamp_seconds": ("When the last test ended.", ended_s),
+        _LAST_SUCCESS: ("When an archive was last proved to boot.", last_success),
+        "vmapipe_drill_boot_seconds": ("How long it took to boot.", result.seconds),
+        "vmapipe_drill_read_bytes": ("How much the guest has read.", result.bytes_read),
+    }
+    if has_booted:
+        values[_LAST_SUCCESS] = (values[_LAST_SUCCESS][0], ended_s)
+    lines = []
+    for metric, (text, value) in values.items():
+        if value is not None and (value or metric != _LAST_SUCCESS):
+            lines += [f"# HELP {metric} {text}", f"# TYPE {metric} gauge"]
+            label = f'{{drill="{escaped_label(name)}"}}'
+            lines.append(f"{metric}{label} {round(float(value), 3):.15g}")
+    return "\n".join(lines) + "\n"
+
+
+def write_metrics(path: str, result: DrillResult) -> None:
+    """All of it or nothing: the exporter may read at any moment. Raises Failure."""
+    place, name = os.path.split(path)
+    try:
+        with HeldFolder(place) as folder:
+            before = old_value(folder, name, _LAST_SUCCESS)
+        text = render_metrics(name.removesuffix(METRICS_SUFFIX), result, before, time.time())
+        write_whole(path, text.encode(), 0o644)  # the exporter is another user
+    except OSError as error:
+        raise Failure(f"cannot write the metrics {path}: {os_error_text(error)}") from error

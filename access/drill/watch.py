@@ -6,14 +6,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 from vmapipe.access.drill.judge import Decision, Judge
-from vmapipe.access.drill.patterns import PatternTooSlow, bounded_search
 from vmapipe.access.drill.plan import DrillPlan, Step
 from vmapipe.access.drill.probes import Heard, Probes, shown
 from vmapipe.access.drill.screen import (
@@ -25,14 +27,100 @@ from vmapipe.access.drill.screen import (
     parse_ppm,
     text_lines,
 )
-from vmapipe.access.drill.signs import LOGIN, Sign, failure_in
-from vmapipe.access.drill.transcript import Transcript
+from vmapipe.access.drill.signs import LOGIN, Sign, failure_in, plain
 from vmapipe.access.machine.process import OwnQemu
 from vmapipe.control.qmp.connection import Command, QmpGone, QmpRefused
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.syscalls import readable
 from vmapipe.runtime.text import human_bytes, one_line
+
+# A search in some KiB takes well under a millisecond, unless an expression repeats what repeats.
+_SEARCH_S = 0.5
+
+
+class PatternTooSlow(Exception):
+    """The expression has not come to an end in this text."""
+
+
+def bounded_search(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """Search in the main thread. Raises PatternTooSlow.
+
+    Python's engine looks for signals while it works, so a timer of this process's CPU time ends it.
+    """
+    with _search_limit():
+        return pattern.search(text)
+
+
+@contextmanager
+def _search_limit() -> Iterator[None]:
+    def expire(signum: int, frame: FrameType | None) -> None:
+        raise PatternTooSlow
+
+    # Whoever is woken up by signals has nothing to do with this one.
+    wakeup = signal.set_wakeup_fd(-1)
+    before = signal.signal(signal.SIGVTALRM, expire)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, _SEARCH_S)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:
+        signal.signal(signal.SIGVTALRM, before)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+
+# A boot's messages are some 100 KiB; a guest may write for ever.
+_HEAD_BYTES, _TAIL_BYTES = 512 << 10, 512 << 10
+# So much is searched at a time: what a pattern looks for is shorter, and one of somebody's
+# who writes quickly is not passed over.
+_WINDOW_CHARS, _PIECE_BYTES = 8192, 4096
+
+
+class Transcript:
+    """One console. `window`: its latest text, without colours and cursor movements."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._tail = bytearray()
+        self._left_out = 0
+        self._raw = ""
+        self.window = ""
+        self.total_bytes = 0
+
+    def feed(self, data: bytes) -> Iterator[str]:
+        """Take what has come; yield the window after each piece of it."""
+        self.total_bytes += len(data)
+        room = _HEAD_BYTES - len(self._head)
+        self._head += data[:room] if room > 0 else b""
+        self._tail += data[max(0, room) :]
+        surplus = len(self._tail) - _TAIL_BYTES
+        if surplus > 0:
+            del self._tail[:surplus]
+            self._left_out += surplus
+        for at in range(0, len(data), _PIECE_BYTES):
+            piece = data[at : at + _PIECE_BYTES].decode(errors="replace")
+            self._raw = (self._raw + piece)[-_WINDOW_CHARS:]
+            self.window = plain(self._raw)
+            yield self.window
+
+    def forget(self) -> None:
+        """What was said so far is not searched any more: the machine has started anew."""
+        self._raw = self.window = ""
+
+    @property
+    def last_line(self) -> str:
+        lines = [line.strip() for line in self.window.splitlines()]
+        return next((line for line in reversed(lines) if line), "")
+
+    def kept(self) -> bytes:
+        """Return all of it, or its beginning and its end."""
+        if not self._left_out:
+            return bytes(self._head + self._tail)
+        note = f"\n[{self._left_out} bytes are left out here]\n".encode()
+        return bytes(self._head) + note + bytes(self._tail)
+
 
 _TICK_S = 0.25
 # A picture costs the guest and us some 30 ms.

@@ -35,8 +35,7 @@ from vmapipe.access.files.messages import (
     Volume,
 )
 from vmapipe.access.files.sources import ByteSource, joined
-from vmapipe.access.files.tables import Partition
-from vmapipe.access.files.volumes import Node, signature
+from vmapipe.access.files.volumes import Node, Partition, signature
 
 #: What the library raises: RuntimeError for what our own `read` raised below it.
 PARSER_ERRORS = (OSError, RuntimeError)

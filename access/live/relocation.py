@@ -25,7 +25,7 @@ from vmapipe.access.live.moves import (
     is_finished,
     next_steps,
 )
-from vmapipe.access.live.policies import check_policies
+from vmapipe.access.live.qemu import check_policies
 from vmapipe.access.live.record import LiveNote, NoteFile
 from vmapipe.access.live.server import ArchiveServer
 from vmapipe.control.qemu.graph import Graph

@@ -25,8 +25,7 @@ from vmapipe.access.live.nodes import (
     own_nodes_below,
     whole_sectors,
 )
-from vmapipe.access.live.policies import check_policies, read_graph
-from vmapipe.access.live.qemu import QemuProcess, connect_if_alive
+from vmapipe.access.live.qemu import QemuProcess, check_policies, connect_if_alive, read_graph
 from vmapipe.access.live.record import NOTE_NAME, LiveNote, NoteFile
 from vmapipe.access.live.relocation import Relocation
 from vmapipe.access.live.server import ArchiveServer

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import psutil
 
 from vmapipe.access.archive import OpenArchive, open_for_access
-from vmapipe.access.drill import metrics
-from vmapipe.access.drill.evidence import keep_evidence
 from vmapipe.access.drill.plan import MAX_PLAN_BYTES, DrillPlan, parse_plan
 from vmapipe.access.drill.result import (
     EVIDENCE_SUFFIX,
     DrillResult,
     encode_result,
+    keep_evidence,
+    write_metrics,
     write_result,
 )
 from vmapipe.access.drill.run import DrillOptions, Outcome, drill
@@ -272,7 +272,7 @@ def _conclude(name: str, outcome: Outcome, options: argparse.Namespace, emit: Em
         troubles.append(str(error))
     try:
         if options.metrics:
-            metrics.write(options.metrics, result)
+            write_metrics(options.metrics, result)
     except Failure as error:
         troubles.append(str(error))
     for text in troubles:

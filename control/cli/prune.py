@@ -13,8 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from vmapipe.access.drill.evidence import remove_evidence
-from vmapipe.access.drill.result import EVIDENCE_SUFFIX
+from vmapipe.access.drill.result import EVIDENCE_SUFFIX, remove_evidence
 from vmapipe.access.drill.result import SUFFIX as DRILL_SUFFIX
 from vmapipe.archiver.base.choice import read_name
 from vmapipe.archiver.service.storage import is_of_service

@@ -35,8 +35,7 @@ from tests.machine import (
     run,
     started,
 )
-from vmapipe.access.drill.evidence import keep_evidence
-from vmapipe.access.drill.result import read_result
+from vmapipe.access.drill.result import keep_evidence, read_result
 from vmapipe.access.drill.screen import Picture, looks_graphical
 from vmapipe.access.machine.accelerator import TCG, VARIABLE
 from vmapipe.access.machine.argv import Wiring, qemu_words

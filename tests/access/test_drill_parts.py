@@ -15,12 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from vmapipe.access.drill import metrics
-from vmapipe.access.drill.evidence import NAMES, keep_evidence, remove_evidence
 from vmapipe.access.drill.judge import Decision, Judge
-from vmapipe.access.drill.patterns import PatternTooSlow, bounded_search
 from vmapipe.access.drill.plan import DrillPlan, Step, default_plan, parse_plan
-from vmapipe.access.drill.result import DrillResult
+from vmapipe.access.drill.result import (
+    EVIDENCE_NAMES,
+    DrillResult,
+    keep_evidence,
+    remove_evidence,
+    write_metrics,
+)
 from vmapipe.access.drill.screen import (
     Picture,
     encode_png,
@@ -30,7 +33,7 @@ from vmapipe.access.drill.screen import (
     text_lines,
 )
 from vmapipe.access.drill.signs import failure_in, has_login, plain
-from vmapipe.access.drill.transcript import Transcript
+from vmapipe.access.drill.watch import PatternTooSlow, Transcript, bounded_search
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.folders import HeldFolder
@@ -462,7 +465,7 @@ def test_evidence_takes_the_place_of_an_earlier_tests_and_of_nothing_else(tmp_pa
         remove_evidence(above, "vm.vma.drill")
         remove_evidence(above, "vm.vma.drill")
     assert os.listdir(tmp_path) == []
-    assert "result.json" in NAMES
+    assert "result.json" in EVIDENCE_NAMES
 
 
 def test_evidence_follows_no_link(tmp_path: Path) -> None:
@@ -479,18 +482,18 @@ def test_evidence_follows_no_link(tmp_path: Path) -> None:
 
 def test_the_metrics_keep_when_it_last_went_well(tmp_path: Path) -> None:
     path = tmp_path / 'vm"1.prom'
-    metrics.write(str(path), RESULT)
+    write_metrics(str(path), RESULT)
     before = _values(path)
     assert before["vmapipe_drill_success"] == 1
     assert before["vmapipe_drill_boot_seconds"] == 12.5
-    metrics.write(str(path), RESULT._replace(verdict="not booted", seconds=None))
+    write_metrics(str(path), RESULT._replace(verdict="not booted", seconds=None))
     after = _values(path)
     assert after["vmapipe_drill_success"] == 0
     last = "vmapipe_drill_last_success_timestamp_seconds"
     assert after[last] == before[last]
     assert "vmapipe_drill_boot_seconds" not in after
     with pytest.raises(Failure, match="cannot write the metrics"):
-        metrics.write(str(tmp_path / "no" / "x.prom"), RESULT)
+        write_metrics(str(tmp_path / "no" / "x.prom"), RESULT)
 
 
 def _values(path: Path) -> dict[str, float]:

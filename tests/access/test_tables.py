@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmapipe.access.files.sources import ByteSource
-from vmapipe.access.files.tables import Partition, partitions
+from vmapipe.access.files.volumes import Partition, partitions
 
 MIB = 1 << 20
 Entry = tuple[int, int, int]  # type, first sector, sectors

@@ -20,8 +20,8 @@ from pathlib import Path
 import zstandard
 
 from tests.guest import Kernel, booted, find_kernel
+from vmapipe.access.files.appliance_image import Initramfs, find_program
 from vmapipe.access.machine import kernels
-from vmapipe.access.machine.initramfs import Initramfs, find_program
 
 IMAGES = Path(__file__).parent / "images.tar.zst"
 KEY = b"the key of the test\nwith a second line\0and more"

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmapipe.control.monitor.commands import HumanMonitor, status_lines
 from vmapipe.control.monitor.disks import (
     BackupDevice,
     check_devices,
     machine_devices,
     split_devlist,
 )
-from vmapipe.control.monitor.hmp import HumanMonitor, status_lines
 from vmapipe.control.qmp.server import (
     Arguments,
     DeferredAnswer,

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from tests.protocol.nbd.client import Client
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.producer.guard.control_socket import Conversations
 from vmapipe.producer.guard.disk import ServedDisk
 from vmapipe.producer.guard.image import Image
-from vmapipe.producer.guard.main import offer
+from vmapipe.producer.guard.main import Conversations, offer
 from vmapipe.producer.guard_client import GuardClient
 from vmapipe.producer.nbd.server import Server
 from vmapipe.producer.shared_memory import RING_BYTES, Ring

@@ -29,7 +29,7 @@ from tests.producer.guard.hammer import (
 )
 from tests.protocol.nbd.client import Client
 from vmapipe.clusters.sizes import MAX_CLUSTERS
-from vmapipe.producer.guard import control_socket
+from vmapipe.producer.guard import main as guard_main
 from vmapipe.producer.guard_client import GuardClient
 from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.protocol import limits
@@ -402,7 +402,7 @@ def test_a_second_backup_is_refused_and_one_after_the_first_is_not(place: Place)
 def test_writes_that_are_held_go_on_when_nobody_says_begin(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control_socket, "_BEGIN_S", 0.2)
+    monkeypatch.setattr(guard_main, "_BEGIN_S", 0.2)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect(str(place.control))
         sock.send(encode(Hold(limits.VERSION, JOB, ("d",))))
