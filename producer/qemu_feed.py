@@ -8,7 +8,8 @@ import time
 from typing import NamedTuple
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
-from vmapipe.producer.chunks import UNCHANGED, ZEROES, Chunk
+from vmapipe.producer import chunks
+from vmapipe.producer.chunks import Chunk
 from vmapipe.producer.nbd.backend import sink_export
 from vmapipe.producer.nbd.server import Offer, Server, answer_promptly
 from vmapipe.producer.qemu_sink import MAX_PIECE_CLUSTERS, QemuSink
@@ -119,7 +120,12 @@ class QemuFeed:
         chunk = self._sink.next()
         if chunk is None:
             return False
-        return self._send_zeroes(chunk) if chunk.position < 0 else self._send_data(chunk)
+        match chunk.position:
+            case chunks.ZEROES:
+                return self._send_zeroes(chunk)
+            case chunks.UNCHANGED:
+                return self._send_unchanged(chunk)
+        return self._send_data(chunk)
 
     def _send_zeroes(self, chunk: Chunk) -> bool:
         session = self._session
@@ -129,6 +135,13 @@ class QemuFeed:
             return False
         session.send(Run(chunk.first, count, b"", 0, 0))
         self._sink.sent(count)
+        return True
+
+    def _send_unchanged(self, chunk: Chunk) -> bool:
+        if self._session.credit < limits.CHARGE_PER_FRAME:
+            return False
+        self._session.send_unchanged(chunk.first, chunk.clusters)
+        self._sink.sent(chunk.clusters)
         return True
 
     def _send_data(self, chunk: Chunk) -> bool:
@@ -204,8 +217,10 @@ class QemuFeed:
                 f"disk {self.name!r}: QEMU's job has copied {copied.copied_bytes} bytes, but "
                 f"{came_bytes} have come"
             )
+        if copied.rest == "unchanged" and not self._session.has_base:
+            raise Failure(f"disk {self.name!r}: the archiver has no base to take the rest from")
         if copied.rest != "none":
-            sink.rest_is(UNCHANGED if copied.rest == "unchanged" else ZEROES)
+            sink.rest_is(chunks.UNCHANGED if copied.rest == "unchanged" else chunks.ZEROES)
         self._job_ended = True
 
     def finish(self) -> None: ...

@@ -15,6 +15,10 @@ class Failure(Exception):
     exit_code = EXIT_FAILED
 
 
+class DoubtfulBase(Failure):
+    """The base of an incremental backup cannot be trusted after all: a full backup would do."""
+
+
 class UsageError(Failure):
     """The command line asks for something that makes no sense."""
 

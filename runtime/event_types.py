@@ -51,6 +51,7 @@ class BaseDevice(TypedDict):
     name: str
     incremental: bool
     reason: str
+    changed_bytes: NotRequired[int]
 
 
 class BaseEvent(TypedDict):

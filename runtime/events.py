@@ -17,7 +17,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from vmapipe.runtime.event_types import PublicEvent
@@ -198,7 +198,13 @@ class FinishedCommand(TypedDict):
     finished_bytes: int
 
 
-Command = SpeedCommand | CopiedCommand | JobSpeedSetCommand | FinishedCommand
+class SampledCommand(TypedDict):
+    order: Literal["sampled"]
+    clusters: list[int]
+    is_last: bool
+
+
+Command = SpeedCommand | CopiedCommand | JobSpeedSetCommand | FinishedCommand | SampledCommand
 
 # --- Lines ---
 
@@ -287,6 +293,30 @@ def copied_in(command: Command) -> JobCopied | None:
     if command["order"] != "copied":
         return None
     return JobCopied(int(command["bytes"]), command["rest"])
+
+
+# A line of so many numbers, of ten digits each, is shorter than a line may be.
+_SAMPLED = 50_000
+
+
+def sampled_commands(clusters: Sequence[int]) -> list[Command]:
+    """Return the commands that say which clusters that come are as in the base, for certain."""
+    starts = range(0, len(clusters), _SAMPLED) or range(1)
+    return [
+        {
+            "order": "sampled",
+            "clusters": list(clusters[at : at + _SAMPLED]),
+            "is_last": at == starts[-1],
+        }
+        for at in starts
+    ]
+
+
+def sampled_in(command: Command) -> tuple[list[int], bool] | None:
+    """Return some such clusters, and whether these are the last; None: another command."""
+    if command["order"] != "sampled":
+        return None
+    return command["clusters"], command["is_last"]
 
 
 #: QEMU's job has been given the speed that its sink asked for last.

@@ -19,6 +19,8 @@ from vmapipe.vma.header import HEADER_BYTES, MAX_HEADER_BYTES, UUID_BYTES
 
 FORMAT = "vmapipe-manifest"
 VERSION = 1
+#: Of an archive that was made with a base: its last line may tell of how many such in a row.
+VERSION_WITH_BASE = 2
 # Against damage, which it is quick enough to find at any disk's speed; not
 # against forgery: docs/decisions/0004-manifest-digests.md.
 ALGORITHM = "xxh3-128"
@@ -48,13 +50,18 @@ class DeviceTotals(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """`archive_bytes` is the plain VMA stream, `file_*` the bytes as stored (compressed or not)."""
+    """`archive_bytes` is the plain VMA stream, `file_*` the bytes as stored (compressed or not).
+
+    `incrementals`: so many archives in a row, this one included, have clusters that were not read
+    from a disk but taken from the one before; 0: all of it was read.
+    """
 
     extents: int
     archive_bytes: int
     file_bytes: int
     file_digest: bytes
     devices: tuple[DeviceTotals, ...]
+    incrementals: int = 0
 
 
 class Opening(NamedTuple):
@@ -63,12 +70,13 @@ class Opening(NamedTuple):
     uuid: bytes
     ctime_s: int
     header: ExtentDigest
+    version: int = VERSION
 
 
 def opening_line(opening: Opening) -> str:
     head = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": opening.version,
         "algorithm": ALGORITHM,
         "uuid": opening.uuid.hex(),
         "ctime": opening.ctime_s,
@@ -83,7 +91,7 @@ def extent_line(index: int, extent: ExtentDigest) -> str:
 
 
 def totals_line(totals: Totals) -> str:
-    tail = {
+    tail: dict[str, Any] = {
         "extent_count": totals.extents,
         "archive": {"bytes": totals.archive_bytes},
         "file": {"bytes": totals.file_bytes, "digest": totals.file_digest.hex()},
@@ -99,6 +107,8 @@ def totals_line(totals: Totals) -> str:
             for d in totals.devices
         ],
     }
+    if totals.incrementals:
+        tail["incrementals"] = totals.incrementals
     return "], " + json.dumps(tail)[1:] + "\n"
 
 
@@ -163,6 +173,8 @@ class ManifestReader:
                 f"{self._count} extents and {self._bytes} bytes, "
                 f"{totals.extents} and {totals.archive_bytes} announced"
             )
+        if totals.incrementals and self.opening.version == VERSION:
+            raise ValueError("incremental archives in a row, and no base")
         self.totals = totals
         return totals
 
@@ -189,7 +201,7 @@ def _parse_opening(text: str) -> Opening:
     head = json.loads(text + "]}")
     if head["format"] != FORMAT:
         raise ValueError("not a manifest of vmapipe")
-    if head["version"] != VERSION:
+    if head["version"] not in (VERSION, VERSION_WITH_BASE):
         raise ValueError(f"manifest version {head['version']!r} is not known here")
     if head["algorithm"] != ALGORITHM:
         raise ValueError(f"digest algorithm {head['algorithm']!r} is not known here")
@@ -200,6 +212,7 @@ def _parse_opening(text: str) -> Opening:
         _unhex(head["uuid"], UUID_BYTES),
         int(head["ctime"]),
         ExtentDigest(int(size), _unhex(digest, DIGEST_BYTES)),
+        int(head["version"]),
     )
 
 
@@ -220,6 +233,7 @@ def _parse_totals(tail: dict[str, Any]) -> Totals:
             )
             for d in tail["devices"]
         ),
+        incrementals=max(0, int(tail.get("incrementals", 0))),
     )
 
 

@@ -53,12 +53,16 @@ def read_name(name: str) -> ArchiveName | None:
     return ArchiveName(found["group"], (year, month, day, hour, minute, second))
 
 
-def choose_base(archive: str, devices: Collection[str]) -> Base | str:
+def choose_base(
+    archive: str, devices: Collection[str], recorded: Collection[bytes] = ()
+) -> Base | str:
     """Return the base for a new `archive` (a file's path), or in words why there is none. Never raises.
 
     It has at least one of `devices`; each device that it lacks, or has in another size, is
     sent in full. The time in a name only orders: with a clock that was wrong another one is
     chosen, and a base that is older than it might be costs time, never data.
+
+    `recorded`: uuids of archives since which changes were recorded; one of them is preferred.
     """
     folder, name = os.path.split(archive)
     parsed = read_name(name)
@@ -75,13 +79,19 @@ def choose_base(archive: str, devices: Collection[str]) -> Base | str:
         if (other := read_name(each)) is not None and other.machine == parsed.machine
     ]
     doubts = []
+    newest: Base | None = None
     for _, each in sorted(parts, reverse=True)[:_MOST_LOOKS]:
         found = check_base(os.path.join(folder, each))
         if isinstance(found, Base):
             if any(device.name in devices for device in found.devices):
-                return found
+                if not recorded or found.uuid in recorded:
+                    return found
+                newest = newest or found
+                continue
             found = f"{found.archive} has none of these disks"
         doubts.append(found)
+    if newest is not None:
+        return newest
     if doubts:
         return doubts[0]
     return f"there is no earlier archive of {parsed.machine} in {folder or '.'}"

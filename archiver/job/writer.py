@@ -21,6 +21,7 @@ from vmapipe.archiver.outputs.compress import Compression, ZstdOutput
 from vmapipe.archiver.outputs.manifests import DigestedOutput, Digests
 from vmapipe.runtime.process import yield_cpu
 from vmapipe.vma.header import Header
+from vmapipe.vma.manifest import VERSION, VERSION_WITH_BASE
 from vmapipe.vma.packer import PackedExtent
 
 Note = TypeVar("Note")
@@ -232,6 +233,8 @@ class ArchiveWriter(Generic[Note]):
     def _fill(self, run: FillRun) -> None:
         if self._filler is None:
             raise RuntimeError("clusters of a device that has a base, without one")
+        if run.payload is None and self._digests is not None and self._base is not None:
+            self._digests.incrementals = self._base.totals.incrementals + 1
         for filled in self._filler.take(run):
             self._write_filled(filled)
         self._written.append(run)
@@ -247,11 +250,12 @@ class ArchiveWriter(Generic[Note]):
         yield_cpu()
 
     def _write_header(self, begin: _Begin) -> None:
+        devices = {use.base_dev_id: use.device for use in begin.bases if use.base_dev_id}
         if self._digests is not None:
-            self._digests.begin(begin.header, begin.raw_header)
+            version = VERSION_WITH_BASE if devices else VERSION
+            self._digests.begin(begin.header, begin.raw_header, version)
         self._output.write([begin.raw_header])
         self.plain_bytes += len(begin.raw_header)
-        devices = {use.base_dev_id: use.device for use in begin.bases if use.base_dev_id}
         if self._base is not None and devices:
             self._filler = Filler(BaseExtents(self._base), begin.header.uuid, devices)
 

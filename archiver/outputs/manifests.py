@@ -19,6 +19,7 @@ from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.manifest import (
+    VERSION,
     DeviceTotals,
     ExtentDigest,
     Opening,
@@ -152,11 +153,13 @@ class Digests:
         self._archive_bytes = 0
         self._file = xxh3_128()
         self._file_bytes = 0
+        #: Of the manifest's last line.
+        self.incrementals = 0
 
-    def begin(self, header: Header, raw_header: bytes) -> None:
+    def begin(self, header: Header, raw_header: bytes, version: int = VERSION) -> None:
         self._devices = {device.dev_id: _DeviceHasher(device) for device in header.devices}
         self._archive_bytes = len(raw_header)
-        opening = Opening(header.uuid, header.ctime_s, digest_of([raw_header]))
+        opening = Opening(header.uuid, header.ctime_s, digest_of([raw_header]), version)
         self._sink.line(opening_line(opening))
 
     def extents(self, batch: Sequence[PackedExtent[Any]]) -> None:
@@ -191,6 +194,7 @@ class Digests:
             file_bytes=self._file_bytes,
             file_digest=self._file.digest(),
             devices=tuple(device.totals() for device in self._devices.values()),
+            incrementals=self.incrementals,
         )
         self._sink.line(totals_line(totals))
         self._sink.commit()

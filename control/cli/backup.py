@@ -30,6 +30,12 @@ from vmapipe.control.cli.backup_arguments import (
     parse_nbd,
     service_of,
 )
+from vmapipe.control.cli.backup_base import (
+    base_of,
+    can_run_again,
+    track,
+    without_foreign_bitmaps,
+)
 from vmapipe.control.coordinator.job import BackupJob, Disk, Service
 from vmapipe.control.coordinator.observers import (
     JobContext,
@@ -48,7 +54,6 @@ from vmapipe.control.coordinator.proxmox import (
     read_configs,
 )
 from vmapipe.control.coordinator.render import add_report_options, renderer
-from vmapipe.producer.pull.arguments import parse_nbd_disk
 from vmapipe.runtime.arguments import (
     add_buffer_options,
     add_child_options,
@@ -56,12 +61,11 @@ from vmapipe.runtime.arguments import (
 )
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
-from vmapipe.runtime.events import ChildCommands, Emit, ignore
+from vmapipe.runtime.events import ChildCommands, ignore
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import run, run_child
 
 if TYPE_CHECKING:
-    from vmapipe.archiver.base.check import Base
     from vmapipe.control.hosts.libvirt.running import DomainBackup
     from vmapipe.control.qemu.disks import LeftOut
     from vmapipe.control.qemu.machine import RunningMachine
@@ -207,6 +211,11 @@ def _check_base_options(options: argparse.Namespace) -> None:
     """Raises UsageError."""
     if options.base == "none":
         return
+    if options.uuid and options.qmp:
+        raise UsageError(
+            "--base with --qmp: QEMU's records of what has changed are named after the uuid of their "
+            "archive, and each archive needs one of its own: leave out --uuid"
+        )
     if options.archiver:
         raise UsageError("--base is for an archiver of this host")
     if options.reproducible:
@@ -297,7 +306,7 @@ def run_job(
         if options.vmid is not None:
             options.config, fds = configs.stored([disk.name for disk in disks])
             pass_fds = pass_fds + fds
-        base = base_of(options, [disk.name for disk in disks], around.emit)
+        base = base_of(options, [disk.name for disk in disks], machine, around.emit)
         if base is not None and options.nbd:
             disks = without_foreign_bitmaps(disks, options.nbd, base.uuid, around.emit)
         job = BackupJob(
@@ -321,14 +330,9 @@ def run_job(
         try:
             job.run(around.emit, around.cancel, around.commands)
         except Failure:
-            # What --trim has freed cannot be read again.
-            if not job.base_damage or machine or domain or options.trim:
+            if not job.base_damage or domain or not can_run_again(options, pass_fds):
                 raise
-            text = f"{job.base_damage}. This is a full backup instead"
-            around.emit({"event": "notice", "text": text})
-            dataclasses.replace(job, base="", base_damage="").run(
-                around.emit, around.cancel, around.commands
-            )
+            _run_full(options, configs.disks, job, around)
     finally:
         if machine:
             machine.end()
@@ -356,52 +360,36 @@ def open_domain(options: argparse.Namespace) -> DomainBackup | None:
     )
 
 
-def without_foreign_bitmaps(
-    disks: Sequence[Disk], exports: Sequence[str], base: bytes, emit: Emit
-) -> list[Disk]:
-    """Return the disks, without bitmaps that are named after another archive than the base; report those."""
-    # Imported here: other backups start sooner without.
-    from vmapipe.control.qemu.bitmaps import archive_of
-
-    foreign = dict[str, str]()
-    for export in map(parse_nbd_disk, exports):
-        if archive_of(export.bitmap) not in (b"", base):
-            foreign[export.name] = f"--bitmap={export.bitmap}"
-            text = (
-                f"disk {export.name!r}: all of it is read: the bitmap {export.bitmap!r} records since "
-                "another archive than the base"
-            )
-            emit({"event": "notice", "text": text})
-    return [
-        disk._replace(reading=tuple(w for w in disk.reading if w != foreign.get(disk.name)))
-        for disk in disks
-    ]
-
-
-def base_of(options: argparse.Namespace, devices: Sequence[str], emit: Emit) -> Base | None:
-    """Return the base; None: there is none, and it has been reported why."""
-    if options.base == "none":
-        return None
-    # Imported here: other backups start sooner without.
-    from vmapipe.archiver.base.check import Base, check_base
-    from vmapipe.archiver.base.choice import choose_base
-
-    found: Base | str = f"{options.archive} is not a file: only beside one is a base looked for"
-    if options.base != "auto":
-        found = check_base(options.base)
-    elif is_path(options.archive):
-        found = choose_base(options.archive, devices)
-    if isinstance(found, Base):
-        return found
-    emit(
-        {
-            "event": "base",
-            "archive": "",
-            "uuid": "",
-            "devices": [{"name": name, "incremental": False, "reason": found} for name in devices],
-        }
-    )
-    return None
+def _run_full(
+    options: argparse.Namespace,
+    configured: Sequence[ConfigDisk],
+    failed: BackupJob,
+    around: JobContext,
+) -> None:
+    """Back up in full what could not be backed up with its base. Raises Failure."""
+    text = f"{failed.base_damage}. This is a full backup instead"
+    around.emit({"event": "notice", "text": text})
+    machine = open_machine(options)
+    try:
+        if machine:
+            disks, _ = choose_disks(options, configured, machine)
+            if disks != failed.disks:
+                raise Failure(
+                    f"{failed.base_damage}; and the machine's disks have changed meanwhile"
+                )
+            track(options, machine, failed.base_damage)
+        job = dataclasses.replace(
+            failed,
+            base="",
+            base_damage="",
+            machine=machine,
+            archiver_options=archiver_options(options),
+            _base_event=None,
+        )
+        job.run(around.emit, around.cancel, around.commands)
+    finally:
+        if machine:
+            machine.end()
 
 
 def open_machine(options: argparse.Namespace) -> RunningMachine | None:

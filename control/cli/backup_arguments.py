@@ -8,6 +8,7 @@ import os
 import re
 import stat
 
+from vmapipe.control.cli.backup_base import FULL_EVERY, whole_number
 from vmapipe.control.coordinator.job import Disk, Service
 from vmapipe.control.coordinator.priorities import buffer_of_each
 from vmapipe.control.qmp.addresses import add_monitor_options
@@ -237,6 +238,14 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
         metavar="auto|ARCHIVE|none",
         help="take what is unchanged from an earlier archive with a manifest; auto: from the newest of "
         "this machine beside the new one. The new archive is as full as any other (default: none)",
+    )
+    group.add_argument(
+        "--full-every",
+        type=whole_number,
+        default=FULL_EVERY,
+        metavar="N",
+        help="with --base: after so many incremental archives the next one is full; 0: never "
+        f"(default: {FULL_EVERY})",
     )
 
 

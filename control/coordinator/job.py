@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.clusters.sizes import VMSTATE_NAME
+from vmapipe.control.coordinator.live_base import base_report
 from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.control.coordinator.priorities import AS_INHERITED, Priorities
 from vmapipe.control.coordinator.shares import Shares
@@ -18,8 +19,8 @@ from vmapipe.control.qemu.disks import check_names
 from vmapipe.control.qemu.vmstate import Instant
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
-from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
-from vmapipe.runtime.event_types import BackupProgressEvent, InstantEvent
+from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, DoubtfulBase, Failure, UsageError
+from vmapipe.runtime.event_types import BackupProgressEvent, BaseEvent, InstantEvent
 from vmapipe.runtime.events import ChildCommands, Command, Emit, Event, speed_command, speed_in
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.vma.header import MAX_DEVICES
@@ -134,6 +135,8 @@ class BackupJob:
     base: str = ""
     #: What is wrong with the base, where that is why this backup failed: a full one would do.
     base_damage: str = ""
+    #: What the archiver says of the base, until QEMU has said what it knows of the disks.
+    _base_event: BaseEvent | None = None
     #: Answers questions about the job from outside.
     server: JobServer | None = None
     job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
@@ -162,13 +165,17 @@ class BackupJob:
                     try:
                         self._start_archiver(children, folder, emit, cancel)
                         if self.snapshot:
-                            _report_instant(self.snapshot.begin(emit, cancel), emit)
+                            self._report_instant(self.snapshot.begin(emit, cancel), emit)
                             children.watch(self.snapshot.fd)
                         self._start_producers(children, folder, self._shares.share)
                         if self.server:
                             self.server.begin(self.speed_bytes_s, children.pids)
                             children.watch(self.server.fd)
                         self._watch(children, emit, cancel, folder, commands)
+                        self._release(emit, stored=children.all[0].exit_code == 0)
+                    except DoubtfulBase as doubt:
+                        self.base_damage = str(doubt)
+                        raise
                     finally:
                         self._release(emit)
             finally:
@@ -344,6 +351,8 @@ class BackupJob:
                 self._begin(emit, cancel)
         elif event["event"] == "ending":
             self._ending.add(event["device"])
+        elif event["event"] == "base" and self.machine:
+            self._base_event = event
         elif event["event"] == "base-damaged":
             self.base_damage = event["text"]
         elif event["event"] == "upload":
@@ -369,7 +378,7 @@ class BackupJob:
             self.machine.notices.clear()
             if self.machine.is_done:
                 children.unwatch(self.machine.fd)
-            _report_instant(self.machine.take_instant(), emit)
+            self._report_instant(self.machine.take_instant(), emit)
         if self.snapshot:
             self.snapshot.poll()
         if self.server:
@@ -421,7 +430,17 @@ class BackupJob:
                 held = self._choose_instant()
         else:
             held = self._choose_instant()
-        _report_instant(held, emit)
+        self._report_instant(held, emit)
+
+    def _report_instant(self, held: Instant | None, emit: Emit) -> None:
+        if held is None:
+            return
+        instant: InstantEvent = {"event": "instant", "held_s": round(held.seconds, 4)}
+        if held.how:
+            instant["memory"] = held.how
+        emit(instant)
+        if self.machine and self.machine.methods:
+            emit(base_report(self._base_event, self.machine.methods))
 
     def _choose_instant(self) -> Instant | None:
         """For how long disks, or the machine, were held; None: it will be known later."""
@@ -433,19 +452,12 @@ class BackupJob:
                 guards.setdefault(disk.guard, []).append(disk.name)
         return Instant("", begin_together(guards, self.job_id))
 
-    def _release(self, emit: Emit) -> None:
+    def _release(self, emit: Emit, *, stored: bool = False) -> None:
         """QEMU is rid of us, while the producers still serve it."""
-        for text in (source.end() for source in (self.machine, self.snapshot) if source):
-            if text:
-                emit({"event": "notice", "text": text})
-
-
-def _report_instant(held: Instant | None, emit: Emit) -> None:
-    if held is not None:
-        instant: InstantEvent = {"event": "instant", "held_s": round(held.seconds, 4)}
-        if held.how:
-            instant["memory"] = held.how
-        emit(instant)
+        texts = [self.machine.end(stored=stored)] if self.machine else []
+        texts += [self.snapshot.end()] if self.snapshot else []
+        for text in filter(None, texts):
+            emit({"event": "notice", "text": text})
 
 
 def _has_failed(child: Child, event: Event | None) -> bool:

@@ -199,11 +199,12 @@ def merge_bitmap(node: str, target: str, source: str | Mapping[str, str]) -> Com
     return Command("block-dirty-bitmap-merge", arguments)
 
 
-def add_image(name: str, path: str) -> Command:
+def add_image(name: str, path: str, *, read_only: bool) -> Command:
     """Return the command that opens an image of sample.py."""
-    file = {"driver": "file", "filename": path, "read-only": True}
-    arguments = {"driver": "qcow2", "node-name": name, "read-only": True, "file": file}
-    return Command("blockdev-add", arguments)
+    # It is no matter what a crash of the host leaves of it, and syncing would hold the guest up.
+    common = {"read-only": read_only, "cache": {"no-flush": True}}
+    file = {"driver": "file", "filename": path, **common}
+    return Command("blockdev-add", {"driver": "qcow2", "node-name": name, "file": file, **common})
 
 
 def remove_bitmap(node: str, name: str) -> Command:

@@ -6,8 +6,10 @@ See bitmaps.py for what is what.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vmapipe.clusters.sizes import cluster_count
@@ -19,7 +21,6 @@ from vmapipe.control.qemu.bitmaps import (
     add_job_bitmap,
     all_but,
     bitmap_name,
-    bitmaps_in,
     choose_method,
     job_bitmap,
     merge_bitmap,
@@ -30,24 +31,24 @@ from vmapipe.control.qemu.bitmaps import (
     worthless,
 )
 from vmapipe.control.qemu.disks import MachineDisk
-from vmapipe.control.qemu.jobs import NodeBitmap, run_prefix
-from vmapipe.control.qemu.sample import BITMAP, sample_image
+from vmapipe.control.qemu.jobs import NodeBitmap
+from vmapipe.control.qemu.sample import BITMAP, InvalidImage, is_set, read_bits, sample_image
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qmp.connection import Answer, Command, Qmp, QmpRefused, ask_if_known
-from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.errors import DoubtfulBase, os_error_text
 
 
 class TrackingOptions(NamedTuple):
     """The records that a backup wants.
 
     `archive`: its own uuid; `base`: what it builds on, None: nothing, for the reason `why_full`;
-    `samples`: by disk, the clusters to read although they have not changed.
+    `sample_percent`: so much of what has not changed is read all the same.
     """
 
     archive: bytes
     base: BaseArchive | None
     why_full: str
-    samples: Mapping[str, Sequence[int]]
+    sample_percent: float = 0
 
 
 # A record that is wrong (a disk that was shrunk and grown again, an image put in another's place) is
@@ -55,10 +56,15 @@ class TrackingOptions(NamedTuple):
 LEAST_SAMPLES = 64
 
 
-def choose_sample(size_bytes: int, percent: float) -> list[int]:
-    """Choose so many of a disk's clusters by chance, at least LEAST_SAMPLES; none for 0 percent."""
+def choose_sample(size_bytes: int, dirty_bytes: int, percent: float) -> list[int]:
+    """Choose clusters of a disk by chance, so many that at least LEAST_SAMPLES will not have changed.
+
+    None for 0 percent.
+    """
     clusters = cluster_count(size_bytes)
     wanted = max(LEAST_SAMPLES, round(clusters * percent / 100)) if percent else 0
+    # Which ones have changed is not known yet; at most half of them (see bitmaps.py).
+    wanted = round(wanted / max(0.5, 1 - dirty_bytes / size_bytes))
     # Nobody in the guest may know which they will be.
     return sorted(random.SystemRandom().sample(range(clusters), min(wanted, clusters)))
 
@@ -76,6 +82,7 @@ class ChangeTracking:
         # By disk: the node that its jobs' records are on.
         self._nodes: dict[str, str] = {}
         self._methods: dict[str, DiskMethod] = {}
+        self._samples: dict[str, Sequence[int]] = {}
 
     def prepare(
         self, disks: Sequence[MachineDisk], untracked: Sequence[str], folder: SinkFolder
@@ -96,7 +103,7 @@ class ChangeTracking:
             method = self._choose(disk, node)
             if node is not None:
                 name = self._nodes[disk.name] = str(node["node-name"])
-                if method.is_incremental and (why := self._fill(disk, name, method, folder)):
+                if method.is_incremental and (why := self._why_not(disk, name, method, folder)):
                     method = DiskMethod("", why)
                 self._begin_record(disk, node)
             self._methods[disk.name] = method
@@ -132,63 +139,76 @@ class ChangeTracking:
             "next backup will be a full one"
         )
 
+    def _why_not(self, disk: MachineDisk, node: str, method: DiskMethod, folder: SinkFolder) -> str:
+        """Make what the disk's job reads; return why that failed, empty: it did not."""
+        try:
+            return self._fill(disk, node, method, folder)
+        except DoubtfulBase as failure:
+            self._do(remove_bitmap(node, job_bitmap(self._run)))
+            return str(failure)
+
     def _fill(self, disk: MachineDisk, node: str, method: DiskMethod, folder: SinkFolder) -> str:
         """Make what the disk's job reads; return why that failed, empty: it did not."""
-        samples = self._options.samples.get(disk.name, ())
-        refused = self._do(add_job_bitmap(node, job_bitmap(self._run)))
-        refused = refused or self._do(merge_bitmap(node, job_bitmap(self._run), method.since))
-        if samples and not refused:
-            refused = self._merge_clusters(disk, node, job_bitmap(self._run), samples, folder)
+        name = job_bitmap(self._run)
+        refused = self._do(add_job_bitmap(node, name))
+        refused = refused or self._do(merge_bitmap(node, name, method.since))
+        sample = choose_sample(disk.size_bytes, method.dirty_bytes, self._options.sample_percent)
+        if sample and not refused:
+            source = sample_name(self._run)
+            with self._image(disk, sample, folder, read_only=True):
+                refused = self._do(merge_bitmap(node, name, {"node": source, "name": BITMAP}))
+        self._samples[disk.name] = sample
         if refused:
-            self._do(remove_bitmap(node, job_bitmap(self._run)))
+            self._do(remove_bitmap(node, name))
             return f"QEMU does not prepare an incremental backup of it: {refused}"
         return ""
 
-    def _merge_clusters(
-        self,
-        disk: MachineDisk,
-        node: str,
-        bitmap: str,
-        clusters: Sequence[int],
-        folder: SinkFolder,
-    ) -> str:
-        """Add clusters to a bitmap; return why that failed, empty: it did not."""
-        image = sample_name(self._run)
-        try:
-            with folder.image(sample_image(disk.size_bytes, clusters)) as path:
-                refused = self._do(add_image(image, path))
-        except OSError as error:
-            return f"an image for a sample cannot be made: {os_error_text(error)}"
-        if refused:
-            return refused
-        try:
-            return self._do(merge_bitmap(node, bitmap, {"node": image, "name": BITMAP}))
-        finally:
-            self._do(Command("blockdev-del", {"node-name": image}))
+    def certain_sample(self, disk: MachineDisk, folder: SinkFolder) -> list[int]:
+        """Return the sampled clusters that are as in the base, if QEMU's old record is right.
 
-    def has_unrecorded(
-        self, disk: MachineDisk, clusters: Sequence[int], folder: SinkFolder
-    ) -> bool:
-        """Tell whether the old record lacks one of these clusters, which differ from the base.
-
-        What the guest has written since the instant is in the record, too: so its lack is certain,
-        and a cluster that was written just then is not looked at. Any doubt counts as a lack.
+        What the guest has written since the instant is in that record, too, and is not looked at.
+        Raises Failure.
         """
-        node, name = self._nodes[disk.name], f"{run_prefix(self._run)}judged"
-        since = self._methods[disk.name].since
-        # Its own recording would count, too.
-        refused = self._do(add_job_bitmap(node, name, disabled=True))
-        refused = refused or self._do(merge_bitmap(node, name, since))
-        before = self._count(node, name)
-        refused = refused or self._merge_clusters(disk, node, name, clusters, folder)
-        after = self._count(node, name)
-        self._do(remove_bitmap(node, name))
-        return bool(refused) or before < 0 or after != before
+        sample = self._samples.get(disk.name, ())
+        if not sample or not self._methods[disk.name].is_incremental:
+            return []
+        target = sample_name(self._run)
+        source = {"node": self._nodes[disk.name], "name": self._methods[disk.name].since}
+        refused, bits = "", b""
+        with self._image(disk, (), folder, read_only=False) as fd:
+            refused = self._do(merge_bitmap(target, BITMAP, source))
+            # QEMU keeps the bitmap in the image when it closes it.
+            refused = refused or self._do(Command("blockdev-del", {"node-name": target}))
+            try:
+                bits = read_bits(lambda at, length: os.pread(fd, length, at), disk.size_bytes)
+            except (InvalidImage, OSError) as error:
+                refused = refused or str(error)
+        found = [] if refused else [n for n in sample if not is_set(bits, n)]
+        if not found:
+            why = refused or "all of it has changed"
+            raise DoubtfulBase(f"disk {disk.name!r}: no sample of it can be compared: {why}")
+        return found
 
-    def _count(self, node: str, name: str) -> int:
-        """Return how much a bitmap has, in bytes; -1: it is not there."""
-        found = [b for b in bitmaps_in(self._all_nodes()) if (b.node, b.name) == (node, name)]
-        return found[0].dirty_bytes if found else -1
+    @contextlib.contextmanager
+    def _image(
+        self, disk: MachineDisk, clusters: Sequence[int], folder: SinkFolder, *, read_only: bool
+    ) -> Iterator[int]:
+        """An image with a bitmap of these clusters, opened by QEMU meanwhile: its descriptor.
+
+        Raises DoubtfulBase.
+        """
+        name = sample_name(self._run)
+        try:
+            with folder.image(sample_image(disk.size_bytes, clusters)) as (path, fd):
+                if refused := self._do(add_image(name, path, read_only=read_only)):
+                    raise DoubtfulBase(f"disk {disk.name!r}: QEMU opens no sample: {refused}")
+                try:
+                    yield fd
+                finally:
+                    self._do(Command("blockdev-del", {"node-name": name}))
+        except OSError as error:
+            text = f"disk {disk.name!r}: no sample of it can be made: {os_error_text(error)}"
+            raise DoubtfulBase(text) from error
 
     def settle(self, qmp: Qmp, *, stored: bool) -> None:
         """Remove the old records when the archive is on disk, else the new ones. Raises QmpGone.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vmapipe.control.qemu import poweroff
-from vmapipe.control.qemu.bitmaps import DiskMethod
+from vmapipe.control.qemu.bitmaps import DiskMethod, archive_of, records_in
 from vmapipe.control.qemu.cbw_filters import (
     Handover,
     SnapshotCheck,
@@ -48,18 +48,23 @@ from vmapipe.control.qemu.jobs import (
 )
 from vmapipe.control.qemu.leftovers import connect_or_unblock, remove_leftovers
 from vmapipe.control.qemu.qemu_process import command_line, pid_of_qemu, uid_of_qemu
+from vmapipe.control.qemu.run_state import check_run_state, is_running
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qemu.tpm import TpmState
 from vmapipe.control.qemu.undo import clean_up
 from vmapipe.control.qemu.vmstate import Instant, MemorySaving
-from vmapipe.control.qemu.vmstate_commands import migration_progress
 from vmapipe.control.qmp.addresses import parse_address
 from vmapipe.control.qmp.client import open_link
 from vmapipe.control.qmp.connection import Command, QmpRefused, ask_if_known
 from vmapipe.producer.nbd.backend import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.events import JOB_SPEED_SET, JobCopied, Rest, copied_command
+from vmapipe.runtime.events import (
+    JOB_SPEED_SET,
+    JobCopied,
+    Rest,
+    copied_command,
+)
 
 # Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
 _JOB_EVENTS = frozenset(
@@ -126,7 +131,7 @@ class RunningMachine:
     def choose(self, wishes: DiskChoiceOptions) -> DiskChoice:
         """Remove what a crashed backup has left, and choose the disks."""
         remove_leftovers(self._link, self._owner_of_qemu)
-        self._check_run_state()
+        check_run_state(self._link)
         ask = self._ask
         nodes = self._link.execute(Command("query-named-block-nodes", {"flat": True}))
         graph = Graph(nodes, ask_if_known(self._link, "x-debug-query-block-graph"))
@@ -149,19 +154,6 @@ class RunningMachine:
         if self._tpm and not any(disk.device == self._tpm.disk.device for disk in self._disks):
             self._tpm = None
         return choice
-
-    def _check_run_state(self) -> None:
-        """Refuse a machine whose disks are another QEMU's, or soon will be. Raises Failure."""
-        status = ask_if_known(self._link, "query-status") or {}
-        if status.get("status") == "inmigrate":
-            raise Failure(
-                "the machine waits for an incoming migration (run state inmigrate): its disks are "
-                "still the other host's; back it up there, or here when it has arrived"
-            )
-        if migration_progress(ask_if_known(self._link, "query-migrate") or {}).is_moving:
-            raise Failure(
-                "the machine is being migrated: back it up when that has ended, where it is then"
-            )
 
     def prepare(self, speed_bytes_s: int) -> None:
         """Make the sockets of the sinks, and start their guardian. `speed_bytes_s` is each disk's."""
@@ -214,10 +206,12 @@ class RunningMachine:
     @property
     def is_running(self) -> bool:
         """True while the guest runs; a qemu-storage-daemon has none, and counts as running."""
-        try:
-            return bool(self._link.execute(Command("query-status", {})).get("running", True))
-        except QmpRefused:
-            return True
+        return is_running(self._link)
+
+    def recorded_archives(self) -> frozenset[bytes]:
+        """Return the uuids of the archives since which QEMU has recorded what changes."""
+        nodes = self._link.execute(Command("query-named-block-nodes", {"flat": True}))
+        return frozenset(archive_of(record.name) for record in records_in(nodes))
 
     def track_changes(self, options: TrackingOptions) -> None:
         """Send only what has changed where that is certain, and record what changes from now on.

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.folders import HeldFolder, made_with, temporary_folder
+from vmapipe.runtime.syscalls import write_at
 
 #: In it: what QEMU writes the machine's memory to.
 STREAM_NAME = "memory.fifo"
@@ -48,6 +49,8 @@ class SinkFolder:
         """Both are this object's now. Use `make` or `find`."""
         self._above = above
         self._folder = folder
+        # Another user's QEMU.
+        self._qemus_uid: int | None = None
 
     @classmethod
     def make(cls) -> SinkFolder:
@@ -131,19 +134,21 @@ class SinkFolder:
         return qemu_fd, self._folder.open(STREAM_NAME, os.O_RDONLY)
 
     @contextlib.contextmanager
-    def image(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[str]:
-        """A file of these pieces (offset, bytes) that QEMU can open meanwhile: its path. Raises OSError."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    def image(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[str, int]]:
+        """A file of these pieces (offset, bytes) that QEMU can open meanwhile: path and descriptor.
+
+        Raises OSError.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(IMAGE_NAME, flags, 0o600, dir_fd=self._folder.fd)
         try:
-            with open(fd, "wb") as file:
-                # It is QEMU's to read, whoever that is, and nobody's to write.
-                os.fchmod(fd, 0o444)
-                for offset, data in pieces:
-                    file.seek(offset)
-                    file.write(data)
-            yield os.path.join(self.path, IMAGE_NAME)
+            for offset, data in pieces:
+                write_at(fd, memoryview(data), offset)
+            if self._qemus_uid is not None:
+                os.fchown(fd, self._qemus_uid, -1)
+            yield os.path.join(self.path, IMAGE_NAME), fd
         finally:
+            os.close(fd)
             os.unlink(IMAGE_NAME, dir_fd=self._folder.fd)
 
     def lend(self, name: str, data: bytes, uid: int) -> str:
@@ -178,6 +183,7 @@ class SinkFolder:
             if _SINK.fullmatch(name) or name == _QEMUS:
                 self._give(name, uid)
         os.fchmod(self._folder.fd, _PASS_THROUGH)
+        self._qemus_uid = uid
 
     def address(self, name: str) -> str:
         """The path to connect to in this process."""
@@ -232,11 +238,9 @@ class SinkFolder:
         status = self._folder.status(name)
         if status is None:
             return None
-        is_ours = status.st_uid == os.geteuid()
-        is_pipe = stat.S_ISFIFO(status.st_mode) and is_ours
-        is_image = name == IMAGE_NAME and stat.S_ISREG(status.st_mode) and is_ours
-        is_lent = name == TPM_STATE_NAME and stat.S_ISREG(status.st_mode)
-        if not (stat.S_ISSOCK(status.st_mode) or is_pipe or is_image or is_lent):
+        is_pipe = stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
+        is_lent = name in (TPM_STATE_NAME, IMAGE_NAME) and stat.S_ISREG(status.st_mode)
+        if not (stat.S_ISSOCK(status.st_mode) or is_pipe or is_lent):
             raise FileExistsError(errno.EEXIST, "it exists, and is not a socket", name)
         os.unlink(name, dir_fd=self._folder.fd)
         return status.st_uid

@@ -13,6 +13,8 @@ from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import HEADER_BYTES, MAX_HEADER_BYTES, Config, Device, Header, encode_header
 from vmapipe.vma.manifest import (
     MAX_LINE_BYTES,
+    VERSION,
+    VERSION_WITH_BASE,
     DeviceTotals,
     ExtentDigest,
     ManifestReader,
@@ -67,6 +69,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         uuid=draw(st.binary(min_size=16, max_size=16)),
         ctime_s=draw(st.integers(-(1 << 63), (1 << 63) - 1)),
         header=draw(extent_digests(HEADER_BYTES + 1, MAX_HEADER_BYTES)),
+        version=draw(st.sampled_from((VERSION, VERSION_WITH_BASE))),
     )
     extents = draw(st.lists(extent_digests(512, MAX_EXTENT_BYTES), max_size=8))
     totals = Totals(
@@ -75,6 +78,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         file_bytes=draw(st.integers(0, 1 << 60)),
         file_digest=draw(st.binary(min_size=16, max_size=16)),
         devices=tuple(draw(st.lists(device_totals, max_size=4))),
+        incrementals=draw(st.integers(0, 99)) if opening.version == VERSION_WITH_BASE else 0,
     )
     return Manifest(opening, extents, totals)
 
@@ -208,7 +212,7 @@ def written(said: Opening | ExtentDigest | Totals) -> str:
 @pytest.mark.parametrize(
     ("number", "old", "new"),
     [
-        pytest.param(0, '"version": 1', '"version": 2', id="another version"),
+        pytest.param(0, '"version": 1', '"version": 3', id="another version"),
         pytest.param(0, "xxh3-128", "md5", id="another algorithm"),
         pytest.param(0, "vmapipe-manifest", "manifest", id="another format"),
         pytest.param(0, "1353949200", "1353949200.0", id="a time that is no integer"),
@@ -240,6 +244,8 @@ def written(said: Opening | ExtentDigest | Totals) -> str:
         pytest.param(3, '"drive-scsi0"', "null", id="a device without name"),
         pytest.param(3, "0e0f", "0e", id="a short device digest"),
         pytest.param(3, "]}", "]} ", id="a space at the end"),
+        pytest.param(3, "]}\n", '], "incrementals": 3}\n', id="version 1 with a base"),
+        pytest.param(3, "]}\n", '], "incrementals": 0}\n', id="no base in many words"),
         pytest.param(3, "\n", "\r\n", id="a carriage return"),
         pytest.param(3, "\n", "\n\n", id="an empty line"),
     ],
@@ -255,7 +261,7 @@ def test_a_line_that_is_not_as_it_was_written_is_refused(number: int, old: str, 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"version": 1', '"version": 2', "manifest version 2 is not known here"),
+        ('"version": 1', '"version": 3', "manifest version 3 is not known here"),
         ("xxh3-128", "md5", "digest algorithm 'md5' is not known here"),
         ("vmapipe-manifest", "manifest", "not a manifest of vmapipe"),
     ],

@@ -209,7 +209,7 @@ class Backups:
         self._number += 1
         uuid = self._number.to_bytes(16, "big")
         found = BaseArchive(base, {"disk": SIZE}) if base in self.stored else None
-        options = TrackingOptions(uuid, found, "there is no base", {})
+        options = TrackingOptions(uuid, found, "there is no base")
         tracking = ChangeTracking(self.qemu, RUN, options)
         folder: SinkFolder = FOLDER
         try:
