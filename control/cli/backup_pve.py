@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vmapipe.control.cli.backup import run_job
 from vmapipe.control.coordinator.hooks import Hooks
@@ -175,7 +175,8 @@ class _Session:
         if options.metrics:
             options.metrics = f"{options.metrics.removesuffix('.prom')}-{vmid}.prom"
         config = node.config(vmid)
-        self._look(options, vmid)
+        with contextlib.suppress(Failure):  # said when it is locked, and the log is open
+            self._look(options, vmid)
         options.notes = notes_of(
             options.notes,
             vmid=vmid,
@@ -188,42 +189,25 @@ class _Session:
             variables["STOREID"] = target.storage
         held = _HeldLock(node, vmid, self._emit)
         parent = ParentContext(self._emit, self._cancel, ChildCommands())
-        with job_context(options, options.archive, parent, Surroundings(held, variables)) as around:
-            with contextlib.ExitStack() as stack:
-                # Once more: until it was locked it could be started, or shut down.
-                self._look(options, vmid)
-                self._take(options, vmid, held.config, stack)
-                around.emit(
-                    {
-                        "event": "machine",
-                        "vmid": vmid,
-                        "name": held.config.name,
-                        "mode": "snapshot" if options.qmp else "stop",
-                    }
-                )
-                for key, volume in held.config.unused:
-                    around.emit(
-                        {
-                            "event": "skipped",
-                            "device": key,
-                            "reason": f"{volume} is not attached to the machine",
-                            "level": "info",
-                        }
-                    )
-                for text in held.config.remarks():
-                    around.emit({"event": "notice", "text": text})
-                if options.qmp and held.config.freezes:
-                    options.agent = _answering_agent(
-                        options.qmp, node.socket(vmid, "qga"), self._cancel, around.emit
-                    )
-                words, fds = [f"{CONFIG_NAME}="], []
-                if rules := node.firewall(vmid):
-                    fds.append(stack.enter_context(_memory_file(rules)))
-                    words.append(f"{FIREWALL_NAME}=/dev/fd/{fds[0]}")
-                configs = Configs(words, {0: held.config.text}, held.config.disks)
-                run_job(options, None, fds, around, configs)
-            if options.protected:
-                write_mark(options.archive)
+        with (
+            job_context(options, options.archive, parent, Surroundings(held, variables)) as around,
+            contextlib.ExitStack() as stack,
+        ):
+            # Once more: until it was locked it could be started, or shut down.
+            self._look(options, vmid)
+            _describe(vmid, held.config, around.emit, runs=bool(options.qmp))
+            self._take(options, vmid, held.config, stack)
+            if options.qmp and held.config.freezes:
+                agent = node.socket(vmid, "qga")
+                options.agent = _answering_agent(options.qmp, agent, self._cancel, around.emit)
+            words, fds = [f"{CONFIG_NAME}="], []
+            if rules := node.firewall(vmid):
+                fds.append(stack.enter_context(_memory_file(rules)))
+                words.append(f"{FIREWALL_NAME}=/dev/fd/{fds[0]}")
+            configs = Configs(words, {0: held.config.text}, held.config.disks)
+            run_job(options, None, fds, around, configs)
+        if options.protected:
+            write_mark(options.archive)
         self._prune(options.archive, vmid)
 
     def _look(self, options: argparse.Namespace, vmid: int) -> None:
@@ -247,6 +231,9 @@ class _Session:
     ) -> None:
         """Name the disks of a machine that does not run, as --disk does. Raises Failure."""
         options.disk = []
+        if not any(disk.is_backed_up for disk in config.disks):
+            # Its configuration is all that there is, as in vzdump's archive of such a machine.
+            options.qmp, options.qmp_share = None, False
         if options.qmp:
             return
         node = self._plan.node
@@ -270,6 +257,17 @@ class _Session:
             self._emit({"event": "notice", "text": f"VM {vmid}: pruned {old}"})
 
 
+def _describe(vmid: int, config: MachineConfig, emit: Emit, *, runs: bool) -> None:
+    """Tell which machine it is, and what of it no backup takes."""
+    mode: Literal["snapshot", "stop"] = "snapshot" if runs else "stop"
+    emit({"event": "machine", "vmid": vmid, "name": config.name, "mode": mode})
+    for key, volume in config.unused:
+        reason = f"{volume} is not attached to the machine"
+        emit({"event": "skipped", "device": key, "reason": reason, "level": "info"})
+    for text in config.remarks():
+        emit({"event": "notice", "text": text})
+
+
 def _named(vmid: int, text: str) -> str:
     return text if text.startswith(f"VM {vmid} ") else f"VM {vmid}: {text}"
 
@@ -285,6 +283,12 @@ class _HeldLock:
     def __enter__(self) -> _HeldLock:
         if self._node.is_dead:
             self.config = self._node.config(self._vmid)
+            if self.config.lock:
+                text = (
+                    f"VM {self._vmid} was locked ({self.config.lock}) when its node died: make sure that "
+                    "it was not on its way to another one"
+                )
+                self._emit({"event": "notice", "text": text})
             return self
         lock = BackupLock(self._node, self._vmid)
         try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from vmapipe.control.cli.backup_arguments import add_domain_options
 from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.runtime.arguments import make_parser
-from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.process import run
 from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 
@@ -83,6 +83,10 @@ def _clean_up_pve(vmid: int, root: str | None, *, bitmaps: bool) -> None:
 
     node = PveNode(root_of(root))
     node.config(vmid)
+    if node.is_dead:
+        raise Failure(
+            "this node does not run: none of its machines can be locked, or unlocked, here"
+        )
     lock = BackupLock(node, vmid)
     try:
         if node.is_running(vmid):

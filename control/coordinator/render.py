@@ -172,6 +172,10 @@ class _Text:
             case "notice":
                 return one_line(event["text"])
             case "machine":
+                # Totals and rates are of one machine.
+                self.started = time.monotonic()
+                self.done_bytes = self.total_bytes = self.zero_bytes = 0
+                self._pressure.clear()
                 name = f" ({one_line(event['name'], MAX_NAME_CHARS)})" if event["name"] else ""
                 how = "it runs" if event["mode"] == "snapshot" else "it does not run"
                 return f"VM {event['vmid']}{name}: backup mode {event['mode']}, {how}"
@@ -374,6 +378,8 @@ class Log(_Text):
                 )
         elif (text := self.summary(event)) is not None:
             self._say(text)
+        if event["event"] == "machine":
+            self._said_percent = 0
 
     def _say(self, text: str) -> None:
         self.stream.write(_fit(text) + "\n")

@@ -94,7 +94,7 @@ def select(words: Sequence[str], excluded: Sequence[str], inventory: Inventory) 
             out |= _members(word, inventory, [])
     chosen, left = [], []
     for vmid in sorted(by_number | by_group):
-        reason = "" if vmid not in out else "--exclude names it"
+        reason = "" if vmid not in out else "it is excluded"
         is_named = vmid in by_number and not reason
         reason = reason or _unfit(vmid, inventory, is_named=is_named)
         if reason:

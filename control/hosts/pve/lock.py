@@ -241,7 +241,7 @@ class BackupLock:
         except BlockingIOError as error:
             raise Failure(f"another vmapipe backup of VM {self._vmid} is running") from error
         except OSError as error:
-            raise Failure(f"cannot open {path}: {os_error_text(error)}") from error
+            raise Failure(f"cannot open {path}: {os_error_text(error)} (is this root?)") from error
 
     def _note_of(self, data: bytes, temporary: str) -> dict[str, Any]:
         digest = hashlib.sha256(data).hexdigest()

@@ -65,7 +65,9 @@ class PveNode:
         """Raises Failure where the machine is not there any more."""
         folder = self._own_folder("qemu-server")
         if f"{vmid}.conf" not in self._files.names(folder):
-            raise Failure(f"VM {vmid}: its configuration {self.config_path(vmid)} is gone")
+            raise Failure(
+                f"VM {vmid}: this node has no configuration of it ({self.config_path(vmid)})"
+            )
         return MachineConfig(self._files.text(f"{folder}/{vmid}.conf"))
 
     def firewall(self, vmid: int) -> str:

@@ -70,7 +70,7 @@ def test_who_is_left_out_is_told_why() -> None:
     assert chosen.vmids == (100, 102)
     told = {guest.vmid: (guest.reason.split(":")[0], guest.failed) for guest in chosen.left_out}
     assert told == {
-        101: ("--exclude names it", False),
+        101: ("it is excluded", False),
         109: ("it is a template, which does not change", False),
         200: ("it is a container, which vmapipe does not back up", False),
         300: ("it is on node two", False),

@@ -118,8 +118,14 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("by", ["cleanup", "the next backup"])
+@pytest.mark.parametrize(
+    ("state", "by"),
+    [
+        *((state, "cleanup") for state in STATES),
+        ("before the file is there", "the next backup"),
+        ("during the backup", "the next backup"),
+    ],
+)
 def test_what_a_killed_backup_leaves_is_removed(
     node: SimulatedNode, host: PveNode, state: str, by: str
 ) -> None:

@@ -88,7 +88,7 @@ def machines(output: bytes) -> dict[str, Any]:
 
 HOOK = """\
 #!/bin/sh
-echo "$@ | $VMTYPE $HOSTNAME $STOREID $(basename "$DUMPDIR") $(basename "$TARGET" | cut -c1-15) ${LOGFILE:+log}" >>CALLS
+echo "$@ | $(grep -hs ^lock CONFIGS/$3.conf)$VMTYPE $HOSTNAME $STOREID $(basename "$DUMPDIR") $(basename "$TARGET" | cut -c1-15) ${LOGFILE:+log}" >>CALLS
 """
 
 
@@ -103,7 +103,9 @@ def test_machines_come_one_after_the_other_and_one_that_fails_does_not_stop_the_
     (node.pve / "nodes/two/qemu-server/105.conf").write_text("memory: 64\n")
     (node.pve / "user.cfg").write_text("pool:prod::100,101,102,103,104,105:local:\n")
     hook = tmp_path / "hook"
-    hook.write_text(HOOK.replace("CALLS", str(tmp_path / "calls")))
+    hook.write_text(
+        HOOK.replace("CALLS", str(tmp_path / "calls")).replace("CONFIGS", str(node.configs))
+    )
     hook.chmod(0o755)
     words = node.words(
         "--pve",
@@ -149,11 +151,12 @@ def test_machines_come_one_after_the_other_and_one_that_fails_does_not_stop_the_
 
 
 def _phases(vmid: int, end: str) -> list[str]:
-    rest = f"| qemu vm{vmid} local dump vzdump-qemu-{vmid}"
+    rest = f"qemu vm{vmid} local dump vzdump-qemu-{vmid}"
+    is_locked = "lock: backup" if end == "end" else ""
     return [
-        f"backup-start stop {vmid} {rest} ",
-        f"backup-{end} stop {vmid} {rest} ",
-        f"log-end stop {vmid} {rest} log",
+        f"backup-start stop {vmid} | lock: backup{rest} ",
+        f"backup-{end} stop {vmid} | {is_locked}{rest} ",
+        f"log-end stop {vmid} | {rest} log",
     ]
 
 
@@ -278,6 +281,20 @@ def test_a_backup_that_is_cancelled_unlocks_its_machine(
     assert list(node.dump.glob("*.vma*")) == []
 
 
+def test_a_machine_without_disks_is_its_configuration(
+    node: SimulatedNode, need: Need, tmp_path: Path
+) -> None:
+    """As vzdump's archive of it; whether it runs or not."""
+    text = "memory: 64\nscsi0: local:100/vm-100-disk-0.raw,backup=0\n"
+    with running(node, need, tmp_path, 100):
+        node.configure(100, text)
+        node.configure(101, "memory: 64\n")
+        good(*node.words("--pve", "100,101"), node.dump)
+    stored = good("config", archive_of(node, 100)).decode()
+    assert stored == "memory: 64\n#scsi0: local:100/vm-100-disk-0.raw,backup=0\n"
+    assert good("config", archive_of(node, 101)) == b"memory: 64\n"
+
+
 def test_somebody_elses_lock_fails_the_machine_and_stays(node: SimulatedNode) -> None:
     stopped(node, 100, "lock: migrate")
     stopped(node, 101, "lock: backup")
@@ -341,7 +358,7 @@ def test_the_defaults_of_vzdump_conf_hold_where_the_command_line_says_nothing(
         "etc/vzdump.conf: 'mailto' has no use here",
         "compress: gzip: archives are compressed with zstd",
         "mode: stop: machines that run are neither stopped nor suspended",
-        "VM 101 is left out: --exclude names it",
+        "VM 101 is left out: it is excluded",
         f"VM 100: pruned {old[1]}",
         "1 machine stored, 1 left out",
     ):

@@ -10,8 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
 from tests.control.hosts.pve.simulated import SimulatedNode, blockdev, pvestatd, scsi
 from tests.control.qemu.paused_machine import PausedMachine
 from tests.control.qemu.software_tpm import swtpm
@@ -106,7 +104,6 @@ def web(node: SimulatedNode, need: Need, tmp_path: Path) -> Iterator[Web]:
         yield Web(node, machine, contents)
 
 
-@pytest.mark.every_qemu
 def test_all_disks_that_vzdump_takes_are_in_the_archive_and_pvestatd_is_answered_all_the_time(
     qemu: str, node: SimulatedNode, need: Need, tmp_path: Path
 ) -> None:
