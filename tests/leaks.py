@@ -13,6 +13,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Collection
+from types import FunctionType, ModuleType
 from typing import TypeVar
 
 import psutil
@@ -106,3 +107,20 @@ def _has_ended(process: psutil.Process) -> bool:
 def _kept_by_a_library(target: str) -> bool:
     """Opened once on first use, then kept: the source of random numbers."""
     return target == "/dev/urandom"
+
+
+def held_bytes_objects(root: object) -> set[bytes]:
+    """All that an object holds of `bytes`, at whatever depth: what it remembers of its peers' names.
+
+    Modules, classes and functions are not looked into.
+    """
+    seen, waiting, found = {id(root)}, [root], set[bytes]()
+    while waiting:
+        for one in gc.get_referents(waiting.pop()):
+            if id(one) in seen or isinstance(one, type | ModuleType | FunctionType):
+                continue
+            seen.add(id(one))
+            waiting.append(one)
+            if isinstance(one, bytes):
+                found.add(one)
+    return found

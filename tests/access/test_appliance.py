@@ -28,9 +28,10 @@ from tests.guest import find_kernel
 from tests.machine import LIMIT_S, VMAPIPE, Need, bad, good
 from vmapipe.access.archive import Caches, open_for_access
 from vmapipe.access.disk import ArchiveDisk
+from vmapipe.access.files import engines as module
 from vmapipe.access.files.appliance import Appliance
 from vmapipe.access.files.copies import TarWriter
-from vmapipe.access.files.engines import AUTO, VM, Engines
+from vmapipe.access.files.engines import AUTO, Engines
 from vmapipe.access.files.messages import (
     Entry,
     EntryFailed,
@@ -350,18 +351,20 @@ def test_the_command_takes_the_appliance_for_what_the_parser_cannot_read(archive
 
 
 def test_by_itself_it_is_taken_for_a_log_that_the_parser_does_not_replay(
-    archive: Path, appliance: Appliance
+    archive: Path, appliance: Appliance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("pytsk3")
+    # The one that is up stays up.
+    monkeypatch.setattr(module, "Appliance", lambda *words: contextlib.nullcontext(appliance))
     cancel, told = Cancel(), list[str]()
     with opened(archive, cancel) as disks:
         with Engines(disks, cancel, (), AUTO, None, told.append) as engines:
-            engines._started[VM] = appliance
             # The parser sees neither of the first, and reads nothing of the second.
             for place, path in ((6, b"/new/file"), (6, b"/old/file"), (0, b"/new")):
                 reader, volume = engines.find(place, b"", path)
                 assert reader is appliance
                 assert volume.disk == place
+        monkeypatch.undo()
         with Engines(disks, cancel, (), AUTO, "/nowhere", told.append) as engines:
             with pytest.raises(Failure, match="the log is not replayed of fast:; the engine vm"):
                 engines.find(6, b"", b"/new/file")

@@ -407,7 +407,10 @@ def test_what_is_remembered_of_folders_is_bounded_and_the_rest_asked_again(
         answers = tuple(entry(b"/%d/%d" % (folder, n)) for n in range(30))
         monkeypatch.setattr(Hostile, "answers", answers)
         assert len(disk.entries(b"1", b"/%d" % folder)) == 30
-    assert sum(map(len, disk._folders.values())) <= 100
+    # The latest ones are remembered, and what was forgotten for them is asked for again.
+    monkeypatch.setattr(Hostile, "answers", ())
+    assert [len(disk.entries(b"1", b"/%d" % folder)) for folder in (17, 18, 19)] == [30] * 3
+    assert [len(disk.entries(b"1", b"/%d" % folder)) for folder in range(17)] == [0] * 17
 
 
 def test_an_entry_that_fails_costs_only_itself(
