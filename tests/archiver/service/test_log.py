@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.archiver.service.serving import serving
 from tests.machine import good, make_disk
-from vmapipe.archiver.service.log import LogStream
+from vmapipe.archiver.service.main import LogStream
 
 
 def test_a_log_that_nobody_reads_is_dropped_and_counted() -> None:
