@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ARCHIVE.drill.json: what is written is read back, and a stranger's file is none."""
+"""What a drill leaves: ARCHIVE.drill.json, a folder of evidence, metrics; a stranger's file is none."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from vmapipe.access.drill.result import (
+    EVIDENCE_NAMES,
     DrillResult,
     StepResult,
     decode_result,
     encode_result,
+    keep_evidence,
     read_result,
+    remove_evidence,
+    write_metrics,
     write_result,
 )
 from vmapipe.access.machine.spec import Omission
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.folders import HeldFolder
 
 UUID = uuid.UUID("9c2b2a2e-3c1e-4cf2-9b0a-0fb4ad10a9a3")
 RESULT = DrillResult(
@@ -143,3 +150,61 @@ def test_a_deep_an_endless_or_a_special_file_is_none(tmp_path: Path) -> None:
     # And a result takes its place: nobody is waited for, nothing is written elsewhere.
     write_result(archive, RESULT)
     assert read_result(archive, UUID.bytes) == RESULT
+
+
+# --- Evidence and metrics ---
+
+
+def test_evidence_takes_the_place_of_an_earlier_tests_and_of_nothing_else(tmp_path: Path) -> None:
+    place = tmp_path / "vm.vma.drill"
+    keep_evidence(str(place), {"screen.png": b"1", "serial.log": b"2"})
+    (place / "mine").write_text("x")
+    keep_evidence(str(place), {"serial.log": b"3", "../evil": b"x", "firmware.log": bytes(9 << 20)})
+    assert sorted(os.listdir(place)) == ["mine", "serial.log"]
+    assert (place / "serial.log").read_bytes() == b"3"
+    assert place.stat().st_mode & 0o777 == 0o700
+    with HeldFolder(str(tmp_path)) as above:
+        remove_evidence(above, "vm.vma.drill")
+        assert os.listdir(place) == ["mine"]
+        (place / "mine").unlink()
+        remove_evidence(above, "vm.vma.drill")
+        remove_evidence(above, "vm.vma.drill")
+    assert os.listdir(tmp_path) == []
+    assert "result.json" in EVIDENCE_NAMES
+
+
+def test_evidence_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "vm.vma.drill").symlink_to("victim")
+    with pytest.raises(Failure, match="cannot keep the evidence"):
+        keep_evidence(str(tmp_path / "vm.vma.drill"), {"serial.log": b"x"})
+    (tmp_path / "vm.vma.drill").unlink()
+    keep_evidence(str(tmp_path / "vm.vma.drill"), {})
+    (tmp_path / "vm.vma.drill" / "serial.log").symlink_to("/etc/passwd")
+    keep_evidence(str(tmp_path / "vm.vma.drill"), {"serial.log": b"x"})
+    assert not (tmp_path / "vm.vma.drill" / "serial.log").is_symlink()
+
+
+def test_the_metrics_keep_when_it_last_went_well(tmp_path: Path) -> None:
+    path = tmp_path / 'vm"1.prom'
+    write_metrics(str(path), RESULT)
+    before = _values(path)
+    assert before["vmapipe_drill_success"] == 1
+    assert before["vmapipe_drill_boot_seconds"] == 12.5
+    write_metrics(str(path), RESULT._replace(verdict="not booted", seconds=None))
+    after = _values(path)
+    assert after["vmapipe_drill_success"] == 0
+    last = "vmapipe_drill_last_success_timestamp_seconds"
+    assert after[last] == before[last]
+    assert "vmapipe_drill_boot_seconds" not in after
+    with pytest.raises(Failure, match="cannot write the metrics"):
+        write_metrics(str(tmp_path / "no" / "x.prom"), RESULT)
+
+
+def _values(path: Path) -> dict[str, float]:
+    found = {}
+    for family in text_string_to_metric_families(path.read_text()):
+        for sample in family.samples:
+            assert sample.labels == {"drill": 'vm"1'}
+            found[sample.name] = sample.value
+    return found

@@ -24,6 +24,7 @@ class Fault:
 
     `what`: "cut request" (in the middle of its body), "cut answer" (in the
     middle of its body), "lost answer" (the store has done it, nobody hears),
+    "late answer" (the store has done it, and `released` is waited for),
     "refused" (closed at once), "stall" (no answer until the end), "wrong etag",
     a status like "503", or "chatter" (a refusal with very many words).
     """
@@ -150,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "lost answer":
             self._hang_up()
             return
+        if what == "late answer":
+            self.proxy.released.wait(_LIMIT_S)
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() in ("transfer-encoding", "connection", "server", "date"):

@@ -7,7 +7,6 @@ import random
 import re
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.archiver.outputs.test_every_output import (  # noqa: F401  they run h
     test_the_bytes_that_have_left_are_counted,
     test_what_is_written_arrives_whole_and_in_order,
 )
+from tests.machine import eventually
 from tests.s3.proxy import FaultyProxy, proxy_to
 from tests.s3.server import BUCKET, S3Server
 from vmapipe.archiver.outputs import object as object_module
@@ -268,24 +268,16 @@ def test_a_store_that_does_not_answer_keeps_nobody_waiting(
 
 
 def test_what_is_published_while_it_is_given_up_is_taken_back(
-    s3: S3Server, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, proxy: FaultyProxy
 ) -> None:
     output = small_parts()
     output.write([DATA])
-    reached, go = threading.Event(), threading.Event()
-    publish = output._publish
-
-    def slowly() -> None:
-        publish()
-        reached.set()
-        assert go.wait(LIMIT_S)
-
-    monkeypatch.setattr(output, "_publish", slowly)
+    proxy.plan("POST .*uploadId=", "late answer")
     with in_thread(output.commit) as errors:
-        assert reached.wait(LIMIT_S)
+        assert eventually(lambda: bool(s3.objects()))
         assert s3.data(KEY) == DATA
         with in_thread(output.abandon):
-            go.set()
+            proxy.released.set()
     assert [type(error) for error in errors] == [OutputFailure]
     assert s3.objects() == {}
 
