@@ -19,7 +19,7 @@ import zmq
 from tests.archiver.service.peer import Peer
 from tests.archiver.service.serving import Served, make_keys, serving
 from tests.archiver.service.test_port import limited
-from tests.machine import LIMIT_S, bad, end_of, good, make_disk, next_event, started
+from tests.machine import LIMIT_S, bad, end_of, good, make_disk, next_event, started, without_limit
 from tests.network.cable import cable_to
 from tests.network.place import until
 
@@ -98,7 +98,7 @@ def test_nobody_can_foresee_what_the_next_peer_is_called() -> None:
 
 def test_a_peer_with_a_name_of_its_own_choice_is_not_listened_to(scene: Scene) -> None:
     served = scene.serve()
-    with started(*scene.backup("running.vma", "--json", "--speed", "1M")) as running:
+    with started(*scene.backup("running.vma", "--json", "--speed", "64K")) as running:
         next_event(running, "begun")
         # As libzmq would call the peers of a service that has just been started.
         for number in range(12):
@@ -113,6 +113,7 @@ def test_a_peer_with_a_name_of_its_own_choice_is_not_listened_to(scene: Scene) -
         )
         assert not named.socket.poll(500)
         scene.is_honest_backup_good()
+        without_limit(running)
         assert end_of(running)[0] == 0
     served.stop()
 
@@ -133,7 +134,7 @@ def test_without_keys_a_name_of_ones_own_is_refused_as_well(tmp_path: Path) -> N
 def test_nobody_hears_of_a_job_whose_coordinator_has_lost_its_connection(scene: Scene) -> None:
     served = scene.serve()
     with cable_to(served.endpoint) as cable:
-        words = ("backup", "--json", "--archiver", cable.endpoint, *served.link, "--speed", "512K")
+        words = ("backup", "--json", "--archiver", cable.endpoint, *served.link, "--speed", "64K")
         with started(*words, "--disk", f"a={scene.disk}", "secret.vma") as running:
             next_event(running, "begun")
             cable.drop()
@@ -147,6 +148,7 @@ def test_nobody_hears_of_a_job_whose_coordinator_has_lost_its_connection(scene: 
                     heard.append(spy.next()[0])
             assert set(heard) <= {"REFUSE"}
             cable.refusing = False
+            without_limit(running)
             assert end_of(running)[0] == 0
     served.stop()
 
@@ -242,13 +244,14 @@ def test_a_load_that_is_too_much_for_the_limit_is_refused_and_harms_no_job(scene
     served = scene.serve(**limited(256))
     disks = [make_disk(scene.tmp_path / f"{n}.raw", "A" * 8) for n in range(8)]
     named = [word for n, disk in enumerate(disks) for word in ("--disk", f"d{n}={disk}")]
-    words = ("backup", "--json", *served.words, "--speed", "512K", *named)
+    words = ("backup", "--json", *served.words, "--speed", "64K", *named)
     with ExitStack() as stack:
         first = stack.enter_context(started(*words, "1.vma"))
         next_event(first, "begun")
         text = bad("backup", *served.words, *named, "2.vma")
         assert "[too-many-jobs]" in text
         scene.is_honest_backup_good()
+        without_limit(first)
         code, text = end_of(first)
         assert code == 0, text
     served.stop()

@@ -16,7 +16,16 @@ import psutil
 import pytest
 
 from tests.archiver.service.serving import Served, make_keys, serving
-from tests.machine import LIMIT_S, children, end_of, good, make_disk, next_event, started
+from tests.machine import (
+    LIMIT_S,
+    children,
+    end_of,
+    good,
+    make_disk,
+    next_event,
+    started,
+    without_limit,
+)
 
 MIB = 1 << 20
 GREETING = b"\xff\0\0\0\0\0\0\0\1\x7f\3\1CURVE".ljust(64, b"\0")
@@ -77,7 +86,7 @@ def test_strangers_leave_the_service_what_it_needs_whatever_the_limit_is(
     with (
         serving(tmp_path / "store", "--client-jobs", "4", keys=keys, **limited(limit)) as served,
         started(
-            "backup", "--json", "--speed", "512K", *served.words, "--disk", f"a={disk}", "run.vma"
+            "backup", "--json", "--speed", "64K", *served.words, "--disk", f"a={disk}", "run.vma"
         ) as running,
     ):
         next_event(running, "begun")
@@ -89,6 +98,7 @@ def test_strangers_leave_the_service_what_it_needs_whatever_the_limit_is(
             # A new job's process is started, and its archive written, beside them.
             good("backup", "--quiet", *served.words, "--disk", f"a={disk}", "new.vma")
             assert front.num_fds() <= before + 16
+        without_limit(running)
         code, text = end_of(running)
         assert (code, text) == (0, "")
         served.stop()
@@ -138,7 +148,7 @@ def test_the_process_that_takes_connections_may_die(
     with (
         serving(tmp_path / "store", keys=keys) as served,
         started(
-            "backup", "--json", "--speed", "1M", *served.words, "--disk", f"a={disk}", "x.vma"
+            "backup", "--json", "--speed", "64K", *served.words, "--disk", f"a={disk}", "x.vma"
         ) as running,
     ):
         next_event(running, "begun")
@@ -146,6 +156,7 @@ def test_the_process_that_takes_connections_may_die(
         acceptor.kill()
         told = served.next_event("notice")["text"]
         assert "the acceptor of connections was killed by SIGKILL" in told
+        without_limit(running)
         code, text = end_of(running)
         assert code == 0, text
         served.stop()

@@ -139,7 +139,7 @@ def test_a_killed_process_fails_its_own_job_and_no_other(
     with (
         slow_backup(served, disk, "victim.vma") as backup,
         started(
-            "backup", "--json", "--speed", "2M", *served.words, "--disk", f"a={disk}", "x.vma"
+            "backup", "--json", "--speed", "64K", *served.words, "--disk", f"a={disk}", "x.vma"
         ) as other,
     ):
         next_event(other, "begun")
@@ -154,6 +154,7 @@ def test_a_killed_process_fails_its_own_job_and_no_other(
         code, text = end_of(backup)
         all_gone(family)
         told = served.next_event("job-failed")
+        without_limit(other)
         assert end_of(other)[0] == 0
     words = {
         "archiver": ("was killed by SIGKILL", "was killed by SIGKILL"),

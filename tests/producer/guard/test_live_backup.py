@@ -365,6 +365,7 @@ def test_a_client_that_dies_in_the_middle_of_a_write_harms_nobody(tmp_path: Path
                 client.abandon()
         with Client(served.socket("d"), "d") as client:
             client.write(0, b"alive")
+        without_limit(process)
         finish(process)
     assert sha256(restored(tmp_path / "vm.vma", tmp_path / "out", "d")) == before
 
