@@ -32,6 +32,7 @@ archives:
   mount      show an archive as a folder: its disks, configurations, files
   drill      boot an archive, and say whether it did
   prune      remove old archives by retention rules, as Proxmox VE does
+  doctor     say what can be backed up here and how, changing nothing
 
 running backups:
   status     show progress of running backups
@@ -76,6 +77,7 @@ COMMANDS = {
     "status": ("vmapipe.control.cli.running", "main_status"),
     "speed": ("vmapipe.control.cli.running", "main_speed"),
     "cancel": ("vmapipe.control.cli.running", "main_cancel"),
+    "doctor": ("vmapipe.control.cli.doctor", "main"),
     "prune": ("vmapipe.control.cli.prune", "main"),
     "monitor": ("vmapipe.control.cli.monitor", "main"),
     "cleanup": ("vmapipe.control.cli.cleanup", "main"),

@@ -22,15 +22,10 @@ from vmapipe.control.qemu.change_tracking import ChangeTracking, TrackingOptions
 from vmapipe.control.qemu.disks import (
     DiskChoice,
     DiskChoiceOptions,
-    Machine,
     MachineDisk,
     choose_disks,
-    storage_outside,
-    tpm_aliases,
-    tpm_outside,
 )
 from vmapipe.control.qemu.features import find_features
-from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.guardian import GuardianClient, SinkSocket, monitor_arguments
 from vmapipe.control.qemu.job_errors import JobErrors
 from vmapipe.control.qemu.jobs import (
@@ -47,7 +42,8 @@ from vmapipe.control.qemu.jobs import (
     run_prefix,
 )
 from vmapipe.control.qemu.leftovers import connect_or_unblock, remove_leftovers
-from vmapipe.control.qemu.qemu_process import command_line, pid_of_qemu, uid_of_qemu
+from vmapipe.control.qemu.machine_view import qemu_pid, see_machine
+from vmapipe.control.qemu.qemu_process import command_line, uid_of_qemu
 from vmapipe.control.qemu.run_state import check_run_state, is_running
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qemu.tpm import TpmState
@@ -132,24 +128,8 @@ class RunningMachine:
         """Remove what a crashed backup has left, and choose the disks."""
         remove_leftovers(self._link, self._owner_of_qemu)
         check_run_state(self._link)
-        ask = self._ask
-        nodes = self._link.execute(Command("query-named-block-nodes", {"flat": True}))
-        graph = Graph(nodes, ask_if_known(self._link, "x-debug-query-block-graph"))
-        outside = storage_outside(
-            {
-                path: ask_if_known(self._link, "qom-list", path=path) or ()
-                for path in ("/machine/peripheral", "/machine/peripheral-anon")
-            }
-        )
-        added = []
-        for tpm in ask_if_known(self._link, "query-tpm") or ():
-            try:
-                self._tpm = TpmState(self._link, self._run, self._qemu_pid())
-                added.append((self._tpm.disk, tpm_aliases(tpm)))
-            except Failure as failure:
-                outside.append(tpm_outside(tpm, str(failure)))
-        blocks, jobs = ask("query-block"), ask("query-block-jobs")
-        choice = choose_disks(Machine(blocks, nodes, jobs, graph, outside, added), wishes)
+        machine, self._tpm = see_machine(self._link, self._run)
+        choice = choose_disks(machine, wishes)
         self._disks = choice.disks
         if self._tpm and not any(disk.device == self._tpm.disk.device for disk in self._disks):
             self._tpm = None
@@ -482,8 +462,7 @@ class RunningMachine:
         return uid_of_qemu(self._address.path, self._qemu_pid())
 
     def _qemu_pid(self) -> int | None:
-        uuid = str((ask_if_known(self._link, "query-uuid") or {}).get("UUID", ""))
-        return pid_of_qemu(self._link.peer_pid, uuid)
+        return qemu_pid(self._link)
 
     def _ask(self, name: str) -> list[dict[str, Any]]:
         answer: list[dict[str, Any]] = self._link.execute(Command(name, {}))

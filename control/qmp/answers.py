@@ -166,6 +166,10 @@ ANSWERS: Members = {
         )
     ),
     "query-uuid": Record({}, {"UUID": NAME}),
+    "query-version": Record({}, {"qemu": Record(dict.fromkeys(("major", "minor", "micro"), SIZE))}),
+    "query-qmp-schema": List(
+        Record({}, {"name": NAME, "arg-type": NAME, "members": List(Record())})
+    ),
     "query-chardev": List(Record({"label": NAME}, {"frontend-open": FLAG})),
     "query-tpm": List(Record({"id": NAME}, {"options": Record({}, {"type": NAME})})),
     "add-fd": Record({"fdset-id": SIZE}),

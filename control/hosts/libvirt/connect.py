@@ -113,14 +113,18 @@ def _prepare(module: Any) -> None:
 class Host:
     """An open connection; use `closing`, or call `close`. Every method but that raises LibvirtFailure."""
 
-    def __init__(self, uri: str = "") -> None:
-        """Connect to `uri`; empty: LIBVIRT_DEFAULT_URI, or what libvirt chooses. Raises Failure."""
+    def __init__(self, uri: str = "", *, read_only: bool = False) -> None:
+        """Connect to `uri`; empty: LIBVIRT_DEFAULT_URI, or what libvirt chooses. Raises Failure.
+
+        `read_only`: libvirt itself then refuses all that would change something.
+        """
         self.lib = Library.get()
         self._pool = DaemonPool(_THREADS, "libvirt")
         self.uri = uri
+        opens = self.lib.openReadOnly if read_only else self.lib.open
         try:
             self.connection: Any = self._wait(
-                "opening the connection", _OPEN_S, lambda: self.lib.open(uri or None)
+                "opening the connection", _OPEN_S, lambda: opens(uri or None)
             )
         except LibvirtFailure as failure:
             self._pool.close()

@@ -31,6 +31,10 @@ _TARGET = re.compile(r"[a-zA-Z]{2,4}?([a-z]{1,3})")
 #: A block job's error ends in the guest where its disk says so: no full scratch file may come to that.
 REPORTING = ("report", "ignore")
 
+# With older ones a client that leaves ends the QEMU of a disk with an I/O thread (an assertion in
+# blockdev-nbd.c, seen with 7.2.22).
+_SAFE_WITH_IO_THREADS = (9, 0)
+
 
 class DomainDisk(NamedTuple):
     """A disk as the XML has it. `path`: a file, a device or, of a network disk, its name there."""
@@ -205,6 +209,22 @@ def choose(domain: Domain, requested: Sequence[str]) -> tuple[list[Chosen], list
 def _words(disk: DomainDisk) -> set[str]:
     """What a user may call a disk."""
     return {disk.target, disk.alias, disk.path} - {""}
+
+
+def why_not_pulled(disk: DomainDisk, qemu: tuple[int, ...]) -> str:
+    """Return why a pulled backup could harm the guest; empty: it cannot. `qemu`: the running one's version."""
+    if disk.error_policy in REPORTING:
+        return (
+            f"has error_policy={disk.error_policy!r}: a full scratch space would be an I/O error in the "
+            "guest, where it pauses for a moment otherwise. Change the policy (stop, enospace), or use "
+            "--qmp with a monitor of its own"
+        )
+    if disk.has_io_thread and qemu < _SAFE_WITH_IO_THREADS:
+        return (
+            "has an I/O thread: QEMU before 9.0 may crash when a client leaves its NBD server. Use a "
+            "newer QEMU, or --qmp with a monitor of its own"
+        )
+    return ""
 
 
 def why_not_at_rest(disk: DomainDisk) -> str:

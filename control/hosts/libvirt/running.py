@@ -14,13 +14,13 @@ from typing import NamedTuple
 from vmapipe.control.coordinator.job import Disk
 from vmapipe.control.hosts.libvirt.connect import is_remote, shown_uri
 from vmapipe.control.hosts.libvirt.domain import (
-    REPORTING,
     Chosen,
     DomainDisk,
     choose,
     proxmox_map,
     read_domain,
     why_not_at_rest,
+    why_not_pulled,
 )
 from vmapipe.control.hosts.libvirt.freezer import freezing_of
 from vmapipe.control.hosts.libvirt.guardian import NVRAM_NAME, DomainGuardianClient
@@ -34,9 +34,6 @@ from vmapipe.runtime.text import name_text
 
 #: Configs of the archive beside NAME.xml.
 MAP_NAME = "vmapipe-devices.map"
-# With older ones a client that leaves ends the QEMU of a disk with an I/O thread (an assertion in
-# blockdev-nbd.c, seen with 7.2.22).
-_SAFE_WITH_IO_THREADS = (9, 0)
 _VERSION = re.compile(r"version (\d+)\.(\d+)")
 _VERSION_S = 10.0
 
@@ -195,17 +192,9 @@ class DomainBackup:
     def _check_pulled(self) -> None:
         """Refuse disks whose guest a pulled backup could harm."""
         for _, disk in self._taken:
-            if disk.error_policy in REPORTING:
-                raise Failure(
-                    f"disk {name_text(disk.target)} has error_policy={disk.error_policy!r}: a full "
-                    "scratch space would be an I/O error in the guest, where it pauses for a moment "
-                    "otherwise. Change the policy (stop, enospace), or use --qmp with a monitor of its own"
-                )
-            if disk.has_io_thread and self._qemu_version() < _SAFE_WITH_IO_THREADS:
-                raise Failure(
-                    f"disk {name_text(disk.target)} has an I/O thread: QEMU before 9.0 may crash when a "
-                    "client leaves its NBD server. Use a newer QEMU, or --qmp with a monitor of its own"
-                )
+            version = self._qemu_version() if disk.has_io_thread else (0, 0)
+            if reason := why_not_pulled(disk, version):
+                raise Failure(f"disk {name_text(disk.target)} {reason}")
 
     def _qemu_version(self) -> tuple[int, int]:
         """Return the running QEMU's version as far as it can be known; else (0, 0)."""
