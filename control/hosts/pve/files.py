@@ -54,8 +54,9 @@ class NodeFiles:
         return self._stored is not None
 
     def path(self, path: str) -> str:
-        """Return where a file of the node is for us."""
-        return self._root + path
+        """Return where a file of the node is for us. A path that names the other folder itself stays."""
+        is_ours = bool(self._root) and path.startswith(f"{self._root}/")
+        return path if is_ours else self._root + path
 
     def text(self, path: str) -> str:
         """Return a file's text; empty: it is not there."""

@@ -23,6 +23,8 @@ from vmapipe.runtime.text import one_line
 #: Where the node's files are, if not below /.
 ROOT_VARIABLE = "VMAPIPE_PVE_ROOT"
 _CONF = re.compile(r"([1-9][0-9]{2,8})\.conf")
+# pmxcfs' links lead to nodes/NAME, and nodes/NAME/qemu-server.
+_NODE_LINK = re.compile(r"(?:^|/)nodes/([^/]+)")
 _FOLDERS: Mapping[str, Kind] = {"qemu-server": "qemu", "lxc": "lxc"}
 # LVM scans all its disks; on a busy host that takes seconds.
 _LVM_S = 60.0
@@ -51,8 +53,10 @@ class PveNode:
         return self._files.path(path)
 
     def _own_name(self) -> str:
-        with contextlib.suppress(OSError):
-            return os.path.basename(os.readlink(self.path("/etc/pve/local")).rstrip("/"))
+        for link in ("/etc/pve/local", "/etc/pve/qemu-server"):
+            with contextlib.suppress(OSError):
+                if match := _NODE_LINK.search(os.readlink(self.path(link))):
+                    return match[1]
         named = self._files.text("/etc/hostname").strip() if self._files.is_elsewhere else ""
         return (named or platform.node()).partition(".")[0]
 

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.control.hosts.pve.simulated import SimulatedNode
 from vmapipe.control.hosts.pve.defaults import notes_of, parse_defaults, parse_prune
 from vmapipe.control.hosts.pve.guests import Inventory, PveGuest, parse_pools, parse_tags, select
 from vmapipe.control.hosts.pve.machine import MachineConfig, disks_at_rest
+from vmapipe.control.hosts.pve.node import PveNode
 from vmapipe.control.hosts.pve.storages import (
     PveVolume,
     backup_target,
@@ -357,6 +361,25 @@ def test_rules_of_pruning_are_read_as_proxmox_reads_them() -> None:
     assert parse_prune("keep-last=3,keep-weekly=2") == {"last": 3, "weekly": 2}
     assert parse_prune("keep-all=1,keep-last=3") == {}
     assert parse_prune("keep-forever=1") is None
+
+
+@pytest.mark.parametrize("link", ["local", "qemu-server"])
+def test_a_node_is_called_as_its_own_folder_is(node: SimulatedNode, link: str) -> None:
+    for other in {"local", "qemu-server"} - {link}:
+        (node.pve / other).unlink()
+    node.configure(100, "memory: 64\ntags: a\n")
+    inventory = PveNode(str(node.root)).inventory()
+    assert inventory.node == "one"
+    assert inventory.guests == {100: PveGuest(100, "qemu", "one", tags=frozenset({"a"}))}
+
+
+def test_a_node_without_a_cluster_has_its_machines_in_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "etc/pve/qemu-server"
+    folder.mkdir(parents=True)
+    (folder / "100.conf").write_text("memory: 64\ntemplate: 1\n")
+    (tmp_path / "etc/hostname").write_text("alone.example.org\n")
+    inventory = PveNode(str(tmp_path)).inventory()
+    assert inventory.guests == {100: PveGuest(100, "qemu", "alone", is_template=True)}
 
 
 def test_notes_have_the_variables_of_vzdump() -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -279,6 +280,27 @@ def test_a_backup_that_is_cancelled_unlocks_its_machine(
         assert node.config(100) == before
         assert machine.is_untouched()
     assert list(node.dump.glob("*.vma*")) == []
+
+
+def test_with_a_base_only_what_has_changed_is_sent_over_the_shared_monitor(
+    node: SimulatedNode, need: Need, tmp_path: Path
+) -> None:
+    with running(node, need, tmp_path, 100) as machine:
+        good(*node.words("--pve", "100", "--base", "auto"), node.dump)
+        (first,) = node.dump.glob("*.vma")
+        machine.write("scsi0", "write -P 9 128k 64k")
+        # Another second, another name.
+        assert eventually(lambda: time.strftime("%S") != first.stem[-2:])
+        said = good(*node.words("--pve", "100", "--base", "auto", "--json"), node.dump)
+        (second,) = set(node.dump.glob("*.vma")) - {first}
+        said_of_cleanup = good("cleanup", "--pve", "100", "--bitmaps", "--pve-root", node.root)
+        assert b"removed vmapipe-" in said_of_cleanup
+        assert machine.is_untouched()
+    (base,) = [e for e in map(json.loads, said.splitlines()) if e["event"] == "base"]
+    assert base["archive"] == str(first)
+    assert base["devices"][0]["changed_bytes"] == 65536
+    content = CONTENT[:131072] + b"\x09" * 65536 + CONTENT[196608:]
+    assert restored(second, tmp_path / "out") == {"disk-drive-scsi0.raw": content}
 
 
 def test_a_machine_without_disks_is_its_configuration(
