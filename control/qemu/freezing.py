@@ -54,6 +54,10 @@ class Freezer(Protocol):
     #: What an administrator does where nothing else helps: `Thaw it by hand: …`.
     by_hand: str
 
+    def reach(self, cancel: Cancel) -> None:
+        """Find whoever freezes. Nothing is asked of the guest yet: what fails here leaves nothing to thaw."""
+        ...
+
     def freeze(self, cancel: Cancel) -> int:
         """Freeze, and return how many file systems; a stop that `cancel` asks for ends the wait."""
         ...
@@ -151,6 +155,7 @@ def _end(child: Child, freezing: Freezing, emit: Emit) -> _End:
 
 def keep_frozen(freezer: Freezer, cancel: Cancel, emit: Emit) -> None:
     """Be the process that freezes: return when it has thawed. Raises Failure."""
+    freezer.reach(cancel)
     started = time.monotonic()
     try:
         emit({"event": "frozen", "file_systems": freezer.freeze(cancel)})

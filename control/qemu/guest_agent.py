@@ -144,9 +144,13 @@ class AgentFreezer:
         self._agent: GuestAgent | None = None
         self.by_hand = f'send {{"execute": "guest-fsfreeze-thaw"}} to {path}'
 
-    def freeze(self, cancel: Cancel) -> int:
+    def reach(self, cancel: Cancel) -> None:
         # Kept open: nobody else gets the port until the guest is thawed.
         self._agent = GuestAgent(self._path, cancel)
+
+    def freeze(self, cancel: Cancel) -> int:
+        if self._agent is None:
+            raise RuntimeError("the agent has not been reached")
         count = self._agent.execute(FREEZE, FREEZE_S)
         if fault := SIZE.fault(count):
             raise Failure(

@@ -33,6 +33,11 @@ class DomainFreezer:
         self._uri, self._domain = uri, domain
         self.by_hand = f"`virsh domfsthaw {domain}`"
 
+    def reach(self, cancel: Cancel) -> None:
+        with closing(Host(self._uri)) as host:
+            cancel.check()
+            host.domain(self._domain)
+
     def freeze(self, cancel: Cancel) -> int:
         with closing(Host(self._uri)) as host:
             cancel.check()

@@ -101,10 +101,12 @@ def test_answers_to_an_earlier_client_are_passed_over(agent: Agent, cancel: Canc
 
 def test_without_an_agent_the_message_says_what_to_do(tmp_path: Path, cancel: Cancel) -> None:
     with (
-        pytest.raises(Failure, match="is qemu-guest-agent running in the guest"),
+        pytest.raises(Failure, match="is qemu-guest-agent running in the guest") as caught,
         frozen(str(tmp_path / "none.sock"), ignore, cancel),
     ):
         pytest.fail("the block must not run")
+    # Nobody was asked to freeze it, and it is not waited for somebody to thaw it.
+    assert "MAY STILL BE FROZEN" not in str(caught.value)
 
 
 def test_an_agent_that_is_busy_with_others_is_named(tmp_path: Path) -> None:
