@@ -58,7 +58,14 @@ def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[s
         # A job has the name of its target.
         stand_ins = {t.node: stack.enter_context(_drop_target(t, places, owner)) for t in targets}
         clean_up(qmp, PREFIX, lambda job: job not in stand_ins or stand_ins[job].served)
-    return tuple(dict.fromkeys([*left.names, *notes, *held, *_remove_records(qmp, worthless)]))
+    removed = [*left.names, *notes, *held]
+    try:
+        removed += _remove_records(qmp, worthless)
+    except QmpGone:
+        # A QEMU that a backup kept for a guest that had powered off ends now, its records with it.
+        if not held:
+            raise
+    return tuple(dict.fromkeys(removed))
 
 
 def remove_records(qmp: Qmp) -> tuple[str, ...]:
@@ -77,8 +84,11 @@ def remove_records(qmp: Qmp) -> tuple[str, ...]:
 
 
 def kept_records(qmp: Qmp) -> tuple[str, ...]:
-    """Return the names of the records that are there."""
-    nodes = qmp.execute(Command("query-named-block-nodes", {"flat": True}))
+    """Return the names of the records that are there; none in a QEMU that has ended meanwhile."""
+    try:
+        nodes = qmp.execute(Command("query-named-block-nodes", {"flat": True}))
+    except QmpGone:
+        return ()
     return tuple(dict.fromkeys(record.name for record in records_in(nodes)))
 
 
