@@ -11,13 +11,16 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from vmapipe.archiver.arguments import add_output_options, add_service_options, read_configs
-from vmapipe.archiver.base.check import Base, check_base
+from vmapipe.archiver.base.check import Base, check_base, open_digests
 from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.server import Listen, serve
 from vmapipe.archiver.job.spec import RECONNECT_S, JobSpec
 from vmapipe.archiver.job.writer import ArchiveWriter
 from vmapipe.archiver.outputs.base import Output
+from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
+from vmapipe.archiver.outputs.cluster_digests import BaseDigests, DigestFile
 from vmapipe.archiver.outputs.compress import parse_compression
+from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.manifests import (
     Digests,
     ManifestFile,
@@ -133,6 +136,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="an earlier archive of these devices, with its manifest: producers need not send what is "
         "unchanged since then, and it is taken from there (docs/operations/incremental.md)",
     )
+    one.add_argument(
+        "--digests",
+        action="store_true",
+        help="make a digest of each cluster, too, in ARCHIVE.digests beside a file: with them a later "
+        "backup with this one as its base need not send what it reads unchanged",
+    )
     parser.add_argument("--manifest-events", action="store_true", help=argparse.SUPPRESS)
     # For the archivers of a service, whose producers only seem to be on this host.
     parser.add_argument("--from-afar", action="store_true", help=argparse.SUPPRESS)
@@ -203,7 +212,19 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     )
     keys = read_server_keys(options.keys) if options.keys else None
     at = Listen(options.listen, keys, from_afar=options.from_afar)
-    serve(spec, at, lambda wake: store_for(options, spec.base, wake, cancel, emit), cancel, emit)
+    digests = open_digests(spec.base) if isinstance(spec.base, Base) else None
+    try:
+        serve(
+            spec,
+            at,
+            lambda wake: store_for(options, spec.base, digests, wake, cancel, emit),
+            cancel,
+            emit,
+            digests,
+        )
+    finally:
+        if digests is not None:
+            digests.close()
 
 
 def archive_time(*, reproducible: bool) -> int:
@@ -232,6 +253,7 @@ def _print(event: Event) -> None:
 def store_for(
     options: argparse.Namespace,
     base: Base | str | None,
+    base_digests: BaseDigests | None,
     wake: Callable[[], None],
     cancel: Cancel,
     emit: Emit,
@@ -248,7 +270,16 @@ def store_for(
     except BaseException:
         output.abandon()
         raise
-    digests = Digests(sink) if sink else None
+    clusters = None
+    try:
+        if sink and (options.digests or base_digests) and isinstance(output, FileOutput):
+            clusters = DigestFile(options.output + DIGESTS_SUFFIX, base_digests)
+    except BaseException:
+        if sink:
+            sink.abandon()
+        output.abandon()
+        raise
+    digests = Digests(sink, clusters) if sink else None
     found = base if isinstance(base, Base) else None
     return ArchiveWriter(output, digests, wake, compression, found)
 

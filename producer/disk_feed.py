@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections import deque
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_CLUSTERS
+from vmapipe.producer.outbox import Outbox
 from vmapipe.producer.runs import MOST_CLUSTERS, Run, largest_frame_bytes, packed, piece_bytes
 from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import Ring
@@ -194,8 +195,7 @@ class DiskFeed:
         self._piece_bytes = 0
         self._sized_for: int | None = None
         self._cutter: RunCutter | None = None
-        # Runs that wait for credit.
-        self._runs: deque[Run] = deque()
+        self._outbox = Outbox(session, ring.view)
         self._read_bytes = 0
 
     def begin(self, emit: Emit) -> None:
@@ -205,20 +205,17 @@ class DiskFeed:
         if self._cutter is None:
             raise RuntimeError("not begun")
         self.pause_s = REPORT_S
-        if not self._runs and not self._cut(self._cutter):
+        if self._outbox.is_empty and not self._cut(self._cutter):
             return False
-        if self._runs:
-            run = self._runs[0]
-            if self._session.credit < limits.charge(run.clusters, run.length):
-                return False
-            self._session.send_from_ring(self._runs.popleft())
-        self.ended = self._cutter.ended and not self._runs
+        if not self._outbox.is_empty and not self._outbox.advance():
+            return False
+        self.ended = self._cutter.ended and self._outbox.is_empty
         return True
 
     def _cut(self, cutter: RunCutter) -> bool:
         """Read, or pass, the next piece; False: the speed limit, or a full ring, forbids it now."""
         if cutter.at_hole:
-            self._runs += cutter.pass_hole()
+            self._put(cutter.pass_hole())
             return True
         now = time.monotonic()
         pause_s = self._limiter.wait_s(now)
@@ -233,11 +230,20 @@ class DiskFeed:
         position = self._ring.take(self._piece_bytes) if cutter.needs_memory else 0
         if position is None:
             return False
-        self._runs += cutter.read(self._piece_bytes, position)
+        self._put(cutter.read(self._piece_bytes, position))
         # Holes are not counted: nothing is read there.
         self._limiter.took(cutter.read_bytes - self._read_bytes, now)
         self._read_bytes = cutter.read_bytes
         return True
+
+    def _put(self, runs: list[Run]) -> None:
+        for run in runs:
+            if run.length:
+                # Its piece of the ring is held until it is free.
+                self._ring.hold(run.position, run.length)
+                self._outbox.put(run, functools.partial(self._ring.free, run.position))
+            else:
+                self._outbox.put(run)
 
     @property
     def transfer(self) -> Transfer:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import time
 
-from vmapipe.producer.pull_reader import PulledRun, PullReader
+from vmapipe.producer.outbox import Outbox
+from vmapipe.producer.pull_reader import PullReader
 from vmapipe.producer.runs import largest_frame_bytes
 from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.transmit import NOT_BUFFERED, REPORT_S, Transfer
-from vmapipe.protocol import limits
 from vmapipe.runtime.events import Emit, ignore
 from vmapipe.runtime.rate_limit import RateLimiter
 
@@ -35,8 +35,7 @@ class PullFeed:
         self._session = session
         self._limiter = limiter
         self._emit: Emit = ignore
-        # Waits for credit.
-        self._run: PulledRun | None = None
+        self._outbox = Outbox(session, ring.view)
 
     def begin(self, emit: Emit) -> None:
         self._emit = emit
@@ -60,13 +59,17 @@ class PullFeed:
     def advance(self) -> bool:
         self.pause_s = REPORT_S
         asked = self._read_ahead()
-        if self._run is None:
-            self._run = self._reader.next_run()
-        sent = self._run is not None and self._send(self._run)
-        if not sent and self._run is None and self._reader.has_all:
+        if self._outbox.is_empty and (pulled := self._reader.next_run()) is not None:
+            run = pulled.run
+            if pulled.is_unchanged:
+                self._outbox.put_unchanged(run.first_cluster, run.clusters)
+            else:
+                self._outbox.put(run, pulled.free)
+        sent = self._outbox.advance()
+        if not sent and self._outbox.is_empty and self._reader.has_all:
             self.ended = self._reader.prove()
-        # Whoever waits for credit waits with the session.
-        waits = not (asked or sent) and self._run is None and self.pause_s >= REPORT_S
+        # Whoever waits for credit, or for digests of the base, waits with the session.
+        waits = not (asked or sent) and self._outbox.is_empty and self.pause_s >= REPORT_S
         came = self._pump() if waits else self._reader.pump(0)
         return asked or sent or came
 
@@ -78,18 +81,6 @@ class PullFeed:
             came = True
             left_s = until - time.monotonic()
         return came
-
-    def _send(self, pulled: PulledRun) -> bool:
-        run = pulled.run
-        clusters = 0 if pulled.is_unchanged else run.clusters
-        if self._session.credit < limits.charge(clusters, run.length):
-            return False
-        if pulled.is_unchanged:
-            self._session.send_unchanged(run.first_cluster, run.clusters)
-        else:
-            self._session.send(run, pulled.free)
-        self._run = None
-        return True
 
     def _read_ahead(self) -> bool:
         """Ask for the next piece, unless the speed limit forbids it now."""

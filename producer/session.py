@@ -10,9 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from vmapipe.clusters.sizes import cluster_count
 from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.runs import Run
 from vmapipe.producer.shared_memory import Ring
+from vmapipe.producer.since_base import SinceBase, UnchangedClusters
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import connection_lost
 from vmapipe.protocol.schema import Part
@@ -20,6 +22,7 @@ from vmapipe.protocol.transfer import (
     Abort,
     Done,
     Grant,
+    Have,
     Refuse,
     Resumed,
     SharedCluster,
@@ -101,6 +104,8 @@ class Session:
         session = b"" if connection.is_local else os.urandom(limits.UUID_BYTES)
         self._side = ProducerSide(job, name, size_bytes, "vmapipe", shared_at, session)
         self._in_flight = UnackedFrames()
+        self._clusters = cluster_count(size_bytes)
+        self._since_base: SinceBase | None = None
         #: The new connection has not been answered yet; since when it exists.
         self._away = False
         self._asked_at = 0.0
@@ -128,6 +133,8 @@ class Session:
         self._send(self._side.hello())
         self.wait_until(lambda: self._side.state is ProducerState.SENDING)
         self._connection.is_settled = True
+        if self._side.digest_key:
+            self._since_base = SinceBase(self._side.digest_key, self._clusters)
 
     def send(self, run: Run, on_ack: Callable[[], None] | None = None) -> None:
         """Send a run, for which the credit must suffice.
@@ -153,6 +160,18 @@ class Session:
     def has_base(self) -> bool:
         """True when the archiver takes `send_unchanged`: it has an earlier archive of the device."""
         return self._side.has_base
+
+    def since_base(self, run: Run, memory: memoryview) -> list[Run | UnchangedClusters] | None:
+        """Cut a run into what has changed since the base and what has not, by digests.
+
+        The run as it is where there are none. None: they are under way; try again when
+        something has come.
+        """
+        if self._since_base is None:
+            return [run]
+        for first, clusters in self._since_base.wants(run.first_cluster) if not self._away else ():
+            self._send(self._side.want(first, clusters))
+        return self._since_base.split(run, memory)
 
     def send_unchanged(self, first_cluster: int, clusters: int) -> None:
         """Say that clusters are as in the base; any number, for a credit of CHARGE_PER_FRAME."""
@@ -220,6 +239,8 @@ class Session:
                 case Resumed(received, _, _, ended):
                     self._go_on(received, ended=ended)
                     self._in_flight.acknowledge(self._side.acked)
+                case Have(first, digests) if self._since_base is not None:
+                    self._since_base.take(first, digests)
                 case Grant() | Done():
                     self._in_flight.acknowledge(self._side.acked)
 
@@ -302,6 +323,8 @@ class Session:
     def _go_on(self, received: int, *, ended: bool) -> None:
         self._away = False
         self._pause_s = _FIRST_PAUSE_S
+        if self._since_base is not None:
+            self._since_base.ask_again()
         for parts in self._in_flight.behind(received):
             self._send(parts)
         if self._side.state is ProducerState.ENDING and not ended:

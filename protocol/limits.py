@@ -21,6 +21,10 @@ MAX_MASKS_BYTES = 64 * 1024
 # Of a message of scattered clusters: more than can be full of data. Each is a
 # piece of its own for the writer of the archive.
 MAX_SCATTERED_CLUSTERS = 256
+# A page of digests of the base's clusters: 32 KiB of them, for 128 MiB of disk.
+MAX_WANTED_CLUSTERS = 2048
+CLUSTER_DIGEST_BYTES = 16
+DIGEST_KEY_BYTES = 32
 # What one message counts against the credit beside its data: see `charge`.
 CHARGE_PER_FRAME = 64
 CHARGE_PER_CLUSTER = 8

@@ -27,6 +27,7 @@ from vmapipe.protocol.schema import (
     Uuid,
     UuidOrEmpty,
     between,
+    length_of,
     pack,
     unpack,
 )
@@ -62,7 +63,8 @@ class Welcome:
     `heartbeat_s` seconds is taken for dead. `shared`: the producer may send
     `SharedRun` frames. `reconnect_s`: so long a lost connection is waited for;
     0: it is the end. `scattered`: and `Scattered` frames, too. `base`: there is
-    an earlier archive of the device, and `UnchangedRun` frames may be sent.
+    an earlier archive of the device, and `UnchangedRun` frames may be sent. `digest_key`:
+    the digests of its clusters may be asked for (`Want`), and this is their key; empty: there are none.
     """
 
     version: Uint
@@ -74,6 +76,7 @@ class Welcome:
     reconnect_s: Annotated[int, between(0, limits.MAX_RECONNECT_S)] = 0
     scattered: bool = False
     base: bool = False
+    digest_key: Annotated[bytes, length_of(0, limits.DIGEST_KEY_BYTES)] = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,22 @@ class End:
 
     frames: Uint
     clusters: Uint
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Producer: what digests have these clusters of the base?"""
+
+    first: Uint
+    clusters: Annotated[int, between(1, limits.MAX_WANTED_CLUSTERS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """Archiver: the digests of the clusters from `first` on, one behind the other (see `cluster_digest`)."""
+
+    first: Uint
+    digests: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +189,8 @@ Control = (
     | Resume
     | Resumed
     | Bye
+    | Want
+    | Have
 )
 
 
@@ -238,6 +259,7 @@ Message = Control | DataFrame
 
 _CONTROL = Dialogue(
     *(Hello, Welcome, Grant, End, Done, Refuse, Fail, Abort, Ping, Pong, Resume, Resumed, Bye),
+    *(Want, Have),
     keyed=True,
     max_bytes=limits.MAX_CONTROL_BYTES,
 )

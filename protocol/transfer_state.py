@@ -47,6 +47,7 @@ from vmapipe.protocol.transfer import (
     End,
     Fail,
     Grant,
+    Have,
     Hello,
     Message,
     Ping,
@@ -59,6 +60,7 @@ from vmapipe.protocol.transfer import (
     SharedCluster,
     SharedRun,
     UnchangedRun,
+    Want,
     Welcome,
 )
 
@@ -72,6 +74,9 @@ class ProducerState(enum.Enum):
     SENDING = "sending"
     ENDING = "ending"
     CLOSED = "closed"
+
+
+_WELCOMED = (ProducerState.SENDING, ProducerState.ENDING)
 
 
 class ProducerSide:
@@ -99,6 +104,8 @@ class ProducerSide:
         self.shared = self.scatters = False
         #: True: the archiver has an earlier archive of the device, and takes `unchanged`.
         self.has_base = False
+        #: The key of the digests that `want` asks for; empty: the archiver has none.
+        self.digest_key = b""
         self.sent_frames = 0
         self.sent_clusters = 0
         self._hello = Hello(
@@ -162,6 +169,13 @@ class ProducerSide:
         self.sent_clusters += count
         return transfer.encode_unchanged(self.sent_frames, self.dev_id, first, count)
 
+    def want(self, first: int, clusters: int) -> list[Part]:
+        """Ask for digests of the base's clusters, where there is a `digest_key`."""
+        self._must_be(ProducerState.SENDING)
+        if not self.digest_key:
+            raise LocalProtocolError("the archiver has no digests of this device")
+        return transfer.encode_control(Want(first, clusters))
+
     def _charge(self, fault: tuple[str, str] | None, count: int, data_bytes: int) -> None:
         if self.state is not ProducerState.SENDING:
             raise LocalProtocolError(f"not possible in state {self.state.value}")
@@ -190,7 +204,7 @@ class ProducerSide:
 
     def resume(self) -> list[Part]:
         """RESUME: the first message on a new connection, once WELCOME has come."""
-        if not self.reconnect_s or self.state not in (ProducerState.SENDING, ProducerState.ENDING):
+        if not self.reconnect_s or self.state not in _WELCOMED:
             raise LocalProtocolError(f"nothing to resume in state {self.state.value}")
         self._asked = True
         hello, attempt = self._hello, self._attempts
@@ -211,15 +225,14 @@ class ProducerSide:
         match message:
             case Welcome() if self.state is ProducerState.GREETING:
                 self._welcomed(message)
-            case Grant() if self.state in (ProducerState.SENDING, ProducerState.ENDING):
+            case Grant() if self.state in _WELCOMED:
                 if message.acked > self.sent_frames:
                     raise RemoteProtocolError("sequence", "an acknowledgement of unsent frames")
                 self._extend(message.limit)
                 self.acked = max(self.acked, message.acked)
-            case Resumed() if self._asked and self.state in (
-                ProducerState.SENDING,
-                ProducerState.ENDING,
-            ):
+            case Have() if self.digest_key and self.state in _WELCOMED:
+                pass
+            case Resumed() if self._asked and self.state in _WELCOMED:
                 self._resumed(message)
             case Done() if self.state is ProducerState.ENDING:
                 self.acked = self.sent_frames
@@ -238,13 +251,15 @@ class ProducerSide:
             raise RemoteProtocolError("malformed", "frames too small for one cluster")
         if message.scattered and not message.shared:
             raise RemoteProtocolError("malformed", "scattered clusters without shared memory")
+        if message.digest_key and not message.base:
+            raise RemoteProtocolError("malformed", "digests without a base")
         if message.shared and not self._hello.shared:
             raise RemoteProtocolError("malformed", "memory accepted that was not offered")
         self.dev_id = message.dev_id
         self.frame_bytes = message.frame_bytes
         self.heartbeat_s = message.heartbeat_s
         self.shared, self.scatters = message.shared, message.scattered
-        self.has_base = message.base
+        self.has_base, self.digest_key = message.base, message.digest_key
         self.reconnect_s = message.reconnect_s if self._hello.session else 0
         self.ping_s = self.heartbeat_s / 3
         if self.reconnect_s:
@@ -299,6 +314,8 @@ class ArchiverSide:
         self.shared = False
         #: There is an earlier archive of the device: unchanged clusters may come.
         self.has_base = False
+        #: The key of the digests of its clusters; empty: there are none.
+        self.digest_key = b""
         #: Identifies the producer when it reconnects; empty: it cannot resume.
         self.session = b""
         self.reconnect_s = 0
@@ -327,7 +344,7 @@ class ArchiverSide:
             case UnchangedRun() if self.state is ArchiverState.RECEIVING and self.has_base:
                 self._take(message.seq, message.dev_id, 0, 0)
                 self.received_clusters += message.count
-            case Ping():
+            case Ping() | Want() if isinstance(message, Ping) or self.digest_key:
                 pass
             case Hello() if self.state is ArchiverState.GREETING:
                 self._greeted(message)
@@ -377,6 +394,7 @@ class ArchiverSide:
                 f"{counted[0]} and {counted[1]} received",
             )
         self.state = ArchiverState.ENDED
+        self.digest_key = b""  # nothing is left to ask for
 
     def welcome(
         self,
@@ -387,9 +405,12 @@ class ArchiverSide:
         *,
         shared: bool = False,
         reconnect_s: int = 0,
-        base: bool = False,
+        base: bytes | None = None,
     ) -> list[Part]:
-        """`reconnect_s` is for a session that can be resumed."""
+        """`reconnect_s` is for a session that can be resumed.
+
+        `base`: there is an earlier archive, and this is the key of its digests; empty: it has none.
+        """
         self._must_be(ArchiverState.WAITING, "welcome")
         if frame_bytes < limits.MIN_FRAME_CHARGE:
             raise LocalProtocolError(f"frames of {frame_bytes} bytes do not hold a cluster")
@@ -397,7 +418,7 @@ class ArchiverSide:
             raise LocalProtocolError("the producer offers no memory")
         self.reconnect_s = reconnect_s if self.session else 0
         self._heartbeat_s = heartbeat_s
-        self.has_base = base
+        self.has_base, self.digest_key = base is not None, base or b""
         parts = self._welcome(dev_id, credit_bytes, frame_bytes, shared=shared)
         self.state = ArchiverState.RECEIVING
         self.dev_id = dev_id
@@ -420,6 +441,7 @@ class ArchiverSide:
                 self.reconnect_s,
                 scattered=shared,
                 base=self.has_base,
+                digest_key=self.digest_key,
             )
         )
 
@@ -431,11 +453,8 @@ class ArchiverSide:
 
     def resumed(self) -> list[Part]:
         """The answer to the Resume of this session. Raises RemoteProtocolError."""
-        if not self.reconnect_s or self.state not in (
-            ArchiverState.RECEIVING,
-            ArchiverState.ENDED,
-            ArchiverState.DONE_SENT,
-        ):
+        never = (ArchiverState.GREETING, ArchiverState.WAITING, ArchiverState.CLOSED)
+        if not self.reconnect_s or self.state in never:
             raise RemoteProtocolError("sequence", f"RESUME in state {self.state.value}")
         ended = self.state is not ArchiverState.RECEIVING
         return transfer.encode_control(
@@ -453,6 +472,10 @@ class ArchiverSide:
         self._limit = max(limit, self._limit)
         self._acked = max(acked, self._acked)
         return transfer.encode_control(Grant(self._limit, self._acked))
+
+    def have(self, first: int, digests: bytes) -> list[Part]:
+        """The answer to WANT."""
+        return transfer.encode_control(Have(first, digests))
 
     def done(self, uuid: bytes) -> list[Part]:
         """DONE, or DONE once more where the first was lost with its connection."""

@@ -19,8 +19,9 @@ from vmapipe.vma.header import HEADER_BYTES, MAX_HEADER_BYTES, UUID_BYTES
 
 FORMAT = "vmapipe-manifest"
 VERSION = 1
-#: Of an archive that was made with a base: its last line may tell of how many such in a row.
+#: Its last line may tell of how many archives in a row were made with a base, and of a file of digests of clusters.
 VERSION_WITH_BASE = 2
+CLUSTER_ALGORITHM = "sha256-keyed-128"
 # Against damage, which it is quick enough to find at any disk's speed; not
 # against forgery: docs/decisions/0004-manifest-digests.md.
 ALGORITHM = "xxh3-128"
@@ -62,6 +63,8 @@ class Totals(NamedTuple):
     file_digest: bytes
     devices: tuple[DeviceTotals, ...]
     incrementals: int = 0
+    #: Length of the file with a digest of each cluster; 0: there is none.
+    cluster_digests_bytes: int = 0
 
 
 class Opening(NamedTuple):
@@ -109,6 +112,11 @@ def totals_line(totals: Totals) -> str:
     }
     if totals.incrementals:
         tail["incrementals"] = totals.incrementals
+    if totals.cluster_digests_bytes:
+        tail["cluster_digests"] = {
+            "algorithm": CLUSTER_ALGORITHM,
+            "bytes": totals.cluster_digests_bytes,
+        }
     return "], " + json.dumps(tail)[1:] + "\n"
 
 
@@ -173,8 +181,10 @@ class ManifestReader:
                 f"{self._count} extents and {self._bytes} bytes, "
                 f"{totals.extents} and {totals.archive_bytes} announced"
             )
-        if totals.incrementals and self.opening.version == VERSION:
+        if self.opening.version == VERSION and totals.incrementals:
             raise ValueError("incremental archives in a row, and no base")
+        if self.opening.version == VERSION and totals.cluster_digests_bytes:
+            raise ValueError("digests of clusters in version 1")
         self.totals = totals
         return totals
 
@@ -234,7 +244,16 @@ def _parse_totals(tail: dict[str, Any]) -> Totals:
             for d in tail["devices"]
         ),
         incrementals=max(0, int(tail.get("incrementals", 0))),
+        cluster_digests_bytes=_clusters_bytes(tail),
     )
+
+
+def _clusters_bytes(tail: dict[str, Any]) -> int:
+    if "cluster_digests" not in tail:
+        return 0
+    if tail["cluster_digests"]["algorithm"] != CLUSTER_ALGORITHM:
+        raise ValueError("the algorithm of its clusters' digests is not known here")
+    return int(tail["cluster_digests"]["bytes"])
 
 
 def _unhex(text: str, size: int) -> bytes:

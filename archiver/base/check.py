@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
+from vmapipe.archiver.outputs.cluster_digests import BaseDigests
 from vmapipe.archiver.outputs.manifests import beside, digest_of
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.runtime.errors import os_error_text
@@ -64,6 +66,16 @@ def check_base(archive: str) -> Base | str:
         return f"{archive} cannot be read: {os_error_text(error)}"
     except ArchiveError as error:
         return f"{archive}: {error}"
+
+
+def open_digests(base: Base) -> BaseDigests | None:
+    """Open the digests of its clusters; None: it has none that belong to it."""
+    if not base.totals.cluster_digests_bytes:
+        return None
+    try:
+        return BaseDigests(base.archive + DIGESTS_SUFFIX, base.uuid, base.header.devices)
+    except (OSError, ValueError):
+        return None
 
 
 def _check(archive: str, fd: int) -> Base | str:

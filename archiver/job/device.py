@@ -80,14 +80,14 @@ class DeviceState:
         window_bytes: int,
         shared: memoryview | None,
         *,
-        has_base: bool = False,
+        base_dev_id: int = 0,
     ) -> None:
         self.peer = peer
         self.device = device
         self.dev_id = device.dev_id
         self.queued_extents = 0
-        #: Unchanged clusters are filled from an earlier archive.
-        self.has_base = has_base
+        #: Its dev_id in an earlier archive, which unchanged clusters are filled from; 0: there is none.
+        self.base_dev_id = base_dev_id
         self.unchanged_clusters = 0
         self.clusters = 0
         self.data_bytes = 0
@@ -101,6 +101,11 @@ class DeviceState:
         self._came = self._written = FrameMark(0, 0)
         self._granted = 0
         self._acked = 0
+
+    @property
+    def has_base(self) -> bool:
+        """Unchanged clusters are filled from an earlier archive."""
+        return bool(self.base_dev_id)
 
     @property
     def done_bytes(self) -> int:

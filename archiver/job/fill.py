@@ -13,7 +13,7 @@ from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.extent import Extent
 from vmapipe.vma.header import Device
-from vmapipe.vma.packer import PackedExtent
+from vmapipe.vma.packer import PackedExtent, PackedRun
 
 _NOTHING = memoryview(b"")
 
@@ -23,6 +23,8 @@ class FilledExtent(NamedTuple):
 
     extent: PackedExtent[None]
     base_at: int
+    #: Those of its clusters that are not as in the base.
+    changed: list[PackedRun]
 
 
 class Filler:
@@ -48,7 +50,7 @@ class Filler:
             for extent in self._synthesis.add(
                 run.dev_id, run.first, run.clusters, run.masks, run.payload
             ):
-                yield FilledExtent(extent, -1)
+                yield FilledExtent(extent, -1, extent.clusters)
         yield from self._go_on()
 
     def _go_on(self) -> Iterator[FilledExtent]:
@@ -66,7 +68,8 @@ class Filler:
                 data = self._base.take()
             packed = self._synthesis.pack(plan, data)
             if packed is not None:
-                yield FilledExtent(packed, _data_at(extent))
+                changed = plan.changed(packed) if isinstance(plan, Mix) else []
+                yield FilledExtent(packed, _data_at(extent), changed)
 
     def finish(self) -> Iterator[FilledExtent]:
         """All clusters of all devices have come: yield the rest. Raises DamagedBase."""

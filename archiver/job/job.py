@@ -34,6 +34,7 @@ from vmapipe.archiver.job.spec import (
     base_use,
     uuid_of,
 )
+from vmapipe.archiver.outputs.cluster_digests import BaseDigests
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
@@ -50,6 +51,7 @@ from vmapipe.protocol.transfer import (
     Scattered,
     SharedRun,
     UnchangedRun,
+    Want,
 )
 from vmapipe.protocol.transfer_state import ArchiverSide, ArchiverState
 from vmapipe.vma.errors import LimitError
@@ -73,7 +75,8 @@ class Job:
     """One archive in the making. `now` is any monotonic clock, in seconds.
 
     `map_shared` maps the memory that a producer on this host offers, or
-    returns None where that cannot be done; its data then comes in frames.
+    returns None where that cannot be done; its data then comes in frames. `base_digests`: those
+    of the base's clusters, where it has some.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Job:
         spec: JobSpec,
         now: float,
         map_shared: Callable[[str], memoryview | None] = lambda offer: None,
+        base_digests: BaseDigests | None = None,
     ) -> None:
         self.phase = JobPhase.GATHERING
         self.reason = ""
@@ -90,6 +94,7 @@ class Job:
         self._admission = Admission(spec, self._peers)
         self._flow: JobDevices | None = None
         self._map_shared = map_shared
+        self._base_digests = base_digests
         self._started = self._ticked = now
 
     @property
@@ -163,6 +168,9 @@ class Job:
             case End() if flow and device:
                 instructions += flow.end(device)
                 instructions += self._finish_if_complete(flow)
+            case Want(first, clusters) if device and self._base_digests:
+                digests = self._base_digests.read(device.base_dev_id, first, clusters)
+                instructions = [Send(peer, side.have(first, digests))]
             case Ping():
                 instructions = [Send(peer, side.pong())]
             case Hello():
@@ -247,12 +255,13 @@ class Job:
         flow = self._flow = JobDevices(self._spec, header)
         base = self._spec.base
         uses = [base_use(base, device) for device in devices]
+        key = self._base_digests.key if self._base_digests else b""
         told = () if base is None else tuple(uses)
         instructions: list[JobInstruction] = [BeginArchive(header, raw_header, told)]
         for (peer, state), use in zip(peers, uses, strict=True):
             offer = state.side.shared_at
             shared = self._map_shared(offer) if offer else None
-            instructions.append(flow.welcome(peer, state, use, shared))
+            instructions.append(flow.welcome(peer, state, use, shared, key))
         return instructions + self._finish_if_complete(flow)
 
     def _finish_if_complete(self, flow: JobDevices) -> list[JobInstruction]:
@@ -294,13 +303,18 @@ class JobDevices:
         self._window_bytes = max(limits.MIN_WINDOW_BYTES, share_bytes)
 
     def welcome(
-        self, at: bytes, peer: JobProducer, use: BaseUse, shared: memoryview | None
+        self,
+        at: bytes,
+        peer: JobProducer,
+        use: BaseUse,
+        shared: memoryview | None,
+        digest_key: bytes,
     ) -> Send:
         """One device more, in the header's order: tells its producer how much it may send."""
         may_send = not self._spec.in_order or not self.devices
-        device, has_base = use.device, bool(use.base_dev_id)
+        device, base_dev_id = use.device, use.base_dev_id
         peer.device = DeviceState(
-            at, peer.side, device, self._window_bytes, shared, has_base=has_base
+            at, peer.side, device, self._window_bytes, shared, base_dev_id=base_dev_id
         )
         self.devices.append(peer.device)
         return Send(
@@ -312,7 +326,7 @@ class JobDevices:
                 self._spec.heartbeat_s,
                 shared=shared is not None,
                 reconnect_s=self._spec.reconnect_s,
-                base=has_base,
+                base=digest_key if base_dev_id else None,
             ),
         )
 

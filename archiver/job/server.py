@@ -20,6 +20,7 @@ from vmapipe.archiver.job.job import Job, JobPhase
 from vmapipe.archiver.job.spec import JobSpec
 from vmapipe.archiver.job.writer import ArchiveWriter
 from vmapipe.archiver.listener.socket import TURN, ListeningSocket
+from vmapipe.archiver.outputs.cluster_digests import BaseDigests
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
@@ -48,7 +49,14 @@ class Listen(NamedTuple):
     from_afar: bool = False
 
 
-def serve(spec: JobSpec, at: Listen, make_store: MakeStore, cancel: Cancel, emit: Emit) -> None:
+def serve(
+    spec: JobSpec,
+    at: Listen,
+    make_store: MakeStore,
+    cancel: Cancel,
+    emit: Emit,
+    base_digests: BaseDigests | None = None,
+) -> None:
     """Make one archive. Raises Failure when nothing was stored."""
     wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     link: ListeningSocket | None = None
@@ -60,7 +68,8 @@ def serve(spec: JobSpec, at: Listen, make_store: MakeStore, cancel: Cancel, emit
             link.watch(cancel.fd)
             emit({"event": "listening", "endpoint": link.endpoint})
             shares = link.is_local and not at.from_afar
-            job = Job(spec, time.monotonic(), map_shared if shares else refuse_shared)
+            mapping = map_shared if shares else refuse_shared
+            job = Job(spec, time.monotonic(), mapping, base_digests)
             _Server(job, link, store, emit, spec.base).run(wake_fd, cancel)
         finally:
             # Nothing to do where the archive was stored.

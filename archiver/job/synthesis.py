@@ -93,6 +93,11 @@ class Mix(NamedTuple):
         """Return whether any of its data lies in the base."""
         return any(piece.data_at >= 0 and piece.mask for piece in self.pieces)
 
+    def changed(self, packed: PackedExtent[None]) -> list[PackedRun]:
+        """Those clusters of the extent, packed of this, that are not as in the base."""
+        both = zip(self.pieces, packed.clusters, strict=True)
+        return [run for piece, run in both if piece.data_at < 0]
+
 
 class Synthesis:
     """Clusters come with `add` and `add_unchanged`, each once; the base's extents are asked for with `plan`.

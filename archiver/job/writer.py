@@ -244,6 +244,7 @@ class ArchiveWriter(Generic[Note]):
         extent = filled.extent
         if self._digests is not None:
             self._digests.extents([extent])
+            self._digests.changed(filled.changed)
         self._output.write(extent.buffers)
         self.plain_bytes += extent.total_bytes
         self._put_bytes += extent.total_bytes
@@ -253,7 +254,7 @@ class ArchiveWriter(Generic[Note]):
         devices = {use.base_dev_id: use.device for use in begin.bases if use.base_dev_id}
         if self._digests is not None:
             version = VERSION_WITH_BASE if devices else VERSION
-            self._digests.begin(begin.header, begin.raw_header, version)
+            self._digests.begin(begin.header, begin.raw_header, devices, version)
         self._output.write([begin.raw_header])
         self.plain_bytes += len(begin.raw_header)
         if self._base is not None and devices:

@@ -21,6 +21,10 @@ from vmapipe.archiver.outputs.base import Buffers, DescriptorOutput, OutputFailu
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.folders import NO_LINKS, HeldFolder
+from vmapipe.runtime.syscalls import write_at
+
+# Often enough looked whether it is still wanted.
+_COPY_BYTES = 64 << 20
 
 
 class FileOutput(DescriptorOutput):
@@ -63,6 +67,31 @@ class FileOutput(DescriptorOutput):
     def write(self, buffers: Buffers) -> None:
         super().write(buffers)
         self._write_behind.reached(self.written_bytes)
+
+    def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        """Write at any place. Raises OutputFailure."""
+        self._exclusively(self._write_at, data, offset)
+
+    def _write_at(self, data: bytes | memoryview, offset: int) -> None:
+        self._check()
+        write_at(self._fd, memoryview(data), offset)
+
+    def extend(self, length: int) -> None:
+        """Let it be so long, with zeroes where nothing was written. Raises OutputFailure."""
+        self._exclusively(lambda: os.ftruncate(self._fd, length))
+
+    def copy_from(self, fd: int, length: int) -> None:
+        """Begin with the first `length` bytes of another file. Raises OutputFailure."""
+        self._exclusively(self._copy_from, fd, length)
+
+    def _copy_from(self, fd: int, length: int) -> None:
+        at = 0
+        while at < length:
+            self._check()
+            got = os.copy_file_range(fd, self._fd, min(_COPY_BYTES, length - at), at, at)
+            if not got:
+                raise OSError(errno.EIO, "the file that is copied has become shorter")
+            at += got
 
     def _complete(self) -> None:
         os.fsync(self._fd)

@@ -8,18 +8,21 @@ room imports xxhash.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from xxhash import xxh3_128
 
 from vmapipe.archiver.outputs.base import Buffers, Output, OutputWrapper
+from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
+from vmapipe.archiver.outputs.cluster_digests import DigestFile, file_bytes
 from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.manifest import (
     VERSION,
+    VERSION_WITH_BASE,
     DeviceTotals,
     ExtentDigest,
     Opening,
@@ -28,7 +31,7 @@ from vmapipe.vma.manifest import (
     opening_line,
     totals_line,
 )
-from vmapipe.vma.packer import PackedExtent
+from vmapipe.vma.packer import PackedExtent, PackedRun
 
 SUFFIX = ".manifest.json"
 # Lines of 40 bytes are not worth a system call each.
@@ -139,6 +142,11 @@ def beside(archive: str) -> str:
     return archive + SUFFIX
 
 
+def files_of(archive: str) -> list[str]:
+    """The paths of an archive and of all that is stored together with it."""
+    return [archive, beside(archive), archive + DIGESTS_SUFFIX]
+
+
 # The output has waited for its commit before; what is left is a few calls.
 _SETTLE_S = 0.5
 
@@ -146,8 +154,10 @@ _SETTLE_S = 0.5
 class Digests:
     """Hashes what one thread hands it, in order, and hands the manifest's lines to `sink`."""
 
-    def __init__(self, sink: ManifestSink) -> None:
+    def __init__(self, sink: ManifestSink, clusters: DigestFile | None = None) -> None:
         self._sink = sink
+        self._clusters = clusters
+        self._clusters_bytes = 0
         self._devices: dict[int, _DeviceHasher] = {}
         self._extents = 0
         self._archive_bytes = 0
@@ -156,9 +166,20 @@ class Digests:
         #: Of the manifest's last line.
         self.incrementals = 0
 
-    def begin(self, header: Header, raw_header: bytes, version: int = VERSION) -> None:
+    def begin(
+        self,
+        header: Header,
+        raw_header: bytes,
+        based: Mapping[int, Device] | None = None,
+        version: int = VERSION,
+    ) -> None:
+        """`based`: the devices that have a base, by their dev_ids there."""
         self._devices = {device.dev_id: _DeviceHasher(device) for device in header.devices}
         self._archive_bytes = len(raw_header)
+        if self._clusters is not None:
+            version = VERSION_WITH_BASE
+            self._clusters.begin(header.uuid, header.devices, based or {})
+            self._clusters_bytes = file_bytes(header.devices)
         opening = Opening(header.uuid, header.ctime_s, digest_of([raw_header]), version)
         self._sink.line(opening_line(opening))
 
@@ -173,6 +194,13 @@ class Digests:
                     self._extent([headers[at : at + EXTENT_HEADER_BYTES]])
             for dev_id, first, count, masks, data in extent.clusters:
                 self._devices[dev_id].add(first, count, masks, data)
+            if self._clusters is not None:
+                self._clusters.add(extent.clusters)
+
+    def changed(self, clusters: Sequence[PackedRun]) -> None:
+        """Which clusters of the extents are not as in the base."""
+        if self._clusters is not None:
+            self._clusters.add_changed(clusters)
 
     def _extent(self, buffers: Buffers) -> None:
         digest = digest_of(buffers)
@@ -195,13 +223,18 @@ class Digests:
             file_digest=self._file.digest(),
             devices=tuple(device.totals() for device in self._devices.values()),
             incrementals=self.incrementals,
+            cluster_digests_bytes=self._clusters_bytes,
         )
+        if self._clusters is not None:
+            self._clusters.commit()
         self._sink.line(totals_line(totals))
         self._sink.commit()
 
     def abandon(self) -> None:
         """Leave no manifest behind, not even a committed one. Never raises."""
         self._sink.abandon()
+        if self._clusters is not None:
+            self._clusters.abandon()
 
 
 class _DeviceHasher:

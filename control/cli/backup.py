@@ -312,6 +312,7 @@ def run_job(
         job = BackupJob(
             disks=disks,
             base=base.archive if base else "",
+            with_digests=options.base != "none" and not (machine or domain or options.monitor),
             archive=options.archive,
             archiver_options=archiver_options(options),
             speed_bytes_s=options.speed,

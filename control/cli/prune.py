@@ -338,4 +338,10 @@ def beside(archive: str) -> list[str]:
     """The files that belong to an archive, there or not."""
     stem = _ENDING.sub("", archive)
     logs = [f"{stem}.log"] if stem != archive else []
-    return [f"{archive}.manifest.json", archive + DRILL_SUFFIX, f"{archive}.notes", *logs]
+    return [
+        f"{archive}.manifest.json",
+        f"{archive}.digests",
+        archive + DRILL_SUFFIX,
+        f"{archive}.notes",
+        *logs,
+    ]

@@ -133,6 +133,8 @@ class BackupJob:
     priorities: Priorities = AS_INHERITED
     #: An earlier archive, of which unchanged clusters are taken; empty: all is sent.
     base: str = ""
+    #: The archive can be the base of a later one that reads all: digests of its clusters are made.
+    with_digests: bool = False
     #: What is wrong with the base, where that is why this backup failed: a full one would do.
     base_damage: str = ""
     #: What the archiver says of the base, until QEMU has said what it knows of the disks.
@@ -206,6 +208,8 @@ class BackupJob:
         args += [f"--output={self.archive}", f"--job={self.job_id.hex()}"]
         args += [f"--device={name}" for name in self.names]
         args += self.archiver_options
+        if self.with_digests:
+            args.append("--digests")
         if self.base:
             args.append(f"--base={self.base}")
         archiver = children.start("the archiver", module, args, self.pass_fds)
@@ -264,10 +268,10 @@ class BackupJob:
             return
         # Imported here: it is seldom needed, and a backup starts sooner without.
         from vmapipe.archiver.outputs.file import remove_leftover
-        from vmapipe.archiver.outputs.manifests import beside
+        from vmapipe.archiver.outputs.manifests import files_of
 
         named = [w.removeprefix("--manifest=") for w in self.archiver_options if "--manifest=" in w]
-        ours = [self.archive, beside(self.archive)] if is_path(self.archive) else []
+        ours = files_of(self.archive) if is_path(self.archive) else []
         for path in (*ours, *filter(is_path, named)):
             remove_leftover(path)
 

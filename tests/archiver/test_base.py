@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -10,11 +11,25 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import zmq
 
-from tests.machine import LIMIT_S, VMAPIPE, bad, good, make_disk, run
+from tests.machine import (
+    LIMIT_S,
+    VMAPIPE,
+    bad,
+    children,
+    eventually,
+    good,
+    make_disk,
+    next_event,
+    run,
+    started,
+    without_limit,
+)
 from vmapipe.archiver.base.check import Base, check_base
 from vmapipe.archiver.base.choice import choose_base
 from vmapipe.clusters.masks import cluster_masks, collect
@@ -256,3 +271,126 @@ def test_a_backup_whose_base_is_damaged_becomes_a_full_one_by_itself(
 def test_the_base_option_excludes_what_it_cannot_do(disk: Path, base: Path, tmp_path: Path) -> None:
     words = ("--base", base, "--disk", f"a={disk}", tmp_path / "new.vma")
     assert "--reproducible" in bad("backup", "--reproducible", *words, code=2)
+
+
+# --- disks at rest: what has changed is found by digests ---
+
+
+def incremental(disk: Path, new: Path, *more: str | Path) -> dict[str, dict[str, Any]]:
+    """Back up with `--base auto`; the last event of each name."""
+    out = good("backup", "--json", "--base", "auto", *more, "--disk", f"a={disk}", new)
+    return {event["event"]: event for event in map(json.loads, out.splitlines())}
+
+
+def test_of_a_disk_at_rest_little_more_than_what_has_changed_is_sent(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk", PATTERN, tail_bytes=5000)
+    first = incremental(disk, tmp_path / "vm-2026-01-01.vma")
+    assert not first["base"]["devices"][0]["incremental"]
+    changed = change(disk, 0, 1, 58, 120, 299 - 4)
+    with disk.open("r+b") as file:  # one that becomes zero
+        file.seek(5 * CLUSTER_BYTES)
+        file.write(bytes(CLUSTER_BYTES))
+    for day, clusters in ((2, len(changed)), (3, 0)):
+        told = incremental(disk, tmp_path / f"vm-2026-01-0{day}.vma")
+        assert told["base"]["devices"] == [{"name": "a", "incremental": True, "reason": ""}]
+        assert told["base"]["archive"] == str(tmp_path / f"vm-2026-01-0{day - 1}.vma")
+        assert told["transfer"]["sent_bytes"] <= 1.1 * clusters * CLUSTER_BYTES
+    assert restored(tmp_path / "vm-2026-01-03.vma", tmp_path / "out") == disk.read_bytes()
+
+
+def test_digests_that_are_damaged_or_lost_cost_time_and_nothing_else(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk", PATTERN)
+    incremental(disk, tmp_path / "vm-2026-01-01.vma")
+    digests = tmp_path / "vm-2026-01-01.vma.digests"
+    raw = bytearray(digests.read_bytes())
+    change(disk, 3)
+    damages = {"1": raw[:-1], "2": b"", "3": bytes(len(raw)), "4": None}
+    raw[4096 : 4096 + 16 * 20] = random.Random(3).randbytes(16 * 20)
+    damages["5"] = raw
+    for name, content in damages.items():
+        digests.unlink(missing_ok=True)
+        if content is not None:
+            digests.write_bytes(content)
+        words = ("--base", tmp_path / "vm-2026-01-01.vma", "--disk", f"a={disk}")
+        good("backup", *words, tmp_path / f"new{name}.vma")
+        out = tmp_path / f"out{name}"
+        assert restored(tmp_path / f"new{name}.vma", out) == disk.read_bytes()
+
+
+def test_several_disks_of_which_one_is_new(tmp_path: Path) -> None:
+    a = make_disk(tmp_path / "a", PATTERN)
+    b = make_disk(tmp_path / "b", "A0p" * 30, seed=2)
+    incremental(a, tmp_path / "vm-2026-01-01.vma")
+    change(a, 7)
+    told = incremental(a, tmp_path / "vm-2026-01-02.vma", "--disk", f"0={b}")
+    reasons = {device["name"]: device["reason"] for device in told["base"]["devices"]}
+    assert reasons["a"] == ""
+    assert "does not have this device" in reasons["0"]
+    good("verify", tmp_path / "vm-2026-01-02.vma")
+    change(b, 4)
+    told = incremental(a, tmp_path / "vm-2026-01-03.vma", "--disk", f"0={b}")
+    assert all(device["incremental"] for device in told["base"]["devices"])
+    good("verify", tmp_path / "vm-2026-01-03.vma")
+    good("restore", tmp_path / "vm-2026-01-03.vma", tmp_path / "out")
+    assert (tmp_path / "out" / "disk-a.raw").read_bytes() == a.read_bytes()
+    assert (tmp_path / "out" / "disk-0.raw").read_bytes() == b.read_bytes()
+
+
+def test_damage_in_the_base_makes_a_full_backup_by_itself_and_says_so(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk", PATTERN)
+    incremental(disk, tmp_path / "vm-2026-01-01.vma")
+    with (tmp_path / "vm-2026-01-01.vma").open("r+b") as file:
+        file.seek(2_000_000)
+        file.write(b"damage")
+    told = incremental(disk, tmp_path / "vm-2026-01-02.vma")
+    assert "This is a full backup instead" in told["notice"]["text"]
+    assert "at offset" in told["notice"]["text"]
+    assert restored(tmp_path / "vm-2026-01-02.vma", tmp_path / "out") == disk.read_bytes()
+
+
+@pytest.mark.parametrize("victim", ["vmapipe.archiver.main", "vmapipe.producer.main", ""])
+def test_a_kill_in_the_middle_leaves_nothing_and_the_base_as_it_was(
+    tmp_path: Path, victim: str
+) -> None:
+    disk = make_disk(tmp_path / "disk", PATTERN)
+    incremental(disk, tmp_path / "vm-2026-01-01.vma")
+    before = {path.name for path in tmp_path.iterdir()}
+    change(disk, *range(0, 300, 2))
+    new = tmp_path / "vm-2026-01-02.vma"
+    words = ("backup", "--json", "--speed", "1M", "--base", "auto", "--disk", f"a={disk}", new)
+    with started(*words) as process:
+        next_event(process, "progress")
+        for child in children(process, victim) if victim else [psutil.Process(process.pid)]:
+            child.kill()
+        process.wait(LIMIT_S)
+    assert eventually(lambda: {path.name for path in tmp_path.iterdir()} == before)
+    incremental(disk, new)
+    assert restored(new, tmp_path / "out") == disk.read_bytes()
+
+
+def test_a_base_that_vanishes_in_the_middle_is_used_to_its_end(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk", PATTERN)
+    incremental(disk, tmp_path / "vm-2026-01-01.vma")
+    new = tmp_path / "vm-2026-01-02.vma"
+    words = ("backup", "--json", "--speed", "1M", "--base", "auto", "--disk", f"a={disk}", new)
+    with started(*words) as process:
+        next_event(process, "progress")
+        for path in tmp_path.glob("vm-2026-01-01*"):
+            path.unlink()
+        without_limit(process)
+        _, said = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 0, said
+    assert restored(new, tmp_path / "out") == disk.read_bytes()
+
+
+def test_two_backups_with_one_base_at_once_both_end_well(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk", PATTERN)
+    incremental(disk, tmp_path / "vm-2026-01-01.vma")
+    change(disk, 9)
+    words = ("backup", "--base", tmp_path / "vm-2026-01-01.vma", "--disk", f"a={disk}")
+    with started(*words, tmp_path / "x.vma") as one, started(*words, tmp_path / "y.vma") as other:
+        for process in (one, other):
+            _, said = process.communicate(timeout=LIMIT_S)
+            assert process.returncode == 0, said
+    for name in ("x", "y"):
+        assert restored(tmp_path / f"{name}.vma", tmp_path / name) == disk.read_bytes()

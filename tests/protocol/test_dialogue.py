@@ -160,7 +160,9 @@ class Dialogue(RuleBasedStateMachine):
     def welcome(self, window: int, first: bool, shared: bool, base: bool) -> None:
         self.window = window
         self.limit = window if first else 0
-        parts = self.archiver.welcome(1, self.limit, window // 2, 30, shared=shared, base=base)
+        parts = self.archiver.welcome(
+            1, self.limit, window // 2, 30, shared=shared, base=b"" if base else None
+        )
         self.down.append(parts)
 
     @precondition(lambda self: self.archiver.state in (A.RECEIVING, A.ENDED))

@@ -45,6 +45,7 @@ ARCHIVER_TAKES = {
     (A.RECEIVING, "SHARED"): A.RECEIVING,
     (A.RECEIVING, "SCATTERED"): A.RECEIVING,
     (A.RECEIVING, "UNCHANGED"): A.RECEIVING,
+    (A.RECEIVING, "WANT"): A.RECEIVING,
     (A.RECEIVING, "PING"): A.RECEIVING,
     (A.RECEIVING, "END"): A.ENDED,
     (A.RECEIVING, "FAIL"): A.CLOSED,
@@ -67,12 +68,14 @@ PRODUCER_TAKES = {
     (P.SENDING, "ABORT"): P.CLOSED,
     (P.SENDING, "PONG"): P.SENDING,
     (P.SENDING, "RESUMED"): P.SENDING,
+    (P.SENDING, "HAVE"): P.SENDING,
     (P.ENDING, "GRANT"): P.ENDING,
     (P.ENDING, "DONE"): P.CLOSED,
     (P.ENDING, "REFUSE"): P.CLOSED,
     (P.ENDING, "ABORT"): P.CLOSED,
     (P.ENDING, "PONG"): P.ENDING,
     (P.ENDING, "RESUMED"): P.ENDING,
+    (P.ENDING, "HAVE"): P.ENDING,
     (P.CLOSED, "REFUSE"): P.CLOSED,
     (P.CLOSED, "ABORT"): P.CLOSED,
     (P.CLOSED, "PONG"): P.CLOSED,
@@ -86,7 +89,7 @@ def archiver_in(state: transfer_state.ArchiverState) -> ArchiverSide:
     side.receive(encode(EXAMPLES["HELLO"]))
     if state is A.WAITING:
         return side
-    side.welcome(1, 1 << 20, 1 << 19, 30, shared=True, reconnect_s=60, base=True)
+    side.welcome(1, 1 << 20, 1 << 19, 30, shared=True, reconnect_s=60, base=bytes(32))
     if state is A.RECEIVING:
         return side
     side.receive(encode(End(0, 0)))
@@ -147,7 +150,7 @@ def test_the_producer_in_every_state_takes_or_refuses_every_message(
 
 @pytest.mark.parametrize("state", P, ids=lambda state: state.value)
 def test_the_producer_sends_only_what_its_state_allows(state: transfer_state.ProducerState) -> None:
-    sending = ("run", "shared", "scattered", "unchanged", "end")
+    sending = ("run", "shared", "scattered", "unchanged", "want", "end")
     allowed = {"hello": [P.GREETING], **{name: [P.SENDING] for name in sending}}
     moves: dict[str, Callable[[ProducerSide], object]] = {
         "hello": lambda side: side.hello(),
@@ -155,6 +158,7 @@ def test_the_producer_sends_only_what_its_state_allows(state: transfer_state.Pro
         "shared": lambda side: side.shared_run(0, 1, b"\0\1", 0),
         "scattered": lambda side: side.scattered([SharedCluster(0, 0, 1)]),
         "unchanged": lambda side: side.unchanged(0, 1),
+        "want": lambda side: side.want(0, 1),
         "end": lambda side: side.end(),
     }
     for name, move in moves.items():

@@ -22,6 +22,7 @@ from vmapipe.vma.manifest import (
     Totals,
     extent_line,
     opening_line,
+    read_totals,
     totals_line,
 )
 
@@ -325,3 +326,22 @@ def test_a_line_above_the_limit_is_refused_unparsed() -> None:
     reader = ManifestReader()
     with pytest.raises(ArchiveError, match="characters"):
         reader.line(" " * (MAX_LINE_BYTES + 1))
+
+
+def test_a_manifest_with_digests_of_clusters_beside_it_is_version_2_and_no_other() -> None:
+    opening = Opening(bytes(16), 1, ExtentDigest(12800, bytes(16)), 2)
+    totals = Totals(0, 12800, 12800, bytes(16), (), 3, 4112)
+    reader = ManifestReader()
+    assert reader.line(opening_line(opening)) == opening
+    assert '"version": 2' in opening_line(opening)
+    assert reader.line(totals_line(totals)) == totals == read_totals(totals_line(totals).strip())
+    reader = ManifestReader()
+    reader.line(opening_line(opening._replace(version=1)))
+    with pytest.raises(ArchiveError, match="digests of clusters in version 1"):
+        reader.line(totals_line(totals._replace(incrementals=0)))
+
+
+@pytest.mark.parametrize("text", ["", "], {}", '], "extent_count": 1}', "x"])
+def test_a_last_line_that_is_none_is_damage(text: str) -> None:
+    with pytest.raises(ArchiveError, match="manifest is damaged"):
+        read_totals(text)
