@@ -47,8 +47,11 @@ def served_on(port: int, *words: str | Path) -> Iterator[subprocess.Popen[bytes]
             server.terminate()
 
 
-def make_certificates(folder: Path, openssl: str, name: str) -> Path:
-    """A folder as libnbd and nbdkit have it, for a server, and a client, called `name`."""
+def make_certificates(folder: Path, openssl: str, name: str, *, days: int = 2) -> Path:
+    """A folder as libnbd and nbdkit have it, for a server, and a client, called `name`.
+
+    `days`: how long their certificates are valid; -1: they were.
+    """
     folder.mkdir()
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
 
@@ -78,6 +81,14 @@ def make_certificates(folder: Path, openssl: str, name: str) -> Path:
         )
         run(
             *("x509", "-req", "-in", f"{who}.csr", "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem"),
-            *("-CAcreateserial", "-days", "2", "-extfile", "names", "-out", f"{who}-cert.pem"),
+            *(
+                "-CAcreateserial",
+                "-days",
+                str(days),
+                "-extfile",
+                "names",
+                "-out",
+                f"{who}-cert.pem",
+            ),
         )
     return folder

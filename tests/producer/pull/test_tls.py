@@ -95,6 +95,18 @@ def test_tls_over_a_unix_socket_and_none_where_the_server_has_none(
         refused(uri, "; the server has no TLS: use nbd://")
 
 
+def test_a_certificate_that_has_expired_is_refused(
+    disk: Path, need: Need, tmp_path: Path, short_folder: Path
+) -> None:
+    nbdkit, openssl = need("nbdkit", "openssl")
+    old = make_certificates(tmp_path / "old", openssl, "localhost", days=-1)
+    path = short_folder / "s"
+    words = [nbdkit, "-f", "-r", "-U", str(path), "--tls=require", f"--tls-certificates={old}"]
+    with served(*words, "file", disk, path=path):
+        uri = f"nbds+unix:///?socket={path}&tls-certificates={old}"
+        refused(uri, "certificate is not accepted: certificate (has expired|is not yet valid)")
+
+
 def test_a_key_that_both_sides_share_works_or_is_refused_with_the_way_out(
     disk: Path, need: Need, short_folder: Path
 ) -> None:
@@ -107,8 +119,9 @@ def test_a_key_that_both_sides_share_works_or_is_refused_with_the_way_out(
         if sys.version_info >= (3, 13):
             with pulled(uri) as reader:
                 assert content(reader) == disk.read_bytes()
-            keys.write_text(f"alice:{os.urandom(32).hex()}\n")
-            refused(uri, "TLS failed")
+            wrong = short_folder / "wrong"
+            wrong.write_text(f"alice:{os.urandom(32).hex()}\n")
+            refused(uri.replace(str(keys), str(wrong)), "TLS failed")
         else:
             refused(uri, r"needs Python 3\.13, and this is 3\.1\d: use certificates")
         refused(uri.replace("alice@", "bob@"), "it has no line for the user of the URI$")
