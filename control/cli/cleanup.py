@@ -107,19 +107,28 @@ def _clean_up(address: str, *, share: bool, bitmaps: bool) -> None:
         kept_records,
         remove_leftovers,
         remove_records,
+        remove_worthless_records,
     )
     from vmapipe.control.qemu.qemu_process import pid_of_qemu, uid_of_qemu
     from vmapipe.control.qmp.addresses import parse_address
+    from vmapipe.control.qmp.connection import QmpGone
 
+    kept: tuple[str, ...] = ()
     link = connect_or_unblock(address, share=share)
     try:
         path = parse_address(address).path
         removed = remove_leftovers(
             link, lambda: uid_of_qemu(path, pid_of_qemu(link.peer_pid, uuid=""))
         )
-        if bitmaps:
-            removed += remove_records(link)
-        kept = kept_records(link)
+        try:
+            removed += remove_worthless_records(link)
+            if bitmaps:
+                removed += remove_records(link)
+            kept = kept_records(link)
+        except QmpGone:
+            # A QEMU that a backup kept for a guest that had powered off ends now, its records with it.
+            if not removed:
+                raise
     finally:
         link.close()
     _tell(removed, kept)

@@ -22,6 +22,7 @@ from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.jobs import PREFIX, run_prefix
 from vmapipe.control.qmp.connection import Answer, Command
 
+_JOBS = re.compile(re.escape(PREFIX) + r"[0-9a-f]{8}-changed")
 _ARCHIVES = re.compile(re.escape(PREFIX) + r"([0-9a-f]{32})")
 # A full backup reads the disk in order, and starts a new chain: with more than half of it to
 # send anyway, an incremental one only costs.
@@ -168,7 +169,10 @@ def _why_absent(node: Answer, base: BaseArchive) -> str:
             f"({uuid_text(base.uuid)})"
         )
     if node.get("drv") == _KEEPS_BITMAPS:
-        why = "a snapshot was taken, the disk was copied or migrated, or nothing began a record"
+        why = (
+            "QEMU was killed, a snapshot was taken, the disk was copied or migrated, or nothing "
+            "began a record"
+        )
     else:
         why = "with this format it is lost whenever QEMU ends; or nothing began it"
     return f"QEMU has no record of what has changed since the base: {why}"
@@ -219,7 +223,7 @@ def of_runs(nodes: Iterable[Answer], prefix: str) -> list[Command]:
     return [
         remove_bitmap(bitmap.node, bitmap.name)
         for bitmap in bitmaps_in(nodes)
-        if bitmap.name.startswith(prefix) and not archive_of(bitmap.name) and not bitmap.busy
+        if bitmap.name.startswith(prefix) and _JOBS.fullmatch(bitmap.name) and not bitmap.busy
     ]
 
 

@@ -36,7 +36,7 @@ def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[s
     left, notes = find_own_objects(qmp, PREFIX), find_memory_notes(qmp, PREFIX)
     held = poweroff.find_poweroff_notes(qmp, PREFIX)
     if left.nothing and not notes and not held:
-        return _remove_records(qmp, worthless)
+        return ()
     targets = own_targets(qmp.execute(Command("query-named-block-nodes", {"flat": True})))
     with contextlib.ExitStack() as stack:
         places = _Places(stack)
@@ -58,14 +58,12 @@ def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[s
         # A job has the name of its target.
         stand_ins = {t.node: stack.enter_context(_drop_target(t, places, owner)) for t in targets}
         clean_up(qmp, PREFIX, lambda job: job not in stand_ins or stand_ins[job].served)
-    removed = [*left.names, *notes, *held]
-    try:
-        removed += _remove_records(qmp, worthless)
-    except QmpGone:
-        # A QEMU that a backup kept for a guest that had powered off ends now, its records with it.
-        if not held:
-            raise
-    return tuple(dict.fromkeys(removed))
+    return tuple(dict.fromkeys([*left.names, *notes, *held]))
+
+
+def remove_worthless_records(qmp: Qmp) -> tuple[str, ...]:
+    """Remove the records of changes that no backup can use any more; return their names."""
+    return _remove_records(qmp, worthless)
 
 
 def remove_records(qmp: Qmp) -> tuple[str, ...]:

@@ -41,7 +41,11 @@ from vmapipe.control.qemu.jobs import (
     refusal_hint,
     run_prefix,
 )
-from vmapipe.control.qemu.leftovers import connect_or_unblock, remove_leftovers
+from vmapipe.control.qemu.leftovers import (
+    connect_or_unblock,
+    remove_leftovers,
+    remove_worthless_records,
+)
 from vmapipe.control.qemu.machine_view import qemu_pid, see_machine
 from vmapipe.control.qemu.qemu_process import command_line, uid_of_qemu
 from vmapipe.control.qemu.run_state import check_run_state, is_running
@@ -217,6 +221,8 @@ class RunningMachine:
             made = [self._tpm.disk.name] if self._tpm else []
             bitmaps = self._tracking.prepare(self._disks, made, self._folder)
             self.notices += self._tracking.notices
+        else:
+            remove_worthless_records(self._link)
         targets = [
             BackupTarget(
                 *(disk, sink.path, EXPORT_NAME, index in way.handed_over, way.timeout_s),

@@ -83,6 +83,11 @@ class Hammer:
             before[write.disk][write.offset : write.offset + _BYTES] = write.data
         return count
 
+    def replay_all(self, before: Mapping[str, bytearray]) -> None:
+        """Make all its writes on `before`, when it has ended."""
+        for _, write in zip(range(self.done), self.writes(), strict=False):
+            before[write.disk][write.offset : write.offset + _BYTES] = write.data
+
     def __enter__(self) -> Hammer:
         self._thread.start()
         return self

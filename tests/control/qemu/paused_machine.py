@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ class PausedMachine:
             raise
         self._nodes = self._graph()
 
-    def ask(self, name: str, **arguments: Any) -> Any:
+    def ask(self, name: str, /, **arguments: Any) -> Any:
         return self._monitor.execute(Command(name, arguments))
 
     def write(self, device: str, words: str) -> None:
@@ -78,6 +79,22 @@ class PausedMachine:
         with self._said.open("rb") as said:
             said.seek(before)
             return said.read(_TOLD).startswith(b"wrote ")
+
+    def quit(self) -> None:
+        """End QEMU as a user does: it closes its images."""
+        self.ask("quit")
+        self.process.wait(LIMIT_S)
+
+    def commit(self, overlay: str, base: str) -> None:
+        """Commit an overlay that is in use into the image below it, which takes its place."""
+        self.ask("block-commit", **{"job-id": "commit", "device": overlay, "base-node": base})
+        while True:
+            jobs = {job["id"]: job["status"] for job in self.ask("query-jobs")}
+            if "commit" not in jobs:
+                return
+            if jobs["commit"] == "ready":
+                self.ask("job-complete", id="commit")
+            time.sleep(0.01)
 
     def ours(self) -> list[str]:
         """What a backup has in it: jobs, nodes, objects."""

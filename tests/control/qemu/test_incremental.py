@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ import pytest
 from tests.control.qemu.hammer import CLUSTER
 from tests.control.qemu.tracked_machine import (
     NAMES,
+    RAW,
+    SIZE,
+    SLOWED,
+    THIN,
     Report,
+    TrackedMachine,
     check_archive,
     make_images,
     tracked_machine,
@@ -29,7 +35,6 @@ def test_only_what_has_changed_is_sent_and_the_archive_shows_the_instant(
     with tracked_machine(need, tmp_path, contents) as tracked:
         report = Report(good(*tracked.command(first)))
         assert all("no earlier archive" in reason for reason in report.reasons.values())
-        check_archive(first, contents, tmp_path / "restored")
         for name in NAMES:
             tracked.write(name, 3, 77)
             tracked.write(name, 5, 0)
@@ -54,4 +59,98 @@ def test_only_what_has_changed_is_sent_and_the_archive_shows_the_instant(
         (name,) = records["disk0"]
         assert records == {f"disk{number}": [name] for number in range(3)}
         assert name == f"vmapipe-{report['stored']['uuid']}"
-    good("verify", second)
+
+
+class Days:
+    """The backups of one machine, day after day; each archive must hold what its disks hold."""
+
+    def __init__(self, contents: dict[str, bytearray], out: Path, folder: Path) -> None:
+        self._contents, self._out, self._folder = contents, out, folder
+        self._day = 0
+        self._patterns = itertools.cycle(range(100, 250))
+
+    def write_some(self, tracked: TrackedMachine) -> None:
+        for name in NAMES:
+            for cluster in (9, 30):
+                tracked.write(name, cluster, next(self._patterns))
+
+    def back_up(self, tracked: TrackedMachine) -> dict[str, str]:
+        """Return why each disk was backed up in full; empty: it was not."""
+        self.write_some(tracked)
+        self._day += 1
+        archive = self._out / f"vm-2026-01-{self._day:02}.vma"
+        reasons = Report(good(*tracked.command(archive))).reasons
+        if not all(reasons.values()):
+            check_archive(archive, self._contents, self._folder / "restored")
+        return reasons
+
+
+def test_a_record_lasts_as_long_as_qemu_keeps_it_and_the_report_says_why_not(
+    need: Need, tmp_path: Path, out: Path
+) -> None:
+    """QEMU ends, and later it is killed."""
+    need("qemu-img", "qemu-system-x86_64")
+    contents = make_images(tmp_path)
+    days = Days(contents, out, tmp_path)
+    with tracked_machine(need, tmp_path, contents) as tracked:
+        days.back_up(tracked)
+        days.write_some(tracked)
+        tracked.machine.quit()
+    with tracked_machine(need, tmp_path, contents) as tracked:
+        reasons = days.back_up(tracked)
+        assert "lost whenever QEMU ends" in reasons.pop(RAW)
+        assert reasons == {THIN: "", SLOWED: ""}
+        days.write_some(tracked)
+        tracked.machine.process.kill()
+        tracked.machine.process.wait()
+    with tracked_machine(need, tmp_path, contents) as tracked:
+        reasons = days.back_up(tracked)
+        assert "lost whenever QEMU ends" in reasons.pop(RAW)
+        assert all("QEMU was killed" in reason for reason in reasons.values())
+        assert days.back_up(tracked) == dict.fromkeys(NAMES, "")
+        (ours,) = tracked.records()["disk0"]
+        add = tracked.machine.ask
+        stale = f"vmapipe-{'0' * 32}"
+        add("block-dirty-bitmap-add", node="disk0", name=stale, disabled=True)
+        add("block-dirty-bitmap-add", node="disk1", name="vmapipe-mine")
+        kept = f"kept for incremental backups: {ours} (--bitmaps removes them)"
+        assert clean_up(tracked) == f"removed {stale}\n{kept}\n"
+        assert clean_up(tracked, "--bitmaps") == f"removed {ours}\n"
+        assert tracked.records() == {"disk1": ["vmapipe-mine"]}
+
+
+def test_a_snapshot_its_commit_another_size_and_a_meddler_make_the_next_archive_a_full_one(
+    need: Need, tmp_path: Path, out: Path
+) -> None:
+    need("qemu-img", "qemu-system-x86_64")
+    contents = make_images(tmp_path)
+    days = Days(contents, out, tmp_path)
+    with tracked_machine(need, tmp_path, contents) as tracked:
+        ask = tracked.machine.ask
+        days.back_up(tracked)
+        ask("block-dirty-bitmap-add", node="disk0", name="somebody-elses")
+        overlay = {"snapshot-file": str(tmp_path / "overlay.qcow2"), "format": "qcow2"}
+        ask(
+            "blockdev-snapshot-sync",
+            **{"node-name": "disk1", "snapshot-node-name": "overlay1", **overlay},
+        )
+        reasons = days.back_up(tracked)
+        assert "a snapshot was taken" in reasons.pop(THIN)
+        assert reasons == {RAW: "", SLOWED: ""}
+
+        days.write_some(tracked)
+        tracked.machine.commit("overlay1", "disk1")
+        (ours,) = tracked.records()["disk2"]
+        ask("block-dirty-bitmap-disable", node="disk2", name=ours)
+        ask("block_resize", **{"node-name": "disk0", "size": SIZE + CLUSTER})
+        contents[RAW] += bytes(CLUSTER)
+        reasons = days.back_up(tracked)
+        assert "its size has changed" in reasons[RAW]
+        assert "since another archive" in reasons[THIN]
+        assert "somebody has disabled" in reasons[SLOWED]
+        assert days.back_up(tracked) == dict.fromkeys(NAMES, "")
+        assert "somebody-elses" in tracked.records()["disk0"]
+
+
+def clean_up(tracked: TrackedMachine, *options: str) -> str:
+    return good("cleanup", "--qmp", tracked.machine.qmp, *options).decode()
