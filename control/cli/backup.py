@@ -36,6 +36,13 @@ from vmapipe.control.cli.backup_base import (
     track,
     without_foreign_bitmaps,
 )
+from vmapipe.control.cli.backup_domain import (
+    choose_in_domain,
+    freezing_for,
+    open_domain,
+    push_machine,
+    track_domain,
+)
 from vmapipe.control.coordinator.job import BackupJob, Disk, Service
 from vmapipe.control.coordinator.observers import (
     JobContext,
@@ -66,7 +73,6 @@ from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import run, run_child
 
 if TYPE_CHECKING:
-    from vmapipe.control.hosts.libvirt.running import DomainBackup
     from vmapipe.control.qemu.disks import LeftOut
     from vmapipe.control.qemu.machine import RunningMachine
 
@@ -287,28 +293,21 @@ def run_job(
         if options.vmid is not None and configs is NO_CONFIGS:
             configs = read_configs(options.config, options.vmid, around.cancel)
         if domain:
-            disks, left_out = domain.choose()
-            stored, fds = domain.configs()
-            options.config, pass_fds = [*stored, *options.config], pass_fds + fds
-            for text in domain.notices:
-                around.emit({"event": "notice", "text": text})
+            machine = push_machine(options, domain)
+            disks, left_out, fds = choose_in_domain(options, domain, around.emit)
+            pass_fds = pass_fds + fds
         else:
             disks, left_out = choose_disks(options, configs.disks, machine)
-        for disk in left_out:
-            around.emit(
-                {
-                    "event": "skipped",
-                    "device": disk.device,
-                    "reason": disk.reason,
-                    "level": disk.level,
-                }
-            )
+        for name, reason, level in left_out:
+            around.emit({"event": "skipped", "device": name, "reason": reason, "level": level})
         if options.vmid is not None:
             options.config, fds = configs.stored([disk.name for disk in disks])
             pass_fds = pass_fds + fds
-        base = base_of(options, [disk.name for disk in disks], machine, around.emit)
+        names = [disk.name for disk in disks]
+        base = base_of(options, names, machine, around.emit, domain)
         if base is not None and options.nbd:
             disks = without_foreign_bitmaps(disks, options.nbd, base.uuid, around.emit)
+        disks = disks if machine else track_domain(options, domain, disks, base)
         job = BackupJob(
             disks=disks,
             base=base.archive if base else "",
@@ -320,9 +319,9 @@ def run_job(
             buffer_options=buffer_options(options, len(disks)),
             machine=machine,
             with_memory=options.state,
-            snapshot=domain,
+            snapshot=None if machine else domain,
+            freezing=freezing_for(options, domain),
             service=service,
-            agent=options.agent or "",
             in_turn=options.reproducible,
             priorities=priorities(options),
             server=around.server,
@@ -331,7 +330,7 @@ def run_job(
         try:
             job.run(around.emit, around.cancel, around.commands)
         except Failure:
-            if not job.base_damage or domain or not can_run_again(options, pass_fds):
+            if not job.base_damage or not can_run_again(options, pass_fds):
                 raise
             _run_full(options, configs.disks, job, around)
     finally:
@@ -339,26 +338,6 @@ def run_job(
             machine.end()
         if domain:
             domain.end()
-
-
-def open_domain(options: argparse.Namespace) -> DomainBackup | None:
-    """Raises UsageError, Failure."""
-    if options.libvirt is None:
-        return None
-    # Imported here: others start sooner without.
-    from vmapipe.control.hosts.libvirt.running import DomainBackup, Wishes
-    from vmapipe.control.hosts.libvirt.scratch import DEFAULT_PLACE
-
-    return DomainBackup(
-        Wishes(
-            options.libvirt,
-            options.connect,
-            options.scratch or DEFAULT_PLACE,
-            options.scratch_size,
-            options.disk,
-            options.freeze,
-        )
-    )
 
 
 def _run_full(
@@ -370,20 +349,28 @@ def _run_full(
     """Back up in full what could not be backed up with its base. Raises Failure."""
     text = f"{failed.base_damage}. This is a full backup instead"
     around.emit({"event": "notice", "text": text})
-    machine = open_machine(options)
+    machine, domain = open_machine(options), open_domain(options)
     try:
-        if machine:
+        disks = list(failed.disks)
+        if domain:
+            machine = push_machine(options, domain)
+            disks, _ = domain.choose()
+        elif machine:
             disks, _ = choose_disks(options, configured, machine)
-            if disks != failed.disks:
-                raise Failure(
-                    f"{failed.base_damage}; and the machine's disks have changed meanwhile"
-                )
+        if machine and disks != failed.disks:
+            raise Failure(f"{failed.base_damage}; and the machine's disks have changed meanwhile")
+        if machine:
             track(options, machine, failed.base_damage)
+        elif domain:
+            options.uuid = None
+            disks = track_domain(options, domain, disks, None)
         job = dataclasses.replace(
             failed,
+            disks=disks,
             base="",
             base_damage="",
             machine=machine,
+            snapshot=None if machine else domain,
             archiver_options=archiver_options(options),
             _base_event=None,
         )
@@ -391,6 +378,8 @@ def _run_full(
     finally:
         if machine:
             machine.end()
+        if domain:
+            domain.end()
 
 
 def open_machine(options: argparse.Namespace) -> RunningMachine | None:

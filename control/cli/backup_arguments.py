@@ -94,6 +94,13 @@ def add_libvirt_options(parser: argparse.ArgumentParser) -> None:
         "the guest goes on (default: all that is free but 256M)",
     )
 
+    group.add_argument(
+        "--push",
+        action="store_true",
+        help="have QEMU send old data itself, through libvirt's monitor: no scratch files, and any disk; "
+        "libvirt marks the domain as tainted (custom-monitor), and does not know of the backup",
+    )
+
 
 def add_domain_options(group: argparse._ActionsContainer, help: str) -> None:
     """Add the options that name a domain, and where a backup of it has its scratch files."""
@@ -117,7 +124,7 @@ def add_domain_options(group: argparse._ActionsContainer, help: str) -> None:
 def check_libvirt(options: argparse.Namespace) -> None:
     """Check what goes with --libvirt. Raises UsageError."""
     if options.libvirt is None:
-        for name in ("connect", "scratch", "scratch_size"):
+        for name in ("connect", "scratch", "scratch_size", "push"):
             if getattr(options, name):
                 raise UsageError(f"--{name.replace('_', '-')} belongs to --libvirt")
         return

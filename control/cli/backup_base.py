@@ -17,6 +17,7 @@ from vmapipe.runtime.events import Emit
 
 if TYPE_CHECKING:
     from vmapipe.archiver.base.check import Base
+    from vmapipe.control.hosts.libvirt.running import DomainBackup
     from vmapipe.control.qemu.machine import RunningMachine
 
 #: So many incremental archives follow a full one: what no check finds ends with it.
@@ -35,10 +36,12 @@ def base_of(
     devices: Sequence[str],
     machine: RunningMachine | None,
     emit: Emit,
+    domain: DomainBackup | None = None,
 ) -> Base | None:
     """Return the base; None: there is none, and it is reported why.
 
-    A running QEMU reports it later, and is told here what its records may build on.
+    A running QEMU reports it later, and is told here what its records may build on. `domain`: whose
+    changes libvirt records.
     """
     if options.base == "none":
         return None
@@ -48,7 +51,8 @@ def base_of(
     if options.monitor is not None:
         _report(emit, devices, "a monitor that serves disks does not record what changes in them")
         return None
-    recorded = machine.recorded_archives() if machine else frozenset[bytes]()
+    recorder = machine or domain
+    recorded = recorder.recorded_archives() if recorder else frozenset[bytes]()
     found = usable_base(_find(options, devices, recorded), options.full_every)
     if machine is not None:
         track(options, machine, found)

@@ -19,8 +19,9 @@ Remove from a running QEMU, or a domain of libvirt's, what a backup has left tha
 was killed together with its guardian (jobs, nodes, scratch files), and let the
 guest go on. The next backup does the same by itself. A backup that still runs is
 left alone, and so is everything whose name does not begin with `vmapipe-`.
-QEMU's records of what has changed since an archive (backup --base) stay, unless
-they cannot be used any more; --bitmaps removes them all.
+The records of what has changed since an archive (backup --base; bitmaps of QEMU's,
+checkpoints of libvirt's) stay, unless they cannot be used any more; --bitmaps
+removes them all.
 """
 
 EPILOG = """\
@@ -32,6 +33,12 @@ def main(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
     add_monitor_options(parser, help="the QMP monitor of this QEMU")
     add_domain_options(parser, help="the domain, by name or uuid")
+    parser.add_argument(
+        "--push",
+        action="store_true",
+        help="with --libvirt: also what a backup with --push has left in the domain's QEMU (the domain "
+        "is tainted by that)",
+    )
     parser.add_argument(
         "--pve",
         type=int,
@@ -60,12 +67,14 @@ def _clean_up_what(options: argparse.Namespace) -> None:
     if options.qmp is not None:
         _clean_up(options.qmp, share=options.qmp_share, bitmaps=options.bitmaps)
     elif options.libvirt is not None:
-        _clean_up_domain(options.libvirt, options.connect, options.scratch)
+        _clean_up_domain(options.libvirt, options.connect, options.scratch, bitmaps=options.bitmaps)
+        if options.push:
+            _clean_up_pushed(options.libvirt, options.connect, bitmaps=options.bitmaps)
     else:
         _clean_up_pve(options.pve, options.pve_root, bitmaps=options.bitmaps)
 
 
-def _clean_up_domain(name: str, uri: str, scratch: str) -> None:
+def _clean_up_domain(name: str, uri: str, scratch: str, *, bitmaps: bool) -> None:
     # Imported here: `--help` comes sooner without.
     from vmapipe.control.hosts.libvirt.connect import Host
     from vmapipe.control.hosts.libvirt.jobs import DomainJobs, remove_leftovers
@@ -73,7 +82,20 @@ def _clean_up_domain(name: str, uri: str, scratch: str) -> None:
 
     with contextlib.closing(Host(uri)) as host:
         jobs = DomainJobs(host, host.domain(name))
-        _tell(remove_leftovers(jobs, scratch or DEFAULT_PLACE))
+        removed = remove_leftovers(jobs, scratch or DEFAULT_PLACE)
+        kept = list(jobs.checkpoints())
+        if bitmaps:
+            for checkpoint in kept:
+                jobs.remove_checkpoint(checkpoint)
+            removed, kept = removed + kept, []
+        _tell(removed, kept)
+
+
+def _clean_up_pushed(name: str, uri: str, *, bitmaps: bool) -> None:
+    from vmapipe.control.hosts.libvirt.monitor_proxy import MonitorProxyClient
+
+    with contextlib.closing(MonitorProxyClient(uri, name)) as proxy:
+        _clean_up(proxy.path, share=False, bitmaps=bitmaps)
 
 
 def _clean_up_pve(vmid: int, root: str | None, *, bitmaps: bool) -> None:

@@ -28,6 +28,7 @@ from vmapipe.vma.header import MAX_DEVICES
 if TYPE_CHECKING:
     from vmapipe.control.coordinator.snapshot import Snapshot
     from vmapipe.control.coordinator.status_socket import JobServer
+    from vmapipe.control.qemu.freezing import Freezing
     from vmapipe.control.qemu.machine import RunningMachine
 
 
@@ -126,8 +127,8 @@ class BackupJob:
     snapshot: Snapshot | None = None
     #: The archiver, if that is a service elsewhere; `archive` is a name there.
     service: Service | None = None
-    #: The guest agent's socket, if file systems are to be frozen for the instant.
-    agent: str = ""
+    #: How the guest's file systems are frozen for the instant; None: they are not.
+    freezing: Freezing | None = None
     #: Disks are read one after the other.
     in_turn: bool = False
     priorities: Priorities = AS_INHERITED
@@ -421,16 +422,16 @@ class BackupJob:
 
     def _begin(self, emit: Emit, cancel: Cancel) -> None:
         """All disks in use are ready: choose the instant. Raises Failure."""
-        if self.agent and self.machine and not self.machine.is_running:
+        if self.freezing and self.machine and not self.machine.is_running:
             # The guest is paused: nothing in it can answer, nor write.
             text = "the guest is not running: its file systems are backed up without its agent"
             emit({"event": "notice", "text": text})
             held = self._choose_instant()
-        elif self.agent:
+        elif self.freezing:
             # Imported here: it takes as long as all the rest of a start.
-            from vmapipe.control.qemu.guest_agent import frozen
+            from vmapipe.control.qemu.freezing import frozen_by
 
-            with frozen(self.agent, emit, cancel):
+            with frozen_by(self.freezing, emit, cancel):
                 held = self._choose_instant()
         else:
             held = self._choose_instant()
@@ -459,7 +460,7 @@ class BackupJob:
     def _release(self, emit: Emit, *, stored: bool = False) -> None:
         """QEMU is rid of us, while the producers still serve it."""
         texts = [self.machine.end(stored=stored)] if self.machine else []
-        texts += [self.snapshot.end()] if self.snapshot else []
+        texts += [self.snapshot.end(stored=stored)] if self.snapshot else []
         for text in filter(None, texts):
             emit({"event": "notice", "text": text})
 

@@ -29,6 +29,9 @@ class Snapshot(Protocol):
         """Raise Failure when it is lost."""
         ...
 
-    def end(self) -> str:
-        """Remove it; return a text when something remains. Never raises, may be called again."""
+    def end(self, *, stored: bool = False) -> str:
+        """Remove it; return a text when something remains. Never raises, may be called again.
+
+        `stored`: its archive is.
+        """
         ...

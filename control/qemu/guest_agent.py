@@ -170,10 +170,15 @@ class AgentFreezer:
             agent.close()
 
 
+def freezing_of(agent: str) -> Freezing:
+    """Return how a guest is frozen through its agent at this socket."""
+    module, words = "vmapipe.control.qemu.guest_agent", [f"--agent={agent}"]
+    return Freezing(module, words, lambda: AgentFreezer(agent))
+
+
 def frozen(agent: str, emit: Emit, cancel: Cancel) -> AbstractContextManager[None]:
     """See `frozen_by`; `agent`: the socket."""
-    module, words = "vmapipe.control.qemu.guest_agent", [f"--agent={agent}"]
-    return frozen_by(Freezing(module, words, lambda: AgentFreezer(agent)), emit, cancel)
+    return frozen_by(freezing_of(agent), emit, cancel)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

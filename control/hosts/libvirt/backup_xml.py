@@ -26,22 +26,22 @@ class BackupDisk(NamedTuple):
     since: str = ""
 
 
-def backup_xml(
-    socket: str, disks: Sequence[BackupDisk], left_out: Sequence[str], since: str = ""
-) -> str:
+def backup_xml(socket: str, disks: Sequence[BackupDisk], left_out: Sequence[str]) -> str:
     """Return the job's description. `left_out`: the domain's other disks, by target.
 
-    `since`: a checkpoint, whose later changes each export then tells as the bitmap of its target's name.
+    The export of a disk with a `since` tells what has changed as the bitmap of its target's name.
     """
-    lines = ["<domainbackup mode='pull'>"]
-    if since:
-        lines.append(f"<incremental>{since}</incremental>")
-    lines.append(f"<server transport='unix' socket={quoteattr(socket)}/><disks>")
+    lines = [
+        f"<domainbackup mode='pull'><server transport='unix' socket={quoteattr(socket)}/><disks>"
+    ]
     for disk in disks:
         target = quoteattr(disk.target)
-        bitmap = f" exportbitmap={target}" if since else ""
+        mode = " backupmode='full'"
+        if disk.since:
+            since = quoteattr(disk.since)
+            mode = f" backupmode='incremental' incremental={since} exportbitmap={target}"
         lines.append(
-            f"<disk name={target} backup='yes' type='file' exportname={target}{bitmap}>"
+            f"<disk name={target} backup='yes' type='file' exportname={target}{mode}>"
             f"<driver type='qcow2'/><scratch file={quoteattr(disk.scratch)}/></disk>"
         )
     lines += [f"<disk name={quoteattr(target)} backup='no'/>" for target in left_out]
@@ -64,8 +64,20 @@ def checkpoint_name(uuid: str) -> str:
     return f"vmapipe-{uuid}"
 
 
-def is_our_checkpoint(name: str) -> bool:
-    return _CHECKPOINT.fullmatch(name) is not None
+def archive_of(name: str) -> str:
+    """Return the uuid of the archive that a checkpoint of ours belongs to; empty: it is another's."""
+    match = _CHECKPOINT.fullmatch(name)
+    return match[1] if match else ""
+
+
+def checkpoint_disks(xml: str) -> list[str]:
+    """Return the targets of the disks whose changes a checkpoint records."""
+    try:
+        root = parse_xml(xml.encode("utf-8", "surrogateescape"))
+    except XmlError:
+        return []
+    disks = root.find("disks").all("disk")
+    return [disk.get("name") for disk in disks if disk.get("checkpoint") == "bitmap"]
 
 
 class JobPlaces(NamedTuple):

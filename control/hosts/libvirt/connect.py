@@ -8,11 +8,12 @@ hangs (stopped, its storage dead) never holds the caller for longer than the cal
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import sys
 import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as LateError
 from importlib.machinery import PathFinder
 from typing import Any, TypeVar
@@ -61,35 +62,40 @@ class Library:
                 cls._module = module
         return cls._module
 
+    @classmethod
+    def monitor(cls) -> Any:
+        """Return the module `libvirt_qemu`. Raises Failure."""
+        cls.get()
+        return _load("libvirt_qemu")
+
     @staticmethod
     def find() -> None:
         """Load the module, and nothing more. Raises Failure where it is not installed."""
         _load()
 
 
-def _load() -> Any:
-    try:
-        import libvirt
+#: Each module of the library, and the part of it that is written in C.
+_MODULES = {"libvirt": "libvirtmod", "libvirt_qemu": "libvirtmod_qemu"}
 
-        return libvirt
+
+def _load(name: str = "libvirt") -> Any:
+    try:
+        return importlib.import_module(name)
     except ImportError as error:
         reason = str(error)
     # In a virtual environment the distribution's own serves as well, if it is for this Python.
-    place = f"{_DISTRIBUTION}/libvirt.py"
-    native = PathFinder.find_spec("libvirtmod", [_DISTRIBUTION])
-    spec = importlib.util.spec_from_file_location("libvirt", place)
-    if native is not None and native.loader is not None and spec is not None and spec.loader:
-        try:
-            sys.modules["libvirtmod"] = importlib.util.module_from_spec(native)
-            native.loader.exec_module(sys.modules["libvirtmod"])
-            module = importlib.util.module_from_spec(spec)
-            sys.modules["libvirt"] = module
-            spec.loader.exec_module(module)
-            return module
-        except (ImportError, OSError) as error:
-            sys.modules.pop("libvirt", None)
-            sys.modules.pop("libvirtmod", None)
-            reason = str(error)
+    try:
+        for part in (_MODULES[name], name):
+            spec = PathFinder.find_spec(part, [_DISTRIBUTION])
+            if spec is None or spec.loader is None:
+                raise ImportError(reason)
+            sys.modules[part] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[part])
+        return sys.modules[name]
+    except (ImportError, OSError) as error:
+        sys.modules.pop(name, None)
+        sys.modules.pop(_MODULES[name], None)
+        reason = str(error)
     raise Failure(
         f"libvirt's library for Python cannot be loaded ({one_line(reason, _WORDS_CHARS)}): "
         "`apt install python3-libvirt`, or `pip install 'vmapipe[libvirt]'`"
@@ -145,6 +151,38 @@ class Host:
         """Return what `function`, a method of one of libvirt's objects, returns."""
         name = getattr(function, "__name__", "a call")
         return self._wait(name, limit_s, lambda: function(*words))
+
+    def monitor_command(
+        self, domain: Any, command: str, fds: Sequence[int] = (), limit_s: float = CALL_S
+    ) -> str:
+        """Return QEMU's answer to a QMP command, as JSON; the domain is then tainted (custom-monitor)."""
+        monitor = Library.monitor()
+        if fds:
+            files = self._wait(
+                "a monitor command",
+                limit_s,
+                lambda: monitor.qemuMonitorCommandWithFiles(domain, command, list(fds), 0),
+            )
+            return str(files[0])
+        job = lambda: monitor.qemuMonitorCommand(domain, command, 0)  # noqa: E731
+        return str(self._wait("a monitor command", limit_s, job))
+
+    def watch_monitor(self, domain: Any, tell: Callable[[str, int, int, str], None]) -> None:
+        """Call `tell` for each of QEMU's events: name, seconds, microseconds, details as JSON or empty.
+
+        It is called by a thread of the library's.
+        """
+
+        def callback(connection: Any, domain: Any, name: str, *words: Any) -> None:
+            seconds, microseconds, details = words[:3]
+            tell(name, int(seconds), int(microseconds), details or "")
+
+        register = Library.monitor().qemuMonitorEventRegister
+        self._wait(
+            "its events",
+            CALL_S,
+            lambda: register(self.connection, domain, None, callback, None, 0),
+        )
 
     def domain(self, name: str) -> Any:
         """Look up a domain by name, uuid or, of one that runs, its number, as virsh does."""

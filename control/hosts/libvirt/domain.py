@@ -28,6 +28,8 @@ _ONLY_QEMU = (
 )
 _BUS_NAMES = {"virtio": "virtio", "scsi": "scsi", "sata": "sata", "ide": "ide"}
 _TARGET = re.compile(r"[a-zA-Z]{2,4}?([a-z]{1,3})")
+#: The firmware's variables in an archive, as Proxmox VE calls them.
+NVRAM_NAME = "drive-efidisk0"
 #: A block job's error ends in the guest where its disk says so: no full scratch file may come to that.
 REPORTING = ("report", "ignore")
 
@@ -216,13 +218,13 @@ def why_not_pulled(disk: DomainDisk, qemu: tuple[int, ...]) -> str:
     if disk.error_policy in REPORTING:
         return (
             f"has error_policy={disk.error_policy!r}: a full scratch space would be an I/O error in the "
-            "guest, where it pauses for a moment otherwise. Change the policy (stop, enospace), or use "
-            "--qmp with a monitor of its own"
+            "guest, where it pauses for a moment otherwise. Use --push, or change the policy (stop, "
+            "enospace)"
         )
     if disk.has_io_thread and qemu < _SAFE_WITH_IO_THREADS:
         return (
-            "has an I/O thread: QEMU before 9.0 may crash when a client leaves its NBD server. Use a "
-            "newer QEMU, or --qmp with a monitor of its own"
+            "has an I/O thread: QEMU before 9.0 may crash when a client leaves its NBD server. Use "
+            "--push, or a newer QEMU"
         )
     return ""
 

@@ -3,7 +3,7 @@
 
     python -m vmapipe.control.hosts.libvirt.guardian --control-fd N --domain NAME --scratch DIR
 
-The backup's parent gives it orders, JSON lines over a socket pair (`DomainGuardianClient`). It begins
+The backup's parent gives it orders, JSON lines over a socket pair (guardian_client.py). It begins
 libvirt's job, sees that scratch files do not fill up, and ends the job when it is told to or when its
 parent is dead. Only it calls libvirt: a call that hangs holds up nobody else.
 """
@@ -16,27 +16,25 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vmapipe.control.hosts.libvirt.backup_xml import BackupDisk, backup_xml
+from vmapipe.control.hosts.libvirt.backup_xml import BackupDisk, backup_xml, checkpoint_xml
 from vmapipe.control.hosts.libvirt.connect import Host, LibvirtFailure
-from vmapipe.control.hosts.libvirt.domain import read_domain
+from vmapipe.control.hosts.libvirt.domain import NVRAM_NAME, read_domain
 from vmapipe.control.hosts.libvirt.jobs import DomainJobs, remove_leftovers, until_reached
 from vmapipe.control.hosts.libvirt.scratch import RESERVE_BYTES, ScratchFolder
 from vmapipe.control.qemu.disks import TPM_NAME
 from vmapipe.control.qemu.qemu_process import command_line, pid_of_qemu, uid_of
 from vmapipe.control.qemu.tpm import find_tpm, read_now, read_volume
-from vmapipe.runtime.errors import EXIT_FAILED, Cancelled, Failure, os_error_text
+from vmapipe.runtime.errors import EXIT_FAILED, Failure, os_error_text
 from vmapipe.runtime.events import LineSplitter
 from vmapipe.runtime.folders import MAX_SOCKET_PATH_BYTES
 from vmapipe.runtime.syscalls import readable
 from vmapipe.runtime.text import human_bytes
 
-NVRAM_NAME = "drive-efidisk0"
 # How often scratch files are looked at, and how often the job.
 _LOOK_S = 0.1
 _ASK_S = 1.0
@@ -59,6 +57,7 @@ class DomainGuardian:
         self._jobs: DomainJobs | None = None
         self._folder: ScratchFolder | None = None
         self._socket = ""
+        self._checkpoint = ""
         self._limit_bytes = 0
         self._has_job = self._is_lost = False
         self._ask_at = 0.0
@@ -121,6 +120,7 @@ class DomainGuardian:
             "active": host.call(jobs.domain.XMLDesc, lib.VIR_DOMAIN_XML_SECURE) if running else "",
             "removed": removed,
             "volumes": self._volumes(host, jobs) if not running else {},
+            "checkpoints": jobs.checkpoints(),
         }
         pid = pid_of_qemu(None, jobs.uuid) if running else None
         answer["qemu"] = pid or 0
@@ -160,8 +160,7 @@ class DomainGuardian:
         """Begin libvirt's job of all disks: this is the instant."""
         jobs, folder = self._known(), self._made()
         self._limit_bytes = int(order["limit"])
-        disks = [BackupDisk(target, folder.file(target)) for target in order["targets"]]
-        xml = backup_xml(self._socket, disks, order["left_out"])
+        self._checkpoint = str(order["checkpoint"])
         nvram, tpm = str(order["nvram"]), None
         before = _read_nvram(nvram)
         if order["tpm"]:
@@ -170,12 +169,17 @@ class DomainGuardian:
         started = time.monotonic()
         # From here on there may be a job, whatever libvirt answers.
         self._has_job = True
+        why_full = ""
         try:
-            jobs.host.call(jobs.domain.backupBegin, xml, None, 0)
+            self._begin_job(jobs, order, order["since"])
         except LibvirtFailure as failure:
-            raise Failure(
-                f"libvirt refuses the backup: {failure}{_hint(str(failure))}"
-            ) from failure
+            lib = jobs.host.lib
+            broken = (lib.VIR_ERR_CHECKPOINT_INCONSISTENT, lib.VIR_ERR_NO_DOMAIN_CHECKPOINT)
+            if failure.code not in broken or not order["since"]:
+                raise
+            why_full = str(failure)
+            started = time.monotonic()
+            self._begin_job(jobs, order, {})
         held_s = time.monotonic() - started
         if _read_nvram(nvram) != before or (tpm and read_now(tpm) != state):
             raise Failure(
@@ -186,7 +190,26 @@ class DomainGuardian:
             folder.store(NVRAM_NAME, before)
         if tpm:
             folder.store(TPM_NAME, state)
-        return {"held_s": held_s}
+        return {"held_s": held_s, "why_full": why_full}
+
+    def _begin_job(
+        self, jobs: DomainJobs, order: Mapping[str, Any], since: Mapping[str, str]
+    ) -> None:
+        """Begin the job, and a checkpoint where one is wanted. Raises LibvirtFailure."""
+        folder = self._made()
+        targets, left_out, recorded = order["targets"], order["left_out"], order["recorded"]
+        disks = [BackupDisk(name, folder.file(name), since.get(name, "")) for name in targets]
+        xml = backup_xml(self._socket, disks, left_out)
+        checkpoint = None
+        if recorded:
+            others = {*targets, *left_out} - set(recorded)
+            checkpoint = checkpoint_xml(self._checkpoint, recorded, sorted(others))
+        try:
+            jobs.host.call(jobs.domain.backupBegin, xml, checkpoint, 0)
+        except LibvirtFailure as failure:
+            raise LibvirtFailure(
+                f"libvirt refuses the backup: {failure}{_hint(str(failure))}", failure.code
+            ) from failure
 
     def _note_frozen(self, order: Mapping[str, Any]) -> dict[str, Any]:
         self._made().note_frozen(bool(order["is_frozen"]))
@@ -201,8 +224,19 @@ class DomainGuardian:
                 raise Failure("libvirt's daemon does not answer")
             resumed = jobs.end()
             self._has_job = False
+            if self._checkpoint:
+                self._keep_one(jobs, bool(order["stored"]))
         self._remove_files()
         return {"resumed": resumed}
+
+    def _keep_one(self, jobs: DomainJobs, is_stored: bool) -> None:
+        """Of our checkpoints keep that of the archive that is stored, else those that were there."""
+        if not is_stored:
+            jobs.remove_checkpoint(self._checkpoint)
+            return
+        for name in jobs.checkpoints():
+            if name != self._checkpoint:
+                jobs.remove_checkpoint(name)
 
     # --- Without orders ---
 
@@ -228,7 +262,7 @@ class DomainGuardian:
         used, free = folder.used_bytes(), folder.free_bytes()
         way_out = (
             "the guest goes on, and the backup has failed. A quieter hour, a quicker archive or more room "
-            "(--scratch DIR, --scratch-size) help"
+            "(--scratch DIR, --scratch-size) help, or --push, which needs none"
         )
         if self._limit_bytes and used > self._limit_bytes:
             return (
@@ -286,6 +320,9 @@ class DomainGuardian:
                         time.sleep(1.0)
                         continue
                     jobs.end()
+                    if self._checkpoint:
+                        # Nobody can say any more that the archive is stored.
+                        jobs.remove_checkpoint(self._checkpoint)
                     self._has_job = False
                     self._jobs = jobs
                 if self._folder is not None and self._folder.is_frozen:
@@ -364,7 +401,7 @@ def _hint(words: str) -> str:
             "SELinux must let QEMU use it (docs/operations/hosts-libvirt.md)"
         )
     if "not supported" in words or "unsupported" in words.lower():
-        return "; use --qmp with a monitor of its own"
+        return "; --push does without libvirt's own backup job"
     return ""
 
 
@@ -382,92 +419,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     guardian = DomainGuardian(control, options.connect, options.domain, options.scratch)
     # At once: threads of the library may wait for a daemon that hangs.
     os._exit(guardian.run())
-
-
-# What an order may take: libvirt's own calls, one after the other, and some to spare.
-_ANSWER_S = 120.0
-
-
-class DomainGuardianClient:
-    """A guardian process, started here. `ask` raises Failure, Cancelled."""
-
-    def __init__(self, uri: str, domain: str, scratch: str) -> None:
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            words = [f"--connect={uri}", f"--domain={domain}", f"--scratch={scratch}"]
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "vmapipe.control.hosts.libvirt.guardian"),
-                    *(f"--control-fd={theirs.fileno()}", *words),
-                ],
-                pass_fds=[theirs.fileno()],
-                # It may outlive us, see control/qemu/guardian.py.
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-            )
-        self._splitter = LineSplitter()
-        self._answers: list[dict[str, Any]] = []
-        self._is_gone = False
-        #: What has gone wrong meanwhile; empty: nothing.
-        self.lost = ""
-
-    @property
-    def fd(self) -> int:
-        """Readable when `take` has something to see."""
-        return self._socket.fileno()
-
-    def ask(self, order: str, wait_fd: int = -1, **words: Any) -> dict[str, Any]:
-        """Give an order, and return its answer. Whoever makes `wait_fd` readable ends the wait."""
-        deadline = time.monotonic() + _ANSWER_S
-        with contextlib.suppress(OSError):
-            self._socket.sendall(json.dumps({"order": order, **words}).encode() + b"\n")
-        fds = [self.fd, *([wait_fd] if wait_fd >= 0 else [])]
-        while not self._answers:
-            left = deadline - time.monotonic()
-            ready = readable(fds, max(0.0, left))
-            if wait_fd in ready:
-                raise Cancelled("cancelled while libvirt was asked")
-            if not ready:
-                raise Failure(f"libvirt has not answered within {_ANSWER_S:.0f} s ({order})")
-            self.take()
-            if self._is_gone and not self._answers:
-                raise Failure(self.lost)
-        answer = self._answers.pop(0)
-        if "error" in answer:
-            failure = Failure(answer["error"])
-            failure.exit_code = answer["code"]
-            raise failure
-        return dict(answer["answer"])
-
-    def take(self) -> None:
-        """Read what it has said by now."""
-        if not readable([self.fd], 0.0):
-            return
-        try:
-            data = self._socket.recv(1 << 16)
-        except OSError:
-            data = b""
-        if not data:
-            self._is_gone = True
-            self.lost = self.lost or "the guardian, which talks to libvirt for us, was killed"
-        for message in self._splitter.feed(data):
-            if "lost" in message:
-                self.lost = self.lost or message["lost"]
-            else:
-                self._answers.append(message)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def leave(self) -> None:
-        """End the conversation: it ends by itself, in its own time, whatever is left to do."""
-        self._socket.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5.0)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vmapipe.control.hosts.libvirt.backup_xml import SOCKET, our_job
+from vmapipe.control.hosts.libvirt.backup_xml import (
+    SOCKET,
+    archive_of,
+    checkpoint_disks,
+    our_job,
+)
 from vmapipe.control.hosts.libvirt.connect import Host, LibvirtFailure
 from vmapipe.control.hosts.libvirt.scratch import DEFAULT_PLACE, ScratchFolder, left_folders
 from vmapipe.runtime.errors import Failure
@@ -109,6 +114,37 @@ class DomainJobs:
             return False
         self.host.call(self.domain.resume)
         return True
+
+    def checkpoints(self) -> dict[str, list[str]]:
+        """Return the checkpoints of ours: the disks of each, by its name."""
+        lib = self.host.lib
+        try:
+            found = self.host.call(self.domain.listAllCheckpoints)
+        except LibvirtFailure as failure:
+            if failure.code == lib.VIR_ERR_NO_SUPPORT:
+                return {}
+            raise
+        names = {str(checkpoint.getName()): checkpoint for checkpoint in found}
+        return {
+            name: checkpoint_disks(self.host.call(checkpoint.getXMLDesc))
+            for name, checkpoint in names.items()
+            if archive_of(name)
+        }
+
+    def remove_checkpoint(self, name: str) -> None:
+        """Remove one of ours, if it is there."""
+        lib = self.host.lib
+        try:
+            checkpoint = self.host.call(self.domain.checkpointLookupByName, name)
+            try:
+                self.host.call(checkpoint.delete)
+            except LibvirtFailure:
+                # Its bitmap is gone (another program removed it, the image was replaced).
+                flag = lib.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY
+                self.host.call(checkpoint.delete, flag)
+        except LibvirtFailure as failure:
+            if failure.code not in (lib.VIR_ERR_NO_DOMAIN_CHECKPOINT, lib.VIR_ERR_NO_DOMAIN):
+                raise
 
     def thaw(self) -> None:
         """Thaw the guest's file systems; those that are not frozen stay as they are."""

@@ -8,12 +8,15 @@ import os
 import re
 import subprocess
 import urllib.parse
+import uuid
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.control.coordinator.job import Disk
+from vmapipe.control.hosts.libvirt.backup_xml import archive_of, checkpoint_name
 from vmapipe.control.hosts.libvirt.connect import is_remote, shown_uri
 from vmapipe.control.hosts.libvirt.domain import (
+    NVRAM_NAME,
     Chosen,
     DomainDisk,
     choose,
@@ -23,14 +26,18 @@ from vmapipe.control.hosts.libvirt.domain import (
     why_not_pulled,
 )
 from vmapipe.control.hosts.libvirt.freezer import freezing_of
-from vmapipe.control.hosts.libvirt.guardian import NVRAM_NAME, DomainGuardianClient
-from vmapipe.control.qemu.disks import TPM_NAME, LeftOut
-from vmapipe.control.qemu.freezing import frozen_by
+from vmapipe.control.hosts.libvirt.guardian_client import DomainGuardianClient
+from vmapipe.control.qemu.disks import TPM_NAME, DiskChoiceOptions, LeftOut
+from vmapipe.control.qemu.freezing import Freezing, frozen_by
 from vmapipe.control.qemu.vmstate import Instant
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.text import name_text
+
+if TYPE_CHECKING:
+    from vmapipe.control.hosts.libvirt.monitor_proxy import MonitorProxyClient
+    from vmapipe.control.qemu.machine import RunningMachine
 
 #: Configs of the archive beside NAME.xml.
 MAP_NAME = "vmapipe-devices.map"
@@ -67,6 +74,15 @@ class DomainBackup:
         self._socket = ""
         self._taken: list[Chosen] = []
         self._others: list[str] = []
+        #: As the producers read them, after `choose`.
+        self.disks: list[Disk] = []
+        # The checkpoint of this archive, the disks whose changes it records, and since when those are known.
+        self._checkpoint = ""
+        self._recorded: list[str] = []
+        self._since: dict[str, str] = {}
+        # Where our own engine does the work.
+        self._proxy: MonitorProxyClient | None = None
+        self._machine: RunningMachine | None = None
         self._nvram = ""
         self._has_tpm = self._has_ended = False
         #: Texts for the user; the caller that prints them removes them.
@@ -88,11 +104,39 @@ class DomainBackup:
         """Readable when `poll` has something to see."""
         return self._guardian.fd
 
+    def push(self, guest_wait_s: int) -> RunningMachine:
+        """Return the domain's QEMU, reached through libvirt's monitor: the disks are `machine`'s then."""
+        if not self.is_running:
+            raise UsageError(
+                f"--push is for a domain that runs, and {name_text(self._domain.name)} is shut off: leave "
+                "it out"
+            )
+        # Imported here: a backup through libvirt's own job starts sooner without.
+        from vmapipe.control.hosts.libvirt.monitor_proxy import MonitorProxyClient
+        from vmapipe.control.qemu.machine import RunningMachine
+
+        self._proxy = MonitorProxyClient(self._wishes.uri, self._seen["uuid"])
+        self._machine = RunningMachine(self._proxy.path, guest_wait_s)
+        return self._machine
+
+    @property
+    def freezing(self) -> Freezing | None:
+        """How the guest is frozen where `machine` makes the instant; None: it is not."""
+        is_wanted = self._machine is not None and self._wishes.freezes
+        return freezing_of(self._wishes.uri, self._seen["uuid"]) if is_wanted else None
+
     def choose(self) -> tuple[list[Disk], list[LeftOut]]:
         """Return the disks as the producers read them, and what is left out."""
         self._taken, left_out = choose(self._domain, self._wishes.disks)
-        if not self.is_running:
-            return self._choose_at_rest(left_out)
+        if self._machine is not None:
+            self.disks = self._choose_pushed(self._machine)
+        elif self.is_running:
+            self.disks, left_out = self._choose_running(left_out)
+        else:
+            self.disks, left_out = self._choose_at_rest(left_out)
+        return self.disks, left_out
+
+    def _choose_running(self, left_out: list[LeftOut]) -> tuple[list[Disk], list[LeftOut]]:
         if self._wishes.freezes and not self._domain.has_agent:
             raise UsageError(
                 f"--freeze: the domain {name_text(self._domain.name)} has no channel for a guest agent"
@@ -114,6 +158,33 @@ class DomainBackup:
             disks += stored
             left_out += without
         return disks, left_out
+
+    def recorded_archives(self) -> frozenset[bytes]:
+        """Return the uuids of the archives since which changes of the domain's disks are known."""
+        return frozenset(uuid.UUID(archive_of(name)).bytes for name in self._seen["checkpoints"])
+
+    def track(self, archive: bytes, base: bytes | None) -> list[Disk]:
+        """Record changes from this archive's instant on; return the disks, read since `base` where that can be.
+
+        Call it after `choose`. Both are archives' uuids.
+        """
+        if not self.is_running:
+            return self.disks
+        # libvirt keeps bitmaps in qcow2 images only.
+        self._recorded = [d.disk.target for d in self._taken if d.disk.image_format == "qcow2"]
+        self._checkpoint = checkpoint_name(str(uuid.UUID(bytes=archive)))
+        if base is not None:
+            name = checkpoint_name(str(uuid.UUID(bytes=base)))
+            known = self._seen["checkpoints"].get(name, [])
+            self._since = {d.disk.target: name for d in self._taken if d.disk.target in known}
+        targets = {chosen.name: chosen.disk.target for chosen in self._taken}
+        self.disks = [
+            disk._replace(reading=(*disk.reading, f"--bitmap={targets[disk.name]}"))
+            if targets.get(disk.name) in self._since
+            else disk
+            for disk in self.disks
+        ]
+        return self.disks
 
     def configs(self) -> tuple[list[str], list[int]]:
         """Return the archive's configs as `NAME=PATH`, and the descriptors that go with them."""
@@ -143,11 +214,17 @@ class DomainBackup:
                 cancel.fd,
                 targets=[chosen.disk.target for chosen in self._taken],
                 left_out=self._others,
+                checkpoint=self._checkpoint,
+                recorded=self._recorded,
+                since=self._since,
                 limit=self._wishes.limit_bytes,
                 nvram=self._nvram,
                 tpm=self._has_tpm,
                 qemu=self._seen["qemu"],
             )
+        if answer["why_full"]:
+            text = f"all disks are read in full: {answer['why_full']}"
+            emit({"event": "notice", "text": text})
         return Instant("", answer["held_s"])
 
     def poll(self) -> None:
@@ -158,22 +235,27 @@ class DomainBackup:
         if self._guardian.lost:
             raise Failure(self._guardian.lost)
 
-    def end(self) -> str:
-        """End libvirt's job and remove all files; return a text when something remains. Never raises."""
+    def end(self, *, stored: bool = False) -> str:
+        """End libvirt's job and remove all files; return a text when something remains. Never raises.
+
+        `stored`: the archive is, and the changes since it are what the next one needs.
+        """
         if self._has_ended:
             return ""
         self._has_ended = True
+        if self._proxy is not None:
+            self._proxy.close()
         text = ""
         try:
-            self._guardian.ask("end")
+            self._guardian.ask("end", stored=stored)
         except Failure as failure:
             text = (
                 f"the end of the domain's backup job: {failure}; it is tried on, and `vmapipe cleanup "
                 f"--libvirt {self._wishes.domain}` does it later"
             )
-            if not self._guardian.is_alive:
-                text = self._clean_up_ourselves(text)
         self._guardian.leave()
+        if text and self._guardian.is_gone:
+            text = self._clean_up_ourselves(text)
         return text
 
     def _clean_up_ourselves(self, text: str) -> str:
@@ -188,6 +270,14 @@ class DomainBackup:
             other.leave()
 
     # --- Which disks ---
+
+    def _choose_pushed(self, machine: RunningMachine) -> list[Disk]:
+        wanted = [f"{name}={disk.alias}" for name, disk in self._taken]
+        if not self._wishes.disks:
+            wanted += [NVRAM_NAME] if self._domain.nvram else []
+            wanted += [TPM_NAME] if self._domain.has_tpm and not self._seen["tpm"] else []
+        choice = machine.choose(DiskChoiceOptions(wanted))
+        return [Disk(disk.name, "", size_bytes=disk.size_bytes) for disk in choice.disks]
 
     def _check_pulled(self) -> None:
         """Refuse disks whose guest a pulled backup could harm."""
