@@ -307,7 +307,10 @@ def domain_xml(
             entry.text = identity.uuid
     _set_machine(root, host, notes)
     if host.domain_type == "qemu":
-        _without_kvm(root, notes)
+        _without_kvm(root)
+        if draft.wants_kvm:
+            reason = "this host has no KVM: the machine has an emulated processor"
+            notes.leave_out("cpu", reason)
     if firmware is not None:
         _set_firmware(root, firmware, variables)
         if firmware.omission:
@@ -351,9 +354,8 @@ def _set_machine(root: Element, host: HostFacts, notes: Notes) -> None:
     kind.attributes = {"arch": kind.get("arch", "x86_64"), "machine": machine}
 
 
-def _without_kvm(root: Element, notes: Notes) -> None:
+def _without_kvm(root: Element) -> None:
     """An emulated processor has neither the host's features, nor what only KVM gives to a guest."""
-    notes.leave_out("cpu", "this host has no KVM: the machine has an emulated processor")
     cpu = root.find("cpu")
     kept = [child for child in cpu.children if child.tag in ("topology", "numa")]
     _remove(root, "cpu")

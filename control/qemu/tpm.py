@@ -165,6 +165,17 @@ def as_volume(states: Mapping[str, bytes]) -> bytes:
     return header + sections
 
 
+def states_of(volume: bytes) -> dict[str, bytes]:
+    """Return the states in a volume by name, as swtpm has them in a folder. Raises Failure."""
+    check_volume(volume)
+    found = {}
+    for index, name in enumerate(_STATES):
+        offset, length, _ = _ENTRY.unpack_from(volume, _HEADER.size + index * _ENTRY.size)
+        if length:
+            found[name] = volume[offset : offset + length]
+    return found
+
+
 def check_volume(data: bytes) -> None:
     """Refuse a volume that swtpm would not read. Raises Failure."""
     if len(data) < _HEADER_BYTES:

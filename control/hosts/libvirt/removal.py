@@ -37,6 +37,11 @@ class Removal:
                     )
                     continue
                 if self._has_domain(told.uuid, told.made):
+                    for what in told.planned:
+                        self._notice(
+                            f"the restore of {told.name} was killed at its very end: see whether "
+                            f"{what} is there"
+                        )
                     journal.remove()
                     continue
                 removed = self.remove(told.made)

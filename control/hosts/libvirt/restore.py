@@ -37,6 +37,7 @@ from vmapipe.control.hosts.libvirt.places import (
     Wanted,
 )
 from vmapipe.control.hosts.libvirt.removal import Removal, description_of
+from vmapipe.control.hosts.libvirt.tpm_state import put_state, read_state, tpm_folder
 from vmapipe.control.hosts.libvirt.undo import Made, MadeJournal
 from vmapipe.restore.archive.reader import Archive
 from vmapipe.restore.job import Options, restore
@@ -45,7 +46,7 @@ from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, device_named
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.folders import HeldFolder
+from vmapipe.runtime.folders import HeldFolder, OwnFolder
 from vmapipe.runtime.text import one_line
 
 _USUAL_POOL = "default"
@@ -96,6 +97,8 @@ class DomainRestore:
         self._removal = Removal(self._host, self._uri, self._notice)
         self._old: list[tuple[Place, Occupied]] = []
         self._stays: list[str] = []
+        self._tpm_folder = tpm_folder(self._uri, self._user())
+        self._tpm_state, self._tpm_trouble = b"", ""
 
     def __enter__(self) -> DomainRestore:
         return self
@@ -133,10 +136,13 @@ class DomainRestore:
                     variables.path if variables is not None else "",
                 )
                 self._cancel.check()
+                if self._tpm_state:
+                    journal.plan(f"the state of {name}'s TPM")
                 domain = self._define(finished)
-            except BaseException as error:
-                self._undo(journal, error)
+            except BaseException:
+                self._undo(journal)
                 raise
+            self._put_tpm_state(draft, identity)
             journal.remove()
         self._tell(archive, draft, identity, chosen, finished)
         if existing is not None:
@@ -329,6 +335,8 @@ class DomainRestore:
 
         def before_publish(files: Mapping[str, int]) -> None:
             for path, fd in files.items():
+                if path == volume:
+                    continue  # it goes with its folder
                 if path == variables_path:
                     self._cut_variables(path, fd)
                 status = os.fstat(fd)
@@ -338,6 +346,11 @@ class DomainRestore:
 
         folder = self._request.folder
         with contextlib.ExitStack() as stack:
+            volume = ""
+            if draft.tpm is not None and draft.tpm.state and self._tpm_folder is not None:
+                device = device_named(archive.header, draft.tpm.state)
+                volume = os.path.join(stack.enter_context(OwnFolder("tpm")).path, "state")
+                targets[device.dev_id] = TargetSpec(volume, Kind.NEW)
             held = stack.enter_context(HeldFolder(folder)) if folder else None
             folders = stack.enter_context(Folders(held))
             restore(
@@ -348,6 +361,23 @@ class DomainRestore:
                 self._request.restore._replace(before_publish=before_publish),
                 folders,
             )
+            if volume:
+                self._read_tpm_state(volume)
+
+    def _read_tpm_state(self, volume: str) -> None:
+        try:
+            self._tpm_state = read_state(volume)
+        except Failure as failure:
+            self._tpm_trouble = str(failure)
+
+    def _put_tpm_state(self, draft: Draft, identity: Identity) -> None:
+        """The domain is defined: its TPM can have its state, before it starts."""
+        if not self._tpm_state or self._tpm_folder is None or draft.tpm is None:
+            return
+        try:
+            put_state(self._tpm_folder, identity.uuid, draft.tpm.version, self._tpm_state)
+        except Failure as failure:
+            self._tpm_state, self._tpm_trouble = b"", str(failure)
 
     def _cut_variables(self, path: str, fd: int) -> None:
         """Give firmware's variables their size: storages round it up. Raises Failure."""
@@ -380,7 +410,7 @@ class DomainRestore:
         except LibvirtFailure as failure:
             raise Failure(f"libvirt does not take the domain: {failure}") from failure
 
-    def _undo(self, journal: MadeJournal, error: BaseException) -> None:
+    def _undo(self, journal: MadeJournal) -> None:
         """Remove what was made; what cannot be stays in the journal, for the next restore."""
         try:
             self._removal.remove(journal.read().made)
@@ -451,11 +481,9 @@ class DomainRestore:
         lost = []
         if any(device.is_vmstate for device in archive.header.devices):
             lost.append(Omission("vmstate", "the machine's memory is not used: it boots"))
-        if draft.tpm is not None and draft.tpm.state:
-            text = (
-                "its state stays in the archive, and the machine has a new TPM: have its keys ready"
-            )
-            lost.append(Omission("tpm", text))
+        if draft.tpm is not None and draft.tpm.state and not self._tpm_state:
+            why = self._tpm_trouble or "this libvirt keeps TPMs where we cannot write"
+            lost.append(Omission("tpm", f"{why}; the machine has a new TPM: have its keys ready"))
         return lost
 
     def _notice(self, text: str) -> None:

@@ -18,10 +18,13 @@ import pytest
 from tests.access.bootable import make_bootable
 from tests.conftest import absent
 from tests.control.hosts.libvirtd import Libvirtd, started_libvirtd
+from tests.control.qemu.test_tpm import DEFINE, KEY, READ, WRITE, asked
 from tests.golden_archives import GOLDEN_DIR, read_digests
 from tests.guest import find_kernel
 from tests.machine import Need, bad, eventually, good, make_disk, next_event, run, sha256, started
+from vmapipe.control.qemu.tpm import VOLUME_BYTES, as_volume
 
+TPM = "drive-tpmstate0-backup"
 UUID = "9c2b2a2e-3c1e-4cf2-9b0a-0fb4ad10a9a3"
 MAC = "52:54:00:aa:bb:cc"
 WEB = f"""\
@@ -245,6 +248,46 @@ def test_firmware_has_the_variables_that_are_in_the_archive(need: Need, bench: B
     assert path == str(place / "uefi_VARS.fd")
     assert Path(path).read_bytes() == b"variables".ljust(540672, b"\0")
     bench.libvirt("undefine", "--nvram", "uefi")
+
+
+def test_a_tpm_knows_in_the_restored_machine_what_it_knew(
+    need: Need, bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    need("swtpm_setup")  # libvirt has no TPMs without it
+    (tmp_path / "old").mkdir()
+    asked(need, tmp_path, f"dir={tmp_path / 'old'}", DEFINE, WRITE)
+    state = (tmp_path / "old" / "tpm2-00.permall").read_bytes()
+    volume = tmp_path / "tpm.raw"
+    volume.write_bytes(as_volume({"permall": state}).ljust(VOLUME_BYTES, b"\0"))
+    disk = make_disk(tmp_path / "disk.raw", "A")
+    config = WEB.replace(
+        "</devices>",
+        "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm></devices>",
+    )
+    archive = bench.archive("tpm.vma", config, f"vda={disk}", f"{TPM}={volume}")
+    # The daemon's settings, of which a root's restore to another user's libvirt knows.
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(bench.libvirt.folder / "config"))
+    words = bench.words(archive, "--pool", "p", "--name", "tpm")
+    said = good(*words).decode()
+    assert "not as it was: tpm" not in said
+    (uuid,) = attributes(bench, "tpm", r"<uuid>(.*)</uuid>")
+    kept = bench.libvirt.folder / "config/libvirt/qemu/swtpm" / uuid / "tpm2"
+    assert (kept / "tpm2-00.permall").read_bytes() == state
+    # libvirt's own swtpm takes it: a new one it would have set up first.
+    bench.libvirt("start", "tpm")
+    bench.libvirt("destroy", "tpm")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "tpm2-00.permall").write_bytes((kept / "tpm2-00.permall").read_bytes())
+    assert KEY in asked(need, tmp_path, f"dir={tmp_path / 'new'}", READ)
+    # Where it cannot be put, the machine has a new one, and somebody is told.
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    said = good(*words, "--overwrite").decode()
+    assert (
+        "not as it was: tpm: this libvirt keeps TPMs where we cannot write; the machine has" in said
+    )
+    bench.libvirt("undefine", "tpm")
+    for path in bench.pool.iterdir():
+        bench.libvirt("vol-delete", path.name, "p")
 
 
 # --- Nothing that exists is touched ---

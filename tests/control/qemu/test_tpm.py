@@ -20,6 +20,7 @@ from vmapipe.control.qemu.tpm import (
     as_volume,
     check_volume,
     read_volume,
+    states_of,
 )
 from vmapipe.control.qmp.client import QmpClient
 from vmapipe.runtime.errors import Failure
@@ -124,6 +125,7 @@ def test_states_are_laid_out_so_that_each_is_found(
             int.from_bytes(volume[place + n : place + n + 4], "little") for n in (0, 4)
         )
         assert volume[offset : offset + length] == states.get(name, b"")
+    assert states_of(volume.ljust(VOLUME_BYTES, b"\0")) == {n: s for n, s in states.items() if s}
     with pytest.raises(Failure):
         check_volume(volume[: len(permanent)])
 
