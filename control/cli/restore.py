@@ -89,7 +89,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="where the files go; created if need be (with --libvirt: see --dir, --pool)",
     )
     words, machine = split_machine(argv)
-    options = parser.parse_args(words)
+    # DIR may be left out, and may come behind other options.
+    options = parser.parse_intermixed_args(words)
     if options.folder is None and not options.libvirt:
         parser.error("the following arguments are required: DIR")
     return run(prog, lambda: _restore(options, words, machine))

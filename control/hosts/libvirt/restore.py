@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vmapipe.access.machine.accelerator import KVM, accelerator
 from vmapipe.access.machine.domain import (
     DomainText,
     Draft,
@@ -26,8 +25,9 @@ from vmapipe.access.machine.domain import (
 )
 from vmapipe.access.machine.firmware import Firmware, find_firmware
 from vmapipe.access.machine.spec import Omission
+from vmapipe.control.hosts.libvirt.abilities import check_domain, facts_of, user_at
 from vmapipe.control.hosts.libvirt.connect import Host, LibvirtFailure, is_remote, shown_uri
-from vmapipe.control.hosts.libvirt.host_facts import QemuUser, host_of, paths_of, user_of
+from vmapipe.control.hosts.libvirt.host_facts import QemuUser, paths_of
 from vmapipe.control.hosts.libvirt.places import (
     ChosenPlace,
     FolderPlace,
@@ -97,7 +97,8 @@ class DomainRestore:
         self._removal = Removal(self._host, self._uri, self._notice)
         self._old: list[tuple[Place, Occupied]] = []
         self._stays: list[str] = []
-        self._tpm_folder = tpm_folder(self._uri, self._user())
+        self._user = user_at(self._capabilities, self._uri)
+        self._tpm_folder = tpm_folder(self._uri, self._user)
         self._tpm_state, self._tpm_trouble = b"", ""
 
     def __enter__(self) -> DomainRestore:
@@ -114,7 +115,7 @@ class DomainRestore:
             raise UsageError("the archive's configuration has no name for the domain: say --name")
         existing = self._existing(name)
         identity = self._identity(name, draft, existing)
-        facts = self._facts(draft)
+        facts = facts_of(self._host, self._capabilities, draft, self._cancel)
         network = self._network(facts)
         firmware = None
         if draft.firmware.kind == "uefi":
@@ -124,8 +125,6 @@ class DomainRestore:
             try:
                 chosen, variables = self._make_room(archive, draft, name, place, journal, firmware)
                 self._check_old(name, existing, place, chosen)
-                self._restore(archive, draft, chosen, variables, journal)
-                place.settle()
                 finished = domain_xml(
                     draft,
                     identity,
@@ -135,6 +134,10 @@ class DomainRestore:
                     firmware,
                     variables.path if variables is not None else "",
                 )
+                # What libvirt does not take is better known now than when all is restored.
+                check_domain(self._host, finished.xml)
+                self._restore(archive, draft, chosen, variables, journal)
+                place.settle()
                 self._cancel.check()
                 if self._tpm_state:
                     journal.plan(f"the state of {name}'s TPM")
@@ -201,31 +204,6 @@ class DomainRestore:
             )
         return Identity(name, own, macs)
 
-    def _facts(self, draft: Draft) -> HostFacts:
-        arch = draft.root.find("os/type").get("arch", "x86_64")
-        wants_kvm = draft.wants_kvm
-        if wants_kvm and os.access("/dev/kvm", os.R_OK | os.W_OK):
-            # In some virtual machines it is there, and a guest on it hangs.
-            wants_kvm = accelerator(self._cancel) == KVM
-        texts = dict[str, str]()
-        for kind in ("kvm", "qemu"):
-            with contextlib.suppress(LibvirtFailure):
-                texts[kind] = self._host.call(
-                    self._host.connection.getDomainCapabilities, None, arch, None, kind
-                )
-        networks: list[str] = []
-        with contextlib.suppress(LibvirtFailure):
-            found = self._host.call(self._host.connection.listAllNetworks)
-            networks = [network.name() for network in found]
-        return host_of(
-            self._capabilities,
-            texts.get("kvm", ""),
-            texts.get("qemu", ""),
-            arch,
-            networks,
-            wants_kvm=wants_kvm,
-        )
-
     def _network(self, facts: HostFacts) -> Network | None:
         network = self._request.network
         if network is None:
@@ -239,21 +217,9 @@ class DomainRestore:
         return network
 
     def _place(self) -> Place:
-        user = self._user()
         if self._request.folder:
-            return FolderPlace(self._request.folder, user)
-        return PoolPlace(self._host, self._request.pool or _USUAL_POOL, user)
-
-    def _user(self) -> QemuUser | None:
-        """Return the user of libvirt's QEMU; a user's own ("session") daemon's is the daemon's."""
-        found = user_of(self._capabilities)
-        if found is not None:
-            return found
-        _, _, socket = self._uri.partition("socket=")
-        with contextlib.suppress(OSError):
-            status = os.stat(socket.partition("&")[0])
-            return QemuUser(status.st_uid, status.st_gid)
-        return None
+            return FolderPlace(self._request.folder, self._user)
+        return PoolPlace(self._host, self._request.pool or _USUAL_POOL, self._user)
 
     # --- Disks ---
 
@@ -331,7 +297,7 @@ class DomainRestore:
             device = device_named(archive.header, draft.firmware.variables)
             targets[device.dev_id] = variables
             variables_path = variables.path
-        user = self._user() if os.geteuid() == 0 else None
+        user = self._user if os.geteuid() == 0 else None
 
         def before_publish(files: Mapping[str, int]) -> None:
             for path, fd in files.items():

@@ -22,6 +22,7 @@ from tests.control.qemu.test_tpm import DEFINE, KEY, READ, WRITE, asked
 from tests.golden_archives import GOLDEN_DIR, read_digests
 from tests.guest import find_kernel
 from tests.machine import Need, bad, eventually, good, make_disk, next_event, run, sha256, started
+from vmapipe.control.cli.restore import main
 from vmapipe.control.qemu.tpm import VOLUME_BYTES, as_volume
 
 TPM = "drive-tpmstate0-backup"
@@ -44,7 +45,7 @@ WEB = f"""\
   <qemu:commandline><qemu:arg value='-evil'/></qemu:commandline>
 </domain>
 """
-# Two devices at one place: libvirt sees that when all disks are restored already.
+# Two devices at one place, which libvirt tells when it is asked.
 CONFLICT = WEB.replace(
     "</devices>",
     "".join(
@@ -52,6 +53,13 @@ CONFLICT = WEB.replace(
         for _ in range(2)
     )
     + "</devices>",
+)
+
+# A disk that cannot have a thread: libvirt tells it when the domain is defined, and not before.
+LATE = (
+    WEB.replace("<vcpu>", "<iothreads>1</iothreads><vcpu>")
+    .replace("type='qcow2'/>", "type='qcow2' iothread='1'/>")
+    .replace("dev='vda' bus='virtio'", "dev='sda' bus='sata'")
 )
 
 
@@ -356,7 +364,7 @@ def test_what_fails_in_the_middle_leaves_nothing_and_the_old_domain_as_it_was(
     Path(f"{damaged}.manifest.json").write_bytes(manifest.read_bytes())
     place = bench.place("failed")
     before = bench.state()
-    for where in (("--pool", "p"), ("--dir", place), ("--dir", place, "--format", "raw")):
+    for where in (("--pool", "p"), ("--dir", place, "--format", "raw")):
         assert "damaged" in bad(*bench.words(damaged, *where))
         assert bench.state() == before
         assert list(place.iterdir()) == []
@@ -368,16 +376,21 @@ def test_what_fails_in_the_middle_leaves_nothing_and_the_old_domain_as_it_was(
     bench.libvirt("vol-delete", "web-vda.qcow2", "p")
 
 
-def test_a_domain_that_libvirt_does_not_take_leaves_nothing(bench: Bench, small: Path) -> None:
-    conflict = bench.folder / "conflict.xml"
-    conflict.write_text(CONFLICT)
-    place = bench.place("conflict")
+@pytest.mark.parametrize(("config", "is_early"), [(CONFLICT, True), (LATE, False)])
+def test_a_domain_that_libvirt_does_not_take_leaves_nothing(
+    config: str, is_early: bool, bench: Bench, small: Path
+) -> None:
+    path = bench.folder / "refused.xml"
+    path.write_text(config)
+    place = bench.place(f"refused-{is_early}")
     before = bench.state()
-    for where in (("--pool", "p"), ("--dir", place)):
-        said = bad(*bench.words(small, *where, "--config", conflict))
-        assert "libvirt does not take the domain" in said
-        assert bench.state() == before
-        assert list(place.iterdir()) == []
+    where = ("--pool", "p") if is_early else ("--dir", place)
+    done = run(*bench.words(small, *where, "--config", path, "--json"))
+    assert done.returncode == 1
+    assert "libvirt does not take the domain" in done.stderr.decode()
+    assert (b'"restoring"' in done.stdout) is not is_early
+    assert bench.state() == before
+    assert list(place.iterdir()) == []
 
 
 def _interrupted(bench: Bench, archive: Path, how: int, *where: str | Path) -> None:
@@ -450,28 +463,40 @@ def test_a_killed_restore_whose_domain_is_defined_is_complete(bench: Bench, smal
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["DIR"], "DIR is not for --libvirt"),
-        (["--device", "x"], "--device is not for --libvirt"),
-        (["--salvage"], "--salvage is not for --libvirt"),
-        (["--live"], "restore --live ARCHIVE DIR"),
-        (["--format", "vmdk"], "use raw or qcow2"),
-        (["--name", "../x"], "use up to 64 letters"),
-        (["--network", "a/b"], "bridge:NAME"),
-        (["--resume"], "--dir and --format raw"),
-        (["--connect", "qemu+ssh://host/system"], "another host's libvirt"),
-        (["--connect", "qemu:///session?socket=/nowhere"], "cannot reach libvirt"),
+        (["--libvirt", "DIR"], "DIR is not for --libvirt"),
+        (["--libvirt", "--device", "x"], "--device is not for --libvirt"),
+        (["--libvirt", "--salvage"], "--salvage is not for --libvirt"),
+        (["--libvirt", "--live"], "restore --live ARCHIVE DIR"),
+        (["--libvirt", "--format", "vmdk"], "use raw or qcow2"),
+        (["--libvirt", "--name", "../x"], "use up to 64 letters"),
+        (["--libvirt", "--network", "a/b"], "bridge:NAME"),
+        (["--libvirt", "--resume"], "--dir and --format raw"),
+        (["--libvirt", "--pool", ""], "--pool is empty"),
+        (["DIR", "--connect", "x"], "--connect is for --libvirt"),
+        (["DIR", "--name", "x"], "--name is for --libvirt"),
+        (["DIR", "--same"], "--same is for --libvirt"),
+        (["DIR", "--start"], "--start is for --libvirt"),
     ],
 )
 def test_a_wrong_use_is_told_in_one_line(
-    words: list[str], said: str, bench: Bench, small: Path
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run("restore", small, *words, "--libvirt")
-    assert done.returncode in (1, 2)
-    assert said in done.stderr.decode()
-    assert "Traceback" not in done.stderr.decode()
+    assert main(["/nowhere/a.vma", *words], "vmapipe restore") == 2
+    text = capsys.readouterr().err
+    assert said in text
+    assert len(text.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("word", ["--connect=x", "--name=x", "--pool=x", "--same", "--start"])
-def test_options_for_libvirt_are_refused_without_it(word: str, tmp_path: Path) -> None:
-    said = bad("restore", tmp_path / "a.vma", tmp_path / "out", word, code=2)
-    assert "is for --libvirt" in said
+@pytest.mark.parametrize(
+    ("uri", "said", "code"),
+    [
+        ("qemu+ssh://host/system", "another host's libvirt", 2),
+        ("qemu:///session?socket=/nowhere", "cannot reach libvirt", 1),
+    ],
+)
+def test_a_libvirt_that_is_not_here_is_told_in_one_line(
+    uri: str, said: str, code: int, small: Path
+) -> None:
+    done = run("restore", small, "--libvirt", "--connect", uri)
+    assert (done.returncode, said in done.stderr.decode()) == (code, True)
+    assert b"Traceback" not in done.stderr
