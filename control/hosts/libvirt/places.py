@@ -66,6 +66,9 @@ class Place(Protocol):
     def remove_old(self, old: Occupied) -> None:
         """Remove what a new disk has come instead of."""
 
+    def reconnect(self, host: Host) -> None:
+        """Ask this connection from now on: the other one is lost."""
+
     def settle(self) -> None:
         """All is written: let libvirt look."""
 
@@ -117,6 +120,9 @@ class FolderPlace:
             return
         except OSError as error:
             raise Failure(f"cannot remove {old.path}: {os_error_text(error)}") from error
+
+    def reconnect(self, host: Host) -> None:
+        pass
 
     def settle(self) -> None:
         pass
@@ -227,6 +233,9 @@ class PoolPlace:
 
     def remove_old(self, old: Occupied) -> None:
         remove_volume(self._host, self.name, old.volume)
+
+    def reconnect(self, host: Host) -> None:
+        self._host, self._pool = host, find_pool(host, self.name)
 
     def settle(self) -> None:
         self._refresh()

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import secrets
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -50,6 +51,9 @@ from vmapipe.runtime.folders import HeldFolder, OwnFolder
 from vmapipe.runtime.text import one_line
 
 _USUAL_POOL = "default"
+# systemd starts a daemon again within seconds, and then it reads all its domains.
+_DAEMON_S = 60.0
+_RETRY_S = 0.5
 
 
 class DefineRequest(NamedTuple):
@@ -137,6 +141,7 @@ class DomainRestore:
                 # What libvirt does not take is better known now than when all is restored.
                 check_domain(self._host, finished.xml)
                 self._restore(archive, draft, chosen, variables, journal)
+                self._connect_again(place)
                 place.settle()
                 self._cancel.check()
                 if self._tpm_state:
@@ -376,9 +381,33 @@ class DomainRestore:
         except LibvirtFailure as failure:
             raise Failure(f"libvirt does not take the domain: {failure}") from failure
 
+    def _connect_again(self, place: Place | None = None) -> None:
+        """Its daemon may have been started again while the disks were restored. Raises Failure.
+
+        `place`: where the domain is to be; None: only something is to be removed.
+        """
+        if self._host.is_alive:
+            return
+        lost = self._host
+        deadline = time.monotonic() + (_DAEMON_S if place is not None else 0)
+        while True:
+            try:
+                self._host = Host(self._request.uri)
+                break
+            except LibvirtFailure:
+                if time.monotonic() > deadline:
+                    raise
+                self._cancel.check()
+                time.sleep(_RETRY_S)
+        lost.close()
+        self._removal = Removal(self._host, self._uri, self._notice)
+        if place is not None:
+            place.reconnect(self._host)
+
     def _undo(self, journal: MadeJournal) -> None:
         """Remove what was made; what cannot be stays in the journal, for the next restore."""
         try:
+            self._connect_again()
             self._removal.remove(journal.read().made)
             journal.remove()
         except Failure as failure:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
 import os
 import re
+import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from tests.machine import Need, bad, eventually, good, make_disk, next_event, ru
 from vmapipe.control.cli.restore import main
 from vmapipe.control.qemu.tpm import VOLUME_BYTES, as_volume
 
+MANUAL = Path(__file__).parents[3] / "docs/operations/hosts-libvirt.md"
 TPM = "drive-tpmstate0-backup"
 UUID = "9c2b2a2e-3c1e-4cf2-9b0a-0fb4ad10a9a3"
 MAC = "52:54:00:aa:bb:cc"
@@ -412,6 +415,20 @@ def test_ctrl_c_leaves_nothing(bench: Bench, large: Path) -> None:
         assert list(place.iterdir()) == []
 
 
+def test_a_libvirtd_that_is_started_again_meanwhile_is_no_trouble(
+    bench: Bench, large: Path
+) -> None:
+    words = bench.words(large, "--pool", "p", "--name", "again", "--speed", "8M", "--json")
+    with started(*words) as restoring:
+        while next_event(restoring, "progress")["done_bytes"] == 0:
+            pass
+        bench.libvirt.kill()
+        bench.libvirt.start()
+        assert next_event(restoring, "defined")["domain"] == "again"
+    bench.libvirt("undefine", "again")
+    bench.libvirt("vol-delete", "again-vda.qcow2", "p")
+
+
 def test_what_a_killed_restore_has_left_is_removed_by_the_next_and_told(
     bench: Bench, small: Path, large: Path
 ) -> None:
@@ -485,6 +502,18 @@ def test_a_wrong_use_is_told_in_one_line(
     text = capsys.readouterr().err
     assert said in text
     assert len(text.strip().splitlines()) == 1
+
+
+def test_the_manuals_commands_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line.split("#")[0] for line in MANUAL.read_text().splitlines() if " --libvirt" in line]
+    commands = [shlex.split(line) for line in lines if line.startswith("    vmapipe restore ")]
+    asked: list[argparse.Namespace] = []
+    monkeypatch.setattr(
+        "vmapipe.control.cli.restore.restore_domain", lambda options, _: asked.append(options)
+    )
+    for words in commands:
+        assert main(words[2:], "vmapipe restore") == 0, words
+    assert len(asked) == len(commands) > 7
 
 
 @pytest.mark.parametrize(
