@@ -65,6 +65,7 @@ class _DomainExamination:
                 reason = why_not_pulled(disk, self._release)
             else:
                 reason = why_not_at_rest(disk)
+                reason = f"is not readable at rest: {reason}" if reason else ""
             if reason:
                 findings.append(Finding("problem", "disks", f"disk {name_text(name)} {reason}"))
             else:

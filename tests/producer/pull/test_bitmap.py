@@ -101,3 +101,18 @@ def test_a_snapshot_that_breaks_after_all_was_read_fails_at_the_end(
                 guest = f"nbd+unix:///guest?socket={sock}"
                 words = [io, "-f", "raw", "-c", "write -P 9 1M 64k", guest]
                 subprocess.run(words, check=True, capture_output=True, timeout=60)
+
+
+def test_a_server_that_comes_back_without_the_bitmap_is_another_disk(
+    image: Image, short_folder: Path
+) -> None:
+    other = pytest.raises(
+        ExportError, match="is another disk than before: its dirty bitmap was B and is not there"
+    )
+    with ExitStack() as stack:
+        with by_qemu_nbd(image, short_folder) as sock:
+            reader = stack.enter_context(reading(sock))
+        sock.unlink(missing_ok=True)
+        stack.enter_context(by_qemu_nbd(image, short_folder, "not offered"))
+        with other:
+            content(reader, image.base)
