@@ -134,6 +134,7 @@ class StoredEvent(TypedDict):
     stored_bytes: int
     plain_bytes: int
     base_bytes: NotRequired[int]
+    shared_bytes: NotRequired[int]
 
 
 class DoneEvent(TypedDict):

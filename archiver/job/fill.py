@@ -11,7 +11,6 @@ from vmapipe.archiver.job.device import FillRun
 from vmapipe.archiver.job.synthesis import Mix, Synthesis
 from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.vma.errors import CoverageError
-from vmapipe.vma.extent import Extent
 from vmapipe.vma.header import Device
 from vmapipe.vma.packer import PackedExtent, PackedRun
 
@@ -19,10 +18,10 @@ _NOTHING = memoryview(b"")
 
 
 class FilledExtent(NamedTuple):
-    """An extent to write at once; where its data lies in the base's file, in bytes (-1: nowhere)."""
+    """An extent to write at once; where each of its buffers lies in the base's file, in bytes (-1: nowhere)."""
 
     extent: PackedExtent[None]
-    base_at: int
+    places: list[int]
     #: Those of its clusters that are not as in the base.
     changed: list[PackedRun]
 
@@ -38,6 +37,11 @@ class Filler:
         self._synthesis = Synthesis(uuid, base.base.header, devices)
 
     @property
+    def fd(self) -> int:
+        """The base's file."""
+        return self._base.fd
+
+    @property
     def kept_bytes(self) -> int:
         """Data that was taken from the base so far, in bytes."""
         return self._synthesis.kept_bytes
@@ -47,10 +51,10 @@ class Filler:
         if run.payload is None:
             self._synthesis.add_unchanged(run.dev_id, run.first, run.clusters)
         else:
-            for extent in self._synthesis.add(
+            for extent, places in self._synthesis.add(
                 run.dev_id, run.first, run.clusters, run.masks, run.payload
             ):
-                yield FilledExtent(extent, -1, extent.clusters)
+                yield FilledExtent(extent, places, extent.clusters)
         yield from self._go_on()
 
     def _go_on(self) -> Iterator[FilledExtent]:
@@ -68,8 +72,11 @@ class Filler:
                 data = self._base.take()
             packed = self._synthesis.pack(plan, data)
             if packed is not None:
-                changed = plan.changed(packed) if isinstance(plan, Mix) else []
-                yield FilledExtent(packed, _data_at(extent), changed)
+                made, places = packed
+                data_at = extent.offset + EXTENT_HEADER_BYTES
+                in_file = [place + data_at if place >= 0 else -1 for place in places]
+                changed = plan.changed(made) if isinstance(plan, Mix) else []
+                yield FilledExtent(made, in_file, changed)
 
     def finish(self) -> Iterator[FilledExtent]:
         """All clusters of all devices have come: yield the rest. Raises DamagedBase."""
@@ -89,7 +96,3 @@ class Filler:
             f"the base {self._base.base.archive} contradicts its manifest: {error}; make a full "
             "backup (--base none)"
         )
-
-
-def _data_at(extent: Extent) -> int:
-    return extent.offset + EXTENT_HEADER_BYTES

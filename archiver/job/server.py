@@ -140,6 +140,7 @@ class _Server:
                     "stored_bytes": self._store.stored_bytes,
                     "plain_bytes": self._store.plain_bytes,
                     "base_bytes": self._store.base_bytes,
+                    "shared_bytes": self._store.shared_bytes,
                 }
             )
 

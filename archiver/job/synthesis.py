@@ -99,6 +99,13 @@ class Mix(NamedTuple):
         return [run for piece, run in both if piece.data_at < 0]
 
 
+class Synthesized(NamedTuple):
+    """An extent that was made, and for each of its buffers where that lies in the base's data (-1: nowhere)."""
+
+    extent: PackedExtent[None]
+    places: list[int]
+
+
 class Synthesis:
     """Clusters come with `add` and `add_unchanged`, each once; the base's extents are asked for with `plan`.
 
@@ -128,7 +135,7 @@ class Synthesis:
 
     def add(
         self, dev_id: int, first: int, count: int, masks: bytes, payload: memoryview
-    ) -> list[PackedExtent[None]]:
+    ) -> list[Synthesized]:
         """Add clusters in the packer's form; their data is copied. Return what has to leave at once."""
         state = self._by_dev_id[dev_id]
         state.known.add(first, count)
@@ -146,7 +153,7 @@ class Synthesis:
         self.held_bytes += at
         return self._make_room()
 
-    def _make_room(self) -> list[PackedExtent[None]]:
+    def _make_room(self) -> list[Synthesized]:
         extents = []
         while self.held_bytes > self._hold_bytes:
             state = max(
@@ -218,13 +225,13 @@ class Synthesis:
             return None, False
         return _NewCluster(dev_id, cluster, held.mask, -1, held.data), False
 
-    def pack(self, plan: Keep | Mix, data: memoryview) -> PackedExtent[None] | None:
+    def pack(self, plan: Keep | Mix, data: memoryview) -> Synthesized | None:
         """Return the extent that was planned, out of the `data` of the base's; None: it has no clusters."""
         if isinstance(plan, Keep):
             return self._kept(plan.runs, data)
         return self._packed(plan.pieces, data) if plan.pieces else None
 
-    def _kept(self, runs: tuple[ClusterRun, ...], data: memoryview) -> PackedExtent[None]:
+    def _kept(self, runs: tuple[ClusterRun, ...], data: memoryview) -> Synthesized:
         slots: list[int] = []
         clusters: list[PackedRun] = []
         dev_ids = set()
@@ -241,12 +248,15 @@ class Synthesis:
         self.kept_bytes += len(data)
         header = encode_extent_header(self._uuid, slots, len(data) // BLOCK_BYTES)
         buffers: list[bytes | memoryview] = [header, data] if len(data) else [header]
-        return PackedExtent(buffers, len(header) + len(data), clusters, {}, dev_ids)
+        size_bytes = len(header) + len(data)
+        extent: PackedExtent[None] = PackedExtent(buffers, size_bytes, clusters, {}, dev_ids)
+        return Synthesized(extent, [-1, 0][: len(buffers)])
 
     def _packed(
         self, pieces: list[_NewCluster] | tuple[_NewCluster, ...], data: memoryview
-    ) -> PackedExtent[None]:
+    ) -> Synthesized:
         slots: list[int] = []
+        places = [-1]
         buffers: list[bytes | memoryview] = [b""]
         clusters: list[PackedRun] = []
         dev_ids = set()
@@ -262,17 +272,22 @@ class Synthesis:
                 else:
                     base_from = data_at
                     buffers.append(piece)
+                    places.append(data_at)
                 base_to = data_at + length
             elif length:
                 base_from = base_to = 0
                 buffers.append(piece)
+                places.append(-1)
             slots.append(slot_word(mask, dev_id, cluster))
             masks = mask.to_bytes(2, "big") if mask else b""
             clusters.append((dev_id, cluster, 1, masks, piece))
             dev_ids.add(dev_id)
             size_bytes += length
         buffers[0] = encode_extent_header(self._uuid, slots, size_bytes // BLOCK_BYTES)
-        return PackedExtent(buffers, EXTENT_HEADER_BYTES + size_bytes, clusters, {}, dev_ids)
+        extent: PackedExtent[None] = PackedExtent(
+            buffers, EXTENT_HEADER_BYTES + size_bytes, clusters, {}, dev_ids
+        )
+        return Synthesized(extent, places)
 
     def finish(self) -> None:
         """The base has ended. Raises CoverageError where clusters were not in it."""

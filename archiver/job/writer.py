@@ -18,8 +18,11 @@ from vmapipe.archiver.job.fill import FilledExtent, Filler
 from vmapipe.archiver.job.spec import BaseUse
 from vmapipe.archiver.outputs.base import IOV_MAX, Output, OutputFailure
 from vmapipe.archiver.outputs.compress import Compression, ZstdOutput
+from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.manifests import DigestedOutput, Digests
+from vmapipe.clusters.sizes import BLOCK_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.runtime.process import yield_cpu
+from vmapipe.vma.extent import encode_extent_header
 from vmapipe.vma.header import Header
 from vmapipe.vma.manifest import VERSION, VERSION_WITH_BASE
 from vmapipe.vma.packer import PackedExtent
@@ -76,6 +79,7 @@ class ArchiveWriter(Generic[Note]):
         compression: Compression | None = None,
         base: Base | None = None,
     ) -> None:
+        self._file = output if isinstance(output, FileOutput) and compression is None else None
         # The digest of the file is that of its bytes as stored: below the compression.
         if digests is not None:
             output = DigestedOutput(output, digests)
@@ -92,6 +96,7 @@ class ArchiveWriter(Generic[Note]):
         self._put_bytes = 0
         self._base = base
         self._filler: Filler | None = None
+        self._uuid: bytes | None = None
         #: What is wrong with the base, where that is why nothing is stored.
         self.base_damage = ""
         self._queue: queue.SimpleQueue[_Item[Note]] = queue.SimpleQueue()
@@ -242,13 +247,35 @@ class ArchiveWriter(Generic[Note]):
 
     def _write_filled(self, filled: FilledExtent) -> None:
         extent = filled.extent
+        self._pad(filled.places)
         if self._digests is not None:
             self._digests.extents([extent])
             self._digests.changed(filled.changed)
-        self._output.write(extent.buffers)
+        if isinstance(self._output, FileOutput | DigestedOutput) and self._filler is not None:
+            self._output.write_shared(extent.buffers, filled.places, self._filler.fd)
+        else:
+            self._output.write(extent.buffers)
         self.plain_bytes += extent.total_bytes
         self._put_bytes += extent.total_bytes
         yield_cpu()
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the archive's file that it shares with the base's, on the same blocks of the disk."""
+        return self._file.shared_bytes if self._file else 0
+
+    def _pad(self, places: Sequence[int]) -> None:
+        """Write extents without clusters until what comes lies in its blocks as the base's does."""
+        if self._file is None or not self._file.clones:
+            return
+        first = next((place for place in places if place >= 0), -1)
+        if first < 0 or self._uuid is None:
+            return
+        missing = (first - EXTENT_HEADER_BYTES - self._file.written_bytes) % BLOCK_BYTES
+        for _ in range(missing // EXTENT_HEADER_BYTES):
+            header = encode_extent_header(self._uuid, [], 0)
+            extent: PackedExtent[None] = PackedExtent([header], len(header), [], {}, set())
+            self._write_filled(FilledExtent(extent, [-1], []))
 
     def _write_header(self, begin: _Begin) -> None:
         devices = {use.base_dev_id: use.device for use in begin.bases if use.base_dev_id}
@@ -258,6 +285,7 @@ class ArchiveWriter(Generic[Note]):
         self._output.write([begin.raw_header])
         self.plain_bytes += len(begin.raw_header)
         if self._base is not None and devices:
+            self._uuid = begin.header.uuid
             self._filler = Filler(BaseExtents(self._base), begin.header.uuid, devices)
 
     def _end(self, state: WriterState, error: Exception | None) -> None:

@@ -15,6 +15,8 @@ import errno
 import fcntl
 import os
 import stat
+import struct
+from collections.abc import Sequence
 
 from vmapipe.archiver.outputs import file
 from vmapipe.archiver.outputs.base import Buffers, DescriptorOutput, OutputFailure, open_failure
@@ -23,6 +25,11 @@ from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.folders import NO_LINKS, HeldFolder
 from vmapipe.runtime.syscalls import write_at
 
+# linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
+_FICLONERANGE = 0x4020940D
+_NO_CLONES = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY)
+# A shared range is a piece more in the file system's lists: less than a cluster is not worth it.
+_WORTH_SHARING_BYTES = 60 << 10
 # Often enough looked whether it is still wanted.
 _COPY_BYTES = 64 << 20
 
@@ -57,6 +64,11 @@ class FileOutput(DescriptorOutput):
             raise
         super().__init__(fd, path, cancel)
         self._write_behind = WriteBehind(fd)
+        self._block_bytes = os.fstatvfs(fd).f_frsize
+        #: As far as it is known, its file system lets files share blocks.
+        self.clones = True
+        #: Bytes that it has in common with another file.
+        self.shared_bytes = 0
         # Only now: while we have the lock, no other vmapipe gives a file this name.
         try:
             self._check_name()
@@ -67,6 +79,45 @@ class FileOutput(DescriptorOutput):
     def write(self, buffers: Buffers) -> None:
         super().write(buffers)
         self._write_behind.reached(self.written_bytes)
+
+    def write_shared(self, buffers: Buffers, places: Sequence[int], fd: int) -> None:
+        """As `write`; where a buffer is what another file has at a place (-1: nowhere), share its blocks.
+
+        So on XFS and btrfs, for whole blocks at places that fit; elsewhere all is written.
+        """
+        self._exclusively(self._write_shared, buffers, places, fd)
+        self._write_behind.reached(self.written_bytes)
+
+    def _write_shared(self, buffers: Buffers, places: Sequence[int], fd: int) -> None:
+        todo: list[bytes | memoryview] = []
+        block, at = self._block_bytes, self.written_bytes
+        for buffer, place in zip(buffers, places, strict=True):
+            # What of it is whole blocks here.
+            start, stop = -at % block, (at + len(buffer)) // block * block - at
+            fits = place >= 0 and (at - place) % block == 0 and stop - start >= _WORTH_SHARING_BYTES
+            if fits and self.clones:
+                view = memoryview(buffer)
+                self._write_all([*todo, view[:start]])
+                if self._clone(fd, place + start, stop - start, at + start):
+                    os.lseek(self._fd, stop - start, os.SEEK_CUR)
+                    self.written_bytes += stop - start
+                    self.shared_bytes += stop - start
+                    start = stop
+                todo = [view[start:]]
+            else:
+                todo.append(buffer)
+            at += len(buffer)
+        self._write_all(todo)
+
+    def _clone(self, fd: int, source_at: int, length: int, at: int) -> bool:
+        """False: this file system, or this pair of files, cannot."""
+        try:
+            fcntl.ioctl(self._fd, _FICLONERANGE, struct.pack("qQQQ", fd, source_at, length, at))
+        except OSError as error:
+            if error.errno not in _NO_CLONES:
+                raise
+            self.clones = False
+        return self.clones
 
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
         """Write at any place. Raises OutputFailure."""

@@ -301,6 +301,14 @@ class DigestedOutput(OutputWrapper):
         self._digests.stored(buffers)
         self._inner.write(buffers)
 
+    def write_shared(self, buffers: Buffers, places: Sequence[int], fd: int) -> None:
+        """As `FileOutput.write_shared`, if that is where it goes."""
+        self._digests.stored(buffers)
+        if isinstance(self._inner, FileOutput):
+            self._inner.write_shared(buffers, places, fd)
+        else:
+            self._inner.write(buffers)
+
     def commit(self) -> None:
         with self._committing:
             self._digests.finish()

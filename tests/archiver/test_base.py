@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -394,3 +394,58 @@ def test_two_backups_with_one_base_at_once_both_end_well(tmp_path: Path) -> None
             assert process.returncode == 0, said
     for name in ("x", "y"):
         assert restored(tmp_path / f"{name}.vma", tmp_path / name) == disk.read_bytes()
+
+
+# --- file systems on which files share blocks ---
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def sharing(
+    request: pytest.FixtureRequest, tmp_path: Path, need: Callable[..., list[str]]
+) -> Iterator[Path]:
+    """A folder on a file system in which files can share blocks."""
+    if os.geteuid():
+        pytest.skip("mounting needs root")
+    (mkfs,) = need(f"mkfs.{request.param}")
+    image, folder = tmp_path / "image", tmp_path / "fs"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(512 << 20)
+    subprocess.run([mkfs, "-q", image], check=True, capture_output=True, timeout=LIMIT_S)
+    mounted = subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount here: {mounted.stderr.decode()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True, timeout=LIMIT_S)
+
+
+def used_bytes(folder: Path) -> int:
+    os.sync()
+    status = os.statvfs(folder)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def test_where_blocks_can_be_shared_an_archive_takes_what_has_changed(
+    sharing: Path, tmp_path: Path
+) -> None:
+    disk = make_disk(tmp_path / "disk", "A" * 1000)
+    config = tmp_path / "config"
+    config.write_text("x")
+    incremental(disk, sharing / "vm-2026-01-01.vma")
+    changed = change(disk, 5, 444, 900, 901)
+    for day, clusters, text in ((2, len(changed), "x"), (3, 0, "y" * 3000)):
+        # The second one's header is longer: what follows is brought into phase again.
+        config.write_text(text)
+        before = used_bytes(sharing)
+        told = incremental(disk, sharing / f"vm-2026-01-0{day}.vma", "--config", config)
+        extents = 1000 // 58 + 1
+        # A block for each extent's header, the archive's own, and what lies beside it.
+        besides = extents * 4096 + 300 * 1024
+        assert used_bytes(sharing) - before <= 1.05 * clusters * CLUSTER_BYTES + besides
+        assert (
+            told["stored"]["shared_bytes"] > (999 - clusters) * CLUSTER_BYTES - 3 * extents * 4096
+        )
+        out = tmp_path / str(day)
+        assert restored(sharing / f"vm-2026-01-0{day}.vma", out) == disk.read_bytes()

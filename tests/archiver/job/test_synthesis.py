@@ -83,15 +83,17 @@ def _extents(
         else:
             run = Run(change.dev_id, change.first, change.masks)
             payload = payload_of(change)
-            yield from synthesis.add(
+            for made in synthesis.add(
                 change.dev_id, change.first, change.count, run.raw_masks, memoryview(payload)
-            )
+            ):
+                yield made.extent
         while at < len(extents) and (plan := synthesis.plan(extents[at].extent)) is not None:
             skipped = isinstance(plan, Mix) and not plan.needs_base
             packed = synthesis.pack(plan, memoryview(b"" if skipped else extents[at].data))
             at += 1
             if packed is not None:
-                yield packed
+                assert len(packed.places) == len(packed.extent.buffers)
+                yield packed.extent
     assert at == len(extents), "all has come, and extents of the base are left"
     synthesis.finish()
 
