@@ -9,7 +9,13 @@ from typing import Any
 from vmapipe.control.hosts.libvirt.connect import Host, LibvirtFailure, shown_uri
 from vmapipe.control.hosts.libvirt.host_facts import paths_of
 from vmapipe.control.hosts.libvirt.places import remove_made
-from vmapipe.control.hosts.libvirt.undo import Made, abandoned, told_words
+from vmapipe.control.hosts.libvirt.undo import (
+    Made,
+    MadeJournal,
+    abandoned,
+    told_words,
+)
+from vmapipe.runtime.errors import Failure
 
 
 def description_of(host: Host, domain: Any) -> str:
@@ -28,33 +34,40 @@ class Removal:
         """Remove what killed restores have left."""
         for journal in abandoned():
             with journal:
-                told = journal.read()
-                if told.uri != self._uri:
-                    self._notice(
-                        f"a restore of {told.name} to {shown_uri(told.uri)} was killed; it has left "
-                        f"{told_words(told.made)}: a restore with --connect {shown_uri(told.uri)} "
-                        "removes it"
-                    )
-                    continue
-                if self._has_domain(told.uuid, told.made):
-                    for what in told.planned:
-                        self._notice(
-                            f"the restore of {told.name} was killed at its very end: see whether "
-                            f"{what} is there"
-                        )
-                    journal.remove()
-                    continue
-                removed = self.remove(told.made)
-                for what in told.planned:
-                    self._notice(
-                        f"a restore of {told.name} was killed while libvirt made {what}: see whether "
-                        "it is there, and remove it if you do not know it"
-                    )
-                if removed:
-                    self._notice(
-                        f"removed {told_words(removed)}, which a killed restore of {told.name} had left"
-                    )
-                journal.remove()
+                try:
+                    self._clean(journal)
+                except Failure as failure:
+                    self._notice(f"what a killed restore has left stays: {failure}")
+
+    def _clean(self, journal: MadeJournal) -> None:
+        """Remove what a journal tells, and then it. Raises Failure."""
+        told = journal.read()
+        if told.uri != self._uri:
+            self._notice(
+                f"a restore of {told.name} to {shown_uri(told.uri)} was killed; it has left "
+                f"{told_words(told.made)}: a restore with --connect {shown_uri(told.uri)} "
+                "removes it"
+            )
+            return
+        if self._has_domain(told.uuid, told.made):
+            for what in told.planned:
+                self._notice(
+                    f"the restore of {told.name} was killed at its very end: see whether "
+                    f"{what} is there"
+                )
+            journal.remove()
+            return
+        removed = self.remove(told.made)
+        for what in told.planned:
+            self._notice(
+                f"a restore of {told.name} was killed while libvirt made {what}: see whether "
+                "it is there, and remove it if you do not know it"
+            )
+        if removed:
+            self._notice(
+                f"removed {told_words(removed)}, which a killed restore of {told.name} had left"
+            )
+        journal.remove()
 
     def _has_domain(self, domain_uuid: str, made: Sequence[Made]) -> bool:
         """Return whether the domain was defined, on what the killed restore had made."""

@@ -467,9 +467,13 @@ def test_a_killed_restore_whose_domain_is_defined_is_complete(bench: Bench, smal
     whole = "".join(json.dumps(line) + "\n" for line in lines)
     (journals / f"done-{uuid}.libvirt-restore").write_text(whole)
     (journals / "half.libvirt-restore").write_text(whole.replace(uuid, UUID) + '{"made"')
+    # Nobody's, which is in nobody's way.
+    junk = journals / "junk.libvirt-restore"
+    junk.write_text("junk\n")
     bad(*bench.words(small, "--pool", "p", "--name", "done"), code=2)
     assert volume.exists()
-    assert bench.state()[2] == []
+    assert bench.state()[2] == [junk.name]
+    junk.unlink()
     bench.libvirt("undefine", "done")
     bench.libvirt("vol-delete", volume.name, "p")
 
