@@ -23,7 +23,7 @@ _FULL = FULL_MASK.to_bytes(2, "big")
 # Extents of zeroes that are handed on as one: each is only a header, and what is
 # done with each of them costs more than making it. 32 KiB, so that writes are
 # still cut finely.
-_ZERO_EXTENTS = 64
+ZERO_EXTENTS = 64
 _NOTHING = memoryview(b"")
 Note = TypeVar("Note")
 # dev_id, first cluster, count, masks and payload, the last two as in `Packer.add`.
@@ -91,18 +91,20 @@ class Packer(Generic[Note]):
         gives less than 300. Raises LimitError, and has changed nothing then.
         """
         view = memoryview(payload)
-        _check_run(dev_id, first_cluster, count, masks, view)
+        check_run(dev_id, first_cluster, count, masks, view)
         full = bool(masks) and masks == _FULL * count
         words = b"" if full else masks
         extents: list[PackedExtent[Note]] = []
         done = data_at = 0
         while done < count:
             if not masks and not self._slots and count - done >= self._limit:
-                zeroes = min(_ZERO_EXTENTS, (count - done) // self._limit)
+                zeroes = min(ZERO_EXTENTS, (count - done) // self._limit)
                 first = first_cluster + done
                 done += zeroes * self._limit
-                notes = {dev_id: note} if done == count else {}
-                extents.append(self._zeroes(dev_id, first, zeroes, notes))
+                self._closed += zeroes
+                extents.append(pack_zeroes(self._uuid, dev_id, first, self._limit, zeroes))
+                if done == count:
+                    extents[-1].notes[dev_id] = note
                 continue
             take = min(self._limit - len(self._slots), count - done)
             base = dev_id << 32 | first_cluster + done
@@ -132,14 +134,6 @@ class Packer(Generic[Note]):
                 extents.append(self._close())
         return extents
 
-    def _zeroes(
-        self, dev_id: int, first: int, extents: int, notes: dict[int, Note]
-    ) -> PackedExtent[Note]:
-        raw = encode_zero_extents(self._uuid, slot_word(0, dev_id, first), self._limit, extents)
-        self._closed += extents
-        run: PackedRun = (dev_id, first, extents * self._limit, b"", _NOTHING)
-        return PackedExtent([raw], len(raw), [run], notes, {dev_id}, extents)
-
     def flush(self) -> list[PackedExtent[Note]]:
         """The last extent, if it holds anything; an archive without clusters has one empty one.
 
@@ -158,7 +152,17 @@ class Packer(Generic[Note]):
         return extent
 
 
-def _check_run(dev_id: int, first: int, count: int, masks: bytes, payload: memoryview) -> None:
+def pack_zeroes(
+    uuid: bytes, dev_id: int, first: int, slots: int, extents: int
+) -> PackedExtent[Note]:
+    """Return `extents` extents of `slots` consecutive zero clusters each, as one."""
+    raw = encode_zero_extents(uuid, slot_word(0, dev_id, first), slots, extents)
+    run: PackedRun = (dev_id, first, extents * slots, b"", _NOTHING)
+    return PackedExtent([raw], len(raw), [run], {}, {dev_id}, extents)
+
+
+def check_run(dev_id: int, first: int, count: int, masks: bytes, payload: memoryview) -> None:
+    """Raise LimitError for what cannot be packed. See `Packer.add`."""
     if not 1 <= dev_id <= MAX_DEVICES:
         raise LimitError(f"dev_id {dev_id} is not 1..{MAX_DEVICES}")
     if first < 0 or count < 1 or first + count > MAX_CLUSTERS:

@@ -98,7 +98,7 @@ class DeviceState:
         self._end = device.clusters
         self._is_vmstate = device.is_vmstate
         self._seen = ClusterSet(self._end)
-        self._came = self._written = FrameMark(0, 0)
+        self._came = self._written = self._copied = FrameMark(0, 0)
         self._granted = 0
         self._acked = 0
 
@@ -202,6 +202,17 @@ class DeviceState:
         self.queued_extents -= 1
         if mark is not None:
             self._written = mark
+        self._settle()
+
+    def copied(self, mark: FrameMark) -> None:
+        """All up to `mark` lies in memory of our own, or in extents that are queued."""
+        self._copied = mark
+        self._settle()
+
+    def _settle(self) -> None:
+        # With nothing in the queue its producer must hear of all that was copied: it may wait for it.
+        if not self.queued_extents and self._copied.seq > self._written.seq:
+            self._written = self._copied
 
     def grant(self) -> list[Part] | None:
         """A message with more credit, when there is enough news for one."""

@@ -55,6 +55,7 @@ from vmapipe.protocol.transfer import (
 )
 from vmapipe.protocol.transfer_state import ArchiverSide, ArchiverState
 from vmapipe.vma.errors import LimitError
+from vmapipe.vma.groups import GroupPacker
 from vmapipe.vma.header import Device, Header, encode_header
 from vmapipe.vma.packer import PackedExtent, Packer
 
@@ -298,7 +299,9 @@ class JobDevices:
     def __init__(self, spec: JobSpec, header: Header) -> None:
         self.devices: list[DeviceState] = []
         self._spec = spec
-        self._packer: Packer[FrameMark] = Packer(header.uuid)
+        self._packer: Packer[FrameMark] | GroupPacker[FrameMark] = (
+            GroupPacker(header, spec.hold_bytes, whole=True) if spec.stable else Packer(header.uuid)
+        )
         share_bytes = WINDOW_TOTAL_BYTES // max(1, len(header.devices))
         self._window_bytes = max(limits.MIN_WINDOW_BYTES, share_bytes)
 
@@ -349,6 +352,8 @@ class JobDevices:
             else:
                 packed = self._packer.add(dev_id, first, count, masks, payload, mark)
                 instructions += map(self._put, packed)
+                if self._spec.stable and not any(dev_id in each.notes for each in packed):
+                    device.copied(mark)
         return [*instructions, *self._grant(device)]
 
     def written(self, marks: dict[int, FrameMark], dev_ids: set[int]) -> list[Send]:

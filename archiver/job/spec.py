@@ -10,6 +10,7 @@ from typing import NamedTuple
 from vmapipe.archiver.base.check import Base
 from vmapipe.archiver.job.device import FillRun, FrameMark
 from vmapipe.protocol.schema import Part
+from vmapipe.vma.groups import HOLD_BYTES
 from vmapipe.vma.header import Config, Device, Header
 from vmapipe.vma.packer import PackedExtent
 
@@ -36,6 +37,10 @@ class JobSpec(NamedTuple):
     expect: int = 0
     job: bytes | None = None
     in_order: bool = False
+    #: Extents do not depend on the order in which clusters come, nor the uuid on the time.
+    stable: bool = False
+    #: Of `stable` extents that are not complete yet, in bytes.
+    hold_bytes: int = HOLD_BYTES
     heartbeat_s: int = 30
     #: So long a producer's lost connection is waited for, in seconds.
     reconnect_s: int = RECONNECT_S
@@ -47,8 +52,15 @@ class JobSpec(NamedTuple):
 
 
 def uuid_of(spec: JobSpec, devices: tuple[Device, ...]) -> bytes:
-    """The same 16 bytes for the same header contents (a name-based uuid, version 5)."""
-    contents = repr((spec.ctime_s, devices, [(c.name, c.data) for c in spec.configs]))
+    """The same 16 bytes for the same header contents (a name-based uuid, version 5).
+
+    Of `stable` archives: for the same machine, that is its devices' names and its configs.
+    """
+    configs = [(c.name, c.data) for c in spec.configs]
+    if spec.stable:
+        contents = repr((sorted(device.name for device in devices), configs))
+    else:
+        contents = repr((spec.ctime_s, devices, configs))
     return uuid.uuid5(_NAMESPACE, contents).bytes
 
 

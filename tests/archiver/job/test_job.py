@@ -26,15 +26,19 @@ from vmapipe.vma.header import Config
     ),
     seed=st.integers(0, 1 << 32),
     in_order=st.booleans(),
+    stable=st.booleans(),
+    held_clusters=st.integers(0, 200),
 )
 def test_a_job_ends_with_every_disk_whatever_the_order_and_the_speed_of_each(
-    sizes: list[tuple[int, int]], seed: int, in_order: bool
+    sizes: list[tuple[int, int]], seed: int, in_order: bool, stable: bool, held_clusters: int
 ) -> None:
     disks = {
         f"disk{index}": disk(seed + index, clusters, tail)
         for index, (clusters, tail) in enumerate(sizes)
     }
-    world = World(Job(spec(*disks, in_order=in_order), 0.0))
+    held = held_clusters * CLUSTER_BYTES
+    made = spec(*disks, in_order=in_order, stable=stable, hold_bytes=held)
+    world = World(Job(made, 0.0))
     for name in reversed(disks):
         world.add(name, disks[name])
     world.run(random.Random(seed))
@@ -65,6 +69,20 @@ def test_another_disk_size_or_config_makes_another_uuid_in_a_reproducible_archiv
         world.add("a", disk(1, clusters))
         uuids.add(job.uuid)
     assert len(uuids) == 3
+
+
+def test_a_stable_uuid_is_the_same_at_another_time_and_for_another_size_and_no_other_machines() -> (
+    None
+):
+    def uuid_of(name: str, clusters: int, config: bytes, ctime_s: int) -> bytes:
+        configs = (Config("c", config),)
+        job = Job(spec(name, stable=True, uuid=b"", configs=configs, ctime_s=ctime_s), 0.0)
+        World(job).add(name, disk(1, clusters))
+        return job.uuid
+
+    one = uuid_of("a", 1, b"x", 1)
+    assert uuid_of("a", 2, b"x", 99) == one
+    assert len({one, uuid_of("b", 1, b"x", 1), uuid_of("a", 1, b"y", 1)}) == 3
 
 
 def test_an_archive_of_configs_only_needs_no_producer() -> None:

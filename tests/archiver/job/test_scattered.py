@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.archiver.job.world import JOB, World, disk, read_images, spec
+from tests.vma.archives import scan
 from vmapipe.archiver.job.job import Job, JobPhase
 from vmapipe.archiver.job.spec import ArchiveStored
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol.schema import Part
 from vmapipe.protocol.transfer import Abort, Done, Refuse, SharedCluster, Welcome
 from vmapipe.protocol.transfer_state import ProducerSide
+from vmapipe.vma.scanner import ExtentRead
 
 NAME = "a"
 
@@ -68,9 +70,9 @@ class Scatterer:
         return self.side.scattered(clusters)
 
 
-def world_of(producer: Scatterer) -> World:
+def world_of(producer: Scatterer, **changes: object) -> World:
     memory = memoryview(producer.memory).toreadonly()
-    world = World(Job(spec(NAME), 0.0, lambda offer: memory))
+    world = World(Job(spec(NAME, **changes), 0.0, lambda offer: memory))
     world.producers[NAME.encode()] = producer  # type: ignore[assignment]
     world.deliver(NAME.encode(), producer.side.hello())
     return world
@@ -78,15 +80,19 @@ def world_of(producer: Scatterer) -> World:
 
 @settings(max_examples=25)
 @given(
-    clusters=st.integers(1, 200), tail=st.integers(1, CLUSTER_BYTES), seed=st.integers(0, 1 << 32)
+    clusters=st.integers(1, 200),
+    tail=st.integers(1, CLUSTER_BYTES),
+    seed=st.integers(0, 1 << 32),
+    stable=st.booleans(),
+    held_clusters=st.integers(0, 200),
 )
 def test_they_make_the_disk_although_acknowledged_memory_is_used_again_at_once(
-    clusters: int, tail: int, seed: int
+    clusters: int, tail: int, seed: int, stable: bool, held_clusters: int
 ) -> None:
     data = disk(seed, clusters, tail)
     chance = random.Random(seed)
     producer = Scatterer(data, chance)
-    world = world_of(producer)
+    world = world_of(producer, stable=stable, hold_bytes=held_clusters * CLUSTER_BYTES)
     while producer.todo:
         if world.store.queue and chance.random() < 0.7:
             world.carry_out(world.store.write_one(world.job))
@@ -98,6 +104,29 @@ def test_they_make_the_disk_although_acknowledged_memory_is_used_again_at_once(
     world.carry_out(world.job.handle(ArchiveStored()))
     assert world.job.phase is JobPhase.DONE, world.job.reason
     assert read_images(bytes(world.store.archive)) == {NAME: data}
+
+
+def test_a_stable_archive_is_the_same_whatever_the_order_and_is_acknowledged_while_it_is_held() -> (
+    None
+):
+    data = disk(5, 150, 4096)
+    archives = set()
+    for seed in range(4):
+        producer = Scatterer(data, random.Random(seed))
+        world = world_of(producer, stable=True)
+        frames = 0
+        while producer.todo:
+            world.deliver(NAME.encode(), producer.next(10))
+            frames += 1
+            while world.store.queue:
+                world.carry_out(world.store.write_one(world.job))
+            assert producer.side.acked == frames, "nobody waits for what is held"
+        world.deliver(NAME.encode(), producer.side.end())
+        assert world.store.finished
+        extents = [e for e in scan(bytes(world.store.archive)) if isinstance(e, ExtentRead)]
+        assert len(extents) == 3
+        archives.add(frozenset((e.extent.runs, bytes(e.data)) for e in extents))
+    assert len(archives) == 1
 
 
 def test_a_frame_that_spans_two_extents_is_acknowledged_with_the_second() -> None:
