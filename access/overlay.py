@@ -16,6 +16,7 @@ import stat
 import struct
 import threading
 from collections.abc import Iterator, Sequence
+from uuid import UUID, uuid5
 
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.clusters.sizes import BLOCK_BYTES
@@ -31,6 +32,7 @@ from vmapipe.runtime.syscalls import (
     try_read_at,
     write_at,
 )
+from vmapipe.vma.header import Header
 
 _TRAILER = struct.Struct("<16s16sIQ")
 _MAGIC = b"vmapipe-cow-1\n\0\0"
@@ -39,6 +41,11 @@ _PAGE_BYTES = 4096
 _HOLE = NBD_STATE_HOLE | NBD_STATE_ZERO
 # So long a run of blocks is looked at in one step.
 _ZEROES_BYTES = 1 << 20
+
+
+def archive_id(header: Header) -> bytes:
+    """Return 16 bytes that tell an archive from others with its uuid: stable ones of one machine share it."""
+    return uuid5(UUID(bytes=header.uuid), str(header.ctime_s)).bytes
 
 
 class OverlayDisk:

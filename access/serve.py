@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from vmapipe.access.archive import OpenArchive
 from vmapipe.access.disk import ArchiveDisk
-from vmapipe.access.overlay import OverlayDisk
+from vmapipe.access.overlay import OverlayDisk, archive_id
 from vmapipe.producer.nbd.server import DRAIN_S, Offer, Server, answer_promptly
 from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_CAN_MULTI_CONN,
@@ -62,7 +62,7 @@ def serve(
             if path is None:
                 offers.append(read_only_offer(export, disk, device.name))
             else:
-                overlay = OverlayDisk(disk, path, archive.header.uuid, device.dev_id)
+                overlay = OverlayDisk(disk, path, archive_id(archive.header), device.dev_id)
                 overlays.append(overlay)
                 offers.append(writable_offer(export, overlay, device.name))
         server = Server([listener], offers, lambda text: emit({"event": "notice", "text": text}))

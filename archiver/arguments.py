@@ -57,6 +57,13 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "sizes, the time from SOURCE_DATE_EPOCH",
     )
     group.add_argument(
+        "--stable",
+        action="store_true",
+        help="for a store that keeps what is the same only once (restic, borg): extents in which the "
+        "order of arrival does not show, also of a machine in use, and a uuid made from the disks' "
+        "names and the configs",
+    )
+    group.add_argument(
         "--uuid", type=job_id, metavar="UUID", help="the archive's uuid (default: a random one)"
     )
 

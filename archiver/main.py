@@ -39,6 +39,7 @@ from vmapipe.runtime.arguments import (
     check_endpoint,
     job_id,
     make_parser,
+    size,
 )
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
@@ -47,6 +48,7 @@ from vmapipe.runtime.keys import read_server_keys
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import lower_priority, run, run_child
 from vmapipe.runtime.text import one_line
+from vmapipe.vma.groups import HOLD_BYTES
 from vmapipe.vma.header import MAX_DEVICES
 
 DESCRIPTION = """\
@@ -130,6 +132,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="let everything else on this host have the processors first (guests, for instance)",
     )
     add_output_options(parser)
+    parser.add_argument(
+        "--hold",
+        type=size,
+        default=HOLD_BYTES,
+        metavar="SIZE",
+        help="memory for what --stable holds until its extent is complete (default: 64M)",
+    )
+    # Of a stable archive of disks at rest: one after the other, as --reproducible has it.
+    parser.add_argument("--in-turn", action="store_true", help=argparse.SUPPRESS)
     one.add_argument(
         "--base",
         metavar="ARCHIVE",
@@ -198,13 +209,16 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     if options.stand_back:
         lower_priority()
     spec = JobSpec(
-        uuid=options.uuid or (b"" if options.reproducible else uuid.uuid4().bytes),
+        uuid=options.uuid
+        or (b"" if options.reproducible or options.stable else uuid.uuid4().bytes),
         ctime_s=archive_time(reproducible=options.reproducible),
         configs=read_configs(options.config, cancel),
         devices=tuple(options.device),
         expect=options.expect,
         job=options.job,
-        in_order=options.reproducible,
+        in_order=options.reproducible or options.in_turn,
+        stable=options.stable,
+        hold_bytes=options.hold,
         heartbeat_s=options.heartbeat,
         reconnect_s=reconnect_s,
         start_timeout_s=options.start_timeout,

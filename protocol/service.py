@@ -46,7 +46,8 @@ _Configs = Annotated[tuple[_Config, ...], lengths(0, MAX_JOB_ITEMS)]
 class Open:
     """Coordinator: make this archive. `configs`: (name, contents) each.
 
-    `uuid`: the archive's, or empty: the service makes one.
+    `uuid`: the archive's, or empty: the service makes one. `stable`: the same for the same machine,
+    and extents do not depend on the order in which clusters come.
     """
 
     version: Uint
@@ -58,6 +59,7 @@ class Open:
     manifest: bool = True
     uuid: UuidOrEmpty = b""
     program: Text = ""
+    stable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

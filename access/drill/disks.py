@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from vmapipe.access.archive import OpenArchive
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.machine.argv import DISK_NODE
-from vmapipe.access.overlay import OverlayDisk
+from vmapipe.access.overlay import OverlayDisk, archive_id
 from vmapipe.access.serve import writable_offer
 from vmapipe.producer.nbd.server import DRAIN_S, Server, answer_promptly
 from vmapipe.runtime.errors import Failure
@@ -34,7 +34,9 @@ class DrillDisks:
             for index, name in enumerate(sources):
                 device = device_named(archive, name)
                 path, disk = os.path.join(folder, f"writes{index}"), ArchiveDisk(archive, device)
-                overlay = OverlayDisk(disk, path, archive.header.uuid, device.dev_id, is_kept=False)
+                overlay = OverlayDisk(
+                    disk, path, archive_id(archive.header), device.dev_id, is_kept=False
+                )
                 self._overlays.append(overlay)
                 offers.append(writable_offer(DISK_NODE.format(index), overlay, name))
             self._server = Server([listener], offers)

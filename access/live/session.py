@@ -29,6 +29,7 @@ from vmapipe.access.live.qemu import QemuProcess, check_policies, connect_if_ali
 from vmapipe.access.live.record import NOTE_NAME, LiveNote, NoteFile
 from vmapipe.access.live.relocation import Relocation
 from vmapipe.access.live.server import ArchiveServer
+from vmapipe.access.overlay import archive_id
 from vmapipe.control.qemu.qemu_process import command_line
 from vmapipe.control.qmp.client import open_link
 from vmapipe.control.qmp.connection import QmpGone, QmpLink
@@ -197,7 +198,7 @@ class LiveSession:
     def _check_same(self, note: LiveNote, plan: Plan) -> None:
         """Raises UsageError where the note belongs to something else."""
         path = os.path.join(self._request.folder, NOTE_NAME)
-        if note.uuid != self._archive.header.uuid.hex():
+        if note.uuid != archive_id(self._archive.header).hex():
             raise UsageError(
                 f"{path}: another archive is being restored there, {note.archive}: use another folder"
             )
@@ -247,7 +248,7 @@ class LiveSession:
         disks = self._own_disks(plan)
         note = LiveNote(
             _absolute(self._request.archive),
-            self._archive.header.uuid.hex(),
+            archive_id(self._archive.header).hex(),
             self._own(_MONITOR),
             self._own(_SERVER_SOCKET),
             True,
@@ -339,7 +340,7 @@ class LiveSession:
         self._warn_of_reconnect(qmp)
         note = LiveNote(
             _absolute(request.archive),
-            self._archive.header.uuid.hex(),
+            archive_id(self._archive.header).hex(),
             request.qmp,
             sockets[0],
             False,

@@ -24,8 +24,10 @@ END_WAIT_S = 3600.0
 # A command that closed its input is about to end; its exit status tells more
 # than "broken pipe".
 STATUS_WAIT_S = 5.0
-# What a command gets between SIGTERM and SIGKILL, for instance to abort an
-# upload. Short: a process that is told to stop has 10 s in all.
+# What a command gets between SIGINT and SIGTERM, and between that and SIGKILL, for instance to
+# abort an upload or to remove its lock. SIGINT first, as if at a terminal: Debian's restic
+# leaves its repository locked at SIGTERM. Short: a process that is told to stop has 10 s in all.
+INT_WAIT_S = 2.0
 TERM_WAIT_S = 2.0
 _SUCCESS = "ended with exit status 0"
 
@@ -45,6 +47,7 @@ class CommandOutput(DescriptorOutput):
             raise UsageError("exec: needs a command")
         self._end_wait_s = end_wait_s
         self._pidfd = -1
+        self._is_interrupted = False
         theirs, ours = os.pipe2(os.O_CLOEXEC)
         super().__init__(ours, f"exec:{command}", cancel)
         # Only our end of a pipe: each end has a flag of its own.
@@ -118,14 +121,22 @@ class CommandOutput(DescriptorOutput):
     def _before_abort(self) -> None:
         # Before anything else: a command that sees the end of its input first
         # would take half an archive for a whole one.
-        self._signal_group(signal.SIGTERM)
+        self._interrupt_group()
 
     def _discard(self) -> None:
+        self._interrupt_group()
+        self._has_ended(INT_WAIT_S)
         self._signal_group(signal.SIGTERM)
         self._has_ended(TERM_WAIT_S)
         self._signal_group(signal.SIGKILL)
         if self._has_ended(TERM_WAIT_S):
             self._process.wait()
+
+    def _interrupt_group(self) -> None:
+        """Once: a second one would break off what the command does at the first."""
+        if not self._is_interrupted:
+            self._is_interrupted = True
+            self._signal_group(signal.SIGINT)
 
     def _abort_without_lock(self) -> None:
         self._signal_group(signal.SIGKILL)

@@ -40,6 +40,10 @@ class _Member:
     gone: bool = False
 
 
+# For incomplete extents of a stable archive: a part of what a job is taken to need (admission.py).
+_HOLD_BYTES = 32 << 20
+
+
 class ArchiverProcesses:
     """`watch` and `unwatch`: what to do with a descriptor that tells of something."""
 
@@ -93,6 +97,8 @@ class ArchiverProcesses:
         ]
         if request.uuid:
             argv.append(f"--uuid={request.uuid.hex()}")
+        if request.stable:
+            argv += ["--stable", f"--hold={_HOLD_BYTES}"]
         if request.compress:
             argv.append(f"--compress={request.compress}")
         if not request.manifest:

@@ -24,7 +24,9 @@ from vmapipe.control.cli.backup_arguments import (
     archiver_options,
     buffer_options,
     check_libvirt,
+    check_order,
     check_without_pve,
+    in_turn,
     open_configs,
     parse_disk,
     parse_nbd,
@@ -224,6 +226,11 @@ def _check_base_options(options: argparse.Namespace) -> None:
         )
     if options.archiver:
         raise UsageError("--base is for an archiver of this host")
+    if options.stable:
+        raise UsageError(
+            "--stable gives all archives of a machine one uuid; --base tells by it which archive a "
+            "machine's changes count from: use one of them"
+        )
     if options.reproducible:
         raise UsageError(
             "--reproducible makes the same bytes of the same disks; with --base they depend on the base"
@@ -255,11 +262,7 @@ def _check(options: argparse.Namespace) -> None:
             "--state needs no --agent: what is in the guest's memory is saved with it, and the "
             "restored guest would still be frozen"
         )
-    if options.reproducible and (options.qmp or options.monitor or options.libvirt):
-        raise UsageError(
-            "--reproducible is for disks at rest: it takes one disk after the other, and the guest "
-            "would wait for its turn"
-        )
+    check_order(options)
     if options.force_share and (options.qmp or options.monitor or options.libvirt):
         raise UsageError(
             "--force-share is for disks at rest: a disk in use is read as of one instant"
@@ -322,7 +325,7 @@ def run_job(
             snapshot=None if machine else domain,
             freezing=freezing_for(options, domain),
             service=service,
-            in_turn=options.reproducible,
+            in_turn=in_turn(options),
             priorities=priorities(options),
             server=around.server,
             job_id=around.job_id,

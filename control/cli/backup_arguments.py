@@ -316,7 +316,30 @@ def archiver_options(options: argparse.Namespace) -> list[str]:
         argv.append("--reproducible")
     if options.uuid:
         argv.append(f"--uuid={options.uuid.hex()}")
+    if options.stable:
+        argv.append("--stable")
+        if not options.archiver:
+            argv += [f"--hold={options.buffer}", *(["--in-turn"] if in_turn(options) else [])]
     return argv
+
+
+def in_turn(options: argparse.Namespace) -> bool:
+    """Return whether one disk is read after the other: its extents then follow each other, too."""
+    is_live = options.qmp or options.monitor or options.libvirt
+    return options.reproducible or (options.stable and not is_live and not options.archiver)
+
+
+def check_order(options: argparse.Namespace) -> None:
+    """Raises UsageError for options about the archive's order that cannot be."""
+    if options.reproducible and (options.qmp or options.monitor or options.libvirt):
+        raise UsageError(
+            "--reproducible is for disks at rest: it takes one disk after the other, and the guest "
+            "would wait for its turn"
+        )
+    if options.reproducible and options.stable:
+        raise UsageError(
+            "--reproducible gives another uuid as soon as the time differs: leave it out with --stable"
+        )
 
 
 # What may follow an image's path, and what a format's name looks like.

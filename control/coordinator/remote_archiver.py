@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe backup --archiv
     parser.add_argument("--config", action="append", default=[], metavar="[NAME=]PATH")
     parser.add_argument("--compress", default="", metavar="zstd[:LEVEL]")
     parser.add_argument("--no-manifest", action="store_true")
+    parser.add_argument("--stable", action="store_true")
     parser.add_argument("--uuid", type=job_id, default=b"", metavar="UUID")
     add_tcp_options(parser, "its key pair, and the archiver's server.pub")
     add_connect_option(parser)
@@ -85,6 +86,7 @@ def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         options.compress,
         manifest=not options.no_manifest,
         uuid=options.uuid,
+        stable=options.stable,
         program="vmapipe",
     )
     try:

@@ -130,21 +130,28 @@ def test_an_abandoned_command_never_sees_the_end_of_its_input(tmp_path: Path) ->
     assert not done.exists()
 
 
-def test_a_command_that_does_not_mind_sigterm_is_killed(
+def test_a_command_that_does_not_mind_being_asked_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(command, "INT_WAIT_S", 0.05)
     monkeypatch.setattr(command, "TERM_WAIT_S", 0.05)
     ready, done = tmp_path / "ready", tmp_path / "done"
-    output = open_output(f"exec:trap '' TERM; touch {ready}; cat >/dev/null; touch {done}")
+    output = open_output(f"exec:trap '' INT TERM; touch {ready}; cat >/dev/null; touch {done}")
     _wait_for(ready.exists)
     output.abandon()
     assert not done.exists()
 
 
-def test_an_abandoned_command_may_tidy_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "traps", ["trap 'touch {}; exit 1' INT", "trap 'touch {}; exit 1' TERM; trap : INT"]
+)
+def test_an_abandoned_command_may_tidy_up_at_sigint_or_else_at_sigterm(
+    traps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "INT_WAIT_S", LIMIT_S if "TERM" not in traps else 0.05)
     monkeypatch.setattr(command, "TERM_WAIT_S", LIMIT_S)  # however slow the machine
     ready, tidied = tmp_path / "ready", tmp_path / "tidied"
-    script = f"trap 'touch {tidied}; exit 1' TERM; touch {ready}; sleep 1000 & wait"
+    script = f"{traps.format(tidied)}; touch {ready}; sleep 1000 & while :; do wait; done"
     output = open_output(f"exec:{script}")
     _wait_for(ready.exists)
     output.abandon()
