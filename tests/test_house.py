@@ -69,6 +69,7 @@ PURE_MODULES = {
     "enum",
     "functools",
     "hashlib",
+    "heapq",
     "hmac",
     "itertools",
     "json",
