@@ -168,6 +168,7 @@ def _add_live_options(parser: argparse.ArgumentParser) -> None:
         help="what --sink-fd takes is complete only when the parent says that QEMU's job has "
         "ended well",
     )
+    parser.add_argument("--await-sample", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--stream-fd",
         type=int,
@@ -355,7 +356,7 @@ class _Producer:
             raise UsageError("--sink-fd needs --size")
         settings = SinkOptions(
             *(options.sink_fd, options.size, options.buffer, options.guest_wait),
-            *(options.speed, options.await_job),
+            *(options.speed, options.await_job, options.await_sample),
         )
         with closing(Ring(options.buffer)) as ring:
             session = self._session(name, options.size, "QEMU", connection, ring)

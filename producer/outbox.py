@@ -64,14 +64,14 @@ class Outbox:
         with_data = sum(isinstance(part, Run) and part.length > 0 for part in parts)
         if on_ack is not None and not with_data:
             on_ack()
-        part_done = _after(with_data, on_ack) if on_ack is not None and with_data else None
+        part_done = after(with_data, on_ack) if on_ack is not None and with_data else None
         for part in parts:
             has_data = isinstance(part, Run) and part.length > 0
             self._parts.append((part, part_done if has_data else None))
         return True
 
 
-def _after(times: int, call: Callable[[], None]) -> Callable[[], None]:
+def after(times: int, call: Callable[[], None]) -> Callable[[], None]:
     """Return what makes the call when it was called itself so many times."""
     left = times
 

@@ -12,14 +12,16 @@ from vmapipe.producer import chunks
 from vmapipe.producer.chunks import Chunk
 from vmapipe.producer.nbd.backend import sink_export
 from vmapipe.producer.nbd.server import Offer, Server, answer_promptly
+from vmapipe.producer.outbox import after
 from vmapipe.producer.qemu_sink import MAX_PIECE_CLUSTERS, QemuSink
 from vmapipe.producer.runs import Run, packed, piece_bytes, whole_blocks
+from vmapipe.producer.sample_check import SampleCheck
 from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.producer.transmit import REPORT_S, Buffered, Transfer
 from vmapipe.protocol import limits
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.errors import DoubtfulBase, Failure
 from vmapipe.runtime.events import (
     ChildCommands,
     Command,
@@ -28,6 +30,7 @@ from vmapipe.runtime.events import (
     copied_in,
     ignore,
     is_job_speed_set,
+    sampled_in,
     speed_in,
 )
 
@@ -45,7 +48,8 @@ class SinkOptions(NamedTuple):
     """`listener_fd`: a listening socket. Sizes in bytes.
 
     `speed_bytes_s`: the limit that QEMU's job begins with; 0: none. `awaits_job`: the disk is
-    complete only when a command says that QEMU's job has ended well.
+    complete only when a command says that QEMU's job has ended well. `awaits_sample`: nothing is
+    sent before a command says what is to be compared with the base.
     """
 
     listener_fd: int
@@ -54,6 +58,7 @@ class SinkOptions(NamedTuple):
     guest_wait_s: int
     speed_bytes_s: int
     awaits_job: bool
+    awaits_sample: bool = False
 
 
 class QemuFeed:
@@ -90,12 +95,15 @@ class QemuFeed:
         self._absent_since = time.monotonic()
         # The end of QEMU's job: not awaited, or reported.
         self._job_ended = not options.awaits_job
+        self._sample = SampleCheck(name, is_awaited=options.awaits_sample)
         # The speed of QEMU's job, as our parent knows it.
         self._reported_speed = options.speed_bytes_s
         self._all_came_at = float("inf")
 
     def begin(self, emit: Emit) -> None:
         self._emit = emit
+        self._sample.set_key(self._session.digest_key)
+        self._session.on_digests = self._sample.take
         answer_promptly()
         frame_clusters = piece_bytes(self._session.frame_bytes) // CLUSTER_BYTES
         self._sink.piece_clusters = min(MAX_PIECE_CLUSTERS, frame_clusters)
@@ -117,8 +125,17 @@ class QemuFeed:
         return self._job_ended and self._session.sent_clusters >= self._sink.clusters
 
     def advance(self) -> bool:
+        try:
+            return self._advance()
+        except DoubtfulBase as doubt:
+            self._emit({"event": "base-damaged", "text": str(doubt)})
+            raise
+
+    def _advance(self) -> bool:
         chunk = self._sink.next()
-        if chunk is None:
+        if chunk is None or not self._sample.is_told:
+            return False
+        if chunk.position != chunks.UNCHANGED and not self._sample.is_ready(*chunk[:2]):
             return False
         match chunk.position:
             case chunks.ZEROES:
@@ -129,6 +146,8 @@ class QemuFeed:
 
     def _send_zeroes(self, chunk: Chunk) -> bool:
         session = self._session
+        for cluster in self._sample.sampled(chunk.first, chunk.clusters):
+            self._sample.compare_zeroes(cluster)
         room = min(session.frame_bytes, session.credit) - limits.CHARGE_PER_FRAME
         count = min(chunk.clusters, room // limits.CHARGE_PER_CLUSTER)
         if count <= 0:
@@ -146,11 +165,23 @@ class QemuFeed:
 
     def _send_data(self, chunk: Chunk) -> bool:
         first, count, position, length = chunk
-        if self._session.credit < limits.charge(count, whole_blocks(length)):
+        sampled = self._sample.sampled(first, count)
+        # Each of them may be a message of its own, and cut what is beside it in two.
+        charge = limits.charge(count, whole_blocks(length))
+        if self._session.credit < charge + 2 * len(sampled) * limits.CHARGE_PER_FRAME:
             return False
         run = packed(self._ring.view, position, first, length)
+        parts = self._sample.split(run, self._ring.view) if sampled else [run]
         self._sink.sent(count)
-        self._session.send(run, lambda: self._sink.give_back([position]))
+        runs = [part for part in parts if isinstance(part, Run)]
+        give_back = after(len(runs), lambda: self._sink.give_back([position]))
+        for part in parts:
+            if isinstance(part, Run):
+                self._session.send(part, give_back)
+            else:
+                self._session.send_unchanged(part.first_cluster, part.clusters)
+        if not runs:
+            self._sink.give_back([position])
         return True
 
     @property
@@ -167,6 +198,10 @@ class QemuFeed:
             raise Failure(self._sink.failure)
         for command in self._commands.take():
             self._carry_out(command)
+        for cluster in self._sample.wants():
+            self._session.want(cluster, 1)
+        if self.ended and not self._sample.is_done:
+            raise Failure(f"disk {self.name!r}: QEMU has not sent all of the sample")
         self._check_absence(time.monotonic())
         speed = self._sink.job_speed
         if speed != self._reported_speed:
@@ -174,7 +209,9 @@ class QemuFeed:
             self._emit({"event": "job-speed", "device": self.name, "bytes_per_s": speed})
 
     def _carry_out(self, command: Command) -> None:
-        copied, speed = copied_in(command), speed_in(command)
+        copied, speed, sampled = copied_in(command), speed_in(command), sampled_in(command)
+        if sampled is not None:
+            self._take_sample(*sampled)
         if is_job_speed_set(command):
             self._sink.job_is_limited()
         if copied is not None:
@@ -183,6 +220,13 @@ class QemuFeed:
             self._sink.limit(speed)
             # What we reported last may reach our parent after it gave QEMU the new one.
             self._reported_speed = -1
+
+    def _take_sample(self, clusters: list[int], is_last: bool) -> None:
+        try:
+            self._sample.tell(clusters, is_last=is_last)
+        except DoubtfulBase as doubt:
+            self._emit({"event": "base-damaged", "text": str(doubt)})
+            raise
 
     def _check_absence(self, now: float) -> None:
         """Raises Failure when QEMU, or the end of its job, has not come for long."""

@@ -106,6 +106,8 @@ class Session:
         self._in_flight = UnackedFrames()
         self._clusters = cluster_count(size_bytes)
         self._since_base: SinceBase | None = None
+        #: Takes what `want` has asked for: the first cluster, and digests.
+        self.on_digests: Callable[[int, bytes], None] | None = None
         #: The new connection has not been answered yet; since when it exists.
         self._away = False
         self._asked_at = 0.0
@@ -173,6 +175,15 @@ class Session:
             self._send(self._side.want(first, clusters))
         return self._since_base.split(run, memory)
 
+    @property
+    def digest_key(self) -> bytes:
+        """The key of the digests that the archiver has of the base's clusters; empty: it has none."""
+        return self._side.digest_key
+
+    def want(self, first: int, clusters: int) -> None:
+        """Ask for digests, for `on_digests`; on a host of its own no connection is lost."""
+        self._send(self._side.want(first, clusters))
+
     def send_unchanged(self, first_cluster: int, clusters: int) -> None:
         """Say that clusters are as in the base; any number, for a credit of CHARGE_PER_FRAME."""
         parts = self._side.unchanged(first_cluster, clusters)
@@ -239,6 +250,8 @@ class Session:
                 case Resumed(received, _, _, ended):
                     self._go_on(received, ended=ended)
                     self._in_flight.acknowledge(self._side.acked)
+                case Have(first, digests) if self.on_digests is not None:
+                    self.on_digests(first, digests)
                 case Have(first, digests) if self._since_base is not None:
                     self._since_base.take(first, digests)
                 case Grant() | Done():

@@ -314,7 +314,8 @@ def run_job(
         job = BackupJob(
             disks=disks,
             base=base.archive if base else "",
-            with_digests=options.base != "none" and not (machine or domain or options.monitor),
+            with_digests=options.base != "none"
+            and not (domain or options.monitor or (machine and not options.sample)),
             archive=options.archive,
             archiver_options=archiver_options(options),
             speed_bytes_s=options.speed,

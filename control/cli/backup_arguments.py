@@ -8,7 +8,7 @@ import os
 import re
 import stat
 
-from vmapipe.control.cli.backup_base import FULL_EVERY, whole_number
+from vmapipe.control.cli.backup_base import FULL_EVERY, SAMPLE_PERCENT, percent, whole_number
 from vmapipe.control.coordinator.job import Disk, Service
 from vmapipe.control.coordinator.priorities import buffer_of_each
 from vmapipe.control.qmp.addresses import add_monitor_options
@@ -253,6 +253,15 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --base: after so many incremental archives the next one is full; 0: never "
         f"(default: {FULL_EVERY})",
+    )
+    group.add_argument(
+        "--sample",
+        type=percent,
+        default=SAMPLE_PERCENT,
+        metavar="PERCENT",
+        help="with --base and --qmp: so much of what QEMU has not recorded as changed is read all the "
+        "same and compared with the base, at least 64 clusters; any difference makes a full backup of "
+        f"this one; 0: none (default: {SAMPLE_PERCENT:g})",
     )
 
 

@@ -24,11 +24,26 @@ if TYPE_CHECKING:
 FULL_EVERY = 30
 
 
+#: So much of what has not changed is read all the same, in percent.
+SAMPLE_PERCENT = 1.0
+
+
 def whole_number(text: str) -> int:
     """Parse a number of archives."""
     if not (text.isascii() and text.isdecimal()) or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number")
     return int(text)
+
+
+def percent(text: str) -> float:
+    """Parse a percentage; 0 is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a percentage: 0 to 100")
+    return value
 
 
 def base_of(
@@ -55,6 +70,11 @@ def base_of(
     recorded = recorder.recorded_archives() if recorder else frozenset[bytes]()
     found = usable_base(_find(options, devices, recorded), options.full_every)
     if machine is not None:
+        if options.sample and not isinstance(found, str) and not found.totals.cluster_digests_bytes:
+            found = (
+                f"{found.archive} has no digests of its clusters, with which a sample of what has not "
+                "changed could be compared (--sample 0 does without)"
+            )
         track(options, machine, found)
         # Of no use where QEMU has not recorded since then.
         return found if not isinstance(found, str) and found.uuid in recorded else None
@@ -100,6 +120,7 @@ def track(options: argparse.Namespace, machine: RunningMachine, found: Base | st
             options.uuid,
             None if isinstance(found, str) else base_archive(found),
             found if isinstance(found, str) else "",
+            options.sample,
         )
     )
 

@@ -248,6 +248,7 @@ class BackupJob:
         if self.machine:
             fd = self.machine.sink_fd(index)
             args = [f"--disk={disk.name}", f"--sink-fd={fd}", f"--size={disk.size_bytes}"]
+            args += ["--await-sample"] if self.machine.takes_samples else []
             return [*args, "--await-job", *self.buffer_options], [fd]
         args = [f"--disk={disk.path}", *disk.reading]
         if disk.guard:

@@ -113,6 +113,10 @@ class ChangeTracking:
             if method.is_incremental
         }
 
+    @property
+    def takes_samples(self) -> bool:
+        return self._options.base is not None and self._options.sample_percent > 0
+
     def copies_all(self, disk: MachineDisk) -> None:
         """Note that a disk's job copies all of it after all: our filter did not take its place."""
         if self._methods[disk.name].is_incremental:

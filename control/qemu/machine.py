@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vmapipe.control.qemu import poweroff
 from vmapipe.control.qemu.bitmaps import DiskMethod, archive_of, records_in
 from vmapipe.control.qemu.cbw_filters import (
     Handover,
@@ -47,7 +46,8 @@ from vmapipe.control.qemu.leftovers import (
     remove_worthless_records,
 )
 from vmapipe.control.qemu.machine_view import qemu_pid, see_machine
-from vmapipe.control.qemu.qemu_process import command_line, uid_of_qemu
+from vmapipe.control.qemu.poweroff import PoweroffHold
+from vmapipe.control.qemu.qemu_process import uid_of_qemu
 from vmapipe.control.qemu.run_state import check_run_state, is_running
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qemu.tpm import TpmState
@@ -55,7 +55,7 @@ from vmapipe.control.qemu.undo import clean_up
 from vmapipe.control.qemu.vmstate import Instant, MemorySaving
 from vmapipe.control.qmp.addresses import parse_address
 from vmapipe.control.qmp.client import open_link
-from vmapipe.control.qmp.connection import Command, QmpRefused, ask_if_known
+from vmapipe.control.qmp.connection import Command, QmpRefused
 from vmapipe.producer.nbd.backend import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
@@ -64,6 +64,7 @@ from vmapipe.runtime.events import (
     JobCopied,
     Rest,
     copied_command,
+    sampled_commands,
 )
 
 # Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
@@ -112,9 +113,7 @@ class RunningMachine:
         self.notices: list[str] = []
         # Whose state is one of the disks.
         self._tpm: TpmState | None = None
-        # Told to stay when its guest powers off.
-        self._poweroff_note: poweroff.PoweroffNote | None = None
-        self._is_off = False
+        self._poweroff = PoweroffHold(self._link, self._run)
         self._poll_at = 0.0
         self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
 
@@ -197,6 +196,11 @@ class RunningMachine:
         nodes = self._link.execute(Command("query-named-block-nodes", {"flat": True}))
         return frozenset(archive_of(record.name) for record in records_in(nodes))
 
+    @property
+    def takes_samples(self) -> bool:
+        """True when producers are told of what they have to compare with the base."""
+        return self._tracking is not None and self._tracking.takes_samples
+
     def track_changes(self, options: TrackingOptions) -> None:
         """Send only what has changed where that is certain, and record what changes from now on.
 
@@ -266,8 +270,18 @@ class RunningMachine:
                 if self._tracking is not None and index not in copied:
                     self._tracking.copies_all(self._disks[index])
         self.set_speed(self._speed_bytes_s)
-        self._hold_poweroff()
+        self._tell_samples()
+        self._poweroff.begin(qemu_pid(self._link), self._folder_path)
         self._poll_jobs()  # short ones may have ended
+
+    def _tell_samples(self) -> None:
+        """Let the producers compare what has not changed with the base. Raises Failure."""
+        tracking, folder = self._tracking, self._folder
+        if tracking is None or folder is None:
+            return
+        for disk, producer in zip(self._disks, self._producers, strict=False):
+            for command in sampled_commands(tracking.certain_sample(disk, folder)):
+                producer.tell(command)
 
     def take_instant(self) -> Instant | None:
         """Return the instant of a backup with memory, once, as soon as it is known."""
@@ -275,15 +289,6 @@ class RunningMachine:
             return None
         self._go_on()
         return self._saving.instant
-
-    def _hold_poweroff(self) -> None:
-        """Keep QEMU, and the backup, alive when the guest powers off from now on."""
-        pid = self._qemu_pid()
-        argv = command_line(pid) if pid else []
-        status = ask_if_known(self._link, "query-status") or {}
-        note = poweroff.poweroff_note(argv, status, self._folder_path)
-        if note and poweroff.hold_at_poweroff(self._link, self._run, note):
-            self._poweroff_note = note
 
     def set_speed(self, bytes_per_s: int) -> None:
         """Limit each disk's job from now on; 0: no limit."""
@@ -330,8 +335,7 @@ class RunningMachine:
             self._saving.poll()
         for event in events:
             self._errors.note(event)
-        if self._poweroff_note and not self._is_off and self._has_powered_off(events, asks=is_due):
-            self._is_off = True
+        if self._poweroff.is_off_now(events, asks=is_due and self._link.is_shared):
             self.notices.append("the guest has powered off; QEMU ends when its backup is done")
         if self._has_begun and is_due:
             self._poll_jobs()
@@ -363,13 +367,6 @@ class RunningMachine:
         # An event tells that it has ended.
         with contextlib.suppress(QmpRefused):
             self._link.execute(Command("job-finalize", {"id": job_name(self._run, index)}))
-
-    def _has_powered_off(self, events: Sequence[dict[str, Any]], *, asks: bool) -> bool:
-        """Ask for the run state when an event calls for it, or when events are missed."""
-        asks = asks and self._link.is_shared
-        if self._poweroff_note is None or not (asks or any(map(poweroff.may_be_off, events))):
-            return False
-        return self._poweroff_note.is_off(ask_if_known(self._link, "query-status") or {})
 
     def _report_copied(self, index: int, copied_bytes: int | None) -> None:
         """Report the job's end to its producer, without which nothing is stored.

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vmapipe.control.qemu.jobs import PREFIX, run_prefix
-from vmapipe.control.qmp.connection import Command, Qmp, QmpGone, QmpRefused
+from vmapipe.control.qemu.qemu_process import command_line
+from vmapipe.control.qmp.connection import Command, Qmp, QmpGone, QmpRefused, ask_if_known
 from vmapipe.control.qmp.reader import SHORT_LIMITS, Unreadable, read_object
 
 _TAIL = "-poweroff"
@@ -99,6 +100,34 @@ def hold_at_poweroff(qmp: Qmp, run: str, note: PoweroffNote) -> bool:
         release_poweroff(qmp, run_prefix(run))
         return False
     return True
+
+
+class PoweroffHold:
+    """The hold on one backup's QEMU, which stays when its guest powers off."""
+
+    def __init__(self, qmp: Qmp, run: str) -> None:
+        self._qmp = qmp
+        self._run = run
+        self._note: PoweroffNote | None = None
+        self._is_off = False
+
+    def begin(self, pid: int | None, folder: str) -> None:
+        """Keep QEMU, and the backup, alive when the guest powers off from now on. Raises QmpGone."""
+        argv = command_line(pid) if pid else []
+        status = ask_if_known(self._qmp, "query-status") or {}
+        note = poweroff_note(argv, status, folder)
+        if note and hold_at_poweroff(self._qmp, self._run, note):
+            self._note = note
+
+    def is_off_now(self, events: Iterable[Mapping[str, Any]], *, asks: bool) -> bool:
+        """Tell, once, that the guest has powered off. Raises QmpGone.
+
+        QEMU is asked when an event calls for it, or with `asks`, where events are missed.
+        """
+        if self._note is None or self._is_off or not (asks or any(map(may_be_off, events))):
+            return False
+        self._is_off = self._note.is_off(ask_if_known(self._qmp, "query-status") or {})
+        return self._is_off
 
 
 def poweroff_note_name(run: str) -> str:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
 
 from tests.control.qemu.hammer import CLUSTER
+from tests.control.qemu.storage_daemon import storage_daemon
 from tests.control.qemu.tracked_machine import (
     NAMES,
     RAW,
@@ -22,6 +24,7 @@ from tests.control.qemu.tracked_machine import (
     tracked_machine,
 )
 from tests.machine import Need, good, next_event, started, without_limit
+from tests.protocol.nbd.client import Client
 
 
 @pytest.mark.every_qemu
@@ -150,6 +153,33 @@ def test_a_snapshot_its_commit_another_size_and_a_meddler_make_the_next_archive_
         assert "somebody has disabled" in reasons[SLOWED]
         assert days.back_up(tracked) == dict.fromkeys(NAMES, "")
         assert "somebody-elses" in tracked.records()["disk0"]
+
+
+@pytest.mark.every_qemu
+def test_a_disk_that_was_shrunk_and_grown_is_found_by_the_sample_and_backed_up_in_full_at_once(
+    qemu: str, need: Need, tmp_path: Path, out: Path
+) -> None:
+    """QEMU has recorded nothing of it. Of so small a disk all is in the sample."""
+    need("qemu-storage-daemon")
+    image = tmp_path / "a.raw"
+    image.write_bytes(random.Random(1).randbytes(40 * CLUSTER + 512))
+    with storage_daemon(tmp_path, a=image) as daemon:
+        backup = ("backup", "--json", "--qmp", daemon.qmp, "--disk", "a", "--base", "auto")
+        good(*backup, out / "vm-2026-01-01.vma")
+        with Client(daemon.path, "a") as guest:
+            guest.write(5 * CLUSTER, b"x" * 4096)
+        report = Report(good(*backup, out / "vm-2026-01-02.vma"))
+        assert report.reasons == {"a": ""}
+        assert (report.notices, report["base"]["devices"][0]["changed_bytes"]) == ("", CLUSTER)
+        daemon.ask("block-export-del", id="e-a", mode="hard")
+        for size in (20 * CLUSTER, 40 * CLUSTER + 512):
+            daemon.ask("block_resize", **{"node-name": "a", "size": size})
+        report = Report(good(*backup, out / "vm-2026-01-03.vma"))
+        assert "its record is wrong" in report.notices
+        assert "This is a full backup instead" in report.notices
+        assert "its record is wrong" in report.reasons["a"]
+        check_archive(out / "vm-2026-01-03.vma", {"a": image.read_bytes()}, tmp_path / "restored")
+        assert Report(good(*backup, out / "vm-2026-01-04.vma")).reasons == {"a": ""}
 
 
 def clean_up(tracked: TrackedMachine, *options: str) -> str:
