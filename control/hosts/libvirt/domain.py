@@ -91,6 +91,8 @@ class Domain(NamedTuple):
     name: str
     uuid: str
     disks: tuple[DomainDisk, ...]
+    has_uefi: bool
+    #: Where its firmware's variables are; empty: the XML does not say.
     nvram: str
     nvram_format: str
     has_tpm: bool
@@ -111,6 +113,8 @@ def read_domain(xml: str) -> Domain:
         name=root.find("name").text,
         uuid=root.find("uuid").text,
         disks=tuple(_disk(disk) for disk in devices.all("disk")),
+        has_uefi=root.find("os").get("firmware") == "efi"
+        or root.find("os/loader").get("type") == "pflash",
         nvram=path,
         nvram_format=nvram.get("format", "raw"),
         has_tpm=any(t.find("backend").get("type") == "emulator" for t in devices.all("tpm")),

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 #: Configs of the archive beside NAME.xml.
 MAP_NAME = "vmapipe-devices.map"
+# Of the system's libvirt, where a domain's XML names no other.
+_NVRAM_PLACE = "/var/lib/libvirt/qemu/nvram/{}_VARS.fd"
 _VERSION = re.compile(r"version (\d+)\.(\d+)")
 _VERSION_S = 10.0
 
@@ -332,12 +334,16 @@ class DomainBackup:
             kept.append(chosen)
         self._taken = kept
         domain = self._domain
-        if domain.nvram and not self._wishes.disks:
-            if os.path.exists(domain.nvram):
-                disks.append(_file_disk(NVRAM_NAME, domain.nvram, domain.nvram_format))
+        if (domain.has_uefi or domain.nvram) and not self._wishes.disks:
+            # An XML with firmware='efi' does not say where libvirt has put them.
+            path = domain.nvram or _NVRAM_PLACE.format(domain.name)
+            if os.path.exists(path):
+                disks.append(_file_disk(NVRAM_NAME, path, domain.nvram_format))
             else:
-                reason = "the firmware's variables are not there: the domain was never started"
-                left_out.append(LeftOut(NVRAM_NAME, reason, "debug"))
+                reason = (
+                    f"the firmware's variables are not at {path}: was the domain never started?"
+                )
+                left_out.append(LeftOut(NVRAM_NAME, reason, "warn"))
         if domain.has_tpm and not self._wishes.disks:
             reason = "the TPM's state can be read while the domain runs only"
             left_out.append(LeftOut(TPM_NAME, reason, "warn"))

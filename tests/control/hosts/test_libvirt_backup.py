@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -59,19 +60,21 @@ def processes_with(word: str) -> list[psutil.Process]:
     return found
 
 
-def everybody(backup: subprocess.Popen[bytes], domain: DomainGuest) -> list[psutil.Process]:
+def everybody(backup: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """All processes of a backup."""
-    ours = psutil.Process(backup.pid)
-    guardians = [p for p in processes_with(GUARDIAN) if domain.libvirtd.uri in str(p.cmdline())]
-    return list({ours, *ours.children(recursive=True), *guardians})
+    found = set(processes_with(GUARDIAN))
+    with suppress(psutil.NoSuchProcess):  # it may be done
+        ours = psutil.Process(backup.pid)
+        found |= {ours, *ours.children(recursive=True)}
+    return sorted(found, key=lambda process: process.pid)
 
 
 def kill_together(victims: list[psutil.Process]) -> None:
     """None of them has a moment to see that another is dead."""
-    for victim in victims:
-        victim.suspend()
-    for victim in victims:
-        victim.kill()
+    for act in (psutil.Process.suspend, psutil.Process.kill):
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                act(victim)
 
 
 def instant_of(need: Need, archive: Path, folder: Path) -> int:
@@ -136,7 +139,7 @@ def test_a_domain_does_not_notice_that_its_backup_is_killed(
     with started(*words_for(domain, "--json", "--speed", "64K", archive)) as process:
         next_event(process, "begun")
         domain.goes_on(1)
-        all_of_them = everybody(process, domain)
+        all_of_them = everybody(process)
         match victim:
             case "all":
                 victims = all_of_them
@@ -180,6 +183,38 @@ def test_a_second_backup_of_a_domain_is_refused_ours_and_another_programs(
         assert "another program's backup" in bad("cleanup", "--libvirt", domain.name, *where)
         assert "Backup" in libvirtd("domjobinfo", domain.name)
     assert not (tmp_path / "second.vma").exists()
+    domain.is_untouched()
+
+
+@pytest.mark.soak
+def test_a_domain_does_not_notice_a_hundred_backups_that_are_killed_at_random(
+    domain: DomainGuest, tmp_path: Path
+) -> None:
+    """At any moment, some or all of the processes; each next backup removes what the one before has left."""
+    chance = random.Random(16)
+    libvirtd = domain.libvirtd
+    xml = libvirtd("dumpxml", domain.name)
+    for number in range(100):
+        archive = tmp_path / f"{number}.vma"
+        more = ("--freeze",) if chance.random() < 0.3 else ()
+        words = words_for(domain, "--json", "--speed", "8M", *more, archive)
+        with started(*words) as process:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(0.0, 4.0))
+            there = everybody(process)
+            count = len(there) if chance.random() < 0.4 else 1
+            kill_together(chance.sample(there, min(count, len(there))))
+            if count > 1:
+                # Nobody is left who could thaw a guest that was just being frozen.
+                good("cleanup", *words[1:7])
+            domain.goes_on(1)
+            end_of(process)
+        archive.unlink(missing_ok=True)
+    good(*words_for(domain, tmp_path / "last.vma"))
+    assert eventually(lambda: not processes_with(GUARDIAN))
+    assert frozen_status(domain) == "thawed"
+    assert libvirtd("dumpxml", domain.name) == xml
+    domain.goes_on(2)
     domain.is_untouched()
 
 
@@ -346,7 +381,7 @@ def test_with_a_base_only_what_has_changed_since_its_checkpoint_is_read(
     assert checkpoints() == stored
     with started(*words, "--speed", "4K", names[2]) as process:
         next_event(process, "begun")
-        kill_together(everybody(process, domain))
+        kill_together(everybody(process))
     assert len(checkpoints()) == 2
     with started(*words, names[3]) as process:
         assert next_event(process, "base")["archive"] == str(names[1])
