@@ -23,6 +23,17 @@ def description_of(host: Host, domain: Any) -> str:
     return str(host.call(domain.XMLDesc, host.lib.VIR_DOMAIN_XML_INACTIVE))
 
 
+def paths_in_use(host: Host) -> frozenset[str]:
+    """Return the disks of all domains. Raises LibvirtFailure."""
+    used: set[str] = set()
+    for domain in host.call(host.connection.listAllDomains):
+        used |= paths_of(description_of(host, domain))
+        if host.call(domain.isActive):
+            # One that runs has what it was started with, whatever is defined by now.
+            used |= paths_of(str(host.call(domain.XMLDesc, 0)))
+    return frozenset(used)
+
+
 class Removal:
     """Removes files and volumes that restores have made, if they are still those, and no domain's."""
 
@@ -84,9 +95,7 @@ class Removal:
         """Remove what was made, if it is still that and no domain has it; return what was. Raises Failure."""
         if not made:
             return []
-        used = set[str]()
-        for domain in self._host.call(self._host.connection.listAllDomains):
-            used |= paths_of(description_of(self._host, domain))
+        used = paths_in_use(self._host)
         removed = []
         for one in made:
             if one.path in used:

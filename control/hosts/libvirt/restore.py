@@ -37,7 +37,7 @@ from vmapipe.control.hosts.libvirt.places import (
     PoolPlace,
     Wanted,
 )
-from vmapipe.control.hosts.libvirt.removal import Removal, description_of
+from vmapipe.control.hosts.libvirt.removal import Removal, description_of, paths_in_use
 from vmapipe.control.hosts.libvirt.tpm_state import put_state, read_state, tpm_folder
 from vmapipe.control.hosts.libvirt.undo import Made, MadeJournal
 from vmapipe.restore.archive.reader import Archive
@@ -144,6 +144,8 @@ class DomainRestore:
                 self._connect_again(place)
                 place.settle()
                 self._cancel.check()
+                # A restore takes hours: somebody may have made it, or started it, meanwhile.
+                self._existing(name)
                 if self._tpm_state:
                     journal.plan(f"the state of {name}'s TPM")
                 domain = self._define(finished)
@@ -154,7 +156,7 @@ class DomainRestore:
             journal.remove()
         self._tell(archive, draft, identity, chosen, finished)
         if existing is not None:
-            self._drop_checkpoints(existing)
+            self._drop_checkpoints(domain)
         self._remove_old()
         if self._request.start:
             self._start(domain, name)
@@ -426,7 +428,14 @@ class DomainRestore:
             self._notice(f"the old disks' checkpoints stay known to libvirt: {failure}")
 
     def _remove_old(self) -> None:
+        try:
+            used = paths_in_use(self._host) if self._old else frozenset()
+        except LibvirtFailure:
+            used = frozenset(old.path for _, old in self._old)
         for place, old in self._old:
+            if old.path in used:
+                self._stays.append(old.path)
+                continue
             try:
                 place.remove_old(old)
                 self._notice(f"removed {old.path}, which the domain had before")

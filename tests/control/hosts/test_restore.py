@@ -23,7 +23,18 @@ from tests.control.hosts.libvirtd import Libvirtd, started_libvirtd
 from tests.control.qemu.test_tpm import DEFINE, KEY, READ, WRITE, asked
 from tests.golden_archives import GOLDEN_DIR, read_digests
 from tests.guest import find_kernel
-from tests.machine import Need, bad, eventually, good, make_disk, next_event, run, sha256, started
+from tests.machine import (
+    Need,
+    bad,
+    end_of,
+    eventually,
+    good,
+    make_disk,
+    next_event,
+    run,
+    sha256,
+    started,
+)
 from vmapipe.control.cli.restore import main
 from vmapipe.control.qemu.tpm import VOLUME_BYTES, as_volume
 
@@ -413,6 +424,24 @@ def test_ctrl_c_leaves_nothing(bench: Bench, large: Path) -> None:
         _interrupted(bench, large, signal.SIGINT, *where)
         assert bench.state() == before
         assert list(place.iterdir()) == []
+
+
+def test_a_domain_that_is_started_meanwhile_keeps_its_disks(
+    bench: Bench, small: Path, large: Path
+) -> None:
+    good(*bench.words(small, "--pool", "p"))
+    before = bench.state()
+    words = bench.words(large, "--pool", "p", "--overwrite", "--speed", "8M", "--json")
+    with started(*words) as restoring:
+        while next_event(restoring, "progress")["done_bytes"] == 0:
+            pass
+        bench.libvirt("start", "web")
+        code, said = end_of(restoring)
+    assert (code, "the domain web is running" in said) == (1, True)
+    assert bench.state() == before
+    bench.libvirt("destroy", "web")
+    bench.libvirt("undefine", "web")
+    bench.libvirt("vol-delete", "web-vda.qcow2", "p")
 
 
 def test_a_libvirtd_that_is_started_again_meanwhile_is_no_trouble(
