@@ -11,7 +11,7 @@ from benchmarks import images
 from benchmarks.images import MIB
 from benchmarks.measure import OURS, Bound, Case, Command
 from benchmarks.options import curve, manifest
-from benchmarks.place import Place, backup, dd, make_archives, vmapipe
+from benchmarks.place import Place, backup, dd, make, make_archives, vmapipe
 
 
 def bound_cases(place: Place) -> list[Case]:
@@ -21,6 +21,7 @@ def bound_cases(place: Place) -> list[Case]:
         _dense_to_nothing(place),
         _zeroes_to_nothing(place),
         _quarter_to_nothing(place),
+        _incremental(place),
         _nbd_to_nothing(place, "dense", place.dense),
         _nbd_to_nothing(place, "25 % data and holes", place.quarter),
         _tib_to_nothing(place),
@@ -104,6 +105,40 @@ def _quarter_to_nothing(place: Place) -> Case:
         Bound("at most 0.35 x the dense one", OURS, "vmapipe, dense", 0.35),
         warm=[place.quarter, place.dense],
     )
+
+
+def _incremental(place: Place) -> Case:
+    """Both read the whole disk and write the whole archive; only what is sent differs."""
+    image = place.disk / "incremental.raw"
+    base = place.disk / "incremental-2026-01-01.vma"
+    new, full = place.disk / "incremental-2026-01-02.vma", place.disk / "incremental-full.vma"
+
+    def before() -> None:
+        images.copied(image, place.dense)
+        make(backup(image, base, "--base=auto"))
+        images.one_percent_changed(image)
+
+    return Case(
+        "backup of a disk at rest of which 1 % has changed, with a base, to a file",
+        [
+            Command(OURS, backup(image, new, f"--base={base}"), new),
+            Command("vmapipe, full", backup(image, full), full),
+        ],
+        # SHA-256 of all that is read is 0.7 s a GiB, where a full backup takes about 1.1.
+        Bound("at most 2.5 x a full one", OURS, "vmapipe, full", 2.5),
+        before=before,
+        leaves=[
+            image,
+            *(path for one in (base, new) for path in (one, *_beside(one))),
+            full,
+            *_beside(full),
+        ],
+        warm=[image, base],
+    )
+
+
+def _beside(archive: Path) -> list[Path]:
+    return [Path(f"{archive}{suffix}") for suffix in (".manifest.json", ".digests")]
 
 
 def _nbd_to_nothing(place: Place, what: str, image: Path) -> Case:

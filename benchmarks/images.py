@@ -77,3 +77,13 @@ def copied(path: Path, source: Path) -> Path:
             new.write(piece)
     os.sync()
     return path
+
+
+def one_percent_changed(path: Path) -> None:
+    """Other data in each hundredth cluster of 64 KiB."""
+    chance = random.Random(5)
+    with path.open("r+b") as image:
+        for at in range(0, path.stat().st_size, 100 * 65536):
+            image.seek(at)
+            image.write(chance.randbytes(4096))
+    os.sync()

@@ -14,6 +14,7 @@ from typing import Literal, TextIO
 
 from vmapipe.runtime.event_types import (
     BackupProgressEvent,
+    BaseEvent,
     BufferEvent,
     DamageFields,
     DefinedEvent,
@@ -27,6 +28,7 @@ from vmapipe.runtime.event_types import (
     ReadProgressEvent,
     RestoredEvent,
     ServingEvent,
+    StoredEvent,
     VerifiedEvent,
 )
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
@@ -137,12 +139,9 @@ class _Text:
         """The line for an event that is worth one in any form."""
         match event["event"]:
             case "stored":
-                archive = event["archive"]
-                return (
-                    f"stored {one_line(archive)}: {human_bytes(event['stored_bytes'])} for "
-                    f"{human_bytes(self.total_bytes)} of disks "
-                    f"({human_bytes(self.zero_bytes)} of them zero)"
-                )
+                return self._stored_text(event)
+            case "base":
+                return _base_text(event)
             case "done":
                 return f"{self.verb} done in {event['seconds']:.1f} s, {self._rate_text(event)}"
             case "buffer":
@@ -187,6 +186,17 @@ class _Text:
                 return f"the speed limit is now {limit}" if speed else "speed limit removed"
         return None
 
+    def _stored_text(self, event: StoredEvent) -> str:
+        text = (
+            f"stored {one_line(event['archive'])}: {human_bytes(event['stored_bytes'])} for "
+            f"{human_bytes(self.total_bytes)} of disks ({human_bytes(self.zero_bytes)} of them zero)"
+        )
+        if event.get("base_bytes"):
+            shared = event.get("shared_bytes", 0)
+            also = f", {human_bytes(shared)} shared with it" if shared else ""
+            text += f"; {human_bytes(event['base_bytes'])} from the base{also}"
+        return text
+
     def _rate_text(self, event: DoneEvent) -> str:
         limit = event["speed_bytes_s"]
         if not limit:
@@ -201,6 +211,18 @@ class _Text:
         before = self._pressure.get(event["device"], 0)
         self._pressure[event["device"]] = max(now, before)
         return f"{one_line(event['device'])}: {_PRESSURE[now]}" if now > before else None
+
+
+def _base_text(event: BaseEvent) -> str | None:
+    """Tell of the base, and why disks are sent in full."""
+    full = [
+        f"{name_text(device['name'])} in full: {one_line(device['reason'])}"
+        for device in event["devices"]
+        if not device["incremental"]
+    ]
+    if event["archive"]:
+        return "; ".join([f"based on {one_line(event['archive'])}", *full])
+    return "; ".join(full) or None
 
 
 def _machines_text(event: MachinesEvent) -> str:
