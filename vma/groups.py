@@ -45,7 +45,7 @@ _FULL = FULL_MASK.to_bytes(2, "big")
 _NOTHING = memoryview(b"")
 
 
-class _Part(NamedTuple):
+class _GroupRun(NamedTuple):
     """Consecutive clusters of one group: masks, or none where all are zero, and their blocks."""
 
     first: int
@@ -63,7 +63,7 @@ class _Groups:
         self.end = None if device.is_vmstate else device.clusters
         # How many clusters of each group have come, held or not: a byte for 3.6 MiB of a disk.
         self._came = bytearray()
-        self._held: dict[int, list[_Part]] = {}
+        self._held: dict[int, list[_GroupRun]] = {}
         # The numbers of those that are held, the lowest first; some have left already.
         self._order: list[int] = []
         #: All groups before this one have left.
@@ -85,7 +85,7 @@ class _Groups:
             clusters = min(clusters, self.end - group * EXTENT_CLUSTERS)
         return group < len(self._came) and self._came[group] == clusters
 
-    def hold(self, group: int, part: _Part) -> None:
+    def hold(self, group: int, part: _GroupRun) -> None:
         """A copy: its memory is somebody else's, who waits for it."""
         part = part._replace(payload=memoryview(bytes(part.payload)))
         if group not in self._held:
@@ -93,7 +93,7 @@ class _Groups:
         self._held.setdefault(group, []).append(part)
         self.held_bytes += len(part.payload) + _PART_BYTES
 
-    def take(self, group: int) -> list[_Part]:
+    def take(self, group: int) -> list[_GroupRun]:
         """Take what is held of it; empty: nothing is."""
         parts = self._held.pop(group, [])
         self.held_bytes -= sum(len(part.payload) + _PART_BYTES for part in parts)
@@ -160,7 +160,7 @@ class GroupPacker(Generic[Note]):
                 take = min(EXTENT_CLUSTERS - within, count - done)
                 part_masks = masks[2 * done : 2 * (done + take)]
                 size = int.from_bytes(part_masks, "big").bit_count() * BLOCK_BYTES
-                part = _Part(cluster, take, part_masks, view[data_at : data_at + size])
+                part = _GroupRun(cluster, take, part_masks, view[data_at : data_at + size])
                 extents += self._put(groups, number, part)
                 data_at += size
                 done += take
@@ -171,7 +171,7 @@ class GroupPacker(Generic[Note]):
                 break
         return extents
 
-    def _put(self, groups: _Groups, number: int, part: _Part) -> list[PackedExtent[Note]]:
+    def _put(self, groups: _Groups, number: int, part: _GroupRun) -> list[PackedExtent[Note]]:
         groups.count(number, part.clusters)
         if number <= groups.next and groups.is_whole(number):
             groups.next = max(groups.next, number + 1)
@@ -195,7 +195,7 @@ class GroupPacker(Generic[Note]):
     def _lowest(self) -> PackedExtent[Note]:
         """The first group that is held, of the device of which most is; small ones together."""
         groups = max(self._devices.values(), key=lambda each: each.held_bytes)
-        parts: list[_Part] = []
+        parts: list[_GroupRun] = []
         taken = 0
         while (number := groups.lowest()) is not None:
             clusters = groups.clusters_of(number)
@@ -217,7 +217,7 @@ class GroupPacker(Generic[Note]):
             extents.append(PackedExtent([raw], len(raw), [], {}, set()))
         return extents
 
-    def _close(self, parts: list[_Part], groups: _Groups) -> PackedExtent[Note]:
+    def _close(self, parts: list[_GroupRun], groups: _Groups) -> PackedExtent[Note]:
         dev_id = groups.dev_id
         slots: list[int] = []
         buffers: list[bytes | memoryview] = [b""]
@@ -241,19 +241,19 @@ class GroupPacker(Generic[Note]):
         self._closed += 1
         return PackedExtent(buffers, EXTENT_HEADER_BYTES + size_bytes, clusters, {}, {dev_id})
 
-    def _widened(self, part: _Part, end: int | None) -> list[_Part]:
+    def _widened(self, part: _GroupRun, end: int | None) -> list[_GroupRun]:
         """The part, with nearly full clusters made full: a part of its own each."""
         if not self._whole or not part.masks or part.masks == _FULL * part.clusters:
             return [part]
         words = struct.unpack(f">{part.clusters}H", part.masks)
-        parts: list[_Part] = []
+        parts: list[_GroupRun] = []
         start = start_at = at = 0
 
         def pass_on(stop: int) -> None:
             if stop > start:
                 masks = part.masks[2 * start : 2 * stop]
                 parts.append(
-                    _Part(part.first + start, stop - start, masks, part.payload[start_at:at])
+                    _GroupRun(part.first + start, stop - start, masks, part.payload[start_at:at])
                 )
 
         for index, mask in enumerate(words):
@@ -263,7 +263,7 @@ class GroupPacker(Generic[Note]):
             if mask != FULL_MASK and mask.bit_count() >= WHOLE_FROM_BLOCKS and not is_last:
                 pass_on(index)
                 whole = _spread(mask, part.payload[at:after])
-                parts.append(_Part(part.first + index, 1, _FULL, whole))
+                parts.append(_GroupRun(part.first + index, 1, _FULL, whole))
                 start, start_at = index + 1, after
             at = after
         pass_on(part.clusters)
