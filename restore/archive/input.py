@@ -199,10 +199,21 @@ class ProgramInput(Input):
     def close(self) -> None:
         if self.closed:
             return
+        # Before its output closes, of which it could die at once: restic leaves its repository
+        # locked then, and at SIGTERM, too.
+        _interrupt(self._process)
         super().close()
         stop_program(self._process)
         if self._words is not None:
             self._words.close()
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Ask it to end as Ctrl-C at a terminal would, if it still runs, and give it a moment."""
+    if process.poll() is None:
+        _signal(process, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)
 
 
 def stop_program(process: subprocess.Popen[bytes]) -> None:
@@ -213,12 +224,16 @@ def stop_program(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(_STOP_S)
     except subprocess.TimeoutExpired:
-        # A shell waits for its children before it ends: those too.
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-        process.kill()
+        _signal(process, signal.SIGKILL)
         process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    # A shell waits for its children before it ends: those first.
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.send_signal(number)
+    process.send_signal(number)
 
 
 def interruptible(job: Callable[[], bytes], halts: Sequence[Cancel]) -> bytes:

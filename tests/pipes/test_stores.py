@@ -72,6 +72,15 @@ def test_a_backup_that_is_cancelled_leaves_no_lock_and_no_snapshot_in_restic(
     assert not list((restic / "snapshots").iterdir())
 
 
+def test_who_needs_only_the_beginning_of_an_archive_leaves_no_lock_in_restic(
+    restic: Path, disk: Path
+) -> None:
+    make = "exec:restic -q backup --stdin --stdin-filename a"
+    good("backup", "--quiet", "--no-manifest", "--disk", f"sda={disk}", make)
+    assert b"sda" in good("list", "exec:restic -q dump latest a | cat")
+    assert not list((restic / "locks").iterdir())
+
+
 def test_archives_go_through_borg(
     need: Need, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
