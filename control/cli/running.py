@@ -231,9 +231,24 @@ def job_lines(job: Details, before: Details | None = None) -> list[str]:
             f"  archive so far: {human_bytes(job['stored_bytes'])}, "
             f"{ratio:.0f} % of {human_bytes(job['plain_bytes'])} before compression"
         )
+    lines += _base_lines(job)
     lines += _indented(_disks(job["devices"]))
     lines += _indented(_processes(job, before))
     return lines
+
+
+def _base_lines(job: Details) -> list[str]:
+    if not job.get("base"):
+        return []
+    unchanged = sum(disk.get("unchanged_bytes", 0) for disk in job["devices"])
+    return [
+        f"  base: {one_line(job['base'])}, as in which {human_bytes(unchanged)} are so far",
+        *(
+            f"  in full: {one_line(disk['name'], MAX_NAME_CHARS)}: {one_line(reason)}"
+            for disk in job["devices"]
+            if (reason := disk.get("full_reason"))
+        ),
+    ]
 
 
 def _progress(job: Details) -> str:

@@ -29,11 +29,16 @@ _HELP = {
     "vmapipe_backup_archive_bytes": "Size of the last archive as stored; 0 if it failed.",
     "vmapipe_backup_cpu_seconds": "Processor time of all processes of the last backup.",
     "vmapipe_backup_peak_memory_bytes": "Largest resident memory of all its processes together.",
+    "vmapipe_backup_base_bytes": "How much of the last archive was taken from an earlier one, its base.",
+    "vmapipe_backup_shared_bytes": "How much of that the file system stores once for both.",
     "vmapipe_backup_disk_size_bytes": "Size of a disk.",
     "vmapipe_backup_disk_done_bytes": "How much of a disk the last backup took.",
     "vmapipe_backup_disk_zero_bytes": "How much of that is zero.",
     "vmapipe_backup_disk_read_bytes": "How much was read from the disk.",
     "vmapipe_backup_disk_saved_bytes": "How much was saved before the guest overwrote it.",
+    "vmapipe_backup_disk_sent_bytes": "How much was sent to the archiver.",
+    "vmapipe_backup_disk_unchanged_bytes": "How much of a disk was as in the base.",
+    "vmapipe_backup_disk_incremental": "Whether of a disk only what has changed was sent (1), or all (0).",
 }
 _DISK_FIELDS = {
     "vmapipe_backup_disk_size_bytes": "bytes",
@@ -41,6 +46,9 @@ _DISK_FIELDS = {
     "vmapipe_backup_disk_zero_bytes": "zero_bytes",
     "vmapipe_backup_disk_read_bytes": "read_bytes",
     "vmapipe_backup_disk_saved_bytes": "saved_bytes",
+    "vmapipe_backup_disk_sent_bytes": "sent_bytes",
+    "vmapipe_backup_disk_unchanged_bytes": "unchanged_bytes",
+    "vmapipe_backup_disk_incremental": "incremental",
 }
 
 
@@ -58,6 +66,8 @@ def render(backup: str, state: JobState, last_success: float, ended_s: float | N
         "vmapipe_backup_archive_bytes": state.stored_bytes if stored else 0,
         "vmapipe_backup_cpu_seconds": state.cpu_s,
         "vmapipe_backup_peak_memory_bytes": state.peak_rss_bytes,
+        "vmapipe_backup_base_bytes": state.base_bytes,
+        "vmapipe_backup_shared_bytes": state.shared_bytes,
     }
     if stored or last_success:
         values[_LAST_SUCCESS] = round(ended_s if stored else last_success, 3)
@@ -85,7 +95,7 @@ def _labelled(state: JobState) -> Iterator[tuple[str, Mapping[str, Any]]]:
         while label in seen:
             label += "'"
         seen.add(label)
-        yield label, disk
+        yield label, {**disk, "incremental": int(state.full_reasons.get(disk["name"]) == "")}
 
 
 def _labels(labels: Mapping[str, str]) -> str:

@@ -29,10 +29,11 @@ _DEVICE_FIELDS = {
     "transfer": ("read_bytes", "sent_bytes", "saved_bytes"),
     "buffer": ("memory_bytes", "spool_bytes", "waiting_writes"),
 }
+_PROGRESS_FIELDS = ("done_bytes", "zero_bytes", "unchanged_bytes")
 
 
 def _new_device(name: str, size_bytes: int) -> dict[str, Any]:
-    counts = dict.fromkeys(("done_bytes", "zero_bytes"), 0)
+    counts = dict.fromkeys(_PROGRESS_FIELDS, 0)
     for fields in _DEVICE_FIELDS.values():
         counts |= dict.fromkeys(fields, 0)
     return {"name": name, "bytes": size_bytes, **counts}
@@ -48,6 +49,12 @@ class JobState(BackupStatus):
     cpu_s: float = 0.0
     peak_rss_bytes: int = 0
     plain_bytes: int = 0
+    #: The archive that this one builds on, empty if none; what came from it, and what is shared on disk.
+    base: str = ""
+    base_bytes: int = 0
+    shared_bytes: int = 0
+    #: Why a device is backed up in full all the same, by its name; empty: it is not.
+    full_reasons: dict[str, str] = field(default_factory=dict)
     devices: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: (when, bytes done, bytes read), of the last seconds.
     _history: deque[tuple[float, int, int]] = field(default_factory=deque)
@@ -59,6 +66,12 @@ class JobState(BackupStatus):
     def take(self, event: Event, now: float) -> None:
         super().take(event, now)
         match event["event"]:
+            case "base":
+                self.base = event["archive"]
+                self.full_reasons = {
+                    device["name"]: "" if device["incremental"] else device["reason"]
+                    for device in event["devices"]
+                }
             case "begun":
                 for device in event["devices"]:
                     self.devices[device["name"]] = _new_device(device["name"], device["bytes"])
@@ -67,6 +80,8 @@ class JobState(BackupStatus):
             case "stored":
                 self.uuid, self.stored_bytes = event["uuid"], event["stored_bytes"]
                 self.plain_bytes = event["plain_bytes"]
+                self.base_bytes = event.get("base_bytes", 0)
+                self.shared_bytes = event.get("shared_bytes", 0)
             case "speed":
                 self.speed_bytes_s = event["bytes_per_s"]
             case "done":
@@ -82,7 +97,8 @@ class JobState(BackupStatus):
         self.stored_bytes, self.plain_bytes = event["stored_bytes"], event["plain_bytes"]
         for told in event["devices"]:
             device = self.devices.setdefault(told["name"], _new_device(told["name"], told["bytes"]))
-            device |= {key: told[key] for key in ("done_bytes", "zero_bytes")}
+            fields: Mapping[str, object] = told
+            device |= {key: fields.get(key, 0) for key in _PROGRESS_FIELDS}
         self._history.append((now, self.done_bytes, self.read_bytes))
         while len(self._history) > 1 and now - self._history[0][0] > _RATE_S:
             self._history.popleft()
@@ -116,5 +132,11 @@ class JobState(BackupStatus):
             "rate_bytes_s": round(rate),
             "read_rate_bytes_s": round(read_rate),
             "left_s": round(left / rate) if rate and self.devices else None,
-            "devices": list(self.devices.values()),
+            "base": self.base,
+            "base_bytes": self.base_bytes,
+            "shared_bytes": self.shared_bytes,
+            "devices": [
+                {**device, "full_reason": self.full_reasons.get(name)}
+                for name, device in self.devices.items()
+            ],
         }

@@ -194,9 +194,16 @@ ANSWERS: Members = {
             "errmsg": TEXT,
             **dict.fromkeys(_JOB_NUMBERS, NUMBER),
             "left_s": Maybe(NUMBER),
-            "devices": List(Record({"name": TEXT, **dict.fromkeys(_DISK_COUNTS, SIZE)})),
+            "devices": List(
+                Record(
+                    {"name": TEXT, **dict.fromkeys(_DISK_COUNTS, SIZE)},
+                    {"unchanged_bytes": SIZE, "full_reason": Maybe(TEXT)},
+                )
+            ),
             "processes": List(Record(_PROCESS)),
-        }
+        },
+        # A backup that was started before an update tells nothing of a base.
+        {"base": TEXT, "base_bytes": SIZE, "shared_bytes": SIZE},
     ),
 }
 

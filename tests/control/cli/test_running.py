@@ -130,6 +130,18 @@ def test_the_table_has_the_words_and_numbers_in_line() -> None:
     )
 
 
+def test_a_base_is_named_with_what_is_as_in_it_and_why_a_disk_is_sent_in_full() -> None:
+    disk = JOB["devices"][0]
+    devices = [
+        {**disk, "unchanged_bytes": 1 << 29, "full_reason": ""},
+        {**disk, "name": "b", "unchanged_bytes": 0, "full_reason": "the base has no such disk"},
+    ]
+    assert job_lines({**JOB, "base": "/backup/a.vma", "devices": devices})[2:4] == [
+        "  base: /backup/a.vma, as in which 512.0 MiB are so far",
+        "  in full: b: the base has no such disk",
+    ]
+
+
 def test_while_it_is_watched_cpu_is_that_of_the_time_between() -> None:
     process = {**JOB["processes"][0], "age_s": 77.0, "cpu_s": 16.0}
     later = job_lines({**JOB, "processes": [process]}, JOB)

@@ -8,7 +8,14 @@ import uuid
 import pytest
 
 from vmapipe.control.coordinator.status import JobState
-from vmapipe.runtime.event_types import BackupProgressEvent, BegunEvent, DoneEvent, StoredEvent
+from vmapipe.runtime.event_types import (
+    BackupProgressEvent,
+    BaseDevice,
+    BegunEvent,
+    DoneEvent,
+    ProgressDevice,
+    StoredEvent,
+)
 
 JOB, ARCHIVE = "1" * 32, "2" * 32
 BEGUN: BegunEvent = {
@@ -133,6 +140,8 @@ def test_what_producers_tell_is_told_of_each_device() -> None:
         "bytes": 3000,
         "done_bytes": 0,
         "zero_bytes": 0,
+        "unchanged_bytes": 0,
+        "full_reason": None,
         "read_bytes": 7,
         "sent_bytes": 6,
         "saved_bytes": 5,
@@ -140,3 +149,35 @@ def test_what_producers_tell_is_told_of_each_device() -> None:
         "spool_bytes": 3,
         "waiting_writes": 2,
     }
+
+
+def test_a_base_is_told_with_what_came_of_it() -> None:
+    state = JobState("a", 100.0, job="1" * 32)
+    devices: list[BaseDevice] = [
+        {"name": "a", "incremental": True, "reason": ""},
+        {"name": "b", "incremental": False, "reason": "its size differs"},
+    ]
+    state.take(
+        {"event": "base", "archive": "/old.vma", "uuid": "3" * 32, "devices": devices}, 100.0
+    )
+    took: list[ProgressDevice] = [
+        {"name": "a", "bytes": 9, "done_bytes": 9, "zero_bytes": 1, "unchanged_bytes": 5},
+        {"name": "b", "bytes": 9, "done_bytes": 9, "zero_bytes": 0},
+    ]
+    state.take({"event": "progress", "stored_bytes": 1, "plain_bytes": 1, "devices": took}, 101.0)
+    state.take(
+        {
+            "event": "stored",
+            "archive": "a",
+            "uuid": "2" * 32,
+            "stored_bytes": 18,
+            "plain_bytes": 18,
+            "base_bytes": 5,
+            "shared_bytes": 4,
+        },
+        102.0,
+    )
+    details = state.details(103.0)
+    assert (details["base"], details["base_bytes"], details["shared_bytes"]) == ("/old.vma", 5, 4)
+    found = [(each["unchanged_bytes"], each["full_reason"]) for each in details["devices"]]
+    assert found == [(5, ""), (0, "its size differs")]
