@@ -467,6 +467,7 @@ def other(libvirtd: Libvirtd, need: Need) -> Iterator[str]:
         disk_xml("vdb", shared, more="<shareable/>"),
         disk_xml("vdc", fixed, more="<readonly/>"),
         "<disk type='file' device='cdrom'><target dev='sdb' bus='sata'/></disk>",
+        "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>",
     ]
     libvirtd.define(domain_xml(libvirtd, qemu, "vm2", "".join(devices)))
     yield "vm2"
@@ -495,6 +496,18 @@ def test_a_domain_that_is_shut_off_is_backed_up_from_its_images_and_cannot_be_st
     subprocess.run([qemu_img, "convert", "-O", "raw", folder / "top.qcow2", flat], check=True)
     assert sha256(tmp_path / "restored" / "disk-sda.raw") == sha256(flat)
     assert sha256(tmp_path / "restored" / "disk-vda.raw") == sha256(folder / "plain.raw")
+
+
+def test_where_no_agent_runs_nothing_is_frozen_and_nobody_says_that_it_may_be(
+    libvirtd: Libvirtd, other: str, tmp_path: Path
+) -> None:
+    libvirtd("start", other)
+    where = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
+    said = bad("backup", "--libvirt", other, *where, "--freeze", tmp_path / "vm.vma")
+    assert "libvirt cannot freeze the guest: " in said
+    assert "Without --freeze" in said
+    assert "FROZEN" not in said
+    assert list(libvirtd.scratch.iterdir()) == []
 
 
 @pytest.mark.parametrize(
