@@ -89,7 +89,12 @@ def bad(*words: str | Path, code: int = 1, **more: Any) -> str:
 def started(*words: str | Path, **more: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A command that runs while the block does; killed at its end if it still does."""
     process = subprocess.Popen(
-        [*VMAPIPE, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
+        [*VMAPIPE, *map(str, words)],
+        # With a buffer, what next_event has read ahead would be lost to communicate().
+        bufsize=0,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **more,
     )
     try:
         yield process

@@ -128,18 +128,20 @@ def track(options: argparse.Namespace, machine: RunningMachine, found: Base | st
 def without_foreign_bitmaps(
     disks: Sequence[Disk], exports: Sequence[str], base: bytes, emit: Emit
 ) -> list[Disk]:
-    """Return the disks, without bitmaps that are named after another archive than the base; report those."""
+    """Return the disks, without bitmaps named after another archive than the base, or another disk of it."""
     # Imported here: other backups start sooner without.
-    from vmapipe.control.qemu.bitmaps import archive_of
+    from vmapipe.control.qemu.bitmaps import archive_of, disk_of
 
     foreign = dict[str, str]()
     for export in map(parse_nbd_disk, exports):
+        other = ""
         if archive_of(export.bitmap) not in (b"", base):
+            other = "records since another archive than the base"
+        elif disk_of(export.bitmap) not in ("", export.name):
+            other = f"is of another disk in the base: {disk_of(export.bitmap)!r}"
+        if other:
             foreign[export.name] = f"--bitmap={export.bitmap}"
-            text = (
-                f"disk {export.name!r}: all of it is read: the bitmap {export.bitmap!r} records since "
-                "another archive than the base"
-            )
+            text = f"disk {export.name!r}: all of it is read: the bitmap {export.bitmap!r} {other}"
             emit({"event": "notice", "text": text})
     return [
         disk._replace(reading=tuple(w for w in disk.reading if w != foreign.get(disk.name)))

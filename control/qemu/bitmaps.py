@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dirty bitmaps: QEMU's records of what has changed since an archive, each named after its archive.
 
-A bitmap of ours is called `vmapipe-` and the uuid of the archive since whose instant it records.
-So it is worth what its name says after any crash, copy or roll-back of an image: an archive of
-that uuid, checked, and this bitmap, whole, on the disk's own node, make an incremental backup. All
-else is a full one. Two of them are there during a backup: the old one, which records all along, and
+A bitmap of ours is called `vmapipe-`, the uuid of the archive since whose instant it records, and the
+disk's name in it. So it is worth what its name says after any crash, copy or roll-back of an image,
+and when the images of two disks change places: an archive of that uuid, checked, and this bitmap,
+whole, on the disk's own node, make an incremental backup. All else is a full one. Two of them are there during a backup: the old one, which records all along, and
 the new one, which is added a little before the instant; QEMU never clears either. When the
 archive is on disk the old one goes, else the new one. The job itself reads a third one, which is
 the run's, and which has the sampled clusters besides (see sample.py). Pure.
@@ -21,9 +21,10 @@ from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.jobs import PREFIX, run_prefix
 from vmapipe.control.qmp.connection import Answer, Command
+from vmapipe.runtime.text import name_text
 
 _JOBS = re.compile(re.escape(PREFIX) + r"[0-9a-f]{8}-changed")
-_ARCHIVES = re.compile(re.escape(PREFIX) + r"([0-9a-f]{32})")
+_ARCHIVES = re.compile(re.escape(PREFIX) + r"([0-9a-f]{32})(?:-(.*))?", re.DOTALL)
 # A full backup reads the disk in order, and starts a new chain: with more than half of it to
 # send anyway, an incremental one only costs.
 _MOST_CHANGED_PERCENT = 50
@@ -31,15 +32,21 @@ _MOST_CHANGED_PERCENT = 50
 _KEEPS_BITMAPS = "qcow2"
 
 
-def bitmap_name(archive: bytes) -> str:
-    """Return the name of the bitmap that records since the archive of this uuid (16 bytes)."""
-    return f"{PREFIX}{archive.hex()}"
+def bitmap_name(archive: bytes, disk: str) -> str:
+    """Return the name of the bitmap that records of a disk since the archive of this uuid (16 bytes)."""
+    return f"{PREFIX}{archive.hex()}-{disk}"
 
 
 def archive_of(name: str) -> bytes:
     """Return the uuid of the archive that a bitmap is named after; empty: it is none of ours."""
     match = _ARCHIVES.fullmatch(name)
     return bytes.fromhex(match[1]) if match else b""
+
+
+def disk_of(name: str) -> str:
+    """Return the disk that a bitmap of ours is named after; empty: none."""
+    match = _ARCHIVES.fullmatch(name)
+    return match[2] or "" if match else ""
 
 
 def uuid_text(archive: bytes) -> str:
@@ -129,7 +136,7 @@ def choose_method(disk: MachineDisk, node: Answer | None, base: BaseArchive) -> 
         return DiskMethod("", "QEMU has no node of it that keeps records")
     if fault := _base_fault(disk, base):
         return DiskMethod("", fault)
-    name = bitmap_name(base.uuid)
+    name = bitmap_name(base.uuid, disk.name)
     found = [bitmap for bitmap in bitmaps_in([node]) if bitmap.name == name]
     fault = _bitmap_fault(found[0], disk) if found else _why_absent(node, base)
     return DiskMethod("", fault) if fault else DiskMethod(name, dirty_bytes=found[0].dirty_bytes)
@@ -161,8 +168,13 @@ def _bitmap_fault(bitmap: Bitmap, disk: MachineDisk) -> str:
 
 
 def _why_absent(node: Answer, base: BaseArchive) -> str:
-    others = [archive_of(bitmap.name) for bitmap in bitmaps_in([node])]
-    known = ", ".join(uuid_text(other) for other in others if other)
+    records = records_in([node])
+    if names := [
+        disk_of(record.name) for record in records if archive_of(record.name) == base.uuid
+    ]:
+        disks = ", ".join(map(name_text, names))
+        return f"its image was that of another disk in the base ({disks})"
+    known = ", ".join(uuid_text(archive_of(record.name)) for record in records)
     if known:
         return (
             f"QEMU records what has changed since another archive ({known}), not since the base "
@@ -236,19 +248,19 @@ def worthless(nodes: Iterable[Answer]) -> list[Command]:
     ]
 
 
-def all_but(nodes: Iterable[Answer], keep: str) -> list[Command]:
-    """Return the commands that remove all records of ours from these nodes but the one named `keep`."""
+def all_but(nodes: Iterable[Answer], keep: bytes) -> list[Command]:
+    """Return the commands that remove all records of ours from these nodes but those of archive `keep`."""
     return [
         remove_bitmap(bitmap.node, bitmap.name)
         for bitmap in records_in(nodes)
-        if bitmap.name != keep and not bitmap.busy
+        if archive_of(bitmap.name) != keep and not bitmap.busy
     ]
 
 
-def named(nodes: Iterable[Answer], name: str) -> list[Command]:
-    """Return the commands that remove the records of this name, wherever they are."""
+def since(nodes: Iterable[Answer], archive: bytes) -> list[Command]:
+    """Return the commands that remove the records since this archive, wherever they are."""
     return [
         remove_bitmap(bitmap.node, bitmap.name)
-        for bitmap in bitmaps_in(nodes)
-        if bitmap.name == name and not bitmap.busy
+        for bitmap in records_in(nodes)
+        if archive_of(bitmap.name) == archive and not bitmap.busy
     ]

@@ -24,10 +24,10 @@ from vmapipe.control.qemu.bitmaps import (
     choose_method,
     job_bitmap,
     merge_bitmap,
-    named,
     node_of,
     remove_bitmap,
     sample_name,
+    since,
     worthless,
 )
 from vmapipe.control.qemu.disks import MachineDisk
@@ -76,7 +76,6 @@ class ChangeTracking:
         self._qmp = qmp
         self._run = run
         self._options = options
-        self._new = bitmap_name(options.archive)
         #: Texts for the user; the caller takes them.
         self.notices: list[str] = []
         # By disk: the node that its jobs' records are on.
@@ -134,7 +133,8 @@ class ChangeTracking:
 
     def _begin_record(self, disk: MachineDisk, node: Answer) -> None:
         refused = ""
-        for command in add_bitmap(str(node["node-name"]), self._new, node):
+        name = bitmap_name(self._options.archive, disk.name)
+        for command in add_bitmap(str(node["node-name"]), name, node):
             refused = self._do(command)
             if not refused:
                 return
@@ -221,11 +221,11 @@ class ChangeTracking:
         """
         self._qmp = qmp
         nodes = self._all_nodes()
-        commands = named(nodes, self._new)
+        commands = since(nodes, self._options.archive)
         if stored:
             tracked = {str(command.arguments["node"]) for command in commands}
             ours = [node for node in nodes if node.get("node-name") in tracked]
-            commands = all_but(ours, self._new)
+            commands = all_but(ours, self._options.archive)
         for command in commands:
             self._do(command)
 

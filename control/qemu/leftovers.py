@@ -71,7 +71,7 @@ def remove_records(qmp: Qmp) -> tuple[str, ...]:
 
     Raises Failure for one that QEMU does not let go.
     """
-    removed = _remove_records(qmp, lambda nodes: all_but(nodes, ""))
+    removed = _remove_records(qmp, lambda nodes: all_but(nodes, b""))
     nodes = qmp.execute(Command("query-named-block-nodes", {"flat": True}))
     if left := records_in(nodes):
         raise Failure(

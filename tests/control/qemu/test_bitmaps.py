@@ -17,6 +17,7 @@ from vmapipe.control.qemu.bitmaps import (
     archive_of,
     bitmap_name,
     choose_method,
+    disk_of,
     node_of,
     of_runs,
     worthless,
@@ -38,7 +39,7 @@ DISK = MachineDisk("disk", "disk", SIZE)
 
 def bitmap(**more: Any) -> dict[str, Any]:
     whole = {"recording": True, "busy": False, "granularity": CLUSTER_BYTES, "count": 0}
-    return {"name": bitmap_name(BASE.uuid), **whole, **more}
+    return {"name": bitmap_name(BASE.uuid, "disk"), **whole, **more}
 
 
 def node(*bitmaps: dict[str, Any], drv: str = "qcow2") -> dict[str, Any]:
@@ -47,7 +48,7 @@ def node(*bitmaps: dict[str, Any], drv: str = "qcow2") -> dict[str, Any]:
 
 def test_a_disk_whose_own_node_has_recorded_since_the_base_is_incremental() -> None:
     method = choose_method(DISK, node({"count": 5}, bitmap(count=3 * CLUSTER_BYTES)), BASE)
-    assert method == (bitmap_name(BASE.uuid), "", 3 * CLUSTER_BYTES)
+    assert method == (bitmap_name(BASE.uuid, "disk"), "", 3 * CLUSTER_BYTES)
     assert method.is_incremental
 
 
@@ -61,8 +62,12 @@ def test_a_disk_whose_own_node_has_recorded_since_the_base_is_incremental() -> N
         (node(bitmap(count=7 * CLUSTER_BYTES)), "more than 50 % of it has changed"),
         (node(), "a snapshot was taken"),
         (node(drv="raw"), "lost whenever QEMU ends"),
-        (node(bitmap(name=bitmap_name(bytes(16)))), "since another archive (00000000-0000-"),
+        (
+            node(bitmap(name=bitmap_name(bytes(16), "disk"))),
+            "since another archive (00000000-0000-",
+        ),
         (node(bitmap(name="libvirt-1")), "QEMU has no record"),
+        (node(bitmap(name=bitmap_name(BASE.uuid, "b"))), "that of another disk in the base ('b')"),
         (None, "no node"),
     ],
 )
@@ -99,14 +104,20 @@ def test_the_record_of_a_backing_file_says_nothing_of_the_disk_above_it() -> Non
     assert node_of("cd", blocks, nodes) is None
 
 
-@given(st.binary(min_size=16, max_size=16), st.text("0123456789abcdefABCDEF-\n", max_size=40))
+@given(
+    st.binary(min_size=16, max_size=16),
+    st.text("0123456789abcdefABCDEF-\n", max_size=40),
+    st.text(min_size=1),
+)
 def test_only_an_archives_uuid_behind_our_prefix_is_a_record_of_ours(
-    uuid: bytes, other: str
+    uuid: bytes, other: str, disk: str
 ) -> None:
-    assert archive_of(bitmap_name(uuid)) == uuid
+    ours = bitmap_name(uuid, disk)
+    assert (archive_of(ours), disk_of(ours)) == (uuid, disk)
     assert archive_of(uuid.hex()) == b""
     name = f"vmapipe-{other}"
-    assert archive_of(name) == b"" or name == bitmap_name(archive_of(name))
+    assert archive_of(name) == b"" or name.startswith(f"vmapipe-{archive_of(name).hex()}")
+    assert not disk_of(name) or name == bitmap_name(archive_of(name), disk_of(name))
 
 
 def test_what_is_not_ours_is_never_removed() -> None:
@@ -266,7 +277,7 @@ def test_backups_that_are_stored_are_incremental_and_leave_one_record() -> None:
     for number in range(1, 5):
         backups.back_up(base, "stored", writes, 0)
         base = number.to_bytes(16, "big")
-        assert list(qemu.bitmaps) == [bitmap_name(base)]
+        assert list(qemu.bitmaps) == [bitmap_name(base, "disk")]
     assert backups.incremental == 3
 
 
@@ -279,5 +290,5 @@ def test_a_backup_that_fails_leaves_the_record_of_the_one_before(fate: str) -> N
     first = (1).to_bytes(16, "big")
     backups.back_up(first, fate, writes, 0)
     left = {"failed": first, "stored": (2).to_bytes(16, "big")}
-    assert list(qemu.bitmaps) == [bitmap_name(left[fate])]
-    assert qemu.bitmaps[bitmap_name(left[fate])]["dirty"]
+    assert list(qemu.bitmaps) == [bitmap_name(left[fate], "disk")]
+    assert qemu.bitmaps[bitmap_name(left[fate], "disk")]["dirty"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tests.control.qemu.tracked_machine import (
 )
 from tests.machine import Need, good, next_event, started, without_limit
 from tests.protocol.nbd.client import Client
+from vmapipe.control.qemu.bitmaps import bitmap_name
 
 
 @pytest.mark.every_qemu
@@ -59,9 +61,9 @@ def test_only_what_has_changed_is_sent_and_the_archive_shows_the_instant(
         check_archive(second, before, tmp_path / "restored")
         assert tracked.machine.is_untouched()
         records = tracked.records()
-        (name,) = records["disk0"]
-        assert records == {f"disk{number}": [name] for number in range(3)}
-        assert name == f"vmapipe-{report['stored']['uuid']}"
+        archive = bytes.fromhex(report["stored"]["uuid"])
+        kept = {f"disk{n}": [bitmap_name(archive, name)] for n, name in enumerate(NAMES)}
+        assert records == kept
 
 
 class Days:
@@ -116,9 +118,13 @@ def test_a_record_lasts_as_long_as_qemu_keeps_it_and_the_report_says_why_not(
         stale = f"vmapipe-{'0' * 32}"
         add("block-dirty-bitmap-add", node="disk0", name=stale, disabled=True)
         add("block-dirty-bitmap-add", node="disk1", name="vmapipe-mine")
-        kept = f"kept for incremental backups: {ours} (--bitmaps removes them)"
-        assert clean_up(tracked) == f"removed {stale}\n{kept}\n"
-        assert clean_up(tracked, "--bitmaps") == f"removed {ours}\n"
+        words = clean_up(tracked).splitlines()
+        assert words[0] == f"removed {stale}"
+        assert ours in words[1]
+        assert words[1].endswith("(--bitmaps removes them)")
+        removed = clean_up(tracked, "--bitmaps").removeprefix("removed ").split(", ")
+        assert len(removed) == len(NAMES)
+        assert ours in [name.strip() for name in removed]
         assert tracked.records() == {"disk1": ["vmapipe-mine"]}
 
 
@@ -180,6 +186,33 @@ def test_a_disk_that_was_shrunk_and_grown_is_found_by_the_sample_and_backed_up_i
         assert "its record is wrong" in report.reasons["a"]
         check_archive(out / "vm-2026-01-03.vma", {"a": image.read_bytes()}, tmp_path / "restored")
         assert Report(good(*backup, out / "vm-2026-01-04.vma")).reasons == {"a": ""}
+
+
+def test_the_record_of_one_disk_is_not_taken_for_that_of_another_whose_image_took_its_place(
+    need: Need, tmp_path: Path, out: Path
+) -> None:
+    """Two disks that differ at one place, which no sample would find."""
+    need("qemu-img", "qemu-storage-daemon")
+    names = ("a", "b")
+    images = {name: tmp_path / f"{name}.qcow2" for name in names}
+    contents = {name: bytearray(random.Random(1).randbytes(40 * CLUSTER)) for name in names}
+    contents["b"][CLUSTER : CLUSTER + 8] = b"the bad!"
+    for name, image in images.items():
+        (tmp_path / "raw").write_bytes(contents[name])
+        words = ["qemu-img", "convert", "-O", "qcow2", "-f", "raw"]
+        subprocess.run([*words, tmp_path / "raw", image], check=True)
+    backup = ("backup", "--json", "--disk", "a", "--disk", "b", "--base", "auto", "--sample", "0")
+    with storage_daemon(tmp_path, **images) as daemon:
+        good(*backup, "--qmp", daemon.qmp, out / "vm-2026-01-01.vma")
+    with storage_daemon(tmp_path, a=images["b"], b=images["a"]) as daemon:
+        archive = out / "vm-2026-01-02.vma"
+        report = Report(good(*backup, "--qmp", daemon.qmp, archive))
+        assert "that of another disk in the base ('b')" in report.reasons["a"]
+        assert "that of another disk in the base ('a')" in report.reasons["b"]
+        swapped = {"a": contents["b"], "b": contents["a"]}
+        check_archive(archive, swapped, tmp_path / "restored")
+        report = Report(good(*backup, "--qmp", daemon.qmp, out / "vm-2026-01-03.vma"))
+        assert report.reasons == {"a": "", "b": ""}
 
 
 def clean_up(tracked: TrackedMachine, *options: str) -> str:
