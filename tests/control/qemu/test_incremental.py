@@ -185,7 +185,6 @@ def test_a_disk_that_was_shrunk_and_grown_is_found_by_the_sample_and_backed_up_i
         assert "This is a full backup instead" in report.notices
         assert "its record is wrong" in report.reasons["a"]
         check_archive(out / "vm-2026-01-03.vma", {"a": image.read_bytes()}, tmp_path / "restored")
-        assert Report(good(*backup, out / "vm-2026-01-04.vma")).reasons == {"a": ""}
 
 
 def test_the_record_of_one_disk_is_not_taken_for_that_of_another_whose_image_took_its_place(
@@ -211,8 +210,6 @@ def test_the_record_of_one_disk_is_not_taken_for_that_of_another_whose_image_too
         assert "that of another disk in the base ('a')" in report.reasons["b"]
         swapped = {"a": contents["b"], "b": contents["a"]}
         check_archive(archive, swapped, tmp_path / "restored")
-        report = Report(good(*backup, "--qmp", daemon.qmp, out / "vm-2026-01-03.vma"))
-        assert report.reasons == {"a": "", "b": ""}
 
 
 def clean_up(tracked: TrackedMachine, *options: str) -> str:
