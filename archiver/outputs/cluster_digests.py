@@ -106,9 +106,8 @@ class DigestFile:
         if base is not None:
             self._kept = frozenset(device.dev_id for device in based.values())
             same_numbers = all(number == device.dev_id for number, device in based.items())
-            if same_numbers and self._places == places(base.devices):
-                self._file.copy_from(base.fd, file_bytes(base.devices))
-            else:
+            same = same_numbers and self._places == places(base.devices)
+            if not (same and self._file.copy_from(base.fd, file_bytes(base.devices))):
                 for number, device in based.items():
                     self._copy(base, number, device)
         self._file.write_at(_HEAD.pack(_MAGIC, _VERSION, uuid, key), 0)

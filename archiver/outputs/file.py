@@ -28,6 +28,8 @@ from vmapipe.runtime.syscalls import write_at
 # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 _FICLONERANGE = 0x4020940D
 _NO_CLONES = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY)
+# Two file systems, one that cannot, a sandbox that forbids; and EIO, which may be the other file's.
+_NO_COPIES = (*_NO_CLONES, errno.ENOSYS, errno.EIO)
 # A shared range is a piece more in the file system's lists: less than a cluster is not worth it.
 _WORTH_SHARING_BYTES = 60 << 10
 # Often enough looked whether it is still wanted.
@@ -131,18 +133,34 @@ class FileOutput(DescriptorOutput):
         """Let it be so long, with zeroes where nothing was written. Raises OutputFailure."""
         self._exclusively(lambda: os.ftruncate(self._fd, length))
 
-    def copy_from(self, fd: int, length: int) -> None:
-        """Begin with the first `length` bytes of another file. Raises OutputFailure."""
-        self._exclusively(self._copy_from, fd, length)
+    def copy_from(self, fd: int, length: int) -> bool:
+        """Begin with the first `length` bytes of another file; False: the kernel does not copy (all of) them.
 
-    def _copy_from(self, fd: int, length: int) -> None:
+        Raises OutputFailure.
+        """
+        copied = False
+
+        def copy() -> None:
+            nonlocal copied
+            copied = self._copy_from(fd, length)
+
+        self._exclusively(copy)
+        return copied
+
+    def _copy_from(self, fd: int, length: int) -> bool:
         at = 0
         while at < length:
             self._check()
-            got = os.copy_file_range(fd, self._fd, min(_COPY_BYTES, length - at), at, at)
+            try:
+                got = os.copy_file_range(fd, self._fd, min(_COPY_BYTES, length - at), at, at)
+            except OSError as error:
+                if error.errno not in _NO_COPIES:
+                    raise
+                return False
             if not got:
-                raise OSError(errno.EIO, "the file that is copied has become shorter")
+                return False
             at += got
+        return True
 
     def _complete(self) -> None:
         os.fsync(self._fd)

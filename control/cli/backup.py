@@ -219,6 +219,8 @@ def _check_base_options(options: argparse.Namespace) -> None:
     """Raises UsageError."""
     if options.base == "none":
         return
+    if not options.base:
+        raise UsageError("--base is empty: say auto, none, or the path of an archive")
     if options.uuid and options.qmp:
         raise UsageError(
             "--base with --qmp: QEMU's records of what has changed are named after the uuid of their "

@@ -34,8 +34,8 @@ from vmapipe.runtime.text import human_bytes, name_text, one_line
 
 DESCRIPTION = """\
 Say which archives in a folder are no longer needed, and with --yes remove them,
-each with its log, notes, manifest and what `vmapipe drill` has kept. The rules are those of Proxmox VE and
-Proxmox Backup Server. An archive belongs to the machine, and is from the time,
+each with its log, notes, manifest, digests and what `vmapipe drill` has kept. The rules are those of
+Proxmox VE and Proxmox Backup Server. An incremental archive needs no other one: any may go. An archive belongs to the machine, and is from the time,
 that its name says: vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma.
 Other files are left alone; so is an archive with a file ARCHIVE.protected beside it,
 and one whose name is a time to come. In a folder where a service stores, nothing goes

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -271,6 +272,7 @@ def test_a_backup_whose_base_is_damaged_becomes_a_full_one_by_itself(
 def test_the_base_option_excludes_what_it_cannot_do(disk: Path, base: Path, tmp_path: Path) -> None:
     words = ("--base", base, "--disk", f"a={disk}", tmp_path / "new.vma")
     assert "--reproducible" in bad("backup", "--reproducible", *words, code=2)
+    assert "--base is empty" in bad("backup", *words, "--base", "", code=2)
 
 
 # --- disks at rest: what has changed is found by digests ---
@@ -381,6 +383,21 @@ def test_a_base_that_vanishes_in_the_middle_is_used_to_its_end(tmp_path: Path) -
         _, said = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, said
     assert restored(new, tmp_path / "out") == disk.read_bytes()
+
+
+def test_a_base_may_lie_on_another_file_system(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk", PATTERN, tail_bytes=5000)
+    first = tmp_path / "vm-2026-01-01.vma"
+    incremental(disk, first)
+    change(disk, 3)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as there:
+        assert os.stat(there).st_dev != tmp_path.stat().st_dev, "one file system"
+        new = Path(there) / "vm-2026-01-02.vma"
+        good("backup", "--base", first, "--disk", f"a={disk}", new)
+        assert restored(new, tmp_path / "out") == disk.read_bytes()
+        # The digests came over, too: nothing but them would tell what is unchanged.
+        told = incremental(disk, Path(there) / "vm-2026-01-03.vma")
+        assert told["transfer"]["sent_bytes"] == 0
 
 
 def test_two_backups_with_one_base_at_once_both_end_well(tmp_path: Path) -> None:
