@@ -219,7 +219,8 @@ class DomainGuardian:
         """End the job and remove the files."""
         resumed = False
         if self._has_job:
-            jobs = self._reached(_BACK_S)
+            # A backup that is lost has waited for the daemon already.
+            jobs = self._reached(0.0 if self._is_lost else _BACK_S)
             if jobs is None:
                 raise Failure("libvirt's daemon does not answer")
             resumed = jobs.end()
