@@ -10,6 +10,7 @@ from typing import NamedTuple
 from xml.sax.saxutils import quoteattr
 
 from vmapipe.access.machine.domain_xml import Element, XmlError, parse_xml
+from vmapipe.control.hosts.libvirt.domain import disks_of
 
 #: Our scratch folders: the domain's uuid, and the backup's own id.
 FOLDER = re.compile(r"vmapipe-scratch-([0-9a-f]{32})-([0-9a-f]{8})")
@@ -70,14 +71,20 @@ def archive_of(name: str) -> str:
     return match[1] if match else ""
 
 
-def checkpoint_disks(xml: str) -> list[str]:
-    """Return the targets of the disks whose changes a checkpoint records."""
+def checkpoint_disks(xml: str) -> dict[str, str]:
+    """Return the disks whose changes a checkpoint records: the image of each then, by its target.
+
+    A checkpoint's bitmaps have one name on all disks: whether a bitmap is of this disk only the
+    image tells, by the domain's description of that time. Empty: it is not in the XML.
+    """
     try:
         root = parse_xml(xml.encode("utf-8", "surrogateescape"))
     except XmlError:
-        return []
+        return {}
+    images = {disk.target: disk.path for disk in disks_of(root.find("domain"))}
     disks = root.find("disks").all("disk")
-    return [disk.get("name") for disk in disks if disk.get("checkpoint") == "bitmap"]
+    recorded = [disk.get("name") for disk in disks if disk.get("checkpoint") == "bitmap"]
+    return {target: images.get(target, "") for target in recorded}
 
 
 class JobPlaces(NamedTuple):

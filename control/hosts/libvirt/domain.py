@@ -112,7 +112,7 @@ def read_domain(xml: str) -> Domain:
     return Domain(
         name=root.find("name").text,
         uuid=root.find("uuid").text,
-        disks=tuple(_disk(disk) for disk in devices.all("disk")),
+        disks=disks_of(root),
         has_uefi=root.find("os").get("firmware") == "efi"
         or root.find("os/loader").get("type") == "pflash",
         nvram=path,
@@ -123,6 +123,11 @@ def read_domain(xml: str) -> Domain:
         ),
         outside=tuple(_outside(devices)),
     )
+
+
+def disks_of(domain: Element) -> tuple[DomainDisk, ...]:
+    """Return the disks of a <domain>, in its order."""
+    return tuple(_disk(disk) for disk in domain.find("devices").all("disk"))
 
 
 def _disk(disk: Element) -> DomainDisk:

@@ -115,8 +115,8 @@ class DomainJobs:
         self.host.call(self.domain.resume)
         return True
 
-    def checkpoints(self) -> dict[str, list[str]]:
-        """Return the checkpoints of ours: the disks of each, by its name."""
+    def checkpoints(self) -> dict[str, dict[str, str]]:
+        """Return the checkpoints of ours by name: the disks of each, as `checkpoint_disks` has them."""
         lib = self.host.lib
         try:
             found = self.host.call(self.domain.listAllCheckpoints)

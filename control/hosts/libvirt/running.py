@@ -177,8 +177,13 @@ class DomainBackup:
         self._checkpoint = checkpoint_name(str(uuid.UUID(bytes=archive)))
         if base is not None:
             name = checkpoint_name(str(uuid.UUID(bytes=base)))
-            known = self._seen["checkpoints"].get(name, [])
-            self._since = {d.disk.target: name for d in self._taken if d.disk.target in known}
+            known = self._seen["checkpoints"].get(name, {})
+            # Another image has its target now: its bitmap of this name is another disk's.
+            self._since = {
+                d.disk.target: name
+                for d in self._taken
+                if d.disk.path and known.get(d.disk.target) == d.disk.path
+            }
         targets = {chosen.name: chosen.disk.target for chosen in self._taken}
         self.disks = [
             disk._replace(reading=(*disk.reading, f"--bitmap={targets[disk.name]}"))

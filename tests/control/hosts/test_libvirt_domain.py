@@ -154,5 +154,14 @@ def test_a_checkpoint_says_of_which_archive_it_is_and_anothers_is_nobodys() -> N
     name = checkpoint_name(uuid)
     assert archive_of(name) == uuid
     assert archive_of("virtnbdbackup.0") == archive_of(f"{name}x") == ""
-    assert checkpoint_disks(checkpoint_xml(name, ["vda"], ["vdb"])) == ["vda"]
-    assert checkpoint_disks("<no") == []
+    xml = checkpoint_xml(name, ["vda", "vdc"], ["vdb"])
+    assert checkpoint_disks(xml) == {"vda": "", "vdc": ""}
+    disks = "".join(
+        f"<disk type='file' device='disk'><source file='/{image}'/><target dev='{target}'/></disk>"
+        for target, image in (("vda", "a.qcow2"), ("vdb", "b.qcow2"))
+    )
+    xml = xml.replace(
+        "</domaincheckpoint>", f"<domain><devices>{disks}</devices></domain></domaincheckpoint>"
+    )
+    assert checkpoint_disks(xml) == {"vda": "/a.qcow2", "vdc": ""}
+    assert checkpoint_disks("<no") == {}
