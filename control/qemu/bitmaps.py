@@ -4,10 +4,12 @@
 A bitmap of ours is called `vmapipe-`, the uuid of the archive since whose instant it records, and the
 disk's name in it. So it is worth what its name says after any crash, copy or roll-back of an image,
 and when the images of two disks change places: an archive of that uuid, checked, and this bitmap,
-whole, on the disk's own node, make an incremental backup. All else is a full one. Two of them are there during a backup: the old one, which records all along, and
-the new one, which is added a little before the instant; QEMU never clears either. When the
-archive is on disk the old one goes, else the new one. The job itself reads a third one, which is
-the run's, and which has the sampled clusters besides (see sample.py). Pure.
+whole, on the disk's own node, make an incremental backup. All else is a full one.
+
+Two of them are there during a backup: the old one, which records all along, and the new one, which is
+added a little before the instant; QEMU never clears either. When the archive is on disk the old
+one goes, else the new one. The job itself reads a third one, which is the run's, and which has
+the sampled clusters besides (see sample.py). Pure.
 """
 
 from __future__ import annotations
