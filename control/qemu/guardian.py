@@ -29,6 +29,7 @@ from vmapipe.control.qmp.addresses import Address, is_listening, parse_address
 from vmapipe.control.qmp.client import open_link
 from vmapipe.control.qmp.connection import QmpGone
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.outliving import ignore_ending_signals, start_outliving
 
 READY = b"ready"
 WATCH = b"watch "
@@ -176,11 +177,8 @@ def _kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
-def _ignore_signals() -> None:
-    """Ignore the signals that end a backup: they must not end its guardian. SIGKILL can."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(signum, signal.SIG_IGN)
-    # When memory runs out others go first; only root may ask for that.
+def _go_last_when_memory_runs_out() -> None:
+    # Only root may ask for that.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("-900")
 
@@ -194,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sink", action="append", default=[], metavar="FD=BYTES")
     parser.add_argument("--stream", type=int, metavar="FD")
     options = parser.parse_args(argv)
-    _ignore_signals()
+    ignore_ending_signals()
+    _go_last_when_memory_runs_out()
     targets: list[DropTarget | StreamDrain] = []
     for word in options.sink:
         fd, _, size = word.partition("=")
@@ -247,28 +246,15 @@ class GuardianClient:
 
         `stream_fd`: what the machine's memory is read from; None: it is not saved.
         """
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         argv = [*monitor, "--run", run, "--folder", folder]
         argv += [f"--sink={sink.listener.fileno()}={sink.size_bytes}" for sink in sinks]
         fds = [sink.listener.fileno() for sink in sinks]
         if stream_fd is not None:
             argv.append(f"--stream={stream_fd}")
             fds.append(stream_fd)
-        with theirs:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "vmapipe.control.qemu.guardian", *argv),
-                    *("--control-fd", str(theirs.fileno())),
-                ],
-                pass_fds=[theirs.fileno(), *fds],
-                # It may outlive us: readers of our output must see its end,
-                # and no terminal's signal is meant for it.
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-            )
+        self._socket, self._process = start_outliving(
+            "vmapipe.control.qemu.guardian", argv, fds, socket.SOCK_SEQPACKET
+        )
         self._socket.settimeout(_START_S)
         try:
             is_ready = self._socket.recv(MAX_MESSAGE_BYTES) == READY

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -32,6 +31,7 @@ from vmapipe.control.qemu.tpm import find_tpm, read_now, read_volume
 from vmapipe.runtime.errors import EXIT_FAILED, Failure, os_error_text
 from vmapipe.runtime.events import LineSplitter
 from vmapipe.runtime.folders import MAX_SOCKET_PATH_BYTES
+from vmapipe.runtime.outliving import ignore_ending_signals
 from vmapipe.runtime.syscalls import readable
 from vmapipe.runtime.text import human_bytes
 
@@ -413,9 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--domain", required=True)
     parser.add_argument("--scratch", required=True)
     options = parser.parse_args(argv)
-    # What ends a backup must not end its guardian.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(signum, signal.SIG_IGN)
+    ignore_ending_signals()
     control = socket.socket(fileno=options.control_fd)
     guardian = DomainGuardian(control, options.connect, options.domain, options.scratch)
     # At once: threads of the library may wait for a daemon that hangs.

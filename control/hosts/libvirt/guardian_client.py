@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
-import sys
 import time
 from typing import Any
 
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import LineSplitter
+from vmapipe.runtime.outliving import start_outliving
 from vmapipe.runtime.syscalls import readable
 
 # What an order may take: libvirt's own calls, one after the other, and some to spare.
@@ -23,22 +22,10 @@ class DomainGuardianClient:
     """A guardian process, started here. `ask` raises Failure, Cancelled."""
 
     def __init__(self, uri: str, domain: str, scratch: str) -> None:
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            words = [f"--connect={uri}", f"--domain={domain}", f"--scratch={scratch}"]
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "vmapipe.control.hosts.libvirt.guardian"),
-                    *(f"--control-fd={theirs.fileno()}", *words),
-                ],
-                pass_fds=[theirs.fileno()],
-                # It may outlive us, see control/qemu/guardian.py.
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-            )
+        self._socket, self._process = start_outliving(
+            "vmapipe.control.hosts.libvirt.guardian",
+            [f"--connect={uri}", f"--domain={domain}", f"--scratch={scratch}"],
+        )
         self._splitter = LineSplitter()
         self._answers: list[dict[str, Any]] = []
         #: True: it has ended, whatever it had to do.

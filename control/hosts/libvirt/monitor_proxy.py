@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from vmapipe.control.qemu.jobs import PREFIX
 from vmapipe.control.qmp.server import RequestReader
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import OwnFolder
+from vmapipe.runtime.outliving import ignore_ending_signals, start_outliving
 from vmapipe.runtime.syscalls import readable
 
 # A transaction waits for what the guest has under way; our clients wait 30 s for an answer.
@@ -153,8 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--domain", required=True)
     options = parser.parse_args(argv)
     # A backup's guardian needs it whatever ends the backup.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(signum, signal.SIG_IGN)
+    ignore_ending_signals()
     control = socket.socket(fileno=options.control_fd)
     try:
         with OwnFolder("qmp") as folder, socket.socket(socket.AF_UNIX) as listener:
@@ -177,20 +176,10 @@ class MonitorProxyClient:
 
     def __init__(self, uri: str, domain: str) -> None:
         """Raises Failure."""
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "vmapipe.control.hosts.libvirt.monitor_proxy"),
-                    *(f"--control-fd={theirs.fileno()}", f"--connect={uri}", f"--domain={domain}"),
-                ],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-            )
+        self._socket, self._process = start_outliving(
+            "vmapipe.control.hosts.libvirt.monitor_proxy",
+            [f"--connect={uri}", f"--domain={domain}"],
+        )
         deadline, said = time.monotonic() + _START_S, b""
         while not said.endswith(b"\n") and time.monotonic() < deadline:
             if readable([self._socket.fileno()], 1.0):
