@@ -65,8 +65,12 @@ class FileReader:
         offset: int = 0,
         length: int = 0,
     ) -> Iterator[FromParser]:
+        """`answers` to the command of these words."""
+        return self.answers(Ask(action, disk, where, path, offset, length))
+
+    def answers(self, asked: Ask) -> Iterator[FromParser]:
         """The answers to one command, less the reads. Raises Failure, Cancelled."""
-        self._tell(Ask(action, disk, where, path, offset, length))
+        self._tell(asked)
         for _ in range(_MAX_MESSAGES):
             message = self._hear()
             match message:

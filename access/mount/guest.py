@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from vmapipe.access.files.copies import shown
 from vmapipe.access.files.engines import is_for_vm
 from vmapipe.access.files.messages import (
+    Ask,
     Entry,
     EntryFailed,
     FileData,
@@ -29,6 +30,7 @@ from vmapipe.access.files.session import EngineEnded, FileReader, place_of
 from vmapipe.runtime.errors import Cancelled, Failure, os_error_text
 
 Report = Callable[[str], None]
+Look = Callable[[Iterator[FromParser]], list[FromParser]]
 # Entries that are remembered of a disk's folders: some 200 MiB at the very most, and more than `find`
 # has in its hands at a time.
 _MAX_ENTRIES = 200_000
@@ -54,19 +56,9 @@ class GuestReader:
         #: What it has answered to "volumes": they do not change.
         self.volumes: list[Volume] | None = None
 
-    def ask(
-        self,
-        look: Callable[[Iterator[FromParser]], list[FromParser]],
-        action: str,
-        disk: int,
-        volume: bytes = b"",
-        path: bytes = b"/",
-        offset: int = 0,
-        length: int = 0,
-    ) -> list[FromParser]:
+    def ask(self, asked: Ask, look: Look) -> list[FromParser]:
         """Return what `look` makes of the answer. Raises what it raises, Failure, Cancelled."""
-        asked = (look, action, disk, volume, path, offset, length)
-        return self._thread.submit(self._ask, *asked).result()
+        return self._thread.submit(self._ask, asked, look).result()
 
     def close(self) -> None:
         """End the engine. What is being asked fails."""
@@ -75,32 +67,22 @@ class GuestReader:
 
     # --- in the thread ---
 
-    def _ask(
-        self,
-        look: Callable[[Iterator[FromParser]], list[FromParser]],
-        action: str,
-        disk: int,
-        volume: bytes,
-        path: bytes,
-        offset: int,
-        length: int,
-    ) -> list[FromParser]:
-        for was_there in (self._reader is not None, False):
-            if self._reader is None:
-                self._reader = self._started()
-            try:
-                answer = self._reader.ask(action, disk, volume, path, offset=offset, length=length)
-                return look(answer)
-            except EngineEnded:
-                self._end()
-                if not was_there:
-                    raise
-            except Cancelled:
+    def _ask(self, asked: Ask, look: Look) -> list[FromParser]:
+        was_there = self._reader is not None
+        if self._reader is None:
+            self._reader = self._started()
+        try:
+            return look(self._reader.answers(asked))
+        except EngineEnded:
+            self._end()
+            if not was_there:
                 raise
-            except Failure:
-                self._end()
-                raise
-        raise EngineEnded(f"{self._name}: what reads its files ends again and again")
+            return self._ask(asked, look)
+        except Cancelled:
+            raise
+        except Failure:
+            self._end()
+            raise
 
     def _started(self) -> FileReader:
         try:
@@ -185,7 +167,7 @@ class GuestDisk:
 
     def _volumes_of(self, reader: GuestReader) -> dict[bytes, Volume]:
         if reader.volumes is None:
-            answer = self._ask_reader(reader, "volumes", -1)
+            answer = self._ask_reader(reader, Ask("volumes", -1, b"", b"/", 0, 0))
             reader.volumes = [message for message in answer if isinstance(message, Volume)]
         return {item.name: item for item in reader.volumes if item.disk == self._index}
 
@@ -258,25 +240,12 @@ class GuestDisk:
         reader = self._vm if volume in self._in_vm else self._parser
         if reader is None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        return self._ask_reader(reader, action, self._index, volume, path, offset, length)
+        return self._ask_reader(reader, Ask(action, self._index, volume, path, offset, length))
 
-    def _ask_reader(
-        self,
-        reader: GuestReader,
-        action: str,
-        disk: int,
-        volume: bytes = b"",
-        path: bytes = b"/",
-        offset: int = 0,
-        length: int = 0,
-    ) -> list[FromParser]:
+    def _ask_reader(self, reader: GuestReader, asked: Ask) -> list[FromParser]:
         """The whole answer. Raises OSError."""
-
-        def look(answer: Iterator[FromParser]) -> list[FromParser]:
-            return list(self._looked_at(answer, path))
-
         try:
-            return reader.ask(look, action, disk, volume, path, offset, length)
+            return reader.ask(asked, lambda answer: list(self._looked_at(answer, asked.path)))
         except Cancelled as error:
             raise OSError(errno.EIO, str(error)) from error
         except Failure as error:

@@ -23,6 +23,7 @@ from tests.machine import LIMIT_S, VMAPIPE, Need, bad, eventually, good, make_di
 from vmapipe.access.files.messages import (
     FILE,
     AnswerEnd,
+    Ask,
     Entry,
     EntryFailed,
     FileData,
@@ -352,12 +353,12 @@ def test_without_the_extra_it_says_what_to_install(work: Path, tmp_path: Path) -
 class Hostile(FileReader):
     """In an engine's place: answers with what it was given."""
 
-    answers: tuple[FromParser, ...] = ()
+    prepared: tuple[FromParser, ...] = ()
 
     def close(self) -> None: ...
 
-    def ask(self, *_: object, **__: object) -> Iterator[FromParser]:
-        yield from self.answers
+    def answers(self, _: Ask) -> Iterator[FromParser]:
+        yield from self.prepared
 
 
 def entry(path: bytes, kind: int = FILE) -> Entry:
@@ -378,7 +379,7 @@ def test_names_that_no_folder_can_hold_are_left_out_and_told(
     disk, told = hostile
     odd = [b"/top/..", b"/top/.", b"/top/", b"/top/a/b", b"/a", b"/top/\0", b"/top/" + b"n" * 256]
     answers = (*map(entry, odd), entry(b"/top/good"))
-    monkeypatch.setattr(Hostile, "answers", answers)
+    monkeypatch.setattr(Hostile, "prepared", answers)
     assert list(disk.entries(b"1", b"/top")) == [b"good"]
     assert len(told) == len(odd)
 
@@ -388,11 +389,11 @@ def test_a_folder_without_an_end_and_bytes_that_were_not_asked_for_are_errors(
 ) -> None:
     disk, told = hostile
     monkeypatch.setattr(guest_module, "_MAX_ENTRIES", 100)
-    monkeypatch.setattr(Hostile, "answers", tuple(entry(b"/%d" % n) for n in range(1000)))
+    monkeypatch.setattr(Hostile, "prepared", tuple(entry(b"/%d" % n) for n in range(1000)))
     with pytest.raises(OSError, match="more than 100 entries"):
         disk.entries(b"1", b"/")
     for data in (FileData(0, b"abc"), FileData(12, b"xxxx"), FileData(9, b"x")):
-        monkeypatch.setattr(Hostile, "answers", (data,))
+        monkeypatch.setattr(Hostile, "prepared", (data,))
         with pytest.raises(OSError, match="not asked for"):
             disk.read(b"1", b"/f", 10, 5)
     assert told
@@ -405,10 +406,10 @@ def test_what_is_remembered_of_folders_is_bounded_and_the_rest_asked_again(
     monkeypatch.setattr(guest_module, "_MAX_ENTRIES", 100)
     for folder in range(20):
         answers = tuple(entry(b"/%d/%d" % (folder, n)) for n in range(30))
-        monkeypatch.setattr(Hostile, "answers", answers)
+        monkeypatch.setattr(Hostile, "prepared", answers)
         assert len(disk.entries(b"1", b"/%d" % folder)) == 30
     # The latest ones are remembered, and what was forgotten for them is asked for again.
-    monkeypatch.setattr(Hostile, "answers", ())
+    monkeypatch.setattr(Hostile, "prepared", ())
     assert [len(disk.entries(b"1", b"/%d" % folder)) for folder in (17, 18, 19)] == [30] * 3
     assert [len(disk.entries(b"1", b"/%d" % folder)) for folder in range(17)] == [0] * 17
 
@@ -418,7 +419,7 @@ def test_an_entry_that_fails_costs_only_itself(
 ) -> None:
     disk, told = hostile
     monkeypatch.setattr(
-        Hostile, "answers", (entry(b"/a"), EntryFailed(b"/b", b"bad block"), entry(b"/c"))
+        Hostile, "prepared", (entry(b"/a"), EntryFailed(b"/b", b"bad block"), entry(b"/c"))
     )
     assert list(disk.entries(b"1", b"/")) == [b"a", b"c"]
     assert told == ["d: '/b': bad block"]
@@ -434,7 +435,7 @@ def test_volumes_of_a_group_and_a_partition_are_asked_once(
         Volume(0, b"/vg/root", 0, 10, b"ext4", True, (b"lvm",), b"", False),
         AnswerEnd(),
     )
-    monkeypatch.setattr(Hostile, "answers", volumes)
+    monkeypatch.setattr(Hostile, "prepared", volumes)
     assert [volume.name for volume in disk.volumes()] == [b"1", b"/vg/root"]
-    monkeypatch.setattr(Hostile, "answers", ())
+    monkeypatch.setattr(Hostile, "prepared", ())
     assert len(disk.volumes()) == 2
