@@ -45,10 +45,9 @@ from vmapipe.control.qemu.leftovers import (
     remove_leftovers,
     remove_worthless_records,
 )
-from vmapipe.control.qemu.machine_view import qemu_pid, see_machine
+from vmapipe.control.qemu.machine_view import check_run_state, is_running, qemu_pid, see_machine
 from vmapipe.control.qemu.poweroff import PoweroffHold
 from vmapipe.control.qemu.qemu_process import uid_of_qemu
-from vmapipe.control.qemu.run_state import check_run_state, is_running
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qemu.tpm import TpmState
 from vmapipe.control.qemu.undo import clean_up

@@ -21,10 +21,9 @@ from vmapipe.control.qemu.cbw_filters import disks_to_hand_over, needed_release
 from vmapipe.control.qemu.disks import DiskChoice, DiskChoiceOptions, Machine, choose_disks
 from vmapipe.control.qemu.guest_agent import GuestAgent
 from vmapipe.control.qemu.jobs import PREFIX, own_targets
-from vmapipe.control.qemu.machine_view import qemu_pid, see_machine
+from vmapipe.control.qemu.machine_view import check_run_state, qemu_pid, see_machine
 from vmapipe.control.qemu.poweroff import find_poweroff_notes
 from vmapipe.control.qemu.qemu_process import uid_of_qemu
-from vmapipe.control.qemu.run_state import check_run_state
 from vmapipe.control.qemu.undo import find_memory_notes, find_own_objects
 from vmapipe.control.qmp.addresses import Address, is_listening, parse_address
 from vmapipe.control.qmp.client import open_link
