@@ -77,34 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="ENDPOINT",
         help="where producers connect: ipc://PATH, or tcp://ADDRESS:PORT",
     )
-    one = parser.add_argument_group("for one archive")
-    one.add_argument(
-        "--output",
-        metavar="ARCHIVE",
-        help="a new file, - (stdout), a FIFO or device, exec:CMD, fd:N, /dev/fdset/N "
-        "or s3://BUCKET/KEY; without --device, --expect and --config s3://BUCKET/PREFIX is as "
-        "--directory",
-    )
-    one.add_argument(
-        "--device",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a device that must come; repeated: all of them, in the archive's order",
-    )
-    one.add_argument(
-        "--expect",
-        type=int,
-        default=0,
-        metavar="N",
-        help="take the first N devices that come, whatever their names",
-    )
-    one.add_argument(
-        "--job",
-        type=job_id,
-        metavar="HEX",
-        help="the job's id, 32 hex digits (default: the first producer's)",
-    )
+    _add_archive_options(parser)
     parser.add_argument(
         "--heartbeat",
         type=int,
@@ -141,6 +114,44 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     # Of a stable archive of disks at rest: one after the other, as --reproducible has it.
     parser.add_argument("--in-turn", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--manifest-events", action="store_true", help=argparse.SUPPRESS)
+    # For the archivers of a service, whose producers only seem to be on this host.
+    parser.add_argument("--from-afar", action="store_true", help=argparse.SUPPRESS)
+    add_service_options(parser)
+    tcp = parser.add_argument_group("over tcp://")
+    add_tcp_options(tcp, "its key pair, and clients/NAME.pub for each client that may come")
+    add_child_options(parser)
+
+
+def _add_archive_options(parser: argparse.ArgumentParser) -> None:
+    one = parser.add_argument_group("for one archive")
+    one.add_argument(
+        "--output",
+        metavar="ARCHIVE",
+        help="a new file, - (stdout), a FIFO or device, exec:CMD, fd:N, /dev/fdset/N "
+        "or s3://BUCKET/KEY; without --device, --expect and --config s3://BUCKET/PREFIX is as "
+        "--directory",
+    )
+    one.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a device that must come; repeated: all of them, in the archive's order",
+    )
+    one.add_argument(
+        "--expect",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take the first N devices that come, whatever their names",
+    )
+    one.add_argument(
+        "--job",
+        type=job_id,
+        metavar="HEX",
+        help="the job's id, 32 hex digits (default: the first producer's)",
+    )
     one.add_argument(
         "--base",
         metavar="ARCHIVE",
@@ -153,13 +164,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="make a digest of each cluster, too, in ARCHIVE.digests beside a file: with them a later "
         "backup with this one as its base need not send what it reads unchanged",
     )
-    parser.add_argument("--manifest-events", action="store_true", help=argparse.SUPPRESS)
-    # For the archivers of a service, whose producers only seem to be on this host.
-    parser.add_argument("--from-afar", action="store_true", help=argparse.SUPPRESS)
-    add_service_options(parser)
-    tcp = parser.add_argument_group("over tcp://")
-    add_tcp_options(tcp, "its key pair, and clients/NAME.pub for each client that may come")
-    add_child_options(parser)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "vmapipe archiver") -> int:
