@@ -136,27 +136,8 @@ class _Cpio:
         self._out.write(bytes(-self._out.tell() % 4))
 
 
-class Guest:
-    """A running guest: its script's port is the standard input and output of QEMU."""
-
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
-        assert process.stdout is not None
-        self.process = process
-        self._folder = folder
-        self._said: list[str] = []
-        self._unread = b""
-        # The first line is not the script's.
-        self._has_begun = False
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(process.stdout, selectors.EVENT_READ)
-
-    def close(self) -> None:
-        self._selector.close()
-
-    @property
-    def kernel_log(self) -> list[str]:
-        """What the guest's kernel and its programs have said to its first port, but for the script."""
-        return self._lines("console")
+class ScriptPort:
+    """The port of a guest's script: what it says, a line at a time, and what it is told."""
 
     def hear(self, what: str, limit_s: float = LIMIT_S) -> list[str]:
         """What the script says up to the line `what`, without that."""
@@ -179,9 +160,7 @@ class Guest:
 
     def tell(self, line: str) -> None:
         """A line for the script's `read`."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(line.encode() + b"\n")
-        self.process.stdin.flush()
+        raise NotImplementedError
 
     def _word(self, deadline: float, what: str) -> str:
         line = self._line(deadline)
@@ -191,6 +170,41 @@ class Guest:
 
     def _line(self, deadline: float) -> str | None:
         """None: there was none in time, or QEMU has ended."""
+        raise NotImplementedError
+
+    def _last_words(self) -> str:
+        """What is known of the guest, for an error."""
+        raise NotImplementedError
+
+
+class Guest(ScriptPort):
+    """A running guest: its script's port is the standard input and output of QEMU."""
+
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
+        assert process.stdout is not None
+        self.process = process
+        self._folder = folder
+        self._said: list[str] = []
+        self._unread = b""
+        # The first line is not the script's.
+        self._has_begun = False
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(process.stdout, selectors.EVENT_READ)
+
+    def close(self) -> None:
+        self._selector.close()
+
+    @property
+    def kernel_log(self) -> list[str]:
+        """What the guest's kernel and its programs have said to its first port, but for the script."""
+        return self._lines("console")
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def _line(self, deadline: float) -> str | None:
         assert self.process.stdout is not None
         while b"\n" not in self._unread:
             if not self._selector.select(max(0.0, deadline - time.monotonic())):

@@ -20,7 +20,7 @@ import psutil
 
 from tests.control.qemu.agent import with_agent
 from tests.control.qemu.running_guest import SCRIPT, RunningGuest
-from tests.guest import find_kernel, make_initramfs
+from tests.guest import ScriptPort, find_kernel, make_initramfs
 from tests.machine import LIMIT_S, Need, eventually, listens
 from vmapipe.runtime.syscalls import readable
 
@@ -138,44 +138,22 @@ class Libvirtd:
             self("define", file.name)
 
 
-class Console:
-    """The port of a guest's script, as `tests.guest.Guest` has it, of a domain."""
+class Console(ScriptPort):
+    """The port of a guest's script, of a domain."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._unread = b""
+        self._said: list[str] = []
         self._socket.connect(str(path))
 
     def close(self) -> None:
         self._socket.close()
 
-    def hear(self, what: str, limit_s: float = LIMIT_S) -> list[str]:
-        """What the script says up to the line `what`, without that."""
-        deadline = time.monotonic() + limit_s
-        said: list[str] = []
-        while (line := self._line(deadline)) != what:
-            assert line is not None, f"the guest never said {what!r}: {said[-20:]}"
-            said.append(line)
-        return said
-
-    def hear_next(self, limit_s: float = LIMIT_S) -> str:
-        """What the script says next."""
-        line = self._line(time.monotonic() + limit_s)
-        assert line is not None, "the guest said nothing"
-        return line
-
-    def has_said(self) -> list[str]:
-        """What nobody has heard yet, without waiting for more."""
-        said = []
-        while (line := self._line(time.monotonic())) is not None:
-            said.append(line)
-        return said
-
     def tell(self, line: str) -> None:
         self._socket.sendall(line.encode() + b"\n")
 
     def _line(self, deadline: float) -> str | None:
-        """None: there was none in time."""
         while b"\n" not in self._unread:
             if not readable([self._socket.fileno()], max(0.0, deadline - time.monotonic())):
                 return None
@@ -185,7 +163,11 @@ class Console:
         raw, _, self._unread = self._unread.partition(b"\n")
         line = raw.decode(errors="replace").rstrip("\r")
         assert not line.startswith("failed"), line
+        self._said.append(line)
         return line
+
+    def _last_words(self) -> str:
+        return "\n".join(self._said[-20:])
 
 
 class DomainGuest(RunningGuest):

@@ -17,52 +17,12 @@ from typing import Any
 import pytest
 
 from tests.control.qemu.daemon_backup import BOTH, busy_guest, restored
+from tests.control.qemu.neighbour import Neighbour, visiting
 from tests.control.qemu.storage_daemon import StorageDaemon
 from tests.machine import LIMIT_S, bad, end_of, eventually, good, next_event, started, without_limit
 from vmapipe.control.qmp.addresses import Address
 from vmapipe.control.qmp.client import QmpClient, SharedQmp, _SharedPeer
-from vmapipe.control.qmp.connection import Command, QmpGone, QmpPeer, QmpRefused
-
-
-class Neighbour(threading.Thread):
-    """Connects for a moment again and again and asks, as Proxmox VE's services do."""
-
-    def __init__(self, qmp: Path, pause_s: float) -> None:
-        super().__init__(daemon=True)
-        self._qmp = str(qmp)
-        self._pause_s = pause_s
-        self._is_over = threading.Event()
-        #: How long each question took; infinite: it was not answered.
-        self.took_s: list[float] = []
-
-    def run(self) -> None:
-        peer = QmpPeer()
-        peer.greeting_s = peer.answer_s = LIMIT_S
-        while not self._is_over.wait(self._pause_s):
-            asked_at = time.monotonic()
-            try:
-                client = QmpClient(self._qmp, peer)
-                try:
-                    client.execute(Command("query-jobs", {}))
-                finally:
-                    client.close()
-                self.took_s.append(time.monotonic() - asked_at)
-            except (QmpGone, QmpRefused):
-                self.took_s.append(float("inf"))
-
-    def finish(self) -> None:
-        self._is_over.set()
-        self.join(LIMIT_S)
-
-
-@contextlib.contextmanager
-def neighbour(qmp: Path, pause_s: float) -> Iterator[Neighbour]:
-    asking = Neighbour(qmp, pause_s)
-    asking.start()
-    try:
-        yield asking
-    finally:
-        asking.finish()
+from vmapipe.control.qmp.connection import Command, QmpGone, QmpPeer
 
 
 class Meter(threading.Thread):
@@ -125,7 +85,7 @@ def test_whoever_asks_meanwhile_is_answered_and_the_archive_is_right(
     daemon: StorageDaemon, contents: dict[str, bytes], out: Path, tmp_path: Path
 ) -> None:
     words = ("backup", "--json", "--qmp", daemon.qmp, "--qmp-share", *BOTH, "--speed", "2M")
-    with neighbour(daemon.qmp, 0.2) as asking, started(*words, out / "vm.vma") as process:
+    with visiting(Neighbour(daemon.qmp, 0.2)) as asking, started(*words, out / "vm.vma") as process:
         next_event(process, "instant")
         before = len(asking.took_s)
         assert eventually(lambda: len(asking.took_s) > before + 10)
@@ -155,7 +115,7 @@ def test_a_guest_that_writes_meanwhile_sees_no_error_and_the_archive_is_of_one_i
     daemon: StorageDaemon, out: Path, tmp_path: Path
 ) -> None:
     words = ("backup", "--json", "--qmp", daemon.qmp, "--qmp-share", *BOTH, "--speed", "1M")
-    with neighbour(daemon.qmp, 0.5) as asking, busy_guest(daemon) as guest:
+    with visiting(Neighbour(daemon.qmp, 0.5)) as asking, busy_guest(daemon) as guest:
         guest.wait_for(20)
         with started(*words, out / "vm.vma") as process:
             next_event(process, "instant")
@@ -173,7 +133,7 @@ def test_a_coordinator_that_is_killed_is_cleaned_up_after_while_others_ask(
 ) -> None:
     words = ("backup", "--json", "--qmp", daemon.qmp, "--qmp-share", *BOTH, "--speed", "64K")
     with (
-        neighbour(daemon.qmp, 0.2) as asking,
+        visiting(Neighbour(daemon.qmp, 0.2)) as asking,
         busy_guest(daemon) as guest,
         started(*words, out / "vm.vma") as process,
     ):
@@ -189,7 +149,7 @@ def test_cleanup_and_a_cancelled_backup_share_the_monitor_too(
     daemon: StorageDaemon, out: Path
 ) -> None:
     words = ("backup", "--json", "--qmp", daemon.qmp, "--qmp-share", *BOTH, "--speed", "64K")
-    with neighbour(daemon.qmp, 0.2) as asking, started(*words, out / "vm.vma") as process:
+    with visiting(Neighbour(daemon.qmp, 0.2)) as asking, started(*words, out / "vm.vma") as process:
         next_event(process, "instant")
         process.terminate()
         assert end_of(process)[0] == 143

@@ -11,15 +11,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import threading
-import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from tests.control.qemu.neighbour import Neighbour, visiting
 from tests.control.qemu.paused_machine import PausedMachine
-from tests.machine import LIMIT_S, Need
+from tests.machine import Need
 from vmapipe.control.qmp.client import QmpClient
-from vmapipe.control.qmp.connection import Command, QmpGone, QmpPeer, QmpRefused
+from vmapipe.control.qmp.connection import Command, QmpRefused
 
 NODE = "one"
 STORAGES = """\
@@ -139,43 +139,16 @@ def guest_path(number: int) -> str:
     return f"scsi{number}"
 
 
-class Pvestatd(threading.Thread):
+class Pvestatd(Neighbour):
     """Asks each running machine what pvestatd asks, over its only monitor: connects, asks, leaves."""
 
     _ASKED = ("query-status", "query-blockstats", "query-balloon", "query-proxmox-support")
 
-    def __init__(self, qmp: Path, pause_s: float) -> None:
-        super().__init__(daemon=True)
-        self._qmp = str(qmp)
-        self._pause_s = pause_s
-        self._is_over = threading.Event()
-        #: How long each round took; infinite: it was not answered.
-        self.took_s: list[float] = []
-
-    def run(self) -> None:
-        peer = QmpPeer()
-        peer.greeting_s = peer.answer_s = LIMIT_S
-        while not self._is_over.wait(self._pause_s):
-            asked_at = time.monotonic()
-            try:
-                with contextlib.closing(QmpClient(self._qmp, peer)) as client:
-                    for name in self._ASKED:
-                        with contextlib.suppress(QmpRefused):  # no balloon, not Proxmox's QEMU
-                            client.execute(Command(name, {}))
-                self.took_s.append(time.monotonic() - asked_at)
-            except QmpGone:
-                self.took_s.append(float("inf"))
-
-    def finish(self) -> None:
-        self._is_over.set()
-        self.join(LIMIT_S)
+    def ask(self, client: QmpClient) -> None:
+        for name in self._ASKED:
+            with contextlib.suppress(QmpRefused):  # no balloon, not Proxmox's QEMU
+                client.execute(Command(name, {}))
 
 
-@contextlib.contextmanager
-def pvestatd(qmp: Path, pause_s: float = 0.2) -> Iterator[Pvestatd]:
-    asking = Pvestatd(qmp, pause_s)
-    asking.start()
-    try:
-        yield asking
-    finally:
-        asking.finish()
+def pvestatd(qmp: Path, pause_s: float = 0.2) -> AbstractContextManager[Pvestatd]:
+    return visiting(Pvestatd(qmp, pause_s))
