@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalogue of a fleet: machines, archives, runs, verifications, drills, and where each task stands.
+
+One SQL for two stores: a SQLite file (`open_file`), which `vmapipe fleet run` needs and nothing else,
+and tables of PostgreSQL, whose connection `engine.py` brings. No restore ever needs a catalogue: it can
+be made again from the archives. Times are seconds since 1970 by the clock of the host that plans, except
+`ArchiveRecord.instant_s` of a catalogue that was made again (by the clock of the host that made the archive).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sqlite3
+import threading
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar
+
+from vmapipe.runtime.errors import Failure
+
+Verb = Literal["backup", "verify", "drill", "copy", "prune"]
+VERBS: tuple[Verb, ...] = ("backup", "verify", "drill", "copy", "prune")
+#: `lost`: whoever ran it died; its end is not known, and it is due again.
+RunState = Literal["waiting", "running", "done", "failed", "cancelled", "lost"]
+ENDED: frozenset[RunState] = frozenset({"done", "failed", "cancelled", "lost"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MachineRecord:
+    """A machine that a scan has found. `identity`: what it keeps when it moves (a uuid, a VMID)."""
+
+    machine: str
+    identity: str
+    host: str
+    kind: str
+    tags: str = ""  # with commas
+    state: str = ""  # running, off, or what its host says
+    storages: str = ""  # with commas
+    size_bytes: int = 0
+    first_seen_s: float = 0.0
+    last_seen_s: float = 0.0
+    vanished_s: float = 0.0  # 0: it is there
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArchiveRecord:
+    """A stored archive. `location`: what `vmapipe verify` takes on the target's host."""
+
+    machine: str
+    target: str
+    archive: str  # its name, without folder or bucket
+    location: str = ""
+    host: str = ""  # of the machine, when it was made
+    uuid: str = ""
+    instant_s: float = 0.0  # of the disks' contents
+    stored_s: float = 0.0
+    seconds: float = 0.0  # how long the backup, or the copy, took
+    disk_bytes: int = 0  # of the machine's disks
+    plain_bytes: int = 0  # of the archive before compression
+    size_bytes: int = 0  # of the stored file
+    transferred_bytes: int = 0  # that were read of the disks, or sent
+    shared_bytes: int = 0  # that it shares with others in its store
+    base: str = ""  # the archive that the unchanged was taken from
+    copy_of: str = ""  # the target that it was copied from
+    manifest: str = ""  # SHA-256 of the manifest, or empty
+    removed_s: float = 0.0  # 0: it is there
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One job, from its planning to its end. `text`: one line, for a failure with the way out."""
+
+    run: str
+    verb: Verb
+    machine: str
+    host: str  # that does the work
+    target: str
+    archive: str
+    state: RunState = "waiting"
+    planned_s: float = 0.0
+    started_s: float = 0.0
+    seen_s: float = 0.0  # its latest sign of life
+    ended_s: float = 0.0
+    exit_code: int = -1
+    text: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    rate_bytes_s: float = 0.0
+    attempt: int = 0
+    storages: str = ""  # with commas; the source storages that it holds a slot of
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VerificationRecord:
+    """One look at an archive. `has_digests`: every byte of data was compared."""
+
+    machine: str
+    target: str
+    archive: str
+    checked_s: float
+    verdict: Literal["ok", "damaged", "failed"]
+    has_digests: bool = False
+    seconds: float = 0.0
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DrillRecord:
+    """One restore test. `picture`: the path of the screen's picture on the target's host, or empty."""
+
+    machine: str
+    target: str
+    archive: str
+    tested_s: float
+    verdict: Literal["booted", "not-booted", "undecided"]
+    boot_s: float = 0.0
+    proof: str = ""
+    picture: str = ""
+    seconds: float = 0.0
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Standing:
+    """Where one task of a machine stands: all that a plan needs of the history.
+
+    `done_s`: the begin of the last one that was done; `failures`: how many have failed since, the last
+    one ended at `failed_s` with `text`; `archive`: the one that the last done was about.
+    """
+
+    machine: str
+    verb: Verb
+    target: str
+    done_s: float = 0.0
+    ended_s: float = 0.0
+    archive: str = ""
+    failures: int = 0
+    failed_s: float = 0.0
+    text: str = ""
+
+
+Record = MachineRecord | ArchiveRecord | RunRecord | VerificationRecord | DrillRecord | Standing
+R = TypeVar("R", bound=Record)
+
+_TABLES: Mapping[type[Any], tuple[str, tuple[str, ...]]] = {
+    MachineRecord: ("machines", ("machine",)),
+    ArchiveRecord: ("archives", ("machine", "target", "archive")),
+    RunRecord: ("runs", ("run",)),
+    VerificationRecord: ("verifications", ("machine", "target", "archive", "checked_s")),
+    DrillRecord: ("drills", ("machine", "target", "archive", "tested_s")),
+    Standing: ("standings", ("machine", "verb", "target")),
+}
+_INDEXES = (
+    ("runs", "state"),
+    ("runs", "machine"),
+    ("archives", "stored_s"),
+)
+_SQL_TYPES: Mapping[object, str] = {int: "BIGINT", float: "DOUBLE PRECISION", bool: "BIGINT"}
+# SQLite's writer waits so long for another one's transaction, which takes milliseconds.
+_BUSY_S = 20.0
+
+
+class Rows(Protocol):
+    """What both databases' cursors have."""
+
+    def fetchall(self) -> Sequence[Sequence[Any]]: ...
+
+
+class Database(Protocol):
+    """A database: `execute` takes `?` for values, `transaction` commits or takes back its block."""
+
+    def execute(self, sql: str, values: Sequence[object] = ()) -> Rows: ...
+    def transaction(self) -> contextlib.AbstractContextManager[object]: ...
+    def close(self) -> None: ...
+
+
+class Catalogue:
+    """The records of a fleet. Threads may share it. Every call raises Failure."""
+
+    def __init__(self, connection: Database) -> None:
+        self._database = connection
+        self._lock = threading.RLock()
+        with self._lock, connection.transaction():
+            for record in _TABLES:
+                connection.execute(_create(record))
+            for table, column in _INDEXES:
+                name = f"{table}_{column}"
+                connection.execute(f"CREATE INDEX IF NOT EXISTS {name} ON {table} ({column})")
+
+    def close(self) -> None:
+        self._database.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that its block writes is there afterwards, or nothing of it."""
+        with self._lock, self._database.transaction():
+            yield
+
+    # --- Records ---
+
+    def put(self, *records: Record) -> None:
+        """Store records; one of the same key is replaced."""
+        with self.transaction():
+            for record in records:
+                names = [field.name for field in dataclasses.fields(record)]
+                values = [_stored(getattr(record, name)) for name in names]
+                self._database.execute(_upsert(type(record)), values)
+
+    def select(
+        self, record: type[R], order: str = "", limit: int = 0, **equal: str | float | Sequence[str]
+    ) -> list[R]:
+        """Return the records whose fields have these values, or one of a list of them.
+
+        `order`: the field that they are sorted by, `-field`: the other way round.
+        """
+        table, _ = _TABLES[record]
+        names = [field.name for field in dataclasses.fields(record)]
+        words, values = list[str](), list[object]()
+        for name, value in equal.items():
+            known = _known(record, name)
+            options = [value] if isinstance(value, str | int | float) else list(value)
+            words.append(f"{known} IN ({', '.join('?' * len(options))})" if options else "1 = 0")
+            values += options
+        sql = f"SELECT {', '.join(names)} FROM {table}"
+        if words:
+            sql += f" WHERE {' AND '.join(words)}"
+        if order:
+            sql += (
+                f" ORDER BY {_known(record, order.lstrip('-'))}{' DESC' if order[0] == '-' else ''}"
+            )
+        if limit:
+            sql += f" LIMIT {int(limit)}"
+        with self._lock, self._database.transaction():
+            rows = self._database.execute(sql, values).fetchall()
+        return [record(*row) for row in rows]
+
+    def remove(self, record: type[Record], **equal: str) -> None:
+        table, _ = _TABLES[record]
+        words = " AND ".join(f"{_known(record, name)} = ?" for name in equal) or "1 = 1"
+        with self.transaction():
+            self._database.execute(f"DELETE FROM {table} WHERE {words}", list(equal.values()))
+
+    # --- Runs ---
+
+    def standings(self) -> dict[tuple[str, Verb, str], Standing]:
+        """Return where each task stands, by machine, verb and target."""
+        return {(s.machine, s.verb, s.target): s for s in self.select(Standing)}
+
+    def running(self) -> list[RunRecord]:
+        """Return the runs that have not ended, as far as is known."""
+        return self.select(RunRecord, "planned_s", state=("waiting", "running"))
+
+    def beat(self, run: str, now_s: float, done: int, total: int, rate: float) -> None:
+        """Note the progress of a run that has not ended."""
+        with self.transaction():
+            self._database.execute(
+                "UPDATE runs SET seen_s = ?, done_bytes = ?, total_bytes = ?, rate_bytes_s = ? "
+                "WHERE run = ? AND state IN ('waiting', 'running')",
+                [now_s, done, total, rate, run],
+            )
+
+    def finish(self, run: RunRecord, *results: Record) -> bool:
+        """Store the end of a run with what it brought; False: another one has told its end before.
+
+        Doing it twice changes nothing: a job that is told again after a lost answer is counted once.
+        """
+        if run.state not in ENDED:
+            raise ValueError(f"{run.state} is not the end of a run")
+        with self.transaction():
+            before = self.select(RunRecord, run=run.run)
+            if before and before[0].state in ENDED and before[0].state != "lost":
+                return False
+            old = self.select(Standing, machine=run.machine, verb=run.verb, target=run.target) or [
+                Standing(run.machine, run.verb, run.target)
+            ]
+            self.put(run, *results, after(old[0], run))
+        return True
+
+
+def after(standing: Standing, run: RunRecord) -> Standing:
+    """Return where a task stands after the end of a run. Pure.
+
+    A run that was cancelled or lost is neither done nor a failure of the machine's.
+    """
+    if run.state == "done":
+        if run.started_s < standing.done_s:
+            return standing
+        return Standing(run.machine, run.verb, run.target, run.started_s, run.ended_s, run.archive)
+    if run.state == "failed":
+        return dataclasses.replace(
+            standing, failures=standing.failures + 1, failed_s=run.ended_s, text=run.text
+        )
+    return standing
+
+
+def _columns(record: type[Record]) -> Iterable[tuple[str, str]]:
+    hints = typing.get_type_hints(record)
+    for field in dataclasses.fields(record):
+        yield field.name, _SQL_TYPES.get(hints[field.name], "TEXT")
+
+
+def _create(record: type[Record]) -> str:
+    table, key = _TABLES[record]
+    columns = ", ".join(f"{name} {kind} NOT NULL" for name, kind in _columns(record))
+    return f"CREATE TABLE IF NOT EXISTS {table} ({columns}, PRIMARY KEY ({', '.join(key)}))"
+
+
+def _upsert(record: type[Record]) -> str:
+    table, key = _TABLES[record]
+    names = [field.name for field in dataclasses.fields(record)]
+    changes = ", ".join(f"{name} = excluded.{name}" for name in names if name not in key)
+    return (
+        f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) "
+        f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}"
+    )
+
+
+def _known(record: type[Any], name: str) -> str:
+    """Return a field's name; whatever else comes is not for SQL. Raises ValueError."""
+    if name not in [field.name for field in dataclasses.fields(record)]:
+        raise ValueError(f"{record.__name__} has no field {name}")
+    return name
+
+
+def _stored(value: object) -> object:
+    """A text without what a database refuses: NUL, and halves of characters (names may be any bytes)."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str):
+        return value.replace("\0", "\\x00").encode(errors="backslashreplace").decode()
+    return value
+
+
+# --- The file ---
+
+
+def open_file(path: str) -> Catalogue:
+    """Open or make a catalogue in a SQLite file. Raises Failure."""
+    folder = os.path.dirname(os.path.abspath(path))
+    with _failing(path):
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise Failure(
+                f"cannot make the catalogue's folder {folder}: {error.strerror}"
+            ) from error
+        return Catalogue(_File(path))
+
+
+@contextlib.contextmanager
+def _failing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise Failure(
+            f"the catalogue {path}: {error}; archives do not need it: with room and rights again, or "
+            "after it was moved away, `vmapipe fleet rescan` makes it again from them"
+        ) from error
+
+
+class _File:
+    """A SQLite database; every error becomes a Failure."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._depth = 0
+        self._sqlite = sqlite3.connect(
+            path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        try:
+            # Readers (status, check, report) do not wait for a writer, nor it for them.
+            self._sqlite.execute("PRAGMA journal_mode = WAL")
+            self._sqlite.execute("PRAGMA synchronous = NORMAL")
+        except BaseException:
+            self._sqlite.close()
+            raise
+
+    def execute(self, sql: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        with _failing(self._path):
+            return self._sqlite.execute(sql, tuple(values))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Blocks in one another are one transaction."""
+        if self._depth:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+            return
+        self.execute("BEGIN IMMEDIATE")
+        self._depth = 1
+        try:
+            yield
+            self.execute("COMMIT")
+        except BaseException:
+            if self._sqlite.in_transaction:
+                self.execute("ROLLBACK")
+            raise
+        finally:
+            self._depth = 0
+
+    def close(self) -> None:
+        self._sqlite.close()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalogue: what is stored comes back, an end counts once, and a broken file is one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmapipe.fleet.catalogue import (
+    ArchiveRecord,
+    Catalogue,
+    DrillRecord,
+    MachineRecord,
+    Record,
+    RunRecord,
+    Standing,
+    VerificationRecord,
+    open_file,
+)
+from vmapipe.runtime.errors import Failure
+
+HOSTILE = "we'b\"; DROP TABLE runs; --\n\x1b[2J\0\udc80"
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
+    found = open_file(str(tmp_path / "new" / "fleet.db"))
+    yield found
+    found.close()
+
+
+def run(name: str = "r1", **changes: object) -> RunRecord:
+    record = RunRecord(name, "backup", "web", "pve1", "b1", "web-1.vma", "running", 9.0, 10.0)
+    return dataclasses.replace(record, **changes)  # type: ignore[arg-type]
+
+
+def test_every_kind_of_record_comes_back_as_it_was(catalogue: Catalogue) -> None:
+    records: list[Record] = [
+        MachineRecord("web", "uuid", "pve1", "qmp", "a,b", "running", "ceph", 5, 1.5, 2.5),
+        ArchiveRecord("web", "b1", "web-1.vma", "/b/web-1.vma", size_bytes=1 << 62),
+        run(),
+        VerificationRecord("web", "b1", "web-1.vma", 3.25, "damaged", True, 1.0, "gone"),
+        DrillRecord("web", "b1", "web-1.vma", 4.0, "booted", 12.5, "agent", "/p.png"),
+        Standing("web", "backup", "b1", 1.0, 2.0, "web-1.vma"),
+    ]
+    catalogue.put(*records)
+    catalogue.put(*records)  # a second time nothing is doubled
+    assert [found for r in records for found in catalogue.select(type(r))] == records
+
+
+def test_a_hostile_name_is_a_name_and_nothing_else(catalogue: Catalogue) -> None:
+    catalogue.put(run(machine=HOSTILE), run("r2"))
+    names = {record.machine for record in catalogue.select(RunRecord)}
+    assert names == {"we'b\"; DROP TABLE runs; --\n\x1b[2J\\x00\\udc80", "web"}
+    with pytest.raises(ValueError, match="no field"):
+        catalogue.select(RunRecord, order="1=1 OR run")
+
+
+def test_an_end_counts_once_however_often_it_is_told(catalogue: Catalogue) -> None:
+    catalogue.put(run())
+    failed = run(state="failed", ended_s=20.0, text="no room")
+    assert catalogue.finish(failed)
+    assert not catalogue.finish(failed)
+    assert catalogue.standings()["web", "backup", "b1"].failures == 1
+    assert catalogue.running() == []
+    done = run("r2", state="done", started_s=30.0, ended_s=40.0)
+    assert catalogue.finish(done, ArchiveRecord("web", "b1", "web-1.vma"))
+    standing = catalogue.standings()["web", "backup", "b1"]
+    assert (standing.failures, standing.done_s, standing.ended_s) == (0, 30.0, 40.0)
+    assert len(catalogue.select(ArchiveRecord)) == 1
+
+
+def test_what_was_given_up_as_lost_may_still_tell_its_end(catalogue: Catalogue) -> None:
+    catalogue.put(run())
+    catalogue.finish(run(state="lost", ended_s=20.0))
+    assert catalogue.standings()["web", "backup", "b1"].failures == 0
+    assert catalogue.finish(run(state="done", ended_s=21.0))
+    assert catalogue.standings()["web", "backup", "b1"].done_s == 10.0
+
+
+def test_nothing_of_a_transaction_stays_when_it_fails(catalogue: Catalogue) -> None:
+    def half() -> None:
+        with catalogue.transaction():
+            catalogue.put(run())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert catalogue.select(RunRecord) == []
+
+
+def test_progress_of_an_ended_run_is_not_noted(catalogue: Catalogue) -> None:
+    catalogue.put(run())
+    catalogue.beat("r1", 11.0, 5, 10, 2.5)
+    catalogue.finish(run(state="done", ended_s=12.0, done_bytes=10))
+    catalogue.beat("r1", 13.0, 7, 10, 2.5)
+    (record,) = catalogue.select(RunRecord)
+    assert (record.state, record.done_bytes, record.ended_s) == ("done", 10, 12.0)
+
+
+@pytest.mark.parametrize("content", [b"SQLite format 3\0" + b"\xff" * 4096, b"hello\n" * 100])
+def test_a_file_that_is_no_catalogue_is_told_with_the_way_out(
+    content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "fleet.db"
+    path.write_bytes(content)
+    with pytest.raises(Failure, match="fleet rescan"):
+        open_file(str(path))
