@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.access.test_many_files import bytes_read
+from tests.access.files.test_many_files import bytes_read
 from tests.machine import LIMIT_S, Need, good, run
 from vmapipe.access.lzo import MAGIC, LzoBlocks, decompress_block, lzo_blocks
 from vmapipe.access.storage import LzoStorage

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes images.tar.zst, the disks of tests/access/test_appliance.py: run it by hand, as root or not.
+"""Makes images.tar.zst, the disks of tests/access/files/test_appliance.py: run it by hand, as root or not.
 
     .venv/bin/python -m tests.access.images.make
 

@@ -47,7 +47,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.runtime.syscalls import readable
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
+DOCS = Path(__file__).parent.parent.parent.parent / "docs"
 EVENTS = jsonschema.Draft202012Validator(json.loads((DOCS / "events.schema.json").read_text()))
 # An emulated machine is up within 4 s (UEFI: 8) on an idle host.
 _BOOT_LIMIT_S = 80

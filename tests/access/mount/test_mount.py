@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.access.files.test_files import ODD, fill
 from tests.access.mounting import Mounted, mounting, need_fuse
-from tests.access.test_files import ODD, fill
 from tests.archives import extents_of
 from tests.control.coordinator.test_events import events
 from tests.machine import LIMIT_S, VMAPIPE, Need, bad, eventually, good, make_disk

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.access.test_machine_config import LINUX, MANY, OLD, UUID, WINDOWS
+from tests.access.machine.test_machine_config import LINUX, MANY, OLD, UUID, WINDOWS
 from tests.conftest import absent
 from tests.machine import LIMIT_S, Need
 from vmapipe.access.machine.domain import (

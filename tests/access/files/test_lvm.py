@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vmapipe.access.files.lvm import LvmError, VolumeGroup, parse_group, parse_text, read_label
 from vmapipe.access.files.sources import ByteSource
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 ID = "abcdef-ghij-klmn-opqr-stuv-wxyz-ABCDEF"
 HEAD = f'id = "{ID}"\nseqno = 4\nextent_size = 256\nstatus = ["READ"]\n'
 PVS = f'physical_volumes {{\npv0 {{\nid = "{ID}"\npe_start = 2048\npe_count = 90\n}}\n}}\n'
