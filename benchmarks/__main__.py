@@ -152,9 +152,10 @@ def _say(result: Result, where: str) -> None:
     print(f"{result.case.name}{where}")
     for name, timing in result.timings.items():
         print(f"  {name:<34} {timing.median_s:7.2f} s  (cpu {timing.median_cpu_s:5.2f} s)")
-    bound, ratios = result.case.bound, result.bound_ratios()
-    if bound is not None and ratios:
-        print(f"  {bound.words}: {spread(ratios)}: {verdict(ratios, bound.limit)}", flush=True)
+    for bound in result.case.bounds:
+        if figures := result.figures(bound):
+            words = f"{bound.words}: {spread(figures)}"
+            print(f"  {words}: {verdict(figures, bound.limit_on(result.cores))}", flush=True)
 
 
 def _facts(place: Place, pairs: int) -> str:

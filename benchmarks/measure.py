@@ -10,9 +10,11 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 # A command of ours that takes longer hangs; the slowest here takes half a minute.
 LIMIT_S = 300.0
@@ -41,8 +43,9 @@ class Command:
 class Bound:
     """The median of the pairs `command` / `peer` is to be at most `limit`.
 
-    `per_core`: the peer's time counts divided by the cores that we may use.
-    `words`: the bound as a person says it.
+    `words`: the bound as a person says it. `peer` "": it is `command`'s own figure that has the limit.
+    `per_core`: the peer's figure counts divided by the cores that we may use. `one_core`: another limit on one core.
+    `cpu`: CPU seconds are compared, and not the time; `gib`: for each of so many GiB.
     """
 
     words: str
@@ -50,11 +53,17 @@ class Bound:
     peer: str
     limit: float
     per_core: bool = False
+    one_core: float | None = None
+    cpu: bool = False
+    gib: float = 1.0
+
+    def limit_on(self, cores: int) -> float:
+        return self.limit if self.one_core is None or cores > 1 else self.one_core
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of work: ours first, then the peers.
+    """One kind of work: ours first, then the peers; each bound is a row of the table.
 
     `before` makes what the case needs, and `leaves` is removed at its end; both
     are outside the measured time. `pinned`: also on one core (what waits for a disk is not).
@@ -62,7 +71,7 @@ class Case:
 
     name: str
     commands: Sequence[Command]
-    bound: Bound | None = None
+    bounds: Sequence[Bound] = ()
     pinned: bool = True
     #: Read before each run, so that all of it is in the page cache.
     warm: Sequence[Path] = ()
@@ -70,6 +79,9 @@ class Case:
     leaves: Sequence[Path] = ()
     #: The first round does not count, unless it would cost too much for what it tells.
     warm_up: bool = True
+    #: Runs from the first round to the last (a QEMU, a server), outside the measured time. The CPU
+    #: seconds of the processes whose ids it gives count with those of each command.
+    beside: Callable[[], AbstractContextManager[Sequence[int]]] | None = None
 
 
 @dataclass
@@ -78,6 +90,9 @@ class Timing:
 
     seconds: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
+
+    def of(self, *, cpu: bool) -> list[float]:
+        return self.cpu_s if cpu else self.seconds
 
     @property
     def median_s(self) -> float:
@@ -101,13 +116,17 @@ class Result:
         pairs = zip(self.timings[command].seconds, self.timings[peer].seconds, strict=True)
         return [ours / theirs for ours, theirs in pairs]
 
-    def bound_ratios(self) -> list[float]:
-        """What the case's bound speaks of; empty where its peer is not here."""
-        bound = self.case.bound
-        if bound is None or bound.peer not in self.timings:
+    def figures(self, bound: Bound) -> list[float]:
+        """What a bound speaks of, run by run; empty where its command or its peer is not here."""
+        if not {bound.command, bound.peer or bound.command} <= set(self.timings):
             return []
+        ours = self.timings[bound.command].of(cpu=bound.cpu)
+        if not bound.peer:
+            return ours
         factor = self.cores if bound.per_core else 1
-        return [ratio * factor for ratio in self.ratios(bound.command, bound.peer)]
+        peers = self.timings[bound.peer].of(cpu=bound.cpu)
+        # A quick peer may take less than a tick of CPU time.
+        return [factor * a / max(b, 0.01) for a, b in zip(ours, peers, strict=True)]
 
 
 def remove(path: Path) -> None:
@@ -119,15 +138,20 @@ def remove(path: Path) -> None:
     path.with_name(path.name + ".manifest.json").unlink(missing_ok=True)
 
 
-def run_once(command: Command, warm: Sequence[Path] = ()) -> tuple[float, float]:
-    """Wall and CPU seconds. Raises SystemExit when the command fails: its time would mean nothing."""
+def run_once(
+    command: Command, warm: Sequence[Path] = (), beside: Sequence[int] = ()
+) -> tuple[float, float]:
+    """Wall and CPU seconds, those of the processes `beside` among them.
+
+    Raises SystemExit when the command fails: its time would mean nothing.
+    """
     if command.makes is not None:
         remove(command.makes)
     for path in warm:
         read(path)
     # What the run before has left to be written is not this one's work.
     os.sync()
-    before = os.times()
+    before, beside_s = os.times(), sum(map(_cpu_s, beside))
     started = time.perf_counter()
     done = run_quietly(command.words)
     seconds = time.perf_counter() - started
@@ -136,7 +160,12 @@ def run_once(command: Command, warm: Sequence[Path] = ()) -> tuple[float, float]
         raise SystemExit(f"{command.name} failed:\n{done.stdout}{done.stderr}")
     cpu = after.children_user - before.children_user
     cpu += after.children_system - before.children_system
-    return seconds, cpu
+    return seconds, cpu + sum(map(_cpu_s, beside)) - beside_s
+
+
+def _cpu_s(pid: int) -> float:
+    """Return the CPU seconds of a process and of its children that have ended."""
+    return sum(psutil.Process(pid).cpu_times()[:4])
 
 
 def run_quietly(words: Sequence[str] | str) -> subprocess.CompletedProcess[str]:
@@ -193,12 +222,13 @@ def run_case(case: Case, pairs: int, *, pinned: bool = False, seed: int = 1) -> 
     commands = [command for command in case.commands if command.possible]
     timings = {command.name: Timing() for command in commands}
     chance = random.Random(seed)
-    with pinned_to_one_core(pinned) as cores:
+    start_beside = case.beside or (lambda: nullcontext(()))
+    with pinned_to_one_core(pinned) as cores, start_beside() as beside:
         for turn in range(-1 if case.warm_up else 0, pairs):
             order = list(commands)
             chance.shuffle(order)
             for command in order:
-                seconds, cpu = run_once(command, case.warm)
+                seconds, cpu = run_once(command, case.warm, beside)
                 if turn >= 0:
                     timings[command.name].seconds.append(seconds)
                     timings[command.name].cpu_s.append(cpu)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import guard
 from benchmarks.chart import Bar, chart
-from benchmarks.measure import OURS, Result
+from benchmarks.measure import OURS, Bound, Result
 from benchmarks.memory import Memory
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
@@ -33,10 +33,10 @@ class Report:
         self.left_out: list[str] = []
 
     def markdown(self) -> str:
-        bounded = [result for result in self.results if result.case.bound]
-        others = [result for result in self.results if not result.case.bound]
+        bounded = [result for result in self.results if result.case.bounds]
+        others = [result for result in self.results if not result.case.bounds]
         text = f"{self.facts}\n\n{_COLUMNS}{_RULE}"
-        text += "".join(map(self._bound_row, bounded))
+        text += "".join(self._bound_row(r, bound) for r in bounded for bound in r.case.bounds)
         text += "".join(map(_memory_row, self.memory))
         if self.failures or self.left_out:
             text += "\n"
@@ -57,18 +57,23 @@ class Report:
             )
         return text
 
-    def _bound_row(self, result: Result) -> str:
-        bound = result.case.bound
-        ratios = result.bound_ratios()
-        if bound is None or not ratios:
-            return f"| {result.case.name} | | not installed | | | | |\n"
+    def _bound_row(self, result: Result, bound: Bound) -> str:
+        name = result.case.name + (": CPU seconds" if bound.cpu else "")
+        ours, peer = (
+            f"{statistics.median(result.timings[which].of(cpu=bound.cpu)) / bound.gib:.2f} s"
+            if which in result.timings
+            else ""
+            for which in (bound.command, bound.peer)
+        )
+        figures = result.figures(bound)
+        if not figures:
+            return f"| {name} | {ours} | not installed | | {bound.words} | | |\n"
         pinned = self.pinned.get(result.case.name)
-        alone = pinned.bound_ratios() if pinned else []
-        ours, peer = result.timings[bound.command], result.timings[bound.peer]
+        alone = pinned.figures(bound) if pinned else []
+        one_core = f"{spread(alone)}, {verdict(alone, bound.limit_on(1))}" if alone else ""
         return (
-            f"| {result.case.name} | {ours.median_s:.2f} s | {peer.median_s:.2f} s | "
-            f"{spread(ratios)} | {bound.words} | {verdict(ratios, bound.limit)} | "
-            f"{f'{spread(alone)}, {verdict(alone, bound.limit)}' if alone else ''} |\n"
+            f"| {name} | {ours} | {peer} | {spread(figures)} | {bound.words} | "
+            f"{verdict(figures, bound.limit_on(result.cores))} | {one_core} |\n"
         )
 
     def json(self) -> dict[str, object]:
@@ -87,12 +92,13 @@ class Report:
 
     def svg(self) -> str:
         bars = []
-        for result in self.results:
-            bound, ratios = result.case.bound, result.bound_ratios()
-            if bound is not None and ratios:
-                middle = statistics.median(ratios)
-                text = f"{middle:.2f} (bound {bound.limit:.3g})"
-                bars.append(Bar(result.case.name, middle / bound.limit, text))
+        for result in [*self.results, *self.pinned.values()]:
+            where = ", on one core" if result.cores == 1 else ""
+            for bound in result.case.bounds:
+                if figures := result.figures(bound):
+                    middle, limit = statistics.median(figures), bound.limit_on(result.cores)
+                    text = f"{middle:.2f} ({bound.words})"
+                    bars.append(Bar(f"{result.case.name}{where}", middle / limit, text))
         for memory in self.memory:
             if memory.limit_mib:
                 text = f"{memory.peak_mib:.0f} MiB (bound {memory.limit_mib:.0f})"
@@ -108,9 +114,8 @@ def _memory_row(memory: Memory) -> str:
 
 
 def _heading(result: Result) -> str:
-    return f"**{result.case.name}**" + (
-        f" ({result.case.bound.words})" if result.case.bound else ""
-    )
+    words = "; ".join(bound.words for bound in result.case.bounds)
+    return f"**{result.case.name}**" + (f" ({words})" if words else "")
 
 
 def _command_rows(result: Result) -> str:
@@ -124,14 +129,21 @@ def _command_rows(result: Result) -> str:
 
 
 def _result_json(result: Result) -> dict[str, object]:
-    bound, ratios = result.case.bound, result.bound_ratios()
     return {
         "name": result.case.name,
         "cores": result.cores,
-        "bound": bound.words if bound else None,
-        "limit": bound.limit if bound else None,
-        "ratio": round(statistics.median(ratios), 3) if ratios else None,
-        "met": statistics.median(ratios) <= bound.limit if bound and ratios else None,
+        "bounds": [
+            {
+                "words": bound.words,
+                "peer": bound.peer,
+                "of": "CPU seconds" if bound.cpu else "seconds",
+                "limit": bound.limit_on(result.cores),
+                "figure": round(statistics.median(figures), 3),
+                "met": statistics.median(figures) <= bound.limit_on(result.cores),
+            }
+            for bound in result.case.bounds
+            if (figures := result.figures(bound))
+        ],
         "commands": {
             name: {
                 "seconds": [round(s, 3) for s in timing.seconds],
