@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vmapipe.archiver.outputs.compress import MAX_THREADS
 from vmapipe.runtime.arguments import job_id, size, split_named, wait_time
@@ -18,6 +19,9 @@ from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.side_files import read_awaited
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import MAX_BLOB_BYTES, MAX_CONFIGS, Config
+
+if TYPE_CHECKING:
+    from vmapipe.crypt.age import Recipient
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +48,15 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         help="threads that compress (default: one a core that may be used)",
     )
     group.add_argument(
+        "--encrypt-to",
+        action="append",
+        default=[],
+        metavar="RECIPIENT",
+        help="encrypt with age, so that only who has the secret key can read it: age1…, "
+        "'ssh-ed25519 …', or @FILE with such a line for each; may be repeated "
+        "(docs/operations/encryption.md)",
+    )
+    group.add_argument(
         "--manifest",
         metavar="FILE",
         help="where the digests go, a file or any other place that an archive could go to "
@@ -66,6 +79,23 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--uuid", type=job_id, metavar="UUID", help="the archive's uuid (default: a random one)"
     )
+
+
+def recipients_of(texts: Sequence[str], cancel: Cancel | None = None) -> tuple[Recipient, ...]:
+    """Read what `--encrypt-to` says. Raises UsageError where any of it cannot be used."""
+    if not texts:
+        return ()
+    # Late: a compiled library takes 30 ms, and most backups do not encrypt.
+    try:
+        from vmapipe.archiver.outputs.encrypt import read_recipients
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "cryptography":
+            raise
+        raise UsageError(
+            "--encrypt-to needs the library cryptography: pip install 'vmapipe[age]', or Debian's "
+            "python3-cryptography"
+        ) from error
+    return read_recipients(texts, cancel)
 
 
 def add_service_options(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,12 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
-from vmapipe.archiver.arguments import add_output_options, add_service_options, read_configs
+from vmapipe.archiver.arguments import (
+    add_output_options,
+    add_service_options,
+    read_configs,
+    recipients_of,
+)
 from vmapipe.archiver.base.check import Base, check_base, open_digests
 from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.server import Listen, serve
@@ -192,6 +197,7 @@ def _serve_jobs(options: argparse.Namespace) -> None:
 
     cancel = Cancel()
     cancel.on_signals()
+    options.encrypt_to = [one.text for one in recipients_of(options.encrypt_to, cancel)]
     serve_jobs(options, cancel)
 
 
@@ -282,6 +288,7 @@ def store_for(
         compression = parse_compression(options.compress, options.threads)
     if options.manifest and options.no_manifest:
         raise UsageError("--manifest and --no-manifest exclude each other")
+    recipients = recipients_of(options.encrypt_to, cancel)
     output = open_output(options.output, cancel=cancel, emit=emit)
     try:
         sink = _manifest_sink(options, output, cancel, emit)
@@ -290,16 +297,18 @@ def store_for(
         raise
     clusters = None
     try:
-        if sink and (options.digests or base_digests) and isinstance(output, FileOutput):
+        # Digests of clusters would tell whoever reads them what an encrypted archive holds.
+        wanted = (options.digests or base_digests) and not recipients
+        if sink and wanted and isinstance(output, FileOutput):
             clusters = DigestFile(options.output + DIGESTS_SUFFIX, base_digests)
     except BaseException:
         if sink:
             sink.abandon()
         output.abandon()
         raise
-    digests = Digests(sink, clusters) if sink else None
+    digests = Digests(sink, clusters, recipients) if sink else None
     found = base if isinstance(base, Base) else None
-    return ArchiveWriter(output, digests, wake, compression, found)
+    return ArchiveWriter(output, digests, wake, compression, found, recipients)
 
 
 def _manifest_sink(

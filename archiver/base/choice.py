@@ -24,7 +24,7 @@ _NAME = re.compile(
     r"(?P<group>.+)[-_.]"
     r"(?P<year>\d{4})[-_]?(?P<month>\d\d)[-_]?(?P<day>\d\d)"
     r"(?:[-_T.](?P<hour>\d\d)[-_:]?(?P<minute>\d\d)(?:[-_:]?(?P<second>\d\d))?Z?)?"
-    r"\.vma(?:\.(?:zst|gz|lzo))?",
+    r"\.vma(?:\.(?:zst|gz|lzo))?(?:\.age)?",
     re.ASCII,
 )
 # Behind so many that are none, a full backup is made, rather than a folder of damage read.

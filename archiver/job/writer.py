@@ -9,7 +9,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from vmapipe.archiver.base.check import Base
 from vmapipe.archiver.base.extents import BaseExtents, DamagedBase
@@ -26,6 +26,9 @@ from vmapipe.vma.extent import encode_extent_header
 from vmapipe.vma.header import Header
 from vmapipe.vma.manifest import VERSION, VERSION_WITH_BASE
 from vmapipe.vma.packer import PackedExtent
+
+if TYPE_CHECKING:
+    from vmapipe.crypt.age import Recipient
 
 Note = TypeVar("Note")
 
@@ -78,11 +81,18 @@ class ArchiveWriter(Generic[Note]):
         on_progress: Callable[[], None],
         compression: Compression | None = None,
         base: Base | None = None,
+        recipients: Sequence[Recipient] = (),
     ) -> None:
-        self._file = output if isinstance(output, FileOutput) and compression is None else None
-        # The digest of the file is that of its bytes as stored: below the compression.
+        as_it_is = compression is None and not recipients
+        self._file = output if isinstance(output, FileOutput) and as_it_is else None
+        # The digest of the file is that of its bytes as stored: below compression and encryption.
         if digests is not None:
             output = DigestedOutput(output, digests)
+        if recipients:
+            # Late: a compiled library takes 30 ms, and most backups do not encrypt.
+            from vmapipe.archiver.outputs.encrypt import AgeOutput
+
+            output = AgeOutput(output, recipients)
         if compression is not None:
             output = ZstdOutput(output, compression)
         self.state = WriterState.RUNNING

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xxhash import xxh3_128
 
@@ -32,6 +32,10 @@ from vmapipe.vma.manifest import (
     totals_line,
 )
 from vmapipe.vma.packer import PackedExtent, PackedRun
+from vmapipe.vma.sealed import StoredFile
+
+if TYPE_CHECKING:
+    from vmapipe.crypt.age import Recipient
 
 SUFFIX = ".manifest.json"
 # Lines of 40 bytes are not worth a system call each.
@@ -152,10 +156,26 @@ _SETTLE_S = 0.5
 
 
 class Digests:
-    """Hashes what one thread hands it, in order, and hands the manifest's lines to `sink`."""
+    """Hashes what one thread hands it, in order, and hands the manifest's lines to `sink`.
 
-    def __init__(self, sink: ManifestSink, clusters: DigestFile | None = None) -> None:
+    `recipients`: whom the archive is encrypted to. The manifest tells nobody else what is in it.
+    """
+
+    def __init__(
+        self,
+        sink: ManifestSink,
+        clusters: DigestFile | None = None,
+        recipients: Sequence[Recipient] = (),
+    ) -> None:
         self._sink = sink
+        self._line = sink.line
+        self._seal: Callable[[StoredFile], None] | None = None
+        if recipients:
+            # Late: a compiled library takes 30 ms, and most backups do not encrypt.
+            from vmapipe.archiver.outputs.encrypt import ManifestSealer
+
+            sealer = ManifestSealer(recipients, sink.line)
+            self._line, self._seal = sealer.line, sealer.finish
         self._clusters = clusters
         self._clusters_bytes = 0
         self._devices: dict[int, _DeviceHasher] = {}
@@ -181,7 +201,7 @@ class Digests:
             self._clusters.begin(header.uuid, header.devices, based or {})
             self._clusters_bytes = file_bytes(header.devices)
         opening = Opening(header.uuid, header.ctime_s, digest_of([raw_header]), version)
-        self._sink.line(opening_line(opening))
+        self._line(opening_line(opening))
 
     def extents(self, batch: Sequence[PackedExtent[Any]]) -> None:
         """The next extents of the archive, in order."""
@@ -204,7 +224,7 @@ class Digests:
 
     def _extent(self, buffers: Buffers) -> None:
         digest = digest_of(buffers)
-        self._sink.line(extent_line(self._extents, digest))
+        self._line(extent_line(self._extents, digest))
         self._extents += 1
         self._archive_bytes += digest.total_bytes
 
@@ -227,7 +247,9 @@ class Digests:
         )
         if self._clusters is not None:
             self._clusters.commit()
-        self._sink.line(totals_line(totals))
+        self._line(totals_line(totals))
+        if self._seal is not None:
+            self._seal(StoredFile(totals.file_bytes, totals.file_digest))
         self._sink.commit()
 
     def abandon(self) -> None:

@@ -129,7 +129,8 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
         per_client=options.per_client,
     )
     to_store = is_object(options.directory)
-    places = (ObjectStorage if to_store else FolderStorage)(options.directory, rules)
+    ending = ".age" if options.encrypt_to else ""
+    places = (ObjectStorage if to_store else FolderStorage)(options.directory, rules, ending)
     bounds = ServiceLimits(
         options.max_jobs,
         _MIN_FREE_BYTES if options.min_free is None else options.min_free,
@@ -148,6 +149,7 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
                 most_unassigned=link.budget.unassigned,
             )
         argv = _archiver_options(options, link)
+        argv += [f"--encrypt-to={recipient}" for recipient in options.encrypt_to]
         archivers = ArchiverProcesses(argv, link.watch, link.unwatch, to_store=to_store)
         try:
             if isinstance(places, ObjectStorage):

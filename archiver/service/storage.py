@@ -112,8 +112,9 @@ _MARK_FILE = ".vmapipe-service"
 class FolderStorage:
     """The facts that the core of the service asks for (admission.Facts)."""
 
-    def __init__(self, directory: str, rules: ClientRules) -> None:
-        """Raises Failure."""
+    def __init__(self, directory: str, rules: ClientRules, ending: str = "") -> None:
+        """`ending`: what each archive's name ends with, whatever its client says. Raises Failure."""
+        self._ending = ending
         self._directory = os.path.abspath(directory)
         self._rules = rules
         if not os.path.isdir(self._directory):
@@ -130,7 +131,7 @@ class FolderStorage:
             mark_as_service(folder)
         except Failure as failure:
             raise RemoteProtocolError("failed", f"on the service's side: {failure}") from failure
-        path = os.path.join(folder, request.name)
+        path = os.path.join(folder, with_ending(request.name, self._ending))
         return ArchivePlace(
             path,
             exists=os.path.lexists(path) or os.path.lexists(beside(path)),
@@ -165,6 +166,10 @@ class FolderStorage:
         except OSError as error:
             raise Failure(f"cannot make {folder}: {os_error_text(error)}") from error
         return folder
+
+
+def with_ending(name: str, ending: str) -> str:
+    return name if name.endswith(ending) else name + ending
 
 
 def _used_bytes(folder: str) -> int:
@@ -248,8 +253,8 @@ def left_in_group(group: Path, otherwise: int) -> int:
 
 # Parts that wait and five on their way are 96 MiB (and more above 31 GiB), the library 40.
 STORE_JOB_MEMORY_BYTES = 256 << 20
-# The slashes, a folder, an archive's name, and what its manifest's has behind that.
-_LONGEST_REST_BYTES = 2 * (1 + service.MAX_ARCHIVE_NAME_BYTES) + len(SUFFIX)
+# The slashes, a folder, an archive's name, and what an encrypted one's manifest has behind that.
+_LONGEST_REST_BYTES = 2 * (1 + service.MAX_ARCHIVE_NAME_BYTES) + len(f".age{SUFFIX}")
 # A store does not say what is free.
 _WITHOUT_LIMIT_BYTES = 1 << 62
 
@@ -259,8 +264,9 @@ Uploads = Sequence[tuple[str, str]]
 class ObjectStorage:
     """The facts that the core of the service asks for (admission.Facts)."""
 
-    def __init__(self, prefix: str, rules: ClientRules) -> None:
-        """`prefix`: s3://BUCKET or s3://BUCKET/PREFIX. Raises UsageError."""
+    def __init__(self, prefix: str, rules: ClientRules, ending: str = "") -> None:
+        """`prefix`: s3://BUCKET or s3://BUCKET/PREFIX; `ending` as for a folder. Raises UsageError."""
+        self._ending = ending
         check_prefix(prefix, _LONGEST_REST_BYTES)
         self._prefix = prefix.removesuffix("/")
         self._rules = rules
@@ -275,7 +281,7 @@ class ObjectStorage:
             raise RemoteProtocolError("failed", f"on the service's side: {failure}") from failure
         folder = f"{self._prefix}/{rules.folder}" if rules.folder else self._prefix
         return ArchivePlace(
-            f"{folder}/{request.name}",
+            f"{folder}/{with_ending(request.name, self._ending)}",
             max_jobs=rules.max_jobs,
             others=self._rules.others_of(client),
         )

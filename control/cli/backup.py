@@ -21,8 +21,10 @@ from vmapipe.control.cli.backup_arguments import (
     add_service_options,
     add_source_options,
     add_speed_option,
+    archive_ending,
     archiver_options,
     buffer_options,
+    check_encryption,
     check_libvirt,
     check_order,
     check_without_pve,
@@ -165,7 +167,7 @@ def _backup(options: argparse.Namespace, parent: ParentContext | None = None) ->
     service = service_of(options)
     _check(options)
     if options.vmid is not None:
-        name = archive_name(options.vmid, time.time(), options.compress)
+        name = archive_name(options.vmid, time.time(), archive_ending(options))
         options.archive = os.path.join(options.archive, name)
     # First of all, before we open descriptors of our own.
     pass_fds = [*([] if service else inherited_fds(options.archive))]
@@ -275,6 +277,7 @@ def _check(options: argparse.Namespace) -> None:
             "instant of their own; make two archives"
         )
     _check_base_options(options)
+    check_encryption(options)
     if options.trim and not options.nbd:
         raise UsageError("--trim frees what --nbd has read: it needs that")
     if options.notes and options.vmid is None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from vmapipe.control.cli.backup import run_job
+from vmapipe.control.cli.backup_arguments import archive_ending, check_encryption
 from vmapipe.control.coordinator.hooks import Hooks
 from vmapipe.control.coordinator.observers import ParentContext, Surroundings, job_context
 from vmapipe.control.coordinator.proxmox import Configs, archive_name, write_mark
@@ -74,6 +75,7 @@ class _Plan(NamedTuple):
 def backup_machines(options: argparse.Namespace) -> None:
     """Back up all machines that are asked for. Raises Failure when one of them is not stored."""
     _check(options)
+    check_encryption(options)
     node = PveNode(root_of(options.pve_root))
     defaults = node.defaults()
     storages = node.storages()
@@ -170,7 +172,7 @@ class _Session:
         options = copy.copy(self._options)
         options.vmid = vmid
         options.archive = os.path.join(
-            options.archive, archive_name(vmid, time.time(), options.compress)
+            options.archive, archive_name(vmid, time.time(), archive_ending(options))
         )
         if options.metrics:
             options.metrics = f"{options.metrics.removesuffix('.prom')}-{vmid}.prom"
@@ -410,6 +412,9 @@ def _apply(options: argparse.Namespace, defaults: Defaults) -> list[str]:
         idle = defaults.ionice == _VZDUMP_IDLE
         options.ionice = (_IDLE, 0) if idle else (_BEST_EFFORT, defaults.ionice)
     options.hook = options.hook or defaults.script
-    options.notes = options.notes or defaults.notes
+    if options.encrypt_to and defaults.notes:
+        remarks.append("/etc/vzdump.conf: notes: none are made, for the archives are encrypted")
+    else:
+        options.notes = options.notes or defaults.notes
     options.protected = options.protected or defaults.is_protected
     return remarks

@@ -330,7 +330,7 @@ def _unlink(folder: HeldFolder, name: str) -> None:
         os.unlink(name, dir_fd=folder.fd)
 
 
-_ENDING = re.compile(r"\.vma(?:\.(?:zst|gz|lzo))?$")
+_ENDING = re.compile(r"\.vma(?:\.(?:zst|gz|lzo))?(?:\.age)?$")
 PROTECTED = ".protected"
 
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="let clients write, and keep what they write in FILE (sparse); for one device",
     )
     parser.add_argument(
-        "--all", metavar="DIR", help="serve all archives (*.vma, *.vma.zst) of a folder"
+        "--all", metavar="DIR", help="serve all archives (*.vma, *.vma.zst, *.age) of a folder"
     )
     parser.add_argument(
         "--until-exit",
@@ -161,9 +161,11 @@ def _archives_of(folder: str) -> list[str]:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise Failure(f"cannot list {folder}: {error.strerror}") from error
-    found = [name for name in names if name.endswith((".vma", ".vma.zst"))]
+    found = [
+        name for name in names if name.endswith((".vma", ".vma.zst", ".vma.age", ".vma.zst.age"))
+    ]
     if not found:
-        raise Failure(f"there is no archive (*.vma, *.vma.zst) in {folder}")
+        raise Failure(f"there is no archive (*.vma, *.vma.zst, *.age) in {folder}")
     return [os.path.join(folder, name) for name in found]
 
 

@@ -94,7 +94,8 @@ def job_context(
     _check(options)
     job_id = uuid.uuid4().bytes
     log_path = options.log
-    if options.vmid is not None and not log_path:
+    # Beside an encrypted archive nothing stands that tells of what is in it.
+    if options.vmid is not None and not log_path and not options.encrypt_to:
         log_path = f"{options.archive.partition('.vma')[0]}.log"
     with (
         JobServer(job_id.hex(), place, cancel, commands) as server,

@@ -104,12 +104,12 @@ def _disk_of(line: str) -> ConfigDisk | None:
     return ConfigDisk(key, volume, options, NOT_TO_BE_BACKED_UP if is_excluded else "")
 
 
-def archive_name(vmid: int, when: float, compress: str | None) -> str:
-    """`vzdump-qemu-<vmid>-<local time>.vma[.zst]`. Raises UsageError."""
+def archive_name(vmid: int, when: float, ending: str) -> str:
+    """`vzdump-qemu-<vmid>-<local time>.vma[.zst][.age]`. Raises UsageError."""
     if not MIN_VMID <= vmid <= MAX_VMID:
         raise UsageError(f"--vmid {vmid}: a machine's number is {MIN_VMID} to {MAX_VMID}")
     stamp = time.strftime("%Y_%m_%d-%H_%M_%S", time.localtime(when))
-    return f"vzdump-qemu-{vmid}-{stamp}.vma" + (".zst" if compress else "")
+    return f"vzdump-qemu-{vmid}-{stamp}.vma{ending}"
 
 
 def config_name(path: str, vmid: int) -> str:

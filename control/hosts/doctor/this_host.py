@@ -56,7 +56,11 @@ _LIBRARIES: Sequence[Optional] = (
     Optional("lzallright", "serve, files and mount of .lzo archives", "pip install 'vmapipe[lzo]'"),
     Optional("mfusepy", "mount", "pip install 'vmapipe[mount]'"),
     Optional("pytsk3", "files, without a virtual machine", "pip install 'vmapipe[files]'"),
-    Optional("cryptography", "files on LUKS1 volumes", "pip install 'vmapipe[files]'"),
+    Optional(
+        "cryptography",
+        "encrypted and signed archives, and files on LUKS1 volumes",
+        "pip install 'vmapipe[age]'",
+    ),
     Optional("botocore", "archives in object stores (s3://)", "pip install 'vmapipe[s3]'"),
 )
 

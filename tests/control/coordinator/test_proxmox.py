@@ -35,15 +35,15 @@ scsi0: local-lvm:vm-100-disk-0,size=30G
 
 
 def test_an_archive_is_named_as_vzdump_names_it() -> None:
-    name = archive_name(100, 1_790_000_000, None)
+    name = archive_name(100, 1_790_000_000, "")
     assert re.fullmatch(r"vzdump-qemu-100-\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d\.vma", name)
-    assert archive_name(100, 0, "zstd").endswith(".vma.zst")
+    assert archive_name(100, 0, ".zst").endswith(".vma.zst")
 
 
 @pytest.mark.parametrize("vmid", [0, 99, -1, 10**9])
 def test_a_number_that_no_machine_has_is_refused(vmid: int) -> None:
     with pytest.raises(UsageError, match="100 to 999999999"):
-        archive_name(vmid, 0, None)
+        archive_name(vmid, 0, "")
 
 
 def test_the_stored_config_ends_with_a_map_line_a_disk() -> None:
