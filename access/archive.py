@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from vmapipe.access.frames import WHOLE_FRAME_BYTES, FrameStorage
 from vmapipe.access.index import (
     ArchiveIndex,
     IndexBuilder,
@@ -24,8 +25,6 @@ from vmapipe.access.index import (
 )
 from vmapipe.access.lzo import MAGIC, can_read_lzo, lzo_blocks
 from vmapipe.access.storage import (
-    WHOLE_FRAME_BYTES,
-    FrameStorage,
     LzoStorage,
     PlainStorage,
     RangeStorage,

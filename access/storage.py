@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plain bytes of an archive at any place.
 
-Of a plain file or object, of independent zstd frames, or of a stream that is decompressed
-into a file of its own while it is read.
+Of a plain file or object, of an lzo file's blocks, or of a stream that is decompressed into a
+file of its own while it is read; of independent zstd frames: frames.py.
 """
 
 from __future__ import annotations
@@ -17,19 +17,16 @@ import time
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from vmapipe.access.lzo import LzoBlocks, decompress_block
 from vmapipe.restore.archive.errors import InputError
 from vmapipe.restore.archive.input import Pread
 from vmapipe.restore.archive.source import Stream
-from vmapipe.restore.archive.zstd import FrameReader, decompress_start
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.process import keep_freed_memory
 from vmapipe.runtime.syscalls import read_at, try_read_at, write_at
 from vmapipe.vma.errors import ArchiveError
-from vmapipe.vma.seektable import Frame
 
 # (length, offset): fewer bytes only at the end.
 
@@ -38,10 +35,6 @@ from vmapipe.vma.seektable import Frame
 CACHE_BYTES = 128 << 20
 # Of an object at a time: a third of an extent, so that a small read does not cost a whole one.
 _RANGE_BYTES = 1 << 20
-# Of a compressed frame in a file at a time: a read of its start does not need all.
-_PIECE_BYTES = 256 << 10
-# A frame, of any that we write.
-WHOLE_FRAME_BYTES = 32 << 20
 # More than any archive has.
 _ENDLESS = 1 << 62
 # A thread that decompresses is told to stop, and looks for that at each read.
@@ -120,118 +113,6 @@ class PlainStorage:
         os.close(self._fd)
 
 
-class FrameStorage:
-    """A zstd file, or object, of independent frames with a seek table. `release` ends it.
-
-    `pread` (length, offset) reads the compressed bytes, fewer only at the end, and may
-    raise OSError or Failure. A frame is decompressed whole when it is read for the first time, which compares
-    its checksum, and later as far as it is needed. It is kept while there is room in the cache; a
-    thread that wants a frame which another one decompresses waits for it.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        pread: Pread,
-        release: Callable[[], None],
-        frames: list[Frame],
-        cache_bytes: int = CACHE_BYTES,
-        piece_bytes: int = _PIECE_BYTES,
-    ) -> None:
-        """`piece_bytes`: of compressed data at a time; where a request costs more than bytes, a frame's."""
-        self._piece_bytes = piece_bytes
-        self._name = name
-        self._pread_file = pread
-        self._release = release
-        self._cache = _Cache(cache_bytes, _cost_of_frame)
-        self._proved = bytearray(len(frames))
-        keep_freed_memory()
-        self._file_at, self._plain_at = array("Q", [0]), array("Q", [0])
-        for frame in frames:
-            self._file_at.append(self._file_at[-1] + frame.compressed_bytes)
-            self._plain_at.append(self._plain_at[-1] + frame.plain_bytes)
-        self.size_bytes = self._plain_at[-1]
-
-    def read_into(self, view: memoryview, offset: int) -> int:
-        done = 0
-        for piece in self.pieces(offset, len(view)):
-            view[done : done + len(piece)] = piece
-            done += len(piece)
-        return done
-
-    def pieces(self, offset: int, length: int) -> Iterator[memoryview]:
-        """The same bytes where they lie in memory; as many as there are."""
-        end = min(offset + length, self.size_bytes)
-        while offset < end:
-            number = bisect_right(self._plain_at, offset) - 1
-            start = self._plain_at[number]
-            stop = min(end, self._plain_at[number + 1])
-            yield from self._frame(number, stop - start).pieces(offset - start, stop - start)
-            offset = stop
-
-    def _frame(self, number: int, end: int) -> FrameReader:
-        """The frame, decompressed up to `end` at least. Raises OSError (EIO)."""
-        frame = self._cache.get(number, self._read_frame)
-        plain_bytes = self._plain_at[number + 1] - self._plain_at[number]
-        try:
-            frame.go_to(end if self._proved[number] else plain_bytes)
-        except ValueError as error:
-            self._cache.forget(number)
-            raise read_error(self._name, self._file_at[number], str(error)) from error
-        self._proved[number] = 1
-        return frame
-
-    def read_start(self, length: int, offset: int) -> bytes:
-        """`length` bytes, of a frame that begins at or before `offset`, and no more work than that.
-
-        For headers: of the 3.6 MiB of a frame only the first block is decompressed.
-        """
-        number = bisect_right(self._plain_at, offset) - 1
-        at = offset - self._plain_at[number]
-        plain_bytes = self._plain_at[number + 1] - self._plain_at[number]
-        if self._cache.kept(number) is not None:
-            view = memoryview(bytearray(max(0, min(length, plain_bytes - at))))
-            self._frame(number, at + len(view)).copy_to(view, at)
-            return bytes(view)
-        file_at, end = self._file_at[number], self._file_at[number + 1]
-
-        def pieces() -> Iterator[bytes]:
-            for piece_at in range(file_at, end, _START_BYTES):
-                yield self._pread(min(_START_BYTES, end - piece_at), piece_at)
-
-        try:
-            return decompress_start(pieces(), at + length)[at:]
-        except ValueError as error:
-            raise read_error(self._name, offset, str(error)) from error
-
-    def try_read_into(self, view: memoryview, offset: int) -> bool:
-        number = bisect_right(self._plain_at, offset) - 1
-        if offset + len(view) > self._plain_at[min(number + 1, len(self._plain_at) - 1)]:
-            return False
-        frame = self._cache.kept(number)
-        at = offset - self._plain_at[number]
-        # A frame that was not proved to its end has no bytes yet.
-        if frame is None or not self._proved[number] or at + len(view) > frame.done_bytes:
-            return False
-        frame.copy_to(view, at)
-        return True
-
-    def _read_frame(self, number: int) -> FrameReader:
-        file_at = self._file_at[number]
-        end, step = self._file_at[number + 1], self._piece_bytes
-        pieces = (self._pread(min(step, end - at), at) for at in range(file_at, end, step))
-        return FrameReader(pieces, self._plain_at[number + 1] - self._plain_at[number])
-
-    def _pread(self, length: int, offset: int) -> bytes:
-        data = _whole(self._name, self._pread_file, length, offset)
-        if len(data) != length:
-            raise read_error(self._name, offset, "the file is shorter than it was")
-        return data
-
-    def close(self) -> None:
-        self._release()
-
-
 class RangeStorage:
     """A plain object of a store, read by ranges that are kept while there is room."""
 
@@ -247,7 +128,7 @@ class RangeStorage:
         self._name = name
         self._pread_file = pread
         self._release = release
-        self._cache = _Cache(cache_bytes, _cost_of_bytes)
+        self._cache = Cache(cache_bytes, _cost_of_bytes)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         done = 0
@@ -270,7 +151,7 @@ class RangeStorage:
 
     def _range(self, number: int) -> bytes:
         at = number * _RANGE_BYTES
-        return _whole(self._name, self._pread_file, min(_RANGE_BYTES, self.size_bytes - at), at)
+        return whole_read(self._name, self._pread_file, min(_RANGE_BYTES, self.size_bytes - at), at)
 
     def close(self) -> None:
         self._release()
@@ -286,7 +167,7 @@ class LzoStorage:
         self._name = name
         self._fd = fd
         self._blocks = blocks
-        self._cache = _Cache(cache_bytes, _cost_of_bytes)
+        self._cache = Cache(cache_bytes, _cost_of_bytes)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         done = 0
@@ -410,12 +291,7 @@ def _cost_of_bytes(piece: bytes) -> int:
     return len(piece)
 
 
-def _cost_of_frame(frame: FrameReader) -> int:
-    # What of it is not decompressed yet takes no more than that, as a rule.
-    return frame.plain_bytes
-
-
-class _Cache(Generic[_Piece]):
+class Cache(Generic[_Piece]):
     """Pieces by number, the least used forgotten first. Each is made by one thread at a time."""
 
     def __init__(self, limit_bytes: int, cost_of: Callable[[_Piece], int]) -> None:
@@ -464,7 +340,7 @@ class _Cache(Generic[_Piece]):
                 self._bytes -= self._cost_of(piece)
 
 
-def _whole(name: str, pread: Pread, length: int, offset: int) -> bytes:
+def whole_read(name: str, pread: Pread, length: int, offset: int) -> bytes:
     """Raises OSError (EIO) with the reason."""
     try:
         return pread(length, offset)
@@ -472,8 +348,3 @@ def _whole(name: str, pread: Pread, length: int, offset: int) -> bytes:
         raise read_error(name, offset, os_error_text(error)) from error
     except Failure as error:
         raise read_error(name, offset, str(error)) from error
-
-
-# Of a compressed frame's start, for the header in it: zstd's blocks hold up to 128 KiB
-# of plain data, and random data does not get smaller.
-_START_BYTES = 132 << 10

@@ -216,6 +216,8 @@ class FrameReader:
         #: Bytes that are decompressed; what lies before it does not change any more.
         self.done_bytes = 0
         self.plain_bytes = plain_bytes
+        #: Where the last read of it ended, for whoever reads ahead; 0: nobody has read it.
+        self.read_to = 0
         self._chunks: list[bytes] = []
         self._data = data
         self._decompressor: zstd.ZstdDecompressor | None = None

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames that come next are there before they are asked for, where a file is read in order and nowhere else."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from tests.restore.support import one_frame
+from vmapipe.access.frames import FrameStorage
+from vmapipe.vma.seektable import Frame
+
+FRAME_BYTES = 3 << 20
+HEADER_BYTES = 512
+LIMIT_S = 60.0
+
+
+class Stored:
+    """A file of frames in memory that records which of them were read, each from its first byte."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.plain = [random.Random(n).randbytes(64) * (size // 64) for n, size in enumerate(sizes)]
+        self.packed = [one_frame(plain) for plain in self.plain]
+        self.frames = [Frame(len(p), len(q)) for p, q in zip(self.packed, self.plain, strict=True)]
+        self.file = b"".join(self.packed)
+        self.starts = [sum(map(len, self.packed[:n])) for n in range(len(sizes))]
+        self.read: list[int] = []
+        self.changed = threading.Condition()
+        self.failing: set[int] = set()
+
+    def pread(self, length: int, offset: int) -> bytes:
+        with self.changed:
+            if offset in self.starts:
+                self.read.append(self.starts.index(offset))
+                self.changed.notify_all()
+        if offset in self.starts and self.starts.index(offset) in self.failing:
+            raise OSError(5, "Input/output error")
+        return self.file[offset : offset + length]
+
+    def at(self, number: int) -> int:
+        return sum(map(len, self.plain[:number]))
+
+    def wait_until_read(self, number: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: number in self.read, LIMIT_S)
+
+
+@pytest.fixture
+def opened(request: pytest.FixtureRequest) -> Iterator[tuple[Stored, FrameStorage]]:
+    sizes: Sequence[int] = getattr(request, "param", [FRAME_BYTES] * 8)
+    stored = Stored(sizes)
+    released: list[bool] = []
+    storage = FrameStorage("it", stored.pread, lambda: released.append(True), stored.frames)
+    yield stored, storage
+    if not released:
+        storage.close()
+    assert released == [True]
+
+
+def read(storage: FrameStorage, offset: int, length: int) -> bytes:
+    view = memoryview(bytearray(length))
+    if not storage.try_read_into(view, offset):
+        assert storage.read_into(view, offset) == length
+    return bytes(view)
+
+
+WITH_HEADERS = [HEADER_BYTES, FRAME_BYTES] * 5
+
+
+@pytest.mark.parametrize("opened", [[FRAME_BYTES] * 8, WITH_HEADERS], indirect=True)
+def test_who_comes_from_the_end_of_a_frame_finds_the_one_behind_the_next_under_way(
+    opened: tuple[Stored, FrameStorage],
+) -> None:
+    stored, storage = opened
+    data = [n for n, plain in enumerate(stored.plain) if len(plain) == FRAME_BYTES]
+    for number in data[:2]:
+        assert read(storage, stored.at(number), FRAME_BYTES) == stored.plain[number]
+    stored.wait_until_read(data[2])
+    # What was read ahead is read from memory, and lets the next one be read ahead.
+    for number in data[2:-1]:
+        assert read(storage, stored.at(number), FRAME_BYTES) == stored.plain[number]
+        stored.wait_until_read(number + (data[1] - data[0]))
+    assert sorted(set(stored.read)) == sorted(stored.read), "each is decompressed once"
+
+
+def test_who_reads_here_and_there_pays_for_no_other_frame(
+    opened: tuple[Stored, FrameStorage],
+) -> None:
+    stored, storage = opened
+    for number in (0, 1, 2, 4, 3, 6, 5):
+        at = stored.at(number) + FRAME_BYTES // 2
+        assert read(storage, at, 4096) == stored.plain[number][FRAME_BYTES // 2 :][:4096]
+    storage.close()  # a thread that has begun ends first
+    assert sorted(stored.read) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_frame_that_cannot_be_read_ahead_is_an_error_to_who_reads_it_alone(
+    opened: tuple[Stored, FrameStorage],
+) -> None:
+    stored, storage = opened
+    stored.failing = {2}
+    for number in (0, 1):
+        assert read(storage, stored.at(number), FRAME_BYTES) == stored.plain[number]
+    stored.wait_until_read(2)
+    with pytest.raises(OSError, match="cannot read it at offset"):
+        read(storage, stored.at(2), 4096)
+    assert read(storage, stored.at(3), FRAME_BYTES) == stored.plain[3]
