@@ -23,6 +23,8 @@ _FOOT = struct.Struct("<IBI")
 FOOTER_BYTES = _FOOT.size
 _CHECKSUM_FLAG = 0x80
 _RESERVED_BITS = 0x7C
+# One of the two bits that the format leaves unused and has every reader pass over.
+_CUT_FLAG = 0x01
 # The format's own limits on the number of frames and on what one holds.
 MAX_FRAMES = 0x8000000
 MAX_FRAME_PLAIN_BYTES = 0x40000000
@@ -59,15 +61,15 @@ def encode_seek_table(frames: list[Frame]) -> bytes:
     return head + b"".join(_ENTRY.pack(*frame) for frame in frames) + foot
 
 
-def seek_table_ends(frame_count: int) -> tuple[bytes, bytes]:
+def seek_table_ends(frame_count: int, *, is_cut: bool = False) -> tuple[bytes, bytes]:
     """Return the bytes before and after the entries, for writers of very long tables.
 
     An entry is two little-endian 32-bit numbers, compressed bytes and plain
-    bytes. Raises LimitError.
+    bytes. `is_cut`: see there. Raises LimitError.
     """
     if frame_count > MAX_FRAMES:
         raise LimitError(f"{frame_count} zstd frames; the limit is {MAX_FRAMES}")
-    foot = _FOOT.pack(frame_count, 0, _SEEKABLE_MAGIC)
+    foot = _FOOT.pack(frame_count, _CUT_FLAG if is_cut else 0, _SEEKABLE_MAGIC)
     return _HEAD.pack(_SKIPPABLE_MAGIC, frame_count * _ENTRY.size + len(foot)), foot
 
 
@@ -82,13 +84,31 @@ def seek_table_bytes(footer: bytes) -> int | None:
     return int(_HEAD.size + count * entry + FOOTER_BYTES)
 
 
+def is_cut(footer: bytes) -> bool:
+    """Return whether the data of large extents are frames of their own, by the file's last 9 bytes."""
+    return seek_table_bytes(footer) is not None and bool(_FOOT.unpack(footer)[1] & _CUT_FLAG)
+
+
+def seek_table_entries(raw: bytes) -> bytes:
+    """Return the entries alone, 8 bytes a frame, of a table without checksums. Raises ArchiveError."""
+    if _parse_ends(raw)[1] & _CHECKSUM_FLAG:
+        raise ArchiveError("the zstd seek table has checksums")
+    return raw[_HEAD.size : -FOOTER_BYTES]
+
+
 def parse_seek_table(raw: bytes) -> list[Frame]:
     """Read the skippable frame (`seek_table_bytes` long). Raises ArchiveError if it lies."""
+    count, descriptor = _parse_ends(raw)
+    step = _ENTRY.size + (4 if descriptor & _CHECKSUM_FLAG else 0)
+    return [Frame(*_ENTRY.unpack_from(raw, _HEAD.size + i * step)) for i in range(count)]
+
+
+def _parse_ends(raw: bytes) -> tuple[int, int]:
+    """Return how many frames a table lists, and its descriptor. Raises ArchiveError if it lies."""
     if len(raw) < _HEAD.size + FOOTER_BYTES or seek_table_bytes(raw[-FOOTER_BYTES:]) != len(raw):
         raise ArchiveError("the zstd seek table is damaged")
     magic, body_bytes = _HEAD.unpack_from(raw)
     if magic != _SKIPPABLE_MAGIC or body_bytes != len(raw) - _HEAD.size:
         raise ArchiveError("the zstd seek table is damaged")
     count, descriptor, _ = _FOOT.unpack(raw[-FOOTER_BYTES:])
-    step = _ENTRY.size + (4 if descriptor & _CHECKSUM_FLAG else 0)
-    return [Frame(*_ENTRY.unpack_from(raw, _HEAD.size + i * step)) for i in range(count)]
+    return count, descriptor

@@ -7,9 +7,11 @@ lines, are held against each other when they are used (extents.py).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import NamedTuple
 
+from vmapipe.archiver.base.content import open_content
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
 from vmapipe.archiver.outputs.cluster_digests import BaseDigests
 from vmapipe.archiver.outputs.manifests import beside, digest_of
@@ -17,7 +19,6 @@ from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.side_files import open_regular
-from vmapipe.runtime.syscalls import read_at
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import PEEK_BYTES, Device, Header, parse_header, peek_header_bytes
 from vmapipe.vma.manifest import (
@@ -27,7 +28,6 @@ from vmapipe.vma.manifest import (
     Totals,
     read_totals,
 )
-from vmapipe.vma.seektable import ZSTD_MAGIC
 
 
 class Base(NamedTuple):
@@ -90,13 +90,14 @@ def _check(archive: str, fd: int) -> Base | str:
             f"{archive} has {status.st_size} bytes where its manifest says {totals.file_bytes}: it "
             "is damaged, or the manifest is another archive's"
         )
-    start = os.pread(fd, PEEK_BYTES, 0)
-    if start.startswith(ZSTD_MAGIC):
-        return f"{archive} is compressed: a base is a plain archive"
-    raw = bytearray(peek_header_bytes(start))
-    read_at(fd, memoryview(raw), 0)
-    header = parse_header(bytes(raw))
-    fault = header_fault(header, bytes(raw), opening, totals)
+    try:
+        with contextlib.closing(open_content(fd, status.st_size)) as content:
+            header_bytes = peek_header_bytes(content.have(0, PEEK_BYTES))
+            raw = bytes(content.have(0, header_bytes))
+    except ValueError as error:
+        return f"{archive}: {error}"
+    header = parse_header(raw)
+    fault = header_fault(header, raw, opening, totals)
     if fault:
         return f"{archive}: {fault}"
     return Base(archive, header, opening, totals, (status.st_dev, status.st_ino))

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from vmapipe.archiver.base.check import Base, header_fault
+from vmapipe.archiver.base.content import KeptFrame, PlainContent, open_content
 from vmapipe.archiver.outputs.manifests import beside, digest_of
-from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES, MAX_EXTENT_BYTES
+from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.side_files import open_regular
 from vmapipe.vma.errors import ArchiveError
@@ -15,8 +17,6 @@ from vmapipe.vma.extent import Extent, parse_extent_header
 from vmapipe.vma.header import parse_header
 from vmapipe.vma.manifest import MAX_LINE_BYTES, ExtentDigest, ManifestReader, Opening, Totals
 
-# Two of the largest extents: the next one is read together with what is left of this one.
-_BUFFER_BYTES = 2 * MAX_EXTENT_BYTES
 _WAY_OUT = "make a full backup (--base none), and look at the base with `vmapipe verify`"
 
 
@@ -27,40 +27,35 @@ class DamagedBase(Failure):
 class BaseExtents:
     """An open base. `peek` shows the next extent, `take` gives its data and goes on behind it.
 
+    `frame`: what `take` has given last, as the base stores it, where that is a frame of its own.
     All errors are DamagedBase, and name the base, the offset in it and the device.
     """
 
     def __init__(self, base: Base) -> None:
         """Raises DamagedBase where it is not the file any more that was checked."""
         self.base = base
-        self._buffer = bytearray(_BUFFER_BYTES)
-        self._view = memoryview(self._buffer)
-        #: The buffer holds the archive's bytes from `_from` on, `_length` of them.
-        self._from = self._length = 0
         self._at = 0
         self._next: Extent | None = None
+        self._raw_header = b""
         self._expected: ExtentDigest | None = None
         self._totals: Totals | None = None
         self._manifest_reader = ManifestReader()
         self._ended = False
-        try:
-            self.fd = open_regular(base.archive)
-        except OSError as error:
-            raise self._failure(f"it cannot be read: {os_error_text(error)}") from error
-        try:
-            # Closed by close().
-            self._manifest = open(open_regular(beside(base.archive)), "rb")  # noqa: SIM115
+        self.frame: KeptFrame | None = None
+        with contextlib.ExitStack() as opened:
             try:
-                self._begin()
-            except BaseException:
-                self._manifest.close()
-                raise
-        except OSError as error:
-            os.close(self.fd)
-            raise self._failure(f"it cannot be read: {os_error_text(error)}") from error
-        except BaseException:
-            os.close(self.fd)
-            raise
+                self.fd = open_regular(base.archive)
+                opened.callback(os.close, self.fd)
+                self._manifest = open(open_regular(beside(base.archive)), "rb")  # noqa: SIM115
+                opened.callback(self._manifest.close)
+                self._content = open_content(self.fd, os.fstat(self.fd).st_size)
+                opened.callback(self._content.close)
+            except OSError as error:
+                raise self._failure(f"it cannot be read: {os_error_text(error)}") from error
+            except ValueError as error:
+                raise self._failure(str(error)) from error
+            self._begin()
+            self._opened = opened.pop_all()
 
     def _begin(self) -> None:
         status = os.fstat(self.fd)
@@ -81,8 +76,12 @@ class BaseExtents:
         self._at = len(raw)
 
     def close(self) -> None:
-        self._manifest.close()
-        os.close(self.fd)
+        self._opened.close()
+
+    @property
+    def is_plain(self) -> bool:
+        """The archive's bytes are those of its file."""
+        return isinstance(self._content, PlainContent)
 
     def peek(self) -> Extent | None:
         """Return the next extent's header; None at the end, which was then found to be sound."""
@@ -94,9 +93,9 @@ class BaseExtents:
             if not isinstance(line, ExtentDigest):
                 raise self._failure("its manifest is damaged")
             self._expected = line
-            raw = self._have(self._at, EXTENT_HEADER_BYTES)
+            self._raw_header = bytes(self._have(self._at, EXTENT_HEADER_BYTES))
             try:
-                self._next = parse_extent_header(raw, self.base.uuid, self._at)
+                self._next = parse_extent_header(self._raw_header, self.base.uuid, self._at)
             except ArchiveError as error:
                 raise self._failure(str(error), at=self._at) from error
             if self._next.total_bytes != line.total_bytes:
@@ -110,11 +109,13 @@ class BaseExtents:
         extent, expected = self._next, self._expected
         if extent is None:
             raise RuntimeError("no extent to take")
-        raw = self._have(extent.offset, extent.total_bytes)
-        if digest_of([raw]) != expected:
+        at, length = extent.offset + EXTENT_HEADER_BYTES, extent.data_bytes
+        data = self._have(at, length) if length else memoryview(b"")
+        if digest_of([self._raw_header, data]) != expected:
             raise self._failure("the data is not what its manifest vouches for", extent)
+        self.frame = self._content.frame_of(at, length)
         self._pass(extent)
-        return raw[EXTENT_HEADER_BYTES:]
+        return data
 
     def skip(self) -> None:
         """Pass over the extent that `peek` has shown: nothing of its data is needed, or looked at."""
@@ -146,25 +147,13 @@ class BaseExtents:
             raise self._failure(str(error)) from error
 
     def _have(self, at: int, length: int) -> memoryview:
-        """`length` bytes of the archive from `at` on, not before what was had last."""
-        start = at - self._from
-        if start > self._length:
-            self._from, self._length, start = at, 0, 0
-        if start + length > self._length:
-            left = self._length - start
-            self._buffer[:left] = self._buffer[start : start + left]
-            self._from, self._length, start = at, left, 0
-            try:
-                while self._length < length:
-                    got = os.preadv(
-                        self.fd, [self._view[self._length :]], self._from + self._length
-                    )
-                    if not got:
-                        raise self._failure("it ends too early", at=at)
-                    self._length += got
-            except OSError as error:
-                raise self._failure(f"it cannot be read: {os_error_text(error)}", at=at) from error
-        return self._view[start : start + length]
+        """`length` bytes of the plain archive from `at` on, not before what was had last."""
+        try:
+            return self._content.have(at, length)
+        except OSError as error:
+            raise self._failure(f"it cannot be read: {os_error_text(error)}", at=at) from error
+        except ValueError as error:
+            raise self._failure(str(error), at=at) from error
 
     def _failure(self, why: str, extent: Extent | None = None, *, at: int = -1) -> DamagedBase:
         where = ""

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from vmapipe.archiver.base.content import KeptFrame
 from vmapipe.archiver.base.extents import BaseExtents, DamagedBase
 from vmapipe.archiver.job.device import FillRun
-from vmapipe.archiver.job.synthesis import Mix, Synthesis
+from vmapipe.archiver.job.synthesis import Keep, Mix, Synthesis
 from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.header import Device
@@ -24,6 +25,8 @@ class FilledExtent(NamedTuple):
     places: list[int]
     #: Those of its clusters that are not as in the base.
     changed: list[PackedRun]
+    #: All of its data, as a compressed base has it.
+    frame: KeptFrame | None = None
 
 
 class Filler:
@@ -74,9 +77,11 @@ class Filler:
             if packed is not None:
                 made, places = packed
                 data_at = extent.offset + EXTENT_HEADER_BYTES
-                in_file = [place + data_at if place >= 0 else -1 for place in places]
+                is_plain = self._base.is_plain
+                in_file = [at + data_at if at >= 0 and is_plain else -1 for at in places]
                 changed = plan.changed(made) if isinstance(plan, Mix) else []
-                yield FilledExtent(made, in_file, changed)
+                frame = self._base.frame if isinstance(plan, Keep) else None
+                yield FilledExtent(made, in_file, changed, frame)
 
     def finish(self) -> Iterator[FilledExtent]:
         """All clusters of all devices have come: yield the rest. Raises DamagedBase."""

@@ -57,9 +57,9 @@ _PIECE_BYTES = 1 << 20
 # Frames are held whole, twice as many as there are threads: larger ones are
 # read in order instead. Ours have a few MiB.
 _MAX_FRAME_BYTES = 32 << 20
-# 262,144 frames of 4 MiB are an archive of 1 TiB, and 30 MiB of memory for
+# 524,288 frames, two for each 4 MiB, are an archive of 1 TiB, and 60 MiB of memory for
 # the table: a longer table is left unused.
-_MAX_TABLE_BYTES = 2 << 20
+_MAX_TABLE_BYTES = 4 << 20
 
 
 class ZstdParts:

@@ -15,9 +15,19 @@ import zstandard
 from tests.archiver.memory import Fault, MemoryOutput
 from tests.archiver.outputs.targets import LIMIT_S, decompressed, in_thread
 from vmapipe.archiver.outputs import compress
-from vmapipe.archiver.outputs.compress import FRAME_BYTES, Compression, ZstdOutput
+from vmapipe.archiver.outputs.compress import (
+    CUT_BYTES,
+    FRAME_BYTES,
+    Compression,
+    ZstdOutput,
+)
 from vmapipe.runtime.errors import Failure, UsageError
-from vmapipe.vma.seektable import FOOTER_BYTES, parse_seek_table, seek_table_bytes
+from vmapipe.vma.seektable import (
+    FOOTER_BYTES,
+    is_cut,
+    parse_seek_table,
+    seek_table_bytes,
+)
 
 MIB = 1 << 20
 CHANCE = random.Random(3)
@@ -79,8 +89,8 @@ def test_frames_are_independent_checked_and_listed_in_the_seek_table() -> None:
     assert (at + length, plain_at) == (len(raw), len(plain))
 
 
-def test_a_frame_ends_only_where_a_write_ended_and_is_not_short() -> None:
-    writes = pieces(40)
+def test_a_frame_of_small_writes_ends_only_where_a_write_ended_and_is_not_short() -> None:
+    writes = [data[:MIB] for data in pieces(40)]
     raw, _ = compressed(writes)
     length = seek_table_bytes(raw[-FOOTER_BYTES:])
     assert length is not None
@@ -95,6 +105,39 @@ def test_a_frame_ends_only_where_a_write_ended_and_is_not_short() -> None:
         at += frame.plain_bytes
         assert at in ends
     assert at + last.plain_bytes in ends
+
+
+def test_the_data_of_a_large_extent_is_a_frame_of_its_own() -> None:
+    writes = [MIXED[:MIB], MIXED[: CUT_BYTES + 99], MIXED[: CUT_BYTES + 100], MIXED[:512]]
+    raw, _ = compressed(writes)
+    length = seek_table_bytes(raw[-FOOTER_BYTES:])
+    assert length is not None
+    assert is_cut(raw[-FOOTER_BYTES:])
+    small = MIB + CUT_BYTES + 99  # its second buffer, behind the first 100 bytes, is too small
+    sizes = [frame.plain_bytes for frame in parse_seek_table(raw[-length:])]
+    assert sizes == [small, 100, CUT_BYTES, 512]
+
+
+def test_a_kept_frame_is_stored_as_it_is() -> None:
+    first, _ = compressed([MIXED[: CUT_BYTES + 100]], level=9)
+    length = seek_table_bytes(first[-FOOTER_BYTES:])
+    assert length is not None
+    header, data = parse_seek_table(first[-length:])
+    frame = first[header.compressed_bytes :][: data.compressed_bytes]
+    inner = MemoryOutput()
+    output = ZstdOutput(inner, Compression(level=1))
+    output.write([b"before"])
+    output.write_kept(b"header", compress.Compressed(frame, data.plain_bytes))
+    output.write([b"after"])
+    output.commit()
+    raw = bytes(inner.data)
+    assert decompressed(raw) == b"beforeheader" + MIXED[100 : CUT_BYTES + 100] + b"after"
+    assert frame in raw
+    plain = compress.decompress(compress.Compressed(frame, data.plain_bytes))
+    assert plain == MIXED[100 : CUT_BYTES + 100]
+    for wrong in ((frame[:-1], len(plain)), (frame, len(plain) - 1), (frame + b"x", len(plain))):
+        with pytest.raises(ValueError, match="zstd"):
+            compress.decompress(compress.Compressed(*wrong))
 
 
 def test_damage_in_a_frame_is_noticed_by_any_reader() -> None:
@@ -115,7 +158,7 @@ def test_frames_in_the_making_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     begun: list[int] = []
     compress_frame = ZstdOutput._compress
 
-    def slow(output: ZstdOutput, plain: bytearray) -> tuple[bytes, int]:
+    def slow(output: ZstdOutput, plain: bytearray) -> compress.Compressed:
         begun.append(len(plain))
         assert go.wait(LIMIT_S)
         return compress_frame(output, plain)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plain bytes of a base, from its start to its end: a plain archive's own, or out of its zstd frames."""
+
+from __future__ import annotations
+
+import array
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+from vmapipe.archiver.outputs.compress import Compressed, decompress
+from vmapipe.clusters.sizes import MAX_EXTENT_BYTES
+from vmapipe.runtime.syscalls import read_at
+from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.seektable import (
+    FOOTER_BYTES,
+    is_cut,
+    is_zstd,
+    seek_table_bytes,
+    seek_table_entries,
+)
+
+# Two of the largest extents: the next one is read together with what is left of this one.
+_BUFFER_BYTES = 2 * MAX_EXTENT_BYTES
+# Ours hold an extent's data, or what was gathered to less than 3 MiB and the write that brought it there.
+_MAX_FRAME_BYTES = 2 * MAX_EXTENT_BYTES
+# Frames that are decompressed ahead, beyond one for each thread.
+_SPARE_FRAMES = 1
+# Decompressing keeps up with any disk with so many.
+_MAX_THREADS = 4
+_TOO_EARLY = "it ends too early"
+
+
+class KeptFrame(NamedTuple):
+    """A frame of a base that is an extent's data and nothing else, as it is, and its place in the base's file."""
+
+    frame: Compressed
+    file_at: int
+
+
+class BaseContent(Protocol):
+    """Errors: OSError, and ValueError, in words, where it is damaged."""
+
+    def have(self, at: int, length: int) -> memoryview:
+        """`length` plain bytes from `at` on, not before what was had last; good until the next call."""
+
+    def frame_of(self, at: int, length: int) -> KeptFrame | None:
+        """The frame that holds exactly these bytes, which were just had; None: there is none."""
+
+    def close(self) -> None:
+        """Give up what it holds, but not the file."""
+
+
+class PlainContent:
+    """Of a plain archive."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        #: The buffer holds the archive's bytes from `_from` on, `_length` of them.
+        self._from = self._length = 0
+
+    def have(self, at: int, length: int) -> memoryview:
+        start = at - self._from
+        if start > self._length:
+            self._from, self._length, start = at, 0, 0
+        if start + length > self._length:
+            left = self._length - start
+            self._buffer[:left] = self._buffer[start : start + left]
+            self._from, self._length, start = at, left, 0
+            while self._length < length:
+                got = os.preadv(self._fd, [self._view[self._length :]], self._from + self._length)
+                if not got:
+                    raise ValueError(_TOO_EARLY)
+                self._length += got
+        return self._view[start : start + length]
+
+    def frame_of(self, at: int, length: int) -> None:
+        return None
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class FrameTable:
+    """The seek table of a file, 8 bytes a frame. Raises OSError; ValueError, in words, for one of no use here."""
+
+    def __init__(self, fd: int, file_bytes: int) -> None:
+        foot = _read(fd, FOOTER_BYTES, file_bytes - FOOTER_BYTES) if file_bytes > 9 else b""
+        table_bytes = seek_table_bytes(foot)
+        if table_bytes is None or table_bytes > file_bytes:
+            raise ValueError("it is compressed in one piece, or not with zstd")
+        if not is_cut(foot):
+            raise ValueError(
+                "its zstd frames hold headers and data together, as older versions of vmapipe made "
+                "them; the new archive's do not"
+            )
+        self._entries = array.array("I")
+        try:
+            raw = seek_table_entries(_read(fd, table_bytes, file_bytes - table_bytes))
+        except ArchiveError as error:
+            raise ValueError(str(error)) from error
+        self._entries.frombytes(raw)
+        if sys.byteorder == "big":
+            self._entries.byteswap()
+        if sum(self._entries[::2]) != file_bytes - table_bytes or not self._entries:
+            raise ValueError("its table of frames does not fit it")
+        if (
+            max(self._entries[1::2]) > _MAX_FRAME_BYTES
+            or max(self._entries[::2]) > _MAX_FRAME_BYTES
+        ):
+            raise ValueError("its zstd frames are larger than vmapipe makes them")
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Compressed and plain bytes of each frame."""
+        return zip(self._entries[::2], self._entries[1::2], strict=True)
+
+
+class FrameContent:
+    """Of an archive of independent frames, of which some are decompressed ahead."""
+
+    def __init__(self, fd: int, file_bytes: int) -> None:
+        """Raises OSError; ValueError as FrameTable does."""
+        self._fd = fd
+        self._left = iter(FrameTable(fd, file_bytes))
+        threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        # The first frame alone: no more of it is looked at by most that open a base.
+        self._most, self._then = 1, threads + _SPARE_FRAMES
+        self._ahead: deque[tuple[KeptFrame, Future[bytes]]] = deque()
+        self._file_at = 0
+        self._kept: KeptFrame | None = None
+        # The current frame's bytes, from `_start` to `_end` of the plain archive.
+        self._plain = memoryview(b"")
+        self._start = self._end = 0
+        self._pool = ThreadPoolExecutor(threads, "base")
+
+    def have(self, at: int, length: int) -> memoryview:
+        while at >= self._end:
+            self._next()
+        start = at - self._start
+        if at + length <= self._end:
+            return self._plain[start : start + length]
+        joined = bytearray(self._plain[start:])
+        while len(joined) < length:
+            self._next()
+            joined += self._plain[: length - len(joined)]
+        return memoryview(joined)
+
+    def frame_of(self, at: int, length: int) -> KeptFrame | None:
+        return self._kept if (at, at + length) == (self._start, self._end) else None
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _next(self) -> None:
+        while len(self._ahead) < self._most:
+            sizes = next(self._left, None)
+            if sizes is None:
+                break
+            compressed_bytes, plain_bytes = sizes
+            # Read here: a thread of the pool must not hang in a dead disk.
+            data = _read(self._fd, compressed_bytes, self._file_at)
+            kept = KeptFrame(Compressed(data, plain_bytes), self._file_at)
+            self._ahead.append((kept, self._pool.submit(decompress, kept.frame)))
+            self._file_at += compressed_bytes
+        self._most = self._then
+        if not self._ahead:
+            raise ValueError(_TOO_EARLY)
+        self._kept, plain = self._ahead.popleft()
+        self._plain = memoryview(plain.result())
+        self._start, self._end = self._end, self._end + len(self._plain)
+
+
+def open_content(fd: int, file_bytes: int) -> PlainContent | FrameContent:
+    """What the archive in this file holds. Raises OSError; ValueError, in words, where it cannot be had."""
+    if is_zstd(_read(fd, 4, 0)):
+        return FrameContent(fd, file_bytes)
+    return PlainContent(fd)
+
+
+def _read(fd: int, length: int, at: int) -> bytes:
+    """Raises OSError; ValueError where the file ends before."""
+    data = bytearray(length)
+    if read_at(fd, memoryview(data), at) < length:
+        raise ValueError(_TOO_EARLY)
+    return bytes(data)
