@@ -31,6 +31,8 @@ archives:
   files      list an archive's files and take some out, without restoring it
   mount      show an archive as a folder: its disks, configurations, files
   drill      boot an archive, and say whether it did
+  repack     make an archive anew: in order, with a manifest, without a disk, renamed
+  manifest   make the manifest of an archive that has none
   prune      remove old archives by retention rules, as Proxmox VE does
   doctor     say what can be backed up here and how, changing nothing
 
@@ -78,6 +80,8 @@ COMMANDS = {
     "speed": ("vmapipe.control.cli.running", "main_speed"),
     "cancel": ("vmapipe.control.cli.running", "main_cancel"),
     "doctor": ("vmapipe.control.cli.doctor", "main"),
+    "repack": ("vmapipe.control.cli.repack", "main"),
+    "manifest": ("vmapipe.control.cli.repack", "main_manifest"),
     "prune": ("vmapipe.control.cli.prune", "main"),
     "monitor": ("vmapipe.control.cli.monitor", "main"),
     "cleanup": ("vmapipe.control.cli.cleanup", "main"),
