@@ -7,7 +7,8 @@ import os
 import tempfile
 from collections.abc import Callable
 
-from vmapipe.access.storage import FrameStorage, RangeStorage, Storage
+from vmapipe.access.frames import FrameStorage
+from vmapipe.access.storage import RangeStorage, Storage
 from vmapipe.restore.archive.errors import InputError
 from vmapipe.restore.archive.input import Pread
 from vmapipe.restore.archive.object import RemoteObject
