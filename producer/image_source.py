@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import stat
 from typing import NamedTuple
@@ -11,16 +13,32 @@ from typing import NamedTuple
 from vmapipe.producer.pull.arguments import parse_uri
 from vmapipe.producer.pull.connections import Endpoint
 from vmapipe.producer.pull.export import ExportError, open_export
+from vmapipe.producer.pull.shared_queue import (
+    QUEUE_BYTES,
+    NoSharedQueue,
+    SharedQueue,
+    can_share,
+)
 from vmapipe.producer.pull.uri import NbdUri, is_nbd_uri
 from vmapipe.producer.pull_reader import PullReader
+from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.source import UNSHARED, DiskSourceError, Sharing, open_at_rest
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.image_format import references
 from vmapipe.runtime.storage_daemon import StorageDaemon
 from vmapipe.runtime.text import name_text
 
 EXPORT = "disk"
+_NODE = "image"
+# Of the daemon's second socket, behind the path of its first one.
+_SHARED = ".shared"
+# It answers nobody before all of these are there; we look for the last one.
+_EXPORTS = (
+    *("--export", f"vhost-user-blk,id=shared,node-name={_NODE},addr.type=unix,addr.path=SOCKET{_SHARED}"),
+    *("--nbd-server", "addr.type=unix,addr.path=SOCKET"),
+    *("--export", f"nbd,id=nbd,node-name={_NODE},name={EXPORT}"),
+)
 
 
 class HowToRead(NamedTuple):
@@ -57,18 +75,7 @@ class ImageReader(PullReader):
             raise
 
     def _open(self, name: str, path: str, how: HowToRead, cancel: Cancel, sharing: Sharing) -> None:
-        argv = ["qemu-nbd", "--read-only", "--persistent", "--socket=SOCKET"]
-        # Ours, and the one that looked whether it listens.
-        argv += [f"--export-name={EXPORT}", "--shared=2"]
-        if how.snapshot:
-            argv.append(f"--load-snapshot=snapshot.name={how.snapshot}")
-        if how.offset:
-            argv.append(f"--offset={how.offset}")
-        if sharing.force and self._image_fd >= 0:
-            argv += ["--image-opts", "--", _shared_image(path, self._image_fd, how.image_format)]
-        else:
-            argv += [f"--format={how.image_format}", "--", path]
-        self._daemon = StorageDaemon(f"disk {name!r}", argv, cancel)
+        self._daemon, self._shares = self._start(name, path, how, cancel, sharing)
         try:
             endpoint = Endpoint(
                 *(
@@ -80,6 +87,7 @@ class ImageReader(PullReader):
                 reason=self._daemon.reason,
             )
             super().__init__(endpoint, cancel, compares=not sharing.force)
+            self.beside_bytes = QUEUE_BYTES if self._shares else 0
             if not how.others and how.image_format != "raw":
                 self._refuse_other_files(path)
         except _OtherFileError:
@@ -93,6 +101,39 @@ class ImageReader(PullReader):
         except BaseException:
             self._daemon.close()
             raise
+
+    def _start(
+        self, name: str, path: str, how: HowToRead, cancel: Cancel, sharing: Sharing
+    ) -> tuple[StorageDaemon, bool]:
+        """Return what serves the image, and whether data can come through memory that it shares with us.
+
+        qemu-storage-daemon can, for what it opens; errors are told in qemu-nbd's words.
+        """
+        image_fd = self._image_fd
+        if image_fd >= 0 and not how.snapshot and not how.offset and can_share():
+            node = json.dumps(_node(path, image_fd, how.image_format, shared=sharing.force))
+            argv = ["qemu-storage-daemon", "--blockdev", node, *_EXPORTS]
+            with contextlib.suppress(Failure):
+                return StorageDaemon(f"disk {name!r}", argv, cancel), True
+        argv = ["qemu-nbd", "--read-only", "--persistent", "--socket=SOCKET"]
+        # Ours, and the one that looked whether it listens.
+        argv += [f"--export-name={EXPORT}", "--shared=2"]
+        if how.snapshot:
+            argv.append(f"--load-snapshot=snapshot.name={how.snapshot}")
+        if how.offset:
+            argv.append(f"--offset={how.offset}")
+        if sharing.force and image_fd >= 0:
+            node = json.dumps(_node(path, image_fd, how.image_format, shared=True))
+            argv += ["--", f"json:{node}"]
+        else:
+            argv += [f"--format={how.image_format}", "--", path]
+        return StorageDaemon(f"disk {name!r}", argv, cancel), False
+
+    def begin(self, ring: Ring, frame_bytes: int, *, is_incremental: bool = False) -> None:
+        super().begin(ring, frame_bytes, is_incremental=is_incremental)
+        if self._shares:
+            with contextlib.suppress(NoSharedQueue):
+                self._connections.share(SharedQueue(self._daemon.socket + _SHARED, ring))
 
     def close(self) -> None:
         super().close()
@@ -128,14 +169,12 @@ def _uri_for_qemu(name: str, text: str) -> str:
     return uri.shown
 
 
-def _shared_image(path: str, fd: int, image_format: str) -> str:
-    """Return the image as qemu-nbd's option, so that it is read although others have it open."""
+def _node(path: str, fd: int, image_format: str, *, shared: bool) -> dict[str, object]:
+    """Return the image as QEMU's block node; `shared`: it is read although others have it open."""
     driver = "host_device" if stat.S_ISBLK(os.fstat(fd).st_mode) else "file"
-    file_name = path.replace(",", ",,")
-    return (
-        f"driver={image_format},force-share=on,file.driver={driver},"
-        f"file.filename={file_name},file.force-share=on"
-    )
+    share = {"force-share": True} if shared else {}
+    file = {"driver": driver, "filename": path, "read-only": True, **share}
+    return {"driver": image_format, "node-name": _NODE, "read-only": True, "file": file, **share}
 
 
 class _OtherFileError(DiskSourceError):

@@ -325,7 +325,7 @@ class _Producer:
     def _send_pulled(self, reader: PullReader, connection: ArchiverConnection) -> tuple[int, int]:
         from vmapipe.producer.pull_feed import PullFeed
 
-        with closing(reader), closing(Ring()) as ring:
+        with closing(reader), closing(Ring(reader.beside_bytes)) as ring:
             session = self._session(reader.name, reader.size_bytes, reader.shown, connection, ring)
             feed = PullFeed(reader, ring, session, self._limiter)
             transmit(feed, session, self._emit)

@@ -75,6 +75,8 @@ class PullReader:
             self._connections.close()
             raise
         self.size_bytes = self._connections.export.size_bytes
+        #: What `begin` needs of memory behind the ring.
+        self.beside_bytes = 0
         self._plan: PullPlan | None = None
         self._ring: Ring | None = None
         # In order; the first ones may be complete.
@@ -161,7 +163,9 @@ class PullReader:
         longest = min(_READ_BYTES, self._connections.session.max_data_bytes)
         for request in piece.requests(longest):
             into = ring.view[request.position : request.position + request.length]
-            task = Task(NBD_CMD_READ, request.offset, request.length, into, piece)
+            task = Task(
+                *(NBD_CMD_READ, request.offset, request.length, into, piece, request.position)
+            )
             self._connections.submit(task)
 
     # --- what has come ---

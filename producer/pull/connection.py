@@ -39,7 +39,7 @@ class ConnectionLost(Exception):
 class Task:
     """A request, and where its answer goes. It may be sent again on another connection."""
 
-    __slots__ = ("about", "in_chunks", "into", "kind", "length", "offset", "tries")
+    __slots__ = ("about", "in_chunks", "into", "kind", "length", "offset", "position", "tries")
 
     def __init__(
         self,
@@ -48,14 +48,19 @@ class Task:
         length: int,
         into: memoryview | None = None,
         about: object = None,
+        position: int | None = None,
     ) -> None:
-        """`kind`: NBD_CMD_READ (with `into`, of `length` bytes), _BLOCK_STATUS or _TRIM."""
+        """`kind`: NBD_CMD_READ (with `into`, of `length` bytes), _BLOCK_STATUS or _TRIM.
+
+        `position`: where `into` begins in the ring; None: it lies elsewhere.
+        """
         self.kind = kind
         self.offset = offset
         self.length = length
         self.into = into
         #: What it is for, as whoever submits it knows it.
         self.about = about
+        self.position = position
         #: How many connections were lost over it.
         self.tries = 0
         #: It cannot be answered in one piece.

@@ -7,13 +7,14 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from vmapipe.producer.pull.arguments import ANSWER_S
 from vmapipe.producer.pull.connection import Answer, ConnectionLost, ExportConnection, Task
 from vmapipe.producer.pull.export import OPEN_S, CannotOpen, ExportError, OpenExport
+from vmapipe.producer.pull.shared_queue import SharedQueue
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.nbd.constants import (
     BASE_ALLOCATION,
@@ -84,6 +85,7 @@ class ExportConnections:
         self._opening: Future[ExportConnection] | None = None
         self._is_closed = False
         self._queue: deque[Task] = deque()
+        self._shared: SharedQueue | None = None
         self._by_fd: dict[int, ExportConnection] = {}
         self._masks: dict[int, int] = {}
         self._wanted = 1
@@ -119,7 +121,8 @@ class ExportConnections:
     @property
     def outstanding(self) -> int:
         """How many tasks are not answered."""
-        return len(self._queue) + sum(c.in_flight for c in self._by_fd.values())
+        shared = self._shared.in_flight if self._shared else 0
+        return len(self._queue) + shared + sum(c.in_flight for c in self._by_fd.values())
 
     @property
     def has_room(self) -> bool:
@@ -127,7 +130,15 @@ class ExportConnections:
         return len(self._queue) < _IN_FLIGHT * max(1, self._wanted)
 
     def submit(self, task: Task) -> None:
-        self._queue.append(task)
+        if self._shared is not None and self._shared.takes(task):
+            self._shared.start(task)
+        else:
+            self._queue.append(task)
+
+    def share(self, queue: SharedQueue) -> None:
+        """Have what it takes read that way; it is closed with these connections."""
+        self._shared = queue
+        self._epoll.register(queue.fd, select.EPOLLIN)
 
     def ask_bitmap_alone(self) -> None:
         """Go on with connections on which a block status tells of the dirty bitmap and nothing else."""
@@ -149,24 +160,30 @@ class ExportConnections:
         now = time.monotonic()
         if now - self._pumped_at > _STOPPED_S:
             # This process itself was stopped, or had no time: a server's silence does not count.
-            for connection in self._by_fd.values():
-                connection.progress_at = now
+            for way in self._ways():
+                way.progress_at = now
         self._keep_connected(now)
         self._dispatch()
+        if self._shared is not None:
+            self._shared.flush()
         more = [c for c in self._by_fd.values() if c.has_more]
         events = self._epoll.poll(0 if more else wait_s)
         ready = dict.fromkeys(more)
+        answers: list[Answer] = []
+        has_come = False
         for fd, _ in events:
             if fd == self._wake:
                 self._take_opened()
+            elif self._shared is not None and fd == self._shared.fd:
+                has_come = True
+                answers += self._take_shared(self._shared)
             elif fd in self._by_fd:
                 ready[self._by_fd[fd]] = None
-        answers: list[Answer] = []
         for connection in ready:
             answers += self._visit(connection)
         self._pumped_at = now = time.monotonic()
         self._check_progress(now)
-        if not ready:
+        if not ready and not has_come:
             return None
         return [answer for answer in answers if not self._is_asked_again(answer)]
 
@@ -178,6 +195,8 @@ class ExportConnections:
         for connection in self._by_fd.values():
             connection.close(politely=not connection.in_flight)
         self._by_fd.clear()
+        if self._shared is not None:
+            self._shared.close()
         self._epoll.close()
         self._pool.close()
         if self._opening is None:
@@ -333,6 +352,15 @@ class ExportConnections:
             else:
                 self._watch(connection)
 
+    def _take_shared(self, queue: SharedQueue) -> list[Answer]:
+        """What could not be read is asked for once more over NBD, where the answer says why."""
+        try:
+            done = queue.answers()
+        except ValueError as error:
+            raise self._at_oldest(str(error)) from error
+        self._queue.extend(task for task, is_ok in done if not is_ok)
+        return [Answer(task) for task, is_ok in done if is_ok]
+
     def _visit(self, connection: ExportConnection) -> list[Answer]:
         try:
             return connection.receive()
@@ -376,13 +404,19 @@ class ExportConnections:
 
     def _check_progress(self, now: float) -> None:
         limit_s = self._endpoint.answer_s
-        for connection in self._by_fd.values():
-            if connection.in_flight and now - connection.progress_at > limit_s:
-                oldest = connection.oldest
+        for way in self._ways():
+            if way.in_flight and now - way.progress_at > limit_s:
+                oldest = way.oldest
                 raise self._failure_at(
                     oldest.offset if oldest else 0,
                     f"no answer for {limit_s:.0f} s (--nbd-timeout)",
                 )
+
+    def _ways(self) -> Iterator[ExportConnection | SharedQueue]:
+        """Yield all that may owe an answer."""
+        yield from self._by_fd.values()
+        if self._shared is not None:
+            yield self._shared
 
     def _is_asked_again(self, answer: Answer) -> bool:
         """An answer in one piece was asked for, and is too large for the server: take several."""

@@ -15,7 +15,7 @@ FRAME_BYTES = 8 << 20
 
 def runs(reader: PullReader, *, is_incremental: bool = False) -> Iterator[tuple[PulledRun, bytes]]:
     """Yield all runs of a disk, each with its data, up to the proof at the end."""
-    with closing(Ring()) as ring:
+    with closing(Ring(reader.beside_bytes)) as ring:
         reader.begin(ring, FRAME_BYTES, is_incremental=is_incremental)
         while not reader.has_all:
             reader.plan_ahead(FRAME_BYTES)
