@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of every format that QEMU knows: pulled from a qemu-nbd of our own."""
+"""Images of every format that QEMU knows: pulled from a server of QEMU's that we start."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import stat
 from typing import NamedTuple
@@ -26,19 +25,13 @@ from vmapipe.producer.source import UNSHARED, DiskSourceError, Sharing, open_at_
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.image_format import references
-from vmapipe.runtime.storage_daemon import StorageDaemon
+from vmapipe.runtime.storage_daemon import StorageDaemon, option_text
 from vmapipe.runtime.text import name_text
 
 EXPORT = "disk"
 _NODE = "image"
 # Of the daemon's second socket, behind the path of its first one.
 _SHARED = ".shared"
-# It answers nobody before all of these are there; we look for the last one.
-_EXPORTS = (
-    *("--export", f"vhost-user-blk,id=shared,node-name={_NODE},addr.type=unix,addr.path=SOCKET{_SHARED}"),
-    *("--nbd-server", "addr.type=unix,addr.path=SOCKET"),
-    *("--export", f"nbd,id=nbd,node-name={_NODE},name={EXPORT}"),
-)
 
 
 class HowToRead(NamedTuple):
@@ -54,7 +47,7 @@ class HowToRead(NamedTuple):
 
 
 class ImageReader(PullReader):
-    """An image of any format that qemu-nbd opens, read only. `path`: a file, or a URI of QEMU's."""
+    """An image of any format that QEMU opens, read only. `path`: a file, or a URI of QEMU's."""
 
     def __init__(
         self,
@@ -109,25 +102,31 @@ class ImageReader(PullReader):
 
         qemu-storage-daemon can, for what it opens; errors are told in qemu-nbd's words.
         """
-        image_fd = self._image_fd
-        if image_fd >= 0 and not how.snapshot and not how.offset and can_share():
-            node = json.dumps(_node(path, image_fd, how.image_format, shared=sharing.force))
-            argv = ["qemu-storage-daemon", "--blockdev", node, *_EXPORTS]
+        what = f"disk {name!r}"
+        image = ""
+        if self._image_fd >= 0:
+            image = _image_options(path, self._image_fd, how.image_format, shared=sharing.force)
+        if image and not how.snapshot and not how.offset and can_share():
+            node = f"{image},node-name={_NODE},read-only=on"
             with contextlib.suppress(Failure):
-                return StorageDaemon(f"disk {name!r}", argv, cancel), True
-        argv = ["qemu-nbd", "--read-only", "--persistent", "--socket=SOCKET"]
-        # Ours, and the one that looked whether it listens.
-        argv += [f"--export-name={EXPORT}", "--shared=2"]
+                daemon = StorageDaemon(
+                    what, "qemu-storage-daemon", functools.partial(_exported, node), cancel
+                )
+                return daemon, True
+        # Two clients: ours, and the one that looked whether it listens.
+        options = ["--read-only", "--persistent", f"--export-name={EXPORT}", "--shared=2"]
         if how.snapshot:
-            argv.append(f"--load-snapshot=snapshot.name={how.snapshot}")
+            options.append(f"--load-snapshot=snapshot.name={how.snapshot}")
         if how.offset:
-            argv.append(f"--offset={how.offset}")
-        if sharing.force and image_fd >= 0:
-            node = json.dumps(_node(path, image_fd, how.image_format, shared=True))
-            argv += ["--", f"json:{node}"]
+            options.append(f"--offset={how.offset}")
+        if sharing.force and image:
+            options += ["--image-opts", "--", image]
         else:
-            argv += [f"--format={how.image_format}", "--", path]
-        return StorageDaemon(f"disk {name!r}", argv, cancel), False
+            options += [f"--format={how.image_format}", "--", path]
+        daemon = StorageDaemon(
+            what, "qemu-nbd", lambda socket: [f"--socket={socket}", *options], cancel
+        )
+        return daemon, False
 
     def begin(self, ring: Ring, frame_bytes: int, *, is_incremental: bool = False) -> None:
         super().begin(ring, frame_bytes, is_incremental=is_incremental)
@@ -169,12 +168,27 @@ def _uri_for_qemu(name: str, text: str) -> str:
     return uri.shown
 
 
-def _node(path: str, fd: int, image_format: str, *, shared: bool) -> dict[str, object]:
-    """Return the image as QEMU's block node; `shared`: it is read although others have it open."""
+def _exported(node: str, socket: str) -> list[str]:
+    """Return qemu-storage-daemon's options for a node and the socket that it is to listen on.
+
+    It answers nobody before all that they say is there; we look for the last of it.
+    """
+    path = option_text(socket)
+    shared = f"addr.type=unix,addr.path={path}{_SHARED}"
+    return [
+        *("--blockdev", node),
+        *("--export", f"vhost-user-blk,id=shared,node-name={_NODE},{shared}"),
+        *("--nbd-server", f"addr.type=unix,addr.path={path}"),
+        *("--export", f"nbd,id=nbd,node-name={_NODE},name={EXPORT}"),
+    ]
+
+
+def _image_options(path: str, fd: int, image_format: str, *, shared: bool) -> str:
+    """Return the image as QEMU's options; `shared`: it is read although others have it open."""
     driver = "host_device" if stat.S_ISBLK(os.fstat(fd).st_mode) else "file"
-    share = {"force-share": True} if shared else {}
-    file = {"driver": driver, "filename": path, "read-only": True, **share}
-    return {"driver": image_format, "node-name": _NODE, "read-only": True, "file": file, **share}
+    share, file_share = (",force-share=on", ",file.force-share=on") if shared else ("", "")
+    file = f"file.driver={driver},file.filename={option_text(path)}"
+    return f"driver={option_text(image_format)}{share},{file}{file_share}"
 
 
 class _OtherFileError(DiskSourceError):

@@ -160,7 +160,7 @@ class PullReader:
             raise RuntimeError("room in the ring has vanished")
         ring.hold(position, length)
         piece.position = position
-        longest = min(_READ_BYTES, self._connections.session.max_data_bytes)
+        longest = self._connections.longest_read(_READ_BYTES)
         for request in piece.requests(longest):
             into = ring.view[request.position : request.position + request.length]
             task = Task(

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO
 
 from vmapipe.runtime.cancel import Cancel
@@ -66,22 +66,27 @@ class LastWords:
 
 
 class StorageDaemon:
-    """One daemon with one socket, `socket`, in a folder that only we can enter.
+    """One daemon, `program`, with one socket, `socket`, in a folder that only we can enter.
 
-    `argv` are the program and its options, in which SOCKET stands for that
-    socket's path. `what` begins its messages.
+    `options` makes its options out of that socket's path. `what` begins its messages.
     """
 
-    def __init__(self, what: str, argv: Sequence[str], cancel: Cancel | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        program: str,
+        options: Callable[[str], Sequence[str]],
+        cancel: Cancel | None = None,
+    ) -> None:
         """Returns when it listens. Raises Failure: it is missing, or cannot open an image."""
-        program = shutil.which(argv[0])
-        if program is None:
+        path = shutil.which(program)
+        if path is None:
             raise Failure(
-                f"{what}: images that are not raw need {argv[0]} "
-                f"(Debian: {_PACKAGES.get(argv[0], argv[0])}), which is not installed"
+                f"{what}: images that are not raw need {program} "
+                f"(Debian: {_PACKAGES.get(program, program)}), which is not installed"
             )
         self._what = what
-        self._program = argv[0]
+        self._program = program
         self._folder = OwnFolder("storage")
         self.socket = os.path.join(self._folder.path, "daemon.sock")
         self._process: subprocess.Popen[bytes] | None = None
@@ -89,9 +94,8 @@ class StorageDaemon:
         # What it said before it listened, warnings of the image, is not why it hangs up.
         self._words_before = 0
         try:
-            command = [program, *(word.replace("SOCKET", self.socket) for word in argv[1:])]
             self._process = subprocess.Popen(
-                [*dying_with_parent("TERM"), *command],
+                [*dying_with_parent("TERM"), path, *options(self.socket)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -205,6 +209,11 @@ class StorageDaemon:
         if not said:
             return f"{self._program} ended without a word"
         return said.removeprefix(f"{self._program}: ")
+
+
+def option_text(text: str) -> str:
+    """Return a value as it stands among QEMU's options, which commas separate."""
+    return text.replace(",", ",,")
 
 
 def dying_with_parent(signal_name: str) -> list[str]:

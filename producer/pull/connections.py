@@ -135,6 +135,12 @@ class ExportConnections:
         else:
             self._queue.append(task)
 
+    def longest_read(self, wanted_bytes: int) -> int:
+        """Return how much to read by one request; over NBD no more than `wanted_bytes`."""
+        most_bytes = self.session.max_data_bytes
+        # What nobody copies costs less, the fewer the requests are.
+        return most_bytes if self._shared is not None else min(wanted_bytes, most_bytes)
+
     def share(self, queue: SharedQueue) -> None:
         """Have what it takes read that way; it is closed with these connections."""
         self._shared = queue

@@ -22,7 +22,7 @@ from vmapipe.restore.targets.plan import Larger, TargetSpec
 from vmapipe.runtime.disk_use import unlock_image
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.image_format import format_of_content, references
-from vmapipe.runtime.storage_daemon import StorageDaemon
+from vmapipe.runtime.storage_daemon import StorageDaemon, option_text
 from vmapipe.runtime.text import name_text
 from vmapipe.vma.header import Device
 
@@ -43,11 +43,11 @@ class Served:
         try:
             self._daemon: StorageDaemon | None = StorageDaemon(
                 path,
-                [
-                    "qemu-storage-daemon",
+                "qemu-storage-daemon",
+                lambda socket: [
                     *("--blockdev", f"driver={driver},node-name=file,filename={_place(fd)}"),
                     *("--blockdev", f"driver={image_format},node-name=image,file=file"),
-                    *("--nbd-server", "addr.type=unix,addr.path=SOCKET"),
+                    *("--nbd-server", f"addr.type=unix,addr.path={option_text(socket)}"),
                     *("--export", f"type=nbd,id=e,node-name=image,name={EXPORT},writable=on"),
                 ],
             )
