@@ -30,6 +30,8 @@ def bound_cases(place: Place) -> list[Case]:
         _incremental(place),
         _nbd_to_nothing(place, "dense", place.dense),
         _nbd_to_nothing(place, "25 % data and holes", place.quarter),
+        _qcow2_to_nothing(place, "dense", place.dense),
+        _qcow2_to_nothing(place, "25 % data and holes", place.quarter),
         _tib_to_nothing(place),
         _many_disks(place),
         _dense_to_file(place),
@@ -174,6 +176,29 @@ def _nbd_to_nothing(place: Place, what: str, image: Path) -> Case:
         ],
         # 0.9 of its speed.
         [Bound("at most 1.11 x nbdcopy", OURS, "nbdcopy", 1.11)],
+        warm=[image],
+    )
+
+
+def _qcow2_to_nothing(place: Place, what: str, raw: Path) -> Case:
+    image = place.disk / "image.qcow2"
+    read = ["-n", "-f", "qcow2", "--target-is-zero", "--target-image-opts", str(image)]
+    null = f"driver=null-co,size={place.size_mib * MIB}"
+    return Case(
+        f"backup of a qcow2 image, {what}, to nothing",
+        [
+            Command(
+                OURS,
+                vmapipe("backup", "--quiet", "--disk", f"d={image},format=qcow2", "/dev/null"),
+                needs="qemu-storage-daemon",
+            ),
+            Command("qemu-img convert", ["qemu-img", "convert", *read, null], needs="qemu-img"),
+        ],
+        [Bound("at most 2 x qemu-img convert", OURS, "qemu-img convert", 2.0)],
+        before=lambda: make(
+            ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(image)]
+        ),
+        leaves=[image],
         warm=[image],
     )
 

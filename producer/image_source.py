@@ -14,13 +14,14 @@ from vmapipe.producer.pull.connections import Endpoint
 from vmapipe.producer.pull.export import ExportError, open_export
 from vmapipe.producer.pull.shared_queue import (
     QUEUE_BYTES,
+    Memory,
     NoSharedQueue,
     SharedQueue,
     can_share,
 )
 from vmapipe.producer.pull.uri import NbdUri, is_nbd_uri
 from vmapipe.producer.pull_reader import PullReader
-from vmapipe.producer.shared_memory import Ring
+from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.producer.source import UNSHARED, DiskSourceError, Sharing, open_at_rest
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, os_error_text
@@ -130,9 +131,10 @@ class ImageReader(PullReader):
 
     def begin(self, ring: Ring, frame_bytes: int, *, is_incremental: bool = False) -> None:
         super().begin(ring, frame_bytes, is_incremental=is_incremental)
-        if self._shares:
+        if self._shares and ring.fd is not None:
+            memory = Memory(ring.fd, ring.view, RING_BYTES)
             with contextlib.suppress(NoSharedQueue):
-                self._connections.share(SharedQueue(self._daemon.socket + _SHARED, ring))
+                self._connections.share(SharedQueue(self._daemon.socket + _SHARED, memory))
 
     def close(self) -> None:
         super().close()

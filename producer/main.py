@@ -116,7 +116,7 @@ def _add_disk_options(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="raw",
         metavar="FORMAT",
-        help="the image's format as QEMU calls it; all but raw files are read through qemu-nbd",
+        help="the image's format as QEMU calls it; all but raw files are read through QEMU's programs",
     )
     parser.add_argument(
         "--snapshot", default="", metavar="NAME", help="read this internal snapshot of the image"

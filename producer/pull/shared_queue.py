@@ -19,7 +19,6 @@ from collections import deque
 from typing import NamedTuple
 
 from vmapipe.producer.pull.connection import Task
-from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.protocol.nbd.constants import NBD_CMD_READ
 
 # Enough that a disk and two processors have something to do.
@@ -47,20 +46,28 @@ _NOT_ANSWERED = 0xFF
 _INDEX = struct.Struct("<H")
 _USED = struct.Struct("<II")
 
-# Where the parts of the queue lie, behind the ring.
+# Where the parts of the queue lie.
 _AVAILABLE = _DESCRIPTORS * _DESCRIPTOR.size
 _USED_RING = _AVAILABLE + 6 + 2 * _DESCRIPTORS + 2
 _HEADERS = _USED_RING + 6 + 8 * _DESCRIPTORS + 2
 _STATUSES = _HEADERS + _SLOTS * _READ_HEADER.size
-# Memory that this process is told to have at the ring's beginning. Any address will do but 0.
+# Where the memory begins, as the daemon is told. Any address will do but 0.
 _BASE = 1 << 32
 
-#: Bytes of the queue, which lie in the ring's memory and behind it.
+#: Bytes of the queue.
 QUEUE_BYTES = 4096
 
 
 class NoSharedQueue(Exception):
     """The daemon, or this machine, has none: data comes over NBD as from everybody else."""
+
+
+class Memory(NamedTuple):
+    """A memory file, all of it mapped; tasks' positions are offsets of it, and QUEUE_BYTES from `queue_at` on are the queue's."""
+
+    fd: int
+    view: memoryview
+    queue_at: int
 
 
 class Answered(NamedTuple):
@@ -78,12 +85,15 @@ def can_share() -> bool:
 class SharedQueue:
     """Give it reads with `start`, send them with `flush`; `fd` is readable when `answers` has some."""
 
-    def __init__(self, path: str, ring: Ring) -> None:
-        """`path`: the daemon's socket; `ring` has QUEUE_BYTES behind it. Raises NoSharedQueue."""
-        if ring.fd is None or not can_share():
+    def __init__(self, path: str, memory: Memory) -> None:
+        """`path`: the daemon's socket. Raises NoSharedQueue."""
+        if not can_share():
             raise NoSharedQueue
-        self._view = ring.view[RING_BYTES : RING_BYTES + QUEUE_BYTES]
+        self._at = memory.queue_at
+        self._view = memory.view[self._at : self._at + QUEUE_BYTES]
         self._view[:] = bytes(QUEUE_BYTES)
+        # What has no slot yet.
+        self._waiting: deque[Task] = deque()
         self._free = deque(range(_SLOTS))
         self._tasks: dict[int, Task] = {}
         self._made = self._told = self._seen = 0
@@ -96,7 +106,7 @@ class SharedQueue:
         try:
             self._socket.settimeout(_OPEN_S)
             self._socket.connect(path)
-            self._agree(ring.fd, len(ring.view))
+            self._agree(memory.fd, len(memory.view))
         except (OSError, struct.error) as error:
             self.close()
             raise NoSharedQueue from error
@@ -111,7 +121,7 @@ class SharedQueue:
         self._tell(_SET_FEATURES, struct.pack("<Q", features))
         region = struct.pack("<IIQQQQ", 1, 0, 0, memory_bytes, _BASE, 0)
         self._tell(_SET_MEM_TABLE, region, memory_fd)
-        queue = _BASE + RING_BYTES
+        queue = _BASE + self._at
         addresses = (queue, queue + _USED_RING, queue + _AVAILABLE, 0)
         self._tell(_SET_VRING_NUM, struct.pack("<II", 0, _DESCRIPTORS))
         self._tell(_SET_VRING_BASE, struct.pack("<II", 0, 0))
@@ -143,24 +153,27 @@ class SharedQueue:
 
     @property
     def in_flight(self) -> int:
-        return len(self._tasks)
+        return len(self._tasks) + len(self._waiting)
 
     @property
     def oldest(self) -> Task | None:
         return next(iter(self._tasks.values()), None)
 
-    def takes(self, task: Task) -> bool:
-        """Whether `start` may be called: a read of whole sectors into the ring, and there is room."""
+    @staticmethod
+    def takes(task: Task) -> bool:
+        """Whether `start` may be called: a read of whole sectors into the memory."""
         is_read = task.kind == NBD_CMD_READ and task.position is not None
-        return (
-            is_read and not (task.offset | task.length) % _SECTOR_BYTES and len(self._free) > 0
-        )
+        return is_read and not (task.offset | task.length) % _SECTOR_BYTES
 
     def start(self, task: Task) -> None:
-        if task.position is None:
-            raise RuntimeError("a read that has no place in the ring")
-        if not self._tasks:
+        """Have it sent with the next `flush`, or when there is room for it."""
+        if not self.in_flight:
             self.progress_at = time.monotonic()
+        self._waiting.append(task)
+
+    def _put(self, task: Task) -> None:
+        if task.position is None:
+            raise RuntimeError("a read that has no place in the memory")
         slot = self._free.popleft()
         self._tasks[slot] = task
         first, view = 3 * slot, self._view
@@ -169,20 +182,20 @@ class SharedQueue:
         view[status] = _NOT_ANSWERED
         for number, (at, length, flags) in enumerate(
             (
-                (RING_BYTES + header, _READ_HEADER.size, _HAS_NEXT),
+                (self._at + header, _READ_HEADER.size, _HAS_NEXT),
                 (task.position, task.length, _HAS_NEXT | _FOR_DEVICE_TO_WRITE),
-                (RING_BYTES + status, 1, _FOR_DEVICE_TO_WRITE),
+                (self._at + status, 1, _FOR_DEVICE_TO_WRITE),
             ),
             first,
         ):
-            _DESCRIPTOR.pack_into(
-                view, number * _DESCRIPTOR.size, at, length, flags, number + 1
-            )
+            _DESCRIPTOR.pack_into(view, number * _DESCRIPTOR.size, at, length, flags, number + 1)
         _INDEX.pack_into(view, _AVAILABLE + 4 + 2 * (self._made % _DESCRIPTORS), first)
         self._made += 1
 
     def flush(self) -> None:
-        """Hand over what was started."""
+        """Hand over what was started, as far as there is room."""
+        while self._waiting and self._free:
+            self._put(self._waiting.popleft())
         if self._made != self._told:
             self._told = self._made
             _INDEX.pack_into(self._view, _AVAILABLE + 2, self._made & 0xFFFF)

@@ -15,7 +15,9 @@ import pytest
 from tests.machine import LIMIT_S, Need, listens, make_disk
 from tests.producer.pull.reading import content, runs
 from vmapipe.producer.image_source import HowToRead, ImageReader
+from vmapipe.producer.pull.connection import Task
 from vmapipe.producer.pull.export import ExportError
+from vmapipe.producer.pull.shared_queue import SharedQueue
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
@@ -49,6 +51,65 @@ def test_every_format_reads_as_the_disk_it_was_made_from(
     wanted = disk.read_bytes()
     assert read[: len(wanted)] == wanted
     assert not any(read[len(wanted) :]), "what the format rounds up is zero"
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_data_comes_through_shared_memory_where_it_can_and_is_the_same_where_it_cannot(
+    tmp_path: Path, disk: Path, need: Need, monkeypatch: pytest.MonkeyPatch, *, is_shared: bool
+) -> None:
+    """Also with commas and other odd bytes in the image's name."""
+    qemu_img, _, _ = need("qemu-img", "qemu-nbd", "qemu-storage-daemon")
+    image = tmp_path / "SOCKET, a=b \u00e9.qcow2"
+    subprocess.run([qemu_img, "convert", "-O", "qcow2", str(disk), str(image)], check=True)
+    asked: list[int] = []
+
+    class Counted(SharedQueue):
+        def start(self, task: Task) -> None:
+            asked.append(task.length)
+            super().start(task)
+
+    monkeypatch.setattr("vmapipe.producer.image_source.SharedQueue", Counted)
+    if not is_shared:
+        monkeypatch.setattr("vmapipe.producer.pull.shared_queue.can_share", lambda: False)
+    with opened(image, HowToRead("qcow2")) as source:
+        assert content(source) == disk.read_bytes()
+        assert sum(asked) == (source.read_bytes if is_shared else 0)
+
+
+def test_what_the_daemon_cannot_read_is_said_with_offset_and_reason(
+    tmp_path: Path, need: Need
+) -> None:
+    """A compressed cluster that is damaged: the queue tells only that it failed."""
+    qemu_img, _, _ = need("qemu-img", "qemu-nbd", "qemu-storage-daemon")
+    raw, image = tmp_path / "disk.raw", tmp_path / "image.qcow2"
+    raw.write_bytes(b"some words " * (4 * CLUSTER))
+    subprocess.run([qemu_img, "convert", "-c", "-O", "qcow2", str(raw), str(image)], check=True)
+    with image.open("r+b") as file:
+        # Behind the header and its three tables.
+        file.seek(5 * CLUSTER)
+        file.write(b"\xff" * 64)
+    with (
+        opened(image, HowToRead("qcow2")) as source,
+        pytest.raises(ExportError, match=r"^disk 'd': cannot read near offset \d+: Input/output"),
+    ):
+        content(source)
+
+
+def test_a_daemon_that_dies_while_data_comes_through_shared_memory(
+    disk: Path, tmp_path: Path, need: Need
+) -> None:
+    qemu_img, _, _ = need("qemu-img", "qemu-nbd", "qemu-storage-daemon")
+    image = tmp_path / "image.qcow2"
+    subprocess.run([qemu_img, "convert", "-O", "qcow2", str(disk), str(image)], check=True)
+    with opened(image, HowToRead("qcow2")) as source:
+        found = runs(source)
+        next(found)
+        for child in psutil.Process().children():
+            child.kill()
+        with pytest.raises(
+            ExportError, match=r"^disk 'd': .*qemu-storage-daemon was killed by SIG"
+        ):
+            list(found)
 
 
 def test_holes_of_an_image_are_not_read(tmp_path: Path, need: Need) -> None:

@@ -42,7 +42,7 @@ _PROGRAMS: Sequence[Optional] = (
     Optional("qemu-nbd", "images that are not raw", "apt install qemu-utils"),
     Optional(
         "qemu-storage-daemon",
-        "restores onto images that are not raw, without a copy",
+        "images that are not raw: fast backups of them, and restores onto them",
         "apt install qemu-system-common",
     ),
     Optional(
