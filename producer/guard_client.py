@@ -14,6 +14,7 @@ from vmapipe.protocol.guard import (
     Attached,
     Claim,
     FromGuard,
+    GuardAskFelt,
     GuardAttach,
     GuardCopied,
     GuardFailed,
@@ -87,6 +88,10 @@ class GuardClient:
 
     def release(self, slots: Sequence[int]) -> None:
         self._send(GuardRelease(tuple(slots)))
+
+    def ask_felt(self, bound_s: float) -> None:
+        """Ask what guests have felt; a GuardFelt answers."""
+        self._send(GuardAskFelt(max(1, round(bound_s * 1e6))))
 
     def close(self) -> None:
         if self._socket.fileno() >= 0:

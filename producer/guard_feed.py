@@ -29,13 +29,14 @@ from vmapipe.protocol.guard import (
     FromGuard,
     GuardAttach,
     GuardBegun,
+    GuardFelt,
     GuardWaiting,
     Saved,
     SavedHole,
 )
 from vmapipe.protocol.transfer import SharedCluster
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.events import Emit
+from vmapipe.runtime.events import Emit, FeltEvent, ignore
 from vmapipe.runtime.process import yield_cpu
 from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.runtime.syscalls import read_at
@@ -360,8 +361,13 @@ class GuardFeed:
         session: Session,
         saved: SavedClusters,
         background: BackgroundReader,
+        bound_s: float = 0.0,
     ) -> None:
+        """`bound_s`: what guests may feel, of which is told then; 0: nothing is."""
         self.name = name
+        self._bound_s = bound_s
+        self._ask_felt_at = 0.0
+        self._emit: Emit = ignore
         self._guard = guard
         self._session = session
         self._saved = saved
@@ -373,6 +379,7 @@ class GuardFeed:
 
     def begin(self, emit: Emit) -> None:
         """Wait for the instant."""
+        self._emit = emit
         self._session.watch(self._guard.fd)
         self._background.begin()
         emit({"event": "attached", "device": self.name})
@@ -435,6 +442,9 @@ class GuardFeed:
 
     def check(self) -> None:
         self._saved.give_back()
+        if self._bound_s and (now := time.monotonic()) >= self._ask_felt_at:
+            self._ask_felt_at = now + REPORT_S
+            self._guard.ask_felt(self._bound_s)
 
     def finish(self) -> None: ...
 
@@ -454,6 +464,15 @@ class GuardFeed:
                 self._background.take(message)
             case Saved() | SavedHole():
                 self._saved.add(message)
+            case GuardFelt(requests, slow, p99_us):
+                event: FeltEvent = {
+                    "event": "felt",
+                    "device": self.name,
+                    "requests": requests,
+                    "slow": slow,
+                    "p99_s": p99_us / 1e6,
+                }
+                self._emit(event)
             case GuardWaiting(writes):
                 self._waiting_writes = writes
             case _:

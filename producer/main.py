@@ -38,6 +38,7 @@ from vmapipe.runtime.arguments import (
     add_tcp_options,
     check_endpoint,
     job_id,
+    latency,
     make_parser,
     size,
     split_named,
@@ -154,6 +155,13 @@ def _add_live_options(parser: argparse.ArgumentParser) -> None:
         "--guard",
         metavar="SOCKET",
         help="the disk is served by a monitor, whose control socket this is; --disk is its name",
+    )
+    parser.add_argument(
+        "--guest-latency",
+        type=latency,
+        default=0.0,
+        metavar="TIME",
+        help="with --guard: tell four times a second what the guest feels, and how often more than this",
     )
     parser.add_argument(
         "--sink-fd",
@@ -346,7 +354,7 @@ class _Producer:
             session = self._session(name, guard.size_bytes, options.guard, connection, ring)
             saved = SavedClusters(guard.size_bytes, memory_slots, spool_fd, ring, guard)
             background = BackgroundReader(name, ring, guard, self._limiter, session)
-            feed = GuardFeed(name, guard, session, saved, background)
+            feed = GuardFeed(name, guard, session, saved, background, options.guest_latency)
             transmit(feed, session, self._emit)
             return guard.size_bytes, session.zero_clusters
 

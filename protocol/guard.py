@@ -138,13 +138,30 @@ class GuardWaiting(NamedTuple):
     writes: Annotated[int, between(0, 1 << 32)]
 
 
+class GuardAskFelt(NamedTuple):
+    """Producer: what has the guest felt since I asked last? A request is slow above `bound_us`.
+
+    The first time, the guard begins to count.
+    """
+
+    bound_us: Annotated[int, between(1, MAX_WAIT_S * 1_000_000)]
+
+
+class GuardFelt(NamedTuple):
+    """Guard: so many requests of guests were answered, so many of them slowly; the 99th percentile."""
+
+    requests: Annotated[int, between(0, 1 << 62)]
+    slow: Annotated[int, between(0, 1 << 62)]
+    p99_us: Annotated[int, between(0, 1 << 62)]
+
+
 class GuardFailed(NamedTuple):
     """Guard: the backup is over, and why; the disk serves on."""
 
     reason: str
 
 
-ToGuard = GuardAttach | Hold | GuardBegin | Claim | GuardCopied | GuardRelease
+ToGuard = GuardAttach | Hold | GuardBegin | Claim | GuardCopied | GuardRelease | GuardAskFelt
 FromGuard = (
     Attached
     | GuardRefused
@@ -154,12 +171,13 @@ FromGuard = (
     | Saved
     | SavedHole
     | GuardWaiting
+    | GuardFelt
     | GuardFailed
 )
 
 
 _TO_GUARD = Dialogue(
-    *(GuardAttach, Hold, GuardBegin, Claim, GuardCopied, GuardRelease),
+    *(GuardAttach, Hold, GuardBegin, Claim, GuardCopied, GuardRelease, GuardAskFelt),
     keyed=False,
     max_bytes=MAX_PACKET_BYTES,
     max_items=_MAX_ITEMS,
@@ -168,6 +186,7 @@ _TO_GUARD = Dialogue(
         GuardBegin: "BEGIN",
         GuardCopied: "COPIED",
         GuardRelease: "RELEASE",
+        GuardAskFelt: "ASK_FELT",
     },
 )
 _FROM_GUARD = Dialogue(
@@ -180,6 +199,7 @@ _FROM_GUARD = Dialogue(
         Saved,
         SavedHole,
         GuardWaiting,
+        GuardFelt,
         GuardFailed,
     ),
     keyed=False,
@@ -189,6 +209,7 @@ _FROM_GUARD = Dialogue(
         GuardRefused: "REFUSED",
         GuardBegun: "BEGUN",
         GuardWaiting: "WAITING",
+        GuardFelt: "FELT",
         GuardFailed: "FAILED",
     },
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from typing import NoReturn
 
 from vmapipe.runtime.errors import EXIT_USAGE, UsageError
@@ -100,6 +101,23 @@ def wait_time(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 3600")
     return int(text)
+
+
+_LATENCY = re.compile(r"([0-9]+(?:\.[0-9]+)?)(us|ms|s)")
+_LATENCY_PARTS = {"us": 1e6, "ms": 1e3, "s": 1.0}
+# Below, no disk answers; above, guests give up a disk.
+_LEAST_LATENCY_S, _MOST_LATENCY_S = 0.0001, 10.0
+
+
+def latency(text: str) -> float:
+    """`20ms` to seconds; from 100us to 10s."""
+    match = _LATENCY.fullmatch(text.strip())
+    value_s = float(match[1]) / _LATENCY_PARTS[match[2]] if match else 0.0
+    if not _LEAST_LATENCY_S <= value_s <= _MOST_LATENCY_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time from 100us to 10s (like 20ms or 0.5s)"
+        )
+    return value_s
 
 
 def job_id(text: str) -> bytes:

@@ -110,6 +110,17 @@ class SpeedEvent(TypedDict):
     bytes_per_s: int
 
 
+class GuestLatencyEvent(TypedDict):
+    """What the guest has felt of its disks within the last second."""
+
+    event: Literal["guest-latency"]
+    bound_s: float
+    requests: int
+    p99_s: float
+    limit_bytes_s: int
+    read_bytes_s: int
+
+
 class ManifestEvent(TypedDict):
     event: Literal["manifest"]
     text: str
@@ -137,6 +148,13 @@ class StoredEvent(TypedDict):
     shared_bytes: NotRequired[int]
 
 
+class FeltByGuest(TypedDict):
+    bound_s: float
+    worst_s: float
+    seconds: int
+    seconds_above: int
+
+
 class DoneEvent(TypedDict):
     event: Literal["done"]
     seconds: float
@@ -144,6 +162,7 @@ class DoneEvent(TypedDict):
     speed_bytes_s: int
     cpu_s: float
     peak_rss_bytes: int
+    guest_latency: NotRequired[FeltByGuest]
 
 
 class MachineEvent(TypedDict):
@@ -376,6 +395,7 @@ PublicEvent = (
     | TransferEvent
     | BufferEvent
     | SpeedEvent
+    | GuestLatencyEvent
     | ManifestEvent
     | NoticeEvent
     | SentEvent

@@ -107,6 +107,16 @@ class JobSpeedEvent(TypedDict):
     bytes_per_s: int
 
 
+class FeltEvent(TypedDict):
+    """What the guest of a disk has felt since the last of these events."""
+
+    event: Literal["felt"]
+    device: str
+    requests: int
+    slow: int
+    p99_s: float
+
+
 class UploadEvent(TypedDict):
     """An upload to an object store has begun, which is to be aborted if the child is killed."""
 
@@ -157,6 +167,7 @@ ChildEvent = (
     | DrainingEvent
     | EndingEvent
     | JobSpeedEvent
+    | FeltEvent
     | UploadEvent
     | BaseDamagedEvent
     | GuardReadyEvent

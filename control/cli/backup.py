@@ -29,6 +29,7 @@ from vmapipe.control.cli.backup_arguments import (
     check_order,
     check_without_pve,
     in_turn,
+    latency_wish,
     open_configs,
     parse_disk,
     parse_nbd,
@@ -267,6 +268,7 @@ def _check(options: argparse.Namespace) -> None:
             "restored guest would still be frozen"
         )
     check_order(options)
+    latency_wish(options)
     if options.force_share and (options.qmp or options.monitor or options.libvirt):
         raise UsageError(
             "--force-share is for disks at rest: a disk in use is read as of one instant"
@@ -324,6 +326,7 @@ def run_job(
             archive=options.archive,
             archiver_options=archiver_options(options),
             speed_bytes_s=options.speed,
+            latency=latency_wish(options),
             pass_fds=pass_fds,
             buffer_options=buffer_options(options, len(disks)),
             machine=machine,

@@ -12,6 +12,7 @@ from vmapipe.archiver.arguments import recipients_of
 from vmapipe.control.cli.backup_base import FULL_EVERY, SAMPLE_PERCENT, percent, whole_number
 from vmapipe.control.coordinator.job import Disk, Service
 from vmapipe.control.coordinator.priorities import buffer_of_each
+from vmapipe.control.coordinator.steering import LatencyWish
 from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.producer.pull.arguments import add_nbd_options, parse_nbd_disk, parse_uri
 from vmapipe.producer.pull.uri import is_nbd_uri
@@ -20,6 +21,7 @@ from vmapipe.runtime.arguments import (
     add_first_group,
     add_tcp_options,
     check_endpoint,
+    latency,
     size,
     split_named,
 )
@@ -151,6 +153,32 @@ def add_speed_option(parser: argparse._ActionsContainer) -> None:
         help="read at most this much a second, all disks together; K, M, G, T are powers of 1024 "
         "(what a guest's writes save is not slowed down)",
     )
+    parser.add_argument(
+        "--guest-latency",
+        type=latency,
+        metavar="TIME",
+        help="read more slowly while the guest of disks in use waits longer than this for more than one "
+        "in a hundred of its reads and writes (like 20ms, 0.1s; default: off)",
+    )
+    parser.add_argument(
+        "--latency-floor",
+        type=size,
+        default=8 << 20,  # a terabyte in 35 hours; a disk that turns hardly feels it
+        metavar="BYTES/S",
+        help="what --guest-latency leaves the backup in any case (default: 8M)",
+    )
+
+
+def latency_wish(options: argparse.Namespace) -> LatencyWish | None:
+    """Return what the guest may feel; None: that is not measured. Raises UsageError."""
+    if options.guest_latency is None:
+        return None
+    if not (options.qmp or options.monitor or options.libvirt or options.pve):
+        raise UsageError(
+            "--guest-latency is for disks that a guest uses (--qmp, --monitor, --libvirt, --pve): for "
+            "disks at rest there is --speed"
+        )
+    return LatencyWish(options.guest_latency, max(1, options.latency_floor))
 
 
 def add_proxmox_options(parser: argparse.ArgumentParser) -> None:

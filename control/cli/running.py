@@ -232,6 +232,7 @@ def job_lines(job: Details, before: Details | None = None) -> list[str]:
             f"{ratio:.0f} % of {human_bytes(job['plain_bytes'])} before compression"
         )
     lines += _base_lines(job)
+    lines += _latency_lines(job)
     lines += _indented(_disks(job["devices"]))
     lines += _indented(_processes(job, before))
     return lines
@@ -249,6 +250,37 @@ def _base_lines(job: Details) -> list[str]:
             if (reason := disk.get("full_reason"))
         ),
     ]
+
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def _curve(values: Sequence[float], most: float) -> str:
+    """Return a curve of one line; `most` is the height of its highest bar."""
+    steps = len(_BARS) - 1
+    return "".join(
+        _BARS[min(steps, round(steps * value / most)) if most else 0] for value in values
+    )
+
+
+def _latency_lines(job: Details) -> list[str]:
+    """What the guest feels, and what is read: curves of the last minute."""
+    felt = job.get("guest_latency")
+    if not felt:
+        return []
+    waits, rates = felt["last_p99_s"], felt["last_read_bytes_s"]
+    limit = felt["limit_bytes_s"]
+    return [
+        f"  guest waits {_ms(felt['p99_s'])} (bound {_ms(felt['bound_s'])}, worst second "
+        f"{_ms(felt['worst_s'])}), so the backup may read "
+        + (f"{human_bytes(limit)}/s" if limit else "as fast as it can"),
+        f"    waits, up to {_ms(max(waits)):>9}  {_curve(waits, max(waits))}",
+        f"    reads, up to {human_bytes(max(rates)):>7}/s  {_curve(rates, max(rates))}",
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _progress(job: Details) -> str:

@@ -13,14 +13,14 @@ from vmapipe.clusters.sizes import VMSTATE_NAME
 from vmapipe.control.coordinator.live_base import base_report
 from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.control.coordinator.priorities import AS_INHERITED, Priorities
-from vmapipe.control.coordinator.shares import Shares
+from vmapipe.control.coordinator.steering import LatencyWish, Measurable, Steering
 from vmapipe.control.monitor.client import begin_together
 from vmapipe.control.qemu.disks import check_names
 from vmapipe.control.qemu.vmstate import Instant
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, DoubtfulBase, Failure, UsageError
-from vmapipe.runtime.event_types import BackupProgressEvent, BaseEvent, InstantEvent
+from vmapipe.runtime.event_types import BaseEvent, DoneEvent, InstantEvent
 from vmapipe.runtime.events import ChildCommands, Command, Emit, Event, speed_command, speed_in
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.vma.header import MAX_DEVICES
@@ -115,6 +115,8 @@ class BackupJob:
     archive: str
     archiver_options: Sequence[str]
     speed_bytes_s: int = 0
+    #: What the guest of disks in use may feel at most; None: that is not measured.
+    latency: LatencyWish | None = None
     #: Descriptors that the archiver inherits: its output, configs that are not files.
     pass_fds: Sequence[int] = ()
     #: For the producers of disks in use.
@@ -154,10 +156,8 @@ class BackupJob:
         """Raises Failure when nothing was stored. `commands` may change the speed meanwhile."""
         commands = commands or ChildCommands()
         self._check()
-        self._read_bytes: dict[str, int] = {}
-        self._shares = Shares(
-            self.speed_bytes_s, [disk.name for disk in self.disks], in_turn=self.in_turn
-        )
+        names = [disk.name for disk in self.disks]
+        self._steering = Steering(self.speed_bytes_s, names, self.latency, in_turn=self.in_turn)
         started = time.monotonic()
         with OwnFolder("job") as folder:
             children = Children(fork=True)
@@ -170,7 +170,8 @@ class BackupJob:
                         if self.snapshot:
                             self._report_instant(self.snapshot.begin(emit, cancel), emit)
                             children.watch(self.snapshot.fd)
-                        self._start_producers(children, folder, self._shares.share)
+                            self._steer(self.snapshot, children, emit)
+                        self._start_producers(children, folder, self._steering.share)
                         if self.server:
                             self.server.begin(self.speed_bytes_s, children.pids)
                             children.watch(self.server.fd)
@@ -183,16 +184,17 @@ class BackupJob:
                         self._release(emit)
             finally:
                 self._remove_leftovers(children)
-            emit(
-                {
-                    "event": "done",
-                    "seconds": round(time.monotonic() - started, 3),
-                    "read_bytes": sum(self._read_bytes.values()),
-                    "speed_bytes_s": self._shares.bytes_per_s,
-                    "cpu_s": round(sum(child.cpu_s for child in children.all), 3),
-                    "peak_rss_bytes": sum(child.peak_rss_bytes for child in children.all),
-                }
-            )
+            done: DoneEvent = {
+                "event": "done",
+                "seconds": round(time.monotonic() - started, 3),
+                "read_bytes": self._steering.read_bytes,
+                "speed_bytes_s": self._steering.limit_bytes_s,
+                "cpu_s": round(sum(child.cpu_s for child in children.all), 3),
+                "peak_rss_bytes": sum(child.peak_rss_bytes for child in children.all),
+            }
+            if felt := self._steering.result():
+                done["guest_latency"] = felt
+            emit(done)
 
     def _start_archiver(
         self, children: Children, folder: OwnFolder, emit: Emit, cancel: Cancel
@@ -252,7 +254,7 @@ class BackupJob:
             return [*args, "--await-job", *self.buffer_options], [fd]
         args = [f"--disk={disk.path}", *disk.reading]
         if disk.guard:
-            args += [f"--guard={disk.guard}", *self.buffer_options]
+            args += [f"--guard={disk.guard}", *self.buffer_options, *self._steering.options]
         return args, []
 
     def _remove_leftovers(self, children: Children) -> None:
@@ -298,7 +300,7 @@ class BackupJob:
         if self.machine:
             unattached = set(self.names)
         while any(child.running for child in children.all):
-            for child, event in children.wait(first.wait_s):
+            for child, event in children.wait(min(first.wait_s, self._steering.wait_s)):
                 if event is not None:
                     if event["event"] == "begun":
                         # All are connected: the socket's name is not needed any more, and
@@ -354,6 +356,7 @@ class BackupJob:
         if event["event"] == "attached":
             unattached.discard(event["device"])
             if not unattached:
+                self._steer(self.machine or self._steering.told, children, emit)
                 self._begin(emit, cancel)
         elif event["event"] == "ending":
             self._ending.add(event["device"])
@@ -366,12 +369,10 @@ class BackupJob:
         elif event["event"] == "job-speed":
             if self.machine:
                 self.machine.set_job_speed(event["device"], event["bytes_per_s"])
-        elif event["event"] not in ("draining", "error"):
+        elif event["event"] not in ("draining", "error", "felt"):
             emit(event)
-            if event["event"] == "progress" and "devices" in event:
-                self._share_again(event, children)
-            elif event["event"] == "transfer":
-                self._read_bytes[event["device"]] = event["read_bytes"]
+        if self._steering.take(event):
+            self._send_share(children)
 
     def _attend(self, children: Children, commands: ChildCommands, emit: Emit) -> None:
         """Take what others say: QEMU, and who asks or steers us. Raises Failure."""
@@ -387,6 +388,8 @@ class BackupJob:
             self._report_instant(self.machine.take_instant(), emit)
         if self.snapshot:
             self.snapshot.poll()
+        if self._steering.poll(emit):
+            self._send_share(children)
         if self.server:
             self.server.serve()
 
@@ -395,22 +398,17 @@ class BackupJob:
         speed = speed_in(command)
         if speed is None:
             return
-        self._shares.bytes_per_s = speed
+        self._steering.limit(speed)
         self._send_share(children)
         emit({"event": "speed", "bytes_per_s": speed})
 
-    def _share_again(self, progress: BackupProgressEvent, children: Children) -> None:
-        """Disks that are done leave their share to the others."""
-        changed = [
-            self._shares.done(device["name"])
-            for device in progress["devices"]
-            if device["done_bytes"] == device["bytes"]
-        ]
-        if any(changed):
-            self._send_share(children)
+    def _steer(self, source: Measurable, children: Children, emit: Emit) -> None:
+        """Measure from now on what the guest feels, if that is wanted. Raises Failure."""
+        self._steering.begin(source, emit)
+        self._send_share(children)
 
     def _send_share(self, children: Children) -> None:
-        share = self._shares.share
+        share = self._steering.share
         if self.machine:
             self.machine.set_speed(share)
         for child in children.all[1:]:

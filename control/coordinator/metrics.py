@@ -31,6 +31,9 @@ _HELP = {
     "vmapipe_backup_peak_memory_bytes": "Largest resident memory of all its processes together.",
     "vmapipe_backup_base_bytes": "How much of the last archive was taken from an earlier one, its base.",
     "vmapipe_backup_shared_bytes": "How much of that the file system stores once for both.",
+    "vmapipe_backup_guest_latency_worst_seconds": "What the guest waited in its worst second (p99).",
+    "vmapipe_backup_guest_latency_bound_seconds": "What it was to wait at most (--guest-latency).",
+    "vmapipe_backup_guest_latency_above_seconds": "For how long the guest waited longer than that.",
     "vmapipe_backup_disk_size_bytes": "Size of a disk.",
     "vmapipe_backup_disk_done_bytes": "How much of a disk the last backup took.",
     "vmapipe_backup_disk_zero_bytes": "How much of that is zero.",
@@ -69,6 +72,10 @@ def render(backup: str, state: JobState, last_success: float, ended_s: float | N
         "vmapipe_backup_base_bytes": state.base_bytes,
         "vmapipe_backup_shared_bytes": state.shared_bytes,
     }
+    if state.felt:
+        values["vmapipe_backup_guest_latency_worst_seconds"] = state.felt["worst_s"]
+        values["vmapipe_backup_guest_latency_bound_seconds"] = state.felt["bound_s"]
+        values["vmapipe_backup_guest_latency_above_seconds"] = state.felt["seconds_above"]
     if stored or last_success:
         values[_LAST_SUCCESS] = round(ended_s if stored else last_success, 3)
     lines = []

@@ -143,7 +143,8 @@ class _Text:
             case "base":
                 return _base_text(event)
             case "done":
-                return f"{self.verb} done in {event['seconds']:.1f} s, {self._rate_text(event)}"
+                text = f"{self.verb} done in {event['seconds']:.1f} s, {self._rate_text(event)}"
+                return text + _felt_text(event)
             case "buffer":
                 return self._pressure_text(event)
             case "skipped" if event["level"] != "debug":
@@ -211,6 +212,17 @@ class _Text:
         before = self._pressure.get(event["device"], 0)
         self._pressure[event["device"]] = max(now, before)
         return f"{one_line(event['device'])}: {_PRESSURE[now]}" if now > before else None
+
+
+def _felt_text(event: DoneEvent) -> str:
+    """Return what the guest has felt, as the rest of a line."""
+    felt = event.get("guest_latency")
+    if not felt:
+        return ""
+    return (
+        f"; in its worst second the guest waited {1000 * felt['worst_s']:.3g} ms, in "
+        f"{felt['seconds_above']} of {felt['seconds']} s more than {1000 * felt['bound_s']:.3g} ms"
+    )
 
 
 def _base_text(event: BaseEvent) -> str | None:

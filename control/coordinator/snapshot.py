@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from vmapipe.control.coordinator.steering import LatencySource
 from vmapipe.control.qemu.vmstate import Instant
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Emit
@@ -23,6 +24,10 @@ class Snapshot(Protocol):
 
     def begin(self, emit: Emit, cancel: Cancel) -> Instant | None:
         """Make it: afterwards producers can read. None: there is no instant, nothing runs."""
+        ...
+
+    def measure(self, bound_s: float, notices: list[str]) -> LatencySource | None:
+        """Measure what the guest feels from now on; None: nothing can be, and `notices` says why."""
         ...
 
     def poll(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vmapipe.control.monitor.backups import BackupStatus
-from vmapipe.runtime.event_types import BackupProgressEvent
+from vmapipe.runtime.event_types import BackupProgressEvent, FeltByGuest, GuestLatencyEvent
 from vmapipe.runtime.events import Event
 
 _STARTED_S, _STARTED_MONOTONIC_S = time.time(), time.monotonic()
@@ -23,6 +23,8 @@ def now_s() -> float:
 
 # The rate "now" is that of so long: it follows a change soon, and does not jump.
 _RATE_S = 10.0
+# Of what the guest feels; as many as a line of a terminal holds.
+_FELT_SECONDS = 60
 
 # By event, the fields that a device's state takes over as they are.
 _DEVICE_FIELDS = {
@@ -56,6 +58,13 @@ class JobState(BackupStatus):
     #: Why a device is backed up in full all the same, by its name; empty: it is not.
     full_reasons: dict[str, str] = field(default_factory=dict)
     devices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: What the guest has felt in all, when the backup is done; None: it was not measured.
+    felt: FeltByGuest | None = None
+    #: The same of each of the last seconds, the newest last.
+    _felt_seconds: deque[GuestLatencyEvent] = field(
+        default_factory=lambda: deque(maxlen=_FELT_SECONDS)
+    )
+    _worst_s: float = 0.0
     #: (when, bytes done, bytes read), of the last seconds.
     _history: deque[tuple[float, int, int]] = field(default_factory=deque)
 
@@ -82,10 +91,14 @@ class JobState(BackupStatus):
                 self.plain_bytes = event["plain_bytes"]
                 self.base_bytes = event.get("base_bytes", 0)
                 self.shared_bytes = event.get("shared_bytes", 0)
+            case "guest-latency":
+                self._felt_seconds.append(event)
+                self._worst_s = max(self._worst_s, event["p99_s"])
             case "speed":
                 self.speed_bytes_s = event["bytes_per_s"]
             case "done":
                 self.succeed(now)
+                self.felt = event.get("guest_latency")
                 self.cpu_s, self.peak_rss_bytes = event["cpu_s"], event["peak_rss_bytes"]
             case "transfer" | "buffer":
                 known = self.devices.get(event["device"])
@@ -111,6 +124,20 @@ class JobState(BackupStatus):
         seconds = max(0.001, (self.ended or now) - since)
         return (self.done_bytes - done) / seconds, (self.read_bytes - read) / seconds
 
+    def _latency(self) -> dict[str, Any] | None:
+        """What the guest feels, and what the backup may read therefore; lists of the last minute."""
+        if not self._felt_seconds:
+            return None
+        last = self._felt_seconds[-1]
+        return {
+            "bound_s": last["bound_s"],
+            "p99_s": last["p99_s"],
+            "worst_s": self._worst_s,
+            "limit_bytes_s": last["limit_bytes_s"],
+            "last_p99_s": [each["p99_s"] for each in self._felt_seconds],
+            "last_read_bytes_s": [each["read_bytes_s"] for each in self._felt_seconds],
+        }
+
     def details(self, now: float) -> dict[str, Any]:
         """All that is known, in the words of the JSON events."""
         rate, read_rate = self.rates_bytes_s(now)
@@ -132,6 +159,7 @@ class JobState(BackupStatus):
             "rate_bytes_s": round(rate),
             "read_rate_bytes_s": round(read_rate),
             "left_s": round(left / rate) if rate and self.devices else None,
+            "guest_latency": self._latency(),
             "base": self.base,
             "base_bytes": self.base_bytes,
             "shared_bytes": self.shared_bytes,

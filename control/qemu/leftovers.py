@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from vmapipe.control.qemu import poweroff
 from vmapipe.control.qemu.bitmaps import all_but, records_in, worthless
 from vmapipe.control.qemu.drop_targets import DropTarget, StreamDrain, streams_of
+from vmapipe.control.qemu.guest_latency import remove_histograms
 from vmapipe.control.qemu.jobs import PREFIX, OwnTarget, own_targets
 from vmapipe.control.qemu.sink_folder import STREAM_NAME, SinkFolder, sink_name
 from vmapipe.control.qemu.undo import clean_up, find_memory_notes, find_own_objects
@@ -36,7 +37,8 @@ def remove_leftovers(qmp: Qmp, owner: Callable[[], int] = os.geteuid) -> tuple[s
     left, notes = find_own_objects(qmp, PREFIX), find_memory_notes(qmp, PREFIX)
     held = poweroff.find_poweroff_notes(qmp, PREFIX)
     if left.nothing and not notes and not held:
-        return ()
+        # Nothing tells that its backup is alive.
+        return tuple(f"the latency histogram of {name}" for name in remove_histograms(qmp))
     targets = own_targets(qmp.execute(Command("query-named-block-nodes", {"flat": True})))
     with contextlib.ExitStack() as stack:
         places = _Places(stack)

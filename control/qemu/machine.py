@@ -26,15 +26,18 @@ from vmapipe.control.qemu.disks import (
 )
 from vmapipe.control.qemu.features import find_features
 from vmapipe.control.qemu.guardian import GuardianClient, SinkSocket, monitor_arguments
+from vmapipe.control.qemu.guest_latency import GuestLatency
 from vmapipe.control.qemu.job_errors import JobErrors
 from vmapipe.control.qemu.jobs import (
     SLOW_BYTES_S,
     BackupSettings,
     BackupTarget,
+    Depth,
     NodeBitmap,
     absent_name,
     begin_commands,
     check_name,
+    depth_for,
     filter_name,
     job_name,
     refusal_hint,
@@ -73,8 +76,9 @@ _JOB_EVENTS = frozenset(
 # With sinks that answer, jobs end within a tenth of a second. One that does not
 # (its process hangs) makes a guest wait: the guardian ends it, and cleans up itself.
 _CLEAN_S = 5.0
-# How often QEMU is asked about its jobs where it is asked only now and then.
-_SHARED_POLL_S = 0.5
+# How often QEMU is asked about its jobs where it is asked only now and then; and what its guest
+# feels, which takes it less than a millisecond.
+_SHARED_POLL_S, _LATENCY_S, _SHARED_LATENCY_S = 0.5, 0.25, 1.0
 
 
 class RunningMachine:
@@ -113,6 +117,8 @@ class RunningMachine:
         # Whose state is one of the disks.
         self._tpm: TpmState | None = None
         self._poweroff = PoweroffHold(self._link, self._run)
+        self._latency: GuestLatency | None = None
+        self._depth: Depth | None = None
         self._poll_at = 0.0
         self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
 
@@ -212,6 +218,19 @@ class RunningMachine:
         """How each disk is backed up, when the jobs have begun; empty: changes are not tracked."""
         return self._tracking.methods if self._tracking else {}
 
+    def measure(self, bound_s: float, notices: list[str]) -> GuestLatency | None:
+        """Measure what the guest feels from now on. Before `begin`."""
+        every_s = _SHARED_LATENCY_S if self._link.is_shared else _LATENCY_S
+        self._latency = GuestLatency(self._link, bound_s, every_s, notices)
+        if self._latency.begin():
+            self._depth = depth_for(bound_s)
+            return self._latency
+        notices.append(
+            "--guest-latency has no effect: this QEMU has no device whose requests it counts (a "
+            "storage daemon's exports are not counted)"
+        )
+        return None
+
     def begin(self) -> Instant | None:
         """Begin the jobs of all disks: this is the instant.
 
@@ -229,7 +248,7 @@ class RunningMachine:
         targets = [
             BackupTarget(
                 *(disk, sink.path, EXPORT_NAME, index in way.handed_over, way.timeout_s),
-                bitmaps.get(disk.name),
+                *(bitmaps.get(disk.name), self._depth),
             )
             for index, (disk, sink) in enumerate(zip(self._disks, self._sinks, strict=True))
         ]
@@ -382,6 +401,8 @@ class RunningMachine:
             self._producers[index].tell(copied_command(JobCopied(copied_bytes or 0, rest)))
 
     def _clean_up(self) -> None:
+        if self._latency is not None:
+            self._latency.end()
         clean_up(self._link, run_prefix(self._run), lambda job: True, _CLEAN_S)
         self._is_clean = True
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from vmapipe.control.qemu.bitmaps import of_runs
 from vmapipe.control.qemu.graph import Graph
+from vmapipe.control.qemu.guest_latency import remove_histograms
 from vmapipe.control.qemu.jobs import (
     OwnObjects,
     devices_above_filters,
@@ -61,11 +62,13 @@ def find_own_objects(qmp: Qmp, prefix: str) -> OwnObjects:
 def clean_up(
     qmp: Qmp, prefix: str, served: Callable[[str], bool], limit_s: float = CLEAN_UP_S
 ) -> None:
-    """Remove all that is named `prefix`, and let QEMU end if its guest has powered off meanwhile.
+    """Remove all that is named `prefix` and our latency histograms, and let QEMU end if its guest has
+    powered off meanwhile.
 
     As `remove_objects`.
     """
     remove_objects(qmp, prefix, served, limit_s)
+    remove_histograms(qmp)
     release_poweroff(qmp, prefix)
 
 

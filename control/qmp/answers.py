@@ -142,6 +142,21 @@ _GRAPH = Record(
         "edges": List(Record({"parent": SIZE, "child": SIZE, "name": NAME})),
     }
 )
+_HISTOGRAM = Record({"boundaries": List(SIZE), "bins": List(SIZE)})
+_COUNTED = ("rd", "wr", "flush", "unmap", "zone_append")
+_BLOCK_STATS: Members = {
+    "device": NAME,
+    "qdev": NAME,
+    "stats": Record(
+        {},
+        {
+            "idle_time_ns": SIZE,
+            **{f"{kind}_latency_histogram": _HISTOGRAM for kind in _COUNTED},
+            **{f"{kind}_operations": SIZE for kind in _COUNTED},
+            **{f"{kind}_total_time_ns": SIZE for kind in _COUNTED},
+        },
+    ),
+}
 _RAM: Members = dict.fromkeys(("transferred", "total", "normal", "duplicate"), SIZE)
 _DISK_COUNTS = (
     *("bytes", "done_bytes", "zero_bytes", "read_bytes", "sent_bytes", "saved_bytes"),
@@ -156,6 +171,7 @@ _PROCESS: Members = {"name": TEXT, "pid": SIZE, "age_s": NUMBER, "cpu_s": NUMBER
 #: By command.
 ANSWERS: Members = {
     # QEMU's.
+    "query-blockstats": List(Record({}, _BLOCK_STATS)),
     "query-block": List(_BLOCK),
     "query-named-block-nodes": List(Record({}, _NODE)),
     "query-block-jobs": List(Record({}, _BLOCK_JOB)),

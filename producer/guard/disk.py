@@ -14,6 +14,7 @@ from vmapipe.producer.guard.peer import GuardPeer
 from vmapipe.producer.nbd.backend import Write, one_by_one
 from vmapipe.protocol.guard import MAX_SAVED_CLUSTERS, GuardAttach
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.latency import Felt, LatencyCounts
 
 # A guest notices a second, and none minds: by then the writes that are under
 # way have ended, or the disk is so slow that the backup should not begin.
@@ -34,16 +35,34 @@ class ServedDisk:
         self._writes = 0
         self._held = False
         self._job: DiskBackup | None = None
+        # What guests feel, while a backup wants to know. Threads may lose each other's count: one
+        # in millions.
+        self._felt: LatencyCounts | None = None
 
     # --- for the guest ---
 
     def try_read(self, target: memoryview, offset: int) -> bool:
-        return self.image.try_read(target, offset)
+        if self._felt is None:
+            return self.image.try_read(target, offset)
+        started = time.perf_counter_ns()
+        is_done = self.image.try_read(target, offset)
+        self._count(started, int(is_done))
+        return is_done
 
     def read(self, target: memoryview, offset: int) -> None:
+        started = time.perf_counter_ns()
         self.image.read(target, offset)
+        self._count(started)
 
     def try_writes(self, writes: Sequence[Write]) -> list[OSError | None]:
+        if self._felt is None:
+            return self._try_writes(writes)
+        started = time.perf_counter_ns()
+        outcomes = self._try_writes(writes)
+        self._count(started, len(outcomes))
+        return outcomes
+
+    def _try_writes(self, writes: Sequence[Write]) -> list[OSError | None]:
         with self._changed:
             # All of them in one go, where there is nothing to be saved.
             pass_all = not self._held and self._saving is None
@@ -79,7 +98,9 @@ class ServedDisk:
                 job.tell(at_once=idle)
 
     def write(self, data: memoryview, offset: int) -> None:
+        started = time.perf_counter_ns()
         self._change(offset, len(data), lambda: self.image.write(data, offset))
+        self._count(started)
 
     def write_zeroes(self, offset: int, length: int, *, may_hole: bool, fast_only: bool) -> None:
         self._change(
@@ -117,7 +138,13 @@ class ServedDisk:
         with self._changed:
             job.end()
             if self._job is job:
-                self._job = None
+                self._job = self._felt = None
+
+    def take_felt(self, bound_s: float) -> Felt:
+        """Return what guests have felt since the last call, or begin to count. The lock is held."""
+        if self._felt is None or self._felt.bound_s != bound_s:
+            self._felt = LatencyCounts(bound_s)
+        return self._felt.take()
 
     def hold(self) -> None:
         """No write begins from now on. Raises Failure."""
@@ -155,6 +182,11 @@ class ServedDisk:
         return self._changed
 
     # --- inside ---
+
+    def _count(self, started_ns: int, requests: int = 1) -> None:
+        felt = self._felt
+        if felt is not None and requests:
+            felt.add(time.perf_counter_ns() - started_ns, requests)
 
     @property
     def _saving(self) -> DiskBackup | None:

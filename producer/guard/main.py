@@ -27,10 +27,12 @@ from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.guard import (
     Attached,
     Claim,
+    GuardAskFelt,
     GuardAttach,
     GuardBegin,
     GuardBegun,
     GuardCopied,
+    GuardFelt,
     GuardRefused,
     GuardRelease,
     Held,
@@ -172,7 +174,12 @@ class Conversations:
                 message, more = received
                 close_all(more)
                 with disk.lock:
-                    _carry_out(job, message)
+                    if isinstance(message, GuardAskFelt):
+                        felt = disk.take_felt(message.bound_us / 1e6)
+                        us = min(round(felt.p99_s * 1e6), 1 << 62)
+                        peer.send(GuardFelt(felt.requests, felt.slow, us))
+                    else:
+                        _carry_out(job, message)
         except OSError as error:
             raise Failure(f"disk {attach.disk!r}: {os_error_text(error)}") from error
         finally:

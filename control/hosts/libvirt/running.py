@@ -33,9 +33,11 @@ from vmapipe.control.qemu.vmstate import Instant
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.latency import Felt, Means, worst
 from vmapipe.runtime.text import name_text
 
 if TYPE_CHECKING:
+    from vmapipe.control.coordinator.steering import LatencySource
     from vmapipe.control.hosts.libvirt.monitor_proxy import MonitorProxyClient
     from vmapipe.control.qemu.machine import RunningMachine
 
@@ -234,6 +236,16 @@ class DomainBackup:
             emit({"event": "notice", "text": text})
         return Instant("", answer["held_s"])
 
+    def measure(self, bound_s: float, notices: list[str]) -> LatencySource | None:
+        """Measure what the guest feels by libvirt's own numbers; None: it is shut off."""
+        if not self.is_running:
+            return None
+        notices.append(
+            "libvirt tells the mean of a guest's requests: --guest-latency holds for that, not for 99 of "
+            "100 (with --push for those)"
+        )
+        return _DomainLatency(self._guardian, [d.disk.target for d in self._taken], bound_s)
+
     def poll(self) -> None:
         """Take what the guardian has said. Raises Failure when the snapshot is lost."""
         if self._has_ended:
@@ -372,6 +384,26 @@ class DomainBackup:
         with frozen_by(freezing_of(self._wishes.uri, self._seen["uuid"]), emit, cancel):
             yield
         self._guardian.ask("frozen", is_frozen=False)
+
+
+class _DomainLatency:
+    """What a domain's guest feels of its disks, as libvirt counts it."""
+
+    # It asks QEMU each time.
+    every_s = 1.0
+    # It does not say since when there was no request.
+    guest_is_idle = False
+
+    def __init__(
+        self, guardian: DomainGuardianClient, targets: Sequence[str], bound_s: float
+    ) -> None:
+        self._guardian, self._targets = guardian, targets
+        self._means = Means(bound_s)
+        self.take()
+
+    def take(self) -> Felt:
+        told = self._guardian.ask("requests", targets=self._targets)
+        return worst([self._means.take(target, *counts) for target, counts in told.items()])
 
 
 def _disk_at_rest(chosen: Chosen, path: str) -> Disk:

@@ -314,6 +314,25 @@ def test_a_cancelled_backup_leaves_nothing_and_the_next_one_works(tmp_path: Path
     assert sha256(restored(tmp_path / "vm.vma", tmp_path / "out", "d")) == sha256(image)
 
 
+def test_guests_that_wait_too_long_are_given_way_to(tmp_path: Path) -> None:
+    image = make_disk(tmp_path / "d.raw", "A" * 384)
+    before = sha256(image)
+    # Now and then a write takes longer than this, since a cluster of old data is saved first.
+    words = ("--guest-latency", "100us", "--latency-floor", "2M", "--speed", "4M")
+    with (
+        serving(tmp_path, d=image) as served,
+        backing_up(served, tmp_path / "vm.vma", *words) as process,
+    ):
+        with Writers(served, "d", pause_s=0.02):
+            while (told := next_event(process, "guest-latency"))["limit_bytes_s"] != 2 * MIB:
+                assert 2 * MIB < told["limit_bytes_s"] <= 4 * MIB
+            assert told["requests"] > 10
+        without_limit(process)
+        (done,) = [event for event in finish(process) if event["event"] == "done"]
+    assert done["guest_latency"]["seconds_above"] >= 1
+    assert sha256(restored(tmp_path / "vm.vma", tmp_path / "out", "d")) == before
+
+
 def test_a_guard_that_is_killed_is_started_again_and_serves(tmp_path: Path) -> None:
     image = make_disk(tmp_path / "d.raw", "A" * 50)
     with serving(tmp_path, d=image) as served:

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rate of a backup follows what the guest feels, and comes to rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmapipe.control.coordinator.latency_control import UNLIMITED_BYTES_S, LatencyControl
+from vmapipe.runtime.latency import NOTHING_FELT, Felt
+
+BOUND_S = 0.02
+FLOOR = 8 << 20
+TICK_S = 0.25
+MIB = 1 << 20
+
+Latency = Callable[[float], float]
+
+
+class Disk:
+    """A disk that reads at most `most` a second, and whose guest feels `latency(rate)`."""
+
+    def __init__(self, control: LatencyControl, latency: Latency, most: float = 900 * MIB) -> None:
+        self.control, self.latency, self.most = control, latency, most
+        self.rates: list[float] = []
+        self.broken = 0
+
+    def run(self, seconds: float, requests: int = 100) -> None:
+        for _ in range(int(seconds / TICK_S)):
+            allowed = self.control.rate_bytes_s or self.most
+            rate = min(allowed, self.most)
+            p99_s = self.latency(rate)
+            slow = requests // 10 if p99_s > BOUND_S else 0
+            felt = Felt(requests, slow, p99_s) if requests else NOTHING_FELT
+            self.broken += felt.is_broken
+            self.control.take(felt, int(rate * TICK_S), TICK_S)
+            self.rates.append(self.control.rate_bytes_s)
+
+
+def knee(at: float) -> Latency:
+    """Below a rate the guest feels nothing, above it everything waits."""
+    return lambda rate: 0.001 if rate <= at else 0.2
+
+
+def slope(at: float) -> Latency:
+    """The guest waits in proportion to the rate; at `at` it is the bound."""
+    return lambda rate: BOUND_S * rate / at
+
+
+latencies = st.builds(
+    lambda shape, at: shape(at * MIB), st.sampled_from([knee, slope]), st.integers(2, 2000)
+)
+
+
+@given(latencies, st.integers(0, 500), st.booleans(), st.integers(1, 300))
+@settings(max_examples=60, deadline=None)
+def test_it_is_never_slower_than_its_floor_and_never_faster_than_the_users_limit(
+    latency: Latency, limit: int, idle: bool, requests: int
+) -> None:
+    control = LatencyControl(BOUND_S, FLOOR, limit * MIB)
+    control.begin(guest_is_idle=idle)
+    disk = Disk(control, latency)
+    disk.run(60, requests)
+    least = min(FLOOR, limit * MIB) if limit else FLOOR
+    for rate in disk.rates:
+        assert rate == 0 or rate >= least
+        assert not limit or 0 < rate <= limit * MIB
+
+
+@given(latencies)
+@settings(max_examples=60, deadline=None)
+def test_with_a_constant_load_it_comes_to_rest_and_seldom_tries_more(latency: Latency) -> None:
+    control = LatencyControl(BOUND_S, FLOOR)
+    control.begin(guest_is_idle=False)
+    disk = Disk(control, latency)
+    disk.run(60)
+    can_help = latency(FLOOR) <= BOUND_S
+    disk.broken = 0
+    disk.run(600)
+    if can_help:
+        # It tries again after 64 s, and what it tries is harmful for one measurement.
+        assert disk.broken <= 16
+    changes = sum(a != b for a, b in zip(disk.rates[240:], disk.rates[241:], strict=False))
+    assert changes <= 60
+
+
+@given(st.integers(12, 700))
+@settings(max_examples=40, deadline=None)
+def test_it_uses_most_of_what_the_guest_allows(at: int) -> None:
+    control = LatencyControl(BOUND_S, FLOOR)
+    control.begin(guest_is_idle=False)
+    disk = Disk(control, knee(at * MIB))
+    disk.run(120)
+    tail = disk.rates[-160:]
+    assert sum(tail) / len(tail) >= 0.6 * at * MIB
+
+
+@given(st.integers(1, 100), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_it_recovers_when_the_load_is_gone(at: int, is_idle: bool) -> None:
+    control = LatencyControl(BOUND_S, FLOOR)
+    control.begin(guest_is_idle=False)
+    disk = Disk(control, knee(at * MIB))
+    disk.run(60)
+    assert control.rate_bytes_s
+    disk.latency = lambda rate: 0.001
+    disk.run(20 if is_idle else 120, 0 if is_idle else 100)
+    rate = control.rate_bytes_s
+    assert rate == 0 or rate >= 0.6 * disk.most
+
+
+def test_an_idle_guest_costs_the_backup_nothing() -> None:
+    control = LatencyControl(BOUND_S, FLOOR)
+    control.begin(guest_is_idle=True)
+    disk = Disk(control, knee(MIB))
+    disk.run(30, requests=0)
+    assert set(disk.rates) == {0}
+
+
+def test_a_guest_that_begins_to_work_is_heard_with_the_next_measurement() -> None:
+    control = LatencyControl(BOUND_S, FLOOR)
+    control.begin(guest_is_idle=True)
+    disk = Disk(control, knee(100 * MIB))
+    disk.run(10, requests=0)
+    disk.run(2 * TICK_S)
+    assert 0 < control.rate_bytes_s <= 500 * MIB
+    disk.run(5)
+    assert control.rate_bytes_s <= 100 * MIB
+
+
+def test_one_slow_request_in_a_hundred_is_allowed() -> None:
+    control = LatencyControl(BOUND_S, FLOOR)
+    control.begin(guest_is_idle=True)
+    assert control.take(Felt(100, 1, 0.01), 100 * MIB, TICK_S) == 0
+    assert control.take(Felt(100, 3, 0.03), 100 * MIB, TICK_S) > 0
+
+
+def test_what_nothing_can_read_is_no_limit_any_more() -> None:
+    control = LatencyControl(BOUND_S, FLOOR)
+    control.begin(guest_is_idle=False)
+    disk = Disk(control, lambda rate: 0.001, most=float(UNLIMITED_BYTES_S))
+    disk.run(20)
+    assert control.rate_bytes_s == 0

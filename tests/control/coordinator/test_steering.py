@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backup's speed limit, the user's or what its guest allows, as it is told and shared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vmapipe.control.coordinator import steering
+from vmapipe.control.coordinator.steering import LatencySource, LatencyWish, Steering
+from vmapipe.runtime.events import Event
+from vmapipe.runtime.latency import NOTHING_FELT, Felt
+
+MIB = 1 << 20
+
+
+class Guest:
+    """A guest that feels what it is told to feel."""
+
+    every_s = 0.25
+
+    def __init__(self, felt: Felt, *, is_idle: bool = False) -> None:
+        self.felt, self.guest_is_idle = felt, is_idle
+
+    def measure(self, bound_s: float, notices: list[str]) -> LatencySource | None:
+        return self
+
+    def take(self) -> Felt:
+        return self.felt
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(steering, "time", clock)
+    return clock
+
+
+def begun(guest: Guest, speed: int = 0) -> tuple[Steering, list[Any]]:
+    told: list[Event] = []
+    found = Steering(speed, ["a", "b"], LatencyWish(0.02, 8 * MIB))
+    found.begin(guest, told.append)
+    return found, told
+
+
+def passes(found: Steering, clock: Clock, told: list[Any], seconds: float) -> None:
+    for _ in range(int(4 * seconds)):
+        clock.now += 0.25
+        found.poll(told.append)
+
+
+def test_at_the_floor_it_is_said_once_that_the_backup_cannot_help(clock: Clock) -> None:
+    found, told = begun(Guest(Felt(100, 50, 0.3)))
+    passes(found, clock, told, 60)
+    (notice,) = [event["text"] for event in told if event["event"] == "notice"]
+    assert notice.startswith(
+        "the guest waits 300 ms although the backup reads no more than its floor"
+    )
+    assert found.share == 4 * MIB
+    result = found.result()
+    assert result is not None
+    assert (result["worst_s"], result["seconds"], result["seconds_above"]) == (0.3, 60, 60)
+
+
+def test_an_idle_guests_backup_has_the_users_limit_and_no_other(clock: Clock) -> None:
+    found, told = begun(Guest(NOTHING_FELT, is_idle=True), speed=50 * MIB)
+    passes(found, clock, told, 5)
+    assert found.share == 25 * MIB
+    assert [event["limit_bytes_s"] for event in told] == [50 * MIB] * 5
+    found.limit(0)
+    assert found.share == 0
+    assert found.limit_bytes_s == 0
+
+
+def test_a_disk_that_is_done_leaves_its_share(clock: Clock) -> None:
+    found, _ = begun(Guest(NOTHING_FELT), speed=20 * MIB)
+    progress: Any = {
+        "event": "progress",
+        "devices": [
+            {"name": "a", "bytes": 5, "done_bytes": 5},
+            {"name": "b", "bytes": 5, "done_bytes": 1},
+        ],
+    }
+    assert found.share == 10 * MIB
+    assert found.take(progress)
+    assert found.share == 20 * MIB
+
+
+def test_without_a_bound_nothing_is_asked() -> None:
+    found = Steering(0, ["a"], None)
+    found.begin(Guest(Felt(1, 1, 9.0)), lambda event: None)
+    assert not found.poll(lambda event: None)
+    assert (found.share, found.result(), found.options) == (0, None, [])

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe backup --guest-latency` of a running QEMU: what its devices feel decides how fast it reads."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.control.qemu.daemon_backup import BOTH, wait_for_end
+from tests.control.qemu.paused_machine import PausedMachine, faulty_machine
+from tests.control.qemu.storage_daemon import StorageDaemon
+from tests.machine import Need, end_of, good, next_event, started
+from vmapipe.control.qmp.client import QmpClient
+from vmapipe.control.qmp.connection import Command
+
+MIB = 1 << 20
+CLUSTER = 65536
+SIZE = 24 * MIB
+DEVICE = "/machine/peripheral/virtio0/virtio-backend"
+FLOOR = 2 * MIB
+#: No request is answered within this: the backup is at its floor as long as the guest works.
+NEVER = ("--guest-latency", "100us", "--latency-floor", "2M")
+
+
+@pytest.fixture
+def machine(qemu: str, need: Need, tmp_path: Path) -> Iterator[PausedMachine]:
+    (program,) = need("qemu-system-x86_64")
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(range(1, 256)) * (SIZE // 255) + bytes(SIZE % 255))
+    third = ("-qmp", f"unix:{tmp_path}/work.sock,server=on,wait=off")
+    with faulty_machine(tmp_path, program, [image], {}, *third) as machine:
+        yield machine
+
+
+class Work:
+    """A guest that writes all the time, in place of the paused one, until the block ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._monitor = QmpClient(str(folder / "work.sock"))
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Work:
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._monitor.close()
+
+    def _run(self) -> None:
+        number = 0
+        while not self._over.wait(0.005):
+            number = (number + 7) % (SIZE // CLUSTER)
+            line = f'qemu-io -d {DEVICE} "aio_write -q {number * CLUSTER} 4096"'
+            self._monitor.execute(Command("human-monitor-command", {"command-line": line}))
+
+
+def histograms(machine: PausedMachine) -> list[dict[str, Any]]:
+    (stats,) = [block["stats"] for block in machine.ask("query-blockstats") if block.get("qdev")]
+    return [value for name, value in stats.items() if name.endswith("_latency_histogram")]
+
+
+@pytest.mark.every_qemu
+def test_a_guest_that_waits_too_long_is_given_way_to_and_the_rest_is_quick(
+    machine: PausedMachine, tmp_path: Path, out: Path
+) -> None:
+    words = ("backup", "--json", "--qmp", machine.qmp, *NEVER, out / "vm.vma")
+    with Work(tmp_path) as guest, started(*words) as process:
+        next_event(process, "instant")
+        while (told := next_event(process, "guest-latency"))["limit_bytes_s"] != FLOOR:
+            assert told["limit_bytes_s"] > FLOOR
+        assert told["requests"]
+        assert told["p99_s"] > told["bound_s"] == 0.0001
+        assert len(histograms(machine)) == 2
+        (shown,) = [
+            json.loads(line)["guest_latency"]
+            for line in good("status", "--json", out / "vm.vma").splitlines()
+        ]
+        assert shown["limit_bytes_s"] == FLOOR
+        assert len(shown["last_p99_s"]) == len(shown["last_read_bytes_s"]) >= 1
+        guest.stop()
+        # Nobody waits any more.
+        while next_event(process, "guest-latency")["limit_bytes_s"] == FLOOR:
+            pass
+        done = next_event(process, "done")
+        assert end_of(process)[0] == 0
+    assert done["guest_latency"]["seconds_above"] >= 1
+    assert done["guest_latency"]["worst_s"] > 0.0001
+    assert done["speed_bytes_s"] == 0
+    assert histograms(machine) == []
+    assert machine.is_untouched()
+    good("verify", out / "vm.vma")
+
+
+def test_a_histogram_of_somebody_elses_stays_and_the_mean_is_used(
+    machine: PausedMachine, tmp_path: Path, out: Path
+) -> None:
+    machine.ask("block-latency-histogram-set", id=DEVICE, **{"boundaries-write": [1000, 1000000]})
+    words = ("backup", "--json", "--qmp", machine.qmp, *NEVER, "--speed", "8M", out / "vm.vma")
+    with Work(tmp_path) as guest, started(*words) as process:
+        notice = next_event(process, "notice")["text"]
+        assert "latency histogram of somebody else's" in notice
+        assert "for the mean" in notice
+        while (told := next_event(process, "guest-latency"))["limit_bytes_s"] != FLOOR:
+            # The user's own limit is kept all the time.
+            assert FLOOR < told["limit_bytes_s"] <= 8 * MIB
+        # However it ends.
+        process.terminate()
+        guest.stop()
+        end_of(process)
+    (theirs,) = histograms(machine)
+    assert theirs["boundaries"] == [1000, 1000000]
+
+
+def test_the_histogram_of_a_backup_that_was_killed_with_its_guardian_is_removed_by_cleanup(
+    machine: PausedMachine, tmp_path: Path, out: Path, temporary: Path
+) -> None:
+    words = ("backup", "--json", "--qmp", machine.qmp, *NEVER, "--speed", "1M", out / "vm.vma")
+    with started(*words) as process:
+        next_event(process, "instant")
+        everybody = psutil.Process(process.pid).children(recursive=True)
+        members = [psutil.Process(process.pid), *everybody]
+        for member in members:
+            member.suspend()
+        for member in members:
+            member.kill()
+        end_of(process)
+        wait_for_end(everybody)
+        assert len(histograms(machine)) == 2
+        removed = good("cleanup", "--qmp", machine.qmp).decode()
+    assert removed.startswith("removed vmapipe-")
+    assert histograms(machine) == []
+    # One that is left alone, with nothing else, is found as well.
+    mark = {"boundaries-read": [1009, 2003, 5000], "boundaries-write": [1009, 2003, 5000]}
+    machine.ask("block-latency-histogram-set", id=DEVICE, **mark)
+    removed = good("cleanup", "--qmp", machine.qmp).decode()
+    assert removed == f"removed the latency histogram of {DEVICE}\n"
+    assert histograms(machine) == []
+
+
+def test_a_qemu_that_counts_no_requests_is_backed_up_and_that_is_said(
+    daemon: StorageDaemon, out: Path, temporary: Path
+) -> None:
+    said = good("backup", "--qmp", daemon.qmp, *BOTH, "--guest-latency", "20ms", out / "vm.vma")
+    assert b"--guest-latency has no effect" in said
