@@ -13,16 +13,15 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.access.frames import WHOLE_FRAME_BYTES, FrameStorage
 from vmapipe.access.index import (
     ArchiveIndex,
     IndexBuilder,
     StoredRun,
-    decode_index,
-    encode_index,
 )
+from vmapipe.access.kept_index import keep_index, kept_index
 from vmapipe.access.lzo import MAGIC, can_read_lzo, lzo_blocks
 from vmapipe.access.storage import (
     LzoStorage,
@@ -33,9 +32,11 @@ from vmapipe.access.storage import (
     read_error,
 )
 from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_HEADER_BYTES, MAX_EXTENT_CLUSTERS
-from vmapipe.restore.archive.compressed import MAGIC_BYTES, is_compressed
+from vmapipe.crypt.magic import is_encrypted
+from vmapipe.restore.archive.compressed import MAGIC_BYTES, ReadOptions, is_compressed
 from vmapipe.restore.archive.digest import extent_digest
-from vmapipe.restore.archive.errors import DigestError, InputError
+from vmapipe.restore.archive.errors import DigestError, InputError, no_key
+from vmapipe.restore.archive.input import Pread
 from vmapipe.restore.archive.manifest import Manifest, manifest_beside
 from vmapipe.restore.archive.object import RemoteObject
 from vmapipe.restore.archive.reader import check_opening
@@ -43,14 +44,15 @@ from vmapipe.restore.archive.source import Source, Stream, open_source
 from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.folders import made_path
 from vmapipe.runtime.objectstore import is_object
-from vmapipe.runtime.side_files import write_whole
 from vmapipe.vma.errors import ArchiveError, ExtentError
 from vmapipe.vma.extent import Extent, parse_extent_header
 from vmapipe.vma.header import PEEK_BYTES, Header, parse_header, peek_header_bytes
 from vmapipe.vma.manifest import ExtentDigest
 from vmapipe.vma.seektable import is_zstd
+
+if TYPE_CHECKING:
+    from vmapipe.crypt.age import AgeIdentity
 
 # Bytes read at a time while headers of zero extents follow each other.
 _HEADERS_BYTES = 64 << 10
@@ -222,11 +224,13 @@ class Caches(NamedTuple):
     """`index_folder`: where an index is kept for the next time; None: nowhere.
 
     `spool_folder`: where what comes as one compressed piece is kept, of `spool_bytes` at most.
+    `identities`: secret keys for an encrypted archive, of which no index is kept: it would tell of it.
     """
 
     index_folder: str | None
     spool_folder: str
     spool_bytes: int
+    identities: tuple[AgeIdentity, ...] = ()
 
 
 def open_for_access(name: str, cancel: Cancel, report: Report, caches: Caches) -> OpenArchive:
@@ -239,7 +243,7 @@ def open_for_access(name: str, cancel: Cancel, report: Report, caches: Caches) -
     try:
         header, raw_header = _read_header(storage)
         archive = OpenArchive(name, storage, header, report)
-        manifest = _manifest(name, header, raw_header, cancel)
+        manifest = _manifest(name, header, raw_header, cancel, caches.identities)
         if manifest is None:
             archive.tell("there is no manifest beside it, so its data cannot be checked")
         elif identity:
@@ -254,14 +258,14 @@ def open_for_access(name: str, cancel: Cancel, report: Report, caches: Caches) -
             archive.grow(IndexBuilder(header), build)
             return archive
         folder = caches.index_folder if identity else None
-        index = _kept_index(folder, identity, header)
+        index = kept_index(folder, identity, header)
         if index is None:
             index = build(IndexBuilder(header))
             # Damage has to be told anew each time, so it is looked for anew.
             # A machine's memory takes less than the header, which was written before, has room for.
             disks = [d for d in header.devices if not d.is_vmstate]
             if not any(index.disks[device.dev_id].missing() for device in disks):
-                _keep_index(folder, identity, index)
+                keep_index(folder, identity, index)
         elif manifest is not None:
             manifest.close()
         archive.use(index)
@@ -298,11 +302,16 @@ def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int
         os.lseek(fd, 0, os.SEEK_SET)
         identity = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
         start = os.pread(fd, MAGIC_BYTES, 0)
-        if not is_compressed(name, start):
-            return PlainStorage(name, fd, size), identity
 
         def pread(length: int, offset: int) -> bytes:
             return os.pread(fd, length, offset)
+
+        if is_encrypted(start):
+            decrypted = _decrypted(name, pread, size, lambda: os.close(fd), cancel, caches)
+            if decrypted is not None:
+                return decrypted, ()
+        elif not is_compressed(name, start):
+            return PlainStorage(name, fd, size), identity
 
         frames = seekable_frames(pread, size, (cancel,)) if is_zstd(start) else None
         if frames is not None:
@@ -312,7 +321,7 @@ def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int
         )
         if blocks is not None:
             return LzoStorage(name, fd, blocks), identity
-        source = open_source(f"fd:{fd}", cancel)
+        source = open_source(f"fd:{fd}", cancel, ReadOptions(identities=caches.identities))
     except OSError as error:
         os.close(fd)
         raise InputError(f"cannot read {name}: {os_error_text(error)}") from error
@@ -327,7 +336,13 @@ def _open_object(name: str, cancel: Cancel, caches: Caches) -> Storage:
     remote = RemoteObject(name, (cancel,))
     try:
         start = remote.pread(MAGIC_BYTES, 0)
-        if not is_compressed(name, start):
+        if is_encrypted(start):
+            decrypted = _decrypted(
+                name, remote.pread, remote.size_bytes, remote.close, cancel, caches
+            )
+            if decrypted is not None:
+                return decrypted
+        elif not is_compressed(name, start):
             return RangeStorage(name, remote.pread, remote.close, remote.size_bytes)
         frames = None
         if is_zstd(start):
@@ -339,7 +354,33 @@ def _open_object(name: str, cancel: Cancel, caches: Caches) -> Storage:
         remote.close()
         raise
     remote.close()
-    return _spool(name, open_source(name, cancel), caches)
+    source = open_source(name, cancel, ReadOptions(identities=caches.identities))
+    return _spool(name, source, caches)
+
+
+def _decrypted(
+    name: str,
+    pread: Pread,
+    size_bytes: int,
+    release: Callable[[], None],
+    cancel: Cancel,
+    caches: Caches,
+) -> Storage | None:
+    """What is encrypted, where any place of it can be read; else None. Raises InputError, ArchiveError."""
+    if not caches.identities:
+        raise no_key(name)
+    from vmapipe.restore.archive.decrypt import AgeFile  # a compiled library: 30 ms
+
+    file = AgeFile(name, pread, size_bytes, caches.identities)
+    start = file.pread(MAGIC_BYTES, 0)
+    if not is_compressed(name, start):
+        return RangeStorage(name, file.pread, release, file.size_bytes)
+    if not is_zstd(start):
+        return None
+    frames = seekable_frames(file.pread, file.size_bytes, (cancel,))
+    if frames is None:
+        return None
+    return FrameStorage(name, file.pread, release, frames, piece_bytes=WHOLE_FRAME_BYTES)
 
 
 def _spool(name: str, source: Source, caches: Caches) -> Storage:
@@ -368,11 +409,17 @@ def _read(storage: Storage, length: int, offset: int) -> bytes:
         raise InputError(error.strerror or str(error)) from error
 
 
-def _manifest(name: str, header: Header, raw_header: bytes, cancel: Cancel) -> Manifest | None:
+def _manifest(
+    name: str,
+    header: Header,
+    raw_header: bytes,
+    cancel: Cancel,
+    identities: tuple[AgeIdentity, ...],
+) -> Manifest | None:
     path = manifest_beside(name, cancel)
     if path is None:
         return None
-    manifest = Manifest(path, cancel)
+    manifest = Manifest(path, cancel, identities)
     try:
         check_opening(header, raw_header, manifest)
     except BaseException:
@@ -442,56 +489,3 @@ def _parse(
     if listed is not None and not extent.data_bytes and extent_digest(raw) != listed.digest:
         raise DigestError("it is not what was stored: its digest differs", offset=at)
     return extent
-
-
-# --- The index, kept for the next time ---
-
-
-def default_cache_folder() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return os.path.join(os.path.expanduser(base), "vmapipe", "index")
-
-
-def _kept_index(
-    folder: str | None, identity: tuple[int, ...], header: Header
-) -> ArchiveIndex | None:
-    """None where there is none that belongs to exactly this file and is whole."""
-    if folder is None:
-        return None
-    try:
-        fd = os.open(
-            os.path.join(folder, header.uuid.hex()),
-            os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK,
-        )
-    except OSError:
-        return None
-    try:
-        status = os.fstat(fd)
-        ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
-        if not ours or status.st_mode & 0o022:
-            return None  # another user could have written it
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            raw = file.read()
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-    head = _identity_line(identity)
-    body = raw[len(head) + 16 :]
-    if not raw.startswith(head) or extent_digest(body) != raw[len(head) : len(head) + 16]:
-        return None
-    return decode_index(body, header)
-
-
-def _identity_line(identity: tuple[int, ...]) -> bytes:
-    return (" ".join(map(str, identity)) + "\n").encode()
-
-
-def _keep_index(folder: str | None, identity: tuple[int, ...], index: ArchiveIndex) -> None:
-    """Keep the index, if that is possible: without it only the next start is slower."""
-    if folder is None:
-        return
-    body = encode_index(index)
-    with contextlib.suppress(OSError), made_path(folder):
-        kept = _identity_line(identity) + extent_digest(body) + body
-        write_whole(os.path.join(folder, index.uuid.hex()), kept, 0o600)

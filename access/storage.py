@@ -346,5 +346,5 @@ def whole_read(name: str, pread: Pread, length: int, offset: int) -> bytes:
         return pread(length, offset)
     except OSError as error:
         raise read_error(name, offset, os_error_text(error)) from error
-    except Failure as error:
+    except (ArchiveError, Failure) as error:
         raise read_error(name, offset, str(error)) from error

@@ -16,11 +16,9 @@ import hmac
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+from vmapipe.crypt.magic import MAGIC
 from vmapipe.crypt.primitives import TAG_BYTES, WrongTag, chunk_cipher, hkdf
 
-MAGIC = b"age-encryption.org/v1\n"
-#: How a file in letters begins (`age -a`), which cannot be read at any place.
-ARMOR = b"-----BEGIN AGE ENCRYPTED FILE-----"
 CHUNK_BYTES = 64 << 10
 SEALED_CHUNK_BYTES = CHUNK_BYTES + TAG_BYTES
 FILE_KEY_BYTES = NONCE_BYTES = 16

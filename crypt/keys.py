@@ -10,9 +10,7 @@ import struct
 from typing import NamedTuple
 
 from vmapipe.crypt.age import (
-    ARMOR,
     FILE_KEY_BYTES,
-    MAGIC,
     AgeError,
     AgeIdentity,
     Chance,
@@ -21,6 +19,7 @@ from vmapipe.crypt.age import (
     decode_base64,
     encode_base64,
 )
+from vmapipe.crypt.magic import ARMOR, MAGIC
 from vmapipe.crypt.primitives import (
     KEY_BYTES,
     TAG_BYTES,

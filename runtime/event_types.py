@@ -319,8 +319,10 @@ class VerifiedEvent(TypedDict):
     manifest: str | None
     data_checked: bool
     file_checked: bool
+    encrypted: bool
     proved: str | None
     archive_bytes: int
+    stored_bytes: int
     extents: int
     data_bytes: int
     zero_bytes: int

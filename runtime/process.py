@@ -113,6 +113,14 @@ def raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def forbid_core_dumps() -> None:
+    """Let no core dump be made of this process: it holds a secret key from now on. Never raises."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    # One byte, not none: with that Linux does not call a collector of dumps (core_pattern) either.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (min(1, hard) if hard >= 0 else 1, hard))
+
+
 def _check_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= hard < _LEAST_DESCRIPTORS:

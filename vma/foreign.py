@@ -54,7 +54,10 @@ _MAGICS: dict[bytes, str] = {
     b"!<arch>\n": f"an ar archive (or a Debian package): {_PACKED}",
     b"070701": f"a cpio archive: {_PACKED}",
     b"070707": f"a cpio archive: {_PACKED}",
-    b"age-encryption.org/": "encrypted with age: decrypt it on the way, with exec:'age -d FILE'",
+    b"age-encryption.org/": "encrypted with age, of another version: decrypt it on the way, with "
+    "exec:'age -d FILE'",
+    b"-----BEGIN AGE ENCRYPTED": "encrypted with age, and in letters: decrypt it on the way, with "
+    "exec:'age -d -i KEY FILE'",
     b"-----BEGIN PGP MESSAGE": "encrypted with GnuPG: decrypt it on the way, with exec:'gpg -d FILE'",
     b"Salted__": "encrypted with openssl: decrypt it on the way, with exec:COMMAND",
     b"RCLONE\0\0": "encrypted with rclone: copy it through rclone, which decrypts it",
@@ -86,7 +89,7 @@ _TEXTS: tuple[tuple[tuple[bytes, ...], str], ...] = (
         "stored in the archive's place",
     ),
     (
-        (b'{"format": "vmapipe-manifest"',),
+        (b'{"format": "vmapipe-manifest"', b'{"format": "vmapipe-sealed-manifest"'),
         "a manifest: name the archive that lies beside it, without .manifest.json",
     ),
     ((b"{", b"["), "a JSON document (or a configuration), and no archive"),

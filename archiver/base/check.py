@@ -16,6 +16,7 @@ from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
 from vmapipe.archiver.outputs.cluster_digests import BaseDigests
 from vmapipe.archiver.outputs.manifests import beside, digest_of
 from vmapipe.clusters.sizes import CLUSTER_BYTES
+from vmapipe.crypt.magic import is_encrypted
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.side_files import open_regular
@@ -80,6 +81,8 @@ def open_digests(base: Base) -> BaseDigests | None:
 
 def _check(archive: str, fd: int) -> Base | str:
     """Raises OSError, ArchiveError."""
+    if is_encrypted(os.pread(fd, PEEK_BYTES, 0)):
+        return f"{archive} is encrypted: a base is read, and a host that makes backups has no key"
     try:
         opening, totals = _read_manifest(beside(archive))
     except FileNotFoundError:

@@ -27,6 +27,7 @@ from vmapipe.access.machine.proxmox import config_without_one, machine_of_proxmo
 from vmapipe.access.machine.spec import Limits, MachineSpec, Omission
 from vmapipe.control.cli.configuration import config_text, configuration_of
 from vmapipe.control.cli.errors import naming
+from vmapipe.control.cli.identity import add_identity_option
 from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.control.coordinator.render import add_report_options, renderer
@@ -151,6 +152,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="how much the machine may write (default: 16G)",
     )
     add_cache_options(parser)
+    add_identity_option(parser)
     add_report_options(parser)
     parser.add_argument(
         "archive", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"

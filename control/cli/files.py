@@ -31,6 +31,7 @@ from vmapipe.access.files.messages import (
 from vmapipe.access.files.session import FileReader
 from vmapipe.control.cli.entries import entry_filter, print_entry
 from vmapipe.control.cli.errors import naming
+from vmapipe.control.cli.identity import add_identity_option
 from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel
@@ -119,6 +120,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_key_option(parser)
     add_engine_options(parser)
     add_cache_options(parser)
+    add_identity_option(parser)
     options = parser.parse_args(argv)
     return run(prog, lambda: _files(options))
 

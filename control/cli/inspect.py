@@ -11,14 +11,17 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.access.drill.result import DrillResult, read_result
 from vmapipe.access.lzo import can_read_lzo
 from vmapipe.control.cli.errors import naming, source_name
+from vmapipe.control.cli.identity import add_identity_option, identities_of
 from vmapipe.control.coordinator.output_spec import inherited_fds
 from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.crypt.magic import is_encrypted
 from vmapipe.restore.archive.compressed import MAGIC_BYTES, ReadOptions, compression_of
+from vmapipe.restore.archive.errors import NoKeyError
 from vmapipe.restore.archive.input import Pread
 from vmapipe.restore.archive.manifest import Manifest, manifest_beside
 from vmapipe.restore.archive.object import RemoteObject
@@ -33,6 +36,9 @@ from vmapipe.runtime.text import MAX_NAME_CHARS, human_bytes, name_text, one_lin
 from vmapipe.vma.errors import ArchiveError, VmaError
 from vmapipe.vma.header import Config, Header
 
+if TYPE_CHECKING:
+    from vmapipe.crypt.age import AgeIdentity
+
 
 class Condition(NamedTuple):
     """`compression`: "none", "zstd", "gzip", "lzo", or "" where it cannot be looked at twice (a pipe).
@@ -46,39 +52,50 @@ class Condition(NamedTuple):
     is_seekable: bool
     has_digests: bool
     drill: DrillResult | None
+    encrypted: bool = False
 
 
-def condition_of(name: str, uuid: bytes, cancel: Cancel) -> Condition:
+def condition_of(
+    name: str, uuid: bytes, cancel: Cancel, identities: Sequence[AgeIdentity] = ()
+) -> Condition:
     """Of the archive at `name`, whose header has this uuid. What cannot be found out is not there."""
-    compression, is_seekable = _stored_form(name, cancel)
+    compression, is_seekable, encrypted = _stored_form(name, cancel, identities)
     if not compression:
         return Condition("", False, False, None)
     drill = None if is_object(name) else read_result(name, uuid)
-    return Condition(compression, is_seekable, _has_manifest(name, uuid, cancel), drill)
+    has_manifest = _has_manifest(name, uuid, cancel, identities)
+    return Condition(compression, is_seekable, has_manifest, drill, encrypted)
 
 
-def _stored_form(name: str, cancel: Cancel) -> tuple[str, bool]:
+def _stored_form(
+    name: str, cancel: Cancel, identities: Sequence[AgeIdentity]
+) -> tuple[str, bool, bool]:
+    """Return the compression, whether any place can be read at once, and whether it is encrypted."""
     try:
         if is_object(name):
             remote = RemoteObject(name, (cancel,))
             try:
-                return _form(remote.pread, remote.size_bytes, cancel)
+                return _form(name, remote.pread, remote.size_bytes, cancel, identities)
             finally:
                 remote.close()
         if not _is_file(name):
-            return "", False
+            return "", False, False
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             size_bytes = os.lseek(fd, 0, os.SEEK_END)
-            form = _form(lambda length, offset: os.pread(fd, length, offset), size_bytes, cancel)
+
+            def pread(length: int, offset: int) -> bytes:
+                return os.pread(fd, length, offset)
+
+            form = _form(name, pread, size_bytes, cancel, identities)
             # Its blocks are independent; finding them all here would take as long as opening it.
-            return ("lzo", can_read_lzo()) if form[0] == "lzo" else form
+            return ("lzo", can_read_lzo(), False) if form[::2] == ("lzo", False) else form
         finally:
             os.close(fd)
     except Cancelled:
         raise
     except (OSError, Failure, ArchiveError):
-        return "", False
+        return "", False, False
 
 
 def _is_file(name: str) -> bool:
@@ -87,22 +104,32 @@ def _is_file(name: str) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
-def _form(pread: Pread, size_bytes: int, cancel: Cancel) -> tuple[str, bool]:
+def _form(
+    name: str, pread: Pread, size_bytes: int, cancel: Cancel, identities: Sequence[AgeIdentity]
+) -> tuple[str, bool, bool]:
+    encrypted = is_encrypted(pread(MAGIC_BYTES, 0))
+    if encrypted:
+        from vmapipe.restore.archive.decrypt import AgeFile
+
+        file = AgeFile(name, pread, size_bytes, identities)
+        pread, size_bytes = file.pread, file.size_bytes
     compression = compression_of(pread(MAGIC_BYTES, 0))
     if compression == "zstd":
         # Listing a plain archive does without a library that many installations have not.
         from vmapipe.restore.archive.zstd import seekable_frames
 
-        return compression, seekable_frames(pread, size_bytes, (cancel,)) is not None
-    return compression, compression == "none"
+        return compression, seekable_frames(pread, size_bytes, (cancel,)) is not None, encrypted
+    return compression, compression == "none", encrypted
 
 
-def _has_manifest(name: str, uuid: bytes, cancel: Cancel) -> bool:
+def _has_manifest(
+    name: str, uuid: bytes, cancel: Cancel, identities: Sequence[AgeIdentity]
+) -> bool:
     try:
         path = manifest_beside(name, cancel)
         if path is None:
             return False
-        with Manifest(path, cancel) as manifest:
+        with Manifest(path, cancel, identities) as manifest:
             return manifest.opening.uuid == uuid
     except Cancelled:
         raise
@@ -204,6 +231,7 @@ def add_read_options(parser: argparse._ActionsContainer) -> None:
         help="memory that a zstd archive may ask for, as zstd --long makes them "
         "(default: 128M; at most 2G)",
     )
+    add_identity_option(parser)
 
 
 def read_options(options: argparse.Namespace) -> ReadOptions:
@@ -211,7 +239,7 @@ def read_options(options: argparse.Namespace) -> ReadOptions:
     window_bytes: int = options.zstd_window
     if window_bytes and not _MIN_WINDOW_BYTES <= window_bytes <= _MAX_WINDOW_BYTES:
         raise UsageError("--zstd-window: use 1K to 2G")
-    return ReadOptions(window_bytes)
+    return ReadOptions(window_bytes, identities=identities_of(options))
 
 
 def _each(
@@ -223,6 +251,7 @@ def _each(
     names: list[str] = options.archives
     if names.count("-") > 1:
         raise UsageError("stdin holds one archive, and was named twice")
+    read_options(options)  # a wrong one is told before anything is read
     for name in names:
         inherited_fds(name)
     # Only now: it opens descriptors of its own.
@@ -254,9 +283,16 @@ def open_by_name(name: str, options: argparse.Namespace, cancel: Cancel) -> Arch
 
 
 def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
-    with open_by_name(name, options, cancel) as archive:
+    try:
+        archive = open_by_name(name, options, cancel)
+    except NoKeyError:
+        if options.identity:
+            raise
+        _list_encrypted(name, options)
+        return
+    with archive:
         header = archive.header
-        condition = condition_of(name, header.uuid, cancel)
+        condition = condition_of(name, header.uuid, cancel, identities_of(options))
         if options.json:
             print(json.dumps({**listing(header), **_condition_json(condition)}))
             return
@@ -280,11 +316,23 @@ def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
             print(f"  {line}")
 
 
+def _list_encrypted(name: str, options: argparse.Namespace) -> None:
+    """Tell what can be seen without a key."""
+    if options.json:
+        print(json.dumps({"encrypted": True}))
+        return
+    print(
+        f"{one_line(source_name(name))}: encrypted (age); what it holds can be listed with a key "
+        "(--identity FILE)"
+    )
+
+
 def _condition_json(condition: Condition) -> dict[str, object]:
     """null for what cannot be known of a pipe."""
     known, drill = bool(condition.compression), condition.drill
     return {
         "compression": condition.compression or None,
+        "encrypted": condition.encrypted if known else None,
         "seekable": condition.is_seekable if known else None,
         "digests": condition.has_digests if known else None,
         "drill": drill and {"verdict": drill.verdict, "date": drill.date, "seconds": drill.seconds},
@@ -306,7 +354,13 @@ def _condition_lines(condition: Condition) -> list[str]:
     if drill is not None:
         after = "" if drill.seconds is None else f" after {drill.seconds:.1f} s"
         drilled = f"{drill.verdict}{after}, tested {drill.date}"
-    return [f"seekable    {seekable}", f"checked     {digests}", f"drilled     {one_line(drilled)}"]
+    encrypted = ["encrypted   yes, with age"] if condition.encrypted else []
+    return [
+        *encrypted,
+        f"seekable    {seekable}",
+        f"checked     {digests}",
+        f"drilled     {one_line(drilled)}",
+    ]
 
 
 def listing(header: Header) -> dict[str, object]:
@@ -377,7 +431,8 @@ def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
         except ArchiveError as error:
             raise Damaged(f"{source_name(name)}: {error}{error.advice}") from error
         emit(report.event())
-    if options.require_manifest and not report.event()["data_checked"]:
+    has_stored_digest = report.is_encrypted and report.file_checked
+    if options.require_manifest and not (report.data_checked or has_stored_digest):
         raise Failure(
             f"{source_name(name)}: the data was not checked, because there is no "
             "manifest of it; name one with --manifest"

@@ -21,6 +21,7 @@ from vmapipe.access.mount.guest import GuestDisk, GuestReader
 from vmapipe.access.mount.tree import ArchiveTree
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.files import add_engine_options, add_key_option, disks_of, read_keys
+from vmapipe.control.cli.identity import add_identity_option
 from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.runtime.arguments import make_parser
@@ -56,6 +57,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_key_option(parser)
     add_engine_options(parser)
     add_cache_options(parser)
+    add_identity_option(parser)
     add_report_options(parser)
     parser.add_argument(
         "archive", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"

@@ -12,14 +12,11 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from vmapipe.access.archive import (
-    Caches,
-    OpenArchive,
-    default_cache_folder,
-    open_for_access,
-)
+from vmapipe.access.archive import Caches, OpenArchive, open_for_access
+from vmapipe.access.kept_index import default_cache_folder
 from vmapipe.access.serve import Shown, serve
 from vmapipe.control.cli.errors import naming
+from vmapipe.control.cli.identity import add_identity_option, identities_of
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.control.qmp.sockets import listen_unix
 from vmapipe.runtime.arguments import make_parser, size
@@ -74,6 +71,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="end when this process does: the machine that reads from it",
     )
     add_cache_options(parser)
+    add_identity_option(parser)
     add_report_options(parser)
     parser.add_argument(
         "archives", nargs="*", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"
@@ -117,6 +115,8 @@ def cache_words(options: argparse.Namespace) -> list[str]:
         words += ["--cache", os.path.abspath(options.cache)]
     if options.cache_size is not None:
         words += ["--cache-size", str(options.cache_size)]
+    for path in options.identity:
+        words += ["--identity", os.path.abspath(path)]
     return words
 
 
@@ -126,6 +126,7 @@ def _serve(options: argparse.Namespace) -> None:
         names += _archives_of(options.all)
     if not names:
         raise UsageError("say which archive to serve, or --all DIR")
+    identities_of(options)  # a wrong one is told before anything is read
     cancel = Cancel()
     cancel.on_signals()
     if options.until_exit is not None:
@@ -209,7 +210,7 @@ def caches_of(options: argparse.Namespace) -> Caches:
         except OSError as error:
             raise Failure(f"cannot use {folder}: {os_error_text(error)}") from error
     index_folder = None if options.no_index_cache else options.index_cache
-    return Caches(index_folder, folder, limit)
+    return Caches(index_folder, folder, limit, identities_of(options))
 
 
 def _shown(opened: Sequence[OpenArchive], options: argparse.Namespace) -> list[Shown]:

@@ -23,6 +23,7 @@ vma create FILE [-v] [-c CONFIG]... [-d format=FMT:DEVNAME=PATH]...
 vma extract FILE [-v] [-d DRIVE,...] [-r MAPFIFO] DIR
 vma verify FILE [-v]
 
+list, config, extract and verify take --identity KEYFILE for encrypted archives.
 FILE - is standard input (for create: standard output).
 exit codes: 0 done, 1 failed, 2 wrong use, 4 the archive is damaged
 """

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 from vmapipe.control.cli.errors import reference_words
+from vmapipe.control.cli.identity import identities_in
 from vmapipe.control.cli.inspect import find_config
 from vmapipe.control.coordinator.output_spec import inherited_fds
+from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.errors import RestoreError
 from vmapipe.restore.archive.reader import ArchiveTotals, open_archive
 from vmapipe.restore.job import restore
 from vmapipe.restore.targets.files import Folders, NewFile, write_configs
 from vmapipe.restore.targets.map_file import MapEntry, parse_map
 from vmapipe.restore.targets.plan import Plan, device_named, plan_folder, plan_map
+from vmapipe.restore.verify.verify import VerifyOptions
 from vmapipe.restore.verify.verify import verify as check
 from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
@@ -31,15 +34,15 @@ from vmapipe.vma.header import Header
 
 def show_list(argv: Sequence[str]) -> None:
     """`vma list FILE`"""
-    _, (file,) = _parse(argv, "h", 1, "list")
-    with open_archive(file, _stoppable(file)) as archive:
+    options, (file,) = _parse(argv, "h", 1, "list")
+    with open_archive(file, _stoppable(file), _reading(options)) as archive:
         print_content(archive.header)
 
 
 def show_config(argv: Sequence[str]) -> None:
     """`vma config FILE [-c NAME]`"""
     options, (file,) = _parse(argv, "hc:", 1, "config")
-    with open_archive(file, _stoppable(file)) as archive:
+    with open_archive(file, _stoppable(file), _reading(options)) as archive:
         name = dict(options).get("-c", "qemu-server.conf")
         data = find_config(archive.header.configs, name).data
     sys.stdout.buffer.write(data)
@@ -51,7 +54,7 @@ def extract(argv: Sequence[str]) -> None:
     wanted = [name for o, value in options if o == "-d" for name in value.split(",")]
     map_file = dict(options).get("-r")
     cancel = _stoppable(file)
-    with open_archive(file, cancel) as archive:
+    with open_archive(file, cancel, _reading(options)) as archive:
         with ExitStack() as stack:
             held = stack.enter_context(_new_folder(folder))
             folders = stack.enter_context(Folders(held))
@@ -100,7 +103,7 @@ def verify(argv: Sequence[str]) -> None:
     cancel = Cancel()
     cancel.on_signals()
     try:
-        report = check(file, progress, cancel)
+        report = check(file, progress, cancel, VerifyOptions(read=_reading(options)))
     except ArchiveError as error:
         raise Damaged(reference_words(error)) from error
     if not report.ok:
@@ -108,6 +111,10 @@ def verify(argv: Sequence[str]) -> None:
         text = first.reference_text or first.text
         detail = str(first).removeprefix(text).strip()
         raise Damaged(f"verify failed - {text}" + (f" ({detail})" if detail else ""))
+    if report.stored_bytes:
+        print(
+            "vma: encrypted: only the stored file was compared with its manifest", file=sys.stderr
+        )
     progress.end(report.totals)
 
 
@@ -127,10 +134,15 @@ def print_content(header: Header) -> None:
 def _parse(
     argv: Sequence[str], letters: str, count: int, command: str
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    options, arguments = getopt.gnu_getopt(list(argv), letters)
+    options, arguments = getopt.gnu_getopt(list(argv), letters, ["identity="])
     if len(arguments) != count:
         raise UsageError(f"{command} takes {count} argument(s), not {len(arguments)}")
     return options, arguments
+
+
+def _reading(options: Sequence[tuple[str, str]]) -> ReadOptions:
+    paths = [value for option, value in options if option == "--identity"]
+    return ReadOptions(identities=identities_in(paths))
 
 
 def _stoppable(file: str) -> Cancel:

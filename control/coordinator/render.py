@@ -330,6 +330,9 @@ def verified_text(event: VerifiedEvent) -> str:
             lines.append(
                 f"  ... and {disk['range_count'] - _SHOWN_RANGES} more (--json: up to 1000)"
             )
+    if event["stored_bytes"]:
+        lines.append(_stored_verdict(event))
+        return "\n".join(lines)
     size = human_bytes(event["archive_bytes"])
     speed = human_bytes(event["archive_bytes"] / max(0.001, event["seconds"]))
     if event["data_checked"]:
@@ -343,6 +346,18 @@ def verified_text(event: VerifiedEvent) -> str:
     verdict = "nothing is wrong" if event["ok"] else "DAMAGED"
     lines.append(f"{one_line(event['archive'])}: {verdict}; {size}, {scope}, {speed}/s")
     return "\n".join(lines)
+
+
+def _stored_verdict(event: VerifiedEvent) -> str:
+    """Return what can be said of an encrypted archive without a key."""
+    verdict = "DAMAGED"
+    if event["ok"]:
+        verdict = "the stored file is, byte for byte, the one that its manifest vouches for"
+    size = human_bytes(event["stored_bytes"])
+    return (
+        f"{one_line(event['archive'])}: {verdict}; {size}, encrypted: that is all that can be checked "
+        "without a key (--identity FILE)"
+    )
 
 
 def _damage_text(find: DamageFields) -> str:

@@ -12,7 +12,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.restore.archive.errors import CompressionError, InputError
 from vmapipe.restore.archive.input import Input, ProgramInput
@@ -22,6 +22,9 @@ from vmapipe.runtime.errors import Failure
 from vmapipe.vma.foreign import FOREIGN_COMPRESSIONS
 from vmapipe.vma.header import VMA_MAGIC
 from vmapipe.vma.seektable import is_zstd
+
+if TYPE_CHECKING:
+    from vmapipe.crypt.age import AgeIdentity
 
 # What lzop is fed at a time: as much as a pipe holds.
 _PIECE_BYTES = 1 << 16
@@ -208,11 +211,13 @@ class ReadOptions(NamedTuple):
 
     `salvage`: where the beginning is damaged, a file is compressed with what its name says.
     `past_errors`: sectors of a plain file that its disk cannot read are zeroes, and are remembered.
+    `identities`: secret keys for what is encrypted.
     """
 
     max_window_bytes: int = 0
     salvage: bool = False
     past_errors: bool = False
+    identities: tuple[AgeIdentity, ...] = ()
 
 
 def compression_of(start: bytes) -> str:
@@ -229,7 +234,8 @@ def salvaged_compression(name: str, start: bytes) -> str:
     found = compression_of(start)
     if found == "none" and not start.startswith(VMA_MAGIC):
         endings = {".zst": "zstd", ".gz": "gzip"}
-        found = next((kind for end, kind in endings.items() if name.endswith(end)), "none")
+        plain_name = name.removesuffix(".age")
+        found = next((kind for end, kind in endings.items() if plain_name.endswith(end)), "none")
     return found
 
 

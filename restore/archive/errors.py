@@ -19,6 +19,14 @@ class InputError(RestoreError):
     """The archive's bytes cannot be got: no file, a read error, a command that failed."""
 
 
+class NoKeyError(InputError):
+    """It is encrypted, and no key that was given opens it."""
+
+
+def no_key(name: str) -> NoKeyError:
+    return NoKeyError(f"{name} is encrypted (age): name a file with a key, --identity FILE")
+
+
 class TargetError(RestoreError):
     """A target cannot be opened, does not fit, or cannot be written."""
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Callable
-from typing import IO, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import IO, TYPE_CHECKING, NamedTuple
 
-from vmapipe.restore.archive.errors import InputError
+from vmapipe.restore.archive.errors import InputError, no_key
 from vmapipe.restore.archive.input import Input
 from vmapipe.restore.archive.object import ObjectInput, RemoteObject, object_exists
 from vmapipe.restore.archive.source import command_input
@@ -20,6 +20,13 @@ from vmapipe.runtime.side_files import open_regular
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import Extent
 from vmapipe.vma.manifest import MAX_LINE_BYTES, ExtentDigest, ManifestReader, Opening, Totals
+from vmapipe.vma.sealed import MAGIC, SealedReader, StoredFile
+from vmapipe.vma.sealed import MAX_LINE_BYTES as SEALED_LINE_BYTES
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+    from vmapipe.crypt.age import AgeIdentity
 
 # How far away the line of an extent is looked for when bytes are missing or added: 14 GiB of
 # data, in some hundred KiB of memory.
@@ -55,6 +62,68 @@ def _open(path: str, cancel: Cancel) -> IO[bytes] | io.BufferedReader:
         os.set_blocking(fd, True)
         return io.BufferedReader(Input(f"the manifest {path}", fd, (cancel,)))
     return io.BufferedReader(ObjectInput(RemoteObject(path, (cancel,)), (cancel,)))
+
+
+def _is_sealed(file: IO[bytes] | io.BufferedReader) -> bool:
+    return isinstance(file, io.BufferedReader) and file.peek(len(MAGIC)).startswith(MAGIC)
+
+
+class SealedPieces(io.RawIOBase):
+    """The age file in a sealed manifest, whose lines `file` gives. `stored` is there at its end."""
+
+    def __init__(self, name: str, file: IO[bytes] | io.BufferedReader) -> None:
+        super().__init__()
+        self._name = name
+        self._file = file
+        self._reader = SealedReader()
+        self._piece = b""
+
+    @property
+    def stored(self) -> StoredFile | None:
+        return self._reader.stored
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer).cast("B")
+        while not self._piece and self._reader.stored is None:
+            self._piece = self._line()
+        got = min(len(view), len(self._piece))
+        view[:got] = self._piece[:got]
+        self._piece = self._piece[got:]
+        return got
+
+    def _line(self) -> bytes:
+        raw = self._file.readline(SEALED_LINE_BYTES)
+        if not raw.endswith(b"\n"):
+            raise ArchiveError(f"{self._name} is cut off or damaged")
+        try:
+            piece = self._reader.line(raw.decode("ascii"))
+        except UnicodeDecodeError as error:
+            raise ArchiveError(f"{self._name} is damaged: {error}") from error
+        if self._reader.stored is not None and self._file.read(1):
+            raise ArchiveError(f"{self._name} is damaged: text after the end")
+        return piece
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def read_stored(path: str, cancel: Cancel) -> StoredFile | None:
+    """Return what a sealed manifest tells everybody; None: it is not sealed. Raises InputError, ArchiveError."""
+    try:
+        file = _open(path, cancel)
+    except OSError as error:
+        raise InputError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
+    with SealedPieces(f"the manifest {path}", file) as pieces:
+        if not _is_sealed(file):
+            return None
+        while pieces.read(MAX_LINE_BYTES):
+            cancel.check()
+        return pieces.stored
 
 
 class ManifestWalk:
@@ -180,20 +249,24 @@ def _key(extent: Extent) -> tuple[int, int, int]:
 
 
 class Manifest:
-    """An open manifest. A context manager."""
+    """An open manifest, which may be that of an encrypted archive. A context manager."""
 
-    def __init__(self, path: str, cancel: Cancel) -> None:
+    def __init__(self, path: str, cancel: Cancel, identities: Sequence[AgeIdentity] = ()) -> None:
         """`path` may be an object's name.
 
-        Raises InputError where it cannot be read, ArchiveError where it is damaged.
+        Raises InputError where it cannot be read, which it cannot without a key if it is sealed;
+        ArchiveError where it is damaged.
         """
         self.path = path
         self._reader = ManifestReader()
+        self._sealed: SealedPieces | None = None
         try:
             self._file = _open(path, cancel)
         except OSError as error:
             raise InputError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
         try:
+            if _is_sealed(self._file):
+                self._unseal(identities)
             opening = self.next()
         except BaseException:
             self._file.close()
@@ -211,8 +284,31 @@ class Manifest:
     def close(self) -> None:
         self._file.close()
 
+    def _unseal(self, identities: Sequence[AgeIdentity]) -> None:
+        """From now on `_file` is the plain manifest."""
+        name = f"the manifest {self.path}"
+        if not identities:
+            raise no_key(name)
+        from vmapipe.restore.archive.decrypt import DecryptedInput
+
+        self._sealed = SealedPieces(name, self._file)
+        self._file = io.BufferedReader(DecryptedInput(self._sealed, name, identities))
+
     def next(self) -> Opening | ExtentDigest | Totals:
         """The next line: an extent's digest or, at the end, the totals. Raises ArchiveError."""
+        line = self._next()
+        if isinstance(line, Totals) and self._sealed is not None:
+            self._check_seal(line, self._sealed)
+        return line
+
+    def _check_seal(self, totals: Totals, sealed: SealedPieces) -> None:
+        """What anybody may see must be what the sealed part says."""
+        if self._file.read(1):
+            raise ArchiveError(f"the manifest {self.path} is damaged: text after the end")
+        if sealed.stored is None or sealed.stored[:2] != (totals.file_bytes, totals.file_digest):
+            raise ArchiveError(f"the manifest {self.path} is damaged: its two parts do not agree")
+
+    def _next(self) -> Opening | ExtentDigest | Totals:
         try:
             raw = self._file.readline(MAX_LINE_BYTES)
         except OSError as error:

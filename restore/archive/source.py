@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from vmapipe.crypt.magic import is_encrypted
 from vmapipe.restore.archive.compressed import (
     MAGIC_BYTES,
     ReadOptions,
@@ -18,7 +19,7 @@ from vmapipe.restore.archive.compressed import (
     is_compressed,
     salvaged_compression,
 )
-from vmapipe.restore.archive.errors import CompressionError, InputError
+from vmapipe.restore.archive.errors import CompressionError, InputError, NoKeyError, no_key
 from vmapipe.restore.archive.input import Input, ProgramInput, interruptible
 from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 from vmapipe.restore.archive.parts import Proof
@@ -26,10 +27,13 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.syscalls import read_at
+from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import is_zstd
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+
+    from vmapipe.crypt.age import AgeIdentity
 
 # For small reads (headers); larger ones pass it by.
 _BUFFER_BYTES = 1 << 16
@@ -44,6 +48,9 @@ class PlainFile:
     """An archive that is not compressed and can be read at any place. Owns `fd`."""
 
     compression = "none"
+    is_encrypted = False
+    #: Those with which it was opened: its manifest may be encrypted, too.
+    identities: tuple[AgeIdentity, ...] = ()
 
     def __init__(self, name: str, path: str | None, fd: int, size_bytes: int) -> None:
         self.name = name
@@ -105,10 +112,13 @@ def _within(ranges: Iterable[tuple[int, int]], offset: int, length: int) -> list
 
 
 class Stream:
-    """An archive that comes in order: a pipe's, or decompressed. Owns `raw`.
+    """An archive that comes in order: a pipe's, decompressed, or decrypted. Owns `raw`.
 
     `path` is the file's where there is one; `file_bytes` its size, else 0.
     """
+
+    is_encrypted = False
+    identities: tuple[AgeIdentity, ...] = ()
 
     def __init__(
         self,
@@ -204,6 +214,12 @@ def open_source(archive: str, cancel: Cancel, options: ReadOptions | None = None
     Raises InputError; UsageError for a name that makes no sense.
     """
     options = options or ReadOptions()
+    source = _open(archive, cancel, options)
+    source.identities = options.identities
+    return source
+
+
+def _open(archive: str, cancel: Cancel, options: ReadOptions) -> Source:
     if archive.startswith("exec:"):
         return _stream(
             archive, None, 0, cancel, lambda halts: command_input(archive, halts), options
@@ -231,7 +247,11 @@ def _open_object(archive: str, cancel: Cancel, options: ReadOptions) -> Source:
     try:
         start = interruptible(lambda: remote.pread(MAGIC_BYTES, 0), (cancel,))
         source = None
-        if (is_compressed(archive, start) and is_zstd(start)) or (
+        if is_encrypted(start):
+            source = _open_encrypted(
+                archive, None, remote.pread, remote.size_bytes, remote.close, cancel, options
+            )
+        elif (is_compressed(archive, start) and is_zstd(start)) or (
             options.salvage and salvaged_compression(archive, start) == "zstd"
         ):
             source = _open_frames(
@@ -316,6 +336,10 @@ def _open_seekable(
     file = PlainFile(name, path, fd, size_bytes)
     file.lost = [] if options.past_errors else None
     start = file.pread(MAGIC_BYTES, 0)
+    if is_encrypted(start):
+        return _open_encrypted(
+            name, path, file.pread, size_bytes, lambda: os.close(fd), cancel, options
+        )
     if options.salvage:
         compression = salvaged_compression(name, start)
     else:
@@ -335,6 +359,36 @@ def _open_seekable(
     )
 
 
+def _open_encrypted(
+    name: str,
+    path: str | None,
+    pread: Callable[[int, int], bytes],
+    size_bytes: int,
+    release: Callable[[], None],
+    cancel: Cancel,
+    options: ReadOptions,
+) -> Stream | None:
+    """An encrypted zstd file by its seek table; None: it has to be read in order."""
+    if not options.identities:
+        raise no_key(name)
+    from vmapipe.restore.archive.decrypt import AgeFile  # a compiled library: 30 ms
+
+    try:
+        file = AgeFile(name, pread, size_bytes, options.identities)
+        is_framed = salvaged_compression(name, file.pread(MAGIC_BYTES, 0)) == "zstd"
+        source = None
+        if is_framed:
+            source = _open_frames(name, path, file.pread, file.size_bytes, release, cancel)
+    except NoKeyError:
+        raise
+    except ArchiveError:
+        return None  # damage: in order it is told, and what can be read before and behind it is
+    if source is not None:
+        source.file_bytes = size_bytes
+        source.is_encrypted = True
+    return source
+
+
 def _open_frames(
     name: str,
     path: str | None,
@@ -342,7 +396,7 @@ def _open_frames(
     size_bytes: int,
     release: Callable[[], None],
     cancel: Cancel,
-) -> Source | None:
+) -> Stream | None:
     """A zstd file by its seek table; None where it has none that can be used."""
     from vmapipe.restore.archive import zstd  # a compiled library: 15 ms
 
@@ -370,10 +424,20 @@ def _stream(
     try:
         source = open_input(halts)
         start = source.peek_start(MAGIC_BYTES)
+        encrypted = is_encrypted(start)
+        if encrypted and not options.identities:
+            raise no_key(name)
+        if encrypted:
+            from vmapipe.restore.archive.decrypt import DecryptedInput  # a compiled library: 30 ms
+
+            source = DecryptedInput(source, name, options.identities)
+            start = source.peek_start(MAGIC_BYTES)
         raw, compression = decompressed(name, source, start, halts, options)
     except BaseException:
         if source is not None:
             source.close()
         halt.close()
         raise
-    return Stream(name, path, compression, raw, halt, file_bytes)
+    stream = Stream(name, path, compression, raw, halt, file_bytes)
+    stream.is_encrypted = encrypted
+    return stream

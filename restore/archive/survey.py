@@ -446,7 +446,7 @@ def _totals(archive: Archive, path: str | None, cancel: Cancel) -> Totals | None
     if path is None:
         return None
     try:
-        with Manifest(path, cancel) as manifest:
+        with Manifest(path, cancel, archive.source.identities) as manifest:
             if manifest.opening.uuid != archive.header.uuid:
                 return None
             while not isinstance(line := manifest.next(), Totals):

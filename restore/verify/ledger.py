@@ -57,7 +57,7 @@ def open_manifest(
     """The manifest, if it is one of this archive; and what is wrong with it or with the header."""
     manifest: Manifest | None = None
     try:
-        manifest = Manifest(path, cancel)
+        manifest = Manifest(path, cancel, archive.source.identities)
         check_opening(archive.header, archive.raw_header, manifest)
     except DigestError as error:
         return manifest, error

@@ -163,7 +163,8 @@ class Report:
     `data_checked`: all data was compared with a manifest; else only the
     structure was, for the format has no checksum over its data; `proved` is what the
     checksums of the compression have proved of it then, as text.
-    `file_checked`: the stored file as a whole was compared.
+    `file_checked`: the stored file as a whole was compared. `is_encrypted`: without a key that is all
+    that could be, and `stored_bytes` its length.
     """
 
     def __init__(self, archive: str) -> None:
@@ -172,6 +173,8 @@ class Report:
         self.manifest: str | None = None
         self.data_checked = False
         self.file_checked = False
+        self.is_encrypted = False
+        self.stored_bytes = 0
         self.proved: str | None = None
         self.disks: list[DiskState] = []
         self.damage: list[Damage] = []
@@ -198,8 +201,10 @@ class Report:
             "manifest": self.manifest,
             "data_checked": self.data_checked,
             "file_checked": self.file_checked,
+            "encrypted": self.is_encrypted,
             "proved": self.proved,
             "archive_bytes": self.totals.archive_bytes,
+            "stored_bytes": self.stored_bytes,
             "extents": self.totals.extents,
             "data_bytes": self.totals.data_bytes,
             "zero_bytes": self.totals.cluster_bytes - self.totals.data_bytes,

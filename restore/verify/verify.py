@@ -14,8 +14,8 @@ from typing import NamedTuple
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.digest import file_digest
-from vmapipe.restore.archive.errors import InputError
-from vmapipe.restore.archive.manifest import Manifest, manifest_beside
+from vmapipe.restore.archive.errors import InputError, NoKeyError
+from vmapipe.restore.archive.manifest import Manifest, manifest_beside, read_stored
 from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 from vmapipe.restore.archive.reader import Archive, FoundExtent, open_archive
 from vmapipe.restore.archive.source import Source
@@ -26,6 +26,7 @@ from vmapipe.restore.verify.report import Damage, Report
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.objectstore import is_object
 from vmapipe.vma.manifest import Totals
 
 # Hashing is quicker than any disk; beyond four threads nothing was gained.
@@ -60,13 +61,43 @@ def verify(name: str, emit: Emit, cancel: Cancel, options: VerifyOptions | None 
     options = options or VerifyOptions()
     report = Report(name)
     started = time.monotonic()
-    with open_archive(name, cancel, options.read._replace(past_errors=True)) as archive:
-        report.compression = archive.source.compression
-        if options.file_digest:
-            must_be_there_twice(archive.source)
-        _Verification(archive, report, options, emit, cancel).run()
+    try:
+        with open_archive(name, cancel, options.read._replace(past_errors=True)) as archive:
+            report.compression = archive.source.compression
+            report.is_encrypted = archive.source.is_encrypted
+            if options.file_digest:
+                must_be_there_twice(archive.source)
+            _Verification(archive, report, options, emit, cancel).run()
+    except NoKeyError as error:
+        if options.read.identities or not options.check_digests:
+            raise
+        _verify_stored(name, report, options.manifest, error, cancel)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _verify_stored(
+    name: str, report: Report, manifest: str | None, no_key: NoKeyError, cancel: Cancel
+) -> None:
+    """Without a key: whether the stored file is the one that its manifest vouches for.
+
+    Raises `no_key` where not even that can be told, and InputError, ArchiveError, Cancelled.
+    """
+    is_there_twice = is_object(name) or os.path.isfile(name)
+    path = manifest or (manifest_beside(name, cancel) if is_there_twice else None)
+    stored = read_stored(path, cancel) if path is not None else None
+    if stored is None or not is_there_twice:
+        raise NoKeyError(
+            f"{no_key}; without one its stored file alone could be checked, and there is no manifest "
+            "of an encrypted archive beside it"
+        )
+    report.manifest, report.is_encrypted, report.file_checked = path, True, True
+    total_bytes, digest = _digest_of(name, None if is_object(name) else name, cancel)
+    report.stored_bytes = total_bytes
+    if (total_bytes, digest) != stored[:2]:
+        size = f"{total_bytes} bytes long, and {stored.total_bytes} were stored"
+        more = "" if total_bytes == stored.total_bytes else f": it is {size}"
+        report.add(Damage(f"the file {name} is not, byte for byte, the one that was stored{more}"))
 
 
 class _Verification:
@@ -165,11 +196,15 @@ def must_be_there_twice(source: Source) -> None:
 
 def stored_digest(source: Source, cancel: Cancel) -> tuple[int, bytes]:
     """Read the stored file once more; return (size in bytes, XXH3-128). Raises InputError, Cancelled."""
+    return _digest_of(source.name, source.path, cancel)
+
+
+def _digest_of(name: str, path: str | None, cancel: Cancel) -> tuple[int, bytes]:
     try:
-        with _open(source, cancel) as file:
+        with _open(name, path, cancel) as file:
             return file_digest(file, cancel.check)
     except OSError as error:
-        raise InputError(f"cannot read {source.name}: {os_error_text(error)}") from error
+        raise InputError(f"cannot read {name}: {os_error_text(error)}") from error
 
 
 def stored_bytes_of(source: Source, cancel: Cancel) -> Iterator[memoryview]:
@@ -179,7 +214,7 @@ def stored_bytes_of(source: Source, cancel: Cancel) -> Iterator[memoryview]:
     """
     view = memoryview(bytearray(_PIECE_BYTES))
     try:
-        with _open(source, cancel) as file:
+        with _open(source.name, source.path, cancel) as file:
             while got := file.readinto(view):
                 cancel.check()
                 yield view[:got]
@@ -187,9 +222,9 @@ def stored_bytes_of(source: Source, cancel: Cancel) -> Iterator[memoryview]:
         raise InputError(f"cannot read {source.name}: {os_error_text(error)}") from error
 
 
-def _open(source: Source, cancel: Cancel) -> RawIOBase:
-    if source.path is not None:
-        file = FileIO(source.path)
+def _open(name: str, path: str | None, cancel: Cancel) -> RawIOBase:
+    if path is not None:
+        file = FileIO(path)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return file
-    return ObjectInput(RemoteObject(source.name, (cancel,)), (cancel,))
+    return ObjectInput(RemoteObject(name, (cancel,)), (cancel,))

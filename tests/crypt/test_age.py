@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from vmapipe.crypt.age import (
     CHUNK_BYTES,
-    MAGIC,
     MAX_HEADER_BYTES,
     NONCE_BYTES,
     SEALED_CHUNK_BYTES,
@@ -37,6 +36,7 @@ from vmapipe.crypt.age import (
     plain_bytes,
 )
 from vmapipe.crypt.keys import SshEd25519Identity, X25519Identity
+from vmapipe.crypt.magic import MAGIC
 from vmapipe.crypt.primitives import openssh_file
 
 IDENTITIES: list[X25519Identity | SshEd25519Identity] = [
