@@ -120,6 +120,31 @@ def latency(text: str) -> float:
     return value_s
 
 
+_AGE_UNITS_S = {"h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def age_s(text: str) -> int:
+    """Parse 12h, 7d, 2w."""
+    number, unit = text[:-1], text[-1:]
+    if unit not in _AGE_UNITS_S or not (
+        number.isascii() and number.isdecimal() and 0 < len(number) < 6
+    ):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid time: 12h, 7d, 2w")
+    return int(number) * _AGE_UNITS_S[unit]
+
+
+def share(text: str) -> float:
+    """Parse 5%, 0.5%."""
+    number = text.removesuffix("%")
+    try:
+        value = float(number) / 100 if number.replace(".", "", 1).isdecimal() else -1.0
+    except ValueError:
+        value = -1.0
+    if not text.endswith("%") or not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid share: 5%, up to 100%")
+    return value
+
+
 def job_id(text: str) -> bytes:
     """32 hex digits, with or without the dashes of a uuid, to 16 bytes."""
     try:

@@ -17,7 +17,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeVar
 
 from vmapipe.runtime.errors import Failure, UsageError
@@ -121,11 +121,38 @@ Result = TypeVar("Result")
 
 
 class ObjectInfo(NamedTuple):
-    """`mark`: of the upload that made the object, if it was one of ours."""
+    """`mark`: of the upload that made the object, if it was one of ours. `locked_until_s`: see `ObjectLock`."""
 
     size_bytes: int
     etag: str
     mark: str
+    locked_until_s: float = 0.0
+
+
+class ObjectLock(NamedTuple):
+    """Until when nobody may remove or change an object: seconds since 1970.
+
+    `mode`: COMPLIANCE binds the owner of the bucket, too; GOVERNANCE lets whoever has a right of its own do it.
+    """
+
+    mode: str
+    until_s: float
+
+    def fields(self) -> dict[str, Any]:
+        """Return what a request that makes an object says of it."""
+        until = datetime.fromtimestamp(self.until_s, UTC)
+        return {"ObjectLockMode": self.mode, "ObjectLockRetainUntilDate": until}
+
+
+# Whoever asks sees a hold without an end as one that lasts longer than anybody.
+_FOR_EVER_S = 253_370_764_800.0
+
+
+def _locked_until_s(found: Mapping[str, Any]) -> float:
+    if found.get("ObjectLockLegalHoldStatus") == "ON":
+        return _FOR_EVER_S
+    until = found.get("ObjectLockRetainUntilDate")
+    return until.timestamp() if isinstance(until, datetime) else 0.0
 
 
 class StoredObject:
@@ -135,11 +162,15 @@ class StoredObject:
     requests at the same time.
     """
 
-    def __init__(self, name: str, connections: int = 8) -> None:
+    def __init__(
+        self, name: str, connections: int = 8, lock: ObjectLock | None = None, client: Any = None
+    ) -> None:
+        """`lock`: of objects that are made. `client`: somebody else's, whose `close` ends it."""
         self.name = name
         self.bucket, self.key = split_name(name)
-        self._client = _client(name, connections)
+        self._client = client or _client(name, connections)
         self._where = {"Bucket": self.bucket, "Key": self.key}
+        self._lock = lock.fields() if lock is not None else {}
 
     def head(self) -> ObjectInfo | None:
         """Return what is known of the object; None: there is no such object."""
@@ -150,7 +181,15 @@ class StoredObject:
                 return None
             raise
         mark = {k.lower(): v for k, v in found.get("Metadata", {}).items()}.get(_MARK, "")
-        return ObjectInfo(found["ContentLength"], found.get("ETag", ""), mark)
+        locked_until_s = _locked_until_s(found)
+        return ObjectInfo(found["ContentLength"], found.get("ETag", ""), mark, locked_until_s)
+
+    def read_small(self, limit_bytes: int) -> bytes | None:
+        """Return an object of at most so many bytes; None: there is none, or it is larger."""
+        found = self.head()
+        if found is None or found.size_bytes > limit_bytes:
+            return None
+        return self.read(found.size_bytes, 0, found.etag) if found.size_bytes else b""
 
     def read(self, length: int, offset: int, etag: str) -> bytes:
         """Read all of these bytes, which must be there. Raises ConflictError: the object was replaced."""
@@ -186,12 +225,15 @@ class StoredObject:
             Body=data,
             ContentMD5=_md5(data),
             Metadata={_MARK: mark},
+            **self._lock,
             **condition,
         )
 
     def begin(self, mark: str) -> str:
         """Begin an upload in parts; returns its id."""
-        begun = self._ask("write", self._client.create_multipart_upload, Metadata={_MARK: mark})
+        begun = self._ask(
+            "write", self._client.create_multipart_upload, Metadata={_MARK: mark}, **self._lock
+        )
         return str(begun["UploadId"])
 
     def put_part(self, upload: str, number: int, data: bytes | bytearray) -> str:
@@ -228,6 +270,14 @@ class StoredObject:
 
     def remove(self) -> None:
         self._ask("remove", self._client.delete_object)
+
+    def check_lock(self) -> None:
+        """Check that objects of the bucket can be locked. Raises StoreError."""
+        if not _has_object_lock(self):
+            raise StoreError(
+                f"{self.name} cannot be locked: its bucket has no Object Lock, which is switched on when a "
+                "bucket is made; choose another bucket, or leave --lock out"
+            )
 
     def look_at_bucket(self) -> None:
         """Check that the bucket is there and may be used."""
@@ -300,6 +350,73 @@ class StoredObject:
             raise refusal(f"cannot {verb} {self.name}{place}", reason, tried + 1) from error
         except (BotoCoreError, HTTPClientError) as error:
             raise StoreError(f"cannot {verb} {self.name}{place}: {_reason(error)}") from error
+
+
+# What a store says of a bucket without Object Lock, and one that does not know it.
+_NO_LOCKS = ("ObjectLockConfigurationNotFoundError", "NotImplemented", "501", "404", "NoSuchKey")
+
+
+def _has_object_lock(store: StoredObject) -> bool:
+    try:
+        found = store._ask(
+            "look at the locks of", store._client.get_object_lock_configuration, key=""
+        )
+    except StoreError as error:
+        if error.code in _NO_LOCKS:
+            return False
+        raise
+    configuration: Mapping[str, Any] = found.get("ObjectLockConfiguration", {})
+    return configuration.get("ObjectLockEnabled") == "Enabled"
+
+
+class ListedObject(NamedTuple):
+    """An object as a listing has it: `name` is its key behind the folder's."""
+
+    name: str
+    size_bytes: int
+    changed_s: float
+    etag: str
+
+
+class StoredFolder:
+    """The objects right below `s3://BUCKET/PREFIX/`, by one client. All raise StoreError."""
+
+    def __init__(self, name: str) -> None:
+        """Raises UsageError."""
+        self.name = name.removesuffix("/")
+        check_prefix(self.name, 0)
+        bucket, _, prefix = self.name.removeprefix(SCHEME).partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        # Any key of the folder: its client, and its errors.
+        self._any = StoredObject(f"{SCHEME}{bucket}/{self._prefix}vm.vma")
+        self._any.name = f"{self.name}/"
+        self.bucket = bucket
+
+    def objects(self) -> Iterator[ListedObject]:
+        """Yield all of them, a page of a thousand after the other, in the order of their names."""
+        ask: dict[str, Any] = {"Prefix": self._prefix, "Delimiter": "/"}
+        while True:
+            found = self._any._ask("list", self._any._client.list_objects_v2, key="", **ask)
+            for item in found.get("Contents", ()):
+                name = str(item["Key"])[len(self._prefix) :]
+                changed = item["LastModified"].timestamp()
+                if name and "/" not in name:
+                    yield ListedObject(name, item["Size"], changed, item.get("ETag", ""))
+            token = found.get("NextContinuationToken")
+            if not found.get("IsTruncated") or not token or token == ask.get("ContinuationToken"):
+                return
+            ask["ContinuationToken"] = token
+
+    def object(self, name: str) -> StoredObject:
+        """One of them. It is closed with this folder, and not by itself."""
+        key = f"{self._prefix}{name}"
+        return StoredObject(f"{SCHEME}{self.bucket}/{key}", client=self._any._client)
+
+    def has_object_lock(self) -> bool:
+        return _has_object_lock(self._any)
+
+    def close(self) -> None:
+        self._any.close()
 
 
 def _client(name: str, connections: int) -> Any:

@@ -10,7 +10,7 @@ import stat
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.access.drill.result import DrillResult, read_result
@@ -27,7 +27,7 @@ from vmapipe.restore.archive.manifest import Manifest, manifest_beside
 from vmapipe.restore.archive.object import RemoteObject
 from vmapipe.restore.archive.reader import Archive, open_archive
 from vmapipe.restore.verify.verify import VerifyOptions, verify
-from vmapipe.runtime.arguments import make_parser, size
+from vmapipe.runtime.arguments import age_s, make_parser, share, size
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
 from vmapipe.runtime.objectstore import is_object
@@ -38,6 +38,7 @@ from vmapipe.vma.header import Config, Header
 
 if TYPE_CHECKING:
     from vmapipe.crypt.age import AgeIdentity
+    from vmapipe.control.cli.places import KeptVerdict
 
 
 class Condition(NamedTuple):
@@ -142,17 +143,23 @@ Check an archive without writing anything: header, checksums, uuid, counts,
 clusters that are missing, double or beyond the end, vmstate's order, trailing
 bytes. The format has no checksum for its data; with the manifest that `vmapipe
 backup` leaves beside an archive, every byte of data is checked, too. Goes on
-after damage, and names every device and range of bytes that is affected.
+after damage, and names every device and range of bytes that is affected. Of a folder, or of a
+bucket's prefix, all archives; when each was verified is kept beside it, in ARCHIVE.verified.json.
 """
 VERIFY_EPILOG = """\
 examples:
   vmapipe verify vm.vma.zst
   vmapipe verify --require-manifest /backup/dump/*.vma.zst
   ssh backup.example cat vm.vma | vmapipe verify --manifest vm.vma.manifest.json -
+  vmapipe verify /backup s3://backups/vms --older-than 7d --sample 5%
 
 exit codes: 0 nothing is wrong, 1 it could not be checked, 2 wrong use, 4 damage was found;
 of several archives, the highest
 """
+PLACE_HELP = (
+    "as for one archive: a file, - (stdin), a FIFO, exec:COMMAND, fd:N, s3://BUCKET/KEY; or all of a "
+    "folder, or of s3://BUCKET/PREFIX"
+)
 ARCHIVE_HELP = "a file, - (stdin), a FIFO, exec:COMMAND, fd:N, s3://BUCKET/KEY; plain or compressed"
 # The smallest window there is; and what the library can do, zstd --long=31.
 _MIN_WINDOW_BYTES, _MAX_WINDOW_BYTES = 1 << 10, 2 << 30
@@ -164,14 +171,15 @@ def main_list(argv: Sequence[str], prog: str) -> int:
         prog,
         "Tell what an archive holds: its devices with their sizes, and its configs; whether any place "
         "of it can be read at once, whether its data is checked by digests, and how its latest "
-        "restore test ended.",
-        "example:\n  vmapipe list vm.vma.zst",
+        "restore test ended. Of a folder, or of a bucket's prefix, a table of its archives: machine, time, "
+        "size, when it was verified, how much of it others share, whether it is protected, encrypted or locked.",
+        "examples:\n  vmapipe list vm.vma.zst\n  vmapipe list /backup s3://backups/vms",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object, on one line, for each archive"
     )
     add_read_options(parser)
-    parser.add_argument("archives", metavar="ARCHIVE", nargs="+", help=ARCHIVE_HELP)
+    parser.add_argument("archives", metavar="ARCHIVE|PLACE", nargs="+", help=PLACE_HELP)
     options = parser.parse_args(argv)
     return run(prog, lambda: _each(prog, options, _list))
 
@@ -214,9 +222,22 @@ def main_verify(argv: Sequence[str], prog: str) -> int:
         action="store_true",
         help="also compare the digest of the stored file, which reads it once more",
     )
+    group = parser.add_argument_group("of a folder or a bucket's prefix")
+    group.add_argument(
+        "--older-than",
+        type=age_s,
+        metavar="TIME",
+        help="only archives that were not found whole for so long, as 12h, 7d, 2w",
+    )
+    group.add_argument(
+        "--sample",
+        type=share,
+        metavar="PERCENT",
+        help="at most this share of its archives, as 5%%, and at least one: the longest unverified first",
+    )
     add_read_options(parser)
     add_report_options(parser)
-    parser.add_argument("archives", metavar="ARCHIVE", nargs="+", help=ARCHIVE_HELP)
+    parser.add_argument("archives", metavar="ARCHIVE|PLACE", nargs="+", help=PLACE_HELP)
     options = parser.parse_args(argv)
     return run(prog, lambda: _verify(prog, options))
 
@@ -283,6 +304,14 @@ def open_by_name(name: str, options: argparse.Namespace, cancel: Cancel) -> Arch
 
 
 def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
+    if _may_be_place(name):
+        # Late: most lists are of one archive.
+        from vmapipe.control.cli.places import list_place
+        from vmapipe.places.place import is_place
+
+        if is_place(name):
+            list_place(name, options)
+            return
     try:
         archive = open_by_name(name, options, cancel)
     except NoKeyError:
@@ -413,9 +442,37 @@ def _verify(prog: str, options: argparse.Namespace) -> None:
         raise UsageError("--manifest and --no-manifest exclude each other")
     if options.no_manifest and options.require_manifest:
         raise UsageError("--require-manifest and --no-manifest exclude each other")
+    options.kept_verdicts = _verified_archives(options)
+    options.archives = list(options.kept_verdicts)
     if options.manifest and len(options.archives) > 1:
         raise UsageError("--manifest names the manifest of one archive, and several were named")
     _each(prog, options, _verify_one)
+
+
+def _verified_archives(options: argparse.Namespace) -> Mapping[str, KeptVerdict | None]:
+    """What is to be verified: places are taken apart."""
+    chosen = options.older_than is not None or options.sample is not None
+    if not chosen and not any(map(_may_be_place, options.archives)):
+        # The same archive may be named twice; only "-" may not.
+        if options.archives.count("-") > 1:
+            raise UsageError("stdin holds one archive, and was named twice")
+        return dict.fromkeys(options.archives)
+    from vmapipe.control.cli.places import expand  # late: most verifications are of one archive
+
+    return expand(options.archives, options)
+
+
+def _may_be_place(name: str) -> bool:
+    return is_object(name) or os.path.isdir(name)
+
+
+def _keep_verdict(
+    kept: KeptVerdict | None, started_s: float, *, ok: bool, data_checked: bool
+) -> None:
+    if kept is not None:
+        from vmapipe.control.cli.places import keep_verdict
+
+        keep_verdict(kept, started_s, ok=ok, data_checked=data_checked)
 
 
 def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
@@ -425,12 +482,16 @@ def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
         file_digest=options.whole_file,
         read=read_options(options),
     )
+    started_s, kept = time.time(), options.kept_verdicts[name]
     with renderer("verify", options, sys.stdout) as emit:
         try:
             report = verify(name, emit, cancel, choice)
         except ArchiveError as error:
+            _keep_verdict(kept, started_s, ok=False, data_checked=False)
             raise Damaged(f"{source_name(name)}: {error}{error.advice}") from error
-        emit(report.event())
+        event = report.event()
+        emit(event)
+    _keep_verdict(kept, started_s, ok=report.ok, data_checked=event["data_checked"])
     has_stored_digest = report.is_encrypted and report.file_checked
     if options.require_manifest and not (report.data_checked or has_stored_digest):
         raise Failure(

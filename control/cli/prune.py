@@ -7,16 +7,12 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
 
 from vmapipe.access.drill.result import EVIDENCE_SUFFIX, remove_evidence
-from vmapipe.access.drill.result import SUFFIX as DRILL_SUFFIX
-from vmapipe.archiver.base.choice import read_name
-from vmapipe.archiver.service.storage import is_of_service
 from vmapipe.control.cli.retention import (
     RULES,
     Clock,
@@ -26,6 +22,9 @@ from vmapipe.control.cli.retention import (
     flood,
     judge,
 )
+from vmapipe.places.archives import PROTECTED_SUFFIX, by_machine, companions, find_archives
+from vmapipe.places.listing import lock_text
+from vmapipe.places.place import FolderPlace, Place, open_place
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import HeldFolder
@@ -33,12 +32,12 @@ from vmapipe.runtime.process import run
 from vmapipe.runtime.text import human_bytes, name_text, one_line
 
 DESCRIPTION = """\
-Say which archives in a folder are no longer needed, and with --yes remove them,
+Say which archives in a folder or a bucket are no longer needed, and with --yes remove them,
 each with its log, notes, manifest, digests and what `vmapipe drill` has kept. The rules are those of
 Proxmox VE and Proxmox Backup Server. An incremental archive needs no other one: any may go. An archive belongs to the machine, and is from the time,
 that its name says: vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma.
 Other files are left alone; so is an archive with a file ARCHIVE.protected beside it,
-and one whose name is a time to come. In a folder where a service stores, nothing goes
+one whose name is a time to come, and one that is locked (--lock), until that is over. In a folder where a service stores, nothing goes
 for a week after it was stored, nor pushes anything out.
 """
 
@@ -50,6 +49,7 @@ examples:
   vmapipe prune /backup --keep-last 3 --keep-daily 7 --keep-weekly 4
   vmapipe prune /backup --keep-last 3 --keep-daily 7 --keep-weekly 4 --yes
   vmapipe prune /backup --only vzdump-qemu-100 --keep-last 1 --yes
+  vmapipe prune s3://backups/vms --keep-daily 7 --keep-within 7d --yes
 
 exit codes: 0 done (or said), 1 failed, 2 wrong use
 """
@@ -109,7 +109,12 @@ def main(argv: Sequence[str], prog: str) -> int:
         "--yes", action="store_true", help="remove them; without it, only show what would go"
     )
     parser.add_argument("--json", action="store_true", help="a line of JSON for each archive")
-    parser.add_argument("folder", metavar="DIR", help="where the archives are")
+    parser.add_argument(
+        "places",
+        metavar="PLACE",
+        nargs="+",
+        help="where the archives are: a folder, s3://BUCKET/PREFIX",
+    )
     options = parser.parse_args(argv)
     return run(prog, lambda: _prune(options))
 
@@ -133,64 +138,85 @@ def _prune(options: argparse.Namespace) -> None:
         raise UsageError("say what to keep: --keep-last N, --keep-daily N, ..., or --keep-all")
     if any(keep.values()) and options.keep_all:
         raise UsageError("--keep-all leaves nothing for the other rules to decide")
-    try:
-        folder = HeldFolder(options.folder)
-    except OSError as error:
-        raise Failure(f"cannot look into {options.folder}: {os_error_text(error)}") from error
-    with folder:
-        _prune_in(folder, keep, options)
+    failures: list[Failure] = []
+    for name in options.places:
+        try:
+            with contextlib.closing(open_place(name)) as place:
+                _prune_in(place, keep, options)
+        except UsageError:
+            raise
+        except Failure as failure:
+            if len(options.places) == 1:
+                raise
+            _say(str(failure))
+            failures.append(failure)
+    if failures:
+        raise Failure(f"something is wrong with {len(failures)} of {len(options.places)} places")
+    if not options.yes and not options.json:
+        print("nothing was removed: --yes does it")
 
 
-def _prune_in(folder: HeldFolder, keep: Mapping[str, int], options: argparse.Namespace) -> None:
-    groups = find(folder)
+def _prune_in(place: Place, keep: Mapping[str, int], options: argparse.Namespace) -> None:
+    groups = find(place)
     for name in options.only:
         if name not in groups:
             known = ", ".join(sorted(groups)) or "none"
-            raise UsageError(
-                f"--only {name}: no archives of it in {options.folder}; there: {known}"
-            )
-    clock = _clock(folder, options)
+            raise UsageError(f"--only {name}: no archives of it in {place.name}; there: {known}")
+    clock = _clock(place, options)
     failed = 0
     for group in sorted(options.only or groups):
-        verdicts = judge(groups[group], keep, clock)
+        verdicts = judge([archive for archive, _ in groups[group]], keep, clock)
         if options.keep_all:
             verdicts = [
                 v._replace(mark=Mark.KEEP, rule="all") if v.mark is Mark.REMOVE else v
                 for v in verdicts
             ]
+        verdicts = [_with_lock(place, verdict, clock) for verdict in verdicts]
         _warn(group, verdicts, clock)
-        failed += _carry_out(folder, group, verdicts, options)
+        sizes = {archive.path: size_bytes for archive, size_bytes in groups[group]}
+        failed += _carry_out(place, group, verdicts, sizes, options)
     if failed:
         raise Failure(
             f"{failed} archives could not be removed, or not with all that belongs to them"
         )
-    if not options.yes and not options.json:
-        print("nothing was removed: --yes does it")
 
 
-def _clock(folder: HeldFolder, options: argparse.Namespace) -> Clock:
-    is_service = is_of_service(folder)
+def _with_lock(place: Place, verdict: Verdict, clock: Clock) -> Verdict:
+    """What no rule keeps and is locked stays until its lock is over; the rules do not see that."""
+    if verdict.mark is not Mark.REMOVE:
+        return verdict
+    until_s = place.locked_until_s(os.path.basename(verdict.archive.path))
+    if until_s <= clock.now_s:
+        return verdict
+    return verdict._replace(mark=Mark.LOCKED, rule=lock_text(until_s))
+
+
+def _clock(place: Place, options: argparse.Namespace) -> Clock:
     within_s = options.keep_within
     if within_s is None:
-        within_s = _SERVICE_WITHIN_S if is_service else 0
-    return Clock(time.time(), within_s, is_service and not options.by_name)
+        within_s = _SERVICE_WITHIN_S if place.is_service else 0
+    return Clock(time.time(), within_s, place.is_service and not options.by_name)
 
 
-def find(folder: HeldFolder) -> Mapping[str, list[StoredArchive]]:
-    """Archives by machine. Raises Failure."""
-    groups: dict[str, list[StoredArchive]] = {}
-    try:
-        for name in folder.names():
-            parsed = read_name(name)
-            status = folder.status(name) if parsed else None
-            if parsed and status and stat.S_ISREG(status.st_mode):
-                path = os.path.join(folder.path, name)
-                protected = is_protected(folder, name)
-                archive = StoredArchive(path, *parsed, protected, status.st_mtime)
-                groups.setdefault(archive.group, []).append(archive)
-    except OSError as error:
-        raise Failure(f"cannot look into {folder.path}: {os_error_text(error)}") from error
-    return groups
+def find(place: Place) -> Mapping[str, list[tuple[StoredArchive, int]]]:
+    """Archives by machine, each with its size in bytes. Raises Failure."""
+    return {
+        machine: [
+            (
+                StoredArchive(
+                    place.full_name(each.name),
+                    machine,
+                    each.when,
+                    each.is_protected,
+                    each.file.changed_s,
+                ),
+                each.file.size_bytes,
+            )
+            for each in archives
+            if each.when is not None
+        ]
+        for machine, archives in by_machine(find_archives(place)).items()
+    }
 
 
 def _warn(group: str, verdicts: Sequence[Verdict], clock: Clock) -> None:
@@ -223,21 +249,25 @@ def _say(text: str) -> None:
 
 
 def _carry_out(
-    folder: HeldFolder, group: str, verdicts: Sequence[Verdict], options: argparse.Namespace
+    place: Place,
+    group: str,
+    verdicts: Sequence[Verdict],
+    sizes: Mapping[str, int],
+    options: argparse.Namespace,
 ) -> int:
     """Returns how many could not be removed."""
     failed = 0
     for verdict in verdicts:
         name, removed = os.path.basename(verdict.archive.path), False
-        status = _status(folder, name)
-        size_bytes = status.st_size if status else 0
+        size_bytes = sizes[verdict.archive.path]
         if verdict.mark is Mark.REMOVE and options.yes:
             try:
-                remove(folder, name)
+                remove(place, name)
+                removed = True
             except Failure as failure:
                 failed += 1
                 _say(str(failure))
-            removed = _status(folder, name) is None
+                removed = not place.has(name)
         if options.json:
             line = {
                 "archive": verdict.archive.path,
@@ -261,87 +291,59 @@ def _words(verdict: Verdict, size_bytes: int, *, removed: bool) -> str:
     return f"{what:18} {one_line(verdict.archive.path)}  {human_bytes(size_bytes)}"
 
 
-def _status(folder: HeldFolder, name: str) -> os.stat_result | None:
-    with contextlib.suppress(OSError):
-        return folder.status(name)
-    return None
-
-
-def is_protected(folder: HeldFolder, archive: str) -> bool:
-    return folder.status(archive + PROTECTED) is not None
-
-
-def remove(folder: HeldFolder, archive: str) -> None:
+def remove(place: Place, archive: str) -> None:
     """With what belongs to it; the archive first, so that none is left without its manifest.
 
     What another one has removed meanwhile is removed. Raises Failure.
     """
-    path = os.path.join(folder.path, archive)
-    try:
-        if is_protected(folder, archive):
-            raise Failure(f"{path}: it has been protected just now")
-        status = folder.status(archive)
-        if status is not None and not stat.S_ISREG(status.st_mode):
-            raise Failure(f"{path}: it is not a file any more")
-        _unlink(folder, archive)
-    except OSError as error:
-        raise Failure(f"cannot remove {path}: {os_error_text(error)}") from error
+    path = place.full_name(archive)
+    if place.has(archive + PROTECTED_SUFFIX):
+        raise Failure(f"{path}: it has been protected just now")
+    until_s = place.locked_until_s(archive)
+    if until_s > time.time():
+        raise Failure(f"{path}: it is {lock_text(until_s)}")
+    if isinstance(place, FolderPlace):
+        _check_is_file(place.folder, archive, path)
+    place.remove(archive)
     left = []
-    for name in beside(archive):
+    for name in companions(archive):
         try:
-            _unlink(folder, name)
+            place.remove(name)
+        except Failure as failure:
+            left.append(str(failure).removeprefix("cannot remove "))
+    if isinstance(place, FolderPlace):
+        evidence = archive + EVIDENCE_SUFFIX
+        try:
+            remove_evidence(place.folder, evidence)
         except OSError as error:
-            left.append(f"{os.path.join(folder.path, name)}: {os_error_text(error)}")
-    evidence = archive + EVIDENCE_SUFFIX
-    try:
-        remove_evidence(folder, evidence)
-    except OSError as error:
-        left.append(f"{os.path.join(folder.path, evidence)}: {os_error_text(error)}")
+            left.append(f"{place.full_name(evidence)}: {os_error_text(error)}")
     if left:
         raise Failure(f"cannot remove {'; '.join(left)}; the archive beside it is removed")
+
+
+def _check_is_file(folder: HeldFolder, archive: str, path: str) -> None:
+    try:
+        status = folder.status(archive)
+    except OSError as error:
+        raise Failure(f"cannot remove {path}: {os_error_text(error)}") from error
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        raise Failure(f"{path}: it is not a file any more")
 
 
 def prune_machine(folder: str, group: str, keep: Mapping[str, int], new: str) -> list[str]:
     """Remove a machine's older archives by these rules, never `new`; return their names. Raises Failure."""
     removed, failures = [], []
-    try:
-        held = HeldFolder(folder)
-    except OSError as error:
-        raise Failure(f"cannot look into {folder}: {os_error_text(error)}") from error
-    with held:
-        is_service = is_of_service(held)
-        clock = Clock(time.time(), _SERVICE_WITHIN_S if is_service else 0, is_service)
-        for verdict in judge(find(held).get(group, []), keep, clock):
+    with contextlib.closing(open_place(folder)) as place:
+        clock = Clock(time.time(), _SERVICE_WITHIN_S if place.is_service else 0, place.is_service)
+        found = [archive for archive, _ in find(place).get(group, [])]
+        for verdict in judge(found, keep, clock):
             name = os.path.basename(verdict.archive.path)
-            if verdict.mark is Mark.REMOVE and name != new:
+            if _with_lock(place, verdict, clock).mark is Mark.REMOVE and name != new:
                 try:
-                    remove(held, name)
+                    remove(place, name)
                     removed.append(name)
                 except Failure as failure:
                     failures.append(str(failure))
     if failures:
         raise Failure("; ".join(failures))
     return removed
-
-
-def _unlink(folder: HeldFolder, name: str) -> None:
-    """A link itself goes, and not what it leads to."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=folder.fd)
-
-
-_ENDING = re.compile(r"\.vma(?:\.(?:zst|gz|lzo))?(?:\.age)?$")
-PROTECTED = ".protected"
-
-
-def beside(archive: str) -> list[str]:
-    """The files that belong to an archive, there or not."""
-    stem = _ENDING.sub("", archive)
-    logs = [f"{stem}.log"] if stem != archive else []
-    return [
-        f"{archive}.manifest.json",
-        f"{archive}.digests",
-        archive + DRILL_SUFFIX,
-        f"{archive}.notes",
-        *logs,
-    ]

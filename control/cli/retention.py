@@ -40,6 +40,8 @@ class Mark(enum.Enum):
     FUTURE = "future"
     #: It was stored at another time than its name says.
     MISDATED = "misdated"
+    #: No rule keeps it, and its lock is not over.
+    LOCKED = "locked"
 
 
 class StoredArchive(NamedTuple):

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe list PLACE` and `vmapipe verify PLACE`: all archives of a folder, or of a bucket's prefix."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmapipe.places.archives import KeptArchive, conditions, find_archives, verified_of
+from vmapipe.places.listing import json_of, table
+from vmapipe.places.place import Place, is_place, open_place
+from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX
+from vmapipe.places.verified import Candidate, Verified, choose_due, encode_verified
+from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.text import one_line
+
+
+def list_place(name: str, options: argparse.Namespace) -> None:
+    """Print the table of one place, or a line of JSON for each archive. Raises Failure."""
+    with contextlib.closing(open_place(name)) as place:
+        archives = find_archives(place)
+        if options.json:
+            for archive, condition in conditions(place, archives):
+                print(json.dumps(json_of(place.full_name(archive.name), archive, condition)))
+            return
+        print(f"{one_line(place.name)}: {len(archives)} archives")
+        if archives:
+            for line in table(conditions(place, archives)):
+                print(line)
+
+
+class KeptVerdict(NamedTuple):
+    """Where the verdict on an archive is kept: beside it, in its place."""
+
+    place: str
+    archive: str
+    identity: str
+
+
+def expand(names: Sequence[str], options: argparse.Namespace) -> dict[str, KeptVerdict | None]:
+    """Each place as those of its archives that are to be verified now; None: it was named itself.
+
+    Raises Failure, UsageError.
+    """
+    chosen: dict[str, KeptVerdict | None] = {}
+    for name in names:
+        if not is_place(name):
+            if options.older_than is not None or options.sample is not None:
+                raise UsageError(
+                    f"--older-than and --sample choose archives of a folder or a bucket; {name} is one archive"
+                )
+            chosen[name] = None
+            continue
+        with contextlib.closing(open_place(name)) as place:
+            archives = {each.name: each for each in find_archives(place)}
+            candidates = [Candidate(each.name, _whole_s(place, each)) for each in archives.values()]
+            due = choose_due(candidates, options.older_than, options.sample, time.time())
+            if not options.json and not options.quiet:
+                print(f"{one_line(place.name)}: {len(due)} of {len(archives)} archives are due")
+                sys.stdout.flush()
+            for each in due:
+                identity = archives[each].file.identity
+                chosen[place.full_name(each)] = KeptVerdict(name, each, identity)
+    return chosen
+
+
+def _whole_s(place: Place, archive: KeptArchive) -> float:
+    verified = verified_of(place, archive)
+    return float(verified.time_s) if verified is not None and verified.ok else 0.0
+
+
+def keep_verdict(
+    kept: KeptVerdict | None, started_s: float, *, ok: bool, data_checked: bool
+) -> None:
+    """Write it beside the archive. Never raises: what cannot be written is told.
+
+    What changed while it was verified is as if it had never been: its identity differs.
+    """
+    if kept is None:
+        return
+    verified = Verified(int(started_s), ok, data_checked, kept.identity)
+    try:
+        with contextlib.closing(open_place(kept.place)) as place:
+            place.write_small(kept.archive + VERIFIED_SUFFIX, encode_verified(verified))
+    except Failure as failure:
+        print(one_line(f"vmapipe verify: {failure}"), file=sys.stderr, flush=True)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The archives of a place, what belongs to each, and what is known of it without reading it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from vmapipe.access.drill.result import SUFFIX as DRILL_SUFFIX
+from vmapipe.access.drill.result import decode_result
+from vmapipe.archiver.base.choice import When, read_name
+from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
+from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
+from vmapipe.places.locks import SUFFIX as LOCK_SUFFIX
+from vmapipe.places.place import Place, StoredName
+from vmapipe.places.verified import MAX_BYTES as _MAX_VERIFIED_BYTES
+from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX
+from vmapipe.places.verified import Verified, decode_verified
+from vmapipe.runtime.errors import Failure
+
+PROTECTED_SUFFIX = ".protected"
+NOTES_SUFFIX = ".notes"
+_ENDING = re.compile(r"\.vma(?:\.(?:zst|gz|lzo))?(?:\.age)?$")
+_MAX_RESULT_BYTES = 1 << 20
+# Of a store, which answers each after some tens of milliseconds.
+_THREADS = 8
+
+
+def companions(archive: str) -> list[str]:
+    """The files that belong to an archive, there or not; its manifest first."""
+    stem = _ENDING.sub("", archive)
+    logs = [f"{stem}.log"] if stem != archive else []
+    return [
+        archive + MANIFEST_SUFFIX,
+        archive + DIGESTS_SUFFIX,
+        archive + DRILL_SUFFIX,
+        archive + VERIFIED_SUFFIX,
+        archive + LOCK_SUFFIX,
+        archive + NOTES_SUFFIX,
+        *logs,
+    ]
+
+
+class KeptArchive(NamedTuple):
+    """An archive of a place. `machine` and `when` are what its name says; without a date: None.
+
+    `beside`: the names of what belongs to it and is there.
+    """
+
+    file: StoredName
+    machine: str
+    when: When | None
+    beside: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    @property
+    def has_manifest(self) -> bool:
+        return self.name + MANIFEST_SUFFIX in self.beside
+
+    @property
+    def is_protected(self) -> bool:
+        return self.name + PROTECTED_SUFFIX in self.beside
+
+    @property
+    def made_s(self) -> float:
+        """The time in its name, as if it were UTC; without one that of storing."""
+        if self.when is None:
+            return self.file.changed_s
+        return datetime.datetime(*self.when, tzinfo=datetime.UTC).timestamp()
+
+
+def find_archives(place: Place) -> list[KeptArchive]:
+    """All archives of the place, by machine and time. Raises Failure.
+
+    One listing, whatever is there: 10,000 archives are ten pages of a store.
+    """
+    files = {found.name: found for found in place.names()}
+    archives = []
+    for name, file in files.items():
+        if not _ENDING.search(name):
+            continue
+        parsed = read_name(name)
+        machine = parsed.machine if parsed else _ENDING.sub("", name)
+        there = [*companions(name), name + PROTECTED_SUFFIX]
+        beside = frozenset(each for each in there if each in files)
+        archives.append(KeptArchive(file, machine, parsed.when if parsed else None, beside))
+    return sorted(archives, key=lambda each: (each.machine, each.made_s, each.name))
+
+
+class ArchiveCondition(NamedTuple):
+    """What is known of an archive. `shared_bytes` None: not known; `locked_until_s` 0: it is not locked."""
+
+    verified: Verified | None
+    shared_bytes: int | None
+    is_encrypted: bool
+    locked_until_s: float
+    drilled: str
+    drill_date: str
+
+
+def conditions(
+    place: Place, archives: list[KeptArchive]
+) -> Iterator[tuple[KeptArchive, ArchiveCondition]]:
+    """Yield each archive with its condition. What cannot be read of it is as if it were not there."""
+    with ThreadPoolExecutor(_THREADS, "condition") as pool:
+        yield from zip(
+            archives, pool.map(lambda each: condition(place, each), archives), strict=True
+        )
+
+
+def condition(place: Place, archive: KeptArchive) -> ArchiveCondition:
+    """Raises nothing: of a stranger's files anything may be wrong."""
+    name = archive.name
+    verified = verified_of(place, archive)
+    drilled = drill_date = ""
+    if name + DRILL_SUFFIX in archive.beside:
+        with contextlib.suppress(Failure, OSError, ValueError):
+            raw = place.read_small(name + DRILL_SUFFIX, _MAX_RESULT_BYTES)
+            if raw is not None:
+                result = decode_result(raw)
+                drilled, drill_date = result.verdict, result.date
+    locked_until_s, shared = 0.0, None
+    with contextlib.suppress(Failure, OSError):
+        locked_until_s = place.locked_until_s(name)
+        shared = place.shared_bytes(name)
+    return ArchiveCondition(
+        verified, shared, place.is_encrypted(name), locked_until_s, drilled, drill_date
+    )
+
+
+def verified_of(place: Place, archive: KeptArchive) -> Verified | None:
+    """When it was verified last; None: never, or it has changed since. Raises nothing."""
+    name = archive.name + VERIFIED_SUFFIX
+    if name not in archive.beside:
+        return None
+    with contextlib.suppress(Failure, OSError):
+        raw = place.read_small(name, _MAX_VERIFIED_BYTES)
+        return decode_verified(raw, archive.file.identity, time.time())
+    return None
+
+
+def by_machine(archives: list[KeptArchive]) -> Mapping[str, list[KeptArchive]]:
+    """Those whose names have a date."""
+    groups: dict[str, list[KeptArchive]] = {}
+    for archive in archives:
+        if archive.when is not None:
+            groups.setdefault(archive.machine, []).append(archive)
+    return groups
