@@ -17,7 +17,7 @@ from vmapipe.archiver.base.choice import When, read_name
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
 from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
 from vmapipe.places.locks import SUFFIX as LOCK_SUFFIX
-from vmapipe.places.place import Place, StoredName
+from vmapipe.places.place import KeptPlace, StoredName
 from vmapipe.places.verified import MAX_BYTES as _MAX_VERIFIED_BYTES
 from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX
 from vmapipe.places.verified import Verified, decode_verified
@@ -77,7 +77,7 @@ class KeptArchive(NamedTuple):
         return datetime.datetime(*self.when, tzinfo=datetime.UTC).timestamp()
 
 
-def find_archives(place: Place) -> list[KeptArchive]:
+def find_archives(place: KeptPlace) -> list[KeptArchive]:
     """All archives of the place, by machine and time. Raises Failure.
 
     One listing, whatever is there: 10,000 archives are ten pages of a store.
@@ -107,7 +107,7 @@ class ArchiveCondition(NamedTuple):
 
 
 def conditions(
-    place: Place, archives: list[KeptArchive]
+    place: KeptPlace, archives: list[KeptArchive]
 ) -> Iterator[tuple[KeptArchive, ArchiveCondition]]:
     """Yield each archive with its condition. What cannot be read of it is as if it were not there."""
     with ThreadPoolExecutor(_THREADS, "condition") as pool:
@@ -116,7 +116,7 @@ def conditions(
         )
 
 
-def condition(place: Place, archive: KeptArchive) -> ArchiveCondition:
+def condition(place: KeptPlace, archive: KeptArchive) -> ArchiveCondition:
     """Raises nothing: of a stranger's files anything may be wrong."""
     name = archive.name
     verified = verified_of(place, archive)
@@ -136,7 +136,7 @@ def condition(place: Place, archive: KeptArchive) -> ArchiveCondition:
     )
 
 
-def verified_of(place: Place, archive: KeptArchive) -> Verified | None:
+def verified_of(place: KeptPlace, archive: KeptArchive) -> Verified | None:
     """When it was verified last; None: never, or it has changed since. Raises nothing."""
     name = archive.name + VERIFIED_SUFFIX
     if name not in archive.beside:

@@ -30,7 +30,7 @@ class StoredName(NamedTuple):
     identity: str
 
 
-class Place(Protocol):
+class KeptPlace(Protocol):
     """Its names are single components. Every method raises Failure, with words for the user."""
 
     name: str
@@ -77,13 +77,13 @@ def is_place(name: str) -> bool:
         return store.head() is None
 
 
-def open_place(name: str) -> Place:
+def open_place(name: str) -> KeptPlace:
     """Raises Failure, UsageError."""
-    return BucketPlace(name) if is_object(name) else FolderPlace(name)
+    return ArchiveBucket(name) if is_object(name) else ArchiveFolder(name)
 
 
-class FolderPlace:
-    """See `Place`. Everything in it is named by its descriptor."""
+class ArchiveFolder:
+    """See `KeptPlace`. Everything in it is named by its descriptor."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -182,8 +182,8 @@ class FolderPlace:
         self.folder.close()
 
 
-class BucketPlace:
-    """See `Place`."""
+class ArchiveBucket:
+    """See `KeptPlace`."""
 
     # A service leaves no mark in a bucket: `prune --keep-within 7d` does there what a mark does in a folder.
     is_service = False

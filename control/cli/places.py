@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from vmapipe.places.archives import KeptArchive, conditions, find_archives, verified_of
 from vmapipe.places.listing import json_of, table
-from vmapipe.places.place import Place, is_place, open_place
+from vmapipe.places.place import KeptPlace, is_place, open_place
 from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX
 from vmapipe.places.verified import Candidate, Verified, choose_due, encode_verified
 from vmapipe.runtime.errors import Failure, UsageError
@@ -69,7 +69,7 @@ def expand(names: Sequence[str], options: argparse.Namespace) -> dict[str, KeptV
     return chosen
 
 
-def _whole_s(place: Place, archive: KeptArchive) -> float:
+def _whole_s(place: KeptPlace, archive: KeptArchive) -> float:
     verified = verified_of(place, archive)
     return float(verified.time_s) if verified is not None and verified.ok else 0.0
 

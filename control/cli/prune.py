@@ -24,7 +24,7 @@ from vmapipe.control.cli.retention import (
 )
 from vmapipe.places.archives import PROTECTED_SUFFIX, by_machine, companions, find_archives
 from vmapipe.places.listing import lock_text
-from vmapipe.places.place import FolderPlace, Place, open_place
+from vmapipe.places.place import ArchiveFolder, KeptPlace, open_place
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import HeldFolder
@@ -156,7 +156,7 @@ def _prune(options: argparse.Namespace) -> None:
         print("nothing was removed: --yes does it")
 
 
-def _prune_in(place: Place, keep: Mapping[str, int], options: argparse.Namespace) -> None:
+def _prune_in(place: KeptPlace, keep: Mapping[str, int], options: argparse.Namespace) -> None:
     groups = find(place)
     for name in options.only:
         if name not in groups:
@@ -181,7 +181,7 @@ def _prune_in(place: Place, keep: Mapping[str, int], options: argparse.Namespace
         )
 
 
-def _with_lock(place: Place, verdict: Verdict, clock: Clock) -> Verdict:
+def _with_lock(place: KeptPlace, verdict: Verdict, clock: Clock) -> Verdict:
     """What no rule keeps and is locked stays until its lock is over; the rules do not see that."""
     if verdict.mark is not Mark.REMOVE:
         return verdict
@@ -191,14 +191,14 @@ def _with_lock(place: Place, verdict: Verdict, clock: Clock) -> Verdict:
     return verdict._replace(mark=Mark.LOCKED, rule=lock_text(until_s))
 
 
-def _clock(place: Place, options: argparse.Namespace) -> Clock:
+def _clock(place: KeptPlace, options: argparse.Namespace) -> Clock:
     within_s = options.keep_within
     if within_s is None:
         within_s = _SERVICE_WITHIN_S if place.is_service else 0
     return Clock(time.time(), within_s, place.is_service and not options.by_name)
 
 
-def find(place: Place) -> Mapping[str, list[tuple[StoredArchive, int]]]:
+def find(place: KeptPlace) -> Mapping[str, list[tuple[StoredArchive, int]]]:
     """Archives by machine, each with its size in bytes. Raises Failure."""
     return {
         machine: [
@@ -249,7 +249,7 @@ def _say(text: str) -> None:
 
 
 def _carry_out(
-    place: Place,
+    place: KeptPlace,
     group: str,
     verdicts: Sequence[Verdict],
     sizes: Mapping[str, int],
@@ -291,7 +291,7 @@ def _words(verdict: Verdict, size_bytes: int, *, removed: bool) -> str:
     return f"{what:18} {one_line(verdict.archive.path)}  {human_bytes(size_bytes)}"
 
 
-def remove(place: Place, archive: str) -> None:
+def remove(place: KeptPlace, archive: str) -> None:
     """With what belongs to it; the archive first, so that none is left without its manifest.
 
     What another one has removed meanwhile is removed. Raises Failure.
@@ -302,7 +302,7 @@ def remove(place: Place, archive: str) -> None:
     until_s = place.locked_until_s(archive)
     if until_s > time.time():
         raise Failure(f"{path}: it is {lock_text(until_s)}")
-    if isinstance(place, FolderPlace):
+    if isinstance(place, ArchiveFolder):
         _check_is_file(place.folder, archive, path)
     place.remove(archive)
     left = []
@@ -311,7 +311,7 @@ def remove(place: Place, archive: str) -> None:
             place.remove(name)
         except Failure as failure:
             left.append(str(failure).removeprefix("cannot remove "))
-    if isinstance(place, FolderPlace):
+    if isinstance(place, ArchiveFolder):
         evidence = archive + EVIDENCE_SUFFIX
         try:
             remove_evidence(place.folder, evidence)

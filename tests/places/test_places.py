@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.archives import archive, manifest
 from tests.machine import bad, good, run
 from vmapipe.places.archives import condition, find_archives
-from vmapipe.places.place import FolderPlace, is_place
+from vmapipe.places.place import ArchiveFolder, is_place
 from vmapipe.places.verified import (
     MAX_BYTES,
     Candidate,
@@ -162,7 +162,7 @@ def test_a_verdict_is_what_was_written_and_counts_for_that_file_only() -> None:
 def test_shared_blocks_are_counted_where_the_file_system_tells(tmp_path: Path) -> None:
     _kept(tmp_path, "vm-2026-01-01.vma")
     shutil.copy(tmp_path / "vm-2026-01-01.vma", tmp_path / "vm-2026-01-02.vma")
-    with contextlib.closing(FolderPlace(str(tmp_path))) as place:
+    with contextlib.closing(ArchiveFolder(str(tmp_path))) as place:
         for each in find_archives(place):
             assert condition(place, each).shared_bytes in (None, 0)
 

@@ -16,7 +16,7 @@ from tests.archives import archive, manifest
 from tests.machine import good, run
 from tests.s3.server import S3Server, environment_for
 from vmapipe.places.archives import find_archives
-from vmapipe.places.place import BucketPlace
+from vmapipe.places.place import ArchiveBucket
 
 RAW = archive({"a": bytes(65536) + b"data" * 30000}, {"c": b"1"})
 
@@ -85,7 +85,7 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("pages")
 def test_ten_thousand_archives_come_in_pages() -> None:
-    with contextlib.closing(BucketPlace("s3://backups/vms")) as place:
+    with contextlib.closing(ArchiveBucket("s3://backups/vms")) as place:
         found = find_archives(place)
     assert len(found) == 10_000
     assert all(each.has_manifest for each in found)

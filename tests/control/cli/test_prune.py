@@ -17,7 +17,7 @@ from tests.machine import LIMIT_S, VMAPIPE, bad, good, run
 from vmapipe.archiver.base.choice import read_name
 from vmapipe.archiver.service.storage import mark_as_service
 from vmapipe.control.cli.prune import remove
-from vmapipe.places.place import FolderPlace
+from vmapipe.places.place import ArchiveFolder
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_links_are_removed_themselves_and_folders_swapped_for_links_lead_nowhere
     for day in (1, 2):
         archive(place, f"vm-2026-01-0{day}.vma", 0)
     (place / "vm-2026-01-01.log").symlink_to(outside / "log")
-    with contextlib.closing(FolderPlace(str(place))) as held:
+    with contextlib.closing(ArchiveFolder(str(place))) as held:
         # As somebody does who may rename above it, in the middle of a prune.
         place.rename(tmp_path / "moved")
         place.symlink_to(outside)
