@@ -37,8 +37,8 @@ from vmapipe.vma.errors import ArchiveError, VmaError
 from vmapipe.vma.header import Config, Header
 
 if TYPE_CHECKING:
-    from vmapipe.crypt.age import AgeIdentity
     from vmapipe.control.cli.places import KeptVerdict
+    from vmapipe.crypt.age import AgeIdentity
 
 
 class Condition(NamedTuple):
@@ -466,15 +466,6 @@ def _may_be_place(name: str) -> bool:
     return is_object(name) or os.path.isdir(name)
 
 
-def _keep_verdict(
-    kept: KeptVerdict | None, started_s: float, *, ok: bool, data_checked: bool
-) -> None:
-    if kept is not None:
-        from vmapipe.control.cli.places import keep_verdict
-
-        keep_verdict(kept, started_s, ok=ok, data_checked=data_checked)
-
-
 def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
     choice = VerifyOptions(
         manifest=options.manifest,
@@ -487,13 +478,14 @@ def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
         try:
             report = verify(name, emit, cancel, choice)
         except ArchiveError as error:
-            _keep_verdict(kept, started_s, ok=False, data_checked=False)
+            if kept is not None:
+                kept.keep(started_s, ok=False, data_checked=False)
             raise Damaged(f"{source_name(name)}: {error}{error.advice}") from error
-        event = report.event()
-        emit(event)
-    _keep_verdict(kept, started_s, ok=report.ok, data_checked=event["data_checked"])
-    has_stored_digest = report.is_encrypted and report.file_checked
-    if options.require_manifest and not (report.data_checked or has_stored_digest):
+        emit(report.event())
+    data_checked = report.data_checked or (report.is_encrypted and report.file_checked)
+    if kept is not None:
+        kept.keep(started_s, ok=report.ok, data_checked=data_checked)
+    if options.require_manifest and not data_checked:
         raise Failure(
             f"{source_name(name)}: the data was not checked, because there is no "
             "manifest of it; name one with --manifest"

@@ -41,6 +41,18 @@ class KeptVerdict(NamedTuple):
     archive: str
     identity: str
 
+    def keep(self, started_s: float, *, ok: bool, data_checked: bool) -> None:
+        """Never raises: what cannot be written is told.
+
+        What changed while it was verified is as if it had never been: its identity differs.
+        """
+        verified = Verified(int(started_s), ok, data_checked, self.identity)
+        try:
+            with contextlib.closing(open_place(self.place)) as place:
+                place.write_small(self.archive + VERIFIED_SUFFIX, encode_verified(verified))
+        except Failure as failure:
+            print(one_line(f"vmapipe verify: {failure}"), file=sys.stderr, flush=True)
+
 
 def expand(names: Sequence[str], options: argparse.Namespace) -> dict[str, KeptVerdict | None]:
     """Each place as those of its archives that are to be verified now; None: it was named itself.
@@ -72,20 +84,3 @@ def expand(names: Sequence[str], options: argparse.Namespace) -> dict[str, KeptV
 def _whole_s(place: KeptPlace, archive: KeptArchive) -> float:
     verified = verified_of(place, archive)
     return float(verified.time_s) if verified is not None and verified.ok else 0.0
-
-
-def keep_verdict(
-    kept: KeptVerdict | None, started_s: float, *, ok: bool, data_checked: bool
-) -> None:
-    """Write it beside the archive. Never raises: what cannot be written is told.
-
-    What changed while it was verified is as if it had never been: its identity differs.
-    """
-    if kept is None:
-        return
-    verified = Verified(int(started_s), ok, data_checked, kept.identity)
-    try:
-        with contextlib.closing(open_place(kept.place)) as place:
-            place.write_small(kept.archive + VERIFIED_SUFFIX, encode_verified(verified))
-    except Failure as failure:
-        print(one_line(f"vmapipe verify: {failure}"), file=sys.stderr, flush=True)
