@@ -11,7 +11,7 @@ from benchmarks import images
 from benchmarks.images import MIB
 from benchmarks.measure import OURS, Bound, Case, Command
 from benchmarks.options import curve, manifest
-from benchmarks.place import Place, backup, dd, make, make_archives, vmapipe
+from benchmarks.place import Place, backup, dd, dd_from_pipe, make, make_archives, vmapipe
 
 REFERENCE = "reference vma create"
 
@@ -41,6 +41,7 @@ def bound_cases(place: Place) -> list[Case]:
         _restore_existing(place),
         _restore_new(place),
         _restore_quarter(place),
+        _restore_from_zstd(place),
         _zstd(place),
         curve(place),
     ]
@@ -353,6 +354,29 @@ def _restore_quarter(place: Place) -> Case:
         pinned=False,
         before=lambda: make_archives(place),
         leaves=[target, out, place.disk / "reference"],
+        warm=[archive],
+    )
+
+
+def _restore_from_zstd(place: Place) -> Case:
+    archive = place.disk / "text.vma.zst"
+    target, out = place.disk / "restored", place.disk / "peer.raw"
+    return Case(
+        f"restore, {place.small_mib} MiB, from .zst to a new file, flushed",
+        [
+            Command(OURS, vmapipe("restore", "--quiet", archive, target), target),
+            Command(
+                "zstd -dc into dd",
+                f"zstd -dcq {archive} | {shlex.join(dd_from_pipe(out))}",
+                out,
+                "zstd",
+            ),
+        ],
+        # Its frames are independent, so that all cores can decompress.
+        [Bound("at most 0.7 x zstd -dc into dd", OURS, "zstd -dc into dd", 0.7)],
+        pinned=False,
+        before=lambda: make(backup(place.text, archive, "--compress=zstd")),
+        leaves=[target, out, archive],
         warm=[archive],
     )
 

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from benchmarks import images
 from benchmarks.images import MIB
 from benchmarks.measure import OURS, Case, Command
-from benchmarks.place import Place, backup, dd, make, make_archives, vmapipe
+from benchmarks.place import Place, backup, dd_from_pipe, make_archives, vmapipe
 
 _SIZES_GIB = (1, 4, 16, 64)
 _DEVICES = (1, 2, 4, 8, 16, 32)
@@ -21,7 +20,6 @@ def extra_cases(place: Place) -> list[Case]:
         _qcow2(place),
         _to_pipe(place),
         _restore_from_pipe(place),
-        _restore_from_zstd(place),
         _sizes(place),
         _devices(place),
     ]
@@ -70,7 +68,7 @@ def _restore_from_pipe(place: Place) -> Case:
             Command(OURS, f"cat {archive} | {restore}", target),
             Command(
                 "dd conv=fdatasync",
-                f"cat {place.small} | {shlex.join(_dd_from_pipe(out))}",
+                f"cat {place.small} | {shlex.join(dd_from_pipe(out))}",
                 out,
             ),
         ],
@@ -78,31 +76,6 @@ def _restore_from_pipe(place: Place) -> Case:
         before=lambda: make_archives(place),
         leaves=[target, out],
         warm=[archive, place.small],
-    )
-
-
-def _dd_from_pipe(out: Path) -> list[str]:
-    return dd(Path("/dev/stdin"), out, "iflag=fullblock", "conv=fdatasync")
-
-
-def _restore_from_zstd(place: Place) -> Case:
-    archive = place.disk / "text.vma.zst"
-    target, out = place.disk / "restored", place.disk / "peer.raw"
-    return Case(
-        f"restore, {place.small_mib} MiB, from .zst to a new file, flushed",
-        [
-            Command(OURS, vmapipe("restore", "--quiet", archive, target), target),
-            Command(
-                "zstd -dc into dd",
-                f"zstd -dcq {archive} | {shlex.join(_dd_from_pipe(out))}",
-                out,
-                "zstd",
-            ),
-        ],
-        pinned=False,
-        before=lambda: make(backup(place.text, archive, "--compress=zstd")),
-        leaves=[target, out, archive],
-        warm=[archive],
     )
 
 

@@ -87,3 +87,7 @@ def make_archives(place: Place) -> None:
 
 def dd(image: Path, target: str | Path, *more: str) -> list[str]:
     return ["dd", f"if={image}", f"of={target}", "bs=1M", "status=none", *more]
+
+
+def dd_from_pipe(out: Path) -> list[str]:
+    return dd(Path("/dev/stdin"), out, "iflag=fullblock", "conv=fdatasync")

@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Generic, TypeVar
 
 import psutil
 
@@ -247,17 +247,21 @@ def interruptible(job: Callable[[], bytes], halts: Sequence[Cancel]) -> bytes:
         os.close(wake_fd)
 
 
-class ReadAhead:
+_Result = TypeVar("_Result")
+
+
+class ReadAhead(Generic[_Result]):
     """Does `jobs` in `threads` threads and gives their results in order.
 
-    The first is done alone: many readers want no more than an archive's header.
-    From the second on, the number of those ahead doubles up to `limit`.
+    The first is done alone, in a thread that ends with it: many readers want no more than an archive's
+    header, and a process without threads can be copied. From the second on, the number of those ahead
+    doubles up to `limit`.
     `wait` ends when `wake_fd`, an eventfd of the owner's, was written to, or raises.
     """
 
     def __init__(
         self,
-        jobs: Iterator[Callable[[], bytes]],
+        jobs: Iterator[Callable[[], _Result]],
         threads: int,
         limit: int,
         wake_fd: int,
@@ -268,13 +272,14 @@ class ReadAhead:
         self._most = 1
         self._wake_fd = wake_fd
         self._wait = wait
-        self._ahead: deque[Future[bytes]] = deque()
+        self._threads = threads
+        self._ahead: deque[Future[_Result]] = deque()
         # After its owner has closed the descriptor nothing may be written to it.
         self._waking = threading.Lock()
         self._closed = False
-        self._pool = DaemonPool(threads, "ahead")
+        self._pool: DaemonPool | None = None
 
-    def next(self) -> bytes | None:
+    def next(self) -> _Result | None:
         """The next result, or its error; None at the end. Raises what `wait` raises."""
         self._look_ahead()
         if not self._ahead:
@@ -287,6 +292,9 @@ class ReadAhead:
         self._ahead.popleft()
         if self._most > 1:
             self._look_ahead()
+        elif self._pool is not None:
+            self._pool.close(_END_WAIT_S)
+            self._pool = None
         self._most = min(2 * self._most, self._limit)
         return future.result()
 
@@ -295,18 +303,20 @@ class ReadAhead:
         with self._waking:
             self._closed = True
         self._ahead.clear()
-        return self._pool.close(_END_WAIT_S)
+        return self._pool is None or self._pool.close(_END_WAIT_S)
 
     def _look_ahead(self) -> None:
         while len(self._ahead) < self._most:
             job = next(self._jobs, None)
             if job is None:
                 return
+            if self._pool is None:
+                self._pool = DaemonPool(self._threads if self._most > 1 else 1, "ahead")
             future = self._pool.submit(job)
             self._ahead.append(future)
             future.add_done_callback(self._wake)
 
-    def _wake(self, _: Future[bytes]) -> None:
+    def _wake(self, _: Future[_Result]) -> None:
         with self._waking:
             if not self._closed:
                 os.eventfd_write(self._wake_fd, 1)

@@ -35,7 +35,7 @@ class FoundExtent(NamedTuple):
 
     extent: Extent
     raw_header: bytes
-    data: bytes | None
+    data: bytes | memoryview | None
     digest: bytes = b""
     slot: int = -1
     left_out: frozenset[int] = frozenset()

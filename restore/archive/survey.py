@@ -243,7 +243,7 @@ class _Walk:
         self.last = extent
         return FoundExtent(extent, raw_header, data, slot=slot)
 
-    def _data(self, extent: Extent) -> tuple[bytes | None, int, int]:
+    def _data(self, extent: Extent) -> tuple[bytes | memoryview | None, int, int]:
         """(bytes, slot, length) of the extent's data, as far as there is any."""
         source = self._source
         if isinstance(source, PlainFile):
@@ -253,9 +253,9 @@ class _Walk:
         if not extent.data_bytes:
             return (b"" if self._slots is None else None), -1, 0
         if self._slots is None:
-            buffer = bytearray(extent.data_bytes)
-            got = self.cursor.fill(memoryview(buffer))
-            return bytes(memoryview(buffer)[:got]), -1, got
+            view = memoryview(bytearray(extent.data_bytes))
+            got = self.cursor.fill(view)
+            return view[:got], -1, got
         slot = self._slots.take()
         try:
             got = self.cursor.fill(self._slots.view(slot, extent.data_bytes))
@@ -273,7 +273,7 @@ class _Walk:
             return True
         return not start or start.startswith(EXTENT_MAGIC)
 
-    def _ends_in_header(self, extent: Extent, data: bytes | None, slot: int) -> bool:
+    def _ends_in_header(self, extent: Extent, data: bytes | memoryview | None, slot: int) -> bool:
         """Return whether an extent of zeroes stands where this one's data should end.
 
         Then as many bytes of the data are missing, and what comes next is in its place again.
@@ -286,14 +286,16 @@ class _Walk:
         if isinstance(source, PlainFile):
             tail = source.pread(len(mark), extent.offset + EXTENT_HEADER_BYTES + at)
         elif data is not None:
-            tail = data[at : at + len(mark)]
+            tail = bytes(data[at : at + len(mark)])
         elif slot >= 0 and self._slots is not None:
             tail = bytes(self._slots.view(slot, extent.data_bytes)[at : at + len(mark)])
         else:
             return False
         return tail == mark
 
-    def _header_inside(self, extent: Extent, data: bytes | None, slot: int, got: int) -> int:
+    def _header_inside(
+        self, extent: Extent, data: bytes | memoryview | None, slot: int, got: int
+    ) -> int:
         """Return where the next extent's header stands inside this one's data; -1: it does not.
 
         The cursor is then put there.
@@ -302,7 +304,7 @@ class _Walk:
         if isinstance(source, PlainFile):
             held = source.pread(got, self.cursor.at - got)
         elif data is not None:
-            held = data
+            held = bytes(data)
         elif slot >= 0 and self._slots is not None:
             held = bytes(self._slots.view(slot, got))
         else:

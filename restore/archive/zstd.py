@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,7 @@ from vmapipe.restore.archive.errors import CompressionError, InputError
 from vmapipe.restore.archive.input import Pread, ReadAhead, Wait, interruptible
 from vmapipe.restore.archive.parts import READ_BYTES, Proof, Rewindable
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.process import keep_freed_memory
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import (
     FOOTER_BYTES,
@@ -57,6 +59,9 @@ _PIECE_BYTES = 1 << 20
 # Frames are held whole, twice as many as there are threads: larger ones are
 # read in order instead. Ours have a few MiB.
 _MAX_FRAME_BYTES = 32 << 20
+# Small frames are decompressed together with the next larger one: a thread's turn costs more than they do.
+_JOB_BYTES = 1 << 20
+_JOB_FRAMES = 16
 # 524,288 frames, two for each 4 MiB, are an archive of 1 TiB, and 60 MiB of memory for
 # the table: a longer table is left unused.
 _MAX_TABLE_BYTES = 4 << 20
@@ -338,6 +343,14 @@ def seekable_frames(pread: Pread, file_bytes: int, halts: Sequence[Cancel]) -> l
     return frames if fits and small else None
 
 
+class _Decompressed(NamedTuple):
+    """What became of a frame that holds `plain_bytes`."""
+
+    plain_bytes: int
+    plain: bytes | CompressionError
+    has_checksum: bool = False
+
+
 class ZstdFrames(io.RawIOBase):
     """Reads a zstd file by its seek table, frames ahead in `threads` threads.
 
@@ -357,14 +370,14 @@ class ZstdFrames(io.RawIOBase):
         super().__init__()
         self.proof = Proof()
         self._plain_at = 0
-        self._checked: dict[int, bool] = {}
-        self._positions_left = _with_positions(frames)
         self._name = name
         self._pread = pread
         self._release = release
+        keep_freed_memory()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         wait = Wait(self._wake_fd, halts)
         self._ahead = ReadAhead(self._jobs(frames), threads, 2 * threads, self._wake_fd, wait)
+        self._ready: deque[_Decompressed] = deque()
         self._current: memoryview | None = memoryview(b"")
 
     def readable(self) -> bool:
@@ -387,35 +400,52 @@ class ZstdFrames(io.RawIOBase):
         Each is checked before any of it is handed out. Raises CompressionError; the next call
         goes on behind the damaged one.
         """
-        try:
-            piece = self._ahead.next()
-        except CompressionError as error:
-            _, frame = next(self._positions_left)
-            self._plain_at += frame.plain_bytes
-            error.lost_bytes = frame.plain_bytes
-            error.resumes = True
-            raise
-        if piece is None:
+        if not self._ready:
+            self._ready.extend(self._ahead.next() or ())
+        if not self._ready:
             self._current = None
             return
-        file_at, _ = next(self._positions_left)
-        self._current = memoryview(piece)
-        self._plain_at += len(piece)
-        self.proof.ended(self._plain_at, has_checksum=self._checked.pop(file_at))
+        frame = self._ready.popleft()
+        self._plain_at += frame.plain_bytes
+        if isinstance(frame.plain, CompressionError):
+            frame.plain.lost_bytes = frame.plain_bytes
+            frame.plain.resumes = True
+            raise frame.plain
+        self._current = memoryview(frame.plain)
+        self.proof.ended(self._plain_at, has_checksum=frame.has_checksum)
 
-    def _jobs(self, frames: list[Frame]) -> Iterator[Callable[[], bytes]]:
-        for file_at, frame in _with_positions(frames):
-            yield functools.partial(self._decompress, file_at, frame)
+    def _jobs(self, frames: list[Frame]) -> Iterator[Callable[[], list[_Decompressed]]]:
+        """An extent's header and its data are one job where they are two frames."""
+        at, batch, batch_bytes = 0, list[Frame](), 0
+        for frame in frames:
+            batch.append(frame)
+            batch_bytes += frame.plain_bytes
+            if batch_bytes >= _JOB_BYTES or len(batch) == _JOB_FRAMES:
+                yield functools.partial(self._decompress, at, batch)
+                at += sum(frame.compressed_bytes for frame in batch)
+                batch, batch_bytes = [], 0
+        if batch:
+            yield functools.partial(self._decompress, at, batch)
 
-    def _decompress(self, file_at: int, frame: Frame) -> bytes:
-        data = self._pread(frame.compressed_bytes, file_at)
+    def _decompress(self, file_at: int, frames: list[Frame]) -> list[_Decompressed]:
+        data = self._pread(sum(frame.compressed_bytes for frame in frames), file_at)
+        done: list[_Decompressed] = []
+        at = 0
+        for frame in frames:
+            end = at + frame.compressed_bytes
+            done.append(self._plain_of(data[at:end], frame.plain_bytes, file_at + at))
+            at = end
+        return done
+
+    def _plain_of(self, data: bytes, plain_bytes: int, file_at: int) -> _Decompressed:
         try:
             if not data.startswith(ZSTD_MAGIC) or len(data) < _MIN_FRAME_BYTES:
                 raise ValueError("the zstd data is damaged: no frame begins here")
-            self._checked[file_at] = _has_checksum(data)
-            return decompress_frame(data, frame.plain_bytes)
+            plain = decompress_frame(data, plain_bytes)
         except ValueError as error:
-            raise CompressionError(f"{self._name}: {error}", file_offset=file_at) from error
+            failure = CompressionError(f"{self._name}: {error}", file_offset=file_at)
+            return _Decompressed(plain_bytes, failure)
+        return _Decompressed(plain_bytes, plain, _has_checksum(data))
 
     def close(self) -> None:
         if not self.closed:
@@ -424,11 +454,3 @@ class ZstdFrames(io.RawIOBase):
                 self._release()
             os.close(self._wake_fd)
         super().close()
-
-
-def _with_positions(frames: list[Frame]) -> Iterator[tuple[int, Frame]]:
-    """Each with its place in the file."""
-    file_at = 0
-    for frame in frames:
-        yield file_at, frame
-        file_at += frame.compressed_bytes

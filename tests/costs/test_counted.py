@@ -28,7 +28,7 @@ SIZE_MIB = 64
 #: As with one disk: half of the archiver's window.
 FRAME_BYTES = 8 * MIB
 EXTENT_BYTES = EXTENT_CLUSTERS * CLUSTER_BYTES
-_COUNTED = "trace=read,pread64,preadv,preadv2,write,pwrite64,writev,pwritev,sendmsg,sendto,recvfrom,recvmsg"
+_COUNTED = "trace=read,pread64,preadv,preadv2,write,pwrite64,writev,pwritev,sendmsg,sendto,recvfrom,recvmsg,execve"
 _MOVED = re.compile(r" (preadv2?|writev|pread64|pwrite64|pwritev)\(.* = (\d+)$")
 
 
@@ -139,6 +139,26 @@ def test_a_restore_reads_each_byte_once_and_writes_it_once_in_few_system_calls(
     # A read for an extent and one for its header, a write for 256 KiB; and a few of the import's.
     extents = SIZE_MIB * MIB // (EXTENT_CLUSTERS * CLUSTER_BYTES) + 1
     assert calls < 2 * extents + (SIZE_MIB * MIB >> 18) + extents + 40
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_restore_of_a_zst_reads_each_frame_once_in_few_system_calls_and_starts_copies_of_itself(
+    dense: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "vm.vma.zst"
+    words = ["backup", "--quiet", "--compress", "zstd", "--disk", f"a={dense}", str(archive)]
+    subprocess.run([*VMAPIPE, *words], check=True)
+    target = tmp_path / "target.raw"
+    target.write_bytes(bytes(SIZE_MIB * MIB))
+    words = ["restore", "--quiet", str(archive), str(tmp_path), "--device", f"a={target}"]
+    _, written, calls = traced(tmp_path / "calls", words)
+    assert target.read_bytes() == dense.read_bytes()
+    assert SIZE_MIB * MIB <= written < SIZE_MIB * MIB + 4096
+    # A read for an extent, of both its frames, a write for 256 KiB; and a few of the import's.
+    extents = SIZE_MIB * MIB // EXTENT_BYTES + 1
+    assert calls < extents + (SIZE_MIB * MIB >> 18) + extents + 40
+    # An interpreter of their own would cost each worker a tenth of a second of imports.
+    assert (tmp_path / "calls").read_text(errors="replace").count("execve(") == 1
 
 
 def traced(log: Path, words: list[str]) -> tuple[int, int, int]:
