@@ -17,6 +17,7 @@ from vmapipe.archiver.arguments import (
     recipients_of,
 )
 from vmapipe.archiver.base.check import Base, check_base, open_digests
+from vmapipe.archiver.base.choice import choose_base, usable_base
 from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.server import Listen, serve
 from vmapipe.archiver.job.spec import RECONNECT_S, JobSpec
@@ -159,10 +160,14 @@ def _add_archive_options(parser: argparse.ArgumentParser) -> None:
     )
     one.add_argument(
         "--base",
-        metavar="ARCHIVE",
+        metavar="auto|ARCHIVE",
         help="an earlier archive of these devices, with its manifest: producers need not send what is "
-        "unchanged since then, and it is taken from there (docs/operations/incremental.md)",
+        "unchanged since then, and it is taken from there (docs/operations/incremental.md); auto: the "
+        "newest of the same machine beside the output",
     )
+    # For a service: what its client asks for.
+    one.add_argument("--full-every", type=int, default=0, help=argparse.SUPPRESS)
+    one.add_argument("--recorded", type=job_id, action="append", default=[], help=argparse.SUPPRESS)
     one.add_argument(
         "--digests",
         action="store_true",
@@ -232,7 +237,7 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         heartbeat_s=options.heartbeat,
         reconnect_s=reconnect_s,
         start_timeout_s=options.start_timeout,
-        base=check_base(options.base) if options.base else None,
+        base=_base_of(options, emit),
     )
     keys = read_server_keys(options.keys) if options.keys else None
     at = Listen(options.listen, keys, from_afar=options.from_afar)
@@ -249,6 +254,28 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     finally:
         if digests is not None:
             digests.close()
+
+
+def _base_of(options: argparse.Namespace, emit: Emit) -> Base | str | None:
+    """Return the base, or why there is none; None: none was asked for. Tells of one that was chosen here."""
+    if options.base != "auto":
+        return check_base(options.base) if options.base else None
+    found = choose_base(options.output, options.device, options.recorded)
+    found = usable_base(found, options.full_every)
+    emit(
+        {
+            "event": "base-chosen",
+            "archive": found.archive if isinstance(found, Base) else "",
+            "uuid": found.uuid.hex() if isinstance(found, Base) else "",
+            "devices": [
+                {"name": device.name, "bytes": device.size_bytes}
+                for device in (found.devices if isinstance(found, Base) else ())
+            ],
+            "compares": isinstance(found, Base) and bool(found.totals.cluster_digests_bytes),
+            "reason": found if isinstance(found, str) else "",
+        }
+    )
+    return found
 
 
 def archive_time(*, reproducible: bool) -> int:

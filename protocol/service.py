@@ -39,6 +39,9 @@ _Numbers = Annotated[tuple[Uint, ...], lengths(0, MAX_JOB_ITEMS)]
 _Names = Annotated[tuple[Name, ...], lengths(0, MAX_JOB_ITEMS)]
 _ConfigName = Annotated[Name, lambda name: "/" not in name]
 _Config = tuple[_ConfigName, Annotated[bytes, lengths(0, MAX_CONFIG_BYTES)]]
+_Uuids = Annotated[tuple[Uuid, ...], lengths(0, MAX_JOB_ITEMS)]
+_Sizes = Annotated[tuple[tuple[Name, Uint], ...], lengths(0, MAX_JOB_ITEMS)]
+_Texts = Annotated[tuple[Text, ...], lengths(0, MAX_JOB_ITEMS)]
 _Configs = Annotated[tuple[_Config, ...], lengths(0, MAX_JOB_ITEMS)]
 
 
@@ -47,7 +50,9 @@ class Open:
     """Coordinator: make this archive. `configs`: (name, contents) each.
 
     `uuid`: the archive's, or empty: the service makes one. `stable`: the same for the same machine,
-    and extents do not depend on the order in which clusters come.
+    and extents do not depend on the order in which clusters come. `base`: what is unchanged is taken from an
+    earlier archive, which the service chooses; one of those with the uuids `recorded` if there is one, and none
+    behind `full_every` incremental ones in a row (0: any number). `digests`: of each cluster, for a later base.
     """
 
     version: Uint
@@ -60,6 +65,10 @@ class Open:
     uuid: UuidOrEmpty = b""
     program: Text = ""
     stable: bool = False
+    base: bool = False
+    digests: bool = False
+    full_every: Uint = 0
+    recorded: _Uuids = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +88,42 @@ class JobCancel:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Service: producers may come. A coordinator silent for `heartbeat_s` is taken for dead."""
+    """Service: producers may come. A coordinator silent for `heartbeat_s` is taken for dead.
+
+    `base`: the uuid of the archive that was chosen, or empty, and `why` says why there is none; `name`: its
+    name, `disks`: (name, bytes) of those that it has, `compares`: it has digests of its clusters.
+    """
 
     version: Uint
     heartbeat_s: Heartbeat
+    base: UuidOrEmpty = b""
+    name: Text = ""
+    disks: _Sizes = ()
+    compares: bool = False
+    why: Text = ""
 
 
 @dataclass(frozen=True, slots=True)
 class JobBegun:
-    """Service: all producers are here. `sizes`: bytes of each device, in the order of OPEN."""
+    """Service: all producers are here. `sizes`: bytes of each device, in the order of OPEN.
+
+    `full`: why each of them is sent in full, or an empty text: it is not.
+    """
 
     uuid: Uuid
     sizes: _Numbers
+    full: _Texts = ()
 
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """Service: bytes stored, bytes of the plain archive, and of each device done and zero."""
+    """Service: bytes stored, bytes of the plain archive, and of each device done, zero, and unchanged."""
 
     stored: Uint
     plain: Uint
     done: _Numbers
     zero: _Numbers
+    unchanged: _Numbers = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +135,25 @@ class JobNotice:
 
 @dataclass(frozen=True, slots=True)
 class JobStored:
-    """Service: the archive is complete, on disk, under its name. Ends the job."""
+    """Service: the archive is complete, on disk, under its name. Ends the job.
+
+    `from_base`: bytes of it that were taken from the base, `shared`: that lie on the same blocks of the disk.
+    """
 
     archive: Text
     uuid: Uuid
     stored: Uint
     plain: Uint
+    from_base: Uint = 0
+    shared: Uint = 0
 
 
 @dataclass(frozen=True, slots=True)
 class JobFailed:
-    """Service: nothing was stored, and why. Ends the job."""
+    """Service: nothing was stored, and why. Ends the job. `base_damaged`: without a base it would have been."""
 
     reason: Text
+    base_damaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +236,6 @@ def archive_name_fault(name: str) -> str:
         return "it begins with a dot"
     if len(name.encode()) > MAX_ARCHIVE_NAME_BYTES:
         return f"it has more than {MAX_ARCHIVE_NAME_BYTES} bytes"
-    if name.endswith((".partial", ".manifest.json")):
-        return "it ends like a partial file or a manifest"
+    if name.endswith((".partial", ".manifest.json", ".digests")):
+        return "it ends like a partial file, a manifest or digests"
     return ""

@@ -117,6 +117,22 @@ class FeltEvent(TypedDict):
     p99_s: float
 
 
+class ChosenDevice(TypedDict):
+    name: str
+    bytes: int
+
+
+class BaseChosenEvent(TypedDict):
+    """Of an archiver that chooses the base by itself: `archive` empty, and `reason` why there is none."""
+
+    event: Literal["base-chosen"]
+    archive: str
+    uuid: str
+    devices: list[ChosenDevice]
+    compares: bool
+    reason: str
+
+
 class UploadEvent(TypedDict):
     """An upload to an object store has begun, which is to be aborted if the child is killed."""
 
@@ -168,6 +184,7 @@ ChildEvent = (
     | EndingEvent
     | JobSpeedEvent
     | FeltEvent
+    | BaseChosenEvent
     | UploadEvent
     | BaseDamagedEvent
     | GuardReadyEvent

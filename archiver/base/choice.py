@@ -53,6 +53,19 @@ def read_name(name: str) -> ArchiveName | None:
     return ArchiveName(found["group"], (year, month, day, hour, minute, second))
 
 
+def usable_base(found: Base | str, full_every: int) -> Base | str:
+    """Return the base, or why the next archive is a full one: in words.
+
+    `full_every`: so many incremental archives follow a full one; 0: any number.
+    """
+    if isinstance(found, str) or not full_every or found.totals.incrementals < full_every:
+        return found
+    return (
+        f"{found.totals.incrementals} incremental archives in a row end with {found.archive} "
+        f"(--full-every {full_every})"
+    )
+
+
 def choose_base(
     archive: str, devices: Collection[str], recorded: Collection[bytes] = ()
 ) -> Base | str:

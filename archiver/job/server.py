@@ -166,6 +166,7 @@ class _Server:
                     self._store.fill(run)
                 case core.BeginArchive(header, raw_header, bases):
                     self._store.begin(header, raw_header, bases)
+                    self._emit_bases(bases)
                     self._emit(
                         {
                             "event": "begun",
@@ -176,7 +177,6 @@ class _Server:
                             ],
                         }
                     )
-                    self._emit_bases(bases)
                 case core.FinishArchive():
                     self._store.finish()
                 case core.AbandonArchive():

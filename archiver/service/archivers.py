@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vmapipe.archiver.outputs.base import ABANDON_WAIT_S
 from vmapipe.archiver.outputs.file import remove_leftover
-from vmapipe.archiver.outputs.manifests import beside
+from vmapipe.archiver.outputs.manifests import beside, files_of
 from vmapipe.archiver.service.jobs import StartArchiver
 from vmapipe.archiver.service.storage import abort_uploads
 from vmapipe.runtime.children import STOP_S, Child
@@ -101,6 +101,11 @@ class ArchiverProcesses:
             argv += ["--stable", f"--hold={_HOLD_BYTES}"]
         if request.compress:
             argv.append(f"--compress={request.compress}")
+        if request.base:
+            argv += ["--base=auto", f"--full-every={request.full_every}"]
+            argv += [f"--recorded={uuid.hex()}" for uuid in request.recorded]
+        if request.digests:
+            argv.append("--digests")
         if not request.manifest:
             argv.append("--no-manifest")
         elif is_object(instruction.path):
@@ -191,8 +196,8 @@ class ArchiverProcesses:
             self._cleaners = [thread for thread in self._cleaners if thread.is_alive()]
             self._cleaners.append(abort_uploads(member.uploads))
         else:
-            remove_leftover(member.path)
-            remove_leftover(beside(member.path))
+            for path in files_of(member.path):
+                remove_leftover(path)
 
     @staticmethod
     def _remove_configs(member: _Member) -> None:

@@ -7,6 +7,7 @@ producer's messages go. It does not look into these messages.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ from vmapipe.archiver.service.peers import (
 from vmapipe.protocol import service
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.schema import Part
-from vmapipe.runtime.events import Event, JobRefusedEvent, UsageFields
+from vmapipe.runtime.events import BaseChosenEvent, Event, JobRefusedEvent, UsageFields
 from vmapipe.runtime.text import one_line
 
 # How long the last answers of an archiver that has ended may take to arrive.
@@ -284,7 +285,10 @@ class Front:
             heard=now,
             started=now,
             idle_s=self._limits.idle_s,
+            base=_no_base(place.why_no_base) if request.base and place.why_no_base else None,
         )
+        if place.why_no_base:
+            request = dataclasses.replace(request, base=False)
         return [StartArchiver(request.job, request, place.path)]
 
     def _refuse_job(
@@ -412,6 +416,17 @@ class Front:
 
 def _refusal(error: RemoteProtocolError) -> list[Part]:
     return service.encode(service.JobRefused(error.code, said_reason(error.reason)))
+
+
+def _no_base(reason: str) -> BaseChosenEvent:
+    return {
+        "event": "base-chosen",
+        "archive": "",
+        "uuid": "",
+        "devices": [],
+        "compares": False,
+        "reason": reason,
+    }
 
 
 def _notice(text: str) -> LogEvent:

@@ -6,7 +6,9 @@ A `ServiceJob` answers each event of its archiver or its coordinator with a list
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +16,13 @@ from vmapipe.protocol import limits, service, transfer
 from vmapipe.protocol.schema import Part
 from vmapipe.protocol.service import Open
 from vmapipe.protocol.transfer import Abort
-from vmapipe.runtime.events import Event, JobEndFields, ServiceJobFields, UsageFields
+from vmapipe.runtime.events import (
+    BaseChosenEvent,
+    Event,
+    JobEndFields,
+    ServiceJobFields,
+    UsageFields,
+)
 from vmapipe.runtime.text import one_line
 
 
@@ -100,6 +108,10 @@ STOP_S = 10.0
 _RETELLINGS = 8.0
 # What a client is told of a reason, and hears again and again.
 _REASON_CHARS = 1000
+# The reasons why devices are sent in full, together: a message holds no more than MAX_TOLD_BYTES.
+_MAX_REASONS_BYTES = 32 << 10
+# What is said of a base, for the same reason: with longer names than any machine's disks have, nothing is.
+_MAX_BASE_CHARS = 48 << 10
 # Connections of a job's that are dead by now, beside each device's own.
 _MOST_SPARE = 8
 
@@ -122,6 +134,8 @@ class ArchivePlace(NamedTuple):
     used_bytes: int = 0
     #: Other clients that may come, for whom there has to be room.
     others: frozenset[str] = frozenset()
+    #: Why no archive there may be a base; empty: one may.
+    why_no_base: str = ""
 
 
 class Need(NamedTuple):
@@ -158,6 +172,8 @@ class ServiceJob:
     started: float
     phase: ServicePhase = ServicePhase.STARTING
     opened: bool = False
+    #: What its archiver, or we, say of its base, if it asks for one.
+    base: BaseChosenEvent | None = None
     begun: service.JobBegun | None = None
     stored: service.JobStored | None = None
     #: Once it has ended.
@@ -173,6 +189,8 @@ class ServiceJob:
     #: How often its coordinator may be told everything again, and when that was so.
     _retellings: float = _RETELLINGS
     _retold: float = 0.0
+    _full: tuple[str, ...] = ()
+    _base_damaged: bool = False
     #: Bytes of data that have come, when that was last checked, and when it last grew.
     _done: service.JobProgress | None = None
     _looked: service.JobProgress | None = None
@@ -223,7 +241,22 @@ class ServiceJob:
         return [SendAnswer(self.coordinator, parts)] if self.coordinator else []
 
     def _opened(self) -> list[Part]:
-        return service.encode(service.Opened(limits.VERSION, self.heartbeat_s))
+        opened = service.Opened(limits.VERSION, self.heartbeat_s)
+        if self.base is not None and len(repr(self.base)) < _MAX_BASE_CHARS:
+            opened = dataclasses.replace(
+                opened,
+                base=bytes.fromhex(self.base["uuid"]),
+                name=transfer.sayable(os.path.basename(self.base["archive"])),
+                disks=tuple((each["name"], each["bytes"]) for each in self.base["devices"]),
+                compares=self.base["compares"],
+                why=self._said(self.base["reason"]),
+            )
+        return service.encode(opened)
+
+    def _said(self, reason: str) -> str:
+        """A reason without the folder, which is no client's concern."""
+        folder = os.path.dirname(self.place.path)
+        return said_reason(reason.replace(folder + "/", "").replace(folder, "the client's folder"))
 
     # --- its archiver ---
 
@@ -240,9 +273,19 @@ class ServiceJob:
         """Any other event of its archiver."""
         instructions: list[ServiceInstruction] = []
         message = message_of(event, self.name)
+        if event["event"] == "base-chosen":
+            self.base = event
+        elif event["event"] == "base":
+            most = _MAX_REASONS_BYTES // max(1, len(event["devices"]))
+            self._full = tuple(
+                self._said(each["reason"]).encode()[:most].decode(errors="ignore")
+                for each in event["devices"]
+            )
+        elif event["event"] == "base-damaged":
+            self._base_damaged = True
         match message:
             case service.JobBegun():
-                self.begun = message
+                message = self.begun = dataclasses.replace(message, full=self._full)
             case service.JobStored():
                 # Its process may live on for a producer that has not heard DONE yet.
                 self.stored = self.verdict = message
@@ -276,9 +319,11 @@ class ServiceJob:
             size = self.stored.stored
             return [LogEvent({"event": "job-stored", **whose, "stored_bytes": size, **ended})]
         reason = self.reason or failure
-        said = said_reason(reason)
+        said = self._said(reason) if self._base_damaged else said_reason(reason)
         self.verdict = (
-            service.JobFailed(said) if self.opened else service.JobRefused("failed", said)
+            service.JobFailed(said, self._base_damaged)
+            if self.opened
+            else service.JobRefused("failed", said)
         )
         return [
             LogEvent({"event": "job-failed", **whose, "text": reason, **ended}),
@@ -336,10 +381,20 @@ def message_of(event: Event, name: str) -> service.FromService | None:
         case "progress" if "devices" in event:
             done = tuple(device["done_bytes"] for device in event["devices"])
             zero = tuple(device["zero_bytes"] for device in event["devices"])
-            return service.JobProgress(event["stored_bytes"], event["plain_bytes"], done, zero)
+            same = tuple(device.get("unchanged_bytes", 0) for device in event["devices"])
+            return service.JobProgress(
+                event["stored_bytes"], event["plain_bytes"], done, zero, same if any(same) else ()
+            )
         case "notice":
             return service.JobNotice(transfer.sayable(event["text"]))
         case "stored":
             uuid = bytes.fromhex(event["uuid"])
-            return service.JobStored(name, uuid, event["stored_bytes"], event["plain_bytes"])
+            return service.JobStored(
+                name,
+                uuid,
+                event["stored_bytes"],
+                event["plain_bytes"],
+                event.get("base_bytes", 0),
+                event.get("shared_bytes", 0),
+            )
     return None

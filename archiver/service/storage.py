@@ -109,12 +109,30 @@ _MARK_ATTRIBUTE = "user.vmapipe.service"
 _MARK_FILE = ".vmapipe-service"
 
 
+# A client that could make its archive of another's would hear by digests what is in that.
+_SHARED_FOLDER = (
+    "this service's clients share a folder, and none of them may build on another's archives: give the "
+    "service --keys and --per-client"
+)
+
+
 class FolderStorage:
     """The facts that the core of the service asks for (admission.Facts)."""
 
-    def __init__(self, directory: str, rules: ClientRules, ending: str = "") -> None:
-        """`ending`: what each archive's name ends with, whatever its client says. Raises Failure."""
+    def __init__(
+        self,
+        directory: str,
+        rules: ClientRules,
+        ending: str = "",
+        *,
+        is_of_one_host: bool = False,
+    ) -> None:
+        """`ending`: what each archive's name ends with, whatever its client says. Raises Failure.
+
+        `is_of_one_host`: all clients are processes here, who may use its socket.
+        """
         self._ending = ending
+        self._is_of_one_host = is_of_one_host
         self._directory = os.path.abspath(directory)
         self._rules = rules
         if not os.path.isdir(self._directory):
@@ -139,7 +157,13 @@ class FolderStorage:
             quota_bytes=rules.quota_bytes,
             used_bytes=_used_bytes(folder) if rules.quota_bytes else 0,
             others=self._rules.others_of(client),
+            why_no_base=self._why_no_base(rules),
         )
+
+    def _why_no_base(self, rules: ClientLimits) -> str:
+        if self._ending:
+            return "this service encrypts what it stores, and cannot read it again"
+        return "" if rules.folder or self._is_of_one_host else _SHARED_FOLDER
 
     def room(self) -> FreeSpace:
         return FreeSpace(shutil.disk_usage(self._directory).free, available_memory_bytes())
@@ -284,6 +308,7 @@ class ObjectStorage:
             f"{folder}/{with_ending(request.name, self._ending)}",
             max_jobs=rules.max_jobs,
             others=self._rules.others_of(client),
+            why_no_base="this service stores in an object store: a base is a file",
         )
 
     def room(self) -> FreeSpace:

@@ -8,12 +8,12 @@ import dataclasses
 import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vmapipe.archiver.arguments import add_output_options
 from vmapipe.control.cli.backup_arguments import (
-    add_base_options,
     add_drill_options,
     add_libvirt_options,
     add_proxmox_options,
@@ -36,8 +36,13 @@ from vmapipe.control.cli.backup_arguments import (
     service_of,
 )
 from vmapipe.control.cli.backup_base import (
+    add_base_options,
     base_of,
+    base_taker,
     can_run_again,
+    check_base_options,
+    is_chosen_there,
+    service_base_options,
     track,
     without_foreign_bitmaps,
 )
@@ -48,7 +53,7 @@ from vmapipe.control.cli.backup_domain import (
     push_machine,
     track_domain,
 )
-from vmapipe.control.coordinator.job import BackupJob, Disk, Service
+from vmapipe.control.coordinator.job import BackupJob, Disk
 from vmapipe.control.coordinator.observers import (
     JobContext,
     ParentContext,
@@ -66,6 +71,7 @@ from vmapipe.control.coordinator.proxmox import (
     read_configs,
 )
 from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.control.coordinator.service import Service
 from vmapipe.runtime.arguments import (
     add_buffer_options,
     add_child_options,
@@ -218,30 +224,6 @@ def _is_for_a_file(archive: str) -> bool:
     return os.path.isfile(archive) or not os.path.exists(archive)
 
 
-def _check_base_options(options: argparse.Namespace) -> None:
-    """Raises UsageError."""
-    if options.base == "none":
-        return
-    if not options.base:
-        raise UsageError("--base is empty: say auto, none, or the path of an archive")
-    if options.uuid and options.qmp:
-        raise UsageError(
-            "--base with --qmp: QEMU's records of what has changed are named after the uuid of their "
-            "archive, and each archive needs one of its own: leave out --uuid"
-        )
-    if options.archiver:
-        raise UsageError("--base is for an archiver of this host")
-    if options.stable:
-        raise UsageError(
-            "--stable gives all archives of a machine one uuid; --base tells by it which archive a "
-            "machine's changes count from: use one of them"
-        )
-    if options.reproducible:
-        raise UsageError(
-            "--reproducible makes the same bytes of the same disks; with --base they depend on the base"
-        )
-
-
 def _check(options: argparse.Namespace) -> None:
     """Raises UsageError."""
     _check_drill(options)
@@ -278,7 +260,7 @@ def _check(options: argparse.Namespace) -> None:
             "--nbd is for exports that do not change: the disks of --qmp and --monitor are of an "
             "instant of their own; make two archives"
         )
-    _check_base_options(options)
+    check_base_options(options)
     check_encryption(options)
     if options.trim and not options.nbd:
         raise UsageError("--trim frees what --nbd has read: it needs that")
@@ -315,12 +297,15 @@ def run_job(
             pass_fds = pass_fds + fds
         names = [disk.name for disk in disks]
         base = base_of(options, names, machine, around.emit, domain)
+        chosen_there = is_chosen_there(options)
         if base is not None and options.nbd:
             disks = without_foreign_bitmaps(disks, options.nbd, base.uuid, around.emit)
         disks = disks if machine else track_domain(options, domain, disks, base)
         job = BackupJob(
             disks=disks,
-            base=base.archive if base else "",
+            base=base.archive if base else "auto" if chosen_there else "",
+            base_options=service_base_options(options, machine) if chosen_there else (),
+            on_base=base_taker(options, machine) if chosen_there else None,
             with_digests=options.base != "none"
             and not (domain or options.monitor or (machine and not options.sample)),
             archive=options.archive,
@@ -381,6 +366,9 @@ def _run_full(
             disks=disks,
             base="",
             base_damage="",
+            on_base=None,
+            # A service knows the one before by its id.
+            job_id=uuid.uuid4().bytes,
             machine=machine,
             snapshot=None if machine else domain,
             archiver_options=archiver_options(options),

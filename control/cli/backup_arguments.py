@@ -9,9 +9,9 @@ import re
 import stat
 
 from vmapipe.archiver.arguments import recipients_of
-from vmapipe.control.cli.backup_base import FULL_EVERY, SAMPLE_PERCENT, percent, whole_number
-from vmapipe.control.coordinator.job import Disk, Service
+from vmapipe.control.coordinator.job import Disk
 from vmapipe.control.coordinator.priorities import buffer_of_each
+from vmapipe.control.coordinator.service import Service
 from vmapipe.control.coordinator.steering import LatencyWish
 from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.producer.pull.arguments import add_nbd_options, parse_nbd_disk, parse_uri
@@ -263,34 +263,6 @@ def add_drill_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--drill-plan", metavar="FILE", help="with --drill: what has to answer, as TOML"
-    )
-
-
-def add_base_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("incremental (docs/operations/incremental.md)")
-    group.add_argument(
-        "--base",
-        default="none",
-        metavar="auto|ARCHIVE|none",
-        help="take what is unchanged from an earlier archive with a manifest; auto: from the newest of "
-        "this machine beside the new one. The new archive is as full as any other (default: none)",
-    )
-    group.add_argument(
-        "--full-every",
-        type=whole_number,
-        default=FULL_EVERY,
-        metavar="N",
-        help="with --base: after so many incremental archives the next one is full; 0: never "
-        f"(default: {FULL_EVERY})",
-    )
-    group.add_argument(
-        "--sample",
-        type=percent,
-        default=SAMPLE_PERCENT,
-        metavar="PERCENT",
-        help="with --base and --qmp: so much of what QEMU has not recorded as changed is read all the "
-        "same and compared with the base, at least 64 clusters; any difference makes a full backup of "
-        f"this one; 0: none (default: {SAMPLE_PERCENT:g})",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +13,7 @@ from vmapipe.clusters.sizes import VMSTATE_NAME
 from vmapipe.control.coordinator.live_base import base_report
 from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.control.coordinator.priorities import AS_INHERITED, Priorities
+from vmapipe.control.coordinator.service import Service, await_opened
 from vmapipe.control.coordinator.steering import LatencyWish, Measurable, Steering
 from vmapipe.control.monitor.client import begin_together
 from vmapipe.control.qemu.disks import check_names
@@ -21,7 +22,15 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, DoubtfulBase, Failure, UsageError
 from vmapipe.runtime.event_types import BaseEvent, DoneEvent, InstantEvent
-from vmapipe.runtime.events import ChildCommands, Command, Emit, Event, speed_command, speed_in
+from vmapipe.runtime.events import (
+    BaseChosenEvent,
+    ChildCommands,
+    Command,
+    Emit,
+    Event,
+    speed_command,
+    speed_in,
+)
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.vma.header import MAX_DEVICES
 
@@ -96,17 +105,6 @@ class Disk(NamedTuple):
     size_bytes: int = 0
 
 
-class Service(NamedTuple):
-    """An archiver service that stores the archive; `link_options`: how this backup's processes reach it."""
-
-    endpoint: str
-    link_options: tuple[str, ...] = ()
-
-    def name_of(self, archive: str) -> str:
-        """For people: where it is, and what it is called there."""
-        return f"{self.endpoint}/{archive}"
-
-
 @dataclass
 class BackupJob:
     """`archive` is an output as the archiver takes it; `speed_bytes_s` 0: no limit."""
@@ -134,8 +132,12 @@ class BackupJob:
     #: Disks are read one after the other.
     in_turn: bool = False
     priorities: Priorities = AS_INHERITED
-    #: An earlier archive, of which unchanged clusters are taken; empty: all is sent.
+    #: An earlier archive, of which unchanged clusters are taken, `auto`: which a service chooses; empty: all is sent.
     base: str = ""
+    #: What a service needs to know to choose it, as options of its archiver.
+    base_options: Sequence[str] = ()
+    #: Told which base a service has chosen, before anything begins.
+    on_base: Callable[[BaseChosenEvent], None] | None = None
     #: The archive can be the base of a later one that reads all: digests of its clusters are made.
     with_digests: bool = False
     #: What is wrong with the base, where that is why this backup failed: a full one would do.
@@ -214,11 +216,11 @@ class BackupJob:
         if self.with_digests:
             args.append("--digests")
         if self.base:
-            args.append(f"--base={self.base}")
+            args += [f"--base={self.base}", *self.base_options]
         archiver = children.start("the archiver", module, args, self.pass_fds)
         self.priorities.apply(archiver.pid, guest_waits=False)
         if self.service:
-            _await_opened(children, archiver, emit, cancel)
+            await_opened(children, archiver, emit, cancel, self.on_base)
 
     def _start_producers(self, children: Children, folder: OwnFolder, speed: int) -> None:
         if self.machine:
@@ -470,27 +472,6 @@ def _has_failed(child: Child, event: Event | None) -> bool:
         child.error = child.error or str(event["text"])
         return True
     return event is None and bool(child.exit_code)
-
-
-def _await_opened(children: Children, archiver: Child, emit: Emit, cancel: Cancel) -> None:
-    """Until the service has taken the job: only then producers may come. Raises Failure.
-
-    It ends: `archiver` (remote_archiver.py) waits for no answer without a limit.
-    """
-    opened = False
-    while not opened:
-        # All that came together, also what comes behind the answer that is awaited.
-        for child, event in children.wait(1.0):
-            if child is not archiver:
-                continue
-            if event is not None and event["event"] != "error":
-                opened = opened or event["event"] == "listening"
-                emit(event)
-            elif event is None and (child.exit_code or not opened):
-                raise (UsageError if child.exit_code == EXIT_USAGE else Failure)(child.verdict())
-        if cancel.asked:
-            children.stop()
-            raise Cancelled(cancel.reason, cancel.signum)
 
 
 def _socket_in(folder: OwnFolder) -> str:

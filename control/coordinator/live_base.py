@@ -13,19 +13,6 @@ if TYPE_CHECKING:
     from vmapipe.control.qemu.bitmaps import BaseArchive, DiskMethod
 
 
-def usable_base(found: Base | str, full_every: int) -> Base | str:
-    """Return the base, or why the next archive is a full one: in words.
-
-    `full_every`: so many incremental archives follow a full one; 0: any number.
-    """
-    if isinstance(found, str) or not full_every or found.totals.incrementals < full_every:
-        return found
-    return (
-        f"{found.totals.incrementals} incremental archives in a row end with {found.archive} "
-        f"(--full-every {full_every})"
-    )
-
-
 def base_archive(base: Base) -> BaseArchive:
     """Return the base as QEMU's side sees it."""
     from vmapipe.control.qemu.bitmaps import BaseArchive

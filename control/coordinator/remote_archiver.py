@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from vmapipe.archiver.arguments import read_configs
 from vmapipe.producer.connection import ArchiverConnection
@@ -27,8 +28,14 @@ from vmapipe.runtime.arguments import (
 )
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
-from vmapipe.runtime.event_types import BackupProgressEvent, BegunDevice, BegunEvent, ProgressDevice
-from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.event_types import (
+    BackupProgressEvent,
+    BaseDevice,
+    BegunDevice,
+    BegunEvent,
+    ProgressDevice,
+)
+from vmapipe.runtime.events import BaseChosenEvent, Emit, Event
 from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.logs import debug
 from vmapipe.runtime.process import run_child
@@ -44,6 +51,8 @@ _PAUSE_S = 1.0
 # Notices of a job; an honest one has a line for each connection that was lost.
 _MAX_NOTICES = 1000
 _MAX_NOTICE_CHARS = 1000
+# A base's name, as a service calls it: it was a client's.
+_MAX_NAME_CHARS = 200
 # Far beyond those of any honest job: a service that sends so many never ends by itself.
 _NOTICES_WITHOUT_END = 100_000
 # Messages between two looks at the clock and at who cancels.
@@ -66,6 +75,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "vmapipe backup --archiv
     parser.add_argument("--compress", default="", metavar="zstd[:LEVEL]")
     parser.add_argument("--no-manifest", action="store_true")
     parser.add_argument("--stable", action="store_true")
+    parser.add_argument("--base", choices=("auto",))
+    parser.add_argument("--digests", action="store_true")
+    parser.add_argument("--full-every", type=int, default=0)
+    parser.add_argument("--recorded", type=job_id, action="append", default=[])
     parser.add_argument("--uuid", type=job_id, default=b"", metavar="UUID")
     add_tcp_options(parser, "its key pair, and the archiver's server.pub")
     add_connect_option(parser)
@@ -88,6 +101,10 @@ def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         uuid=options.uuid,
         stable=options.stable,
         program="vmapipe",
+        base=options.base is not None,
+        digests=options.digests,
+        full_every=options.full_every,
+        recorded=tuple(options.recorded[: service.MAX_JOB_ITEMS]),
     )
     try:
         opening = service.encode(request)
@@ -115,6 +132,7 @@ class RemoteJob:
     ) -> None:
         """`idle_s`: a service that says only that it lives is given up after so long."""
         self._idle_s = idle_s
+        self._has_base = options.base is not None
         self._at = options.archiver
         self._job = options.job
         self._devices = options.device
@@ -184,6 +202,7 @@ class RemoteJob:
                 self._opened = message
                 self._heard = self._advanced = time.monotonic()
                 self._link.is_settled = True
+                self._tell_base_chosen(message)
                 self._emit({"event": "listening", "endpoint": self._at})
             case service.JobBegun() | service.JobProgress() | service.JobStored() if (
                 self._opened is None
@@ -196,6 +215,7 @@ class RemoteJob:
             ):
                 self._begun = message
                 self._advanced = time.monotonic()
+                self._tell_base(message)
                 self._emit(self._begun_event(message))
             case service.JobProgress() if self._begun is not None:
                 if message != self._progress:
@@ -216,16 +236,24 @@ class RemoteJob:
                         "uuid": message.uuid.hex(),
                         "stored_bytes": message.stored,
                         "plain_bytes": message.plain,
+                        "base_bytes": message.from_base,
+                        "shared_bytes": message.shared,
                     }
                 )
                 return True
-            case service.JobFailed(reason):
-                if self._cancel.asked:
-                    raise Cancelled(self._cancel.reason, self._cancel.signum)
-                raise Failure(f"the archiver at {self._at}: {reason}")
+            case service.JobFailed():
+                self._fail(message)
             case service.JobRefused(code, reason):
                 raise Failure(f"the archiver at {self._at} refused: {reason} [{code}]")
         return False
+
+    def _fail(self, failed: service.JobFailed) -> NoReturn:
+        if self._cancel.asked:
+            raise Cancelled(self._cancel.reason, self._cancel.signum)
+        text = f"the archiver at {self._at}: {failed.reason}"
+        if failed.base_damaged and self._has_base:
+            self._emit({"event": "base-damaged", "text": one_line(text, _MAX_NOTICE_CHARS)})
+        raise Failure(text)
 
     def _pass_on(self, text: str) -> None:
         """A service that tells without end tells a terminal or a log only so much."""
@@ -237,6 +265,43 @@ class RemoteJob:
             self._emit({"event": "notice", "text": f"{self._at}: more notices are left out"})
         if self._notices == _NOTICES_WITHOUT_END:
             raise Failure(f"{self._at}: this is not a vmapipe archiver: its notices have no end")
+
+    def _tell_base_chosen(self, opened: service.Opened) -> None:
+        if self._has_base:
+            self._emit(self._base_chosen(opened))
+
+    def _base_chosen(self, opened: service.Opened) -> BaseChosenEvent:
+        """What the service says of the base; a service that knows none says nothing."""
+        why = one_line(opened.why, _MAX_NOTICE_CHARS) or "it knows nothing of bases"
+        return {
+            "event": "base-chosen",
+            "archive": self._base_name(opened),
+            "uuid": opened.base.hex(),
+            "devices": [{"name": name, "bytes": size} for name, size in opened.disks],
+            "compares": opened.compares,
+            "reason": "" if opened.base else f"the archiver at {self._at}: {why}",
+        }
+
+    def _base_name(self, opened: service.Opened) -> str:
+        return f"{self._at}/{one_line(opened.name, _MAX_NAME_CHARS)}" if opened.base else ""
+
+    def _tell_base(self, begun: service.JobBegun) -> None:
+        opened = self._opened
+        if not self._has_base or opened is None:
+            return
+        reasons = begun.full
+        if not opened.base or len(reasons) != len(self._devices):
+            reasons = (self._base_chosen(opened)["reason"],) * len(self._devices)
+        devices: list[BaseDevice] = [
+            {
+                "name": name,
+                "incremental": bool(opened.base) and not reason,
+                "reason": one_line(reason, _MAX_NOTICE_CHARS),
+            }
+            for name, reason in zip(self._devices, reasons, strict=True)
+        ]
+        archive, uuid = self._base_name(opened), opened.base.hex()
+        self._emit({"event": "base", "archive": archive, "uuid": uuid, "devices": devices})
 
     def _begun_event(self, begun: service.JobBegun) -> BegunEvent:
         devices: list[BegunDevice] = [
@@ -259,6 +324,8 @@ class RemoteJob:
                 strict=False,
             )
         ]
+        for device, unchanged in zip(devices, progress.unchanged, strict=False):
+            device["unchanged_bytes"] = unchanged
         return {
             "event": "progress",
             "stored_bytes": progress.stored,

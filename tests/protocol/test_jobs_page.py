@@ -54,4 +54,4 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
 
 
 def test_the_section_names_what_a_service_does_not_take_as_a_name() -> None:
-    assert "does not\nend in `.partial` or `.manifest.json`" in PAGE
+    assert "does not\nend in `.partial`, `.manifest.json` or `.digests`" in PAGE

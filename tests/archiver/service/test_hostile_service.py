@@ -134,7 +134,7 @@ def backup(service: Hostile, disk: Path, *more: str) -> tuple[int, str]:
 def conduct(service: Hostile, **more: float) -> None:
     """Watch a job as the coordinator's process for that does."""
     at = f"tcp://127.0.0.1:{service.port}"
-    options = argparse.Namespace(archiver=at, job=UUID, device=["a"], output="x.vma")
+    options = argparse.Namespace(archiver=at, job=UUID, device=["a"], base=None, output="x.vma")
     cancel = Cancel()
     link = ArchiverConnection(at)
     try:
