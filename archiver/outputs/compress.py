@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -76,8 +76,8 @@ class ZstdOutput(OutputWrapper):
 
     Each write must bring one extent, its header as the first buffer, or several without data, or
     the archive's header: frames are cut between writes, and behind the header of an extent
-    with CUT_BYTES and more. Memory: (threads + 3) frames, plain and compressed, of FRAME_BYTES
-    and at most one write more each.
+    with CUT_BYTES and more. Such a header and its data are one piece of work for a thread. Memory:
+    (threads + 3) of these, plain and compressed, of FRAME_BYTES and at most one write more each.
     """
 
     def __init__(self, inner: Output, compression: Compression) -> None:
@@ -89,7 +89,7 @@ class ZstdOutput(OutputWrapper):
         self._level = compression.level
         self._limit = compression.threads + _SPARE_FRAMES
         self._plain = bytearray()
-        self._frames: deque[Future[Compressed]] = deque()
+        self._frames: deque[Future[list[Compressed]]] = deque()
         self._table = array.array("I")
         self._thread = threading.local()
         _compressor(self._level)  # loads the library here, and not in the middle of a backup
@@ -98,24 +98,21 @@ class ZstdOutput(OutputWrapper):
 
     def write(self, buffers: Buffers) -> None:
         self._check()
-        cuts = sum(map(len, buffers[1:])) >= CUT_BYTES
-        # A copy, for the buffers belong to others again when we return.
-        for index, buffer in enumerate(buffers):
+        # Copies, for the buffers belong to others again when we return.
+        if sum(map(len, buffers[1:])) >= CUT_BYTES:
+            self._plain += buffers[0]
+            self._close_frame(b"".join(buffers[1:]))
+            return
+        for buffer in buffers:
             self._plain += buffer
-            if cuts and not index:
-                self._close_frame()
-        if cuts or len(self._plain) >= FRAME_BYTES:
+        if len(self._plain) >= FRAME_BYTES:
             self._close_frame()
 
     def write_kept(self, header: bytes | memoryview, kept: Compressed) -> None:
         """Write an extent whose data another archive has as a frame of its own: the frame as it is."""
         self._check()
         self._plain += header
-        self._close_frame()
-        ready: Future[Compressed] = Future()
-        ready.set_result(kept)
-        self._frames.append(ready)
-        self._write_frames()
+        self._close_frame(kept)
 
     def commit(self) -> None:
         self._check()
@@ -140,26 +137,29 @@ class ZstdOutput(OutputWrapper):
         if self._over:
             raise OutputFailure(f"{self.description} takes no more: it is complete or given up")
 
-    def _close_frame(self) -> None:
-        plain, self._plain = self._plain, bytearray()
-        self._frames.append(self._pool.submit(self._compress, plain))
-        self._write_frames()
-
-    def _write_frames(self) -> None:
+    def _close_frame(self, *behind: bytes | Compressed) -> None:
+        """Make frames of what waits and of what comes `behind` it, which may be one already."""
+        parts, self._plain = (self._plain, *behind), bytearray()
+        self._frames.append(self._pool.submit(self._compress, parts))
         while len(self._frames) > self._limit or (self._frames and self._frames[0].done()):
             self._write_frame()
 
-    def _compress(self, plain: bytearray) -> Compressed:
-        compress: Callable[[bytearray], bytes] | None = getattr(self._thread, "compress", None)
+    def _compress(self, parts: Sequence[bytes | bytearray | Compressed]) -> list[Compressed]:
+        compress: Callable[[bytes | bytearray], bytes] | None
+        compress = getattr(self._thread, "compress", None)
         if compress is None:
             # One for each thread: it must not be shared, and making one is slow.
             compress = self._thread.compress = _compressor(self._level)
-        return Compressed(compress(plain), len(plain))
+        return [
+            part if isinstance(part, Compressed) else Compressed(compress(part), len(part))
+            for part in parts
+        ]
 
     def _write_frame(self) -> None:
-        compressed, plain_bytes = self._frames.popleft().result()
-        self._table.extend((len(compressed), plain_bytes))
-        self._inner.write([compressed])
+        frames = self._frames.popleft().result()
+        for compressed, plain_bytes in frames:
+            self._table.extend((len(compressed), plain_bytes))
+        self._inner.write([frame.data for frame in frames])
 
 
 def decompress(frame: Compressed) -> bytes:
@@ -179,7 +179,7 @@ def decompress(frame: Compressed) -> bytes:
     return plain
 
 
-def _compressor(level: int) -> Callable[[bytearray], bytes]:
+def _compressor(level: int) -> Callable[[bytes | bytearray], bytes]:
     """Return a function that makes one frame, with its length and a checksum, of all that it gets."""
     # Late: a compiled library takes 15 ms, and most backups do not compress.
     if sys.version_info >= (3, 14):

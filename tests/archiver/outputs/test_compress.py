@@ -7,7 +7,7 @@ import random
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import zstandard
@@ -153,24 +153,30 @@ def test_an_empty_archive_is_a_seek_table_only() -> None:
     assert decompressed(raw) == b""
 
 
-def test_frames_in_the_making_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "buffers",
+    [[bytes(FRAME_BYTES)], [bytes(512), bytes(FRAME_BYTES)]],
+    ids=["together", "a header and its data"],
+)
+def test_extents_in_the_making_are_bounded_and_no_fewer_where_headers_are_cut(
+    buffers: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     go = threading.Event()
-    begun: list[int] = []
     compress_frame = ZstdOutput._compress
 
-    def slow(output: ZstdOutput, plain: bytearray) -> compress.Compressed:
-        begun.append(len(plain))
+    def slow(
+        output: ZstdOutput, parts: Sequence[bytes | bytearray | compress.Compressed]
+    ) -> list[compress.Compressed]:
         assert go.wait(LIMIT_S)
-        return compress_frame(output, plain)
+        return compress_frame(output, parts)
 
     monkeypatch.setattr(ZstdOutput, "_compress", slow)
     output = ZstdOutput(MemoryOutput(), Compression(threads=2))
-    frame = bytes(FRAME_BYTES)
     accepted = []
 
     def write_many() -> None:
         for _ in range(10):
-            output.write([frame])
+            output.write(buffers)
             accepted.append(1)
 
     full = threading.Event()
