@@ -34,6 +34,7 @@ archives:
   repack     make an archive anew: in order, with a manifest, without a disk, renamed
   manifest   make the manifest of an archive that has none
   prune      remove old archives by retention rules, as Proxmox VE does
+  report     say of every machine whether it is safe, as a page, table, metrics
   doctor     say what can be backed up here and how, changing nothing
 
 running backups:
@@ -83,6 +84,7 @@ COMMANDS = {
     "repack": ("vmapipe.control.cli.repack", "main"),
     "manifest": ("vmapipe.control.cli.repack", "main_manifest"),
     "prune": ("vmapipe.control.cli.prune", "main"),
+    "report": ("vmapipe.control.cli.report", "main"),
     "monitor": ("vmapipe.control.cli.monitor", "main"),
     "cleanup": ("vmapipe.control.cli.cleanup", "main"),
     "producer": ("vmapipe.producer.main", "main"),

@@ -46,6 +46,15 @@ def human_bytes(count: float) -> str:
     return f"{count / 1024:.1f} TiB"
 
 
+def human_age(seconds: float) -> str:
+    """5400 to `90 min`, 93600 to `26 h`, 864000 to `10 d`: two or three digits, rounded."""
+    # A unit begins where the one before would need more than two digits to be told apart.
+    for unit_s, least_s, unit in ((86400, 72 * 3600, "d"), (3600, 100 * 60, "h"), (60, 100, "min")):
+        if round(seconds) >= least_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
 def _shortened(text: str, limit_chars: int) -> str:
     if len(text) <= limit_chars:
         return text

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says: of each machine its days, its age against the promise, its tests, what is wrong and the way out. Pure.
+
+The records of a catalogue go in; what comes out is the same for the page, for JSON and for Prometheus.
+Times are seconds since 1970, sizes bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+from zoneinfo import ZoneInfo
+
+from vmapipe.fleet.catalogue import (
+    ArchiveRecord,
+    DrillRecord,
+    MachineRecord,
+    RunRecord,
+    VerificationRecord,
+)
+from vmapipe.fleet.windows import DAY_S
+from vmapipe.runtime.text import human_age
+
+#: What a day of a machine shows, from the best proof that its archives have; "": nothing happened.
+Cell = Literal["", "stored", "verified", "booted", "failed", "damaged"]
+Severity = Literal["ok", "warning", "critical"]
+ProblemKind = Literal[
+    "damaged", "never", "late", "not-booted", "failed", "unproved", "untested", "vanished"
+]
+# An archive may come half an interval late: a backup takes its time, and its start is spread.
+LATE = 1.5
+# A restore test that was missed once is made up for; after twice its interval nobody looks.
+UNTESTED = 2.0
+_CRITICAL: frozenset[ProblemKind] = frozenset({"damaged", "never", "late", "not-booted"})
+_RANK: Mapping[Severity, int] = {"critical": 0, "warning": 1, "ok": 2}
+
+
+class Promise(NamedTuple):
+    """What was promised for a machine; 0: nothing. `skip`: why it is not backed up, or empty."""
+
+    every_s: float = DAY_S
+    drill_every_s: float = 0.0
+    verify_every_s: float = 0.0
+    skip: str = ""
+
+
+class ReportInput(NamedTuple):
+    """Records of all machines; of `runs` the ended ones of the days that are shown are enough."""
+
+    machines: Sequence[MachineRecord]
+    archives: Iterable[ArchiveRecord]
+    verifications: Iterable[VerificationRecord] = ()
+    drills: Iterable[DrillRecord] = ()
+    runs: Iterable[RunRecord] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, in a sentence, and what to do about it."""
+
+    kind: ProblemKind
+    text: str
+    way_out: str
+
+    @property
+    def severity(self) -> Severity:
+        return "critical" if self.kind in _CRITICAL else "warning"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MachineReport:
+    """A machine's line. `sizes`: of each day the newest archive's size, 0: there is none."""
+
+    machine: str
+    host: str
+    tags: str
+    severity: Severity
+    problems: list[Problem]
+    skip: str
+    archives: int
+    stored_bytes: int
+    newest: ArchiveRecord | None
+    age_s: float
+    promised_s: float
+    transferred_bytes: int  # on the days that are shown
+    shared_bytes: int
+    verified: VerificationRecord | None
+    drill: DrillRecord | None
+    days: list[Cell]
+    sizes: list[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TargetReport:
+    """A place of archives."""
+
+    target: str
+    machines: int
+    archives: int
+    stored_bytes: int
+    shared_bytes: int
+    newest_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """The whole of it. `first_day`: of `days` cells, in ISO's form; `sizes`: what was stored on each day."""
+
+    title: str
+    made_s: float
+    zone: str
+    first_day: str
+    days: int
+    machines: list[MachineReport]
+    targets: list[TargetReport]
+    sizes: list[int]
+    transferred: list[int]
+
+    def count(self, severity: Severity) -> int:
+        return sum(machine.severity == severity for machine in self.machines)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(target.stored_bytes for target in self.targets)
+
+    @property
+    def shared_bytes(self) -> int:
+        return sum(target.shared_bytes for target in self.targets)
+
+    @property
+    def archives(self) -> int:
+        return sum(target.archives for target in self.targets)
+
+
+class _Days:
+    """The days that are shown, by the clock on a wall in `zone`."""
+
+    def __init__(self, now_s: float, zone: str, days: int) -> None:
+        self._zone = ZoneInfo(zone)
+        self.count = days
+        today = datetime.datetime.fromtimestamp(now_s, self._zone).date()
+        self.first = today - datetime.timedelta(days=days - 1)
+        midnight = datetime.datetime.combine(self.first, datetime.time(), self._zone)
+        self.from_s = midnight.timestamp()
+        # Begins of the days; one more than there are. A day has 23 to 25 hours.
+        self._begins = [
+            datetime.datetime.combine(
+                self.first + datetime.timedelta(days=n), datetime.time(), self._zone
+            ).timestamp()
+            for n in range(days + 1)
+        ]
+
+    def index(self, at_s: float) -> int:
+        """Return the number of a time's day, or -1: it is not shown."""
+        if not self.from_s <= at_s < self._begins[-1]:
+            return -1
+        guess = min(int((at_s - self.from_s) // DAY_S), self.count - 1)
+        while at_s >= self._begins[guess + 1]:
+            guess += 1
+        while at_s < self._begins[guess]:
+            guess -= 1
+        return guess
+
+
+class _Machine:
+    """All records of one machine."""
+
+    def __init__(self, record: MachineRecord) -> None:
+        self.record = record
+        self.archives: list[ArchiveRecord] = []
+        self.verified: dict[tuple[str, str], VerificationRecord] = {}
+        self.drilled: dict[tuple[str, str], DrillRecord] = {}
+        self.runs: list[RunRecord] = []
+
+
+def shown_from_s(now_s: float, zone: str, days: int) -> float:
+    """Return when the first of the days that are shown begins."""
+    return _Days(now_s, zone, days).from_s
+
+
+def make_report(
+    records: ReportInput,
+    promises: Mapping[str, Promise],
+    now_s: float,
+    zone: str = "UTC",
+    days: int = 31,
+    title: str = "Backups",
+) -> Report:
+    """`promises` of machines by their names; "" is for all that are not in it."""
+    shown = _Days(now_s, zone, days)
+    machines = _gather(records)
+    default = promises.get("", Promise())
+    sizes, transferred = [0] * days, [0] * days
+    rows = []
+    for name, machine in machines.items():
+        rows.append(_row(machine, promises.get(name, default), now_s, shown))
+        for archive in machine.archives:
+            index = shown.index(archive.stored_s)
+            if index >= 0:
+                sizes[index] += archive.size_bytes
+                transferred[index] += archive.transferred_bytes
+    rows.sort(key=lambda row: (_RANK[row.severity], -_overdue(row), row.machine))
+    return Report(
+        title,
+        now_s,
+        zone,
+        shown.first.isoformat(),
+        days,
+        rows,
+        _targets(machines.values()),
+        sizes,
+        transferred,
+    )
+
+
+def _gather(records: ReportInput) -> dict[str, _Machine]:
+    machines = {record.machine: _Machine(record) for record in records.machines}
+
+    def of(name: str) -> _Machine:
+        if name not in machines:
+            machines[name] = _Machine(MachineRecord(name, "", "", ""))
+        return machines[name]
+
+    for archive in records.archives:
+        of(archive.machine).archives.append(archive)
+    for seen in records.verifications:
+        known = of(seen.machine).verified
+        key = (seen.target, seen.archive)
+        if key not in known or known[key].checked_s < seen.checked_s:
+            known[key] = seen
+    for drill in records.drills:
+        tested = of(drill.machine).drilled
+        key = (drill.target, drill.archive)
+        if key not in tested or tested[key].tested_s < drill.tested_s:
+            tested[key] = drill
+    for run in records.runs:
+        of(run.machine).runs.append(run)
+    return machines
+
+
+def _row(machine: _Machine, promise: Promise, now_s: float, shown: _Days) -> MachineReport:
+    archives = machine.archives
+    there = [archive for archive in archives if not archive.removed_s]
+    newest = max(there, key=_instant, default=None)
+    verified = max(machine.verified.values(), key=lambda seen: seen.checked_s, default=None)
+    drill = max(machine.drilled.values(), key=lambda drill: drill.tested_s, default=None)
+    problems = [] if promise.skip else list(_problems(machine, there, promise, now_s))
+    problems.sort(key=lambda problem: _RANK[problem.severity])
+    severity: Severity = problems[0].severity if problems else "ok"
+    cells, sizes = _days_of(machine, shown)
+    recent = [archive for archive in archives if archive.stored_s >= shown.from_s]
+    return MachineReport(
+        machine=machine.record.machine,
+        host=machine.record.host or (newest.host if newest else ""),
+        tags=machine.record.tags,
+        severity=severity,
+        problems=problems,
+        skip=promise.skip,
+        archives=len(there),
+        stored_bytes=sum(archive.size_bytes for archive in there),
+        newest=newest,
+        age_s=now_s - _instant(newest) if newest else 0.0,
+        promised_s=promise.every_s,
+        transferred_bytes=sum(archive.transferred_bytes for archive in recent),
+        shared_bytes=sum(archive.shared_bytes for archive in there),
+        verified=verified,
+        drill=drill,
+        days=cells,
+        sizes=sizes,
+    )
+
+
+def _instant(archive: ArchiveRecord) -> float:
+    return archive.instant_s or archive.stored_s
+
+
+def _days_of(machine: _Machine, shown: _Days) -> tuple[list[Cell], list[int]]:
+    cells: list[Cell] = [""] * shown.count
+    sizes = [0] * shown.count
+    order: Mapping[Cell, int] = {"": 0, "failed": 1, "stored": 2, "verified": 3, "booted": 4}
+    for archive in machine.archives:
+        index = shown.index(archive.stored_s)
+        if index < 0:
+            continue
+        cell = _cell(machine, archive)
+        # Damage is seen whatever else was stored on that day.
+        if cell == "damaged" or order[cell] > order.get(cells[index], 9):
+            cells[index] = cell
+        sizes[index] = archive.size_bytes
+    for run in machine.runs:
+        index = shown.index(run.ended_s)
+        if index >= 0 and not cells[index] and run.verb == "backup" and run.state == "failed":
+            cells[index] = "failed"
+    return cells, sizes
+
+
+def _cell(machine: _Machine, archive: ArchiveRecord) -> Cell:
+    key = (archive.target, archive.archive)
+    seen, drill = machine.verified.get(key), machine.drilled.get(key)
+    if (seen and seen.verdict == "damaged") or (drill and drill.verdict == "not-booted"):
+        return "damaged"
+    if drill and drill.verdict == "booted":
+        return "booted"
+    return "verified" if seen and seen.verdict == "ok" else "stored"
+
+
+def _problems(
+    machine: _Machine, there: Sequence[ArchiveRecord], promise: Promise, now_s: float
+) -> Iterable[Problem]:
+    keys = {(archive.target, archive.archive): archive for archive in there}
+    for key, archive in keys.items():
+        seen = machine.verified.get(key)
+        if seen and seen.verdict == "damaged":
+            yield Problem(
+                "damaged",
+                f"{_name(archive)} is damaged: {seen.text or 'verify says where'}",
+                f"back the machine up again; `vmapipe verify {archive.location or archive.archive}` "
+                "names the disks and the bytes, `vmapipe restore --salvage` saves the rest",
+            )
+    tested = [drill for key, drill in machine.drilled.items() if key in keys]
+    last = max(tested, key=lambda drill: drill.tested_s, default=None)
+    if last and last.verdict != "booted":
+        yield Problem(
+            "not-booted" if last.verdict == "not-booted" else "unproved",
+            f"{last.archive} did not boot in its restore test: {last.text or last.verdict}"
+            if last.verdict == "not-booted"
+            else f"the restore test of {last.archive} came to no verdict: {last.text}",
+            "look at its picture and its serial log; `vmapipe drill --help` tells how to give it a plan",
+        )
+    yield from _backup_problems(machine, there, promise, now_s)
+    if there and promise.drill_every_s:
+        since_s = last.tested_s if last else min(map(_instant, there))
+        if now_s - since_s > UNTESTED * promise.drill_every_s:
+            said = f"for {human_age(now_s - since_s)}" if last else "ever"
+            yield Problem(
+                "untested",
+                f"no restore test {said}; one every {human_age(promise.drill_every_s)} was promised",
+                f"vmapipe drill {_last(there).location or _last(there).archive}",
+            )
+    if machine.record.vanished_s:
+        yield Problem(
+            "vanished",
+            f"no scan has found it for {human_age(now_s - machine.record.vanished_s)}",
+            "if it is gone for good, `skip` in the inventory says so; its archives stay",
+        )
+
+
+def _backup_problems(
+    machine: _Machine, there: Sequence[ArchiveRecord], promise: Promise, now_s: float
+) -> Iterable[Problem]:
+    backups = [run for run in machine.runs if run.verb == "backup"]
+    last_run = max(backups, key=lambda run: run.ended_s, default=None)
+    # A failure counts until a later backup was stored.
+    stored_s = max((archive.stored_s for archive in there), default=0.0)
+    failed = last_run is not None and last_run.state == "failed" and last_run.ended_s > stored_s
+    cause = last_run.text if last_run is not None and failed else ""
+    way = (
+        "vmapipe fleet history names each try" if backups else "vmapipe doctor says what would fail"
+    )
+    if not there:
+        yield Problem("never", f"no archive of it{_because(cause)}", way)
+        return
+    age_s = now_s - _instant(_last(there))
+    if promise.every_s and age_s > LATE * promise.every_s:
+        yield Problem(
+            "late",
+            f"the newest archive is {human_age(age_s)} old; one every "
+            f"{human_age(promise.every_s)} was promised{_because(cause)}",
+            way,
+        )
+    elif failed:
+        yield Problem("failed", f"the last backup failed{_because(cause)}", way)
+
+
+def _because(cause: str) -> str:
+    return f": {cause}" if cause else ""
+
+
+def _last(there: Sequence[ArchiveRecord]) -> ArchiveRecord:
+    return max(there, key=_instant)
+
+
+def _name(archive: ArchiveRecord) -> str:
+    return f"{archive.archive} on {archive.target}" if archive.target else archive.archive
+
+
+def _overdue(row: MachineReport) -> float:
+    return row.age_s / row.promised_s if row.promised_s else 0.0
+
+
+def _targets(machines: Iterable[_Machine]) -> list[TargetReport]:
+    found: dict[str, list[ArchiveRecord]] = defaultdict(list)
+    for machine in machines:
+        for archive in machine.archives:
+            if not archive.removed_s:
+                found[archive.target].append(archive)
+    return [
+        TargetReport(
+            target,
+            len({archive.machine for archive in archives}),
+            len(archives),
+            sum(archive.size_bytes for archive in archives),
+            sum(archive.shared_bytes for archive in archives),
+            max(archive.stored_s for archive in archives),
+        )
+        for target, archives in sorted(found.items())
+    ]

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the archives of a place say by themselves: the catalogue's records, made again from nothing else.
+
+A machine is what an archive's name says, as `vmapipe prune` reads it; its time is the name's, in the time zone
+of this host, or that of storing. What stands beside an archive was written by whoever can write there: it
+is read in bounds, and what is not as ours are counts for nothing.
+"""
+
+from __future__ import annotations
+
+import calendar
+import contextlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from vmapipe.access.drill.result import SUFFIX as DRILL_SUFFIX
+from vmapipe.access.drill.result import DrillResult, decode_result
+from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
+from vmapipe.fleet.catalogue import ArchiveRecord, DrillRecord, VerificationRecord
+from vmapipe.places.archives import KeptArchive, find_archives, verified_of
+from vmapipe.places.place import Place
+from vmapipe.runtime.errors import Failure
+from vmapipe.vma.errors import ArchiveError
+from vmapipe.vma.manifest import Totals, read_totals
+
+#: The picture in the folder of a restore test's evidence.
+PICTURE = "screen.png"
+# Of an archive of some 600 GiB of data. The size of the disks of a larger one stays unknown.
+_MAX_MANIFEST_BYTES = 8 << 20
+_MAX_RESULT_BYTES = 256 << 10
+# Of a store, which answers each after some tens of milliseconds.
+_THREADS = 8
+_DRILL_TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+
+class PlaceRecords(NamedTuple):
+    """What was found in one place."""
+
+    archives: list[ArchiveRecord]
+    verifications: list[VerificationRecord]
+    drills: list[DrillRecord]
+
+
+def read_place(place: Place, target: str) -> PlaceRecords:
+    """Return the records of all archives of a place. Raises Failure where the place cannot be read.
+
+    Manifests are read of each machine's newest archive only: they say how large its disks are.
+    """
+    kept = find_archives(place)
+    newest = {archive.machine: archive for archive in kept}  # the last one, by time
+    with ThreadPoolExecutor(_THREADS, "rescan") as pool:
+        verified = list(pool.map(lambda one: _verification(place, one, target), kept))
+        drills = list(pool.map(lambda one: _drill(place, one, target), kept))
+        totals = list(
+            pool.map(lambda one: _totals(place, one) if newest[one.machine] is one else None, kept)
+        )
+    return PlaceRecords(
+        [_archive(place, one, target, t) for one, t in zip(kept, totals, strict=True)],
+        [record for record in verified if record is not None],
+        [record for record in drills if record is not None],
+    )
+
+
+def _archive(
+    place: Place, archive: KeptArchive, target: str, totals: Totals | None
+) -> ArchiveRecord:
+    at_s = _instant_s(archive)
+    return ArchiveRecord(
+        archive.machine,
+        target,
+        archive.name,
+        location=place.full_name(archive.name),
+        instant_s=at_s,
+        stored_s=at_s,
+        disk_bytes=sum(device.size_bytes for device in totals.devices) if totals else 0,
+        plain_bytes=totals.archive_bytes if totals else 0,
+        size_bytes=archive.file.size_bytes,
+    )
+
+
+def _instant_s(archive: KeptArchive) -> float:
+    """A copy keeps its name and not its file's time; a name with a day only leaves the hour to the file."""
+    if archive.when is None:
+        return archive.file.changed_s
+    named_s = time.mktime((*archive.when, 0, 0, -1))
+    if archive.when[3:] == (0, 0, 0) and 0 <= archive.file.changed_s - named_s < 86400:
+        return archive.file.changed_s
+    return named_s
+
+
+def _totals(place: Place, archive: KeptArchive) -> Totals | None:
+    if not archive.has_manifest:
+        return None
+    with contextlib.suppress(Failure, ArchiveError, UnicodeDecodeError):
+        raw = place.read_small(archive.name + MANIFEST_SUFFIX, _MAX_MANIFEST_BYTES)
+        if raw:
+            return read_totals(raw.rstrip(b"\n").rpartition(b"\n")[2].decode())
+    return None
+
+
+def _verification(place: Place, archive: KeptArchive, target: str) -> VerificationRecord | None:
+    found = verified_of(place, archive)
+    if found is None:
+        return None
+    return VerificationRecord(
+        archive.machine,
+        target,
+        archive.name,
+        found.time_s,
+        "ok" if found.ok else "damaged",
+        found.data_checked,
+    )
+
+
+def _drill(place: Place, archive: KeptArchive, target: str) -> DrillRecord | None:
+    if archive.name + DRILL_SUFFIX not in archive.beside:
+        return None
+    with contextlib.suppress(Failure, ValueError):
+        raw = place.read_small(archive.name + DRILL_SUFFIX, _MAX_RESULT_BYTES)
+        if raw is not None:
+            result = decode_result(raw)
+            folder = os.path.dirname(place.full_name(archive.name))
+            return drill_record(result, archive.machine, target, archive.name, folder)
+    return None
+
+
+def drill_record(
+    result: DrillResult, machine: str, target: str, archive: str, folder: str
+) -> DrillRecord:
+    """Return a restore test as the catalogue has it. `folder`: where archive and evidence are."""
+    return DrillRecord(
+        machine,
+        target,
+        archive,
+        float(calendar.timegm(time.strptime(result.date, _DRILL_TIME))),
+        "not-booted" if result.verdict == "not booted" else result.verdict,
+        result.seconds or 0.0,
+        result.proof,
+        os.path.join(folder, result.evidence, PICTURE) if result.evidence else "",
+        text=result.reason,
+    )
