@@ -20,7 +20,7 @@ from vmapipe.access.drill.result import DrillResult, decode_result
 from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
 from vmapipe.fleet.catalogue import ArchiveRecord, DrillRecord, VerificationRecord
 from vmapipe.places.archives import KeptArchive, find_archives, verified_of
-from vmapipe.places.place import Place
+from vmapipe.places.place import KeptPlace
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.manifest import Totals, read_totals
@@ -43,7 +43,7 @@ class PlaceRecords(NamedTuple):
     drills: list[DrillRecord]
 
 
-def read_place(place: Place, target: str) -> PlaceRecords:
+def read_place(place: KeptPlace, target: str) -> PlaceRecords:
     """Return the records of all archives of a place. Raises Failure where the place cannot be read.
 
     Manifests are read of each machine's newest archive only: they say how large its disks are.
@@ -64,7 +64,7 @@ def read_place(place: Place, target: str) -> PlaceRecords:
 
 
 def _archive(
-    place: Place, archive: KeptArchive, target: str, totals: Totals | None
+    place: KeptPlace, archive: KeptArchive, target: str, totals: Totals | None
 ) -> ArchiveRecord:
     at_s = _instant_s(archive)
     return ArchiveRecord(
@@ -90,7 +90,7 @@ def _instant_s(archive: KeptArchive) -> float:
     return named_s
 
 
-def _totals(place: Place, archive: KeptArchive) -> Totals | None:
+def _totals(place: KeptPlace, archive: KeptArchive) -> Totals | None:
     if not archive.has_manifest:
         return None
     with contextlib.suppress(Failure, ArchiveError, UnicodeDecodeError):
@@ -100,7 +100,7 @@ def _totals(place: Place, archive: KeptArchive) -> Totals | None:
     return None
 
 
-def _verification(place: Place, archive: KeptArchive, target: str) -> VerificationRecord | None:
+def _verification(place: KeptPlace, archive: KeptArchive, target: str) -> VerificationRecord | None:
     found = verified_of(place, archive)
     if found is None:
         return None
@@ -114,7 +114,7 @@ def _verification(place: Place, archive: KeptArchive, target: str) -> Verificati
     )
 
 
-def _drill(place: Place, archive: KeptArchive, target: str) -> DrillRecord | None:
+def _drill(place: KeptPlace, archive: KeptArchive, target: str) -> DrillRecord | None:
     if archive.name + DRILL_SUFFIX not in archive.beside:
         return None
     with contextlib.suppress(Failure, ValueError):

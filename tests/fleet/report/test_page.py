@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fleet.report.records import (
     HOUR_S,
@@ -27,6 +28,7 @@ from vmapipe.fleet.catalogue import DrillRecord
 from vmapipe.fleet.report.facts import Report, ReportInput, make_report
 from vmapipe.fleet.report.metrics import render_metrics
 from vmapipe.fleet.report.page import render_page
+from vmapipe.runtime.text import one_line
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 # What a page without scripts needs; a stranger's text can bring nothing else into it.
@@ -170,11 +172,17 @@ def test_metrics_name_each_problem_once_and_escape_what_a_machine_is_called() ->
     odd = 'a"b\\c\nd'
     records = ReportInput([machine(odd), machine("never")], [archive(odd, 90 * HOUR_S)])
     text = render_metrics(make_report(records, PROMISES, NOW_S))
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    assert len({line.rpartition(" ")[0] for line in lines}) == len(lines)
-    assert all(line.count('"') >= 2 for line in lines if "{" in line)
-    assert 'vmapipe_machine_problem{machine="never",host="pve1",kind="never"} 1' in lines
-    assert not [line for line in lines if line.startswith("d")]
+    samples = [
+        (sample.name, tuple(sorted(sample.labels.items())))
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    ]
+    assert len(set(samples)) == len(samples)
+    problems = [dict(labels) for name, labels in samples if name == "vmapipe_machine_problem"]
+    assert problems == [
+        {"machine": one_line(odd), "host": "pve1", "kind": "late"},
+        {"machine": "never", "host": "pve1", "kind": "never"},
+    ]
 
 
 def test_a_page_costs_no_more_a_machine_when_there_are_many() -> None:
