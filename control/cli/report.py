@@ -22,7 +22,7 @@ from vmapipe.runtime.text import human_age, one_line
 
 if TYPE_CHECKING:
     from vmapipe.fleet.catalogue import DrillRecord
-    from vmapipe.fleet.report.facts import Report
+    from vmapipe.fleet.report.facts import FleetReport
 
 DESCRIPTION = """\
 Say of every machine whether it is safe: how old its newest archive is, on which days
@@ -162,7 +162,7 @@ def _interval(option: str, text: str) -> float:
         raise UsageError(f"{option}: {error}, or none") from error
 
 
-def give_out(report: Report, options: argparse.Namespace) -> None:
+def give_out(report: FleetReport, options: argparse.Namespace) -> None:
     """Write and print what was asked for. Raises Failure, and NotSafe at the end."""
     if options.html:
         from vmapipe.fleet.report.page import render_page
@@ -204,7 +204,7 @@ def _picture(drill: DrillRecord) -> bytes | None:
         return None
 
 
-def _table(report: Report) -> list[str]:
+def _table(report: FleetReport) -> list[str]:
     rows = [("MACHINE", "NEWEST", "PROMISED", "ARCHIVES", "RESTORE TEST", "")]
     for row in report.machines:
         tested = ""
@@ -220,9 +220,9 @@ def _table(report: Report) -> list[str]:
                 "; ".join(problem.text for problem in row.problems) or "ok",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    widths = [max(len(cells[column]) for cells in rows) for column in range(5)]
     lines = []
-    for row in rows:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        lines.append(one_line("  ".join([*padded, row[-1]]).rstrip()))
+    for cells in rows:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
+        lines.append(one_line("  ".join([*padded, cells[-1]]).rstrip()))
     return lines

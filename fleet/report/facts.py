@@ -106,7 +106,7 @@ class TargetReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Report:
+class FleetReport:
     """The whole of it. `first_day`: of `days` cells, in ISO's form; `sizes`: what was stored on each day."""
 
     title: str
@@ -188,7 +188,7 @@ def make_report(
     zone: str = "UTC",
     days: int = 31,
     title: str = "Backups",
-) -> Report:
+) -> FleetReport:
     """`promises` of machines by their names; "" is for all that are not in it."""
     shown = _Days(now_s, zone, days)
     machines = _gather(records)
@@ -203,7 +203,7 @@ def make_report(
                 sizes[index] += archive.size_bytes
                 transferred[index] += archive.transferred_bytes
     rows.sort(key=lambda row: (_RANK[row.severity], -_overdue(row), row.machine))
-    return Report(
+    return FleetReport(
         title,
         now_s,
         zone,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from vmapipe.control.coordinator.metrics import escaped_label
-from vmapipe.fleet.report.facts import MachineReport, Report, Severity
+from vmapipe.fleet.report.facts import FleetReport, MachineReport, Severity
 
 _STATES: Mapping[Severity, int] = {"ok": 0, "warning": 1, "critical": 2}
 # None: of this machine there is no such value.
@@ -73,12 +73,12 @@ _OF_TARGETS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def render_metrics(report: Report) -> str:
+def render_metrics(report: FleetReport) -> str:
     """Return the file's content."""
     return "\n".join(_lines(report)) + "\n"
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _lines(report: FleetReport) -> Iterator[str]:
     yield from _head("vmapipe_report_timestamp_seconds", "When this was found out.")
     yield f"vmapipe_report_timestamp_seconds {report.made_s:.0f}"
     for name, (text, value_of) in _OF_MACHINES.items():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 from zoneinfo import ZoneInfo
 
 from vmapipe.fleet.catalogue import DrillRecord
-from vmapipe.fleet.report.facts import Cell, MachineReport, Problem, Report, Severity
+from vmapipe.fleet.report.facts import Cell, FleetReport, MachineReport, Problem, Severity
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.text import human_age, human_bytes
 
@@ -49,7 +49,7 @@ class ShownPicture(NamedTuple):
     address: str
 
 
-def render_page(report: Report, picture_of: PictureOf = lambda drill: None) -> str:
+def render_page(report: FleetReport, picture_of: PictureOf = lambda drill: None) -> str:
     """Return the page. Raises Failure where the templates' library is not installed."""
     pictures, left_out = _pictures(report, picture_of)
     problems = _grouped(report)
@@ -101,7 +101,7 @@ class ShownProblems(NamedTuple):
     left_out: int
 
 
-def _grouped(report: Report) -> dict[Severity, ShownProblems]:
+def _grouped(report: FleetReport) -> dict[Severity, ShownProblems]:
     """Return problems by severity; what several machines have in the same words is said once."""
     groups: dict[Problem, list[MachineReport]] = {}
     for row in report.machines:
@@ -123,7 +123,7 @@ def _time(at_s: float, zone: str) -> str:
     return at.strftime("%Y-%m-%d %H:%M")
 
 
-def _day_labels(report: Report) -> list[tuple[int, str]]:
+def _day_labels(report: FleetReport) -> list[tuple[int, str]]:
     """Return the number and the label of each Monday among the days."""
     first = datetime.date.fromisoformat(report.first_day)
     days = [first + datetime.timedelta(days=n) for n in range(report.days)]
@@ -160,7 +160,7 @@ def _curve(sizes: Sequence[int]) -> str:
     return " ".join(f"{index},{1 + height - height * size // most}" for index, size in points)
 
 
-def _pictures(report: Report, picture_of: PictureOf) -> tuple[list[ShownPicture], int]:
+def _pictures(report: FleetReport, picture_of: PictureOf) -> tuple[list[ShownPicture], int]:
     """Return the last restore tests, those that failed first; and of how many the page has no room."""
     tested = [(row, row.drill) for row in report.machines if row.drill is not None]
     tested.sort(key=lambda pair: (pair[1].verdict == "booted", -pair[1].tested_s))

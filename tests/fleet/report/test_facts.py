@@ -22,10 +22,10 @@ from tests.fleet.report.records import (
     small_fleet,
 )
 from vmapipe.fleet.catalogue import VerificationRecord
-from vmapipe.fleet.report.facts import MachineReport, Promise, Report, ReportInput, make_report
+from vmapipe.fleet.report.facts import FleetReport, MachineReport, Promise, ReportInput, make_report
 
 
-def rows(report: Report) -> dict[str, MachineReport]:
+def rows(report: FleetReport) -> dict[str, MachineReport]:
     return {row.machine: row for row in report.machines}
 
 

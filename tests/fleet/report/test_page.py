@@ -25,7 +25,7 @@ from tests.fleet.report.records import (
 )
 from tests.machine import Need
 from vmapipe.fleet.catalogue import DrillRecord
-from vmapipe.fleet.report.facts import Report, ReportInput, make_report
+from vmapipe.fleet.report.facts import FleetReport, ReportInput, make_report
 from vmapipe.fleet.report.metrics import render_metrics
 from vmapipe.fleet.report.page import render_page
 from vmapipe.runtime.text import one_line
@@ -82,7 +82,7 @@ class Tags(html.parser.HTMLParser):
         self.attributes |= {(name, value or "") for name, value in attrs}
 
 
-def page_of(report: Report, picture: bytes | None = PNG) -> str:
+def page_of(report: FleetReport, picture: bytes | None = PNG) -> str:
     def picture_of(_: DrillRecord) -> bytes | None:
         return picture
 
