@@ -25,10 +25,10 @@ from vmapipe.access.drill.run import DrillOptions, Outcome, drill
 from vmapipe.access.machine.libvirt import looks_like_libvirt, machine_of_libvirt
 from vmapipe.access.machine.proxmox import config_without_one, machine_of_proxmox
 from vmapipe.access.machine.spec import Limits, MachineSpec, Omission
+from vmapipe.control.cli.caches import add_cache_options, caches_of
 from vmapipe.control.cli.configuration import config_text, configuration_of
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.identity import add_identity_option
-from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.runtime.arguments import make_parser, size

@@ -29,10 +29,10 @@ from vmapipe.access.files.messages import (
     Volume,
 )
 from vmapipe.access.files.session import FileReader
+from vmapipe.control.cli.caches import add_cache_options, caches_of
 from vmapipe.control.cli.entries import entry_filter, print_entry
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.identity import add_identity_option
-from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text

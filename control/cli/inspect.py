@@ -13,8 +13,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmapipe.access.drill.result import DrillResult, read_result
-from vmapipe.access.lzo import can_read_lzo
 from vmapipe.control.cli.errors import naming, source_name
 from vmapipe.control.cli.identity import add_identity_option, identities_of
 from vmapipe.control.coordinator.output_spec import inherited_fds
@@ -37,6 +35,7 @@ from vmapipe.vma.errors import ArchiveError, VmaError
 from vmapipe.vma.header import Config, Header
 
 if TYPE_CHECKING:
+    from vmapipe.access.drill.result import DrillResult
     from vmapipe.control.cli.places import KeptVerdict
     from vmapipe.crypt.age import AgeIdentity
 
@@ -63,6 +62,9 @@ def condition_of(
     compression, is_seekable, encrypted = _stored_form(name, cancel, identities)
     if not compression:
         return Condition("", False, False, None)
+    # Late, here and below: a restore has use for this file's options alone.
+    from vmapipe.access.drill.result import read_result
+
     drill = None if is_object(name) else read_result(name, uuid)
     has_manifest = _has_manifest(name, uuid, cancel, identities)
     return Condition(compression, is_seekable, has_manifest, drill, encrypted)
@@ -83,14 +85,14 @@ def _stored_form(
             return "", False, False
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            size_bytes = os.lseek(fd, 0, os.SEEK_END)
-
-            def pread(length: int, offset: int) -> bytes:
-                return os.pread(fd, length, offset)
-
-            form = _form(name, pread, size_bytes, cancel, identities)
+            size = os.lseek(fd, 0, os.SEEK_END)
+            form = _form(name, lambda n, at: os.pread(fd, n, at), size, cancel, identities)
             # Its blocks are independent; finding them all here would take as long as opening it.
-            return ("lzo", can_read_lzo(), False) if form[::2] == ("lzo", False) else form
+            if form[::2] != ("lzo", False):
+                return form
+            from vmapipe.access.lzo import can_read_lzo
+
+            return "lzo", can_read_lzo(), False
         finally:
             os.close(fd)
     except Cancelled:

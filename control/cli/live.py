@@ -8,11 +8,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from vmapipe.access.archive import refuse_streams
-from vmapipe.access.live.session import LiveRequest, LiveSession
+from vmapipe.control.cli.caches import add_cache_options, cache_words
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.inspect import read_options
-from vmapipe.control.cli.serve import add_cache_options, cache_words
 from vmapipe.control.coordinator.render import renderer
 from vmapipe.control.qmp.addresses import add_monitor_options
 from vmapipe.restore.archive.reader import open_archive
@@ -60,6 +58,9 @@ def check_live(options: argparse.Namespace) -> None:
     for name in _NOT_LIVE:
         if getattr(options, name):
             raise UsageError(f"--{name.replace('_', '-')} is not for --live")
+    # Late, here and below: most restores are not live, and that is a third of the modules.
+    from vmapipe.access.archive import refuse_streams
+
     refuse_streams(options.archive)
 
 
@@ -71,6 +72,8 @@ def restore_live(
     folder: HeldFolder,
 ) -> None:
     """Run `vmapipe restore --live`; `words`: our own part of the command line. Raises Failure."""
+    from vmapipe.access.live.session import LiveRequest, LiveSession
+
     command = shlex.join(["vmapipe", "restore", *words])
     larger = Larger.ALWAYS if options.allow_larger else Larger.DEVICES
     request = LiveRequest(

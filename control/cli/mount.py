@@ -19,10 +19,10 @@ from vmapipe.access.files.engines import PARSER, VM, obstacle
 from vmapipe.access.files.session import FileReader, FileSession
 from vmapipe.access.mount.guest import GuestDisk, GuestReader
 from vmapipe.access.mount.tree import ArchiveTree
+from vmapipe.control.cli.caches import add_cache_options, caches_of
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.files import add_engine_options, add_key_option, disks_of, read_keys
 from vmapipe.control.cli.identity import add_identity_option
-from vmapipe.control.cli.serve import add_cache_options, caches_of
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel

@@ -6,24 +6,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import socket
 import sys
 import threading
 from collections.abc import Sequence
 
-from vmapipe.access.archive import Caches, OpenArchive, open_for_access
-from vmapipe.access.kept_index import default_cache_folder
+from vmapipe.access.archive import OpenArchive, open_for_access
 from vmapipe.access.serve import Shown, serve
+from vmapipe.control.cli.caches import add_cache_options, caches_of
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.identity import add_identity_option, identities_of
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.control.qmp.sockets import listen_unix
-from vmapipe.runtime.arguments import make_parser, size
+from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import Cancelled, Failure, UsageError, os_error_text
+from vmapipe.runtime.errors import Cancelled, Failure, UsageError
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.folders import temporary_folder
 from vmapipe.runtime.process import run
 from vmapipe.runtime.syscalls import readable
 from vmapipe.runtime.text import name_text
@@ -78,46 +76,6 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     options = parser.parse_args(argv)
     return run(prog, lambda: _serve(options))
-
-
-def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """Add where what makes an archive quick to open and to read is kept."""
-    group = parser.add_argument_group("caches")
-    group.add_argument(
-        "--index-cache",
-        metavar="DIR",
-        default=default_cache_folder(),
-        help="where an archive's index is kept for the next time (default: %(default)s)",
-    )
-    group.add_argument(
-        "--no-index-cache", action="store_true", help="look at all extent headers at each start"
-    )
-    group.add_argument(
-        "--cache",
-        metavar="DIR",
-        help="where an archive that is compressed as one piece is kept, decompressed, while it "
-        "is served (default: $TMPDIR)",
-    )
-    group.add_argument(
-        "--cache-size",
-        type=size,
-        metavar="SIZE",
-        help="how much of that there may be (default: what is free there, less a tenth)",
-    )
-
-
-def cache_words(options: argparse.Namespace) -> list[str]:
-    """Return these options as another process's, which may stand in another folder."""
-    words = ["--index-cache", os.path.abspath(options.index_cache)]
-    if options.no_index_cache:
-        words.append("--no-index-cache")
-    if options.cache:
-        words += ["--cache", os.path.abspath(options.cache)]
-    if options.cache_size is not None:
-        words += ["--cache-size", str(options.cache_size)]
-    for path in options.identity:
-        words += ["--identity", os.path.abspath(path)]
-    return words
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -198,19 +156,6 @@ def _open_all(
         stack.callback(archive.close)
         opened.append(archive)
     return opened
-
-
-def caches_of(options: argparse.Namespace) -> Caches:
-    """Return the caches that the options ask for. Raises Failure."""
-    folder = options.cache or temporary_folder()
-    limit = options.cache_size
-    if limit is None:
-        try:
-            limit = shutil.disk_usage(folder).free * 9 // 10
-        except OSError as error:
-            raise Failure(f"cannot use {folder}: {os_error_text(error)}") from error
-    index_folder = None if options.no_index_cache else options.index_cache
-    return Caches(index_folder, folder, limit, identities_of(options))
 
 
 def _shown(opened: Sequence[OpenArchive], options: argparse.Namespace) -> list[Shown]:

@@ -215,6 +215,10 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
             "vmapipe.archiver.main",
             "backports.zstd asyncio qemu vmapipe.restore",
         ),
+        (
+            "vmapipe.control.cli.restore",
+            "backports.zstd asyncio qemu lzallright vmapipe.access.archive vmapipe.access.live vmapipe.access.drill",
+        ),
         ("vmapipe.restore.verify.verify", "backports.zstd asyncio qemu"),
         ("vmapipe.restore.workers.worker", "backports.zstd asyncio qemu"),
     ],
