@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks import guard, memory, serve
 from benchmarks.cases import bound_cases
 from benchmarks.extras import extra_cases
+from benchmarks.live import live_cases
 from benchmarks.measure import Case, Result, forget, remove, run_case
 from benchmarks.place import Place, make_images
 from benchmarks.report import Report, file_system, machine, spread, verdict, write_into
@@ -85,7 +86,7 @@ class _Run:
     def all(self) -> None:
         make_images(self._place)
         print(f"images made after {self._seconds():.0f} s", flush=True)
-        for case in bound_cases(self._place):
+        for case in [*bound_cases(self._place), *live_cases(self._place)]:
             if self._only in case.name:
                 self._case(case, self._pairs)
         if self._only in "memory":

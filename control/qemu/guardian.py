@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guardian: the process that outlives all others of a backup, so that no guest's write fails.
 
-The coordinator starts it before QEMU is touched (`GuardianClient`). It holds the sinks' listening sockets and the memory's stream, and waits. When a producer dies, or stands
+The coordinator starts it first of all, and tells it what to protect before QEMU is touched (`GuardianClient`). It holds the sinks' listening sockets and the memory's stream, and waits. When a producer dies, or stands
 still, it serves QEMU in its place. When the coordinator dies, or says so, it ends the producers,
 serves all of QEMU's connections, lets the guest go on, and only when they stand
 it cancels the jobs and removes the nodes. Everything that it needs is loaded at its start.
@@ -32,10 +32,13 @@ from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.outliving import ignore_ending_signals, start_outliving
 
 READY = b"ready"
+# What it protects: each sink and the memory's stream come with a descriptor, the folder comes last.
+SINK, STREAM, FOLDER = b"sink ", b"stream", b"folder "
 WATCH = b"watch "
 TAKE_OVER = b"take over"
 BYE = b"bye"
-MAX_MESSAGE_BYTES = 64
+# A path, and a word before it.
+MAX_MESSAGE_BYTES = 4096 + 64
 
 # A producer that was stopped (Ctrl-Z, SIGSTOP) does not answer, and the guest
 # waits; looked at so often, and ended when it stands still this many times.
@@ -185,25 +188,32 @@ def _go_last_when_memory_runs_out() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vmapipe guardian", description=__doc__)
-    for word in ("--qmp", "--run", "--folder"):
+    for word in ("--qmp", "--run"):
         parser.add_argument(word, required=True)
     parser.add_argument("--qmp-share", action="store_true")
     parser.add_argument("--control-fd", type=int, required=True)
-    parser.add_argument("--sink", action="append", default=[], metavar="FD=BYTES")
-    parser.add_argument("--stream", type=int, metavar="FD")
     options = parser.parse_args(argv)
     ignore_ending_signals()
     _go_last_when_memory_runs_out()
-    targets: list[DropTarget | StreamDrain] = []
-    for word in options.sink:
-        fd, _, size = word.partition("=")
-        targets.append(DropTarget(socket.socket(fileno=int(fd)), int(size)))
-    if options.stream is not None:
-        targets.append(StreamDrain(options.stream))
     control = socket.socket(fileno=options.control_fd)
-    guardian = Guardian(
-        options.qmp, options.qmp_share, options.run, options.folder, targets, control
-    )
+    targets: list[DropTarget | StreamDrain] = []
+    folder = ""
+    while not folder:
+        try:
+            message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1)
+        except OSError:
+            message, fds = b"", []
+        if message.startswith(SINK) and fds:
+            size = int(message.removeprefix(SINK))
+            targets.append(DropTarget(socket.socket(fileno=fds[0]), size))
+        elif message == STREAM and fds:
+            targets.append(StreamDrain(fds[0]))
+        elif message.startswith(FOLDER):
+            folder = os.fsdecode(message.removeprefix(FOLDER))
+        else:
+            # Nothing was begun: there is nothing to protect.
+            os._exit(0)
+    guardian = Guardian(options.qmp, options.qmp_share, options.run, folder, targets, control)
     is_clean = not guardian.watch() or guardian.take_over()
     # At once: threads may still serve a client that has nothing left to say.
     os._exit(0 if is_clean else 1)
@@ -229,42 +239,48 @@ def monitor_arguments(address: Address, *, share: bool) -> list[str]:
 
 
 class GuardianClient:
-    """A guardian process, started here.
-
-    Raises Failure when it does not start: no backup without one.
+    """A guardian process, started here, long before it is needed: it takes as long as all that comes
+    before that. It does nothing, and ends with us, until `protect`.
     """
 
-    def __init__(
-        self,
-        monitor: Sequence[str],
-        run: str,
-        folder: str,
-        sinks: Sequence[SinkSocket],
-        stream_fd: int | None = None,
-    ) -> None:
-        """`monitor`: QEMU's, from monitor_arguments.
-
-        `stream_fd`: what the machine's memory is read from; None: it is not saved.
-        """
-        argv = [*monitor, "--run", run, "--folder", folder]
-        argv += [f"--sink={sink.listener.fileno()}={sink.size_bytes}" for sink in sinks]
-        fds = [sink.listener.fileno() for sink in sinks]
-        if stream_fd is not None:
-            argv.append(f"--stream={stream_fd}")
-            fds.append(stream_fd)
+    def __init__(self, monitor: Sequence[str], run: str) -> None:
+        """`monitor`: QEMU's, from monitor_arguments."""
         self._socket, self._process = start_outliving(
-            "vmapipe.control.qemu.guardian", argv, fds, socket.SOCK_SEQPACKET
+            "vmapipe.control.qemu.guardian", [*monitor, "--run", run], (), socket.SOCK_SEQPACKET
         )
         self._socket.settimeout(_START_S)
+        #: It answers for QEMU.
+        self.protects = False
+
+    def protect(
+        self, folder: str, sinks: Sequence[SinkSocket], stream_fd: int | None = None
+    ) -> None:
+        """Let it answer for these from now on, and wait until it does.
+
+        `stream_fd`: what the machine's memory is read from; None: it is not saved. Raises Failure: no
+        backup without one.
+        """
+        self.protects = True
         try:
+            for sink in sinks:
+                word = SINK + str(sink.size_bytes).encode()
+                socket.send_fds(self._socket, [word], [sink.listener.fileno()])
+            if stream_fd is not None:
+                socket.send_fds(self._socket, [STREAM], [stream_fd])
+            self._socket.send(FOLDER + os.fsencode(folder))
             is_ready = self._socket.recv(MAX_MESSAGE_BYTES) == READY
         except OSError:
             is_ready = False
         if not is_ready:
-            self._process.kill()
-            self._process.wait()
-            self._socket.close()
+            self.kill()
             raise Failure("the guardian, which protects the guest's writes, does not start")
+
+    def kill(self) -> None:
+        """End it: there is nothing to protect."""
+        self.protects = False
+        self._process.kill()
+        self._process.wait()
+        self._socket.close()
 
     @property
     def is_alive(self) -> bool:

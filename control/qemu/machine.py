@@ -96,16 +96,22 @@ class RunningMachine:
         self._guest_wait_s = guest_wait_s
         self._with_memory = with_memory
         self._saving: MemorySaving | None = None
-        self._link = connect_or_unblock(qmp, share=share)
         self._qmp = qmp
         self._address = parse_address(qmp)
         # Also in a node's name, of which QEMU takes 31 characters.
         self._run = secrets.token_hex(4)
+        # First of all: it is ready when it is needed.
+        guardian = GuardianClient(monitor_arguments(self._address, share=share), self._run)
+        try:
+            self._link = connect_or_unblock(qmp, share=share)
+        except BaseException:
+            guardian.kill()
+            raise
+        self._guardian: GuardianClient | None = guardian
         self._disks: tuple[MachineDisk, ...] = ()
         self._speed_bytes_s = 0
         self._folder: SinkFolder | None = None
         self._sinks: list[SinkSocket] = []
-        self._guardian: GuardianClient | None = None
         self._producers: list[Child] = []
         self._handover: Handover | None = None
         self._tracking: ChangeTracking | None = None
@@ -156,13 +162,7 @@ class RunningMachine:
         if self._with_memory:
             self._saving = MemorySaving(self._link, self._run, folder, self._guest_wait_s)
             stream_fd = self._saving.stream_fd
-        self._guardian = GuardianClient(
-            monitor_arguments(self._address, share=self._link.is_shared),
-            self._run,
-            folder.path,
-            self._sinks,
-            stream_fd,
-        )
+        self._known_guardian.protect(folder.path, self._sinks, stream_fd)
         # From here on until the guardian is told otherwise it answers for QEMU.
 
     def sink_fd(self, index: int) -> int:
@@ -182,10 +182,8 @@ class RunningMachine:
         if any.
         """
         self._producers = list(producers)
-        if self._guardian is None:
-            raise RuntimeError("there is no guardian")
         for index, child in enumerate(producers):
-            self._guardian.watch(index, child.pid)
+            self._known_guardian.watch(index, child.pid)
         for sink in self._sinks:
             sink.listener.close()
         if self._saving is not None:
@@ -414,7 +412,9 @@ class RunningMachine:
         since its instant stays.
         """
         text = ""
-        if self._guardian is not None and not self._is_clean:
+        if self._guardian is not None and not self._guardian.protects:
+            self._guardian.kill()
+        elif self._guardian is not None and not self._is_clean:
             text = self._end_jobs()
         elif self._guardian is not None:
             self._guardian.dismiss()
@@ -465,6 +465,12 @@ class RunningMachine:
             f"jobs and nodes named {run_prefix(self._run)}… may still be in QEMU; the guardian "
             f"goes on trying, and `vmapipe cleanup --qmp {self._address}` removes them later"
         )
+
+    @property
+    def _known_guardian(self) -> GuardianClient:
+        if self._guardian is None:
+            raise RuntimeError("the backup has ended")
+        return self._guardian
 
     def _close_link(self) -> None:
         if not self._link_closed:
