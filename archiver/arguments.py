@@ -34,28 +34,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]PATH",
         help="store this file in the archive, by its name or as NAME; may be repeated",
     )
-    group.add_argument(
-        "--compress",
-        metavar="zstd[:LEVEL]",
-        help="compress, at level 1 to 19 (default level: 3)",
-    )
-    group.add_argument(
-        "--threads",
-        type=int,
-        # More than we may use would only push each other out of the cache.
-        default=min(len(os.sched_getaffinity(0)), MAX_THREADS),
-        metavar="N",
-        help="threads that compress (default: one a core that may be used)",
-    )
-    group.add_argument(
-        "--encrypt-to",
-        action="append",
-        default=[],
-        metavar="RECIPIENT",
-        help="encrypt with age, so that only who has the secret key can read it: age1…, "
-        "'ssh-ed25519 …', or @FILE with such a line for each; may be repeated "
-        "(docs/operations/encryption.md)",
-    )
+    add_storing_options(group)
     group.add_argument(
         "--manifest",
         metavar="FILE",
@@ -78,6 +57,32 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--uuid", type=job_id, metavar="UUID", help="the archive's uuid (default: a random one)"
+    )
+
+
+def add_storing_options(group: argparse._ArgumentGroup) -> None:
+    """Add how its bytes are stored, whatever they are."""
+    group.add_argument(
+        "--compress",
+        metavar="zstd[:LEVEL]",
+        help="compress, at level 1 to 19 (default level: 3)",
+    )
+    group.add_argument(
+        "--threads",
+        type=int,
+        # More than we may use would only push each other out of the cache.
+        default=min(len(os.sched_getaffinity(0)), MAX_THREADS),
+        metavar="N",
+        help="threads that compress (default: one a core that may be used)",
+    )
+    group.add_argument(
+        "--encrypt-to",
+        action="append",
+        default=[],
+        metavar="RECIPIENT",
+        help="encrypt with age, so that only who has the secret key can read it: age1…, "
+        "'ssh-ed25519 …', or @FILE with such a line for each; may be repeated "
+        "(docs/operations/encryption.md)",
     )
 
 

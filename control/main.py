@@ -32,6 +32,7 @@ archives:
   mount      show an archive as a folder: its disks, configurations, files
   drill      boot an archive, and say whether it did
   repack     make an archive anew: in order, with a manifest, without a disk, renamed
+  copy       copy archives between folders and object stores, checked on the way
   manifest   make the manifest of an archive that has none
   prune      remove old archives by retention rules, as Proxmox VE does
   report     say of every machine whether it is safe, as a page, table, metrics
@@ -82,6 +83,7 @@ COMMANDS = {
     "cancel": ("vmapipe.control.cli.running", "main_cancel"),
     "doctor": ("vmapipe.control.cli.doctor", "main"),
     "repack": ("vmapipe.control.cli.repack", "main"),
+    "copy": ("vmapipe.control.cli.copy", "main"),
     "manifest": ("vmapipe.control.cli.repack", "main_manifest"),
     "prune": ("vmapipe.control.cli.prune", "main"),
     "report": ("vmapipe.control.cli.report", "main"),

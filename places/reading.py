@@ -41,7 +41,7 @@ class SoundArchive:
         try:
             path = manifest_beside(self.source.place, cancel)
             if path is not None:
-                self.manifest = Manifest(path, cancel)
+                self.manifest = Manifest(path, cancel, self.source.identities)
                 check_opening(self.archive.header, self.archive.raw_header, self.manifest)
         except BaseException:
             self.close()

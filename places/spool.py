@@ -101,7 +101,9 @@ class Spool:
 def _any_place(source: Source, cancel: Cancel) -> Storage | None:
     """The archive once more, by its name, if any place of it can be read; None where not."""
     name = source.place
-    if name is None or isinstance(source, PlainFile) or source.compression not in ("none", "zstd"):
+    if name is None or isinstance(source, PlainFile) or source.is_encrypted:
+        return None
+    if source.compression not in ("none", "zstd"):
         return None
     if is_object(name):
         remote = RemoteObject(name, (cancel,))

@@ -301,10 +301,15 @@ class StoredObject:
             key, number = str(upload["Key"]), str(upload["UploadId"])
             if not key.endswith(tuple(endings)):
                 continue
-            last = max([upload["Initiated"], *self._part_times(key, number)])
-            yield key, number, time.time() - last.timestamp()
+            times = [part["LastModified"] for part in self._parts(key, number)]
+            yield key, number, time.time() - max([upload["Initiated"], *times]).timestamp()
 
-    def _part_times(self, key: str, upload: str) -> Iterator[datetime]:
+    def parts(self, upload: str) -> Iterator[tuple[int, tuple[int, str]]]:
+        """Yield the number, length and MD5 (hex; of stores that tell another ETag something else) of each part."""
+        for part in self._parts(self.key, upload):
+            yield part["PartNumber"], (part["Size"], str(part.get("ETag", "")).strip('"'))
+
+    def _parts(self, key: str, upload: str) -> Iterator[Mapping[str, Any]]:
         marker = 0
         for _ in range(_MAX_PAGES):
             found = self._ask(
@@ -315,7 +320,7 @@ class StoredObject:
                 PartNumberMarker=marker,
             )
             parts = found.get("Parts", ())
-            yield from (part["LastModified"] for part in parts)
+            yield from parts
             if not found.get("IsTruncated") or not parts:
                 return
             marker = parts[-1]["PartNumber"]

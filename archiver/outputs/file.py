@@ -16,7 +16,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vmapipe.archiver.outputs import file
 from vmapipe.archiver.outputs.base import Buffers, DescriptorOutput, OutputFailure, open_failure
@@ -32,6 +32,8 @@ _NO_CLONES = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.E
 _NO_COPIES = (*_NO_CLONES, errno.ENOSYS, errno.EIO)
 # A shared range is a piece more in the file system's lists: less than a cluster is not worth it.
 _WORTH_SHARING_BYTES = 60 << 10
+# Of what was left, at a time.
+_READ_BYTES = 1 << 20
 # Often enough looked whether it is still wanted.
 _COPY_BYTES = 64 << 20
 
@@ -40,13 +42,23 @@ class FileOutput(DescriptorOutput):
     """Written as NAME.partial beside NAME, locked, and given its name at the commit.
 
     `replace`: a file of that name may exist and is replaced in one step. For
-    archives it is off: a backup never takes another one's place.
+    archives it is off: a backup never takes another one's place. `resume`: what an earlier
+    writer of the same bytes has left is kept (`kept_bytes` of it), to be compared and gone on with,
+    and what is written now stays as .partial when the writing is given up.
     """
 
     is_stream = False
 
-    def __init__(self, path: str, *, cancel: Cancel | None = None, replace: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        cancel: Cancel | None = None,
+        replace: bool = False,
+        resume: bool = False,
+    ) -> None:
         self._path = path
+        self._resume = resume
         self._replace = replace
         self._has_name = False
         # Which file it was, once it is closed.
@@ -60,11 +72,13 @@ class FileOutput(DescriptorOutput):
         except OSError as error:
             raise open_failure("open the folder of", path, error) from error
         try:
-            fd = file.claim(self._folder_fd, self._partial, path)
+            fd = file.claim(self._folder_fd, self._partial, path, resume=resume)
         except BaseException:
             os.close(self._folder_fd)
             raise
         super().__init__(fd, path, cancel)
+        #: Bytes that an earlier writer has left; whoever writes next writes behind them.
+        self.kept_bytes = self.written_bytes = os.lseek(fd, 0, os.SEEK_END)
         self._write_behind = WriteBehind(fd)
         self._block_bytes = os.fstatvfs(fd).f_frsize
         #: As far as it is known, its file system lets files share blocks.
@@ -120,6 +134,35 @@ class FileOutput(DescriptorOutput):
                 raise
             self.clones = False
         return self.clones
+
+    def kept(self) -> Iterator[bytes]:
+        """Yield what an earlier writer has left, to its end. Raises OutputFailure."""
+        at = 0
+        while at < self.kept_bytes:
+            self._interrupt.check()
+            try:
+                piece = os.pread(self._fd, min(_READ_BYTES, self.kept_bytes - at), at)
+            except OSError as error:
+                raise self._failure(error) from error
+            if not piece:
+                raise OutputFailure(
+                    f"{self._path}{file.SUFFIX} is shorter than it was a moment ago"
+                )
+            yield piece
+            at += len(piece)
+
+    def start_anew(self) -> None:
+        """Forget what was written, and what was left: it is not what was meant. Raises OutputFailure."""
+        self._exclusively(self._start_anew)
+
+    def _start_anew(self) -> None:
+        os.ftruncate(self._fd, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        self.kept_bytes = self.written_bytes = 0
+
+    def spoil(self) -> None:
+        """Let nobody go on with it."""
+        self._resume = False
 
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
         """Write at any place. Raises OutputFailure."""
@@ -208,13 +251,16 @@ class FileOutput(DescriptorOutput):
     def _discard(self) -> None:
         # The name first: once .partial is gone, the next backup may begin.
         names = [self._name] if self._has_name else []
-        for name in [*names, self._partial]:
+        if not self._resume:
+            names.append(self._partial)
+        for name in names:
             self._remove(name)
 
     def _abort_without_lock(self) -> None:
         # A disk that hangs may still do this much; if not, the next backup
         # of this name removes the file.
-        self._remove(self._partial)
+        if not self._resume:
+            self._remove(self._partial)
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(OSError):
@@ -276,15 +322,19 @@ class _LockedError(Exception):
     """Another process has the lock."""
 
 
-def claim(folder_fd: int, name: str, path: str) -> int:
+def claim(folder_fd: int, name: str, path: str, *, resume: bool = False) -> int:
     """Create `name` in the folder and lock it; return its descriptor.
+
+    `resume`: a leftover is taken as it is, if it is ours, has no other name, and nobody else can read it.
 
     Raises OutputFailure, naming `path`, when another process is writing it or
     the folder cannot be written.
     """
     try:
         for _ in range(_TRIES):
-            fd = _create(folder_fd, name)
+            fd = (_take_leftover(folder_fd, name) if resume else None) or _create(
+                folder_fd, name, os.O_RDWR if resume else os.O_WRONLY
+            )
             if fd is None:
                 _remove_leftover(folder_fd, name, path)
             elif _is_ours(fd, folder_fd, name):
@@ -298,8 +348,28 @@ def claim(folder_fd: int, name: str, path: str) -> int:
     raise _busy(path)
 
 
-def _create(folder_fd: int, name: str) -> int | None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+def _take_leftover(folder_fd: int, name: str) -> int | None:
+    """None where there is none that may be gone on with. Raises _LockedError."""
+    try:
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(name, flags, dir_fd=folder_fd)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(fd)
+        ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+        alone = ours and status.st_nlink == 1 and not status.st_mode & 0o077
+        if alone and _lock(fd) and _has_name(fd, folder_fd, name):
+            return fd
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def _create(folder_fd: int, name: str, access: int) -> int | None:
+    flags = access | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(name, flags, MODE, dir_fd=folder_fd)
     except FileExistsError:

@@ -8,6 +8,7 @@ Requests are made by threads of their own, so that neither a stop nor an
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 import uuid
@@ -27,7 +28,7 @@ from vmapipe.archiver.outputs.file import exists_failure
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit, ignore
-from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
+from vmapipe.runtime.objectstore import ConflictError, ObjectLock, StoredObject, StoreError
 from vmapipe.runtime.text import human_bytes
 from vmapipe.runtime.threads import DaemonPool
 
@@ -70,14 +71,22 @@ class ObjectOutput(AbortableOutput):
         emit: Emit = ignore,
         replace: bool = False,
         first_part_bytes: int = PART_BYTES,
+        lock: ObjectLock | None = None,
+        resume: str = "",
     ) -> None:
+        """`resume`: a word for these very bytes; parts of them that an earlier upload has brought are not sent again."""
         # First: it may refuse, and what comes next holds a descriptor.
-        self._store = StoredObject(name)
+        self._store = StoredObject(name, lock=lock)
         super().__init__(name, cancel)
         self.upload = ""
         self._emit = emit
         self._first_part_bytes = first_part_bytes
-        self._mark = uuid.uuid4().hex
+        self._mark = resume or uuid.uuid4().hex
+        self._resume = bool(resume)
+        # What an earlier upload has brought, by part: length and MD5.
+        self._there: dict[int, tuple[int, str]] = {}
+        #: Bytes that were there and were not sent again.
+        self.kept_bytes = 0
         self._condition = {"IfNoneMatch": "*"}
         self._total_bytes = 0
         self._part = bytearray()
@@ -90,6 +99,10 @@ class ObjectOutput(AbortableOutput):
             found = self._wait(self._pool.submit(self._store.head))
             if found is not None and not replace:
                 raise exists_failure(name)
+            if lock is not None:
+                self._wait(self._pool.submit(self._store.check_lock))
+            if self._resume:
+                self._wait(self._pool.submit(self._find_parts))
             if found is not None:
                 self._condition = {"IfMatch": found.etag}
             elif not replace:
@@ -180,6 +193,11 @@ class ObjectOutput(AbortableOutput):
         data, self._part = self._part, bytearray()
         self._number += 1
         upload, number = self.upload, self._number
+        length, etag = self._there.get(number, (-1, ""))
+        if length == len(data) and etag == hashlib.md5(data, usedforsecurity=False).hexdigest():
+            self.kept_bytes += length
+            self._sending.append((self._pool.submit(lambda: etag), length))
+            return
         most = max(1, min(_MAX_AHEAD, _AHEAD_BYTES // len(data) if data else 1))
         while len(self._sending) >= most:
             self._take_oldest()
@@ -253,6 +271,16 @@ class ObjectOutput(AbortableOutput):
     def _notice(self, text: str) -> None:
         self._emit({"event": "notice", "text": text})
 
+    def _find_parts(self) -> None:
+        """The newest upload of this object that was given up, and its parts."""
+        for key, upload, _ in self._store.uploads_beside((self._store.key.rpartition("/")[2],)):
+            if key == self._store.key:
+                self.upload, self._there = upload, dict(self._store.parts(upload))
+
+    def spoil(self) -> None:
+        """Let nobody go on with it."""
+        self._resume = False
+
     # --- giving up ---
 
     def _rollback(self) -> None:
@@ -266,7 +294,7 @@ class ObjectOutput(AbortableOutput):
 
     def _clean_up(self, sending: Sequence[Future[Any]]) -> None:
         under_way = [future for future in sending if not future.done()]
-        if self.upload:
+        if self.upload and not self._resume:
             abort(self._store, self.upload)
             if under_way:
                 wait_for(under_way)

@@ -74,9 +74,9 @@ class RemoteObject:
         except StoreError as error:
             raise InputError(str(error)) from error
 
-    def ranges(self) -> Iterator[Callable[[], bytes]]:
-        """Jobs that read all of it in order."""
-        at, length = 0, _FIRST_BYTES
+    def ranges(self, start: int = 0) -> Iterator[Callable[[], bytes]]:
+        """Jobs that read all of it in order, from `start` on."""
+        at, length = start, _RANGE_BYTES if start else _FIRST_BYTES
         while at < self.size_bytes:
             yield lambda at=at, length=length: self.pread(length, at)  # type: ignore[misc]
             at, length = at + length, _RANGE_BYTES
@@ -86,13 +86,13 @@ class RemoteObject:
 
 
 class ObjectInput(Input):
-    """The whole object in order. Owns `remote`."""
+    """The object in order, from `start` on. Owns `remote`."""
 
-    def __init__(self, remote: RemoteObject, halts: Sequence[Cancel]) -> None:
+    def __init__(self, remote: RemoteObject, halts: Sequence[Cancel], start: int = 0) -> None:
         wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         super().__init__(remote.name, wake_fd, halts)
         self._remote = remote
-        self._ahead = ReadAhead(remote.ranges(), THREADS, THREADS, wake_fd, self._wait)
+        self._ahead = ReadAhead(remote.ranges(start), THREADS, THREADS, wake_fd, self._wait)
         self._piece = memoryview(b"")
 
     def _read_fd(self, view: memoryview) -> int:

@@ -16,8 +16,8 @@ import pytest
 from tests.machine import LIMIT_S, VMAPIPE, bad, good, run
 from vmapipe.archiver.base.choice import read_name
 from vmapipe.archiver.service.storage import mark_as_service
-from vmapipe.control.cli.prune import remove
 from vmapipe.places.place import ArchiveFolder
+from vmapipe.places.removal import remove
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe copy`: archives from folders and stores into a folder or a store."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from vmapipe.archiver.arguments import add_storing_options
+from vmapipe.archiver.job.writer import ArchiveWriter
+from vmapipe.archiver.main import store_for
+from vmapipe.control.cli.inspect import add_read_options, read_options
+from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.places.archives import KeptArchive, find_archives
+from vmapipe.places.copying import StoredDigest, copy_archive, is_there, read_back
+from vmapipe.places.place import KeptPlace, is_place, open_place
+from vmapipe.places.reading import SoundArchive
+from vmapipe.places.removal import remove
+from vmapipe.places.repack import Writing, as_packed
+from vmapipe.runtime.arguments import age_s, make_parser
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
+from vmapipe.runtime.events import Emit
+from vmapipe.runtime.process import failure_of, run
+from vmapipe.runtime.text import human_bytes, one_line
+from vmapipe.vma.errors import ArchiveError, VmaError
+
+DESCRIPTION = """\
+Copy archives, with all that belongs to them (manifest, digests, notes, log, protected mark), from folders
+and object stores into a folder or an object store. Each is held against its manifest on the way: what
+arrives is what the manifest says, or has no name there. What is there already is passed over; a copy
+that was cut goes on where it was. Nobody reads archives from a service: its folder or bucket is the source.
+"""
+
+EPILOG = """\
+SRC is an archive, a folder or s3://BUCKET/PREFIX, DST a folder or s3://BUCKET/PREFIX; folders below are not
+looked into. With --compress or --encrypt-to the archives are stored anew, and called so (.zst, .age).
+
+examples:
+  vmapipe copy /backup s3://offsite/vms --newer-than 30d
+  vmapipe copy s3://offsite/vms/vm-2026-01-31.vma.zst /restore
+  vmapipe copy /backup/vm-2026-01-31.vma /archive --move --compress zstd --encrypt-to @keys.txt
+
+exit codes: 0 all are there, 1 something failed, 2 wrong use, 4 an archive is damaged and was not copied
+"""
+# Often enough for a bar that moves, seldom enough to cost nothing.
+_PROGRESS_S = 0.25
+_COMPRESSED = re.compile(r"\.(?:zst|gz|lzo)$")
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = make_parser(prog, DESCRIPTION, EPILOG)
+    group = parser.add_argument_group("which archives")
+    group.add_argument(
+        "--missing",
+        action="store_true",
+        help="pass over each whose name is there, without a look whether it is the same",
+    )
+    group.add_argument(
+        "--newer-than",
+        type=age_s,
+        metavar="TIME",
+        help="only archives whose names (or files, without a date in them) are not older: 12h, 30d, 8w",
+    )
+    group.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only archives of this machine: the name up to the date; may be repeated",
+    )
+    group.add_argument(
+        "--move",
+        action="store_true",
+        help="remove each from where it was, once its copy was read back and is the same",
+    )
+    add_storing_options(parser.add_argument_group("stored anew on the way"))
+    add_read_options(parser)
+    add_report_options(parser)
+    parser.add_argument("sources", metavar="SRC", nargs="+", help="an archive, a folder, s3://…")
+    parser.add_argument("target", metavar="DST", help="a folder, or s3://BUCKET/PREFIX")
+    options = parser.parse_args(argv)
+    return run(prog, lambda: _copy(prog, options))
+
+
+def _copy(prog: str, options: argparse.Namespace) -> None:
+    for name in options.sources:
+        if name.startswith("tcp://"):
+            raise UsageError(
+                f"{name}: nobody reads archives from a service: copy from its folder or bucket, on its host"
+            )
+    if options.target.startswith("tcp://"):
+        raise UsageError(
+            f"{options.target}: a service takes archives from `vmapipe backup --archiver`: copy into its "
+            "folder or bucket, on its host"
+        )
+    cancel = Cancel()
+    cancel.on_signals()
+    if not is_place(options.target):
+        raise UsageError(f"{options.target} is neither a folder nor s3://BUCKET/PREFIX")
+    codes: list[int] = []
+    with (
+        contextlib.closing(open_place(options.target)) as target,
+        renderer("copy", options, sys.stdout) as emit,
+    ):
+        there = {archive.name: archive for archive in find_archives(target)}
+        job = _Copy(options, target, there, emit, cancel)
+        count = 0
+        for source, archive in _chosen(options):
+            count += 1
+            try:
+                job.take(source, archive)
+            except (Cancelled, BrokenPipeError, UsageError):
+                raise
+            except (Failure, VmaError, OSError) as error:
+                failure = failure_of(error)
+                if failure is None:
+                    raise
+                print(f"{prog}: {one_line(failure[0])}", file=sys.stderr, flush=True)
+                codes.append(failure[1])
+        if not codes:
+            emit({"event": "notice", "text": job.summary(count)})
+    if codes:
+        total = Failure(f"something is wrong with {len(codes)} of {count} archives")
+        total.exit_code = max(codes)
+        raise total
+
+
+def _chosen(options: argparse.Namespace) -> Iterator[tuple[KeptPlace, KeptArchive]]:
+    """Raises Failure, UsageError."""
+    oldest_s = time.time() - options.newer_than if options.newer_than is not None else None
+    for name in options.sources:
+        whole = is_place(name)
+        folder, _, wanted = name.rpartition("/")
+        with contextlib.closing(open_place(name if whole else folder or ".")) as place:
+            found = [each for each in find_archives(place) if whole or each.name == wanted]
+            if not whole and not found:
+                raise Failure(f"{name}: there is no archive of that name")
+            for archive in found:
+                is_old = oldest_s is not None and archive.made_s < oldest_s
+                if not is_old and (not options.only or archive.machine in options.only):
+                    yield place, archive
+
+
+class _Copy:
+    """One run: what was done, and what is there."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        target: KeptPlace,
+        there: dict[str, KeptArchive],
+        emit: Emit,
+        cancel: Cancel,
+    ) -> None:
+        self._options = options
+        self._target = target
+        self._there = there
+        self._emit = emit
+        self._cancel = cancel
+        self._copied = self._bytes = 0
+
+    def summary(self, count: int) -> str:
+        return f"copied {self._copied} archives, {human_bytes(self._bytes)}; {count - self._copied} were there"
+
+    def take(self, source: KeptPlace, archive: KeptArchive) -> None:
+        """Raises Failure, ArchiveError, Cancelled."""
+        anew = bool(self._options.compress or self._options.encrypt_to)
+        name = self._new_name(archive.name) if anew else archive.name
+        there = self._there.get(name)
+        if there is not None:
+            if not (
+                self._options.missing or anew or is_there(source, archive, self._target, there)
+            ):
+                raise Failure(
+                    f"{self._target.full_name(name)} exists, and is not the same archive as "
+                    f"{source.full_name(archive.name)}: remove one of them, or pass over it with --missing"
+                )
+            if self._options.move and not anew and not self._options.missing:
+                self._move(
+                    source, archive, name, read_back(source, archive.name, self._cancel, _nothing)
+                )
+            return
+        if anew:
+            self._store_anew(source, archive, name)
+            if self._options.move:
+                self._verify(self._target.full_name(name))
+                remove(source, archive.name)
+        else:
+            copied = copy_archive(
+                source, archive, self._target, self._tell(archive.file.size_bytes), self._cancel
+            )
+            note = (
+                ""
+                if copied.is_checked
+                else "; it has no manifest, so nothing says that it is whole"
+            )
+            note += f"; {human_bytes(copied.kept_bytes)} were there" if copied.kept_bytes else ""
+            self._say(f"copied {one_line(source.full_name(archive.name))}{note}")
+            if self._options.move:
+                self._move(source, archive, name, copied.stored)
+        self._copied += 1
+        self._bytes += archive.file.size_bytes
+
+    def _say(self, text: str) -> None:
+        self._emit({"event": "notice", "text": text})
+
+    def _move(
+        self, source: KeptPlace, archive: KeptArchive, name: str, stored: StoredDigest
+    ) -> None:
+        found = read_back(self._target, name, self._cancel, self._tell(stored.size_bytes))
+        if found != stored:
+            raise Damaged(
+                f"{self._target.full_name(name)} is not what was copied: it was read back, and differs; "
+                f"{source.full_name(archive.name)} stays"
+            )
+        remove(source, archive.name)
+
+    def _verify(self, path: str) -> None:
+        """Read the new archive whole. Raises ArchiveError, Failure."""
+        options = self._options
+        if options.encrypt_to and not options.identity:
+            raise Failure(
+                f"{path} is stored, and cannot be read back without its secret key (--identity): "
+                "the archive stays where it was, too"
+            )
+        with SoundArchive(path, self._cancel, read_options(options)) as new:
+            for found in new.extents():
+                self._cancel.check()
+                del found
+
+    def _new_name(self, name: str) -> str:
+        plain = _COMPRESSED.sub("", name.removesuffix(".age"))
+        zst = ".zst" if self._compression(name) else ""
+        return f"{plain}{zst}{'.age' if self._options.encrypt_to else ''}"
+
+    def _compression(self, name: str) -> str | None:
+        """As it was asked for; what was compressed does not become plain."""
+        if self._options.compress or not _COMPRESSED.search(name.removesuffix(".age")):
+            return str(self._options.compress) if self._options.compress else None
+        return "zstd"
+
+    def _store_anew(self, source: KeptPlace, archive: KeptArchive, name: str) -> None:
+        options = argparse.Namespace(**vars(self._options))
+        options.output = self._target.full_name(name)
+        options.compress = self._compression(archive.name)
+        options.manifest, options.no_manifest = None, False
+        options.digests, options.manifest_events = False, False
+
+        def store(wake: Callable[[], None]) -> ArchiveWriter[None]:
+            writer: ArchiveWriter[None] = store_for(  # type: ignore[assignment]
+                options, None, None, wake, self._cancel, self._emit
+            )
+            return writer
+
+        path = source.full_name(archive.name)
+        tell = self._tell(0)
+        try:
+            with (
+                SoundArchive(path, self._cancel, read_options(options)) as sound,
+                Writing(store, self._cancel) as writing,
+            ):
+                writing.begin(sound.archive.header, sound.archive.raw_header)
+                for found in sound.extents():
+                    writing.put(as_packed(found))
+                    tell(found.extent.offset + found.extent.total_bytes)
+                writing.finish()
+        except ArchiveError as error:
+            raise Damaged(f"{path}: {error}{error.advice}") from error
+        self._say(
+            f"copied {one_line(path)} as {one_line(name)}, {human_bytes(writing.stored_bytes)}"
+        )
+
+    def _tell(self, total_bytes: int) -> Callable[[int], None]:
+        next_s = 0.0
+
+        def tell(at: int) -> None:
+            nonlocal next_s
+            if (now := time.monotonic()) >= next_s:
+                next_s = now + _PROGRESS_S
+                self._emit(
+                    {
+                        "event": "progress",
+                        "done_bytes": at,
+                        "total_bytes": max(at, total_bytes),
+                        "archive_bytes": at,
+                    }
+                )
+
+        return tell
+
+
+def _nothing(count: int) -> None:
+    """Nobody looks."""
