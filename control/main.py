@@ -44,6 +44,9 @@ running backups:
   cancel     cancel a running backup
   cleanup    remove what a crashed backup has left in a running QEMU
 
+many machines:
+  fleet      every machine of every host, within limits: what is due, run, checked
+
 services:
   monitor    serve disks to guests, so that they can be backed up while in use
   archiver   receive disks from producers and store the archive
@@ -91,6 +94,7 @@ COMMANDS = {
     "cleanup": ("vmapipe.control.cli.cleanup", "main"),
     "producer": ("vmapipe.producer.main", "main"),
     "archiver": ("vmapipe.archiver.main", "main"),
+    "fleet": ("vmapipe.control.cli.fleet", "main"),
     "keygen": ("vmapipe.control.cli.keygen", "main"),
 }
 

@@ -42,6 +42,8 @@ class MachineRecord:
     first_seen_s: float = 0.0
     last_seen_s: float = 0.0
     vanished_s: float = 0.0  # 0: it is there
+    title: str = ""  # what people call it, if that is not its name
+    source: str = ""  # JSON: how its host reaches it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,7 +143,34 @@ class Standing:
     text: str = ""
 
 
-Record = MachineRecord | ArchiveRecord | RunRecord | VerificationRecord | DrillRecord | Standing
+@dataclasses.dataclass(frozen=True, slots=True)
+class CancelRecord:
+    """Somebody's wish that a run ends."""
+
+    run: str
+    asked_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostRecord:
+    """A host's latest sign of life. `beats` grows with each; `down`: why it did not answer, or empty."""
+
+    host: str
+    seen_s: float = 0.0
+    beats: int = 0
+    down: str = ""
+
+
+Record = (
+    MachineRecord
+    | ArchiveRecord
+    | RunRecord
+    | VerificationRecord
+    | DrillRecord
+    | Standing
+    | CancelRecord
+    | HostRecord
+)
 R = TypeVar("R", bound=Record)
 
 _TABLES: Mapping[type[Any], tuple[str, tuple[str, ...]]] = {
@@ -151,6 +180,8 @@ _TABLES: Mapping[type[Any], tuple[str, tuple[str, ...]]] = {
     VerificationRecord: ("verifications", ("machine", "target", "archive", "checked_s")),
     DrillRecord: ("drills", ("machine", "target", "archive", "tested_s")),
     Standing: ("standings", ("machine", "verb", "target")),
+    CancelRecord: ("cancels", ("run",)),
+    HostRecord: ("hosts", ("host",)),
 }
 _INDEXES = (
     ("runs", "state"),

@@ -15,9 +15,6 @@ from typing import Any
 
 from vmapipe.fleet.windows import DAY_S, Window
 
-#: A machine's name that may be a part of a file's name as it is; it must not look like an option.
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@-]{0,99}")
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
@@ -101,7 +98,8 @@ class Rule:
             if kind == "tag":
                 return any(map(matches, machine.tags))
             return bool(matches(str(getattr(machine, kind))))
-        return bool(_matcher(self.pattern)(machine.name))
+        matches = _matcher(self.pattern)
+        return bool(matches(machine.name) or (machine.title and matches(machine.title)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -123,11 +121,7 @@ class FleetMachine:
     size_bytes: int = 0
     source: tuple[tuple[str, Any], ...] = ()
     first_seen_s: float = 0.0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether its name can be a part of an archive's name as it is."""
-        return _PLAIN.fullmatch(self.name) is not None
+    title: str = ""  # what people call it, if that is not its name
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

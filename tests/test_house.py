@@ -57,6 +57,9 @@ ONLY_IN = {
     "libvirt": {"control/hosts/libvirt/connect.py"},
     "jinja2": {"fleet/report/page.py"},
     "botocore": {"runtime/objectstore.py"},
+    "procrastinate": {"fleet/engine.py"},
+    "psycopg": {"fleet/engine.py"},
+    "yaml": {"fleet/ansible.py"},
     "dissect": set[str](),  # for tests: another project's reader, under another licence
 }
 

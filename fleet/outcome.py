@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalogue's records of a job: made when it is planned, while it runs, and of what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from vmapipe.fleet.catalogue import (
+    ArchiveRecord,
+    Catalogue,
+    DrillRecord,
+    Record,
+    RunRecord,
+    RunState,
+    VerificationRecord,
+)
+from vmapipe.fleet.inventory import Fleet, FleetMachine
+from vmapipe.fleet.jobs import location_of
+from vmapipe.fleet.planner import FleetTask
+from vmapipe.runtime.errors import EXIT_DAMAGED
+from vmapipe.runtime.text import one_line
+
+_TEXT_CHARS = 2000
+# Of `vmapipe drill`, to those of the catalogue.
+_VERDICTS = {"booted": "booted", "not booted": "not-booted"}
+
+
+def new_run(task: FleetTask, archive: str, now_s: float) -> RunRecord:
+    """Return the record of a job that is planned now."""
+    return RunRecord(
+        secrets.token_hex(6),
+        task.verb,
+        task.machine,
+        task.host,
+        task.target,
+        archive,
+        planned_s=now_s,
+        storages=",".join(task.storages),
+    )
+
+
+def location_in(catalogue: Catalogue, fleet: Fleet, task: FleetTask, machine: FleetMachine) -> str:
+    """Return where the archive of a task is, as its target's host sees it; empty: it has none."""
+    if not task.archive:
+        return ""
+    target = fleet.targets[task.target]
+    source = target.copy_from if task.verb == "copy" else target.name
+    known = catalogue.select(
+        ArchiveRecord, machine=task.machine, target=source, archive=task.archive
+    )
+    if known and known[0].location:
+        return known[0].location
+    return location_of(fleet.targets[source], machine.host, task.archive)
+
+
+def ended(
+    fleet: Fleet, catalogue: Catalogue, run: RunRecord, event: Mapping[str, Any], now_s: float
+) -> tuple[RunRecord, list[Record]]:
+    """Return a run with its end, out of an agent's last event, and what came of it."""
+    code = event.get("exit_code")
+    code = code if isinstance(code, int) else -1
+    state: RunState = "done" if code == 0 else "failed"
+    if event.get("cancelled"):
+        state = "cancelled"
+    elif event.get("lost"):
+        state = "lost"
+    result = event.get("result")
+    result = result if isinstance(result, dict) else {}
+    run = dataclasses.replace(
+        run,
+        state=state,
+        ended_s=now_s,
+        seen_s=now_s,
+        exit_code=code,
+        text=one_line(str(event.get("text", "")), _TEXT_CHARS) if state != "done" else "",
+        done_bytes=_whole(event.get("done_bytes")),
+        total_bytes=_whole(event.get("total_bytes")),
+    )
+    makers = {
+        "backup": _stored,
+        "copy": _copied,
+        "verify": _verified,
+        "drill": _drilled,
+        "prune": _pruned,
+    }
+    return makers[run.verb](fleet, catalogue, run, result)
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) and 0 <= value < 1 << 62 else 0
+
+
+def _stored(
+    fleet: Fleet, catalogue: Catalogue, run: RunRecord, result: Mapping[str, Any]
+) -> tuple[RunRecord, list[Record]]:
+    del catalogue
+    stored = result.get("stored")
+    if run.state != "done" or not isinstance(stored, dict):
+        return run, []
+    done = result.get("done")
+    done = done if isinstance(done, dict) else {}
+    place = str(stored.get("archive", ""))
+    # A Proxmox VE machine's archive has its name from the host.
+    archive = os.path.basename(place) or run.archive
+    run = dataclasses.replace(run, archive=archive)
+    target = fleet.targets.get(run.target)
+    is_here = target is None or not target.archiver
+    location = place if is_here else location_of(target, run.host, archive) if target else ""
+    record = ArchiveRecord(
+        run.machine,
+        run.target,
+        archive,
+        location,
+        run.host,
+        str(stored.get("uuid", "")),
+        instant_s=run.started_s,
+        stored_s=run.ended_s,
+        seconds=run.ended_s - run.started_s,
+        disk_bytes=run.total_bytes,
+        plain_bytes=_whole(stored.get("plain_bytes")),
+        size_bytes=_whole(stored.get("stored_bytes")),
+        transferred_bytes=_whole(done.get("read_bytes")),
+        shared_bytes=_whole(stored.get("shared_bytes")),
+        base=os.path.basename(str(stored.get("base", ""))),
+    )
+    return run, [record]
+
+
+def _copied(
+    fleet: Fleet, catalogue: Catalogue, run: RunRecord, result: Mapping[str, Any]
+) -> tuple[RunRecord, list[Record]]:
+    del result
+    if run.state != "done" or run.target not in fleet.targets:
+        return run, []
+    target = fleet.targets[run.target]
+    known = catalogue.select(
+        ArchiveRecord, machine=run.machine, target=target.copy_from, archive=run.archive
+    )
+    original = known[0] if known else ArchiveRecord(run.machine, target.copy_from, run.archive)
+    copy = dataclasses.replace(
+        original,
+        target=run.target,
+        location=location_of(target, original.host, run.archive),
+        stored_s=run.ended_s,
+        seconds=run.ended_s - run.started_s,
+        copy_of=target.copy_from,
+        removed_s=0.0,
+    )
+    return run, [copy]
+
+
+def _verified(
+    fleet: Fleet, catalogue: Catalogue, run: RunRecord, result: Mapping[str, Any]
+) -> tuple[RunRecord, list[Record]]:
+    del fleet, catalogue
+    verified = result.get("verified")
+    if run.state not in ("done", "failed"):
+        return run, []
+    verified = verified if isinstance(verified, dict) else {}
+    is_damaged = run.exit_code == EXIT_DAMAGED
+    record = VerificationRecord(
+        run.machine,
+        run.target,
+        run.archive,
+        run.ended_s,
+        "ok" if run.state == "done" else "damaged" if is_damaged else "failed",
+        bool(verified.get("data_checked")),
+        run.ended_s - run.started_s,
+        run.text,
+    )
+    return run, [record]
+
+
+def _drilled(
+    fleet: Fleet, catalogue: Catalogue, run: RunRecord, result: Mapping[str, Any]
+) -> tuple[RunRecord, list[Record]]:
+    del fleet, catalogue
+    drilled = result.get("drilled")
+    if run.state not in ("done", "failed"):
+        return run, []
+    drilled = drilled if isinstance(drilled, dict) else {}
+    seconds = drilled.get("seconds")
+    evidence = drilled.get("evidence")
+    record = DrillRecord(
+        run.machine,
+        run.target,
+        run.archive,
+        run.ended_s,
+        _VERDICTS.get(str(drilled.get("verdict")), "undecided"),  # type: ignore[arg-type]
+        float(seconds) if isinstance(seconds, int | float) else 0.0,
+        one_line(str(drilled.get("proof", "")), 200),
+        f"{evidence}/screen.png" if isinstance(evidence, str) else "",
+        run.ended_s - run.started_s,
+        one_line(str(drilled.get("reason") or run.text), _TEXT_CHARS),
+    )
+    return run, [record]
+
+
+def _pruned(
+    fleet: Fleet, catalogue: Catalogue, run: RunRecord, result: Mapping[str, Any]
+) -> tuple[RunRecord, list[Record]]:
+    del fleet
+    removed = result.get("removed")
+    names = [str(name) for name in removed] if isinstance(removed, list) else []
+    gone = catalogue.select(
+        ArchiveRecord, machine=run.machine, target=run.target, archive=names[:10_000]
+    )
+    return run, [dataclasses.replace(archive, removed_s=run.ended_s) for archive in gone]
