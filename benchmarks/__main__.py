@@ -15,7 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
-from benchmarks import guard, memory, serve
+from benchmarks import guard, incremental, memory, serve
 from benchmarks.cases import bound_cases
 from benchmarks.extras import extra_cases
 from benchmarks.live import live_cases
@@ -89,6 +89,8 @@ class _Run:
         for case in [*bound_cases(self._place), *live_cases(self._place)]:
             if self._only in case.name:
                 self._case(case, self._pairs)
+        if self._only in incremental.CASE.name:
+            self._live_incremental()
         if self._only in "memory":
             try:
                 self._report.memory = memory.measure(self._place)
@@ -123,6 +125,15 @@ class _Run:
             for path in case.leaves:
                 remove(path)
         print(f"  ({self._seconds():.0f} s)", flush=True)
+
+    def _live_incremental(self) -> None:
+        place = self._place
+        try:
+            result = incremental.run_live(place.disk, place.small_mib, self._pairs)
+            self._report.results.append(result)
+            _say(result, "")
+        except (SystemExit, OSError, subprocess.SubprocessError) as error:
+            self._failed(incremental.CASE.name, error)
 
     def _guard(self) -> None:
         if self._seconds() > _EXTRAS_UNTIL_S:

@@ -144,8 +144,10 @@ def _incremental(place: Place) -> Case:
             Command(OURS, backup(image, new, f"--base={base}"), new),
             Command("vmapipe, full", backup(image, full), full),
         ],
-        # SHA-256 of all that is read is 0.7 s a GiB, where a full backup takes about 1.1.
-        [Bound("at most 2.5 x a full one", OURS, "vmapipe, full", 2.5)],
+        # SHA-256 of all that is read is 0.7 s a GiB, where a full backup takes about 1.1; and the base is read
+        # and checked, which costs no more than 0.2: most of the archiver's time is the writing of the file, as in
+        # a full backup. Measured 1.6 x.
+        [Bound("at most 2 x a full one", OURS, "vmapipe, full", 2.0)],
         before=before,
         leaves=[
             image,
