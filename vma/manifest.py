@@ -123,6 +123,21 @@ def totals_line(totals: Totals) -> str:
 _EXTENT_LINE = re.compile(r'([ ,])\[([1-9][0-9]*), "([0-9a-f]{32})"\]')
 
 
+class _Unreadable(ValueError):
+    """What is wrong with a line, in words."""
+
+
+# Whatever a damaged line makes of Python's readers of JSON, numbers and texts.
+_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_NOT_OURS = "a line that is not as vmapipe writes it"
+
+
+def _damaged(error: Exception) -> ArchiveError:
+    """Python's own words for a line that cannot be read help nobody."""
+    words = str(error) if isinstance(error, _Unreadable) else _NOT_OURS
+    return ArchiveError(f"the manifest is damaged: {words}")
+
+
 class ManifestReader:
     """Feed it the manifest's lines in order; each call tells what the line says.
 
@@ -140,7 +155,7 @@ class ManifestReader:
     def line(self, text: str) -> Opening | ExtentDigest | Totals:
         try:
             if len(text) > MAX_LINE_BYTES:
-                raise ValueError(f"a line of {len(text)} characters")
+                raise _Unreadable(f"a line of {len(text)} characters")
             text = text.removesuffix("\n")
             # Nearly all lines are an extent's: exactly as we write it, or damaged.
             found = _EXTENT_LINE.fullmatch(text)
@@ -148,14 +163,14 @@ class ManifestReader:
                 return self._read_other(text)
             comma, size_bytes, digest = found[1], int(found[2]), bytes.fromhex(found[3])
             if (comma == ",") != bool(self._count):
-                raise ValueError("a line that is not as vmapipe writes it")
+                raise _Unreadable(_NOT_OURS)
             if not EXTENT_HEADER_BYTES <= size_bytes <= MAX_EXTENT_BYTES:
-                raise ValueError(f"an extent of {size_bytes} bytes")
+                raise _Unreadable(f"an extent of {size_bytes} bytes")
             self._count += 1
             self._bytes += size_bytes
             return ExtentDigest(size_bytes, digest)
-        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise ArchiveError(f"the manifest is damaged: {error}") from error
+        except _FAULTS as error:
+            raise _damaged(error) from error
 
     def close(self) -> Totals:
         """The manifest has ended. Raises ArchiveError when its last line did not come."""
@@ -165,7 +180,7 @@ class ManifestReader:
 
     def _read_other(self, text: str) -> Opening | Totals:
         if self.totals is not None:
-            raise ValueError("text after the end")
+            raise _Unreadable("text after the end")
         if self.opening is None:
             opening = _parse_opening(text)
             _must_equal(text, opening_line(opening))
@@ -173,18 +188,18 @@ class ManifestReader:
             self.opening = opening
             return opening
         if not text.startswith("], "):
-            raise ValueError("a line that is not as vmapipe writes it")
+            raise _Unreadable(_NOT_OURS)
         totals = _parse_totals(json.loads("{" + text[3:]))
         _must_equal(text, totals_line(totals))
         if (totals.extents, totals.archive_bytes) != (self._count, self._bytes):
-            raise ValueError(
+            raise _Unreadable(
                 f"{self._count} extents and {self._bytes} bytes, "
                 f"{totals.extents} and {totals.archive_bytes} announced"
             )
         if self.opening.version == VERSION and totals.incrementals:
-            raise ValueError("incremental archives in a row, and no base")
+            raise _Unreadable("incremental archives in a row, and no base")
         if self.opening.version == VERSION and totals.cluster_digests_bytes:
-            raise ValueError("digests of clusters in version 1")
+            raise _Unreadable("digests of clusters in version 1")
         self.totals = totals
         return totals
 
@@ -193,31 +208,31 @@ def read_totals(text: str) -> Totals:
     """Read a manifest's last line alone. Raises ArchiveError; it is not held against the lines before."""
     try:
         if not text.startswith("], "):
-            raise ValueError("its last line is not as vmapipe writes it")
+            raise _Unreadable("its last line is not as vmapipe writes it")
         totals = _parse_totals(json.loads("{" + text[3:]))
         _must_equal(text, totals_line(totals))
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ArchiveError(f"the manifest is damaged: {error}") from error
+    except _FAULTS as error:
+        raise _damaged(error) from error
     return totals
 
 
 def _must_equal(text: str, written: str) -> None:
     # What a lenient parser takes for the same (1.0 for 1, a key twice) is damage here.
     if text != written.removesuffix("\n"):
-        raise ValueError("a line that is not as vmapipe writes it")
+        raise _Unreadable(_NOT_OURS)
 
 
 def _parse_opening(text: str) -> Opening:
     head = json.loads(text + "]}")
     if head["format"] != FORMAT:
-        raise ValueError("not a manifest of vmapipe")
+        raise _Unreadable("not a manifest of vmapipe")
     if head["version"] not in (VERSION, VERSION_WITH_BASE):
-        raise ValueError(f"manifest version {head['version']!r} is not known here")
+        raise _Unreadable(f"manifest version {head['version']!r} is not known here")
     if head["algorithm"] != ALGORITHM:
-        raise ValueError(f"digest algorithm {head['algorithm']!r} is not known here")
+        raise _Unreadable(f"digest algorithm {head['algorithm']!r} is not known here")
     size, digest = head["header"]
     if not HEADER_BYTES < size <= MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {size!r} bytes")
+        raise _Unreadable(f"a header of {size!r} bytes")
     return Opening(
         _unhex(head["uuid"], UUID_BYTES),
         int(head["ctime"]),
@@ -227,7 +242,7 @@ def _parse_opening(text: str) -> Opening:
 
 
 def _parse_totals(tail: dict[str, Any]) -> Totals:
-    return Totals(
+    totals = Totals(
         extents=int(tail["extent_count"]),
         archive_bytes=int(tail["archive"]["bytes"]),
         file_bytes=int(tail["file"]["bytes"]),
@@ -243,21 +258,27 @@ def _parse_totals(tail: dict[str, Any]) -> Totals:
             )
             for d in tail["devices"]
         ),
-        incrementals=max(0, int(tail.get("incrementals", 0))),
+        incrementals=int(tail.get("incrementals", 0)),
         cluster_digests_bytes=_clusters_bytes(tail),
     )
+    numbers = [*totals[:3], totals.incrementals, totals.cluster_digests_bytes]
+    for device in totals.devices:
+        numbers += [device.dev_id, device.size_bytes, device.clusters, device.zero_bytes]
+    if min(numbers) < 0:
+        raise _Unreadable(_NOT_OURS)
+    return totals
 
 
 def _clusters_bytes(tail: dict[str, Any]) -> int:
     if "cluster_digests" not in tail:
         return 0
     if tail["cluster_digests"]["algorithm"] != CLUSTER_ALGORITHM:
-        raise ValueError("the algorithm of its clusters' digests is not known here")
+        raise _Unreadable("the algorithm of its clusters' digests is not known here")
     return int(tail["cluster_digests"]["bytes"])
 
 
 def _unhex(text: str, size: int) -> bytes:
     raw = bytes.fromhex(text)
     if len(raw) != size:
-        raise ValueError(f"{len(raw)} bytes in hex where {size} must be")
+        raise _Unreadable(f"{len(raw)} bytes in hex where {size} must be")
     return raw

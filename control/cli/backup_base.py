@@ -89,6 +89,12 @@ def base_of(
     """
     if options.base == "none":
         return None
+    if options.no_manifest or options.manifest:
+        text = (
+            "this archive cannot be the base of a later one, whose backup will be full: its manifest is not "
+            "beside it (--manifest, --no-manifest)"
+        )
+        emit({"event": "notice", "text": text})
     if is_chosen_there(options):
         if machine is not None:
             track(options, machine, "the service has not said which")

@@ -413,6 +413,43 @@ def test_two_backups_with_one_base_at_once_both_end_well(tmp_path: Path) -> None
         assert restored(tmp_path / f"{name}.vma", tmp_path / name) == disk.read_bytes()
 
 
+def test_an_archive_that_cannot_be_a_base_says_so_when_it_is_made(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk", "A")
+    first = tmp_path / "vm-2026-01-01.vma"
+    told = incremental(disk, first, "--manifest", tmp_path / "elsewhere.json")
+    assert "cannot be the base of a later one" in told["notice"]["text"]
+    told = incremental(disk, tmp_path / "vm-2026-01-02.vma")
+    assert "no manifest" in told["base"]["devices"][0]["reason"]
+    for word, value in (("--full-every", "3"), ("--sample", "2")):
+        said = bad("backup", word, value, "--disk", f"a={disk}", tmp_path / "x.vma", code=2)
+        assert f"{word} says something of --base" in said
+
+
+def test_a_disk_that_is_full_before_all_is_taken_from_the_base_leaves_the_base_alone(
+    tmp_path: Path,
+) -> None:
+    if os.geteuid():
+        pytest.skip("mounting needs root")
+    disk = make_disk(tmp_path / "disk", "A" * 150)
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=15M", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        first, new = folder / "vm-2026-01-01.vma", folder / "vm-2026-01-02.vma"
+        incremental(disk, first)
+        before = sorted(path.name for path in folder.iterdir())
+        change(disk, 3)
+        said = bad("backup", "--base", "auto", "--disk", f"a={disk}", new)
+        assert "No space left on device" in said
+        assert "free space or choose another folder" in said
+        assert sorted(path.name for path in folder.iterdir()) == before
+        good("verify", first)
+    finally:
+        subprocess.run(["umount", folder], check=True, timeout=LIMIT_S)
+
+
 # --- file systems on which files share blocks ---
 
 

@@ -47,6 +47,38 @@ def test_a_job_at_a_service_goes_on_after_lost_connections(tmp_path: Path, seed:
         assert sha256(tmp_path / "restored" / f"disk-{name}.raw") == sha256(disk)
 
 
+def test_what_is_said_of_a_base_is_said_again_after_lost_connections(tmp_path: Path) -> None:
+    """Questions for digests, their answers, and "unchanged": all of them may be lost on the way."""
+    chance = random.Random(5)
+    disk = make_disk(tmp_path / "disk", "AA0h" * 100)
+    server, clients = make_keys(tmp_path, "host1")
+    keys = (server, clients["host1"])
+    with (
+        serving(tmp_path / "store", "--per-client", keys=keys) as served,
+        cable_to(served.endpoint) as cable,
+    ):
+        words = ("backup", "--json", "--base", "auto", "--disk", f"a={disk}")
+        good(*words, *served.words, "vm-2026-01-01.vma")
+        with disk.open("r+b") as file:
+            for number in range(0, 400, 9):
+                file.seek(number << 16)
+                file.write(chance.randbytes(100))
+        cable.bytes_s = MIB
+        with started(
+            *words, "--archiver", cable.endpoint, *served.link, "vm-2026-01-02.vma"
+        ) as new:
+            assert next_event(new, "base")["devices"][0]["incremental"]
+            next_event(new, "begun")
+            for _ in range(3):
+                lose_connections(cable, new, chance.randrange(MIB // 4))
+            code, text = end_of(new)
+            assert code == 0, text
+        served.stop()
+    archive = tmp_path / "store" / "host1" / "vm-2026-01-02.vma"
+    good("restore", archive, tmp_path / "restored")
+    assert sha256(tmp_path / "restored" / "disk-a.raw") == sha256(disk)
+
+
 def test_a_flood_at_a_service_leaves_room_for_its_clients(tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "disk.raw", "AA0h" * 4)
     server, clients = make_keys(tmp_path, "host1")

@@ -341,6 +341,18 @@ def test_a_manifest_with_digests_of_clusters_beside_it_is_version_2_and_no_other
         reader.line(totals_line(totals._replace(incrementals=0)))
 
 
+@pytest.mark.parametrize("odd", ["null", "[]", '"many"', "{}", "1.5", "true", "-1", "1e999"])
+def test_an_odd_number_is_damage_in_words_of_ours(odd: str) -> None:
+    totals = Totals(0, 12800, 12800, bytes(16), (), 3, 4112)
+    text = totals_line(totals).strip()
+    for key in ('"incrementals": 3', '"extent_count": 0', '"bytes": 4112'):
+        with pytest.raises(ArchiveError) as caught:
+            read_totals(text.replace(key, f"{key.split(':')[0]}: {odd}"))
+        assert (
+            str(caught.value) == "the manifest is damaged: a line that is not as vmapipe writes it"
+        )
+
+
 @pytest.mark.parametrize("text", ["", "], {}", '], "extent_count": 1}', "x"])
 def test_a_last_line_that_is_none_is_damage(text: str) -> None:
     with pytest.raises(ArchiveError, match="manifest is damaged"):

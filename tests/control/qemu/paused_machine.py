@@ -88,12 +88,16 @@ class PausedMachine:
     def commit(self, overlay: str, base: str) -> None:
         """Commit an overlay that is in use into the image below it, which takes its place."""
         self.ask("block-commit", **{"job-id": "commit", "device": overlay, "base-node": base})
+        self.complete("commit")
+
+    def complete(self, name: str) -> None:
+        """Let a job of this name do its last step as soon as it can, and wait for its end."""
         while True:
             jobs = {job["id"]: job["status"] for job in self.ask("query-jobs")}
-            if "commit" not in jobs:
+            if name not in jobs:
                 return
-            if jobs["commit"] == "ready":
-                self.ask("job-complete", id="commit")
+            if jobs[name] == "ready":
+                self.ask("job-complete", id=name)
             time.sleep(0.01)
 
     def ours(self) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.control.qemu.hammer import CLUSTER
+from tests.control.qemu.paused_machine import paused_machine
 from tests.control.qemu.storage_daemon import storage_daemon
 from tests.control.qemu.tracked_machine import (
     NAMES,
@@ -23,8 +24,9 @@ from tests.control.qemu.tracked_machine import (
     check_archive,
     make_images,
     tracked_machine,
+    tracked_options,
 )
-from tests.machine import Need, good, next_event, started, without_limit
+from tests.machine import Need, eventually, good, next_event, started, without_limit
 from tests.protocol.nbd.client import Client
 from vmapipe.control.qemu.bitmaps import bitmap_name
 
@@ -185,6 +187,43 @@ def test_a_disk_that_was_shrunk_and_grown_is_found_by_the_sample_and_backed_up_i
         assert "This is a full backup instead" in report.notices
         assert "its record is wrong" in report.reasons["a"]
         check_archive(out / "vm-2026-01-03.vma", {"a": image.read_bytes()}, tmp_path / "restored")
+
+
+def test_a_mirror_takes_the_record_away_and_a_migration_keeps_what_is_in_the_images(
+    need: Need, tmp_path: Path, out: Path
+) -> None:
+    need("qemu-img", "qemu-system-x86_64")
+    contents = make_images(tmp_path)
+    days = Days(contents, out, tmp_path)
+    there = tmp_path / "there"
+    there.mkdir()
+    with tracked_machine(need, tmp_path, contents) as tracked:
+        ask = tracked.machine.ask
+        days.back_up(tracked)
+        assert days.back_up(tracked) == dict.fromkeys(NAMES, "")
+        (tmp_path / "copy.raw").write_bytes(bytes(SIZE))
+        file = {"driver": "file", "filename": str(tmp_path / "copy.raw")}
+        ask("blockdev-add", **{"driver": "raw", "node-name": "copy", "file": file})
+        ask(
+            "blockdev-mirror",
+            **{"job-id": "m", "device": "disk0", "target": "copy", "sync": "full"},
+        )
+        tracked.machine.complete("m")
+        reasons = days.back_up(tracked)
+        assert "QEMU has no record" in reasons.pop(RAW)
+        assert set(reasons.values()) == {""}
+        assert days.back_up(tracked) == dict.fromkeys(NAMES, "")
+        # To a QEMU that has the same images: a raw one keeps no record.
+        uri = f"unix:{there}/incoming"
+        words = [word.replace(f"{RAW}.raw", "copy.raw") for word in tracked_options(tmp_path)]
+        with paused_machine(need, there, *words, "-incoming", uri) as machine:
+            ask("migrate", uri=uri)
+            assert eventually(lambda: ask("query-migrate").get("status") == "completed")
+            tracked.machine.quit()
+            moved = TrackedMachine(machine, contents)
+            reasons = days.back_up(moved)
+            assert "QEMU has no record" in reasons.pop(RAW)
+            assert set(reasons.values()) == {""}
 
 
 def test_the_record_of_one_disk_is_not_taken_for_that_of_another_whose_image_took_its_place(

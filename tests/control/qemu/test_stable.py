@@ -6,9 +6,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from tests.archiver.service.serving import serving as at_a_service
 from tests.control.qemu.hammer import Hammer
 from tests.control.qemu.storage_daemon import storage_daemon
 from tests.machine import bad, end_of, good, make_disk, next_event, started
+from tests.producer.guard.serving import serving as monitoring
 from vmapipe.vma.header import HEADER_BYTES
 
 
@@ -37,6 +39,24 @@ def test_the_order_of_a_guests_writes_does_not_show_in_a_stable_archive(tmp_path
                 assert _body(live) == _body(rest)
     assert _body(other) != _body(rest)
     good("verify", live)
+
+
+def test_a_stable_archive_is_the_same_from_a_monitor_an_export_and_at_a_service(
+    tmp_path: Path,
+) -> None:
+    disk = make_disk(tmp_path / "a.raw", "ApAAh0" * 40)
+    rest = tmp_path / "rest.vma"
+    good("backup", "--quiet", "--stable", "--disk", f"a={disk}", rest)
+    body = _body(rest)
+    words = ("backup", "--quiet", "--stable")
+    with monitoring(tmp_path, a=disk) as served, at_a_service(tmp_path / "store") as service:
+        good(*words, "--monitor", served.monitor, tmp_path / "monitor.vma")
+        good(*words, "--nbd", f"a={served.uri('a')}", tmp_path / "export.vma")
+        good(*words, "--monitor", served.monitor, *service.words, "served.vma")
+        good(*words, "--nbd", f"a={served.uri('a')}", *service.words, "exported.vma")
+        service.stop()
+    for name in ("monitor", "export", "store/served", "store/exported"):
+        assert _body(tmp_path / f"{name}.vma") == body, name
 
 
 def test_a_stable_archive_has_no_base_and_no_other_time(tmp_path: Path) -> None:
