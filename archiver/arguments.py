@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmapipe.archiver.outputs.compress import MAX_THREADS
-from vmapipe.runtime.arguments import job_id, size, split_named, wait_time
+from vmapipe.runtime.arguments import job_id, needing_cryptography, size, split_named, wait_time
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.side_files import read_awaited
@@ -42,6 +42,12 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "(default: ARCHIVE.manifest.json beside a file)",
     )
     group.add_argument("--no-manifest", action="store_true", help="make no digests")
+    group.add_argument(
+        "--sign",
+        metavar="KEYFILE",
+        help="sign the manifest with this OpenSSH ed25519 key (vmapipe keygen --sign makes one), in "
+        "MANIFEST.sig: a forged or exchanged archive is then told by verify --signed-by",
+    )
     group.add_argument(
         "--reproducible",
         action="store_true",
@@ -86,20 +92,22 @@ def add_storing_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def signing_key_of(path: str | None) -> bytes:
+    """Read what `--sign` names; empty: nothing is signed. Raises UsageError."""
+    if path is None:
+        return b""
+    with needing_cryptography("--sign"):
+        from vmapipe.archiver.outputs.sign import read_signing_key
+    return read_signing_key(path)
+
+
 def recipients_of(texts: Sequence[str], cancel: Cancel | None = None) -> tuple[Recipient, ...]:
     """Read what `--encrypt-to` says. Raises UsageError where any of it cannot be used."""
     if not texts:
         return ()
     # Late: a compiled library takes 30 ms, and most backups do not encrypt.
-    try:
+    with needing_cryptography("--encrypt-to"):
         from vmapipe.archiver.outputs.encrypt import read_recipients
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "cryptography":
-            raise
-        raise UsageError(
-            "--encrypt-to needs the library cryptography: pip install 'vmapipe[age]', or Debian's "
-            "python3-cryptography"
-        ) from error
     return read_recipients(texts, cancel)
 
 

@@ -15,6 +15,7 @@ from vmapipe.archiver.arguments import (
     add_service_options,
     read_configs,
     recipients_of,
+    signing_key_of,
 )
 from vmapipe.archiver.base.check import Base, check_base, open_digests
 from vmapipe.archiver.base.choice import choose_base, usable_base
@@ -28,6 +29,7 @@ from vmapipe.archiver.outputs.cluster_digests import BaseDigests, DigestFile
 from vmapipe.archiver.outputs.compress import parse_compression
 from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.manifests import (
+    SIGNATURE_SUFFIX,
     Digests,
     ManifestFile,
     ManifestLines,
@@ -202,6 +204,9 @@ def _serve_jobs(options: argparse.Namespace) -> None:
 
     cancel = Cancel()
     cancel.on_signals()
+    signing_key_of(options.sign)  # a wrong one is told before anybody comes
+    if options.sign:
+        options.sign = os.path.abspath(options.sign)
     options.encrypt_to = [one.text for one in recipients_of(options.encrypt_to, cancel)]
     serve_jobs(options, cancel)
 
@@ -316,9 +321,12 @@ def store_for(
     if options.manifest and options.no_manifest:
         raise UsageError("--manifest and --no-manifest exclude each other")
     recipients = recipients_of(options.encrypt_to, cancel)
+    seed = signing_key_of(options.sign)
     output = open_output(options.output, cancel=cancel, emit=emit)
     try:
         sink = _manifest_sink(options, output, cancel, emit)
+        if seed:
+            sink = _signed(sink, seed, options, output, cancel, emit)
     except BaseException:
         output.abandon()
         raise
@@ -333,7 +341,7 @@ def store_for(
             sink.abandon()
         output.abandon()
         raise
-    digests = Digests(sink, clusters, recipients) if sink else None
+    digests = Digests(sink, clusters, recipients, to_be_signed=bool(seed)) if sink else None
     found = base if isinstance(base, Base) else None
     return ArchiveWriter(output, digests, wake, compression, found, recipients)
 
@@ -353,6 +361,35 @@ def _manifest_sink(
     if options.manifest_events:
         return ManifestLines(lambda text: emit({"event": "manifest", "text": text}))
     return None
+
+
+def _signed(
+    sink: ManifestSink | None,
+    seed: bytes,
+    options: argparse.Namespace,
+    output: Output,
+    cancel: Cancel,
+    emit: Emit,
+) -> ManifestSink:
+    """The sink, with a signature beside it. Raises Failure; nothing is then left of both."""
+    from vmapipe.archiver.outputs.sign import SignedManifest
+
+    if not isinstance(sink, ManifestFile | ManifestObject):
+        if sink is not None:
+            sink.abandon()
+        raise UsageError(
+            "--sign: what is signed is the manifest, and it has to be a file or an object: name one, "
+            "--manifest FILE"
+        )
+    name = (options.manifest or beside(options.output)) + SIGNATURE_SUFFIX
+    replace = not options.manifest
+
+    def open_beside() -> ManifestSink:
+        if is_object(name):
+            return _manifest_object(name, replace, output, cancel, emit)
+        return ManifestFile(name, replace=replace)
+
+    return SignedManifest(sink, open_beside, seed)
 
 
 def _manifest_object(

@@ -15,6 +15,7 @@ from vmapipe.access.drill.result import SUFFIX as DRILL_SUFFIX
 from vmapipe.access.drill.result import decode_result
 from vmapipe.archiver.base.choice import When, read_name
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
+from vmapipe.archiver.outputs.manifests import SIGNATURE_SUFFIX
 from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
 from vmapipe.places.locks import SUFFIX as LOCK_SUFFIX
 from vmapipe.places.place import KeptPlace, StoredName
@@ -37,6 +38,7 @@ def companions(archive: str) -> list[str]:
     logs = [f"{stem}.log"] if stem != archive else []
     return [
         archive + MANIFEST_SUFFIX,
+        archive + MANIFEST_SUFFIX + SIGNATURE_SUFFIX,
         archive + DIGESTS_SUFFIX,
         archive + DRILL_SUFFIX,
         archive + VERIFIED_SUFFIX,

@@ -26,7 +26,7 @@ from vmapipe.protocol.schema import (
 
 # Names, and some configurations: Proxmox VE's have a few KiB each.
 MAX_OPEN_BYTES = 1 << 20
-# A file's name has 255 bytes, and .manifest.json.partial (22) may follow it.
+# A file's name has 255 bytes, and .age.manifest.json.sig.partial (30) may follow it.
 MAX_ARCHIVE_NAME_BYTES = 200
 # A service tells its progress in one part: 256 times two numbers of 9 bytes, and names.
 MAX_TOLD_BYTES = 65536
@@ -236,6 +236,6 @@ def archive_name_fault(name: str) -> str:
         return "it begins with a dot"
     if len(name.encode()) > MAX_ARCHIVE_NAME_BYTES:
         return f"it has more than {MAX_ARCHIVE_NAME_BYTES} bytes"
-    if name.endswith((".partial", ".manifest.json", ".digests")):
-        return "it ends like a partial file, a manifest or digests"
+    if name.endswith((".partial", ".manifest.json", ".manifest.json.sig", ".digests")):
+        return "it ends like a partial file, a manifest, its signature or digests"
     return ""

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from typing import NoReturn
 
 from vmapipe.runtime.errors import EXIT_USAGE, UsageError
@@ -272,3 +274,17 @@ def add_buffer_options(parser: argparse.ArgumentParser) -> None:
 def add_child_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of processes that a job starts; a user never needs them."""
     parser.add_argument("--parent-fd", type=int, help=argparse.SUPPRESS)
+
+
+@contextlib.contextmanager
+def needing_cryptography(option: str) -> Iterator[None]:
+    """Say in words where the library that `option` needs is not installed. Raises UsageError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "cryptography":
+            raise
+        raise UsageError(
+            f"{option} needs the library cryptography: pip install 'vmapipe[age]', or Debian's "
+            "python3-cryptography"
+        ) from error

@@ -21,6 +21,9 @@ FORMAT = "vmapipe-manifest"
 VERSION = 1
 #: Its last line may tell of how many archives in a row were made with a base, and of a file of digests of clusters.
 VERSION_WITH_BASE = 2
+#: Signed: its last line has the SHA-256 of the stored file, too. It may have what a version 2 has.
+VERSION_SIGNED = 3
+SHA256_BYTES = 32
 CLUSTER_ALGORITHM = "sha256-keyed-128"
 # Against damage, which it is quick enough to find at any disk's speed; not
 # against forgery: docs/decisions/0004-manifest-digests.md.
@@ -65,6 +68,8 @@ class Totals(NamedTuple):
     incrementals: int = 0
     #: Length of the file with a digest of each cluster; 0: there is none.
     cluster_digests_bytes: int = 0
+    #: Of the stored file; empty: the manifest is not made to be signed.
+    file_sha256: bytes = b""
 
 
 class Opening(NamedTuple):
@@ -110,6 +115,8 @@ def totals_line(totals: Totals) -> str:
             for d in totals.devices
         ],
     }
+    if totals.file_sha256:
+        tail["file"]["sha256"] = totals.file_sha256.hex()
     if totals.incrementals:
         tail["incrementals"] = totals.incrementals
     if totals.cluster_digests_bytes:
@@ -200,6 +207,8 @@ class ManifestReader:
             raise _Unreadable("incremental archives in a row, and no base")
         if self.opening.version == VERSION and totals.cluster_digests_bytes:
             raise _Unreadable("digests of clusters in version 1")
+        if (self.opening.version == VERSION_SIGNED) != bool(totals.file_sha256):
+            raise _Unreadable("the SHA-256 of the file belongs to version 3")
         self.totals = totals
         return totals
 
@@ -226,7 +235,7 @@ def _parse_opening(text: str) -> Opening:
     head = json.loads(text + "]}")
     if head["format"] != FORMAT:
         raise _Unreadable("not a manifest of vmapipe")
-    if head["version"] not in (VERSION, VERSION_WITH_BASE):
+    if head["version"] not in (VERSION, VERSION_WITH_BASE, VERSION_SIGNED):
         raise _Unreadable(f"manifest version {head['version']!r} is not known here")
     if head["algorithm"] != ALGORITHM:
         raise _Unreadable(f"digest algorithm {head['algorithm']!r} is not known here")
@@ -260,6 +269,9 @@ def _parse_totals(tail: dict[str, Any]) -> Totals:
         ),
         incrementals=int(tail.get("incrementals", 0)),
         cluster_digests_bytes=_clusters_bytes(tail),
+        file_sha256=(
+            _unhex(tail["file"]["sha256"], SHA256_BYTES) if "sha256" in tail["file"] else b""
+        ),
     )
     numbers = [*totals[:3], totals.incrementals, totals.cluster_digests_bytes]
     for device in totals.devices:

@@ -13,7 +13,7 @@ import json
 from typing import Any, NamedTuple
 
 from vmapipe.vma.errors import ArchiveError
-from vmapipe.vma.manifest import ALGORITHM, DIGEST_BYTES
+from vmapipe.vma.manifest import ALGORITHM, DIGEST_BYTES, SHA256_BYTES
 
 FORMAT = "vmapipe-sealed-manifest"
 VERSION = 1
@@ -34,7 +34,6 @@ _OPENING = (
 )
 #: What a sealed manifest begins with, and no other file.
 MAGIC = f'{{"format": "{FORMAT}", '.encode()
-SHA256_BYTES = 32
 
 
 class StoredFile(NamedTuple):

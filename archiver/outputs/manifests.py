@@ -7,6 +7,7 @@ room imports xxhash.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,7 @@ from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYT
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.manifest import (
     VERSION,
+    VERSION_SIGNED,
     VERSION_WITH_BASE,
     DeviceTotals,
     ExtentDigest,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from vmapipe.crypt.age import Recipient
 
 SUFFIX = ".manifest.json"
+#: Behind a manifest's name.
+SIGNATURE_SUFFIX = ".sig"
 # Lines of 40 bytes are not worth a system call each.
 _BUFFER_BYTES = 64 << 10
 
@@ -148,7 +152,8 @@ def beside(archive: str) -> str:
 
 def files_of(archive: str) -> list[str]:
     """The paths of an archive and of all that is stored together with it."""
-    return [archive, beside(archive), archive + DIGESTS_SUFFIX]
+    manifest = beside(archive)
+    return [archive, manifest, manifest + SIGNATURE_SUFFIX, archive + DIGESTS_SUFFIX]
 
 
 # The output has waited for its commit before; what is left is a few calls.
@@ -159,6 +164,7 @@ class Digests:
     """Hashes what one thread hands it, in order, and hands the manifest's lines to `sink`.
 
     `recipients`: whom the archive is encrypted to. The manifest tells nobody else what is in it.
+    `to_be_signed`: it gets a digest of the stored file that stops a forger, too.
     """
 
     def __init__(
@@ -166,8 +172,11 @@ class Digests:
         sink: ManifestSink,
         clusters: DigestFile | None = None,
         recipients: Sequence[Recipient] = (),
+        *,
+        to_be_signed: bool = False,
     ) -> None:
         self._sink = sink
+        self._sha256 = hashlib.sha256() if to_be_signed else None
         self._line = sink.line
         self._seal: Callable[[StoredFile], None] | None = None
         if recipients:
@@ -200,6 +209,8 @@ class Digests:
             version = VERSION_WITH_BASE
             self._clusters.begin(header.uuid, header.devices, based or {})
             self._clusters_bytes = file_bytes(header.devices)
+        if self._sha256 is not None:
+            version = VERSION_SIGNED
         opening = Opening(header.uuid, header.ctime_s, digest_of([raw_header]), version)
         self._line(opening_line(opening))
 
@@ -233,6 +244,8 @@ class Digests:
         for buffer in buffers:
             self._file_bytes += len(buffer)
             self._file.update(buffer)
+            if self._sha256 is not None:
+                self._sha256.update(buffer)
 
     def finish(self) -> None:
         """Write the manifest's last line and commit it. Raises Failure."""
@@ -244,12 +257,13 @@ class Digests:
             devices=tuple(device.totals() for device in self._devices.values()),
             incrementals=self.incrementals,
             cluster_digests_bytes=self._clusters_bytes,
+            file_sha256=self._sha256.digest() if self._sha256 is not None else b"",
         )
         if self._clusters is not None:
             self._clusters.commit()
         self._line(totals_line(totals))
         if self._seal is not None:
-            self._seal(StoredFile(totals.file_bytes, totals.file_digest))
+            self._seal(StoredFile(totals.file_bytes, totals.file_digest, totals.file_sha256))
         self._sink.commit()
 
     def abandon(self) -> None:

@@ -106,7 +106,9 @@ class ArchiverProcesses:
             argv += [f"--recorded={uuid.hex()}" for uuid in request.recorded]
         if request.digests:
             argv.append("--digests")
-        if not request.manifest:
+        # What a service signs is the manifest, whatever its client says.
+        signs = any(word.startswith("--sign=") for word in self._options)
+        if not request.manifest and not signs:
             argv.append("--no-manifest")
         elif is_object(instruction.path):
             # Named, because it is not replaced then: its existence was not checked.

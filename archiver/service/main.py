@@ -154,6 +154,7 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
                 most_unassigned=link.budget.unassigned,
             )
         argv = _archiver_options(options, link)
+        argv += [f"--sign={options.sign}"] if options.sign else []
         argv += [f"--encrypt-to={recipient}" for recipient in options.encrypt_to]
         archivers = ArchiverProcesses(argv, link.watch, link.unwatch, to_store=to_store)
         try:

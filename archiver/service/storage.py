@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmapipe.archiver.outputs.compress import parse_compression
-from vmapipe.archiver.outputs.manifests import SUFFIX, beside
+from vmapipe.archiver.outputs.manifests import SIGNATURE_SUFFIX, SUFFIX, beside
 from vmapipe.archiver.outputs.object import abort_stale_uploads, abort_upload
 from vmapipe.archiver.service.admission import FreeSpace
 from vmapipe.archiver.service.jobs import ArchivePlace
@@ -278,7 +278,9 @@ def left_in_group(group: Path, otherwise: int) -> int:
 # Parts that wait and five on their way are 96 MiB (and more above 31 GiB), the library 40.
 STORE_JOB_MEMORY_BYTES = 256 << 20
 # The slashes, a folder, an archive's name, and what an encrypted one's manifest has behind that.
-_LONGEST_REST_BYTES = 2 * (1 + service.MAX_ARCHIVE_NAME_BYTES) + len(f".age{SUFFIX}")
+_LONGEST_REST_BYTES = 2 * (1 + service.MAX_ARCHIVE_NAME_BYTES) + len(
+    f".age{SUFFIX}{SIGNATURE_SUFFIX}"
+)
 # A store does not say what is free.
 _WITHOUT_LIMIT_BYTES = 1 << 62
 

@@ -21,10 +21,8 @@ from vmapipe.control.cli.backup_arguments import (
     add_service_options,
     add_source_options,
     add_speed_option,
-    archive_ending,
     archiver_options,
     buffer_options,
-    check_encryption,
     check_libvirt,
     check_order,
     check_without_pve,
@@ -53,6 +51,7 @@ from vmapipe.control.cli.backup_domain import (
     push_machine,
     track_domain,
 )
+from vmapipe.control.cli.backup_sealing import archive_ending, check_sealing
 from vmapipe.control.coordinator.job import BackupJob, Disk
 from vmapipe.control.coordinator.observers import (
     JobContext,
@@ -261,7 +260,7 @@ def _check(options: argparse.Namespace) -> None:
             "instant of their own; make two archives"
         )
     check_base_options(options)
-    check_encryption(options)
+    check_sealing(options)
     if options.trim and not options.nbd:
         raise UsageError("--trim frees what --nbd has read: it needs that")
     if options.notes and options.vmid is None:

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 
-from vmapipe.archiver.arguments import recipients_of
+from vmapipe.control.cli.backup_sealing import sealing_options
 from vmapipe.control.coordinator.job import Disk
 from vmapipe.control.coordinator.priorities import buffer_of_each
 from vmapipe.control.coordinator.service import Service
@@ -314,7 +314,7 @@ def archiver_options(options: argparse.Namespace) -> list[str]:
     argv = [f"--config={config}" for config in options.config]
     if options.compress:
         argv.append(f"--compress={options.compress}")
-    argv += [f"--encrypt-to={recipient}" for recipient in options.encrypt_to]
+    argv += sealing_options(options)
     if not options.archiver:
         argv.append(f"--threads={options.threads}")
     if options.manifest:
@@ -332,30 +332,6 @@ def archiver_options(options: argparse.Namespace) -> list[str]:
         if not options.archiver:
             argv += [f"--hold={options.buffer}", *(["--in-turn"] if in_turn(options) else [])]
     return argv
-
-
-def check_encryption(options: argparse.Namespace) -> None:
-    """Read the recipients, before anything else is touched. Raises UsageError."""
-    if not options.encrypt_to:
-        return
-    if options.archiver:
-        raise UsageError(
-            "--encrypt-to: a service encrypts what it stores, and its own --encrypt-to says to whom"
-        )
-    for is_asked, name, why in (
-        (options.notes, "--notes", "they stand beside the archive, where everybody can read them"),
-        (options.drill, "--drill", "to boot from the archive this host would need the secret key"),
-        (options.stable, "--stable", "what is encrypted is never the same twice"),
-        (options.reproducible, "--reproducible", "what is encrypted is never the same twice"),
-    ):
-        if is_asked:
-            raise UsageError(f"{name} and --encrypt-to exclude each other: {why}")
-    options.encrypt_to = [recipient.text for recipient in recipients_of(options.encrypt_to)]
-
-
-def archive_ending(options: argparse.Namespace) -> str:
-    """Return what follows `.vma` in the archive's name."""
-    return (".zst" if options.compress else "") + (".age" if options.encrypt_to else "")
 
 
 def in_turn(options: argparse.Namespace) -> bool:

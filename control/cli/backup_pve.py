@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from vmapipe.control.cli.backup import run_job
-from vmapipe.control.cli.backup_arguments import archive_ending, check_encryption
+from vmapipe.control.cli.backup_sealing import archive_ending, check_sealing
 from vmapipe.control.coordinator.hooks import Hooks
 from vmapipe.control.coordinator.observers import ParentContext, Surroundings, job_context
 from vmapipe.control.coordinator.proxmox import Configs, archive_name, write_mark
@@ -75,7 +75,7 @@ class _Plan(NamedTuple):
 def backup_machines(options: argparse.Namespace) -> None:
     """Back up all machines that are asked for. Raises Failure when one of them is not stored."""
     _check(options)
-    check_encryption(options)
+    check_sealing(options)
     node = PveNode(root_of(options.pve_root))
     defaults = node.defaults()
     storages = node.storages()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--identity FILE`: the secret keys of every command that reads archives."""
+"""`--identity FILE` and `--signed-by PUB`: the keys of the commands that read archives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vmapipe.runtime.errors import UsageError
+from vmapipe.runtime.arguments import needing_cryptography
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.events import Emit
 from vmapipe.runtime.text import one_line
 
 if TYPE_CHECKING:
@@ -26,6 +28,33 @@ def add_identity_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_signed_by_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--signed-by",
+        action="append",
+        default=[],
+        metavar="PUB",
+        help="first check that this key has signed the archive, and that it is that one: "
+        "'ssh-ed25519 …', or a file with such lines; may be repeated; exit code 4 if it is not",
+    )
+
+
+def check_signed(name: str, options: argparse.Namespace, cancel: Cancel, emit: Emit) -> str | None:
+    """Return the fingerprint of the key that has signed the archive; None: nobody has asked.
+
+    Raises SignatureError where it is not signed by whom it should be, UsageError, InputError.
+    """
+    if not options.signed_by:
+        return None
+    # Late: a compiled library takes 30 ms.
+    with needing_cryptography("--signed-by"):
+        from vmapipe.restore.verify.signature import check_signature, read_publics
+    publics = read_publics(options.signed_by)
+    signed = check_signature(name, getattr(options, "manifest", None), publics, cancel)
+    emit({"event": "notice", "text": f"{name}: signed by ssh-ed25519 {signed.fingerprint}"})
+    return signed.fingerprint
+
+
 def identities_of(options: argparse.Namespace) -> tuple[AgeIdentity, ...]:
     """Read the secret keys that `--identity` names, once. Raises UsageError."""
     if not hasattr(options, "identities"):
@@ -39,15 +68,8 @@ def identities_in(paths: Sequence[str]) -> tuple[AgeIdentity, ...]:
     if not paths:
         return ()
     # Late: a compiled library takes 30 ms, and most archives are not encrypted.
-    try:
+    with needing_cryptography("--identity"):
         from vmapipe.restore.archive.decrypt import read_identities
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "cryptography":
-            raise
-        raise UsageError(
-            "--identity needs the library cryptography: pip install 'vmapipe[age]', or Debian's "
-            "python3-cryptography"
-        ) from error
     found, warnings = read_identities(paths)
     for text in warnings:
         print(one_line(text), file=sys.stderr, flush=True)

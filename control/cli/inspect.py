@@ -6,28 +6,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import stat
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from vmapipe.control.cli.errors import naming, source_name
-from vmapipe.control.cli.identity import add_identity_option, identities_of
+from vmapipe.control.cli.identity import (
+    add_identity_option,
+    add_signed_by_option,
+    check_signed,
+    identities_of,
+)
 from vmapipe.control.coordinator.output_spec import inherited_fds
 from vmapipe.control.coordinator.render import add_report_options, renderer
-from vmapipe.crypt.magic import is_encrypted
-from vmapipe.restore.archive.compressed import MAGIC_BYTES, ReadOptions, compression_of
+from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.errors import NoKeyError
-from vmapipe.restore.archive.input import Pread
-from vmapipe.restore.archive.manifest import Manifest, manifest_beside
-from vmapipe.restore.archive.object import RemoteObject
 from vmapipe.restore.archive.reader import Archive, open_archive
 from vmapipe.restore.verify.verify import VerifyOptions, verify
 from vmapipe.runtime.arguments import age_s, make_parser, share, size
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
+from vmapipe.runtime.events import Emit
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import failure_of, run
 from vmapipe.runtime.text import MAX_NAME_CHARS, human_bytes, name_text, one_line
@@ -35,109 +36,7 @@ from vmapipe.vma.errors import ArchiveError, VmaError
 from vmapipe.vma.header import Config, Header
 
 if TYPE_CHECKING:
-    from vmapipe.access.drill.result import DrillResult
     from vmapipe.control.cli.places import KeptVerdict
-    from vmapipe.crypt.age import AgeIdentity
-
-
-class Condition(NamedTuple):
-    """`compression`: "none", "zstd", "gzip", "lzo", or "" where it cannot be looked at twice (a pipe).
-
-    `is_seekable`: any place can be read at once, by serve, mount and files; else they decompress the
-    archive up to there first. `has_digests`: its manifest stands beside it, so that what is read
-    is checked. `drill`: the latest restore test; None: there was none.
-    """
-
-    compression: str
-    is_seekable: bool
-    has_digests: bool
-    drill: DrillResult | None
-    encrypted: bool = False
-
-
-def condition_of(
-    name: str, uuid: bytes, cancel: Cancel, identities: Sequence[AgeIdentity] = ()
-) -> Condition:
-    """Of the archive at `name`, whose header has this uuid. What cannot be found out is not there."""
-    compression, is_seekable, encrypted = _stored_form(name, cancel, identities)
-    if not compression:
-        return Condition("", False, False, None)
-    # Late, here and below: a restore has use for this file's options alone.
-    from vmapipe.access.drill.result import read_result
-
-    drill = None if is_object(name) else read_result(name, uuid)
-    has_manifest = _has_manifest(name, uuid, cancel, identities)
-    return Condition(compression, is_seekable, has_manifest, drill, encrypted)
-
-
-def _stored_form(
-    name: str, cancel: Cancel, identities: Sequence[AgeIdentity]
-) -> tuple[str, bool, bool]:
-    """Return the compression, whether any place can be read at once, and whether it is encrypted."""
-    try:
-        if is_object(name):
-            remote = RemoteObject(name, (cancel,))
-            try:
-                return _form(name, remote.pread, remote.size_bytes, cancel, identities)
-            finally:
-                remote.close()
-        if not _is_file(name):
-            return "", False, False
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            size = os.lseek(fd, 0, os.SEEK_END)
-            form = _form(name, lambda n, at: os.pread(fd, n, at), size, cancel, identities)
-            # Its blocks are independent; finding them all here would take as long as opening it.
-            if form[::2] != ("lzo", False):
-                return form
-            from vmapipe.access.lzo import can_read_lzo
-
-            return "lzo", can_read_lzo(), False
-        finally:
-            os.close(fd)
-    except Cancelled:
-        raise
-    except (OSError, Failure, ArchiveError):
-        return "", False, False
-
-
-def _is_file(name: str) -> bool:
-    """False for "-", "exec:…" and the like, which no file is called, and for FIFOs."""
-    mode = os.stat(name).st_mode
-    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-
-
-def _form(
-    name: str, pread: Pread, size_bytes: int, cancel: Cancel, identities: Sequence[AgeIdentity]
-) -> tuple[str, bool, bool]:
-    encrypted = is_encrypted(pread(MAGIC_BYTES, 0))
-    if encrypted:
-        from vmapipe.restore.archive.decrypt import AgeFile
-
-        file = AgeFile(name, pread, size_bytes, identities)
-        pread, size_bytes = file.pread, file.size_bytes
-    compression = compression_of(pread(MAGIC_BYTES, 0))
-    if compression == "zstd":
-        # Listing a plain archive does without a library that many installations have not.
-        from vmapipe.restore.archive.zstd import seekable_frames
-
-        return compression, seekable_frames(pread, size_bytes, (cancel,)) is not None, encrypted
-    return compression, compression == "none", encrypted
-
-
-def _has_manifest(
-    name: str, uuid: bytes, cancel: Cancel, identities: Sequence[AgeIdentity]
-) -> bool:
-    try:
-        path = manifest_beside(name, cancel)
-        if path is None:
-            return False
-        with Manifest(path, cancel, identities) as manifest:
-            return manifest.opening.uuid == uuid
-    except Cancelled:
-        raise
-    except (OSError, Failure, ArchiveError):
-        return False
 
 
 VERIFY_DESCRIPTION = """\
@@ -224,6 +123,7 @@ def main_verify(argv: Sequence[str], prog: str) -> int:
         action="store_true",
         help="also compare the digest of the stored file, which reads it once more",
     )
+    add_signed_by_option(parser)
     group = parser.add_argument_group("of a folder or a bucket's prefix")
     group.add_argument(
         "--older-than",
@@ -305,6 +205,13 @@ def open_by_name(name: str, options: argparse.Namespace, cancel: Cancel) -> Arch
         return open_archive(name, cancel, read_options(options))
 
 
+def open_signed(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> Archive:
+    """Open `options.archive`, when it was found to be signed by whom `--signed-by` names, if that is asked for."""
+    reading = read_options(options)  # a wrong key is told before anything is read
+    check_signed(options.archive, options, cancel, emit)
+    return open_archive(options.archive, cancel, reading)
+
+
 def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
     if _may_be_place(name):
         # Late: most lists are of one archive.
@@ -321,11 +228,14 @@ def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
             raise
         _list_encrypted(name, options)
         return
+    # Late: other commands have use for this file's options alone.
+    from vmapipe.control.cli.condition import condition_json, condition_lines, condition_of
+
     with archive:
         header = archive.header
         condition = condition_of(name, header.uuid, cancel, identities_of(options))
         if options.json:
-            print(json.dumps({**listing(header), **_condition_json(condition)}))
+            print(json.dumps({**listing(header), **condition_json(condition)}))
             return
         made = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(header.ctime_s))
         print(
@@ -343,7 +253,7 @@ def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
             print(
                 f"  config      {one_line(config.name, MAX_NAME_CHARS):<24} {len(config.data):>16} bytes"
             )
-        for line in _condition_lines(condition):
+        for line in condition_lines(condition):
             print(f"  {line}")
 
 
@@ -356,42 +266,6 @@ def _list_encrypted(name: str, options: argparse.Namespace) -> None:
         f"{one_line(source_name(name))}: encrypted (age); what it holds can be listed with a key "
         "(--identity FILE)"
     )
-
-
-def _condition_json(condition: Condition) -> dict[str, object]:
-    """null for what cannot be known of a pipe."""
-    known, drill = bool(condition.compression), condition.drill
-    return {
-        "compression": condition.compression or None,
-        "encrypted": condition.encrypted if known else None,
-        "seekable": condition.is_seekable if known else None,
-        "digests": condition.has_digests if known else None,
-        "drill": drill and {"verdict": drill.verdict, "date": drill.date, "seconds": drill.seconds},
-    }
-
-
-def _condition_lines(condition: Condition) -> list[str]:
-    if not condition.compression:
-        return []
-    form = "plain" if condition.compression == "none" else condition.compression
-    if condition.is_seekable:
-        seekable = f"yes, {form}"
-    else:
-        seekable = f"no, {form} in one piece: serve, mount and files decompress it first"
-    digests = "no manifest: its data cannot be checked"
-    if condition.has_digests:
-        digests = "a digest of each extent, compared when it is read"
-    drill, drilled = condition.drill, "never"
-    if drill is not None:
-        after = "" if drill.seconds is None else f" after {drill.seconds:.1f} s"
-        drilled = f"{drill.verdict}{after}, tested {drill.date}"
-    encrypted = ["encrypted   yes, with age"] if condition.encrypted else []
-    return [
-        *encrypted,
-        f"seekable    {seekable}",
-        f"checked     {digests}",
-        f"drilled     {one_line(drilled)}",
-    ]
 
 
 def listing(header: Header) -> dict[str, object]:
@@ -442,6 +316,8 @@ def find_config(configs: Sequence[Config], name: str | None) -> Config:
 def _verify(prog: str, options: argparse.Namespace) -> None:
     if options.manifest and options.no_manifest:
         raise UsageError("--manifest and --no-manifest exclude each other")
+    if options.no_manifest and options.signed_by:
+        raise UsageError("--signed-by and --no-manifest exclude each other: the manifest is signed")
     if options.no_manifest and options.require_manifest:
         raise UsageError("--require-manifest and --no-manifest exclude each other")
     options.kept_verdicts = _verified_archives(options)
@@ -477,6 +353,7 @@ def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
     )
     started_s, kept = time.time(), options.kept_verdicts[name]
     with renderer("verify", options, sys.stdout) as emit:
+        check_signed(name, options, cancel, emit)
         try:
             report = verify(name, emit, cancel, choice)
         except ArchiveError as error:

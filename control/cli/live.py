@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 from vmapipe.control.cli.caches import add_cache_options, cache_words
 from vmapipe.control.cli.errors import naming
-from vmapipe.control.cli.inspect import read_options
+from vmapipe.control.cli.inspect import open_signed
 from vmapipe.control.coordinator.render import renderer
 from vmapipe.control.qmp.addresses import add_monitor_options
-from vmapipe.restore.archive.reader import open_archive
 from vmapipe.restore.targets.files import Folders
 from vmapipe.restore.targets.plan import Larger, TargetDefaults
 from vmapipe.runtime.cancel import Cancel
@@ -95,7 +94,7 @@ def restore_live(
     with (
         renderer("restore", options, sys.stdout) as emit,
         naming(options.archive),
-        open_archive(options.archive, cancel, read_options(options)) as archive,
+        open_signed(options, cancel, emit) as archive,
         Folders(folder) as folders,
         LiveSession(request, archive, folder, folders, emit, cancel) as session,
     ):

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from vmapipe.control.cli.errors import naming, source_name
-from vmapipe.control.cli.inspect import add_read_options, read_options
+from vmapipe.control.cli.identity import add_signed_by_option, check_signed
+from vmapipe.control.cli.inspect import add_read_options, open_signed, read_options
 from vmapipe.control.cli.live import (
     add_live_options,
     check_live,
@@ -20,7 +21,7 @@ from vmapipe.control.cli.restore_libvirt import add_libvirt_options, check_libvi
 from vmapipe.control.coordinator.output_spec import inherited_fds
 from vmapipe.control.coordinator.priorities import add_io_priority_option, priorities
 from vmapipe.control.coordinator.render import add_report_options, renderer
-from vmapipe.restore.archive.reader import Archive, open_archive
+from vmapipe.restore.archive.reader import Archive
 from vmapipe.restore.archive.survey import open_damaged
 from vmapipe.restore.job import Options, restore
 from vmapipe.restore.targets.files import Folders
@@ -37,6 +38,7 @@ from vmapipe.restore.verify.report import TEXT_NAME
 from vmapipe.runtime.arguments import add_first_group, make_parser, size
 from vmapipe.runtime.cancel import Cancel, awaited_lines
 from vmapipe.runtime.errors import Damaged, Failure, UsageError, os_error_text
+from vmapipe.runtime.events import Emit
 from vmapipe.runtime.folders import HeldFolder, MadeFolder
 from vmapipe.runtime.process import run
 from vmapipe.vma.header import Header
@@ -143,6 +145,7 @@ def _add_damage_options(parser: argparse.ArgumentParser) -> None:
         help="check the data with this manifest (default: ARCHIVE.manifest.json if it is there)",
     )
     group.add_argument("--no-manifest", action="store_true", help="do not check the data")
+    add_signed_by_option(group)
     group.add_argument(
         "--salvage",
         action="store_true",
@@ -193,6 +196,8 @@ def _restore(options: argparse.Namespace, words: Sequence[str], machine: Sequenc
         return
     if options.map and options.device:
         raise UsageError("--map and --device exclude each other")
+    if options.signed_by and options.no_manifest:
+        raise UsageError("--signed-by and --no-manifest exclude each other: the manifest is signed")
     if options.salvage and options.resume:
         raise UsageError("--salvage and --resume exclude each other")
     if options.map == "-" and options.archive == "-":
@@ -204,7 +209,7 @@ def _restore(options: argparse.Namespace, words: Sequence[str], machine: Sequenc
     with (
         renderer("restore", options, sys.stdout) as emit,
         naming(options.archive),
-        _open(options, cancel) as archive,
+        _open(options, cancel, emit) as archive,
         target_folder(options.folder) as folder,
         Folders(folder) as folders,
     ):
@@ -241,9 +246,10 @@ def _restore_options(options: argparse.Namespace) -> Options:
     )
 
 
-def _open(options: argparse.Namespace, cancel: Cancel) -> Archive:
+def _open(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> Archive:
     if not options.salvage:
-        return open_archive(options.archive, cancel, read_options(options))
+        return open_signed(options, cancel, emit)
+    check_signed(options.archive, options, cancel, emit)
     manifest = None if options.no_manifest else options.manifest
     return open_damaged(options.archive, cancel, read_options(options), manifest)
 

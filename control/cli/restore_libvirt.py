@@ -7,10 +7,9 @@ import argparse
 import sys
 
 from vmapipe.control.cli.errors import naming
-from vmapipe.control.cli.inspect import read_options
+from vmapipe.control.cli.inspect import open_signed
 from vmapipe.control.coordinator.priorities import priorities
 from vmapipe.control.coordinator.render import renderer
-from vmapipe.restore.archive.reader import open_archive
 from vmapipe.restore.job import Options
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
@@ -147,7 +146,7 @@ def restore_domain(options: argparse.Namespace, restore_options: Options) -> Non
     with (
         renderer("restore", options, sys.stdout) as emit,
         naming(options.archive),
-        open_archive(options.archive, cancel, read_options(options)) as archive,
+        open_signed(options, cancel, emit) as archive,
     ):
         for text in archive.notes:
             emit({"event": "notice", "text": text})

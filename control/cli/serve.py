@@ -15,7 +15,12 @@ from vmapipe.access.archive import OpenArchive, open_for_access
 from vmapipe.access.serve import Shown, serve
 from vmapipe.control.cli.caches import add_cache_options, caches_of
 from vmapipe.control.cli.errors import naming
-from vmapipe.control.cli.identity import add_identity_option, identities_of
+from vmapipe.control.cli.identity import (
+    add_identity_option,
+    add_signed_by_option,
+    check_signed,
+    identities_of,
+)
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.control.qmp.sockets import listen_unix
 from vmapipe.runtime.arguments import make_parser
@@ -70,6 +75,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     add_cache_options(parser)
     add_identity_option(parser)
+    add_signed_by_option(parser)
     add_report_options(parser)
     parser.add_argument(
         "archives", nargs="*", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"
@@ -145,6 +151,7 @@ def _open_all(
 
         try:
             with naming(name):
+                check_signed(name, options, cancel, emit)
                 archive = open_for_access(name, cancel, report, caches)
         except (UsageError, Cancelled):
             raise

@@ -7,7 +7,7 @@ import io
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.restore.archive.errors import InputError, no_key
 from vmapipe.restore.archive.input import Input
@@ -53,7 +53,8 @@ def manifest_beside(archive: str | None, cancel: Cancel) -> str | None:
     return path
 
 
-def _open(path: str, cancel: Cancel) -> IO[bytes] | io.BufferedReader:
+def open_manifest_file(path: str, cancel: Cancel) -> io.BufferedReader:
+    """Open a file, an object or a command's output, to be read from its start. Raises OSError, InputError."""
     if path.startswith("exec:"):
         return io.BufferedReader(command_input(path, (cancel,)))
     if not is_object(path):
@@ -64,14 +65,14 @@ def _open(path: str, cancel: Cancel) -> IO[bytes] | io.BufferedReader:
     return io.BufferedReader(ObjectInput(RemoteObject(path, (cancel,)), (cancel,)))
 
 
-def _is_sealed(file: IO[bytes] | io.BufferedReader) -> bool:
-    return isinstance(file, io.BufferedReader) and file.peek(len(MAGIC)).startswith(MAGIC)
+def _is_sealed(file: io.BufferedReader) -> bool:
+    return file.peek(len(MAGIC)).startswith(MAGIC)
 
 
 class SealedPieces(io.RawIOBase):
     """The age file in a sealed manifest, whose lines `file` gives. `stored` is there at its end."""
 
-    def __init__(self, name: str, file: IO[bytes] | io.BufferedReader) -> None:
+    def __init__(self, name: str, file: io.BufferedReader) -> None:
         super().__init__()
         self._name = name
         self._file = file
@@ -115,7 +116,7 @@ class SealedPieces(io.RawIOBase):
 def read_stored(path: str, cancel: Cancel) -> StoredFile | None:
     """Return what a sealed manifest tells everybody; None: it is not sealed. Raises InputError, ArchiveError."""
     try:
-        file = _open(path, cancel)
+        file = open_manifest_file(path, cancel)
     except OSError as error:
         raise InputError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
     with SealedPieces(f"the manifest {path}", file) as pieces:
@@ -261,7 +262,7 @@ class Manifest:
         self._reader = ManifestReader()
         self._sealed: SealedPieces | None = None
         try:
-            self._file = _open(path, cancel)
+            self._file = open_manifest_file(path, cancel)
         except OSError as error:
             raise InputError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
         try:

@@ -262,7 +262,7 @@ def test_a_line_that_is_not_as_it_was_written_is_refused(number: int, old: str, 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"version": 1', '"version": 3', "manifest version 3 is not known here"),
+        ('"version": 1', '"version": 4', "manifest version 4 is not known here"),
         ("xxh3-128", "md5", "digest algorithm 'md5' is not known here"),
         ("vmapipe-manifest", "manifest", "not a manifest of vmapipe"),
     ],
