@@ -288,3 +288,17 @@ def needing_cryptography(option: str) -> Iterator[None]:
             f"{option} needs the library cryptography: pip install 'vmapipe[age]', or Debian's "
             "python3-cryptography"
         ) from error
+
+
+def minutes(text: str) -> int:
+    """Return a number of minutes, at least 1. Raises ArgumentTypeError."""
+    if not (text.isascii() and text.isdecimal() and int(text[:6]) > 0 and len(text) < 6):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes")
+    return int(text)
+
+
+def kib_per_s(text: str) -> int:
+    """Return bytes a second, said in KiB. Raises ArgumentTypeError."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 13):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of KiB a second")
+    return int(text) << 10

@@ -169,7 +169,8 @@ class MachineEvent(TypedDict):
     event: Literal["machine"]
     vmid: int
     name: str
-    mode: Literal["snapshot", "stop"]
+    mode: str
+    runs: bool
 
 
 class FailedMachine(TypedDict):

@@ -21,7 +21,9 @@ from vmapipe.runtime.arguments import (
     add_first_group,
     add_tcp_options,
     check_endpoint,
+    kib_per_s,
     latency,
+    minutes,
     size,
     split_named,
 )
@@ -219,12 +221,18 @@ def add_pve_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mode",
         choices=("snapshot", "suspend", "stop"),
-        help="with --pve: a running machine is always backed up as it runs (snapshot, the default); "
-        "suspend and stop are refused where one runs, and taken for snapshot in /etc/vzdump.conf",
+        help="with --pve: back up a running machine as it runs (snapshot, the default); paused until the "
+        "backup has begun (suspend); or shut down first, and started again with the backup (stop)",
+    )
+    group.add_argument(
+        "--stopwait",
+        type=minutes,
+        metavar="MINUTES",
+        help="with --mode stop: a machine may take so long to shut down (default: 10, or vzdump.conf's)",
     )
     group.add_argument(
         "--bwlimit",
-        type=_bandwidth,
+        type=kib_per_s,
         metavar="KIB/S",
         help="with --pve: --speed in vzdump's unit, KiB a second",
     )
@@ -242,15 +250,9 @@ def add_pve_options(parser: argparse.ArgumentParser) -> None:
 
 def check_without_pve(options: argparse.Namespace) -> None:
     """Raises UsageError for options that only a backup with --pve has."""
-    for word in ("exclude", "pve_root", "mode", "bwlimit", "protected"):
+    for word in ("exclude", "pve_root", "mode", "stopwait", "bwlimit", "protected"):
         if getattr(options, word):
             raise UsageError(f"--{word.replace('_', '-')} belongs to --pve")
-
-
-def _bandwidth(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 13):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of KiB a second")
-    return int(text) << 10
 
 
 def add_drill_options(parser: argparse.ArgumentParser) -> None:

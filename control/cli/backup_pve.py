@@ -10,12 +10,17 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from vmapipe.control.cli.backup import run_job
 from vmapipe.control.cli.backup_sealing import archive_ending, check_sealing
 from vmapipe.control.coordinator.hooks import Hooks
-from vmapipe.control.coordinator.observers import ParentContext, Surroundings, job_context
+from vmapipe.control.coordinator.observers import (
+    JobContext,
+    ParentContext,
+    Surroundings,
+    job_context,
+)
 from vmapipe.control.coordinator.proxmox import Configs, archive_name, write_mark
 from vmapipe.control.coordinator.render import renderer
 from vmapipe.control.coordinator.status import JobState, now_s
@@ -24,10 +29,11 @@ from vmapipe.control.hosts.pve.guests import LeftOutGuest, select
 from vmapipe.control.hosts.pve.lock import BackupLock
 from vmapipe.control.hosts.pve.machine import MachineConfig, disks_at_rest
 from vmapipe.control.hosts.pve.node import PveNode, root_of
+from vmapipe.control.hosts.pve.standstill import Stand, standing_still, undo_for
 from vmapipe.control.hosts.pve.storages import PveStorage, Target, backup_target
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError
-from vmapipe.runtime.events import ChildCommands, Emit
+from vmapipe.runtime.events import ChildCommands, Emit, Event
 from vmapipe.runtime.process import failure_of
 from vmapipe.vma.names import CONFIG_NAME, FIREWALL_NAME
 
@@ -195,11 +201,15 @@ class _Session:
             job_context(options, options.archive, parent, Surroundings(held, variables)) as around,
             contextlib.ExitStack() as stack,
         ):
+            if text := undo_for(node, vmid):
+                around.emit({"event": "notice", "text": text})
             # Once more: until it was locked it could be started, or shut down.
             self._look(options, vmid)
-            _describe(vmid, held.config, around.emit, runs=bool(options.qmp))
+            _describe(vmid, held.config, around.emit, options.mode if options.qmp else "")
             self._take(options, vmid, held.config, stack)
-            if options.qmp and held.config.freezes:
+            stands = bool(options.qmp) and options.mode in ("stop", "suspend")
+            # A guest that is paused, or begins anew, freezes nothing.
+            if options.qmp and held.config.freezes and not stands:
                 agent = node.socket(vmid, "qga")
                 options.agent = _answering_agent(options.qmp, agent, self._cancel, around.emit)
             words, fds = [f"{CONFIG_NAME}="], []
@@ -207,22 +217,49 @@ class _Session:
                 fds.append(stack.enter_context(_memory_file(rules)))
                 words.append(f"{FIREWALL_NAME}=/dev/fd/{fds[0]}")
             configs = Configs(words, {0: held.config.text}, held.config.disks)
-            run_job(options, None, fds, around, configs)
+            if not stands:
+                run_job(options, None, fds, around, configs)
+            else:
+                self._run_standing(options, vmid, fds, around, configs)
         if options.protected:
             write_mark(options.archive)
         self._prune(options.archive, vmid)
+
+    def _run_standing(
+        self,
+        options: argparse.Namespace,
+        vmid: int,
+        fds: list[int],
+        around: JobContext,
+        configs: Configs,
+    ) -> None:
+        """Run the backup of a machine that stands still until its instant. Raises Failure, Cancelled."""
+        stand = Stand(
+            options.mode,
+            vmid,
+            options.qmp,
+            self._plan.node.note_path(vmid, "standstill"),
+            60 * options.stopwait,
+        )
+        around.hooks.must("pre-stop")
+        try:
+            with standing_still(stand, self._cancel, around.emit) as standing:
+
+                def told(event: Event) -> None:
+                    around.emit(event)
+                    if event["event"] == "instant":
+                        standing.go_on()
+
+                run_job(options, None, fds, around._replace(emit=told), configs)
+        finally:
+            around.hooks.may("pre-restart")
+            around.hooks.may("post-restart")
 
     def _look(self, options: argparse.Namespace, vmid: int) -> None:
         """Whether it runs now decides how it is read. Raises Failure."""
         options.qmp, options.qmp_share = None, False
         if self._plan.node.is_running(vmid):
             options.qmp, options.qmp_share = self._plan.node.socket(vmid, "qmp"), True
-            if options.mode in ("stop", "suspend"):
-                raise Failure(
-                    f"VM {vmid} runs, and is not shut down or suspended for a backup: leave out --mode "
-                    f"{options.mode}; it is backed up as it runs, of one instant (or `qm shutdown {vmid}` "
-                    "before, and `qm start` after it)"
-                )
 
     def _take(
         self,
@@ -259,10 +296,17 @@ class _Session:
             self._emit({"event": "notice", "text": f"VM {vmid}: pruned {old}"})
 
 
-def _describe(vmid: int, config: MachineConfig, emit: Emit, *, runs: bool) -> None:
-    """Tell which machine it is, and what of it no backup takes."""
-    mode: Literal["snapshot", "stop"] = "snapshot" if runs else "stop"
-    emit({"event": "machine", "vmid": vmid, "name": config.name, "mode": mode})
+def _describe(vmid: int, config: MachineConfig, emit: Emit, mode: str) -> None:
+    """Tell which machine it is, and what of it no backup takes. `mode` empty: it does not run."""
+    emit(
+        {
+            "event": "machine",
+            "vmid": vmid,
+            "name": config.name,
+            "mode": mode or "stop",
+            "runs": bool(mode),
+        }
+    )
     for key, volume in config.unused:
         reason = f"{volume} is not attached to the machine"
         emit({"event": "skipped", "device": key, "reason": reason, "level": "info"})
@@ -403,11 +447,8 @@ def _apply(options: argparse.Namespace, defaults: Defaults) -> list[str]:
             remarks.append(
                 f"/etc/vzdump.conf: compress: {defaults.compress}: archives are compressed with zstd"
             )
-    if not options.mode and defaults.mode in ("stop", "suspend"):
-        remarks.append(
-            f"/etc/vzdump.conf: mode: {defaults.mode}: machines that run are neither stopped nor "
-            "suspended, but backed up as they run (snapshot)"
-        )
+    options.mode = options.mode or defaults.mode or "snapshot"
+    options.stopwait = options.stopwait or defaults.stop_minutes
     if options.ionice is None and defaults.ionice is not None:
         idle = defaults.ionice == _VZDUMP_IDLE
         options.ionice = (_IDLE, 0) if idle else (_BEST_EFFORT, defaults.ionice)

@@ -102,6 +102,7 @@ def _clean_up_pve(vmid: int, root: str | None, *, bitmaps: bool) -> None:
     """Remove what a killed backup has left of a Proxmox VE node's machine. Raises Failure."""
     from vmapipe.control.hosts.pve.lock import BackupLock
     from vmapipe.control.hosts.pve.node import PveNode, root_of
+    from vmapipe.control.hosts.pve.standstill import undo_for
 
     node = PveNode(root_of(root))
     node.config(vmid)
@@ -111,6 +112,8 @@ def _clean_up_pve(vmid: int, root: str | None, *, bitmaps: bool) -> None:
         )
     lock = BackupLock(node, vmid)
     try:
+        if text := undo_for(node, vmid):
+            print(text)
         if node.is_running(vmid):
             _clean_up(node.socket(vmid, "qmp"), share=True, bitmaps=bitmaps)
         was_left = lock.remove()

@@ -80,15 +80,15 @@ class Hooks:
         """These phases, then job-end; or job-abort: around the backups of any number of machines."""
         try:
             for phase in first:
-                self._must(phase)
+                self.must(phase)
         except BaseException as error:
             self.state.fail(str(error), now_s())
-            self._may("job-abort")
+            self.may("job-abort")
             raise
         try:
             yield
         finally:
-            self._may("job-end")
+            self.may("job-end")
 
     @contextlib.contextmanager
     def log(self) -> Iterator[None]:
@@ -96,7 +96,7 @@ class Hooks:
         try:
             yield
         finally:
-            self._may("log-end")
+            self.may("log-end")
 
     @contextlib.contextmanager
     def backup(
@@ -108,14 +108,14 @@ class Hooks:
         """
         try:
             with hold or contextlib.nullcontext():
-                self._must("backup-start")
+                self.must("backup-start")
                 yield
                 self._wait_for_disconnect()
-                self._may("backup-end")
+                self.may("backup-end")
         except BaseException as error:
             self.state.fail(str(error), now_s())
             self._wait_for_disconnect()
-            self._may("backup-abort")
+            self.may("backup-abort")
             raise
 
     def take(self, event: Event) -> None:
@@ -128,13 +128,13 @@ class Hooks:
         elif self._running is not None and self._has_ended(self._running, 0.0):
             self._wait_for_disconnect()
 
-    def _must(self, phase: str) -> None:
-        """Raises Failure, Cancelled."""
+    def must(self, phase: str) -> None:
+        """Run one of the phases in between. Raises Failure, Cancelled."""
         if self.program:
             self._finish(self._start(phase), self.cancel)
 
-    def _may(self, phase: str) -> None:
-        """A failure is told, and changes nothing: the archive is stored, or is not."""
+    def may(self, phase: str) -> None:
+        """The same; a failure is told, and changes nothing: the archive is stored, or is not."""
         if self.program:
             with self._told():
                 self._finish(self._start(phase), None)

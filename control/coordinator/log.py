@@ -77,7 +77,7 @@ class JobLog:
                 size = human_bytes(event["bytes"])
                 self._say("info", f"include disk '{name}' '{event['path']}' {size}")
             case "machine":
-                status = "running" if event["mode"] == "snapshot" else "stopped"
+                status = "running" if event["runs"] else "stopped"
                 self._say("info", f"status = {status}")
                 if event["name"]:
                     self._say("info", f"VM Name: {event['name']}")

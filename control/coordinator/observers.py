@@ -39,6 +39,7 @@ class JobContext(NamedTuple):
     commands: ChildCommands
     server: JobServer
     job_id: bytes
+    hooks: Hooks
 
 
 class Surroundings(NamedTuple):
@@ -123,7 +124,7 @@ def job_context(
         listeners.append(hooks.take)
         if server.notice:
             emit({"event": "notice", "text": server.notice})
-        yield JobContext(emit, cancel, commands, server, job_id)
+        yield JobContext(emit, cancel, commands, server, job_id, hooks)
         if options.notes:
             # Imported here: only Proxmox VE's archives have them.
             from vmapipe.control.coordinator.proxmox import write_notes
@@ -183,10 +184,11 @@ def _hooks(
         places["LOGFILE"] = os.path.abspath(log_path)
     if os.path.isabs(state.archive):
         places["DUMPDIR"] = os.path.dirname(state.archive)
+    runs = options.qmp or options.monitor or options.libvirt
     hooks = Hooks(
         os.path.abspath(options.hook) if "/" in options.hook else options.hook,
         options.hook_timeout,
-        "snapshot" if options.qmp or options.monitor or options.libvirt else "stop",
+        options.mode or "snapshot" if runs else "stop",
         "" if options.vmid is None else str(options.vmid),
         state,
         cancel,

@@ -177,7 +177,7 @@ class _Text:
                 self.done_bytes = self.total_bytes = self.zero_bytes = 0
                 self._pressure.clear()
                 name = f" ({one_line(event['name'], MAX_NAME_CHARS)})" if event["name"] else ""
-                how = "it runs" if event["mode"] == "snapshot" else "it does not run"
+                how = "it runs" if event["runs"] else "it does not run"
                 return f"VM {event['vmid']}{name}: backup mode {event['mode']}, {how}"
             case "machines":
                 return _machines_text(event)

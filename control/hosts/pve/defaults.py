@@ -20,7 +20,6 @@ _WITHOUT_USE = {
     "pbs-change-detection-mode": "it is for Proxmox Backup Server",
     "performance": "use --speed, --nice, --ionice",
     "pigz": "archives are compressed with zstd",
-    "stopwait": "no machine is stopped",
     "tmpdir": "nothing is copied before it goes into the archive",
 }
 _MODES = ("snapshot", "suspend", "stop")
@@ -36,6 +35,8 @@ class Defaults(NamedTuple):
 
     speed_bytes_s: int | None = None
     mode: str = ""
+    #: How long a machine may take to shut down.
+    stop_minutes: int = 10
     script: str = ""
     storage: str = ""
     dump_folder: str = ""
@@ -75,6 +76,8 @@ def _with(found: Defaults, key: str, value: str) -> Defaults | None:  # noqa: PL
             return found._replace(speed_bytes_s=int(value) << 10)
         case "mode" if value in _MODES:
             return found._replace(mode=value)
+        case "stopwait" if value.isdecimal() and len(value) < 6:
+            return found._replace(stop_minutes=int(value))
         case "script":
             return found._replace(script=value)
         case "storage":

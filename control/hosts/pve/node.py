@@ -137,9 +137,9 @@ class PveNode:
         """Return the file that Proxmox VE locks (flock) to change a configuration."""
         return f"{self._run_folder('lock')}/lock-{vmid}.conf"
 
-    def note_path(self, vmid: int) -> str:
-        """Return the file in which we note that a lock is ours."""
-        return self.path(f"/var/lib/vmapipe/pve/{vmid}.lock")
+    def note_path(self, vmid: int, what: str = "lock") -> str:
+        """Return the file in which we note that a lock is ours; or a machine that a `standstill` of ours holds."""
+        return self.path(f"/var/lib/vmapipe/pve/{vmid}.{what}")
 
     def is_running(self, vmid: int) -> bool:
         """Tell whether the machine's QEMU runs. Raises Failure for one that has no monitor."""

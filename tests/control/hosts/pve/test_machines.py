@@ -379,7 +379,6 @@ def test_the_defaults_of_vzdump_conf_hold_where_the_command_line_says_nothing(
         "etc/vzdump.conf: line 8 is not understood, and not used: frobnicate: 1",
         "etc/vzdump.conf: 'mailto' has no use here",
         "compress: gzip: archives are compressed with zstd",
-        "mode: stop: machines that run are neither stopped nor suspended",
         "VM 101 is left out: it is excluded",
         f"VM 100: pruned {old[1]}",
         "1 machine stored, 1 left out",
@@ -437,14 +436,6 @@ def test_a_storage_that_is_not_mounted_is_refused(node: SimulatedNode) -> None:
     (node.root / "mnt/usb/dump").mkdir(parents=True)
     text = bad(*node.words("--pve", "100"), "usb", code=2)
     assert "is not mounted: the archives would fill the host's own disk" in text
-
-
-def test_a_running_machine_is_not_stopped(node: SimulatedNode, need: Need, tmp_path: Path) -> None:
-    with running(node, need, tmp_path, 100) as machine:
-        text = bad(*node.words("--pve", "100", "--quiet", "--mode", "stop"), node.dump)
-        assert "VM 100 runs, and is not shut down or suspended for a backup" in text
-        assert machine.ask("query-status")["status"] == "prelaunch"
-        assert node.config(100) == conf(100)
 
 
 def test_header_and_configuration_are_those_of_the_reference_tool(
