@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import os
 import sys
 import time
@@ -15,22 +16,12 @@ from typing import TYPE_CHECKING
 from vmapipe.clusters.sizes import CLUSTER_BYTES, VMSTATE_NAME
 from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.disk_feed import DiskFeed
-from vmapipe.producer.guard_feed import (
-    BackgroundReader,
-    Buffering,
-    GuardFeed,
-    SavedClusters,
-    attach,
-    open_spool,
-)
 from vmapipe.producer.pull.arguments import add_nbd_options, parse_nbd_disk, parse_uri
 from vmapipe.producer.pull.uri import is_nbd_uri
-from vmapipe.producer.qemu_feed import QemuFeed, SinkOptions
 from vmapipe.producer.session import Session
 from vmapipe.producer.shared_memory import Ring
 from vmapipe.producer.source import RawSource, Sharing
 from vmapipe.producer.transmit import transmit
-from vmapipe.producer.vmstate_feed import StreamOptions, VmstateFeed
 from vmapipe.runtime.arguments import (
     add_buffer_options,
     add_child_options,
@@ -46,7 +37,6 @@ from vmapipe.runtime.arguments import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import ChildCommands, Command, Emit, Event, speed_in
-from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.process import lower_priority, run_child
 from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.runtime.text import one_line
@@ -200,6 +190,23 @@ def _add_live_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def prepare(argv: Sequence[str]) -> None:
+    """Import what a producer with these arguments needs beside this file, before it is forked.
+
+    Disks at rest need none of it, and start sooner without.
+    """
+    for option, feed in _FEEDS.items():
+        if any(word.startswith(option) for word in argv):
+            importlib.import_module(feed)
+
+
+_FEEDS = {
+    "--guard": "vmapipe.producer.guard_feed",
+    "--sink-fd": "vmapipe.producer.qemu_feed",
+    "--stream-fd": "vmapipe.producer.vmstate_feed",
+}
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "vmapipe producer") -> int:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
     add_options(parser)
@@ -247,7 +254,11 @@ class _Producer:
         check_endpoint(options.archiver, plain_tcp=options.insecure_plain_tcp, keys=options.keys)
         if options.guard:
             lower_priority()  # before ZeroMQ has threads of its own
-        keys = read_client_keys(options.keys) if options.keys else None
+        keys = None
+        if options.keys:
+            from vmapipe.runtime.keys import read_client_keys
+
+            keys = read_client_keys(options.keys)
         name = VMSTATE_NAME if options.stream_fd is not None else options.name or options.disk
         with ExitStack() as stack:
             connection = ArchiverConnection(options.archiver, keys, options.connect_timeout)
@@ -340,6 +351,15 @@ class _Producer:
             return reader.size_bytes, session.zero_clusters
 
     def _send_guarded(self, name: str, connection: ArchiverConnection) -> tuple[int, int]:
+        from vmapipe.producer.guard_feed import (
+            BackgroundReader,
+            Buffering,
+            GuardFeed,
+            SavedClusters,
+            attach,
+            open_spool,
+        )
+
         options = self._options
         buffering = Buffering(options.buffer, options.spool, options.spool_size, options.guest_wait)
         memory_slots = buffering.memory_slots
@@ -359,6 +379,8 @@ class _Producer:
             return guard.size_bytes, session.zero_clusters
 
     def _send_arriving(self, name: str, connection: ArchiverConnection) -> tuple[int, int]:
+        from vmapipe.producer.qemu_feed import QemuFeed, SinkOptions
+
         options = self._options
         if not options.size:
             raise UsageError("--sink-fd needs --size")
@@ -373,6 +395,8 @@ class _Producer:
             return options.size, session.zero_clusters
 
     def _send_vmstate(self, name: str, connection: ArchiverConnection) -> tuple[int, int]:
+        from vmapipe.producer.vmstate_feed import StreamOptions, VmstateFeed
+
         options = self._options
         if not options.size:
             raise UsageError("--stream-fd needs --size: an estimate, such as the machine's memory")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The codec of all dialogues: the annotations of a message type are the checks of its fields.
 
-A message type is a dataclass or a NamedTuple. Each of its fields is annotated with
+A message type is a NamedTuple. Each of its fields is annotated with
 a plain type (int, bytes, str, bool), a tuple of such types, or another NamedTuple,
 and may carry checks: `size: Annotated[int, between(1, 254)]`. A `Dialogue` holds the
 message types of one direction and turns them into bytes and back, in one of two shapes:
@@ -18,7 +18,6 @@ about fields that only make sense together.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import struct
 import typing
@@ -62,7 +61,7 @@ def unpack(part: Part, max_bytes: int, max_items: int = limits.MAX_ARRAY_ITEMS) 
 Check = Callable[[Any], bool]
 # Turns an unpacked value into what the annotation says. Raises ValueError.
 _Reader = Callable[[Any], Any]
-_MISSING = dataclasses.MISSING
+_MISSING = object()
 
 
 class Range(NamedTuple):
@@ -297,8 +296,6 @@ class _Layout:
 
 def _defaults_of(kind: type[Any]) -> dict[str, Any]:
     """The names of a type's fields, and the default of each or _MISSING."""
-    if dataclasses.is_dataclass(kind):
-        return {field.name: field.default for field in dataclasses.fields(kind)}
     return {name: kind._field_defaults.get(name, _MISSING) for name in kind._fields}
 
 

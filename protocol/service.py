@@ -9,8 +9,7 @@ same conversation when its connection is made anew.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from vmapipe.protocol.schema import (
     Dialogue,
@@ -45,8 +44,7 @@ _Texts = Annotated[tuple[Text, ...], lengths(0, MAX_JOB_ITEMS)]
 _Configs = Annotated[tuple[_Config, ...], lengths(0, MAX_JOB_ITEMS)]
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
+class Open(NamedTuple):
     """Coordinator: make this archive. `configs`: (name, contents) each.
 
     `uuid`: the archive's, or empty: the service makes one. `stable`: the same for the same machine,
@@ -71,23 +69,20 @@ class Open:
     recorded: _Uuids = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Beat:
+class Beat(NamedTuple):
     """Coordinator: I am here, and this job is mine."""
 
     job: Uuid
 
 
-@dataclass(frozen=True, slots=True)
-class JobCancel:
+class JobCancel(NamedTuple):
     """Coordinator: give the job up."""
 
     job: Uuid
     reason: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     """Service: producers may come. A coordinator silent for `heartbeat_s` is taken for dead.
 
     `base`: the uuid of the archive that was chosen, or empty, and `why` says why there is none; `name`: its
@@ -103,8 +98,7 @@ class Opened:
     why: Text = ""
 
 
-@dataclass(frozen=True, slots=True)
-class JobBegun:
+class JobBegun(NamedTuple):
     """Service: all producers are here. `sizes`: bytes of each device, in the order of OPEN.
 
     `full`: why each of them is sent in full, or an empty text: it is not.
@@ -115,8 +109,7 @@ class JobBegun:
     full: _Texts = ()
 
 
-@dataclass(frozen=True, slots=True)
-class JobProgress:
+class JobProgress(NamedTuple):
     """Service: bytes stored, bytes of the plain archive, and of each device done, zero, and unchanged."""
 
     stored: Uint
@@ -126,15 +119,13 @@ class JobProgress:
     unchanged: _Numbers = ()
 
 
-@dataclass(frozen=True, slots=True)
-class JobNotice:
+class JobNotice(NamedTuple):
     """Service: something worth a line."""
 
     text: Text
 
 
-@dataclass(frozen=True, slots=True)
-class JobStored:
+class JobStored(NamedTuple):
     """Service: the archive is complete, on disk, under its name. Ends the job.
 
     `from_base`: bytes of it that were taken from the base, `shared`: that lie on the same blocks of the disk.
@@ -148,24 +139,21 @@ class JobStored:
     shared: Uint = 0
 
 
-@dataclass(frozen=True, slots=True)
-class JobFailed:
+class JobFailed(NamedTuple):
     """Service: nothing was stored, and why. Ends the job. `base_damaged`: without a base it would have been."""
 
     reason: Text
     base_damaged: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class JobRefused:
+class JobRefused(NamedTuple):
     """Service: no, and why (the REFUSE of producers, read by a coordinator)."""
 
     code: Text
     reason: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Alive:
+class Alive(NamedTuple):
     """Service: the answer to BEAT."""
 
 

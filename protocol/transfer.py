@@ -6,11 +6,8 @@ list of parts (one ZeroMQ multipart message): one part is a control message, two
 are a data message. What does not fit raises RemoteProtocolError.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, MAX_CLUSTERS
@@ -33,8 +30,7 @@ from vmapipe.protocol.schema import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(NamedTuple):
     """Producer: I have this device for that job. `size` in bytes.
 
     `shared`: where the archiver, if it is on the same host, finds the memory
@@ -55,8 +51,7 @@ class Hello:
     attempt: Uint = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(NamedTuple):
     """Archiver: go on. `credit` is the first limit (as in `Grant`), all sizes in bytes.
 
     `frame_bytes` is the largest charge of one frame; a peer that is silent for
@@ -79,16 +74,14 @@ class Welcome:
     digest_key: Annotated[bytes, length_of(0, limits.DIGEST_KEY_BYTES)] = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """Archiver: the sum of charges may reach `limit`; frames up to `acked` are written."""
 
     limit: Uint
     acked: Uint
 
 
-@dataclass(frozen=True, slots=True)
-class Resume:
+class Resume(NamedTuple):
     """Producer, on a new connection: I am the one who began this session."""
 
     version: Uint
@@ -97,8 +90,7 @@ class Resume:
     attempt: Uint
 
 
-@dataclass(frozen=True, slots=True)
-class Resumed:
+class Resumed(NamedTuple):
     """Archiver: go on behind frame `received`. The others as in `Grant`; `ended`: END has come."""
 
     received: Uint
@@ -107,71 +99,61 @@ class Resumed:
     ended: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Bye:
+class Bye(NamedTuple):
     """Producer: I have heard that it is done. Ends a session that could be resumed."""
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(NamedTuple):
     """Producer: that was all: so many data messages, so many clusters."""
 
     frames: Uint
     clusters: Uint
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
+class Want(NamedTuple):
     """Producer: what digests have these clusters of the base?"""
 
     first: Uint
     clusters: Annotated[int, between(1, limits.MAX_WANTED_CLUSTERS)]
 
 
-@dataclass(frozen=True, slots=True)
-class Have:
+class Have(NamedTuple):
     """Archiver: the digests of the clusters from `first` on, one behind the other (see `cluster_digest`)."""
 
     first: Uint
     digests: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(NamedTuple):
     """Archiver: the archive is complete and stored under its name."""
 
     uuid: Uuid
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(NamedTuple):
     """Archiver: no, and why; `code` is a word of the specification. Ends the session."""
 
     code: Text
     reason: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
+class Fail(NamedTuple):
     """Producer: the device cannot be read on; the job fails. Ends the session."""
 
     reason: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
+class Abort(NamedTuple):
     """Archiver: the job failed elsewhere or was cancelled. Ends the session."""
 
     reason: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Ping:
+class Ping(NamedTuple):
     """Producer: are you there?"""
 
 
-@dataclass(frozen=True, slots=True)
-class Pong:
+class Pong(NamedTuple):
     """Archiver: yes."""
 
 

@@ -31,7 +31,6 @@ by resumed(), which says what has arrived, so that the rest is sent again.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Sequence
 
@@ -122,7 +121,7 @@ class ProducerSide:
     def hello(self) -> list[Part]:
         """HELLO, sent again on each new connection until WELCOME comes."""
         self._must_be(ProducerState.GREETING)
-        hello = dataclasses.replace(self._hello, attempt=self._attempts)
+        hello = self._hello._replace(attempt=self._attempts)
         self._attempts += 1
         return transfer.encode_control(hello)
 

@@ -15,13 +15,10 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
 from typing import NoReturn
-
-import psutil
 
 from vmapipe.runtime.events import Command, Event, LineSplitter, encode_line
 from vmapipe.runtime.logs import shown
@@ -42,11 +39,15 @@ def can_fork() -> bool:
 def fork_module(module: str, args: Sequence[str], fds: Collection[int]) -> int:
     """Run `module.main(args)` in a copy of this process; return its pid.
 
+    If the module has a function `prepare`, that is called with the arguments before.
     Of all descriptors it keeps `fds`, standard output and standard error;
     standard input only if 0 is among `fds`.
     """
     # Here and not in the copy: the next copy has it, too.
-    main = importlib.import_module(module).main
+    imported = importlib.import_module(module)
+    main = imported.main
+    if prepare := getattr(imported, "prepare", None):
+        prepare(args)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or both of us would write what waits in it
     # A signal that came in between would run our handlers in the copy.
@@ -144,6 +145,9 @@ class Child:
             if fork and can_fork():
                 self.pid = fork_module(module, argv, fds)
             else:
+                # Imported here: where all are copies nobody needs it.
+                import subprocess
+
                 self._program = subprocess.Popen(
                     [sys.executable, "-P", "-m", module, *argv],
                     pass_fds=fds,
@@ -291,6 +295,9 @@ class Children:
     @staticmethod
     def _signal_tree(child: Child, signum: int) -> None:
         """Signal the child, and with SIGKILL also what it started (an exec: command)."""
+        # Imported here: a backup that ends well starts sooner without.
+        import psutil
+
         try:
             process = psutil.Process(child.pid)
             family = process.children(recursive=True) if signum == signal.SIGKILL else []

@@ -18,9 +18,10 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
-from vmapipe.runtime.event_types import PublicEvent
+if TYPE_CHECKING:
+    from vmapipe.runtime.event_types import PublicEvent
 
 # --- Events of the service's log ---
 
@@ -194,8 +195,9 @@ ChildEvent = (
     | AuthenticationEvent
 )
 
-Event = PublicEvent | ServiceLogEvent | ChildEvent
-Emit = Callable[[Event], None]
+# The public ones are many, and only mypy needs their types: they are made when they are looked at.
+Event: TypeAlias = "PublicEvent | ServiceLogEvent | ChildEvent"
+Emit = Callable[["Event"], None]
 
 # --- Commands ---
 

@@ -9,7 +9,6 @@ length only, so that neither a guest's data nor a key is ever in the trace.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -85,8 +84,8 @@ def shown(value: Any) -> str:
             text = repr(value if len(value) <= _MOST_CHARS else value[:_MOST_CHARS] + "…")
         case None | bool() | int() | float():
             text = str(value)
-        case _ if dataclasses.is_dataclass(value):
-            names = [field.name for field in dataclasses.fields(value)]
+        case _ if hasattr(value, "__dataclass_fields__"):
+            names = list(value.__dataclass_fields__)
             text = _members(type(value).__name__, {name: getattr(value, name) for name in names})
         case _:
             text = type(value).__name__

@@ -251,7 +251,7 @@ def run_child(
     def emit(event: Event) -> None:
         if event["event"] == "notice" or event["event"] == "draining" or event["event"] == "error":
             # It may quote a stranger at any length; a parent takes no line without an end.
-            event = cast(Event, {**event, "text": one_line(event["text"])})
+            event = cast("Event", {**event, "text": one_line(event["text"])})
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s event %s", program, shown(event))
         parent.send(encode_line(event), droppable=event["event"] in _DROPPABLE)

@@ -14,7 +14,6 @@ import errno
 import functools
 import math
 import os
-import platform
 import select
 import socket
 import struct
@@ -167,7 +166,7 @@ def set_time_slice(policy: int, nice: int, slice_ns: int) -> None:
 
     Linux before 6.12 takes the call and has no slices of one's own.
     """
-    number = _SCHED_SETATTR.get(platform.machine())
+    number = _SCHED_SETATTR.get(os.uname().machine)
     if number is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, policy, 0, nice, 0, slice_ns, 0, 0)

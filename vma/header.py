@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmapipe.clusters.sizes import MAX_DEVICE_BYTES, VMSTATE_NAME, cluster_count
@@ -171,6 +172,21 @@ def check_contents(devices: tuple[Device, ...], configs: tuple[Config, ...]) -> 
                 f"config {config.name!r} has {len(config.data)} bytes; the limit is "
                 f"{MAX_BLOB_BYTES}"
             )
+
+
+def check_disk_names(names: Sequence[str], others: int = 0) -> None:
+    """Raise LimitError for disks that no archive could hold together, beside so many other devices."""
+    if VMSTATE_NAME in names:
+        raise LimitError(f"the name {VMSTATE_NAME!r} is the memory's; give the disk another one")
+    if len(names) + others > MAX_DEVICES:
+        raise LimitError(f"too many drives: {len(names)}; the limit is {MAX_DEVICES}")
+    for name in names:
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            # Archives keep such names; the protocol of producers is UTF-8.
+            raise LimitError(f"device name {name!r} is not UTF-8 text; give another: NAME=PATH")
+    devices = tuple(Device(index, name, 1) for index, name in enumerate(names, start=1))
+    if devices:
+        check_contents(devices, ())
 
 
 def _check_names(names: list[str], what: str) -> None:

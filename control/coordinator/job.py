@@ -15,13 +15,9 @@ from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.control.coordinator.priorities import AS_INHERITED, Priorities
 from vmapipe.control.coordinator.service import Service, await_opened
 from vmapipe.control.coordinator.steering import LatencyWish, Measurable, Steering
-from vmapipe.control.monitor.client import begin_together
-from vmapipe.control.qemu.disks import check_names
-from vmapipe.control.qemu.vmstate import Instant
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, DoubtfulBase, Failure, UsageError
-from vmapipe.runtime.event_types import BaseEvent, DoneEvent, InstantEvent
 from vmapipe.runtime.events import (
     BaseChosenEvent,
     ChildCommands,
@@ -32,13 +28,16 @@ from vmapipe.runtime.events import (
     speed_in,
 )
 from vmapipe.runtime.folders import OwnFolder
-from vmapipe.vma.header import MAX_DEVICES
+from vmapipe.vma.errors import LimitError
+from vmapipe.vma.header import check_disk_names
 
 if TYPE_CHECKING:
     from vmapipe.control.coordinator.snapshot import Snapshot
     from vmapipe.control.coordinator.status_socket import JobServer
     from vmapipe.control.qemu.freezing import Freezing
     from vmapipe.control.qemu.machine import RunningMachine
+    from vmapipe.control.qemu.vmstate import Instant
+    from vmapipe.runtime.event_types import BaseEvent, DoneEvent, InstantEvent
 
 
 # When one process has failed, the others hear of it from the archiver and end
@@ -206,7 +205,7 @@ class BackupJob:
             args = [f"--archiver={self.service.endpoint}", *self.service.link_options]
         else:
             module = "vmapipe.archiver.main"
-            args = [f"--listen={_socket_in(folder)}"]
+            args = [f"--listen=ipc://{folder.path}/sock"]
             if self.priorities.nice is None and any(disk.guard for disk in self.disks):
                 args.append("--stand-back")
         # With "=", because a name may begin with a dash.
@@ -228,7 +227,7 @@ class BackupJob:
         if self.service:
             common = [f"--archiver={self.service.endpoint}", *self.service.link_options]
         else:
-            common = [f"--archiver={_socket_in(folder)}"]
+            common = [f"--archiver=ipc://{folder.path}/sock"]
         common.append(f"--job={self.job_id.hex()}")
         for index, disk in enumerate(self.disks):
             args = [*common, f"--name={disk.name}"]
@@ -282,11 +281,12 @@ class BackupJob:
             remove_leftover(path)
 
     def _check(self) -> None:
-        if len(self.names) > MAX_DEVICES:
-            raise UsageError(f"too many drives: {len(self.disks)}; the limit is {MAX_DEVICES}")
         if not self.disks and not any("--config" in word for word in self.archiver_options):
             raise UsageError("nothing to back up: name a disk with --disk or --nbd")
-        check_names([disk.name for disk in self.disks])
+        try:
+            check_disk_names([disk.name for disk in self.disks], int(self.with_memory))
+        except LimitError as error:
+            raise UsageError(str(error)) from error
 
     def _watch(
         self,
@@ -452,6 +452,10 @@ class BackupJob:
         """For how long disks, or the machine, were held; None: it will be known later."""
         if self.machine:
             return self.machine.begin()
+        # Imported here, as all that only disks in use need: a backup starts sooner without.
+        from vmapipe.control.monitor.client import begin_together
+        from vmapipe.control.qemu.vmstate import Instant
+
         guards: dict[str, list[str]] = {}
         for disk in self.disks:
             if disk.guard:
@@ -472,7 +476,3 @@ def _has_failed(child: Child, event: Event | None) -> bool:
         child.error = child.error or str(event["text"])
         return True
     return event is None and bool(child.exit_code)
-
-
-def _socket_in(folder: OwnFolder) -> str:
-    return f"ipc://{folder.path}/sock"

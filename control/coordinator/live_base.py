@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vmapipe.runtime.event_types import BaseDevice, BaseEvent
-
 if TYPE_CHECKING:
     from vmapipe.archiver.base.check import Base
     from vmapipe.control.qemu.bitmaps import BaseArchive, DiskMethod
+    from vmapipe.runtime.event_types import BaseDevice, BaseEvent
 
 
 def base_archive(base: Base) -> BaseArchive:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import os
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.event_types import BackupProgressEvent, StoredEvent
 from vmapipe.runtime.events import Emit, Event, ignore
 from vmapipe.runtime.logs import LEVELS
 from vmapipe.runtime.side_files import open_new, open_to_append
 from vmapipe.runtime.text import human_bytes, one_line
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.event_types import BackupProgressEvent, StoredEvent
 
 
 class JobLog:

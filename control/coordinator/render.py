@@ -10,30 +10,32 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
-from vmapipe.runtime.event_types import (
-    BackupProgressEvent,
-    BaseEvent,
-    BufferEvent,
-    DamageFields,
-    DefinedEvent,
-    DoneEvent,
-    DrilledEvent,
-    DrillingEvent,
-    ExportedEvent,
-    InstantEvent,
-    MachinesEvent,
-    MountedEvent,
-    ReadProgressEvent,
-    RestoredEvent,
-    ServingEvent,
-    StoredEvent,
-    VerifiedEvent,
-)
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
 from vmapipe.runtime.process import failure_of
 from vmapipe.runtime.text import MAX_NAME_CHARS, human_bytes, name_text, one_line
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.event_types import (
+        BackupProgressEvent,
+        BaseEvent,
+        BufferEvent,
+        DamageFields,
+        DefinedEvent,
+        DoneEvent,
+        DrilledEvent,
+        DrillingEvent,
+        ExportedEvent,
+        InstantEvent,
+        MachinesEvent,
+        MountedEvent,
+        ReadProgressEvent,
+        RestoredEvent,
+        ServingEvent,
+        StoredEvent,
+        VerifiedEvent,
+    )
 
 # In a log, a line at least so often, however slow the job is.
 _LOG_LINE_S = 10.0

@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmapipe.control.monitor.backups import BackupStatus
-from vmapipe.runtime.event_types import BackupProgressEvent, FeltByGuest, GuestLatencyEvent
 from vmapipe.runtime.events import Event
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.event_types import BackupProgressEvent, FeltByGuest, GuestLatencyEvent
 
 _STARTED_S, _STARTED_MONOTONIC_S = time.time(), time.monotonic()
 

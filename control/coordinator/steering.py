@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vmapipe.control.coordinator.shares import Shares
-from vmapipe.runtime.event_types import FeltByGuest, GuestLatencyEvent
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.latency import Felt, together, worst
 
 if TYPE_CHECKING:
     from vmapipe.control.coordinator.latency_control import LatencyControl
+    from vmapipe.runtime.event_types import FeltByGuest, GuestLatencyEvent
 
 # What is told, and judged at once by those who are asked seldom.
 _TELL_S = 1.0

@@ -10,12 +10,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vmapipe.control.qemu.disks import check_names
 from vmapipe.control.qmp.sockets import Listener, listen, listen_unix, private_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import Emit, Event
+from vmapipe.vma.errors import LimitError
+from vmapipe.vma.header import check_disk_names
 
 # A guard that dies is started again, for ever: its guests' connections come back
 # to the same socket, and the disks beside it are not to suffer. One that keeps
@@ -202,7 +203,10 @@ def check_disks(disks: Sequence[MonitorDisk]) -> None:
         if names.count(name) > 1:
             raise UsageError(f"two disks are called {name!r}")
     # What no archive could hold could never be backed up.
-    check_names(names)
+    try:
+        check_disk_names(names)
+    except LimitError as error:
+        raise UsageError(str(error)) from error
     paths = [os.path.realpath(disk.path) for disk in disks]
     for disk, path in zip(disks, paths, strict=True):
         if paths.count(path) > 1:

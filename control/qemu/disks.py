@@ -11,12 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple, NoReturn
 
-from vmapipe.clusters.sizes import VMSTATE_NAME
 from vmapipe.control.qemu.graph import JOB_FILTERS, Graph
 from vmapipe.control.qmp.connection import Answer
 from vmapipe.runtime.errors import Failure, UsageError
-from vmapipe.vma.errors import LimitError
-from vmapipe.vma.header import MAX_DEVICES, Device, check_contents
 
 # A device that has an id: as itself, or as the virtio device around it.
 _DEVICE = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/virtio-backend)?")
@@ -420,21 +417,3 @@ def tpm_outside(tpm: Answer, why: str) -> OutsideStorage:
     name = str(tpm.get("id", ""))
     reason = _TPM.format(name, why) if is_emulated(tpm) else _CHIP
     return OutsideStorage(TPM_NAME, tpm_aliases(tpm), reason, "warn")
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Refuse names of disks that no archive could hold together. Raises UsageError."""
-    if VMSTATE_NAME in names:
-        raise UsageError(f"the name {VMSTATE_NAME!r} is the memory's; give the disk another one")
-    if len(names) > MAX_DEVICES:
-        raise UsageError(f"too many drives: {len(names)}; the limit is {MAX_DEVICES}")
-    for name in names:
-        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-            # Archives keep such names; the protocol of producers is UTF-8.
-            raise UsageError(f"device name {name!r} is not UTF-8 text; give another: NAME=PATH")
-    devices = tuple(Device(index, name, 1) for index, name in enumerate(names, start=1))
-    try:
-        if devices:
-            check_contents(devices, ())
-    except LimitError as error:
-        raise UsageError(str(error)) from error

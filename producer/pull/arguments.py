@@ -7,8 +7,7 @@ import argparse
 from typing import NamedTuple
 
 from vmapipe.producer.pull.uri import NbdUri, NbdUriError, is_nbd_uri, parse_nbd_uri
-from vmapipe.protocol.nbd.constants import DIRTY_BITMAP
-from vmapipe.protocol.nbd.session import string_fault
+from vmapipe.protocol.nbd.constants import DIRTY_BITMAP, string_fault
 from vmapipe.runtime.arguments import wait_time
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.text import name_text, without_user

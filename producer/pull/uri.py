@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
-from vmapipe.protocol.nbd.session import string_fault
+from vmapipe.protocol.nbd.constants import string_fault
 
 DEFAULT_PORT = 10809
 # A Unix socket's path has 108 bytes in the kernel, with its NUL.

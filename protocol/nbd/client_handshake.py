@@ -47,6 +47,7 @@ from vmapipe.protocol.nbd.constants import (
     REP_MAGIC,
     ZEROES_BYTES,
     Bytes,
+    string_fault,
 )
 from vmapipe.protocol.nbd.errors import NbdProtocolError, NbdRefusedError
 from vmapipe.protocol.nbd.handshake import (
@@ -77,7 +78,6 @@ from vmapipe.protocol.nbd.session import (
     block_sizes_fault,
     known_flags,
     size_fault,
-    string_fault,
 )
 
 

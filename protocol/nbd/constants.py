@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of the NBD protocol under the names that its document gives them.
+"""The numbers of the NBD protocol under the names that its document gives them, and what its strings may be.
 
 Source of everything in this package: the NBD protocol document, proto.md. All
 numbers travel in network byte order.
@@ -190,3 +190,14 @@ MAX_EXPORT_BYTES: Final = (1 << 63) - 1
 # proto.md, Block size constraints.
 MAX_MINIMUM_BLOCK_BYTES: Final = 1 << 16
 MIN_PREFERRED_BLOCK_BYTES: Final = 512
+
+
+def string_fault(text: str) -> str | None:
+    """Return why this is not a valid string of the protocol (proto.md, Conventions); None: it is."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        return "a string that is not Unicode"
+    if len(raw) > MAX_STRING_BYTES:
+        return f"a string of {len(raw)} bytes; the limit is {MAX_STRING_BYTES}"
+    return "a string with a NUL in it" if b"\0" in raw else None

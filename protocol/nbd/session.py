@@ -18,7 +18,6 @@ from vmapipe.protocol.nbd.constants import (
     MAX_EXPORT_BYTES,
     MAX_MINIMUM_BLOCK_BYTES,
     MAX_PAYLOAD_BYTES,
-    MAX_STRING_BYTES,
     MIN_PREFERRED_BLOCK_BYTES,
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_CACHE,
@@ -48,6 +47,7 @@ from vmapipe.protocol.nbd.constants import (
     NBD_REQUEST_MAGIC,
     NBD_SUCCESS,
     Bytes,
+    string_fault,
 )
 from vmapipe.protocol.nbd.errors import NbdProtocolError
 
@@ -109,17 +109,6 @@ def known_flags(flags: int) -> int:
     if not flags & NBD_FLAG_SEND_WRITE_ZEROES:
         flags &= ~NBD_FLAG_SEND_FAST_ZERO
     return flags & KNOWN_TRANSMISSION_FLAGS
-
-
-def string_fault(text: str) -> str | None:
-    """Return why this is not a valid string of the protocol (proto.md, Conventions); None: it is."""
-    try:
-        raw = text.encode()
-    except UnicodeEncodeError:
-        return "a string that is not Unicode"
-    if len(raw) > MAX_STRING_BYTES:
-        return f"a string of {len(raw)} bytes; the limit is {MAX_STRING_BYTES}"
-    return "a string with a NUL in it" if b"\0" in raw else None
 
 
 def size_fault(size_bytes: int) -> str | None:

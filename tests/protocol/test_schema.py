@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import msgpack
@@ -32,8 +31,7 @@ class Shape(NamedTuple):
         return "more pieces than offsets" if len(self.pieces) > len(self.offsets) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(NamedTuple):
     version: Uint
     urgent: bool
     notes: tuple[str, ...] = ()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -366,7 +365,7 @@ def test_scattered_clusters_cost_as_much_as_a_run_of_them() -> None:
 
 def test_a_welcome_for_scattered_clusters_without_shared_memory_is_refused() -> None:
     side = ProducerSide(UUID, "a", 1, shared="/proc/7/fd/5")
-    message = dataclasses.replace(Welcome(1, 1, 1 << 24, 1 << 20, 30), scattered=True)
+    message = Welcome(1, 1, 1 << 24, 1 << 20, 30, scattered=True)
     assert code_of(side, message) == "malformed"
     assert side.state is P.GREETING
 
@@ -397,7 +396,7 @@ def test_a_welcome_that_accepts_memory_which_was_not_offered_is_refused() -> Non
 def test_another_version_is_refused_as_such(name: str) -> None:
     message = EXAMPLES[name]
     assert isinstance(message, Hello | Welcome | Resume)
-    other = dataclasses.replace(message, version=2)
+    other = message._replace(version=2)
     side = producer_in(P.GREETING) if name == "WELCOME" else archiver_in(A.GREETING)
     assert code_of(side, other) == "version"
 
