@@ -59,7 +59,8 @@ def _system_failure(error: BaseException) -> str:
         return "the reader of our output has closed it"
     if isinstance(error, OSError):
         return _os_failure(error)
-    if isinstance(error, MemoryError):
+    # The latter is Python's where there was no memory for the error either.
+    if isinstance(error, MemoryError) or "return without exception set" in str(error):
         return "out of memory (see ulimit -v, and MemoryMax= of systemd)"
     # Python has no class of its own for this.
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
