@@ -7,7 +7,6 @@ producer's messages go. It does not look into these messages.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -288,7 +287,7 @@ class Front:
             base=_no_base(place.why_no_base) if request.base and place.why_no_base else None,
         )
         if place.why_no_base:
-            request = dataclasses.replace(request, base=False)
+            request = request._replace(base=False)
         return [StartArchiver(request.job, request, place.path)]
 
     def _refuse_job(

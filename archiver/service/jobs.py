@@ -6,7 +6,6 @@ A `ServiceJob` answers each event of its archiver or its coordinator with a list
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import os
 from dataclasses import dataclass, field
@@ -243,8 +242,7 @@ class ServiceJob:
     def _opened(self) -> list[Part]:
         opened = service.Opened(limits.VERSION, self.heartbeat_s)
         if self.base is not None and len(repr(self.base)) < _MAX_BASE_CHARS:
-            opened = dataclasses.replace(
-                opened,
+            opened = opened._replace(
                 base=bytes.fromhex(self.base["uuid"]),
                 name=transfer.sayable(os.path.basename(self.base["archive"])),
                 disks=tuple((each["name"], each["bytes"]) for each in self.base["devices"]),
@@ -285,7 +283,7 @@ class ServiceJob:
             self._base_damaged = True
         match message:
             case service.JobBegun():
-                message = self.begun = dataclasses.replace(message, full=self._full)
+                message = self.begun = message._replace(full=self._full)
             case service.JobStored():
                 # Its process may live on for a producer that has not heard DONE yet.
                 self.stored = self.verdict = message
