@@ -115,8 +115,13 @@ def test_a_running_domain_is_backed_up_at_one_instant_and_is_as_before(
     xml = libvirtd("dumpxml", domain.name)
     domain.goes_on(2)
     before = domain.rounds
-    with started(*words_for(domain, "--json", "--speed", "12M", archive)) as process:
+    felt = ("--guest-latency", "10s")
+    with started(*words_for(domain, "--json", "--speed", "12M", *felt, archive)) as process:
         next_event(process, "instant")
+        assert "libvirt tells the mean" in next_event(process, "notice")["text"]
+        while not (told := next_event(process, "guest-latency"))["requests"]:
+            pass
+        assert 0 < told["p99_s"] < 10
         domain.goes_on(3)
         assert end_of(process)[0] == 0
     domain.is_untouched()
@@ -430,7 +435,8 @@ def test_with_push_qemu_sends_the_disks_itself_and_the_guest_is_frozen_and_thawe
     archive = tmp_path / "vm.vma"
     domain.goes_on(1)
     before = domain.rounds
-    with started(*words_for(domain, "--json", "--push", "--freeze", archive)) as process:
+    felt = ("--guest-latency", "10s")
+    with started(*words_for(domain, "--json", "--push", "--freeze", *felt, archive)) as process:
         assert next_event(process, "thawed")["seconds"] < LIMIT_S
         next_event(process, "instant")
         domain.goes_on(2)
@@ -438,6 +444,8 @@ def test_with_push_qemu_sends_the_disks_itself_and_the_guest_is_frozen_and_thawe
     assert before <= instant_of(need, archive, tmp_path / "restored")
     assert frozen_status(domain) == "thawed"
     assert '"vmapipe-' not in qemus_own(domain)
+    asked = '{"execute": "query-blockstats"}'
+    assert "histogram" not in domain.libvirtd("qemu-monitor-command", domain.name, asked)
     assert eventually(lambda: not processes_with(PROXY))
     domain.is_untouched()
 

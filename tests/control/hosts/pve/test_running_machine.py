@@ -108,8 +108,10 @@ def test_all_disks_that_vzdump_takes_are_in_the_archive_and_pvestatd_is_answered
     qemu: str, node: SimulatedNode, need: Need, tmp_path: Path
 ) -> None:
     with web(node, need, tmp_path) as vm, pvestatd(node.qmp(100)) as asking:
-        with started(*node.words("--pve", "100", "--json", "--speed", "1M"), node.dump) as process:
+        words = node.words("--pve", "100", "--json", "--speed", "1M", "--guest-latency", "10s")
+        with started(*words, node.dump) as process:
             next_event(process, "instant")
+            assert next_event(process, "guest-latency")["limit_bytes_s"] == MIB
             assert "lock: backup\n" in node.config(100)
             # The guest stands still: its TPM is asked nothing.
             tpm = node.root / "var/lib/vz/images/100/vm-100-disk-4.raw"
@@ -122,6 +124,7 @@ def test_all_disks_that_vzdump_takes_are_in_the_archive_and_pvestatd_is_answered
         assert code == 0, said
         assert node.config(100) == CONF
         assert vm.machine.is_untouched()
+        assert "histogram" not in str(vm.machine.ask("query-blockstats"))
     print(f"{len(asking.took_s)} rounds of pvestatd, the slowest took {max(asking.took_s):.2f} s")
     assert float("inf") not in asking.took_s
     (archive,) = node.dump.glob("*.vma")
