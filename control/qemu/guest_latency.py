@@ -2,8 +2,9 @@
 """What a guest feels of its disks: QEMU's own latency histograms, set for a backup and removed after it.
 
 QEMU counts the requests of devices (not of exports): reads and writes here. A flush takes as long as
-what the guest wrote before it, and is left out. Who has set a histogram of their own keeps it:
-then QEMU's totals tell the mean instead.
+what the guest wrote before it, and is left out. Who has set a histogram of their own keeps it, and in a
+QEMU with I/O threads none is set: all but the newest free a histogram without the lock under which such a
+thread counts in it. Then QEMU's totals, which are only read, tell the mean instead.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ class GuestLatency:
     def _add(self, name: str, stats: Mapping[str, Any]) -> None:
         if _histograms(stats) and not _has_ours(stats):
             self._only_mean(name, stats, "has a latency histogram of somebody else's")
+        elif ask_if_known(self._qmp, "query-iothreads") != []:
+            # Which of them serves which queue is not looked at: it may change with a plugged device.
+            self._only_mean(name, stats, "gets no latency histogram: this QEMU has I/O threads")
         else:
             arguments: dict[str, Any] = {"id": name}
             for kind in ("read", "write"):
@@ -96,7 +100,7 @@ class GuestLatency:
             try:
                 self._qmp.execute(Command(_SET, arguments))
             except QmpRefused as refused:
-                self._only_mean(name, stats, f"gets no latency histogram ({refused})")
+                self._only_mean(name, stats, f"gets no latency histogram: {refused}")
             else:
                 self._counts[name] = [0] * (len(self._boundaries) + 1)
 

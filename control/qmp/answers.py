@@ -172,6 +172,7 @@ _PROCESS: Members = {"name": TEXT, "pid": SIZE, "age_s": NUMBER, "cpu_s": NUMBER
 ANSWERS: Members = {
     # QEMU's.
     "query-blockstats": List(Record({}, _BLOCK_STATS)),
+    "query-iothreads": List(Record()),
     "query-block": List(_BLOCK),
     "query-named-block-nodes": List(Record({}, _NODE)),
     "query-block-jobs": List(Record({}, _BLOCK_JOB)),

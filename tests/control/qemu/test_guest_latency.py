@@ -123,6 +123,20 @@ def test_a_histogram_of_somebody_elses_stays_and_the_mean_is_used(
     assert theirs["boundaries"] == [1000, 1000000]
 
 
+def test_no_histogram_is_set_where_another_thread_of_qemus_may_count_in_it(
+    machine: PausedMachine, tmp_path: Path, out: Path
+) -> None:
+    """It is freed without a lock there."""
+    machine.ask("object-add", **{"qom-type": "iothread", "id": "io0"})
+    words = ("backup", "--json", "--qmp", machine.qmp, *NEVER, "--speed", "8M", out / "vm.vma")
+    with Work(tmp_path), started(*words) as process:
+        assert "this QEMU has I/O threads: " in next_event(process, "notice")["text"]
+        while next_event(process, "guest-latency")["limit_bytes_s"] != FLOOR:
+            assert histograms(machine) == []
+        process.terminate()
+        end_of(process)
+
+
 def test_the_histogram_of_a_backup_that_was_killed_with_its_guardian_is_removed_by_cleanup(
     machine: PausedMachine, tmp_path: Path, out: Path, temporary: Path
 ) -> None:
