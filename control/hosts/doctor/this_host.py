@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -62,6 +63,14 @@ _LIBRARIES: Sequence[Optional] = (
         "pip install 'vmapipe[age]'",
     ),
     Optional("botocore", "archives in object stores (s3://)", "pip install 'vmapipe[s3]'"),
+)
+
+
+# What a kernel, Debian's or Ubuntu's, has against user namespaces, below /proc/sys.
+_NAMESPACE_SETTINGS = (
+    ("user/max_user_namespaces", "0"),
+    ("kernel/unprivileged_userns_clone", "0"),
+    ("kernel/apparmor_restrict_unprivileged_userns", "1"),
 )
 
 
@@ -196,6 +205,15 @@ def _optional() -> Iterator[Finding]:
         yield Finding("info", "library", f"--libvirt: {failure}")
 
 
+def why_no_namespaces(folder: str = "/proc/sys") -> str:
+    """Return which setting keeps user namespaces from users who are not root; empty: none does."""
+    for name, value in _NAMESPACE_SETTINGS:
+        with contextlib.suppress(OSError), open(f"{folder}/{name}", encoding="ascii") as file:
+            if file.read().strip() == value:
+                return f"{name.replace('/', '.')} = {value}"
+    return ""
+
+
 def _virtual_machines(cancel: Cancel) -> Iterator[Finding]:
     """What `drill`, `restore --live` and `files` start themselves. Raises Cancelled."""
     if why := obstacle(None):
@@ -213,6 +231,8 @@ def _virtual_machines(cancel: Cancel) -> Iterator[Finding]:
         yield Finding("warning", "sandbox", text, "vmapipe files --engine vm")
     if not os.path.exists("/dev/fuse"):
         yield Finding("info", "mount", "no /dev/fuse here", "modprobe fuse")
+    elif why := why_no_namespaces():
+        yield Finding("info", "mount", f"only for root, not inside `unshare -Urm`: {why}")
     try:
         kind = accelerator(cancel)
     except Failure as failure:

@@ -25,6 +25,8 @@ DEFAULT_PLACE = "/var/tmp"
 RESERVE_BYTES = 256 << 20
 # libvirtd and QEMU's user pass through to what they know the names of.
 _PASS_THROUGH = 0o711
+# One for each disk, and the socket; QEMU's user could make any number.
+_MOST_FILES = 256
 # Where a guest that stayed frozen is noted.
 _FROZEN = "frozen"
 
@@ -37,6 +39,8 @@ class ScratchFolder:
         self._above = above
         self._folder = folder
         self.run = folder.path[-8:]
+        # The files that were seen, by name and inode: QEMU goes on writing to one that somebody removes.
+        self._held: dict[tuple[str, int], int] = {}
 
     @classmethod
     def make(cls, place: str, uuid: str, owner: int) -> ScratchFolder:
@@ -48,9 +52,15 @@ class ScratchFolder:
             raise Failure(f"--scratch {place}: {os_error_text(error)}") from error
         try:
             folder = above.make_folder(name)
-            fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if owner != os.geteuid() == 0:
-                os.fchown(folder.fd, owner, -1)
+            try:
+                fcntl.flock(folder.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if owner != os.geteuid() == 0:
+                    os.fchown(folder.fd, owner, -1)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    above.remove_folder(name, folder)
+                folder.close()
+                raise
         except OSError as error:
             above.close()
             raise Failure(
@@ -90,13 +100,21 @@ class ScratchFolder:
         os.fchmod(self._folder.fd, _PASS_THROUGH)
 
     def used_bytes(self) -> int:
-        """Return what the scratch files take on the disk."""
-        total = 0
+        """Return what the scratch files take on the disk, also those that somebody has removed since."""
         for name in self._names():
             with contextlib.suppress(OSError):
                 status = self._folder.status(name)
-                total += status.st_blocks * 512 if status else 0
-        return total
+                if status and stat.S_ISREG(status.st_mode):
+                    self._hold(name, status.st_ino)
+        return sum(os.fstat(fd).st_blocks * 512 for fd in self._held.values())
+
+    def _hold(self, name: str, inode: int) -> None:
+        """Raises OSError."""
+        if (name, inode) in self._held or len(self._held) >= _MOST_FILES:
+            return
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(name, flags, dir_fd=self._folder.fd)
+        self._held[name, os.fstat(fd).st_ino] = fd
 
     def free_bytes(self) -> int:
         """Return what is free on their file system, for QEMU's user."""
@@ -139,6 +157,8 @@ class ScratchFolder:
 
     def close(self) -> None:
         """Close it; what is there stays."""
+        while self._held:
+            os.close(self._held.popitem()[1])
         self._folder.close()
         self._above.close()
 

@@ -83,7 +83,10 @@ def select(words: Sequence[str], excluded: Sequence[str], inventory: Inventory) 
         if _VMID.fullmatch(word):
             by_number.add(int(word))
         else:
-            by_group |= _members(word, inventory, remarks)
+            members = _members(word, inventory, remarks)
+            by_group |= members
+            if not members:
+                remarks.append(f"--pve {word}: there is no machine in it")
     out = set[int]()
     for word in _split(excluded):
         if _VMID.fullmatch(word):

@@ -27,7 +27,7 @@ from vmapipe.control.hosts.doctor.findings import (
 )
 from vmapipe.control.hosts.doctor.releases import FAULTS, features_of, known_faults
 from vmapipe.control.hosts.doctor.running_qemu import agent_finding, why_not_reached
-from vmapipe.control.hosts.doctor.this_host import machine_of
+from vmapipe.control.hosts.doctor.this_host import machine_of, why_no_namespaces
 from vmapipe.control.qemu.disks import LeftOut
 from vmapipe.control.qemu.features import find_features
 from vmapipe.control.qmp.client import QmpClient
@@ -308,3 +308,16 @@ def test_a_host_is_told_with_what_it_has_and_what_it_lacks() -> None:
 )
 def test_wrong_use_is_said(words: tuple[str, ...]) -> None:
     bad("doctor", *words, code=2)
+
+
+def test_a_setting_that_keeps_user_namespaces_from_users_is_named(tmp_path: Path) -> None:
+    assert why_no_namespaces(str(tmp_path)) == ""
+    (tmp_path / "user").mkdir()
+    (tmp_path / "kernel").mkdir()
+    (tmp_path / "user/max_user_namespaces").write_text("15000\n")
+    (tmp_path / "kernel/unprivileged_userns_clone").write_text("1\n")
+    assert why_no_namespaces(str(tmp_path)) == ""
+    (tmp_path / "kernel/apparmor_restrict_unprivileged_userns").write_text("1\n")
+    assert why_no_namespaces(str(tmp_path)).startswith("kernel.apparmor_restrict")
+    (tmp_path / "user/max_user_namespaces").write_text("0\n")
+    assert why_no_namespaces(str(tmp_path)) == "user.max_user_namespaces = 0"

@@ -82,6 +82,7 @@ def test_who_is_left_out_is_told_why() -> None:
     }
     assert "pool prod: the pools below it (prod/web) are not included" in chosen.remarks[0]
     assert chosen.remarks[1] == "--exclude 555: no guest has this number"
+    assert select(["empty"], [], INVENTORY).remarks == ("--pve empty: there is no machine in it",)
 
 
 def test_a_machine_that_is_asked_for_by_its_number_and_is_elsewhere_is_a_failure() -> None:
