@@ -65,13 +65,17 @@ _DURING = "during a backup"
 
 @dataclass
 class Result:
-    """The runs of one load: by server, a figure a round. `least`: ours / the better peer's."""
+    """The runs of one load: by server, a figure a round.
+
+    `least`: ours / the better peer's; `least_iops`: operations a second, whatever a peer has.
+    """
 
     title: str
     goal: str
     by_bytes: bool
     felt: dict[str, list[Felt]]
     least: float = 1.0
+    least_iops: float = 0.0
 
 
 def _title(load: Load, when: str = "idle") -> str:
@@ -270,6 +274,10 @@ def _verdict(result: Result) -> str:
         values = ratios(result, [])
         met = statistics.median(values) < 5
         what = f"p99 is {_spread(values)} idle's, no write error"
+    elif result.least_iops:
+        values = [felt.iops for felt in result.felt["vmapipe"]]
+        met = statistics.median(values) >= result.least_iops
+        what = f"{statistics.median(values):.0f} a second  ({min(values):.0f} .. {max(values):.0f})"
     elif peers:
         values = ratios(result, peers)
         met = statistics.median(values) >= result.least
