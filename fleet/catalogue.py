@@ -159,6 +159,7 @@ class HostRecord:
     seen_s: float = 0.0
     beats: int = 0
     down: str = ""
+    answer: str = ""  # JSON: its machines, as its worker has found them
 
 
 Record = (
@@ -313,13 +314,13 @@ class Catalogue:
 def after(standing: Standing, run: RunRecord) -> Standing:
     """Return where a task stands after the end of a run. Pure.
 
-    A run that was cancelled or lost is neither done nor a failure of the machine's.
+    One that somebody has cancelled waits like a failed one; one that was lost is due again at once.
     """
     if run.state == "done":
         if run.started_s < standing.done_s:
             return standing
         return Standing(run.machine, run.verb, run.target, run.started_s, run.ended_s, run.archive)
-    if run.state == "failed":
+    if run.state in ("failed", "cancelled"):
         return dataclasses.replace(
             standing, failures=standing.failures + 1, failed_s=run.ended_s, text=run.text
         )
@@ -372,11 +373,11 @@ def open_file(path: str) -> Catalogue:
     folder = os.path.dirname(os.path.abspath(path))
     with _failing(path):
         try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+            os.makedirs(folder, mode=0o755, exist_ok=True)
+            # Names and failures of machines are for its owner; SQLite's other files take its mode.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except OSError as error:
-            raise Failure(
-                f"cannot make the catalogue's folder {folder}: {error.strerror}"
-            ) from error
+            raise Failure(f"cannot make the catalogue {path}: {error.strerror}") from error
         return Catalogue(_File(path))
 
 

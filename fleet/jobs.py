@@ -91,7 +91,7 @@ _NEEDED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "verify": {**_COMMON, "archive": _is_place},
     "drill": {**_COMMON, "archive": _is_place},
     "copy": {**_COMMON, "archive": _is_place, "to": _is_place},
-    "prune": {**_COMMON, "directory": _is_path, "group": _is_name, "keep": _is_keep},
+    "prune": {**_COMMON, "directory": _is_place, "group": _is_name, "keep": _is_keep},
 }
 _ALLOWED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "backup": {
@@ -273,10 +273,11 @@ def request_of(
             if policy.speed:
                 request["speed"] = policy.speed
         case "prune":
-            if not target.directory:
+            place = directory_of(target, machine.host) or target.s3
+            if not place:
                 raise UsageError(f"target {target.name} has no directory that could be pruned")
             request |= {
-                "directory": directory_of(target, machine.host),
+                "directory": place,
                 "group": safe_name(machine.name),
                 "keep": dict(target.keep or policy.keep),
             }

@@ -115,6 +115,7 @@ class Round:
         self._carrier = SubprocessCarrier(fleet.hosts)
         self._dispatcher = Dispatcher(fleet, catalogue, self._carrier)
         self._runs = dict[str, RunRecord]()
+        self._wished = set[str]()
         self._tried = set[tuple[str, str, str]]()
         self.ended = list[RunRecord]()
         #: Tasks that no host would take.
@@ -195,6 +196,9 @@ class Round:
     def _end(self, run: RunRecord, event: Mapping[str, Any], now: float) -> None:
         self._carrier.forget(run.run)
         del self._runs[run.run]
+        if event.get("cancelled") and run.run not in self._wished:
+            # It ends with this round, and is no failure of the machine's.
+            event = {**event, "cancelled": False, "lost": True}
         if event.get("is_down") and run.state == "waiting":
             self._down[run.host] = str(event.get("text"))
         if not run.started_s:
@@ -208,6 +212,7 @@ class Round:
     def _cancel_wished(self) -> None:
         for record in self._catalogue.select(CancelRecord):
             if record.run in self._runs:
+                self._wished.add(record.run)
                 self._carrier.cancel(record.run)
 
     def _end_all(self) -> None:

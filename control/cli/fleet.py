@@ -37,6 +37,8 @@ promised to each is in /etc/vmapipe/fleet.toml (docs/operations/fleet.md).
   history MACHINE  what was done with a machine
   check            as a Nagios plugin: is any machine late, untested, damaged?
   due              what may start now, as JSON, for another scheduler
+  serve            stay, and have workers do what is due (PostgreSQL)
+  worker           stay on one host, and do its jobs
 """
 
 EPILOG = """\
@@ -46,14 +48,17 @@ examples:
   vmapipe fleet run
   vmapipe fleet check
   vmapipe fleet history web
+  vmapipe fleet serve --state /var/lib/vmapipe/fleet
+  vmapipe fleet worker --host pve1 --database postgresql://vmapipe@b1/fleet
 
 exit codes: 0 done, 1 a job failed or a host did not answer, 2 wrong use, 130/143 ended by a signal;
 of check: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN
 """
 
+STATE = "/var/lib/vmapipe/fleet"
 FILE = "/etc/vmapipe/fleet.toml"
 _ACTIONS = (
-    *("scan", "plan", "run", "status", "cancel", "history", "check", "due"),
+    *("scan", "plan", "run", "status", "cancel", "history", "check", "due", "serve", "worker"),
     *("agent", "probe"),  # for hosts, not for people
 )
 _RUN_S = 12 * 3600
@@ -94,6 +99,22 @@ def main(argv: Sequence[str], prog: str) -> int:
         metavar="SECONDS",
         help="for run: start nothing later than that after its begin (default: %(default)s)",
     )
+    parser.add_argument(
+        "--database",
+        metavar="DSN",
+        help="for serve, worker, and to look at what they do: postgresql://USER@HOST/NAME (default: the "
+        "file's; serve alone starts a PostgreSQL of its own)",
+    )
+    parser.add_argument(
+        "--state",
+        default="",
+        metavar="DIR",
+        help=f"without --database: the folder of the PostgreSQL that serve starts (default: {STATE}); with "
+        "worker, status and others: to look there",
+    )
+    parser.add_argument(
+        "--host", metavar="NAME", help="for worker: which of the file's hosts this is"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON: an object, or one a line")
     parser.add_argument("--quiet", action="store_true", help="say nothing but what failed")
     options = parser.parse_args(argv)
@@ -111,6 +132,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         "due": _due,
         "agent": _agent,
         "probe": _probe,
+        "serve": _serve,
+        "worker": _worker,
     }
 
     def work() -> None:
@@ -168,13 +191,30 @@ def _catalogue_path(options: argparse.Namespace, fleet: Fleet) -> str:
     return f"{home}/vmapipe/fleet.db"
 
 
+def _dsn(options: argparse.Namespace, fleet: Fleet) -> str:
+    """The database that is asked for; empty: none is, and the catalogue is a file."""
+    if options.database or fleet.database:
+        return str(options.database or fleet.database)
+    if options.state or options.action == "worker":
+        from vmapipe.fleet.postgres import private_dsn
+
+        return private_dsn(options.state or STATE)
+    return ""
+
+
 @contextlib.contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[tuple[Fleet, Catalogue]]:
-    """The fleet and its catalogue."""
+    """The fleet and its catalogue: of the database where there is one, else the file."""
     from vmapipe.fleet.catalogue import open_file
 
     fleet = _fleet(options)
-    catalogue = open_file(_catalogue_path(options, fleet))
+    catalogue: Catalogue
+    if dsn := _dsn(options, fleet):
+        from vmapipe.fleet.engine import open_database
+
+        catalogue = open_database(dsn)
+    else:
+        catalogue = open_file(_catalogue_path(options, fleet))
     try:
         yield fleet, catalogue
     finally:
@@ -247,7 +287,7 @@ def _planned(
     from vmapipe.fleet.planner import plan
     from vmapipe.fleet.scan import known_machines
 
-    if options.no_scan:
+    if options.no_scan or _dsn(options, fleet):
         machines = known_machines(catalogue)
         down = {h.host: h.down for h in catalogue.select(HostRecord) if h.down}
     else:
@@ -296,6 +336,8 @@ def _run(options: argparse.Namespace) -> int:
     from vmapipe.fleet.rounds import Round, lose_all, only_one
 
     fleet = _fleet(options)
+    if _dsn(options, fleet):
+        raise UsageError("run needs no database: `fleet serve` does the work where there is one")
     cancel = Cancel()
     cancel.on_signals()
     path = _catalogue_path(options, fleet)
@@ -393,4 +435,28 @@ def _probe(options: argparse.Namespace) -> int:
     from vmapipe.control.hosts.probe import answer
 
     print(json.dumps(answer((options.name or "").split()), indent=1))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from vmapipe.fleet.serve import serve
+
+    fleet = _fleet(options)
+    cancel = Cancel()
+    cancel.on_signals()
+    dsn = options.database or fleet.database
+    serve(fleet, dsn, options.state or STATE, _say, cancel)
+    return 0
+
+
+def _worker(options: argparse.Namespace) -> int:
+    from vmapipe.fleet.worker import work
+
+    fleet = _fleet(options)
+    if not options.host or options.host not in fleet.hosts:
+        known = ", ".join(fleet.hosts)
+        raise UsageError(f"--host names one of the file's hosts ({known})")
+    cancel = Cancel()
+    cancel.on_signals()
+    work(fleet, options.host, _dsn(options, fleet), _say, cancel)
     return 0

@@ -160,7 +160,7 @@ def test_rounds_that_are_cancelled_doubled_killed_and_ended_leave_nothing_behind
     assert again.returncode == 143
     assert f"backup of {second.machine} was lost" in errors
     assert [run.run for run in _runs(site, state="running")] == []
-    assert _runs(site, run=third.run)[0].state == "cancelled"
+    assert _runs(site, run=third.run)[0].state == "lost"
     assert [name for name in os.listdir(site.target) if not name.startswith(("db", "m_we"))] == []
 
 

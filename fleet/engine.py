@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: Procrastinate's queue and the catalogue, in one PostgreSQL (docs/decisions/0036-fleet-engine.md).
+
+A queue has a host's name, and holds only what may start. A job that is not known to the catalogue any more
+is dropped by whoever gets it, and a run whose job is gone is lost, and due again: so either may be lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+try:
+    import procrastinate
+    import procrastinate.exceptions
+    import psycopg
+except ImportError as error:
+    from vmapipe.runtime.errors import Failure
+
+    raise Failure(
+        f"fleet serve, fleet worker and --database need Procrastinate ({error}): pip install "
+        "'vmapipe[fleet]', and apt install postgresql (its library libpq)"
+    ) from error
+
+from vmapipe.fleet.catalogue import Catalogue
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.text import one_line, without_user
+
+TASK = "vmapipe.job"
+#: A worker that has told nothing for so long is dead (Procrastinate's own default).
+STALLED_S = 30.0
+_CONNECT_S = 10
+# Numbers of ours among PostgreSQL's advisory locks.
+_LOCK_SCHEMA, _LOCK_SERVE = 0x766D6131, 0x766D6132
+
+Job = Callable[[Mapping[str, Any], threading.Event], None]
+
+
+class DatabaseLost(Failure):
+    """The database cannot be reached, or does not do what it should; trying again may help."""
+
+
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
+    try:
+        yield
+    except (psycopg.Error, procrastinate.exceptions.ConnectorException) as error:
+        words = str(error).strip().replace("\n", " ") or type(error).__name__
+        cause = one_line(str(error.__cause__).strip().replace("\n", " "), 300)
+        more = f" ({cause})" if error.__cause__ is not None else ""
+        raise DatabaseLost(
+            f"the fleet's database: {one_line(words, 500)}{more}; archives do not need it"
+        ) from error
+
+
+class _Postgres:
+    """A connection as the catalogue wants it."""
+
+    def __init__(self, dsn: str) -> None:
+        with _failing():
+            self.connection = psycopg.connect(
+                dsn, autocommit=True, connect_timeout=_CONNECT_S, application_name="vmapipe fleet"
+            )
+
+    def execute(self, sql: str, values: Sequence[object] = ()) -> psycopg.Cursor[Any]:
+        with _failing():
+            return self.connection.execute(sql.replace("?", "%s").encode(), values)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        with _failing(), self.connection.transaction():
+            yield
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class DatabaseCatalogue(Catalogue):
+    """The catalogue in PostgreSQL, with the database's clock."""
+
+    def __init__(self, dsn: str) -> None:
+        """Connect, and make what is not there. Raises Failure."""
+        self.postgres = _Postgres(dsn)
+        try:
+            execute = self.postgres.execute
+            # Two that make the same table at the same time would disturb each other.
+            execute("SELECT pg_advisory_lock(?)", [_LOCK_SCHEMA])
+            super().__init__(self.postgres)
+            execute("SELECT pg_advisory_unlock(?)", [_LOCK_SCHEMA])
+            (now,) = execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchall()[0]
+        except BaseException:
+            self.postgres.close()
+            raise
+        self._ahead_s = float(now) - time.time()
+
+    def now_s(self) -> float:
+        """Return the time by the database's clock, the same for all hosts however theirs differ."""
+        return time.time() + self._ahead_s
+
+
+def shown(dsn: str) -> str:
+    """Return a DSN for people: without user and password."""
+    return one_line(without_user(dsn.partition("password")[0].strip()), 200)
+
+
+def open_database(dsn: str) -> DatabaseCatalogue:
+    """Raises Failure."""
+    return DatabaseCatalogue(dsn)
+
+
+def _app(connector: Any) -> procrastinate.App:
+    return procrastinate.App(connector=connector)
+
+
+class JobQueue:
+    """The queue as `fleet serve` sees it: a carrier of requests. Every call raises Failure."""
+
+    def __init__(self, dsn: str, catalogue: DatabaseCatalogue) -> None:
+        """Raises Failure also where another server is at work."""
+        self._catalogue = catalogue
+        (got,) = catalogue.postgres.execute(
+            "SELECT pg_try_advisory_lock(?)", [_LOCK_SERVE]
+        ).fetchall()[0]
+        if not got:
+            raise Failure("another `vmapipe fleet serve` is at work with this database")
+        self._app = _app(procrastinate.SyncPsycopgConnector(conninfo=dsn))
+        with _failing():
+            self._app.open()
+            found = catalogue.postgres.execute("SELECT to_regclass('procrastinate_jobs')")
+            if found.fetchall()[0][0] is None:
+                self._app.schema_manager.apply_schema()
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self._app.close()
+
+    def start(self, run: str, host: str, request: Mapping[str, Any]) -> None:
+        deferrer = self._app.configure_task(TASK, queue=host, queueing_lock=run)
+        with _failing(), contextlib.suppress(procrastinate.exceptions.AlreadyEnqueued):
+            deferrer.defer(run=run, request=dict(request))
+
+    def cancel(self, run: str) -> None:
+        rows = self._catalogue.postgres.execute(
+            "SELECT id FROM procrastinate_jobs WHERE args->>'run' = ? AND status IN ('todo', 'doing')",
+            [run],
+        ).fetchall()
+        with _failing():
+            for (number,) in rows:
+                self._app.job_manager.cancel_job_by_id(int(number), abort=True)
+
+    def live(self) -> set[str]:
+        """Return the runs that have a job; jobs of workers that are dead are dropped before."""
+        execute = self._catalogue.postgres.execute
+        dead = execute(
+            "SELECT j.id FROM procrastinate_jobs j LEFT JOIN procrastinate_workers w "
+            "ON w.id = j.worker_id WHERE j.status = 'doing' AND (w.id IS NULL OR "
+            "w.last_heartbeat < now() - ? * interval '1 second')",
+            [STALLED_S],
+        ).fetchall()
+        for (number,) in dead:
+            execute("DELETE FROM procrastinate_jobs WHERE id = ? AND status = 'doing'", [number])
+        execute("DELETE FROM procrastinate_jobs WHERE status NOT IN ('todo', 'doing')")
+        rows = execute(
+            "SELECT args->>'run' FROM procrastinate_jobs WHERE status IN ('todo', 'doing')"
+        ).fetchall()
+        return {str(run) for (run,) in rows}
+
+
+async def _work(dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel) -> None:
+    # One connection that waits for news, and those of the jobs that begin and end.
+    app = _app(procrastinate.PsycopgConnector(conninfo=dsn, min_size=1, max_size=4))
+
+    @app.task(name=TASK, queue=host)
+    async def job(run: str, request: dict[str, Any]) -> None:
+        stop = threading.Event()
+        work = asyncio.ensure_future(asyncio.to_thread(do, {"run": run, "request": request}, stop))
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            # The child is told, and its end waited for: only then the job is over.
+            stop.set()
+            await asyncio.wait([work])
+            raise
+
+    async def stay() -> None:
+        async with app.open_async():
+            await app.run_worker_async(
+                queues=[host],
+                name=f"vmapipe {host}",
+                concurrency=concurrency,
+                fetch_job_polling_interval=2.0,
+                abort_job_polling_interval=1.0,
+                # A job is told to end, and has a minute for it.
+                shutdown_graceful_timeout=0.1,
+                update_heartbeat_interval=STALLED_S / 6,
+                stalled_worker_timeout=STALLED_S,
+                delete_jobs="always",
+                # A signal is a wish of ours, also while the database is away.
+                install_signal_handlers=False,
+            )
+
+    working = asyncio.ensure_future(stay())
+    loop = asyncio.get_running_loop()
+    # What breaks beside the work when a database is lost is the same loss, which the work tells.
+    loop.set_exception_handler(lambda loop, context: None)
+    loop.add_reader(cancel.fd, working.cancel)
+    try:
+        await working
+    except asyncio.CancelledError:
+        if not cancel.asked:
+            raise
+    finally:
+        loop.remove_reader(cancel.fd)
+
+
+def run_worker(dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel) -> None:
+    """Do a host's jobs until `cancel`. Raises Failure when the database is lost."""
+    for name in ("psycopg.pool", "procrastinate"):
+        # What they have to say is said by what they raise; what a job says, by us.
+        logging.getLogger(name).addHandler(logging.NullHandler())
+        logging.getLogger(name).propagate = False
+    # A pool would wait for half a minute, and stay deaf.
+    open_database(dsn).close()
+    with _failing():
+        asyncio.run(_work(dsn, host, concurrency, do, cancel))
+
+
+def request_of_job(job: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return the run and the request of a job as it came out of the queue. Raises Failure."""
+    run, request = job.get("run"), job.get("request")
+    if not isinstance(run, str) or not isinstance(request, dict):
+        raise Failure(f"a job that is none: {one_line(json.dumps(job, default=str), 200)}")
+    return run, request

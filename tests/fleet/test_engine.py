@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleet serve` and `worker` under kills: every machine is stored, no limit exceeded, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.machine import LIMIT_S
+from vmapipe.fleet.catalogue import ArchiveRecord, RunRecord
+from vmapipe.fleet.engine import DatabaseCatalogue, DatabaseLost, JobQueue, open_database
+from vmapipe.fleet.outcome import new_run
+from vmapipe.fleet.planner import FleetTask
+from vmapipe.fleet.postgres import PrivatePostgres
+from vmapipe.runtime.errors import Failure
+
+MAIN = (sys.executable, "-P", "-m", "vmapipe.control.main")
+HOST_JOBS, TOTAL = 2, 3
+
+
+@pytest.fixture(autouse=True)
+def _postgres(need: Callable[..., list[str]]) -> None:
+    from vmapipe.fleet import postgres
+
+    try:
+        postgres._programs()
+    except Failure:
+        need("postgres")
+
+
+@pytest.fixture
+def state(short_folder: Path) -> Path:
+    # PostgreSQL runs as another user, who has to get there.
+    short_folder.chmod(0o755)
+    return short_folder / "pg"
+
+
+class FleetSite:
+    """Local hosts with disks at rest, a server and workers that can be killed, and an observer."""
+
+    def __init__(self, folder: Path, state: Path, hosts: int, machines: int) -> None:
+        self.folder, self.state = folder, state
+        self.hosts = [f"pve{n}" for n in range(hosts)]
+        self.machines = [f"vm{n}" for n in range(machines)]
+        (folder / "b").mkdir()
+        text = f'[defaults]\ntarget = "b"\nevery = "30d"\n[limits]\ntotal = {TOTAL}\n'
+        for number, host in enumerate(self.hosts):
+            (folder / host).mkdir()
+            text += f'[host.{host}]\njobs = {HOST_JOBS}\nguests = ["disks:{folder}/{host}/*.raw"]\n'
+            for name in self.machines[number::hosts]:
+                (folder / host / f"{name}.raw").write_bytes(os.urandom(1 << 20))
+        (folder / "fleet.toml").write_text(text + f'[target.b]\ndirectory = "{folder}/b"\n')
+        self.running = dict[str, subprocess.Popen[bytes]]()
+        self.trouble = list[str]()
+
+    def start(self, name: str) -> None:
+        """Start the server (`serve`) or a host's worker."""
+        words = ["serve"] if name == "serve" else ["worker", "--host", name]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [
+                    *(*MAIN, "fleet", *words, "--file", str(self.folder / "fleet.toml")),
+                    *("--state", str(self.state)),
+                ],
+                stdout=log,
+                stderr=log,
+            )
+
+    def kill(self, name: str, *, family: bool = False) -> None:
+        """As by SIGKILL; `family`: with all that it has started, as when a host fails."""
+        process = psutil.Process(self.running[name].pid)
+        victims = [process, *(process.children(recursive=True) if family else [])]
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
+        self.running.pop(name).wait()
+
+    def kill_postgres(self) -> None:
+        for child in psutil.Process(self.running["serve"].pid).children():
+            if "postgres" in child.name():
+                child.kill()
+
+    def stop(self) -> None:
+        for process in self.running.values():
+            process.terminate()
+        for process in self.running.values():
+            process.wait(LIMIT_S)
+
+    @property
+    def stored(self) -> Counter[str]:
+        return Counter(p.name.partition("-")[0] for p in (self.folder / "b").glob("*.vma.zst"))
+
+    def observe(self, stop: threading.Event) -> None:
+        """Count backups by what the kernel shows, knowing nothing of catalogue or queue."""
+        while not stop.wait(0.05):
+            disks = [disk for disk in map(self._disk_of, psutil.process_iter()) if disk]
+            hosts = Counter(Path(disk).parent.name for disk in disks)
+            doubled = [disk for disk, count in Counter(disks).items() if count > 1]
+            if len(disks) > TOTAL or max(hosts.values(), default=0) > HOST_JOBS or doubled:
+                self.trouble.append(f"{disks}")
+
+    def _disk_of(self, process: psutil.Process) -> str:
+        """The disk of a backup's coordinator; its copies by fork have it as their parent."""
+        try:
+            words = process.cmdline()
+            if "backup" not in words or str(self.folder) not in " ".join(words):
+                return ""
+            parent = process.parent()
+            if parent is not None and "backup" in parent.cmdline():
+                return ""
+            return next(w.partition("=")[2].partition("=")[2] for w in words if "--disk=" in w)
+        except (psutil.Error, StopIteration):
+            return ""
+
+
+@contextmanager
+def observed(site: FleetSite) -> Iterator[None]:
+    stop = threading.Event()
+    observer = threading.Thread(target=site.observe, args=(stop,))
+    observer.start()
+    try:
+        yield
+    finally:
+        site.stop()
+        stop.set()
+        observer.join()
+
+
+def until(true: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_all_machines_are_stored_though_the_server_is_killed_and_the_database_with_it(
+    tmp_path: Path, state: Path
+) -> None:
+    site = FleetSite(tmp_path, state, hosts=1, machines=3)
+    site.start("serve")
+    for host in site.hosts:
+        site.start(host)
+    with observed(site):
+        until(lambda: sum(site.stored.values()) > 0)
+        site.kill("serve")  # its PostgreSQL ends with it
+        site.start("serve")
+        until(lambda: set(site.stored) == set(site.machines))
+    assert site.trouble == []
+    log = "".join((tmp_path / f"{name}.log").read_text() for name in ("serve", *site.hosts))
+    assert "Traceback" not in log
+    # What was lost in between may have been stored a second time, under a name of its own.
+    assert max(site.stored.values()) <= 3
+    assert not list((tmp_path / "b").glob(".*"))
+
+
+def test_the_catalogue_and_the_queue_of_a_private_postgres(state: Path) -> None:
+    with PrivatePostgres(str(state)) as own:
+        assert oct(state.stat().st_mode)[-3:] == "700"
+        catalogue = open_database(own.dsn)
+        queue = JobQueue(own.dsn, catalogue)
+        try:
+            _the_database_does_what_the_file_does(catalogue)
+            _a_queue_has_each_run_once_and_a_second_server_is_refused(own, catalogue, queue)
+        finally:
+            queue.close()
+            catalogue.close()
+        own.stop()
+        with pytest.raises(DatabaseLost, match="the fleet's database"):
+            open_database(own.dsn)
+
+
+def _the_database_does_what_the_file_does(catalogue: DatabaseCatalogue) -> None:
+    run = new_run(FleetTask("we'b\0%s", "backup", "b", "pve1"), "", 5.0)
+    catalogue.put(run, ArchiveRecord("web", "b", "a.vma", size_bytes=1 << 60))
+    assert catalogue.select(RunRecord, run=run.run)[0].machine == "we'b\\x00%s"
+    assert catalogue.select(ArchiveRecord, "-stored_s", 1)[0].size_bytes == 1 << 60
+    assert abs(catalogue.now_s() - time.time()) < 60
+    catalogue.remove(RunRecord)
+
+
+def _a_queue_has_each_run_once_and_a_second_server_is_refused(
+    own: PrivatePostgres, catalogue: DatabaseCatalogue, queue: JobQueue
+) -> None:
+    queue.start("r1", "pve1", {"verb": "verify"})
+    queue.start("r1", "pve1", {"verb": "verify"})
+    assert queue.live() == {"r1"}
+    queue.cancel("r1")
+    assert queue.live() == set()
+    other = open_database(own.dsn)
+    try:
+        with pytest.raises(Failure, match="another `vmapipe fleet serve`"):
+            JobQueue(own.dsn, other)
+    finally:
+        other.close()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_an_hour_of_kills_costs_no_machine_and_exceeds_no_limit(
+    tmp_path: Path, state: Path
+) -> None:
+    """VMAPIPE_SOAK_S: how long, an hour by default. Then all that is due is done within some minutes."""
+    chance = random.Random(20)
+    site = FleetSite(tmp_path, state, hosts=10, machines=200)
+    names = ["serve", *site.hosts]
+    for name in names:
+        site.start(name)
+    deadline = time.monotonic() + float(os.environ.get("VMAPIPE_SOAK_S", "3600"))
+    with observed(site):
+        while time.monotonic() < deadline:
+            time.sleep(chance.uniform(3, 20))
+            if chance.random() < 0.2:
+                site.kill_postgres()
+                continue
+            name = chance.choice(names)
+            site.kill(name, family=name != "serve" and chance.random() < 0.5)
+            time.sleep(chance.uniform(0, 5))
+            site.start(name)
+            for archive in (tmp_path / "b").glob("*.vma.zst"):
+                archive.unlink()
+            # All are due again: the kills shall meet work.
+            _make_due(state)
+        for archive in (tmp_path / "b").glob("*.vma.zst"):
+            archive.unlink()
+        _make_due(state)
+        until(lambda: set(site.stored) == set(site.machines), 1800)
+    assert site.trouble == []
+    assert not list((tmp_path / "b").glob(".*"))
+
+
+def _make_due(state: Path) -> None:
+    """Forget what was done, as if its time had come again."""
+    from vmapipe.fleet.catalogue import Standing
+    from vmapipe.fleet.postgres import private_dsn
+
+    for _ in range(100):
+        try:
+            catalogue = open_database(private_dsn(str(state)))
+        except Failure:
+            time.sleep(1)
+            continue
+        try:
+            catalogue.remove(Standing)
+            return
+        except Failure:
+            time.sleep(1)
+        finally:
+            catalogue.close()
