@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmapipe.archiver.outputs.compress import MAX_THREADS
-from vmapipe.runtime.arguments import job_id, needing_cryptography, size, split_named, wait_time
+from vmapipe.runtime.arguments import (
+    job_id,
+    lock_time_s,
+    needing_cryptography,
+    size,
+    split_named,
+    wait_time,
+)
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.side_files import read_awaited
@@ -35,6 +42,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         help="store this file in the archive, by its name or as NAME; may be repeated",
     )
     add_storing_options(group)
+    add_lock_options(group)
     group.add_argument(
         "--manifest",
         metavar="FILE",
@@ -99,6 +107,39 @@ def signing_key_of(path: str | None) -> bytes:
     with needing_cryptography("--sign"):
         from vmapipe.archiver.outputs.sign import read_signing_key
     return read_signing_key(path)
+
+
+LOCK_MODES = ("compliance", "governance")
+
+
+def add_lock_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lock",
+        type=lock_time_s,
+        metavar="TIME",
+        help="for so long (12h, 30d, 1y) nobody can remove or change what is stored: Object Lock of s3://, "
+        "immutable files in a folder (which root can lift)",
+    )
+    group.add_argument(
+        "--lock-mode",
+        choices=LOCK_MODES,
+        help="of s3://: compliance binds the owner of the bucket, too (default); governance lets those lift "
+        "it who have the right",
+    )
+
+
+def lock_arguments(options: argparse.Namespace) -> list[str]:
+    """What an archiver is told of `--lock`. Raises UsageError."""
+    if options.lock is None:
+        if options.lock_mode:
+            raise UsageError("--lock-mode says how --lock works: give --lock, too")
+        return []
+    if getattr(options, "archiver", None):
+        raise UsageError(
+            "--lock: a service locks what it stores, and its own --lock says for how long"
+        )
+    mode = [f"--lock-mode={options.lock_mode}"] if options.lock_mode else []
+    return [f"--lock={max(1, options.lock // 3600)}h", *mode]
 
 
 def recipients_of(texts: Sequence[str], cancel: Cancel | None = None) -> tuple[Recipient, ...]:

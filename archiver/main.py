@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from vmapipe.archiver.arguments import (
     add_output_options,
     add_service_options,
+    lock_arguments,
     read_configs,
     recipients_of,
     signing_key_of,
@@ -37,9 +38,15 @@ from vmapipe.archiver.outputs.manifests import (
     ManifestOutput,
     ManifestSink,
     beside,
+    files_of,
 )
 from vmapipe.archiver.outputs.object import ObjectOutput
-from vmapipe.archiver.outputs.open import is_stream, open_output
+from vmapipe.archiver.outputs.open import (
+    check_lockable,
+    is_stream,
+    object_lock,
+    open_output,
+)
 from vmapipe.protocol.limits import MAX_RECONNECT_S
 from vmapipe.runtime.arguments import (
     add_child_options,
@@ -52,8 +59,9 @@ from vmapipe.runtime.arguments import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
+from vmapipe.runtime.immutable import lock_files
 from vmapipe.runtime.keys import read_server_keys
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.objectstore import ObjectLock, is_object
 from vmapipe.runtime.process import lower_priority, run, run_child
 from vmapipe.runtime.text import one_line
 from vmapipe.vma.groups import HOLD_BYTES
@@ -208,6 +216,9 @@ def _serve_jobs(options: argparse.Namespace) -> None:
     if options.sign:
         options.sign = os.path.abspath(options.sign)
     options.encrypt_to = [one.text for one in recipients_of(options.encrypt_to, cancel)]
+    options.lock_words = lock_arguments(options)
+    if options.lock_words:
+        check_lockable(options.directory, options.lock_mode)
     serve_jobs(options, cancel)
 
 
@@ -322,11 +333,15 @@ def store_for(
         raise UsageError("--manifest and --no-manifest exclude each other")
     recipients = recipients_of(options.encrypt_to, cancel)
     seed = signing_key_of(options.sign)
-    output = open_output(options.output, cancel=cancel, emit=emit)
+    lock_arguments(options)
+    lock = object_lock(options.lock, options.lock_mode)
+    if lock is not None:
+        check_lockable(options.output, options.lock_mode)
+    output = open_output(options.output, cancel=cancel, emit=emit, lock=lock)
     try:
-        sink = _manifest_sink(options, output, cancel, emit)
+        sink = _manifest_sink(options, output, cancel, emit, lock)
         if seed:
-            sink = _signed(sink, seed, options, output, cancel, emit)
+            sink = _signed(sink, seed, options, output, cancel, emit, lock)
     except BaseException:
         output.abandon()
         raise
@@ -343,18 +358,28 @@ def store_for(
         raise
     digests = Digests(sink, clusters, recipients, to_be_signed=bool(seed)) if sink else None
     found = base if isinstance(base, Base) else None
-    return ArchiveWriter(output, digests, wake, compression, found, recipients)
+    writer: ArchiveWriter[FrameMark] = ArchiveWriter(
+        output, digests, wake, compression, found, recipients
+    )
+    if lock is not None and isinstance(output, FileOutput):
+        files, until_s = files_of(options.output), lock.until_s
+        writer.after_commit = lambda: lock_files(files[0], files[1:], until_s)
+    return writer
 
 
 def _manifest_sink(
-    options: argparse.Namespace, output: Output, cancel: Cancel, emit: Emit
+    options: argparse.Namespace,
+    output: Output,
+    cancel: Cancel,
+    emit: Emit,
+    lock: ObjectLock | None,
 ) -> ManifestSink | None:
     if options.no_manifest:
         return None
     if options.manifest or not output.is_stream:
         name = options.manifest or beside(options.output)
         if is_object(name):
-            return _manifest_object(name, not options.manifest, output, cancel, emit)
+            return _manifest_object(name, not options.manifest, output, cancel, emit, lock)
         if options.manifest and is_stream(name):
             return ManifestOutput(open_output(name, cancel=cancel))
         return ManifestFile(name, replace=not options.manifest)
@@ -370,6 +395,7 @@ def _signed(
     output: Output,
     cancel: Cancel,
     emit: Emit,
+    lock: ObjectLock | None,
 ) -> ManifestSink:
     """The sink, with a signature beside it. Raises Failure; nothing is then left of both."""
     from vmapipe.archiver.outputs.sign import SignedManifest
@@ -386,17 +412,23 @@ def _signed(
 
     def open_beside() -> ManifestSink:
         if is_object(name):
-            return _manifest_object(name, replace, output, cancel, emit)
+            return _manifest_object(name, replace, output, cancel, emit, lock)
         return ManifestFile(name, replace=replace)
 
     return SignedManifest(sink, open_beside, seed)
 
 
 def _manifest_object(
-    name: str, replace: bool, output: Output, cancel: Cancel, emit: Emit
+    name: str,
+    replace: bool,
+    output: Output,
+    cancel: Cancel,
+    emit: Emit,
+    lock: ObjectLock | None,
 ) -> ManifestSink:
     prepare = output.prepare if isinstance(output, ObjectOutput) else lambda: None
-    return ManifestObject(ObjectOutput(name, cancel=cancel, emit=emit, replace=replace), prepare)
+    made = ObjectOutput(name, cancel=cancel, emit=emit, replace=replace, lock=lock)
+    return ManifestObject(made, prepare)
 
 
 if __name__ == "__main__":

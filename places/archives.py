@@ -17,12 +17,12 @@ from vmapipe.archiver.base.choice import When, read_name
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
 from vmapipe.archiver.outputs.manifests import SIGNATURE_SUFFIX
 from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
-from vmapipe.places.locks import SUFFIX as LOCK_SUFFIX
 from vmapipe.places.place import KeptPlace, StoredName
 from vmapipe.places.verified import MAX_BYTES as _MAX_VERIFIED_BYTES
 from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX
 from vmapipe.places.verified import Verified, decode_verified
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.immutable import SUFFIX as LOCK_SUFFIX
 
 PROTECTED_SUFFIX = ".protected"
 NOTES_SUFFIX = ".notes"

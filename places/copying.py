@@ -17,7 +17,6 @@ from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
 from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.places.archives import PROTECTED_SUFFIX, KeptArchive
-from vmapipe.places.locks import SUFFIX as LOCK_SUFFIX
 from vmapipe.places.place import ArchiveFolder, KeptPlace
 from vmapipe.places.reading import source_state
 from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX
@@ -26,6 +25,7 @@ from vmapipe.restore.archive.manifest import Manifest, read_stored
 from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Damaged, Failure, os_error_text
+from vmapipe.runtime.immutable import SUFFIX as LOCK_SUFFIX
 from vmapipe.runtime.objectstore import ObjectLock
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.manifest import Totals

@@ -9,7 +9,7 @@ from typing import Any
 
 from vmapipe.archiver.base.choice import When
 from vmapipe.places.archives import ArchiveCondition, KeptArchive
-from vmapipe.places.locks import WITHOUT_END_S
+from vmapipe.runtime.immutable import WITHOUT_END_S
 from vmapipe.runtime.text import human_bytes, one_line
 
 # A table is as wide as its longest name; one that was made long on purpose is cut.

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from vmapipe.archiver.service.storage import is_of_service
-from vmapipe.places.locks import lift, locked_until
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import HeldFolder
+from vmapipe.runtime.immutable import lift, locked_until
 from vmapipe.runtime.objectstore import SCHEME, StoredFolder, StoredObject, is_object
 from vmapipe.runtime.side_files import write_whole
 

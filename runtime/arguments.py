@@ -147,6 +147,16 @@ def share(text: str) -> float:
     return value
 
 
+def lock_time_s(text: str) -> int:
+    """Parse 12h, 30d, 8w, 1y, in seconds."""
+    units_s = {**_AGE_UNITS_S, "y": 365 * 86400}
+    number, unit = text[:-1], text[-1:]
+    is_number = number.isascii() and number.isdecimal() and 0 < len(number) < 6
+    if unit not in units_s or not is_number or not int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid time: 12h, 30d, 8w, 1y")
+    return int(number) * units_s[unit]
+
+
 def job_id(text: str) -> bytes:
     """32 hex digits, with or without the dashes of a uuid, to 16 bytes."""
     try:

@@ -97,6 +97,8 @@ class ArchiveWriter(Generic[Note]):
             output = ZstdOutput(output, compression)
         self.state = WriterState.RUNNING
         self.error: Exception | None = None
+        #: Called when the archive has its name; what it raises is the archive's failure, which stays all the same.
+        self.after_commit: Callable[[], None] = lambda: None
         #: Bytes of the plain archive that the output has taken.
         self.plain_bytes = 0
         self._output = output
@@ -207,6 +209,7 @@ class ArchiveWriter(Generic[Note]):
                     for filled in self._filler.finish():
                         self._write_filled(filled)
                 self._output.commit()
+                self.after_commit()
                 self._end(WriterState.COMMITTED, None)
                 self._report()
                 return

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 
 from vmapipe.archiver.outputs.base import Output, open_failure
 from vmapipe.archiver.outputs.command import CommandOutput
@@ -21,15 +22,22 @@ from vmapipe.archiver.outputs.stream import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, ignore
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.immutable import check_folder
+from vmapipe.runtime.objectstore import ObjectLock, is_object
 
 _STDOUT = 1
 # Digits alone, so that int() cannot be surprised by "+1", "1_0" or a thousand of them.
 _DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/|/dev/fd/)([0-9]{1,9})")
 
 
-def open_output(spec: str, *, cancel: Cancel | None = None, emit: Emit = ignore) -> Output:
-    """Open what `spec` names; `emit` hears what there is to say of it.
+def open_output(
+    spec: str,
+    *,
+    cancel: Cancel | None = None,
+    emit: Emit = ignore,
+    lock: ObjectLock | None = None,
+) -> Output:
+    """Open what `spec` names; `emit` hears what there is to say of it. `lock`: of an object.
 
     `-`: standard output. `exec:COMMAND`: a command's standard input. `fd:N` or
     `/dev/fdset/N`: descriptor N, which the caller opened; it is ours then. So
@@ -47,12 +55,30 @@ def open_output(spec: str, *, cancel: Cancel | None = None, emit: Emit = ignore)
         number = int(match[1])
         return open_inherited(number, spec, cancel, close=number > 2)
     if is_object(spec):
-        return ObjectOutput(spec, cancel=cancel, emit=emit)
+        return ObjectOutput(spec, cancel=cancel, emit=emit, lock=lock)
     if spec.startswith("fd:"):
         raise UsageError(f"{spec!r}: after fd: comes the number of an open descriptor")
     if not spec or "\0" in spec:
         raise UsageError(f"{spec!r} is not a valid name for an archive")
     return _open_path(spec, cancel)
+
+
+def object_lock(lock_s: int | None, mode: str | None) -> ObjectLock | None:
+    """The lock that `--lock` and `--lock-mode` say, from now on."""
+    if lock_s is None:
+        return None
+    return ObjectLock((mode or "compliance").upper(), time.time() + lock_s)
+
+
+def check_lockable(spec: str, mode: str | None) -> None:
+    """Check that what is stored as `spec`, or in that folder, can be locked. Raises Failure, UsageError."""
+    if is_object(spec):
+        return  # its output asks the bucket when it is opened
+    if is_stream(spec):
+        raise UsageError("--lock: what goes into a stream cannot be locked; name a file, or s3://")
+    if mode:
+        raise UsageError("--lock-mode is of s3://: files are immutable, or they are not")
+    check_folder(spec if os.path.isdir(spec) else os.path.dirname(spec))
 
 
 def is_stream(spec: str) -> bool:

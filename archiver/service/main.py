@@ -156,6 +156,7 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
         argv = _archiver_options(options, link)
         argv += [f"--sign={options.sign}"] if options.sign else []
         argv += [f"--encrypt-to={recipient}" for recipient in options.encrypt_to]
+        argv += options.lock_words
         archivers = ArchiverProcesses(argv, link.watch, link.unwatch, to_store=to_store)
         try:
             if isinstance(places, ObjectStorage):

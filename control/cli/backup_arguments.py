@@ -8,6 +8,7 @@ import os
 import re
 import stat
 
+from vmapipe.archiver.arguments import lock_arguments
 from vmapipe.control.cli.backup_sealing import sealing_options
 from vmapipe.control.coordinator.job import Disk
 from vmapipe.control.coordinator.priorities import buffer_of_each
@@ -317,6 +318,7 @@ def archiver_options(options: argparse.Namespace) -> list[str]:
     if options.compress:
         argv.append(f"--compress={options.compress}")
     argv += sealing_options(options)
+    argv += lock_arguments(options)
     if not options.archiver:
         argv.append(f"--threads={options.threads}")
     if options.manifest:

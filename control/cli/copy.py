@@ -10,14 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from vmapipe.archiver.arguments import add_storing_options
+from vmapipe.archiver.arguments import add_lock_options, add_storing_options, lock_arguments
 from vmapipe.archiver.job.writer import ArchiveWriter
 from vmapipe.archiver.main import store_for
+from vmapipe.archiver.outputs.open import check_lockable, object_lock
 from vmapipe.control.cli.inspect import add_read_options, read_options
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.places.archives import KeptArchive, find_archives
 from vmapipe.places.copying import StoredDigest, copy_archive, is_there, read_back
-from vmapipe.places.place import KeptPlace, is_place, open_place
+from vmapipe.places.place import ArchiveFolder, KeptPlace, is_place, open_place
 from vmapipe.places.reading import SoundArchive
 from vmapipe.places.removal import remove
 from vmapipe.places.repack import Writing, as_packed
@@ -25,6 +26,7 @@ from vmapipe.runtime.arguments import age_s, make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.immutable import lock_files
 from vmapipe.runtime.process import failure_of, run
 from vmapipe.runtime.text import human_bytes, one_line
 from vmapipe.vma.errors import ArchiveError, VmaError
@@ -79,6 +81,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="remove each from where it was, once its copy was read back and is the same",
     )
     add_storing_options(parser.add_argument_group("stored anew on the way"))
+    add_lock_options(parser.add_argument_group("where it is stored"))
     add_read_options(parser)
     add_report_options(parser)
     parser.add_argument("sources", metavar="SRC", nargs="+", help="an archive, a folder, s3://…")
@@ -102,6 +105,8 @@ def _copy(prog: str, options: argparse.Namespace) -> None:
     cancel.on_signals()
     if not is_place(options.target):
         raise UsageError(f"{options.target} is neither a folder nor s3://BUCKET/PREFIX")
+    if lock_arguments(options):
+        check_lockable(options.target, options.lock_mode)
     codes: list[int] = []
     with (
         contextlib.closing(open_place(options.target)) as target,
@@ -181,9 +186,9 @@ class _Copy:
                     f"{source.full_name(archive.name)}: remove one of them, or pass over it with --missing"
                 )
             if self._options.move and not anew and not self._options.missing:
-                self._move(
-                    source, archive, name, read_back(source, archive.name, self._cancel, _nothing)
-                )
+                stored = read_back(source, archive.name, self._cancel, _nothing)
+                self._verify_copy(source, archive, name, stored)
+                remove(source, archive.name)
             return
         if anew:
             self._store_anew(source, archive, name)
@@ -191,9 +196,9 @@ class _Copy:
                 self._verify(self._target.full_name(name))
                 remove(source, archive.name)
         else:
-            copied = copy_archive(
-                source, archive, self._target, self._tell(archive.file.size_bytes), self._cancel
-            )
+            tell = self._tell(archive.file.size_bytes)
+            lock = object_lock(self._options.lock, self._options.lock_mode)
+            copied = copy_archive(source, archive, self._target, tell, self._cancel, lock)
             note = (
                 ""
                 if copied.is_checked
@@ -202,23 +207,29 @@ class _Copy:
             note += f"; {human_bytes(copied.kept_bytes)} were there" if copied.kept_bytes else ""
             self._say(f"copied {one_line(source.full_name(archive.name))}{note}")
             if self._options.move:
-                self._move(source, archive, name, copied.stored)
+                self._verify_copy(source, archive, name, copied.stored)
+            if lock is not None and isinstance(self._target, ArchiveFolder):
+                path = self._target.full_name(name)
+                along = [self._target.full_name(each) for each in archive.beside]
+                lock_files(path, along, lock.until_s)
+            if self._options.move:
+                remove(source, archive.name)
         self._copied += 1
         self._bytes += archive.file.size_bytes
 
     def _say(self, text: str) -> None:
         self._emit({"event": "notice", "text": text})
 
-    def _move(
+    def _verify_copy(
         self, source: KeptPlace, archive: KeptArchive, name: str, stored: StoredDigest
     ) -> None:
+        """Raises Damaged."""
         found = read_back(self._target, name, self._cancel, self._tell(stored.size_bytes))
         if found != stored:
             raise Damaged(
                 f"{self._target.full_name(name)} is not what was copied: it was read back, and differs; "
                 f"{source.full_name(archive.name)} stays"
             )
-        remove(source, archive.name)
 
     def _verify(self, path: str) -> None:
         """Read the new archive whole. Raises ArchiveError, Failure."""
@@ -249,7 +260,7 @@ class _Copy:
         options.output = self._target.full_name(name)
         options.compress = self._compression(archive.name)
         options.manifest, options.no_manifest = None, False
-        options.digests, options.manifest_events = False, False
+        options.digests, options.manifest_events, options.sign = False, False, None
 
         def store(wake: Callable[[], None]) -> ArchiveWriter[None]:
             writer: ArchiveWriter[None] = store_for(  # type: ignore[assignment]

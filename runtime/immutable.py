@@ -15,7 +15,7 @@ import os
 import stat
 import time
 
-from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.folders import HeldFolder
 
 # linux/fs.h
@@ -48,9 +48,7 @@ def check_folder(folder: str) -> None:
 
 def _reason(error: OSError) -> str:
     if error.errno in (errno.EPERM, errno.EACCES):
-        return (
-            "only root may do that (CAP_LINUX_IMMUTABLE); start the service or the command as root"
-        )
+        return "that takes root, or CAP_LINUX_IMMUTABLE; start the service or the command with it"
     if error.errno in _CANNOT:
         return "its file system has no such flag; choose one that has (ext4, XFS, btrfs), or leave --lock out"
     return os_error_text(error)
@@ -146,15 +144,3 @@ def lift(folder: HeldFolder, name: str) -> None:
     if until_s > time.time() and until_s != WITHOUT_END_S:
         raise OSError(errno.EPERM, "it is locked")
     _change(folder, name, on=False)
-
-
-def lock_time_s(text: str) -> int:
-    """`30d`, `12h`, `2w`: seconds. Raises UsageError."""
-    units = {"h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
-    number, unit = text[:-1], text[-1:]
-    if unit not in units or not (number.isascii() and number.isdecimal() and 0 < len(number) < 6):
-        raise UsageError(f"--lock {text}: use 12h, 30d, 8w or 1y")
-    seconds = int(number) * units[unit]
-    if not seconds:
-        raise UsageError(f"--lock {text}: that is no time at all")
-    return seconds
