@@ -26,7 +26,12 @@ from vmapipe.archiver.job.spec import RECONNECT_S, JobSpec
 from vmapipe.archiver.job.writer import ArchiveWriter
 from vmapipe.archiver.outputs.base import Output
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
-from vmapipe.archiver.outputs.cluster_digests import BaseDigests, DigestFile
+from vmapipe.archiver.outputs.cluster_digests import (
+    BaseDigests,
+    DigestFile,
+    DigestObject,
+    DigestPlace,
+)
 from vmapipe.archiver.outputs.compress import parse_compression
 from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.manifests import (
@@ -349,8 +354,9 @@ def store_for(
     try:
         # Digests of clusters would tell whoever reads them what an encrypted archive holds.
         wanted = (options.digests or base_digests) and not recipients
-        if sink and wanted and isinstance(output, FileOutput):
-            clusters = DigestFile(options.output + DIGESTS_SUFFIX, base_digests)
+        if sink and wanted:
+            place = _place_of_digests(options.output + DIGESTS_SUFFIX, output, cancel, emit)
+            clusters = DigestFile(place, base_digests) if place else None
     except BaseException:
         if sink:
             sink.abandon()
@@ -365,6 +371,12 @@ def store_for(
         files, until_s = files_of(options.output), lock.until_s
         writer.after_commit = lambda: lock_files(files[0], files[1:], until_s)
     return writer
+
+
+def _place_of_digests(name: str, output: Output, cancel: Cancel, emit: Emit) -> DigestPlace | None:
+    if isinstance(output, ObjectOutput):
+        return DigestObject(ObjectOutput(name, cancel=cancel, emit=emit, replace=True))
+    return FileOutput(name, replace=True) if isinstance(output, FileOutput) else None
 
 
 def _manifest_sink(

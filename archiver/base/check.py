@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Hashable
 from typing import NamedTuple
 
 from vmapipe.archiver.base.content import open_content
+from vmapipe.archiver.base.source import BaseSource, open_side_file, open_source
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
 from vmapipe.archiver.outputs.cluster_digests import BaseDigests
 from vmapipe.archiver.outputs.manifests import beside, digest_of
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.crypt.magic import is_encrypted
-from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.objectstore import is_object
-from vmapipe.runtime.side_files import open_regular
+from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import PEEK_BYTES, Device, Header, parse_header, peek_header_bytes
 from vmapipe.vma.manifest import (
@@ -38,8 +38,8 @@ class Base(NamedTuple):
     header: Header
     opening: Opening
     totals: Totals
-    #: Device and inode: what is read later must still be this file.
-    identity: tuple[int, int]
+    #: What is read later must still be this file, or object.
+    identity: Hashable
 
     @property
     def uuid(self) -> bytes:
@@ -56,16 +56,14 @@ class Base(NamedTuple):
 
 def check_base(archive: str) -> Base | str:
     """Return what the archive is as a base, or the doubt about it in words, for a report. Never raises."""
-    if is_object(archive):
-        return f"{archive} is an object: a base is a file"
     try:
-        with open(open_regular(archive), "rb") as file:
-            return _check(archive, file.fileno())
+        with contextlib.closing(open_source(archive)) as source:
+            return _check(archive, source)
     except FileNotFoundError:
         return f"{archive} does not exist"
     except OSError as error:
         return f"{archive} cannot be read: {os_error_text(error)}"
-    except ArchiveError as error:
+    except (ArchiveError, Failure, ValueError) as error:
         return f"{archive}: {error}"
 
 
@@ -74,36 +72,39 @@ def open_digests(base: Base) -> BaseDigests | None:
     if not base.totals.cluster_digests_bytes:
         return None
     try:
-        return BaseDigests(base.archive + DIGESTS_SUFFIX, base.uuid, base.header.devices)
+        name = base.archive + DIGESTS_SUFFIX
+        file = open_side_file(name)
+        return BaseDigests(file, name, base.uuid, base.header.devices)
     except (OSError, ValueError):
         return None
 
 
-def _check(archive: str, fd: int) -> Base | str:
-    """Raises OSError, ArchiveError."""
-    if is_encrypted(os.pread(fd, PEEK_BYTES, 0)):
+def _start(source: BaseSource) -> bytes:
+    start = bytearray(PEEK_BYTES)
+    return bytes(start[: source.read_into(memoryview(start), 0)])
+
+
+def _check(archive: str, source: BaseSource) -> Base | str:
+    """Raises OSError, ArchiveError, Failure, ValueError."""
+    if is_encrypted(_start(source)):
         return f"{archive} is encrypted: a base is read, and a host that makes backups has no key"
     try:
         opening, totals = _read_manifest(beside(archive))
     except FileNotFoundError:
         return f"{archive} has no manifest, and without one a base cannot be checked"
-    status = os.fstat(fd)
-    if status.st_size != totals.file_bytes:
+    if source.size_bytes != totals.file_bytes:
         return (
-            f"{archive} has {status.st_size} bytes where its manifest says {totals.file_bytes}: it "
+            f"{archive} has {source.size_bytes} bytes where its manifest says {totals.file_bytes}: it "
             "is damaged, or the manifest is another archive's"
         )
-    try:
-        with contextlib.closing(open_content(fd, status.st_size)) as content:
-            header_bytes = peek_header_bytes(content.have(0, PEEK_BYTES))
-            raw = bytes(content.have(0, header_bytes))
-    except ValueError as error:
-        return f"{archive}: {error}"
+    with contextlib.closing(open_content(source)) as content:
+        header_bytes = peek_header_bytes(content.have(0, PEEK_BYTES))
+        raw = bytes(content.have(0, header_bytes))
     header = parse_header(raw)
     fault = header_fault(header, raw, opening, totals)
     if fault:
         return f"{archive}: {fault}"
-    return Base(archive, header, opening, totals, (status.st_dev, status.st_ino))
+    return Base(archive, header, opening, totals, source.identity)
 
 
 def header_fault(header: Header, raw: bytes, opening: Opening, totals: Totals) -> str:
@@ -129,11 +130,10 @@ def header_fault(header: Header, raw: bytes, opening: Opening, totals: Totals) -
 
 def _read_manifest(path: str) -> tuple[Opening, Totals]:
     """Read its first and its last line. Raises OSError, ArchiveError."""
-    fd = open_regular(path)
-    with open(fd, "rb") as file:
+    with open_side_file(path) as file:
         first = file.readline(MAX_LINE_BYTES)
         opening = ManifestReader().line(first.decode("utf-8", "backslashreplace"))
-        size_bytes = os.fstat(fd).st_size
+        size_bytes = file.seek(0, os.SEEK_END)
         file.seek(max(len(first), size_bytes - MAX_LINE_BYTES))
         last = file.read().removesuffix(b"\n").rpartition(b"\n")[2]
     if not isinstance(opening, Opening):

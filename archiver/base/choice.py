@@ -6,15 +6,17 @@ A machine is what an archive's name says up to the date, as for `vmapipe prune`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from vmapipe.archiver.base.check import Base, check_base
-from vmapipe.runtime.errors import os_error_text
+from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.folders import HeldFolder
+from vmapipe.runtime.objectstore import StoredFolder, is_object
 
 # Year to second, of the clock on the wall where the archive was made.
 When = tuple[int, int, int, int, int, int]
@@ -53,6 +55,15 @@ def read_name(name: str) -> ArchiveName | None:
     return ArchiveName(found["group"], (year, month, day, hour, minute, second))
 
 
+def _names_in(folder: str, archive: str) -> Sequence[str]:
+    """Raises OSError, Failure."""
+    if is_object(archive):
+        with contextlib.closing(StoredFolder(folder)) as store:
+            return [each.name for each in store.objects()]
+    with HeldFolder(folder) as held:
+        return held.names()
+
+
 def usable_base(found: Base | str, full_every: int) -> Base | str:
     """Return the base, or why the next archive is a full one: in words.
 
@@ -82,10 +93,10 @@ def choose_base(
     if parsed is None:
         return f"the name {name} has no date: whose archives it follows cannot be told"
     try:
-        with HeldFolder(folder) as held:
-            names = held.names()
-    except OSError as error:
-        return f"cannot look into {folder or '.'}: {os_error_text(error)}"
+        names = _names_in(folder, archive)
+    except (OSError, Failure) as error:
+        why = os_error_text(error) if isinstance(error, OSError) else str(error)
+        return f"cannot look into {folder or '.'}: {why}"
     parts = [
         (other.when, each)
         for each in names

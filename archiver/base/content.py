@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
+from vmapipe.archiver.base.source import BaseSource, read_source
 from vmapipe.archiver.outputs.compress import Compressed, decompress
 from vmapipe.clusters.sizes import MAX_EXTENT_BYTES
-from vmapipe.runtime.syscalls import read_at
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import (
     FOOTER_BYTES,
@@ -57,8 +57,8 @@ class BaseContent(Protocol):
 class PlainContent:
     """Of a plain archive."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, source: BaseSource) -> None:
+        self._source = source
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         #: The buffer holds the archive's bytes from `_from` on, `_length` of them.
@@ -73,7 +73,8 @@ class PlainContent:
             self._buffer[:left] = self._buffer[start : start + left]
             self._from, self._length, start = at, left, 0
             while self._length < length:
-                got = os.preadv(self._fd, [self._view[self._length :]], self._from + self._length)
+                room = self._view[self._length :]
+                got = self._source.read_into(room, self._from + self._length)
                 if not got:
                     raise ValueError(_TOO_EARLY)
                 self._length += got
@@ -89,8 +90,11 @@ class PlainContent:
 class FrameTable:
     """The seek table of a file, 8 bytes a frame. Raises OSError; ValueError, in words, for one of no use here."""
 
-    def __init__(self, fd: int, file_bytes: int) -> None:
-        foot = _read(fd, FOOTER_BYTES, file_bytes - FOOTER_BYTES) if file_bytes > 9 else b""
+    def __init__(self, source: BaseSource) -> None:
+        file_bytes = source.size_bytes
+        foot = (
+            read_source(source, FOOTER_BYTES, file_bytes - FOOTER_BYTES) if file_bytes > 9 else b""
+        )
         table_bytes = seek_table_bytes(foot)
         if table_bytes is None or table_bytes > file_bytes:
             raise ValueError("it is compressed in one piece, or not with zstd")
@@ -101,7 +105,7 @@ class FrameTable:
             )
         self._entries = array.array("I")
         try:
-            raw = seek_table_entries(_read(fd, table_bytes, file_bytes - table_bytes))
+            raw = seek_table_entries(read_source(source, table_bytes, file_bytes - table_bytes))
         except ArchiveError as error:
             raise ValueError(str(error)) from error
         self._entries.frombytes(raw)
@@ -123,10 +127,10 @@ class FrameTable:
 class FrameContent:
     """Of an archive of independent frames, of which some are decompressed ahead."""
 
-    def __init__(self, fd: int, file_bytes: int) -> None:
+    def __init__(self, source: BaseSource) -> None:
         """Raises OSError; ValueError as FrameTable does."""
-        self._fd = fd
-        self._left = iter(FrameTable(fd, file_bytes))
+        self._source = source
+        self._left = iter(FrameTable(source))
         threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
         # The first frame alone: no more of it is looked at by most that open a base.
         self._most, self._then = 1, threads + _SPARE_FRAMES
@@ -163,7 +167,7 @@ class FrameContent:
                 break
             compressed_bytes, plain_bytes = sizes
             # Read here: a thread of the pool must not hang in a dead disk.
-            data = _read(self._fd, compressed_bytes, self._file_at)
+            data = read_source(self._source, compressed_bytes, self._file_at)
             kept = KeptFrame(Compressed(data, plain_bytes), self._file_at)
             self._ahead.append((kept, self._pool.submit(decompress, kept.frame)))
             self._file_at += compressed_bytes
@@ -175,16 +179,8 @@ class FrameContent:
         self._start, self._end = self._end, self._end + len(self._plain)
 
 
-def open_content(fd: int, file_bytes: int) -> PlainContent | FrameContent:
-    """What the archive in this file holds. Raises OSError; ValueError, in words, where it cannot be had."""
-    if is_zstd(_read(fd, 4, 0)):
-        return FrameContent(fd, file_bytes)
-    return PlainContent(fd)
-
-
-def _read(fd: int, length: int, at: int) -> bytes:
-    """Raises OSError; ValueError where the file ends before."""
-    data = bytearray(length)
-    if read_at(fd, memoryview(data), at) < length:
-        raise ValueError(_TOO_EARLY)
-    return bytes(data)
+def open_content(source: BaseSource) -> PlainContent | FrameContent:
+    """What the archive holds. Raises OSError; ValueError, in words, where it cannot be had."""
+    if is_zstd(read_source(source, 4, 0)):
+        return FrameContent(source)
+    return PlainContent(source)

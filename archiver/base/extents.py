@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 from vmapipe.archiver.base.check import Base, header_fault
 from vmapipe.archiver.base.content import KeptFrame, PlainContent, open_content
+from vmapipe.archiver.base.source import open_side_file, open_source
 from vmapipe.archiver.outputs.manifests import beside, digest_of
 from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.side_files import open_regular
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import Extent, parse_extent_header
 from vmapipe.vma.header import parse_header
@@ -44,24 +43,24 @@ class BaseExtents:
         self.frame: KeptFrame | None = None
         with contextlib.ExitStack() as opened:
             try:
-                self.fd = open_regular(base.archive)
-                opened.callback(os.close, self.fd)
-                self._manifest = open(open_regular(beside(base.archive)), "rb")  # noqa: SIM115
+                self._source = open_source(base.archive)
+                opened.callback(self._source.close)
+                self._manifest = open_side_file(beside(base.archive))
                 opened.callback(self._manifest.close)
-                self._content = open_content(self.fd, os.fstat(self.fd).st_size)
+                self._content = open_content(self._source)
                 opened.callback(self._content.close)
             except OSError as error:
                 raise self._failure(f"it cannot be read: {os_error_text(error)}") from error
-            except ValueError as error:
+            except (Failure, ValueError) as error:
                 raise self._failure(str(error)) from error
             self._begin()
             self._opened = opened.pop_all()
 
     def _begin(self) -> None:
-        status = os.fstat(self.fd)
-        self._changed_at = status.st_mtime_ns
-        if (status.st_dev, status.st_ino) != self.base.identity:
-            raise self._failure("another file has taken its place since it was checked")
+        if self._source.identity != self.base.identity:
+            raise self._failure(
+                "it has changed, or another one has taken its place, since it was checked"
+            )
         raw = bytes(self._have(0, self.base.opening.header.total_bytes))
         opening = self._line()
         if not isinstance(opening, Opening) or opening != self.base.opening:
@@ -79,9 +78,14 @@ class BaseExtents:
         self._opened.close()
 
     @property
+    def fd(self) -> int:
+        """Its file; -1: it has none."""
+        return self._source.fd
+
+    @property
     def is_plain(self) -> bool:
         """The archive's bytes are those of its file."""
-        return isinstance(self._content, PlainContent)
+        return isinstance(self._content, PlainContent) and self.fd >= 0
 
     def peek(self) -> Extent | None:
         """Return the next extent's header; None at the end, which was then found to be sound."""
@@ -129,10 +133,9 @@ class BaseExtents:
 
     def _end(self, totals: Totals) -> None:
         self._ended = True
-        status = os.fstat(self.fd)
-        if totals != self.base.totals or status.st_size != totals.file_bytes:
+        if totals != self.base.totals or self._source.size_bytes != totals.file_bytes:
             raise self._failure("it has changed since it was checked")
-        if status.st_mtime_ns != self._changed_at:
+        if self._source.identity != self.base.identity:
             raise self._failure("somebody has written to it meanwhile")
         if self._at != totals.archive_bytes:
             raise self._failure(f"it ends at {totals.archive_bytes}", at=self._at)

@@ -11,12 +11,14 @@ import itertools
 import os
 import secrets
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from typing import BinaryIO, Protocol
 
-from vmapipe.archiver.outputs.file import FileOutput
+from vmapipe.archiver.outputs.base import write_failure
+from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.clusters.digests import DIGEST_BYTES, UNKNOWN, cluster_digester, cluster_digests
-from vmapipe.runtime.side_files import open_regular
-from vmapipe.runtime.syscalls import read_at
+from vmapipe.runtime.syscalls import read_at, write_at
 from vmapipe.vma.header import Device
 from vmapipe.vma.packer import PackedRun
 
@@ -47,9 +49,10 @@ def file_bytes(devices: Iterable[Device]) -> int:
 class BaseDigests:
     """The open digests of a base."""
 
-    def __init__(self, path: str, uuid: bytes, devices: tuple[Device, ...]) -> None:
+    def __init__(self, file: BinaryIO, path: str, uuid: bytes, devices: tuple[Device, ...]) -> None:
         """Raises OSError; ValueError, in words, where it is not the file of this archive."""
-        self.fd = open_regular(path)
+        self._opened = file
+        self.fd = file.fileno()
         try:
             raw = os.pread(self.fd, _HEAD.size, 0)
             if len(raw) < _HEAD.size:
@@ -62,7 +65,7 @@ class BaseDigests:
             if os.fstat(self.fd).st_size != file_bytes(devices):
                 raise ValueError(f"{path} has a wrong length")
         except BaseException:
-            os.close(self.fd)
+            file.close()
             raise
         self.devices = devices
         self._places = places(devices)
@@ -80,7 +83,67 @@ class BaseDigests:
         return bytes(view)
 
     def close(self) -> None:
-        os.close(self.fd)
+        self._opened.close()
+
+
+class DigestPlace(Protocol):
+    """Where new digests are written, at any place, and committed: a file, or an object of a store."""
+
+    def copy_from(self, fd: int, length: int) -> bool:
+        """See FileOutput."""
+
+    def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        """See FileOutput."""
+
+    def extend(self, length: int) -> None:
+        """See FileOutput."""
+
+    def commit(self) -> None:
+        """Bring it to its place."""
+
+    def abandon(self) -> None:
+        """Leave nothing behind. Never raises."""
+
+    def withdraw(self) -> None:
+        """Take it back after its commit. Never raises."""
+
+
+class DigestObject:
+    """Digests that become an object, from a nameless file: they are not written in order."""
+
+    def __init__(self, output: ObjectOutput) -> None:
+        self._output = output
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed by commit and abandon
+
+    def copy_from(self, fd: int, length: int) -> bool:
+        return False
+
+    def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        self._on_disk(lambda: write_at(self._file.fileno(), memoryview(data), offset))
+
+    def extend(self, length: int) -> None:
+        self._on_disk(lambda: os.ftruncate(self._file.fileno(), length))
+
+    def _on_disk(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            where = f"the digests of clusters in {tempfile.gettempdir()}"
+            raise write_failure(where, 0, error) from error
+
+    def commit(self) -> None:
+        self._file.seek(0)
+        while piece := self._file.read(1 << 20):
+            self._output.write([piece])
+        self._output.commit()
+        self._file.close()
+
+    def abandon(self) -> None:
+        self._output.abandon()
+        self._file.close()
+
+    def withdraw(self) -> None:
+        self._output.remove()
 
 
 class DigestFile:
@@ -89,8 +152,8 @@ class DigestFile:
     What is taken from a base has the digests that it had there, where the base has some.
     """
 
-    def __init__(self, path: str, base: BaseDigests | None) -> None:
-        self._file = FileOutput(path, replace=True)
+    def __init__(self, place: DigestPlace, base: BaseDigests | None) -> None:
+        self._file = place
         self._base = base
         self._digest: Callable[[bytes, memoryview], bytes] | None = None
         self._places: Mapping[int, int] = {}

@@ -321,7 +321,10 @@ class ObjectOutput(AbortableOutput):
 # No backup pauses for a day: an upload of an archive to which no part was added for so
 # long was left behind by a process that was killed.
 STALE_S = 24 * 3600.0
-_ENDINGS = (".vma", ".vma.zst", ".vma.age", ".vma.zst.age", ".manifest.json", ".manifest.json.sig")
+_ENDINGS = (
+    *(".vma", ".vma.zst", ".vma.age", ".vma.zst.age"),
+    *(".manifest.json", ".manifest.json.sig", ".digests"),
+)
 
 
 def abort(store: StoredObject, upload: str) -> None:

@@ -130,12 +130,9 @@ def serve_jobs(options: argparse.Namespace, cancel: Cancel) -> None:
     )
     to_store = is_object(options.directory)
     ending = ".age" if options.encrypt_to else ""
-    places: ObjectStorage | FolderStorage
-    if to_store:
-        places = ObjectStorage(options.directory, rules, ending)
-    else:
-        is_of_one_host = options.listen.startswith("ipc://")
-        places = FolderStorage(options.directory, rules, ending, is_of_one_host=is_of_one_host)
+    is_of_one_host = options.listen.startswith("ipc://")
+    storage = ObjectStorage if to_store else FolderStorage
+    places = storage(options.directory, rules, ending, is_of_one_host=is_of_one_host)
     bounds = ServiceLimits(
         options.max_jobs,
         _MIN_FREE_BYTES if options.min_free is None else options.min_free,

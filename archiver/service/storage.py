@@ -116,6 +116,13 @@ _SHARED_FOLDER = (
 )
 
 
+def why_no_base(rules: ClientLimits, ending: str, *, is_of_one_host: bool) -> str:
+    """Return why a client's archives cannot be bases here; empty: they can."""
+    if ending:
+        return "this service encrypts what it stores, and cannot read it again"
+    return "" if rules.folder or is_of_one_host else _SHARED_FOLDER
+
+
 class FolderStorage:
     """The facts that the core of the service asks for (admission.Facts)."""
 
@@ -157,13 +164,8 @@ class FolderStorage:
             quota_bytes=rules.quota_bytes,
             used_bytes=_used_bytes(folder) if rules.quota_bytes else 0,
             others=self._rules.others_of(client),
-            why_no_base=self._why_no_base(rules),
+            why_no_base=why_no_base(rules, self._ending, is_of_one_host=self._is_of_one_host),
         )
-
-    def _why_no_base(self, rules: ClientLimits) -> str:
-        if self._ending:
-            return "this service encrypts what it stores, and cannot read it again"
-        return "" if rules.folder or self._is_of_one_host else _SHARED_FOLDER
 
     def room(self) -> FreeSpace:
         return FreeSpace(shutil.disk_usage(self._directory).free, available_memory_bytes())
@@ -290,9 +292,12 @@ Uploads = Sequence[tuple[str, str]]
 class ObjectStorage:
     """The facts that the core of the service asks for (admission.Facts)."""
 
-    def __init__(self, prefix: str, rules: ClientRules, ending: str = "") -> None:
+    def __init__(
+        self, prefix: str, rules: ClientRules, ending: str = "", *, is_of_one_host: bool = False
+    ) -> None:
         """`prefix`: s3://BUCKET or s3://BUCKET/PREFIX; `ending` as for a folder. Raises UsageError."""
         self._ending = ending
+        self._is_of_one_host = is_of_one_host
         check_prefix(prefix, _LONGEST_REST_BYTES)
         self._prefix = prefix.removesuffix("/")
         self._rules = rules
@@ -310,7 +315,7 @@ class ObjectStorage:
             f"{folder}/{with_ending(request.name, self._ending)}",
             max_jobs=rules.max_jobs,
             others=self._rules.others_of(client),
-            why_no_base="this service stores in an object store: a base is a file",
+            why_no_base=why_no_base(rules, self._ending, is_of_one_host=self._is_of_one_host),
         )
 
     def room(self) -> FreeSpace:

@@ -15,6 +15,7 @@ from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.producer.pull.arguments import parse_nbd_disk
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.objectstore import is_object
 
 if TYPE_CHECKING:
     from vmapipe.archiver.base.check import Base
@@ -140,9 +141,9 @@ def _find(
 
     if options.base != "auto":
         return check_base(options.base)
-    if is_path(options.archive):
+    if is_path(options.archive) or is_object(options.archive):
         return choose_base(options.archive, devices, recorded)
-    return f"{options.archive} is not a file: only beside one is a base looked for"
+    return f"{options.archive} is not a file or an object: only beside one is a base looked for"
 
 
 def track(options: argparse.Namespace, machine: RunningMachine, found: Base | str) -> None:
@@ -283,4 +284,5 @@ def can_run_again(options: argparse.Namespace, pass_fds: Sequence[int]) -> bool:
     """Tell whether nothing of a failed backup is left, and all that it was given can be read again."""
     # What --trim has freed cannot be.
     are_files = all(stat.S_ISREG(os.fstat(fd).st_mode) for fd in pass_fds)
-    return is_path(options.archive) and are_files and not options.trim
+    is_named = is_path(options.archive) or is_object(options.archive)
+    return is_named and are_files and not options.trim

@@ -128,6 +128,8 @@ def test_a_few_rounds_with_deaths_make_no_archive_that_is_wrong(
 
 
 @pytest.mark.soak
+# Thirty rounds take some 70 s on a quiet machine, and several minutes on a busy one.
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(2, 5))
 def test_thirty_rounds_with_deaths_and_restarts_make_no_archive_that_is_wrong(
     qemu: str, need: Need, tmp_path: Path, out: Path, seed: int
