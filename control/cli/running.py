@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -232,7 +233,7 @@ def job_lines(job: Details, before: Details | None = None) -> list[str]:
             f"{ratio:.0f} % of {human_bytes(job['plain_bytes'])} before compression"
         )
     lines += _base_lines(job)
-    lines += _latency_lines(job)
+    lines += latency_lines(job)
     lines += _indented(_disks(job["devices"]))
     lines += _indented(_processes(job, before))
     return lines
@@ -256,14 +257,13 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def _curve(values: Sequence[float], most: float) -> str:
-    """Return a curve of one line; `most` is the height of its highest bar."""
+    """Return a curve of one line; `most` is the height of its highest bar, and only nothing has none."""
     steps = len(_BARS) - 1
-    return "".join(
-        _BARS[min(steps, round(steps * value / most)) if most else 0] for value in values
-    )
+    heights = [min(steps, math.ceil(steps * value / most)) if most > 0 else 0 for value in values]
+    return "".join(_BARS[max(0, height)] for height in heights)
 
 
-def _latency_lines(job: Details) -> list[str]:
+def latency_lines(job: Details) -> list[str]:
     """What the guest feels, and what is read: curves of the last minute."""
     felt = job.get("guest_latency")
     if not felt:

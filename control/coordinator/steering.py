@@ -103,7 +103,8 @@ class Steering:
         self._second: list[Felt] = []
         self._seconds = self._above = 0
         self._worst_s = 0.0
-        self._helpless_since = float("inf")
+        self._helpless_since = 0.0
+        self._has_said_so = False
 
     @property
     def share(self) -> int:
@@ -132,7 +133,7 @@ class Steering:
         if source is None:
             return
         self._source = source
-        self._asked_at = self._told_at = time.monotonic()
+        self._asked_at = self._told_at = self._helpless_since = time.monotonic()
         control.begin(guest_is_idle=source.guest_is_idle)
         self._shares.bytes_per_s = control.rate_bytes_s
 
@@ -204,12 +205,12 @@ class Steering:
             "read_bytes_s": read_bytes_s,
         }
         emit(event)
+        if self._has_said_so:
+            return
         if not (control.is_at_floor and felt.is_broken):
-            self._helpless_since = float("inf") if self._helpless_since > now else 0.0
-        elif self._helpless_since > now:
             self._helpless_since = now
-        elif self._helpless_since and now - self._helpless_since >= _HELPLESS_S:
-            self._helpless_since = 0.0
+        elif now - self._helpless_since >= _HELPLESS_S:
+            self._has_said_so = True
             text = (
                 f"the guest waits {1000 * felt.p99_s:.0f} ms although the backup reads no more than "
                 "its floor: its own work, or the copies before its writes, are more than the disk "

@@ -88,6 +88,15 @@ class List(NamedTuple):
         return ""
 
 
+class Filled(NamedTuple):
+    """A list that is not empty."""
+
+    shape: List
+
+    def fault(self, value: object) -> str:
+        return self.shape.fault(value) or ("" if value else " is empty")
+
+
 class Record(NamedTuple):
     """An object with these members, and any others."""
 
@@ -166,6 +175,12 @@ _JOB_NUMBERS = (
     *("started", "seconds", "total_bytes", "done_bytes", "zero_bytes", "stored_bytes"),
     *("plain_bytes", "speed_bytes_s", "rate_bytes_s", "read_rate_bytes_s"),
 )
+_LATENCY = Record(
+    {
+        **dict.fromkeys(("bound_s", "p99_s", "worst_s", "limit_bytes_s"), NUMBER),
+        **dict.fromkeys(("last_p99_s", "last_read_bytes_s"), Filled(List(NUMBER))),
+    }
+)
 _PROCESS: Members = {"name": TEXT, "pid": SIZE, "age_s": NUMBER, "cpu_s": NUMBER, "rss_bytes": SIZE}
 
 #: By command.
@@ -219,8 +234,8 @@ ANSWERS: Members = {
             ),
             "processes": List(Record(_PROCESS)),
         },
-        # A backup that was started before an update tells nothing of a base.
-        {"base": TEXT, "base_bytes": SIZE, "shared_bytes": SIZE},
+        # A backup that was started before an update tells nothing of a base, nor of its guest.
+        {"base": TEXT, "base_bytes": SIZE, "shared_bytes": SIZE, "guest_latency": Maybe(_LATENCY)},
     ),
 }
 

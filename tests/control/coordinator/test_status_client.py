@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine import LIMIT_S
+from vmapipe.control.cli.running import latency_lines
 from vmapipe.control.coordinator import status_socket as jobs_module
 from vmapipe.control.coordinator.status_socket import JobClient
 from vmapipe.control.monitor import client as monitor_module
@@ -107,3 +108,22 @@ def test_nobody_at_all_is_told_in_the_words_of_who_was_expected(tmp_path: Path) 
     ):
         with pytest.raises(Failure, match=text):
             CLIENTS[client](str(tmp_path / "none"))
+
+
+def test_what_the_guest_feels_is_shown_with_its_bound_and_as_curves() -> None:
+    felt = {
+        "bound_s": 0.02,
+        "p99_s": 0.011,
+        "worst_s": 1.5,
+        "limit_bytes_s": 8 << 20,
+        "last_p99_s": [0.0, 0.001, 0.04, 0.011],
+        "last_read_bytes_s": [0, 100 << 20, 50 << 20, 8 << 20],
+    }
+    assert latency_lines({"guest_latency": felt}) == [
+        "  guest waits 11 ms (bound 20 ms, worst second 1.5 s), so the backup may read 8.0 MiB/s",
+        "    waits, up to     40 ms   ▁█▃",
+        "    reads, up to 100.0 MiB/s   █▄▁",
+    ]
+    assert latency_lines({"guest_latency": None}) == []
+    unlimited = {"guest_latency": {**felt, "limit_bytes_s": 0}}
+    assert latency_lines(unlimited)[0].endswith("may read as fast as it can")

@@ -70,6 +70,16 @@ def test_at_the_floor_it_is_said_once_that_the_backup_cannot_help(clock: Clock) 
     assert (result["worst_s"], result["seconds"], result["seconds_above"]) == (0.3, 60, 60)
 
 
+def test_a_good_second_in_between_is_no_reason_to_be_silent_later(clock: Clock) -> None:
+    guest = Guest(Felt(100, 50, 0.3))
+    found, told = begun(guest)
+    for felt, seconds in ((guest.felt, 6), (Felt(100, 0, 0.015), 2), (guest.felt, 30)):
+        assert not [event for event in told if event["event"] == "notice"]
+        guest.felt = felt
+        passes(found, clock, told, seconds)
+    assert len([event for event in told if event["event"] == "notice"]) == 1
+
+
 def test_an_idle_guests_backup_has_the_users_limit_and_no_other(clock: Clock) -> None:
     found, told = begun(Guest(NOTHING_FELT, is_idle=True), speed=50 * MIB)
     passes(found, clock, told, 5)

@@ -21,10 +21,13 @@ from vmapipe.control.qemu.disks import (
     tpm_outside,
 )
 from vmapipe.control.qemu.graph import Graph
+from vmapipe.control.qemu.guest_latency import GuestLatency, remove_histograms
 from vmapipe.control.qemu.jobs import own_objects, own_targets
+from vmapipe.control.qmp.connection import Command
 from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.event_types import BegunDevice
+from vmapipe.runtime.event_types import BegunDevice, GuestLatencyEvent
+from vmapipe.runtime.latency import bounds_ns
 
 NODES: list[dict[str, Any]] = [
     {**DISK["inserted"], "node-name": "n0"},
@@ -46,6 +49,15 @@ def a_job() -> dict[str, Any]:
     state = JobState("/backup/vm.vma", 1000.0, job="0123456789abcdef" * 2)
     devices: list[BegunDevice] = [{"dev_id": 1, "name": "a", "bytes": 1 << 20}]
     state.take({"event": "begun", "uuid": "1" * 32, "devices": devices}, 1001.0)
+    felt: GuestLatencyEvent = {
+        "event": "guest-latency",
+        "bound_s": 0.02,
+        "requests": 5,
+        "p99_s": 0.01,
+        "limit_bytes_s": 8 << 20,
+        "read_bytes_s": 7 << 20,
+    }
+    state.take(felt, 1001.5)
     usage = {"name": "the coordinator", "pid": 1, "age_s": 1.5, "cpu_s": 0.5, "rss_bytes": 1 << 20}
     return {**state.details(1002.0), "processes": [usage]}
 
@@ -72,10 +84,27 @@ GRAPH = {
     ],
 }
 TPM = [{"id": "tpm0", "model": "tpm-tis", "options": {"type": "emulator", "data": {}}}]
+_HISTOGRAM = {"boundaries": bounds_ns(0.02), "bins": [1] * (len(bounds_ns(0.02)) + 1)}
+BLOCK_STATS = [
+    {
+        "device": "",
+        "qdev": "/machine/peripheral/scsi0",
+        "stats": {
+            **{f"{kind}_latency_histogram": _HISTOGRAM for kind in ("rd", "wr")},
+            "rd_operations": 5,
+            "wr_operations": 6,
+            "idle_time_ns": 1,
+            "rd_total_time_ns": 7,
+            "wr_total_time_ns": 8,
+        },
+    },
+    {"device": "drive0", "stats": {}},
+]
 #: Good answers, by command.
 GOOD: dict[str, Any] = {
     "add-fd": {"fdset-id": 0, "fd": 12},
     "query-block": [DISK, {"device": "cd0", "removable": True}],
+    "query-blockstats": BLOCK_STATS,
     "query-named-block-nodes": NODES,
     "query-block-jobs": [{"device": "drive0", "type": "mirror", "len": 1, "speed": 0}],
     "query-jobs": JOBS,
@@ -139,10 +168,30 @@ def read_job(job: Any) -> None:
         pass
 
 
+class _Counting:
+    """A QEMU with these statistics."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def execute(self, command: Command) -> Any:
+        return self._answer if command.name == "query-blockstats" else []
+
+
+def read_block_stats(answer: Any) -> None:
+    qmp = _Counting(answer)
+    latency = GuestLatency(qmp, 0.02, 1.0, [])
+    latency.begin()
+    for _ in range(2):
+        assert latency.take().requests >= 0
+    remove_histograms(qmp)
+
+
 #: Those who read each answer; whatever is called valid must not surprise them.
 READERS: dict[str, Callable[[Any], object]] = {
     "query-block": lambda answer: read_disks(answer, NODES, GOOD["query-block-jobs"]),
     "query-named-block-nodes": read_nodes,
+    "query-blockstats": read_block_stats,
     "query-block-jobs": lambda answer: read_disks(GOOD["query-block"], NODES, answer),
     "x-debug-query-block-graph": lambda answer: read_disks(GOOD["query-block"], NODES, [], answer),
     "query-tpm": lambda answer: [(tpm_aliases(tpm), tpm_outside(tpm, "")) for tpm in answer],
