@@ -197,7 +197,7 @@ class ZstdFrame:
         return 0
 
 
-def decompress_frame(data: bytes, plain_bytes: int) -> bytes:
+def decompress_frame(data: bytes | memoryview, plain_bytes: int) -> bytes:
     """The frame `data`, which must hold exactly `plain_bytes`. Raises ValueError where it does not."""
     decompressor = zstd.ZstdDecompressor(options=_ANY_WINDOW)
     try:
@@ -428,7 +428,7 @@ class ZstdFrames(io.RawIOBase):
             yield functools.partial(self._decompress, at, batch)
 
     def _decompress(self, file_at: int, frames: list[Frame]) -> list[_Decompressed]:
-        data = self._pread(sum(frame.compressed_bytes for frame in frames), file_at)
+        data = memoryview(self._pread(sum(frame.compressed_bytes for frame in frames), file_at))
         done: list[_Decompressed] = []
         at = 0
         for frame in frames:
@@ -437,15 +437,16 @@ class ZstdFrames(io.RawIOBase):
             at = end
         return done
 
-    def _plain_of(self, data: bytes, plain_bytes: int, file_at: int) -> _Decompressed:
+    def _plain_of(self, data: memoryview, plain_bytes: int, file_at: int) -> _Decompressed:
+        start = bytes(data[:_MIN_FRAME_BYTES])
         try:
-            if not data.startswith(ZSTD_MAGIC) or len(data) < _MIN_FRAME_BYTES:
+            if not start.startswith(ZSTD_MAGIC) or len(start) < _MIN_FRAME_BYTES:
                 raise ValueError("the zstd data is damaged: no frame begins here")
             plain = decompress_frame(data, plain_bytes)
         except ValueError as error:
             failure = CompressionError(f"{self._name}: {error}", file_offset=file_at)
             return _Decompressed(plain_bytes, failure)
-        return _Decompressed(plain_bytes, plain, _has_checksum(data))
+        return _Decompressed(plain_bytes, plain, _has_checksum(start))
 
     def close(self) -> None:
         if not self.closed:
