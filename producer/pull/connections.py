@@ -433,8 +433,10 @@ class ExportConnections:
         return True
 
     def _at_oldest(self, text: str) -> ExportError:
-        offset = self._queue[0].offset if self._queue else 0
-        return self._failure_at(offset, text)
+        oldest = self._queue[0] if self._queue else None
+        if oldest is None and self._shared is not None:
+            oldest = self._shared.oldest
+        return self._failure_at(oldest.offset if oldest else 0, text)
 
     def _failure_at(self, offset: int, text: str) -> ExportError:
         return self._failure(f"cannot read near offset {offset}: {text}")
