@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import images
 from benchmarks.images import MIB
 from benchmarks.measure import OURS, Bound, Case, Command
-from benchmarks.options import curve, manifest
+from benchmarks.options import curve, encryption, manifest
 from benchmarks.place import Place, backup, dd, dd_from_pipe, make, make_archives, vmapipe
 
 REFERENCE = "reference vma create"
@@ -36,6 +36,7 @@ def bound_cases(place: Place) -> list[Case]:
         _many_disks(place),
         _dense_to_file(place),
         manifest(place),
+        encryption(place),
         _verify_plain(place),
         _verify_manifest(place),
         _restore_existing(place),

@@ -7,7 +7,6 @@ Why that library: docs/decisions/0034-encryption.md. All values are raw bytes.
 from __future__ import annotations
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -73,6 +72,9 @@ def ed25519_verify(public: bytes, signature: bytes, message: bytes) -> bool:
 
 def read_openssh_seed(text: bytes) -> bytes:
     """Return the seed of an ed25519 key in an OpenSSH file. Raises ValueError, with words for the user."""
+    # Late, here and below: it takes twice as long as all the rest, and who encrypts has no use for it.
+    from cryptography.hazmat.primitives import serialization
+
     try:
         key = serialization.load_ssh_private_key(text, password=None)
     except (TypeError, ValueError) as error:
@@ -91,6 +93,8 @@ def read_openssh_seed(text: bytes) -> bytes:
 
 def openssh_file(seed: bytes) -> bytes:
     """Return an ed25519 key as OpenSSH's private key file, without a passphrase."""
+    from cryptography.hazmat.primitives import serialization
+
     return Ed25519PrivateKey.from_private_bytes(seed).private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,

@@ -14,6 +14,7 @@ from vmapipe.crypt.age import MAX_RECIPIENTS, AgeError, Encryptor, Recipient
 from vmapipe.crypt.keys import parse_recipient, parse_recipients
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
+from vmapipe.runtime.process import forbid_core_dumps, keep_freed_memory
 from vmapipe.runtime.side_files import read_awaited
 from vmapipe.runtime.text import one_line
 from vmapipe.vma.sealed import PIECE_BYTES, StoredFile, closing_line, opening_line, piece_line
@@ -69,6 +70,9 @@ class AgeOutput(OutputWrapper):
 
     def __init__(self, inner: Output, recipients: Sequence[Recipient]) -> None:
         super().__init__(inner)
+        forbid_core_dumps()
+        # Else the system takes the chunks' memory back after each write, and clears it for the next.
+        keep_freed_memory()
         self._encryptor = Encryptor(recipients, os.urandom)
         self._begun = False
         self._over = False

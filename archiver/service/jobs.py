@@ -387,8 +387,10 @@ def message_of(event: Event, name: str) -> service.FromService | None:
             return service.JobNotice(transfer.sayable(event["text"]))
         case "stored":
             uuid = bytes.fromhex(event["uuid"])
+            # A service that encrypts has put .age behind it.
+            encrypted = str(event["archive"]).endswith(f"{name}.age")
             return service.JobStored(
-                name,
+                f"{name}.age" if encrypted else name,
                 uuid,
                 event["stored_bytes"],
                 event["plain_bytes"],

@@ -228,10 +228,12 @@ class RemoteJob:
                     f"{self._at}: this is not a vmapipe archiver: it stored what never began"
                 )
             case service.JobStored():
+                if message.archive == f"{self._name}.age":
+                    self._name = message.archive
                 self._emit(
                     {
                         "event": "stored",
-                        # As we have named it, whatever is said there.
+                        # As we have named it, whatever is said there; or that, encrypted.
                         "archive": f"{self._at}/{self._name}",
                         "uuid": message.uuid.hex(),
                         "stored_bytes": message.stored,

@@ -374,3 +374,25 @@ def test_an_encrypted_archive_is_no_base_and_the_backup_is_full(
     assert said.returncode == 0, said.stderr
     assert b"is encrypted: a base is read" in said.stdout + said.stderr
     assert os.path.exists(tmp_path / "n.vma")
+
+
+@pytest.mark.soak
+def test_a_tebibyte_of_holes_is_encrypted_and_read_in_constant_memory(
+    made: Encrypted, tmp_path: Path
+) -> None:
+    holes, archive = tmp_path / "holes.raw", tmp_path / "holes.vma.age"
+    peaks = []
+    for size in (64 << 30, 1 << 40):
+        holes.touch()
+        os.truncate(holes, size)
+        said = good(
+            *("backup", "--json", "--disk", f"d={holes}"),
+            *("--encrypt-to", f"@{made.folder}/recipients", archive),
+            timeout=300,
+        )
+        events = [json.loads(line) for line in said.splitlines()]
+        peaks.append(events[-1]["peak_rss_bytes"])
+        assert verified(archive, made.age_key).ok
+        archive.unlink()
+        Path(f"{archive}.manifest.json").unlink()
+    assert peaks[1] < 1.2 * peaks[0]
