@@ -9,14 +9,22 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
+from tests.control.qemu.storage_daemon import storage_daemon
 from tests.machine import VMAPIPE, make_disk
 from tests.producer.memorydisk import cut
-from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_CLUSTERS, EXTENT_HEADER_BYTES, FULL_MASK
+from vmapipe.clusters.sizes import (
+    BLOCK_BYTES,
+    CLUSTER_BYTES,
+    EXTENT_CLUSTERS,
+    EXTENT_HEADER_BYTES,
+    FULL_MASK,
+)
 from vmapipe.producer.runs import piece_bytes
 from vmapipe.producer.source import RawSource
 from vmapipe.protocol import limits
@@ -30,6 +38,8 @@ FRAME_BYTES = 8 * MIB
 EXTENT_BYTES = EXTENT_CLUSTERS * CLUSTER_BYTES
 _COUNTED = "trace=read,pread64,preadv,preadv2,write,pwrite64,writev,pwritev,sendmsg,sendto,recvfrom,recvmsg,execve"
 _MOVED = re.compile(r" (preadv2?|writev|pread64|pwrite64|pwritev)\(.* = (\d+)$")
+
+_RECEIVED = re.compile(r"recv(?:from|msg)(?:\(| resumed>).* = (\d+)$", re.MULTILINE)
 
 
 @pytest.fixture
@@ -123,6 +133,34 @@ def test_a_backup_reads_each_byte_once_and_writes_it_once_in_few_system_calls(
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_many_disks_are_read_in_pieces_of_half_a_megabyte_and_more(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "one.raw", "A" * 16)
+    disks = [word for number in range(32) for word in ("--disk", f"d{number}={disk}")]
+    read, _, calls = traced(tmp_path / "calls", ["backup", "--quiet", *disks, "/dev/null"])
+    assert read == 32 * MIB
+    # A share of the archiver's window each, which is 8 clusters, made it 8 reads and frames a disk.
+    # A look at the image's format is three reads more, and a process' name a write.
+    assert calls < 32 * 6 + 45
+
+
+def test_a_disk_in_use_by_qemu_is_received_once_and_stored_from_where_it_was_received(
+    dense: Path, tmp_path: Path, need: Callable[..., list[str]]
+) -> None:
+    need("strace", "qemu-storage-daemon")
+    with storage_daemon(tmp_path, d=dense) as daemon:
+        words = ["backup", "--quiet", "--qmp", str(daemon.qmp), "--disk", "d", "/dev/null"]
+        read, written, _ = traced(tmp_path / "calls", words)
+    told = (tmp_path / "calls").read_text(errors="replace")
+    received = [int(count) for count in _RECEIVED.findall(told)]
+    assert SIZE_MIB * MIB < sum(received) < SIZE_MIB * MIB * 1.02
+    assert read < MIB
+    assert SIZE_MIB * MIB < written < SIZE_MIB * MIB * 1.01
+    # A Unix socket holds some 200 KiB; headers of requests and messages are small.
+    large = [count for count in received if count >= BLOCK_BYTES]
+    assert len(large) < 2 * SIZE_MIB * MIB // CLUSTER_BYTES
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_a_restore_reads_each_byte_once_and_writes_it_once_in_few_system_calls(
     dense: Path, tmp_path: Path
 ) -> None:
@@ -208,9 +246,15 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
         ),
         (
             "vmapipe.control.cli.backup",
-            "backports.zstd asyncio xxhash qemu vmapipe.restore vmapipe.protocol.service",
+            "backports.zstd asyncio xxhash qemu vmapipe.restore vmapipe.protocol.service psutil subprocess "
+            "vmapipe.runtime.event_types vmapipe.protocol.guard vmapipe.protocol.nbd.session "
+            "vmapipe.control.qemu vmapipe.control.monitor.client",
         ),
-        ("vmapipe.producer.main", "backports.zstd asyncio xxhash ssl vmapipe.vma"),
+        (
+            "vmapipe.producer.main",
+            "backports.zstd asyncio xxhash ssl vmapipe.vma vmapipe.producer.guard_feed "
+            "vmapipe.producer.qemu_feed vmapipe.producer.vmstate_feed",
+        ),
         (
             "vmapipe.archiver.main",
             "backports.zstd asyncio qemu vmapipe.restore",
