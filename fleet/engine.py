@@ -175,7 +175,7 @@ class JobQueue:
 
 async def _work(dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel) -> None:
     # One connection that waits for news, and those of the jobs that begin and end.
-    app = _app(procrastinate.PsycopgConnector(conninfo=dsn, min_size=1, max_size=4))
+    app = _app(procrastinate.PsycopgConnector(conninfo=dsn, min_size=1, max_size=4, timeout=5.0))
 
     @app.task(name=TASK, queue=host)
     async def job(run: str, request: dict[str, Any]) -> None:
@@ -220,14 +220,27 @@ async def _work(dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel) 
         loop.remove_reader(cancel.fd)
 
 
-def run_worker(dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel) -> None:
-    """Do a host's jobs until `cancel`. Raises Failure when the database is lost."""
+def run_worker(
+    dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel, *, is_again: bool = False
+) -> None:
+    """Do a host's jobs until `cancel`. Raises Failure when the database is lost.
+
+    `is_again`: this process was its worker before, and lost the database.
+    """
     for name in ("psycopg.pool", "procrastinate"):
         # What they have to say is said by what they raise; what a job says, by us.
         logging.getLogger(name).addHandler(logging.NullHandler())
         logging.getLogger(name).propagate = False
     # A pool would wait for half a minute, and stay deaf.
-    open_database(dsn).close()
+    catalogue = open_database(dsn)
+    try:
+        if is_again:
+            # Ours, which have ended when the database was lost: nobody has to wait for their heartbeat.
+            catalogue.postgres.execute(
+                "DELETE FROM procrastinate_jobs WHERE queue_name = ? AND status = 'doing'", [host]
+            )
+    finally:
+        catalogue.close()
     with _failing():
         asyncio.run(_work(dsn, host, concurrency, do, cancel))
 

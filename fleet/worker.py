@@ -45,12 +45,14 @@ def work(fleet: Fleet, host: str, dsn: str, say: Say, cancel: Cancel) -> None:
     worker = _HostWorker(fleet, host, dsn, say)
     beats = threading.Thread(target=worker.beat, name="beats", daemon=True)
     beats.start()
-    told = ""
+    told, is_again = "", False
     try:
         while not cancel.asked:
             try:
-                run_worker(dsn, host, max(1, fleet.hosts[host].jobs), worker.do, cancel)
+                jobs = max(1, fleet.hosts[host].jobs)
+                run_worker(dsn, host, jobs, worker.do, cancel, is_again=is_again)
             except DatabaseLost as failure:
+                is_again = True
                 if str(failure) != told:
                     told = str(failure)
                     say(f"{told}; trying again")

@@ -117,7 +117,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON: an object, or one a line")
     parser.add_argument("--quiet", action="store_true", help="say nothing but what failed")
-    options = parser.parse_args(argv)
+    # A name may stand behind options, too.
+    options = parser.parse_intermixed_args(argv)
     if options.action in ("cancel", "history") and not options.name:
         parser.error(f"{options.action} needs a name")
     code = [0]

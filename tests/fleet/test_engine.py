@@ -144,6 +144,19 @@ def until(true: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
         time.sleep(0.1)
 
 
+def test_a_server_and_a_worker_store_what_is_due_and_end_when_they_are_told(
+    tmp_path: Path, state: Path
+) -> None:
+    site = FleetSite(tmp_path, state, hosts=1, machines=2)
+    site.start("serve")
+    site.start("pve0")
+    with observed(site):
+        until(lambda: set(site.stored) == set(site.machines))
+    assert site.trouble == []
+    assert "Traceback" not in (tmp_path / "pve0.log").read_text()
+
+
+@pytest.mark.slow
 def test_all_machines_are_stored_though_the_server_is_killed_and_the_database_with_it(
     tmp_path: Path, state: Path
 ) -> None:

@@ -88,7 +88,7 @@ def test_a_round_stores_verifies_and_prunes_every_machine_and_the_next_has_nothi
     assert all(Path(a.location).stat().st_size == a.size_bytes for a in archives)
     assert all(a.disk_bytes == 2 * MIB and a.transferred_bytes and a.uuid for a in archives)
     catalogue.close()
-    assert "verify" in site.fleet("history", HOSTILE).stdout
+    assert "verify" in site.fleet("history", "--quiet", "--", HOSTILE).stdout
     plan = [json.loads(line) for line in site.fleet("plan", "--json").stdout.splitlines()]
     assert {item["why"] for item in plan} == {"not-due"}
     (site.folder / "pve1" / "db.raw").rename(site.folder / "pve3" / "db2.raw")
