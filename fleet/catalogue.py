@@ -69,6 +69,10 @@ class ArchiveRecord:
     manifest: str = ""  # SHA-256 of the manifest, or empty
     removed_s: float = 0.0  # 0: it is there
 
+    def removed(self, at_s: float) -> ArchiveRecord:
+        """Return the record of the same archive, which is not there any more."""
+        return dataclasses.replace(self, removed_s=at_s)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunRecord:
@@ -247,23 +251,39 @@ class Catalogue:
 
         `order`: the field that they are sorted by, `-field`: the other way round.
         """
-        table, _ = _TABLES[record]
-        names = [field.name for field in dataclasses.fields(record)]
+        words, values = self._conditions(record, equal)
+        tail = ""
+        if order:
+            tail += f" ORDER BY {_known(record, order.lstrip('-'))}{' DESC' * (order[0] == '-')}"
+        if limit:
+            tail += f" LIMIT {int(limit)}"
+        return self._select(record, words, values, tail)
+
+    def select_since(
+        self, record: type[R], field: str, least: float, **equal: str | float | Sequence[str]
+    ) -> list[R]:
+        """Return those of `select` whose `field` is `least` or more."""
+        words, values = self._conditions(record, equal)
+        return self._select(record, [*words, f"{_known(record, field)} >= ?"], [*values, least])
+
+    def _conditions(
+        self, record: type[R], equal: Mapping[str, str | float | Sequence[str]]
+    ) -> tuple[list[str], list[object]]:
         words, values = list[str](), list[object]()
         for name, value in equal.items():
             known = _known(record, name)
             options = [value] if isinstance(value, str | int | float) else list(value)
             words.append(f"{known} IN ({', '.join('?' * len(options))})" if options else "1 = 0")
             values += options
-        sql = f"SELECT {', '.join(names)} FROM {table}"
-        if words:
-            sql += f" WHERE {' AND '.join(words)}"
-        if order:
-            sql += (
-                f" ORDER BY {_known(record, order.lstrip('-'))}{' DESC' if order[0] == '-' else ''}"
-            )
-        if limit:
-            sql += f" LIMIT {int(limit)}"
+        return words, values
+
+    def _select(
+        self, record: type[R], words: Sequence[str], values: Sequence[object], tail: str = ""
+    ) -> list[R]:
+        table, _ = _TABLES[record]
+        names = [field.name for field in dataclasses.fields(record)]
+        where = f" WHERE {' AND '.join(words)}" if words else ""
+        sql = f"SELECT {', '.join(names)} FROM {table}{where}{tail}"
         with self._lock, self._database.transaction():
             rows = self._database.execute(sql, values).fetchall()
         return [record(*row) for row in rows]

@@ -12,7 +12,9 @@ import calendar
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import NamedTuple
 
 from vmapipe.access.drill.result import SUFFIX as DRILL_SUFFIX
@@ -43,12 +45,21 @@ class PlaceRecords(NamedTuple):
     drills: list[DrillRecord]
 
 
-def read_place(place: KeptPlace, target: str) -> PlaceRecords:
+def read_place(
+    place: KeptPlace,
+    target: str,
+    names: Mapping[str, str] = MappingProxyType({}),
+    *,
+    is_utc: bool = False,
+) -> PlaceRecords:
     """Return the records of all archives of a place. Raises Failure where the place cannot be read.
 
-    Manifests are read of each machine's newest archive only: they say how large its disks are.
+    `names`: of machines, by the words that their archives' names begin with, where these differ. `is_utc`: the
+    times in names are, but in Proxmox's; else they are this host's. Manifests are read of each machine's newest archive only: they say how large its disks are.
     """
-    kept = find_archives(place)
+    kept = [
+        one._replace(machine=names.get(one.machine, one.machine)) for one in find_archives(place)
+    ]
     newest = {archive.machine: archive for archive in kept}  # the last one, by time
     with ThreadPoolExecutor(_THREADS, "rescan") as pool:
         verified = list(pool.map(lambda one: _verification(place, one, target), kept))
@@ -57,16 +68,19 @@ def read_place(place: KeptPlace, target: str) -> PlaceRecords:
             pool.map(lambda one: _totals(place, one) if newest[one.machine] is one else None, kept)
         )
     return PlaceRecords(
-        [_archive(place, one, target, t) for one, t in zip(kept, totals, strict=True)],
+        [
+            _archive(place, one, target, t, is_utc=is_utc and not one.name.startswith("vzdump-"))
+            for one, t in zip(kept, totals, strict=True)
+        ],
         [record for record in verified if record is not None],
         [record for record in drills if record is not None],
     )
 
 
 def _archive(
-    place: KeptPlace, archive: KeptArchive, target: str, totals: Totals | None
+    place: KeptPlace, archive: KeptArchive, target: str, totals: Totals | None, *, is_utc: bool
 ) -> ArchiveRecord:
-    at_s = _instant_s(archive)
+    at_s = _instant_s(archive, is_utc=is_utc)
     return ArchiveRecord(
         archive.machine,
         target,
@@ -80,11 +94,12 @@ def _archive(
     )
 
 
-def _instant_s(archive: KeptArchive) -> float:
+def _instant_s(archive: KeptArchive, *, is_utc: bool) -> float:
     """A copy keeps its name and not its file's time; a name with a day only leaves the hour to the file."""
     if archive.when is None:
         return archive.file.changed_s
-    named_s = time.mktime((*archive.when, 0, 0, -1))
+    moment = (*archive.when, 0, 0, -1)
+    named_s = float(calendar.timegm(moment)) if is_utc else time.mktime(moment)
     if archive.when[3:] == (0, 0, 0) and 0 <= archive.file.changed_s - named_s < 86400:
         return archive.file.changed_s
     return named_s

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vmapipe.control.cli.report import add_report_options
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
@@ -36,6 +37,8 @@ promised to each is in /etc/vmapipe/fleet.toml (docs/operations/fleet.md).
   cancel JOB       end a running job; it is due again later
   history MACHINE  what was done with a machine
   check            as a Nagios plugin: is any machine late, untested, damaged?
+  report           say of every machine whether it is safe, as a page (--html), JSON, metrics
+  rescan           make the catalogue of archives again from the archives themselves
   due              what may start now, as JSON, for another scheduler
   serve            stay, and have workers do what is due (PostgreSQL)
   worker           stay on one host, and do its jobs
@@ -52,13 +55,14 @@ examples:
   vmapipe fleet worker --host pve1 --database postgresql://vmapipe@b1/fleet
 
 exit codes: 0 done, 1 a job failed or a host did not answer, 2 wrong use, 130/143 ended by a signal;
-of check: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN
+of check: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN; of report: 4 a machine is not safe
 """
 
 STATE = "/var/lib/vmapipe/fleet"
 FILE = "/etc/vmapipe/fleet.toml"
 _ACTIONS = (
     *("scan", "plan", "run", "status", "cancel", "history", "check", "due", "serve", "worker"),
+    *("report", "rescan"),
     *("agent", "probe"),  # for hosts, not for people
 )
 _RUN_S = 12 * 3600
@@ -115,6 +119,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     parser.add_argument(
         "--host", metavar="NAME", help="for worker: which of the file's hosts this is"
     )
+    add_report_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON: an object, or one a line")
     parser.add_argument("--quiet", action="store_true", help="say nothing but what failed")
     # A name may stand behind options, too.
@@ -131,6 +136,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         "history": _history,
         "check": _check,
         "due": _due,
+        "report": _report,
+        "rescan": _rescan,
         "agent": _agent,
         "probe": _probe,
         "serve": _serve,
@@ -391,6 +398,26 @@ def _check(options: argparse.Namespace) -> int:
 
     with _opened(options) as (fleet, catalogue):
         return show_check(fleet, catalogue, as_json=options.json)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from vmapipe.control.cli.fleet_report import report
+
+    with _opened(options) as (fleet, catalogue):
+        report(fleet, catalogue, options)
+    return 0
+
+
+def _rescan(options: argparse.Namespace) -> int:
+    from vmapipe.control.cli.fleet_report import rescan
+
+    with _opened(options) as (fleet, catalogue):
+        count, lines = rescan(fleet, catalogue)
+    for line in lines:
+        _warn(line)
+    if not options.quiet:
+        _say(f"{count} archives in {len(fleet.targets) - len(lines)} targets")
+    return int(bool(lines))
 
 
 def _cancel(options: argparse.Namespace) -> int:

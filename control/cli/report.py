@@ -76,17 +76,19 @@ def main(argv: Sequence[str], prog: str) -> int:
         help="how often a restore test has to be made; after twice that time it is missed (default: none)",
     )
     add_report_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     return run(prog, lambda: _report(options))
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """Add where a report goes, and what it shows."""
-    outputs = parser.add_argument_group("what is made (a table, if nothing is named)")
+    outputs = parser.add_argument_group(
+        "where a report goes (a table is printed, if nothing is named)"
+    )
     outputs.add_argument(
         "--html", metavar="FILE", help="one page that needs no server and no script"
     )
-    outputs.add_argument("--json", action="store_true", help="print one JSON object")
     outputs.add_argument(
         "--metrics", metavar="FILE", help="a text file for Prometheus' node_exporter (NAME.prom)"
     )

@@ -21,6 +21,7 @@ from vmapipe.fleet.catalogue import (
     RunRecord,
     VerificationRecord,
 )
+from vmapipe.fleet.check import LATE, UNTESTED
 from vmapipe.fleet.windows import DAY_S
 from vmapipe.runtime.text import human_age
 
@@ -30,10 +31,6 @@ Severity = Literal["ok", "warning", "critical"]
 ProblemKind = Literal[
     "damaged", "never", "late", "not-booted", "failed", "unproved", "untested", "vanished"
 ]
-# An archive may come half an interval late: a backup takes its time, and its start is spread.
-LATE = 1.5
-# A restore test that was missed once is made up for; after twice its interval nobody looks.
-UNTESTED = 2.0
 _CRITICAL: frozenset[ProblemKind] = frozenset({"damaged", "never", "late", "not-booted"})
 _RANK: Mapping[Severity, int] = {"critical": 0, "warning": 1, "ok": 2}
 

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe fleet report` and `rescan`: the catalogue as a page, and made again from the archives."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+from vmapipe.control.cli.report import check_report_options, give_out
+from vmapipe.fleet.catalogue import (
+    ArchiveRecord,
+    Catalogue,
+    DrillRecord,
+    MachineRecord,
+    RunRecord,
+    VerificationRecord,
+)
+from vmapipe.fleet.inventory import Fleet, FleetTarget
+from vmapipe.fleet.jobs import directory_of, safe_name
+from vmapipe.fleet.report.facts import Promise, ReportInput, make_report, shown_from_s
+from vmapipe.fleet.rescan import PlaceRecords, read_place
+from vmapipe.fleet.scan import machine_of
+from vmapipe.places.place import open_place
+from vmapipe.runtime.errors import Failure
+
+# Of restore tests and verifications: more than the longest interval between two that anybody promises.
+_KNOWN_S = 400 * 86400
+
+
+def report(fleet: Fleet, catalogue: Catalogue, options: argparse.Namespace) -> None:
+    """Make the report of all that the catalogue knows. Raises Failure, NotSafe."""
+    zone, now = check_report_options(options), time.time()
+    from_s = shown_from_s(now, zone, options.days)
+    machines = catalogue.select(MachineRecord)
+    there = catalogue.select(ArchiveRecord, removed_s=0)
+    known = {(a.machine, a.target, a.archive) for a in there}
+    lately = catalogue.select_since(ArchiveRecord, "stored_s", from_s)
+    gone = [a for a in lately if (a.machine, a.target, a.archive) not in known]
+    records = ReportInput(
+        machines,
+        [*there, *gone],
+        [
+            *catalogue.select_since(VerificationRecord, "checked_s", now - _KNOWN_S),
+            *catalogue.select(VerificationRecord, verdict="damaged"),
+        ],
+        catalogue.select_since(DrillRecord, "tested_s", now - _KNOWN_S),
+        catalogue.select_since(RunRecord, "ended_s", from_s, verb="backup", state="failed"),
+    )
+    give_out(
+        make_report(records, _promises(fleet, machines), now, zone, options.days, options.title),
+        options,
+    )
+
+
+def _promises(fleet: Fleet, machines: list[MachineRecord]) -> Mapping[str, Promise]:
+    policies = {record.machine: fleet.policy(machine_of(record)) for record in machines}
+    return {
+        name: Promise(p.every_s, p.drill_every_s, p.verify_every_s, p.skip)
+        for name, p in policies.items()
+    } | {"": Promise(0.0, skip="no scan knows it")}
+
+
+def rescan(fleet: Fleet, catalogue: Catalogue) -> tuple[int, list[str]]:
+    """Put what the archives of all targets say into the catalogue.
+
+    Return how many archives there are, and a line for each target that could not be looked at from here.
+    What the catalogue knows of an archive already stays: it is more than the archive tells.
+    """
+    names = {safe_name(m.machine): m.machine for m in catalogue.select(MachineRecord)}
+    count, lines = 0, []
+    for target in fleet.targets.values():
+        try:
+            for place in _places(fleet, target):
+                count += _take(catalogue, _read(place, target.name, names), target.name)
+        except Failure as failure:
+            lines.append(f"target {target.name}: {failure}")
+    return count, lines
+
+
+def _places(fleet: Fleet, target: FleetTarget) -> Iterator[str]:
+    if target.directory:
+        if target.host and fleet.hosts[target.host].ssh:
+            raise Failure(
+                f"its archives are on host {target.host}: run `vmapipe fleet rescan` there, "
+                "or mount its folder here"
+            )
+        hosts = fleet.hosts if "{host}" in target.directory else [""]
+        yield from {directory_of(target, host): None for host in hosts}
+    elif target.s3:
+        yield f"{target.s3}/"
+    else:
+        raise Failure("it has no directory and no s3")
+
+
+def _read(place: str, target: str, names: Mapping[str, str]) -> PlaceRecords:
+    with contextlib.closing(open_place(place)) as opened:
+        return read_place(opened, target, names, is_utc=True)
+
+
+def _take(catalogue: Catalogue, found: PlaceRecords, target: str) -> int:
+    with catalogue.transaction():
+        known = {(a.machine, a.archive): a for a in catalogue.select(ArchiveRecord, target=target)}
+        there = {(a.machine, a.archive) for a in found.archives}
+        now = time.time()
+        for archive in found.archives:
+            before = known.get((archive.machine, archive.archive))
+            if before is None or before.removed_s:
+                catalogue.put(archive)
+        for key, archive in known.items():
+            if key not in there and not archive.removed_s:
+                catalogue.put(archive.removed(now))
+        catalogue.put(*found.verifications, *found.drills)
+    return len(found.archives)

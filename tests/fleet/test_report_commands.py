@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vmapipe fleet report` and `rescan`: the catalogue as a page, and made again from nothing but archives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.fleet.test_run import HOSTILE, Site
+from vmapipe.fleet.catalogue import ArchiveRecord
+
+
+def report(site: Site, *words: str, code: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(site.fleet("report", "--json", *words, code=code).stdout)
+    return {row["machine"]: row for row in found["machines"]}
+
+
+def test_a_lost_catalogue_is_made_again_and_what_is_gone_is_noticed(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.fleet("scan")
+    never = report(site, code=4)
+    assert {name: [p["kind"] for p in row["problems"]] for name, row in never.items()} == {
+        "db": ["never"],
+        HOSTILE: ["never"],
+    }
+    site.fleet("run")
+    before = report(site, "--html", str(tmp_path / "r.html"))
+    assert [row["problems"] for row in before.values()] == [[], []]
+    assert before["db"]["days"][-1] == "verified"
+    assert "touch pwned" in (tmp_path / "r.html").read_text()
+
+    for path in tmp_path.glob("fleet.db*"):
+        path.unlink()
+    site.fleet("scan")
+    assert "2 archives in 1 targets" in site.fleet("rescan").stdout
+    after = report(site)
+    for name, row in before.items():
+        assert after[name]["newest"]["archive"] == row["newest"]["archive"]
+        assert after[name]["newest"]["disk_bytes"] == row["newest"]["disk_bytes"]
+        assert abs(after[name]["age_s"] - row["age_s"]) < 600
+        # Only the lost catalogue knew that it was verified: that is due again.
+        assert after[name]["days"][-1] == "stored"
+
+    (site.target / site.archives[0]).unlink()
+    text = (tmp_path / "fleet.toml").read_text()
+    (tmp_path / "fleet.toml").write_text(f'{text}\n[target.gone]\ndirectory = "{tmp_path}/gone"\n')
+    told = site.fleet("rescan", code=1)
+    assert "target gone: cannot look into" in told.stderr
+    assert "1 archives in 1 targets" in told.stdout
+    catalogue = site.catalogue()
+    assert sorted(bool(a.removed_s) for a in catalogue.select(ArchiveRecord)) == [False, True]
+    catalogue.close()
+    assert sum(row["newest"] is None for row in report(site, code=4).values()) == 1
