@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from vmapipe.fleet.catalogue import DrillRecord, Standing, Verb, VerificationRecord
 from vmapipe.fleet.inventory import Fleet, FleetMachine
 from vmapipe.fleet.planner import AHEAD_S
-from vmapipe.runtime.text import one_line
+from vmapipe.runtime.text import human_age, one_line
 
 #: An archive is late so many intervals after the last one, and a machine untested after so many.
 LATE, UNTESTED = 1.5, 2.0
@@ -69,9 +69,11 @@ def judge(
         why = f"; it failed {last.failures} times: {last.text}" if last.failures else ""
         if age_s > LATE * policy.every_s:
             what = (
-                f"stored {_age(age_s)} ago" if done_s else f"never stored, known for {_age(age_s)}"
+                f"stored {human_age(age_s)} ago"
+                if done_s
+                else f"never stored, known for {human_age(age_s)}"
             )
-            promise = f"{what}, promised every {_age(policy.every_s)}"
+            promise = f"{what}, promised every {human_age(policy.every_s)}"
             troubles.append(Trouble("critical", "late", name, promise + why))
         elif last.failures:
             troubles.append(Trouble("warning", "failed", name, why[2:]))
@@ -98,14 +100,10 @@ def _tests(
     age_s = now_s - since_s
     if age_s <= UNTESTED * every_s:
         return []
-    what = f"tested {_age(age_s)} ago" if last else "never tested"
-    return [Trouble("warning", "untested", machine.name, f"{what}, promised every {_age(every_s)}")]
-
-
-def _age(seconds: float) -> str:
-    if seconds >= 2 * 86400:
-        return f"{seconds / 86400:.1f} d".replace(".0 d", " d")
-    return f"{seconds / 3600:.1f} h".replace(".0 h", " h")
+    what = f"tested {human_age(age_s)} ago" if last else "never tested"
+    return [
+        Trouble("warning", "untested", machine.name, f"{what}, promised every {human_age(every_s)}")
+    ]
 
 
 def plugin_lines(checked: Checked) -> list[str]:
