@@ -31,6 +31,7 @@ from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.identity import add_identity_option
 from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.crypt.magic import MAGIC, is_encrypted
 from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import EXIT_DAMAGED, Failure, UsageError, os_error_text
@@ -75,6 +76,9 @@ _LEAST_MEMORY_BYTES = 64 << 20
 # A boot writes logs and caches, some hundred MiB; Windows' paging file is 8 GiB at the most.
 _SCRATCH_BYTES = 16 << 30
 _MAX_TIMEOUT_S = 24 * 3600
+
+
+_NOT_BESIDE = "picture and logs are not kept beside an encrypted archive: --keep DIR keeps them"
 
 
 class NotBooted(Failure):
@@ -204,7 +208,8 @@ def judge_archive(
         scratch = stack.enter_context(OwnFolder("drill", options.scratch))
         wishes = DrillOptions(plan, options.timeout, options.scratch_size, not options.no_resume)
         outcome = drill(archive, spec, wishes, scratch, cancel, emit, damage)
-    return _conclude(name, outcome, options, emit)
+        hides = _is_file(name) and _is_encrypted_file(name)
+    return _conclude(name, outcome, options, emit, hides=hides)
 
 
 def _plan(path: str | None, cancel: Cancel) -> DrillPlan | None:
@@ -250,12 +255,33 @@ def _machine(archive: OpenArchive, path: str | None, limits: Limits, cancel: Can
     return spec._replace(omissions=(Omission("configuration", note), *spec.omissions))
 
 
-def _conclude(name: str, outcome: Outcome, options: argparse.Namespace, emit: Emit) -> DrillResult:
-    """Keep what there is and tell the verdict. Raises NotBooted, Failure."""
+def _without_words(result: DrillResult) -> DrillResult:
+    """What machine, screen and guest have said is not in it."""
+    return result._replace(reason="", steps=(), left_out=(), evidence="")
+
+
+def _is_encrypted_file(name: str) -> bool:
+    with open(name, "rb") as file:
+        return is_encrypted(file.read(len(MAGIC)))
+
+
+def _is_file(name: str) -> bool:
+    return is_path(name) and not is_object(name) and os.path.isfile(name)
+
+
+def _conclude(
+    name: str, outcome: Outcome, options: argparse.Namespace, emit: Emit, *, hides: bool
+) -> DrillResult:
+    """Keep what there is and tell the verdict. Raises NotBooted, Failure.
+
+    `hides`: the archive is encrypted. Beside it only the verdict is kept: a screen and a log show what it hides.
+    """
     result = outcome.result
-    is_file = is_path(name) and not is_object(name) and os.path.isfile(name)
-    folder = options.keep or (f"{os.path.abspath(name)}{EVIDENCE_SUFFIX}" if is_file else None)
-    troubles = []
+    is_file = _is_file(name)
+    folder = options.keep
+    if folder is None and is_file and not hides:
+        folder = f"{os.path.abspath(name)}{EVIDENCE_SUFFIX}"
+    troubles = [_NOT_BESIDE] if folder is None and hides else []
     if folder is not None:
         beside = os.path.dirname(os.path.abspath(folder)) == os.path.dirname(os.path.abspath(name))
         if beside:
@@ -267,7 +293,7 @@ def _conclude(name: str, outcome: Outcome, options: argparse.Namespace, emit: Em
             result, folder = result._replace(evidence=""), None
     try:
         if is_file:
-            write_result(os.path.abspath(name), result)
+            write_result(os.path.abspath(name), _without_words(result) if hides else result)
         else:
             troubles.append("the result is not kept: the archive is not a file of this host")
     except Failure as error:

@@ -96,6 +96,11 @@ def main(argv: Sequence[str], prog: str) -> int:
         metavar="OLD=NEW",
         help="give a device another name; may be repeated",
     )
+    group.add_argument(
+        "--decrypt",
+        action="store_true",
+        help="store an encrypted archive in the clear; else --encrypt-to has to name who may read the new one",
+    )
     add_output_options(parser)
     group = parser.add_argument_group("of an archive that can be read only once, from its start")
     group.add_argument(
@@ -161,6 +166,7 @@ def _repack(options: argparse.Namespace) -> None:
         destination = Destination(store, options.spool, options.spool_size)
         try:
             with SoundArchive(options.archive, cancel, read_options(options)) as source:
+                _check_clear(options, source)
                 done = repack(source, changes, destination, _progress(emit, source), cancel)
         except ArchiveError as error:
             raise Damaged(f"{source_name(options.archive)}: {error}{error.advice}") from error
@@ -174,6 +180,17 @@ def _repack(options: argparse.Namespace) -> None:
                 f"{human_bytes(done.plain_bytes)} in {human_bytes(done.stored_bytes)}{waited}",
             }
         )
+
+
+def _check_clear(options: argparse.Namespace, source: SoundArchive) -> None:
+    """What was encrypted never becomes readable because an option was forgotten. Raises UsageError."""
+    if source.source.is_encrypted and not options.encrypt_to and not options.decrypt:
+        raise UsageError(
+            f"{source_name(options.archive)} is encrypted, and the new archive would not be: --encrypt-to "
+            "names who may read it, --decrypt stores it in the clear"
+        )
+    if options.decrypt and options.encrypt_to:
+        raise UsageError("--decrypt and --encrypt-to exclude each other")
 
 
 def _progress(emit: Emit, source: SoundArchive) -> Callable[[int], None]:
@@ -207,6 +224,11 @@ def _manifest(options: argparse.Namespace) -> None:
     with renderer("manifest", options, sys.stdout) as emit:
         try:
             with SoundArchive(name, cancel, read_options(options)) as source:
+                if source.source.is_encrypted:
+                    raise UsageError(
+                        f"{source_name(name)} is encrypted, and a manifest made now would tell what it hides: "
+                        "`vmapipe repack --encrypt-to` makes both anew"
+                    )
                 if source.manifest is not None and not options.manifest:
                     raise UsageError(
                         f"{source.manifest.path} exists: it is compared by `vmapipe verify`, and never "

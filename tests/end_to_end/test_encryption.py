@@ -262,6 +262,23 @@ def test_what_cannot_be_had_together_with_encryption_is_refused(
     assert "exclude each other" in bad(*words, option, tmp_path / "x.age", code=2)
 
 
+def test_what_is_encrypted_is_stored_in_the_clear_only_when_that_is_said(
+    made: Encrypted, tmp_path: Path
+) -> None:
+    key, new = ("--identity", made.age_key), tmp_path / "new.vma"
+    assert "--decrypt stores it in the clear" in bad("repack", *key, made.zstd, new, code=2)
+    assert "would tell what it hides" in bad(
+        "manifest", *key, "--manifest", tmp_path / "m", made.zstd, code=2
+    )
+    assert list(tmp_path.iterdir()) == []
+    good("repack", "--quiet", "--decrypt", *key, made.zstd, new)
+    good("verify", "--quiet", "--require-manifest", new)
+    again = tmp_path / "again.vma.age"
+    good("repack", "--quiet", *key, "--encrypt-to", f"@{made.folder}/recipients", made.zstd, again)
+    good("verify", "--quiet", "--require-manifest", *key, again)
+    assert b"secret-disk" not in again.read_bytes() + Path(f"{again}.manifest.json").read_bytes()
+
+
 # --- Damage ---
 
 

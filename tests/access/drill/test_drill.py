@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import subprocess
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -460,6 +461,30 @@ def test_a_backup_tests_what_it_has_stored_and_has_the_tests_exit_code(
     service = ("--archiver=tcp://127.0.0.1:1", "--insecure-plain-tcp")
     assert "a file of this host" in bad("backup", "--drill", *service, *words, "x.vma", code=2)
     assert "belongs to --drill" in bad("backup", "--drill-plan=x", *words, archive, code=2)
+
+
+def test_beside_an_encrypted_archive_only_the_verdict_is_kept(
+    lab: Lab, tmp_path: Path, need: Need
+) -> None:
+    (keygen,) = need("age-keygen")
+    key, archive = tmp_path / "key", tmp_path / "vm.vma.age"
+    subprocess.run([keygen, "-o", key], check=True, capture_output=True)
+    recipient = subprocess.run([keygen, "-y", key], check=True, capture_output=True, text=True)
+    words = ("--disk", f"drive-virtio0={lab.disks['empty']}", "--encrypt-to")
+    good("backup", "--quiet", *words, recipient.stdout.strip(), archive)
+    told = ("drill", "--no-index-cache", "--identity", key, archive)
+    assert "finds nothing to boot" in bad(*told, code=4)
+    result = read_result(str(archive), _uuid_of(archive, key))
+    assert result is not None
+    assert (result.reason, result.steps, result.left_out, result.evidence) == ("", (), (), "")
+    assert not (tmp_path / "vm.vma.age.drill").exists()
+    bad(*told, "--keep", tmp_path / "kept", code=4)
+    assert (tmp_path / "kept" / "result.json").exists()
+
+
+def _uuid_of(archive: Path, key: Path) -> bytes:
+    listed = json.loads(good("list", "--json", "--identity", key, archive))
+    return uuid.UUID(listed["uuid"]).bytes
 
 
 def test_what_a_test_has_kept_goes_with_its_archive(tmp_path: Path) -> None:
