@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vmapipe.control.cli.backup import run_job
+from vmapipe.control.cli.backup_base import check_base_options
 from vmapipe.control.cli.backup_sealing import archive_ending, check_sealing
 from vmapipe.control.coordinator.hooks import Hooks
 from vmapipe.control.coordinator.observers import (
@@ -81,6 +82,7 @@ class _Plan(NamedTuple):
 def backup_machines(options: argparse.Namespace) -> None:
     """Back up all machines that are asked for. Raises Failure when one of them is not stored."""
     _check(options)
+    check_base_options(options)
     check_sealing(options)
     node = PveNode(root_of(options.pve_root))
     defaults = node.defaults()

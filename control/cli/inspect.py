@@ -321,7 +321,9 @@ def _verify(prog: str, options: argparse.Namespace) -> None:
     if options.no_manifest and options.require_manifest:
         raise UsageError("--require-manifest and --no-manifest exclude each other")
     options.kept_verdicts = _verified_archives(options)
-    options.archives = list(options.kept_verdicts)
+    # Without a place among them they stay as they were named, one of them perhaps twice.
+    if set(options.kept_verdicts) != set(options.archives):
+        options.archives = list(options.kept_verdicts)
     if options.manifest and len(options.archives) > 1:
         raise UsageError("--manifest names the manifest of one archive, and several were named")
     _each(prog, options, _verify_one)

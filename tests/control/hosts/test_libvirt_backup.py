@@ -380,9 +380,9 @@ def test_with_a_base_only_what_has_changed_since_its_checkpoint_is_read(
         domain.goes_on(1)
         before = domain.rounds
         with started(*words, *(["--speed", "64K"] if stored else []), name) as process:
+            base = next_event(process, "base")
             uuid = UUID(next_event(process, "begun")["uuid"])
             if stored:
-                base = next_event(process, "base")
                 assert base["archive"] == str(names[0])
                 first = next(d for d in base["devices"] if d["name"] == "vda")
                 assert first["incremental"]

@@ -219,6 +219,8 @@ def test_a_mirror_takes_the_record_away_and_a_migration_keeps_what_is_in_the_ima
         with paused_machine(need, there, *words, "-incoming", uri) as machine:
             ask("migrate", uri=uri)
             assert eventually(lambda: ask("query-migrate").get("status") == "completed")
+            # It takes over its disks a moment later; a write before that would be its end.
+            assert eventually(lambda: machine.ask("query-status")["status"] != "inmigrate")
             tracked.machine.quit()
             moved = TrackedMachine(machine, contents)
             reasons = days.back_up(moved)
