@@ -48,6 +48,18 @@ def companions(archive: str) -> list[str]:
     ]
 
 
+def companions_anew(archive: KeptArchive, new_name: str) -> dict[str, str]:
+    """Return what belongs to it, is there, and fits a copy that is stored anew under `new_name`, too.
+
+    Each with its new name: the protected mark first, so that nothing prunes what has just come.
+    """
+    mark, notes = archive.name + PROTECTED_SUFFIX, archive.name + NOTES_SUFFIX
+    new = {mark: new_name + PROTECTED_SUFFIX, notes: new_name + NOTES_SUFFIX}
+    log = _ENDING.sub("", archive.name) + ".log"
+    new[log] = _ENDING.sub("", new_name) + ".log"
+    return {name: new[name] for name in new if name in archive.beside}
+
+
 class KeptArchive(NamedTuple):
     """An archive of a place. `machine` and `when` are what its name says; without a date: None.
 

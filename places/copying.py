@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from typing import NamedTuple
 
@@ -140,7 +140,7 @@ def copy_archive(
         found = _copy_bytes(source, archive, output, expected, tell, cancel)
         for name in _order(archive):
             if name in archive.beside:
-                one = _copy_beside(source, name, target, cancel, lock)
+                one = _copy_beside(source, name, target, name, cancel, lock)
                 beside.append(one)
         output.commit()
     except BaseException:
@@ -225,11 +225,40 @@ def _copy_from(
     return StoredDigest(size_bytes, hasher.digest())
 
 
+@contextlib.contextmanager
+def copied_beside(
+    source: KeptPlace,
+    names: Mapping[str, str],
+    target: KeptPlace,
+    cancel: Cancel,
+    lock: ObjectLock | None,
+) -> Iterator[None]:
+    """Copy what stands beside an archive that is stored anew in the block; take it back where that fails.
+
+    `names`: the new one of each. Raises Failure, Cancelled.
+    """
+    done: list[_Output] = []
+    try:
+        for name, new_name in names.items():
+            one = _copy_beside(source, name, target, new_name, cancel, lock)
+            done.append(one)
+        yield
+    except BaseException:
+        for output in done:
+            _take_back(output)
+        raise
+
+
 def _copy_beside(
-    source: KeptPlace, name: str, target: KeptPlace, cancel: Cancel, lock: ObjectLock | None
+    source: KeptPlace,
+    name: str,
+    target: KeptPlace,
+    new_name: str,
+    cancel: Cancel,
+    lock: ObjectLock | None,
 ) -> _Output:
     """Beside an archive that does not exist yet, what is there is stale."""
-    path = target.full_name(name)
+    path = target.full_name(new_name)
     output: _Output
     if isinstance(target, ArchiveFolder):
         output = FileOutput(path, cancel=cancel, replace=True)

@@ -10,14 +10,37 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from vmapipe.archiver.arguments import add_lock_options, add_storing_options, lock_arguments
+from vmapipe.archiver.arguments import (
+    add_lock_options,
+    add_storing_options,
+    lock_arguments,
+    recipients_of,
+)
 from vmapipe.archiver.job.writer import ArchiveWriter
 from vmapipe.archiver.main import store_for
+from vmapipe.archiver.outputs.manifests import SIGNATURE_SUFFIX
 from vmapipe.archiver.outputs.open import check_lockable, object_lock
+from vmapipe.control.cli.errors import named
+from vmapipe.control.cli.identity import (
+    add_decrypt_option,
+    check_decrypt_option,
+    check_stays_encrypted,
+)
 from vmapipe.control.cli.inspect import add_read_options, read_options
 from vmapipe.control.coordinator.render import add_report_options, renderer
-from vmapipe.places.archives import KeptArchive, find_archives
-from vmapipe.places.copying import StoredDigest, copy_archive, is_there, read_back
+from vmapipe.places.archives import (
+    PROTECTED_SUFFIX,
+    KeptArchive,
+    companions_anew,
+    find_archives,
+)
+from vmapipe.places.copying import (
+    StoredDigest,
+    copied_beside,
+    copy_archive,
+    is_there,
+    read_back,
+)
 from vmapipe.places.place import ArchiveFolder, KeptPlace, is_place, open_place
 from vmapipe.places.reading import SoundArchive
 from vmapipe.places.removal import remove
@@ -80,7 +103,9 @@ def main(argv: Sequence[str], prog: str) -> int:
         action="store_true",
         help="remove each from where it was, once its copy was read back and is the same",
     )
-    add_storing_options(parser.add_argument_group("stored anew on the way"))
+    group = parser.add_argument_group("stored anew on the way")
+    add_storing_options(group)
+    add_decrypt_option(group)
     add_lock_options(parser.add_argument_group("where it is stored"))
     add_read_options(parser)
     add_report_options(parser)
@@ -101,6 +126,11 @@ def _copy(prog: str, options: argparse.Namespace) -> None:
             f"{options.target}: a service takes archives from `vmapipe backup --archiver`: copy into its "
             "folder or bucket, on its host"
         )
+    # What is wrong with a key is told before anything is read, and not only when one is needed.
+    check_decrypt_option(options)
+    read_options(options)
+    # Read once: the file may be a pipe, and each archive asks for them.
+    options.encrypt_to = [each.text for each in recipients_of(options.encrypt_to)]
     cancel = Cancel()
     cancel.on_signals()
     if not is_place(options.target):
@@ -174,7 +204,9 @@ class _Copy:
 
     def take(self, source: KeptPlace, archive: KeptArchive) -> None:
         """Raises Failure, ArchiveError, Cancelled."""
-        anew = bool(self._options.compress or self._options.encrypt_to)
+        options = self._options
+        opens = options.decrypt and source.is_encrypted(archive.name)
+        anew = bool(options.compress or options.encrypt_to or opens)
         name = self._new_name(archive.name) if anew else archive.name
         there = self._there.get(name)
         if there is not None:
@@ -270,21 +302,49 @@ class _Copy:
 
         path = source.full_name(archive.name)
         tell = self._tell(0)
+        lock = object_lock(options.lock, options.lock_mode)
         try:
-            with (
-                SoundArchive(path, self._cancel, read_options(options)) as sound,
-                Writing(store, self._cancel) as writing,
-            ):
-                writing.begin(sound.archive.header, sound.archive.raw_header)
-                for found in sound.extents():
-                    writing.put(as_packed(found))
-                    tell(found.extent.offset + found.extent.total_bytes)
-                writing.finish()
+            with SoundArchive(path, self._cancel, read_options(options)) as sound:
+                check_stays_encrypted(path, sound.source, options)
+                was_clear = not sound.source.is_encrypted
+                beside = self._beside_anew(source, archive, name, was_clear=was_clear)
+                with (
+                    copied_beside(source, beside, self._target, self._cancel, lock),
+                    Writing(store, self._cancel) as writing,
+                ):
+                    writing.begin(sound.archive.header, sound.archive.raw_header)
+                    for found in sound.extents():
+                        writing.put(as_packed(found))
+                        tell(found.extent.offset + found.extent.total_bytes)
+                    writing.finish()
         except ArchiveError as error:
-            raise Damaged(f"{path}: {error}{error.advice}") from error
+            raise Damaged(named(path, error)) from error
+        unsigned = any(each.endswith(SIGNATURE_SUFFIX) for each in archive.beside)
         self._say(
             f"copied {one_line(path)} as {one_line(name)}, {human_bytes(writing.stored_bytes)}"
+            + ("; it was signed, and is not any more" if unsigned else "")
         )
+
+    def _beside_anew(
+        self, source: KeptPlace, archive: KeptArchive, name: str, *, was_clear: bool
+    ) -> dict[str, str]:
+        """Return what goes along with a copy that is stored anew, and under which names. Raises Failure.
+
+        Notes and log tell of the machine: they do not get beside an archive that hides it from now on.
+        """
+        beside = companions_anew(archive, name)
+        if not (self._options.encrypt_to and was_clear):
+            return beside
+        told = [each for each in beside if not each.endswith(PROTECTED_SUFFIX)]
+        for each in told:
+            path = source.full_name(each)
+            if self._options.move:
+                raise Failure(
+                    f"{path} would be in the clear beside an encrypted archive, and --move would lose it: "
+                    "remove it, or copy without --move"
+                )
+            self._say(f"{one_line(path)} stays behind: it would be in the clear")
+        return {each: beside[each] for each in beside if each not in told}
 
     def _tell(self, total_bytes: int) -> Callable[[int], None]:
         next_s = 0.0

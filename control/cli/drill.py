@@ -28,7 +28,11 @@ from vmapipe.access.machine.spec import Limits, MachineSpec, Omission
 from vmapipe.control.cli.caches import add_cache_options, caches_of
 from vmapipe.control.cli.configuration import config_text, configuration_of
 from vmapipe.control.cli.errors import naming
-from vmapipe.control.cli.identity import add_identity_option
+from vmapipe.control.cli.identity import (
+    add_identity_option,
+    add_signed_by_option,
+    check_signed,
+)
 from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.crypt.magic import MAGIC, is_encrypted
@@ -157,6 +161,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     add_cache_options(parser)
     add_identity_option(parser)
+    add_signed_by_option(parser)
     add_report_options(parser)
     parser.add_argument(
         "archive", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"
@@ -201,7 +206,9 @@ def judge_archive(
 
     with contextlib.ExitStack() as stack:
         with naming(name):
-            archive = open_for_access(name, cancel, report, caches_of(options))
+            caches = caches_of(options)  # a wrong key is told before anything is read
+            check_signed(name, options, cancel, emit)
+            archive = open_for_access(name, cancel, report, caches)
         stack.callback(archive.close)
         with naming(name):
             spec = _machine(archive, options.config, limits, cancel)

@@ -21,9 +21,14 @@ def naming(archive: str) -> Iterator[None]:
     try:
         yield
     except ArchiveError as error:
-        failure = Failure(f"{source_name(archive)}: {error}{error.advice}")
+        failure = Failure(named(archive, error))
         failure.exit_code = error.exit_code
         raise failure from error
+
+
+def named(archive: str, error: ArchiveError) -> str:
+    """Return what is wrong with the archive, and its name once: what decompresses and decrypts names it, too."""
+    return f"{source_name(archive)}: {str(error).removeprefix(f'{archive}: ')}{error.advice}"
 
 
 def reference_words(error: ArchiveError | RestoreError) -> str:

@@ -32,10 +32,15 @@ from vmapipe.access.files.session import FileReader
 from vmapipe.control.cli.caches import add_cache_options, caches_of
 from vmapipe.control.cli.entries import entry_filter, print_entry
 from vmapipe.control.cli.errors import naming
-from vmapipe.control.cli.identity import add_identity_option
+from vmapipe.control.cli.identity import (
+    add_identity_option,
+    add_signed_by_option,
+    check_signed,
+)
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.events import Event
 from vmapipe.runtime.process import run
 from vmapipe.runtime.text import human_bytes, name_text, one_line
 
@@ -121,6 +126,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_engine_options(parser)
     add_cache_options(parser)
     add_identity_option(parser)
+    add_signed_by_option(parser)
     options = parser.parse_args(argv)
     return run(prog, lambda: _files(options))
 
@@ -160,7 +166,9 @@ def _files(options: argparse.Namespace) -> None:
     cancel.on_signals()
     with contextlib.ExitStack() as stack:
         with naming(options.archive):
-            archive = open_for_access(options.archive, cancel, _notice, caches_of(options))
+            caches = caches_of(options)  # a wrong key is told before anything is read
+            check_signed(options.archive, options, cancel, _signed_notice)
+            archive = open_for_access(options.archive, cancel, _notice, caches)
         stack.callback(archive.close)
         disks = disks_of(archive)
         names = [name for name, _ in disks]
@@ -187,6 +195,11 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--name and --iname are for ls and find")
     if options.action == "tar" and sys.stdout.isatty():
         raise UsageError("the tar stream goes to standard output, which is a terminal")
+
+
+def _signed_notice(event: Event) -> None:
+    if event["event"] == "notice":
+        _notice(event["text"])
 
 
 def _notice(text: str) -> None:

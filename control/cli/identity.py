@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from vmapipe.runtime.arguments import needing_cryptography
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.text import one_line
 
 if TYPE_CHECKING:
     from vmapipe.crypt.age import AgeIdentity
+    from vmapipe.restore.archive.source import Source
 
 
 def add_identity_option(parser: argparse._ActionsContainer) -> None:
@@ -37,6 +39,29 @@ def add_signed_by_option(parser: argparse._ActionsContainer) -> None:
         help="first check that this key has signed the archive, and that it is that one: "
         "'ssh-ed25519 …', or a file with such lines; may be repeated; exit code 4 if it is not",
     )
+
+
+def add_decrypt_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--decrypt",
+        action="store_true",
+        help="store an encrypted archive in the clear; else --encrypt-to has to name who may read the new one",
+    )
+
+
+def check_decrypt_option(options: argparse.Namespace) -> None:
+    """Raises UsageError."""
+    if options.decrypt and options.encrypt_to:
+        raise UsageError("--decrypt and --encrypt-to exclude each other")
+
+
+def check_stays_encrypted(name: str, source: Source, options: argparse.Namespace) -> None:
+    """What was encrypted never becomes readable because an option was forgotten. Raises UsageError."""
+    if source.is_encrypted and not options.encrypt_to and not options.decrypt:
+        raise UsageError(
+            f"{name} is encrypted, and the new archive would not be: --encrypt-to names who may read it, "
+            "--decrypt stores it in the clear"
+        )
 
 
 def check_signed(name: str, options: argparse.Namespace, cancel: Cancel, emit: Emit) -> str | None:

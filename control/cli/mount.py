@@ -22,7 +22,11 @@ from vmapipe.access.mount.tree import ArchiveTree
 from vmapipe.control.cli.caches import add_cache_options, caches_of
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.files import add_engine_options, add_key_option, disks_of, read_keys
-from vmapipe.control.cli.identity import add_identity_option
+from vmapipe.control.cli.identity import (
+    add_identity_option,
+    add_signed_by_option,
+    check_signed,
+)
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel
@@ -58,6 +62,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_engine_options(parser)
     add_cache_options(parser)
     add_identity_option(parser)
+    add_signed_by_option(parser)
     add_report_options(parser)
     parser.add_argument(
         "archive", metavar="ARCHIVE", help="a file, a block device, s3://BUCKET/KEY"
@@ -88,7 +93,9 @@ def _mount(options: argparse.Namespace) -> None:
             emit({"event": "notice", "text": text})
 
         with naming(options.archive):
-            archive = open_for_access(options.archive, cancel, report, caches_of(options))
+            caches = caches_of(options)  # a wrong key is told before anything is read
+            check_signed(options.archive, options, cancel, emit)
+            archive = open_for_access(options.archive, cancel, report, caches)
         stack.callback(archive.close)
         guests = _guests(archive, options, cancel, report, stack)
         with naming(options.archive):

@@ -22,7 +22,12 @@ from vmapipe.archiver.outputs.manifests import (
 )
 from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.archiver.outputs.open import is_stream, open_output
-from vmapipe.control.cli.errors import source_name
+from vmapipe.control.cli.errors import named, source_name
+from vmapipe.control.cli.identity import (
+    add_decrypt_option,
+    check_decrypt_option,
+    check_stays_encrypted,
+)
 from vmapipe.control.cli.inspect import ARCHIVE_HELP, add_read_options, read_options
 from vmapipe.control.coordinator.output_spec import goes_to_stdout, inherited_fds
 from vmapipe.control.coordinator.render import add_report_options, renderer
@@ -96,11 +101,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         metavar="OLD=NEW",
         help="give a device another name; may be repeated",
     )
-    group.add_argument(
-        "--decrypt",
-        action="store_true",
-        help="store an encrypted archive in the clear; else --encrypt-to has to name who may read the new one",
-    )
+    add_decrypt_option(group)
     add_output_options(parser)
     group = parser.add_argument_group("of an archive that can be read only once, from its start")
     group.add_argument(
@@ -144,6 +145,7 @@ def main_manifest(argv: Sequence[str], prog: str) -> int:
 
 
 def _repack(options: argparse.Namespace) -> None:
+    check_decrypt_option(options)
     inherited_fds(options.archive)
     cancel = Cancel()
     cancel.on_signals()
@@ -166,10 +168,10 @@ def _repack(options: argparse.Namespace) -> None:
         destination = Destination(store, options.spool, options.spool_size)
         try:
             with SoundArchive(options.archive, cancel, read_options(options)) as source:
-                _check_clear(options, source)
+                check_stays_encrypted(source_name(options.archive), source.source, options)
                 done = repack(source, changes, destination, _progress(emit, source), cancel)
         except ArchiveError as error:
-            raise Damaged(f"{source_name(options.archive)}: {error}{error.advice}") from error
+            raise Damaged(named(options.archive, error)) from error
         waited = (
             f", {human_bytes(done.kept_bytes)} waited for their turn" if done.kept_bytes else ""
         )
@@ -180,17 +182,6 @@ def _repack(options: argparse.Namespace) -> None:
                 f"{human_bytes(done.plain_bytes)} in {human_bytes(done.stored_bytes)}{waited}",
             }
         )
-
-
-def _check_clear(options: argparse.Namespace, source: SoundArchive) -> None:
-    """What was encrypted never becomes readable because an option was forgotten. Raises UsageError."""
-    if source.source.is_encrypted and not options.encrypt_to and not options.decrypt:
-        raise UsageError(
-            f"{source_name(options.archive)} is encrypted, and the new archive would not be: --encrypt-to "
-            "names who may read it, --decrypt stores it in the clear"
-        )
-    if options.decrypt and options.encrypt_to:
-        raise UsageError("--decrypt and --encrypt-to exclude each other")
 
 
 def _progress(emit: Emit, source: SoundArchive) -> Callable[[int], None]:
@@ -237,7 +228,7 @@ def _manifest(options: argparse.Namespace) -> None:
                 sink = _sink(options.manifest or beside(name), cancel, emit)
                 count = make_manifest(source, sink, _progress(emit, source), cancel)
         except ArchiveError as error:
-            raise Damaged(f"{source_name(name)}: {error}{error.advice}") from error
+            raise Damaged(named(name, error)) from error
         emit({"event": "notice", "text": f"made the manifest of {count} extents"})
 
 

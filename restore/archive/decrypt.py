@@ -192,7 +192,8 @@ class DecryptedInput(Input):
         self._plain = memoryview(b"")
         self._pending: CompressionError | None = None
         self._is_over = False
-        start = b""
+        # Not bytes: a header of 1 MiB in short lines would be copied anew with each of them.
+        start = bytearray()
         while True:
             # A line at a time: what stands behind the header is the payload's.
             more = self._file.readline(MAX_HEADER_BYTES)
@@ -201,7 +202,7 @@ class DecryptedInput(Input):
                 continue
             start += self._file.read(NONCE_BYTES)
             try:
-                self._payload, self._file_at = _payload(name, start, identities)
+                self._payload, self._file_at = _payload(name, bytes(start), identities)
             except IncompleteHeader as error:
                 raise _cut_off(name, error) from error
             return

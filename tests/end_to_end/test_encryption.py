@@ -365,7 +365,9 @@ def test_a_header_that_was_changed_is_told(made: Encrypted, tmp_path: Path) -> N
     archive.write_bytes(_flipped(raw, raw.index(b"\n--- ") + 7))
     assert "damaged" in bad("verify", "--identity", made.age_key, archive, code=4)
     archive.write_bytes(raw[:100])
-    assert "header" in bad("verify", "--identity", made.age_key, archive, code=4)
+    told = bad("verify", "--identity", made.age_key, archive, code=4)
+    assert "header" in told
+    assert told.count(archive.name) == 1, told
 
 
 def test_no_secret_stands_on_a_command_line_and_no_core_is_dumped(

@@ -142,8 +142,9 @@ def test_what_was_forged_exchanged_or_is_unsigned_is_told(
         checked(tmp_path / "vm.vma", signed / "key.pub")
     if forgery == "the archive exchanged":
         out = tmp_path / "out"
-        command = ("restore", "--signed-by", signed / "key.pub", tmp_path / "vm.vma", out)
-        assert words in bad(*command, code=4)
+        asked = ("--signed-by", signed / "key.pub", tmp_path / "vm.vma")
+        assert words in bad("restore", *asked, out, code=4)
+        assert words in bad("files", "ls", *asked, code=4)
         assert not out.exists()
 
 

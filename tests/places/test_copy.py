@@ -17,6 +17,7 @@ import pytest
 
 from tests.archives import archive, manifest
 from tests.machine import bad, good, run
+from vmapipe.crypt.keys import X25519Identity, encode_bech32
 from vmapipe.places.archives import find_archives
 from vmapipe.places.copying import copy_archive
 from vmapipe.places.place import ArchiveFolder
@@ -98,17 +99,19 @@ def bad_line(done: subprocess.CompletedProcess[bytes]) -> str:
 def test_compressed_and_moved_it_is_read_back_first(source: Path, out: Path) -> None:
     os.unlink(source / f"{NAME}.protected")
     good("copy", "--move", "--compress=zstd:1", "--quiet", source / NAME, out)
-    assert sorted(held(out)) == [f"{NAME}.zst", f"{NAME}.zst.manifest.json"]
+    there = [f"{NAME}.zst", f"{NAME}.zst.manifest.json", f"{NAME}.zst.notes"]
+    assert sorted(held(out)) == ["vm-2026-01-01.log", *there]
+    assert held(out)[f"{NAME}.zst.notes"] == BESIDE[".notes"]
     assert held(source) == {}
     good("verify", "--require-manifest", "--quiet", out / f"{NAME}.zst")
     (source / "in").mkdir()
     good("copy", "--move", "--quiet", out, source / "in")
     assert held(out) == {}
-    assert sorted(held(source / "in")) == [f"{NAME}.zst", f"{NAME}.zst.manifest.json"]
+    assert sorted(held(source / "in")) == ["vm-2026-01-01.log", *there]
     # What is protected stays where it is; its copy is there all the same.
     (source / "in" / f"{NAME}.zst.protected").touch()
     assert "protected" in run("copy", "--move", "--quiet", source / "in", out).stderr.decode()
-    assert sorted(held(source / "in"))[0] == f"{NAME}.zst"
+    assert f"{NAME}.zst" in held(source / "in")
 
 
 @pytest.mark.parametrize("kind", ["flipped", "cut", "longer", "other manifest", "no manifest line"])
@@ -248,3 +251,28 @@ def test_each_mistake_is_told_in_one_line(source: Path, out: Path) -> None:
     assert "vmapipe backup --archiver" in bad("copy", source, "tcp://h:1", code=2)
     assert "neither a folder" in bad("copy", source, source / "no", code=2)
     assert "no archive of that name" in bad("copy", source / "no.vma", out)
+
+
+def test_what_is_encrypted_on_the_way_tells_nothing_beside_it_and_is_opened_only_when_that_is_said(
+    source: Path, out: Path, tmp_path: Path
+) -> None:
+    secret = bytes(range(32))
+    key = tmp_path / "key"
+    key.write_text(encode_bech32("age-secret-key-", secret).upper())
+    key.chmod(0o600)
+    to = ("--encrypt-to", X25519Identity(secret).recipient.text)
+    # A wrong one is told although nothing would be encrypted: there is nothing to copy.
+    assert "age1x" in bad(
+        "copy", "--encrypt-to", "age1x", "--newer-than", "1h", source, out, code=2
+    )
+    assert "would lose it" in bad_line(run("copy", "--move", "--identity", key, *to, source, out))
+    assert held(out) == {}
+    assert f"{NAME}.notes stays behind" in good("copy", *to, source, out).decode()
+    assert sorted(held(out)) == [f"{NAME}.age{end}" for end in ("", ".manifest.json", ".protected")]
+    words = ("copy", "--identity", key, "--compress", "zstd:1", out, source)
+    before = held(source)
+    assert "--decrypt stores it in the clear" in bad(*words, code=2)
+    assert held(source) == before
+    os.unlink(source / NAME)
+    good("copy", "--identity", key, "--decrypt", out, source)
+    assert (source / NAME).read_bytes()[:4] == RAW[:4]
