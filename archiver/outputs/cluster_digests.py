@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file ARCHIVE.digests: a digest for each cluster, by which a later backup finds what has changed.
 
-Its form: docs/vma-format.md. It proves nothing and vouches for nothing: a digest in it that is wrong means
-that a cluster is sent although it has not changed, and no more.
+Its form: docs/vma-format.md. A digest that damage made means that a cluster is sent although it has not
+changed, and no more. One of data that the archive does not hold there must never come to be: whoever writes
+that data later would be told that nothing has changed.
 """
 
 from __future__ import annotations
@@ -170,7 +171,12 @@ class DigestFile:
             self._kept = frozenset(device.dev_id for device in based.values())
             same_numbers = all(number == device.dev_id for number, device in based.items())
             same = same_numbers and self._places == places(base.devices)
+            # Only where all disks have a base: of the clusters of another one that are zero nothing
+            # is written, and what another disk had there would pass for what this archive holds.
+            same = same and self._kept == self._places.keys()
             if not (same and self._file.copy_from(base.fd, file_bytes(base.devices))):
+                # A part of it may have been copied.
+                self._file.extend(0)
                 for number, device in based.items():
                     self._copy(base, number, device)
         self._file.write_at(_HEAD.pack(_MAGIC, _VERSION, uuid, key), 0)

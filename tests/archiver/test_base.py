@@ -18,6 +18,7 @@ import psutil
 import pytest
 import zmq
 
+from tests.archiver.job.world import read_images
 from tests.machine import (
     LIMIT_S,
     VMAPIPE,
@@ -336,6 +337,23 @@ def test_several_disks_of_which_one_is_new(tmp_path: Path) -> None:
     good("restore", tmp_path / "vm-2026-01-03.vma", tmp_path / "out")
     assert (tmp_path / "out" / "disk-a.raw").read_bytes() == a.read_bytes()
     assert (tmp_path / "out" / "disk-0.raw").read_bytes() == b.read_bytes()
+
+
+def test_a_disk_of_zeroes_that_takes_anothers_number_does_not_take_its_digests(
+    tmp_path: Path,
+) -> None:
+    a, b = (make_disk(tmp_path / name, "A" * 9, seed=seed) for seed, name in enumerate("ab"))
+    empty = make_disk(tmp_path / "c", "h" * 9)
+    archives = [tmp_path / f"vm-2026-01-0{day}.vma" for day in (1, 2, 3)]
+    incremental(a, archives[0], "--disk", f"b={b}")
+    told = incremental(a, archives[1], "--disk", f"c={empty}")
+    assert [device["incremental"] for device in told["base"]["devices"]] == [False, True]
+    # The data that had that number: nothing of it is in the base.
+    told = incremental(a, archives[2], "--disk", f"c={b}")
+    assert [device["incremental"] for device in told["base"]["devices"]] == [True, True]
+    assert told["transfer"]["sent_bytes"] == b.stat().st_size
+    disks = read_images(archives[2].read_bytes())
+    assert disks == {"a": a.read_bytes(), "c": b.read_bytes()}
 
 
 def test_damage_in_the_base_makes_a_full_backup_by_itself_and_says_so(tmp_path: Path) -> None:
