@@ -141,7 +141,11 @@ class BaseExtents:
             raise self._failure(f"it ends at {totals.archive_bytes}", at=self._at)
 
     def _line(self) -> Opening | ExtentDigest | Totals:
-        raw = self._manifest.readline(MAX_LINE_BYTES + 1)
+        try:
+            raw = self._manifest.readline(MAX_LINE_BYTES + 1)
+        except OSError as error:
+            why = f"its manifest cannot be read: {os_error_text(error)}"
+            raise self._failure(why) from error
         if not raw:
             raise self._failure("its manifest ends too early")
         try:

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +15,12 @@ from typing import Any
 
 import pytest
 
+from tests.archiver.job.world import read_images
 from tests.archiver.test_base import change, restored
-from tests.machine import VMAPIPE, good, make_disk
+from tests.machine import good, make_disk
+from vmapipe.archiver.base import extents
+from vmapipe.archiver.base.check import Base, check_base
+from vmapipe.archiver.base.choice import choose_base
 from vmapipe.archiver.outputs.compress import CUT_BYTES
 from vmapipe.archiver.outputs.manifests import beside
 from vmapipe.vma.seektable import FOOTER_BYTES, Frame, parse_seek_table, seek_table_bytes
@@ -59,61 +67,94 @@ def test_what_has_not_changed_is_taken_as_it_is_and_all_read_the_result(
     same = [one == other for one, other in zip(base_data, new_data, strict=True)]
     assert (len(same), same.count(True), same[1]) == (len(base_data), len(base_data) - 1, False)
     assert len(base_data) >= 3
+    # The reference's way: `zstd -dc | vma`.
+    plain = subprocess.run([zstd, "-dc", second], capture_output=True, check=True).stdout
+    assert read_images(plain) == {"a": disk.read_bytes()}
+    good("verify", "-", input=plain)
     # A plain archive of a compressed one, and the other way round.
     change(disk, 3)
     told = backup(disk, tmp_path / "vm-2026-01-03.vma")
     assert told["base"]["archive"] == str(second)
     told = backup(disk, tmp_path / "vm-2026-01-04.vma.zst", "--compress", "zstd")
     assert told["base"]["archive"] == str(tmp_path / "vm-2026-01-03.vma")
+    # So what it holds, the one before holds, too.
     assert told["transfer"]["sent_bytes"] == 0
-    for name in ("vm-2026-01-03.vma", "vm-2026-01-04.vma.zst"):
-        assert restored(tmp_path / name, tmp_path / f"out-{name}") == disk.read_bytes()
-    # The reference's way: `zstd -dc | vma`.
-    plain = subprocess.run([zstd, "-dc", second], capture_output=True, check=True).stdout
-    done = subprocess.run([*VMAPIPE, "verify", "-"], input=plain, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert restored(tmp_path / "vm-2026-01-04.vma.zst", tmp_path / "out") == disk.read_bytes()
 
 
 def test_what_cannot_be_used_means_a_full_backup_whose_successor_can(
     disk: Path, tmp_path: Path, need: Callable[..., list[str]]
 ) -> None:
     (zstd,) = need("zstd")
-    plain = tmp_path / "plain.vma"
-    good("backup", "--disk", f"a={disk}", plain)
     old, piece = tmp_path / "old-2026-01-01.vma.zst", tmp_path / "piece-2026-01-01.vma.zst"
     good("backup", "--compress", "zstd", "--disk", f"a={disk}", old)
+    plain = subprocess.run([zstd, "-dc", old], capture_output=True, check=True).stdout
+    subprocess.run([zstd, "-q", "-o", piece], input=plain, check=True)
+    text = Path(beside(str(old))).read_text()
+    is_of, is_now = (f'"file": {{"bytes": {path.stat().st_size}' for path in (old, piece))
+    assert is_of in text
+    Path(beside(str(piece))).write_text(text.replace(is_of, is_now))
     raw = bytearray(old.read_bytes())
     raw[-5] = 0  # the mark of its cut
     old.write_bytes(raw)
-    subprocess.run([zstd, "-q", plain, "-o", piece], check=True)
-    text = Path(beside(str(plain))).read_text()
-    size = plain.stat().st_size
-    text = text.replace(f'"file": {{"bytes": {size}', f'"file": {{"bytes": {piece.stat().st_size}')
-    Path(beside(str(piece))).write_text(text)
-    for machine, reason in (("old", "older versions"), ("piece", "in one piece")):
-        new = tmp_path / f"{machine}-2026-01-02.vma.zst"
-        told = backup(disk, new, "--compress", "zstd")
-        (device,) = told["base"]["devices"]
-        assert not device["incremental"]
-        assert reason in device["reason"]
-        change(disk, 7)
-        told = backup(disk, tmp_path / f"{machine}-2026-01-03.vma.zst", "--compress", "zstd")
-        assert told["base"]["devices"][0]["incremental"]
-        assert told["base"]["archive"] == str(new)
+    assert "in one piece" in str(check_base(str(piece)))
+    new = tmp_path / "old-2026-01-02.vma.zst"
+    (device,) = backup(disk, new, "--compress", "zstd")["base"]["devices"]
+    assert not device["incremental"]
+    assert "older versions" in device["reason"]
+    found = choose_base(str(tmp_path / "old-2026-01-03.vma.zst"), ["a"])
+    assert isinstance(found, Base)
+    assert found.archive == str(new)
 
 
 def test_a_compressed_base_that_is_damaged_makes_a_full_backup(disk: Path, tmp_path: Path) -> None:
-    first = tmp_path / "vm-2026-01-01.vma.zst"
+    first, new = tmp_path / "vm-2026-01-01.vma.zst", tmp_path / "vm-2026-01-02.vma.zst"
     backup(disk, first, "--compress", "zstd:1")
     sound = first.read_bytes()
-    change(disk, 1)
-    for name, at in (("start", 60), ("middle", len(sound) // 2), ("table", len(sound) - 40)):
+    assert read_through(first) == ""
+    # Its start and its table, and places all over its frames.
+    places = {0, 60, len(sound) - 5, len(sound) - 40, *range(100, len(sound), len(sound) // 40)}
+    for at in places:
         raw = bytearray(sound)
         raw[at] ^= 0x10
         first.write_bytes(raw)
-        new = tmp_path / f"{name}.vma.zst"
-        told = backup(disk, new, "--compress", "zstd:1", "--base", first)
-        said = json.dumps(told["base"]) + json.dumps(told.get("notice", ""))
-        assert str(first) in said
-        assert not told["base"]["devices"][0]["incremental"] or "full backup instead" in said
-        good("verify", new)
+        assert str(first) in read_through(first), at
+    raw = bytearray(sound)
+    raw[len(sound) // 2] ^= 0x10
+    first.write_bytes(raw)
+    change(disk, 1)
+    told = backup(disk, new, "--compress", "zstd:1", "--base", first)
+    assert str(first) in told["notice"]["text"]
+    assert "full backup instead" in told["notice"]["text"]
+    assert restored(new, tmp_path / "out") == disk.read_bytes()
+
+
+def test_a_manifest_that_cannot_be_read_to_its_end_is_damage_of_the_base(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(io.BytesIO):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            if self.tell():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().readline(size)
+
+    first = tmp_path / "vm-2026-01-01.vma.zst"
+    backup(disk, first, "--compress", "zstd:1")
+    monkeypatch.setattr(extents, "open_side_file", lambda name: Dying(Path(name).read_bytes()))
+    said = read_through(first)
+    assert str(first) in said
+    assert "its manifest cannot be read: Input/output error" in said
+
+
+def read_through(archive: Path) -> str:
+    """Use all of a base; what is said against it, empty: nothing."""
+    found = check_base(str(archive))
+    if isinstance(found, str):
+        return found
+    try:
+        with contextlib.closing(extents.BaseExtents(found)) as opened:
+            while opened.peek() is not None:
+                opened.take()
+    except extents.DamagedBase as error:
+        return str(error)
+    return ""
