@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
+from tests.archiver.job.world import read_images
 from tests.archiver.service.serving import make_keys, serving
 from tests.archiver.test_base import change, restored
-from tests.machine import bad, good, make_disk
+from tests.machine import Need, bad, good, make_disk
 
 
 def backup(words: tuple[str, ...], *more: str | Path) -> dict[str, dict[str, Any]]:
@@ -33,8 +35,9 @@ def flip(path: Path, at: int) -> None:
 
 
 def test_a_service_takes_what_has_not_changed_from_the_clients_own_last_archive(
-    tmp_path: Path,
+    tmp_path: Path, need: Need
 ) -> None:
+    (zstd,) = need("zstd")
     disk = make_disk(tmp_path / "disk", "A" * 150, tail_bytes=5000)
     other = make_disk(tmp_path / "other", "A" * 150, tail_bytes=5000, seed=9)
     server, clients = make_keys(tmp_path, "alice", "bob")
@@ -50,22 +53,25 @@ def test_a_service_takes_what_has_not_changed_from_the_clients_own_last_archive(
         assert told["stored"]["base_bytes"] > 140 * 65536
         assert told["progress"]["devices"][0]["unchanged_bytes"] > 140 * 65536
         # Another client's archive of that machine is none of its own; nor does it hear of it.
-        of_bob = ("--archiver", served.endpoint, "--keys", str(clients["bob"]), "--base", "auto")
-        told = backup((*of_bob, "--disk", f"a={other}"), "vm-2026-01-03.vma")
+        bob = ("--archiver", served.endpoint, "--keys", str(clients["bob"]), "--base", "auto")
+        told = backup((*bob, "--disk", f"a={other}"), "vm-2026-01-03.vma")
         assert "no earlier archive of vm" in reason(told)
         assert str(store) not in json.dumps(told)
+        told = backup((*words, "--full-every", "1"), "vm-2026-01-03.vma.zst", "--compress", "zstd")
+        assert "(--full-every 1)" in reason(told)
         # Damage is found where the data is used; a full backup follows by itself.
-        flip(store / "alice" / "vm-2026-01-02.vma.zst", 3 << 20)
-        told = backup(words, "vm-2026-01-03.vma")
+        flip(store / "alice" / "vm-2026-01-03.vma.zst", 3 << 20)
+        told = backup(words, "vm-2026-01-04.vma")
         assert "This is a full backup instead" in told["notice"]["text"]
         assert str(store) not in json.dumps(told)
-        words = (*words, "--full-every", "1")
-        assert backup(words, "vm-2026-01-04.vma")["stored"]["base_bytes"] > 140 * 65536
-        assert "(--full-every 1)" in reason(backup(words, "vm-2026-01-05.vma"))
         served.stop()
-    good("verify", store / "alice" / "vm-2026-01-03.vma")
-    assert restored(store / "alice" / "vm-2026-01-04.vma", tmp_path / "1") == disk.read_bytes()
-    assert restored(store / "bob" / "vm-2026-01-03.vma", tmp_path / "2") == other.read_bytes()
+    second = subprocess.run(
+        [zstd, "-dc", store / "alice" / "vm-2026-01-02.vma.zst"], capture_output=True, check=True
+    ).stdout
+    assert read_images(second) == {"a": disk.read_bytes()}
+    assert restored(store / "alice" / "vm-2026-01-04.vma", tmp_path / "out") == disk.read_bytes()
+    of_bob = (store / "bob" / "vm-2026-01-03.vma").read_bytes()
+    assert read_images(of_bob) == {"a": other.read_bytes()}
 
 
 def test_clients_that_share_a_folder_have_no_base_and_cannot_name_one(tmp_path: Path) -> None:
