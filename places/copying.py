@@ -32,6 +32,7 @@ from vmapipe.vma.manifest import Totals
 
 # Of a file at a time.
 _PIECE_BYTES = 1 << 20
+_CHANGED = "{} was changed or replaced while it was read: nothing is stored"
 Tell = Callable[[int], None]
 _Output = FileOutput | ObjectOutput
 
@@ -142,6 +143,9 @@ def copy_archive(
             if name in archive.beside:
                 one = _copy_beside(source, name, target, name, cancel, lock)
                 beside.append(one)
+        # The manifest that has come is the one that vouches for what has come.
+        if expected is not None and expected_of(target, archive, cancel) != expected:
+            raise Failure(_CHANGED.format(source.full_name(archive.name)))
         output.commit()
     except BaseException:
         output.abandon()
@@ -195,9 +199,11 @@ def _copy_bytes(
             f"{path} is not, byte for byte, the one that its manifest vouches for: it is damaged, or was changed "
             "while it was read; nothing was copied"
         )
-    if expected is None and source_state(path) != before:
+    # Of what has no manifest nothing else tells that it is all of it.
+    came_whole = found.size_bytes == archive.file.size_bytes and source_state(path) == before
+    if expected is None and not came_whole:
         output.spoil()
-        raise Failure(f"{path} was changed or replaced while it was read: nothing is stored")
+        raise Failure(_CHANGED.format(path))
     return found
 
 

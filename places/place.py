@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from vmapipe.archiver.service.storage import is_of_service
+from vmapipe.runtime.arguments import check_readable
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.immutable import lift, locked_until
@@ -79,6 +80,7 @@ def is_place(name: str) -> bool:
 
 def open_place(name: str) -> KeptPlace:
     """Raises Failure, UsageError."""
+    check_readable(name)
     return ArchiveBucket(name) if is_object(name) else ArchiveFolder(name)
 
 
@@ -141,6 +143,8 @@ class ArchiveFolder:
 
     def remove(self, name: str) -> None:
         try:
+            if self.folder.status(name) is None:
+                return
             lift(self.folder, name)
             with contextlib.suppress(FileNotFoundError):
                 # A link itself goes, and not what it leads to.

@@ -15,6 +15,7 @@ from vmapipe.restore.archive.manifest import Manifest, ManifestWalk, manifest_be
 from vmapipe.restore.archive.reader import Archive, FoundExtent, check_opening, open_archive
 from vmapipe.restore.archive.source import PlainFile, Source
 from vmapipe.restore.archive.survey import Gap, survey
+from vmapipe.runtime.arguments import check_readable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.objectstore import StoredObject, StoreError, is_object
@@ -33,6 +34,7 @@ class SoundArchive:
 
     def __init__(self, name: str, cancel: Cancel, options: ReadOptions | None = None) -> None:
         """Raises InputError, UsageError, ArchiveError, Cancelled."""
+        check_readable(name)
         self.name = name
         self._cancel = cancel
         self._state = source_state(name)

@@ -37,7 +37,8 @@ def remove(place: KeptPlace, archive: str) -> None:
     if isinstance(place, ArchiveFolder):
         evidence = archive + EVIDENCE_SUFFIX
         try:
-            remove_evidence(place.folder, evidence)
+            if place.folder.status(evidence) is not None:
+                remove_evidence(place.folder, evidence)
         except OSError as error:
             left.append(f"{place.full_name(evidence)}: {os_error_text(error)}")
     if left:

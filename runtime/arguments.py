@@ -24,6 +24,9 @@ MAX_BUFFER_BYTES = 192 << 20
 # What a guard takes (protocol.guard.MAX_SLOTS clusters).
 MAX_SPOOL_BYTES = 64 << 30
 
+# What the address of a service begins with, and no name of an archive.
+_SERVICES = ("tcp://", "ipc://")
+
 
 def make_parser(
     prog: str, description: str, epilog: str, *, has_log: bool = False
@@ -215,6 +218,24 @@ def check_endpoint(endpoint: str, *, plain_tcp: bool, keys: str | None = None) -
             )
     else:
         raise UsageError(f"{endpoint!r} is not a valid endpoint; use ipc://PATH or tcp://HOST:PORT")
+
+
+def check_storable(name: str) -> None:
+    """Raises UsageError where the word for a new archive, or a place of archives, is a service's."""
+    if name.startswith(_SERVICES):
+        raise UsageError(
+            f"{name} is a service, which stores what `vmapipe backup --archiver` sends: name a file, a folder "
+            "or s3://; an archive that exists gets there by way of `vmapipe serve` "
+            "(docs/operations/places.md, Into a service)"
+        )
+
+
+def check_readable(name: str) -> None:
+    """Raises UsageError where the word for an archive, or a place of archives, is a service's."""
+    if name.startswith(_SERVICES):
+        raise UsageError(
+            f"{name} is a service, and nobody reads archives from one: name its folder or bucket, on its host"
+        )
 
 
 def add_tcp_options(parser: argparse._ActionsContainer, in_folder: str) -> None:

@@ -90,8 +90,11 @@ class HeldFolder:
         """Return the status of the name itself, also of a link; None: there is no such name."""
         try:
             return os.stat(_checked(name), dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
+        except OSError as error:
+            # No file can have a name that is too long for one.
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                return None
+            raise
 
     def holds(self, name: str, fd: int) -> bool:
         """Return whether `name` is the file that `fd` has open."""

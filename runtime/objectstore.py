@@ -182,7 +182,9 @@ class StoredObject:
             raise
         mark = {k.lower(): v for k, v in found.get("Metadata", {}).items()}.get(_MARK, "")
         locked_until_s = _locked_until_s(found)
-        return ObjectInfo(found["ContentLength"], found.get("ETag", ""), mark, locked_until_s)
+        return ObjectInfo(
+            found.get("ContentLength", 0), found.get("ETag", ""), mark, locked_until_s
+        )
 
     def read_small(self, limit_bytes: int) -> bytes | None:
         """Return an object of at most so many bytes; None: there is none, or it is larger."""
@@ -234,7 +236,7 @@ class StoredObject:
         begun = self._ask(
             "write", self._client.create_multipart_upload, Metadata={_MARK: mark}, **self._lock
         )
-        return str(begun["UploadId"])
+        return str(begun.get("UploadId", ""))
 
     def put_part(self, upload: str, number: int, data: bytes | bytearray) -> str:
         """Returns what `complete` wants to know of the part."""
@@ -353,7 +355,8 @@ class StoredObject:
             tried = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
             reason = error.response.get("Error", {})
             raise refusal(f"cannot {verb} {self.name}{place}", reason, tried + 1) from error
-        except (BotoCoreError, HTTPClientError) as error:
+        # With the latter the library fails at numbers and times that are none.
+        except (BotoCoreError, HTTPClientError, ArithmeticError, LookupError, ValueError) as error:
             raise StoreError(f"cannot {verb} {self.name}{place}: {_reason(error)}") from error
 
 
@@ -403,9 +406,13 @@ class StoredFolder:
         while True:
             found = self._any._ask("list", self._any._client.list_objects_v2, key="", **ask)
             for item in found.get("Contents", ()):
-                name = str(item["Key"])[len(self._prefix) :]
-                changed = item["LastModified"].timestamp()
+                key = str(item.get("Key", ""))
+                # What was not asked for has no name here.
+                name = key[len(self._prefix) :] if key.startswith(self._prefix) else ""
+                if "LastModified" not in item or item.get("Size", -1) < 0:
+                    raise StoreError(f"cannot list {self.name}: no size, or no time, of {name!r}")
                 if name and "/" not in name:
+                    changed = item["LastModified"].timestamp()
                     yield ListedObject(name, item["Size"], changed, item.get("ETag", ""))
             token = found.get("NextContinuationToken")
             if not found.get("IsTruncated") or not token or token == ask.get("ContinuationToken"):

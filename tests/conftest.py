@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import pytest
 from hypothesis import settings
@@ -137,3 +138,28 @@ def _leaves_no_orphan() -> Iterator[None]:
         report = "\n".join(f"{leaks.describe_process(p)}, from {test}" for p, test in left.items())
         leaks.kill(left)
         pytest.fail(f"the tests left processes:\n{report}", pytrace=False)
+
+
+class CopyHere(Protocol):
+    def __call__(self, *words: str | Path, code: int = 0) -> str: ...
+
+
+@pytest.fixture
+def copy_here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[CopyHere]:
+    """`vmapipe copy` in this process, which has its libraries already; returns what it says."""
+    from vmapipe.control.cli import copy
+    from vmapipe.runtime.cancel import Cancel
+
+    with contextlib.closing(Cancel()) as cancel:
+        monkeypatch.setattr(copy, "Cancel", lambda: cancel)
+        monkeypatch.setattr(cancel, "on_signals", lambda: None)
+
+        def run(*words: str | Path, code: int = 0) -> str:
+            found = copy.main([str(word) for word in words], "vmapipe copy")
+            said = capfd.readouterr()
+            assert found == code, said
+            return said.out + said.err
+
+        yield run

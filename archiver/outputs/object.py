@@ -85,6 +85,7 @@ class ObjectOutput(AbortableOutput):
         self._resume = bool(resume)
         # What an earlier upload has brought, by part: length and MD5.
         self._there: dict[int, tuple[int, str]] = {}
+        self._left = ""
         #: Bytes that were there and were not sent again.
         self.kept_bytes = 0
         self._condition = {"IfNoneMatch": "*"}
@@ -187,6 +188,8 @@ class ObjectOutput(AbortableOutput):
                 f"{human_bytes(self._total_bytes)}; compress it, or make one archive a disk",
                 target=self.description,
             )
+        if not self._number:
+            self._take_upload(self._part)
         if not self.upload:
             self.upload = self._wait(self._pool.submit(lambda: self._store.begin(self._mark)))
             self._emit({"event": "upload", "archive": self.description, "upload": self.upload})
@@ -194,7 +197,7 @@ class ObjectOutput(AbortableOutput):
         self._number += 1
         upload, number = self.upload, self._number
         length, etag = self._there.get(number, (-1, ""))
-        if length == len(data) and etag == hashlib.md5(data, usedforsecurity=False).hexdigest():
+        if length == len(data) and etag == _md5(data):
             self.kept_bytes += length
             self._sending.append((self._pool.submit(lambda: etag), length))
             return
@@ -275,7 +278,14 @@ class ObjectOutput(AbortableOutput):
         """The newest upload of this object that was given up, and its parts."""
         for key, upload, _ in self._store.uploads_beside((self._store.key.rpartition("/")[2],)):
             if key == self._store.key:
-                self.upload, self._there = upload, dict(self._store.parts(upload))
+                self._left, self._there = upload, dict(self._store.parts(upload))
+
+    def _take_upload(self, first_part: bytearray) -> None:
+        """Go on with the upload that was left, if its first part is ours: else it is somebody else's."""
+        if self._there.get(1) == (len(first_part), _md5(first_part)):
+            self.upload = self._left
+        else:
+            self._there = {}
 
     def spoil(self) -> None:
         """Let nobody go on with it."""
@@ -316,6 +326,10 @@ class ObjectOutput(AbortableOutput):
         self._part = bytearray()
         self._pool.close()
         self._interrupt.close()
+
+
+def _md5(data: bytes | bytearray) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 # No backup pauses for a day: an upload of an archive to which no part was added for so

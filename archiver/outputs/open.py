@@ -19,6 +19,7 @@ from vmapipe.archiver.outputs.stream import (
     open_fifo,
     open_inherited,
 )
+from vmapipe.runtime.arguments import check_storable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, ignore
@@ -58,6 +59,7 @@ def open_output(
         return ObjectOutput(spec, cancel=cancel, emit=emit, lock=lock)
     if spec.startswith("fd:"):
         raise UsageError(f"{spec!r}: after fd: comes the number of an open descriptor")
+    check_storable(spec)
     if not spec or "\0" in spec:
         raise UsageError(f"{spec!r} is not a valid name for an archive")
     return _open_path(spec, cancel)

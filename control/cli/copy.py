@@ -42,10 +42,10 @@ from vmapipe.places.copying import (
     read_back,
 )
 from vmapipe.places.place import ArchiveFolder, KeptPlace, is_place, open_place
-from vmapipe.places.reading import SoundArchive
+from vmapipe.places.reading import SoundArchive, source_state
 from vmapipe.places.removal import remove
 from vmapipe.places.repack import Writing, as_packed
-from vmapipe.runtime.arguments import age_s, make_parser
+from vmapipe.runtime.arguments import age_s, check_readable, check_storable, make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
 from vmapipe.runtime.events import Emit
@@ -117,15 +117,8 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def _copy(prog: str, options: argparse.Namespace) -> None:
     for name in options.sources:
-        if name.startswith("tcp://"):
-            raise UsageError(
-                f"{name}: nobody reads archives from a service: copy from its folder or bucket, on its host"
-            )
-    if options.target.startswith("tcp://"):
-        raise UsageError(
-            f"{options.target}: a service takes archives from `vmapipe backup --archiver`: copy into its "
-            "folder or bucket, on its host"
-        )
+        check_readable(name)
+    check_storable(options.target)
     # What is wrong with a key is told before anything is read, and not only when one is needed.
     check_decrypt_option(options)
     read_options(options)
@@ -208,6 +201,7 @@ class _Copy:
         opens = options.decrypt and source.is_encrypted(archive.name)
         anew = bool(options.compress or options.encrypt_to or opens)
         name = self._new_name(archive.name) if anew else archive.name
+        state = source_state(source.full_name(archive.name)) if self._options.move else ()
         there = self._there.get(name)
         if there is not None:
             if not (
@@ -220,13 +214,13 @@ class _Copy:
             if self._options.move and not anew and not self._options.missing:
                 stored = read_back(source, archive.name, self._cancel, _nothing)
                 self._verify_copy(source, archive, name, stored)
-                remove(source, archive.name)
+                _remove_unchanged(source, archive.name, state)
             return
         if anew:
             self._store_anew(source, archive, name)
             if self._options.move:
                 self._verify(self._target.full_name(name))
-                remove(source, archive.name)
+                _remove_unchanged(source, archive.name, state)
         else:
             tell = self._tell(archive.file.size_bytes)
             lock = object_lock(self._options.lock, self._options.lock_mode)
@@ -245,7 +239,7 @@ class _Copy:
                 along = [self._target.full_name(each) for each in archive.beside]
                 lock_files(path, along, lock.until_s)
             if self._options.move:
-                remove(source, archive.name)
+                _remove_unchanged(source, archive.name, state)
         self._copied += 1
         self._bytes += archive.file.size_bytes
 
@@ -363,6 +357,14 @@ class _Copy:
                 )
 
         return tell
+
+
+def _remove_unchanged(source: KeptPlace, name: str, state: tuple[object, ...]) -> None:
+    """Remove what was copied, and nothing that has taken its name meanwhile. Raises Failure."""
+    path = source.full_name(name)
+    if source_state(path) != state:
+        raise Failure(f"{path} was changed or replaced after it was copied: it stays where it is")
+    remove(source, name)
 
 
 def _nothing(count: int) -> None:

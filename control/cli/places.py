@@ -35,11 +35,15 @@ def list_place(name: str, options: argparse.Namespace) -> None:
 
 
 class KeptVerdict(NamedTuple):
-    """Where the verdict on an archive is kept: beside it, in its place."""
+    """Where the verdict on an archive is kept: beside it, in its place.
+
+    `told`: the places where that failed, of all verdicts of one run.
+    """
 
     place: str
     archive: str
     identity: str
+    told: set[str]
 
     def keep(self, started_s: float, *, ok: bool, data_checked: bool) -> None:
         """Never raises: what cannot be written is told.
@@ -51,7 +55,11 @@ class KeptVerdict(NamedTuple):
             with contextlib.closing(open_place(self.place)) as place:
                 place.write_small(self.archive + VERIFIED_SUFFIX, encode_verified(verified))
         except Failure as failure:
-            print(one_line(f"vmapipe verify: {failure}"), file=sys.stderr, flush=True)
+            # In a folder that nobody may write, once and not for each.
+            if self.place not in self.told:
+                self.told.add(self.place)
+                text = f"vmapipe verify: {failure}; what was verified when is not kept there"
+                print(one_line(text), file=sys.stderr, flush=True)
 
 
 def expand(names: Sequence[str], options: argparse.Namespace) -> dict[str, KeptVerdict | None]:
@@ -60,6 +68,7 @@ def expand(names: Sequence[str], options: argparse.Namespace) -> dict[str, KeptV
     Raises Failure, UsageError.
     """
     chosen: dict[str, KeptVerdict | None] = {}
+    told: set[str] = set()
     for name in names:
         if not is_place(name):
             if options.older_than is not None or options.sample is not None:
@@ -77,7 +86,7 @@ def expand(names: Sequence[str], options: argparse.Namespace) -> dict[str, KeptV
                 sys.stdout.flush()
             for each in due:
                 identity = archives[each].file.identity
-                chosen[place.full_name(each)] = KeptVerdict(name, each, identity)
+                chosen[place.full_name(each)] = KeptVerdict(name, each, identity, told)
     return chosen
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections import deque
@@ -49,6 +50,8 @@ def manifest_beside(archive: str | None, cancel: Cancel) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None  # no file can have that name
         raise InputError(f"cannot open the manifest {path}: {os_error_text(error)}") from error
     return path
 

@@ -23,6 +23,7 @@ from vmapipe.restore.archive.errors import CompressionError, InputError, NoKeyEr
 from vmapipe.restore.archive.input import Input, ProgramInput, interruptible
 from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 from vmapipe.restore.archive.parts import Proof
+from vmapipe.runtime.arguments import check_readable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.objectstore import is_object
@@ -213,6 +214,7 @@ def open_source(archive: str, cancel: Cancel, options: ReadOptions | None = None
 
     Raises InputError; UsageError for a name that makes no sense.
     """
+    check_readable(archive)
     options = options or ReadOptions()
     source = _open(archive, cancel, options)
     source.identities = options.identities

@@ -8,19 +8,24 @@ import os
 import random
 import resource
 import signal
-import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.access import serving as archives
+from tests.archiver.service import serving as services
 from tests.archives import archive, manifest
+from tests.conftest import CopyHere
 from tests.machine import bad, good, run
+from vmapipe.control.cli import copy as command
 from vmapipe.crypt.keys import X25519Identity, encode_bech32
 from vmapipe.places.archives import find_archives
 from vmapipe.places.copying import copy_archive
 from vmapipe.places.place import ArchiveFolder
+from vmapipe.places.reading import source_state
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Damaged, Failure
 
@@ -67,7 +72,7 @@ def copied(source: Path, target: Path, cancel: Cancel) -> int:
 
 
 def test_all_that_belongs_to_an_archive_goes_along_and_what_is_there_is_passed_over(
-    source: Path, out: Path
+    source: Path, out: Path, copy_here: CopyHere
 ) -> None:
     keep(source, "old-2020-01-01.vma")
     (source / f"{NAME}.verified.json").write_bytes(b"{}")
@@ -78,45 +83,46 @@ def test_all_that_belongs_to_an_archive_goes_along_and_what_is_there_is_passed_o
     assert "copied 2 archives" in good("copy", source, out).decode()
     assert held(out) == expected
     assert (out / NAME).stat().st_mtime == 1_700_000_000
-    assert "2 were there" in good("copy", source, out).decode()
+    assert "2 were there" in copy_here(source, out)
     (out / NAME).write_bytes(RAW[:-1])
-    assert "is not the same archive" in bad_line(run("copy", source, out))
-    good("copy", "--missing", source, out)
+    assert "is not the same archive" in bad_line(copy_here(source, out, code=1))
+    copy_here("--missing", source, out)
     newer = out / "newer"
     newer.mkdir()
-    good("copy", "--newer-than=1000w", "--only=vm", source / NAME, newer)
-    good("copy", "--newer-than=1h", source, newer)
+    copy_here("--newer-than=1000w", "--only=vm", source / NAME, newer)
+    copy_here("--newer-than=1h", source, newer)
     assert [name for name in held(newer) if name.endswith(".vma")] == [NAME]
 
 
-def bad_line(done: subprocess.CompletedProcess[bytes]) -> str:
-    assert done.returncode == 1
-    first, last = done.stderr.decode().splitlines()
+def bad_line(said: str) -> str:
+    first, last = said.splitlines()
     assert last.startswith("vmapipe copy: something is wrong with")
     return first
 
 
-def test_compressed_and_moved_it_is_read_back_first(source: Path, out: Path) -> None:
+def test_compressed_and_moved_it_is_read_back_first(
+    source: Path, out: Path, copy_here: CopyHere
+) -> None:
     os.unlink(source / f"{NAME}.protected")
-    good("copy", "--move", "--compress=zstd:1", "--quiet", source / NAME, out)
+    copy_here("--move", "--compress=zstd:1", "--quiet", source / NAME, out)
     there = [f"{NAME}.zst", f"{NAME}.zst.manifest.json", f"{NAME}.zst.notes"]
     assert sorted(held(out)) == ["vm-2026-01-01.log", *there]
     assert held(out)[f"{NAME}.zst.notes"] == BESIDE[".notes"]
     assert held(source) == {}
     good("verify", "--require-manifest", "--quiet", out / f"{NAME}.zst")
     (source / "in").mkdir()
-    good("copy", "--move", "--quiet", out, source / "in")
+    copy_here("--move", "--quiet", out, source / "in")
     assert held(out) == {}
     assert sorted(held(source / "in")) == ["vm-2026-01-01.log", *there]
     # What is protected stays where it is; its copy is there all the same.
     (source / "in" / f"{NAME}.zst.protected").touch()
-    assert "protected" in run("copy", "--move", "--quiet", source / "in", out).stderr.decode()
+    assert "protected" in copy_here("--move", "--quiet", source / "in", out, code=1)
     assert f"{NAME}.zst" in held(source / "in")
 
 
 @pytest.mark.parametrize("kind", ["flipped", "cut", "longer", "other manifest", "no manifest line"])
 def test_what_is_not_as_its_manifest_says_gets_no_name(
-    kind: str, source: Path, out: Path, cancel: Cancel
+    kind: str, source: Path, out: Path, cancel: Cancel, copy_here: CopyHere
 ) -> None:
     raw = bytearray(RAW)
     raw[70000] ^= kind == "flipped"
@@ -130,8 +136,7 @@ def test_what_is_not_as_its_manifest_says_gets_no_name(
     with pytest.raises(Damaged):
         copied(source, out, cancel)
     assert held(out) == {}
-    done = run("copy", "--move", source, out)
-    assert done.returncode == 4
+    copy_here("--move", source, out, code=4)
     assert NAME in held(source)
 
 
@@ -210,6 +215,94 @@ def test_killed_at_any_point_it_leaves_no_half_archive_under_a_name(
     assert {**held(out), f"{NAME}.partial": b""} == {**held(source), f"{NAME}.partial": b""}
 
 
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.soak)])
+def test_killed_at_random_moments_it_goes_on_and_is_whole(
+    kills: int, source: Path, out: Path, cancel: Cancel
+) -> None:
+    chance = random.Random(kills)
+    began = time.monotonic()
+    copied(source, out, cancel)
+    usual_s = time.monotonic() - began
+    for path in out.iterdir():
+        path.unlink()
+    for _ in range(kills):
+        pid = os.fork()
+        if not pid:
+            try:
+                copied(source, out, cancel)
+            finally:
+                os._exit(0)
+        # No wait for anything: any moment is right.
+        time.sleep(chance.uniform(0, usual_s))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        found = held(out)
+        if NAME in found:
+            assert {**found, f"{NAME}.partial": b""} == {**held(source), f"{NAME}.partial": b""}
+            for path in out.iterdir():
+                path.unlink()
+    copied(source, out, cancel)
+    assert held(out) == held(source)
+
+
+def test_a_manifest_that_is_exchanged_meanwhile_arrives_beside_nothing(
+    source: Path, out: Path, cancel: Cancel
+) -> None:
+    other = archive({"a": random.Random(2).randbytes(40 * 65536)})
+
+    def exchange(count: int) -> None:
+        (source / f"{NAME}.manifest.json").write_bytes(manifest(other))
+
+    with (
+        contextlib.closing(ArchiveFolder(str(source))) as one,
+        contextlib.closing(ArchiveFolder(str(out))) as target,
+    ):
+        (each,) = find_archives(one)
+        with pytest.raises(Failure, match="changed or replaced"):
+            copy_archive(one, each, target, exchange, cancel)
+    assert set(held(out)) <= {f"{NAME}.partial"}
+
+
+def test_without_a_manifest_it_is_as_long_as_its_place_says(
+    source: Path, out: Path, cancel: Cancel
+) -> None:
+    os.unlink(source / f"{NAME}.manifest.json")
+    with (
+        contextlib.closing(ArchiveFolder(str(source))) as one,
+        contextlib.closing(ArchiveFolder(str(out))) as other,
+    ):
+        (each,) = find_archives(one)
+        lie = each._replace(file=each.file._replace(size_bytes=len(RAW) + 1))
+        with pytest.raises(Failure, match="changed or replaced"):
+            copy_archive(one, lie, other, lambda count: None, cancel)
+    assert held(out) == {}
+
+
+@pytest.mark.parametrize("more", [[], ["--compress=zstd:1"]])
+def test_what_takes_the_name_of_a_moved_archive_meanwhile_stays(
+    more: list[str],
+    source: Path,
+    out: Path,
+    copy_here: CopyHere,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    os.unlink(source / f"{NAME}.protected")
+    real = source_state
+    calls = 0
+
+    def changing(path: str) -> tuple[object, ...]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            os.utime(source / NAME, ns=(1, 1))
+        return real(path)
+
+    monkeypatch.setattr(command, "source_state", changing)
+    said = copy_here("--move", *more, "--quiet", source, out, code=1)
+    assert "after it was copied: it stays" in said
+    assert NAME in held(source)
+
+
 def test_a_target_that_fills_up_is_told_and_gone_on_with_when_there_is_room(
     source: Path, out: Path
 ) -> None:
@@ -247,14 +340,17 @@ def test_a_source_that_changes_is_refused_without_a_manifest_too(
 
 
 def test_each_mistake_is_told_in_one_line(source: Path, out: Path) -> None:
-    assert "nobody reads archives from a service" in bad("copy", "tcp://h:1", out, code=2)
-    assert "vmapipe backup --archiver" in bad("copy", source, "tcp://h:1", code=2)
+    assert "nobody reads archives from one" in bad("copy", "tcp://h:1", out, code=2)
+    for words in (("copy", source, "tcp://h:1"), ("repack", source / NAME, "ipc:///run/s/vm.vma")):
+        text = bad(*words, code=2)
+        assert "vmapipe backup --archiver" in text
+        assert "vmapipe serve" in text
     assert "neither a folder" in bad("copy", source, source / "no", code=2)
     assert "no archive of that name" in bad("copy", source / "no.vma", out)
 
 
 def test_what_is_encrypted_on_the_way_tells_nothing_beside_it_and_is_opened_only_when_that_is_said(
-    source: Path, out: Path, tmp_path: Path
+    source: Path, out: Path, tmp_path: Path, copy_here: CopyHere
 ) -> None:
     secret = bytes(range(32))
     key = tmp_path / "key"
@@ -265,7 +361,9 @@ def test_what_is_encrypted_on_the_way_tells_nothing_beside_it_and_is_opened_only
     assert "age1x" in bad(
         "copy", "--encrypt-to", "age1x", "--newer-than", "1h", source, out, code=2
     )
-    assert "would lose it" in bad_line(run("copy", "--move", "--identity", key, *to, source, out))
+    assert "would lose it" in bad_line(
+        copy_here("--move", "--identity", key, *to, source, out, code=1)
+    )
     assert held(out) == {}
     assert f"{NAME}.notes stays behind" in good("copy", *to, source, out).decode()
     assert sorted(held(out)) == [f"{NAME}.age{end}" for end in ("", ".manifest.json", ".protected")]
@@ -276,3 +374,17 @@ def test_what_is_encrypted_on_the_way_tells_nothing_beside_it_and_is_opened_only
     os.unlink(source / NAME)
     good("copy", "--identity", key, "--decrypt", out, source)
     assert (source / NAME).read_bytes()[:4] == RAW[:4]
+
+
+def test_by_way_of_its_disks_an_archive_gets_into_a_service(source: Path, tmp_path: Path) -> None:
+    sock, config = tmp_path / "vm.sock", tmp_path / "c"
+    config.write_bytes(good("config", source / NAME))
+    with (
+        services.serving(tmp_path / "service") as service,
+        archives.serving(sock, source / NAME) as served,
+    ):
+        words: list[str | Path] = ["--nbd", f"a={served.uri('a')}", "--config", config, "--quiet"]
+        good("backup", *words, "--archiver", service.endpoint, *service.link, NAME)
+    for at, folder in (("there", source), ("here", tmp_path / "service")):
+        good("restore", "--quiet", folder / NAME, tmp_path / at)
+    assert held(tmp_path / "here") == held(tmp_path / "there")

@@ -79,6 +79,19 @@ def test_a_folder_is_listed_with_all_that_is_known_of_each_archive(tmp_path: Pat
     assert b"missing" in done.stderr
 
 
+def test_a_name_as_long_as_a_name_can_be_is_listed_verified_and_removed(tmp_path: Path) -> None:
+    name = f"{'n' * 240}-2026-01-01.vma"
+    (tmp_path / name).write_bytes(RAW)
+    (tmp_path / f"{'n' * 240}-2026-01-02.vma").write_bytes(RAW)
+    assert _listed(tmp_path)[name]["manifest"] is False
+    done = run("verify", "--quiet", tmp_path)
+    assert done.returncode == 0
+    (line,) = done.stderr.decode().splitlines()  # not one for each
+    assert "is not kept there" in line
+    good("prune", "--keep-last=1", "--yes", tmp_path)
+    assert os.listdir(tmp_path) == [f"{'n' * 240}-2026-01-02.vma"]
+
+
 def test_a_damaged_archive_does_not_end_the_walk_and_verdicts_stay_beside_them(
     tmp_path: Path,
 ) -> None:

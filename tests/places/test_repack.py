@@ -21,7 +21,7 @@ from dissect.archive.vma import VMA
 
 from tests.archives import ClusterAt, archive, extents_of, in_order, manifest
 from tests.golden_archives import GoldenItem
-from tests.machine import LIMIT_S, VMAPIPE, bad, good
+from tests.machine import LIMIT_S, VMAPIPE, Need, bad, good
 from vmapipe.archiver.job.writer import ArchiveWriter
 from vmapipe.archiver.outputs.compress import Compression
 from vmapipe.archiver.outputs.file import FileOutput
@@ -107,6 +107,18 @@ def test_archives_of_the_reference_tool_are_repacked_and_another_reader_finds_th
         configs = {key: hashlib.sha256(data).hexdigest() for key, data in other.configs().items()}
         assert configs == {i.name: i.sha256 for i in items if i.kind == "config"}, name
     good("verify", "--require-manifest", "--quiet", *sorted(out.glob("*.zst")))
+
+
+def test_lzo_of_the_reference_tool_is_repacked_too(
+    golden: Path, golden_digests: dict[str, list[GoldenItem]], out: Path, cancel: Cancel, need: Need
+) -> None:
+    (lzop,) = need("lzop")
+    name, items = next(iter(golden_digests.items()))
+    source = out / f"{name}.lzo"
+    subprocess.run([lzop, "-q", "-o", source, golden / name], check=True, timeout=LIMIT_S)
+    repacked(cancel, source, out / "new.vma.zst", compress=True)
+    expected = {i.name: i.sha256 for i in items if i.kind == "device" and i.name != "vmstate"}
+    assert _digests_by_dissect(_opened_by_dissect(out / "new.vma.zst")) == expected
 
 
 def test_out_of_order_from_anywhere_becomes_one_and_the_same_archive(

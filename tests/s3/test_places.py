@@ -17,6 +17,7 @@ from tests.machine import good, run
 from tests.s3.server import S3Server, environment_for
 from vmapipe.places.archives import find_archives
 from vmapipe.places.place import ArchiveBucket
+from vmapipe.runtime.errors import Failure
 
 RAW = archive({"a": bytes(65536) + b"data" * 30000}, {"c": b"1"})
 
@@ -43,7 +44,9 @@ def test_a_bucket_is_listed_verified_and_pruned_as_a_folder_is(s3: S3Server) -> 
 
 
 class _Pages(BaseHTTPRequestHandler):
-    """Answers a listing: ten thousand archives, each with its manifest, a thousand keys a page."""
+    """Answers a listing: ten thousand archives, each tenth with a manifest, in pages."""
+
+    item = ""
 
     def do_GET(self) -> None:
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
@@ -53,9 +56,10 @@ class _Pages(BaseHTTPRequestHandler):
             f'<LastModified>2026-01-02T00:00:00.000Z</LastModified><ETag>"e"</ETag><Size>{n}</Size>'
             "</Contents>"
             for n in range(first, first + 500)
-            for ending in ("", ".manifest.json")
+            for ending in (("",) if n % 10 else ("", ".manifest.json"))
         )
-        more = first + 500 < 10_000
+        items = self.item or items
+        more = not self.item and first + 500 < 10_000
         token = f"<NextContinuationToken>{first + 500}</NextContinuationToken>" if more else ""
         body = (
             f'<?xml version="1.0"?><ListBucketResult><IsTruncated>{str(more).lower()}</IsTruncated>'
@@ -88,5 +92,40 @@ def test_ten_thousand_archives_come_in_pages() -> None:
     with contextlib.closing(ArchiveBucket("s3://backups/vms")) as place:
         found = find_archives(place)
     assert len(found) == 10_000
-    assert all(each.has_manifest for each in found)
+    assert sum(each.has_manifest for each in found) == 1000
     assert sum(each.file.size_bytes for each in found) == sum(range(10_000))
+
+
+_TIME = "<LastModified>2026-01-02T00:00:00.000Z</LastModified>"
+
+
+@pytest.mark.usefixtures("pages")
+@pytest.mark.parametrize(
+    "item",
+    [
+        f"<Key>vms/vm.vma</Key>{_TIME}",
+        f"<Key>vms/vm.vma</Key>{_TIME}<Size>-5</Size>",
+        f"<Key>vms/vm.vma</Key>{_TIME}<Size>many</Size>",
+        "<Key>vms/vm.vma</Key><Size>5</Size>",
+        "<Key>vms/vm.vma</Key><Size>5</Size><LastModified>soon</LastModified>",
+        "</Contents><Contents",
+    ],
+)
+def test_a_listing_that_makes_no_sense_is_an_error_in_words(
+    item: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Pages, "item", f"<Contents>{item}</Contents>")
+    with (
+        contextlib.closing(ArchiveBucket("s3://backups/vms")) as place,
+        pytest.raises(Failure, match="cannot list s3://backups/vms") as failed,
+    ):
+        find_archives(place)
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.usefixtures("pages")
+def test_keys_that_nobody_asked_for_are_no_archives(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = f"<Contents><Key>other/vm.vma</Key>{_TIME}<Size>5</Size></Contents>"
+    monkeypatch.setattr(_Pages, "item", item)
+    with contextlib.closing(ArchiveBucket("s3://backups/vms")) as place:
+        assert find_archives(place) == []
