@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vmapipe.control.cli.errors import naming, source_name
+from vmapipe.control.cli.errors import named, naming, source_name
 from vmapipe.control.cli.identity import (
     add_identity_option,
     add_signed_by_option,
@@ -361,7 +361,7 @@ def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
         except ArchiveError as error:
             if kept is not None:
                 kept.keep(started_s, ok=False, data_checked=False)
-            raise Damaged(f"{source_name(name)}: {error}{error.advice}") from error
+            raise Damaged(named(name, error)) from error
         emit(report.event())
     data_checked = report.data_checked or (report.is_encrypted and report.file_checked)
     if kept is not None:

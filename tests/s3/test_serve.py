@@ -10,9 +10,10 @@ import pytest
 
 from tests.access.serving import serving
 from tests.access.sessions import FSTAB, make_archives, run_session, sessions
-from tests.machine import Need, good, make_disk
+from tests.machine import Need, bad_here, good, good_here, make_disk
 from tests.protocol.nbd.client import Client
 from tests.s3.server import BUCKET, S3Server
+from vmapipe.crypt.keys import X25519Identity, encode_bech32
 
 
 @pytest.mark.parametrize("words", [(), ("--compress", "zstd")], ids=["plain", "zstd"])
@@ -31,6 +32,43 @@ def test_an_object_is_served_by_ranges_and_checked(
             assert client.read(start, length) == content[start : start + length]
         assert client.read_all(1 << 20) == content
     assert "no manifest" not in served.said
+
+
+def test_an_encrypted_and_signed_object_is_read_with_its_key_and_copied_with_all_that_proves_it(
+    s3: S3Server, tmp_path: Path
+) -> None:
+    secret, key = bytes(range(32)), tmp_path / "key"
+    key.write_text(encode_bech32("age-secret-key-", secret).upper())
+    key.chmod(0o600)
+    good_here("keygen", "--sign", tmp_path / "sign")
+    disk = make_disk(tmp_path / "disk", "AAp0hhAp" * 4, 777)
+    name = "vm-2026-01-01.vma.zst.age"
+    archive = f"s3://{BUCKET}/{name}"
+    good(
+        *("backup", "--quiet", "--disk", f"a={disk}", "--compress", "zstd"),
+        *("--encrypt-to", X25519Identity(secret).recipient.text),
+        *("--sign", tmp_path / "sign", archive),
+    )
+    assert b"encrypted   yes" in good_here("list", "--identity", key, archive)
+    assert "--identity FILE" in bad_here("restore", archive, tmp_path / "no")
+    assert "--identity FILE" in bad_here("files", "ls", archive)
+    content = disk.read_bytes()
+    with (
+        serving(tmp_path / "s", archive, "--identity", str(key)) as served,
+        Client(tmp_path / "s", "a") as client,
+    ):
+        assert client.read(70000, 9000) == content[70000:79000]
+        assert client.read_all(1 << 20) == content
+    assert "no manifest" not in served.said
+    (tmp_path / "folder").mkdir()
+    good_here("copy", "--quiet", archive, tmp_path / "folder")
+    asked = ("--signed-by", tmp_path / "sign.pub", "--identity", key)
+    good_here("verify", "--quiet", "--require-manifest", *asked, tmp_path / "folder" / name)
+    good_here("restore", "--quiet", *asked, archive, tmp_path / "out")
+    assert (tmp_path / "out" / "disk-a.raw").read_bytes() == content
+    raw = s3.data(f"{name}.manifest.json")
+    s3.put(f"{name}.manifest.json", raw.replace(b'"sealed"', b'"Sealed"', 1))
+    assert "is not the one that was signed" in bad_here("verify", *asked, archive, code=4)
 
 
 def test_the_session_of_the_page_runs_on_a_bucket_as_it_stands_there(
