@@ -29,10 +29,12 @@ from tests.machine import (
     end_of,
     eventually,
     good,
+    good_here,
     next_event,
     run,
     started,
 )
+from vmapipe.crypt.keys import X25519Identity, encode_bech32
 from vmapipe.vma.header import Config, Header, parse_header, peek_header_bytes
 
 MIB = 1 << 20
@@ -315,6 +317,26 @@ def test_a_machine_without_disks_is_its_configuration(
     stored = good("config", archive_of(node, 100)).decode()
     assert stored == "memory: 64\n#scsi0: local:100/vm-100-disk-0.raw,backup=0\n"
     assert good("config", archive_of(node, 101)) == b"memory: 64\n"
+
+
+def test_an_encrypted_machine_has_nothing_beside_it_that_tells_of_it_and_comes_back_with_the_key(
+    node: SimulatedNode, tmp_path: Path
+) -> None:
+    stopped(node, 100)
+    (node.root / "etc/vzdump.conf").write_text("notes-template: {{guestname}}\n")
+    secret, key = bytes(range(32)), tmp_path / "key"
+    key.write_text(encode_bech32("age-secret-key-", secret).upper())
+    key.chmod(0o600)
+    to = ("--encrypt-to", X25519Identity(secret).recipient.text)
+    good(*node.words("--pve", "100", *to, "--protected", "--compress", "zstd"), "local")
+    names = sorted(path.name for path in node.dump.iterdir())
+    archive = node.dump / names[0]
+    assert archive.name.endswith(".vma.zst.age")
+    assert names[1:] == [f"{archive.name}{end}" for end in (".manifest.json", ".protected")]
+    assert b"drive-scsi0" in good_here("list", "--identity", key, archive)
+    good_here("verify", "--quiet", "--require-manifest", "--identity", key, archive)
+    kept = good_here("config", "--identity", key, archive)
+    assert b"memory: " in kept
 
 
 def test_somebody_elses_lock_fails_the_machine_and_stays(node: SimulatedNode) -> None:
