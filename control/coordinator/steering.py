@@ -105,6 +105,8 @@ class Steering:
         self._worst_s = 0.0
         self._helpless_since = 0.0
         self._has_said_so = False
+        # What who measures has for the user.
+        self._notices: list[str] = []
 
     @property
     def share(self) -> int:
@@ -126,10 +128,8 @@ class Steering:
         wish, control = self._wish, self._control
         if wish is None or control is None:
             return
-        notices: list[str] = []
-        source = machine.measure(wish.bound_s, notices)
-        for text in notices:
-            emit({"event": "notice", "text": text})
+        source = machine.measure(wish.bound_s, self._notices)
+        self._tell_notices(emit)
         if source is None:
             return
         self._source = source
@@ -175,6 +175,7 @@ class Steering:
         if source is None or control is None or now < self._asked_at + source.every_s:
             return False
         felt, total = source.take(), self.read_bytes
+        self._tell_notices(emit)
         rate = control.take(felt, total - self._asked_bytes, now - self._asked_at)
         self._asked_at, self._asked_bytes = now, total
         self._second.append(felt)
@@ -183,6 +184,11 @@ class Steering:
         changed = rate != self._shares.bytes_per_s
         self._shares.bytes_per_s = rate
         return changed
+
+    def _tell_notices(self, emit: Emit) -> None:
+        """Some come later: of devices that were plugged in meanwhile."""
+        while self._notices:
+            emit({"event": "notice", "text": self._notices.pop(0)})
 
     def _tell(self, emit: Emit, now: float, total: int, rate: int) -> None:
         """Report the last second."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from vmapipe.control.qmp.connection import Answer, Command, Qmp, QmpRefused, ask_if_known
 from vmapipe.runtime.latency import NOTHING_FELT, Felt, Means, bounds_ns, felt_of, is_ours, worst
-from vmapipe.runtime.text import name_text
+from vmapipe.runtime.text import name_text, one_line
 
 _SET = "block-latency-histogram-set"
 _KINDS = ("rd", "wr", "flush", "unmap", "zone_append")
@@ -23,6 +23,9 @@ _FELT_KINDS = ("rd", "wr")
 # QEMU tells since when a device has had no request. A guest without work still writes a
 # journal or a log now and then; one that works is not still for so long.
 _IDLE_NS = 200_000_000
+# What comes of numbers that are none, or are missing: a backup does not depend on them.
+_NONSENSE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_MAX_WORDS_CHARS = 100
 
 
 def _devices(qmp: Qmp) -> dict[str, Mapping[str, Any]]:
@@ -76,12 +79,23 @@ class GuestLatency:
 
     def begin(self) -> bool:
         """Set the histograms; False: no device has any. One that is ours is of a backup that was killed."""
-        devices = _devices(self._qmp)
-        for name, stats in devices.items():
-            # There is none before the first request.
-            self.guest_is_idle &= int(stats.get("idle_time_ns", _IDLE_NS)) >= _IDLE_NS
-            self._add(name, stats)
+        try:
+            devices = _devices(self._qmp)
+            for name, stats in devices.items():
+                # There is none before the first request.
+                self.guest_is_idle &= int(stats.get("idle_time_ns", _IDLE_NS)) >= _IDLE_NS
+                self._add(name, stats)
+        except _NONSENSE as error:
+            self._give_up(error)
+            return True
         return bool(devices)
+
+    def _give_up(self, error: Exception) -> None:
+        self._is_over = True
+        what = one_line(f"{type(error).__name__}: {error}", _MAX_WORDS_CHARS)
+        self._notices.append(
+            f"--guest-latency has no effect any more: what QEMU tells of its requests is nonsense ({what})"
+        )
 
     def end(self) -> None:
         """The histograms are removed: nothing is asked any more, and none is set."""
@@ -118,6 +132,13 @@ class GuestLatency:
         """
         if self._is_over:
             return NOTHING_FELT
+        try:
+            return self._felt()
+        except _NONSENSE as error:
+            self._give_up(error)
+            return NOTHING_FELT
+
+    def _felt(self) -> Felt:
         parts = []
         for name, stats in _devices(self._qmp).items():
             if name in self._counts:

@@ -80,6 +80,20 @@ def test_a_good_second_in_between_is_no_reason_to_be_silent_later(clock: Clock) 
     assert len([event for event in told if event["event"] == "notice"]) == 1
 
 
+def test_what_is_to_be_said_of_a_device_that_came_later_is_said(clock: Clock) -> None:
+    class Plugged(Guest):
+        def measure(self, bound_s: float, notices: list[str]) -> LatencySource | None:
+            self.notices = notices
+            return self
+
+    guest = Plugged(NOTHING_FELT)
+    found, told = begun(guest)
+    guest.notices.append("the guest's device late")
+    passes(found, clock, told, 5)
+    notices = [event["text"] for event in told if event["event"] == "notice"]
+    assert notices == ["the guest's device late"]
+
+
 def test_an_idle_guests_backup_has_the_users_limit_and_no_other(clock: Clock) -> None:
     found, told = begun(Guest(NOTHING_FELT, is_idle=True), speed=50 * MIB)
     passes(found, clock, told, 5)

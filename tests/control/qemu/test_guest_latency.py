@@ -16,8 +16,10 @@ from tests.control.qemu.daemon_backup import BOTH, wait_for_end
 from tests.control.qemu.paused_machine import PausedMachine, faulty_machine
 from tests.control.qemu.storage_daemon import StorageDaemon
 from tests.machine import Need, end_of, good, next_event, started
+from vmapipe.control.qemu.guest_latency import GuestLatency
 from vmapipe.control.qmp.client import QmpClient
-from vmapipe.control.qmp.connection import Command
+from vmapipe.control.qmp.connection import Command, Qmp
+from vmapipe.runtime.latency import NOTHING_FELT, bounds_ns
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -168,3 +170,68 @@ def test_a_qemu_that_counts_no_requests_is_backed_up_and_that_is_said(
 ) -> None:
     said = good("backup", "--qmp", daemon.qmp, *BOTH, "--guest-latency", "20ms", out / "vm.vma")
     assert b"--guest-latency has no effect" in said
+
+
+class Liar(Qmp):
+    """A QEMU that answers one question with what it is told to, and has nothing to say to others."""
+
+    def __init__(self, stats: Any) -> None:
+        self.stats = stats
+
+    def execute(self, command: Command) -> Any:
+        if command.name == "query-blockstats":
+            return [{"qdev": "disk0", "stats": self.stats}]
+        return [] if command.name == "query-iothreads" else {}
+
+
+BINS = len(bounds_ns(0.02)) + 1
+
+
+def histogram(bins: Any, boundaries: Any = None) -> dict[str, Any]:
+    ours = bounds_ns(0.02)
+    found = {"boundaries": boundaries or ours, "bins": bins}
+    return {"rd_latency_histogram": found, "wr_latency_histogram": found}
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [
+        histogram(["many"] * BINS),
+        histogram([None] * BINS),
+        histogram([10**400] * BINS),
+        histogram(7),
+        histogram([1] * BINS, boundaries=7),
+        {"rd_latency_histogram": [1, 2], "wr_latency_histogram": {}},
+        {"rd_latency_histogram": {}},
+        {"idle_time_ns": "long"},
+    ],
+)
+@pytest.mark.parametrize("is_later", [True, False])
+def test_numbers_that_cannot_be_are_said_once_and_cost_no_backup(
+    stats: dict[str, Any], *, is_later: bool
+) -> None:
+    notices: list[str] = []
+    liar = Liar({} if is_later else stats)
+    latency = GuestLatency(liar, 0.02, 0.25, notices)
+    assert latency.begin()
+    liar.stats = stats
+    felt = [latency.take() for _ in range(3)]
+    assert not any(each.is_broken for each in felt)
+    assert len(notices) <= 1
+    for text in notices:
+        assert "--guest-latency" in text
+
+
+def test_numbers_that_go_back_and_a_device_that_is_another_one_are_no_slow_requests() -> None:
+    notices: list[str] = []
+    qemu = Liar({})
+    latency = GuestLatency(qemu, 0.02, 0.25, notices)
+    assert latency.begin()
+    many, few = [0] * BINS, [0] * BINS
+    many[-1], few[-1] = 2**64 - 1, 3
+    for bins in (many, few, [-5] * BINS):
+        qemu.stats = histogram(bins)
+        assert latency.take().is_broken == (bins is many)
+    qemu.stats = {}
+    assert latency.take() == NOTHING_FELT
+    assert notices == []
