@@ -24,9 +24,9 @@ from vmapipe.producer.pull_reader import PullReader
 from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.producer.source import UNSHARED, DiskSourceError, Sharing, open_at_rest
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.errors import Cancelled, Failure, os_error_text
 from vmapipe.runtime.image_format import references
-from vmapipe.runtime.storage_daemon import StorageDaemon, option_text
+from vmapipe.runtime.storage_daemon import DaemonTooSlow, StorageDaemon, option_text
 from vmapipe.runtime.text import name_text
 
 EXPORT = "disk"
@@ -109,10 +109,15 @@ class ImageReader(PullReader):
             image = _image_options(path, self._image_fd, how.image_format, shared=sharing.force)
         if image and not how.snapshot and not how.offset and can_share():
             node = f"{image},node-name={_NODE},read-only=on"
-            with contextlib.suppress(Failure):
+            try:
                 daemon = StorageDaemon(
                     what, "qemu-storage-daemon", functools.partial(_exported, node), cancel
                 )
+            except (DaemonTooSlow, Cancelled):
+                raise  # what opens forever, such as a chain that is a circle, does so for qemu-nbd, too
+            except Failure:
+                pass
+            else:
                 return daemon, True
         # Two clients: ours, and the one that looked whether it listens.
         options = ["--read-only", "--persistent", f"--export-name={EXPORT}", "--shared=2"]

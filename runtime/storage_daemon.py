@@ -35,6 +35,10 @@ _KEPT_LINES = 100
 _PACKAGES = {"qemu-storage-daemon": "qemu-system-common", "qemu-nbd": "qemu-utils"}
 
 
+class DaemonTooSlow(Failure):
+    """It runs, and does not listen in time."""
+
+
 class LastWords:
     """Collects a process's output while it runs: a full pipe would make it wait.
 
@@ -193,7 +197,7 @@ class StorageDaemon:
                 process.wait(_POLL_S)
             except subprocess.TimeoutExpired:
                 if time.monotonic() > deadline:
-                    raise Failure(
+                    raise DaemonTooSlow(
                         f"{self._what}: {self._program} is not ready after {_START_S:.0f} s"
                     ) from None
                 continue

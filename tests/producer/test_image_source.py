@@ -222,6 +222,25 @@ def test_a_server_that_says_much_is_not_held_up_by_a_pipe_that_nobody_reads(
         assert "warning" not in str(raised.value)
 
 
+def test_a_chain_of_images_that_is_a_circle_is_given_up_once(
+    tmp_path: Path, need: Need, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU opens it without end; two programs that do would take longer than a backup waits for a producer."""
+    qemu_img, _ = need("qemu-img", "qemu-storage-daemon")
+    image, other = tmp_path / "circle.qcow2", tmp_path / "other.qcow2"
+    for path, backing in ((image, other), (other, image)):
+        words = ["create", "-q", "-u", "-f", "qcow2", "-b", str(backing), "-F", "qcow2", str(path)]
+        subprocess.run([qemu_img, *words, "1M"], check=True)
+    monkeypatch.setattr("vmapipe.runtime.storage_daemon._START_S", 0.5)
+    how = HowToRead("qcow2", others=True)
+    with (
+        pytest.raises(Failure, match=r"^disk 'd': qemu-storage-daemon is not ready after"),
+        opened(image, how),
+    ):
+        pass
+    assert psutil.Process().children() == []
+
+
 def test_without_qemu_nbd_the_message_names_the_package(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
