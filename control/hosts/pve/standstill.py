@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vmapipe.control.hosts.pve.node import PveNode
@@ -42,6 +42,9 @@ _LATE_S = 60.0
 # A monitor that others use becomes free.
 _RESUME_S = 60.0
 _RESUME_AGAIN_S = 0.2
+_OFF_AGAIN_S = 0.2
+# A note is written over by another one, which is whole or not there at all.
+_NOTE_BYTES = 256
 _MAX_NOTE_BYTES = 4096
 _MAX_WORDS_CHARS = 300
 
@@ -118,14 +121,29 @@ def _let_go(stand: Stand, heard: _Heard, process: subprocess.Popen[bytes], emit:
         if heard.failure:
             return str(failure)
         # It was killed.
-        try:
-            undo(stand.note, stand.vmid, stand.monitor)
-        except Failure as other:
-            return str(other)
+        return _undone_at_last(stand, emit)
     finally:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
     return ""
+
+
+def _undone_at_last(stand: Stand, emit: Emit) -> str:
+    """Undo what was left, when the guest is off that was told to shut down; return what is wrong, else nothing."""
+    has_said_so = False
+    while True:
+        try:
+            undo(stand.note, stand.vmid, stand.monitor)
+        except _ShutsDown:
+            if not has_said_so:
+                has_said_so = True
+                text = "is waited for: it was told to shut down, and has to be started again"
+                emit({"event": "notice", "text": f"VM {stand.vmid} {text}"})
+            time.sleep(_OFF_AGAIN_S)
+        except Failure as failure:
+            return str(failure)
+        else:
+            return ""
 
 
 class _Heard:
@@ -175,6 +193,10 @@ class _Heard:
         return texts
 
 
+class _ShutsDown(Failure):
+    """The machine runs, but may have been told to shut down: later it is known."""
+
+
 class _NotUndone(Failure):
     """The machine is not as it was."""
 
@@ -188,28 +210,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     stand = Stand(mode, int(vmid), monitor, note, int(stop_s))
     with socket.socket(fileno=int(control.partition("=")[2])) as parent:
         try:
-            with _noted(stand):
-                _stand(stand, parent)
+            with _noted(stand) as was_shut_down:
+                _stand(stand, parent, was_shut_down)
         except Failure as failure:
             _say(parent, "failed", str(failure))
             return 1
     return 0
 
 
-def _stand(stand: Stand, parent: socket.socket) -> None:
+def _stand(stand: Stand, parent: socket.socket, was_shut_down: Callable[[], None]) -> None:
     """Make the machine stand, wait, and let it go on. Raises Failure."""
     began = time.monotonic()
+    # One that its administrator has paused stays so.
+    is_ours = True
     if stand.mode == "stop":
         _shut_down(stand)
-        is_ours = True
+        with contextlib.suppress(OSError):
+            was_shut_down()
         _start(stand)
     else:
-        # One that its administrator has paused stays so.
-        is_ours = _pause(stand.monitor)
-    _say(parent, "standing")
-    in_time = bool(readable([parent.fileno()], _STANDS_S))
-    if is_ours:
-        _resume(stand)
+        is_ours = _runs(stand.monitor)
+    try:
+        if is_ours and stand.mode != "stop":
+            # It may have stopped although no answer comes.
+            _pause(stand.monitor)
+        _say(parent, "standing")
+        in_time = bool(readable([parent.fileno()], _STANDS_S))
+    finally:
+        if is_ours:
+            _resume(stand)
     text = f"VM {stand.vmid}: went on after {time.monotonic() - began:.1f} s"
     if not in_time:
         raise Failure(f"{text}: the backup had not begun by then")
@@ -235,6 +264,12 @@ def _shut_down(stand: Stand) -> None:
                 "guest still does: see whether ACPI or the agent work in it, or leave out --mode stop"
             ) from failure
         # It is off all the same.
+        return
+    if _status(stand.monitor):
+        raise Failure(
+            f"VM {stand.vmid} still runs although `qm shutdown` says that it is off: see what `qm` is here, or "
+            "leave out --mode stop"
+        )
 
 
 def _start(stand: Stand) -> None:
@@ -260,6 +295,12 @@ def _pause_if_there(monitor: str) -> bool:
     with contextlib.suppress(Failure):
         return _pause(monitor) or _status(monitor) == "paused"
     return False
+
+
+def _runs(monitor: str) -> bool:
+    """Tell whether the machine's processors run. Raises Failure."""
+    with contextlib.closing(SharedQmp(parse_address(monitor))) as link:
+        return bool(link.execute(Command("query-status", {}))["running"])
 
 
 def _pause(monitor: str) -> bool:
@@ -333,19 +374,32 @@ def _ended(process: subprocess.Popen[bytes], limit_s: float) -> str:
 # --- the note ---
 
 
+def _write_note(fd: int, stand: Stand, until: float) -> None:
+    """`until`: then (of the host's run, in seconds) a machine that still runs will not shut down any more."""
+    note = {"mode": stand.mode, "boot": _boot(), "until": round(until)}
+    os.pwrite(fd, json.dumps(note).encode().ljust(_NOTE_BYTES), 0)
+    os.fsync(fd)
+
+
+def _host_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 @contextlib.contextmanager
-def _noted(stand: Stand) -> Iterator[None]:
-    """A file that tells what has to be undone, locked while somebody is at it. Raises Failure."""
+def _noted(stand: Stand) -> Iterator[Callable[[], None]]:
+    """A file that tells what has to be undone, locked while somebody is at it. Raises Failure.
+
+    What is yielded notes that the machine has shut down: if it runs afterwards, it has been started.
+    """
     try:
         os.makedirs(os.path.dirname(stand.note), mode=0o700, exist_ok=True)
         fd = os.open(stand.note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with open(fd, "r+b", buffering=0) as file:
             fcntl.lockf(fd, fcntl.LOCK_EX)
             file.truncate()
-            file.write(json.dumps({"mode": stand.mode, "boot": _boot()}).encode())
-            os.fsync(fd)
+            _write_note(fd, stand, _host_s() + stand.stop_s + _LATE_S)
             try:
-                yield
+                yield lambda: _write_note(fd, stand, 0.0)
             except _NotUndone:
                 raise  # the next backup tries
             except BaseException:
@@ -379,7 +433,7 @@ def undo(note: str, vmid: int, monitor: str) -> str:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return ""
-        mode, boot = _read(file.read(_MAX_NOTE_BYTES))
+        mode, boot, until = _read(file.read(_MAX_NOTE_BYTES))
         done = ""
         if boot == _boot():
             stand = Stand(mode, vmid, monitor, note, 0)
@@ -388,18 +442,32 @@ def undo(note: str, vmid: int, monitor: str) -> str:
                 _resume(stand)
                 done = f"VM {vmid} goes on: a backup that was killed had it stand still"
             elif not status and mode == "stop":
-                _qm(["start", str(vmid), "--skiplock", "1"], _START_S)
+                _start_again(stand)
                 done = f"VM {vmid} was started: a backup that was killed had shut it down"
+            elif mode == "stop" and (left_s := until - _host_s()) > 0:
+                raise _ShutsDown(
+                    f"VM {vmid} runs, but a backup that was killed may have told it to shut down; `vmapipe cleanup "
+                    f"--pve {vmid}` starts it then: run it in {left_s:.0f} s, or when the machine is off"
+                )
         os.unlink(note)
     return done
 
 
-def _read(data: bytes) -> tuple[str, str]:
-    """Return the mode and the boot of a note; one that is cut off was written before anything was done."""
+def _start_again(stand: Stand) -> None:
+    """Start a machine, unless somebody else does that now. Raises Failure."""
+    try:
+        _qm(["start", str(stand.vmid), "--skiplock", "1"], _START_S)
+    except Failure:
+        if not _status(stand.monitor):
+            raise
+
+
+def _read(data: bytes) -> tuple[str, str, float]:
+    """Return the mode, the boot and the end of a note; one that is cut off was written before anything was done."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         found = json.loads(data)
-        return str(found["mode"]), str(found["boot"])
-    return "", ""
+        return str(found["mode"]), str(found["boot"]), float(found.get("until", 0.0))
+    return "", "", 0.0
 
 
 def _boot() -> str:

@@ -58,6 +58,9 @@ else:
 """
 
 
+STANDSTILL = "vmapipe.control.hosts.pve.standstill"
+
+
 class Host:
     """A node with one machine, 100, that runs; and its `qm`."""
 
@@ -172,18 +175,44 @@ def test_a_guest_that_does_not_shut_down_runs_on_and_one_that_does_not_start_is_
     assert list(node.dump.glob("*.vma*")) == []
 
 
-def test_a_machine_whose_backup_is_killed_while_it_shuts_down_is_started_again(
+@pytest.mark.parametrize("who", ["the backup", "what outlives it", "all at once"])
+def test_a_machine_is_started_again_whoever_is_killed_while_it_shuts_down(
+    node: SimulatedNode, need: Need, tmp_path: Path, who: str
+) -> None:
+    """Its guest has been told, and goes on with that whatever becomes of `qm`."""
+    with hosted(node, need, tmp_path) as host:
+        (host.bin / "hold").touch()
+        cleanup = ("cleanup", "--pve", "100", "--pve-root", node.root)
+        with started(*host.words("stop"), node.dump, env=host.env) as process:
+            assert eventually(lambda: len(host.asked()) == 1)
+            if who != "the backup":
+                children = psutil.Process(process.pid).children()
+                (keeper,) = [each for each in children if STANDSTILL in each.cmdline()]
+                keeper.kill()
+                assert eventually(lambda: not keeper.is_running() or keeper.status() == "zombie")
+            if who != "what outlives it":
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+            if who == "all at once":
+                text = bad(*cleanup, env=host.env)
+                assert "VM 100 runs, but a backup that was killed may have told it to shut" in text
+            (host.bin / "hold").unlink()
+            if who == "all at once":
+                assert eventually(lambda: host.status() == "")
+                assert b"VM 100 was started" in good(*cleanup, env=host.env)
+            assert eventually(lambda: len(host.asked()) == 2 and host.status() == "running")
+            assert eventually(lambda: not host.note.exists())
+
+
+def test_a_machine_that_does_not_shut_down_although_qm_says_so_fails_the_backup(
     node: SimulatedNode, need: Need, tmp_path: Path
 ) -> None:
     with hosted(node, need, tmp_path) as host:
-        (host.bin / "hold").touch()
-        with started(*host.words("stop"), node.dump, env=host.env) as process:
-            assert eventually(lambda: len(host.asked()) == 1)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        (host.bin / "hold").unlink()
-        assert eventually(lambda: len(host.asked()) == 2 and host.status() == "running")
-        assert eventually(lambda: not host.note.exists())
+        (host.bin / "qm").write_text("#!/bin/sh\nexit 0\n")
+        text = bad(*host.words("stop"), node.dump, env=host.env)
+        assert "VM 100 still runs although `qm shutdown` says that it is off" in text
+        assert host.status() == "running"
+        assert is_as_before(host)
 
 
 # Enters the block, says so and stays there.
