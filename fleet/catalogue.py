@@ -24,6 +24,8 @@ Verb = Literal["backup", "verify", "drill", "copy", "prune"]
 VERBS: tuple[Verb, ...] = ("backup", "verify", "drill", "copy", "prune")
 #: `lost`: whoever ran it died; its end is not known, and it is due again.
 RunState = Literal["waiting", "running", "done", "failed", "cancelled", "lost"]
+#: Clocks of hosts differ by minutes; what claims to be done later than that counts for nothing.
+AHEAD_S = 900.0
 ENDED: frozenset[RunState] = frozenset({"done", "failed", "cancelled", "lost"})
 
 
@@ -337,7 +339,8 @@ def after(standing: Standing, run: RunRecord) -> Standing:
     One that somebody has cancelled waits like a failed one; one that was lost is due again at once.
     """
     if run.state == "done":
-        if run.started_s < standing.done_s:
+        # One that a wrong clock has put into the future must not hide those that are done now.
+        if run.started_s < standing.done_s <= run.ended_s + AHEAD_S:
             return standing
         return Standing(run.machine, run.verb, run.target, run.started_s, run.ended_s, run.archive)
     if run.state in ("failed", "cancelled"):

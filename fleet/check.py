@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from vmapipe.fleet.catalogue import DrillRecord, Standing, Verb, VerificationRecord
+from vmapipe.fleet.catalogue import AHEAD_S, DrillRecord, Standing, Verb, VerificationRecord
 from vmapipe.fleet.inventory import Fleet, FleetMachine
-from vmapipe.fleet.planner import AHEAD_S
 from vmapipe.runtime.text import human_age, one_line
 
 #: An archive is late so many intervals after the last one, and a machine untested after so many.
@@ -48,8 +47,11 @@ def judge(
 ) -> Checked:
     """Hold each machine against its promise. `tests`: verifications and drills, of which the last counts."""
     troubles = [Trouble("warning", "host-down", h, why) for h, why in sorted(down.items())]
-    verified = {v.machine: v for v in sorted(tests[0], key=lambda v: v.checked_s)}
-    drilled = {d.machine: d for d in sorted(tests[1], key=lambda d: d.tested_s)}
+    until_s = now_s + AHEAD_S
+    looks = (v for v in tests[0] if v.checked_s <= until_s)
+    verified = {v.machine: v for v in sorted(looks, key=lambda v: v.checked_s)}
+    boots = (d for d in tests[1] if d.tested_s <= until_s)
+    drilled = {d.machine: d for d in sorted(boots, key=lambda d: d.tested_s)}
     oldest_s, counted = 0.0, 0
     for machine in machines:
         policy = fleet.policy(machine)
@@ -63,7 +65,7 @@ def judge(
         last = standings.get((name, "backup", policy.target)) or Standing(
             name, "backup", policy.target
         )
-        done_s = last.done_s if last.done_s <= now_s + AHEAD_S else 0.0
+        done_s = last.done_s if last.done_s <= until_s else 0.0
         age_s = max(0.0, now_s - (done_s or machine.first_seen_s or now_s))
         oldest_s = max(oldest_s, age_s)
         why = f"; it failed {last.failures} times: {last.text}" if last.failures else ""

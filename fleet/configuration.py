@@ -175,10 +175,11 @@ def _keep(value: object) -> tuple[tuple[str, int], ...]:
 def _size(value: object) -> str:
     text = _text(value)
     try:
-        size(text)
+        found = size(text)
     except Exception as error:
         raise ValueError(str(error)) from error
-    return text
+    # As jobs may have it, however it is spelt here: 10 MiB, 1e6.
+    return text if re.fullmatch(r"[0-9]{1,12}[KMGT]?", text) else str(found)
 
 
 def _path(value: object) -> str:
@@ -222,6 +223,7 @@ _POLICY: Values = {
     "drill_every": ("drill_every_s", _interval_or_never),
     "drill": ("drill", _path),
     "priority": ("priority", _number(-1000, 1000)),
+    "disks": ("disks", _texts),
     "exclude": ("exclude", _texts),
     "not_together": ("not_together", _text),
     "skip": ("skip", _text),

@@ -38,7 +38,13 @@ TASK = "vmapipe.job"
 STALLED_S = 30.0
 _CONNECT_S = 10
 # Numbers of ours among PostgreSQL's advisory locks.
-_LOCK_SCHEMA, _LOCK_SERVE = 0x766D6131, 0x766D6132
+_LOCK_SCHEMA, _LOCK_SERVE, _LOCK_WORKER = 0x766D6131, 0x766D6132, 0x766D6133
+# A host that has failed holds its worker's lock until the database misses it.
+_KEEPALIVES = (
+    "SET tcp_keepalives_idle = 10",
+    "SET tcp_keepalives_interval = 5",
+    "SET tcp_keepalives_count = 3",
+)
 
 Job = Callable[[Mapping[str, Any], threading.Event], None]
 
@@ -221,11 +227,19 @@ async def _work(dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel) 
 
 
 def run_worker(
-    dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel, *, is_again: bool = False
+    dsn: str,
+    host: str,
+    concurrency: int,
+    do: Job,
+    cancel: Cancel,
+    begun: Callable[[], None],
+    *,
+    is_again: bool = False,
 ) -> None:
     """Do a host's jobs until `cancel`. Raises Failure when the database is lost.
 
-    `is_again`: this process was its worker before, and lost the database.
+    `begun` is called when this is the host's only worker. `is_again`: this process was its worker
+    before, and lost the database.
     """
     for name in ("psycopg.pool", "procrastinate"):
         # What they have to say is said by what they raise; what a job says, by us.
@@ -234,15 +248,27 @@ def run_worker(
     # A pool would wait for half a minute, and stay deaf.
     catalogue = open_database(dsn)
     try:
+        for setting in _KEEPALIVES:
+            catalogue.postgres.execute(setting)
+        # Held by this connection for as long as we work: two would take each other's jobs for lost.
+        (got,) = catalogue.postgres.execute(
+            "SELECT pg_try_advisory_lock(?::int4, hashtext(?))", [_LOCK_WORKER, host]
+        ).fetchall()[0]
+        if not got:
+            raise DatabaseLost(
+                f"another `vmapipe fleet worker --host {host}` is at work with this database; this "
+                "one takes over when that ends"
+            )
+        begun()
         if is_again:
             # Ours, which have ended when the database was lost: nobody has to wait for their heartbeat.
             catalogue.postgres.execute(
                 "DELETE FROM procrastinate_jobs WHERE queue_name = ? AND status = 'doing'", [host]
             )
+        with _failing():
+            asyncio.run(_work(dsn, host, concurrency, do, cancel))
     finally:
         catalogue.close()
-    with _failing():
-        asyncio.run(_work(dsn, host, concurrency, do, cancel))
 
 
 def request_of_job(job: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -30,6 +30,7 @@ class Policy:
     drill_every_s: float = 0.0
     drill: str = ""  # the plan of the restore test: a path on the target's host
     priority: int = 0
+    disks: tuple[str, ...] = ()  # these alone; empty: all that the machine has
     exclude: tuple[str, ...] = ()  # disks
     not_together: str = ""  # of all machines with the same word one at a time
     skip: str = ""  # why it is not backed up

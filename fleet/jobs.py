@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vmapipe.fleet.catalogue import VERBS, Verb
+from vmapipe.fleet.catalogue import VERBS
 from vmapipe.fleet.inventory import Fleet, FleetMachine, FleetTarget, Policy
 from vmapipe.fleet.planner import FleetTask
 from vmapipe.runtime.errors import UsageError
@@ -114,7 +114,7 @@ _ALLOWED: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     },
     "verify": _LOAD,
     "drill": {**_LOAD, "plan": _is_path, "timeout_s": _count(1, 86400)},
-    "copy": {**_LOAD, "speed": _RATE},
+    "copy": _LOAD,
     "prune": {},
 }
 
@@ -161,8 +161,7 @@ def command_of(request: Request) -> list[str]:
             words += _options(request, plan="--plan", timeout_s="--timeout")
             return [*words, request["archive"]]
         case "copy":
-            speed = _options(request, speed="--speed")
-            return ["copy", "--json", *speed, request["archive"], request["to"]]
+            return ["copy", "--json", request["archive"], request["to"]]
     keep = [f"--keep-{rule}={count}" for rule, count in sorted(request["keep"].items())]
     only = [f"--only={request['group']}"]
     return ["prune", "--yes", "--json", *keep, *only, request["directory"]]
@@ -269,9 +268,8 @@ def request_of(
                 request["plan"] = policy.drill
         case "copy":
             request["archive"] = location
-            request["to"] = target.s3 or directory_of(target, machine.host)
-            if policy.speed:
-                request["speed"] = policy.speed
+            # The folder first, as everywhere where a target has both.
+            request["to"] = directory_of(target, machine.host) or target.s3
         case "prune":
             place = directory_of(target, machine.host) or target.s3
             if not place:
@@ -290,17 +288,20 @@ def _backup_request(
     source = dict(machine.source)
     request: dict[str, Any] = {"kind": machine.kind}
     request |= {k: source[k] for k in ("socket", "domain", "vmid", "disk") if k in source}
-    for name in ("guest_latency", "speed"):
-        if value := getattr(policy, name):
-            request[name] = value
+    if policy.speed:
+        request["speed"] = policy.speed
+    # Disks at rest have no guest whose requests could be slowed down.
+    if policy.guest_latency and machine.kind != "disks":
+        request["guest_latency"] = policy.guest_latency
     if policy.compress != "none":
         request["compress"] = policy.compress
     if policy.base == "auto":
         request["base"] = "auto"
     if policy.freeze:
         request["freeze"] = True
-    if policy.exclude and "disks" in source:
-        chosen = [disk for disk in source["disks"] if disk not in policy.exclude]
+    if machine.kind in ("qmp", "libvirt") and (
+        chosen := _chosen_disks(policy, machine, source.get("disks", []))
+    ):
         request["disks"] = chosen
     if machine.kind != "proxmox":
         request["archive"] = archive_name(machine.name, policy.compress, now_s)
@@ -313,12 +314,18 @@ def _backup_request(
     return request
 
 
-def verb_of(word: str) -> Verb:
-    """Raises UsageError."""
-    for verb in VERBS:
-        if verb == word:
-            return verb
-    raise UsageError(f"{name_text(word)} is not a verb: {', '.join(VERBS)}")
+def _chosen_disks(policy: Policy, machine: FleetMachine, known: Sequence[str]) -> list[str]:
+    """Return the disks that a backup names; none: it takes all. Raises UsageError where none is left."""
+    if not (policy.disks or (policy.exclude and known)):
+        return []
+    chosen = [disk for disk in policy.disks or known if disk not in policy.exclude]
+    if not chosen:
+        # No name at all would mean all of them.
+        raise UsageError(
+            f"machine {name_text(machine.name)}: exclude leaves none of its disks; "
+            'skip = "…" says that it is not to be backed up'
+        )
+    return chosen
 
 
 def words_of(command: Sequence[str], request: Request) -> list[str]:

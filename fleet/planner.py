@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from vmapipe.fleet.catalogue import RunRecord, Standing, Verb
+from vmapipe.fleet.catalogue import AHEAD_S, RunRecord, Standing, Verb
 from vmapipe.fleet.inventory import Fleet, FleetMachine, FleetTarget, Policy
 from vmapipe.fleet.windows import Window, latest_slot, opening
 
@@ -37,8 +37,6 @@ Why = Literal[
 
 # The first retry of a failed task, doubled each time, up to half of its interval.
 _RETRY_S, _RETRY_MOST = 600.0, 0.5
-# Clocks of hosts differ by minutes; what claims to be done later than that counts for nothing.
-AHEAD_S = 900.0
 # So many priorities is one whole interval of delay worth: whoever waits overtakes in the end.
 _LATE_WEIGHT = 10.0
 # Backups first, and what the same limits hold back last.
@@ -289,7 +287,8 @@ def _tasks(
             newest = stored
             if place is not target:
                 newest = _believed(standings.get((name, "copy", place.name)), now_s)
-            there = place.host or machine.host
+            # A copy is where its source's host has put it.
+            there = place.host or (machine.host if place is target else at)
             task = FleetTask(name, "prune", place.name, there, (), newest.archive)
             yield _following(task, place, policy, standings, (since_s, now_s))
 
@@ -363,7 +362,7 @@ def _following(
 def _unreachable(task: FleetTask, place: FleetTarget) -> Waiting | None:
     if not task.archive:
         return Waiting(task, "no-archive", "nothing of it is stored yet")
-    if place.archiver and not place.host and not place.s3:
+    if place.archiver and not place.s3 and not (place.host and place.directory):
         text = f"target {place.name} does not say where its archives are: host = …, directory = …"
         return Waiting(task, "no-place", text)
     return None

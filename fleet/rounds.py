@@ -26,6 +26,8 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 
 _WAIT_S = 1.0
+# For somebody who makes room: the next round would back up once more what is not told.
+_UNTOLD_S = 60.0
 # A plan of 10,000 machines takes a second: not for each job that ends.
 _PLAN_S = 2.0
 
@@ -117,6 +119,9 @@ class Round:
         self._runs = dict[str, RunRecord]()
         self._wished = set[str]()
         self._tried = set[tuple[str, str, str]]()
+        # Ends that are not in the catalogue yet, and why: what runs goes on without it, nothing new starts.
+        self._untold = list[tuple[RunRecord, Mapping[str, Any], float]]()
+        self._trouble: Failure | None = None
         self.ended = list[RunRecord]()
         #: Tasks that no host would take.
         self.refused = list[Waiting]()
@@ -124,25 +129,47 @@ class Round:
     def run(
         self, machines: Sequence[FleetMachine], down: Mapping[str, str], limit_s: float
     ) -> list[Waiting]:
-        """Work until nothing more may start; return what waits then. Raises Failure, Cancelled."""
+        """Work until nothing more may start; return what waits then. Raises Failure, Cancelled.
+
+        A catalogue that fails meanwhile (a full disk) ends no job: what runs is waited for, then it is told.
+        """
         by_name = {machine.name: machine for machine in machines}
         self._down = dict(down)
         deadline = time.monotonic() + limit_s
         waits = list[Waiting]()
-        planned = -_PLAN_S
+        planned, give_up = -_PLAN_S, 0.0
         try:
             while True:
                 self._cancel.check()
                 if time.monotonic() - planned >= _PLAN_S or not self._runs:
-                    if time.monotonic() < deadline:
-                        waits = self._start_more(by_name)
+                    with self._surviving():
+                        self._tell_ends()
+                        if time.monotonic() < deadline:
+                            waits = self._start_more(by_name)
                     planned = time.monotonic()
                     if not self._runs:
-                        return waits
+                        if self._trouble is None:
+                            return waits
+                        if not self._untold or time.monotonic() >= give_up:
+                            raise self._trouble
+                if self._runs:
+                    give_up = time.monotonic() + _UNTOLD_S
                 self._hear(_WAIT_S)
-                self._cancel_wished()
+                with contextlib.suppress(Failure):
+                    self._cancel_wished()
         finally:
             self._end_all()
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Note that the catalogue fails, or works again."""
+        try:
+            yield
+            self._trouble = None
+        except Failure as failure:
+            if self._trouble is None and self._runs:
+                self._say(f"what runs goes on, and nothing new is started: {failure}")
+            self._trouble = failure
 
     def _start_more(self, by_name: Mapping[str, FleetMachine]) -> list[Waiting]:
         now = time.time()
@@ -183,7 +210,9 @@ class Round:
             case "begun":
                 run = dataclasses.replace(run, state="running", started_s=now, seen_s=now)
                 self._runs[run.run] = run
-                self._catalogue.put(run)
+                # The same: its end says when it began, too.
+                with contextlib.suppress(Failure):
+                    self._catalogue.put(run)
             case "progress":
                 done, total = (_number(event.get(f"{n}_bytes")) for n in ("done", "total"))
                 rate = float(_number(event.get("rate_bytes_s")))
@@ -203,11 +232,19 @@ class Round:
             self._down[run.host] = str(event.get("text"))
         if not run.started_s:
             run = dataclasses.replace(run, started_s=run.planned_s)
-        run, results = ended(self._fleet, self._catalogue, run, event, now)
-        self.ended.append(run)
-        words = f": {run.text}" if run.text else ""
-        self._say(f"{run.run}: {run.verb} of {run.machine} {run.state}{words}")
-        self._catalogue.finish(run, *results)
+        self._untold.append((run, event, now))
+        with self._surviving():
+            self._tell_ends()
+
+    def _tell_ends(self) -> None:
+        """Store how runs have ended, with what came of them. Raises Failure; none is lost by that."""
+        while self._untold:
+            run, results = ended(self._fleet, self._catalogue, *self._untold[0])
+            self._catalogue.finish(run, *results)
+            del self._untold[0]
+            self.ended.append(run)
+            words = f": {run.text}" if run.text else ""
+            self._say(f"{run.run}: {run.verb} of {run.machine} {run.state}{words}")
 
     def _cancel_wished(self) -> None:
         for record in self._catalogue.select(CancelRecord):
@@ -220,11 +257,7 @@ class Round:
         for name in list(self._runs):
             self._carrier.cancel(name)
         while self._runs:
-            try:
-                self._hear(_WAIT_S)
-            except Failure:
-                # The catalogue is broken: the ends are lost, the agents are not.
-                continue
+            self._hear(_WAIT_S)
 
 
 def _number(value: object) -> int:

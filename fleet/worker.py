@@ -41,7 +41,10 @@ Say = Callable[[str], None]
 
 
 def work(fleet: Fleet, host: str, dsn: str, say: Say, cancel: Cancel) -> None:
-    """Work until a signal comes; a database that is lost is tried again. Raises Failure."""
+    """Work until a signal comes; a database that is lost is tried again. Raises Failure.
+
+    While another worker of the same host is at work, it waits for that one's end.
+    """
     worker = _HostWorker(fleet, host, dsn, say)
     beats = threading.Thread(target=worker.beat, name="beats", daemon=True)
     beats.start()
@@ -50,15 +53,19 @@ def work(fleet: Fleet, host: str, dsn: str, say: Say, cancel: Cancel) -> None:
         while not cancel.asked:
             try:
                 jobs = max(1, fleet.hosts[host].jobs)
-                run_worker(dsn, host, jobs, worker.do, cancel, is_again=is_again)
+                run_worker(
+                    dsn, host, jobs, worker.do, cancel, worker.at_work.set, is_again=is_again
+                )
             except DatabaseLost as failure:
-                is_again = True
+                is_again = is_again or worker.at_work.is_set()
+                worker.at_work.clear()
                 if str(failure) != told:
                     told = str(failure)
                     say(f"{told}; trying again")
                 readable([cancel.fd], _RETRY_S)
     finally:
         worker.stop.set()
+        worker.at_work.set()
         beats.join(BEAT_S)
 
 
@@ -67,13 +74,16 @@ class _HostWorker:
         self._fleet, self._dsn, self._say = fleet, dsn, say
         # Whatever the server needs to reach it, this is the host.
         self._host = dataclasses.replace(fleet.hosts[host], ssh="")
-        self.stop = threading.Event()
+        self.stop, self.at_work = threading.Event(), threading.Event()
 
     def beat(self) -> None:
         """Tell again and again that this host is there, and what machines it has."""
         beats, answer, down, probed = 0, "", "", -PROBE_S
         catalogue: DatabaseCatalogue | None = None
         while not self.stop.is_set():
+            # A second one says nothing: it may be on another host by mistake.
+            if not self.at_work.wait(BEAT_S) or self.stop.is_set():
+                continue
             if time.monotonic() - probed >= PROBE_S:
                 found, down = probe(self._host)
                 answer, probed = (json.dumps(found) if found is not None else ""), time.monotonic()

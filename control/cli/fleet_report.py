@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 
 from vmapipe.control.cli.report import check_report_options, give_out
 from vmapipe.fleet.catalogue import (
+    AHEAD_S,
     ArchiveRecord,
     Catalogue,
     DrillRecord,
     MachineRecord,
     RunRecord,
+    Standing,
+    Verb,
     VerificationRecord,
 )
 from vmapipe.fleet.inventory import Fleet, FleetTarget
@@ -72,8 +76,14 @@ def rescan(fleet: Fleet, catalogue: Catalogue) -> tuple[int, list[str]]:
     count, lines = 0, []
     for target in fleet.targets.values():
         try:
-            for place in _places(fleet, target):
-                count += _take(catalogue, _read(place, target.name, names), target.name)
+            # All folders of a target at once: what is in one of them is not gone from another.
+            found = [_read(place, target.name, names) for place in _places(fleet, target)]
+            whole = PlaceRecords(
+                [archive for one in found for archive in one.archives],
+                [look for one in found for look in one.verifications],
+                [test for one in found for test in one.drills],
+            )
+            count += _take(catalogue, whole, target)
         except Failure as failure:
             lines.append(f"target {target.name}: {failure}")
     return count, lines
@@ -99,9 +109,11 @@ def _read(place: str, target: str, names: Mapping[str, str]) -> PlaceRecords:
         return read_place(opened, target, names, is_utc=True)
 
 
-def _take(catalogue: Catalogue, found: PlaceRecords, target: str) -> int:
+def _take(catalogue: Catalogue, found: PlaceRecords, target: FleetTarget) -> int:
     with catalogue.transaction():
-        known = {(a.machine, a.archive): a for a in catalogue.select(ArchiveRecord, target=target)}
+        known = {
+            (a.machine, a.archive): a for a in catalogue.select(ArchiveRecord, target=target.name)
+        }
         there = {(a.machine, a.archive) for a in found.archives}
         now = time.time()
         for archive in found.archives:
@@ -112,4 +124,41 @@ def _take(catalogue: Catalogue, found: PlaceRecords, target: str) -> int:
             if key not in there and not archive.removed_s:
                 catalogue.put(archive.removed(now))
         catalogue.put(*found.verifications, *found.drills)
+        catalogue.put(*_standings(catalogue.standings(), found, target, now))
     return len(found.archives)
+
+
+def _standings(
+    known: Mapping[tuple[str, Verb, str], Standing],
+    found: PlaceRecords,
+    target: FleetTarget,
+    now_s: float,
+) -> Iterator[Standing]:
+    """Yield where tasks stand by what is there: else all would be backed up again after a lost catalogue."""
+    verb: Verb = "copy" if target.copy_from else "backup"
+    there = {(a.machine, a.archive) for a in found.archives}
+    made = [(a.instant_s, verb, a.machine, a.archive) for a in found.archives]
+    looks: list[tuple[float, Verb, str, str]] = [
+        (v.checked_s, "verify", v.machine, v.archive)
+        for v in found.verifications
+        if v.verdict == "ok"
+    ]
+    looks += [
+        (d.tested_s, "drill", d.machine, d.archive) for d in found.drills if d.verdict == "booted"
+    ]
+    done = dict[tuple[str, Verb, str], Standing]()
+    for at_s, task, machine, archive in sorted(made + looks):
+        if at_s <= now_s + AHEAD_S:
+            key = (machine, task, target.name)
+            done[key] = Standing(machine, task, target.name, at_s, at_s, archive)
+    for key, standing in done.items():
+        if key not in known:
+            yield standing
+    for key, before in known.items():
+        machine, task, place = key
+        # What it was about was removed behind our back: what is left counts, or nothing.
+        if (task, place) == (verb, target.name) and (machine, before.archive) not in there:
+            left = done.get(key, Standing(machine, verb, place))
+            yield dataclasses.replace(
+                before, done_s=left.done_s, ended_s=left.ended_s, archive=left.archive
+            )

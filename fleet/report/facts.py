@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 from vmapipe.fleet.catalogue import (
+    AHEAD_S,
     ArchiveRecord,
     DrillRecord,
     MachineRecord,
@@ -188,7 +189,7 @@ def make_report(
 ) -> FleetReport:
     """`promises` of machines by their names; "" is for all that are not in it."""
     shown = _Days(now_s, zone, days)
-    machines = _gather(records)
+    machines = _gather(records, now_s + AHEAD_S)
     default = promises.get("", Promise())
     sizes, transferred = [0] * days, [0] * days
     rows = []
@@ -213,7 +214,8 @@ def make_report(
     )
 
 
-def _gather(records: ReportInput) -> dict[str, _Machine]:
+def _gather(records: ReportInput, until_s: float) -> dict[str, _Machine]:
+    """Return the machines with their records; a look or a test of a later time was told by a wrong clock."""
     machines = {record.machine: _Machine(record) for record in records.machines}
 
     def of(name: str) -> _Machine:
@@ -226,11 +228,15 @@ def _gather(records: ReportInput) -> dict[str, _Machine]:
     for seen in records.verifications:
         known = of(seen.machine).verified
         key = (seen.target, seen.archive)
+        if seen.checked_s > until_s:
+            continue
         if key not in known or known[key].checked_s < seen.checked_s:
             known[key] = seen
     for drill in records.drills:
         tested = of(drill.machine).drilled
         key = (drill.target, drill.archive)
+        if drill.tested_s > until_s:
+            continue
         if key not in tested or tested[key].tested_s < drill.tested_s:
             tested[key] = drill
     for run in records.runs:
@@ -241,7 +247,7 @@ def _gather(records: ReportInput) -> dict[str, _Machine]:
 def _row(machine: _Machine, promise: Promise, now_s: float, shown: _Days) -> MachineReport:
     archives = machine.archives
     there = [archive for archive in archives if not archive.removed_s]
-    newest = max(there, key=_instant, default=None)
+    newest = max(_dated(there, now_s) or there, key=_instant, default=None)
     verified = max(machine.verified.values(), key=lambda seen: seen.checked_s, default=None)
     drill = max(machine.drilled.values(), key=lambda drill: drill.tested_s, default=None)
     problems = [] if promise.skip else list(_problems(machine, there, promise, now_s))
@@ -268,6 +274,11 @@ def _row(machine: _Machine, promise: Promise, now_s: float, shown: _Days) -> Mac
         days=cells,
         sizes=sizes,
     )
+
+
+def _dated(there: Sequence[ArchiveRecord], now_s: float) -> list[ArchiveRecord]:
+    """Return those whose time can be believed: no machine is safe because a clock was wrong."""
+    return [archive for archive in there if _instant(archive) <= now_s + AHEAD_S]
 
 
 def _instant(archive: ArchiveRecord) -> float:
@@ -360,7 +371,15 @@ def _backup_problems(
     if not there:
         yield Problem("never", f"no archive of it{_because(cause)}", way)
         return
-    age_s = now_s - _instant(_last(there))
+    dated = _dated(there, now_s)
+    if not dated:
+        yield Problem(
+            "late",
+            f"the time of {_name(_last(there))} is still to come: a clock was wrong{_because(cause)}",
+            "set the clock of its host, and back the machine up again",
+        )
+        return
+    age_s = now_s - _instant(_last(dated))
     if promise.every_s and age_s > LATE * promise.every_s:
         yield Problem(
             "late",

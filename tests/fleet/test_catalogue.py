@@ -73,6 +73,15 @@ def test_an_end_counts_once_however_often_it_is_told(catalogue: Catalogue) -> No
     assert len(catalogue.select(ArchiveRecord)) == 1
 
 
+def test_what_a_wrong_clock_has_put_into_the_future_does_not_hide_what_is_done_now(
+    catalogue: Catalogue,
+) -> None:
+    for name, at_s in (("r1", 4e9), ("r2", 1000.0)):
+        catalogue.put(run(name))
+        catalogue.finish(run(name, state="done", started_s=at_s, ended_s=at_s + 1))
+    assert catalogue.standings()["web", "backup", "b1"].done_s == 1000.0
+
+
 def test_what_was_given_up_as_lost_may_still_tell_its_end(catalogue: Catalogue) -> None:
     catalogue.put(run())
     catalogue.finish(run(state="lost", ended_s=20.0))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
@@ -19,10 +20,17 @@ import pytest
 
 from tests.machine import LIMIT_S
 from vmapipe.fleet.catalogue import ArchiveRecord, RunRecord
-from vmapipe.fleet.engine import DatabaseCatalogue, DatabaseLost, JobQueue, open_database
+from vmapipe.fleet.engine import (
+    DatabaseCatalogue,
+    DatabaseLost,
+    JobQueue,
+    open_database,
+    run_worker,
+)
 from vmapipe.fleet.outcome import new_run
 from vmapipe.fleet.planner import FleetTask
 from vmapipe.fleet.postgres import PrivatePostgres
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
 MAIN = (sys.executable, "-P", "-m", "vmapipe.control.main")
@@ -185,6 +193,7 @@ def test_the_catalogue_and_the_queue_of_a_private_postgres(state: Path) -> None:
         try:
             _the_database_does_what_the_file_does(catalogue)
             _a_queue_has_each_run_once_and_a_second_server_is_refused(own, catalogue, queue)
+            _a_second_worker_of_a_host_waits_for_the_end_of_the_first(own)
         finally:
             queue.close()
             catalogue.close()
@@ -216,6 +225,27 @@ def _a_queue_has_each_run_once_and_a_second_server_is_refused(
             JobQueue(own.dsn, other)
     finally:
         other.close()
+
+
+def _a_second_worker_of_a_host_waits_for_the_end_of_the_first(own: PrivatePostgres) -> None:
+    def worker(host: str, cancel: Cancel, begun: Callable[[], None]) -> None:
+        run_worker(own.dsn, host, 1, lambda job, stop: None, cancel, begun)
+
+    first, begun = Cancel(), threading.Event()
+    thread = threading.Thread(target=worker, args=("pve1", first, begun.set))
+    thread.start()
+    try:
+        assert begun.wait(LIMIT_S)
+        with (
+            contextlib.closing(Cancel()) as second,
+            pytest.raises(DatabaseLost, match="takes over when that ends"),
+        ):
+            worker("pve1", second, begun.clear)
+        assert begun.is_set()
+    finally:
+        first.ask("enough")
+        thread.join(LIMIT_S)
+        first.close()
 
 
 @pytest.mark.soak

@@ -142,6 +142,37 @@ def test_a_planned_task_becomes_the_command_that_a_person_would_type() -> None:
     assert words("verify", "a.vma", "/srv/pve1/a.vma")[-1] == "/srv/pve1/a.vma"
 
 
+def test_disks_are_named_or_left_out_and_never_all_of_them_by_mistake() -> None:
+    """A qemu-storage-daemon needs their names; no name at all would mean all."""
+
+    def words(kind: str, source: dict[str, Any], **changes: Any) -> set[str]:
+        fleet = Fleet(
+            {"a": FleetHost("a")},
+            {"b": FleetTarget("b", directory="/srv")},
+            defaults=Policy(target="b", guest_latency="20ms", **changes),
+        )
+        machine = FleetMachine("web", "a", kind=kind, source=tuple(source.items()))
+        task = FleetTask("web", "backup", "b", "a")
+        return set(command_of(request_of(fleet, task, machine, "", "r1", 1.0)))
+
+    daemon = {"socket": "/run/web.qmp"}
+    domain = {"domain": "web", "disks": ["vda", "vdb"]}
+    assert {"--disk=vda", "--guest-latency=20ms"} < words("qmp", daemon, disks=("vda",))
+    assert "--disk=vdb" not in words("libvirt", domain, disks=("vda", "vdb"), exclude=("vdb",))
+    with pytest.raises(UsageError, match="leaves none of its disks"):
+        words("libvirt", domain, exclude=("vda", "vdb"))
+    # Disks at rest have no guest.
+    assert "--guest-latency=20ms" not in words("disks", {"disk": "/srv/a.raw"})
+
+
+def test_a_copy_takes_no_speed_and_goes_into_the_folder_of_a_target_that_has_a_bucket_too() -> None:
+    target = FleetTarget("off", directory="/off/{host}", s3="s3://bucket/x", copy_from="b")
+    fleet = Fleet({"a": FleetHost("a")}, {"off": target}, defaults=Policy(speed="10M"))
+    task = FleetTask("web", "copy", "off", "a", archive="web-1.vma")
+    request = request_of(fleet, task, FleetMachine("web", "a"), "/srv/web-1.vma", "r1", 1.0)
+    assert command_of(request) == ["copy", "--json", "/srv/web-1.vma", "/off/a"]
+
+
 def test_a_job_without_options_for_its_load_runs_below_nice_and_ionice() -> None:
     words = words_of(["vmapipe", "verify"], {**VERIFY, "nice": 10, "ionice": "idle"})
     assert words == ["nice", "-n", "10", "ionice", "-t", "-c", "3", "vmapipe", "verify"]

@@ -16,6 +16,12 @@ def report(site: Site, *words: str, code: int = 0) -> dict[str, Any]:
     return {row["machine"]: row for row in found["machines"]}
 
 
+def due(site: Site) -> set[tuple[str, str]]:
+    lines = site.fleet("plan", "--no-scan", "--json").stdout.splitlines()
+    items = [json.loads(line) for line in lines]
+    return {(item["machine"], item["verb"]) for item in items if item["starts"]}
+
+
 def test_a_lost_catalogue_is_made_again_and_what_is_gone_is_noticed(tmp_path: Path) -> None:
     site = Site(tmp_path)
     site.fleet("scan")
@@ -34,6 +40,8 @@ def test_a_lost_catalogue_is_made_again_and_what_is_gone_is_noticed(tmp_path: Pa
         path.unlink()
     site.fleet("scan")
     assert "2 archives in 1 targets" in site.fleet("rescan").stdout
+    # What is stored is not stored once more; what was done with it is.
+    assert due(site) == {("db", "prune"), (HOSTILE, "prune")}
     after = report(site)
     for name, row in before.items():
         assert after[name]["newest"]["archive"] == row["newest"]["archive"]
@@ -52,3 +60,4 @@ def test_a_lost_catalogue_is_made_again_and_what_is_gone_is_noticed(tmp_path: Pa
     assert sorted(bool(a.removed_s) for a in catalogue.select(ArchiveRecord)) == [False, True]
     catalogue.close()
     assert sum(row["newest"] is None for row in report(site, code=4).values()) == 1
+    assert {verb for _, verb in due(site)} >= {"backup"}

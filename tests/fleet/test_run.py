@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -16,9 +18,16 @@ import psutil
 import pytest
 
 from tests.machine import LIMIT_S
+from vmapipe.control.cli.fleet import main
+from vmapipe.fleet import rounds
 from vmapipe.fleet.carrier import agent_words, call, probe
-from vmapipe.fleet.catalogue import ArchiveRecord, Catalogue, RunRecord, open_file
+from vmapipe.fleet.catalogue import ArchiveRecord, Catalogue, Record, RunRecord, open_file
+from vmapipe.fleet.configuration import load
 from vmapipe.fleet.inventory import FleetHost
+from vmapipe.fleet.rounds import Round
+from vmapipe.fleet.scan import scan
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
 
 HOSTILE = "we b'$(touch pwned);\n--yes"
 MIB = 1 << 20
@@ -54,9 +63,20 @@ class Site:
         ]
 
     def fleet(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            self.words(*words), capture_output=True, text=True, timeout=LIMIT_S, cwd=self.folder
-        )
+        """Run a command: in this process, where it has no signals to hear."""
+        argv = self.words(*words)
+        if words[0] == "run":
+            done = subprocess.run(
+                argv, capture_output=True, text=True, timeout=LIMIT_S, cwd=self.folder
+            )
+        else:
+            with (
+                contextlib.chdir(self.folder),
+                contextlib.redirect_stdout(io.StringIO()) as out,
+                contextlib.redirect_stderr(io.StringIO()) as errors,
+            ):
+                got = main(argv[argv.index("fleet") + 1 :], "vmapipe fleet")
+            done = subprocess.CompletedProcess(argv, got, out.getvalue(), errors.getvalue())
         assert done.returncode == code, done.stderr + done.stdout
         return done
 
@@ -164,6 +184,44 @@ def test_rounds_that_are_cancelled_doubled_killed_and_ended_leave_nothing_behind
     assert [run.run for run in _runs(site, state="running")] == []
     assert _runs(site, run=third.run)[0].state == "lost"
     assert os.listdir(site.target) == []
+
+
+def test_a_catalogue_that_fails_meanwhile_ends_no_job_and_is_told_when_it_can_be(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a full disk: it can be read, and not be written to."""
+    (site.folder / "fleet.toml").write_text(
+        f'[defaults]\ntarget = "b"\n[host.a]\nguests = ["disks:{site.folder}/pve1/*.raw"]\n'
+        f'[target.b]\ndirectory = "{site.target}"\n'
+    )
+    fleet, _ = load(str(site.folder / "fleet.toml"))
+    catalogue = site.catalogue()
+    found = scan(fleet, catalogue, probe, time.time())
+    tries = iter(range(4))
+    finish = catalogue.finish
+
+    def full(run: RunRecord, *results: Record) -> bool:
+        if next(tries, None) is not None:
+            raise Failure("database or disk is full")
+        return finish(run, *results)
+
+    monkeypatch.setattr(catalogue, "finish", full)
+    said = list[str]()
+    cancel = Cancel()
+    work = Round(fleet, catalogue, said.append, cancel)
+    waits = work.run(found.machines, {}, 60)
+    assert [run.state for run in work.ended] == ["done"]
+    assert [wait.why for wait in waits] == ["not-due"]
+    assert catalogue.standings()["db", "backup", "b"].archive == site.archives[0]
+
+    monkeypatch.setattr(rounds, "_UNTOLD_S", 0.0)
+    monkeypatch.setattr(catalogue, "standings", dict)
+    tries = iter(range(10**6))
+    with pytest.raises(Failure, match="disk is full"):
+        Round(fleet, catalogue, said.append, cancel).run(found.machines, {}, 60)
+    assert len(site.archives) == 2
+    cancel.close()
+    catalogue.close()
 
 
 def _runs(site: Site, **equal: str) -> list[RunRecord]:

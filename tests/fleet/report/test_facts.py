@@ -126,3 +126,12 @@ def test_an_archive_is_shown_on_the_day_that_the_clock_on_the_wall_had(
     cells = report.machines[0].days
     assert len(cells) == days
     assert [n for n, cell in enumerate(cells) if cell] == ([index] if 0 <= index < days else [])
+
+
+def test_an_archive_of_a_time_to_come_makes_no_machine_safe() -> None:
+    ahead = archive("web", -3 * DAY_S, "a.vma")
+    booted = drill("web", "a.vma", "booted", -DAY_S)
+    records = ReportInput([machine("web")], [ahead], drills=[booted])
+    (row,) = make_report(records, PROMISES, NOW_S).machines
+    assert [problem.kind for problem in row.problems] == ["late"]
+    assert "a clock was wrong" in row.problems[0].text
