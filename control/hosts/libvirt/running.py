@@ -147,6 +147,10 @@ class DomainBackup:
             )
         at_rest = [chosen for chosen in self._taken if chosen.disk.is_read_only]
         self._taken = [chosen for chosen in self._taken if not chosen.disk.is_read_only]
+        if not self._taken:
+            raise UsageError(
+                f"nothing to back up: the domain {name_text(self._domain.name)} has no writable disk with a medium"
+            )
         self._check_pulled()
         names = {chosen.disk.target for chosen in self._taken}
         self._others = [d.target for d in self._domain.disks if d.target not in names]

@@ -564,3 +564,20 @@ def test_a_domain_whose_backup_somebody_ends_is_one_line(
     assert said.strip().endswith(f"the domain 'vm2' cannot be backed up any more: {reason}")
     assert list(tmp_path.iterdir()) == []
     assert list(libvirtd.scratch.iterdir()) == []
+
+
+def test_a_running_domain_that_has_nothing_to_write_to_is_told_so_without_libvirts_job(
+    need: Need, libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    """libvirt refuses a job without a disk, in words about its XML."""
+    (qemu,) = need("qemu-system-x86_64")
+    libvirtd.define(domain_xml(libvirtd, qemu, "nothing", ""))
+    libvirtd("start", "nothing")
+    try:
+        words = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch, tmp_path / "x.vma")
+        text = bad("backup", "--libvirt", "nothing", *words, code=2)
+        assert "nothing to back up: the domain 'nothing' has no writable disk" in text
+        assert os.listdir(libvirtd.scratch) == []
+    finally:
+        libvirtd("destroy", "nothing")
+        libvirtd("undefine", "nothing")
