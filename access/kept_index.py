@@ -14,11 +14,6 @@ from vmapipe.runtime.side_files import write_whole
 from vmapipe.vma.header import Header
 
 
-def default_cache_folder() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return os.path.join(os.path.expanduser(base), "vmapipe", "index")
-
-
 def kept_index(
     folder: str | None, identity: tuple[int, ...], header: Header
 ) -> ArchiveIndex | None:

@@ -33,7 +33,7 @@ _BODY_COLUMNS = 64
 _MAC_BYTES = 32
 Buffers = Iterable[bytes | bytearray | memoryview]
 #: Gives so many random bytes.
-Chance = Callable[[int], bytes]
+RandomBytes = Callable[[int], bytes]
 
 
 class AgeError(ValueError):
@@ -66,7 +66,7 @@ class Recipient(Protocol):
     @property
     def text(self) -> str: ...
 
-    def wrap(self, file_key: bytes, chance: Chance) -> Stanza: ...
+    def wrap(self, file_key: bytes, random_bytes: RandomBytes) -> Stanza: ...
 
 
 class AgeIdentity(Protocol):
@@ -246,12 +246,12 @@ def plain_bytes(payload_bytes: int) -> int:
 class Encryptor:
     """Encrypts a stream: write `start`, then what each `update` returns, then what `finish` returns."""
 
-    def __init__(self, recipients: Sequence[Recipient], chance: Chance) -> None:
+    def __init__(self, recipients: Sequence[Recipient], random_bytes: RandomBytes) -> None:
         """Raises ValueError without recipients, or with too many."""
         if not 1 <= len(recipients) <= MAX_RECIPIENTS:
             raise ValueError(f"a file is encrypted to 1 to {MAX_RECIPIENTS} recipients")
-        file_key, nonce = chance(FILE_KEY_BYTES), chance(NONCE_BYTES)
-        stanzas = [recipient.wrap(file_key, chance) for recipient in recipients]
+        file_key, nonce = random_bytes(FILE_KEY_BYTES), random_bytes(NONCE_BYTES)
+        stanzas = [recipient.wrap(file_key, random_bytes) for recipient in recipients]
         self.start = encode_header(stanzas, file_key) + nonce
         self._payload = AgePayload(file_key, nonce)
         self._number = 0

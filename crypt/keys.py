@@ -13,7 +13,7 @@ from vmapipe.crypt.age import (
     FILE_KEY_BYTES,
     AgeError,
     AgeIdentity,
-    Chance,
+    RandomBytes,
     Recipient,
     Stanza,
     decode_base64,
@@ -116,8 +116,8 @@ class X25519Recipient(NamedTuple):
     def text(self) -> str:
         return encode_bech32(RECIPIENT_PREFIX, self.public)
 
-    def wrap(self, file_key: bytes, chance: Chance) -> Stanza:
-        secret = chance(KEY_BYTES)
+    def wrap(self, file_key: bytes, random_bytes: RandomBytes) -> Stanza:
+        secret = random_bytes(KEY_BYTES)
         share = x25519_public(secret)
         key = hkdf(x25519(secret, self.public), share + self.public, _X25519_INFO)
         return Stanza(_X25519, (encode_base64(share),), seal_key(key, file_key))
@@ -132,8 +132,8 @@ class SshEd25519Recipient(NamedTuple):
     def text(self) -> str:
         return f"{_SSH} {base64.b64encode(ssh_wire(self.public)).decode()}"
 
-    def wrap(self, file_key: bytes, chance: Chance) -> Stanza:
-        secret = chance(KEY_BYTES)
+    def wrap(self, file_key: bytes, random_bytes: RandomBytes) -> Stanza:
+        secret = random_bytes(KEY_BYTES)
         share, point = x25519_public(secret), _montgomery(self.public)
         key = _ssh_key(self.public, x25519(secret, point), share, point)
         return Stanza(_SSH, (_ssh_tag(self.public), encode_base64(share)), seal_key(key, file_key))

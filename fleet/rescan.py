@@ -17,11 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import NamedTuple
 
-from vmapipe.access.drill.result import SUFFIX as DRILL_SUFFIX
-from vmapipe.access.drill.result import DrillResult, decode_result
+from vmapipe.access.drill.result import DrillResult
 from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
 from vmapipe.fleet.catalogue import ArchiveRecord, DrillRecord, VerificationRecord
-from vmapipe.places.archives import KeptArchive, find_archives, verified_of
+from vmapipe.places.archives import KeptArchive, drill_of, find_archives, verified_of
 from vmapipe.places.place import KeptPlace
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.errors import ArchiveError
@@ -31,7 +30,6 @@ from vmapipe.vma.manifest import Totals, read_totals
 PICTURE = "screen.png"
 # Of an archive of some 600 GiB of data. The size of the disks of a larger one stays unknown.
 _MAX_MANIFEST_BYTES = 8 << 20
-_MAX_RESULT_BYTES = 256 << 10
 # Of a store, which answers each after some tens of milliseconds.
 _THREADS = 8
 _DRILL_TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -130,14 +128,12 @@ def _verification(place: KeptPlace, archive: KeptArchive, target: str) -> Verifi
 
 
 def _drill(place: KeptPlace, archive: KeptArchive, target: str) -> DrillRecord | None:
-    if archive.name + DRILL_SUFFIX not in archive.beside:
+    result = drill_of(place, archive)
+    if result is None:
         return None
-    with contextlib.suppress(Failure, ValueError):
-        raw = place.read_small(archive.name + DRILL_SUFFIX, _MAX_RESULT_BYTES)
-        if raw is not None:
-            result = decode_result(raw)
-            folder = os.path.dirname(place.full_name(archive.name))
-            return drill_record(result, archive.machine, target, archive.name, folder)
+    folder = os.path.dirname(place.full_name(archive.name))
+    with contextlib.suppress(ValueError):  # a date that no calendar has
+        return drill_record(result, archive.machine, target, archive.name, folder)
     return None
 
 

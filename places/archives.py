@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from vmapipe.access.drill.result import SUFFIX as DRILL_SUFFIX
-from vmapipe.access.drill.result import decode_result
-from vmapipe.archiver.base.choice import When, read_name
+from vmapipe.access.drill.result import MAX_RESULT_BYTES, DrillResult, decode_result
+from vmapipe.archiver.base.choice import ARCHIVE_ENDING, When, read_name
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
 from vmapipe.archiver.outputs.manifests import SIGNATURE_SUFFIX
 from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
@@ -23,11 +22,11 @@ from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX
 from vmapipe.places.verified import Verified, decode_verified
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.immutable import SUFFIX as LOCK_SUFFIX
+from vmapipe.runtime.side_files import DRILL_SUFFIX
 
 PROTECTED_SUFFIX = ".protected"
 NOTES_SUFFIX = ".notes"
-_ENDING = re.compile(r"\.vma(?:\.(?:zst|gz|lzo))?(?:\.age)?$")
-_MAX_RESULT_BYTES = 1 << 20
+_ENDING = re.compile(f"{ARCHIVE_ENDING}$")
 # Of a store, which answers each after some tens of milliseconds.
 _THREADS = 8
 
@@ -134,20 +133,30 @@ def condition(place: KeptPlace, archive: KeptArchive) -> ArchiveCondition:
     """Raises nothing: of a stranger's files anything may be wrong."""
     name = archive.name
     verified = verified_of(place, archive)
-    drilled = drill_date = ""
-    if name + DRILL_SUFFIX in archive.beside:
-        with contextlib.suppress(Failure, OSError, ValueError):
-            raw = place.read_small(name + DRILL_SUFFIX, _MAX_RESULT_BYTES)
-            if raw is not None:
-                result = decode_result(raw)
-                drilled, drill_date = result.verdict, result.date
+    drill = drill_of(place, archive)
     locked_until_s, shared = 0.0, None
     with contextlib.suppress(Failure, OSError):
         locked_until_s = place.locked_until_s(name)
         shared = place.shared_bytes(name)
     return ArchiveCondition(
-        verified, shared, place.is_encrypted(name), locked_until_s, drilled, drill_date
+        verified,
+        shared,
+        place.is_encrypted(name),
+        locked_until_s,
+        drill.verdict if drill is not None else "",
+        drill.date if drill is not None else "",
     )
+
+
+def drill_of(place: KeptPlace, archive: KeptArchive) -> DrillResult | None:
+    """Return its latest restore test; None: there was none, or its result is not valid. Raises nothing."""
+    name = archive.name + DRILL_SUFFIX
+    if name not in archive.beside:
+        return None
+    with contextlib.suppress(Failure, OSError, ValueError):
+        raw = place.read_small(name, MAX_RESULT_BYTES)
+        return decode_result(raw) if raw is not None else None
+    return None
 
 
 def verified_of(place: KeptPlace, archive: KeptArchive) -> Verified | None:

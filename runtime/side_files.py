@@ -17,6 +17,9 @@ import stat
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.folders import HeldFolder
 
+#: Of a restore test's result, behind the archive's name. Here, so that who lists archives does not load all that
+#: reads one.
+DRILL_SUFFIX = ".drill.json"
 _READ_BYTES = 1 << 16
 _KINDS = {
     stat.S_IFIFO: "a FIFO",

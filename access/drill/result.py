@@ -22,10 +22,8 @@ from vmapipe.control.coordinator.metrics import SUFFIX as METRICS_SUFFIX
 from vmapipe.control.coordinator.metrics import escaped_label, old_value
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.folders import HeldFolder
-from vmapipe.runtime.side_files import open_regular, write_whole
+from vmapipe.runtime.side_files import DRILL_SUFFIX, open_regular, write_whole
 
-#: Behind the archive's name.
-SUFFIX = ".drill.json"
 #: The folder of the evidence, behind the archive's name, unless another was asked for.
 EVIDENCE_SUFFIX = ".drill"
 Verdict = Literal["booted", "not booted", "undecided"]
@@ -33,7 +31,7 @@ StepState = Literal["answered", "silent", "wrong"]
 
 _VERSION = 1
 # Some hundred omissions with a sentence each; no result of ours is longer.
-_MAX_BYTES = 256 << 10
+MAX_RESULT_BYTES = 256 << 10
 _MAX_ITEMS = 500
 _MAX_CHARS = 4000
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
@@ -76,7 +74,7 @@ def encode_result(result: DrillResult) -> bytes:
 
 def decode_result(raw: bytes) -> DrillResult:
     """Raises ValueError, with what is wrong, for what no drill has written."""
-    if len(raw) > _MAX_BYTES:
+    if len(raw) > MAX_RESULT_BYTES:
         raise ValueError("it is too long")
     try:
         fields = json.loads(raw)
@@ -165,7 +163,7 @@ def _items(fields: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 def write_result(archive: str, result: DrillResult) -> None:
     """Write it beside the archive, all of it or nothing. Raises Failure."""
-    path = archive + SUFFIX
+    path = archive + DRILL_SUFFIX
     try:
         write_whole(path, encode_result(result), 0o600)
     except OSError as error:
@@ -180,9 +178,9 @@ def read_result(archive: str, uuid: bytes) -> DrillResult | None:
     None also for a file that is another archive's, or not valid.
     """
     try:
-        fd = open_regular(archive + SUFFIX)
+        fd = open_regular(archive + DRILL_SUFFIX)
         with open(fd, "rb") as file:
-            result = decode_result(file.read(_MAX_BYTES + 1))
+            result = decode_result(file.read(MAX_RESULT_BYTES + 1))
     except (OSError, ValueError):
         return None
     return result if uuids.UUID(result.archive_uuid).bytes == uuid else None

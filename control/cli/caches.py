@@ -8,7 +8,6 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from vmapipe.access.kept_index import default_cache_folder
 from vmapipe.control.cli.identity import identities_of
 from vmapipe.runtime.arguments import size
 from vmapipe.runtime.errors import Failure, os_error_text
@@ -18,13 +17,18 @@ if TYPE_CHECKING:
     from vmapipe.access.archive import Caches
 
 
+def _default_index_folder() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.path.join(os.path.expanduser(base), "vmapipe", "index")
+
+
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """Add where what makes an archive quick to open and to read is kept."""
     group = parser.add_argument_group("caches")
     group.add_argument(
         "--index-cache",
         metavar="DIR",
-        default=default_cache_folder(),
+        default=_default_index_folder(),
         help="where an archive's index is kept for the next time (default: %(default)s)",
     )
     group.add_argument(

@@ -8,8 +8,6 @@ import stat
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmapipe.access.drill.result import DrillResult, read_result
-from vmapipe.access.lzo import can_read_lzo
 from vmapipe.crypt.magic import is_encrypted
 from vmapipe.restore.archive.compressed import MAGIC_BYTES, compression_of
 from vmapipe.restore.archive.input import Pread
@@ -18,10 +16,12 @@ from vmapipe.restore.archive.object import RemoteObject
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.side_files import DRILL_SUFFIX
 from vmapipe.runtime.text import one_line
 from vmapipe.vma.errors import ArchiveError
 
 if TYPE_CHECKING:
+    from vmapipe.access.drill.result import DrillResult
     from vmapipe.crypt.age import AgeIdentity
 
 
@@ -47,9 +47,18 @@ def condition_of(
     compression, is_seekable, encrypted = _stored_form(name, cancel, identities)
     if not compression:
         return Condition("", False, False, None)
-    drill = None if is_object(name) else read_result(name, uuid)
+    drill = _drill_of(name, uuid)
     has_manifest = _has_manifest(name, uuid, cancel, identities)
     return Condition(compression, is_seekable, has_manifest, drill, encrypted)
+
+
+def _drill_of(name: str, uuid: bytes) -> DrillResult | None:
+    if is_object(name) or not os.path.lexists(name + DRILL_SUFFIX):
+        return None
+    # Late: most archives have none, and this takes as long as all the rest of a list.
+    from vmapipe.access.drill.result import read_result
+
+    return read_result(name, uuid)
 
 
 def _stored_form(
@@ -73,8 +82,12 @@ def _stored_form(
                 return os.pread(fd, length, offset)
 
             form = _form(name, pread, size_bytes, cancel, identities)
+            if form[::2] != ("lzo", False):
+                return form
+            from vmapipe.access.lzo import can_read_lzo
+
             # Its blocks are independent; finding them all here would take as long as opening it.
-            return ("lzo", can_read_lzo(), False) if form[::2] == ("lzo", False) else form
+            return "lzo", can_read_lzo(), False
         finally:
             os.close(fd)
     except Cancelled:

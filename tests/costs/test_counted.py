@@ -242,13 +242,14 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
     [
         (
             "vmapipe.control.cli.inspect",
-            "zmq msgpack backports.zstd asyncio vmapipe.control.coordinator.job",
+            "zmq msgpack backports.zstd asyncio vmapipe.control.coordinator.job vmapipe.access "
+            "vmapipe.places vmapipe.fleet vmapipe.crypt.age",
         ),
         (
             "vmapipe.control.cli.backup",
             "backports.zstd asyncio xxhash qemu vmapipe.restore vmapipe.protocol.service psutil subprocess "
             "vmapipe.runtime.event_types vmapipe.protocol.guard vmapipe.protocol.nbd.session "
-            "vmapipe.control.qemu vmapipe.control.monitor.client",
+            "vmapipe.control.qemu vmapipe.control.monitor.client vmapipe.access vmapipe.places vmapipe.fleet vmapipe.crypt",
         ),
         (
             "vmapipe.producer.main",
@@ -257,11 +258,11 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
         ),
         (
             "vmapipe.archiver.main",
-            "backports.zstd asyncio qemu vmapipe.restore",
+            "backports.zstd asyncio qemu vmapipe.restore vmapipe.access vmapipe.places vmapipe.fleet vmapipe.crypt.age",
         ),
         (
             "vmapipe.control.cli.restore",
-            "backports.zstd asyncio qemu lzallright vmapipe.access.archive vmapipe.access.live vmapipe.access.drill",
+            "backports.zstd asyncio qemu lzallright vmapipe.access vmapipe.places vmapipe.fleet vmapipe.crypt.age",
         ),
         ("vmapipe.restore.verify.verify", "backports.zstd asyncio qemu"),
         ("vmapipe.restore.workers.worker", "backports.zstd asyncio qemu"),
@@ -277,3 +278,22 @@ def test_a_start_imports_only_what_it_needs(command: str, not_needed: str) -> No
     assert not modules & set(not_needed.split())
     # Of the standard library, its own, and what an editable installation brings.
     assert len(modules) < 330
+
+
+def test_listing_and_verifying_an_archive_load_nothing_of_what_it_does_not_have(
+    tmp_path: Path,
+) -> None:
+    archive = tmp_path / "vm.vma"
+    (tmp_path / "vm.raw").write_bytes(bytes(CLUSTER_BYTES))
+    program = [sys.executable, "-m", "vmapipe.control.main"]
+    disk = f"--disk=a={tmp_path / 'vm.raw'}"
+    subprocess.run([*program, "backup", disk, archive], check=True, capture_output=True)
+    code = (
+        "import sys; from vmapipe.control.main import main; "
+        f"main(['list', {str(archive)!r}]); main(['verify', {str(archive)!r}]); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rooms = ("vmapipe.access", "vmapipe.places", "vmapipe.fleet", "vmapipe.crypt")
+    loaded = {name for name in done.stdout.split() if name.startswith(rooms)}
+    # How an encrypted archive begins: some bytes, and no library.
+    assert loaded == {"vmapipe.crypt", "vmapipe.crypt.magic"}

@@ -47,12 +47,12 @@ RECIPIENTS: list[Recipient] = [identity.recipient for identity in IDENTITIES]
 FILE_KEY = bytes(range(16))
 
 
-def chance_of(seed: int) -> Callable[[int], bytes]:
+def random_bytes_of(seed: int) -> Callable[[int], bytes]:
     return random.Random(seed).randbytes
 
 
 def encrypted(plain: bytes, cuts: tuple[int, ...] = ()) -> bytes:
-    encryptor = Encryptor(RECIPIENTS, chance_of(1))
+    encryptor = Encryptor(RECIPIENTS, random_bytes_of(1))
     edges = [0, *sorted(min(cut, len(plain)) for cut in cuts), len(plain)]
     pieces = [plain[a:b] for a, b in itertools.pairwise(edges)]
     return b"".join([encryptor.start, *encryptor.update(pieces), encryptor.finish()])
@@ -86,7 +86,7 @@ SIZES = (0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES, 2
 def test_what_is_encrypted_in_any_pieces_is_decrypted_by_each_recipient(
     size: int, cuts: list[int], who: int
 ) -> None:
-    plain = chance_of(size)(size)
+    plain = random_bytes_of(size)(size)
     assert decrypted(encrypted(plain, tuple(cuts)), IDENTITIES[who]) == plain
 
 
@@ -131,7 +131,7 @@ def test_stanzas_that_nobody_here_knows_are_passed_over() -> None:
     stanzas = [
         Stanza("piv-p256", ("abc", "x+/~"), b"z" * 100),
         Stanza("joint-oil", (), b""),
-        RECIPIENTS[0].wrap(FILE_KEY, chance_of(3)),
+        RECIPIENTS[0].wrap(FILE_KEY, random_bytes_of(3)),
     ]
     raw = encode_header(stanzas, FILE_KEY)
     header = parse_header(raw + b"payload")
@@ -148,7 +148,7 @@ def test_a_passphrase_is_refused_in_words() -> None:
 
 @pytest.mark.parametrize("size", [1, CHUNK_BYTES, 3 * CHUNK_BYTES + 5])
 def test_each_byte_that_is_flipped_in_header_or_payload_is_found(size: int) -> None:
-    plain = chance_of(size)(size)
+    plain = random_bytes_of(size)(size)
     raw = bytearray(encrypted(plain))
     header_bytes = parse_header(bytes(raw)).length
     places = [*range(0, header_bytes + NONCE_BYTES, 3), *range(header_bytes, len(raw), 9973)]
@@ -256,7 +256,7 @@ def test_base64_has_one_form(raw: bytes) -> None:
 
 
 def test_shares_of_low_order_and_wrong_lengths_are_refused() -> None:
-    good = RECIPIENTS[0].wrap(FILE_KEY, chance_of(1))
+    good = RECIPIENTS[0].wrap(FILE_KEY, random_bytes_of(1))
     zero = encode_base64(bytes(32))
     for stanza in (
         good._replace(arguments=(zero,)),
@@ -267,7 +267,7 @@ def test_shares_of_low_order_and_wrong_lengths_are_refused() -> None:
     ):
         with pytest.raises(AgeError):
             IDENTITIES[0].unwrap(stanza)
-    ssh = RECIPIENTS[1].wrap(FILE_KEY, chance_of(1))
+    ssh = RECIPIENTS[1].wrap(FILE_KEY, random_bytes_of(1))
     for stanza in (
         ssh._replace(arguments=(ssh.arguments[0], zero)),
         ssh._replace(arguments=ssh.arguments[:1]),
@@ -279,4 +279,4 @@ def test_shares_of_low_order_and_wrong_lengths_are_refused() -> None:
 
 def test_a_file_is_encrypted_to_somebody() -> None:
     with pytest.raises(ValueError, match="recipients"):
-        Encryptor([], chance_of(1))
+        Encryptor([], random_bytes_of(1))
