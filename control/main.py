@@ -21,22 +21,26 @@ DESCRIPTION = """\
 Back up disks of virtual machines into one VMA archive, the format of Proxmox
 VE, and bring them back. One process reads each disk, one writes the archive.
 
-archives:
+back up and restore:
+  doctor     say what can be backed up here and how, changing nothing
   backup     back up disks into an archive
   restore    bring an archive's disks back
-  verify     check an archive without writing anything
-  list       show what an archive holds
+
+use an archive without restoring it:
+  list       show what an archive holds, or which archives a folder or bucket has
   config     print a configuration stored in an archive
-  serve      attach an archive's disks over NBD, without restoring them
-  files      list an archive's files and take some out, without restoring it
+  serve      attach an archive's disks over NBD
+  files      list an archive's files and take some out
   mount      show an archive as a folder: its disks, configurations, files
+
+keep archives:
+  verify     check an archive, or those of a folder or bucket, writing nothing into them
   drill      boot an archive, and say whether it did
-  repack     make an archive anew: in order, with a manifest, without a disk, renamed
+  report     say of every machine whether it is safe, as a table, page, metrics
   copy       copy archives between folders and object stores, checked on the way
-  manifest   make the manifest of an archive that has none
   prune      remove old archives by retention rules, as Proxmox VE does
-  report     say of every machine whether it is safe, as a page, table, metrics
-  doctor     say what can be backed up here and how, changing nothing
+  repack     store an archive anew: in order, with a manifest, without or with renamed disks
+  manifest   make the manifest of an archive that has none
 
 running backups:
   status     show progress of running backups
@@ -45,7 +49,7 @@ running backups:
   cleanup    remove what a crashed backup has left in a running QEMU
 
 many machines:
-  fleet      every machine of every host, within limits: what is due, run, checked
+  fleet      back up and test every machine of every host, within limits
 
 services:
   monitor    serve disks to guests, so that they can be backed up while in use
@@ -53,7 +57,7 @@ services:
   producer   read one disk and send it to an archiver (by hand, or elsewhere)
 
 keys:
-  keygen     make the keys with which producers and archivers prove who they are
+  keygen     make keys: for an archiver and its clients, or one that signs archives
 
 `vmapipe COMMAND --help` explains each. `vma` speaks the reference tool's grammar.
 """
@@ -67,7 +71,8 @@ first steps, with a disk that no machine is using:
 a running machine (its QEMU needs -qmp unix:qmp.sock,server=on,wait=off):
   vmapipe backup --qmp qmp.sock --config vm.conf vm.vma
 
-exit codes: 0 done, 1 failed, 2 wrong use, 4 verify found damage or drill's machine did not boot, 130/143 ended by a signal
+exit codes: 0 done, 1 failed, 2 wrong use, 4 an archive is damaged or did not boot, or a machine is not safe,
+130/143 ended by a signal (fleet check: a Nagios plugin's)
 """
 
 # Where each command starts: module and function.

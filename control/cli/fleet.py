@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmapipe fleet`: every machine of every host, within limits, and told."""
+"""`vmapipe fleet`: every machine of every host backed up and tested, within limits."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from vmapipe.fleet.scan import Scan
 
 DESCRIPTION = """\
-Back up every machine of every host, within limits, test it, and tell. What is
-promised to each is in /etc/vmapipe/fleet.toml (docs/operations/fleet.md).
+Back up and test every machine of every host, within limits, and say which is not safe.
+What is promised to each is in /etc/vmapipe/fleet.toml (docs/operations/fleet.md).
 
   scan             find the machines of all hosts; say which are new, gone or moved
   plan             say what would start now, and of all others why not
@@ -39,7 +39,7 @@ promised to each is in /etc/vmapipe/fleet.toml (docs/operations/fleet.md).
   check            as a Nagios plugin: is any machine late, untested, damaged?
   report           say of every machine whether it is safe, as a page (--html), JSON, metrics
   rescan           make the catalogue of archives again from the archives themselves
-  due              what may start now, as JSON, for another scheduler
+  due              what may start now, for another scheduler (--json)
   serve            stay, and have workers do what is due (PostgreSQL)
   worker           stay on one host, and do its jobs
 """
@@ -60,18 +60,15 @@ of check: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN; of report: 4 a machine is not 
 
 STATE = "/var/lib/vmapipe/fleet"
 FILE = "/etc/vmapipe/fleet.toml"
-_ACTIONS = (
-    *("scan", "plan", "run", "status", "cancel", "history", "check", "due", "serve", "worker"),
-    *("report", "rescan"),
-    *("agent", "probe"),  # for hosts, not for people
-)
 _RUN_S = 12 * 3600
 _UNKNOWN = 3
 
 
-def main(argv: Sequence[str], prog: str) -> int:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = make_parser(prog, DESCRIPTION, EPILOG)
-    parser.add_argument("action", choices=_ACTIONS, metavar="ACTION", help="one of the words above")
+    parser.add_argument(
+        "action", choices=tuple(_ACTIONS), metavar="ACTION", help="one of the words above"
+    )
     parser.add_argument(
         "name", metavar="NAME", nargs="?", help="of cancel a job, of history a machine"
     )
@@ -89,77 +86,65 @@ def main(argv: Sequence[str], prog: str) -> int:
     parser.add_argument(
         "--catalogue",
         metavar="FILE",
-        help="the catalogue of scan to check (default: the file's, or /var/lib/vmapipe/fleet.db)",
+        help="where it is noted what was found and done (default: the file's, or "
+        "/var/lib/vmapipe/fleet.db)",
     )
-    parser.add_argument(
+    parser.add_argument("--json", action="store_true", help="print JSON: an object, or one a line")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but what failed")
+    group = parser.add_argument_group("plan, due and run")
+    group.add_argument(
         "--no-scan",
         action="store_true",
-        help="for plan and due: do not ask the hosts, but take what the last scan has found",
+        help="plan and due: do not ask the hosts, but take what the last scan has found",
     )
-    parser.add_argument(
+    group.add_argument(
         "--time",
         type=int,
         default=_RUN_S,
         metavar="SECONDS",
-        help="for run: start nothing later than that after its begin (default: %(default)s)",
+        help="run: start nothing later than that after its begin (default: %(default)s)",
     )
-    parser.add_argument(
+    group = parser.add_argument_group("serve and worker, and to look at what they do")
+    group.add_argument(
         "--database",
         metavar="DSN",
-        help="for serve, worker, and to look at what they do: postgresql://USER@HOST/NAME (default: the "
-        "file's; serve alone starts a PostgreSQL of its own)",
+        help="postgresql://USER@HOST/NAME (default: the file's; serve alone starts a PostgreSQL of "
+        "its own)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--state",
         default="",
         metavar="DIR",
-        help=f"without --database: the folder of the PostgreSQL that serve starts (default: {STATE}); with "
-        "worker, status and others: to look there",
+        help=f"without --database: the folder of the PostgreSQL that serve starts (default: {STATE})",
     )
-    parser.add_argument(
-        "--host", metavar="NAME", help="for worker: which of the file's hosts this is"
-    )
+    group.add_argument("--host", metavar="NAME", help="worker: which of the file's hosts this is")
     add_report_options(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON: an object, or one a line")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but what failed")
+    return parser
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    parser = _parser(prog)
     # A name may stand behind options, too.
     options = parser.parse_intermixed_args(argv)
     if options.action in ("cancel", "history") and not options.name:
         parser.error(f"{options.action} needs a name")
     code = [0]
-    actions: Mapping[str, Callable[[argparse.Namespace], int]] = {
-        "scan": _scan,
-        "plan": _plan,
-        "run": _run,
-        "status": _status,
-        "cancel": _cancel,
-        "history": _history,
-        "check": _check,
-        "due": _due,
-        "report": _report,
-        "rescan": _rescan,
-        "agent": _agent,
-        "probe": _probe,
-        "serve": _serve,
-        "worker": _worker,
-    }
 
     def work() -> None:
-        code[0] = actions[options.action](options)
+        code[0] = _ACTIONS[options.action](options)
 
     if options.action == "check":
-        return _as_plugin(prog, work, code)
+        return _as_plugin(work, code)
     return run(prog, work) or code[0]
 
 
-def _as_plugin(prog: str, work: Callable[[], None], code: list[int]) -> int:
+def _as_plugin(work: Callable[[], None], code: list[int]) -> int:
     """A plugin that cannot tell says UNKNOWN, whatever the reason."""
     try:
         work()
     except Failure as failure:
         print(one_line(f"FLEET UNKNOWN - {failure}".replace("|", "/")))
         return _UNKNOWN
-    del prog
     return code[0]
 
 
@@ -488,3 +473,22 @@ def _worker(options: argparse.Namespace) -> int:
     cancel.on_signals()
     work(fleet, options.host, _dsn(options, fleet), _say, cancel)
     return 0
+
+
+_ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "scan": _scan,
+    "plan": _plan,
+    "run": _run,
+    "status": _status,
+    "cancel": _cancel,
+    "history": _history,
+    "check": _check,
+    "report": _report,
+    "rescan": _rescan,
+    "due": _due,
+    "serve": _serve,
+    "worker": _worker,
+    # For hosts, not for people.
+    "agent": _agent,
+    "probe": _probe,
+}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmapipe keygen`: key pairs for archivers and their clients."""
+"""`vmapipe keygen`: key pairs for archivers and their clients, and keys that sign archives."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from vmapipe.runtime.text import one_line
 
 DESCRIPTION = """\
 Make a pair of keys, so that an archiver and its clients know each other over
-TCP (docs/security.md). Secret keys never leave the host they were made on, and
-are never overwritten.
+TCP (docs/security.md), or with --sign one that signs archives. Secret keys never
+leave the host they were made on, and are never overwritten. Keys for encrypted
+archives are age's: age-keygen makes them (docs/operations/encryption.md).
 """
 
 EPILOG = """\
@@ -95,11 +96,11 @@ def _make(folder: str, *, client: bool) -> None:
     print(one_line(f"{folder}/{role}.pub"))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def new_pair() -> KeyPair:
-    """A pair of CURVE keys from the system's randomness."""
+    """Return a pair of CURVE keys from the system's randomness."""
     public, secret = zmq.curve_keypair()
     return KeyPair(public.decode(), secret.decode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -83,20 +83,18 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """Add where a report goes, and what it shows."""
-    outputs = parser.add_argument_group(
-        "where a report goes (a table is printed, if nothing is named)"
+    group = parser.add_argument_group(
+        "the report: where it goes (a table is printed, if nothing is named), and what it shows"
     )
-    outputs.add_argument(
-        "--html", metavar="FILE", help="one page that needs no server and no script"
-    )
-    outputs.add_argument(
+    group.add_argument("--html", metavar="FILE", help="one page that needs no server and no script")
+    group.add_argument(
         "--metrics", metavar="FILE", help="a text file for Prometheus' node_exporter (NAME.prom)"
     )
-    parser.add_argument("--title", default="Backups", help="the page's title (default: Backups)")
-    parser.add_argument(
+    group.add_argument("--title", default="Backups", help="the page's title (default: Backups)")
+    group.add_argument(
         "--days", type=int, default=31, metavar="N", help="how many days are shown (default: 31)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--time-zone",
         default="",
         metavar="ZONE",
