@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -298,6 +299,17 @@ TWO_SIDES: set[str] = set()
 
 def test_no_class_name_means_two_things() -> None:
     assert set(house().classes_of_one_name(modules())) == TWO_SIDES
+
+
+def test_every_file_that_a_folder_tells_to_read_is_there() -> None:
+    gone = [
+        f"{init.parent.relative_to(ROOT)}: {name}"
+        for init in sorted(file for room in ROOMS for file in (ROOT / room).rglob("__init__.py"))
+        for name in re.findall(r"[\w/]+\.py", ast.get_docstring(ast.parse(init.read_text())) or "")
+        # Beside it, or of the room that it belongs to.
+        if not any((folder / name).is_file() for folder in (init.parent, *init.parent.parents))
+    ]
+    assert gone == []
 
 
 def test_the_architecture_page_has_every_file_as_it_is() -> None:

@@ -2,9 +2,9 @@
 """The restore test: `vmapipe drill` boots an archive and says whether it did.
 
 Read in this order: plan.py (pure: what has to answer), signs.py (pure: texts that mean failure, or a
-login), screen.py (pure: pictures, and the text on them), transcript.py (pure: what a console has said),
-judge.py (pure: the verdict), run.py (one test: the machine, its disks, its end), disks.py, watch.py
-(a machine that is watched), probes.py (who asks the guest), result.py and evidence.py (what is kept).
+login), screen.py (pure: pictures, and the text on them), judge.py (pure: the verdict), run.py (one test: the
+machine, its disks, its end), disks.py, watch.py (a machine that is watched, and what its console has said), probes.py
+(who asks the guest), result.py (what is kept).
 
 Invariants: the archive is never written to; the guest reaches nothing but this process; every wait
 has an end; what was left out of the configuration is named in the result; "booted" needs an answer.

@@ -3,7 +3,8 @@
 
 Read in this order: base.py (what each output does, and how it ends), open.py (from
 the option's text to an output), file.py, stream.py, command.py, object.py (the four
-kinds), manifests.py (the digests, and where they go), compress.py (zstd).
+kinds), manifests.py (the digests, and where they go), cluster_digests.py (those of clusters, for the next backup),
+compress.py (zstd), encrypt.py (age), sign.py (the manifest's signature).
 
 Invariants: `commit` returns when the archive is complete at its place; `abandon` may
 come from any thread, takes seconds at most, never raises and leaves nothing that

@@ -3,7 +3,7 @@
 
 Read in this order: `disks` and `graph` (which disks, pure), `features`, `jobs` (the commands that begin
 a backup, and those that undo one; pure), `machine` (all of one backup, first to last), `cbw_filters`,
-`vmstate` with `vmstate_commands` (the memory), `tpm`, `guest_agent`, `poweroff`; then what happens when
+`vmstate` with `vmstate_commands` (the memory), `guest_latency` (what the guest feels meanwhile), `tpm`, `guest_agent`, `poweroff`; then what happens when
 something dies: `guardian`, `drop_targets`, `undo`, `leftovers`.
 
 Invariants: no guest's write ever fails or hangs because of a backup. Whatever we put into QEMU has a

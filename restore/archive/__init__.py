@@ -3,7 +3,7 @@
 
 Read in this order: errors.py, input.py (bytes in order, and waits that a stop ends), object.py
 (objects of a store), parts.py (compressed files of independent parts), zstd.py, compressed.py
-(recognition, gzip, lzo), source.py (opens all of them), digest.py and manifest.py, reader.py
+(recognition, gzip, lzo), decrypt.py (age files), source.py (opens all of them), digest.py and manifest.py, reader.py
 (an archive's header), survey.py (its extents, damaged or not), slots.py (shared memory for data).
 
 Invariants: memory is bounded whatever the file says; a cut file is never taken for a whole

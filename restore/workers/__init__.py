@@ -3,7 +3,7 @@
 
 Read in this order: work.py (pure: pieces of work and their order), sockets.py (ZeroMQ), pool.py
 (the reader's side: gives work, waits, ends the workers), worker.py (a worker process),
-writer.py (files and block devices), nbd_target.py (images, through qemu-storage-daemon).
+writer.py (files, block devices, and images through qemu-storage-daemon).
 
 Invariants: each cluster is written once, in any order; what is under way is bounded; the
 first failure of a worker ends the restore; a worker whose reader has died removes its files.
