@@ -141,7 +141,7 @@ def _talk(
                     for line in lines:
                         _pass_on(line, tell)
                     if len(held) > _LINE_BYTES:
-                        return "its answer is no line of ours"
+                        return f"its answer has a line of more than {_LINE_BYTES >> 20} MiB: is it vmapipe?"
             if time.monotonic() - heard > silence_s:
                 return f"it has said nothing for {silence_s:.0f} s"
     return ""

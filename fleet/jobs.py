@@ -8,7 +8,6 @@ command that comes of them is one of vmapipe's own without a shell. No argument 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -134,16 +133,6 @@ def check(request: object) -> Request:
     if missing := [name for name in needed if name not in request]:
         raise UsageError(f"a {verb} job needs {', '.join(missing)}")
     return request
-
-
-def read_line(line: bytes) -> Request:
-    """Return the request in a line of JSON. Raises UsageError."""
-    if len(line) > MOST_REQUEST_BYTES:
-        raise UsageError(f"a job of more than {MOST_REQUEST_BYTES} bytes")
-    try:
-        return check(json.loads(line))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"a job has to be a line of JSON: {error}") from error
 
 
 # --- Commands ---

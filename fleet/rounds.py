@@ -109,7 +109,7 @@ def only_one(path: str, what: str) -> Iterator[None]:
 
 
 class Round:
-    """A round with subprocesses and ssh. `limit_s`: nothing is started later than that."""
+    """A round with subprocesses and ssh: `run` it once, then read `ended` and `refused`."""
 
     def __init__(self, fleet: Fleet, catalogue: Catalogue, say: Say, cancel: Cancel) -> None:
         self._fleet, self._catalogue = fleet, catalogue
@@ -132,6 +132,7 @@ class Round:
         """Work until nothing more may start; return what waits then. Raises Failure, Cancelled.
 
         A catalogue that fails meanwhile (a full disk) ends no job: what runs is waited for, then it is told.
+        After `limit_s` seconds nothing is started any more.
         """
         by_name = {machine.name: machine for machine in machines}
         self._down = dict(down)
@@ -226,7 +227,7 @@ class Round:
         self._carrier.forget(run.run)
         del self._runs[run.run]
         if event.get("cancelled") and run.run not in self._wished:
-            # It ends with this round, and is no failure of the machine's.
+            # It ends with this round: the machine has not failed.
             event = {**event, "cancelled": False, "lost": True}
         if event.get("is_down") and run.state == "waiting":
             self._down[run.host] = str(event.get("text"))

@@ -75,7 +75,7 @@ def parse_interval(text: str) -> float:
         raise ValueError(f"{text!r} is not a time such as 30m, 4h, 1d, 2w")
     seconds = int(text[:-1]) * unit
     if not seconds:
-        raise ValueError(f"{text!r} is no time at all")
+        raise ValueError(f"{text!r} has no length; for example: 4h")
     return float(seconds)
 
 

@@ -101,7 +101,7 @@ class _HostWorker:
             catalogue.close()
 
     def do(self, job: Mapping[str, Any], stop: threading.Event) -> None:
-        """Do one job. What fails is told in the catalogue, and is no failure of the queue."""
+        """Do one job. What fails is told in the catalogue, and does not fail the queue."""
         try:
             run, request = request_of_job(job)
             catalogue = open_database(self._dsn)

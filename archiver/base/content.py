@@ -179,8 +179,8 @@ class FrameContent:
         self._start, self._end = self._end, self._end + len(self._plain)
 
 
-def open_content(source: BaseSource) -> PlainContent | FrameContent:
-    """What the archive holds. Raises OSError; ValueError, in words, where it cannot be had."""
+def open_content(source: BaseSource) -> BaseContent:
+    """Return what the archive holds. Raises OSError; ValueError, in words, where it cannot be had."""
     if is_zstd(read_source(source, 4, 0)):
         return FrameContent(source)
     return PlainContent(source)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from typing import Any
 
 import pytest
@@ -11,17 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmapipe.archiver.base.choice import read_name
+from vmapipe.fleet.agent import serve_one
 from vmapipe.fleet.inventory import Fleet, FleetHost, FleetMachine, FleetTarget, Policy
 from vmapipe.fleet.jobs import (
     archive_name,
     check,
     command_of,
-    read_line,
     request_of,
     safe_name,
     words_of,
 )
 from vmapipe.fleet.planner import FleetTask
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 
 BACKUP: dict[str, Any] = {
@@ -99,10 +102,21 @@ def test_whatever_comes_is_refused_in_words_or_becomes_plain_words(
 
 
 @given(st.binary(max_size=60))
-def test_a_line_that_is_no_request_is_refused(line: bytes) -> None:
-    with pytest.raises(UsageError):
-        read_line(line)
-    assert read_line(json.dumps(VERIFY).encode()) == VERIFY
+def test_an_agent_refuses_a_line_that_is_not_a_request(line: bytes) -> None:
+    reader, writer = os.pipe()
+    with contextlib.closing(Cancel()) as cancel, open(reader, "rb") as source:
+        with open(writer, "wb") as asker:
+            asker.write(line)
+        with pytest.raises(UsageError):
+            serve_one(source, _tell_nobody, cancel, _find_nothing)
+
+
+def _tell_nobody(event: object) -> None:
+    raise AssertionError(event)
+
+
+def _find_nothing(rules: object) -> dict[str, object]:
+    raise AssertionError(rules)
 
 
 @given(st.text(max_size=300), st.text(max_size=300))

@@ -23,8 +23,6 @@ DEFAULT_PLACE = "/var/tmp"
 #: What stays free on the file system: a guest that writes 1 GiB/s needs a quarter of a second for it,
 #: and the backup is ended within that.
 RESERVE_BYTES = 256 << 20
-# libvirtd and QEMU's user pass through to what they know the names of.
-_PASS_THROUGH = 0o711
 # One for each disk, and the socket; QEMU's user could make any number.
 _MOST_FILES = 256
 # Where a guest that stayed frozen is noted.
@@ -94,10 +92,6 @@ class ScratchFolder:
     def socket(self) -> str:
         """Return the path of the socket, where QEMU has no better place for it."""
         return os.path.join(self.path, "nbd.sock")
-
-    def give_socket_way(self) -> None:
-        """Other users may pass through, to what is in the folder and open to them."""
-        os.fchmod(self._folder.fd, _PASS_THROUGH)
 
     def used_bytes(self) -> int:
         """Return what the scratch files take on the disk, also those that somebody has removed since."""
