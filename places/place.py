@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from vmapipe.archiver.service.storage import is_of_service
+from vmapipe.crypt.magic import MAGIC, is_encrypted
 from vmapipe.runtime.arguments import check_readable
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import HeldFolder
@@ -19,7 +20,6 @@ from vmapipe.runtime.side_files import write_whole
 
 # What an archive's file ends with; whoever's object ends so is meant, and not a prefix.
 _ENDINGS = tuple(f".vma{more}{age}" for more in ("", ".zst", ".gz", ".lzo") for age in ("", ".age"))
-_AGE_MAGIC = b"age-encryption.org/v1"
 
 
 class StoredName(NamedTuple):
@@ -174,7 +174,7 @@ class ArchiveFolder:
             fd = self._open(name)
             if fd is not None:
                 try:
-                    return os.pread(fd, len(_AGE_MAGIC), 0) == _AGE_MAGIC
+                    return is_encrypted(os.pread(fd, len(MAGIC), 0))
                 finally:
                     os.close(fd)
         return False

@@ -71,6 +71,14 @@ def read_awaited(path: str, limit_bytes: int, cancel: Cancel | None) -> bytes:
         os.close(fd)
 
 
+def read_keys(path: str, limit_bytes: int, cancel: Cancel | None) -> str:
+    """Read a file of keys, or a pipe to its end, as text. Raises ValueError for a larger one, OSError, Cancelled."""
+    raw = read_awaited(path, limit_bytes + 1, cancel)
+    if len(raw) > limit_bytes:
+        raise ValueError(f"it has more than {limit_bytes} bytes")
+    return raw.decode("utf-8", "replace")
+
+
 def open_new(path: str, mode: int = 0o666) -> int:
     """A descriptor to write a new file to; nothing may have its name. The umask counts."""
     with HeldFolder(os.path.dirname(path)) as folder:

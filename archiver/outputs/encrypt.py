@@ -15,7 +15,7 @@ from vmapipe.crypt.keys import parse_recipient, parse_recipients
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.process import forbid_core_dumps, keep_freed_memory
-from vmapipe.runtime.side_files import read_awaited
+from vmapipe.runtime.side_files import read_keys
 from vmapipe.runtime.text import one_line
 from vmapipe.vma.sealed import PIECE_BYTES, StoredFile, closing_line, opening_line, piece_line
 
@@ -38,7 +38,7 @@ def read_recipients(texts: Sequence[str], cancel: Cancel | None = None) -> tuple
                 found += _of_file(text[1:], cancel)
             else:
                 found.append(parse_recipient(text.strip()))
-        except AgeError as error:
+        except ValueError as error:
             raise UsageError(f"--encrypt-to {_shown(text)}: {error}") from error
     found = list(dict.fromkeys(found))
     if len(found) > MAX_RECIPIENTS:
@@ -56,13 +56,11 @@ def _shown(text: str) -> str:
 
 
 def _of_file(path: str, cancel: Cancel | None) -> list[Recipient]:
+    """Raises ValueError, in words."""
     try:
-        raw = read_awaited(path, _MAX_FILE_BYTES + 1, cancel)
+        return parse_recipients(read_keys(path, _MAX_FILE_BYTES, cancel))
     except OSError as error:
         raise AgeError(f"it cannot be read: {os_error_text(error)}") from error
-    if len(raw) > _MAX_FILE_BYTES:
-        raise AgeError(f"it has more than {_MAX_FILE_BYTES} bytes")
-    return parse_recipients(raw.decode("utf-8", "replace"))
 
 
 class AgeOutput(OutputWrapper):

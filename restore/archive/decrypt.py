@@ -35,7 +35,7 @@ from vmapipe.restore.archive.input import Input, Pread
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.process import forbid_core_dumps
-from vmapipe.runtime.side_files import read_awaited
+from vmapipe.runtime.side_files import read_keys
 
 # A file of identities has a line a key.
 _MAX_IDENTITIES_BYTES = 1 << 20
@@ -56,14 +56,12 @@ def read_identities(
     forbid_core_dumps()
     for path in paths:
         try:
-            raw = read_awaited(path, _MAX_IDENTITIES_BYTES + 1, cancel)
+            text = read_keys(path, _MAX_IDENTITIES_BYTES, cancel)
             mode = Path(path).stat().st_mode
-            if len(raw) > _MAX_IDENTITIES_BYTES:
-                raise AgeError(f"it has more than {_MAX_IDENTITIES_BYTES} bytes")
-            found += parse_identities(raw.decode("utf-8", "replace"))
+            found += parse_identities(text)
         except OSError as error:
             raise UsageError(f"--identity {path}: {os_error_text(error)}") from error
-        except AgeError as error:
+        except ValueError as error:
             raise UsageError(f"--identity {path}: {error}") from error
         if stat.S_ISREG(mode) and mode & 0o077:
             warnings.append(

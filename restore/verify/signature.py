@@ -25,7 +25,7 @@ from vmapipe.restore.archive.object import object_exists
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Damaged, UsageError, os_error_text
 from vmapipe.runtime.objectstore import is_object
-from vmapipe.runtime.side_files import read_awaited
+from vmapipe.runtime.side_files import read_keys
 from vmapipe.vma.manifest import MAX_LINE_BYTES, read_totals
 from vmapipe.vma.sealed import StoredFile
 
@@ -54,10 +54,7 @@ def read_publics(texts: Sequence[str]) -> list[bytes]:
             if text.startswith("ssh-"):
                 found.append(ssh_public(text))
                 continue
-            raw = read_awaited(text, _MAX_KEYS_BYTES + 1, None)
-            if len(raw) > _MAX_KEYS_BYTES:
-                raise SignatureFault(f"it has more than {_MAX_KEYS_BYTES} bytes")
-            found += parse_publics(raw.decode("utf-8", "replace"))
+            found += parse_publics(read_keys(text, _MAX_KEYS_BYTES, None))
         except OSError as error:
             raise UsageError(f"--signed-by {text}: {os_error_text(error)}") from error
         except ValueError as error:
