@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hand of a fleet on one host: one request on standard input, its events on standard output.
+"""A job of a fleet on its host: one request on standard input, its events on standard output.
 
 `vmapipe fleet agent` is all that a host needs, through ssh as well: its command line is always the same
 (so a key can be limited to it), and names travel as JSON, which no shell sees. The end of standard input

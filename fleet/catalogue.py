@@ -151,7 +151,7 @@ class Standing:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CancelRecord:
-    """Somebody's wish that a run ends."""
+    """Somebody has asked for a run to be ended."""
 
     run: str
     asked_s: float = 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +25,13 @@ from vmapipe.runtime.side_files import DRILL_SUFFIX
 
 PROTECTED_SUFFIX = ".protected"
 NOTES_SUFFIX = ".notes"
-_ENDING = re.compile(f"{ARCHIVE_ENDING}$")
 # Of a store, which answers each after some tens of milliseconds.
 _THREADS = 8
 
 
 def companions(archive: str) -> list[str]:
     """The files that belong to an archive, there or not; its manifest first."""
-    stem = _ENDING.sub("", archive)
+    stem = ARCHIVE_ENDING.sub("", archive)
     logs = [f"{stem}.log"] if stem != archive else []
     return [
         archive + MANIFEST_SUFFIX,
@@ -54,8 +52,8 @@ def companions_anew(archive: KeptArchive, new_name: str) -> dict[str, str]:
     """
     mark, notes = archive.name + PROTECTED_SUFFIX, archive.name + NOTES_SUFFIX
     new = {mark: new_name + PROTECTED_SUFFIX, notes: new_name + NOTES_SUFFIX}
-    log = _ENDING.sub("", archive.name) + ".log"
-    new[log] = _ENDING.sub("", new_name) + ".log"
+    log = ARCHIVE_ENDING.sub("", archive.name) + ".log"
+    new[log] = ARCHIVE_ENDING.sub("", new_name) + ".log"
     return {name: new[name] for name in new if name in archive.beside}
 
 
@@ -98,10 +96,10 @@ def find_archives(place: KeptPlace) -> list[KeptArchive]:
     files = {found.name: found for found in place.names()}
     archives = []
     for name, file in files.items():
-        if not _ENDING.search(name):
+        if not ARCHIVE_ENDING.search(name):
             continue
         parsed = read_name(name)
-        machine = parsed.machine if parsed else _ENDING.sub("", name)
+        machine = parsed.machine if parsed else ARCHIVE_ENDING.sub("", name)
         there = [*companions(name), name + PROTECTED_SUFFIX]
         beside = frozenset(each for each in there if each in files)
         archives.append(KeptArchive(file, machine, parsed.when if parsed else None, beside))

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+from vmapipe.archiver.base.choice import ARCHIVE_ENDING
 from vmapipe.archiver.service.storage import is_of_service
 from vmapipe.crypt.magic import MAGIC, is_encrypted
 from vmapipe.runtime.arguments import check_readable
@@ -17,9 +18,6 @@ from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.immutable import lift, locked_until
 from vmapipe.runtime.objectstore import SCHEME, StoredFolder, StoredObject, is_object
 from vmapipe.runtime.side_files import write_whole
-
-# What an archive's file ends with; whoever's object ends so is meant, and not a prefix.
-_ENDINGS = tuple(f".vma{more}{age}" for more in ("", ".zst", ".gz", ".lzo") for age in ("", ".age"))
 
 
 class StoredName(NamedTuple):
@@ -70,7 +68,7 @@ def is_place(name: str) -> bool:
     """Return whether the user's word names a folder or a bucket's prefix, and no archive. Raises Failure."""
     if not is_object(name):
         return os.path.isdir(name)
-    if name.endswith(_ENDINGS):
+    if ARCHIVE_ENDING.search(name):  # that object is meant, and not a prefix
         return False
     if name.endswith("/") or "/" not in name.removeprefix(SCHEME):
         return True

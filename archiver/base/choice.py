@@ -21,14 +21,14 @@ from vmapipe.runtime.objectstore import StoredFolder, is_object
 # Year to second, of the clock on the wall where the archive was made.
 When = tuple[int, int, int, int, int, int]
 
-#: How an archive's name ends, as part of a regular expression.
-ARCHIVE_ENDING = r"\.vma(?:\.(?:zst|gz|lzo))?(?:\.age)?"
+#: How an archive's name ends: `search` it.
+ARCHIVE_ENDING = re.compile(r"\.vma(?:\.(?:zst|gz|lzo))?(?:\.age)?\Z")
 # vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma, db_20260131T020000.vma.gz
 _NAME = re.compile(
     r"(?P<group>.+)[-_.]"
     r"(?P<year>\d{4})[-_]?(?P<month>\d\d)[-_]?(?P<day>\d\d)"
     r"(?:[-_T.](?P<hour>\d\d)[-_:]?(?P<minute>\d\d)(?:[-_:]?(?P<second>\d\d))?Z?)?"
-    + ARCHIVE_ENDING,
+    + ARCHIVE_ENDING.pattern,
     re.ASCII,
 )
 # Behind so many that are none, a full backup is made, rather than a folder of damage read.

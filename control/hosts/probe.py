@@ -25,7 +25,7 @@ Found = dict[str, Any]
 
 
 def answer(rules: object) -> dict[str, Any]:
-    """Return `machines` and `notices` of these rules. Raises UsageError for rules that are none."""
+    """Return `machines` and `notices` of these rules. Raises UsageError for what is not a list of rules."""
     if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
         raise UsageError("a probe has to be a list of rules: proxmox, libvirt, qmp:…, disks:…")
     machines, notices = list[Found](), list[str]()
