@@ -216,7 +216,13 @@ async def _work(dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel) 
     loop = asyncio.get_running_loop()
     # What breaks beside the work when a database is lost is the same loss, which the work tells.
     loop.set_exception_handler(lambda loop, context: None)
-    loop.add_reader(cancel.fd, working.cancel)
+
+    def end_once() -> None:
+        # The descriptor stays readable: a second cancel would end the tidying up, and a third one.
+        loop.remove_reader(cancel.fd)
+        working.cancel()
+
+    loop.add_reader(cancel.fd, end_once)
     try:
         await working
     except asyncio.CancelledError:
