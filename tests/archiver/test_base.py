@@ -349,9 +349,12 @@ def test_a_disk_of_zeroes_that_takes_anothers_number_does_not_take_its_digests(
     told = incremental(a, archives[1], "--disk", f"c={empty}")
     assert [device["incremental"] for device in told["base"]["devices"]] == [False, True]
     # The data that had that number: nothing of it is in the base.
-    told = incremental(a, archives[2], "--disk", f"c={b}")
-    assert [device["incremental"] for device in told["base"]["devices"]] == [True, True]
-    assert told["transfer"]["sent_bytes"] == b.stat().st_size
+    words = ("--json", "--base", "auto", "--disk", f"c={b}", "--disk", f"a={a}", archives[2])
+    events = [json.loads(line) for line in good("backup", *words).splitlines()]
+    (base,) = [event for event in events if event["event"] == "base"]
+    assert [device["incremental"] for device in base["devices"]] == [True, True]
+    sent = {e["device"]: e["sent_bytes"] for e in events if e["event"] == "transfer"}
+    assert sent == {"a": 0, "c": b.stat().st_size}
     disks = read_images(archives[2].read_bytes())
     assert disks == {"a": a.read_bytes(), "c": b.read_bytes()}
 
