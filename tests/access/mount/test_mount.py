@@ -268,7 +268,7 @@ def nobodys(work: Path, short_folder: Path) -> Path:
 
 # For a shell: waits until it is mounted, and reads something of everything.
 WAIT_AND_LOOK = """
-for i in $(seq 300); do grep -q mounted "$1/out" && break; sleep 0.1; done
+for i in $(seq 300); do grep -qs mounted "$1/out" && break; sleep 0.1; done
 look() { cat "$1/m/files/whole/whole/etc/fstab" "$1/m/config/qemu-server.conf"; }
 """
 
