@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from vmapipe.runtime.errors import EXIT_USAGE, UsageError
@@ -125,17 +125,23 @@ def latency(text: str) -> float:
     return value_s
 
 
-_AGE_UNITS_S = {"h": 3600, "d": 86400, "w": 7 * 86400}
+AGE_UNITS_S = {"h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def duration_s(text: str, units_s: Mapping[str, int] = AGE_UNITS_S) -> int | None:
+    """Return the seconds of up to five digits and a unit; None: the text is something else."""
+    number, unit = text[:-1], text[-1:]
+    if unit in units_s and number.isascii() and number.isdecimal() and len(number) < 6:
+        return int(number) * units_s[unit]
+    return None
 
 
 def age_s(text: str) -> int:
     """Parse 12h, 7d, 2w."""
-    number, unit = text[:-1], text[-1:]
-    if unit not in _AGE_UNITS_S or not (
-        number.isascii() and number.isdecimal() and 0 < len(number) < 6
-    ):
+    found = duration_s(text)
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a valid time: 12h, 7d, 2w")
-    return int(number) * _AGE_UNITS_S[unit]
+    return found
 
 
 def share(text: str) -> float:
@@ -152,12 +158,10 @@ def share(text: str) -> float:
 
 def lock_time_s(text: str) -> int:
     """Parse 12h, 30d, 8w, 1y, in seconds."""
-    units_s = {**_AGE_UNITS_S, "y": 365 * 86400}
-    number, unit = text[:-1], text[-1:]
-    is_number = number.isascii() and number.isdecimal() and 0 < len(number) < 6
-    if unit not in units_s or not is_number or not int(number):
+    found = duration_s(text, {**AGE_UNITS_S, "y": 365 * 86400})
+    if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a valid time: 12h, 30d, 8w, 1y")
-    return int(number) * units_s[unit]
+    return found
 
 
 def job_id(text: str) -> bytes:

@@ -24,7 +24,7 @@ from vmapipe.places.archives import by_machine, find_archives
 from vmapipe.places.listing import lock_text
 from vmapipe.places.place import KeptPlace, open_place
 from vmapipe.places.removal import remove
-from vmapipe.runtime.arguments import make_parser
+from vmapipe.runtime.arguments import AGE_UNITS_S, duration_s, make_parser
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.process import run
 from vmapipe.runtime.text import human_bytes, name_text, one_line
@@ -55,7 +55,6 @@ exit codes: 0 done (or said), 1 failed, 2 wrong use
 # In a folder of a service: long enough to read what is said of a flood, after a
 # weekend and a holiday.
 _SERVICE_WITHIN_S = 7 * 86400
-_UNITS_S = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 _PERIODS = {
     "last": "archives",
@@ -82,7 +81,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         )
     rules.add_argument(
         "--keep-within",
-        type=_duration_s,
+        type=_within_s,
         metavar="TIME",
         help="keep all that were stored less long ago, as 12h, 7d, 2w; they count for no other rule "
         "(default: 7d where a service stores, else 0)",
@@ -123,11 +122,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _duration_s(text: str) -> int:
-    number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS_S else (text, "d")
-    if not (number.isascii() and number.isdecimal() and len(number) < 6):
+def _within_s(text: str) -> int:
+    """Parse 12h, 7d, 2w; without a unit days."""
+    found = duration_s(text if text[-1:] in AGE_UNITS_S else f"{text}d")
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a valid time: 12h, 7d, 2w, or 0")
-    return int(number) * _UNITS_S[unit]
+    return found
 
 
 def _prune(options: argparse.Namespace) -> None:
