@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from vmapipe.runtime.errors import Failure
 
+DrillVerdict = Literal["booted", "not-booted", "undecided"]
 Verb = Literal["backup", "verify", "drill", "copy", "prune"]
 VERBS: tuple[Verb, ...] = ("backup", "verify", "drill", "copy", "prune")
 #: `lost`: whoever ran it died; its end is not known, and it is due again.
@@ -122,7 +123,7 @@ class DrillRecord:
     target: str
     archive: str
     tested_s: float
-    verdict: Literal["booted", "not-booted", "undecided"]
+    verdict: DrillVerdict
     boot_s: float = 0.0
     proof: str = ""
     picture: str = ""
@@ -331,6 +332,16 @@ class Catalogue:
             ]
             self.put(run, *results, after(old[0], run))
         return True
+
+
+def drill_verdict(told: object) -> DrillVerdict:
+    """Return what `vmapipe drill` has said as the catalogue has it. Pure."""
+    match told:
+        case "booted":
+            return "booted"
+        case "not booted":
+            return "not-booted"
+    return "undecided"
 
 
 def after(standing: Standing, run: RunRecord) -> Standing:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from vmapipe.access.drill.result import PICTURE
 from vmapipe.fleet.catalogue import (
     ArchiveRecord,
     Catalogue,
@@ -17,6 +18,7 @@ from vmapipe.fleet.catalogue import (
     RunRecord,
     RunState,
     VerificationRecord,
+    drill_verdict,
 )
 from vmapipe.fleet.inventory import Fleet, FleetMachine
 from vmapipe.fleet.jobs import location_of
@@ -25,8 +27,6 @@ from vmapipe.runtime.errors import EXIT_DAMAGED
 from vmapipe.runtime.text import one_line
 
 _TEXT_CHARS = 2000
-# Of `vmapipe drill`, to those of the catalogue.
-_VERDICTS = {"booted": "booted", "not booted": "not-booted"}
 
 
 def new_run(task: FleetTask, archive: str, now_s: float) -> RunRecord:
@@ -190,10 +190,10 @@ def _drilled(
         run.target,
         run.archive,
         run.ended_s,
-        _VERDICTS.get(str(drilled.get("verdict")), "undecided"),  # type: ignore[arg-type]
+        drill_verdict(drilled.get("verdict")),
         float(seconds) if isinstance(seconds, int | float) else 0.0,
         one_line(str(drilled.get("proof", "")), 200),
-        f"{evidence}/screen.png" if isinstance(evidence, str) else "",
+        f"{evidence}/{PICTURE}" if isinstance(evidence, str) else "",
         run.ended_s - run.started_s,
         one_line(str(drilled.get("reason") or run.text), _TEXT_CHARS),
     )

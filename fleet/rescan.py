@@ -17,17 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import NamedTuple
 
-from vmapipe.access.drill.result import DrillResult
+from vmapipe.access.drill.result import PICTURE, DrillResult
 from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
-from vmapipe.fleet.catalogue import ArchiveRecord, DrillRecord, VerificationRecord
+from vmapipe.fleet.catalogue import ArchiveRecord, DrillRecord, VerificationRecord, drill_verdict
 from vmapipe.places.archives import KeptArchive, drill_of, find_archives, verified_of
 from vmapipe.places.place import KeptPlace
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.manifest import Totals, read_totals
 
-#: The picture in the folder of a restore test's evidence.
-PICTURE = "screen.png"
 # Of an archive of some 600 GiB of data. The size of the disks of a larger one stays unknown.
 _MAX_MANIFEST_BYTES = 8 << 20
 # Of a store, which answers each after some tens of milliseconds.
@@ -146,7 +144,7 @@ def drill_record(
         target,
         archive,
         float(calendar.timegm(time.strptime(result.date, _DRILL_TIME))),
-        "not-booted" if result.verdict == "not booted" else result.verdict,
+        drill_verdict(result.verdict),
         result.seconds or 0.0,
         result.proof,
         os.path.join(folder, result.evidence, PICTURE) if result.evidence else "",

@@ -186,9 +186,11 @@ def read_result(archive: str, uuid: bytes) -> DrillResult | None:
     return result if uuids.UUID(result.archive_uuid).bytes == uuid else None
 
 
-#: Every file that there may be in the folder of the evidence: a picture, logs and the result.
+#: The picture in the folder of the evidence.
+PICTURE = "screen.png"
+#: Every file that there may be in it: the picture, logs and the result.
 EVIDENCE_NAMES = (
-    "screen.png",
+    PICTURE,
     "screen.txt",
     "serial.log",
     "firmware.log",

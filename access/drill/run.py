@@ -20,7 +20,7 @@ from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.drill.disks import DrillDisks, copy_start
 from vmapipe.access.drill.judge import Decision
 from vmapipe.access.drill.plan import DrillPlan, default_plan
-from vmapipe.access.drill.result import DrillResult
+from vmapipe.access.drill.result import PICTURE, DrillResult
 from vmapipe.access.drill.screen import encode_png
 from vmapipe.access.drill.watch import Bounds, Console, Seen, Watch
 from vmapipe.access.machine.accelerator import KVM, TCG, accelerator
@@ -356,7 +356,7 @@ class _Drill:
             "qemu.log": "\n".join([command, *machine.said, ""]).encode(errors="replace"),
         }
         if seen.picture is not None:
-            files["screen.png"] = encode_png(seen.picture)
+            files[PICTURE] = encode_png(seen.picture)
         if seen.screen_text:
             files["screen.txt"] = seen.screen_text.encode() + b"\n"
         return Outcome(result, files)

@@ -46,8 +46,6 @@ exit codes: 0 all is as promised, or only with warnings; 1 it could not be found
 
 # A page with more days has no room for the table's other columns.
 _MAX_DAYS = 366
-# A screen's picture of ours has some 10 to 300 KiB.
-_MAX_PICTURE_BYTES = 1 << 20
 
 
 class NotSafe(Failure):
@@ -191,6 +189,8 @@ def _write(path: str, text: str) -> None:
 
 def _picture(drill: DrillRecord) -> bytes | None:
     """The screen of a restore test; links are not followed, and nothing is waited for."""
+    from vmapipe.fleet.report.page import MAX_PICTURE_BYTES
+
     folder, name = os.path.split(drill.picture)
     if not name:
         return None
@@ -199,7 +199,7 @@ def _picture(drill: DrillRecord) -> bytes | None:
         with HeldFolder(place) as held, held.folder(evidence) as inside:
             fd = inside.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             with open(fd, "rb") as file:
-                return file.read(_MAX_PICTURE_BYTES + 1)
+                return file.read(MAX_PICTURE_BYTES + 1)
     except (OSError, ValueError):
         return None
 

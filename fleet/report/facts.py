@@ -90,6 +90,10 @@ class MachineReport:
     days: list[Cell]
     sizes: list[int]
 
+    @property
+    def is_late(self) -> bool:
+        return bool(self.promised_s) and self.age_s > LATE * self.promised_s and not self.skip
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TargetReport:
@@ -225,20 +229,15 @@ def _gather(records: ReportInput, until_s: float) -> dict[str, _Machine]:
 
     for archive in records.archives:
         of(archive.machine).archives.append(archive)
-    for seen in records.verifications:
-        known = of(seen.machine).verified
-        key = (seen.target, seen.archive)
-        if seen.checked_s > until_s:
-            continue
-        if key not in known or known[key].checked_s < seen.checked_s:
-            known[key] = seen
-    for drill in records.drills:
-        tested = of(drill.machine).drilled
-        key = (drill.target, drill.archive)
-        if drill.tested_s > until_s:
-            continue
-        if key not in tested or tested[key].tested_s < drill.tested_s:
-            tested[key] = drill
+    # The latest first: of each archive that one stays.
+    for seen in sorted(records.verifications, key=lambda seen: seen.checked_s, reverse=True):
+        verified = of(seen.machine).verified
+        if seen.checked_s <= until_s:
+            verified.setdefault((seen.target, seen.archive), seen)
+    for drill in sorted(records.drills, key=lambda drill: drill.tested_s, reverse=True):
+        drilled = of(drill.machine).drilled
+        if drill.tested_s <= until_s:
+            drilled.setdefault((drill.target, drill.archive), drill)
     for run in records.runs:
         of(run.machine).runs.append(run)
     return machines

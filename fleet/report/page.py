@@ -25,7 +25,8 @@ PictureOf = Callable[[DrillRecord], bytes | None]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # A screen of 1280 x 800 in text mode has some 10 KiB, a desktop 300; mail takes a page of 20 MiB.
-_MAX_PICTURE_BYTES, _MAX_PICTURES_BYTES = 1 << 20, 12 << 20
+MAX_PICTURE_BYTES = 1 << 20
+_MAX_PICTURES_BYTES = 12 << 20
 # What is wrong with more machines than that nobody reads; the table has them all.
 _MAX_PROBLEMS, _MAX_NAMED = 200, 12
 _STEP, _HEIGHT = 7, 14
@@ -167,12 +168,12 @@ def _pictures(report: FleetReport, picture_of: PictureOf) -> tuple[list[ShownPic
     shown: list[ShownPicture] = []
     left_bytes, left_out = _MAX_PICTURES_BYTES, 0
     for row, drill in tested:
-        if left_bytes < _MAX_PICTURE_BYTES:
+        if left_bytes < MAX_PICTURE_BYTES:
             left_out += 1
             continue
         data = picture_of(drill)
         address = ""
-        if data is not None and data.startswith(_PNG) and len(data) <= _MAX_PICTURE_BYTES:
+        if data is not None and data.startswith(_PNG) and len(data) <= MAX_PICTURE_BYTES:
             left_bytes -= len(data)
             address = "data:image/png;base64," + base64.b64encode(data).decode()
         shown.append(ShownPicture(row, drill, address))
