@@ -107,6 +107,8 @@ class LzopStream(ProgramInput):
         if self.closed:
             return
         self._halt.ask("closed")
+        # It has nothing to tidy up, and while it writes it takes no other signal.
+        self._process.kill()
         super().close()
         self._feeder.join()
         self._raw.close()

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -209,11 +210,32 @@ class ProgramInput(Input):
 
 
 def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to end as Ctrl-C at a terminal would, if it still runs, and give it a moment."""
-    if process.poll() is None:
-        _signal(process, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_S)
+    """Ask it to end as Ctrl-C at a terminal would, if it still runs, and give it a moment.
+
+    In a pipeline each waits for the one before it: whoever loses its reader dies at once.
+    """
+    if process.poll() is not None:
+        return
+    deadline_s = time.monotonic() + _STOP_S
+    for program in _sources_first(process.pid):
+        with contextlib.suppress(psutil.Error):
+            program.send_signal(signal.SIGINT)
+            program.wait(max(0, deadline_s - time.monotonic()))
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0, deadline_s - time.monotonic()))
+
+
+def _sources_first(pid: int) -> Iterator[psutil.Process]:
+    """What a process started, in the order of its start, each behind what itself has started.
+
+    A shell starts a pipeline from the left, and waits for its children before it ends.
+    """
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process(pid).children()
+        for child in sorted(children, key=lambda child: (child.create_time(), child.pid)):
+            yield from _sources_first(child.pid)
+            yield child
 
 
 def stop_program(process: subprocess.Popen[bytes]) -> None:
@@ -224,16 +246,11 @@ def stop_program(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(_STOP_S)
     except subprocess.TimeoutExpired:
-        _signal(process, signal.SIGKILL)
+        for program in _sources_first(process.pid):
+            with contextlib.suppress(psutil.Error):
+                program.kill()
+        process.kill()
         process.wait()
-
-
-def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    # A shell waits for its children before it ends: those first.
-    with contextlib.suppress(psutil.Error):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.send_signal(number)
-    process.send_signal(number)
 
 
 def interruptible(job: Callable[[], bytes], halts: Sequence[Cancel]) -> bytes:

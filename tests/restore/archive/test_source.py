@@ -7,6 +7,7 @@ import gzip
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -482,6 +483,41 @@ def test_closing_early_ends_the_command(need: Need) -> None:
         opened.read(100_000)
         opened.close()
     # The fixture for all tests finds it if it still runs.
+
+
+# Like restic: writes all the time, needs a moment to unlock when it is interrupted, and dies at once
+# when nobody reads.
+LOCKED = """
+import os, pathlib, signal, sys, threading
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+lock = pathlib.Path(sys.argv[1])
+lock.touch()
+def unlock(*_):
+    threading.Event().wait(0.3)
+    lock.unlink()
+    os._exit(0)
+signal.signal(signal.SIGINT, unlock)
+def write():
+    while True:
+        os.write(1, b"x" * 4096)
+threading.Thread(target=write, daemon=True).start()
+while True:
+    signal.pause()
+"""
+
+
+def test_closing_early_lets_each_program_of_a_pipeline_end_in_order(
+    store: Callable[[bytes], Path], tmp_path: Path
+) -> None:
+    lock = tmp_path / "lock"
+    command = f"exec:{sys.executable} {store(LOCKED.encode())} {lock} | cat | cat"
+    with a_cancel() as cancel:
+        opened = open_source(command, cancel)
+        assert isinstance(opened, Stream)
+        opened.read(1_000_000)
+        assert lock.exists()
+        opened.close()
+    assert not lock.exists()
 
 
 def test_closing_early_ends_lzop_that_is_fed(store: Callable[[bytes], Path], need: Need) -> None:
