@@ -6,7 +6,6 @@ from __future__ import annotations
 import shlex
 
 from benchmarks import images
-from benchmarks.images import MIB
 from benchmarks.measure import OURS, Case, Command
 from benchmarks.place import Place, backup, dd_from_pipe, make_archives, vmapipe
 
@@ -17,33 +16,11 @@ _DEVICE_MIB = 16
 
 def extra_cases(place: Place) -> list[Case]:
     return [
-        _qcow2(place),
         _to_pipe(place),
         _restore_from_pipe(place),
         _sizes(place),
         _devices(place),
     ]
-
-
-def _qcow2(place: Place) -> Case:
-    image = place.disk / "small.qcow2"
-    null = f"driver=null-co,size={place.small_mib * MIB}"
-    convert = ["qemu-img", "convert", "-n", "-f", "qcow2", "--target-image-opts", str(image), null]
-    return Case(
-        f"backup, qcow2, {place.small_mib} MiB, to nothing",
-        [
-            Command(
-                OURS,
-                vmapipe("backup", "--quiet", "--disk", f"d={image},format=qcow2", "/dev/null"),
-                needs="qemu-nbd",
-            ),
-            Command("qemu-img convert", convert, needs="qemu-img"),
-        ],
-        pinned=False,
-        before=lambda: images.qcow2(image, place.small),
-        leaves=[image],
-        warm=[image],
-    )
 
 
 def _to_pipe(place: Place) -> Case:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.images import MIB, dense
+from benchmarks.images import MIB, dense, qcow2
 from benchmarks.measure import OURS, Bound, Case, Command
 from benchmarks.place import Place, make, vmapipe
 
@@ -26,7 +26,6 @@ def live_cases(place: Place) -> list[Case]:
     quarter = place.disk / "live.qcow2"
     thin = place.disk / "thin.qcow2"
     hole = place.disk / "hole.raw"
-    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(place.quarter), str(quarter)]
 
     def empty(path: Path) -> Callable[[], None]:
         kind = path.suffix.removeprefix(".")
@@ -34,10 +33,14 @@ def live_cases(place: Place) -> list[Case]:
 
     return [
         _life(place),
+        *_life_parts(place),
         _to_nothing(place, "dense", place.dense, 1.05),
         _to_file(place, "dense", place.dense, 0.8),
         _to_nothing(place, "25 % data and holes", place.quarter, 1.1),
-        _to_nothing(place, "25 % data and holes, qcow2", quarter, 1.1, lambda: make(convert)),
+        _to_nothing(
+            *(place, "25 % data and holes, qcow2", quarter, 1.1),
+            before=lambda: qcow2(quarter, place.quarter),
+        ),
         _to_file(place, "25 % data and holes", place.quarter, 1.0),
         _empty(place, "qcow2", thin, empty(thin)),
         _empty(place, "raw", hole, empty(hole)),
@@ -110,6 +113,29 @@ def _life(place: Place) -> Case:
         leaves=[image],
         beside=sockets.beside(image, MIB),
     )
+
+
+def _life_parts(place: Place) -> list[Case]:
+    """The two parts of it that a guest waits for, or whoever wants to switch a machine off."""
+    image = place.disk / "life-parts.raw"
+    cases = []
+    for what, since, until, limit in (
+        ("from the command to the instant", "", "instant", 0.5),
+        ("from the last byte to the prompt", "transfer", "", 0.2),
+    ):
+        sockets = _Sockets(place, what)
+        words = vmapipe("backup", "--json", "--qmp", sockets.qmp, "--disk", "d", "/dev/null")
+        cases.append(
+            Case(
+                f"backup of a running QEMU, 16 MiB: {what}",
+                [Command(OURS, words, None, "qemu-storage-daemon", since, until)],
+                [Bound(f"at most {limit} s", OURS, "", limit)],
+                before=lambda: dense(image, 16),
+                leaves=[image],
+                beside=sockets.beside(image, 16 * MIB),
+            )
+        )
+    return cases
 
 
 def _to_nothing(

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -26,13 +28,16 @@ class Command:
     """`words` is one command, or a shell line when it is a single string.
 
     `makes` is removed before each run, outside the measured time. `needs`: a
-    program without which the command is left out.
+    program without which the command is left out. `since` and `until`: only the time between the last
+    of an event that it tells (`--json`) and the first of another is measured; empty: its start, its end.
     """
 
     name: str
     words: Sequence[str] | str
     makes: Path | None = None
     needs: str | None = None
+    since: str = ""
+    until: str = ""
 
     @property
     def possible(self) -> bool:
@@ -153,11 +158,14 @@ def run_once(
     os.sync()
     before, beside_s = os.times(), sum(map(_cpu_s, beside))
     started = time.perf_counter()
-    done = run_quietly(command.words)
-    seconds = time.perf_counter() - started
+    if command.since or command.until:
+        seconds = _between_events(command)
+    else:
+        done = run_quietly(command.words)
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            raise SystemExit(f"{command.name} failed:\n{done.stdout}{done.stderr}")
     after = os.times()
-    if done.returncode:
-        raise SystemExit(f"{command.name} failed:\n{done.stdout}{done.stderr}")
     cpu = after.children_user - before.children_user
     cpu += after.children_system - before.children_system
     return seconds, cpu + sum(map(_cpu_s, beside)) - beside_s
@@ -166,6 +174,31 @@ def run_once(
 def _cpu_s(pid: int) -> float:
     """Return the CPU seconds of a process and of its children that have ended."""
     return sum(psutil.Process(pid).cpu_times()[:4])
+
+
+def _between_events(command: Command) -> float:
+    """Return the seconds between two of a command's events, as we hear of them. Raises SystemExit."""
+    begin = time.perf_counter()
+    heard: dict[str, tuple[float, float]] = {}
+    with subprocess.Popen(
+        command.words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        # Its end ends the loop, too.
+        limit = threading.Timer(LIMIT_S, process.kill)
+        limit.start()
+        for line in process.stdout or ():
+            now = time.perf_counter()
+            name = json.loads(line)["event"]
+            heard[name] = heard.get(name, (now, now))[0], now
+        said = process.stderr.read() if process.stderr else ""
+        process.wait()
+        limit.cancel()
+    ended = time.perf_counter()
+    missing = [name for name in (command.since, command.until) if name and name not in heard]
+    if process.returncode or missing:
+        raise SystemExit(f"{command.name} failed: {said or f'no event {missing}'}")
+    since = heard[command.since][1] if command.since else begin
+    return (heard[command.until][0] if command.until else ended) - since
 
 
 def run_quietly(words: Sequence[str] | str) -> subprocess.CompletedProcess[str]:

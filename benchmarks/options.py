@@ -35,17 +35,18 @@ _RECIPIENT = "age1zvkyg2lqzraa2lnjvqej32nkuu0ues2s82hzrye869xeexvn73equnujwj"
 
 def encryption(place: Place) -> Case:
     """What age itself takes for the same bytes is the third command's CPU time less the second's."""
-    plain = shlex.join(map(str, backup(place.dense, "-")))
+    plain = shlex.join(map(str, backup(place.small, "-")))
     return Case(
-        "backup, dense, encrypted with age, to nothing",
+        f"backup, dense, {place.small_mib} MiB, encrypted with age, to nothing",
         [
-            Command(OURS, backup(place.dense, "/dev/null", "--encrypt-to", _RECIPIENT)),
-            Command("vmapipe, plain", backup(place.dense, "/dev/null")),
+            Command(OURS, backup(place.small, "/dev/null", "--encrypt-to", _RECIPIENT)),
+            Command("vmapipe, plain", backup(place.small, "/dev/null")),
             Command("vmapipe into age", f"{plain} | age -r {_RECIPIENT} > /dev/null", needs="age"),
         ],
         # Encryption may cost 1.3 x age's own; a backup without it costs about as much once more.
         [Bound("at most 1.15 x into age", OURS, "vmapipe into age", 1.15, cpu=True)],
-        warm=[place.dense],
+        pinned=False,
+        warm=[place.small],
     )
 
 

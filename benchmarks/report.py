@@ -98,7 +98,8 @@ class Report:
                 if figures := result.figures(bound):
                     middle, limit = statistics.median(figures), bound.limit_on(result.cores)
                     text = f"{middle:.2f} ({bound.words})"
-                    bars.append(Bar(f"{result.case.name}{where}", middle / limit, text))
+                    of = ": CPU seconds" if bound.cpu else ""
+                    bars.append(Bar(f"{result.case.name}{of}{where}", middle / limit, text))
         for memory in self.memory:
             if memory.limit_mib:
                 text = f"{memory.peak_mib:.0f} MiB (bound {memory.limit_mib:.0f})"
