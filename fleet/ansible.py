@@ -13,7 +13,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from vmapipe.runtime.errors import UsageError
@@ -23,9 +24,13 @@ _MOST_BYTES = 16 << 20
 _ANSIBLE_S = 60.0
 _RANGE = re.compile(r"\[([0-9]+|[a-z]|[A-Z]):([0-9]+|[a-z]|[A-Z])(?::([0-9]+))?\]")
 _MOST_HOSTS = 10_000
-_SECTION = re.compile(r"\[([^\]:]+)(?::(children|vars))?\]")
+_SECTION = re.compile(r"\[([^\]:]+)(?::(\w+))?\]")
+_WITH_PORT = re.compile(r"([^:\[\]]+|.*\]):([0-9]{1,5})")
 _WORDS = re.compile(r"[A-Za-z0-9_\[:.][^\s'\"\\]*")
 _LOCAL = "local"
+# As fleet.toml's: a host's name is a part of folders' names, too.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_DEPTH = 50
 
 
 class AnsibleHost(NamedTuple):
@@ -54,7 +59,14 @@ def read_hosts(path: str, group: str = "all") -> list[AnsibleHost]:
     else:
         known = ", ".join(sorted({*found.members, *found.children})) or "none"
         raise UsageError(f"{path}: no group {name_text(group)} in it (groups: {known})")
-    return [_host(path, name, _variables(found, name)) for name in names]
+    if len(names) > _MOST_HOSTS:
+        raise UsageError(f"{path}: it has more than {_MOST_HOSTS} hosts")
+    groups = defaultdict[str, list[str]](list)
+    for one in found.variables:
+        if one != "all" and found.variables[one]:
+            for name in _below(found, one):
+                groups[name].append(one)
+    return [_host(path, name, _variables(found, name, groups[name])) for name in names]
 
 
 def _read(path: str) -> _Variables:
@@ -100,8 +112,8 @@ def _ask_ansible(path: str) -> str:
 def _from_json(path: str, text: str) -> _Variables:
     try:
         data = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{path}: it is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: it is not valid JSON: {one_line(str(error), 500)}") from error
     found = _Variables({}, {}, {}, {})
     if not isinstance(data, dict):
         raise UsageError(f"{path}: it is not an inventory")
@@ -111,8 +123,11 @@ def _from_json(path: str, text: str) -> _Variables:
                 found.hosts.setdefault(str(name), {}).update(_dict(values))
             continue
         about = {"hosts": value} if isinstance(value, list) else _dict(value)
-        found.members.setdefault(group, []).extend(map(str, about.get("hosts") or []))
-        found.children.setdefault(group, []).extend(map(str, about.get("children") or []))
+        for key, kept in (("hosts", found.members), ("children", found.children)):
+            listed = about.get(key) or []
+            if not isinstance(listed, list | dict):
+                raise UsageError(f"{path}: {key} of group {name_text(group)} are not a list")
+            kept.setdefault(group, []).extend(map(str, listed))
         found.variables.setdefault(group, {}).update(_dict(about.get("vars")))
     for names in found.members.values():
         for name in names:
@@ -127,27 +142,39 @@ def _from_yaml(path: str, text: str) -> _Variables:
         return _from_json(path, _ask_ansible(path))
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: it is not valid YAML: {one_line(str(error), 500)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path}: it is not valid YAML: {one_line(str(error), 500)}; what "
+            "Ansible alone reads (!vault) is in the output of `ansible-inventory --list`"
+        ) from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: it is not an inventory")
     found = _Variables({}, {}, {}, {})
-    for group, about in _dict(data).items():
-        _add_group(found, str(group), about, 0)
+    for group, about in data.items():
+        _add_group(found, path, str(group), about, 0)
     return found
 
 
-def _add_group(found: _Variables, group: str, about: object, depth: int) -> None:
-    if depth > 50:
-        raise UsageError(f"group {name_text(group)}: groups within groups within groups")
+def _add_group(found: _Variables, path: str, group: str, about: object, depth: int) -> None:
+    # An alias may stand for a group in itself, or again and again in each other.
+    if depth > _DEPTH or sum(map(len, found.members.values())) > 10 * _MOST_HOSTS:
+        raise UsageError(f"{path}: group {name_text(group)}: groups within groups within groups")
     table = _dict(about)
-    for name, values in _dict(table.get("hosts")).items():
-        for one in _expanded(str(name)):
+    hosts = table.get("hosts")
+    if hosts is not None and not isinstance(hosts, dict):
+        raise UsageError(
+            f"{path}: hosts of group {name_text(group)} have to be names with a colon each, as Ansible "
+            "wants it, not a list"
+        )
+    for name, values in _dict(hosts).items():
+        for one in _expanded(path, str(name)):
             found.hosts.setdefault(one, {}).update(_dict(values))
             found.members.setdefault(group, []).append(one)
     found.variables.setdefault(group, {}).update(_dict(table.get("vars")))
     found.members.setdefault(group, [])
     for child, below in _dict(table.get("children")).items():
         found.children.setdefault(group, []).append(str(child))
-        _add_group(found, str(child), below, depth + 1)
+        _add_group(found, path, str(child), below, depth + 1)
 
 
 def _dict(value: object) -> dict[Any, Any]:
@@ -169,35 +196,52 @@ def _from_ini(path: str, text: str) -> _Variables:
         except ValueError as error:
             raise UsageError(f"{path}:{number}: {error}") from error
         if line[0] == "[" or not words:
-            raise UsageError(f"{path}:{number}: {name_text(line)} is not a section's head")
+            raise UsageError(f"{path}:{number}: {name_text(line[:200])} is not a section's head")
         if kind == "vars":
             name, _, value = line.partition("=")
             found.variables.setdefault(group, {})[name.strip()] = value.strip().strip("'\"")
+        elif kind not in ("", "children"):
+            raise UsageError(f"{path}:{number}: [{group}:{kind}] is not hosts, vars or children")
         elif kind == "children":
             found.children.setdefault(group, []).append(words[0])
         else:
             values = dict(word.partition("=")[::2] for word in words[1:])
-            for name in _expanded(words[0]):
+            pattern = words[0]
+            if (port := _WITH_PORT.fullmatch(pattern)) and not _RANGE.search(port[0][-8:]):
+                pattern, values = port[1], {"ansible_port": port[2], **values}
+            for name in _expanded(f"{path}:{number}", pattern):
                 found.hosts.setdefault(name, {}).update(values)
-                found.members[group] = [*found.members.get(group, []), name]
+                found.members.setdefault(group, []).append(name)
     return found
 
 
-def _expanded(name: str) -> list[str]:
-    """`web[01:03]` to three names."""
+def _expanded(where: str, pattern: str) -> list[str]:
+    """`web[01:03]` to three names. Raises UsageError for more than an inventory may have."""
+    names = list[str]()
+    for name in _names(where, pattern):
+        names.append(name)
+        if len(names) > _MOST_HOSTS:
+            raise UsageError(f"{where}: {name_text(pattern)}: more than {_MOST_HOSTS} hosts")
+    if not names:
+        raise UsageError(f"{where}: {name_text(pattern)}: its range has nothing in it")
+    return names
+
+
+def _names(where: str, name: str) -> Iterator[str]:
     match = _RANGE.search(name)
     if match is None:
-        return [name]
-    first, last, step = match[1], match[2], int(match[3] or 1)
-    if first.isdecimal() and last.isdecimal():
-        numbers = range(int(first), int(last) + 1, max(1, step))
-        if len(numbers) > _MOST_HOSTS:
-            raise UsageError(f"{name_text(name)}: more than {_MOST_HOSTS} hosts")
-        values = [str(n).zfill(len(first)) for n in numbers]
+        yield name
+        return
+    first, last, step = match[1], match[2], max(1, int((match[3] or "1")[:9]))
+    if first.isdecimal() and last.isdecimal() and len(last) < 10:
+        values = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1, step))
+    elif first.isdecimal() or last.isdecimal():
+        raise UsageError(f"{where}: {name_text(name)}: {match[0]} is not a range")
     else:
-        values = [chr(n) for n in range(ord(first[0]), ord(last[0]) + 1, max(1, step))]
+        values = (chr(n) for n in range(ord(first), ord(last) + 1, step))
     before, after = name[: match.start()], name[match.end() :]
-    return [one for value in values for one in _expanded(before + value + after)]
+    for value in values:
+        yield from _names(where, before + value + after)
 
 
 def _below(found: _Variables, group: str) -> list[str]:
@@ -211,15 +255,19 @@ def _below(found: _Variables, group: str) -> list[str]:
     return list(names)
 
 
-def _variables(found: _Variables, name: str) -> Mapping[str, Any]:
+def _variables(found: _Variables, name: str, groups: list[str]) -> Mapping[str, Any]:
     values = dict(found.variables.get("all", {}))
-    for group in found.variables:
-        if group != "all" and name in _below(found, group):
-            values |= found.variables[group]
+    for group in groups:
+        values |= found.variables[group]
     return values | found.hosts.get(name, {})
 
 
 def _host(path: str, name: str, values: Mapping[str, Any]) -> AnsibleHost:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{path}: {name_text(name)} is not a name for a host: letters, digits, _ . - and at most 64 of "
+            "them; ansible_host says the address"
+        )
     if values.get("ansible_connection") == _LOCAL:
         return AnsibleHost(name, "")
     address = str(values.get("ansible_host") or name)

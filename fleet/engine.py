@@ -121,6 +121,12 @@ def open_database(dsn: str) -> DatabaseCatalogue:
     return DatabaseCatalogue(dsn)
 
 
+def has_queue(catalogue: DatabaseCatalogue) -> bool:
+    """Tell whether a server has made its queue there. Raises Failure."""
+    found = catalogue.postgres.execute("SELECT to_regclass('procrastinate_jobs') IS NOT NULL")
+    return bool(found.fetchall()[0][0])
+
+
 def _app(connector: Any) -> procrastinate.App:
     return procrastinate.App(connector=connector)
 
@@ -139,8 +145,7 @@ class JobQueue:
         self._app = _app(procrastinate.SyncPsycopgConnector(conninfo=dsn))
         with _failing():
             self._app.open()
-            found = catalogue.postgres.execute("SELECT to_regclass('procrastinate_jobs')")
-            if found.fetchall()[0][0] is None:
+            if not has_queue(catalogue):
                 self._app.schema_manager.apply_schema()
 
     def close(self) -> None:
@@ -264,6 +269,11 @@ def run_worker(
             raise DatabaseLost(
                 f"another `vmapipe fleet worker --host {host}` is at work with this database; this "
                 "one takes over when that ends"
+            )
+        if not has_queue(catalogue):
+            raise DatabaseLost(
+                "the fleet's database has no queue yet: `vmapipe fleet serve` makes it, and has not been "
+                "there"
             )
         begun()
         if is_again:

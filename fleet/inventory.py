@@ -15,6 +15,9 @@ from typing import Any
 
 from vmapipe.fleet.windows import DAY_S, Window
 
+#: What a rule may fit besides names, before a colon.
+RULE_KINDS = ("tag", "host", "state", "kind")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
@@ -94,7 +97,7 @@ class Rule:
 
     def fits(self, machine: FleetMachine) -> bool:
         kind, colon, rest = self.pattern.partition(":")
-        if colon and kind in ("tag", "host", "state", "kind"):
+        if colon and kind in RULE_KINDS:
             matches = _matcher(rest)
             if kind == "tag":
                 return any(map(matches, machine.tags))
@@ -146,3 +149,7 @@ class Fleet:
     def copies_of(self, target: str) -> Iterable[FleetTarget]:
         """Return the targets that take copies of what another one stores."""
         return (t for t in self.targets.values() if t.copy_from == target)
+
+    def unused_rules(self, machines: Sequence[FleetMachine]) -> list[Rule]:
+        """Return the rules that fit none of the machines."""
+        return [rule for rule in self.rules if not any(map(rule.fits, machines))]

@@ -21,6 +21,8 @@ DAY_S = 86400
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _WINDOW = re.compile(r"(?:(?P<days>[A-Za-z,\-]+) +)?(\d\d):(\d\d) ?- ?(\d\d):(\d\d)", re.ASCII)
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": DAY_S, "w": 7 * DAY_S}
+# Windows are looked for so far back.
+_MOST_S = 3660 * DAY_S
 # Starts are spread over so much of a window: what starts last shall be done in it, too.
 _SPREAD = 0.5
 
@@ -76,6 +78,8 @@ def parse_interval(text: str) -> float:
     seconds = int(text[:-1]) * unit
     if not seconds:
         raise ValueError(f"{text!r} has no length; for example: 4h")
+    if seconds > _MOST_S:
+        raise ValueError(f"{text!r} is more than 10 years")
     return float(seconds)
 
 

@@ -110,11 +110,47 @@ def test_every_mistake_is_told_at_once_with_its_line() -> None:
         ("[host]\na = 3", "has to be a table"),
         ("[defaults]\nfreeze = 1", "true or false"),
         ("[ansible]\njobs = 1", "needs inventory"),
+        ("[defaults]\nevery = 4", 'such as "1d"'),
+        ('[defaults]\nevery = "9999999w"', "more than 10 years"),
+        ("[defaults]\nwindow = {}", 'such as "22:00-06:00"'),
+        ("[defaults]\nkeep = { last = 0 }", "keeps nothing at all"),
+        ('[defaults]\ndisks = "sda,sdb"', 'several are a list: ["vda", "vdb"]'),
+        ('[defaults]\nexclude = ["a b"]', "is not a disk's name"),
+        ('[host.a]\nssh = "root@a:22"', "ssh://root@a:22"),
+        ('[target.a]\narchiver = "tcp://x:99999"', "a port that there is not"),
+        ('[target.a]\ndirectory = "/b/{hots}"', "{host} alone"),
+        ('[fleet]\ndatabase = "b1:5432"', "is not like postgresql://"),
+        ('[vm.""]', "fits no machine"),
+        ('[vm."tag:"]', "fits no machine"),
+        ('[vm."tags:x"]', "is tag: meant?"),
+        ("[vm.web*]", 'stands in quotes: [vm."web*"]'),
+        ("[vm.web]\nskip = told by him", "a text stands in quotes"),
+        ("[vm.web]\n[vm.web]", "the two have to be one"),
+        ("a = " + "[" * 3000, "lists in lists"),
     ],
 )
 def test_each_kind_of_mistake_is_told_in_words(line: str, words: str) -> None:
     assert words in mistakes_of(line)[0]
     assert mistakes_of(line)[0].startswith("fleet.toml:")
+
+
+def test_copies_are_made_of_what_backups_have_stored() -> None:
+    targets = "".join(
+        f'[target.{name}]\ndirectory = "/{name}"\ncopy_from = "{source}"\n'
+        for name, source in (("a", "b"), ("b", "a"), ("c", "c"))
+    )
+    lines = mistakes_of(targets)
+    assert ["takes copies itself: name what it copies" in line for line in lines] == [True] * 3
+
+
+def test_a_mark_that_an_editor_has_put_at_the_begin_is_none_of_the_file() -> None:
+    fleet, _ = parse(b"\xef\xbb\xbf[limits]\ntotal = 3\n")
+    assert fleet.total == 3
+
+
+def test_rules_that_fit_no_machine_are_known() -> None:
+    fleet, _ = parse(b'[vm."web*"]\npriority = 1\n[vm."tag:x"]\npriority = 1\n')
+    assert [r.pattern for r in fleet.unused_rules([FleetMachine("web1", "a")])] == ["tag:x"]
 
 
 @given(st.binary(max_size=200))
@@ -126,6 +162,14 @@ def test_whatever_is_in_the_file_it_is_understood_or_told(data: bytes) -> None:
 def test_a_file_that_is_not_there_is_told_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--file"):
         load(str(tmp_path / "fleet.toml"))
+
+
+def test_hosts_without_a_use_are_told_with_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text('[host.a]\njobs = 1\n[host.b]\n[target.x]\ndirectory = "/x"\nhost = "b"\n')
+    fleet, _ = load(str(path))
+    with pytest.raises(ConfigurationMistakes, match=r"fleet.toml:1: host a has no machines"):
+        check_references(fleet, str(path))
 
 
 def test_hosts_that_nobody_has_are_told() -> None:
@@ -180,6 +224,15 @@ def test_an_inventory_gives_the_same_hosts_in_each_form(
     assert sorted(every) == sorted([*PVE, B1])
 
 
+def test_an_inventory_of_ten_thousand_hosts_takes_no_time_that_grows_with_its_square(
+    tmp_path: Path,
+) -> None:
+    groups = "".join(f"[g{n}]\nh{n}[000:099] ansible_port=2222\n" for n in range(100))
+    (tmp_path / "hosts").write_text(groups.replace(":099]", ":098]", 1) + "x:23\n")
+    found = read_hosts(str(tmp_path / "hosts"))
+    assert (len(found), found[-1]) == (10_000, AnsibleHost("x", "ssh://x:23"))
+
+
 def test_a_local_host_of_an_inventory_needs_no_ssh(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(INI)
     assert read_hosts(str(tmp_path / "hosts"), "ungrouped") == [AnsibleHost("alone", "")]
@@ -192,6 +245,22 @@ def test_a_local_host_of_an_inventory_needs_no_ssh(tmp_path: Path) -> None:
         ("hosts", "x ansible_host=-oProxyCommand=x\n", "as it is"),
         ("hosts", "x ansible_host={{y}}\n", "as it is"),
         ("hosts", "x[0:999999]\n", "more than"),
+        ("hosts", "x" + "[0:9]" * 6 + "\n", "more than"),
+        ("hosts", "x[0:9999]\n[b]\ny[0:9999]\n", "more than"),
+        ("hosts", "x[5:1]\n", "nothing in it"),
+        ("hosts", "x[1:c]\n", "not a range"),
+        ("hosts", "../etc\n", "not a name"),
+        ("hosts", "[a:foo]\nx\n", "not hosts, vars or children"),
+        ("h.json", "[" * 100_000, "head"),
+        ("h.json", '{"a": ' + "[" * 100_000, "JSON"),
+        ("h.json", '{"a": {"hosts": "x"}}', "not a list"),
+        ("h.json", '{"a": ["h\\nx"]}', "not a name"),
+        ("h.json", '{"_meta": {"hostvars": {"x": {"ansible_port": NaN}}}, "a": ["x"]}', "as it is"),
+        ("h.yml", "all:\n  hosts: [x]\n", "not a list"),
+        ("h.yml", "- x\n", "not an inventory"),
+        ("h.yml", "all: &a\n  children: {b: *a}\n", "groups within groups"),
+        ("h.yml", "a: " + "[" * 5000 + "]" * 5000, "YAML"),
+        ("h.yml", "all: {hosts: {x: {ansible_user: !vault a}}}\n", "ansible-inventory --list"),
         ("h.json", "{", "JSON"),
         ("h.json", "{}", "no group"),
         ("h.yml", "a: [", "YAML"),
