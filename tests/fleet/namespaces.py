@@ -17,16 +17,17 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.machine import LIMIT_S, VMAPIPE
+from tests.machine import LIMIT_S, VMAPIPE, Need
 from tests.network.keys import make_client, make_server
 from vmapipe.fleet.postgres import _programs
+from vmapipe.runtime.errors import Failure
 
 STORE = "b1"
 _NETWORK = "10.98.0"
@@ -38,6 +39,13 @@ import os, time
 _true, _ahead = time.time, float(os.environ.get("TEST_CLOCK_AHEAD_S", "0"))
 time.time = lambda: _true() + _ahead
 """
+
+
+def need_postgres(need: Need) -> None:
+    try:
+        _programs()
+    except Failure:
+        need("postgres")
 
 
 class Network:
@@ -406,10 +414,11 @@ def _parent_of(pid: int) -> int:
 
 @contextlib.contextmanager
 def namespace_fleet(
-    need: Callable[..., list[str]], folder: Path, hosts: int, machines: int, **more: Any
+    need: Need, folder: Path, hosts: int, machines: int, **more: Any
 ) -> Iterator[NamespaceFleet]:
     """Skips the test where namespaces cannot be made: without root, or in a container."""
     (ip, *_) = need("ip", "setpriv", "qemu-storage-daemon")
+    need_postgres(need)
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
     # PostgreSQL runs as another user, who has to get there.

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.machine import LIMIT_S
+from tests.fleet.namespaces import need_postgres
+from tests.machine import LIMIT_S, Need
 from vmapipe.fleet.catalogue import ArchiveRecord, RunRecord
 from vmapipe.fleet.engine import (
     DatabaseCatalogue,
@@ -38,13 +38,8 @@ HOST_JOBS, TOTAL = 2, 3
 
 
 @pytest.fixture(autouse=True)
-def _postgres(need: Callable[..., list[str]]) -> None:
-    from vmapipe.fleet import postgres
-
-    try:
-        postgres._programs()
-    except Failure:
-        need("postgres")
+def _postgres(need: Need) -> None:
+    need_postgres(need)
 
 
 @pytest.fixture
@@ -85,19 +80,11 @@ class FleetSite:
                 stderr=log,
             )
 
-    def kill(self, name: str, *, family: bool = False) -> None:
-        """As by SIGKILL; `family`: with all that it has started, as when a host fails."""
-        process = psutil.Process(self.running[name].pid)
-        victims = [process, *(process.children(recursive=True) if family else [])]
-        for victim in victims:
-            with suppress(psutil.NoSuchProcess):
-                victim.kill()
-        self.running.pop(name).wait()
-
-    def kill_postgres(self) -> None:
-        for child in psutil.Process(self.running["serve"].pid).children():
-            if "postgres" in child.name():
-                child.kill()
+    def kill(self, name: str) -> None:
+        """As by SIGKILL."""
+        process = self.running.pop(name)
+        process.kill()
+        process.wait()
 
     def stop(self) -> None:
         for process in self.running.values():
@@ -189,6 +176,11 @@ def test_the_catalogue_and_the_queue_of_a_private_postgres(state: Path) -> None:
     with PrivatePostgres(str(state)) as own:
         assert oct(state.stat().st_mode)[-3:] == "700"
         catalogue = open_database(own.dsn)
+        with (
+            contextlib.closing(Cancel()) as cancel,
+            pytest.raises(DatabaseLost, match="no queue yet"),
+        ):
+            run_worker(own.dsn, "pve1", 1, lambda job, stop: None, cancel, print)
         queue = JobQueue(own.dsn, catalogue)
         try:
             _the_database_does_what_the_file_does(catalogue)
@@ -246,57 +238,3 @@ def _a_second_worker_of_a_host_waits_for_the_end_of_the_first(own: PrivatePostgr
         first.ask("enough")
         thread.join(LIMIT_S)
         first.close()
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(7200)
-def test_an_hour_of_kills_costs_no_machine_and_exceeds_no_limit(
-    tmp_path: Path, state: Path
-) -> None:
-    """VMAPIPE_SOAK_S: how long, an hour by default. Then all that is due is done within some minutes."""
-    chance = random.Random(20)
-    site = FleetSite(tmp_path, state, hosts=10, machines=200)
-    names = ["serve", *site.hosts]
-    for name in names:
-        site.start(name)
-    deadline = time.monotonic() + float(os.environ.get("VMAPIPE_SOAK_S", "3600"))
-    with observed(site):
-        while time.monotonic() < deadline:
-            time.sleep(chance.uniform(3, 20))
-            if chance.random() < 0.2:
-                site.kill_postgres()
-                continue
-            name = chance.choice(names)
-            site.kill(name, family=name != "serve" and chance.random() < 0.5)
-            time.sleep(chance.uniform(0, 5))
-            site.start(name)
-            for archive in (tmp_path / "b").glob("*.vma.zst"):
-                archive.unlink()
-            # All are due again: the kills shall meet work.
-            _make_due(state)
-        for archive in (tmp_path / "b").glob("*.vma.zst"):
-            archive.unlink()
-        _make_due(state)
-        until(lambda: set(site.stored) == set(site.machines), 1800)
-    assert site.trouble == []
-    assert not list((tmp_path / "b").glob(".*"))
-
-
-def _make_due(state: Path) -> None:
-    """Forget what was done, as if its time had come again."""
-    from vmapipe.fleet.catalogue import Standing
-    from vmapipe.fleet.postgres import private_dsn
-
-    for _ in range(100):
-        try:
-            catalogue = open_database(private_dsn(str(state)))
-        except Failure:
-            time.sleep(1)
-            continue
-        try:
-            catalogue.remove(Standing)
-            return
-        except Failure:
-            time.sleep(1)
-        finally:
-            catalogue.close()

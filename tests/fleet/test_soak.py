@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.namespaces import STORE, NamespaceFleet, Observer, namespace_fleet
-from tests.machine import LIMIT_S, good
+from tests.machine import LIMIT_S, Need, good
 
 LIMITS = {"total": 6, "host": 2, "target": 5}
 # Each machine takes some seconds, mostly asleep: a kill meets work, and the machine stays usable.
@@ -82,7 +82,7 @@ def disturb(site: NamespaceFleet, chance: random.Random) -> str:
 @pytest.mark.soak
 @pytest.mark.timeout(3 * 3600)
 def test_an_hour_of_kills_on_ten_hosts_costs_no_machine_and_exceeds_no_limit(
-    short_folder: Path, need: Callable[..., list[str]]
+    short_folder: Path, need: Need
 ) -> None:
     """VMAPIPE_SOAK_S: how long, an hour by default. Then all that is due is done within some minutes."""
     chance = random.Random(os.environ.get("VMAPIPE_SOAK_SEED", "20"))
