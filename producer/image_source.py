@@ -25,6 +25,7 @@ from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.producer.source import UNSHARED, DiskSourceError, Sharing, open_at_rest
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, os_error_text
+from vmapipe.runtime.image_bounds import lost
 from vmapipe.runtime.image_format import references
 from vmapipe.runtime.storage_daemon import DaemonTooSlow, StorageDaemon, option_text
 from vmapipe.runtime.text import name_text
@@ -63,6 +64,8 @@ class ImageReader(PullReader):
             path = _uri_for_qemu(name, path)
         self._image_fd = open_at_rest(name, path, sharing) if os.path.exists(path) else -1
         try:
+            if self._image_fd >= 0:
+                _refuse_truncated(name, self._image_fd, how, cancel, sharing)
             self._open(name, _checked(name, path, how), how, cancel, sharing)
         except BaseException:
             self._close_image()
@@ -164,6 +167,39 @@ class ImageReader(PullReader):
                 raise _OtherFileError(_refusal(self.name, name_text(os.readlink(opened))))
 
 
+def _refuse_truncated(name: str, fd: int, how: HowToRead, cancel: Cancel, sharing: Sharing) -> None:
+    """QEMU reads zeroes where an image's file ends before its data does. Raises DiskSourceError, Cancelled."""
+    read, before = functools.partial(_read_at, fd), -1
+    while True:
+        size_bytes = os.lseek(fd, 0, os.SEEK_END)
+        try:
+            missing = lost(
+                how.image_format, read, size_bytes, snapshot=how.snapshot, check=cancel.check
+            )
+        except OSError as error:
+            raise DiskSourceError(
+                f"disk {name!r}: cannot read the image's tables: {os_error_text(error)}"
+            ) from error
+        if missing is None:
+            return
+        if size_bytes == before:
+            break
+        # With --force-share it may have grown while its tables were read.
+        before = size_bytes
+    if missing.is_cut:
+        sharing.tell(
+            f"disk {name!r}: the image's file ends within a block of data, at {size_bytes} bytes: the "
+            f"{missing.length} bytes that it lacks, at offset {missing.offset} of the disk, read as zeroes"
+        )
+        return
+    raise DiskSourceError(
+        f"disk {name!r}: the image's file is truncated: it has {size_bytes} bytes, and its tables name data "
+        f"behind that; {missing.length} bytes of the disk, the first of them at offset {missing.offset}, are "
+        "lost, and QEMU would read zeroes there without a word; fetch a whole copy, or, to keep what is left, "
+        "make a new image of it with qemu-img convert and back that up"
+    )
+
+
 def _uri_for_qemu(name: str, text: str) -> str:
     """Return the URI of an export that an image lies in, without a user. Raises UsageError, ExportError."""
     uri = parse_uri(name, text)
@@ -222,7 +258,7 @@ def _checked(name: str, path: str, how: HowToRead) -> str:
             f"disk {name!r}: cannot open {path}: {os_error_text(error)}"
         ) from error
     try:
-        found = references(how.image_format, lambda offset, length: _read_at(fd, offset, length))
+        found = references(how.image_format, functools.partial(_read_at, fd))
     except OSError as error:
         raise DiskSourceError(
             f"disk {name!r}: cannot read {path}: {os_error_text(error)}"

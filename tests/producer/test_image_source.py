@@ -18,6 +18,7 @@ from vmapipe.producer.image_source import HowToRead, ImageReader
 from vmapipe.producer.pull.connection import Task
 from vmapipe.producer.pull.export import ExportError
 from vmapipe.producer.pull.shared_queue import SharedQueue
+from vmapipe.producer.source import DiskSourceError, Sharing
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
@@ -93,6 +94,32 @@ def test_what_the_daemon_cannot_read_is_said_with_offset_and_reason(
         pytest.raises(ExportError, match=r"^disk 'd': cannot read near offset \d+: Input/output"),
     ):
         content(source)
+
+
+def test_an_image_whose_file_was_cut_is_refused_and_one_without_its_last_zeroes_told(
+    tmp_path: Path, disk: Path, need: Need
+) -> None:
+    """QEMU would read zeroes, and say nothing."""
+    qemu_img, _ = need("qemu-img", "qemu-nbd")
+    image = tmp_path / "image.qcow2"
+    subprocess.run([qemu_img, "convert", "-O", "qcow2", str(disk), str(image)], check=True)
+    os.truncate(image, image.stat().st_size - 1000)
+    told: list[str] = []
+    with (
+        closing(Cancel()) as cancel,
+        closing(
+            ImageReader("d", str(image), HowToRead("qcow2"), cancel, Sharing(False, told.append))
+        ) as source,
+    ):
+        assert len(content(source)) == disk.stat().st_size
+    assert len(told) == 1
+    assert "the 1000 bytes that it lacks, at offset" in told[0]
+    os.truncate(image, image.stat().st_size - CLUSTER)
+    with (
+        pytest.raises(DiskSourceError, match=r"^disk 'd': the image's file is truncated: it has"),
+        opened(image, HowToRead("qcow2")),
+    ):
+        pass
 
 
 def test_a_daemon_that_dies_while_data_comes_through_shared_memory(
