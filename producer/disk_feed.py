@@ -36,9 +36,10 @@ class RunCutter:
         spare = frame_bytes - limits.CHARGE_PER_FRAME
         self._longest_zero = min(limits.MAX_RUN_CLUSTERS, spare // limits.CHARGE_PER_CLUSTER)
         self._next = self._zero_from = 0
-        # The open run: its masks, and its clusters; 0 where there is none.
+        # The open run.
         self._masks = bytearray()
-        self._clusters = 0
+        #: Its clusters; 0: there is none, and the next `read` begins one at a free position.
+        self.open_clusters = 0
         self._position = self._filled = self._largest = self._step_bytes = self._most = 0
         #: From the disk, not counting holes.
         self.read_bytes = 0
@@ -55,11 +56,6 @@ class RunCutter:
         self.ended = segment is None
         self.at_hole = segment is not None and not segment.is_data
         self._at = segment.start if segment is not None else self._at
-
-    @property
-    def needs_memory(self) -> bool:
-        """True when the next `read` begins a run, at a free position of the memory."""
-        return not self._clusters
 
     def pass_hole(self) -> list[Run]:
         """Take the next part of a hole as zeroes; return the runs that are complete."""
@@ -98,14 +94,14 @@ class RunCutter:
 
     def _room(self, position: int) -> int:
         """Return how many bytes may be read next, to the end of the open run."""
-        if not self._clusters:
+        if not self.open_clusters:
             self._largest = self._step_bytes
             spare = self._frame_bytes - limits.CHARGE_PER_FRAME - self._largest
             self._most = min(MOST_CLUSTERS, spare // limits.CHARGE_PER_CLUSTER)
             self._position, self._filled = position, 0
         clusters = min(
             min(self._step_bytes, self._largest - self._filled) // CLUSTER_BYTES,
-            self._most - self._clusters,
+            self._most - self.open_clusters,
             _to_extents_end(self._next),
         )
         return clusters * CLUSTER_BYTES
@@ -115,7 +111,7 @@ class RunCutter:
         if not run.masks:
             return self._zeroes(self._next + run.clusters)
         runs = []
-        if not self._clusters:
+        if not self.open_clusters:
             before = min(
                 self._next - self._zero_from,
                 self._next % EXTENT_CLUSTERS,
@@ -124,9 +120,9 @@ class RunCutter:
             if self._next - before > self._zero_from:
                 runs = self._zero_runs(self._next - before)
             self._masks += bytes(2 * before)
-            self._clusters = before
+            self.open_clusters = before
         self._masks += run.masks
-        self._clusters += run.clusters
+        self.open_clusters += run.clusters
         self._filled += run.length
         self._next += run.clusters
         return runs + self._cut_if_full()
@@ -134,15 +130,17 @@ class RunCutter:
     def _zeroes(self, stop: int) -> list[Run]:
         """Take the clusters up to `stop` as zero."""
         runs = []
-        while self._clusters and self._next < stop:
-            count = min(stop - self._next, self._most - self._clusters, _to_extents_end(self._next))
+        while self.open_clusters and self._next < stop:
+            count = min(
+                stop - self._next, self._most - self.open_clusters, _to_extents_end(self._next)
+            )
             self._masks += bytes(2 * count)
-            self._clusters += count
+            self.open_clusters += count
             self._next += count
             # What is zero as far as the next extent's end needs no masks.
             runs += self._cut_if_full(ahead=stop - self._next)
         self._next = stop
-        if not self._clusters:
+        if not self.open_clusters:
             # Less than an extent may yet go with the data behind it.
             complete = (stop - self._zero_from - EXTENT_CLUSTERS) // self._longest_zero
             runs += self._zero_runs(self._zero_from + max(0, complete) * self._longest_zero)
@@ -150,21 +148,21 @@ class RunCutter:
 
     def _cut_if_full(self, ahead: int = 0) -> list[Run]:
         left = self._largest - self._filled
-        full = left < CLUSTER_BYTES or self._clusters >= self._most
+        full = left < CLUSTER_BYTES or self.open_clusters >= self._most
         # Under a lower speed limit than it was begun with, it would take long to fill.
         full = full or self._filled >= self._step_bytes
-        if _to_extents_end(self._next) == EXTENT_CLUSTERS:
+        if not self._next % EXTENT_CLUSTERS:
             # A frame that ends with an extent is written, and its memory free, at once.
             full = full or left < EXTENT_CLUSTERS // 2 * CLUSTER_BYTES or ahead >= EXTENT_CLUSTERS
         return self._cut() if full else []
 
     def _cut(self) -> list[Run]:
-        if not self._clusters:
+        if not self.open_clusters:
             return []
-        first = self._next - self._clusters
-        run = Run(first, self._clusters, bytes(self._masks), self._position, self._filled)
+        first = self._next - self.open_clusters
+        run = Run(first, self.open_clusters, bytes(self._masks), self._position, self._filled)
         self._masks.clear()
-        self._clusters = 0
+        self.open_clusters = 0
         self._zero_from = self._next
         return [run]
 
@@ -205,12 +203,15 @@ class DiskFeed:
         if self._cutter is None:
             raise RuntimeError("not begun")
         self.pause_s = REPORT_S
-        if self._outbox.is_empty and not self._cut(self._cutter):
+        cutter, outbox = self._cutter, self._outbox
+        if outbox.waiting and not outbox.advance():
             return False
-        if not self._outbox.is_empty and not self._outbox.advance():
-            return False
-        self.ended = self._cutter.ended and self._outbox.is_empty
-        return True
+        did = True
+        if not outbox.waiting and not cutter.ended:
+            # Before the wait for the archiver, which writes meanwhile what it has got.
+            did = self._cut(cutter) and (not outbox.waiting or outbox.advance())
+        self.ended = cutter.ended and not outbox.waiting
+        return did
 
     def _cut(self, cutter: RunCutter) -> bool:
         """Read, or pass, the next piece; False: the speed limit, or a full ring, forbids it now."""
@@ -227,7 +228,7 @@ class DiskFeed:
             frame_bytes = largest_frame_bytes(self._session.frame_bytes, self._sized_for)
             self._piece_bytes = piece_bytes(frame_bytes)
             self._ring.fit(self._piece_bytes)
-        position = self._ring.take(self._piece_bytes) if cutter.needs_memory else 0
+        position = 0 if cutter.open_clusters else self._ring.take(self._piece_bytes)
         if position is None:
             return False
         self._put(cutter.read(self._piece_bytes, position))

@@ -59,17 +59,17 @@ class PullFeed:
     def advance(self) -> bool:
         self.pause_s = REPORT_S
         asked = self._read_ahead()
-        if self._outbox.is_empty and (pulled := self._reader.next_run()) is not None:
+        if not self._outbox.waiting and (pulled := self._reader.next_run()) is not None:
             run = pulled.run
             if pulled.is_unchanged:
                 self._outbox.put_unchanged(run.first_cluster, run.clusters)
             else:
                 self._outbox.put(run, pulled.free)
         sent = self._outbox.advance()
-        if not sent and self._outbox.is_empty and self._reader.has_all:
+        if not sent and not self._outbox.waiting and self._reader.has_all:
             self.ended = self._reader.prove()
         # Whoever waits for credit, or for digests of the base, waits with the session.
-        waits = not (asked or sent) and self._outbox.is_empty and self.pause_s >= REPORT_S
+        waits = not (asked or sent) and not self._outbox.waiting and self.pause_s >= REPORT_S
         came = self._pump() if waits else self._reader.pump(0)
         return asked or sent or came
 

@@ -35,8 +35,8 @@ from vmapipe.runtime.logs import TRACE, shown
 
 _log = logging.getLogger(__name__)
 
-# The connection itself is looked at at least so often while there is always something to
-# send or to read: well below any heartbeat, and far above the time of a read.
+# The connection itself, and whether all is to end, is looked at at least so often while there is
+# always something to send or to read: well below any heartbeat, and far above the time of a read.
 _QUIET_S = 0.25
 # Beyond what a loaded machine may oversleep: then we were stopped (Ctrl-Z).
 _STOPPED_S = 5.0
@@ -106,6 +106,8 @@ class Session:
         self._in_flight = UnackedFrames()
         self._clusters = cluster_count(size_bytes)
         self._since_base: SinceBase | None = None
+        #: True: `since_base` cuts runs, because the archiver has digests of the base.
+        self.compares = False
         #: Takes what `want` has asked for: the first cluster, and digests.
         self.on_digests: Callable[[int, bytes], None] | None = None
         #: The new connection has not been answered yet; since when it exists.
@@ -137,6 +139,7 @@ class Session:
         self._connection.is_settled = True
         if self._side.digest_key:
             self._since_base = SinceBase(self._side.digest_key, self._clusters)
+            self.compares = True
 
     def send(self, run: Run, on_ack: Callable[[], None] | None = None) -> None:
         """Send a run, for which the credit must suffice.
@@ -258,14 +261,11 @@ class Session:
                     self._in_flight.acknowledge(self._side.acked)
 
     def poll(self) -> None:
-        """Take in what has come, and keep the session alive, without waiting. Raises Failure."""
-        now = time.monotonic()
-        if now - self._looked > _QUIET_S:
+        """Take in what has come, without waiting; now and then as `step`. Raises Failure."""
+        if time.monotonic() - self._looked > _QUIET_S:
             self.step(0)
         else:
-            self._cancel.check()
             self.receive()
-            self.keep_alive(now)
 
     def watch(self, fd: int) -> None:
         """End each wait also when `fd` becomes readable."""

@@ -7,7 +7,7 @@ are a data message. What does not fit raises RemoteProtocolError.
 """
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, NamedTuple
 
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, MAX_CLUSTERS
@@ -250,9 +250,8 @@ _NOTHING = memoryview(b"")
 _SCATTERED = struct.Struct(">IQH")
 
 
-def encode_control(message: Control) -> list[Part]:
-    """Raises LocalProtocolError for what the peer would refuse."""
-    return _CONTROL.encode(message)
+#: A control message's part. Raises LocalProtocolError for what the peer would refuse.
+encode_control: Callable[[Control], list[Part]] = _CONTROL.encode
 
 
 def sayable(text: str) -> str:
@@ -332,29 +331,30 @@ def _decode_data(parts: Sequence[Part]) -> DataFrame:
         raise RemoteProtocolError("malformed", f"a frame of {len(frame)} items with a payload")
     if not 1 <= frame[0] <= limits.MAX_DEV_ID:
         raise RemoteProtocolError("malformed", "a frame without a dev_id")
+    message: DataFrame
     match frame:
         case [dev_id, table]:
-            return _decode_scattered(seq, dev_id, table)
+            message = _decode_scattered(seq, dev_id, table)
+            fault = scattered_fault(message.clusters)
         case [dev_id, int(first), int(count)]:
-            _raise(unchanged_fault(first, count))
-            return UnchangedRun(seq, dev_id, first, count)
+            message = UnchangedRun(seq, dev_id, first, count)
+            fault = unchanged_fault(first, count)
         case [dev_id, cluster_num, data]:
             return _decode_cluster(seq, dev_id, cluster_num, data)
         case [dev_id, first, count, masks]:
             payload = memoryview(parts[2]) if len(parts) == 3 else _NOTHING
             size_bytes = payload.nbytes
-            _raise(run_fault(first, count, masks, size_bytes) or payload_fault(masks, size_bytes))
-            return RunFrame(seq, dev_id, first, count, masks, payload)
-    dev_id, first, count, masks, position = frame
-    if not masks or position < 0:
-        raise RemoteProtocolError("malformed", "a run in shared memory that is nowhere")
-    _raise(run_fault(first, count, masks, masked_bytes(masks)))
-    return SharedRun(seq, dev_id, first, count, masks, position)
-
-
-def _raise(fault: tuple[str, str] | None) -> None:
+            message = RunFrame(seq, dev_id, first, count, masks, payload)
+            fault = run_fault(first, count, masks, size_bytes) or payload_fault(masks, size_bytes)
+        case _:
+            dev_id, first, count, masks, position = frame
+            if not masks or position < 0:
+                raise RemoteProtocolError("malformed", "a run in shared memory that is nowhere")
+            message = SharedRun(seq, dev_id, first, count, masks, position)
+            fault = run_fault(first, count, masks, masked_bytes(masks))
     if fault is not None:
         raise RemoteProtocolError(*fault)
+    return message
 
 
 def _decode_cluster(seq: int, dev_id: int, cluster_num: int, data: bytes) -> ClusterFrame:
@@ -372,7 +372,6 @@ def _decode_scattered(seq: int, dev_id: int, table: bytes) -> Scattered:
     if count > limits.MAX_SCATTERED_CLUSTERS:
         raise RemoteProtocolError(*_too_many(count))
     clusters = tuple(map(SharedCluster._make, _SCATTERED.iter_unpack(table)))
-    _raise(scattered_fault(clusters))
     return Scattered(seq, dev_id, clusters)
 
 

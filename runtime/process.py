@@ -328,10 +328,7 @@ def lower_priority() -> None:
         set_time_slice(os.SCHED_BATCH, nice, _SLICE_NS)
 
 
-def yield_cpu() -> None:
-    """Let a thread that waits for this processor run now. For between two pieces of work.
-
-    It would wait for the scheduler's next tick, up to 4 ms, however little we had
-    to do and however nice we are: the p99 of a guest's writes was that.
-    """
-    os.sched_yield()
+#: Let a thread that waits for this processor run now. For between two pieces of work.
+#: It would wait for the scheduler's next tick, up to 4 ms, however little we had to do and however
+#: nice we are: the p99 of a guest's writes was that.
+yield_cpu: Callable[[], None] = os.sched_yield

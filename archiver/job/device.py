@@ -88,6 +88,8 @@ class DeviceState:
         self.queued_extents = 0
         #: Its dev_id in an earlier archive, which unchanged clusters are filled from; 0: there is none.
         self.base_dev_id = base_dev_id
+        #: Unchanged clusters are filled from an earlier archive.
+        self.has_base = bool(base_dev_id)
         self.unchanged_clusters = 0
         self.clusters = 0
         self.data_bytes = 0
@@ -101,11 +103,6 @@ class DeviceState:
         self._came = self._written = self._copied = FrameMark(0, 0)
         self._granted = 0
         self._acked = 0
-
-    @property
-    def has_base(self) -> bool:
-        """Unchanged clusters are filled from an earlier archive."""
-        return bool(self.base_dev_id)
 
     @property
     def done_bytes(self) -> int:
@@ -202,20 +199,19 @@ class DeviceState:
         self.queued_extents -= 1
         if mark is not None:
             self._written = mark
-        self._settle()
 
     def copied(self, mark: FrameMark) -> None:
         """All up to `mark` lies in memory of our own, or in extents that are queued."""
         self._copied = mark
-        self._settle()
 
-    def _settle(self) -> None:
+    def grant(self) -> list[Part] | None:
+        """A message with more credit, when there is enough news for one.
+
+        As long as extents of it are queued, only that one of them was written is news.
+        """
         # With nothing in the queue its producer must hear of all that was copied: it may wait for it.
         if not self.queued_extents and self._copied.seq > self._written.seq:
             self._written = self._copied
-
-    def grant(self) -> list[Part] | None:
-        """A message with more credit, when there is enough news for one."""
         disposed = self._written.charged if self.queued_extents else self._side.charged
         limit = self._window_bytes + disposed
         # A quarter of the window a message: few messages, and the producer,

@@ -359,7 +359,7 @@ class JobDevices:
                 instructions += map(self._put, packed)
                 if self._spec.stable and not any(dev_id in each.notes for each in packed):
                     device.copied(mark)
-        return [*instructions, *self._grant(device)]
+        return instructions if device.queued_extents else [*instructions, *self._grant(device)]
 
     def written(self, marks: dict[int, FrameMark], dev_ids: set[int]) -> list[Send]:
         """An extent that held data of `dev_ids` was written; `marks` are its notes."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import mmap
 import os
@@ -18,7 +19,7 @@ from vmapipe.archiver.job import spec as core
 from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.job import Job, JobPhase
 from vmapipe.archiver.job.spec import JobSpec
-from vmapipe.archiver.job.writer import ArchiveWriter
+from vmapipe.archiver.job.writer import ArchiveWriter, WriterState
 from vmapipe.archiver.listener.socket import TURN, ListeningSocket
 from vmapipe.archiver.outputs.cluster_digests import BaseDigests
 from vmapipe.runtime.cancel import Cancel
@@ -61,7 +62,7 @@ def serve(
     wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     link: ListeningSocket | None = None
     try:
-        store = make_store(lambda: os.eventfd_write(wake_fd, 1))
+        store = make_store(functools.partial(os.eventfd_write, wake_fd, 1))
         try:
             link = ListeningSocket(at.endpoint, at.keys, receive_mark=_RECEIVE_MARK)
             link.watch(wake_fd)
@@ -102,12 +103,16 @@ class _Server:
         self._handle(core.JobStarted())
         ended = (JobPhase.DONE, JobPhase.FAILED)
         while job.phase not in ended or not (job.over or cancel.asked):
-            self._link.wait(1.0)
-            self._receive()
-            self._handle_writer(wake_fd)
+            ready = dict(self._link.wait(1.0))
+            if self._link.socket in ready:
+                self._receive()
+            if wake_fd in ready:
+                os.eventfd_read(wake_fd)
+                self._handle_writer()
             if cancel.asked:
                 self._handle(core.JobAborted(cancel.reason))
-            self._pass_time(time.monotonic())
+            if (now := time.monotonic()) >= self._next_progress:
+                self._pass_time(now)
         self._emit_notices()
         # A stop that comes while the archive gets its name may come too late.
         if job.phase is JobPhase.FAILED and not self._store.committed:
@@ -204,31 +209,27 @@ class _Server:
                 }
             )
 
-    def _handle_writer(self, wake_fd: int) -> None:
-        try:
-            os.eventfd_read(wake_fd)
-        except BlockingIOError:
-            return
+    def _handle_writer(self) -> None:
         for extent in self._store.take_written():
             self._handle(core.ExtentWritten(extent.notes, extent.dev_ids))
         if self._store.base_damage:
             self._emit({"event": "base-damaged", "text": self._store.base_damage})
             self._store.base_damage = ""
-        if self._store.error is not None:
-            self._handle(core.JobAborted(str(self._store.error)))
-        elif self._store.committed:
-            self._handle(core.ArchiveStored())
-            self._report_stored()
+        match self._store.state:
+            case WriterState.FAILED:
+                self._handle(core.JobAborted(str(self._store.error)))
+            case WriterState.COMMITTED:
+                self._handle(core.ArchiveStored())
+                self._report_stored()
 
     def _pass_time(self, now: float) -> None:
-        if now >= self._next_progress:
-            self._next_progress = now + PROGRESS_S
-            for client in self._link.revoked(now):
-                self._handle(core.KeyRevoked(client))
-            self._emit_notices()
-            self._handle(core.TimePassed(now))
-            if not self._reported:
-                self._progress()
+        self._next_progress = now + PROGRESS_S
+        for client in self._link.revoked(now):
+            self._handle(core.KeyRevoked(client))
+        self._emit_notices()
+        self._handle(core.TimePassed(now))
+        if not self._reported:
+            self._progress()
 
     def _progress(self) -> None:
         if not self._job.devices:

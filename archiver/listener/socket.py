@@ -113,15 +113,16 @@ class ListeningSocket:
             self._context = zmq.Context(io_threads)
             if max_sockets:
                 self._context.max_sockets = max_sockets
-            self._socket = self._context.socket(zmq.ROUTER)
+            #: Among what `wait` returns when messages are there.
+            self.socket = self._context.socket(zmq.ROUTER)
             self._set_options(receive_mark)
             self._curve = CurveAuthenticator(self._context, keys) if keys else None
             if self._curve:
-                self._curve.secure(self._socket)
+                self._curve.secure(self.socket)
             # On one host only its owner can open the socket's folder.
             self._connections = (
                 Connections(
-                    self._socket, self._port.budget.authenticating + self._port.budget.silent
+                    self.socket, self._port.budget.authenticating + self._port.budget.silent
                 )
                 if self._port
                 else None
@@ -133,7 +134,7 @@ class ListeningSocket:
             raise
         self._poller = zmq.Poller()
         self._port_fd = -1
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self.socket, zmq.POLLIN)
         if self._curve:
             self._poller.register(self._curve.socket, zmq.POLLIN)
         if self._connections:
@@ -142,22 +143,22 @@ class ListeningSocket:
             self._watch_port(self._port.fd)
 
     def _set_options(self, receive_mark: int) -> None:
-        self._socket.linger = LINGER_MS
-        self._socket.rcvhwm = receive_mark
-        self._socket.sndhwm = ANSWER_MARK if self.is_local else _ANSWER_MARK_AFAR
-        self._socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES + _CURVE_BYTES
-        self._socket.handshake_ivl = _HANDSHAKE_MS
+        self.socket.linger = LINGER_MS
+        self.socket.rcvhwm = receive_mark
+        self.socket.sndhwm = ANSWER_MARK if self.is_local else _ANSWER_MARK_AFAR
+        self.socket.maxmsgsize = limits.MAX_PAYLOAD_BYTES + _CURVE_BYTES
+        self.socket.handshake_ivl = _HANDSHAKE_MS
         if not self.is_local:
-            self._socket.backlog = _BACKLOG
-            self._socket.heartbeat_ivl = _HEARTBEAT_MS
-            self._socket.heartbeat_timeout = _DEAD_MS
+            self.socket.backlog = _BACKLOG
+            self.socket.heartbeat_ivl = _HEARTBEAT_MS
+            self.socket.heartbeat_timeout = _DEAD_MS
 
     @property
     def endpoint(self) -> str:
         """The endpoint as bound: a port of 0 or * has become a real one."""
         if self._port:
             return self._port.endpoint
-        return self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        return self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def watch(self, fd: int) -> None:
         """Let `wait` also end when `fd` becomes readable."""
@@ -167,7 +168,7 @@ class ListeningSocket:
         self._poller.unregister(fd)
 
     def wait(self, timeout_s: float) -> list[tuple[object, int]]:
-        """Wait until something is ready; return that, for a subclass that has registered more."""
+        """Wait until something is ready; return that: what was registered, each with its events."""
         ready: list[tuple[object, int]] = list(self._poller.poll(int(timeout_s * 1000)))
         if self._port:
             self._port.poll()
@@ -197,7 +198,7 @@ class ListeningSocket:
 
     def send(self, peer: bytes, parts: Sequence[Part]) -> None:
         """A peer that is gone loses its message; the heartbeat will tell."""
-        self._socket.send_multipart([peer, *parts])
+        self.socket.send_multipart([peer, *parts])
 
     def revoked(self, now: float) -> list[str]:
         """Clients that are no longer on the list; nothing more comes from them. Each once."""
@@ -233,9 +234,9 @@ class ListeningSocket:
         """
         for _ in range(TURN):
             # Asking first is quicker than an exception for "nothing there".
-            if not int(self._socket.get(zmq.EVENTS)) & _POLLIN:
+            if not int(self.socket.get(zmq.EVENTS)) & _POLLIN:
                 break
-            peer, *parts = self._socket.recv_multipart(_NOBLOCK, copy=False)
+            peer, *parts = self.socket.recv_multipart(_NOBLOCK, copy=False)
             if self._connections:
                 if not self._connections.heard(peer):
                     continue
@@ -249,7 +250,7 @@ class ListeningSocket:
         # The socket file is for its owner alone.
         try:
             with made_with(0o700):
-                self._socket.bind(endpoint)
+                self.socket.bind(endpoint)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error

@@ -136,6 +136,7 @@ class FakeSession:
 
     def __init__(self, parts: list[Any] | None) -> None:
         self.credit = 1 << 30
+        self.compares = True
         self.parts = parts
         self.sent: list[Any] = []
         self.on_acks: list[Callable[[], None]] = []
@@ -161,7 +162,7 @@ def test_memory_is_free_when_the_last_part_of_a_run_is_acknowledged() -> None:
     session = FakeSession([first, UnchangedClusters(1, 1), last, Run(3, 1, b"", 0, 0)])
     box, freed = outbox(session), []
     box.put(Run(0, 4, b"\0\1" * 4, 0, 8192), lambda: freed.append(1))
-    while not box.is_empty:
+    while box.waiting:
         assert box.advance()
     assert session.sent == session.parts
     chance = random.Random(1)
@@ -178,7 +179,7 @@ def test_memory_of_a_run_that_has_not_changed_is_free_at_once() -> None:
     box.put(Run(0, 4, b"\0\1" * 4, 0, 16384), lambda: freed.append(1))
     assert box.advance()
     assert freed == [1]
-    assert box.is_empty
+    assert not box.waiting
 
 
 def test_nothing_is_sent_without_credit_or_digests() -> None:
