@@ -14,14 +14,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
 import psutil
 
+from vmapipe.control.cli.vma import main as vma_main
 from vmapipe.control.coordinator.status_socket import JobClient, sockets
 from vmapipe.control.main import COMMANDS, main
 from vmapipe.runtime.errors import Failure
@@ -65,53 +65,79 @@ def sha256(path: Path) -> str:
 def run(
     *words: str | Path, tool: Sequence[str] = VMAPIPE, **more: Any
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a command to its end; never raises for its exit code."""
-    if tool == HERE:
-        return forked(*words, **more)
+    """Run a command to its end; never raises for its exit code.
+
+    Ours run in a copy of this process, without the half second that Python takes to start, unless
+    `more` asks for what only a new process has, or the variable VMAPIPE_TESTS_EXEC is set.
+    """
+    entry = _ENTRIES.get(tuple(tool))
+    if entry is not None and more.keys() <= _FOR_A_COPY and not ALWAYS_NEW:
+        return _run_in_copy(entry, [*map(str, words)], **more)
     options: dict[str, Any] = {"capture_output": True, "timeout": LIMIT_S, **more}
     if "stdout" in more or "stderr" in more:
         options.pop("capture_output")
     return subprocess.run([*tool, *map(str, words)], check=False, **options)
 
 
-def forked(*words: str | Path, stdin: Any = None) -> subprocess.CompletedProcess[bytes]:
-    """Run a command to its end, in a copy of this process: the half second in which Python starts is saved.
+Entry = Callable[[Sequence[str]], int]
+_ENTRIES: dict[tuple[str, ...], Entry] = {VMAPIPE: main, VMA: vma_main}
+_FOR_A_COPY = {"stdin", "cwd", "env"}
+ALWAYS_NEW = bool(os.environ.get("VMAPIPE_TESTS_EXEC"))
+# The exit code of a command whose own error reached nobody: none of ours ends with it.
+_BROKEN = 99
 
-    For commands that only look, and those that refuse.
-    """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        if words and words[0] in COMMANDS:
-            importlib.import_module(COMMANDS[str(words[0])][0])  # once, for all that follow
+
+def _run_in_copy(
+    entry: Entry,
+    words: list[str],
+    *,
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    cwd: Path | str = ".",
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[bytes]:
+    if entry is main and words and words[0] in COMMANDS:
+        importlib.import_module(COMMANDS[words[0]][0])  # once, for all that follow
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        Path(os.devnull).open("rb") as null,
+    ):
+        given = null if stdin == subprocess.DEVNULL else stdin
+        fds = [given if isinstance(given, int) else given.fileno(), out.fileno(), err.fileno()]
         pid = os.fork()
         if pid == 0:
-            status = 99
-            try:
-                signal.alarm(int(LIMIT_S))
-                source = os.open(os.devnull, os.O_RDONLY) if stdin is None else stdin.fileno()
-                for number, fd in enumerate((source, out.fileno(), err.fileno())):
-                    os.dup2(fd, number)
-                # What pytest has put in their places is of its own.
-                sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")
-                try:
-                    status = main([*map(str, words)])
-                except SystemExit as end:
-                    status = end.code if isinstance(end.code, int) else 99
-                sys.stdout.flush()
-            finally:
-                # Whatever it was: nothing of pytest's may go on in the copy.
-                if status == 99:
-                    traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(status)
-        _, ended = os.waitpid(pid, 0)
+            _be_the_command(entry, words, fds, cwd, dict(os.environ if env is None else env))
+        _, status = os.waitpid(pid, 0)
         out.seek(0)
         err.seek(0)
-        code = os.waitstatus_to_exitcode(ended)
-        return subprocess.CompletedProcess([*words], code, out.read(), err.read())
+        code = os.waitstatus_to_exitcode(status)
+        return subprocess.CompletedProcess(words, code, out.read(), err.read())
 
 
-#: Instead of a program: `forked` runs the command.
-HERE: tuple[str, ...] = ()
+def _be_the_command(
+    entry: Entry, words: list[str], fds: list[int], cwd: Path | str, env: dict[str, str]
+) -> NoReturn:
+    status = _BROKEN
+    try:
+        signal.alarm(int(LIMIT_S))
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(cwd)
+        for number, fd in enumerate(fds):
+            os.dup2(fd, number)
+        # What pytest has put in their places is of its own.
+        sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")
+        try:
+            status = entry(words)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else _BROKEN
+        sys.stdout.flush()
+    finally:
+        # Whatever it was: nothing of pytest's may go on in the copy.
+        if status == _BROKEN:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def good(*words: str | Path, **more: Any) -> bytes:
@@ -131,12 +157,6 @@ def bad(*words: str | Path, code: int = 1, **more: Any) -> str:
     if code != 2:
         assert len(lines) == 1, text
     return lines[-1]
-
-
-#: As `run`, `good` and `bad`, by `forked`.
-run_here = partial(run, tool=HERE)
-good_here = partial(good, tool=HERE)
-bad_here = partial(bad, tool=HERE)
 
 
 @contextmanager

@@ -20,13 +20,10 @@ from tests.machine import (
     VMA,
     Need,
     bad,
-    bad_here,
     good,
-    good_here,
     listens,
     make_disk,
     run,
-    run_here,
     sha256,
     started,
 )
@@ -115,7 +112,7 @@ def test_age_and_zstd_restore_what_was_stored_without_us(made: Encrypted, need: 
         for raw in (plain.stdout, unpacked.stdout):
             out = made.folder / "plain.vma"
             out.write_bytes(raw)
-            assert b"secret-disk" in good_here("list", out)
+            assert b"secret-disk" in good("list", out)
     # The sealed part of the manifest, too.
     document = json.loads(Path(f"{made.zstd}.manifest.json").read_bytes())
     sealed = b"".join(map(base64.b64decode, document["sealed"]))
@@ -143,11 +140,11 @@ def test_with_either_key_all_of_it_is_listed_checked_and_restored(
     made: Encrypted, tmp_path: Path, kind: str
 ) -> None:
     archive = getattr(made, kind)
-    listed = good_here("list", "--identity", made.ssh_key, archive)
+    listed = good("list", "--identity", made.ssh_key, archive)
     assert b"secret-disk" in listed
     assert b"encrypted   yes" in listed
     assert b"seekable    yes" in listed
-    assert b"hostname-of-the-guest" in good_here("config", "--identity", made.age_key, archive)
+    assert b"hostname-of-the-guest" in good("config", "--identity", made.age_key, archive)
     report = verified(archive, made.other_key, made.age_key)
     assert report.ok
     assert report.data_checked
@@ -200,20 +197,20 @@ def test_the_drop_in_takes_a_key_too(made: Encrypted) -> None:
 def test_without_a_key_the_stored_file_is_checked_and_that_this_is_all_is_said(
     made: Encrypted, tmp_path: Path
 ) -> None:
-    said = good_here("verify", "--require-manifest", made.zstd).decode()
+    said = good("verify", "--require-manifest", made.zstd).decode()
     assert "that is all that can be checked without a key" in said
-    assert "encrypted" in good_here("list", made.zstd).decode()
-    assert json.loads(good_here("list", "--json", made.zstd)) == {"encrypted": True}
+    assert "encrypted" in good("list", made.zstd).decode()
+    assert json.loads(good("list", "--json", made.zstd)) == {"encrypted": True}
     commands: list[list[str | Path]] = [
         ["restore", made.zstd, tmp_path / "out"],
         ["config", made.zstd],
         ["serve", made.zstd, "--listen", tmp_path / "s"],
     ]
     for words in commands:
-        assert "name a file with a key" in bad_here(*words)
+        assert "name a file with a key" in bad(*words)
     copy = tmp_path / "vm.vma.zst.age"
     copy.write_bytes(made.zstd.read_bytes())
-    assert "there is no manifest" in bad_here("verify", copy)
+    assert "there is no manifest" in bad("verify", copy)
     manifest = Path(f"{copy}.manifest.json")
     manifest.write_bytes(Path(f"{made.zstd}.manifest.json").read_bytes())
     raw = bytearray(copy.read_bytes())
@@ -221,24 +218,24 @@ def test_without_a_key_the_stored_file_is_checked_and_that_this_is_all_is_said(
     copy.write_bytes(raw)
     assert not verified(copy).ok
     manifest.write_bytes(manifest.read_bytes()[:-9])
-    assert "manifest" in bad_here("verify", copy, code=4)
+    assert "manifest" in bad("verify", copy, code=4)
 
 
 def test_a_wrong_key_and_files_that_hold_none_are_refused_before_anything_is_read(
     made: Encrypted, tmp_path: Path
 ) -> None:
-    text = bad_here("restore", "--identity", made.other_key, made.zstd, tmp_path / "out")
+    text = bad("restore", "--identity", made.other_key, made.zstd, tmp_path / "out")
     assert "none of the given keys opens it" in text
     assert not (tmp_path / "out").exists()
-    assert "none of the given keys" in bad_here("verify", "--identity", made.other_key, made.zstd)
+    assert "none of the given keys" in bad("verify", "--identity", made.other_key, made.zstd)
     empty = tmp_path / "empty"
     empty.write_text("# nothing\n")
-    assert "no key" in bad_here("list", "--identity", empty, made.zstd, code=2)
-    assert "No such file" in bad_here("list", "--identity", tmp_path / "absent", made.zstd, code=2)
+    assert "no key" in bad("list", "--identity", empty, made.zstd, code=2)
+    assert "No such file" in bad("list", "--identity", tmp_path / "absent", made.zstd, code=2)
     open_key = tmp_path / "open"
     open_key.write_text(made.age_key.read_text())
     open_key.chmod(0o644)
-    done = run_here("list", "--identity", open_key, made.zstd)
+    done = run("list", "--identity", open_key, made.zstd)
     assert done.returncode == 0
     assert b"other users can read this secret key" in done.stderr
 
@@ -257,7 +254,7 @@ def test_a_recipient_that_cannot_be_used_ends_a_backup_before_it_begins(
     made: Encrypted, tmp_path: Path, recipient: str, words: str
 ) -> None:
     (tmp_path / "store").mkdir()
-    text = bad_here(
+    text = bad(
         *("backup", "--qmp", tmp_path / "never.sock", "--encrypt-to", recipient),
         tmp_path / "store" / "x.vma.age",
         code=2,
@@ -273,23 +270,23 @@ def test_what_cannot_be_had_together_with_encryption_is_refused(
 ) -> None:
     words: list[str | Path]
     words = ["backup", "--disk", made.disk, "--encrypt-to", f"@{made.folder}/recipients"]
-    assert "exclude each other" in bad_here(*words, option, tmp_path / "x.age", code=2)
+    assert "exclude each other" in bad(*words, option, tmp_path / "x.age", code=2)
 
 
 def test_what_is_encrypted_is_stored_in_the_clear_only_when_that_is_said(
     made: Encrypted, tmp_path: Path
 ) -> None:
     key, new = ("--identity", made.age_key), tmp_path / "new.vma"
-    assert "--decrypt stores it in the clear" in bad_here("repack", *key, made.zstd, new, code=2)
-    assert "would tell what it hides" in bad_here(
+    assert "--decrypt stores it in the clear" in bad("repack", *key, made.zstd, new, code=2)
+    assert "would tell what it hides" in bad(
         "manifest", *key, "--manifest", tmp_path / "m", made.zstd, code=2
     )
     assert list(tmp_path.iterdir()) == []
     good("repack", "--quiet", "--decrypt", *key, made.zstd, new)
-    good_here("verify", "--quiet", "--require-manifest", new)
+    good("verify", "--quiet", "--require-manifest", new)
     again = tmp_path / "again.vma.age"
     good("repack", "--quiet", *key, "--encrypt-to", f"@{made.folder}/recipients", made.zstd, again)
-    good_here("verify", "--quiet", "--require-manifest", *key, again)
+    good("verify", "--quiet", "--require-manifest", *key, again)
     assert b"secret-disk" not in again.read_bytes() + Path(f"{again}.manifest.json").read_bytes()
 
 
@@ -377,9 +374,9 @@ def test_a_header_that_was_changed_is_told(made: Encrypted, tmp_path: Path) -> N
     archive = tmp_path / "vm.vma.age"
     raw = made.plain.read_bytes()
     archive.write_bytes(_flipped(raw, raw.index(b"\n--- ") + 7))
-    assert "damaged" in bad_here("verify", "--identity", made.age_key, archive, code=4)
+    assert "damaged" in bad("verify", "--identity", made.age_key, archive, code=4)
     archive.write_bytes(raw[:100])
-    told = bad_here("verify", "--identity", made.age_key, archive, code=4)
+    told = bad("verify", "--identity", made.age_key, archive, code=4)
     assert "header" in told
     assert told.count(archive.name) == 1, told
 

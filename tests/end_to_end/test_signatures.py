@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine import Need, bad_here, good, good_here, make_disk
+from tests.machine import Need, bad, good, make_disk
 from vmapipe.crypt.sshsig import parse_publics
 from vmapipe.restore.verify.signature import SignatureError, check_signature, read_publics
 from vmapipe.runtime.cancel import Cancel
@@ -27,8 +27,8 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signed")
     disk = make_disk(folder / "disk.raw", "A0hpA" * 3)
     other = make_disk(folder / "disk2.raw", "A0hpA" * 3, seed=2)
-    good_here("keygen", "--sign", folder / "key")
-    good_here("keygen", "--sign", folder / "other")
+    good("keygen", "--sign", folder / "key")
+    good("keygen", "--sign", folder / "other")
     recipient = (folder / "other.pub").read_text().strip()
     for archive, source, more in (
         ("vm.vma", disk, ()),
@@ -71,13 +71,13 @@ def test_openssh_checks_the_manifest_and_sha256sum_the_archive(signed: Path, nee
 
 
 def test_what_was_signed_is_verified_restored_and_named(signed: Path, tmp_path: Path) -> None:
-    said = good_here("verify", "--signed-by", signed / "key.pub", signed / "vm.vma").decode()
+    said = good("verify", "--signed-by", signed / "key.pub", signed / "vm.vma").decode()
     assert "signed by ssh-ed25519 SHA256:" in said
     good("restore", "--signed-by", signed / "key.pub", signed / "vm.vma", tmp_path / "out")
     assert (tmp_path / "out" / "disk-d.raw").read_bytes() == (signed / "disk.raw").read_bytes()
     # Of an encrypted one without its key, too: only the stored file is looked at.
     assert checked(signed / "vm.vma.age", signed / "key.pub").startswith("SHA256:")
-    good_here("verify", signed / "vm.vma")  # a signature is no hindrance to who asks for none
+    good("verify", signed / "vm.vma")  # a signature is no hindrance to who asks for none
 
 
 def _exchange(folder: Path, *suffixes: str) -> None:
@@ -143,8 +143,8 @@ def test_what_was_forged_exchanged_or_is_unsigned_is_told(
     if forgery == "the archive exchanged":
         out = tmp_path / "out"
         asked = ("--signed-by", signed / "key.pub", tmp_path / "vm.vma")
-        assert words in bad_here("restore", *asked, out, code=4)
-        assert words in bad_here("files", "ls", *asked, code=4)
+        assert words in bad("restore", *asked, out, code=4)
+        assert words in bad("files", "ls", *asked, code=4)
         assert not out.exists()
 
 
@@ -158,10 +158,10 @@ def test_another_key_and_files_without_a_key_are_told(signed: Path, tmp_path: Pa
     no_key = tmp_path / "no-key"
     no_key.write_text("hello")
     no_key.chmod(0o600)
-    assert "not an OpenSSH" in bad_here(*words, no_key, tmp_path / "x.vma", code=2)
+    assert "not an OpenSSH" in bad(*words, no_key, tmp_path / "x.vma", code=2)
     (tmp_path / "wide").write_bytes((signed / "key").read_bytes())
     (tmp_path / "wide").chmod(0o644)
-    assert "other users" in bad_here(*words, tmp_path / "wide", tmp_path / "x.vma", code=2)
-    assert "has to be a file" in bad_here(*words, signed / "key", "-", code=2)
+    assert "other users" in bad(*words, tmp_path / "wide", tmp_path / "x.vma", code=2)
+    assert "has to be a file" in bad(*words, signed / "key", "-", code=2)
     assert not (tmp_path / "x.vma").exists()
-    assert "never overwritten" in bad_here("keygen", "--sign", signed / "key")
+    assert "never overwritten" in bad("keygen", "--sign", signed / "key")

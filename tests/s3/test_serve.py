@@ -10,7 +10,7 @@ import pytest
 
 from tests.access.serving import serving
 from tests.access.sessions import FSTAB, make_archives, run_session, sessions
-from tests.machine import Need, bad_here, good, good_here, make_disk
+from tests.machine import Need, bad, good, make_disk
 from tests.protocol.nbd.client import Client
 from tests.s3.server import BUCKET, S3Server
 from vmapipe.crypt.keys import X25519Identity, encode_bech32
@@ -40,7 +40,7 @@ def test_an_encrypted_and_signed_object_is_read_with_its_key_and_copied_with_all
     secret, key = bytes(range(32)), tmp_path / "key"
     key.write_text(encode_bech32("age-secret-key-", secret).upper())
     key.chmod(0o600)
-    good_here("keygen", "--sign", tmp_path / "sign")
+    good("keygen", "--sign", tmp_path / "sign")
     disk = make_disk(tmp_path / "disk", "AAp0hhAp" * 4, 777)
     name = "vm-2026-01-01.vma.zst.age"
     archive = f"s3://{BUCKET}/{name}"
@@ -49,9 +49,9 @@ def test_an_encrypted_and_signed_object_is_read_with_its_key_and_copied_with_all
         *("--encrypt-to", X25519Identity(secret).recipient.text),
         *("--sign", tmp_path / "sign", archive),
     )
-    assert b"encrypted   yes" in good_here("list", "--identity", key, archive)
-    assert "--identity FILE" in bad_here("restore", archive, tmp_path / "no")
-    assert "--identity FILE" in bad_here("files", "ls", archive)
+    assert b"encrypted   yes" in good("list", "--identity", key, archive)
+    assert "--identity FILE" in bad("restore", archive, tmp_path / "no")
+    assert "--identity FILE" in bad("files", "ls", archive)
     content = disk.read_bytes()
     with (
         serving(tmp_path / "s", archive, "--identity", str(key)) as served,
@@ -61,14 +61,14 @@ def test_an_encrypted_and_signed_object_is_read_with_its_key_and_copied_with_all
         assert client.read_all(1 << 20) == content
     assert "no manifest" not in served.said
     (tmp_path / "folder").mkdir()
-    good_here("copy", "--quiet", archive, tmp_path / "folder")
+    good("copy", "--quiet", archive, tmp_path / "folder")
     asked = ("--signed-by", tmp_path / "sign.pub", "--identity", key)
-    good_here("verify", "--quiet", "--require-manifest", *asked, tmp_path / "folder" / name)
-    good_here("restore", "--quiet", *asked, archive, tmp_path / "out")
+    good("verify", "--quiet", "--require-manifest", *asked, tmp_path / "folder" / name)
+    good("restore", "--quiet", *asked, archive, tmp_path / "out")
     assert (tmp_path / "out" / "disk-a.raw").read_bytes() == content
     raw = s3.data(f"{name}.manifest.json")
     s3.put(f"{name}.manifest.json", raw.replace(b'"sealed"', b'"Sealed"', 1))
-    assert "is not the one that was signed" in bad_here("verify", *asked, archive, code=4)
+    assert "is not the one that was signed" in bad("verify", *asked, archive, code=4)
 
 
 def test_the_session_of_the_page_runs_on_a_bucket_as_it_stands_there(

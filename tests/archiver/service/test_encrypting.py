@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from tests.archiver.service.serving import serving
-from tests.machine import bad, bad_here, good, good_here, make_disk, sha256
+from tests.machine import bad, good, make_disk, sha256
 from vmapipe.crypt.keys import X25519Identity, encode_bech32
 
 
@@ -18,7 +18,7 @@ def test_what_a_service_stores_is_encrypted_and_signed_whatever_its_client_says(
     recipient, key = X25519Identity(secret).recipient.text, tmp_path / "key"
     key.write_text(encode_bech32("age-secret-key-", secret).upper())
     key.chmod(0o600)
-    good_here("keygen", "--sign", tmp_path / "sign")
+    good("keygen", "--sign", tmp_path / "sign")
     disk = make_disk(tmp_path / "disk.raw", "A0hpA" * 4)
     store = tmp_path / "store"
     options = ("--encrypt-to", recipient, "--sign", str(tmp_path / "sign"))
@@ -28,8 +28,8 @@ def test_what_a_service_stores_is_encrypted_and_signed_whatever_its_client_says(
         assert "vm.vma.zst.age" in told
         assert "[exists]" in bad(*words, "vm.vma.zst")
         # The service is the one that writes: it says to whom, and signs.
-        assert "a service encrypts" in bad_here(*words, "--encrypt-to", recipient, "x.vma", code=2)
-        assert "a service signs" in bad_here(*words, "--sign", tmp_path / "sign", "x.vma", code=2)
+        assert "a service encrypts" in bad(*words, "--encrypt-to", recipient, "x.vma", code=2)
+        assert "a service signs" in bad(*words, "--sign", tmp_path / "sign", "x.vma", code=2)
         for word in (tmp_path / "nowhere", "age1x"):
             bad(
                 "archiver",
@@ -51,6 +51,6 @@ def test_what_a_service_stores_is_encrypted_and_signed_whatever_its_client_says(
         f"{archive.name}.manifest.json.sig",
     }
     assert not [name for name in names if b"secret-disk" in (store / name).read_bytes()]
-    good_here("verify", "--signed-by", tmp_path / "sign.pub", "--identity", key, archive)
+    good("verify", "--signed-by", tmp_path / "sign.pub", "--identity", key, archive)
     good("restore", "--identity", key, archive, tmp_path / "out")
     assert sha256(tmp_path / "out" / "disk-secret-disk.raw") == sha256(disk)

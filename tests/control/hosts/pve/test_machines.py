@@ -29,7 +29,6 @@ from tests.machine import (
     end_of,
     eventually,
     good,
-    good_here,
     next_event,
     run,
     started,
@@ -333,9 +332,9 @@ def test_an_encrypted_machine_has_nothing_beside_it_that_tells_of_it_and_comes_b
     archive = node.dump / names[0]
     assert archive.name.endswith(".vma.zst.age")
     assert names[1:] == [f"{archive.name}{end}" for end in (".manifest.json", ".protected")]
-    assert b"drive-scsi0" in good_here("list", "--identity", key, archive)
-    good_here("verify", "--quiet", "--require-manifest", "--identity", key, archive)
-    kept = good_here("config", "--identity", key, archive)
+    assert b"drive-scsi0" in good("list", "--identity", key, archive)
+    good("verify", "--quiet", "--require-manifest", "--identity", key, archive)
+    kept = good("config", "--identity", key, archive)
     assert b"memory: " in kept
 
 
