@@ -25,7 +25,7 @@ from vmapipe.producer.chunks import (
     is_whole,
     pieces,
 )
-from vmapipe.producer.nbd.backend import Write, WriteOnlyBackend, one_by_one
+from vmapipe.producer.nbd.backend import IncomingWrite, Write, WriteOnlyBackend, one_by_one
 from vmapipe.producer.runs import whole_blocks
 from vmapipe.producer.shared_memory import RingAllocator
 from vmapipe.protocol.limits import MAX_RUN_CLUSTERS
@@ -229,29 +229,62 @@ class QemuSink(WriteOnlyBackend):
 
     def try_write(self, data: memoryview, offset: int) -> bool:
         """Take it, or return False where that may take long."""
-        length = len(data)
-        first, count = offset // CLUSTER_BYTES, -(-length // CLUSTER_BYTES)
+        place = self.place(offset, len(data))
+        if place is not None:
+            place.room[:] = data
+            self.placed(place, offset)
+            return True
+        first, count = offset // CLUSTER_BYTES, -(-len(data) // CLUSTER_BYTES)
         with self._changed:
             if self.failure:
                 return True
+            # All of it has come before.
+            is_known = self._arrivals.count_in(first, count) == count
+            return is_known and is_whole(offset, len(data), self._size_bytes)
+
+    def place(self, offset: int, length: int) -> IncomingWrite | None:
+        """Give room for whole clusters of which none has come. They count when they are there."""
+        first, count = offset // CLUSTER_BYTES, -(-length // CLUSTER_BYTES)
+        with self._changed:
             if (
-                not is_whole(offset, length, self._size_bytes)
+                self.failure
+                or not is_whole(offset, length, self._size_bytes)
                 or count > self.piece_clusters
                 or self._turns
                 or (self._hold_until and count >= _HOLD_CLUSTERS)
+                or self._arrivals.count_in(first, count)
             ):
-                return False
-            here = self._arrivals.count_in(first, count)
-            if here:
-                return here == count
+                return None
             position = self._room.take(whole_blocks(length))
             if position is None:
-                return False
-            self._arrivals.add(first, count)
-            self._parts.forget(first, count)
+                return None
             self._enter(Chunk(first, count, position, length))
-        self._fill(position, data)
-        return True
+        return IncomingWrite(position, self._memory[position : position + length])
+
+    def placed(self, write: IncomingWrite, offset: int) -> None:
+        length = len(write.room)
+        first, count = offset // CLUSTER_BYTES, -(-length // CLUSTER_BYTES)
+        with self._changed:
+            if not self.failure and not self._arrivals.count_in(first, count):
+                self._arrivals.add(first, count)
+                self._parts.forget(first, count)
+                self._filled(write.position, length)
+                return
+        # Some of it came another way meanwhile.
+        data = memoryview(bytes(write.room))
+        self.unplaced(write)
+        self.write(data, offset)
+
+    def unplaced(self, write: IncomingWrite) -> None:
+        with self._changed:
+            self._filling.discard(write.position)
+            left = [chunk for chunk in self._queue if chunk.position != write.position]
+            self._queue = deque(left)
+            self._room.give_back(write.position)
+            # What is behind it, or waits for room, can go on.
+            self._sleeping = True
+            self._wake()
+            self._changed.notify_all()
 
     def try_zeroes(self, offset: int, length: int) -> bool:
         """Do the same for zeroes: the hot path of a thin disk, which has thousands of them."""
@@ -366,26 +399,29 @@ class QemuSink(WriteOnlyBackend):
             self._queue += self._zeroes.take()
             self._zeroes_at = now + _ZEROES_S
 
-    def _enter(self, arrived: Chunk) -> None:
+    def _enter(self, arriving: Chunk) -> None:
         """Queue a chunk, the lock being held, in the order of its room, whichever is filled first.
 
         The room is a ring, given back from its oldest piece on. Were that one sent
         last, nothing would be given back while the archiver's open extent holds it.
         """
-        self._filling.add(arrived.position)
-        self._queue.append(arrived)
-        self.taken_bytes += arrived.length
-        if self._job_speed.took(arrived.length, time.monotonic()):
-            self._hold_until = time.monotonic() + _HOLD_S
-            self._sleeping = True  # even if it waits for something else: QEMU reads on meanwhile
-            self._wake()
+        self._filling.add(arriving.position)
+        self._queue.append(arriving)
 
     def _fill(self, position: int, data: memoryview | bytes) -> None:
         self._memory[position : position + len(data)] = data
         with self._changed:
-            self._filling.discard(position)
-            if not self.failure:
-                self._wake()
+            self._filled(position, len(data))
+
+    def _filled(self, position: int, length: int) -> None:
+        """The data of a chunk in the queue is there. The lock is held."""
+        self._filling.discard(position)
+        self.taken_bytes += length
+        if self._job_speed.took(length, time.monotonic()):
+            self._hold_until = time.monotonic() + _HOLD_S
+            self._sleeping = True  # even if it waits for something else: QEMU reads on meanwhile
+        if not self.failure:
+            self._wake()
 
     def _queue_rest(self) -> None:
         """Queue some of what has not come, as the kind that it is. The lock is held."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_SEND_FLUSH,
@@ -95,6 +95,27 @@ class Mapped(Protocol):
 
     def distrust_views(self) -> None:
         """Give no more of them: some could not be sent."""
+
+
+class IncomingWrite(NamedTuple):
+    """Memory for the data of a write that is coming in. `position`: as its owner knows it."""
+
+    position: int
+    room: memoryview
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """A part of a `Backend` into whose memory large writes are received, so that they are not copied there."""
+
+    def place(self, offset: int, length: int) -> IncomingWrite | None:
+        """Return room for a write, to be given to `placed` or `unplaced`; None: leave it to `try_writes`."""
+
+    def placed(self, place: IncomingWrite, offset: int) -> None:
+        """Carry out the write: all its data has come."""
+
+    def unplaced(self, place: IncomingWrite) -> None:
+        """Forget the write: its data has not come, and will not."""
 
 
 #: The name that QEMU has to ask for.

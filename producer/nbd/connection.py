@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from vmapipe.producer.nbd.backend import Backend, Mapped
+from vmapipe.producer.nbd.backend import Backend, IncomingWrite, Mapped, Placing
 from vmapipe.producer.nbd.workers import Budget, Pool, Share, Workers
 from vmapipe.protocol.nbd.constants import (
     NBD_CMD_BLOCK_STATUS,
@@ -39,7 +39,6 @@ from vmapipe.protocol.nbd.errors import NbdProtocolError, error_of_errno
 from vmapipe.protocol.nbd.reply import error_reply, read_reply, status_reply, success_reply
 from vmapipe.protocol.nbd.session import REQUEST_BYTES, NbdRequest, NbdSession, parse_request
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.syscalls import readable
 
 # One megabyte is what most clients send at most; larger writes get memory of their own.
 _BUFFER_BYTES = (1 << 20) + (64 << 10)
@@ -59,11 +58,18 @@ _REPLIES_AT_ONCE = 6
 # Larger ones go at once.
 _PIECES_AT_ONCE = 32
 _VIEWED_AT_ONCE_BYTES = 256 << 10
+# From here on the data of a write is received where it is to lie, by a system call of its own: that
+# costs less than a copy.
+_PLACED_BYTES = 64 << 10
 # How long a connection polls for its next request. QEMU's own threads poll 32 us
 # (poll-max-ns); here the answers of others take longer on a busy host, and a
 # sleep that is begun too early costs two of them: 200 us took 4K writes at queue
 # depth 1 from 0.86 to 1.15 times nbdkit's rate.
 _POLL_NS = 200_000
+
+
+def _is_plain_write(request: NbdRequest) -> bool:
+    return request.type == NBD_CMD_WRITE and not request.flags & NBD_CMD_FLAG_FUA
 
 
 class Connection:
@@ -83,6 +89,9 @@ class Connection:
         self._session = session
         self._backend = backend
         self._mapped = backend if isinstance(backend, Mapped) else None
+        self._placing = backend if isinstance(backend, Placing) else None
+        # Requests of so much are not received into the buffer.
+        self._apart_bytes = _BUFFER_BYTES + 1 if self._placing is None else _PLACED_BYTES
         self._workers = workers
         self._budget = Budget(pool)
         self._request_limit_s = math.inf if request_limit_s is None else request_limit_s
@@ -106,8 +115,12 @@ class Connection:
         # Writes that were read and not yet carried out; their data is where it was read.
         self._writes: list[tuple[NbdRequest, memoryview]] = []
         self._polls = False
-        stall = struct.pack("@ll", int(_STALL_S), int(_STALL_S % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
+        for option, longest_s in (
+            (socket.SO_SNDTIMEO, _STALL_S),
+            (socket.SO_RCVTIMEO, min(_STALL_S, self._request_limit_s)),
+        ):
+            timeval = struct.pack("@ll", int(longest_s), int(longest_s % 1 * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, option, timeval)
 
     def serve(self, unread: bytes = b"") -> None:
         """Raises NbdProtocolError, OSError. All that was begun has ended when it returns."""
@@ -131,6 +144,7 @@ class Connection:
         view = memoryview(bytearray(_BUFFER_BYTES))
         view[: len(unread)] = unread
         start, end = 0, len(unread)
+        first_bytes = _BUFFER_BYTES
         while True:
             wanted = REQUEST_BYTES
             while end - start >= REQUEST_BYTES:
@@ -153,20 +167,21 @@ class Connection:
                     self._send_replies()
                 wanted = REQUEST_BYTES
             self._send_replies()
-            if wanted > _BUFFER_BYTES:
-                request = parse_request(view[start : start + REQUEST_BYTES])
-                if not self._take_large(request, view[start + REQUEST_BYTES : end]):
-                    return
-                self.requests += 1
-                self._waited_s = 0.0
+            if wanted >= self._apart_bytes and self._take_apart(view[start:end]):
                 start = end = 0
+                # The next one is probably as large: its data goes elsewhere.
+                first_bytes = REQUEST_BYTES
                 continue
             if start:
                 view[: end - start] = view[start:end]
                 start, end = 0, end - start
             # All of a payload, but no more when it is large: what follows would have to move.
             most = wanted if wanted > _BUFFER_BYTES // 2 else _BUFFER_BYTES
-            got = self._receive_rest(view[end:most]) if end else self._receive(view[end:most])
+            if end:
+                got = self._receive_rest(view[end:most], wanted - end)
+            else:
+                got = self._receive(view[: min(first_bytes, most)])
+                first_bytes = _BUFFER_BYTES
             if not got:
                 return
             end += got
@@ -178,7 +193,9 @@ class Connection:
         if got is None:
             self._backend.settle(idle=True)
             self.idle_since = time.monotonic()
-            got = self._socket.recv_into(target)
+            while got is None:
+                with contextlib.suppress(BlockingIOError):  # nothing for so long: it may be silent
+                    got = self._socket.recv_into(target)
             self.idle_since = math.inf
         self._polls = time.perf_counter_ns() - started < _POLL_NS
         return got
@@ -196,29 +213,74 @@ class Connection:
                 if time.perf_counter_ns() >= until:
                     return None
 
-    def _receive_rest(self, target: memoryview) -> int:
-        """More of a request that has begun. Raises NbdProtocolError when it takes too long."""
-        got = self._poll(target)
+    def _receive_rest(self, target: memoryview, needed: int) -> int:
+        """More of a request that has begun, of which `needed` bytes are missing: what is there, or else
+        all of it when it has come.
+
+        The kernel collects it then: a socket holds less than QEMU writes at once, and waking up for
+        each part took most of a write's time. Raises NbdProtocolError when it takes too long.
+        """
+        got = self._poll(target) if needed < _PLACED_BYTES else None
         if got is not None:
             return got
         self._backend.settle(idle=True)
         self.is_amid = True
         started = self.idle_since = time.monotonic()
-        left_s = max(0.0, self._request_limit_s - self._waited_s)
-        while not readable([self._socket.fileno()], min(_STALL_S, left_s)):
-            if time.monotonic() - started >= left_s:
+        while got is None:
+            if self._waited_s + time.monotonic() - started >= self._request_limit_s:
                 raise NbdProtocolError(
                     f"a request was begun and not finished within {self._request_limit_s:.0f} s"
                 )
-            if self._budget.is_in_the_way:
-                raise NbdProtocolError("a write was begun and not finished; others need its memory")
+            try:
+                got = self._socket.recv_into(target, needed, socket.MSG_WAITALL)
+            except BlockingIOError:  # nothing, for _STALL_S
+                if self._budget.is_in_the_way:
+                    raise NbdProtocolError(
+                        "a write was begun and not finished; others need its memory"
+                    ) from None
         self._waited_s += time.monotonic() - started
         self.idle_since = math.inf
         self.is_amid = False
-        return self._socket.recv_into(target)
+        return got
 
-    def _take_large(self, request: NbdRequest, begun: memoryview) -> bool:
-        """A write whose data the buffer cannot hold; False: the client is gone."""
+    def _take_apart(self, begun: memoryview) -> bool:
+        """Take a large write that has begun to come; False: its data is to go through the buffer.
+
+        Also true when the client has left meanwhile.
+        """
+        request, begun = parse_request(begun[:REQUEST_BYTES]), begun[REQUEST_BYTES:]
+        placing, place = self._placing, None
+        is_valid = self._session.fault_of(request) == NBD_SUCCESS
+        if placing is not None and is_valid and _is_plain_write(request):
+            place = placing.place(request.offset, request.length)
+        if placing is not None and place is not None:
+            self._take_placed(request, placing, place, begun)
+        elif REQUEST_BYTES + request.length > _BUFFER_BYTES:
+            self._take_large(request, begun)
+        else:
+            return False
+        self.requests += 1
+        self._waited_s = 0.0
+        return True
+
+    def _take_placed(
+        self, request: NbdRequest, placing: Placing, place: IncomingWrite, begun: memoryview
+    ) -> None:
+        """Receive the data of a write where it is to lie."""
+        rest = place.room[len(begun) :]
+        try:
+            place.room[: len(begun)] = begun
+            while rest and (got := self._receive_rest(rest, len(rest))):
+                rest = rest[got:]
+        finally:
+            if rest:
+                placing.unplaced(place)
+        if not rest:
+            placing.placed(place, request.offset)
+            self._replies.append(success_reply(request))
+
+    def _take_large(self, request: NbdRequest, begun: memoryview) -> None:
+        """A write whose data the buffer cannot hold."""
         share = self._budget.take(request.length)
         is_handed_over = False
         try:
@@ -226,18 +288,17 @@ class Connection:
             payload[: len(begun)] = begun
             rest = payload[len(begun) :]
             while rest:
-                got = self._receive_rest(rest)
+                got = self._receive_rest(rest, len(rest))
                 if not got:
-                    return False
+                    return
                 rest = rest[got:]
             self._carry_out_writes()
             error = self._session.fault_of(request)
             if error != NBD_SUCCESS:
                 self._replies.append(error_reply(self._session, request, error))
-                return True
+                return
             is_handed_over = True
             self._workers.submit(functools.partial(self._carry_out, request, payload, share))
-            return True
         finally:
             if not is_handed_over:
                 self._budget.give_back(share)
@@ -245,8 +306,7 @@ class Connection:
     def _take(self, request: NbdRequest, payload: memoryview) -> None:
         """Answer it, or put it with the writes that are carried out before anything else."""
         error = self._session.fault_of(request)
-        is_plain = request.type == NBD_CMD_WRITE and not request.flags & NBD_CMD_FLAG_FUA
-        if is_plain and error == NBD_SUCCESS:
+        if error == NBD_SUCCESS and _is_plain_write(request):
             self._writes.append((request, payload))
             return
         self._carry_out_writes()

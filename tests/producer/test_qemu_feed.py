@@ -17,6 +17,7 @@ from tests.machine import LIMIT_S, Need, good
 from tests.producer.sinks import SinkRun, sink
 from tests.protocol.nbd.client import Client
 from vmapipe.protocol.nbd import constants as c
+from vmapipe.protocol.nbd.session import NbdRequest, encode_request
 from vmapipe.runtime.events import JobCopied, copied_command
 
 CLUSTER = 65536
@@ -74,6 +75,10 @@ def test_a_client_that_connects_again_goes_on_where_it_was(tmp_path: Path) -> No
             with Client(run.path, "disk") as client:
                 for at in range(start, end, CLUSTER):
                     client.write(at, data[at : min(at + CLUSTER, end)])
+                # The connection breaks within a write, whose first half is not to be seen.
+                write = NbdRequest(0, c.NBD_CMD_WRITE, 7, end - end % CLUSTER, 4 * CLUSTER)
+                if end < SIZE:
+                    client._socket.sendall(encode_request(write) + b"half" * (CLUSTER // 2))
         assert run.ends() == (0, 0)
     assert restored(run.archive, tmp_path / "out") == data
 

@@ -67,7 +67,7 @@ WRITES = st.lists(
     st.tuples(
         st.integers(0, SIZE // 512 - 1),
         st.integers(1, 300),
-        st.sampled_from(["write", "try", "zero", "try zero"]),
+        st.sampled_from(["write", "try", "place", "zero", "try zero"]),
     ),
     max_size=25,
 )
@@ -103,6 +103,10 @@ def test_any_pieces_in_any_order_make_the_disk_and_each_cluster_comes_once(
             pass
         elif "zero" in how:
             target.sink.write_zeroes(offset, len(data), may_hole=True, fast_only=False)
+        elif how == "place" and (place := target.sink.place(offset, len(data))):
+            assert target.take() == []  # nothing is sent before it has come
+            place.room[:] = data
+            target.sink.placed(place, offset)
         elif how == "write" or not target.sink.try_write(data, offset):
             target.sink.write(data, offset)
         target.take()
@@ -335,3 +339,33 @@ def test_what_took_its_room_first_is_sent_first_however_long_its_copy_takes(
     assert readable([target.sink.fd], 30)
     target.take()
     assert target.seen == [0, 1]
+
+
+def test_a_write_that_comes_in_counts_when_it_is_there_and_what_came_meanwhile_stays(
+    target: Target,
+) -> None:
+    abandoned, late = target.sink.place(0, CLUSTER), target.sink.place(CLUSTER, 2 * CLUSTER)
+    assert abandoned is not None
+    assert late is not None
+    late.room[:] = b"L" * (2 * CLUSTER)
+    assert target.sink.try_write(memoryview(b"m" * CLUSTER), CLUSTER)
+    # It waits for its turn behind both.
+    assert target.sink.next() is None
+    target.sink.unplaced(abandoned)
+    assert target.sink.missing == 5
+    target.sink.placed(late, CLUSTER)
+    assert readable([target.sink.fd], 30)
+    target.take()
+    assert sorted(target.seen) == [1, 2]
+    assert bytes(target.disk[CLUSTER : 3 * CLUSTER]) == b"m" * CLUSTER + b"L" * CLUSTER
+    assert target.sink.used_bytes == 0
+
+
+def test_a_write_that_comes_in_while_the_backup_fails_is_dropped(target: Target) -> None:
+    place = target.sink.place(0, CLUSTER)
+    assert place is not None
+    target.sink.fail("the disk is full")
+    target.sink.placed(place, 0)
+    assert target.sink.next() is None
+    assert target.sink.used_bytes == 0
+    assert target.sink.place(0, CLUSTER) is None
