@@ -32,7 +32,7 @@ def cluster_masks(data: Data, length: int) -> bytes:
     sample = bytes(view[0:length:BLOCK_BYTES])
     marks = bytearray(b"1" * len(sample))
     if 0 in sample:
-        _mark_zero_blocks(marks, view, [maybe.span() for maybe in _ZERO_BYTES.finditer(sample)])
+        _mark_zero_blocks(marks, view, list(map(re.Match.span, _ZERO_BYTES.finditer(sample))))
     if 0x30 not in marks and not length % CLUSTER_BYTES:
         return _FULL * (length // CLUSTER_BYTES)
     bits = int(marks[::-1] or b"0", 2)

@@ -102,7 +102,7 @@ class RunCutter:
         clusters = min(
             min(self._step_bytes, self._largest - self._filled) // CLUSTER_BYTES,
             self._most - self.open_clusters,
-            _to_extents_end(self._next),
+            EXTENT_CLUSTERS - self._next % EXTENT_CLUSTERS,
         )
         return clusters * CLUSTER_BYTES
 
@@ -132,7 +132,9 @@ class RunCutter:
         runs = []
         while self.open_clusters and self._next < stop:
             count = min(
-                stop - self._next, self._most - self.open_clusters, _to_extents_end(self._next)
+                stop - self._next,
+                self._most - self.open_clusters,
+                EXTENT_CLUSTERS - self._next % EXTENT_CLUSTERS,
             )
             self._masks += bytes(2 * count)
             self.open_clusters += count
@@ -170,10 +172,6 @@ class RunCutter:
         firsts = range(self._zero_from, stop, self._longest_zero)
         self._zero_from = stop
         return [Run(first, min(self._longest_zero, stop - first), b"", 0, 0) for first in firsts]
-
-
-def _to_extents_end(cluster: int) -> int:
-    return EXTENT_CLUSTERS - cluster % EXTENT_CLUSTERS
 
 
 class DiskFeed:
@@ -216,35 +214,33 @@ class DiskFeed:
     def _cut(self, cutter: RunCutter) -> bool:
         """Read, or pass, the next piece; False: the speed limit, or a full ring, forbids it now."""
         if cutter.at_hole:
-            self._put(cutter.pass_hole())
-            return True
-        now = time.monotonic()
-        pause_s = self._limiter.wait_s(now)
-        if pause_s > 0:
-            self.pause_s = pause_s
-            return False
-        if self._sized_for != self._limiter.bytes_per_s:
-            self._sized_for = self._limiter.bytes_per_s
-            frame_bytes = largest_frame_bytes(self._session.frame_bytes, self._sized_for)
-            self._piece_bytes = piece_bytes(frame_bytes)
-            self._ring.fit(self._piece_bytes)
-        position = 0 if cutter.open_clusters else self._ring.take(self._piece_bytes)
-        if position is None:
-            return False
-        self._put(cutter.read(self._piece_bytes, position))
-        # Holes are not counted: nothing is read there.
-        self._limiter.took(cutter.read_bytes - self._read_bytes, now)
-        self._read_bytes = cutter.read_bytes
-        return True
-
-    def _put(self, runs: list[Run]) -> None:
+            runs = cutter.pass_hole()
+        else:
+            now = time.monotonic()
+            pause_s = self._limiter.wait_s(now)
+            if pause_s > 0:
+                self.pause_s = pause_s
+                return False
+            if self._sized_for != self._limiter.bytes_per_s:
+                self._sized_for = self._limiter.bytes_per_s
+                frame_bytes = largest_frame_bytes(self._session.frame_bytes, self._sized_for)
+                self._piece_bytes = piece_bytes(frame_bytes)
+                self._ring.fit(self._piece_bytes)
+            position = 0 if cutter.open_clusters else self._ring.take(self._piece_bytes)
+            if position is None:
+                return False
+            runs = cutter.read(self._piece_bytes, position)
+            # Holes are not counted: nothing is read there.
+            self._limiter.took(cutter.read_bytes - self._read_bytes, now)
+            self._read_bytes = cutter.read_bytes
         for run in runs:
+            on_ack = None
             if run.length:
                 # Its piece of the ring is held until it is free.
                 self._ring.hold(run.position, run.length)
-                self._outbox.put(run, functools.partial(self._ring.free, run.position))
-            else:
-                self._outbox.put(run)
+                on_ack = functools.partial(self._ring.free, run.position)
+            self._outbox.put(run, on_ack)
+        return True
 
     @property
     def transfer(self) -> Transfer:

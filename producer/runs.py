@@ -56,9 +56,11 @@ def packed(memory: memoryview, position: int, first_cluster: int, length: int) -
 
     The memory must have room for whole blocks.
     """
-    padded = whole_blocks(length)
+    padded = length
+    if length % BLOCK_BYTES:  # where the disk ends
+        padded = whole_blocks(length)
+        memory[position + length : position + padded] = bytes(padded - length)
     view = memory[position : position + padded]
-    view[length:] = bytes(padded - length)
     masks = cluster_masks(view, padded)
     stored = compact(view, masks) if masks else 0
     return Run(first_cluster, -(-length // CLUSTER_BYTES), masks, position, stored)

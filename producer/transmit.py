@@ -97,7 +97,8 @@ def transmit(feed: Feed, session: Session, emit: Emit) -> None:
             elif not feed.ended:
                 session.step(min(feed.pause_s, REPORT_S))
             feed.check()
-            reporter.report(feed)
+            if time.monotonic() >= reporter.due:
+                reporter.report(feed)
         reporter.report(feed, last=True)
         feed.finish()
         # Before END is on its way: who hears that all is stored has heard this before.
@@ -113,24 +114,19 @@ def transmit(feed: Feed, session: Session, emit: Emit) -> None:
 
 
 class ProgressReporter:
-    """Reports one device's progress as events `transfer` and `buffer`.
-
-    At most every REPORT_S; unchanged values are not repeated.
-    """
+    """Reports one device's progress as events `transfer` and `buffer`; unchanged values are not repeated."""
 
     def __init__(self, device: str, emit: Emit) -> None:
         self._device = device
         self._emit = emit
         self._buffered = NOT_BUFFERED
         self._transfer = NOTHING_TRANSFERRED
-        self._report_at = 0.0
+        #: When `report` is to be called again.
+        self.due = 0.0
 
     def report(self, feed: Feed, *, last: bool = False) -> None:
         """`last`: how much was transferred is reported at once, whatever was reported before."""
-        now = time.monotonic()
-        if now < self._report_at and not last:
-            return
-        self._report_at = now + REPORT_S
+        self.due = time.monotonic() + REPORT_S
         if feed.buffered != self._buffered and not last:
             self._buffered = feed.buffered
             self._report_buffered(self._buffered)

@@ -200,7 +200,10 @@ class RunFrame(NamedTuple):
 
 
 class SharedRun(NamedTuple):
-    """A `RunFrame` whose payload lies at `position` in the shared memory, in bytes."""
+    """A `RunFrame` whose payload lies at `position` in the shared memory, in bytes.
+
+    `data_bytes`: how long it is; the masks say so, and it does not travel.
+    """
 
     seq: int
     dev_id: int
@@ -208,6 +211,7 @@ class SharedRun(NamedTuple):
     count: int  # type: ignore[assignment]  # as above
     masks: bytes
     position: int
+    data_bytes: int
 
 
 class SharedCluster(NamedTuple):
@@ -350,8 +354,9 @@ def _decode_data(parts: Sequence[Part]) -> DataFrame:
             dev_id, first, count, masks, position = frame
             if not masks or position < 0:
                 raise RemoteProtocolError("malformed", "a run in shared memory that is nowhere")
-            message = SharedRun(seq, dev_id, first, count, masks, position)
-            fault = run_fault(first, count, masks, masked_bytes(masks))
+            size_bytes = masked_bytes(masks)
+            message = SharedRun(seq, dev_id, first, count, masks, position, size_bytes)
+            fault = run_fault(first, count, masks, size_bytes)
     if fault is not None:
         raise RemoteProtocolError(*fault)
     return message

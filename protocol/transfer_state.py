@@ -306,8 +306,6 @@ class ArchiverSide:
         self.received_frames = 0
         self.received_clusters = 0
         self.charged = 0
-        #: Data of the frame that came last, in bytes.
-        self.data_bytes = 0
         #: Where the producer offers to share memory, and whether it was accepted.
         self.shared_at = ""
         self.shared = False
@@ -335,8 +333,7 @@ class ArchiverSide:
             case RunFrame() if self.state is ArchiverState.RECEIVING:
                 self._take(message.seq, message.dev_id, message.count, message.payload.nbytes)
             case SharedRun() if self.state is ArchiverState.RECEIVING and self.shared:
-                data_bytes = transfer.masked_bytes(message.masks)
-                self._take(message.seq, message.dev_id, message.count, data_bytes)
+                self._take(message.seq, message.dev_id, message.count, message.data_bytes)
             case Scattered() if self.state is ArchiverState.RECEIVING and self.shared:
                 data_bytes = transfer.scattered_bytes(message.clusters)
                 self._take(message.seq, message.dev_id, len(message.clusters), data_bytes)
@@ -380,7 +377,6 @@ class ArchiverSide:
         if cost > self._frame_bytes or self.charged + cost > self._limit:
             raise RemoteProtocolError("credit", f"frame {seq} exceeds the credit")
         self.charged += cost
-        self.data_bytes = data_bytes
         self.received_frames = seq
         self.received_clusters += clusters
 

@@ -126,8 +126,8 @@ class DeviceState:
         """A frame as runs, and how far the device has come with each. Raises RemoteProtocolError."""
         before, self._came = self._came, FrameMark(self._side.received_frames, self._side.charged)
         match message:
-            case SharedRun(_, _, first, clusters, masks, position):
-                payload = self._shared_at(position, self._side.data_bytes)
+            case SharedRun(_, _, first, clusters, masks, position, data_bytes):
+                payload = self._shared_at(position, data_bytes)
                 return [(self._check(PackedRun(first, clusters, masks, payload)), self._came)]
             case UnchangedRun(_, _, first, clusters):
                 return [(self._check(PackedRun(first, clusters, b"", None)), self._came)]

@@ -135,7 +135,7 @@ class Job:
     # --- what each event leads to ---
 
     def _received(self, event: MessageReceived) -> list[JobInstruction]:
-        state = self._peers.get(event.peer)
+        state = self._peers.by_connection.get(event.peer)
         if state is None and self._peers.is_ignored(event.peer):
             return []
         side = state.side if state else ArchiverSide()
@@ -274,7 +274,7 @@ class Job:
     # --- trouble ---
 
     def _producer_failed(self, peer: bytes, reason: str) -> list[JobInstruction]:
-        state = self._peers.get(peer)
+        state = self._peers.by_connection.get(peer)
         if state is None:
             return []
         # The reason names the device: the producer wrote it for a reader.
@@ -282,7 +282,7 @@ class Job:
         return self._fail(reason or unsaid)
 
     def _misbehaved(self, peer: bytes, error: RemoteProtocolError) -> list[JobInstruction]:
-        state = self._peers.get(peer)
+        state = self._peers.by_connection.get(peer)
         if state is not None:
             return self._fail(f"device {state.side.device!r}: {error}")
         return list(self._admission.refuse(peer, error))

@@ -61,28 +61,23 @@ class JobProducer:
 
 
 class JobProducers:
-    """In the order in which they came."""
+    """All that were accepted, and which connections are not listened to any more."""
 
     def __init__(self) -> None:
-        self._peers: dict[bytes, JobProducer] = {}
+        #: In the order in which they came.
+        self.by_connection: dict[bytes, JobProducer] = {}
         # In the order of their coming; a dict, because a set has none.
         self._ignored: dict[bytes, None] = {}
 
     def __len__(self) -> int:
-        return len(self._peers)
+        return len(self.by_connection)
 
     def __iter__(self) -> Iterator[tuple[bytes, JobProducer]]:
-        return iter(self._peers.items())
+        return iter(self.by_connection.items())
 
     @property
     def all(self) -> list[JobProducer]:
-        return list(self._peers.values())
-
-    def get(self, at: bytes) -> JobProducer | None:
-        return self._peers.get(at)
-
-    def add(self, at: bytes, peer: JobProducer) -> None:
-        self._peers[at] = peer
+        return list(self.by_connection.values())
 
     def of_device(self, name: str) -> JobProducer | None:
         return next((peer for peer in self.all if peer.side.device == name), None)
@@ -101,7 +96,7 @@ class JobProducers:
 
         Returns it, and for how long it was silent; None when `new` is the older one, and late.
         """
-        peer = self._peers[old]
+        peer = self.by_connection[old]
         if attempt <= peer.attempt:
             self.ignore(new)
             return None
@@ -109,7 +104,7 @@ class JobProducers:
         silence_s, peer.heard, peer.missed = now - peer.heard, now, False
         if peer.device:
             peer.device.peer = new
-        self._peers = {new if at == old else at: each for at, each in self}
+        self.by_connection = {new if at == old else at: each for at, each in self}
         self.ignore(old)
         return peer, silence_s
 
@@ -160,7 +155,7 @@ class Admission:
             return self._greet_again(at, before, hello, newcomer.heard)
         _check_newcomer(hello, self._peers, self._expected, gathering=gathering)
         self._job = hello.job
-        self._peers.add(at, newcomer)
+        self._peers.by_connection[at] = newcomer
         return []
 
     def _greet_again(self, at: bytes, before: bytes, hello: Hello, now: float) -> list[Send]:

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import logging
 import mmap
+import operator
 import os
 import re
 import stat
@@ -33,8 +34,7 @@ _log = logging.getLogger(__name__)
 
 # Some frames of each producer, so that none of them waits for us between two turns.
 _RECEIVE_MARK = 32
-
-
+_BUFFER = operator.attrgetter("buffer")
 # Often enough for a bar that moves, seldom enough to cost nothing.
 PROGRESS_S = 0.25
 
@@ -101,7 +101,7 @@ class _Server:
     def run(self, wake_fd: int, cancel: Cancel) -> None:
         job = self._job
         self._handle(core.JobStarted())
-        ended = (JobPhase.DONE, JobPhase.FAILED)
+        ended, cancel_fd = (JobPhase.DONE, JobPhase.FAILED), cancel.fd
         while job.phase not in ended or not (job.over or cancel.asked):
             ready = dict(self._link.wait(1.0))
             if self._link.socket in ready:
@@ -109,7 +109,7 @@ class _Server:
             if wake_fd in ready:
                 os.eventfd_read(wake_fd)
                 self._handle_writer()
-            if cancel.asked:
+            if cancel_fd in ready and cancel.asked:
                 self._handle(core.JobAborted(cancel.reason))
             if (now := time.monotonic()) >= self._next_progress:
                 self._pass_time(now)
@@ -128,7 +128,7 @@ class _Server:
             if message is None:
                 return
             peer, client, frames = message
-            parts = [frame.buffer for frame in frames]
+            parts = list(map(_BUFFER, frames))
             self._handle(core.MessageReceived(peer, parts, time.monotonic(), client))
             yield_cpu()
 

@@ -104,7 +104,7 @@ class ArchiveWriter(Generic[Note]):
         self._output = output
         self._compressed = compression is not None
         self._digests = digests
-        self._on_progress = on_progress
+        self._report = on_progress
         self._put_bytes = 0
         self._base = base
         self._filler: Filler | None = None
@@ -178,6 +178,8 @@ class ArchiveWriter(Generic[Note]):
         Where a commit was under way, `state` tells afterwards who won.
         """
         self._stopping = True
+        # The loop that this wakes may be gone soon.
+        self._report = _nobody
         self._queue.put(_Order.STOP)
         self._output.abandon()
         if self._thread.is_alive():
@@ -317,10 +319,8 @@ class ArchiveWriter(Generic[Note]):
             while True:
                 self._queue.get_nowait()
 
-    def _report(self) -> None:
-        # After `abandon` the loop that the callback wakes may be gone.
-        if not self._stopping:
-            self._on_progress()
+
+def _nobody() -> None: ...
 
 
 def _abandoned() -> OutputFailure:

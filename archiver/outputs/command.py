@@ -66,12 +66,13 @@ class CommandOutput(DescriptorOutput):
         finally:
             os.close(theirs)
         self._pidfd = os.pidfd_open(self._process.pid)
+        self._send = self._send_while_it_runs
 
-    def _check(self) -> None:
-        super()._check()
+    def _send_while_it_runs(self, buffers: list[bytes | memoryview]) -> int:
         # Part of a pipeline may live on and read; what it does counts no more.
         if self._has_ended(0):
             raise self._early_end()
+        return self._writev(buffers)
 
     def _failure(self, error: OSError) -> OutputFailure:
         if error.errno != errno.EPIPE:

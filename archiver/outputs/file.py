@@ -19,7 +19,13 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from vmapipe.archiver.outputs import file
-from vmapipe.archiver.outputs.base import Buffers, DescriptorOutput, OutputFailure, open_failure
+from vmapipe.archiver.outputs.base import (
+    Buffers,
+    DescriptorOutput,
+    OutputFailure,
+    WriteBehind,
+    open_failure,
+)
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.folders import NO_LINKS, HeldFolder
@@ -92,17 +98,12 @@ class FileOutput(DescriptorOutput):
             self.abandon()
             raise
 
-    def write(self, buffers: Buffers) -> None:
-        super().write(buffers)
-        self._write_behind.reached(self.written_bytes)
-
     def write_shared(self, buffers: Buffers, places: Sequence[int], fd: int) -> None:
         """As `write`; where a buffer is what another file has at a place (-1: nowhere), share its blocks.
 
         So on XFS and btrfs, for whole blocks at places that fit; elsewhere all is written.
         """
         self._exclusively(self._write_shared, buffers, places, fd)
-        self._write_behind.reached(self.written_bytes)
 
     def _write_shared(self, buffers: Buffers, places: Sequence[int], fd: int) -> None:
         todo: list[bytes | memoryview] = []
@@ -169,7 +170,7 @@ class FileOutput(DescriptorOutput):
         self._exclusively(self._write_at, data, offset)
 
     def _write_at(self, data: bytes | memoryview, offset: int) -> None:
-        self._check()
+        self._interrupt.check()
         write_at(self._fd, memoryview(data), offset)
 
     def extend(self, length: int) -> None:
@@ -193,7 +194,7 @@ class FileOutput(DescriptorOutput):
     def _copy_from(self, fd: int, length: int) -> bool:
         at = 0
         while at < length:
-            self._check()
+            self._interrupt.check()
             try:
                 got = os.copy_file_range(fd, self._fd, min(_COPY_BYTES, length - at), at, at)
             except OSError as error:
@@ -444,37 +445,3 @@ def _busy(path: str) -> OutputFailure:
 def _foreign(path: str) -> OutputFailure:
     text = f"{path}{SUFFIX} is not a file of vmapipe; remove it or choose another name"
     return OutputFailure(text, target=path, errno=errno.EEXIST)
-
-
-# Measured with 2 GiB into new files: with these two numbers the write took
-# 1.1 s together with its fsync and seldom more; left to the kernel 1.4 to 3.1 s,
-# of which 0.4 to 0.7 s were the fsync. Pages that are given back are taken
-# again for what follows, and pages that were used before are quicker than new
-# ones. Steps of 8 MiB, or no second look, lost half of it.
-STEP_BYTES = 32 << 20
-# How far behind pages may still be on their way to the disk. A disk that is
-# slower than that loses nothing: its pages stay in memory as usual.
-LAG_BYTES = 256 << 20
-
-
-class WriteBehind:
-    """Tell it how long the file is; `start` is where the archive begins in it, in bytes."""
-
-    def __init__(self, fd: int, start: int = 0) -> None:
-        self._fd = fd
-        self._start = start
-        self._next = start + STEP_BYTES
-        self._works = True
-
-    def reached(self, position: int) -> None:
-        """The file is written up to `position`, in bytes."""
-        if position < self._next or not self._works:
-            return
-        self._next = position + STEP_BYTES
-        begin = max(self._start, position - LAG_BYTES)
-        try:
-            # DONTNEED starts writing dirty pages and drops clean ones. The
-            # guests' page cache is worth more than that of an archive.
-            os.posix_fadvise(self._fd, begin, position - begin, os.POSIX_FADV_DONTNEED)
-        except OSError:
-            self._works = False  # a file system without it: only slower

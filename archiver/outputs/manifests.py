@@ -217,12 +217,16 @@ class Digests:
     def extents(self, batch: Sequence[PackedExtent[Any]]) -> None:
         """The next extents of the archive, in order."""
         for extent in batch:
-            if extent.extents == 1:
-                self._extent(extent.buffers)
-            else:  # of zeroes: headers alone, back to back
+            each: list[Buffers] = [extent.buffers]
+            if extent.extents > 1:  # of zeroes: headers alone, back to back
                 headers = memoryview(extent.buffers[0])
-                for at in range(0, len(headers), EXTENT_HEADER_BYTES):
-                    self._extent([headers[at : at + EXTENT_HEADER_BYTES]])
+                starts = range(0, len(headers), EXTENT_HEADER_BYTES)
+                each = [[headers[at : at + EXTENT_HEADER_BYTES]] for at in starts]
+            for buffers in each:
+                digest = digest_of(buffers)
+                self._line(extent_line(self._extents, digest))
+                self._extents += 1
+                self._archive_bytes += digest.total_bytes
             for dev_id, first, count, masks, data in extent.clusters:
                 self._devices[dev_id].add(first, count, masks, data)
             if self._clusters is not None:
@@ -232,12 +236,6 @@ class Digests:
         """Which clusters of the extents are not as in the base."""
         if self._clusters is not None:
             self._clusters.add_changed(clusters)
-
-    def _extent(self, buffers: Buffers) -> None:
-        digest = digest_of(buffers)
-        self._line(extent_line(self._extents, digest))
-        self._extents += 1
-        self._archive_bytes += digest.total_bytes
 
     def stored(self, buffers: Buffers) -> None:
         """The next bytes of the file, in order."""

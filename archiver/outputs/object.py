@@ -137,11 +137,7 @@ class ObjectOutput(AbortableOutput):
 
     # --- the thread that writes ---
 
-    def _exclusively(self, work: Callable[..., None], *args: Any) -> None:
-        try:
-            super()._exclusively(work, *args)
-        except StoreError as error:
-            raise self._failure(error) from error
+    _errors = StoreError
 
     def _prepare(self) -> None:
         self._send_rest()

@@ -19,13 +19,12 @@ import time
 from collections.abc import Callable
 
 from vmapipe.archiver.outputs.base import (
-    Buffers,
     DescriptorOutput,
     Interrupt,
     OutputFailure,
+    WriteBehind,
     open_failure,
 )
-from vmapipe.archiver.outputs.file import WriteBehind
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 
@@ -87,10 +86,6 @@ class OpenFileOutput(StreamOutput):
         appends = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND
         self._start = os.lseek(fd, 0, os.SEEK_END if appends else os.SEEK_CUR)
         self._write_behind = WriteBehind(fd, self._start)
-
-    def write(self, buffers: Buffers) -> None:
-        super().write(buffers)
-        self._write_behind.reached(self._start + self.written_bytes)
 
     def _complete(self) -> None:
         os.fsync(self._fd)

@@ -125,7 +125,7 @@ def _message(source: Bytes) -> Message:
         lambda: RunFrame(seq, dev_id, first % 8, count, masks, _payload(masks)),
         lambda: RunFrame(seq, dev_id, first % 8, count, b"", memoryview(b"")),
         lambda: ClusterFrame(seq, dev_id, first % 8, bytes(first) * count),
-        lambda: SharedRun(seq, dev_id, first, count, masks or b"\0\1" * count, first << 12),
+        lambda: SharedRun(seq, dev_id, first, count, masks or b"\0\1" * count, first << 12, 0),
         lambda: End(seq, count),
         lambda: Ping() if first & 1 else Bye() if first & 2 else Fail("x" * first),
     ]

@@ -63,7 +63,7 @@ EXAMPLES: dict[str, Message] = {
     "HAVE": Have(0, bytes(32)),
     "CLUSTER": ClusterFrame(1, 1, 0, FULL_CLUSTER),
     "RUN": RunFrame(1, 1, 0, 2, b"\0\1\0\0", memoryview(bytes(4096))),
-    "SHARED": SharedRun(1, 1, 0, 2, b"\0\1\0\0", 8192),
+    "SHARED": SharedRun(1, 1, 0, 2, b"\0\1\0\0", 8192, 4096),
     "SCATTERED": Scattered(1, 1, (SharedCluster(7, 8192, 1), SharedCluster(3, 0, 0))),
     "UNCHANGED": UnchangedRun(1, 1, 0, 3),
 }
@@ -150,7 +150,7 @@ def run_frames(draw: st.DrawFn) -> RunFrame:
 @st.composite
 def shared_runs(draw: st.DrawFn) -> SharedRun:
     run = draw(run_frames().filter(lambda frame: frame.masks != b""))
-    return SharedRun(*run[:5], draw(uints))
+    return SharedRun(*run[:5], draw(uints), run.payload.nbytes)
 
 
 @st.composite
@@ -183,7 +183,7 @@ def encode(message: Message) -> list[Part]:
         case RunFrame():
             return encode_run(*message)
         case SharedRun():
-            return encode_shared_run(*message)
+            return encode_shared_run(*message[:6])
         case Scattered():
             return encode_scattered(*message)
         case UnchangedRun():

@@ -210,7 +210,7 @@ class Dialogue(RuleBasedStateMachine):
             case RunFrame(_, dev_id, first, count, masks, payload):
                 assert dev_id == 1
                 self.received.append(Sent(first, count, masks, bytes(payload)))
-            case SharedRun(_, dev_id, first, count, masks, position):
+            case SharedRun(_, dev_id, first, count, masks, position, _):
                 assert dev_id == 1
                 self.received.append(Sent(first, count, masks, position))
             case Scattered(_, dev_id, clusters):

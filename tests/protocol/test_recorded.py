@@ -54,7 +54,7 @@ def said_again(side: ProducerSide, message: Message) -> list[bytes]:
             parts = side.hello()
         case RunFrame(_, _, first, count, masks, payload):
             parts = side.run(first, count, masks, payload)
-        case SharedRun(_, _, first, count, masks, position):
+        case SharedRun(_, _, first, count, masks, position, _):
             parts = side.shared_run(first, count, masks, position)
         case End():
             parts = side.end()

@@ -48,8 +48,10 @@ def meant(text: str) -> Message:
         case [dev_id, first, count, masks]:
             blocks = memoryview(literal(payload or "h''"))
             return RunFrame(int(number), dev_id, first, count, masks, blocks)
-        case other:
-            return SharedRun(int(number), *other)
+        case [dev_id, first, count, masks, position]:
+            length = 4096 * int.from_bytes(masks).bit_count()
+            return SharedRun(int(number), dev_id, first, count, masks, position, length)
+    raise ValueError(text)
 
 
 @pytest.mark.parametrize("example", EXAMPLES_OF_THE_PAGE, ids=lambda example: example.text[:24])

@@ -298,7 +298,7 @@ def test_a_frame_of_another_device_is_refused(dev_id: int) -> None:
     frames: list[Message] = [
         frame(1, dev_id),
         ClusterFrame(1, dev_id, 0, b""),
-        SharedRun(1, dev_id, 0, 1, b"\0\1", 0),
+        SharedRun(1, dev_id, 0, 1, b"\0\1", 0, 4096),
         Scattered(1, dev_id, (SharedCluster(0, 0, 1),)),
         UnchangedRun(1, dev_id, 0, 1),
     ]
@@ -347,7 +347,9 @@ def test_the_end_must_count_what_came(end: End) -> None:
 
 
 def test_a_run_in_shared_memory_is_refused_where_none_is_shared() -> None:
-    assert code_of(receiving(1 << 20, 1 << 19), SharedRun(1, 1, 0, 1, b"\0\1", 0)) == "sequence"
+    assert (
+        code_of(receiving(1 << 20, 1 << 19), SharedRun(1, 1, 0, 1, b"\0\1", 0, 4096)) == "sequence"
+    )
 
 
 def test_scattered_clusters_are_refused_where_no_memory_is_shared() -> None:
@@ -372,7 +374,7 @@ def test_a_welcome_for_scattered_clusters_without_shared_memory_is_refused() -> 
 
 def test_a_run_in_shared_memory_costs_as_much_as_one_that_is_sent() -> None:
     side = archiver_in(A.RECEIVING)
-    side.receive(encode(SharedRun(1, 1, 0, 2, b"\0\1\0\3", 0)))
+    side.receive(encode(SharedRun(1, 1, 0, 2, b"\0\1\0\3", 0, 3 * 4096)))
     assert side.charged == limits.charge(2, 3 * 4096)
 
 

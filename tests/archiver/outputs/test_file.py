@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from vmapipe.archiver.outputs import file
+from vmapipe.archiver.outputs import base, file
 from vmapipe.archiver.outputs.base import OutputFailure
 from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.open import open_output
@@ -409,8 +409,8 @@ def test_a_long_file_is_sent_to_the_disk_while_it_grows(
     archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(file, "STEP_BYTES", 2 * MB)
-    monkeypatch.setattr(file, "LAG_BYTES", 3 * MB)
+    monkeypatch.setattr(base, "STEP_BYTES", 2 * MB)
+    monkeypatch.setattr(base, "LAG_BYTES", 3 * MB)
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, n, advice: asked.append((at, n)))
     output = FileOutput(str(archive))
     for _ in range(6):
@@ -422,7 +422,7 @@ def test_a_long_file_is_sent_to_the_disk_while_it_grows(
 def test_a_file_system_without_advice_is_only_slower(
     archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file, "STEP_BYTES", 1)
+    monkeypatch.setattr(base, "STEP_BYTES", 1)
     monkeypatch.setattr(os, "posix_fadvise", failing(errno.ENOSYS))
     output = FileOutput(str(archive))
     output.write([b"data"])
