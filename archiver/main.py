@@ -181,6 +181,7 @@ def _add_archive_options(parser: argparse.ArgumentParser) -> None:
         "newest of the same machine beside the output",
     )
     # For a service: what its client asks for.
+    one.add_argument("--time", type=int, default=0, help=argparse.SUPPRESS)
     one.add_argument("--full-every", type=int, default=0, help=argparse.SUPPRESS)
     one.add_argument("--recorded", type=job_id, action="append", default=[], help=argparse.SUPPRESS)
     one.add_argument(
@@ -247,7 +248,7 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     spec = JobSpec(
         uuid=options.uuid
         or (b"" if options.reproducible or options.stable else uuid.uuid4().bytes),
-        ctime_s=archive_time(reproducible=options.reproducible),
+        ctime_s=options.time or archive_time(reproducible=options.reproducible),
         configs=read_configs(options.config, cancel),
         devices=tuple(options.device),
         expect=options.expect,

@@ -83,7 +83,11 @@ class RefusedByArchiver(Failure):
 
 
 class Session:
-    """A producer's session, from HELLO to DONE; the data of its runs lies in `ring`."""
+    """A producer's session, from HELLO to DONE; the data of its runs lies in `ring`.
+
+    Without a ring it comes along (`send_data`); several such sessions of one thread keep each other alive by
+    `poll`, with `say_hello` and `say_end` in place of the calls that wait.
+    """
 
     def __init__(
         self,
@@ -91,7 +95,7 @@ class Session:
         size_bytes: int,
         connection: ArchiverConnection,
         job: bytes,
-        ring: Ring,
+        ring: Ring | None,
         cancel: Cancel,
     ) -> None:
         self._name = name
@@ -99,7 +103,7 @@ class Session:
         self._cancel = cancel
         self._ring = ring
         # Over a network it cannot be opened, and its name need not be known.
-        shared_at = ring.shared_at if connection.is_local else ""
+        shared_at = ring.shared_at if ring is not None and connection.is_local else ""
         # On one host a connection ends only with a process, and there is no peer to go on with.
         session = b"" if connection.is_local else os.urandom(limits.UUID_BYTES)
         self._side = ProducerSide(job, name, size_bytes, "vmapipe", shared_at, session)
@@ -134,12 +138,20 @@ class Session:
 
     def greet(self) -> None:
         """Return when the archiver has accepted this device and all others of the job. Raises Failure."""
-        self._send(self._side.hello())
-        self.wait_until(lambda: self._side.state is ProducerState.SENDING)
-        self._connection.is_settled = True
+        self.say_hello()
+        self.wait_until(self.is_accepted)
         if self._side.digest_key:
             self._since_base = SinceBase(self._side.digest_key, self._clusters)
             self.compares = True
+
+    def say_hello(self) -> None:
+        self._send(self._side.hello())
+
+    def is_accepted(self) -> bool:
+        """Return whether the archiver has accepted this device, and all others of the job."""
+        accepted = self._side.state is ProducerState.SENDING
+        self._connection.is_settled = self._connection.is_settled or accepted
+        return accepted
 
     def send(self, run: Run, on_ack: Callable[[], None] | None = None) -> None:
         """Send a run, for which the credit must suffice.
@@ -149,8 +161,17 @@ class Session:
         if run.length and self._side.shared:
             parts = self._side.shared_run(run.first_cluster, run.clusters, run.masks, run.position)
         else:
-            payload = self._ring.view[run.position : run.position + run.length]
+            memory = self._ring.view if self._ring is not None else b""
+            payload = memory[run.position : run.position + run.length]
             parts = self._side.run(run.first_cluster, run.clusters, run.masks, payload)
+        self._send_frame(run, parts, on_ack)
+
+    def send_data(self, run: Run, data: Part) -> None:
+        """Send a run whose data is `data`, which does not change any more; its `position` counts for nothing."""
+        parts = self._side.run(run.first_cluster, run.clusters, run.masks, data)
+        self._send_frame(run, parts, None)
+
+    def _send_frame(self, run: Run, parts: list[Part], on_ack: Callable[[], None] | None) -> None:
         self._send(parts)
         if not run.length and on_ack is not None:
             on_ack()
@@ -197,7 +218,7 @@ class Session:
 
     def send_from_ring(self, run: Run) -> None:
         """Send a run whose data lies in a piece of the ring, which is held until it is free."""
-        if run.length:
+        if run.length and self._ring is not None:
             self._ring.hold(run.position, run.length)
             self.send(run, functools.partial(self._ring.free, run.position))
         else:
@@ -217,8 +238,17 @@ class Session:
 
     def end(self) -> None:
         """Say that all is sent; return when the archive is stored. Raises Failure."""
+        self.say_end()
+        self.wait_until(self.is_over)
+        self.say_bye()
+
+    def say_end(self) -> None:
         self._send(self._side.end())
-        self.wait_until(lambda: self._side.state is ProducerState.CLOSED)
+
+    def is_over(self) -> bool:
+        return self._side.state is ProducerState.CLOSED
+
+    def say_bye(self) -> None:
         if self._side.reconnect_s:
             self._send(self._side.bye())
 

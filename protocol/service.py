@@ -40,6 +40,8 @@ _ConfigName = Annotated[Name, lambda name: "/" not in name]
 _Config = tuple[_ConfigName, Annotated[bytes, lengths(0, MAX_CONFIG_BYTES)]]
 _Uuids = Annotated[tuple[Uuid, ...], lengths(0, MAX_JOB_ITEMS)]
 _Sizes = Annotated[tuple[tuple[Name, Uint], ...], lengths(0, MAX_JOB_ITEMS)]
+# Seconds since 1970, as the archive format has them.
+_Time = Annotated[Uint, lambda seconds: seconds < 1 << 63]
 _Texts = Annotated[tuple[Text, ...], lengths(0, MAX_JOB_ITEMS)]
 _Configs = Annotated[tuple[_Config, ...], lengths(0, MAX_JOB_ITEMS)]
 
@@ -51,6 +53,7 @@ class Open(NamedTuple):
     and extents do not depend on the order in which clusters come. `base`: what is unchanged is taken from an
     earlier archive, which the service chooses; one of those with the uuids `recorded` if there is one, and none
     behind `full_every` incremental ones in a row (0: any number). `digests`: of each cluster, for a later base.
+    `time`: when the archive was made, in seconds since 1970; 0: now.
     """
 
     version: Uint
@@ -67,6 +70,7 @@ class Open(NamedTuple):
     digests: bool = False
     full_every: Uint = 0
     recorded: _Uuids = ()
+    time: _Time = 0
 
 
 class Beat(NamedTuple):

@@ -224,19 +224,23 @@ def check_endpoint(endpoint: str, *, plain_tcp: bool, keys: str | None = None) -
         raise UsageError(f"{endpoint!r} is not a valid endpoint; use ipc://PATH or tcp://HOST:PORT")
 
 
+def is_service(name: str) -> bool:
+    """Return whether the word for an archive, or a place of archives, is a service's."""
+    return name.startswith(_SERVICES)
+
+
 def check_storable(name: str) -> None:
-    """Raises UsageError where the word for a new archive, or a place of archives, is a service's."""
-    if name.startswith(_SERVICES):
+    """Raises UsageError where the word for a new archive is a service's."""
+    if is_service(name):
         raise UsageError(
-            f"{name} is a service, which stores what `vmapipe backup --archiver` sends: name a file, a folder "
-            "or s3://; an archive that exists gets there by way of `vmapipe serve` "
-            "(docs/operations/places.md, Into a service)"
+            f"{name} is a service, which stores what `vmapipe backup --archiver`, `vmapipe copy` and `vmapipe repack` "
+            "send: here name a file, a folder or s3://"
         )
 
 
 def check_readable(name: str) -> None:
     """Raises UsageError where the word for an archive, or a place of archives, is a service's."""
-    if name.startswith(_SERVICES):
+    if is_service(name):
         raise UsageError(
             f"{name} is a service, and nobody reads archives from one: name its folder or bucket, on its host"
         )
@@ -261,6 +265,20 @@ def add_connect_option(parser: argparse._ActionsContainer) -> None:
         help="how long an archiver at tcp:// that cannot be reached is tried before the backup "
         "fails (default: 5); once connected, a lost connection has the archiver's own limit",
     )
+
+
+def add_service_link_options(parser: argparse.ArgumentParser) -> None:
+    """Add how a service is reached, and how fast it is sent to."""
+    group = parser.add_argument_group("on the way, and into a service (tcp://HOST:PORT)")
+    group.add_argument(
+        "--speed",
+        type=size,
+        default=0,
+        metavar="BYTES/S",
+        help="read at most this much a second; K, M, G, T are 1024 (default: no limit)",
+    )
+    add_tcp_options(group, "its client's key pair, and the service's server.pub")
+    add_connect_option(group)
 
 
 def add_plain_tcp_option(parser: argparse._ActionsContainer) -> None:

@@ -97,6 +97,8 @@ class ArchiverProcesses:
         ]
         if request.uuid:
             argv.append(f"--uuid={request.uuid.hex()}")
+        if request.time:
+            argv.append(f"--time={request.time}")
         if request.stable:
             argv += ["--stable", f"--hold={_HOLD_BYTES}"]
         if request.compress:

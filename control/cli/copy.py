@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmapipe copy`: archives from folders and stores into a folder or a store."""
+"""`vmapipe copy`: archives from folders and stores into a folder, a store or a service."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from vmapipe.archiver.arguments import (
     add_lock_options,
@@ -27,7 +28,7 @@ from vmapipe.control.cli.identity import (
     check_stays_encrypted,
 )
 from vmapipe.control.cli.inspect import add_read_options, read_options
-from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.control.coordinator.render import add_report_options, read_progress, renderer
 from vmapipe.places.archives import (
     PROTECTED_SUFFIX,
     KeptArchive,
@@ -45,18 +46,26 @@ from vmapipe.places.place import ArchiveFolder, KeptPlace, is_place, open_place
 from vmapipe.places.reading import SoundArchive, source_state
 from vmapipe.places.removal import remove
 from vmapipe.places.repack import Writing, as_packed
-from vmapipe.runtime.arguments import age_s, check_readable, check_storable, make_parser
+from vmapipe.runtime.arguments import (
+    add_service_link_options,
+    age_s,
+    check_readable,
+    is_service,
+    make_parser,
+)
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.immutable import lock_files
 from vmapipe.runtime.process import failure_of, run
+from vmapipe.runtime.rate_limit import RateLimiter
+from vmapipe.runtime.syscalls import readable
 from vmapipe.runtime.text import human_bytes, one_line
 from vmapipe.vma.errors import ArchiveError, VmaError
 
 DESCRIPTION = """\
 Copy archives, with all that belongs to them (manifest, digests, notes, log, protected mark), from folders
-and object stores into a folder or an object store. Each is held against its manifest on the way: what
+and object stores into a folder, an object store or an archiver service. Each is held against its manifest on the way: what
 arrives is what the manifest says, or has no name there. What is there already is passed over; a copy
 that was cut goes on where it was. Nobody reads archives from a service: its folder or bucket is the source.
 """
@@ -64,16 +73,16 @@ that was cut goes on where it was. Nobody reads archives from a service: its fol
 EPILOG = """\
 SRC is an archive, a folder or s3://BUCKET/PREFIX, DST a folder or s3://BUCKET/PREFIX; folders below are not
 looked into. With --compress or --encrypt-to the archives are stored anew, and called so (.zst, .age).
+Into tcp://HOST:PORT their contents are sent, and the service stores them by its own rules.
 
 examples:
   vmapipe copy /backup s3://offsite/vms --newer-than 30d
   vmapipe copy s3://offsite/vms/vm-2026-01-31.vma.zst /restore
+  vmapipe copy /backup tcp://backup:7777 --keys /etc/vmapipe/keys --missing
   vmapipe copy /backup/vm-2026-01-31.vma /archive --move --compress zstd --encrypt-to @keys.txt
 
 exit codes: 0 all are there, 1 something failed, 2 wrong use, 4 an archive is damaged and was not copied
 """
-# Often enough for a bar that moves, seldom enough to cost nothing.
-_PROGRESS_S = 0.25
 _COMPRESSED = re.compile(r"\.(?:zst|gz|lzo)$")
 
 
@@ -107,10 +116,13 @@ def main(argv: Sequence[str], prog: str) -> int:
     add_storing_options(group)
     add_decrypt_option(group)
     add_lock_options(parser.add_argument_group("where it is stored"))
+    add_service_link_options(parser)
     add_read_options(parser)
     add_report_options(parser)
     parser.add_argument("sources", metavar="SRC", nargs="+", help="an archive, a folder, s3://…")
-    parser.add_argument("target", metavar="DST", help="a folder, or s3://BUCKET/PREFIX")
+    parser.add_argument(
+        "target", metavar="DST", help="a folder, s3://BUCKET/PREFIX, or a service: tcp://HOST:PORT"
+    )
     options = parser.parse_args(argv)
     return run(prog, lambda: _copy(prog, options))
 
@@ -118,7 +130,6 @@ def main(argv: Sequence[str], prog: str) -> int:
 def _copy(prog: str, options: argparse.Namespace) -> None:
     for name in options.sources:
         check_readable(name)
-    check_storable(options.target)
     # What is wrong with a key is told before anything is read, and not only when one is needed.
     check_decrypt_option(options)
     read_options(options)
@@ -126,17 +137,12 @@ def _copy(prog: str, options: argparse.Namespace) -> None:
     options.encrypt_to = [each.text for each in recipients_of(options.encrypt_to)]
     cancel = Cancel()
     cancel.on_signals()
-    if not is_place(options.target):
-        raise UsageError(f"{options.target} is neither a folder nor s3://BUCKET/PREFIX")
-    if lock_arguments(options):
-        check_lockable(options.target, options.lock_mode)
-    codes: list[int] = []
     with (
-        contextlib.closing(open_place(options.target)) as target,
+        _taker(options) as taker,
         renderer("copy", options, sys.stdout) as emit,
     ):
-        there = {archive.name: archive for archive in find_archives(target)}
-        job = _Copy(options, target, there, emit, cancel)
+        job = taker(emit, cancel)
+        codes: list[int] = []
         count = 0
         for source, archive in _chosen(options):
             count += 1
@@ -156,6 +162,52 @@ def _copy(prog: str, options: argparse.Namespace) -> None:
         total = Failure(f"something is wrong with {len(codes)} of {count} archives")
         total.exit_code = max(codes)
         raise total
+
+
+def new_name(options: argparse.Namespace, name: str) -> str:
+    """Return what an archive is called that is stored anew."""
+    plain = _COMPRESSED.sub("", name.removesuffix(".age"))
+    zst = ".zst" if compression_of(options, name) else ""
+    return f"{plain}{zst}{'.age' if options.encrypt_to else ''}"
+
+
+def compression_of(options: argparse.Namespace, name: str) -> str | None:
+    """As it was asked for; what was compressed does not become plain."""
+    if options.compress or not _COMPRESSED.search(name.removesuffix(".age")):
+        return str(options.compress) if options.compress else None
+    return "zstd"
+
+
+class _Taker(Protocol):
+    """What is done with each archive."""
+
+    def take(self, source: KeptPlace, archive: KeptArchive) -> None:
+        """Raises Failure, ArchiveError, Cancelled."""
+
+    def summary(self, count: int) -> str: ...
+
+
+@contextlib.contextmanager
+def _taker(options: argparse.Namespace) -> Iterator[Callable[[Emit, Cancel], _Taker]]:
+    """Yield what makes the one for this target. Raises Failure, UsageError."""
+    if is_service(options.target):
+        # Late: it loads what sends.
+        from vmapipe.control.cli.copy_service import ServiceCopy, service_link
+
+        link = service_link(options, options.target)
+        yield lambda emit, cancel: ServiceCopy(options, link, emit, cancel)
+        return
+    if options.keys or options.insecure_plain_tcp:
+        raise UsageError("--keys and --insecure-plain-tcp are for a service: tcp://HOST:PORT")
+    if not is_place(options.target):
+        raise UsageError(
+            f"{options.target} is neither a folder nor s3://BUCKET/PREFIX nor a service (tcp://HOST:PORT)"
+        )
+    if lock_arguments(options):
+        check_lockable(options.target, options.lock_mode)
+    with contextlib.closing(open_place(options.target)) as target:
+        there = {archive.name: archive for archive in find_archives(target)}
+        yield lambda emit, cancel: _Copy(options, target, there, emit, cancel)
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[tuple[KeptPlace, KeptArchive]]:
@@ -200,7 +252,7 @@ class _Copy:
         options = self._options
         opens = options.decrypt and source.is_encrypted(archive.name)
         anew = bool(options.compress or options.encrypt_to or opens)
-        name = self._new_name(archive.name) if anew else archive.name
+        name = new_name(options, archive.name) if anew else archive.name
         state = source_state(source.full_name(archive.name)) if self._options.move else ()
         there = self._there.get(name)
         if there is not None:
@@ -270,21 +322,10 @@ class _Copy:
                 self._cancel.check()
                 del found
 
-    def _new_name(self, name: str) -> str:
-        plain = _COMPRESSED.sub("", name.removesuffix(".age"))
-        zst = ".zst" if self._compression(name) else ""
-        return f"{plain}{zst}{'.age' if self._options.encrypt_to else ''}"
-
-    def _compression(self, name: str) -> str | None:
-        """As it was asked for; what was compressed does not become plain."""
-        if self._options.compress or not _COMPRESSED.search(name.removesuffix(".age")):
-            return str(self._options.compress) if self._options.compress else None
-        return "zstd"
-
     def _store_anew(self, source: KeptPlace, archive: KeptArchive, name: str) -> None:
         options = argparse.Namespace(**vars(self._options))
         options.output = self._target.full_name(name)
-        options.compress = self._compression(archive.name)
+        options.compress = compression_of(options, archive.name)
         options.manifest, options.no_manifest = None, False
         options.digests, options.manifest_events, options.sign = False, False, None
 
@@ -341,22 +382,24 @@ class _Copy:
         return {each: beside[each] for each in beside if each not in told}
 
     def _tell(self, total_bytes: int) -> Callable[[int], None]:
-        next_s = 0.0
+        return _paced(read_progress(self._emit, total_bytes), self._options.speed, self._cancel)
 
-        def tell(at: int) -> None:
-            nonlocal next_s
-            if (now := time.monotonic()) >= next_s:
-                next_s = now + _PROGRESS_S
-                self._emit(
-                    {
-                        "event": "progress",
-                        "done_bytes": at,
-                        "total_bytes": max(at, total_bytes),
-                        "archive_bytes": at,
-                    }
-                )
 
-        return tell
+def _paced(tell: Callable[[int], None], speed: int, cancel: Cancel) -> Callable[[int], None]:
+    """Return what is told how many bytes are there, passes it on, and waits where `speed` bytes a second are exceeded."""
+    limiter = RateLimiter(speed, time.monotonic())
+    before = 0
+
+    def told(at: int) -> None:
+        nonlocal before
+        limiter.took(max(0, at - before), time.monotonic())
+        before = at
+        tell(at)
+        while (wait_s := limiter.wait_s(time.monotonic())) > 0:
+            readable([cancel.fd], wait_s)
+            cancel.check()
+
+    return told
 
 
 def _remove_unchanged(source: KeptPlace, name: str, state: tuple[object, ...]) -> None:

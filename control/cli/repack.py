@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 
 from vmapipe.archiver.arguments import add_output_options, read_configs
@@ -30,7 +29,7 @@ from vmapipe.control.cli.identity import (
 )
 from vmapipe.control.cli.inspect import ARCHIVE_HELP, add_read_options, read_options
 from vmapipe.control.coordinator.output_spec import goes_to_stdout, inherited_fds
-from vmapipe.control.coordinator.render import add_report_options, renderer
+from vmapipe.control.coordinator.render import add_report_options, read_progress, renderer
 from vmapipe.places.manifest import make_manifest
 from vmapipe.places.reading import SoundArchive
 from vmapipe.places.repack import Changes, Destination, parse_renames, repack
@@ -79,9 +78,6 @@ examples:
 
 exit codes: 0 made, 1 failed, 2 wrong use, 4 the archive is damaged
 """
-
-# Often enough for a bar that moves, seldom enough to cost nothing.
-_PROGRESS_S = 0.25
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -186,24 +182,7 @@ def _repack(options: argparse.Namespace) -> None:
 
 def _progress(emit: Emit, source: SoundArchive) -> Callable[[int], None]:
     """How far the archive is read; its end is not known where it is compressed."""
-    total_bytes = getattr(source.source, "size_bytes", 0)
-    next_s = 0.0
-
-    def tell(at: int) -> None:
-        nonlocal next_s
-        if (now := time.monotonic()) < next_s:
-            return
-        next_s = now + _PROGRESS_S
-        emit(
-            {
-                "event": "progress",
-                "done_bytes": at,
-                "total_bytes": max(at, total_bytes),
-                "archive_bytes": at,
-            }
-        )
-
-    return tell
+    return read_progress(emit, getattr(source.source, "size_bytes", 0))
 
 
 def _manifest(options: argparse.Namespace) -> None:

@@ -106,6 +106,14 @@ def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         full_every=options.full_every,
         recorded=tuple(options.recorded[: service.MAX_JOB_ITEMS]),
     )
+    conduct(request, options, cancel, emit)
+
+
+def conduct(request: service.Open, options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
+    """Open a job, and watch it to its end. Raises Failure where nothing was stored, Cancelled.
+
+    Of `options` those count that say how the service is reached, and what a `RemoteJob` is told.
+    """
     try:
         opening = service.encode(request)
     except ProtocolError as error:
@@ -117,6 +125,14 @@ def _conduct(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         RemoteJob(options, link, cancel, emit).run(opening)
     finally:
         link.close()
+
+
+class RefusedJob(Failure):
+    """The service has not taken the job; `code` says why (docs/wire-protocol.md)."""
+
+    def __init__(self, text: str, code: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class RemoteJob:
@@ -246,7 +262,7 @@ class RemoteJob:
             case service.JobFailed():
                 self._fail(message)
             case service.JobRefused(code, reason):
-                raise Failure(f"the archiver at {self._at} refused: {reason} [{code}]")
+                raise RefusedJob(f"the archiver at {self._at} refused: {reason} [{code}]", code)
         return False
 
     def _fail(self, failed: service.JobFailed) -> NoReturn:

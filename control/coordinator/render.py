@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from vmapipe.runtime.events import Emit, Event, encode_line, ignore
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 # In a log, a line at least so often, however slow the job is.
 _LOG_LINE_S = 10.0
 _LOG_STEP_PERCENT = 10
+# Often enough for a bar that moves, seldom enough to cost nothing.
+_PROGRESS_S = 0.25
 # Of a disk that is not whole: more than a person reads.
 _SHOWN_RANGES = 20
 
@@ -92,6 +94,27 @@ def _going_on(report: Emit, stream: TextIO) -> Emit:
             os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), stream.fileno())
 
     return careful
+
+
+def read_progress(emit: Emit, total_bytes: int) -> Callable[[int], None]:
+    """Return what is told how many bytes are read, however often, and reports it; 0: the end is not known."""
+    next_s = 0.0
+
+    def tell(at: int) -> None:
+        nonlocal next_s
+        if (now := time.monotonic()) < next_s:
+            return
+        next_s = now + _PROGRESS_S
+        emit(
+            {
+                "event": "progress",
+                "done_bytes": at,
+                "total_bytes": max(at, total_bytes),
+                "archive_bytes": at,
+            }
+        )
+
+    return tell
 
 
 def human_time(seconds: float) -> str:

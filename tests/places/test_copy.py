@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-from tests.access import serving as archives
-from tests.archiver.service import serving as services
 from tests.archives import archive, manifest
 from tests.conftest import CopyHere
 from tests.machine import bad, good, run
@@ -341,10 +339,7 @@ def test_a_source_that_changes_is_refused_without_a_manifest_too(
 
 def test_each_mistake_is_told_in_one_line(source: Path, out: Path) -> None:
     assert "nobody reads archives from one" in bad("copy", "tcp://h:1", out, code=2)
-    for words in (("copy", source, "tcp://h:1"), ("repack", source / NAME, "ipc:///run/s/vm.vma")):
-        text = bad(*words, code=2)
-        assert "vmapipe backup --archiver" in text
-        assert "vmapipe serve" in text
+    assert "here name a file" in bad("repack", source / NAME, "ipc:///run/s/vm.vma", code=2)
     assert "neither a folder" in bad("copy", source, source / "no", code=2)
     assert "no archive of that name" in bad("copy", source / "no.vma", out)
 
@@ -374,17 +369,3 @@ def test_what_is_encrypted_on_the_way_tells_nothing_beside_it_and_is_opened_only
     os.unlink(source / NAME)
     good("copy", "--identity", key, "--decrypt", out, source)
     assert (source / NAME).read_bytes()[:4] == RAW[:4]
-
-
-def test_by_way_of_its_disks_an_archive_gets_into_a_service(source: Path, tmp_path: Path) -> None:
-    sock, config = tmp_path / "vm.sock", tmp_path / "c"
-    config.write_bytes(good("config", source / NAME))
-    with (
-        services.serving(tmp_path / "service") as service,
-        archives.serving(sock, source / NAME) as served,
-    ):
-        words: list[str | Path] = ["--nbd", f"a={served.uri('a')}", "--config", config, "--quiet"]
-        good("backup", *words, "--archiver", service.endpoint, *service.link, NAME)
-    for at, folder in (("there", source), ("here", tmp_path / "service")):
-        good("restore", "--quiet", folder / NAME, tmp_path / at)
-    assert held(tmp_path / "here") == held(tmp_path / "there")

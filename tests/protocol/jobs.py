@@ -28,6 +28,7 @@ opens = st.builds(
     digests=st.booleans(),
     full_every=uints,
     recorded=st.lists(uuids, max_size=3).map(tuple),
+    time=st.integers(0, (1 << 63) - 1),
 )
 of_coordinators: st.SearchStrategy[service.FromCoordinator] = st.one_of(
     opens, st.builds(service.Beat, uuids), st.builds(service.JobCancel, uuids, reasons)
