@@ -114,7 +114,7 @@ def test_what_a_service_stores_is_the_archive_whatever_its_order_and_compression
         assert contents(service.folder / name) == expected
         good_here("verify", "--require-manifest", service.folder / name)
     # It is there: told, and passed over if that is asked for.
-    again = (*service.link, source / "vm-2026-01-01.vma", service.endpoint)
+    again: tuple[str | Path, ...] = (*service.link, source / "vm-2026-01-01.vma", service.endpoint)
     assert "pass over it with --missing" in copied(*again, code=1)
     assert "sent 0 archives, 0 bytes; 1 were there" in copied("--missing", *again)
     # Another one after the first that is damaged goes there all the same.
@@ -158,7 +158,7 @@ def test_lost_connections_cost_nothing_and_a_service_that_dies_is_told(tmp_path:
         cable_to(served.endpoint) as cable,
     ):
         cable.bytes_s = MIB
-        words = ("copy", "--json", *served.link, path, cable.endpoint)
+        words: tuple[str | Path, ...] = ("copy", "--json", *served.link, path, cable.endpoint)
         with started(*words) as copy:
             next_event(copy, "progress")
             for _ in range(2):
@@ -216,7 +216,14 @@ def test_what_a_service_decides_itself_is_refused_in_one_line(
     assert "nobody reads archives from one" in bad_here("copy", service.endpoint, tmp_path, code=2)
     (tmp_path / "hidden").mkdir()
     copied("--encrypt-to", to, path, tmp_path / "hidden")
-    hidden = ("copy", "--identity", key, *service.link, tmp_path / "hidden", service.endpoint)
+    hidden: tuple[str | Path, ...] = (
+        "copy",
+        "--identity",
+        key,
+        *service.link,
+        tmp_path / "hidden",
+        service.endpoint,
+    )
     assert "--decrypt sends it all the same" in bad_here(*hidden, code=2)
     assert "one.vma" not in service.stored()
     good_here(*hidden, "--decrypt")
