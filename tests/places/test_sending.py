@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.archiver.service.serving import Served, make_keys, serving
 from tests.archives import CTIME_S, UUID, archive, in_order, manifest
-from tests.machine import bad_here, end_of, good_here, next_event, run_here, started
+from tests.machine import bad, end_of, good, next_event, run, started
 from tests.network.cable import cable_to
 from tests.network.place import lose_connections
 from vmapipe.clusters.sizes import CLUSTER_BYTES
@@ -64,7 +64,7 @@ def keep(folder: Path, name: str, raw: bytes, *, vouched: bytes | None = None) -
 
 def copied(*words: str | Path, code: int = 0) -> str:
     """What `vmapipe copy` says. In a process of its own: the library of sockets keeps a thread for large messages."""
-    done = run_here("copy", *words)
+    done = run("copy", *words)
     text = (done.stdout + done.stderr).decode()
     assert done.returncode == code, text
     assert "Traceback" not in text
@@ -112,7 +112,7 @@ def test_what_a_service_stores_is_the_archive_whatever_its_order_and_compression
     assert expected[4] == DISKS
     for name in ("vm-2026-01-01.vma", "vm-2026-01-02.vma.zst"):
         assert contents(service.folder / name) == expected
-        good_here("verify", "--require-manifest", service.folder / name)
+        good("verify", "--require-manifest", service.folder / name)
     # It is there: told, and passed over if that is asked for.
     again: tuple[str | Path, ...] = (*service.link, source / "vm-2026-01-01.vma", service.endpoint)
     assert "pass over it with --missing" in copied(*again, code=1)
@@ -210,10 +210,10 @@ def test_what_a_service_decides_itself_is_refused_in_one_line(
         (("--lock", "30d"), "a service locks what it stores"),
         (("--move",), "cannot be read back from here"),
     ):
-        assert text in bad_here("copy", *words, *service.link, path, service.endpoint, code=2)
-    assert "use --keys DIR" in bad_here("copy", path, service.endpoint, code=2)
-    assert "are for a service" in bad_here("copy", "--keys", tmp_path, path, tmp_path, code=2)
-    assert "nobody reads archives from one" in bad_here("copy", service.endpoint, tmp_path, code=2)
+        assert text in bad("copy", *words, *service.link, path, service.endpoint, code=2)
+    assert "use --keys DIR" in bad("copy", path, service.endpoint, code=2)
+    assert "are for a service" in bad("copy", "--keys", tmp_path, path, tmp_path, code=2)
+    assert "nobody reads archives from one" in bad("copy", service.endpoint, tmp_path, code=2)
     (tmp_path / "hidden").mkdir()
     copied("--encrypt-to", to, path, tmp_path / "hidden")
     hidden: tuple[str | Path, ...] = (
@@ -224,9 +224,9 @@ def test_what_a_service_decides_itself_is_refused_in_one_line(
         tmp_path / "hidden",
         service.endpoint,
     )
-    assert "--decrypt sends it all the same" in bad_here(*hidden, code=2)
+    assert "--decrypt sends it all the same" in bad(*hidden, code=2)
     assert "one.vma" not in service.stored()
-    good_here(*hidden, "--decrypt")
+    good(*hidden, "--decrypt")
     assert "one.vma" in service.stored()
 
 
