@@ -74,10 +74,11 @@ class PullFeed:
         return asked or sent or came
 
     def _pump(self) -> bool:
-        """Wait until the next run is complete, but not long; whether anything came."""
+        """Wait until the next run is complete, or more can be asked, but not long; whether anything came."""
+        reader = self._reader
         until = time.monotonic() + _WAIT_S
         left_s, came = _WAIT_S, False
-        while left_s > 0 and not self._reader.has_run and self._reader.pump(left_s):
+        while left_s > 0 and not (reader.has_run or reader.knows_more) and reader.pump(left_s):
             came = True
             left_s = until - time.monotonic()
         return came

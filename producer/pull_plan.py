@@ -252,11 +252,26 @@ class PullPlan:
         if self.ended or not self.layout.knows(self._next + MOST_CLUSTERS + EXTENT_CLUSTERS):
             return None
         self.layout.forget(self._next)
+        if self._may_grow():
+            return None
         parts = self._without_data() or self._data(piece_bytes(frame_bytes) // CLUSTER_BYTES)
         is_unchanged = self.layout.known[0].content is Content.UNCHANGED
         piece = PullPiece(self._next, parts, self._size_bytes, is_unchanged=is_unchanged)
         self._next += piece.clusters
         return piece
+
+    def _may_grow(self) -> bool:
+        """Whether what is known is one run without data, and the next answer may make it longer.
+
+        Else an empty disk would be a message for each answer, thirty times as many.
+        """
+        first = self.layout.known[0]
+        while first.content is not Content.DATA and len(self.layout.known) == 1:
+            if first.end - self._next >= self._longest_zero or first.end == self.layout.clusters:
+                return False
+            if not self.layout.knows(first.end + 1):
+                return True
+        return False
 
     def _without_data(self) -> list[tuple[int, bool]]:
         """What is unchanged; or a hole, but for what can go with the data behind it.

@@ -83,6 +83,8 @@ class PullReader:
         self._pieces: deque[PullPiece] = deque()
         self._proof: Task | None = None
         self._is_proven = False
+        #: Whether more is known than when `plan_ahead` was called last.
+        self.knows_more = False
         #: Not counting holes.
         self.read_bytes = 0
         #: What is said once, and the backup goes on.
@@ -137,8 +139,8 @@ class PullReader:
     def plan_ahead(self, frame_bytes: int) -> int | None:
         """Ask for the next piece; return its bytes of data, or None when nothing more can be asked now."""
         plan, ring = self._begun()
-        if question := plan.layout.question():
-            self._connections.submit(Task(NBD_CMD_BLOCK_STATUS, *question))
+        self.knows_more = False
+        self._ask_where_data_is(plan)
         if len(self._pieces) >= self._connections.count + _PIECES_AHEAD:
             return None
         most = piece_bytes(frame_bytes)
@@ -147,11 +149,17 @@ class PullReader:
             return None
         piece = plan.next_piece(frame_bytes)
         if piece is None:
+            # It has used up what was known.
+            self._ask_where_data_is(plan)
             return None
         self._pieces.append(piece)
         if piece.data_bytes:
             self._ask(piece, ring)
         return piece.data_bytes
+
+    def _ask_where_data_is(self, plan: PullPlan) -> None:
+        if question := plan.layout.question():
+            self._connections.submit(Task(NBD_CMD_BLOCK_STATUS, *question))
 
     def _ask(self, piece: PullPiece, ring: Ring) -> None:
         length = whole_blocks(piece.data_bytes)
@@ -218,6 +226,7 @@ class PullReader:
         dirty = answer.statuses.get(self._bitmap_context) if self._is_incremental else None
         if self._is_incremental and dirty is None:
             raise RuntimeError("a block status without the bitmap")
+        self.knows_more = True
         plan.layout.tell(
             extents_told(
                 task.offset,

@@ -145,6 +145,8 @@ class ExportConnections:
         """Have what it takes read that way; it is closed with these connections."""
         self._shared = queue
         self._epoll.register(queue.fd, select.EPOLLIN)
+        # Readable: the daemon has closed it, for it says nothing unasked.
+        self._epoll.register(queue.hang_up_fd, select.EPOLLIN)
 
     def ask_bitmap_alone(self) -> None:
         """Go on with connections on which a block status tells of the dirty bitmap and nothing else."""
@@ -183,6 +185,8 @@ class ExportConnections:
             elif self._shared is not None and fd == self._shared.fd:
                 has_come = True
                 answers += self._take_shared(self._shared)
+            elif self._shared is not None and fd == self._shared.hang_up_fd:
+                raise self._hung_up("the daemon has closed the queue that its reads come by")
             elif fd in self._by_fd:
                 ready[self._by_fd[fd]] = None
         for connection in ready:
@@ -388,8 +392,7 @@ class ExportConnections:
         if isinstance(error, ProtocolError):
             raise self._at_oldest(str(error)) from error
         if self._endpoint.is_ours:
-            reason = self._endpoint.reason()
-            raise self._at_oldest(f"{error}; {reason}" if reason else str(error)) from error
+            raise self._hung_up(str(error)) from error
         for task in tasks[:1]:
             # Answers come in any order, but what it died of is most likely the oldest.
             task.tries += 1
@@ -398,6 +401,11 @@ class ExportConnections:
         if not self._by_fd:
             self._lost_at = time.monotonic()
             self._last_words = str(error)
+
+    def _hung_up(self, text: str) -> ExportError:
+        """What is known of a server of ours that does not answer any more."""
+        reason = self._endpoint.reason()
+        return self._at_oldest(f"{text}; {reason}" if reason else text)
 
     def _drop(self, connection: ExportConnection) -> list[Task]:
         """Close it, and return what was under way on it."""

@@ -99,17 +99,26 @@ class SharedQueue:
         self._made = self._told = self._seen = 0
         #: Since when nothing has been answered.
         self.progress_at = 0.0
-        self._kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        #: Readable when there is an answer.
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._socket = socket.socket(socket.AF_UNIX)
+        self._kick = self.fd = -1
         try:
+            self._socket = socket.socket(socket.AF_UNIX)
+        except OSError as error:
+            raise NoSharedQueue from error
+        try:
+            self._kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            #: Readable when there is an answer.
+            self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._socket.settimeout(_OPEN_S)
             self._socket.connect(path)
             self._agree(memory.fd, len(memory.view))
         except (OSError, struct.error) as error:
             self.close()
             raise NoSharedQueue from error
+
+    @property
+    def hang_up_fd(self) -> int:
+        """Readable when the daemon has closed the connection: nothing is answered any more."""
+        return self._socket.fileno()
 
     def _agree(self, memory_fd: int, memory_bytes: int) -> None:
         """Raises OSError, struct.error."""
@@ -223,4 +232,5 @@ class SharedQueue:
     def close(self) -> None:
         self._socket.close()
         for fd in (self._kick, self.fd):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -139,14 +141,58 @@ def test_a_daemon_that_dies_while_data_comes_through_shared_memory(
             list(found)
 
 
-def test_holes_of_an_image_are_not_read(tmp_path: Path, need: Need) -> None:
+def test_a_daemon_that_closes_the_queue_and_lives_is_noticed_at_once(
+    disk: Path, tmp_path: Path, need: Need, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu_img, _, _ = need("qemu-img", "qemu-nbd", "qemu-storage-daemon")
+    image = tmp_path / "image.qcow2"
+    subprocess.run([qemu_img, "convert", "-O", "qcow2", str(disk), str(image)], check=True)
+
+    class Closed(SharedQueue):
+        def flush(self) -> None:
+            # Nothing of what was started is answered.
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    monkeypatch.setattr("vmapipe.producer.image_source.SharedQueue", Closed)
+    words = r"^disk 'd': cannot read near offset \d+: the daemon has closed the queue"
+    with opened(image, HowToRead("qcow2")) as source, pytest.raises(ExportError, match=words):
+        list(runs(source))
+
+
+def test_without_a_descriptor_left_for_the_queue_data_comes_over_nbd(
+    disk: Path, tmp_path: Path, need: Need, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu_img, _, _ = need("qemu-img", "qemu-nbd", "qemu-storage-daemon")
+    image = tmp_path / "image.qcow2"
+    subprocess.run([qemu_img, "convert", "-O", "qcow2", str(disk), str(image)], check=True)
+    with opened(image, HowToRead("qcow2")) as source:
+
+        def none_left(*_: int) -> int:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(os, "eventfd", none_left)
+        assert content(source) == disk.read_bytes()
+
+
+def test_holes_of_an_image_are_not_read(
+    tmp_path: Path, need: Need, monkeypatch: pytest.MonkeyPatch
+) -> None:
     qemu_img, qemu_io, _ = need("qemu-img", "qemu-io", "qemu-nbd")
     image = str(tmp_path / "image.qcow2")
     subprocess.run([qemu_img, "create", "-q", "-f", "qcow2", image, "1T"], check=True)
     subprocess.run([qemu_io, "-f", "qcow2", "-c", "write 512G 1M", image], check=True)
     with opened(image, HowToRead("qcow2")) as source:
+        pump = source.pump
+
+        def answered(_: float) -> bool:
+            assert pump(LIMIT_S), "it waits, and nothing was asked for"
+            return True
+
+        monkeypatch.setattr(source, "pump", answered)
         found = list(runs(source))
         assert source.read_bytes == 1 << 20
+        # A terabyte is asked for by 2 GiB; 16 runs say that nothing is there, and some are beside the data.
+        assert len(found) <= 24
     assert sum(pulled.run.clusters for pulled, _ in found) == (1 << 40) // CLUSTER
     assert [len(data) for _, data in found if data] == [1 << 20]
 
