@@ -15,7 +15,7 @@ from types import FrameType
 
 import pytest
 
-from tests.control.qemu.storage_daemon import storage_daemon
+from tests.control.qemu.storage_daemon import storage_daemon, wait_for_socket
 from tests.machine import VMAPIPE, make_disk
 from tests.producer.memorydisk import cut
 from vmapipe.clusters.sizes import (
@@ -150,14 +150,52 @@ def test_a_disk_in_use_by_qemu_is_received_once_and_stored_from_where_it_was_rec
     with storage_daemon(tmp_path, d=dense) as daemon:
         words = ["backup", "--quiet", "--qmp", str(daemon.qmp), "--disk", "d", "/dev/null"]
         read, written, _ = traced(tmp_path / "calls", words)
-    told = (tmp_path / "calls").read_text(errors="replace")
-    received = [int(count) for count in _RECEIVED.findall(told)]
+    received = received_in(tmp_path / "calls")
     assert SIZE_MIB * MIB < sum(received) < SIZE_MIB * MIB * 1.02
     assert read < MIB
     assert SIZE_MIB * MIB < written < SIZE_MIB * MIB * 1.01
     # A Unix socket holds some 200 KiB; headers of requests and messages are small.
     large = [count for count in received if count >= BLOCK_BYTES]
     assert len(large) < 2 * SIZE_MIB * MIB // CLUSTER_BYTES
+
+
+def test_an_export_that_is_pulled_is_received_once_in_large_pieces_and_stored_from_there(
+    dense: Path, tmp_path: Path, need: Callable[..., list[str]]
+) -> None:
+    need("strace", "nbdkit")
+    log, path = tmp_path / "calls", tmp_path / "export.sock"
+    words = ["nbdkit", "-f", "-r", "-U", str(path), "file", str(dense)]
+    with subprocess.Popen(words) as server:
+        try:
+            wait_for_socket(path, server)
+            uri = f"nbd+unix:///?socket={path}"
+            read, written, _ = traced(log, ["backup", "--quiet", "--nbd", f"a={uri}", "/dev/null"])
+        finally:
+            server.terminate()
+    received = received_in(log)
+    assert SIZE_MIB * MIB < sum(received) < SIZE_MIB * MIB * 1.02
+    assert read < MIB
+    assert SIZE_MIB * MIB < written < SIZE_MIB * MIB * 1.01
+    # A request is a megabyte. What waits for its data takes it in one call, however it comes; else a
+    # Unix socket gives some 200 KiB at a time.
+    assert len([count for count in received if count >= BLOCK_BYTES]) < 2 * SIZE_MIB + 40
+
+
+def test_a_qcow2_image_is_read_by_its_daemon_into_our_memory_and_comes_through_no_socket(
+    dense: Path, tmp_path: Path, need: Callable[..., list[str]]
+) -> None:
+    need("strace", "qemu-img", "qemu-storage-daemon")
+    log, image = tmp_path / "calls", tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "convert", "-q", "-O", "qcow2", dense, image], check=True)
+    words = ["backup", "--quiet", "--disk", f"a={image},format=qcow2", "/dev/null"]
+    _, written, _ = traced(log, words)
+    assert sum(received_in(log)) < MIB
+    assert SIZE_MIB * MIB < written < SIZE_MIB * MIB * 1.01
+    told = log.read_text(errors="replace")
+    pieces = [int(count) for count in re.findall(r" pread64[( ].* = (\d+)$", told, re.MULTILINE)]
+    assert SIZE_MIB * MIB <= sum(pieces) < SIZE_MIB * MIB * 1.05
+    # Of the daemon's, one for an extent of ours; its own tables take some more.
+    assert len(pieces) < 2 * (SIZE_MIB * MIB // EXTENT_BYTES + 1) + 40
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
@@ -217,6 +255,11 @@ def traced(log: Path, words: list[str]) -> tuple[int, int, int]:
         elif call in ("writev", "pwritev") or (call == "pwrite64" and count >= CLUSTER_BYTES):
             written += count
     return read, written, calls
+
+
+def received_in(log: Path) -> list[int]:
+    """What came through sockets, in bytes, call by call."""
+    return [int(count) for count in _RECEIVED.findall(log.read_text(errors="replace"))]
 
 
 def test_a_dense_extents_header_is_read_in_few_steps() -> None:
