@@ -293,8 +293,10 @@ class Job:
 WINDOW_TOTAL_BYTES = 16 << 20
 # Data in memory that its producer shares takes none here, however many devices there are. Of 32
 # disks of 16 MiB, frames of 2 clusters (a 32nd of the total) took twice the CPU time of all processes
-# that frames of 1 MiB do; larger ones only make each producer touch more memory.
-SHARED_WINDOW_BYTES = 4 << 20
+# that frames of 1 MiB do. A producer reads half of a frame's limit at a time, so this is that of one frame,
+# and of the window, too: the other disks keep us busy meanwhile, and each frame more that may be under way
+# makes a producer touch more of its memory for the first time (windows of 4 MiB: 1.15 of the CPU time).
+SHARED_FRAME_BYTES = 9 << 18
 
 
 class JobDevices:
@@ -320,7 +322,8 @@ class JobDevices:
         """One device more, in the header's order: tells its producer how much it may send."""
         may_send = not self._spec.in_order or not self.devices
         device, base_dev_id = use.device, use.base_dev_id
-        window_bytes = max(self._share_bytes, SHARED_WINDOW_BYTES if shared is not None else 0)
+        shared_bytes = SHARED_FRAME_BYTES if shared is not None else 0
+        window_bytes = max(self._share_bytes, shared_bytes)
         peer.device = DeviceState(
             at, peer.side, device, window_bytes, shared, base_dev_id=base_dev_id
         )
@@ -330,7 +333,7 @@ class JobDevices:
             peer.side.welcome(
                 device.dev_id,
                 window_bytes if may_send else 0,
-                max(window_bytes // 2, limits.charge(1, CLUSTER_BYTES)),
+                max(window_bytes // 2, shared_bytes, limits.charge(1, CLUSTER_BYTES)),
                 self._spec.heartbeat_s,
                 shared=shared is not None,
                 reconnect_s=self._spec.reconnect_s,
