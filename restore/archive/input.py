@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import IO, TYPE_CHECKING, Generic, TypeVar
 
-import psutil
-
 from vmapipe.restore.archive.errors import InputError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
@@ -28,6 +26,7 @@ from vmapipe.runtime.folders import temporary_folder
 from vmapipe.runtime.threads import DaemonPool
 
 if TYPE_CHECKING:
+    import psutil
     from _typeshed import WriteableBuffer
 
 #: Reads (length, offset) of a stored archive: fewer bytes only at its end. Raises InputError.
@@ -217,6 +216,9 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is not None:
         return
     deadline_s = time.monotonic() + _STOP_S
+    # Here and below: most restores end no program, and start 10 ms sooner without.
+    import psutil
+
     for program in _sources_first(process.pid):
         with contextlib.suppress(psutil.Error):
             program.send_signal(signal.SIGINT)
@@ -231,6 +233,8 @@ def _sources_first(pid: int) -> Iterator[psutil.Process]:
 
     A shell starts a pipeline from the left, and waits for its children before it ends.
     """
+    import psutil
+
     with contextlib.suppress(psutil.Error):
         children = psutil.Process(pid).children()
         for child in sorted(children, key=lambda child: (child.create_time(), child.pid)):
@@ -246,6 +250,8 @@ def stop_program(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(_STOP_S)
     except subprocess.TimeoutExpired:
+        import psutil
+
         for program in _sources_first(process.pid):
             with contextlib.suppress(psutil.Error):
                 program.kill()

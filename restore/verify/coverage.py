@@ -10,16 +10,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from itertools import starmap
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vmapipe.clusters.cluster_set import PAGE_CLUSTERS, ClusterSet, joined
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, FULL_MASK, MAX_CLUSTERS
 from vmapipe.restore.verify.report import BadRange, Damage
-from vmapipe.runtime.event_types import RangeStateName
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.event_types import RangeStateName
 
 _UNKNOWN = "of a device that the header does not list"
 _BEYOND = "beyond the device's end"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from vmapipe.clusters.cluster_set import ClusterSet
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES, MAX_CLUSTERS
@@ -28,11 +28,13 @@ from vmapipe.restore.verify.report import (
     DiskState,
 )
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.event_types import CheckerName, StateName
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import ClusterRun, Extent
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.manifest import Totals
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.event_types import CheckerName, StateName
 
 _WRONG_DIGEST = "its data is not what was stored, somewhere in this range (the manifest's digest)"
 _WRONG_CHECKSUM = "the checksum of the compressed data that it comes from is wrong"
@@ -392,7 +394,7 @@ class Ledger:
             return None
         whole = not self._unproven.holds(device.dev_id, proof)
         # Only a compression has a proof.
-        return cast(CheckerName, self._archive.source.compression) if whole else None
+        return cast("CheckerName", self._archive.source.compression) if whole else None
 
     def _end_may_be_missing(self, device: Device) -> bool:
         totals = self.totals

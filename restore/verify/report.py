@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vmapipe.restore.archive.reader import ArchiveTotals
-from vmapipe.runtime.event_types import (
-    CheckerName,
-    DamageFields,
-    DiskStateFields,
-    RangeFields,
-    RangeStateName,
-    StateName,
-    VerifiedEvent,
-)
 from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.header import Device
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.event_types import (
+        CheckerName,
+        DamageFields,
+        DiskStateFields,
+        RangeFields,
+        RangeStateName,
+        StateName,
+        VerifiedEvent,
+    )
 
 SOUND: Final = "sound"
 UNCHECKED: Final = "unchecked"

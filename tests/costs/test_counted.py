@@ -305,10 +305,17 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
         ),
         (
             "vmapipe.control.cli.restore",
-            "backports.zstd asyncio qemu lzallright vmapipe.access vmapipe.places vmapipe.fleet vmapipe.crypt.age",
+            "backports.zstd asyncio qemu lzallright psutil vmapipe.access vmapipe.places vmapipe.fleet "
+            "vmapipe.crypt.age vmapipe.protocol.nbd vmapipe.runtime.event_types",
         ),
-        ("vmapipe.restore.verify.verify", "backports.zstd asyncio qemu"),
-        ("vmapipe.restore.workers.worker", "backports.zstd asyncio qemu"),
+        (
+            "vmapipe.restore.verify.verify",
+            "backports.zstd asyncio qemu psutil vmapipe.runtime.event_types",
+        ),
+        (
+            "vmapipe.restore.workers.worker",
+            "backports.zstd asyncio qemu psutil vmapipe.protocol.nbd vmapipe.runtime.event_types",
+        ),
     ],
 )
 def test_a_start_imports_only_what_it_needs(command: str, not_needed: str) -> None:
