@@ -104,10 +104,10 @@ def _instant_s(archive: KeptArchive, *, is_utc: bool) -> float:
 def _totals(place: KeptPlace, archive: KeptArchive) -> Totals | None:
     if not archive.has_manifest:
         return None
-    with contextlib.suppress(Failure, ArchiveError, UnicodeDecodeError):
+    with contextlib.suppress(Failure, ArchiveError):
         raw = place.read_small(archive.name + MANIFEST_SUFFIX, _MAX_MANIFEST_BYTES)
         if raw:
-            return read_totals(raw.rstrip(b"\n").rpartition(b"\n")[2].decode())
+            return read_totals(raw)
     return None
 
 

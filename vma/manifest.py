@@ -213,9 +213,15 @@ class ManifestReader:
         return totals
 
 
-def read_totals(text: str) -> Totals:
-    """Read a manifest's last line alone. Raises ArchiveError; it is not held against the lines before."""
+def read_totals(end: bytes) -> Totals:
+    """Read a manifest's last line alone: `end` are its last MAX_LINE_BYTES bytes, or more.
+
+    Raises ArchiveError; the line is not held against those before.
+    """
+    text = end.removesuffix(b"\n").rpartition(b"\n")[2].decode("utf-8", "backslashreplace")
     try:
+        if len(text) > MAX_LINE_BYTES:
+            raise _Unreadable(f"a line of {len(text)} characters")
         if not text.startswith("], "):
             raise _Unreadable("its last line is not as vmapipe writes it")
         totals = _parse_totals(json.loads("{" + text[3:]))

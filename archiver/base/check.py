@@ -135,7 +135,7 @@ def _read_manifest(path: str) -> tuple[Opening, Totals]:
         opening = ManifestReader().line(first.decode("utf-8", "backslashreplace"))
         size_bytes = file.seek(0, os.SEEK_END)
         file.seek(max(len(first), size_bytes - MAX_LINE_BYTES))
-        last = file.read().removesuffix(b"\n").rpartition(b"\n")[2]
+        end = file.read()
     if not isinstance(opening, Opening):
         raise ArchiveError("the manifest is damaged: it does not begin with an opening")
-    return opening, read_totals(last.decode("utf-8", "backslashreplace"))
+    return opening, read_totals(end)

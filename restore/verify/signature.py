@@ -80,7 +80,7 @@ def check_signature(
     text = _read_signature(path + SUFFIX, cancel)
     if text is None:
         raise SignatureError(f"{name} is not signed: there is no {path}{SUFFIX}")
-    sha512, last_line = _look_at(path, cancel)
+    sha512, end = _look_at(path, cancel)
     try:
         signature = parse_signature(text)
     except SignatureFault as error:
@@ -95,7 +95,7 @@ def check_signature(
             "forged"
         )
     # From here on all that the manifest says is the signer's word.
-    stored = read_stored(path, cancel) or _stored_in(last_line)
+    stored = read_stored(path, cancel) or _stored_in(end)
     if not stored.sha256:
         raise SignatureError(f"the manifest {path} was not made to be signed: it has no SHA-256")
     total_bytes, sha256 = _sha256_of(name, cancel)
@@ -107,8 +107,8 @@ def check_signature(
     return Signed(fingerprint(signature.public), stored)
 
 
-def _stored_in(last_line: str) -> StoredFile:
-    totals = read_totals(last_line)
+def _stored_in(manifest_end: bytes) -> StoredFile:
+    totals = read_totals(manifest_end)
     return StoredFile(totals.file_bytes, totals.file_digest, totals.file_sha256)
 
 
@@ -124,19 +124,18 @@ def _read_signature(path: str, cancel: Cancel) -> str | None:
         raise InputError(f"cannot read the signature {path}: {os_error_text(error)}") from error
 
 
-def _look_at(path: str, cancel: Cancel) -> tuple[bytes, str]:
-    """Return the SHA-512 of the manifest and its last line. Raises InputError."""
-    hasher, tail = hashlib.sha512(), b""
+def _look_at(path: str, cancel: Cancel) -> tuple[bytes, bytes]:
+    """Return the SHA-512 of the manifest and its end, with its last line. Raises InputError."""
+    hasher, end = hashlib.sha512(), b""
     try:
         with open_manifest_file(path, cancel) as file:
             while piece := file.read(_PIECE_BYTES):
                 cancel.check()
                 hasher.update(piece)
-                tail = (tail + piece)[-MAX_LINE_BYTES:]
+                end = (end + piece)[-MAX_LINE_BYTES:]
     except OSError as error:
         raise InputError(f"cannot read the manifest {path}: {os_error_text(error)}") from error
-    last = tail.removesuffix(b"\n").rpartition(b"\n")[2]
-    return hasher.digest(), last.decode("ascii", "backslashreplace")
+    return hasher.digest(), end
 
 
 def _sha256_of(name: str, cancel: Cancel) -> tuple[int, bytes]:

@@ -334,7 +334,7 @@ def test_a_manifest_with_digests_of_clusters_beside_it_is_version_2_and_no_other
     reader = ManifestReader()
     assert reader.line(opening_line(opening)) == opening
     assert '"version": 2' in opening_line(opening)
-    assert reader.line(totals_line(totals)) == totals == read_totals(totals_line(totals).strip())
+    assert reader.line(totals_line(totals)) == totals == read_totals(totals_line(totals).encode())
     reader = ManifestReader()
     reader.line(opening_line(opening._replace(version=1)))
     with pytest.raises(ArchiveError, match="digests of clusters in version 1"):
@@ -347,13 +347,24 @@ def test_an_odd_number_is_damage_in_words_of_ours(odd: str) -> None:
     text = totals_line(totals).strip()
     for key in ('"incrementals": 3', '"extent_count": 0', '"bytes": 4112'):
         with pytest.raises(ArchiveError) as caught:
-            read_totals(text.replace(key, f"{key.split(':')[0]}: {odd}"))
+            read_totals(text.replace(key, f"{key.split(':')[0]}: {odd}").encode())
         assert (
             str(caught.value) == "the manifest is damaged: a line that is not as vmapipe writes it"
         )
 
 
-@pytest.mark.parametrize("text", ["", "], {}", '], "extent_count": 1}', "x"])
-def test_a_last_line_that_is_none_is_damage(text: str) -> None:
+@pytest.mark.parametrize("text", [b"", b"], {}", b'], "extent_count": 1}', b"x", b"\xff", b"\n\n"])
+def test_a_last_line_that_is_none_is_damage(text: bytes) -> None:
     with pytest.raises(ArchiveError, match="manifest is damaged"):
         read_totals(text)
+
+
+def test_the_last_line_is_read_alone_whatever_stands_before_it() -> None:
+    totals = Totals(0, 12800, 12800, bytes(16), (), 3, 4112)
+    line = totals_line(totals).encode()
+    for before in (b"", b"\n", b"\xff\n", b"half a line, cut anywhere\n", line):
+        assert read_totals(before + line) == totals
+    with pytest.raises(ArchiveError, match="manifest is damaged"):
+        read_totals(line + b"\n")
+    with pytest.raises(ArchiveError, match=r"manifest is damaged: a line of .* characters"):
+        read_totals(line.rstrip() + b" " * MAX_LINE_BYTES)

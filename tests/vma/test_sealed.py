@@ -103,7 +103,7 @@ def test_a_signed_manifest_has_a_sha256_and_no_other_one_has() -> None:
         reader = ManifestReader()
         reader.line(opening_line(Opening(bytes(16), 0, header, version)))
         one = totals if signed else totals._replace(file_sha256=b"")
-        assert read_totals(totals_line(one).rstrip("\n")) == one
+        assert read_totals(totals_line(one).encode()) == one
         if good:
             assert reader.line(totals_line(one)) == one
         else:
