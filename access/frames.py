@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from vmapipe.access.storage import CACHE_BYTES, Cache, read_error, whole_read
 from vmapipe.restore.archive.input import Pread
 from vmapipe.restore.archive.zstd import FrameReader, decompress_start
-from vmapipe.runtime.process import keep_freed_memory
 from vmapipe.runtime.threads import DaemonPool
 from vmapipe.vma.seektable import Frame
 
@@ -64,7 +63,6 @@ class FrameStorage:
         self._release = release
         self._cache = Cache(cache_bytes, _cost_of_frame)
         self._proved = bytearray(len(frames))
-        keep_freed_memory()
         self._file_at, self._plain_at = array("Q", [0]), array("Q", [0])
         for frame in frames:
             self._file_at.append(self._file_at[-1] + frame.compressed_bytes)

@@ -22,7 +22,7 @@ from vmapipe.runtime.cancel import Cancel, ParentConnection
 from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, Failure, os_error_text
 from vmapipe.runtime.events import Command, Emit, Event, encode_line, ignore
 from vmapipe.runtime.logs import shown, start_logging
-from vmapipe.runtime.syscalls import set_time_slice
+from vmapipe.runtime.syscalls import set_time_slice, share_one_heap
 from vmapipe.runtime.text import one_line
 
 _log = logging.getLogger(__name__)
@@ -284,8 +284,11 @@ def keep_freed_memory() -> None:
 
     By default it gives those above 128 KiB back to the kernel at once, and each that is taken again costs a
     fault a page: decompressing frames of 3.6 MiB took 10.7 ms each with that, and 3.9 without.
-    It raises its limit to what was freed, once (mallopt(3), M_MMAP_THRESHOLD).
+    It raises its limit to what was freed, once (mallopt(3), M_MMAP_THRESHOLD). And have all threads share one
+    heap: what is freed in one of their own goes back to the kernel sooner, and fits the next block less often. A random
+    read of a .zst archive took 116 faults with theirs, and 10 without, and a server 380 MiB in place of 200.
     """
+    share_one_heap()
     block = bytes(_KEPT_BLOCK_BYTES)
     del block
 

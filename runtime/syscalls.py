@@ -41,6 +41,8 @@ RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 # sched_setattr has no function in the C library of Debian 12. asm/unistd.h.
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}
+# malloc.h
+_M_ARENA_MAX = -8
 # struct sched_attr, first version (linux/sched/types.h): size, policy, flags,
 # nice, priority, and runtime, deadline, period in nanoseconds.
 _SCHED_ATTR = struct.Struct("=IIQiIQQQ")
@@ -59,6 +61,13 @@ def _libc() -> ctypes.CDLL:
         ctypes.c_uint,
     )
     return libc
+
+
+def share_one_heap() -> None:
+    """Have all threads take memory from one heap, those that have taken none yet; glibc's mallopt(3)."""
+    mallopt = getattr(_libc(), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(ctypes.c_int(_M_ARENA_MAX), ctypes.c_int(1))
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -326,6 +326,8 @@ def seekable_frames(pread: Pread, file_bytes: int, halts: Sequence[Cancel]) -> l
     """
     if file_bytes < FOOTER_BYTES:
         return None
+    # Whoever asks for frames decompresses them; and before the first thread has a heap of its own.
+    keep_freed_memory()
 
     def last(length: int) -> bytes:
         return interruptible(lambda: pread(length, file_bytes - length), halts)
@@ -373,7 +375,6 @@ class ZstdFrames(io.RawIOBase):
         self._name = name
         self._pread = pread
         self._release = release
-        keep_freed_memory()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         wait = Wait(self._wake_fd, halts)
         self._ahead = ReadAhead(self._jobs(frames), threads, 2 * threads, self._wake_fd, wait)

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +14,8 @@ import pytest
 
 from tests.restore.support import one_frame
 from vmapipe.access.frames import FrameStorage
-from vmapipe.vma.seektable import Frame
+from vmapipe.restore.archive.zstd import seekable_frames
+from vmapipe.vma.seektable import Frame, encode_seek_table
 
 FRAME_BYTES = 3 << 20
 HEADER_BYTES = 512
@@ -108,3 +112,32 @@ def test_a_frame_that_cannot_be_read_ahead_is_an_error_to_who_reads_it_alone(
     with pytest.raises(OSError, match="cannot read it at offset"):
         read(storage, stored.at(2), 4096)
     assert read(storage, stored.at(3), FRAME_BYTES) == stored.plain[3]
+
+
+def print_heaps() -> None:
+    """In a process of its own, which has none but the first: glibc's list of them (malloc_info(3))."""
+    plain = bytes(FRAME_BYTES)
+    packed = one_frame(plain)
+    file = packed + encode_seek_table([Frame(len(packed), len(plain))])
+    assert seekable_frames(lambda length, at: file[at : at + length], len(file), ())
+    together = threading.Barrier(4)
+
+    def take_memory() -> None:
+        held = bytes(64 << 10)
+        together.wait(LIMIT_S)
+        del held
+
+    threads = [threading.Thread(target=take_memory) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    libc = ctypes.CDLL(None)
+    libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+    libc.fflush(None)
+
+
+def test_frames_are_decompressed_into_one_heap_by_all_threads() -> None:
+    words = [sys.executable, "-c", f"from {__name__} import print_heaps as f; f()"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=LIMIT_S)
+    assert done.stdout.count("<heap nr=") == 1, done.stdout
