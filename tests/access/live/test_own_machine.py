@@ -207,6 +207,31 @@ def test_a_foreign_compressed_archive_is_run_from_while_it_is_decompressed(
     assert (target / "disk-drive-scsi0.raw").read_bytes()[: len(content)] == content
 
 
+def test_an_encrypted_archive_is_gone_on_with_by_the_command_that_the_first_one_has_named(
+    need: Need, archive: Path, stored: Path, target: Path, tmp_path: Path
+) -> None:
+    (keygen,) = need("age-keygen")
+    key, sealed = tmp_path / "key", tmp_path / "vm.vma.zst.age"
+    subprocess.run([keygen, "-o", key], check=True, capture_output=True)
+    recipient = subprocess.check_output([keygen, "-y", key], text=True).strip()
+    good("repack", "--quiet", "--compress", "zstd", "--encrypt-to", recipient, archive, sealed)
+    assert "--identity FILE" in bad("restore", "--live", sealed, target, "--", *qemu())
+    assert not target.exists()
+    words: Words = ("--identity", key, sealed, target)
+    with live(*SLOW, *words, "--", *qemu()) as command:
+        command.hear("progress")
+        # A new one needs the key, too.
+        stop(server_below(target))
+        command.hear("notice", "started again")
+        command.process.send_signal(signal.SIGTERM)
+        command.end()
+    assert "--identity FILE" in bad("restore", "--live", sealed, target)
+    with live(*words) as command:
+        command.succeeds()
+    content = (stored / "a.raw").read_bytes()
+    assert (target / "disk-drive-scsi0.raw").read_bytes()[: len(content)] == content
+
+
 def test_a_damaged_note_is_named(archive: Path, target: Path) -> None:
     target.mkdir()
     for text, why in (("{", "cannot read"), ("{}", "is not a note of a live restore")):

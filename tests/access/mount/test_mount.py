@@ -40,8 +40,11 @@ CONF = b"memory: 512\nscsi0: whole\n"
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, need: Need) -> Path:
-    """`tree` on a file system on all of disk `whole`; disk `xfs` looks like one; `vm.vma.zst` has both."""
-    (mke2fs,) = need("mke2fs")
+    """`tree` on a file system on all of disk `whole`; disk `xfs` looks like one; `vm.vma.zst` has both.
+
+    So has `vm.vma.zst.age`, for the holder of `key`.
+    """
+    mke2fs, keygen = need("mke2fs", "age-keygen")
     folder = tmp_path_factory.mktemp("mount")
     fill(folder / "tree")
     (folder / "tree/large").chmod(0o4755)
@@ -54,12 +57,26 @@ def work(tmp_path_factory: pytest.TempPathFactory, need: Need) -> Path:
         *("backup", "--quiet", "--compress", "zstd", "--config", folder / "qemu-server.conf"),
         *("--disk", folder / "whole", "--disk", folder / "xfs", folder / "vm.vma.zst"),
     )
+    subprocess.run([keygen, "-o", folder / "key"], check=True, capture_output=True)
+    recipient = subprocess.check_output([keygen, "-y", folder / "key"], text=True).strip()
+    sealed = folder / "vm.vma.zst.age"
+    good(
+        "repack",
+        "--quiet",
+        "--compress",
+        "zstd",
+        "--encrypt-to",
+        recipient,
+        folder / "vm.vma.zst",
+        sealed,
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def mounted(work: Path) -> Iterator[Mounted]:
-    with mounting(work / "m", work / "vm.vma.zst") as mounted:
+    """The encrypted archive: whoever has its key sees what others see of one in the clear."""
+    with mounting(work / "m", work / "vm.vma.zst.age", "--identity", str(work / "key")) as mounted:
         # Its parsers are there before the first test, which would seem to have left them.
         for disk in (mounted.folder / "files").iterdir():
             list(disk.iterdir())
@@ -85,6 +102,11 @@ def test_disks_are_files_with_their_holes(mounted: Mounted, work: Path) -> None:
         assert data == disk.stat().st_blocks * 512
     finally:
         os.close(fd)
+
+
+def test_an_encrypted_archive_is_not_mounted_without_its_key(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    assert "--identity FILE" in bad("mount", work / "vm.vma.zst.age", tmp_path / "m")
 
 
 def test_configurations_are_files(mounted: Mounted) -> None:
