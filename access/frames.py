@@ -8,7 +8,7 @@ import os
 import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from vmapipe.access.storage import CACHE_BYTES, Cache, read_error, whole_read
 from vmapipe.restore.archive.input import Pread
@@ -27,8 +27,10 @@ _START_BYTES = 132 << 10
 _LEAST_COST_BYTES = 64 << 10
 # A frame that holds less is a header between two of a disk's data.
 _HEADER_FRAME_BYTES = 64 << 10
-# Whoever reads so near to a frame's end, and then as near to the next one's start, reads in order.
+# Whoever reads so near to a frame's end, and then as near to the next one's start, reads in order: several requests
+# that are under way at a time. A random read seldom does, nor with frames of a third of an extent.
 _NEAR_BYTES = 1 << 20
+_NEAR_PARTS = 8
 # Ahead of that: for each thread that decompresses an extent, as one frame or as several.
 _AHEAD_BYTES = 3 << 20
 # More threads than this decompress faster than one connection takes it.
@@ -52,7 +54,7 @@ class FrameStorage:
         name: str,
         pread: Pread,
         release: Callable[[], None],
-        frames: list[Frame],
+        frames: Iterable[Frame],
         cache_bytes: int = CACHE_BYTES,
         piece_bytes: int = _PIECE_BYTES,
     ) -> None:
@@ -62,11 +64,11 @@ class FrameStorage:
         self._pread_file = pread
         self._release = release
         self._cache = Cache(cache_bytes, _cost_of_frame)
-        self._proved = bytearray(len(frames))
         self._file_at, self._plain_at = array("Q", [0]), array("Q", [0])
         for frame in frames:
             self._file_at.append(self._file_at[-1] + frame.compressed_bytes)
             self._plain_at.append(self._plain_at[-1] + frame.plain_bytes)
+        self._proved = bytearray(len(self._plain_at) - 1)
         self.size_bytes = self._plain_at[-1]
         self._threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
         self._pool: DaemonPool | None = None
@@ -83,8 +85,16 @@ class FrameStorage:
         return done
 
     def pieces(self, offset: int, length: int) -> Iterator[memoryview]:
-        """The same bytes where they lie in memory; as many as there are."""
-        for number, at, end in self._parts(offset, length):
+        """The same bytes where they lie in memory; as many as there are.
+
+        Where that is several frames, threads decompress the next ones meanwhile.
+        """
+        parts = list(self._parts(offset, length))
+        large = [n for n, _, _ in parts if self._plain_bytes(n) >= _HEADER_FRAME_BYTES]
+        with self._planning:
+            for number in large[1:]:
+                self._begin_to_fetch(number)
+        for number, at, end in parts:
             yield from self._frame(number, end).pieces(at, end)
 
     def _parts(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
@@ -163,14 +173,19 @@ class FrameStorage:
     def _was_read(self, number: int, frame: FrameReader, at: int, end: int) -> None:
         """Read ahead where a client comes to this frame from the end of the one before."""
         is_first, frame.read_to = not frame.read_to, end
-        if is_first and at < _NEAR_BYTES and self._was_read_to_its_end(number - 1):
+        if is_first and at < self._near_bytes(number) and self._was_read_to_its_end(number - 1):
             self._read_ahead(number + 1)
 
     def _was_read_to_its_end(self, number: int) -> bool:
         while number > 0 and self._plain_bytes(number) < _HEADER_FRAME_BYTES:
             number -= 1
         before = self._cache.kept(number)
-        return before is not None and before.read_to > before.plain_bytes - _NEAR_BYTES
+        return before is not None and (
+            before.read_to > before.plain_bytes - self._near_bytes(number)
+        )
+
+    def _near_bytes(self, number: int) -> int:
+        return min(_NEAR_BYTES, self._plain_bytes(number) // _NEAR_PARTS)
 
     def _read_ahead(self, number: int) -> None:
         """From frame `number` on."""
@@ -178,12 +193,17 @@ class FrameStorage:
         with self._planning:
             while wanted > 0 and number < len(self._proved):
                 wanted -= self._plain_bytes(number)
-                if number not in self._fetching and self._cache.kept(number) is None:
-                    self._fetching.add(number)
-                    if self._pool is None:
-                        self._pool = DaemonPool(self._threads, "ahead")
-                    self._pool.submit(functools.partial(self._fetch, number))
+                self._begin_to_fetch(number)
                 number += 1
+
+    def _begin_to_fetch(self, number: int) -> None:
+        """In a thread, if it is not there. `_planning` is held."""
+        if number in self._fetching or self._cache.kept(number) is not None:
+            return
+        self._fetching.add(number)
+        if self._pool is None:
+            self._pool = DaemonPool(self._threads, "ahead")
+        self._pool.submit(functools.partial(self._fetch, number))
 
     def _fetch(self, number: int) -> None:
         try:

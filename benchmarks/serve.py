@@ -32,18 +32,35 @@ _PLAIN = (
     _Case(Load("4K random reads, depth 16", ("--rw=randread", "--bs=4k", "--iodepth=16")), 0.9),
     _Case(Load("1M reads, depth 4", ("--rw=read", "--bs=1M", "--iodepth=4"), by_bytes=True), 1.5),
 )
-# Each of these decompresses half of a frame of 3.6 MiB, so that what counts is how many are decompressed at a
-# time: no more than there are processors. The rates are those that two idle ones can give.
+
+
+class _Compressed(NamedTuple):
+    """`level` of the archive; `least`: reads a second."""
+
+    load: Load
+    level: int
+    least: int
+
+
+def _random_reads(of: str, depth: int) -> Load:
+    words = ("--rw=randread", "--bs=4k", f"--iodepth={depth}")
+    return Load(f"4K random reads of {of}, depth {depth}", words)
+
+
+# Each of these decompresses half of a frame, of 3.6 MiB or at level 1 a third of it, so that what counts is how many are
+# decompressed at a time: no more than there are processors. The rates are those that two idle ones can give.
 _COMPRESSED = (
-    (Load("4K random reads of a .zst, depth 1", ("--rw=randread", "--bs=4k", "--iodepth=1")), 300),
-    (Load("4K random reads of a .zst, depth 4", ("--rw=randread", "--bs=4k", "--iodepth=4")), 900),
+    _Compressed(_random_reads("a .zst", 1), 3, 300),
+    _Compressed(_random_reads("a .zst", 4), 3, 900),
+    _Compressed(_random_reads("a .zst of level 1", 1), 1, 300),
+    _Compressed(_random_reads("a .zst of level 1", 4), 1, 900),
 )
 
 
 def run_serve(folder: Path, size_mib: int, rounds: int, only: str) -> Iterator[Result]:
     """All cases whose title has the word."""
     plain = [case for case in _PLAIN if only in _title(case.load)]
-    compressed = [case for case in _COMPRESSED if only in _title(case[0])]
+    compressed = [case for case in _COMPRESSED if only in _title(case.load)]
     if not plain and not compressed:
         return
     if shutil.which("fio") is None or shutil.which("nbdkit") is None:
@@ -52,8 +69,9 @@ def run_serve(folder: Path, size_mib: int, rounds: int, only: str) -> Iterator[R
     size_mib = min(size_mib, _MIB)
     if plain:
         yield from _against_nbdkit(folder, size_mib, rounds, plain)
-    if compressed:
-        yield from _compressed(folder, size_mib, rounds, compressed)
+    for level in (3, 1):
+        if cases := [case for case in compressed if case.level == level]:
+            yield from _compressed(folder, size_mib, rounds, cases)
 
 
 def _title(load: Load) -> str:
@@ -94,7 +112,7 @@ def _checked(server: Served, folder: Path) -> None:
 
 
 def _compressed(
-    folder: Path, size_mib: int, rounds: int, cases: Sequence[tuple[Load, int]]
+    folder: Path, size_mib: int, rounds: int, cases: Sequence[_Compressed]
 ) -> Iterator[Result]:
     """Beside nbdkit on the raw disk, which has nothing to decompress."""
     raw, stored = images.half_text(folder / "serve.raw", size_mib), folder / "serve.vma.zst"
@@ -106,10 +124,10 @@ def _compressed(
             {"vmapipe": [], _PEER: []},
             least_iops=least,
         )
-        for load, least in cases
+        for load, _, least in cases
     }
     with _removed(raw, stored), contextlib.ExitStack() as running:
-        make(backup(raw, stored, "--compress", "zstd"))
+        make(backup(raw, stored, "--compress", f"zstd:{cases[0].level}"))
         servers = [
             running.enter_context(start) for start in (archive(stored, folder), nbdkit(raw, folder))
         ]

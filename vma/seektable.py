@@ -8,6 +8,7 @@ that a reader can jump; `zstd -d` skips it.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from vmapipe.vma.errors import ArchiveError, LimitError
@@ -19,6 +20,7 @@ _SKIPPABLE_LOW, _SKIPPABLE_HIGH = 0x184D2A50, 0x184D2A5F
 _SEEKABLE_MAGIC = 0x8F92EAB1
 _HEAD = struct.Struct("<II")
 _ENTRY = struct.Struct("<II")
+_ENTRY_WITH_CHECKSUM = struct.Struct("<II4x")
 _FOOT = struct.Struct("<IBI")
 FOOTER_BYTES = _FOOT.size
 _CHECKSUM_FLAG = 0x80
@@ -35,6 +37,20 @@ class Frame(NamedTuple):
 
     compressed_bytes: int
     plain_bytes: int
+
+
+class SeekTable:
+    """Frames in their order, in as much memory as the table in the file takes: an archive may have a million."""
+
+    def __init__(self, entries: bytes, entry: struct.Struct) -> None:
+        self._entries = entries
+        self._entry = entry
+
+    def __len__(self) -> int:
+        return len(self._entries) // self._entry.size
+
+    def __iter__(self) -> Iterator[Frame]:
+        return map(Frame._make, self._entry.iter_unpack(self._entries))
 
 
 def is_zstd(start: bytes) -> bool:
@@ -96,11 +112,11 @@ def seek_table_entries(raw: bytes) -> bytes:
     return raw[_HEAD.size : -FOOTER_BYTES]
 
 
-def parse_seek_table(raw: bytes) -> list[Frame]:
+def parse_seek_table(raw: bytes) -> SeekTable:
     """Read the skippable frame (`seek_table_bytes` long). Raises ArchiveError if it lies."""
-    count, descriptor = _parse_ends(raw)
-    step = _ENTRY.size + (4 if descriptor & _CHECKSUM_FLAG else 0)
-    return [Frame(*_ENTRY.unpack_from(raw, _HEAD.size + i * step)) for i in range(count)]
+    has_checksums = _parse_ends(raw)[1] & _CHECKSUM_FLAG
+    entry = _ENTRY_WITH_CHECKSUM if has_checksums else _ENTRY
+    return SeekTable(raw[_HEAD.size : -FOOTER_BYTES], entry)
 
 
 def _parse_ends(raw: bytes) -> tuple[int, int]:

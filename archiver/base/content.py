@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from vmapipe.archiver.base.source import BaseSource, read_source
 from vmapipe.archiver.outputs.compress import Compressed, decompress
@@ -34,21 +34,14 @@ _MAX_THREADS = 4
 _TOO_EARLY = "it ends too early"
 
 
-class KeptFrame(NamedTuple):
-    """A frame of a base that is an extent's data and nothing else, as it is, and its place in the base's file."""
-
-    frame: Compressed
-    file_at: int
-
-
 class BaseContent(Protocol):
     """Errors: OSError, and ValueError, in words, where it is damaged."""
 
     def have(self, at: int, length: int) -> memoryview:
         """`length` plain bytes from `at` on, not before what was had last; good until the next call."""
 
-    def frame_of(self, at: int, length: int) -> KeptFrame | None:
-        """The frame that holds exactly these bytes, which were just had; None: there is none."""
+    def frames_of(self, at: int, length: int) -> list[Compressed]:
+        """The frames that hold exactly these bytes, which were just had, as they are; none: there are no such."""
 
     def close(self) -> None:
         """Give up what it holds, but not the file."""
@@ -80,8 +73,8 @@ class PlainContent:
                 self._length += got
         return self._view[start : start + length]
 
-    def frame_of(self, at: int, length: int) -> None:
-        return None
+    def frames_of(self, at: int, length: int) -> list[Compressed]:
+        return []
 
     def close(self) -> None:
         """Do nothing."""
@@ -134,9 +127,11 @@ class FrameContent:
         threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
         # The first frame alone: no more of it is looked at by most that open a base.
         self._most, self._then = 1, threads + _SPARE_FRAMES
-        self._ahead: deque[tuple[KeptFrame, Future[bytes]]] = deque()
+        self._ahead: deque[tuple[Compressed, Future[bytes]]] = deque()
         self._file_at = 0
-        self._kept: KeptFrame | None = None
+        # What was had last lies in these, the first of which begins at `_kept_from`.
+        self._kept: list[Compressed] = []
+        self._kept_from = 0
         # The current frame's bytes, from `_start` to `_end` of the plain archive.
         self._plain = memoryview(b"")
         self._start = self._end = 0
@@ -145,6 +140,8 @@ class FrameContent:
     def have(self, at: int, length: int) -> memoryview:
         while at >= self._end:
             self._next()
+        del self._kept[:-1]
+        self._kept_from = self._start
         start = at - self._start
         if at + length <= self._end:
             return self._plain[start : start + length]
@@ -154,8 +151,8 @@ class FrameContent:
             joined += self._plain[: length - len(joined)]
         return memoryview(joined)
 
-    def frame_of(self, at: int, length: int) -> KeptFrame | None:
-        return self._kept if (at, at + length) == (self._start, self._end) else None
+    def frames_of(self, at: int, length: int) -> list[Compressed]:
+        return list(self._kept) if (at, at + length) == (self._kept_from, self._end) else []
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -168,13 +165,14 @@ class FrameContent:
             compressed_bytes, plain_bytes = sizes
             # Read here: a thread of the pool must not hang in a dead disk.
             data = read_source(self._source, compressed_bytes, self._file_at)
-            kept = KeptFrame(Compressed(data, plain_bytes), self._file_at)
-            self._ahead.append((kept, self._pool.submit(decompress, kept.frame)))
+            frame = Compressed(data, plain_bytes)
+            self._ahead.append((frame, self._pool.submit(decompress, frame)))
             self._file_at += compressed_bytes
         self._most = self._then
         if not self._ahead:
             raise ValueError(_TOO_EARLY)
-        self._kept, plain = self._ahead.popleft()
+        frame, plain = self._ahead.popleft()
+        self._kept.append(frame)
         self._plain = memoryview(plain.result())
         self._start, self._end = self._end, self._end + len(self._plain)
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 
 from vmapipe.archiver.base.check import Base, header_fault
-from vmapipe.archiver.base.content import KeptFrame, PlainContent, open_content
+from vmapipe.archiver.base.content import PlainContent, open_content
 from vmapipe.archiver.base.source import open_side_file, open_source
+from vmapipe.archiver.outputs.compress import Compressed
 from vmapipe.archiver.outputs.manifests import beside, digest_of
 from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.runtime.errors import Failure, os_error_text
@@ -26,7 +27,7 @@ class DamagedBase(Failure):
 class BaseExtents:
     """An open base. `peek` shows the next extent, `take` gives its data and goes on behind it.
 
-    `frame`: what `take` has given last, as the base stores it, where that is a frame of its own.
+    `frames`: what `take` has given last, as the base stores it, where that is frames of its own.
     All errors are DamagedBase, and name the base, the offset in it and the device.
     """
 
@@ -40,7 +41,7 @@ class BaseExtents:
         self._totals: Totals | None = None
         self._manifest_reader = ManifestReader()
         self._ended = False
-        self.frame: KeptFrame | None = None
+        self.frames: list[Compressed] = []
         with contextlib.ExitStack() as opened:
             try:
                 self._source = open_source(base.archive)
@@ -117,7 +118,7 @@ class BaseExtents:
         data = self._have(at, length) if length else memoryview(b"")
         if digest_of([self._raw_header, data]) != expected:
             raise self._failure("the data is not what its manifest vouches for", extent)
-        self.frame = self._content.frame_of(at, length)
+        self.frames = self._content.frames_of(at, length)
         self._pass(extent)
         return data
 

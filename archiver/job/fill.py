@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from vmapipe.archiver.base.content import KeptFrame
 from vmapipe.archiver.base.extents import BaseExtents, DamagedBase
 from vmapipe.archiver.job.device import FillRun
 from vmapipe.archiver.job.synthesis import Keep, Mix, Synthesis
+from vmapipe.archiver.outputs.compress import Compressed
 from vmapipe.clusters.sizes import EXTENT_HEADER_BYTES
 from vmapipe.vma.errors import CoverageError
 from vmapipe.vma.header import Device
@@ -26,7 +26,7 @@ class FilledExtent(NamedTuple):
     #: Those of its clusters that are not as in the base.
     changed: list[PackedRun]
     #: All of its data, as a compressed base has it.
-    frame: KeptFrame | None = None
+    frames: Sequence[Compressed] = ()
 
 
 class Filler:
@@ -80,8 +80,8 @@ class Filler:
                 is_plain = self._base.is_plain
                 in_file = [at + data_at if at >= 0 and is_plain else -1 for at in places]
                 changed = plan.changed(made) if isinstance(plan, Mix) else []
-                frame = self._base.frame if isinstance(plan, Keep) else None
-                yield FilledExtent(made, in_file, changed, frame)
+                frames = self._base.frames if isinstance(plan, Keep) else ()
+                yield FilledExtent(made, in_file, changed, frames)
 
     def finish(self) -> Iterator[FilledExtent]:
         """All clusters of all devices have come: yield the rest. Raises DamagedBase."""

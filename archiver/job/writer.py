@@ -266,8 +266,8 @@ class ArchiveWriter(Generic[Note]):
         if self._digests is not None:
             self._digests.extents([extent])
             self._digests.changed(filled.changed)
-        if isinstance(self._output, ZstdOutput) and filled.frame is not None:
-            self._output.write_kept(extent.buffers[0], filled.frame.frame)
+        if isinstance(self._output, ZstdOutput) and filled.frames:
+            self._output.write_kept(extent.buffers[0], filled.frames)
         elif isinstance(self._output, FileOutput | DigestedOutput) and self._filler is not None:
             self._output.write_shared(extent.buffers, filled.places, self._filler.fd)
         else:

@@ -21,11 +21,13 @@ from vmapipe.restore.archive.input import Pread, ReadAhead, Wait, interruptible
 from vmapipe.restore.archive.parts import READ_BYTES, Proof, Rewindable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.process import keep_freed_memory
+from vmapipe.runtime.syscalls import share_one_heap
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import (
     FOOTER_BYTES,
     ZSTD_MAGIC,
     Frame,
+    SeekTable,
     is_skippable,
     is_zstd,
     parse_seek_table,
@@ -60,11 +62,12 @@ _PIECE_BYTES = 1 << 20
 # read in order instead. Ours have a few MiB.
 _MAX_FRAME_BYTES = 32 << 20
 # Small frames are decompressed together with the next larger one: a thread's turn costs more than they do.
-_JOB_BYTES = 1 << 20
+# With less than an extent's data at a time, a store would be asked more often, too.
+_JOB_BYTES = 3 << 20
 _JOB_FRAMES = 16
-# 524,288 frames, two for each 4 MiB, are an archive of 1 TiB, and 60 MiB of memory for
-# the table: a longer table is left unused.
-_MAX_TABLE_BYTES = 4 << 20
+# 4 million frames, two or four for each 3.6 MiB, are an archive of 3.6 to 7 TiB, and as much memory, or twice that where any
+# place is read: a longer table is left unused.
+_MAX_TABLE_BYTES = 32 << 20
 
 
 class ZstdParts:
@@ -319,15 +322,15 @@ def too_large_window(name: str, wanted_bytes: int, limit_bytes: int) -> InputErr
     )
 
 
-def seekable_frames(pread: Pread, file_bytes: int, halts: Sequence[Cancel]) -> list[Frame] | None:
+def seekable_frames(pread: Pread, file_bytes: int, halts: Sequence[Cancel]) -> SeekTable | None:
     """The frames of a zstd file with a seek table that can be true and used, else None.
 
     Without one the file is still a good zstd file: nothing depends on it.
     """
     if file_bytes < FOOTER_BYTES:
         return None
-    # Whoever asks for frames decompresses them; and before the first thread has a heap of its own.
-    keep_freed_memory()
+    # Whoever asks for frames decompresses them; before the first thread has a heap of its own.
+    share_one_heap()
 
     def last(length: int) -> bytes:
         return interruptible(lambda: pread(length, file_bytes - length), halts)
@@ -342,7 +345,10 @@ def seekable_frames(pread: Pread, file_bytes: int, halts: Sequence[Cancel]) -> l
     fits = sum(frame.compressed_bytes for frame in frames) == file_bytes - table_bytes
     # Frames that hold nothing would be work for the threads, and none for a reader in order.
     small = all(min(frame) > 0 and max(frame) <= _MAX_FRAME_BYTES for frame in frames)
-    return frames if fits and small else None
+    if not (fits and small):
+        return None
+    keep_freed_memory()
+    return frames
 
 
 class _Decompressed(NamedTuple):
@@ -364,7 +370,7 @@ class ZstdFrames(io.RawIOBase):
         self,
         name: str,
         pread: Pread,
-        frames: list[Frame],
+        frames: Iterable[Frame],
         threads: int,
         release: Callable[[], None],
         halts: Sequence[Cancel],
@@ -415,7 +421,7 @@ class ZstdFrames(io.RawIOBase):
         self._current = memoryview(frame.plain)
         self.proof.ended(self._plain_at, has_checksum=frame.has_checksum)
 
-    def _jobs(self, frames: list[Frame]) -> Iterator[Callable[[], list[_Decompressed]]]:
+    def _jobs(self, frames: Iterable[Frame]) -> Iterator[Callable[[], list[_Decompressed]]]:
         """An extent's header and its data are one job where they are two frames."""
         at, batch, batch_bytes = 0, list[Frame](), 0
         for frame in frames:

@@ -19,6 +19,8 @@ from vmapipe.vma.seektable import Frame, encode_seek_table
 
 FRAME_BYTES = 3 << 20
 HEADER_BYTES = 512
+# Of a dense extent, at level 1.
+THIRD_BYTES = 310 * 4096
 LIMIT_S = 60.0
 
 
@@ -90,13 +92,16 @@ def test_who_comes_from_the_end_of_a_frame_finds_the_one_behind_the_next_under_w
     assert sorted(set(stored.read)) == sorted(stored.read), "each is decompressed once"
 
 
+@pytest.mark.parametrize("opened", [[FRAME_BYTES] * 8, [THIRD_BYTES] * 8], indirect=True)
 def test_who_reads_here_and_there_pays_for_no_other_frame(
     opened: tuple[Stored, FrameStorage],
 ) -> None:
     stored, storage = opened
     for number in (0, 1, 2, 4, 3, 6, 5):
-        at = stored.at(number) + FRAME_BYTES // 2
-        assert read(storage, at, 4096) == stored.plain[number][FRAME_BYTES // 2 :][:4096]
+        middle = len(stored.plain[number]) // 2
+        assert (
+            read(storage, stored.at(number) + middle, 4096) == stored.plain[number][middle:][:4096]
+        )
     storage.close()  # a thread that has begun ends first
     assert sorted(stored.read) == [0, 1, 2, 3, 4, 5, 6]
 
@@ -112,6 +117,24 @@ def test_a_frame_that_cannot_be_read_ahead_is_an_error_to_who_reads_it_alone(
     with pytest.raises(OSError, match="cannot read it at offset"):
         read(storage, stored.at(2), 4096)
     assert read(storage, stored.at(3), FRAME_BYTES) == stored.plain[3]
+
+
+@pytest.mark.parametrize("opened", [[HEADER_BYTES] + [THIRD_BYTES] * 3], indirect=True)
+def test_the_frames_of_an_extent_are_decompressed_side_by_side(
+    opened: tuple[Stored, FrameStorage],
+) -> None:
+    stored, _ = opened
+
+    def pread(length: int, offset: int) -> bytes:
+        if offset == stored.starts[1]:
+            stored.wait_until_read(2)  # or for ever
+        return stored.pread(length, offset)
+
+    storage = FrameStorage("it", pread, lambda: None, stored.frames)
+    parts = storage.pieces(0, storage.size_bytes)
+    assert b"".join(parts) == b"".join(stored.plain)
+    storage.close()
+    assert sorted(stored.read) == [0, 1, 2, 3], "each is decompressed once"
 
 
 def print_heaps() -> None:

@@ -109,13 +109,26 @@ def test_a_frame_of_small_writes_ends_only_where_a_write_ended_and_is_not_short(
 
 def test_the_data_of_a_large_extent_is_a_frame_of_its_own() -> None:
     writes = [MIXED[:MIB], MIXED[: CUT_BYTES + 99], MIXED[: CUT_BYTES + 100], MIXED[:512]]
-    raw, _ = compressed(writes)
+    raw, _ = compressed(writes, level=2)
     length = seek_table_bytes(raw[-FOOTER_BYTES:])
     assert length is not None
     assert is_cut(raw[-FOOTER_BYTES:])
     small = MIB + CUT_BYTES + 99  # its second buffer, behind the first 100 bytes, is too small
     sizes = [frame.plain_bytes for frame in parse_seek_table(raw[-length:])]
     assert sizes == [small, 100, CUT_BYTES, 512]
+
+
+def test_at_level_1_it_is_frames_of_about_the_same_length_and_in_whole_blocks() -> None:
+    extent = MIXED[: 100 + 58 * 65536]
+    writes = [extent, extent[: 100 + CUT_BYTES + 7]]
+    raw, _ = compressed(writes)
+    assert decompressed(raw) == b"".join(writes)
+    length = seek_table_bytes(raw[-FOOTER_BYTES:])
+    assert length is not None
+    sizes = [frame.plain_bytes for frame in parse_seek_table(raw[-length:])]
+    third, half = 310 * 4096, 257 * 4096
+    assert sizes == [100, third, third, 308 * 4096, 100, half, CUT_BYTES + 7 - half]
+    assert decompressed(raw) == b"".join(writes)
 
 
 def test_a_kept_frame_is_stored_as_it_is() -> None:
@@ -127,7 +140,7 @@ def test_a_kept_frame_is_stored_as_it_is() -> None:
     inner = MemoryOutput()
     output = ZstdOutput(inner, Compression(level=1))
     output.write([b"before"])
-    output.write_kept(b"header", compress.Compressed(frame, data.plain_bytes))
+    output.write_kept(b"header", [compress.Compressed(frame, data.plain_bytes)])
     output.write([b"after"])
     output.commit()
     raw = bytes(inner.data)
@@ -149,7 +162,7 @@ def test_damage_in_a_frame_is_noticed_by_any_reader() -> None:
 
 def test_an_empty_archive_is_a_seek_table_only() -> None:
     raw, _ = compressed([])
-    assert parse_seek_table(raw) == []
+    assert list(parse_seek_table(raw)) == []
     assert decompressed(raw) == b""
 
 
@@ -165,7 +178,7 @@ def test_extents_in_the_making_are_bounded_and_no_fewer_where_headers_are_cut(
     compress_frame = ZstdOutput._compress
 
     def slow(
-        output: ZstdOutput, parts: Sequence[bytes | bytearray | compress.Compressed]
+        output: ZstdOutput, parts: Sequence[bytearray | memoryview | compress.Compressed]
     ) -> list[compress.Compressed]:
         assert go.wait(LIMIT_S)
         return compress_frame(output, parts)
