@@ -17,7 +17,7 @@ WINDOW_S = 1.0
 # Below this part of the bound there is room for more; between it and the bound all stays as it is.
 _ROOM = 0.6
 # How much less at once: in proportion to what the bound is exceeded by, within these.
-_LEAST_CUT, _MOST_CUT = 0.8, 0.25
+_LEAST_CUT, _MOST_CUT = 0.5, 0.25
 _DOUBLE, _STEP = 2.0, 1.25
 # Below the rate that was too much, until that is tried again.
 _KEPT_BELOW = 0.9
@@ -84,6 +84,9 @@ class LatencyControl:
     def _slow_down(self, seen: Felt) -> None:
         measured = self._moved / max(self._window_s, 1e-3)
         used = float(self._rate or max(measured, self._floor))
+        if measured < _USED * used:
+            # The limit is none, and a little less of it neither.
+            used = max(measured, float(self._floor))
         if self._limit:
             used = min(used, float(max(self._limit, 1)))
         if used <= self._floor:

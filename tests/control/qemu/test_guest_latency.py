@@ -180,7 +180,7 @@ class Liar(Qmp):
 
     def execute(self, command: Command) -> Any:
         if command.name == "query-blockstats":
-            return [{"qdev": "disk0", "stats": self.stats}]
+            return [] if self.stats is None else [{"qdev": "disk0", "stats": self.stats}]
         return [] if command.name == "query-iothreads" else {}
 
 
@@ -234,4 +234,24 @@ def test_numbers_that_go_back_and_a_device_that_is_another_one_are_no_slow_reque
         assert latency.take().is_broken == (bins is many)
     qemu.stats = {}
     assert latency.take() == NOTHING_FELT
+    assert notices == []
+
+
+def test_a_device_that_is_unplugged_is_forgotten_and_one_in_its_place_is_measured() -> None:
+    notices: list[str] = []
+    qemu = Liar({})
+    latency = GuestLatency(qemu, 0.02, 0.25, notices)
+    assert latency.begin()
+    slow = [0] * BINS
+    slow[-1] = 5
+    for stats, is_broken in (
+        (histogram(slow), True),
+        (None, False),  # unplugged
+        (None, False),
+        ({}, False),  # another one, of the same name: its histogram is set
+        (histogram([0] * BINS), False),
+        (histogram(slow), True),
+    ):
+        qemu.stats = stats
+        assert latency.take().is_broken == is_broken
     assert notices == []
