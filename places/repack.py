@@ -150,22 +150,11 @@ def repack(
         Writing(destination.store, cancel) as writing,
     ):
         writing.begin(header, raw_header)
-        ordering = Ordering(header.devices, spool.keep, spool.recall)
-
-        def ready() -> Iterator[DiskRun]:
-            for found in source.extents():
-                for run, at in runs_of(found):
-                    if run.dev_id in left:
-                        yield from ordering.add(run, at)
-                tell(found.extent.offset + found.extent.total_bytes)
-            yield from ordering.finish()
-
-        for run in zeroes_together(ready()):
+        for run in ordered_runs(source, header, spool, tell):
             cancel.check()
             _pack(packer, left, run, writing)
         for extent in packer.flush():
             writing.put(extent)
-        source.check_unchanged()
         writing.finish()
         return Repacked(
             header,
@@ -174,6 +163,29 @@ def repack(
             spool.kept_bytes,
             source.incrementals,
         )
+
+
+def ordered_runs(
+    source: SoundArchive, header: Header, spool: Spool, tell: Tell
+) -> Iterator[DiskRun]:
+    """Yield the clusters of the devices in `header`, disk after disk, each in its order.
+
+    Raises ArchiveError, InputError for what is wrong with the source, also if it has changed meanwhile; Failure, Cancelled.
+    """
+    ordering = Ordering(header.devices, spool.keep, spool.recall)
+    wanted = {device.dev_id for device in header.devices}
+
+    def ready() -> Iterator[DiskRun]:
+        for found in source.extents():
+            for run, at in runs_of(found):
+                if run.dev_id in wanted:
+                    yield from ordering.add(run, at)
+            tell(found.extent.offset + found.extent.total_bytes)
+        yield from ordering.finish()
+        # What was kept was read again.
+        source.check_unchanged()
+
+    return zeroes_together(ready())
 
 
 def _pack(

@@ -21,7 +21,8 @@ from vmapipe.clusters.sizes import CLUSTER_BYTES, MAX_DEVICE_BYTES
 from vmapipe.control.coordinator.remote_archiver import conduct
 from vmapipe.places.ordering import DiskRun, normal, zeroes_together
 from vmapipe.places.reading import SoundArchive
-from vmapipe.places.repack import Tell, runs_of
+from vmapipe.places.repack import Changes, Tell, changed_header, ordered_runs, runs_of
+from vmapipe.places.spool import Spool
 from vmapipe.producer.connection import ArchiverConnection
 from vmapipe.producer.runs import Run, largest_frame_bytes, piece_bytes
 from vmapipe.producer.session import Session
@@ -35,7 +36,7 @@ from vmapipe.runtime.event_types import StoredEvent
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import ClientKeys, read_client_keys
 from vmapipe.runtime.rate_limit import RateLimiter
-from vmapipe.vma.header import Header
+from vmapipe.vma.header import Header, encode_header
 
 # Runs that are read ahead, of at most an extent's data each: reader and network both work.
 _AHEAD_RUNS = 8
@@ -79,10 +80,7 @@ class Contents(NamedTuple):
 def contents_of(source: SoundArchive) -> Contents:
     """Return all that an archive holds, in its own order."""
     header = source.archive.header
-    sizes = {
-        device.dev_id: MAX_DEVICE_BYTES if device.is_vmstate else device.size_bytes
-        for device in header.devices
-    }
+    sizes = _sizes(header)
 
     def runs(tell: Tell) -> Iterator[DiskRun]:
         for found in source.extents():
@@ -91,6 +89,31 @@ def contents_of(source: SoundArchive) -> Contents:
                 yield normal(_on_its_own(run, found), sizes[run.dev_id])
 
     return Contents(header, lambda tell: zeroes_together(runs(tell)))
+
+
+@contextlib.contextmanager
+def repacked_contents(
+    source: SoundArchive, changes: Changes, spool_folder: str, spool_bytes: int, cancel: Cancel
+) -> Iterator[Contents]:
+    """Yield what becomes of an archive's contents, disk after disk. Raises UsageError, LimitError."""
+    header = changed_header(source.archive.header, changes)
+    encode_header(header)  # what no archive can hold is told before the service hears of it
+    sizes = _sizes(header)
+    with Spool(source.source, spool_folder, spool_bytes, cancel) as spool:
+
+        def runs(tell: Tell) -> Iterator[DiskRun]:
+            for run in ordered_runs(source, header, spool, tell):
+                yield normal(run, sizes[run.dev_id])
+
+        yield Contents(header, runs, changes.stable)
+
+
+def _sizes(header: Header) -> dict[int, int]:
+    """How long each device is; of a machine's memory that is not known."""
+    return {
+        device.dev_id: MAX_DEVICE_BYTES if device.is_vmstate else device.size_bytes
+        for device in header.devices
+    }
 
 
 def _on_its_own(run: DiskRun, found: FoundExtent) -> DiskRun:

@@ -281,6 +281,12 @@ def add_service_link_options(parser: argparse.ArgumentParser) -> None:
     add_connect_option(group)
 
 
+def check_no_service_options(options: argparse.Namespace) -> None:
+    """Raises UsageError for what would count for a service only."""
+    if options.keys or options.insecure_plain_tcp:
+        raise UsageError("--keys and --insecure-plain-tcp are for a service: tcp://HOST:PORT")
+
+
 def add_plain_tcp_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--insecure-plain-tcp",

@@ -49,6 +49,7 @@ from vmapipe.places.repack import Writing, as_packed
 from vmapipe.runtime.arguments import (
     add_service_link_options,
     age_s,
+    check_no_service_options,
     check_readable,
     is_service,
     make_parser,
@@ -197,8 +198,7 @@ def _taker(options: argparse.Namespace) -> Iterator[Callable[[Emit, Cancel], _Ta
         link = service_link(options, options.target)
         yield lambda emit, cancel: ServiceCopy(options, link, emit, cancel)
         return
-    if options.keys or options.insecure_plain_tcp:
-        raise UsageError("--keys and --insecure-plain-tcp are for a service: tcp://HOST:PORT")
+    check_no_service_options(options)
     if not is_place(options.target):
         raise UsageError(
             f"{options.target} is neither a folder nor s3://BUCKET/PREFIX nor a service (tcp://HOST:PORT)"
@@ -382,10 +382,10 @@ class _Copy:
         return {each: beside[each] for each in beside if each not in told}
 
     def _tell(self, total_bytes: int) -> Callable[[int], None]:
-        return _paced(read_progress(self._emit, total_bytes), self._options.speed, self._cancel)
+        return paced(read_progress(self._emit, total_bytes), self._options.speed, self._cancel)
 
 
-def _paced(tell: Callable[[int], None], speed: int, cancel: Cancel) -> Callable[[int], None]:
+def paced(tell: Callable[[int], None], speed: int, cancel: Cancel) -> Callable[[int], None]:
     """Return what is told how many bytes are there, passes it on, and waits where `speed` bytes a second are exceeded."""
     limiter = RateLimiter(speed, time.monotonic())
     before = 0

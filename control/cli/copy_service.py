@@ -7,14 +7,22 @@ import argparse
 
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
 from vmapipe.control.cli.copy import compression_of, new_name
-from vmapipe.control.cli.errors import named
+from vmapipe.control.cli.errors import named, source_name
 from vmapipe.control.cli.inspect import read_options
 from vmapipe.control.coordinator.remote_archiver import RefusedJob
 from vmapipe.control.coordinator.render import read_progress
 from vmapipe.places.archives import KeptArchive
 from vmapipe.places.place import KeptPlace
 from vmapipe.places.reading import SoundArchive
-from vmapipe.places.sending import ArchiveRequest, ServiceLink, contents_of, send_archive
+from vmapipe.places.repack import Changes
+from vmapipe.places.sending import (
+    ArchiveRequest,
+    ServiceLink,
+    contents_of,
+    repacked_contents,
+    send_archive,
+)
+from vmapipe.protocol.service import archive_name_fault
 from vmapipe.restore.archive.source import Source
 from vmapipe.runtime.arguments import check_endpoint
 from vmapipe.runtime.cancel import Cancel
@@ -112,3 +120,41 @@ class ServiceCopy:
 def stored_text(path: str, stored: StoredEvent, *, was_checked: bool) -> str:
     text = f"sent {one_line(path)}: stored as {one_line(stored['archive'])}, {human_bytes(stored['stored_bytes'])}"
     return text if was_checked else f"{text}; it has no manifest, so nothing says that it is whole"
+
+
+def parse_archive(word: str) -> tuple[str, str]:
+    """Split tcp://HOST:PORT/NAME into the service and the archive's name there. Raises UsageError."""
+    scheme, _, rest = word.partition("://")
+    at, _, name = rest.rpartition("/") if scheme == "ipc" else rest.partition("/")
+    fault = archive_name_fault(name)
+    if fault:
+        raise UsageError(
+            f"{word}: behind the service's address goes the archive's name there, as in {scheme}://{at}/vm.vma: {fault}"
+        )
+    return f"{scheme}://{at}", name
+
+
+def repack_into_service(
+    options: argparse.Namespace, changes: Changes, emit: Emit, cancel: Cancel
+) -> None:
+    """Send what becomes of an archive to the service that the output names. Raises Damaged, Failure, Cancelled."""
+    for option in ("manifest", "no_manifest", "reproducible"):
+        if getattr(options, option):
+            raise UsageError(
+                f"--{option.replace('_', '-')}: a service stores by its own rules, in the order in which it is sent to"
+            )
+    endpoint, name = parse_archive(options.output)
+    link = service_link(options, endpoint)
+    path = source_name(options.archive)
+    try:
+        with SoundArchive(options.archive, cancel, read_options(options)) as sound:
+            check_may_leave(path, sound.source, options)
+            tell = read_progress(emit, getattr(sound.source, "size_bytes", 0))
+            spool = (options.spool, options.spool_size)
+            with repacked_contents(sound, changes, *spool, cancel) as contents:
+                request = ArchiveRequest(name, options.compress or "")
+                stored = send_archive(contents, request, link, tell, emit, cancel)
+            was_checked = sound.manifest is not None
+    except ArchiveError as error:
+        raise Damaged(named(options.archive, error)) from error
+    emit({"event": "notice", "text": stored_text(path, stored, was_checked=was_checked)})

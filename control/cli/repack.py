@@ -21,6 +21,7 @@ from vmapipe.archiver.outputs.manifests import (
 )
 from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.archiver.outputs.open import is_stream, open_output
+from vmapipe.control.cli.copy import paced
 from vmapipe.control.cli.errors import named, source_name
 from vmapipe.control.cli.identity import (
     add_decrypt_option,
@@ -34,7 +35,13 @@ from vmapipe.places.manifest import make_manifest
 from vmapipe.places.reading import SoundArchive
 from vmapipe.places.repack import Changes, Destination, parse_renames, repack
 from vmapipe.places.spool import SPOOL_BYTES
-from vmapipe.runtime.arguments import make_parser, spool_size
+from vmapipe.runtime.arguments import (
+    add_service_link_options,
+    check_no_service_options,
+    is_service,
+    make_parser,
+    spool_size,
+)
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Damaged, UsageError
 from vmapipe.runtime.events import Emit
@@ -60,6 +67,7 @@ examples:
   ssh pve zstdcat /dump/vm.vma.zst | vmapipe repack --stable - "exec:restic -q backup --stdin"
   vmapipe repack vm.vma small.vma --drop drive-scsi1 --rename drive-scsi0=drive-virtio0
   vmapipe repack vm.vma new.vma --config qemu-server.conf=changed.conf
+  vmapipe repack vm.vma.gz tcp://backup:7777/vm-2026-01-31.vma --keys /etc/vmapipe/keys
 
 exit codes: 0 stored, 1 failed, 2 wrong use, 4 the archive is damaged
 """
@@ -114,13 +122,15 @@ def main(argv: Sequence[str], prog: str) -> int:
         metavar="SIZE",
         help="the most that may wait there (at most 64G; default: 16G)",
     )
+    add_service_link_options(parser)
     add_read_options(parser)
     add_report_options(parser)
     parser.add_argument("archive", metavar="SRC", help=ARCHIVE_HELP)
     parser.add_argument(
         "output",
         metavar="DST",
-        help="a new file, - (stdout), a FIFO or device, exec:COMMAND, fd:N or s3://BUCKET/KEY",
+        help="a new file, - (stdout), a FIFO or device, exec:COMMAND, fd:N, s3://BUCKET/KEY, or an archive of a "
+        "service: tcp://HOST:PORT/NAME",
     )
     options = parser.parse_args(argv)
     return run(prog, lambda: _repack(options))
@@ -154,6 +164,14 @@ def _repack(options: argparse.Namespace) -> None:
         uuid=options.uuid or b"",
     )
     options.digests, options.manifest_events = False, False
+    if is_service(options.output):
+        # Late: it loads what sends.
+        from vmapipe.control.cli.copy_service import repack_into_service
+
+        with renderer("repack", options, sys.stdout) as emit:
+            repack_into_service(options, changes, emit, cancel)
+        return
+    check_no_service_options(options)
     stream = sys.stderr if goes_to_stdout(options.output) else sys.stdout
     with renderer("repack", options, stream) as emit:
 
@@ -165,7 +183,8 @@ def _repack(options: argparse.Namespace) -> None:
         try:
             with SoundArchive(options.archive, cancel, read_options(options)) as source:
                 check_stays_encrypted(source_name(options.archive), source.source, options)
-                done = repack(source, changes, destination, _progress(emit, source), cancel)
+                tell = paced(_progress(emit, source), options.speed, cancel)
+                done = repack(source, changes, destination, tell, cancel)
         except ArchiveError as error:
             raise Damaged(named(options.archive, error)) from error
         waited = (

@@ -125,6 +125,52 @@ def test_what_a_service_stores_is_the_archive_whatever_its_order_and_compression
     assert not (service.folder / "vm-1980-01-01.vma").exists()
 
 
+def test_repacked_into_a_service_an_archive_is_changed_on_the_way(
+    service: Served, tmp_path: Path
+) -> None:
+    raw = shuffled(8)
+    path = keep(tmp_path, "vm.vma", raw, vouched=raw)
+    renamed = tmp_path / "c"
+    renamed.write_bytes(b"name: other\n")
+    words: tuple[str | Path, ...] = (
+        "--drop",
+        "vmstate",
+        "--rename",
+        "efidisk=efidisk0",
+        "--config",
+    )
+    at = f"{service.endpoint}/repacked.vma.zst"
+    told = good(
+        *(
+            "repack",
+            *words,
+            f"qemu-server.conf={renamed}",
+            "--compress",
+            "zstd:1",
+            "--speed",
+            "500M",
+        ),
+        *(*service.link, path, at),
+    )
+    assert f"stored as {at}" in told.decode()
+    stored = service.folder / "repacked.vma.zst"
+    good("verify", "--require-manifest", stored)
+    assert good("config", stored) == b"name: other\n"
+    good("restore", "--quiet", stored, tmp_path / "restored")
+    disks = {each.name: each.read_bytes() for each in (tmp_path / "restored").glob("disk-*")}
+    new_names = {"efidisk": "efidisk0"}
+    assert disks == {
+        f"disk-{new_names.get(name, name)}.raw": data
+        for name, data in DISKS.items()
+        if name != "vmstate"
+    }
+    bare = bad("repack", *service.link, path, service.endpoint, code=2)
+    assert "goes the archive's name there" in bare
+    told = bad("repack", "--reproducible", *service.link, path, at, code=2).encode()
+    assert b"a service stores by its own rules" in told
+    assert "are for a service" in bad("repack", *service.link, path, tmp_path / "x", code=2)
+
+
 def test_of_a_source_that_is_damaged_or_changes_nothing_is_stored(
     service: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
