@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from vmapipe.access.drill.result import MAX_RESULT_BYTES, DrillResult, decode_result
-from vmapipe.archiver.base.choice import ARCHIVE_ENDING, When, read_name
+from vmapipe.archiver.base.choice import ARCHIVE_ENDING, ENDINGS, When, read_name
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
 from vmapipe.archiver.outputs.manifests import SIGNATURE_SUFFIX
 from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
@@ -29,10 +30,13 @@ NOTES_SUFFIX = ".notes"
 _THREADS = 8
 
 
-def companions(archive: str) -> list[str]:
-    """The files that belong to an archive, there or not; its manifest first."""
+def companions(archive: str, *, has_log: bool = True) -> list[str]:
+    """The files that belong to an archive, there or not; its manifest first.
+
+    `has_log`: no other archive is called the same but for its ending, and has the same log.
+    """
     stem = ARCHIVE_ENDING.sub("", archive)
-    logs = [f"{stem}.log"] if stem != archive else []
+    logs = [f"{stem}.log"] if stem != archive and has_log else []
     return [
         archive + MANIFEST_SUFFIX,
         archive + MANIFEST_SUFFIX + SIGNATURE_SUFFIX,
@@ -55,6 +59,14 @@ def companions_anew(archive: KeptArchive, new_name: str) -> dict[str, str]:
     log = ARCHIVE_ENDING.sub("", archive.name) + ".log"
     new[log] = ARCHIVE_ENDING.sub("", new_name) + ".log"
     return {name: new[name] for name in new if name in archive.beside}
+
+
+def has_log_of_its_own(place: KeptPlace, archive: str) -> bool:
+    """Return whether there is a log, and no other archive of the place has the same. Raises Failure."""
+    stem = ARCHIVE_ENDING.sub("", archive)
+    return place.has(f"{stem}.log") and not any(
+        each != archive and place.has(each) for each in (stem + ending for ending in ENDINGS)
+    )
 
 
 class KeptArchive(NamedTuple):
@@ -94,13 +106,16 @@ def find_archives(place: KeptPlace) -> list[KeptArchive]:
     One listing, whatever is there: 10,000 archives are ten pages of a store.
     """
     files = {found.name: found for found in place.names()}
+    # vm.vma and vm.vma.zst have the same log: it belongs to neither until one of them is gone.
+    stems = Counter(ARCHIVE_ENDING.sub("", name) for name in files if ARCHIVE_ENDING.search(name))
     archives = []
     for name, file in files.items():
         if not ARCHIVE_ENDING.search(name):
             continue
         parsed = read_name(name)
         machine = parsed.machine if parsed else ARCHIVE_ENDING.sub("", name)
-        there = [*companions(name), name + PROTECTED_SUFFIX]
+        shared = stems[ARCHIVE_ENDING.sub("", name)] > 1
+        there = [*companions(name, has_log=not shared), name + PROTECTED_SUFFIX]
         beside = frozenset(each for each in there if each in files)
         archives.append(KeptArchive(file, machine, parsed.when if parsed else None, beside))
     return sorted(archives, key=lambda each: (each.machine, each.made_s, each.name))

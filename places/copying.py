@@ -26,7 +26,7 @@ from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Damaged, Failure, os_error_text
 from vmapipe.runtime.immutable import SUFFIX as LOCK_SUFFIX
-from vmapipe.runtime.objectstore import ObjectLock
+from vmapipe.runtime.objectstore import ObjectLock, StoredObject
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.manifest import Totals
 
@@ -128,6 +128,11 @@ def copy_archive(
 
     Raises Damaged where it is not what its manifest says, Failure, Cancelled.
     """
+    if not archive.has_manifest and source.has(archive.name + MANIFEST_SUFFIX):
+        raise Failure(
+            f"{source.full_name(archive.name + MANIFEST_SUFFIX)} is a link or no file, or has come just now; what stands "
+            "beside an archive is copied as a file, and without it nothing would be compared: put the file in its place"
+        )
     expected = expected_of(source, archive, cancel)
     if expected is not None and expected.size_bytes != archive.file.size_bytes:
         raise Damaged(
@@ -149,8 +154,10 @@ def copy_archive(
         output.commit()
     except BaseException:
         output.abandon()
-        for other in beside:
-            _take_back(other)
+        # Where another copy of it was quicker, what belongs to ours belongs to that one.
+        if not _is_kept(target, archive):
+            for other in beside:
+                _take_back(other)
         raise
     if isinstance(target, ArchiveFolder):
         # `prune` holds the time of storing against the name's where a service stores.
@@ -158,6 +165,18 @@ def copy_archive(
         with contextlib.suppress(OSError):
             os.utime(archive.name, (changed_s, changed_s), dir_fd=target.folder.fd)
     return Copied(found, output.kept_bytes, is_checked=expected is not None)
+
+
+def _is_kept(target: KeptPlace, archive: KeptArchive) -> bool:
+    """Return whether an archive of this name and length is there. Raises nothing."""
+    with contextlib.suppress(Failure, OSError):
+        if isinstance(target, ArchiveFolder):
+            status = target.folder.status(archive.name)
+            return status is not None and status.st_size == archive.file.size_bytes
+        with contextlib.closing(StoredObject(target.full_name(archive.name))) as store:
+            found = store.head()
+            return found is not None and found.size_bytes == archive.file.size_bytes
+    return False
 
 
 def _order(archive: KeptArchive) -> list[str]:

@@ -7,7 +7,7 @@ import stat
 import time
 
 from vmapipe.access.drill.result import EVIDENCE_SUFFIX, remove_evidence
-from vmapipe.places.archives import PROTECTED_SUFFIX, companions
+from vmapipe.places.archives import PROTECTED_SUFFIX, companions, has_log_of_its_own
 from vmapipe.places.listing import lock_text
 from vmapipe.places.place import ArchiveFolder, KeptPlace
 from vmapipe.runtime.errors import Failure, os_error_text
@@ -29,7 +29,7 @@ def remove(place: KeptPlace, archive: str) -> None:
         _check_is_file(place.folder, archive, path)
     place.remove(archive)
     left = []
-    for name in companions(archive):
+    for name in companions(archive, has_log=has_log_of_its_own(place, archive)):
         try:
             place.remove(name)
         except Failure as failure:

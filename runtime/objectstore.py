@@ -115,6 +115,9 @@ CONNECT_S, READ_S = 10, 120
 ATTEMPTS = 6
 # A listing comes in pages of a thousand; an upload has at most ten thousand parts.
 _MAX_PAGES = 10
+# Of a listing, of a thousand objects each: two hundred thousand archives with all that may belong to them. A store
+# could go on for ever, and each page is remembered.
+_MAX_LISTED_PAGES = 2000
 # What marks an object as ours, so that an answer that was lost can be asked for again.
 _MARK = "vmapipe-upload"
 Result = TypeVar("Result")
@@ -403,7 +406,7 @@ class StoredFolder:
     def objects(self) -> Iterator[ListedObject]:
         """Yield all of them, a page of a thousand after the other, in the order of their names."""
         ask: dict[str, Any] = {"Prefix": self._prefix, "Delimiter": "/"}
-        while True:
+        for _ in range(_MAX_LISTED_PAGES):
             found = self._any._ask("list", self._any._client.list_objects_v2, key="", **ask)
             for item in found.get("Contents", ()):
                 key = str(item.get("Key", ""))
@@ -418,6 +421,10 @@ class StoredFolder:
             if not found.get("IsTruncated") or not token or token == ask.get("ContinuationToken"):
                 return
             ask["ContinuationToken"] = token
+        raise StoreError(
+            f"cannot list {self.name}: the list has more than {_MAX_LISTED_PAGES} pages; keep archives below a "
+            "prefix of their own"
+        )
 
     def object(self, name: str) -> StoredObject:
         """One of them. It is closed with this folder, and not by itself."""

@@ -23,6 +23,8 @@ When = tuple[int, int, int, int, int, int]
 
 #: How an archive's name ends: `search` it.
 ARCHIVE_ENDING = re.compile(r"\.vma(?:\.(?:zst|gz|lzo))?(?:\.age)?\Z")
+#: All of them.
+ENDINGS = tuple(f".vma{zst}{age}" for zst in ("", ".zst", ".gz", ".lzo") for age in ("", ".age"))
 # vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma, db_20260131T020000.vma.gz
 _NAME = re.compile(
     r"(?P<group>.+)[-_.]"

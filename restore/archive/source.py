@@ -434,6 +434,11 @@ def _stream(
 
             source = DecryptedInput(source, name, options.identities)
             start = source.peek_start(MAGIC_BYTES)
+            if is_encrypted(start):
+                raise InputError(
+                    f"{name} is an age file inside an age file: decrypt it once, as by `age -d -i KEY`, and read what "
+                    "comes of that"
+                )
         raw, compression = decompressed(name, source, start, halts, options)
     except BaseException:
         if source is not None:

@@ -381,6 +381,19 @@ def test_a_header_that_was_changed_is_told(made: Encrypted, tmp_path: Path) -> N
     assert told.count(archive.name) == 1, told
 
 
+def test_an_age_file_inside_an_age_file_is_told(
+    made: Encrypted, tmp_path: Path, need: Need
+) -> None:
+    need("age")
+    twice = tmp_path / "vm.vma.age"
+    recipient = X25519Identity(bytes([1]) * 32).recipient.text
+    subprocess.run(["age", "-r", recipient, "-o", twice, made.plain], check=True)
+    for words in (("verify",), ("list",), ("restore", "--quiet")):
+        more = (tmp_path / "out",) if words[0] == "restore" else ()
+        told = bad(*words, "--identity", made.age_key, twice, *more)
+        assert "an age file inside an age file: decrypt it once" in told
+
+
 def test_no_secret_stands_on_a_command_line_and_no_core_is_dumped(
     made: Encrypted, tmp_path: Path
 ) -> None:

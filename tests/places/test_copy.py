@@ -20,6 +20,7 @@ from tests.conftest import CopyHere
 from tests.machine import bad, good, run
 from vmapipe.control.cli import copy as command
 from vmapipe.crypt.keys import X25519Identity, encode_bech32
+from vmapipe.places import copying
 from vmapipe.places.archives import find_archives
 from vmapipe.places.copying import copy_archive
 from vmapipe.places.place import ArchiveFolder
@@ -339,7 +340,8 @@ def test_a_source_that_changes_is_refused_without_a_manifest_too(
 
 def test_each_mistake_is_told_in_one_line(source: Path, out: Path) -> None:
     assert "nobody reads archives from one" in bad("copy", "tcp://h:1", out, code=2)
-    assert "here name a file" in bad("repack", source / NAME, "ipc:///run/s/vm.vma", code=2)
+    assert "here name a file" in bad("backup", "--disk", source / NAME, "tcp://h:1/vm.vma", code=2)
+    assert "the archive's name there" in bad("repack", source / NAME, "tcp://h:1", code=2)
     assert "neither a folder" in bad("copy", source, source / "no", code=2)
     assert "no archive of that name" in bad("copy", source / "no.vma", out)
 
@@ -369,3 +371,42 @@ def test_what_is_encrypted_on_the_way_tells_nothing_beside_it_and_is_opened_only
     os.unlink(source / NAME)
     good("copy", "--identity", key, "--decrypt", out, source)
     assert (source / NAME).read_bytes()[:4] == RAW[:4]
+
+
+def test_of_two_copies_at_the_same_time_the_quicker_one_keeps_its_manifest(
+    source: Path, out: Path, cancel: Cancel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slower one has put its own manifest there, and takes it back only where no archive would be without it."""
+    expected_of, quicker = copying.expected_of, [True]
+
+    def at_the_end(place: ArchiveFolder, *rest: Any) -> Any:
+        if place.name == str(out) and quicker:
+            quicker.clear()
+            (out / NAME).write_bytes(RAW)  # as the other copy has made it
+        return expected_of(place, *rest)
+
+    monkeypatch.setattr(copying, "expected_of", at_the_end)
+    with pytest.raises(Failure, match="exists"):
+        copied(source, out, cancel)
+    assert held(out)[NAME] == RAW
+    assert held(out)[f"{NAME}.manifest.json"] == manifest(RAW)
+
+
+def test_a_manifest_that_is_a_link_is_not_left_out(source: Path, out: Path) -> None:
+    elsewhere = source.parent / "elsewhere.json"
+    (source / f"{NAME}.manifest.json").rename(elsewhere)
+    (source / f"{NAME}.manifest.json").symlink_to(elsewhere)
+    assert "is a link or no file" in bad_line(run("copy", source, out).stderr.decode())
+    assert held(out) == {}
+
+
+def test_a_log_of_two_archives_goes_with_the_last_of_them(source: Path, out: Path) -> None:
+    keep(source, f"{NAME}.zst")
+    for mark in source.glob("*.protected"):
+        mark.unlink()
+    (source / "vm-2026-01-01.log").write_bytes(b"of both")
+    good("copy", "--move", source / NAME, out)
+    assert (source / "vm-2026-01-01.log").read_bytes() == b"of both"
+    assert not (out / "vm-2026-01-01.log").exists()
+    good("copy", "--move", source / f"{NAME}.zst", out)
+    assert not (source / "vm-2026-01-01.log").exists()

@@ -96,6 +96,16 @@ def test_ten_thousand_archives_come_in_pages() -> None:
     assert sum(each.file.size_bytes for each in found) == sum(range(10_000))
 
 
+@pytest.mark.usefixtures("pages")
+def test_a_listing_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmapipe.runtime.objectstore._MAX_LISTED_PAGES", 7)
+    with (
+        contextlib.closing(ArchiveBucket("s3://backups/vms")) as place,
+        pytest.raises(Failure, match="more than 7 pages"),
+    ):
+        find_archives(place)
+
+
 _TIME = "<LastModified>2026-01-02T00:00:00.000Z</LastModified>"
 
 
