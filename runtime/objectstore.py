@@ -107,16 +107,14 @@ def refusal(what: str, reason: Mapping[str, Any], times: int) -> StoreError:
 
 
 ALLOW_HTTP = "AWS_ALLOW_HTTP"
-# A healthy store answers within a second; one that completes an upload of
-# thousands of parts may take a minute.
+# A healthy store answers within a second; an upload of thousands of parts may take a minute to complete.
 CONNECT_S, READ_S = 10, 120
 # With waits of 1, 2, 4, 8 and 16 s at most between them: a store that restarts is survived, one
 # that is down is told within a minute. AWS_MAX_ATTEMPTS and ~/.aws/config have another number.
 ATTEMPTS = 6
-# A listing comes in pages of a thousand; an upload has at most ten thousand parts.
+# Of an upload's parts, of which there are at most ten thousand; a page has a thousand.
 _MAX_PAGES = 10
-# Of a listing, of a thousand objects each: two hundred thousand archives with all that may belong to them. A store
-# could go on for ever, and each page is remembered.
+# Of a listing: archives by the hundred thousand. A store could go on for ever.
 _MAX_LISTED_PAGES = 2000
 # What marks an object as ours, so that an answer that was lost can be asked for again.
 _MARK = "vmapipe-upload"
@@ -161,8 +159,7 @@ def _locked_until_s(found: Mapping[str, Any]) -> float:
 class StoredObject:
     """Requests about one object, each tried several times. They block; any thread may make them.
 
-    All raise StoreError with the object's name. `connections`: how many
-    requests at the same time.
+    All raise StoreError with the object's name. `connections`: how many requests at the same time.
     """
 
     def __init__(
@@ -410,8 +407,7 @@ class StoredFolder:
             found = self._any._ask("list", self._any._client.list_objects_v2, key="", **ask)
             for item in found.get("Contents", ()):
                 key = str(item.get("Key", ""))
-                # What was not asked for has no name here.
-                name = key[len(self._prefix) :] if key.startswith(self._prefix) else ""
+                name = key.removeprefix(self._prefix) if key.startswith(self._prefix) else ""
                 if "LastModified" not in item or item.get("Size", -1) < 0:
                     raise StoreError(f"cannot list {self.name}: no size, or no time, of {name!r}")
                 if name and "/" not in name:
@@ -421,10 +417,8 @@ class StoredFolder:
             if not found.get("IsTruncated") or not token or token == ask.get("ContinuationToken"):
                 return
             ask["ContinuationToken"] = token
-        raise StoreError(
-            f"cannot list {self.name}: the list has more than {_MAX_LISTED_PAGES} pages; keep archives below a "
-            "prefix of their own"
-        )
+        text = f"the list has more than {_MAX_LISTED_PAGES} pages; keep archives below a prefix of their own"
+        raise StoreError(f"cannot list {self.name}: {text}")
 
     def object(self, name: str) -> StoredObject:
         """One of them. It is closed with this folder, and not by itself."""
@@ -460,12 +454,12 @@ def _client(name: str, connections: int) -> Any:
         }
         if session.get_config_variable("max_attempts") is None:
             options["retries"] = {"mode": "standard", "total_max_attempts": ATTEMPTS}
-        region = (
-            os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
-        )
+        region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
 
         def make() -> Any:
-            return session.create_client("s3", region_name=region, config=Config(**options))
+            return session.create_client(
+                "s3", region_name=region or "us-east-1", config=Config(**options)
+            )
 
         client = make()
         endpoint = str(client.meta.endpoint_url)
@@ -500,8 +494,6 @@ def _reason(error: BaseException) -> str:
     from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return (
-            "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or write "
-            "~/.aws/credentials"
-        )
+        names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return f"no credentials were found; set {names}, or write ~/.aws/credentials"
     return " ".join(str(error)[:MAX_WORDS].split()) or type(error).__name__
