@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from vmapipe.control.coordinator.shares import Shares
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.latency import Felt, together, worst
 
@@ -24,6 +23,33 @@ _TELL_S = 1.0
 QUICK_S = 0.25
 # At the floor, and still above the bound for so long: then it is not for the backup to mend.
 _HELPLESS_S = 10.0
+
+
+class Shares:
+    """A speed limit of several disks: equal parts for all that are not done; 0 is no limit. Pure.
+
+    `in_turn`: the disks are read one after the other, and each has all of it.
+    """
+
+    def __init__(self, bytes_per_s: int, disks: Sequence[str], *, in_turn: bool = False) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._active = dict.fromkeys(disks)
+        self._in_turn = in_turn
+
+    @property
+    def share(self) -> int:
+        """The share of each disk that is not done, rounded up: 1 byte a second of two disks is not 0."""
+        return -(-self.bytes_per_s // (1 if self._in_turn else max(1, len(self._active))))
+
+    @property
+    def active(self) -> list[str]:
+        return list(self._active)
+
+    def done(self, disk: str) -> bool:
+        """Take a disk out; tell whether the share of the others has changed."""
+        before = self.share
+        self._active.pop(disk, None)
+        return bool(self._active) and self.share != before
 
 
 class LatencyWish(NamedTuple):

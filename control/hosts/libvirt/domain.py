@@ -58,10 +58,6 @@ class DomainDisk(NamedTuple):
     is_encrypted: bool = False
 
     @property
-    def is_removable(self) -> bool:
-        return self.device in ("cdrom", "floppy")
-
-    @property
     def is_empty(self) -> bool:
         return not self.path and self.kind in ("file", "block", "volume")
 
