@@ -26,7 +26,7 @@ from vmapipe.producer.source import UNSHARED, DiskSourceError, Sharing, open_at_
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, os_error_text
 from vmapipe.runtime.image_bounds import lost
-from vmapipe.runtime.image_format import references
+from vmapipe.runtime.image_format import is_encrypted, references
 from vmapipe.runtime.storage_daemon import DaemonTooSlow, StorageDaemon, option_text
 from vmapipe.runtime.text import name_text
 
@@ -65,6 +65,7 @@ class ImageReader(PullReader):
         self._image_fd = open_at_rest(name, path, sharing) if os.path.exists(path) else -1
         try:
             if self._image_fd >= 0:
+                _refuse_encrypted(name, self._image_fd, how.image_format)
                 _refuse_truncated(name, self._image_fd, how, cancel, sharing)
             self._open(name, _checked(name, path, how), how, cancel, sharing)
         except BaseException:
@@ -165,6 +166,15 @@ class ImageReader(PullReader):
             same_device = stat.S_ISBLK(status.st_mode) and status.st_rdev == image.st_rdev
             if not (same_device or os.path.samestat(status, image)):
                 raise _OtherFileError(_refusal(self.name, name_text(os.readlink(opened))))
+
+
+def _refuse_encrypted(name: str, fd: int, image_format: str) -> None:
+    """Raises DiskSourceError."""
+    if is_encrypted(image_format, functools.partial(_read_at, fd)):
+        raise DiskSourceError(
+            f"disk {name!r}: the {image_format} image is encrypted, and no passphrase is taken here: say "
+            ",format=raw to store its file as it is, encrypted, or back up the machine while it runs"
+        )
 
 
 def _refuse_truncated(name: str, fd: int, how: HowToRead, cancel: Cancel, sharing: Sharing) -> None:

@@ -196,11 +196,11 @@ def _add_live_options(parser: argparse.ArgumentParser) -> None:
 def prepare(argv: Sequence[str]) -> None:
     """Make what a producer with these arguments needs beside this file, before it is forked.
 
-    Of the feeds disks at rest need none, and start sooner without.
+    Raw disks at rest need none of the feeds, and start sooner without.
     """
     _parser(_PROG)
     for option, feed in _FEEDS.items():
-        if any(word.startswith(option) for word in argv):
+        if any(word.startswith(option) and word != "--format=raw" for word in argv):
             importlib.import_module(feed)
 
 
@@ -208,6 +208,8 @@ _FEEDS = {
     "--guard": "vmapipe.producer.guard_feed",
     "--sink-fd": "vmapipe.producer.qemu_feed",
     "--stream-fd": "vmapipe.producer.vmstate_feed",
+    "--nbd": "vmapipe.producer.pull_feed",
+    "--format": "vmapipe.producer.image_source",
 }
 
 

@@ -132,6 +132,18 @@ def references(image_format: str, read: Read) -> list[Reference]:
     return look(read) if look else []
 
 
+def is_encrypted(image_format: str, read: Read) -> bool:
+    """Return whether the image's disk cannot be read without a passphrase or key."""
+    if image_format == "luks":
+        return True
+    # The method, 0 is none (docs/interop/qcow2.rst); version 1 has it elsewhere.
+    head = read(0, 40)
+    version = head[4:8]
+    at = {b"\0\0\0\1": 36, b"\0\0\0\2": 32, b"\0\0\0\3": 32}.get(version, len(head))
+    is_qcow = image_format in ("qcow2", "qcow") and head.startswith(b"QFI\xfb")
+    return is_qcow and any(head[at : at + 4])
+
+
 def _qcow(read: Read) -> list[Reference]:
     """Versions 1 to 3 begin alike."""
     head = read(0, 112)

@@ -124,6 +124,28 @@ def test_an_image_whose_file_was_cut_is_refused_and_one_without_its_last_zeroes_
         pass
 
 
+@pytest.mark.parametrize("image_format", ["luks", "qcow2"])
+def test_an_encrypted_image_is_refused_with_the_way_out_and_its_file_is_a_raw_disk(
+    tmp_path: Path, need: Need, image_format: str
+) -> None:
+    qemu_img, _ = need("qemu-img", "qemu-nbd")
+    image, words = tmp_path / "image", ["key-secret=s", "iter-time=10"]
+    if image_format == "qcow2":
+        words = ["encrypt.format=luks", *(f"encrypt.{word}" for word in words)]
+    secret = ["--object", "secret,id=s,data=verysecret"]
+    create = [qemu_img, "create", "-q", *secret, "-f", image_format, "-o", ",".join(words)]
+    subprocess.run([*create, str(image), "1M"], check=True, timeout=LIMIT_S)
+    with (
+        pytest.raises(
+            DiskSourceError, match=rf"^disk 'd': the {image_format} image is encrypted.*raw"
+        ),
+        opened(image, HowToRead(image_format)),
+    ):
+        pass
+    with opened(image, HowToRead("raw", offset=512)) as source:
+        assert content(source) == image.read_bytes()[512:]
+
+
 def test_a_daemon_that_dies_while_data_comes_through_shared_memory(
     disk: Path, tmp_path: Path, need: Need
 ) -> None:
