@@ -204,7 +204,7 @@ def _refuse_truncated(name: str, fd: int, how: HowToRead, cancel: Cancel, sharin
         return
     raise DiskSourceError(
         f"disk {name!r}: the image's file is truncated: it has {size_bytes} bytes, and its tables name data "
-        f"behind that; {missing.length} bytes of the disk, the first of them at offset {missing.offset}, are "
+        f"behind that; up to {missing.length} bytes of the disk, the first of them at offset {missing.offset}, are "
         "lost, and QEMU would read zeroes there without a word; fetch a whole copy, or, to keep what is left, "
         "make a new image of it with qemu-img convert and back that up"
     )
