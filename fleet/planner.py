@@ -268,29 +268,31 @@ def _tasks(
         )
         return
     stored = _believed(standings.get((name, "backup", target.name)), now_s)
-    yield _backup(backup, machine, policy, stored, now_s)
-    since_s = machine.first_seen_s or now_s
-    at = target.host or machine.host
+    at = (machine.first_seen_s or now_s, now_s)
+    yield _periodic(backup, policy, policy.every_s, policy.window, standings, at)
+    there = target.host or machine.host
     tests: Sequence[tuple[Verb, float]] = (
         ("verify", policy.verify_every_s),
         ("drill", policy.drill_every_s),
     )
     for verb, every_s in tests:
         if every_s:
-            task = FleetTask(name, verb, target.name, at, (), stored.archive)
-            yield _test(task, target, policy, every_s, standings, (since_s, now_s))
+            task = FleetTask(name, verb, target.name, there, (), stored.archive)
+            yield _unreachable(task, target) or _periodic(
+                task, policy, every_s, policy.work_window, standings, at
+            )
     for place in fleet.copies_of(target.name):
-        task = FleetTask(name, "copy", place.name, at, (), stored.archive)
-        yield _following(task, target, policy, standings, (since_s, now_s))
+        task = FleetTask(name, "copy", place.name, there, (), stored.archive)
+        yield _following(task, target, policy, standings, at)
     for place in (target, *fleet.copies_of(target.name)):
         if place.keep or policy.keep:
             newest = stored
             if place is not target:
                 newest = _believed(standings.get((name, "copy", place.name)), now_s)
             # A copy is where its source's host has put it.
-            there = place.host or (machine.host if place is target else at)
-            task = FleetTask(name, "prune", place.name, there, (), newest.archive)
-            yield _following(task, place, policy, standings, (since_s, now_s))
+            on = place.host or (machine.host if place is target else there)
+            task = FleetTask(name, "prune", place.name, on, (), newest.archive)
+            yield _following(task, place, policy, standings, at)
 
 
 def _believed(standing: Standing | None, now_s: float) -> Standing:
@@ -307,37 +309,26 @@ def _late(last: Standing, every_s: float, since_s: float, now_s: float) -> float
     return max(0.0, now_s - since_s) / every_s
 
 
-def _backup(
-    task: FleetTask, machine: FleetMachine, policy: Policy, last: Standing, now_s: float
-) -> _Candidate | Waiting:
-    windows, zone = policy.window, policy.time_zone
-    slot = latest_slot(machine.name, policy.every_s, windows, zone, now_s)
-    if last.done_s >= slot:
-        return Waiting(task, "not-due", "it was backed up when it was due", slot + policy.every_s)
-    late = _late(last, policy.every_s, machine.first_seen_s or now_s, now_s)
-    if not last.done_s:
-        late += 1  # nothing at all is worse than something old
-    return _due(task, policy, last, late, policy.every_s, (windows, now_s))
-
-
-def _test(
+def _periodic(
     task: FleetTask,
-    target: FleetTarget,
     policy: Policy,
     every_s: float,
+    windows: tuple[Window, ...],
     standings: Mapping[tuple[str, Verb, str], Standing],
     at: tuple[float, float],
 ) -> _Candidate | Waiting:
-    """A look at the newest archive, every so often. `at`: since when it could be, and now."""
+    """A backup, or a look at the newest archive, every so often. `at`: since when it could be, and now."""
     since_s, now_s = at
-    if obstacle := _unreachable(task, target):
-        return obstacle
     last = _believed(standings.get((task.machine, task.verb, task.target)), now_s)
-    windows, zone = policy.work_window, policy.time_zone
-    slot = latest_slot(f"{task.verb} {task.machine}", every_s, windows, zone, now_s)
+    is_backup = task.verb == "backup"
+    # A machine is not backed up and tested at the same time of the day.
+    about = task.machine if is_backup else f"{task.verb} {task.machine}"
+    slot = latest_slot(about, every_s, windows, policy.time_zone, now_s)
     if last.done_s >= slot:
         return Waiting(task, "not-due", "it was done when it was due", slot + every_s)
     late = _late(last, every_s, since_s, now_s)
+    if is_backup and not last.done_s:
+        late += 1  # nothing at all is worse than something old
     return _due(task, policy, last, late, every_s, (windows, now_s))
 
 

@@ -270,6 +270,8 @@ def _scan(options: argparse.Namespace) -> int:
             ]
             show_table(rows)
             _say(f"{len(found.machines)} machines on {len(fleet.hosts)} hosts")
+            for rule in fleet.unused_rules(found.machines):
+                _warn(f"[vm.{json.dumps(rule.pattern)}] of {options.file} fits none of them")
         return int(bool(found.down))
 
 
@@ -379,7 +381,7 @@ def _history(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from vmapipe.control.cli.fleet_views import show_check
+    from vmapipe.control.cli.fleet_report import show_check
 
     with _opened(options) as (fleet, catalogue):
         return show_check(fleet, catalogue, as_json=options.json)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vmapipe fleet report` and `rescan`: the catalogue as a page, and made again from the archives."""
+"""`vmapipe fleet report`, `check` and `rescan`: the catalogue against the promise, and made again from the archives."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Iterator, Mapping
 
@@ -15,6 +16,7 @@ from vmapipe.fleet.catalogue import (
     ArchiveRecord,
     Catalogue,
     DrillRecord,
+    HostRecord,
     MachineRecord,
     RunRecord,
     Standing,
@@ -23,20 +25,47 @@ from vmapipe.fleet.catalogue import (
 )
 from vmapipe.fleet.inventory import Fleet, FleetTarget
 from vmapipe.fleet.jobs import directory_of, safe_name
-from vmapipe.fleet.report.facts import Promise, ReportInput, make_report, shown_from_s
+from vmapipe.fleet.report.check import EXIT_CODES, judge, plugin_lines
+from vmapipe.fleet.report.facts import FleetReport, Promise, ReportInput, make_report, shown_from_s
 from vmapipe.fleet.rescan import PlaceRecords, read_place
 from vmapipe.fleet.scan import machine_of
 from vmapipe.places.place import open_place
 from vmapipe.runtime.errors import Failure
 
+# A failure that is older, and was followed by no other and no success, is late by then.
+_CHECK_DAYS = 31
 # Of restore tests and verifications: more than the longest interval between two that anybody promises.
 _KNOWN_S = 400 * 86400
 
 
 def report(fleet: Fleet, catalogue: Catalogue, options: argparse.Namespace) -> None:
     """Make the report of all that the catalogue knows. Raises Failure, NotSafe."""
-    zone, now = check_report_options(options), time.time()
-    from_s = shown_from_s(now, zone, options.days)
+    zone = check_report_options(options)
+    made = facts_of(fleet, catalogue, zone, options.days, options.title)
+    give_out(made, options)
+
+
+def show_check(fleet: Fleet, catalogue: Catalogue, *, as_json: bool) -> int:
+    """Print what a Nagios plugin says; return its exit code. Raises Failure."""
+    down = {h.host: h.down for h in catalogue.select(HostRecord) if h.down}
+    checked = judge(
+        facts_of(fleet, catalogue, "UTC", _CHECK_DAYS),
+        {host: why for host, why in down.items() if host in fleet.hosts},
+    )
+    if as_json:
+        whole = checked._asdict() | {"troubles": [t._asdict() for t in checked.troubles]}
+        print(json.dumps(whole))
+    else:
+        print("\n".join(plugin_lines(checked)))
+    return EXIT_CODES[checked.state]
+
+
+def facts_of(
+    fleet: Fleet, catalogue: Catalogue, zone: str, days: int, title: str = ""
+) -> FleetReport:
+    """Hold all that the catalogue knows against what is promised. Raises Failure."""
+    now = time.time()
+    from_s = shown_from_s(now, zone, days)
     machines = catalogue.select(MachineRecord)
     there = catalogue.select(ArchiveRecord, removed_s=0)
     known = {(a.machine, a.target, a.archive) for a in there}
@@ -52,16 +81,15 @@ def report(fleet: Fleet, catalogue: Catalogue, options: argparse.Namespace) -> N
         catalogue.select_since(DrillRecord, "tested_s", now - _KNOWN_S),
         catalogue.select_since(RunRecord, "ended_s", from_s, verb="backup", state="failed"),
     )
-    give_out(
-        make_report(records, _promises(fleet, machines), now, zone, options.days, options.title),
-        options,
-    )
+    return make_report(records, _promises(fleet, machines), now, zone, days, title)
 
 
 def _promises(fleet: Fleet, machines: list[MachineRecord]) -> Mapping[str, Promise]:
     policies = {record.machine: fleet.policy(machine_of(record)) for record in machines}
     return {
-        name: Promise(p.every_s, p.drill_every_s, p.verify_every_s, p.skip)
+        name: Promise(
+            p.every_s, p.drill_every_s, p.verify_every_s, p.skip, p.target in fleet.targets
+        )
         for name, p in policies.items()
     } | {"": Promise(0.0, skip="no scan knows it")}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `vmapipe fleet` shows of a catalogue: tables of running jobs, of a machine's history, a plugin's lines."""
+"""What `vmapipe fleet` shows of a catalogue: tables of running jobs and of a machine's history."""
 
 from __future__ import annotations
 
@@ -13,17 +13,13 @@ from vmapipe.fleet.catalogue import (
     ArchiveRecord,
     Catalogue,
     DrillRecord,
-    HostRecord,
     RunRecord,
     VerificationRecord,
 )
-from vmapipe.fleet.check import EXIT_CODES, judge, plugin_lines
-from vmapipe.fleet.scan import known_machines
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.text import human_bytes, one_line
 
 if TYPE_CHECKING:
-    from vmapipe.fleet.inventory import Fleet
     from vmapipe.fleet.planner import FleetPlan
 
 _CELL_CHARS = 200
@@ -108,22 +104,3 @@ def show_history(catalogue: Catalogue, machine: str, *, as_json: bool) -> None:
         when = moment(run.started_s or run.planned_s)
         rows.append((when, run.verb, run.state, seconds, run.archive, run.text))
     show_table(rows)
-
-
-def show_check(fleet: Fleet, catalogue: Catalogue, *, as_json: bool) -> int:
-    """Print what a Nagios plugin says; return its exit code. Raises Failure."""
-    down = {h.host: h.down for h in catalogue.select(HostRecord) if h.down}
-    checked = judge(
-        fleet,
-        known_machines(catalogue),
-        catalogue.standings(),
-        (catalogue.select(VerificationRecord), catalogue.select(DrillRecord)),
-        {host: why for host, why in down.items() if host in fleet.hosts},
-        time.time(),
-    )
-    if as_json:
-        whole = checked._asdict() | {"troubles": [t._asdict() for t in checked.troubles]}
-        print(json.dumps(whole))
-    else:
-        print("\n".join(plugin_lines(checked)))
-    return EXIT_CODES[checked.state]

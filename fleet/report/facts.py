@@ -22,7 +22,6 @@ from vmapipe.fleet.catalogue import (
     RunRecord,
     VerificationRecord,
 )
-from vmapipe.fleet.check import LATE, UNTESTED
 from vmapipe.fleet.windows import DAY_S
 from vmapipe.runtime.text import human_age
 
@@ -30,9 +29,23 @@ from vmapipe.runtime.text import human_age
 Cell = Literal["", "stored", "verified", "booted", "failed", "damaged"]
 Severity = Literal["ok", "warning", "critical"]
 ProblemKind = Literal[
-    "damaged", "never", "late", "not-booted", "failed", "unproved", "untested", "vanished"
+    "damaged",
+    "never",
+    "late",
+    "not-booted",
+    "no-target",
+    "failed",
+    "unproved",
+    "untested",
+    "unverified",
+    "vanished",
+    "new",
 ]
-_CRITICAL: frozenset[ProblemKind] = frozenset({"damaged", "never", "late", "not-booted"})
+_CRITICAL: frozenset[ProblemKind] = frozenset(
+    {"damaged", "never", "late", "not-booted", "no-target"}
+)
+#: An archive is late so many intervals after the last one; a machine untested, or its archives unverified, after so many.
+LATE, UNTESTED = 1.5, 2.0
 _RANK: Mapping[Severity, int] = {"critical": 0, "warning": 1, "ok": 2}
 
 
@@ -43,6 +56,7 @@ class Promise(NamedTuple):
     drill_every_s: float = 0.0
     verify_every_s: float = 0.0
     skip: str = ""
+    has_target: bool = True
 
 
 class ReportInput(NamedTuple):
@@ -65,6 +79,8 @@ class Problem:
 
     @property
     def severity(self) -> Severity:
+        if self.kind == "new":
+            return "ok"
         return "critical" if self.kind in _CRITICAL else "warning"
 
 
@@ -337,7 +353,26 @@ def _problems(
             else f"the restore test of {last.archive} came to no verdict: {last.text}",
             "look at its picture and its serial log; `vmapipe drill --help` tells how to give it a plan",
         )
+    if machine.record.vanished_s:
+        # It cannot be backed up, nor has what was stored to be tested for it.
+        yield Problem(
+            "vanished",
+            f"no scan has found it for {human_age(now_s - machine.record.vanished_s)}",
+            "if it is gone for good, `skip` in the inventory says so; its archives stay",
+        )
+        return
     yield from _backup_problems(machine, there, promise, now_s)
+    checked_s = max(
+        (machine.verified[key].checked_s for key in keys if key in machine.verified), default=0.0
+    )
+    since_s = checked_s or min(map(_instant, there), default=now_s)
+    if promise.verify_every_s and now_s - since_s > UNTESTED * promise.verify_every_s:
+        said = f"for {human_age(now_s - since_s)}" if checked_s else "ever"
+        yield Problem(
+            "unverified",
+            f"no archive was verified {said}; one every {human_age(promise.verify_every_s)} was promised",
+            f"vmapipe verify {_last(there).location or _last(there).archive}",
+        )
     if there and promise.drill_every_s:
         since_s = last.tested_s if last else min(map(_instant, there))
         if now_s - since_s > UNTESTED * promise.drill_every_s:
@@ -347,28 +382,38 @@ def _problems(
                 f"no restore test {said}; one every {human_age(promise.drill_every_s)} was promised",
                 f"vmapipe drill {_last(there).location or _last(there).archive}",
             )
-    if machine.record.vanished_s:
-        yield Problem(
-            "vanished",
-            f"no scan has found it for {human_age(now_s - machine.record.vanished_s)}",
-            "if it is gone for good, `skip` in the inventory says so; its archives stay",
-        )
 
 
 def _backup_problems(
     machine: _Machine, there: Sequence[ArchiveRecord], promise: Promise, now_s: float
 ) -> Iterable[Problem]:
-    backups = [run for run in machine.runs if run.verb == "backup"]
-    last_run = max(backups, key=lambda run: run.ended_s, default=None)
+    if not promise.has_target:
+        yield Problem(
+            "no-target", "it has no target", "target = … in fleet.toml, for it or for all"
+        )
+        return
     # A failure counts until a later backup was stored.
     stored_s = max((archive.stored_s for archive in there), default=0.0)
-    failed = last_run is not None and last_run.state == "failed" and last_run.ended_s > stored_s
-    cause = last_run.text if last_run is not None and failed else ""
+    backups = sorted(
+        (run for run in machine.runs if run.verb == "backup" and run.ended_s > stored_s),
+        key=lambda run: run.ended_s,
+    )
+    failures = [run for run in backups if run.state == "failed"]
+    failed = bool(backups) and backups[-1].state == "failed"
+    times = f"it failed {len(failures)} times, the last one: " if len(failures) > 1 else ""
+    cause = times + backups[-1].text if failed else ""
     way = (
-        "vmapipe fleet history names each try" if backups else "vmapipe doctor says what would fail"
+        "vmapipe fleet history names each try"
+        if failures
+        else "vmapipe doctor says what would fail"
     )
     if not there:
-        yield Problem("never", f"no archive of it{_because(cause)}", way)
+        known_s = now_s - machine.record.first_seen_s
+        is_new = machine.record.first_seen_s and not (failed or machine.archives)
+        if is_new and known_s <= LATE * promise.every_s:
+            yield Problem("new", f"known for {human_age(known_s)}, and not stored yet", way)
+        else:
+            yield Problem("never", f"no archive of it{_because(cause)}", way)
         return
     dated = _dated(there, now_s)
     if not dated:

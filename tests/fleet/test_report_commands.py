@@ -25,10 +25,10 @@ def due(site: Site) -> set[tuple[str, str]]:
 def test_a_lost_catalogue_is_made_again_and_what_is_gone_is_noticed(tmp_path: Path) -> None:
     site = Site(tmp_path)
     site.fleet("scan")
-    never = report(site, code=4)
-    assert {name: [p["kind"] for p in row["problems"]] for name, row in never.items()} == {
-        "db": ["never"],
-        HOSTILE: ["never"],
+    new = report(site)
+    assert {name: [p["kind"] for p in row["problems"]] for name, row in new.items()} == {
+        "db": ["new"],
+        HOSTILE: ["new"],
     }
     site.fleet("run")
     before = report(site, "--html", str(tmp_path / "r.html"))

@@ -140,9 +140,11 @@ def test_what_fails_and_a_host_that_does_not_answer_hold_nobody_up_and_are_told(
         HOSTILE: "host-down",
     }
     assert reasons["db"]["until"] > time.time()
-    checked = site.fleet("check", code=1).stdout
-    assert checked.startswith("FLEET WARNING - 3 machines, 1 failed, 1 host-down: db it failed 1")
-    assert "failed=1;;;0" in checked
+    checked = site.fleet("check", code=2).stdout
+    assert checked.startswith(
+        "FLEET CRITICAL - 3 machines, 1 never, 1 host-down: db no archive of it: "
+    )
+    assert "never=1;;;0" in checked
 
 
 def test_rounds_that_are_cancelled_doubled_killed_and_ended_leave_nothing_behind(

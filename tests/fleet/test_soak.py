@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -82,9 +84,12 @@ def disturb(site: NamespaceFleet, chance: random.Random) -> str:
 @pytest.mark.soak
 @pytest.mark.timeout(3 * 3600)
 def test_an_hour_of_kills_on_ten_hosts_costs_no_machine_and_exceeds_no_limit(
-    short_folder: Path, need: Need
+    short_folder: Path, tmp_path: Path, need: Need
 ) -> None:
-    """VMAPIPE_SOAK_S: how long, an hour by default. Then all that is due is done within some minutes."""
+    """VMAPIPE_SOAK_S: how long, an hour by default. Then all that is due is done within some minutes.
+
+    Logs, and what the observer has seen, stay in the test's own folder.
+    """
     chance = random.Random(os.environ.get("VMAPIPE_SOAK_SEED", "20"))
     seconds = float(os.environ.get("VMAPIPE_SOAK_S", "3600"))
     with namespace_fleet(
@@ -96,7 +101,11 @@ def test_an_hour_of_kills_on_ten_hosts_costs_no_machine_and_exceeds_no_limit(
             site.start_host(host)
         began = time.monotonic()
         lose_at = began + seconds / 2
-        with Observer(site) as observer, (short_folder / "log" / "disturbed").open("w") as log:
+        with (
+            _kept(short_folder / "log", tmp_path / "kept"),
+            Observer(site) as observer,
+            (short_folder / "log" / "disturbed").open("w") as log,
+        ):
             while time.monotonic() < began + seconds:
                 time.sleep(chance.uniform(3, 20))
                 told = disturb(site, chance)
@@ -114,6 +123,14 @@ def test_an_hour_of_kills_on_ten_hosts_costs_no_machine_and_exceeds_no_limit(
         assert observer.trouble == []
         # It was at the limits, and they held.
         assert observer.most["target"] == LIMITS["target"]
+
+
+@contextlib.contextmanager
+def _kept(folder: Path, to: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        shutil.copytree(folder, to)
 
 
 def _lose_the_database(site: NamespaceFleet) -> None:

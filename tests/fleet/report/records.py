@@ -16,7 +16,12 @@ HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S
 #: 2026-11-30 12:00 UTC
 NOW_S = 1796040000.0
-PROMISES = {"": Promise(DAY_S, 30 * DAY_S), "parked": Promise(skip="told by the owner")}
+PROMISES = {
+    "": Promise(DAY_S, 30 * DAY_S),
+    "parked": Promise(skip="told by the owner"),
+    "homeless": Promise(has_target=False),
+    "unseen": Promise(verify_every_s=DAY_S),
+}
 
 
 def archive(machine: str, age_s: float, name: str = "", **more: object) -> ArchiveRecord:
@@ -69,9 +74,10 @@ def failed(machine: str, age_s: float) -> RunRecord:
 
 def small_fleet() -> ReportInput:
     names = ["well", "late", "never", "broken", "stuck", "retry", "untested", "gone", "parked"]
-    vanished = {"gone": {"vanished_s": NOW_S - 3 * DAY_S}}
+    names += ["new", "homeless", "unseen"]
+    more = {"gone": {"vanished_s": NOW_S - 3 * DAY_S}, "new": {"first_seen_s": NOW_S - HOUR_S}}
     return ReportInput(
-        machines=[machine(name, **vanished.get(name, {})) for name in names],
+        machines=[machine(name, **more.get(name, {})) for name in names],
         archives=[
             archive("well", 3 * HOUR_S, "well.vma"),
             archive("well", 27 * HOUR_S),
@@ -82,6 +88,8 @@ def small_fleet() -> ReportInput:
             archive("untested", HOUR_S),
             archive("untested", 90 * DAY_S),
             archive("gone", HOUR_S),
+            archive("unseen", 90 * HOUR_S),
+            archive("unseen", HOUR_S),
         ],
         verifications=[
             VerificationRecord("well", "b1", "well.vma", NOW_S - HOUR_S, "ok", True),

@@ -22,6 +22,7 @@ from tests.fleet.report.records import (
     small_fleet,
 )
 from vmapipe.fleet.catalogue import VerificationRecord
+from vmapipe.fleet.report.check import judge, plugin_lines
 from vmapipe.fleet.report.facts import FleetReport, MachineReport, Promise, ReportInput, make_report
 
 
@@ -41,6 +42,9 @@ def rows(report: FleetReport) -> dict[str, MachineReport]:
         ("untested", ["untested"]),
         ("gone", ["vanished"]),
         ("parked", []),
+        ("new", ["new"]),
+        ("homeless", ["no-target"]),
+        ("unseen", ["unverified"]),
     ],
 )
 def test_what_is_wrong_with_a_machine_is_said_with_a_way_out(name: str, kinds: list[str]) -> None:
@@ -49,12 +53,41 @@ def test_what_is_wrong_with_a_machine_is_said_with_a_way_out(name: str, kinds: l
     assert all(problem.text and problem.way_out for problem in row.problems)
 
 
+def test_a_plugin_says_what_the_report_says_and_which_hosts_do_not_answer() -> None:
+    report = make_report(small_fleet(), PROMISES, NOW_S)
+    checked = judge(report, {"pve9": "no route | to it"})
+    assert (checked.state, checked.machines) == ("critical", 11)
+    kinds = {(row.machine, p.kind) for row in report.machines for p in row.problems}
+    assert {(t.name, t.what) for t in checked.troubles} == (kinds - {("new", "new")}) | {
+        ("pve9", "host-down")
+    }
+    first, *others = plugin_lines(checked)
+    assert first.startswith(
+        "FLEET CRITICAL - 11 machines, 1 damaged, 1 never, 1 late, 1 not-booted, "
+    )
+    assert first.count("|") == 1
+    assert "late=1;;;0" in first
+    assert "host_down=1;;;0" in first
+    assert "warning: pve9: no route / to it" in others
+    assert not any("|" in line for line in others)
+    well = make_report(ReportInput([machine("a")], [archive("a", HOUR_S)]), PROMISES, NOW_S)
+    assert plugin_lines(judge(well, {}))[0].startswith("FLEET OK - 1 machines, all as promised | ")
+    assert judge(make_report(ReportInput([], []), PROMISES, NOW_S), {}).state == "unknown"
+
+
+def test_how_often_a_backup_has_failed_since_the_last_one_is_said() -> None:
+    runs = [failed("a", age) for age in (9 * HOUR_S, 3 * HOUR_S, HOUR_S)]
+    records = ReportInput([machine("a")], [archive("a", 5 * HOUR_S)], runs=runs)
+    (problem,) = rows(make_report(records, PROMISES, NOW_S))["a"].problems
+    assert "it failed 2 times, the last one: cannot connect" in problem.text
+
+
 def test_the_worst_comes_first_and_a_reason_is_repeated() -> None:
     report = make_report(small_fleet(), PROMISES, NOW_S)
     assert [row.severity for row in report.machines] == sorted(
         (row.severity for row in report.machines), key=["critical", "warning", "ok"].index
     )
-    assert report.count("critical") == 4
+    assert report.count("critical") == 5
     assert "is QEMU running?" in rows(report)["never"].problems[0].text
     assert "is QEMU running?" in rows(report)["retry"].problems[0].text
 

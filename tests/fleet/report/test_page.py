@@ -105,7 +105,7 @@ def test_every_machine_its_problems_and_its_picture_are_on_the_page() -> None:
         assert row.machine in page
         for problem in row.problems:
             assert problem.way_out.replace("'", "&#39;") in page
-    assert "4 of 9 machines are not safe." in page
+    assert "5 of 12 machines are not safe." in page
     assert "Backups of &lt;example&gt;" in page
     assert page.count("data:image/png;base64,") == 2
     assert "not backed up: told by the owner" in page
