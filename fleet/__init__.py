@@ -2,7 +2,8 @@
 """Many machines on many hosts: what is due, what may start, what was done.
 
 Read in this order: inventory.py and windows.py (pure: what is promised, and when), values.py,
-configuration.py and ansible.py (the files that say it), catalogue.py (what was done), planner.py (pure: what may
+configuration.py and ansible.py (the files that say it), catalogue.py and sqlite_file.py (what was
+done), planner.py (pure: what may
 start, and why the others may not), jobs.py (pure: a job as it travels), scan.py
 (which machines there are), agent.py and carrier.py (a job on its host, and the way there), outcome.py and rounds.py (one
 round by subprocesses and ssh), engine.py, postgres.py, serve.py and worker.py (the same with a queue), rescan.py (the

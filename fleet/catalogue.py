@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The catalogue of a fleet: machines, archives, runs, verifications, drills, and where each task stands.
 
-One SQL for two stores: a SQLite file (`open_file`), which `vmapipe fleet run` needs and nothing else,
+One SQL for two stores: a SQLite file (sqlite_file.py), which `vmapipe fleet run` needs and nothing else,
 and tables of PostgreSQL, whose connection `engine.py` brings. No restore ever needs a catalogue: it can
 be made again from the archives. Times are seconds since 1970 by the clock of the host that plans, except
 `ArchiveRecord.instant_s` of a catalogue that was made again (by the clock of the host that made the archive).
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import sqlite3
 import threading
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 from vmapipe.runtime.errors import Failure
@@ -27,6 +25,9 @@ VERBS: tuple[Verb, ...] = ("backup", "verify", "drill", "copy", "prune")
 RunState = Literal["waiting", "running", "done", "failed", "cancelled", "lost"]
 #: Clocks of hosts differ by minutes; what claims to be done later than that counts for nothing.
 AHEAD_S = 900.0
+#: History is kept for so long: a year and what a report of a year shows of the weeks before. 10,000 machines with
+#: five jobs a night are 20 million runs by then; ten are 20,000.
+KEPT_S = 400 * 86400.0
 ENDED: frozenset[RunState] = frozenset({"done", "failed", "cancelled", "lost"})
 
 
@@ -191,14 +192,19 @@ _TABLES: Mapping[type[Any], tuple[str, tuple[str, ...]]] = {
     CancelRecord: ("cancels", ("run",)),
     HostRecord: ("hosts", ("host",)),
 }
+_GONE = (
+    "NOT EXISTS (SELECT 1 FROM archives a WHERE a.machine = {0}.machine AND a.target = {0}.target "
+    "AND a.archive = {0}.archive AND a.removed_s = 0)"
+)
 _INDEXES = (
     ("runs", "state"),
     ("runs", "machine"),
+    ("runs", "ended_s"),
     ("archives", "stored_s"),
 )
 _SQL_TYPES: Mapping[object, str] = {int: "BIGINT", float: "DOUBLE PRECISION", bool: "BIGINT"}
-# SQLite's writer waits so long for another one's transaction, which takes milliseconds.
-_BUSY_S = 20.0
+# A year in which nobody reads it; of a column together, far above a site's with exabytes, and its words.
+_MOST_TIME_S, _MOST_NUMBER, _MOST_TEXT_CHARS = 2.5e11, 1e30, 1 << 31
 
 
 class Rows(Protocol):
@@ -289,6 +295,7 @@ class Catalogue:
         sql = f"SELECT {', '.join(names)} FROM {table}{where}{tail}"
         with self._lock, self._database.transaction():
             rows = self._database.execute(sql, values).fetchall()
+        _check_columns(record, rows)
         return [record(*row) for row in rows]
 
     def remove(self, record: type[Record], **equal: str) -> None:
@@ -296,6 +303,34 @@ class Catalogue:
         words = " AND ".join(f"{_known(record, name)} = ?" for name in equal) or "1 = 1"
         with self.transaction():
             self._database.execute(f"DELETE FROM {table} WHERE {words}", list(equal.values()))
+
+    def forget_old(self, now_s: float) -> int:
+        """Remove what is older than `KEPT_S` and no longer needed; return how many records that were.
+
+        What is there now stays, however old: archives, machines that have not vanished, where tasks stand.
+        """
+        before_s = now_s - KEPT_S
+        conditions = (
+            ("runs", "ended_s > 0 AND ended_s < ?"),
+            ("archives", "removed_s > 0 AND removed_s < ?"),
+            ("machines", "vanished_s > 0 AND vanished_s < ?"),
+            # Of an archive that is still there the tests are kept: the last one says what it is worth.
+            ("verifications", f"checked_s < ? AND {_GONE.format('verifications')}"),
+            ("drills", f"tested_s < ? AND {_GONE.format('drills')}"),
+            ("standings", "ended_s < ? AND failed_s < ? AND NOT EXISTS (SELECT 1 FROM machines WHERE "
+             "machines.machine = standings.machine)"),
+        )  # fmt: skip
+        count = 0
+        with self.transaction():
+            for table, words in conditions:
+                values = [before_s] * words.count("?")
+                (found,) = self._database.execute(
+                    f"SELECT count(*) FROM {table} WHERE {words}", values
+                ).fetchall()[0]
+                if found:
+                    self._database.execute(f"DELETE FROM {table} WHERE {words}", values)
+                    count += int(found)
+        return count
 
     # --- Runs ---
 
@@ -361,15 +396,39 @@ def after(standing: Standing, run: RunRecord) -> Standing:
     return standing
 
 
-def _columns(record: type[Record]) -> Iterable[tuple[str, str]]:
+def _check_columns(record: type[Any], rows: Sequence[Sequence[Any]]) -> None:
+    """Raises Failure for what no catalogue of ours has: SQLite takes anything, and both take endless numbers.
+
+    A column at a time: a report has hundreds of thousands of rows.
+    """
+    for (name, kind), column in zip(_COLUMNS[record], zip(*rows, strict=True), strict=False):
+        try:
+            if kind == "TEXT":
+                is_valid = len("".join(column)) < _MOST_TEXT_CHARS
+            else:
+                is_valid = -_MOST_NUMBER <= sum(column) <= _MOST_NUMBER and max(column) < (
+                    _MOST_TIME_S if name.endswith("_s") and "bytes" not in name else _MOST_NUMBER
+                )
+        except (TypeError, OverflowError):
+            is_valid = False
+        if not is_valid:
+            raise Failure(
+                f"the catalogue's {_TABLES[record][0]} have {name} that cannot be; archives do not need it: "
+                "after it was moved away, `vmapipe fleet rescan` makes it again from them"
+            )
+
+
+def _columns_of(record: type[Any]) -> list[tuple[str, str]]:
     hints = typing.get_type_hints(record)
-    for field in dataclasses.fields(record):
-        yield field.name, _SQL_TYPES.get(hints[field.name], "TEXT")
+    return [(f.name, _SQL_TYPES.get(hints[f.name], "TEXT")) for f in dataclasses.fields(record)]
+
+
+_COLUMNS = {record: _columns_of(record) for record in _TABLES}
 
 
 def _create(record: type[Record]) -> str:
     table, key = _TABLES[record]
-    columns = ", ".join(f"{name} {kind} NOT NULL" for name, kind in _columns(record))
+    columns = ", ".join(f"{name} {kind} NOT NULL" for name, kind in _COLUMNS[record])
     return f"CREATE TABLE IF NOT EXISTS {table} ({columns}, PRIMARY KEY ({', '.join(key)}))"
 
 
@@ -397,77 +456,3 @@ def _stored(value: object) -> object:
     if isinstance(value, str):
         return value.replace("\0", "\\x00").encode(errors="backslashreplace").decode()
     return value
-
-
-# --- The file ---
-
-
-def open_file(path: str) -> Catalogue:
-    """Open or make a catalogue in a SQLite file. Raises Failure."""
-    folder = os.path.dirname(os.path.abspath(path))
-    with _failing(path):
-        try:
-            os.makedirs(folder, mode=0o755, exist_ok=True)
-            # Names and failures of machines are for its owner; SQLite's other files take its mode.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        except OSError as error:
-            raise Failure(f"cannot make the catalogue {path}: {error.strerror}") from error
-        return Catalogue(_File(path))
-
-
-@contextlib.contextmanager
-def _failing(path: str) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise Failure(
-            f"the catalogue {path}: {error}; archives do not need it: with room and rights again, or "
-            "after it was moved away, `vmapipe fleet rescan` makes it again from them"
-        ) from error
-
-
-class _File:
-    """A SQLite database; every error becomes a Failure."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._depth = 0
-        self._sqlite = sqlite3.connect(
-            path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-        )
-        try:
-            # Readers (status, check, report) do not wait for a writer, nor it for them.
-            self._sqlite.execute("PRAGMA journal_mode = WAL")
-            self._sqlite.execute("PRAGMA synchronous = NORMAL")
-        except BaseException:
-            self._sqlite.close()
-            raise
-
-    def execute(self, sql: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
-        with _failing(self._path):
-            return self._sqlite.execute(sql, tuple(values))
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Blocks in one another are one transaction."""
-        if self._depth:
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-            return
-        self.execute("BEGIN IMMEDIATE")
-        self._depth = 1
-        try:
-            yield
-            self.execute("COMMIT")
-        except BaseException:
-            if self._sqlite.in_transaction:
-                self.execute("ROLLBACK")
-            raise
-        finally:
-            self._depth = 0
-
-    def close(self) -> None:
-        self._sqlite.close()

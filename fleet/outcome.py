@@ -62,7 +62,7 @@ def ended(
 ) -> tuple[RunRecord, list[Record]]:
     """Return a run with its end, out of an agent's last event, and what came of it."""
     code = event.get("exit_code")
-    code = code if isinstance(code, int) else -1
+    code = code if isinstance(code, int) and 0 <= code < 256 else -1
     state: RunState = "done" if code == 0 else "failed"
     if event.get("cancelled"):
         state = "cancelled"
@@ -191,7 +191,7 @@ def _drilled(
         run.archive,
         run.ended_s,
         drill_verdict(drilled.get("verdict")),
-        float(seconds) if isinstance(seconds, int | float) else 0.0,
+        float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < 1e9 else 0.0,
         one_line(str(drilled.get("proof", "")), 200),
         f"{evidence}/{PICTURE}" if isinstance(evidence, str) else "",
         run.ended_s - run.started_s,

@@ -30,6 +30,7 @@ from vmapipe.vma.manifest import Totals, read_totals
 _MAX_MANIFEST_BYTES = 8 << 20
 # Of a store, which answers each after some tens of milliseconds.
 _THREADS = 8
+_MOST_TIME_S = 1e11
 _DRILL_TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -76,7 +77,8 @@ def read_place(
 def _archive(
     place: KeptPlace, archive: KeptArchive, target: str, totals: Totals | None, *, is_utc: bool
 ) -> ArchiveRecord:
-    at_s = _instant_s(archive, is_utc=is_utc)
+    # The year 5138: what a catalogue has is of this era, whatever a name says, or a file's time.
+    at_s = max(0.0, min(_instant_s(archive, is_utc=is_utc), _MOST_TIME_S))
     return ArchiveRecord(
         archive.machine,
         target,

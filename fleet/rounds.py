@@ -139,6 +139,8 @@ class Round:
         deadline = time.monotonic() + limit_s
         waits = list[Waiting]()
         planned, give_up = -_PLAN_S, 0.0
+        with self._surviving():
+            self._catalogue.forget_old(time.time())
         try:
             while True:
                 self._cancel.check()

@@ -16,6 +16,8 @@ from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 
 # Hosts that are asked at the same time; each costs a thread and an ssh.
 _AT_ONCE = 32
+# As many as a host's agent tells; and the paths of a machine's disks.
+_MOST_MACHINES, _MOST_SOURCE_CHARS = 20_000, 1 << 16
 _KINDS = frozenset({"qmp", "libvirt", "proxmox", "disks"})
 
 Ask = Callable[[FleetHost], tuple[dict[str, Any] | None, str]]
@@ -55,14 +57,16 @@ def put_together(
             result.down[name] = one_line(why, 500)
             unsure.add(name)
             continue
-        for notice in answer.get("notices", []):
+        for notice in _listed(answer, "notices"):
             # What this rule would have found has not vanished.
             unsure.add(name)
             result.notices.append(one_line(f"host {name}: {notice}", 1000))
-        for item in answer.get("machines", []):
+        for item in _listed(answer, "machines"):
             try:
                 found.append(_machine(fleet.hosts[name], item))
-            except (KeyError, TypeError, ValueError):
+            except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
+                # What it was has not vanished, either.
+                unsure.add(name)
                 result.notices.append(f"host {name}: an answer that is not understood")
     known = {record.machine: record for record in catalogue.select(MachineRecord)}
     result.machines = _unique(found, known, result)
@@ -70,23 +74,31 @@ def put_together(
     return result
 
 
+def _listed(answer: Mapping[str, Any], key: str) -> list[Any]:
+    found = answer.get(key)
+    return found[:_MOST_MACHINES] if isinstance(found, list) else []
+
+
 def _machine(host: FleetHost, item: Mapping[str, Any]) -> FleetMachine:
-    """Raises KeyError, TypeError, ValueError for what is not a machine."""
+    """Raises AttributeError, KeyError, TypeError, ValueError, OverflowError for what is not a machine."""
     kind, name = str(item["kind"]), host.prefix + str(item["name"])
     if kind not in _KINDS or not 0 < len(name) <= MAX_NAME_CHARS:
         raise ValueError(kind)
-    tags = tuple(str(tag) for tag in item.get("tags", []))[:100]
+    size_bytes, source = int(item.get("size_bytes", 0)), dict(item["source"])
+    if not 0 <= size_bytes < 1 << 62 or len(json.dumps(source)) > _MOST_SOURCE_CHARS:
+        raise ValueError(name)
+    tags = tuple(str(tag)[:MAX_NAME_CHARS] for tag in item.get("tags", [])[:100])
     title = str(item.get("title", ""))[:MAX_NAME_CHARS]
     return FleetMachine(
         name,
         host.name,
-        str(item["identity"]),
+        str(item["identity"])[:_MOST_SOURCE_CHARS],
         kind,
         str(item.get("state", ""))[:MAX_NAME_CHARS],
         tags,
-        tuple(sorted({str(s) for s in item.get("storages", [])}))[:100],
-        int(item.get("size_bytes", 0)),
-        tuple(sorted(dict(item["source"]).items())),
+        tuple(sorted({str(s)[:4096] for s in item.get("storages", [])[:100]})),
+        size_bytes,
+        tuple(sorted(source.items())),
         title=title,
     )
 

@@ -28,6 +28,7 @@ _ROUND_S = 3.0
 _RETRY_S = 2.0
 #: A host whose worker has told nothing for so long does not answer.
 SILENT_S = 30.0
+_FORGET_S = 6 * 3600.0
 # A job that was deferred just now may not be seen yet.
 _YOUNG_S = 10.0
 
@@ -91,10 +92,14 @@ class _FleetServer:
         self._answers = dict[str, str]()
         self._machines = list[FleetMachine](known_machines(catalogue))
         self._told = dict[str, str]()
+        self._forget_s = 0.0
 
     def round(self) -> None:
         """Look who is there, give up what is lost, plan, and start. Raises Failure."""
         now = self._catalogue.now_s()
+        if now >= self._forget_s:
+            self._catalogue.forget_old(now)
+            self._forget_s = now + _FORGET_S
         down = self._look(now)
         self._give_up(now)
         for record in self._catalogue.select(CancelRecord):

@@ -198,7 +198,7 @@ def _dsn(options: argparse.Namespace, fleet: Fleet) -> str:
 @contextlib.contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[tuple[Fleet, Catalogue]]:
     """The fleet and its catalogue: of the database where there is one, else the file."""
-    from vmapipe.fleet.catalogue import open_file
+    from vmapipe.fleet.sqlite_file import open_file
 
     fleet = _fleet(options)
     catalogue: Catalogue

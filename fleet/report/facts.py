@@ -228,7 +228,7 @@ def make_report(
         shown.first.isoformat(),
         days,
         rows,
-        _targets(machines.values()),
+        _targets(machines.values(), now_s),
         sizes,
         transferred,
     )
@@ -451,7 +451,7 @@ def _overdue(row: MachineReport) -> float:
     return row.age_s / row.promised_s if row.promised_s else 0.0
 
 
-def _targets(machines: Iterable[_Machine]) -> list[TargetReport]:
+def _targets(machines: Iterable[_Machine], now_s: float) -> list[TargetReport]:
     found: dict[str, list[ArchiveRecord]] = defaultdict(list)
     for machine in machines:
         for archive in machine.archives:
@@ -464,7 +464,7 @@ def _targets(machines: Iterable[_Machine]) -> list[TargetReport]:
             len(archives),
             sum(archive.size_bytes for archive in archives),
             sum(archive.shared_bytes for archive in archives),
-            max(archive.stored_s for archive in archives),
+            max((a.stored_s for a in archives if a.stored_s <= now_s + AHEAD_S), default=0.0),
         )
         for target, archives in sorted(found.items())
     ]

@@ -40,6 +40,7 @@ _CELL_HEIGHTS: Mapping[Cell, int] = {
 }
 # The template has it, too.
 _CURVE_HEIGHT = 18
+_LAST_S = 2.5e11
 
 
 class ShownPicture(NamedTuple):
@@ -120,7 +121,8 @@ def _grouped(report: FleetReport) -> dict[Severity, ShownProblems]:
 
 
 def _time(at_s: float, zone: str) -> str:
-    at = datetime.datetime.fromtimestamp(at_s, ZoneInfo(zone))
+    # A name may say the last day that a calendar has, which elsewhere is the one after it.
+    at = datetime.datetime.fromtimestamp(min(at_s, _LAST_S), ZoneInfo(zone))
     return at.strftime("%Y-%m-%d %H:%M")
 
 

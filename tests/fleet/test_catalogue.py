@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from vmapipe.fleet.catalogue import (
     RunRecord,
     Standing,
     VerificationRecord,
-    open_file,
 )
+from vmapipe.fleet.sqlite_file import open_file
 from vmapipe.runtime.errors import Failure
 
 HOSTILE = "we'b\"; DROP TABLE runs; --\n\x1b[2J\0\udc80"
@@ -118,3 +119,56 @@ def test_a_file_that_is_no_catalogue_is_told_with_the_way_out(
     path.write_bytes(content)
     with pytest.raises(Failure, match="fleet rescan"):
         open_file(str(path))
+
+
+@pytest.mark.parametrize("value", ["x", b"x", "9e999", "-9e999", 1e300, b"\xff" * 9])
+@pytest.mark.parametrize("column", ["stored_s", "size_bytes", "machine"])
+def test_a_catalogue_with_what_cannot_be_is_told_with_the_way_out(
+    column: str, value: object, tmp_path: Path
+) -> None:
+    """SQLite stores anything in any column."""
+    if column == "machine" and not isinstance(value, bytes):
+        return
+    path = tmp_path / "fleet.db"
+    found = open_file(str(path))
+    found.put(ArchiveRecord("web", "b1", "a.vma"), ArchiveRecord("web", "b1", "b.vma"))
+    with sqlite3.connect(path) as other:
+        what = value if value not in ("9e999", "-9e999") else None
+        words = f"UPDATE archives SET {column} = {value if what is None else '?'} WHERE archive = 'b.vma'"
+        other.execute(words, [] if what is None else [what])
+    other.close()
+    with pytest.raises(Failure, match=rf"archives have {column} that cannot be.*fleet rescan"):
+        found.select(ArchiveRecord)
+    found.close()
+
+
+def test_a_year_of_history_stays_and_what_is_older_goes_but_for_what_is_still_there(
+    catalogue: Catalogue,
+) -> None:
+    now, year, old = 2e9, 2e9 - 366 * 86400, 2e9 - 401 * 86400
+    kept: list[Record] = [
+        MachineRecord("web", "", "pve1", "qmp", last_seen_s=now),
+        MachineRecord("gone", "", "pve1", "qmp", vanished_s=year),
+        ArchiveRecord("web", "b1", "still.vma", stored_s=old),
+        ArchiveRecord("web", "b1", "lately.vma", removed_s=year),
+        run("r1", state="done", ended_s=year),
+        run("r2", state="running"),
+        VerificationRecord("web", "b1", "still.vma", old, "damaged"),
+        DrillRecord("web", "b1", "still.vma", old, "booted"),
+        VerificationRecord("web", "b1", "lately.vma", year, "ok"),
+        Standing("web", "backup", "b1", old, old, "still.vma"),
+    ]
+    goes: list[Record] = [
+        MachineRecord("long-gone", "", "pve1", "qmp", vanished_s=old),
+        ArchiveRecord("web", "b1", "old.vma", removed_s=old),
+        run("r3", state="failed", ended_s=old),
+        VerificationRecord("web", "b1", "old.vma", old, "ok"),
+        DrillRecord("web", "b1", "old.vma", old, "booted"),
+        Standing("long-gone", "backup", "b1", old, old, "old.vma"),
+    ]
+    catalogue.put(*kept, *goes)
+    assert catalogue.forget_old(now) == len(goes)
+    kinds = (MachineRecord, ArchiveRecord, RunRecord, VerificationRecord, DrillRecord, Standing)
+    left = [record for kind in kinds for record in catalogue.select(kind)]
+    assert set(left) == set(kept)
+    assert catalogue.forget_old(now) == 0

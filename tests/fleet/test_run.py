@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,11 +22,12 @@ from tests.machine import LIMIT_S
 from vmapipe.control.cli.fleet import main
 from vmapipe.fleet import rounds
 from vmapipe.fleet.carrier import agent_words, call, probe
-from vmapipe.fleet.catalogue import ArchiveRecord, Catalogue, Record, RunRecord, open_file
-from vmapipe.fleet.configuration import load
+from vmapipe.fleet.catalogue import ArchiveRecord, Catalogue, MachineRecord, Record, RunRecord
+from vmapipe.fleet.configuration import load, parse
 from vmapipe.fleet.inventory import FleetHost
 from vmapipe.fleet.rounds import Round
-from vmapipe.fleet.scan import scan
+from vmapipe.fleet.scan import put_together, scan
+from vmapipe.fleet.sqlite_file import open_file
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 
@@ -322,3 +324,37 @@ def test_a_job_is_ended_at_its_time_limit(site: Site) -> None:
     assert "time limit of 2 s" in str(events[-1]["text"])
     assert (events[-1]["event"], events[-1]["cancelled"]) == ("ended", False)
     assert site.archives == []
+
+
+ODD: list[object] = [
+    None,
+    5,
+    -1,
+    1 << 70,
+    1e999,
+    float("nan"),
+    "x" * 100_000,
+    [],
+    {},
+    [[]],
+    [{}],
+    {"a": []},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_whatever_a_host_answers_its_machines_are_understood_or_told(
+    odd: Any, tmp_path: Path
+) -> None:
+    fleet, _ = parse(b'[host.a]\nguests = ["disks:/x"]\n')
+    good = {"kind": "disks", "name": "web", "identity": "disk:/x", "source": {"disk": "/x"}}
+    catalogue = open_file(str(tmp_path / "fleet.db"))
+    fields = ("kind", "name", "identity", "source", "tags", "storages", "size_bytes", "state")
+    answers: list[dict[str, Any]] = [{"machines": [{**good, name: odd}]} for name in fields]
+    answers += [{"machines": odd}, {"machines": [odd]}, {"machines": [good], "notices": odd}]
+    for answer in answers:
+        found = put_together(fleet, catalogue, {"a": (answer, "")}, 1e9)
+        assert len(found.machines) <= 2
+        assert all(len(notice) < 3000 for notice in found.notices)
+        catalogue.select(MachineRecord)
+    catalogue.close()
