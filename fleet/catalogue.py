@@ -249,9 +249,9 @@ class Catalogue:
         """Store records; one of the same key is replaced."""
         with self.transaction():
             for record in records:
-                names = [field.name for field in dataclasses.fields(record)]
-                values = [_stored(getattr(record, name)) for name in names]
-                self._database.execute(_upsert(type(record)), values)
+                kind = type(record)
+                values = [_stored(getattr(record, name)) for name, _ in _COLUMNS[kind]]
+                self._database.execute(_UPSERTS[kind], values)
 
     def select(
         self, record: type[R], order: str = "", limit: int = 0, **equal: str | float | Sequence[str]
@@ -432,7 +432,7 @@ def _create(record: type[Record]) -> str:
     return f"CREATE TABLE IF NOT EXISTS {table} ({columns}, PRIMARY KEY ({', '.join(key)}))"
 
 
-def _upsert(record: type[Record]) -> str:
+def _upsert(record: type[Any]) -> str:
     table, key = _TABLES[record]
     names = [field.name for field in dataclasses.fields(record)]
     changes = ", ".join(f"{name} = excluded.{name}" for name in names if name not in key)
@@ -440,6 +440,9 @@ def _upsert(record: type[Record]) -> str:
         f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) "
         f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}"
     )
+
+
+_UPSERTS = {record: _upsert(record) for record in _TABLES}
 
 
 def _known(record: type[Any], name: str) -> str:
@@ -453,6 +456,6 @@ def _stored(value: object) -> object:
     """A text without what a database refuses: NUL, and halves of characters (names may be any bytes)."""
     if isinstance(value, bool):
         return int(value)
-    if isinstance(value, str):
+    if isinstance(value, str) and ("\0" in value or not value.isascii()):
         return value.replace("\0", "\\x00").encode(errors="backslashreplace").decode()
     return value

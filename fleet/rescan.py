@@ -22,7 +22,9 @@ from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
 from vmapipe.fleet.catalogue import ArchiveRecord, DrillRecord, VerificationRecord, drill_verdict
 from vmapipe.places.archives import KeptArchive, drill_of, find_archives, verified_of
 from vmapipe.places.place import KeptPlace
+from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.side_files import DRILL_SUFFIX
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.manifest import Totals, read_totals
 
@@ -58,16 +60,30 @@ def read_place(
         one._replace(machine=names.get(one.machine, one.machine)) for one in find_archives(place)
     ]
     newest = {archive.machine: archive for archive in kept}  # the last one, by time
+    # Most have nothing beside them that would have to be read.
+    looked_at = [one for one in kept if one.name + VERIFIED_SUFFIX in one.beside]
+    tested = [one for one in kept if one.name + DRILL_SUFFIX in one.beside]
+    measured = [one for one in newest.values() if one.has_manifest]
     with ThreadPoolExecutor(_THREADS, "rescan") as pool:
-        verified = list(pool.map(lambda one: _verification(place, one, target), kept))
-        drills = list(pool.map(lambda one: _drill(place, one, target), kept))
-        totals = list(
-            pool.map(lambda one: _totals(place, one) if newest[one.machine] is one else None, kept)
+        verified = list(pool.map(lambda one: _verification(place, one, target), looked_at))
+        drills = list(pool.map(lambda one: _drill(place, one, target), tested))
+        totals = dict(
+            zip(
+                (one.name for one in measured),
+                pool.map(lambda one: _totals(place, one), measured),
+                strict=True,
+            )
         )
     return PlaceRecords(
         [
-            _archive(place, one, target, t, is_utc=is_utc and not one.name.startswith("vzdump-"))
-            for one, t in zip(kept, totals, strict=True)
+            _archive(
+                place,
+                one,
+                target,
+                totals.get(one.name),
+                is_utc=is_utc and not one.name.startswith("vzdump-"),
+            )
+            for one in kept
         ],
         [record for record in verified if record is not None],
         [record for record in drills if record is not None],
@@ -104,8 +120,6 @@ def _instant_s(archive: KeptArchive, *, is_utc: bool) -> float:
 
 
 def _totals(place: KeptPlace, archive: KeptArchive) -> Totals | None:
-    if not archive.has_manifest:
-        return None
     with contextlib.suppress(Failure, ArchiveError):
         raw = place.read_small(archive.name + MANIFEST_SUFFIX, _MAX_MANIFEST_BYTES)
         if raw:
