@@ -37,6 +37,8 @@ TASK = "vmapipe.job"
 #: A worker that has told nothing for so long is dead (Procrastinate's own default).
 STALLED_S = 30.0
 _CONNECT_S = 10
+# How often a worker looks whether it still has its lock; another one that wants it tries every 2 s.
+_HOLD_S = 5.0
 # Numbers of ours among PostgreSQL's advisory locks.
 _LOCK_SCHEMA, _LOCK_SERVE, _LOCK_WORKER = 0x766D6131, 0x766D6132, 0x766D6133
 # A host that has failed holds its worker's lock until the database misses it.
@@ -184,7 +186,9 @@ class JobQueue:
         return {str(run) for (run,) in rows}
 
 
-async def _work(dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel) -> None:
+async def _work(
+    dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel, holds: Callable[[], object]
+) -> None:
     # One connection that waits for news, and those of the jobs that begin and end.
     app = _app(procrastinate.PsycopgConnector(conninfo=dsn, min_size=1, max_size=4, timeout=5.0))
 
@@ -217,7 +221,13 @@ async def _work(dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel) 
                 install_signal_handlers=False,
             )
 
-    working = asyncio.ensure_future(stay())
+    async def hold() -> None:
+        # The pool connects anew by itself; the lock of a host's only worker went with its connection.
+        while True:
+            await asyncio.sleep(_HOLD_S)
+            await asyncio.to_thread(holds)
+
+    working, holding = asyncio.ensure_future(stay()), asyncio.ensure_future(hold())
     loop = asyncio.get_running_loop()
     # What breaks beside the work when a database is lost is the same loss, which the work tells.
     loop.set_exception_handler(lambda loop, context: None)
@@ -229,11 +239,17 @@ async def _work(dsn: str, host: str, concurrency: int, do: Job, cancel: Cancel) 
 
     loop.add_reader(cancel.fd, end_once)
     try:
-        await working
+        await asyncio.wait([working, holding], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            working.cancel()
+            await asyncio.wait([working])
+            holding.result()
+        working.result()
     except asyncio.CancelledError:
         if not cancel.asked:
             raise
     finally:
+        holding.cancel()
         loop.remove_reader(cancel.fd)
 
 
@@ -282,7 +298,12 @@ def run_worker(
                 "DELETE FROM procrastinate_jobs WHERE queue_name = ? AND status = 'doing'", [host]
             )
         with _failing():
-            asyncio.run(_work(dsn, host, concurrency, do, cancel))
+            asyncio.run(
+                _work(
+                    *(dsn, host, concurrency, do, cancel),
+                    lambda: catalogue.postgres.execute("SELECT 1"),
+                )
+            )
     finally:
         catalogue.close()
 

@@ -381,7 +381,7 @@ class Observer:
                 self.trouble.append(f"{time.time():.1f}: {sorted(map(str, sockets))}")
 
     def _sockets(self) -> list[Path]:
-        """The monitors that backups talk to; copies of a backup by fork have it as their parent."""
+        """The monitors that backups talk to; copies of a backup by fork are of its session, whoever has died."""
         pids = {int(name) for name in os.listdir("/proc") if name.isdecimal()}
         self._known = {pid: one for pid, one in self._known.items() if pid in pids}
         for pid in pids:
@@ -390,7 +390,8 @@ class Observer:
             if looks < 10:
                 self._known[pid] = (looks + 1, self._socket_of(pid) or path)
         backups = {pid: path for pid, (_, path) in self._known.items() if path is not None}
-        return [path for pid, path in backups.items() if _parent_of(pid) not in backups]
+        sessions = {(_session_of(pid), path) for pid, path in backups.items()}
+        return [path for session, path in sessions if session]
 
     def _socket_of(self, pid: int) -> Path | None:
         with contextlib.suppress(OSError, StopIteration):
@@ -401,9 +402,11 @@ class Observer:
         return None
 
 
-def _parent_of(pid: int) -> int:
+def _session_of(pid: int) -> int:
+    """An agent gives each command a session of its own; 0: it has ended."""
     with contextlib.suppress(OSError, IndexError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if words[0] == "Z" else int(words[3])
     return 0
 
 

@@ -186,6 +186,7 @@ def test_the_catalogue_and_the_queue_of_a_private_postgres(state: Path) -> None:
             _the_database_does_what_the_file_does(catalogue)
             _a_queue_has_each_run_once_and_a_second_server_is_refused(own, catalogue, queue)
             _a_second_worker_of_a_host_waits_for_the_end_of_the_first(own)
+            _a_worker_that_has_lost_its_lock_with_its_connection_ends_its_work(own, catalogue)
         finally:
             queue.close()
             catalogue.close()
@@ -217,6 +218,29 @@ def _a_queue_has_each_run_once_and_a_second_server_is_refused(
             JobQueue(own.dsn, other)
     finally:
         other.close()
+
+
+def _a_worker_that_has_lost_its_lock_with_its_connection_ends_its_work(
+    own: PrivatePostgres, catalogue: DatabaseCatalogue
+) -> None:
+    """A pool would connect anew, and go on without the lock."""
+    lost = list[str]()
+
+    def work() -> None:
+        with contextlib.closing(Cancel()) as cancel:
+            try:
+                run_worker(own.dsn, "pve2", 1, lambda job, stop: None, cancel, begun.set)
+            except DatabaseLost as failure:
+                lost.append(str(failure))
+
+    begun = threading.Event()
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert begun.wait(LIMIT_S)
+    held = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2"
+    until(lambda: len(catalogue.postgres.execute(held).fetchall()) == 1)
+    thread.join(LIMIT_S)
+    assert ["terminat" in text for text in lost] == [True]
 
 
 def _a_second_worker_of_a_host_waits_for_the_end_of_the_first(own: PrivatePostgres) -> None:
