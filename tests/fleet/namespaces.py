@@ -350,6 +350,7 @@ class Observer:
         self.most = Counter[str]()
         self.looks = 0
         self._known = dict[int, tuple[int, Path | None]]()
+        self._copies = set[int]()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -381,7 +382,7 @@ class Observer:
                 self.trouble.append(f"{time.time():.1f}: {sorted(map(str, sockets))}")
 
     def _sockets(self) -> list[Path]:
-        """The monitors that backups talk to; copies of a backup by fork are of its session, whoever has died."""
+        """The monitors that backups talk to; copies of a backup by fork have it, or another copy, as their parent."""
         pids = {int(name) for name in os.listdir("/proc") if name.isdecimal()}
         self._known = {pid: one for pid, one in self._known.items() if pid in pids}
         for pid in pids:
@@ -390,8 +391,15 @@ class Observer:
             if looks < 10:
                 self._known[pid] = (looks + 1, self._socket_of(pid) or path)
         backups = {pid: path for pid, (_, path) in self._known.items() if path is not None}
-        sessions = {(_session_of(pid), path) for pid, path in backups.items()}
-        return [path for session, path in sessions if session]
+        # A copy stays one when its parent has died.
+        self._copies = {
+            pid
+            for pid in self._copies | set(backups)
+            if pid in backups and (pid in self._copies or _parent_of(pid) in backups)
+        }
+        return [
+            path for pid, path in backups.items() if pid not in self._copies and _parent_of(pid)
+        ]
 
     def _socket_of(self, pid: int) -> Path | None:
         with contextlib.suppress(OSError, StopIteration):
@@ -402,11 +410,11 @@ class Observer:
         return None
 
 
-def _session_of(pid: int) -> int:
-    """An agent gives each command a session of its own; 0: it has ended."""
+def _parent_of(pid: int) -> int:
+    """0: it has ended."""
     with contextlib.suppress(OSError, IndexError):
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return 0 if words[0] == "Z" else int(words[3])
+        return 0 if words[0] == "Z" else int(words[1])
     return 0
 
 
