@@ -70,6 +70,8 @@ def archive(path: Path, folder: Path) -> Iterator[Served]:
 @contextlib.contextmanager
 def nbdkit(image: Path, folder: Path) -> Iterator[Served]:
     sock = folder / "nbdkit.sock"
+    # The one before has left it, and it binds to no name that is there.
+    sock.unlink(missing_ok=True)
     with _process("nbdkit", "-f", "-U", sock, "file", image):
         _wait_for(sock)
         yield Served("nbdkit file", f"nbd+unix:///?socket={sock}")
