@@ -31,7 +31,7 @@ MIB = 1 << 20
 DISKS = {
     "drive-scsi0": random.Random(1).randbytes(40 * CLUSTER_BYTES + 5000),
     "efidisk": bytes(3 * CLUSTER_BYTES),
-    "drive-scsi1": bytes(2000 * CLUSTER_BYTES) + random.Random(2).randbytes(77777),
+    "drive-scsi1": bytes(300 * CLUSTER_BYTES) + random.Random(2).randbytes(77777),
     "vmstate": random.Random(3).randbytes(2 * CLUSTER_BYTES),
 }
 CONFIGS = {"qemu-server.conf": b"name: web\n"}

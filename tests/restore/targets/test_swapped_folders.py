@@ -23,7 +23,7 @@ from vmapipe.restore.archive.errors import TargetError
 from vmapipe.restore.targets.files import Folders, NewFile, publish_all
 from vmapipe.runtime.folders import HeldFolder
 
-DISK = b"\xaa" * (200 * 65536)
+DISK = b"\xaa" * (64 * 65536)
 ARCHIVE = archive({"d": DISK}, {"passwd": b"stranger::0:0\n", "cron-job": b"* * * * * evil\n"})
 HALF = len(ARCHIVE) // 2
 
