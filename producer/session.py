@@ -150,7 +150,8 @@ class Session:
     def is_accepted(self) -> bool:
         """Return whether the archiver has accepted this device, and all others of the job."""
         accepted = self._side.state is ProducerState.SENDING
-        self._connection.is_settled = self._connection.is_settled or accepted
+        if accepted:
+            self._connection.is_settled = True
         return accepted
 
     def send(self, run: Run, on_ack: Callable[[], None] | None = None) -> None:

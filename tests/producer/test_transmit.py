@@ -38,6 +38,7 @@ class Archiver:
     """The far end of a link, in memory; time passes only while the producer waits."""
 
     is_local = False
+    is_settled = False
     lost = False
 
     def __init__(self, *, answers: bool = True, window: int = 1 << 20) -> None:
