@@ -37,8 +37,9 @@ _HEARTBEAT_MS = 3000
 # return does not bring sooner.
 _CONNECT_MS = 3000
 # A server that cannot read what we send, because its key is another one or we have
-# none, just hangs up. So may one that ends at that moment; but not so often.
-_HANG_UPS = 3
+# none, just hangs up. So may one that ends at that moment, or has more guests than it
+# can take in; but not so often, for so long.
+_HANG_UPS, _HANG_UPS_S = 3, 2.0
 
 # As numbers: pyzmq's own flags take a microsecond each time they are combined.
 _POLLIN = int(zmq.POLLIN)
@@ -81,7 +82,7 @@ class ArchiverConnection:
         self.is_local = endpoint.startswith("ipc://")
         self.endpoint = endpoint
         self._keys = keys
-        self._hang_ups = 0
+        self._hang_ups: list[float] = []
         self._linger_ms = _LINGER_MS
         self._was_up = False
         #: The archiver has taken us: how long it may be away is its affair from now on.
@@ -241,8 +242,9 @@ class ArchiverConnection:
                 self.lost = not self.is_local
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self.lost = True
-                self._hang_ups += 1
-                if self._hang_ups >= _HANG_UPS:
+                now = time.monotonic()
+                self._hang_ups.append(now)
+                if len(self._hang_ups) >= _HANG_UPS and now - self._hang_ups[0] >= _HANG_UPS_S:
                     self._give_up(
                         "the peer closes the connection; is its key the one in our server.pub, and "
                         "was it started with --keys?"
