@@ -125,6 +125,10 @@ def _be_the_command(
         os.chdir(cwd)
         for number, fd in enumerate(fds):
             os.dup2(fd, number)
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):  # the folder's own
+                if not os.get_inheritable(fd):
+                    os.close(fd)
         # What pytest has put in their places is of its own.
         sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")
         try:
