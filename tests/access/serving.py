@@ -33,7 +33,12 @@ def serving(
     command = [*before, *VMAPIPE, "serve", "--json", "--listen", str(socket)]
     command += [] if cached else ["--no-index-cache"]
     process = subprocess.Popen(
-        [*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, *map(str, words)],
+        # With a buffer, what is said right behind the line that we wait for would be read
+        # ahead with it, and lost to communicate().
+        bufsize=0,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     served = Served(process, socket)
     try:

@@ -54,6 +54,8 @@ class LiveCommand:
     def __init__(self, *words: str | Path) -> None:
         self.process = subprocess.Popen(
             [*VMAPIPE, "restore", "--live", "--json", *map(str, words)],
+            # With a buffer, what hear() has read ahead would be lost to end().
+            bufsize=0,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
