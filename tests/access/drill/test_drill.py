@@ -126,6 +126,8 @@ class Lab:
     def start(self, archive: Path, *words: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [*VMAPIPE, "drill", "--json", "--no-index-cache", *words, str(archive)],
+            # With a buffer, what _is_booting has read ahead would be lost to finish().
+            bufsize=0,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -333,8 +335,11 @@ def test_nothing_of_the_machine_survives_also_after_a_kill(
     _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
     assert alive == []
     if signum == signal.SIGKILL:
-        # What a killed one has left goes with the next.
-        bad("drill", "--quiet", "--timeout=1", archive, code=4, env=environment)
+        # What a killed one has left goes with the next, whether that one has seen a screen
+        # within its second or is undecided.
+        done = run("drill", "--quiet", "--timeout=1", archive, env=environment)
+        assert done.returncode in (1, 4), done.stderr
+        assert b"within 1 s" in done.stderr
     assert eventually(lambda: not list(short_folder.iterdir()))
     assert not archive.with_name("killed.vma.partial").exists()
 
