@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine "vm" of `vmapipe files`: a small virtual machine whose kernel mounts the file systems.
 
-It has a kernel of this host, our own interpreter with inside/start.py as its only process, the
+It has a kernel of this host, our own interpreter with inside/volumes.py as its only process, the
 archive's disks (what its kernel replays goes into a nameless file), one port, no network. What it says is
 a stranger's word, as the parser's is: whoever made the file system may have taken its kernel over.
 """

@@ -19,7 +19,7 @@ import struct
 import subprocess
 import sys
 
-from vmapipe.access.files.inside.start import MODULES, run
+from vmapipe.access.files.inside.volumes import MODULES, run
 from vmapipe.access.machine.kernels import Kernel
 from vmapipe.runtime.errors import Failure, os_error_text
 

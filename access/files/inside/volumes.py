@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies on the appliance's disks: partitions, encrypted and logical volumes, and their mounts."""
+"""The appliance's first process, and what lies on its disks: partitions, volumes and their mounts."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+#: What these programs import; all other modules are left behind.
+MODULES = ("__future__", "ctypes", "errno", "fcntl", "os", "stat", "struct", "time")
 # As in messages.py.
 MAX_WORD_BYTES = 4096
 # sys/mount.h: read-only, and no setuid, devices, programs, access times.
@@ -446,3 +448,27 @@ def _run(words: list[str], secret: bytes) -> tuple[int, bytes]:
     os.close(read_out)
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status), bytes(said)
+
+
+def _find_port() -> str | None:
+    folder = "/sys/class/virtio-ports"
+    if os.path.isdir(folder):
+        for name in os.listdir(folder):
+            device = f"/dev/{name}"
+            if first_line(f"{folder}/{name}/name") == "files" and os.path.exists(device):
+                return device
+    return None
+
+
+def run(config: dict[str, Any]) -> None:
+    """Be the first process of the appliance's kernel, and serve the host.
+
+    It never returns: the kernel would panic.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind, place in ((b"proc", b"/proc"), (b"sysfs", b"/sys"), (b"devtmpfs", b"/dev")):
+        libc.mount(b"none", place, kind, 0, None)
+    loaded: set[str] = set()
+    load_modules(libc, config["modules"]["base"], loaded)
+    port = os.open(wait_for(_find_port, "the port"), os.O_RDWR | os.O_CLOEXEC)
+    Guest(Port(port), config, loaded).run()
