@@ -25,7 +25,8 @@ from vmapipe.runtime.folders import HeldFolder
 
 DISK = b"\xaa" * (64 * 65536)
 ARCHIVE = archive({"d": DISK}, {"passwd": b"stranger::0:0\n", "cron-job": b"* * * * * evil\n"})
-HALF = len(ARCHIVE) // 2
+# All of the first extent, which is worked on then, and some of the second.
+CUT = len(ARCHIVE) - 2 * 65536
 
 
 class Home:
@@ -89,10 +90,10 @@ def test_a_restore_goes_on_into_the_folder_that_it_was_given(tmp_path: Path, hom
         send,
         end,
     ):
-        send(ARCHIVE[:HALF])
+        send(ARCHIVE[:CUT])
         wait_for(home.target.is_dir)
         home.swap()
-        send(ARCHIVE[HALF:])
+        send(ARCHIVE[CUT:])
         end()
         _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, errors
@@ -106,7 +107,7 @@ def test_an_extract_that_fails_takes_back_its_own_and_nothing_elsewhere(
     tmp_path: Path, home: Home
 ) -> None:
     with reading_a_fifo(VMA, ["extract", "ARCHIVE", home.target], tmp_path) as (process, send, end):
-        send(ARCHIVE[:HALF])
+        send(ARCHIVE[:CUT])
         wait_for((home.target / "passwd").exists)
         home.swap()
         end()
@@ -125,7 +126,7 @@ def test_a_restore_that_fails_removes_its_own_and_nothing_elsewhere(
     home.target.mkdir()
     with program(fifo, home.target, way, tmp_path) as process:
         with fifo.open("wb", buffering=0) as writer:
-            writer.write(ARCHIVE[:HALF])
+            writer.write(ARCHIVE[:CUT])
             next_event(process, "progress")
             hidden = [path.name for path in home.target.iterdir()]
             assert bool(hidden) == (way == "partial")
@@ -149,7 +150,7 @@ def test_a_killed_readers_workers_remove_its_own_and_nothing_elsewhere(
     home.target.mkdir()
     with program(fifo, home.target, "partial", tmp_path) as process:
         with fifo.open("wb", buffering=0) as writer:
-            writer.write(ARCHIVE[:HALF])
+            writer.write(ARCHIVE[:CUT])
             next_event(process, "progress")
             hidden = [path.name for path in home.target.iterdir()]
             assert len(hidden) == 3
@@ -207,7 +208,7 @@ def test_without_unnamed_files_the_next_restore_removes_what_killed_ones_have_le
         program(fifo, out, "partial", tmp_path) as process,
         fifo.open("wb", buffering=0) as writer,
     ):
-        writer.write(ARCHIVE[:HALF])
+        writer.write(ARCHIVE[:CUT])
         next_event(process, "progress")
         workers = psutil.Process(process.pid).children()
         assert len(workers) > len(workers_of(process.pid)) > 0
@@ -246,10 +247,10 @@ def test_a_partial_file_of_a_restore_under_way_is_let_be(tmp_path: Path) -> None
     (tmp_path / "other.vma").write_bytes(archive({"e": DISK}))
     with program(fifo, out, "partial", tmp_path) as process:
         with fifo.open("wb", buffering=0) as writer:
-            writer.write(ARCHIVE[:HALF])
+            writer.write(ARCHIVE[:CUT])
             next_event(process, "progress")
             good("restore", tmp_path / "other.vma", out)
-            rest = ARCHIVE[HALF:]
+            rest = ARCHIVE[CUT:]
             while rest:
                 rest = rest[writer.write(rest) :]
         process.communicate(timeout=LIMIT_S)
