@@ -66,7 +66,8 @@ from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.immutable import lock_files
 from vmapipe.runtime.keys import read_server_keys
-from vmapipe.runtime.objectstore import ObjectLock, is_object
+from vmapipe.runtime.objectlock import ObjectLock
+from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import lower_priority, run, run_child
 from vmapipe.runtime.text import one_line
 from vmapipe.vma.groups import HOLD_BYTES
@@ -356,7 +357,7 @@ def store_for(
         # Digests of clusters would tell whoever reads them what an encrypted archive holds.
         wanted = (options.digests or base_digests) and not recipients
         if sink and wanted:
-            place = _place_of_digests(options.output + DIGESTS_SUFFIX, output, cancel, emit)
+            place = _place_of_digests(options.output + DIGESTS_SUFFIX, output, cancel, emit, lock)
             clusters = DigestFile(place, base_digests) if place else None
     except BaseException:
         if sink:
@@ -374,9 +375,11 @@ def store_for(
     return writer
 
 
-def _place_of_digests(name: str, output: Output, cancel: Cancel, emit: Emit) -> DigestPlace | None:
+def _place_of_digests(
+    name: str, output: Output, cancel: Cancel, emit: Emit, lock: ObjectLock | None
+) -> DigestPlace | None:
     if isinstance(output, ObjectOutput):
-        return DigestObject(ObjectOutput(name, cancel=cancel, emit=emit, replace=True))
+        return DigestObject(ObjectOutput(name, cancel=cancel, emit=emit, replace=True, lock=lock))
     return FileOutput(name, replace=True) if isinstance(output, FileOutput) else None
 
 

@@ -25,8 +25,10 @@ from vmapipe.restore.archive.manifest import Manifest, read_stored
 from vmapipe.restore.archive.object import ObjectInput, RemoteObject
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Damaged, Failure, os_error_text
+from vmapipe.runtime.events import Emit, ignore
 from vmapipe.runtime.immutable import SUFFIX as LOCK_SUFFIX
-from vmapipe.runtime.objectstore import ObjectLock, StoredObject
+from vmapipe.runtime.objectlock import ObjectLock
+from vmapipe.runtime.objectstore import StoredObject
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.manifest import Totals
 
@@ -123,8 +125,9 @@ def copy_archive(
     tell: Tell,
     cancel: Cancel,
     lock: ObjectLock | None = None,
+    emit: Emit = ignore,
 ) -> Copied:
-    """Copy an archive and what belongs to it. `tell` hears how many bytes are there.
+    """Copy an archive and what belongs to it. `tell` hears how many bytes are there, `emit` what there is to say.
 
     Raises Damaged where it is not what its manifest says, Failure, Cancelled.
     """
@@ -140,7 +143,7 @@ def copy_archive(
             f"{expected.size_bytes}: it is damaged, or the manifest is another archive's; nothing was copied"
         )
     word = expected.digest.hex() if expected is not None else ""
-    output = _open(target, archive.name, cancel, lock, resume=word)
+    output = _open(target, archive.name, cancel, lock, emit, resume=word)
     beside: list[_Output] = []
     try:
         found = _copy_bytes(source, archive, output, expected, tell, cancel)
@@ -187,12 +190,18 @@ def _order(archive: KeptArchive) -> list[str]:
 
 
 def _open(
-    target: KeptPlace, name: str, cancel: Cancel, lock: ObjectLock | None, *, resume: str
+    target: KeptPlace,
+    name: str,
+    cancel: Cancel,
+    lock: ObjectLock | None,
+    emit: Emit,
+    *,
+    resume: str,
 ) -> _Output:
     path = target.full_name(name)
     if isinstance(target, ArchiveFolder):
         return FileOutput(path, cancel=cancel, resume=bool(resume))
-    return ObjectOutput(path, cancel=cancel, lock=lock, resume=resume)
+    return ObjectOutput(path, cancel=cancel, emit=emit, lock=lock, resume=resume)
 
 
 def _copy_bytes(

@@ -71,6 +71,20 @@ def lock_files(archive: str, companions: list[str], until_s: float) -> None:
         raise Failure(f"{archive} is stored, and cannot be locked: {_reason(error)}") from error
 
 
+def lock_beside(archive: str, names: list[str]) -> None:
+    """Lock what has come beside an archive since that was locked, for as long. Raises Failure.
+
+    Neither the mark by which it is protected nor when it was verified: both change.
+    """
+    folder = os.path.split(archive)[0]
+    try:
+        with HeldFolder(folder) as held:
+            for each in map(os.path.basename, names):
+                _change(held, each, on=True)
+    except OSError as error:
+        raise Failure(f"what stands beside {archive} cannot be locked: {_reason(error)}") from error
+
+
 def _change(folder: HeldFolder, name: str, *, on: bool) -> None:
     """Raises OSError; what is not there is passed over."""
     with contextlib.suppress(FileNotFoundError):

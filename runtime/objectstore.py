@@ -17,10 +17,10 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeVar
 
 from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.objectlock import GRAIN_S, UNLOCKED, ObjectLock, locked_until_s
 
 SCHEME = "s3://"
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
@@ -130,32 +130,6 @@ class ObjectInfo(NamedTuple):
     locked_until_s: float = 0.0
 
 
-class ObjectLock(NamedTuple):
-    """Until when nobody may remove or change an object: seconds since 1970.
-
-    `mode`: COMPLIANCE binds the owner of the bucket, too; GOVERNANCE lets whoever has a right of its own do it.
-    """
-
-    mode: str
-    until_s: float
-
-    def fields(self) -> dict[str, Any]:
-        """Return what a request that makes an object says of it."""
-        until = datetime.fromtimestamp(self.until_s, UTC)
-        return {"ObjectLockMode": self.mode, "ObjectLockRetainUntilDate": until}
-
-
-# Whoever asks sees a hold without an end as one that lasts longer than anybody.
-_FOR_EVER_S = 253_370_764_800.0
-
-
-def _locked_until_s(found: Mapping[str, Any]) -> float:
-    if found.get("ObjectLockLegalHoldStatus") == "ON":
-        return _FOR_EVER_S
-    until = found.get("ObjectLockRetainUntilDate")
-    return until.timestamp() if isinstance(until, datetime) else 0.0
-
-
 class StoredObject:
     """Requests about one object, each tried several times. They block; any thread may make them.
 
@@ -170,6 +144,7 @@ class StoredObject:
         self.bucket, self.key = split_name(name)
         self._client = client or _client(name, connections)
         self._where = {"Bucket": self.bucket, "Key": self.key}
+        self._until_s = lock.until_s if lock is not None else 0.0
         self._lock = lock.fields() if lock is not None else {}
 
     def head(self) -> ObjectInfo | None:
@@ -181,9 +156,8 @@ class StoredObject:
                 return None
             raise
         mark = {k.lower(): v for k, v in found.get("Metadata", {}).items()}.get(_MARK, "")
-        locked_until_s = _locked_until_s(found)
         return ObjectInfo(
-            found.get("ContentLength", 0), found.get("ETag", ""), mark, locked_until_s
+            found.get("ContentLength", 0), found.get("ETag", ""), mark, locked_until_s(found)
         )
 
     def read_small(self, limit_bytes: int) -> bytes | None:
@@ -280,6 +254,20 @@ class StoredObject:
                 f"{self.name} cannot be locked: its bucket has no Object Lock, which is switched on when a "
                 "bucket is made; choose another bucket, or leave --lock out"
             )
+
+    def is_locked(self) -> bool | None:
+        """Return whether the object is locked for as long as was asked; None: that cannot be seen."""
+        found = self.head()
+        until_s = found.locked_until_s if found is not None else 0.0
+        if not until_s:
+            # Who may not see a lock sees a head without one.
+            try:
+                until_s = locked_until_s(
+                    self._ask("look at the lock of", self._client.get_object_retention)
+                )
+            except StoreError as error:
+                return False if error.code in UNLOCKED else None
+        return until_s > self._until_s - GRAIN_S
 
     def look_at_bucket(self) -> None:
         """Check that the bucket is there and may be used."""

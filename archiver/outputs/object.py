@@ -28,7 +28,8 @@ from vmapipe.archiver.outputs.file import exists_failure
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Emit, ignore
-from vmapipe.runtime.objectstore import ConflictError, ObjectLock, StoredObject, StoreError
+from vmapipe.runtime.objectlock import ObjectLock
+from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
 from vmapipe.runtime.text import human_bytes
 from vmapipe.runtime.threads import DaemonPool
 
@@ -77,6 +78,7 @@ class ObjectOutput(AbortableOutput):
         """`resume`: a word for these very bytes; parts of them that an earlier upload has brought are not sent again."""
         # First: it may refuse, and what comes next holds a descriptor.
         self._store = StoredObject(name, lock=lock)
+        self._is_to_lock = lock is not None
         super().__init__(name, cancel)
         self.upload = ""
         self._emit = emit
@@ -252,6 +254,22 @@ class ObjectOutput(AbortableOutput):
         if not self._is_there():
             raise StoreError(
                 f"{self.description} is not what was written: its size or its mark is another one"
+            )
+        if self._is_to_lock:
+            self._check_locked()
+
+    def _check_locked(self) -> None:
+        """A store that passes over what it does not know takes the object all the same: it goes again then."""
+        locked = self._store.is_locked()
+        if locked is None:
+            self._notice(
+                f"{self.description} was stored with --lock, and whether it is locked cannot be seen: these "
+                "credentials lack s3:GetObjectRetention, or the store does not tell"
+            )
+        elif not locked:
+            raise StoreError(
+                f"the store took {self.description}, and did not lock it for as long as was asked: choose another "
+                "store, or leave --lock out"
             )
 
     def _make(self, condition: Mapping[str, str]) -> None:

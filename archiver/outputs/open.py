@@ -24,7 +24,8 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, ignore
 from vmapipe.runtime.immutable import check_folder
-from vmapipe.runtime.objectstore import ObjectLock, is_object
+from vmapipe.runtime.objectlock import ObjectLock
+from vmapipe.runtime.objectstore import is_object
 
 _STDOUT = 1
 # Digits alone, so that int() cannot be surprised by "+1", "1_0" or a thousand of them.

@@ -8,7 +8,7 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from vmapipe.archiver.arguments import (
@@ -46,6 +46,7 @@ from vmapipe.places.place import ArchiveFolder, KeptPlace, is_place, open_place
 from vmapipe.places.reading import SoundArchive, source_state
 from vmapipe.places.removal import remove
 from vmapipe.places.repack import Writing, as_packed
+from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX
 from vmapipe.runtime.arguments import (
     add_service_link_options,
     age_s,
@@ -57,7 +58,8 @@ from vmapipe.runtime.arguments import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.immutable import lock_files
+from vmapipe.runtime.immutable import SUFFIX as LOCK_SUFFIX
+from vmapipe.runtime.immutable import lock_beside, lock_files
 from vmapipe.runtime.process import failure_of, run
 from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.runtime.syscalls import readable
@@ -84,6 +86,7 @@ examples:
 
 exit codes: 0 all are there, 1 something failed, 2 wrong use, 4 an archive is damaged and was not copied
 """
+_UNLOCKED = (VERIFIED_SUFFIX, LOCK_SUFFIX)
 _COMPRESSED = re.compile(r"\.(?:zst|gz|lzo)$")
 
 
@@ -276,7 +279,9 @@ class _Copy:
         else:
             tell = self._tell(archive.file.size_bytes)
             lock = object_lock(self._options.lock, self._options.lock_mode)
-            copied = copy_archive(source, archive, self._target, tell, self._cancel, lock)
+            copied = copy_archive(
+                source, archive, self._target, tell, self._cancel, lock, self._emit
+            )
             note = (
                 ""
                 if copied.is_checked
@@ -288,8 +293,7 @@ class _Copy:
                 self._verify_copy(source, archive, name, copied.stored)
             if lock is not None and isinstance(self._target, ArchiveFolder):
                 path = self._target.full_name(name)
-                along = [self._target.full_name(each) for each in archive.beside]
-                lock_files(path, along, lock.until_s)
+                lock_files(path, _locked_along(archive.beside), lock.until_s)
             if self._options.move:
                 _remove_unchanged(source, archive.name, state)
         self._copied += 1
@@ -352,6 +356,8 @@ class _Copy:
                         writing.put(as_packed(found))
                         tell(found.extent.offset + found.extent.total_bytes)
                     writing.finish()
+                if lock is not None and isinstance(self._target, ArchiveFolder):
+                    lock_beside(options.output, _locked_along(beside.values()))
         except ArchiveError as error:
             raise Damaged(named(path, error)) from error
         unsigned = any(each.endswith(SIGNATURE_SUFFIX) for each in archive.beside)
@@ -408,6 +414,11 @@ def _remove_unchanged(source: KeptPlace, name: str, state: tuple[object, ...]) -
     if source_state(path) != state:
         raise Failure(f"{path} was changed or replaced after it was copied: it stays where it is")
     remove(source, name)
+
+
+def _locked_along(names: Iterable[str]) -> list[str]:
+    """What is locked with its archive: not what changes meanwhile, or is taken away by hand later."""
+    return [each for each in names if not each.endswith((PROTECTED_SUFFIX, *_UNLOCKED))]
 
 
 def _nothing(count: int) -> None:

@@ -18,6 +18,8 @@ from vmapipe.runtime.arguments import wait_time
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import ChildCommands, Emit, Event
+from vmapipe.runtime.immutable import lock_beside
+from vmapipe.runtime.objectstore import is_object
 
 # Long enough to mount a share or to wake a host.
 _HOOK_S = 300
@@ -134,6 +136,20 @@ def job_context(
             except Failure as failure:
                 # The archive is stored all the same: who hears of a failure takes it for absent.
                 emit({"event": "notice", "text": str(failure)})
+    if options.lock and not options.archiver:
+        # A log that several backups are appended to is not this archive's.
+        along = [f"{options.archive}.notes", *([log_path] if log_path and not options.log else [])]
+        _lock_along(options.archive, along, report)
+
+
+def _lock_along(archive: str, names: list[str], report: Emit) -> None:
+    """Lock what this command has put beside the archive, where that is a file."""
+    if is_object(archive) or not os.path.isfile(archive):
+        return
+    try:
+        lock_beside(archive, names)
+    except Failure as failure:
+        report({"event": "notice", "text": str(failure)})
 
 
 def _check(options: argparse.Namespace) -> None:

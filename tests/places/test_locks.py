@@ -77,14 +77,47 @@ def test_a_locked_backup_stays_whoever_wants_to_remove_it_until_it_is_due(
     assert sorted(os.listdir(place)) == [other.name, f"{other.name}.manifest.json"]
 
 
+def test_what_a_backup_puts_beside_it_is_locked_and_goes_with_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = make_disk(tmp_path / "d.raw", "A0p")
+    words = ("--disk", f"drive-scsi0={disk}", "--lock=30d", "--vmid=100", "--notes=mine")
+    (tmp_path / "100.conf").write_text(f"scsi0: local:{disk}\n")
+    good("backup", "--quiet", *words, "--config", tmp_path / "100.conf", place)
+    names = sorted(os.listdir(place))
+    archive_name = next(name for name in names if name.endswith(".vma"))
+    endings = ("", ".lock.json", ".manifest.json", ".notes")
+    log = archive_name.replace(".vma", ".log")
+    assert names == [log, *(f"{archive_name}{ending}" for ending in endings)]
+    for name in names:
+        with pytest.raises(PermissionError):
+            os.unlink(place / name)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 31 * 86400)
+    with contextlib.closing(ArchiveFolder(str(place))) as kept:
+        remove(kept, archive_name)
+    assert os.listdir(place) == []
+
+
 def test_repack_and_copy_lock_what_they_store(place: Path, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(RAW)
-    (tmp_path / f"{NAME}.manifest.json").write_bytes(manifest(RAW))
+    other = "vm-2026-01-03.vma"
+    (tmp_path / other).write_bytes(RAW)
+    for name in (NAME, other):
+        (tmp_path / f"{name}.manifest.json").write_bytes(manifest(RAW))
+        for ending in (".vma.notes", ".vma.protected", ".vma.verified.json", ".log"):
+            (tmp_path / name.replace(".vma", ending)).write_bytes(b"what stands beside it")
     good("copy", "--quiet", "--lock=1h", tmp_path / NAME, place)
+    good("copy", "--quiet", "--lock=1h", "--compress=zstd:1", tmp_path / other, place)
     good("repack", "--quiet", "--lock=1h", tmp_path / NAME, place / "other.vma")
+    marks = {f"{NAME}.protected", f"{other}.zst.protected"}
+    beside = {f"{NAME}.notes", f"{other}.zst.notes", *(n[:-4] + ".log" for n in (NAME, other))}
     with HeldFolder(str(place)) as held:
-        for name in held.names():
-            assert locked_until(held, name) > time.time(), name
+        names = set(held.names())
+        assert names > beside | marks
+        for name in names:
+            # Who has protected it takes that back by hand, and lifts nothing for it.
+            assert (locked_until(held, name) > time.time()) == (name not in marks), name
 
 
 def test_who_may_not_lock_is_told_before_the_backup_begins(place: Path, tmp_path: Path) -> None:

@@ -10,10 +10,21 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.machine import bad, good, make_disk
+from tests.archives import archive, manifest
+from tests.machine import bad, good, make_disk, run
 from tests.s3.server import S3Server
+from vmapipe.runtime.objectlock import ObjectLock
+from vmapipe.runtime.objectstore import StoredObject
 
 BUCKET = "locked"
+
+
+def keep_archive(folder: Path) -> Path:
+    raw = archive({"a": b"data" * 30000})
+    path = folder / "vm-2026-01-01.vma"
+    path.write_bytes(raw)
+    (folder / f"{path.name}.manifest.json").write_bytes(manifest(raw))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +74,29 @@ def test_a_bucket_without_object_lock_refuses_before_the_backup_begins(
     text = bad("backup", "--disk", f"d={disk}", "--lock=30d", "s3://backups/vm.vma")
     assert "its bucket has no Object Lock" in text
     assert (s3.objects(), s3.uploads()) == ({}, [])
+
+
+def test_a_store_that_passes_over_the_lock_is_told_and_nothing_is_published(
+    s3: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a gateway does that knows the bucket's setting, and not what a request says of one object."""
+    kept = keep_archive(tmp_path)
+    monkeypatch.setattr(ObjectLock, "fields", lambda lock: {})
+    done = run("copy", "--lock=30d", kept, f"{bucket}/unlocked")
+    assert done.returncode == 1
+    assert b"did not lock it for as long as was asked" in done.stderr
+    shorter = ObjectLock("GOVERNANCE", time.time() + 60).fields()
+    monkeypatch.setattr(ObjectLock, "fields", lambda lock: shorter)
+    assert b"did not lock it" in run("copy", "--lock=30d", kept, f"{bucket}/shorter").stderr
+    assert "Contents" not in s3.client.list_objects_v2(Bucket=BUCKET, Prefix="unlocked/")
+    assert "Contents" not in s3.client.list_objects_v2(Bucket=BUCKET, Prefix="shorter/")
+
+
+def test_credentials_that_may_not_see_a_lock_store_and_are_told(
+    s3: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = keep_archive(tmp_path)
+    monkeypatch.setattr(StoredObject, "is_locked", lambda store: None)
+    said = good("copy", "--lock=1h", "--lock-mode=governance", kept, f"{bucket}/unseen")
+    assert b"whether it is locked cannot be seen" in said
+    assert "Contents" in s3.client.list_objects_v2(Bucket=BUCKET, Prefix="unseen/")
