@@ -197,7 +197,7 @@ class _Session:
         variables = {"TARGET": options.archive, "HOSTNAME": config.name}
         if target.storage:
             variables["STOREID"] = target.storage
-        held = _HeldLock(node, vmid, self._emit)
+        held = _HeldLock(node, vmid, options.archive, self._emit)
         parent = ParentContext(self._emit, self._cancel, ChildCommands())
         with (
             job_context(options, options.archive, parent, Surroundings(held, variables)) as around,
@@ -323,8 +323,9 @@ def _named(vmid: int, text: str) -> str:
 class _HeldLock:
     """`lock: backup` around one backup; `config` is the machine's configuration under it."""
 
-    def __init__(self, node: PveNode, vmid: int, emit: Emit) -> None:
+    def __init__(self, node: PveNode, vmid: int, archive: str, emit: Emit) -> None:
         self._node, self._vmid, self._emit = node, vmid, emit
+        self._archive = archive
         self._lock: BackupLock | None = None
         self.config = MachineConfig("")
 
@@ -338,7 +339,7 @@ class _HeldLock:
                 )
                 self._emit({"event": "notice", "text": text})
             return self
-        lock = BackupLock(self._node, self._vmid)
+        lock = BackupLock(self._node, self._vmid, self._archive)
         try:
             self.config = lock.take()
         except BaseException:

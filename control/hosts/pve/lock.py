@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from vmapipe.archiver.outputs.file import remove_leftover
+from vmapipe.archiver.outputs.manifests import files_of
 from vmapipe.control.hosts.pve.machine import MachineConfig
 from vmapipe.control.hosts.pve.node import PveNode
 from vmapipe.runtime.errors import Failure, os_error_text
@@ -30,7 +32,8 @@ _WAIT_S = 10.0
 _AGAIN_S = 0.05
 # Between our note and the file that it is about, when we are killed in between.
 _SAME_MOMENT_S = 10.0
-_MAX_NOTE_BYTES = 4096
+# The longest path (4096 bytes), each of its bytes escaped (six characters), and the rest.
+_MAX_NOTE_BYTES = 32 << 10
 _KEY = re.compile(r"([a-z][a-z0-9_-]*):")
 
 
@@ -62,11 +65,13 @@ def unlocked_text(text: str) -> str:
 class BackupLock:
     """The lock of one machine. `take` and `release` it, or `remove` what a killed backup has left.
 
+    Both remove the half archive of a backup that was killed, too: the next one has another name.
     All raise Failure.
     """
 
-    def __init__(self, node: PveNode, vmid: int) -> None:
-        """Raises Failure while another of our backups of this machine runs."""
+    def __init__(self, node: PveNode, vmid: int, archive: str = "") -> None:
+        """`archive`: what is written under the lock. Raises Failure while another of our backups of this machine runs."""
+        self._archive = archive
         self._node = node
         self._vmid = vmid
         self._path = node.config_path(vmid)
@@ -78,6 +83,7 @@ class BackupLock:
 
     def take(self) -> MachineConfig:
         """Lock the machine; return its configuration as it was then, without the lock."""
+        self._remove_half_archive()
         with self._changing():
             text = self._read()
             lock = MachineConfig(text).lock
@@ -109,6 +115,7 @@ class BackupLock:
 
     def remove(self) -> bool:
         """Remove the lock that a killed backup of ours has left; tell whether there was one."""
+        self._remove_half_archive()
         try:
             with self._changing():
                 text = self._read()
@@ -219,6 +226,13 @@ class BackupLock:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(left)
 
+    def _remove_half_archive(self) -> None:
+        """Remove NAME.partial of a backup that was killed; one that is being written is locked, and stays."""
+        archive = self._read_note().get("archive")
+        if isinstance(archive, str) and os.path.isabs(archive):
+            for path in files_of(archive):
+                remove_leftover(path)
+
     # --- The note ---
 
     def _hold_note(self) -> int:
@@ -245,7 +259,13 @@ class BackupLock:
 
     def _note_of(self, data: bytes, temporary: str) -> dict[str, Any]:
         digest = hashlib.sha256(data).hexdigest()
-        return {"sha256": digest, "time": time.time(), "temporary": temporary, "pid": os.getpid()}
+        return {
+            "sha256": digest,
+            "time": time.time(),
+            "temporary": temporary,
+            "pid": os.getpid(),
+            "archive": self._archive,
+        }
 
     def _read_note(self) -> dict[str, Any]:
         try:

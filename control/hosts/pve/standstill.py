@@ -43,6 +43,8 @@ _LATE_S = 60.0
 _RESUME_S = 60.0
 _RESUME_AGAIN_S = 0.2
 _OFF_AGAIN_S = 0.2
+# A process that was killed may still have its lock; one that goes on has it for as long as a guest shuts down.
+_DIES_S = 5.0
 # A note is written over by another one, which is whole or not there at all.
 _NOTE_BYTES = 256
 _MAX_NOTE_BYTES = 4096
@@ -210,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stand = Stand(mode, int(vmid), monitor, note, int(stop_s))
     with socket.socket(fileno=int(control.partition("=")[2])) as parent:
         try:
-            with _noted(stand) as was_shut_down:
+            with noted(stand) as was_shut_down:
                 _stand(stand, parent, was_shut_down)
         except Failure as failure:
             _say(parent, "failed", str(failure))
@@ -386,16 +388,16 @@ def _host_s() -> float:
 
 
 @contextlib.contextmanager
-def _noted(stand: Stand) -> Iterator[Callable[[], None]]:
+def noted(stand: Stand) -> Iterator[Callable[[], None]]:
     """A file that tells what has to be undone, locked while somebody is at it. Raises Failure.
 
     What is yielded notes that the machine has shut down: if it runs afterwards, it has been started.
     """
     try:
         os.makedirs(os.path.dirname(stand.note), mode=0o700, exist_ok=True)
-        fd = os.open(stand.note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        # As long as another one may take with the same machine.
+        fd = _hold(stand.note, os.O_CREAT, stand.stop_s + _START_S)
         with open(fd, "r+b", buffering=0) as file:
-            fcntl.lockf(fd, fcntl.LOCK_EX)
             file.truncate()
             _write_note(fd, stand, _host_s() + stand.stop_s + _LATE_S)
             try:
@@ -408,6 +410,28 @@ def _noted(stand: Stand) -> Iterator[Callable[[], None]]:
             os.unlink(stand.note)
     except OSError as error:
         raise Failure(f"cannot write {stand.note}: {os_error_text(error)}") from error
+
+
+def _hold(note: str, flags: int, limit_s: float) -> int:
+    """Open and lock a note that still has its name then: whoever had it before may have removed it.
+
+    Raises BlockingIOError when somebody else has it until `limit_s` is over, OSError.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        fd = os.open(note, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, fd)
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                if os.path.exists(note) and os.path.samestat(os.fstat(fd), os.stat(note)):
+                    stack.pop_all()
+                    return fd
+        time.sleep(_AGAIN_S)
 
 
 def undo_for(node: PveNode, vmid: int) -> str:
@@ -423,16 +447,12 @@ def undo(note: str, vmid: int, monitor: str) -> str:
     Nothing is done while one of them is at it. Raises Failure.
     """
     try:
-        fd = os.open(note, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+        fd = _hold(note, 0, _DIES_S)
+    except (FileNotFoundError, BlockingIOError):
         return ""
     except OSError as error:
         raise Failure(f"cannot open {note}: {os_error_text(error)}") from error
     with open(fd, "r+b", buffering=0) as file:
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return ""
         mode, boot, until = _read(file.read(_MAX_NOTE_BYTES))
         done = ""
         if boot == _boot():

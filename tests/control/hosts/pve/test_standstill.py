@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.control.hosts.pve.simulated import SimulatedNode
 from tests.control.hosts.pve.test_machines import CONTENT, archive_of, conf, restored, running
 from tests.control.qemu.paused_machine import PausedMachine
 from tests.machine import Need, bad, end_of, eventually, good, next_event, started, without_limit
+from vmapipe.control.hosts.pve import standstill
 from vmapipe.control.hosts.pve.standstill import Stand, standing_still
 from vmapipe.control.qmp.client import QmpClient
 from vmapipe.control.qmp.connection import Command
@@ -28,14 +30,17 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import ignore
 
 # As Proxmox VE's, but that its guest shuts down at once, or when the file `hold` is gone.
+# One command after the other has a machine.
 QM = f"""#!{sys.executable}
-import json, os, pathlib, socket, subprocess, sys, time
+import fcntl, json, os, pathlib, socket, subprocess, sys, time
 folder = pathlib.Path(__file__).parent
 with (folder / "asked").open("a") as asked:
     asked.write(" ".join(sys.argv[1:]) + "\\n")
 if (folder / ("no-" + sys.argv[1])).exists():
     sys.exit("VM 100: " + (folder / ("no-" + sys.argv[1])).read_text())
 argv = json.loads((folder / "argv").read_text())
+lock = (folder / "lock").open("w")
+fcntl.flock(lock, fcntl.LOCK_EX)
 monitor = next(word for word in argv if word.startswith("socket,id=qmp,path=")).split("path=")[1].split(",")[0]
 pid_file = pathlib.Path(argv[argv.index("-pidfile") + 1])
 if sys.argv[1] == "shutdown":
@@ -88,6 +93,16 @@ class Host:
                 return str(client.execute(Command("query-status", {}))["status"])
         except Exception:  # noqa: BLE001  whatever is wrong with it
             return ""
+
+    def ours(self) -> list[str]:
+        """What a backup has in the machine's QEMU: jobs, nodes, objects."""
+        with closing(QmpClient(str(self._tests))) as client:
+            answers = [
+                client.execute(Command("query-jobs", {})),
+                client.execute(Command("query-named-block-nodes", {"flat": True})),
+                client.execute(Command("qom-list", {"path": "/objects"})),
+            ]
+        return [word for word in str(answers).split("'") if word.startswith("vmapipe-")]
 
     def words(self, mode: str, *more: str) -> list[str | Path]:
         return self.node.words("--pve", "100", "--json", "--mode", mode, *more)
@@ -218,6 +233,7 @@ def test_a_machine_that_does_not_shut_down_although_qm_says_so_fails_the_backup(
 # Enters the block, says so and stays there.
 HOLDER = """
 import sys, time
+from vmapipe.control.hosts.pve import standstill
 from vmapipe.control.hosts.pve.standstill import Stand, standing_still
 from vmapipe.runtime.cancel import Cancel
 stand = Stand("suspend", 100, sys.argv[1], sys.argv[2], 60)
@@ -269,3 +285,30 @@ def test_a_machine_that_somebody_else_has_paused_stays_so(
 def ask(host: Host, name: str) -> Any:
     with closing(QmpClient(str(host._tests))) as client:
         return client.execute(Command(name, {}))
+
+
+def test_a_note_that_its_holder_removes_is_not_written_by_who_has_waited_for_it(
+    tmp_path: Path,
+) -> None:
+    """Else nothing would tell of the machine that the second one has stand still."""
+    note = tmp_path / "100.standstill"
+    program = f"""
+import fcntl, os, sys
+fd = os.open({str(note)!r}, os.O_RDWR | os.O_CREAT)
+fcntl.lockf(fd, fcntl.LOCK_EX)
+print("holds", flush=True)
+sys.stdin.read()
+os.unlink({str(note)!r})
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"holds\n"
+        waiting = threading.Thread(target=holder.communicate)
+        waiting.start()
+        stand = Stand("suspend", 100, str(tmp_path / "qmp"), str(note), 60)
+        with standstill.noted(stand):
+            assert json.loads(note.read_text())["mode"] == "suspend"
+        waiting.join()
+    assert not note.exists()
