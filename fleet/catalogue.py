@@ -196,6 +196,10 @@ _GONE = (
     "NOT EXISTS (SELECT 1 FROM archives a WHERE a.machine = {0}.machine AND a.target = {0}.target "
     "AND a.archive = {0}.archive AND a.removed_s = 0)"
 )
+_TESTED = (
+    "EXISTS (SELECT 1 FROM {0} t WHERE t.machine = archives.machine AND t.target = archives.target "
+    "AND t.archive = archives.archive)"
+)
 _INDEXES = (
     ("runs", "state"),
     ("runs", "machine"),
@@ -269,11 +273,35 @@ class Catalogue:
         return self._select(record, words, values, tail)
 
     def select_since(
-        self, record: type[R], field: str, least: float, **equal: str | float | Sequence[str]
+        self, record: type[R], least: Mapping[str, float], **equal: str | float | Sequence[str]
     ) -> list[R]:
-        """Return those of `select` whose `field` is `least` or more."""
+        """Return those of `select` whose fields in `least` have this value or more."""
         words, values = self._conditions(record, equal)
-        return self._select(record, [*words, f"{_known(record, field)} >= ?"], [*values, least])
+        words += [f"{_known(record, field)} >= ?" for field in least]
+        return self._select(record, words, [*values, *least.values()])
+
+    def telling_archives(self, until_s: float) -> list[ArchiveRecord]:
+        """Return those archives that are there and say how safe their machines are.
+
+        They are each machine's first and last one, the last of those that claim to be older than `until_s`, and
+        all that were verified or booted: of 300,000 some ten thousand.
+        """
+        at = "CASE WHEN instant_s > 0 THEN instant_s ELSE stored_s END"
+        ends = (
+            f"SELECT machine AS of_machine, MIN({at}) AS first_s, MAX({at}) AS last_s, MAX(stored_s) AS late_s, "
+            f"MAX(CASE WHEN {at} <= ? THEN {at} END) AS dated_s FROM archives WHERE removed_s = 0 GROUP BY machine"
+        )
+        tells = (
+            f"({at} IN (first_s, last_s, dated_s) OR stored_s = late_s "
+            f"OR {_TESTED.format('verifications')} OR {_TESTED.format('drills')})"
+        )
+        join = f" JOIN ({ends}) ends ON of_machine = machine"
+        return self._select(ArchiveRecord, ["removed_s = 0", tells], [until_s], joined=join)
+
+    def tests_of_what_is_there(self, record: type[R]) -> list[R]:
+        """Return the verifications, or the restore tests, of archives that are there."""
+        table, _ = _TABLES[record]
+        return self._select(record, [f"NOT {_GONE.format(table)}"], [])
 
     def _conditions(
         self, record: type[R], equal: Mapping[str, str | float | Sequence[str]]
@@ -287,12 +315,17 @@ class Catalogue:
         return words, values
 
     def _select(
-        self, record: type[R], words: Sequence[str], values: Sequence[object], tail: str = ""
+        self,
+        record: type[R],
+        words: Sequence[str],
+        values: Sequence[object],
+        tail: str = "",
+        joined: str = "",
     ) -> list[R]:
         table, _ = _TABLES[record]
         names = [field.name for field in dataclasses.fields(record)]
         where = f" WHERE {' AND '.join(words)}" if words else ""
-        sql = f"SELECT {', '.join(names)} FROM {table}{where}{tail}"
+        sql = f"SELECT {', '.join(names)} FROM {table}{joined}{where}{tail}"
         with self._lock, self._database.transaction():
             rows = self._database.execute(sql, values).fetchall()
         _check_columns(record, rows)

@@ -118,7 +118,7 @@ class Round:
         self._dispatcher = Dispatcher(fleet, catalogue, self._carrier)
         self._runs = dict[str, RunRecord]()
         self._wished = set[str]()
-        self._tried = set[tuple[str, str, str]]()
+        self._tried = set[tuple[str, str, str, str]]()
         # Ends that are not in the catalogue yet, and why: what runs goes on without it, nothing new starts.
         self._untold = list[tuple[RunRecord, Mapping[str, Any], float]]()
         self._trouble: Failure | None = None
@@ -179,8 +179,8 @@ class Round:
         found = self._dispatcher.plan(list(by_name.values()), self._down, now)
         waits = list(found.waits)
         for task in found.starts:
-            key = (task.machine, task.verb, task.target)
-            # A job that was lost or cancelled in this round is the next one's.
+            # A job that was lost or cancelled in this round is the next one's; one of a newer archive is not.
+            key = (task.machine, task.verb, task.target, task.archive)
             if key in self._tried:
                 continue
             self._tried.add(key)

@@ -5,10 +5,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from tests.fleet.report.records import DAY_S, HOUR_S, NOW_S, archive, drill, machine, small_fleet
 from tests.fleet.test_run import HOSTILE, Site
+from vmapipe.control.cli import fleet_report
 from vmapipe.fleet.catalogue import ArchiveRecord
+from vmapipe.fleet.configuration import parse
+from vmapipe.fleet.report.check import judge
+from vmapipe.fleet.report.facts import ReportInput
+from vmapipe.fleet.sqlite_file import open_file
 
 
 def report(site: Site, *words: str, code: int = 0) -> dict[str, Any]:
@@ -61,3 +70,36 @@ def test_a_lost_catalogue_is_made_again_and_what_is_gone_is_noticed(tmp_path: Pa
     catalogue.close()
     assert sum(row["newest"] is None for row in report(site, code=4).values()) == 1
     assert {verb for _, verb in due(site)} >= {"backup"}
+
+
+def test_check_reads_less_than_the_report_and_finds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, _ = parse(
+        b'[defaults]\ntarget = "b1"\nverify_every = "7d"\ndrill_every = "30d"\n'
+        b'[vm.parked]\nskip = "told"\n[vm.homeless]\ntarget = ""\n'
+        b'[host.pve1]\nguests = ["disks:/x"]\n[target.b1]\ndirectory = "/b"\n'
+    )
+    monkeypatch.setattr(fleet_report, "time", SimpleNamespace(time=lambda: NOW_S))
+    records = small_fleet()
+    more = [machine(name, first_seen_s=NOW_S - HOUR_S) for name in ("ahead", "emptied")]
+    catalogue = open_file(str(tmp_path / "fleet.db"))
+    catalogue.put(*records.machines, *records.archives, *records.verifications)
+    catalogue.put(*records.drills, *records.runs, *more)
+    # Of a year; of a wrong clock; removed, and then it is not new; booted once, and gone since.
+    catalogue.put(*(archive("well", n * DAY_S) for n in range(2, 300)))
+    catalogue.put(archive("ahead", -DAY_S), archive("ahead", 40 * HOUR_S))
+    catalogue.put(archive("emptied", HOUR_S, "e.vma", removed_s=NOW_S))
+    catalogue.put(drill("emptied", "e.vma", "not-booted"), drill("late", "g.vma", "not-booted"))
+    whole = judge(fleet_report.facts_of(fleet, catalogue, "UTC", 31), {})
+    read = list[ArchiveRecord]()
+
+    def take(*fields: Any) -> ReportInput:
+        read.extend(fields[1])
+        return ReportInput(*fields)
+
+    monkeypatch.setattr(fleet_report, "ReportInput", take)
+    assert judge(fleet_report.problems_of(fleet, catalogue), {}) == whole
+    assert len(whole.troubles) >= 10
+    assert len(read) < 25
+    catalogue.close()
