@@ -29,6 +29,7 @@ except ImportError as error:
     ) from error
 
 from vmapipe.fleet.catalogue import Catalogue
+from vmapipe.fleet.postgres import DISK_FULL
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.text import one_line, without_user
@@ -63,6 +64,8 @@ def _failing() -> Iterator[None]:
         words = str(error).strip().replace("\n", " ") or type(error).__name__
         cause = one_line(str(error.__cause__).strip().replace("\n", " "), 300)
         more = f" ({cause})" if error.__cause__ is not None else ""
+        if isinstance(error, psycopg.errors.DiskFull):
+            words, more = words.partition(" HINT:")[0], f": {DISK_FULL}"
         raise DatabaseLost(
             f"the fleet's database: {one_line(words, 500)}{more}; archives do not need it"
         ) from error

@@ -25,8 +25,13 @@ _USERS = ("postgres", "nobody")
 _START_S, _INITDB_S, _STOP_S = 60.0, 120.0, 20.0
 # A second apart, for the end of another one.
 _TRIES = 15
+_ENDS_YET = 'lock file ".*" already exists|shared memory block .* still in use'
 # sun_path has 108 bytes; `/.s.PGSQL.5432` and its zero are 15 of them.
 _MOST_PATH_BYTES = 93
+# A segment of its write-ahead log: with less room it neither starts nor goes on.
+_LEAST_BYTES = 16 << 20
+#: What is said, and what can be done, where it has no room.
+DISK_FULL = "its disk is full: with room again it goes on"
 NAME, USER = "postgres", "vmapipe"
 
 
@@ -81,7 +86,7 @@ class PrivatePostgres:
                 return
             except Failure:
                 # The one of a server that was killed just now ends, but not at once.
-                if not left or "lock file" not in self._last_words():
+                if not left or not re.search(_ENDS_YET, self._last_words()):
                     raise
                 time.sleep(1)
                 self._log = open(f"{self._folder}/postgres.log", "ab")  # noqa: SIM115  closed in stop
@@ -131,10 +136,9 @@ class PrivatePostgres:
             ) from error
         if done.returncode:
             text = one_line(done.stderr.decode(errors="replace").strip().replace("\n", " "), 1000)
-            raise Failure(
-                f"{self._folder}: no PostgreSQL could be made there: {text}; the user "
-                f"{_owner_name()} has to reach that folder (--state names another one)"
-            )
+            way = f"the user {_owner_name()} has to reach that folder (--state names another one)"
+            way = DISK_FULL if self._is_full(text) else way
+            raise Failure(f"{self._folder}: no PostgreSQL could be made there: {text}; {way}")
 
     def _wait(self) -> None:
         """Wait until it takes connections. Raises Failure."""
@@ -142,10 +146,10 @@ class PrivatePostgres:
         while time.monotonic() < deadline:
             if not self.is_alive:
                 self.stop()
-                raise Failure(
-                    f"{self._folder}: PostgreSQL did not start: {self._last_words()} (another `vmapipe "
-                    "fleet serve` there? postgres.log has more)"
-                )
+                words = self._last_words()
+                way = "another `vmapipe fleet serve` there? postgres.log has more"
+                way = DISK_FULL if self._is_full(words) else way
+                raise Failure(f"{self._folder}: PostgreSQL did not start: {words} ({way})")
             done = subprocess.run(
                 [f"{self._bin}/pg_isready", "-q", "-h", self._folder, "-U", USER, "-d", NAME],
                 stdin=subprocess.DEVNULL,
@@ -163,8 +167,16 @@ class PrivatePostgres:
                 lines = file.read().decode(errors="replace").splitlines()
         except OSError:
             return "no log"
-        told = [line for line in lines if re.search("FATAL|ERROR|PANIC", line)] or lines
-        return one_line(told[-1] if told else "no log", 500)
+        # Without time and process: the same trouble is the same words.
+        told = [
+            found[0] for found in map(re.compile("(FATAL|ERROR|PANIC).*").search, lines) if found
+        ]
+        return one_line((told or lines or ["no log"])[-1], 500)
+
+    def _is_full(self, words: str) -> bool:
+        """Tell whether there is no room; its log, which would say so, may be on the same disk."""
+        room = os.statvfs(self._folder)
+        return "No space left" in words or room.f_bavail * room.f_frsize < _LEAST_BYTES
 
     def stop(self) -> None:
         """End it, with its connections."""

@@ -21,6 +21,7 @@ from vmapipe.fleet.postgres import PrivatePostgres
 from vmapipe.fleet.rounds import Dispatcher
 from vmapipe.fleet.scan import known_machines, put_together
 from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.process import notify
 from vmapipe.runtime.syscalls import readable
 
@@ -43,12 +44,19 @@ def serve(fleet: Fleet, dsn: str, state: str, say: Say, cancel: Cancel) -> None:
             own = stack.enter_context(PrivatePostgres(state))
             dsn = own.dsn
         say(f"database: {shown(dsn)}")
-        is_first = True
+        is_first, told = True, set[str]()
+
+        def tell(text: str) -> None:
+            # Once: it may be the disk of what is said that is full.
+            if text not in told:
+                told.add(text)
+                say(text)
+
         while not cancel.asked:
             try:
                 if own is not None and not own.is_alive:
-                    say("PostgreSQL has ended: it is started again")
-                    own.start()
+                    tell("PostgreSQL has ended: it is started again")
+                    _start_again(own)
                 with _connected(dsn) as (catalogue, queue):
                     server = _FleetServer(fleet, catalogue, queue, say)
                     if is_first:
@@ -58,15 +66,25 @@ def serve(fleet: Fleet, dsn: str, state: str, say: Say, cancel: Cancel) -> None:
                     while not cancel.asked:
                         began = time.monotonic()
                         server.round()
+                        if told:
+                            say("the fleet's database does its work again")
+                            told.clear()
                         # A plan of a large fleet takes a second, and must not take a processor.
                         pause = max(_ROUND_S, 4 * (time.monotonic() - began))
                         readable([cancel.fd], pause)
             except DatabaseLost as failure:
                 if is_first and own is None:
                     raise
-                say(f"{failure}; trying again")
+                tell(f"{failure}; trying again")
                 readable([cancel.fd], _RETRY_S)
         notify("STOPPING=1")
+
+
+def _start_again(own: PrivatePostgres) -> None:
+    try:
+        own.start()
+    except Failure as failure:  # a full disk, which will have room again
+        raise DatabaseLost(str(failure)) from failure
 
 
 @contextlib.contextmanager

@@ -3,11 +3,12 @@
 
 Each job is an agent's, a child, as for `fleet run`: it checks the request once more, and ends when its
 worker does. A worker that has not reached the database for a while ends its jobs, since they count as
-lost by then, and another one may be started.
+lost by then, and another one may be started. How a job has ended is kept until the database takes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -53,9 +54,7 @@ def work(fleet: Fleet, host: str, dsn: str, say: Say, cancel: Cancel) -> None:
         while not cancel.asked:
             try:
                 jobs = max(1, fleet.hosts[host].jobs)
-                run_worker(
-                    dsn, host, jobs, worker.do, cancel, worker.at_work.set, is_again=is_again
-                )
+                run_worker(dsn, host, jobs, worker.do, cancel, worker.begin, is_again=is_again)
             except DatabaseLost as failure:
                 is_again = is_again or worker.at_work.is_set()
                 worker.at_work.clear()
@@ -75,6 +74,16 @@ class _HostWorker:
         # Whatever the server needs to reach it, this is the host.
         self._host = dataclasses.replace(fleet.hosts[host], ssh="")
         self.stop, self.at_work = threading.Event(), threading.Event()
+        # Ends that are not in the catalogue yet: its disk is full, or it is away.
+        self._untold = list[tuple[RunRecord, Mapping[str, Any], float]]()
+        self._telling = threading.Lock()
+
+    def begin(self) -> None:
+        """Be the host's only worker. Raises DatabaseLost as long as it cannot be told how jobs have ended."""
+        if self._untold:
+            with contextlib.closing(open_database(self._dsn)) as catalogue:
+                self._tell_ends(catalogue)
+        self.at_work.set()
 
     def beat(self) -> None:
         """Tell again and again that this host is there, and what machines it has."""
@@ -111,10 +120,16 @@ class _HostWorker:
         try:
             self._carry(catalogue, run, request, stop)
         except Failure as failure:
-            # Without the catalogue its end cannot be told: the run is lost, and due again.
             self._say(f"{run}: {failure}")
         finally:
             catalogue.close()
+        # A job that is gone before its end is told counts as lost, and is done again.
+        while self._untold and not stop.wait(_RETRY_S):
+            with (
+                contextlib.suppress(Failure),
+                contextlib.closing(open_database(self._dsn)) as catalogue,
+            ):
+                self._tell_ends(catalogue)
 
     def _carry(
         self,
@@ -158,9 +173,23 @@ class _HostWorker:
         event: Mapping[str, Any] = (
             ends[0] if ends else {"exit_code": ending.code, "text": ending.text, "lost": True}
         )
-        if event.get("cancelled") and not catalogue.select(CancelRecord, run=name):
-            event = {**event, "cancelled": False, "lost": True}
-        record, results = ended(self._fleet, catalogue, run, event, catalogue.now_s())
-        catalogue.finish(record, *results)
-        words = f": {record.text}" if record.text else ""
-        self._say(f"{name}: {run.verb} of {run.machine} {record.state}{words}")
+        self._untold.append((run, event, catalogue.now_s()))
+        self._tell_ends(catalogue)
+
+    def _tell_ends(self, catalogue: DatabaseCatalogue) -> None:
+        """Store how jobs have ended, with what came of them. Raises DatabaseLost; none is forgotten by that."""
+        with self._telling:
+            while self._untold:
+                run, event, at_s = self._untold[0]
+                about = f"{run.run}: {run.verb} of {run.machine}"
+                try:
+                    if event.get("cancelled") and not catalogue.select(CancelRecord, run=run.run):
+                        event = {**event, "cancelled": False, "lost": True}
+                    record, results = ended(self._fleet, catalogue, run, event, at_s)
+                    catalogue.finish(record, *results)
+                    self._say(f"{about} {record.state}{': ' * bool(record.text)}{record.text}")
+                except DatabaseLost:
+                    raise
+                except Failure as failure:  # it would fail each time
+                    self._say(f"{about}: {failure}")
+                del self._untold[0]
