@@ -7,6 +7,7 @@ Times are seconds since 1970, sizes bytes.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import datetime
 from collections import defaultdict
@@ -173,14 +174,8 @@ class _Days:
 
     def index(self, at_s: float) -> int:
         """Return the number of a time's day, or -1: it is not shown."""
-        if not self.from_s <= at_s < self._begins[-1]:
-            return -1
-        guess = min(int((at_s - self.from_s) // DAY_S), self.count - 1)
-        while at_s >= self._begins[guess + 1]:
-            guess += 1
-        while at_s < self._begins[guess]:
-            guess -= 1
-        return guess
+        index = bisect.bisect_right(self._begins, at_s) - 1
+        return index if index < self.count else -1
 
 
 class _Machine:
