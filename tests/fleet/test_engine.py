@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tests.fleet.namespaces import need_postgres
 from tests.machine import LIMIT_S, Need
 from vmapipe.fleet.catalogue import ArchiveRecord, RunRecord
 from vmapipe.fleet.engine import (
+    STALLED_S,
     DatabaseCatalogue,
     DatabaseLost,
     JobQueue,
@@ -187,6 +188,9 @@ def test_the_catalogue_and_the_queue_of_a_private_postgres(state: Path) -> None:
             _a_queue_has_each_run_once_and_a_second_server_is_refused(own, catalogue, queue)
             _a_second_worker_of_a_host_waits_for_the_end_of_the_first(own)
             _a_worker_that_has_lost_its_lock_with_its_connection_ends_its_work(own, catalogue)
+            _what_a_killed_worker_had_is_lost_when_it_is_silent_and_done_by_another_one(
+                own, catalogue, queue
+            )
         finally:
             queue.close()
             catalogue.close()
@@ -241,6 +245,34 @@ def _a_worker_that_has_lost_its_lock_with_its_connection_ends_its_work(
     until(lambda: len(catalogue.postgres.execute(held).fetchall()) == 1)
     thread.join(LIMIT_S)
     assert ["terminat" in text for text in lost] == [True]
+
+
+def _what_a_killed_worker_had_is_lost_when_it_is_silent_and_done_by_another_one(
+    own: PrivatePostgres, catalogue: DatabaseCatalogue, queue: JobQueue
+) -> None:
+    execute = catalogue.postgres.execute
+    for run, silent_s in (("killed", STALLED_S + 1), ("lives", STALLED_S / 2)):
+        queue.start(run, "pve3", {"verb": "verify"})
+        (worker,) = execute(
+            "INSERT INTO procrastinate_workers (last_heartbeat) "
+            "VALUES (now() - ? * interval '1 second') RETURNING id",
+            [silent_s],
+        ).fetchall()[0]
+        execute(
+            "UPDATE procrastinate_jobs SET status = 'doing', worker_id = ? WHERE args->>'run' = ?",
+            [worker, run],
+        )
+    assert queue.live() == {"lives"}
+    queue.start("again", "pve3", {"verb": "verify"})
+    done = list[object]()
+
+    def do(job: Mapping[str, object], stop: threading.Event) -> None:
+        done.append(job["run"])
+        cancel.ask("enough")
+
+    with contextlib.closing(Cancel()) as cancel:
+        run_worker(own.dsn, "pve3", 1, do, cancel, lambda: None)
+    assert done == ["again"]
 
 
 def _a_second_worker_of_a_host_waits_for_the_end_of_the_first(own: PrivatePostgres) -> None:
