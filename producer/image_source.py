@@ -34,6 +34,8 @@ EXPORT = "disk"
 _NODE = "image"
 # Of the daemon's second socket, behind the path of its first one.
 _SHARED = ".shared"
+# Formats that say where in the file each block lies; each is known by its first bytes.
+_WITH_TABLES = ("qcow2", "qed", "vdi", "vmdk", "parallels")
 
 
 class HowToRead(NamedTuple):
@@ -88,6 +90,8 @@ class ImageReader(PullReader):
             self.beside_bytes = QUEUE_BYTES if self._shares else 0
             if not how.others and how.image_format != "raw":
                 self._refuse_other_files(path)
+            elif how.others:
+                self._tell_truncated(path, cancel, sharing)
         except _OtherFileError:
             super().close()
             self._daemon.close()
@@ -166,6 +170,25 @@ class ImageReader(PullReader):
             same_device = stat.S_ISBLK(status.st_mode) and status.st_rdev == image.st_rdev
             if not (same_device or os.path.samestat(status, image)):
                 raise _OtherFileError(_refusal(self.name, name_text(os.readlink(opened))))
+
+    def _tell_truncated(self, path: str, cancel: Cancel, sharing: Sharing) -> None:
+        """Tell of files that the image refers to and that end before their data does. Raises Cancelled.
+
+        Which of them are images only QEMU knows: what looks like one may be a raw disk, so none is refused.
+        """
+        for opened in self._daemon.opened_files():
+            with contextlib.suppress(OSError), open(opened, "rb") as file:
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    continue
+                size_bytes = file.seek(0, os.SEEK_END)
+                read = functools.partial(_read_at, file.fileno())
+                found = (lost(kind, read, size_bytes, check=cancel.check) for kind in _WITH_TABLES)
+                if missing := next(filter(None, found), None):
+                    sharing.tell(
+                        f"disk {self.name!r}: {name_text(os.readlink(opened))}, to which the image refers, is "
+                        f"truncated: it has {size_bytes} bytes, and its tables name data behind that; up to "
+                        f"{missing.length} bytes, the first of them at offset {missing.offset}, read as zeroes"
+                    )
 
 
 def _refuse_encrypted(name: str, fd: int, image_format: str) -> None:

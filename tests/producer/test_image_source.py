@@ -122,6 +122,18 @@ def test_an_image_whose_file_was_cut_is_refused_and_one_without_its_last_zeroes_
         opened(image, HowToRead("qcow2")),
     ):
         pass
+    above = tmp_path / "above.qcow2"
+    create = [qemu_img, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image), str(above)]
+    subprocess.run(create, check=True, timeout=LIMIT_S)
+    told.clear()
+    how = HowToRead("qcow2", others=True)
+    with (
+        closing(Cancel()) as cancel,
+        closing(ImageReader("d", str(above), how, cancel, Sharing(False, told.append))),
+    ):
+        pass
+    assert len(told) == 1
+    assert f"'{image}', to which the image refers, is truncated: it has" in told[0]
 
 
 @pytest.mark.parametrize("image_format", ["luks", "qcow2"])
