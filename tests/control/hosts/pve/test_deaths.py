@@ -156,7 +156,7 @@ def test_whatever_dies_the_next_command_leaves_the_machine_as_it_was_and_no_half
     node: SimulatedNode, need: Need, tmp_path: Path
 ) -> None:
     with hosted(node, need, tmp_path) as host:
-        game = Rounds(node, host, 1)
+        game = Rounds(node, host, 2)
         game.one("stop", "all")
     assert game.killed
 
