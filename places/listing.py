@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vmapipe.archiver.base.choice import When
@@ -58,10 +58,20 @@ def json_of(path: str, archive: KeptArchive, condition: ArchiveCondition) -> dic
     }
 
 
-def table(rows: Iterable[tuple[KeptArchive, ArchiveCondition]]) -> Iterator[str]:
-    """Lines with a heading; what a stranger has called an archive moves no cursor."""
-    cells = [_HEADINGS, *(_cells(archive, condition) for archive, condition in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(_HEADINGS) - 1)]
+def table(
+    rows: Iterable[tuple[KeptArchive, ArchiveCondition]], signed: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Lines with a heading; what a stranger has called an archive moves no cursor.
+
+    `signed`: a word for each, in a column of its own.
+    """
+    cells: list[tuple[str, ...]] = (
+        [_HEADINGS] if not signed else [(*_HEADINGS[:-1], "SIGNED", _HEADINGS[-1])]
+    )
+    for archive, condition in rows:
+        row = _cells(archive, condition)
+        cells.append(row if not signed else (*row[:-1], signed[archive.name], row[-1]))
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]) - 1)]
     for row in cells:
         padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         yield "  ".join([*padded, row[-1]]).rstrip()

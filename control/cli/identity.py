@@ -80,6 +80,22 @@ def check_signed(name: str, options: argparse.Namespace, cancel: Cancel, emit: E
     return signed.fingerprint
 
 
+def signed_word(name: str, options: argparse.Namespace, cancel: Cancel) -> str | None:
+    """Return "yes", "no" (there is no signature) or "other" (another key's, or of another archive); None: nobody has asked.
+
+    Raises UsageError, InputError.
+    """
+    if not options.signed_by:
+        return None
+    with needing_cryptography("--signed-by"):
+        from vmapipe.restore.verify.signature import SignatureError
+    try:
+        check_signed(name, options, cancel, lambda event: None)
+    except SignatureError as error:
+        return "no" if error.is_absent else "other"
+    return "yes"
+
+
 def identities_of(options: argparse.Namespace) -> tuple[AgeIdentity, ...]:
     """Read the secret keys that `--identity` names, once. Raises UsageError."""
     if not hasattr(options, "identities"):

@@ -79,6 +79,7 @@ def main_list(argv: Sequence[str], prog: str) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object, on one line, for each archive"
     )
+    add_signed_by_option(parser)
     add_read_options(parser)
     parser.add_argument("archives", metavar="ARCHIVE|PLACE", nargs="+", help=PLACE_HELP)
     options = parser.parse_args(argv)
@@ -219,8 +220,9 @@ def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
         from vmapipe.places.place import is_place
 
         if is_place(name):
-            list_place(name, options)
+            list_place(name, options, cancel)
             return
+    check_signed(name, options, cancel, lambda event: None)
     try:
         archive = open_by_name(name, options, cancel)
     except NoKeyError:

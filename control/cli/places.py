@@ -11,27 +11,45 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vmapipe.control.cli.identity import signed_word
 from vmapipe.places.archives import KeptArchive, conditions, find_archives, verified_of
 from vmapipe.places.listing import json_of, table
 from vmapipe.places.place import KeptPlace, is_place, open_place
 from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX
 from vmapipe.places.verified import Candidate, Verified, choose_due, encode_verified
-from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.cancel import Cancel
+from vmapipe.runtime.errors import Damaged, Failure, UsageError
 from vmapipe.runtime.text import one_line
 
 
-def list_place(name: str, options: argparse.Namespace) -> None:
-    """Print the table of one place, or a line of JSON for each archive. Raises Failure."""
+def list_place(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
+    """Print the table of one place, or a line of JSON for each archive. Raises Failure.
+
+    With `--signed-by` each is read whole; Damaged: not all are signed by whom they should be.
+    """
     with contextlib.closing(open_place(name)) as place:
         archives = find_archives(place)
+        signed = {
+            each.name: found
+            for each in archives
+            if (found := signed_word(place.full_name(each.name), options, cancel)) is not None
+        }
         if options.json:
             for archive, condition in conditions(place, archives):
-                print(json.dumps(json_of(place.full_name(archive.name), archive, condition)))
-            return
-        print(f"{one_line(place.name)}: {len(archives)} archives")
-        if archives:
-            for line in table(conditions(place, archives)):
-                print(line)
+                fields = json_of(place.full_name(archive.name), archive, condition)
+                if archive.name in signed:
+                    fields["signed"] = signed[archive.name]
+                print(json.dumps(fields))
+        else:
+            print(f"{one_line(place.name)}: {len(archives)} archives")
+            if archives:
+                for line in table(conditions(place, archives), signed):
+                    print(line)
+    wrong = sum(word != "yes" for word in signed.values())
+    if wrong:
+        raise Damaged(
+            f"{name}: {wrong} of {len(archives)} archives are not signed as --signed-by asks"
+        )
 
 
 class KeptVerdict(NamedTuple):

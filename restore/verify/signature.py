@@ -36,7 +36,15 @@ _PIECE_BYTES = 1 << 20
 
 
 class SignatureError(Damaged):
-    """The archive is not the one that was signed, or not signed by whom it should be."""
+    """The archive is not the one that was signed, or not signed by whom it should be; `is_absent`: not at all."""
+
+    is_absent = False
+
+
+class UnsignedError(SignatureError):
+    """There is no signature."""
+
+    is_absent = True
 
 
 class Signed(NamedTuple):
@@ -76,10 +84,10 @@ def check_signature(
         )
     path = manifest or manifest_beside(name, cancel)
     if path is None:
-        raise SignatureError(f"{name} is not signed: there is no manifest beside it")
+        raise UnsignedError(f"{name} is not signed: there is no manifest beside it")
     text = _read_signature(path + SUFFIX, cancel)
     if text is None:
-        raise SignatureError(f"{name} is not signed: there is no {path}{SUFFIX}")
+        raise UnsignedError(f"{name} is not signed: there is no {path}{SUFFIX}")
     sha512, end = _look_at(path, cancel)
     try:
         signature = parse_signature(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine import Need, bad, good, make_disk
+from tests.machine import Need, bad, good, make_disk, run
 from vmapipe.crypt.sshsig import parse_publics
 from vmapipe.restore.verify.signature import SignatureError, check_signature, read_publics
 from vmapipe.runtime.cancel import Cancel
@@ -77,6 +77,21 @@ def test_what_was_signed_is_verified_restored_and_named(signed: Path, tmp_path: 
     assert (tmp_path / "out" / "disk-d.raw").read_bytes() == (signed / "disk.raw").read_bytes()
     # Of an encrypted one without its key, too: only the stored file is looked at.
     assert checked(signed / "vm.vma.age", signed / "key.pub").startswith("SHA256:")
+    place = tmp_path / "place"
+    place.mkdir()
+    for name in ("vm.vma", "b.vma"):
+        for path in signed.glob(f"{name}*"):
+            shutil.copy(path, place)
+    listed = ("list", "--signed-by", signed / "key.pub", place)
+    assert b"SIGNED" in good(*listed)
+    (place / f"b.vma{SIGNATURE}").unlink()
+    shutil.copy(signed / "b.vma", place / "vm.vma")
+    done = run("list", "--json", *listed[1:])
+    assert done.returncode == 4
+    assert b"2 of 3 archives are not signed as --signed-by asks" in done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    words = {Path(row["archive"]).name: row["signed"] for row in rows}
+    assert words == {"b.vma": "no", "vm.vma": "other", "vm.vma.age": "yes"}
     good("verify", signed / "vm.vma")  # a signature is no hindrance to who asks for none
 
 
