@@ -189,15 +189,17 @@ def _write(path: str, text: str) -> None:
 
 def _picture(drill: DrillRecord) -> bytes | None:
     """The screen of a restore test; links are not followed, and nothing is waited for."""
+    from vmapipe.access.drill.result import EVIDENCE_SUFFIX, PICTURE
     from vmapipe.fleet.report.page import MAX_PICTURE_BYTES
 
-    folder, name = os.path.split(drill.picture)
-    if not name:
+    place, evidence = os.path.split(os.path.dirname(drill.picture))
+    # The path may come from another host: no other file of this one is shown.
+    own = (os.path.basename(drill.archive) + EVIDENCE_SUFFIX, PICTURE)
+    if (evidence, os.path.basename(drill.picture)) != own:
         return None
-    place, evidence = os.path.split(folder)
     try:
         with HeldFolder(place) as held, held.folder(evidence) as inside:
-            fd = inside.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            fd = inside.open(PICTURE, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             with open(fd, "rb") as file:
                 return file.read(MAX_PICTURE_BYTES + 1)
     except (OSError, ValueError):
