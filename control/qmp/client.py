@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import select
 import socket
 import struct
@@ -164,7 +165,9 @@ class QmpClient:
         self.path = str(self._address)
         self._lost: QmpGone | None = None
         self._is_brief = is_brief
-        self._number = 0
+        # Of each connection another: an answer to the last user of the monitor is not taken for ours.
+        self._number = random.getrandbits(48)
+        self._is_answered = False
         self._events = EventQueue()
         deadline = time.monotonic() + self._peer.greeting_s
         try:
@@ -256,9 +259,14 @@ class QmpClient:
             self._lost = self._lost or self._peer.hung_up(self.path)
 
     def _greet(self, deadline: float) -> None:
-        """Read the greeting. Raises QmpGone."""
+        """Read the greeting. Raises QmpGone.
+
+        A monitor that several use by turns may first send what its last user has not waited for.
+        """
         try:
             greeting = self._wire.receive(deadline)
+            while "event" in greeting or "return" in greeting or {"error", "id"} <= greeting.keys():
+                greeting = self._wire.receive(deadline)
         except Unreadable as error:
             raise self._peer.no_qmp(self.path, error.said) from error
         except TimeoutError as error:
@@ -301,7 +309,8 @@ class QmpClient:
                 message = decode(found)
                 if "event" in message:
                     self._keep(message)
-                else:
+                elif not self._is_late(message):
+                    self._is_answered = True
                     return self._answer(command.name, message)
         except Unreadable as error:
             raise self._lose_invalid(f"answer to {command.name}", str(error)) from error
@@ -309,6 +318,10 @@ class QmpClient:
             raise self._lose(self._peer.no_answer(self.path, command.name)) from error
         except OSError as error:
             raise self._lose(self._peer.hung_up(self.path)) from error
+
+    def _is_late(self, message: Mapping[str, Any]) -> bool:
+        """An answer to the monitor's last user? They come before the first of ours."""
+        return not self._is_answered and message.get("id", self._number) != self._number
 
     def _answer(self, name: str, message: Mapping[str, Any]) -> Any:
         """Raises QmpRefused, QmpGone."""

@@ -195,6 +195,19 @@ def test_an_answer_that_cannot_be_is_told_in_one_line_and_nothing_more_is_believ
             take_all(client, [])
 
 
+@pytest.mark.parametrize("is_brief", [False, True])
+def test_what_the_last_user_of_a_monitor_has_not_waited_for_is_passed_over(
+    path: Path, is_brief: bool
+) -> None:
+    late = [line_of({"return": [DISK], "id": number}) for number in (1, 2, "nobody", None)]
+    late.append(line_of({"error": {"class": "x", "desc": "y"}, "id": 1}))
+    greeting = Raw(b"".join([EVENT, *late, line_of({"return": {}}), line_of(GREETING), *late]))
+    with hostile_qemu(path, greeting=greeting):
+        client = QmpClient(str(path), is_brief=is_brief)
+        with contextlib.closing(client):
+            assert ask(client, "query-status")["status"] == "running"
+
+
 def test_an_answer_that_nobody_asked_for_ends_the_connection(path: Path) -> None:
     with hostile_qemu(path) as qemu, client_of(qemu) as client:
         (theirs,) = qemu.clients
