@@ -37,6 +37,8 @@ _STANDS_S = 60.0
 # A machine that was started anew stops as soon as its monitor answers: before its firmware has done anything.
 _START_S = 300.0
 _AGAIN_S = 0.01
+# `qm start` ends when QEMU runs: its monitor answers a moment later, on a busy host after some seconds.
+_UP_S = 5.0
 # `qm` ends by itself when its own limit is over; what it waits for otherwise is other commands of the node's.
 _LATE_S = 60.0
 # A monitor that others use becomes free.
@@ -277,15 +279,12 @@ def _shut_down(stand: Stand) -> None:
 def _start(stand: Stand) -> None:
     """Start the machine, and stop it before it has done anything. Raises Failure."""
     for is_last in (False, True):
-        process = _start_qm(["start", str(stand.vmid), "--skiplock", "1"])
-        with process:
+        with _start_qm(["start", str(stand.vmid), "--skiplock", "1"]) as process:
             deadline = time.monotonic() + _START_S
-            is_paused = False
-            while not is_paused and process.poll() is None and time.monotonic() < deadline:
-                is_paused = _pause_if_there(stand.monitor)
-                time.sleep(0 if is_paused else _AGAIN_S)
+            is_paused = _pause_by(stand.monitor, deadline, process)
             said = _ended(process, max(1.0, deadline - time.monotonic()))
-        if is_paused or _pause_if_there(stand.monitor):
+        up_s = 0.0 if process.returncode else _UP_S
+        if is_paused or _pause_by(stand.monitor, time.monotonic() + up_s, None):
             return
         if is_last:
             raise _NotUndone(
@@ -293,10 +292,15 @@ def _start(stand: Stand) -> None:
             )
 
 
-def _pause_if_there(monitor: str) -> bool:
-    with contextlib.suppress(Failure):
-        return _pause(monitor) or _status(monitor) == "paused"
-    return False
+def _pause_by(monitor: str, deadline: float, starting: subprocess.Popen[bytes] | None) -> bool:
+    """Pause a machine that is starting; tell whether it is. The last look is when `starting` has ended."""
+    while True:
+        with contextlib.suppress(Failure):
+            if _pause(monitor) or _status(monitor) == "paused":
+                return True
+        if time.monotonic() >= deadline or (starting and starting.poll() is not None):
+            return False
+        time.sleep(_AGAIN_S)
 
 
 def _runs(monitor: str) -> bool:
@@ -343,13 +347,9 @@ def _resume(stand: Stand) -> None:
 
 def _start_qm(words: Sequence[str]) -> subprocess.Popen[bytes]:
     """Raises Failure."""
+    null = subprocess.DEVNULL
     try:
-        return subprocess.Popen(
-            ["qm", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        return subprocess.Popen(["qm", *words], stdin=null, stdout=null, stderr=subprocess.PIPE)
     except OSError as error:
         raise Failure(f"cannot run qm: {os_error_text(error)}") from error
 
