@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from hypothesis import settings
 
 from tests import leaks
 from tests.golden_archives import GoldenItem, read_digests, unpack_all
+from tests.machine import run
 
 ON_CI = os.environ.get("CI") == "true"
 
@@ -145,21 +145,13 @@ class CopyHere(Protocol):
 
 
 @pytest.fixture
-def copy_here(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[CopyHere]:
-    """`vmapipe copy` in this process, which has its libraries already; returns what it says."""
-    from vmapipe.control.cli import copy
-    from vmapipe.runtime.cancel import Cancel
+def copy_here() -> CopyHere:
+    """`vmapipe copy`; returns what it says."""
 
-    with contextlib.closing(Cancel()) as cancel:
-        monkeypatch.setattr(copy, "Cancel", lambda: cancel)
-        monkeypatch.setattr(cancel, "on_signals", lambda: None)
+    def copy(*words: str | Path, code: int = 0) -> str:
+        done = run("copy", *words)
+        said = (done.stdout + done.stderr).decode()
+        assert done.returncode == code, said
+        return said
 
-        def run(*words: str | Path, code: int = 0) -> str:
-            found = copy.main([str(word) for word in words], "vmapipe copy")
-            said = capfd.readouterr()
-            assert found == code, said
-            return said.out + said.err
-
-        yield run
+    return copy
