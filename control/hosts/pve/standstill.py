@@ -43,13 +43,11 @@ _UP_S = 5.0
 _LATE_S = 60.0
 # A monitor that others use becomes free.
 _RESUME_S = 60.0
-_RESUME_AGAIN_S = 0.2
-_OFF_AGAIN_S = 0.2
+_LOOK_AGAIN_S = 0.2
 # A process that was killed may still have its lock; one that goes on has it for as long as a guest shuts down.
 _DIES_S = 5.0
 # A note is written over by another one, which is whole or not there at all.
-_NOTE_BYTES = 256
-_MAX_NOTE_BYTES = 4096
+_NOTE_BYTES, _MAX_NOTE_BYTES = 256, 4096
 _MAX_WORDS_CHARS = 300
 
 
@@ -138,16 +136,15 @@ def _undone_at_last(stand: Stand, emit: Emit) -> str:
     while True:
         try:
             undo(stand.note, stand.vmid, stand.monitor)
+            return ""
         except _ShutsDown:
             if not has_said_so:
                 has_said_so = True
                 text = "is waited for: it was told to shut down, and has to be started again"
                 emit({"event": "notice", "text": f"VM {stand.vmid} {text}"})
-            time.sleep(_OFF_AGAIN_S)
+            time.sleep(_LOOK_AGAIN_S)
         except Failure as failure:
             return str(failure)
-        else:
-            return ""
 
 
 class _Heard:
@@ -342,7 +339,7 @@ def _resume(stand: Stand) -> None:
                 raise _NotUndone(
                     f"VM {stand.vmid} MAY STILL STAND STILL: {failure}. `qm resume {stand.vmid}`"
                 ) from failure
-        time.sleep(_RESUME_AGAIN_S)
+        time.sleep(_LOOK_AGAIN_S)
 
 
 def _start_qm(words: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -480,6 +477,9 @@ def _start_again(stand: Stand) -> None:
     except Failure:
         if not _status(stand.monitor):
             raise
+    until = time.monotonic() + _UP_S
+    while not _status(stand.monitor) and time.monotonic() < until:
+        time.sleep(_AGAIN_S)
 
 
 def _read(data: bytes) -> tuple[str, str, float]:
