@@ -201,10 +201,12 @@ _TESTED = (
     "AND t.archive = archives.archive)"
 )
 _INDEXES = (
-    ("runs", "state"),
-    ("runs", "machine"),
-    ("runs", "ended_s"),
-    ("archives", "stored_s"),
+    ("runs", "state", ""),
+    ("runs", "machine", ""),
+    ("runs", "ended_s", ""),
+    ("archives", "stored_s", ""),
+    # After a year a dozen are gone for each that is there.
+    ("archives", "machine", " WHERE removed_s = 0"),
 )
 _SQL_TYPES: Mapping[object, str] = {int: "BIGINT", float: "DOUBLE PRECISION", bool: "BIGINT"}
 # A year in which nobody reads it; of a column together, far above a site's with exabytes, and its words.
@@ -218,10 +220,14 @@ class Rows(Protocol):
 
 
 class Database(Protocol):
-    """A database: `execute` takes `?` for values, `transaction` commits or takes back its block."""
+    """A database: `execute` takes `?` for values, `transaction` commits or takes back its block.
+
+    `reading` takes no lock: what its block reads is for one question. All errors are Failure.
+    """
 
     def execute(self, sql: str, values: Sequence[object] = ()) -> Rows: ...
     def transaction(self) -> contextlib.AbstractContextManager[object]: ...
+    def reading(self) -> contextlib.AbstractContextManager[object]: ...
     def close(self) -> None: ...
 
 
@@ -234,9 +240,9 @@ class Catalogue:
         with self._lock, connection.transaction():
             for record in _TABLES:
                 connection.execute(_create(record))
-            for table, column in _INDEXES:
+            for table, column, of in _INDEXES:
                 name = f"{table}_{column}"
-                connection.execute(f"CREATE INDEX IF NOT EXISTS {name} ON {table} ({column})")
+                connection.execute(f"CREATE INDEX IF NOT EXISTS {name} ON {table} ({column}){of}")
 
     def close(self) -> None:
         self._database.close()
@@ -279,6 +285,10 @@ class Catalogue:
         words, values = self._conditions(record, equal)
         words += [f"{_known(record, field)} >= ?" for field in least]
         return self._select(record, words, [*values, *least.values()])
+
+    def archives_since(self, from_s: float) -> list[ArchiveRecord]:
+        """Return the archives that are there, and those that were stored since then, though they are gone."""
+        return self._select(ArchiveRecord, ["(removed_s = 0 OR stored_s >= ?)"], [from_s])
 
     def telling_archives(self, until_s: float) -> list[ArchiveRecord]:
         """Return those archives that are there and say how safe their machines are.
@@ -326,7 +336,8 @@ class Catalogue:
         names = [field.name for field in dataclasses.fields(record)]
         where = f" WHERE {' AND '.join(words)}" if words else ""
         sql = f"SELECT {', '.join(names)} FROM {table}{joined}{where}{tail}"
-        with self._lock, self._database.transaction():
+        # A status or a report must not wait for whoever writes, nor hold it up.
+        with self._lock, self._database.reading():
             rows = self._database.execute(sql, values).fetchall()
         _check_columns(record, rows)
         return [record(*row) for row in rows]
@@ -400,16 +411,6 @@ class Catalogue:
             ]
             self.put(run, *results, after(old[0], run))
         return True
-
-
-def drill_verdict(told: object) -> DrillVerdict:
-    """Return what `vmapipe drill` has said as the catalogue has it. Pure."""
-    match told:
-        case "booted":
-            return "booted"
-        case "not booted":
-            return "not-booted"
-    return "undecided"
 
 
 def after(standing: Standing, run: RunRecord) -> Standing:

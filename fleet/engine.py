@@ -89,6 +89,11 @@ class _Postgres:
         with _failing(), self.connection.transaction():
             yield
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        with _failing():
+            yield
+
     def close(self) -> None:
         self.connection.close()
 

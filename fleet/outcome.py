@@ -14,11 +14,11 @@ from vmapipe.fleet.catalogue import (
     ArchiveRecord,
     Catalogue,
     DrillRecord,
+    DrillVerdict,
     Record,
     RunRecord,
     RunState,
     VerificationRecord,
-    drill_verdict,
 )
 from vmapipe.fleet.inventory import Fleet, FleetMachine
 from vmapipe.fleet.jobs import location_of
@@ -198,6 +198,16 @@ def _drilled(
         one_line(str(drilled.get("reason") or run.text), _TEXT_CHARS),
     )
     return run, [record]
+
+
+def drill_verdict(told: object) -> DrillVerdict:
+    """Return what `vmapipe drill` has said as the catalogue has it. Pure."""
+    match told:
+        case "booted":
+            return "booted"
+        case "not booted":
+            return "not-booted"
+    return "undecided"
 
 
 def _pruned(

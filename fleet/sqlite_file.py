@@ -82,5 +82,10 @@ class _File:
         finally:
             self._depth = 0
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        with _failing(self._path):
+            yield
+
     def close(self) -> None:
         self._sqlite.close()

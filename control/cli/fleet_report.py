@@ -44,8 +44,9 @@ _NAMES_AT_ONCE = 1000
 def report(fleet: Fleet, catalogue: Catalogue, options: argparse.Namespace) -> None:
     """Make the report of all that the catalogue knows. Raises Failure, NotSafe."""
     zone = check_report_options(options)
-    made = facts_of(fleet, catalogue, zone, options.days, options.title)
-    give_out(made, options)
+    with _without_collector():
+        made = facts_of(fleet, catalogue, zone, options.days, options.title)
+        give_out(made, options)
 
 
 def show_check(fleet: Fleet, catalogue: Catalogue, *, as_json: bool) -> int:
@@ -69,21 +70,18 @@ def facts_of(
     """Hold all that the catalogue knows against what is promised. Raises Failure."""
     now = time.time()
     from_s = shown_from_s(now, zone, days)
-    with _without_collector():
-        machines = catalogue.select(MachineRecord)
-        there = catalogue.select(ArchiveRecord, removed_s=0)
-        gone = catalogue.select_since(ArchiveRecord, {"stored_s": from_s, "removed_s": 1.0})
-        records = ReportInput(
-            machines,
-            [*there, *gone],
-            [
-                *catalogue.select_since(VerificationRecord, {"checked_s": now - _KNOWN_S}),
-                *catalogue.select(VerificationRecord, verdict="damaged"),
-            ],
-            catalogue.select_since(DrillRecord, {"tested_s": now - _KNOWN_S}),
-            _failures(catalogue, from_s),
-        )
-        return make_report(records, _promises(fleet, machines), now, zone, days, title)
+    machines = catalogue.select(MachineRecord)
+    records = ReportInput(
+        machines,
+        catalogue.archives_since(from_s),
+        [
+            *catalogue.select_since(VerificationRecord, {"checked_s": now - _KNOWN_S}),
+            *catalogue.select(VerificationRecord, verdict="damaged"),
+        ],
+        catalogue.select_since(DrillRecord, {"tested_s": now - _KNOWN_S}),
+        _failures(catalogue, from_s),
+    )
+    return make_report(records, _promises(fleet, machines), now, zone, days, title)
 
 
 def problems_of(fleet: Fleet, catalogue: Catalogue) -> FleetReport:

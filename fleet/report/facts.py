@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import datetime
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -179,7 +180,10 @@ class _Days:
 
 
 class _Machine:
-    """All records of one machine."""
+    """All records of one machine, and, after `settle`, what is there of its archives.
+
+    A report has hundreds of thousands of archives: each is looked at once here, and once for its day.
+    """
 
     def __init__(self, record: MachineRecord) -> None:
         self.record = record
@@ -187,6 +191,38 @@ class _Machine:
         self.verified: dict[tuple[str, str], VerificationRecord] = {}
         self.drilled: dict[tuple[str, str], DrillRecord] = {}
         self.runs: list[RunRecord] = []
+        self.there: list[ArchiveRecord] = []
+        # The last one by its time, and the last one whose time can be believed.
+        self.last: ArchiveRecord | None = None
+        self.last_dated: ArchiveRecord | None = None
+        self.first_s = self.stored_s = 0.0
+
+    def settle(self, until_s: float) -> None:
+        """No machine is safe because a clock was wrong: a time after `until_s` is not believed."""
+        last_s = dated_s = -math.inf
+        first_s = math.inf
+        for archive in self.archives:
+            if archive.removed_s:
+                continue
+            self.there.append(archive)
+            at_s = archive.instant_s or archive.stored_s
+            if at_s > last_s:
+                self.last, last_s = archive, at_s
+            if dated_s < at_s <= until_s:
+                self.last_dated, dated_s = archive, at_s
+            first_s = min(first_s, at_s)
+            self.stored_s = max(self.stored_s, archive.stored_s)
+        self.first_s = first_s if self.there else 0.0
+
+    def tested_there(
+        self,
+    ) -> tuple[list[tuple[ArchiveRecord, VerificationRecord]], list[DrillRecord]]:
+        """Return the verifications and the restore tests of what is there."""
+        if not (self.verified or self.drilled):
+            return [], []
+        keys = {(archive.target, archive.archive): archive for archive in self.there}
+        verified = [(keys[key], seen) for key, seen in self.verified.items() if key in keys]
+        return verified, [drill for key, drill in self.drilled.items() if key in keys]
 
 
 def shown_from_s(now_s: float, zone: str, days: int) -> float:
@@ -209,12 +245,12 @@ def make_report(
     sizes, transferred = [0] * days, [0] * days
     rows = []
     for name, machine in machines.items():
-        rows.append(_row(machine, promises.get(name, default), now_s, shown))
-        for archive in machine.archives:
-            index = shown.index(archive.stored_s)
-            if index >= 0:
-                sizes[index] += archive.size_bytes
-                transferred[index] += archive.transferred_bytes
+        machine.settle(now_s + AHEAD_S)
+        on_days = _days_of(machine, shown)
+        rows.append(_row(machine, promises.get(name, default), now_s, on_days))
+        for index, size, moved in on_days.stored:
+            sizes[index] += size
+            transferred[index] += moved
     rows.sort(key=lambda row: (_RANK[row.severity], -_overdue(row), row.machine))
     return FleetReport(
         title,
@@ -254,17 +290,14 @@ def _gather(records: ReportInput, until_s: float) -> dict[str, _Machine]:
     return machines
 
 
-def _row(machine: _Machine, promise: Promise, now_s: float, shown: _Days) -> MachineReport:
-    archives = machine.archives
-    there = [archive for archive in archives if not archive.removed_s]
-    newest = max(_dated(there, now_s) or there, key=_instant, default=None)
+def _row(machine: _Machine, promise: Promise, now_s: float, on_days: _OnDays) -> MachineReport:
+    there = machine.there
+    newest = machine.last_dated or machine.last
     verified = max(machine.verified.values(), key=lambda seen: seen.checked_s, default=None)
     drill = max(machine.drilled.values(), key=lambda drill: drill.tested_s, default=None)
-    problems = [] if promise.skip else list(_problems(machine, there, promise, now_s))
+    problems = [] if promise.skip else list(_problems(machine, promise, now_s))
     problems.sort(key=lambda problem: _RANK[problem.severity])
     severity: Severity = problems[0].severity if problems else "ok"
-    cells, sizes = _days_of(machine, shown)
-    recent = [archive for archive in archives if archive.stored_s >= shown.from_s]
     return MachineReport(
         machine=machine.record.machine,
         host=machine.record.host or (newest.host if newest else ""),
@@ -273,46 +306,52 @@ def _row(machine: _Machine, promise: Promise, now_s: float, shown: _Days) -> Mac
         problems=problems,
         skip=promise.skip,
         archives=len(there),
-        stored_bytes=sum(archive.size_bytes for archive in there),
+        stored_bytes=sum([archive.size_bytes for archive in there]),
         newest=newest,
         age_s=now_s - _instant(newest) if newest else 0.0,
         promised_s=promise.every_s,
-        transferred_bytes=sum(archive.transferred_bytes for archive in recent),
-        shared_bytes=sum(archive.shared_bytes for archive in there),
+        transferred_bytes=sum([moved for _, _, moved in on_days.stored]),
+        shared_bytes=sum([archive.shared_bytes for archive in there]),
         verified=verified,
         drill=drill,
-        days=cells,
-        sizes=sizes,
+        days=on_days.cells,
+        sizes=on_days.sizes,
     )
-
-
-def _dated(there: Sequence[ArchiveRecord], now_s: float) -> list[ArchiveRecord]:
-    """Return those whose time can be believed: no machine is safe because a clock was wrong."""
-    return [archive for archive in there if _instant(archive) <= now_s + AHEAD_S]
 
 
 def _instant(archive: ArchiveRecord) -> float:
     return archive.instant_s or archive.stored_s
 
 
-def _days_of(machine: _Machine, shown: _Days) -> tuple[list[Cell], list[int]]:
+class _OnDays(NamedTuple):
+    """A machine's days. `stored`: of each archive that was stored on one, its number, size, and what was transferred."""
+
+    cells: list[Cell]
+    sizes: list[int]
+    stored: list[tuple[int, int, int]]
+
+
+def _days_of(machine: _Machine, shown: _Days) -> _OnDays:
     cells: list[Cell] = [""] * shown.count
     sizes = [0] * shown.count
+    stored = list[tuple[int, int, int]]()
     order: Mapping[Cell, int] = {"": 0, "failed": 1, "stored": 2, "verified": 3, "booted": 4}
+    is_tested = bool(machine.verified or machine.drilled)
     for archive in machine.archives:
         index = shown.index(archive.stored_s)
         if index < 0:
             continue
-        cell = _cell(machine, archive)
+        cell = _cell(machine, archive) if is_tested else "stored"
         # Damage is seen whatever else was stored on that day.
         if cell == "damaged" or order[cell] > order.get(cells[index], 9):
             cells[index] = cell
         sizes[index] = archive.size_bytes
+        stored.append((index, archive.size_bytes, archive.transferred_bytes))
     for run in machine.runs:
         index = shown.index(run.ended_s)
         if index >= 0 and not cells[index] and run.verb == "backup" and run.state == "failed":
             cells[index] = "failed"
-    return cells, sizes
+    return _OnDays(cells, sizes, stored)
 
 
 def _cell(machine: _Machine, archive: ArchiveRecord) -> Cell:
@@ -325,20 +364,17 @@ def _cell(machine: _Machine, archive: ArchiveRecord) -> Cell:
     return "verified" if seen and seen.verdict == "ok" else "stored"
 
 
-def _problems(
-    machine: _Machine, there: Sequence[ArchiveRecord], promise: Promise, now_s: float
-) -> Iterable[Problem]:
-    keys = {(archive.target, archive.archive): archive for archive in there}
-    for key, archive in keys.items():
-        seen = machine.verified.get(key)
-        if seen and seen.verdict == "damaged":
+def _problems(machine: _Machine, promise: Promise, now_s: float) -> Iterable[Problem]:
+    there = machine.there
+    verified, tested = machine.tested_there()
+    for archive, seen in verified:
+        if seen.verdict == "damaged":
             yield Problem(
                 "damaged",
                 f"{_name(archive)} is damaged: {seen.text or 'verify says where'}",
                 f"back the machine up again; `vmapipe verify {archive.location or archive.archive}` "
                 "names the disks and the bytes, `vmapipe restore --salvage` saves the rest",
             )
-    tested = [drill for key, drill in machine.drilled.items() if key in keys]
     last = max(tested, key=lambda drill: drill.tested_s, default=None)
     if last and last.verdict != "booted":
         yield Problem(
@@ -356,41 +392,40 @@ def _problems(
             "if it is gone for good, `skip` in the inventory says so; its archives stay",
         )
         return
-    yield from _backup_problems(machine, there, promise, now_s)
-    checked_s = max(
-        (machine.verified[key].checked_s for key in keys if key in machine.verified), default=0.0
-    )
-    since_s = checked_s or min(map(_instant, there), default=now_s)
+    yield from _backup_problems(machine, promise, now_s)
+    checked_s = max((seen.checked_s for _, seen in verified), default=0.0)
+    since_s = checked_s or (machine.first_s if there else now_s)
     if promise.verify_every_s and now_s - since_s > UNTESTED * promise.verify_every_s:
         said = f"for {human_age(now_s - since_s)}" if checked_s else "ever"
         yield Problem(
             "unverified",
             f"no archive was verified {said}; one every {human_age(promise.verify_every_s)} was promised",
-            f"vmapipe verify {_last(there).location or _last(there).archive}",
+            f"vmapipe verify {_last_place(machine)}",
         )
     if there and promise.drill_every_s:
-        since_s = last.tested_s if last else min(map(_instant, there))
+        since_s = last.tested_s if last else machine.first_s
         if now_s - since_s > UNTESTED * promise.drill_every_s:
             said = f"for {human_age(now_s - since_s)}" if last else "ever"
             yield Problem(
                 "untested",
                 f"no restore test {said}; one every {human_age(promise.drill_every_s)} was promised",
-                f"vmapipe drill {_last(there).location or _last(there).archive}",
+                f"vmapipe drill {_last_place(machine)}",
             )
 
 
-def _backup_problems(
-    machine: _Machine, there: Sequence[ArchiveRecord], promise: Promise, now_s: float
-) -> Iterable[Problem]:
+def _last_place(machine: _Machine) -> str:
+    return (machine.last.location or machine.last.archive) if machine.last else "ARCHIVE"
+
+
+def _backup_problems(machine: _Machine, promise: Promise, now_s: float) -> Iterable[Problem]:
     if not promise.has_target:
         yield Problem(
             "no-target", "it has no target", "target = … in fleet.toml, for it or for all"
         )
         return
     # A failure counts until a later backup was stored.
-    stored_s = max((archive.stored_s for archive in there), default=0.0)
     backups = sorted(
-        (run for run in machine.runs if run.verb == "backup" and run.ended_s > stored_s),
+        (r for r in machine.runs if r.verb == "backup" and r.ended_s > machine.stored_s),
         key=lambda run: run.ended_s,
     )
     failures = [run for run in backups if run.state == "failed"]
@@ -402,7 +437,7 @@ def _backup_problems(
         if failures
         else "vmapipe doctor says what would fail"
     )
-    if not there:
+    if machine.last is None:
         known_s = now_s - machine.record.first_seen_s
         is_new = machine.record.first_seen_s and not (failed or machine.archives)
         if is_new and known_s <= LATE * promise.every_s:
@@ -410,15 +445,14 @@ def _backup_problems(
         else:
             yield Problem("never", f"no archive of it{_because(cause)}", way)
         return
-    dated = _dated(there, now_s)
-    if not dated:
+    if machine.last_dated is None:
         yield Problem(
             "late",
-            f"the time of {_name(_last(there))} is still to come: a clock was wrong{_because(cause)}",
+            f"the time of {_name(machine.last)} is still to come: a clock was wrong{_because(cause)}",
             "set the clock of its host, and back the machine up again",
         )
         return
-    age_s = now_s - _instant(_last(dated))
+    age_s = now_s - _instant(machine.last_dated)
     if promise.every_s and age_s > LATE * promise.every_s:
         yield Problem(
             "late",
@@ -434,10 +468,6 @@ def _because(cause: str) -> str:
     return f": {cause}" if cause else ""
 
 
-def _last(there: Sequence[ArchiveRecord]) -> ArchiveRecord:
-    return max(there, key=_instant)
-
-
 def _name(archive: ArchiveRecord) -> str:
     return f"{archive.archive} on {archive.target}" if archive.target else archive.archive
 
@@ -449,17 +479,16 @@ def _overdue(row: MachineReport) -> float:
 def _targets(machines: Iterable[_Machine], now_s: float) -> list[TargetReport]:
     found: dict[str, list[ArchiveRecord]] = defaultdict(list)
     for machine in machines:
-        for archive in machine.archives:
-            if not archive.removed_s:
-                found[archive.target].append(archive)
+        for archive in machine.there:
+            found[archive.target].append(archive)
     return [
         TargetReport(
             target,
             len({archive.machine for archive in archives}),
             len(archives),
-            sum(archive.size_bytes for archive in archives),
-            sum(archive.shared_bytes for archive in archives),
-            max((a.stored_s for a in archives if a.stored_s <= now_s + AHEAD_S), default=0.0),
+            sum([archive.size_bytes for archive in archives]),
+            sum([archive.shared_bytes for archive in archives]),
+            max([a.stored_s for a in archives if a.stored_s <= now_s + AHEAD_S], default=0.0),
         )
         for target, archives in sorted(found.items())
     ]

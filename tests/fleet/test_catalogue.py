@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sqlite3
 from collections.abc import Iterator
@@ -119,6 +120,35 @@ def test_a_file_that_is_no_catalogue_is_told_with_the_way_out(
     path.write_bytes(content)
     with pytest.raises(Failure, match="fleet rescan"):
         open_file(str(path))
+
+
+def test_who_reads_neither_waits_for_a_writer_nor_fails_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.db"
+    found = open_file(str(path))
+    found.put(run())
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("DELETE FROM runs")
+        # With a lock of its own it would give up after 20 s.
+        assert found.running() == [run()]
+        writer.execute("COMMIT")
+    assert found.running() == []
+    found.close()
+
+
+def test_a_catalogue_that_is_damaged_in_its_middle_is_told_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.db"
+    found = open_file(str(path))
+    found.put(*(run(f"r{n}", text="x" * 500) for n in range(200)))
+    found.close()
+    raw = bytearray(path.read_bytes())
+    for page in range(20 * 4096, len(raw) - 4096, 4096):
+        raw[page : page + 4096] = b"\xff" * 4096
+    path.write_bytes(raw)
+    found = open_file(str(path))
+    with pytest.raises(Failure, match=r"malformed.*fleet rescan"):
+        found.select(RunRecord)
+    found.close()
 
 
 @pytest.mark.parametrize("value", ["x", b"x", "9e999", "-9e999", 1e300, b"\xff" * 9])
