@@ -7,16 +7,18 @@ The programs are Debian's (package postgresql); the service that the package sta
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import os
 import pwd
 import re
+import shutil
 import signal
 import subprocess
 import time
 from typing import IO
 
-from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.text import one_line
 
 _PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin")
@@ -46,7 +48,7 @@ class PrivatePostgres:
                 f"{self._folder}: the path of a Unix socket has at most 107 bytes: --state with a "
                 "shorter one"
             )
-        self._bin = _programs()
+        self._bin = _programs(_version(f"{self._folder}/data"), self._folder)
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
 
@@ -74,12 +76,12 @@ class PrivatePostgres:
             if os.geteuid() == 0:
                 user = _unprivileged()
                 os.chown(self._folder, user.pw_uid, user.pw_gid)
-            self._log = open(f"{self._folder}/postgres.log", "ab")  # noqa: SIM115  closed in stop
         except OSError as error:
             raise Failure(f"{self._folder}: {error.strerror}") from error
         if not os.path.exists(f"{data}/PG_VERSION"):
-            self._make_cluster(data)
+            self._make_whole_cluster(data)
         for left in reversed(range(_TRIES)):
+            self._log = self._open_log()
             self._process = self._started(data)
             try:
                 self._wait()
@@ -89,7 +91,12 @@ class PrivatePostgres:
                 if not left or not re.search(_ENDS_YET, self._last_words()):
                     raise
                 time.sleep(1)
-                self._log = open(f"{self._folder}/postgres.log", "ab")  # noqa: SIM115  closed in stop
+
+    def _open_log(self) -> IO[bytes]:
+        try:
+            return open(f"{self._folder}/postgres.log", "ab")
+        except OSError as error:
+            raise Failure(f"{self._folder}: {error.strerror}") from error
 
     def _started(self, data: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -116,7 +123,44 @@ class PrivatePostgres:
             words += [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
         return words
 
-    def _make_cluster(self, data: str) -> None:
+    def _make_whole_cluster(self, data: str) -> None:
+        """Make a cluster beside, then give it its name: what has the name is whole, the other is ours to remove."""
+        half = f"{data}.new"
+        if os.path.lexists(data):
+            raise Failure(
+                f"{data} is there and is not a whole PostgreSQL; vmapipe leaves no half one under that "
+                "name: move it away, or name another folder with --state"
+            )
+        try:
+            fd = os.open(f"{half}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                # initdb has it, too: that of a server that was killed just now ends, but not at once.
+                self._wait_for_lock(fd)
+                if os.path.lexists(half):
+                    shutil.rmtree(half)
+                self._make_cluster(half, fd)
+                os.rename(half, data)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise Failure(
+                f"{self._folder}: no PostgreSQL could be made there: {os_error_text(error)} "
+                "(--state names another folder)"
+            ) from error
+
+    def _wait_for_lock(self, fd: int) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not left:
+                    raise Failure(
+                        f"{self._folder}: another `vmapipe fleet serve` is making a PostgreSQL there"
+                    ) from None
+            time.sleep(1)
+
+    def _make_cluster(self, data: str, lock: int) -> None:
         words = [
             *self._as_user(),
             f"{self._bin}/initdb",
@@ -126,7 +170,12 @@ class PrivatePostgres:
         ]
         try:
             done = subprocess.run(
-                words, capture_output=True, stdin=subprocess.DEVNULL, timeout=_INITDB_S, cwd="/"
+                words,
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=_INITDB_S,
+                cwd="/",
+                pass_fds=(lock,),
             )
         except subprocess.TimeoutExpired:
             raise Failure(f"{self._folder}: initdb took more than {_INITDB_S:.0f} s") from None
@@ -198,15 +247,36 @@ def private_dsn(folder: str) -> str:
     return f"host={os.path.abspath(folder)} dbname={NAME} user={USER}"
 
 
-def _programs() -> str:
+def _version(data: str) -> str:
+    """Return the major version that a cluster is of; empty: there is none yet."""
+    try:
+        with open(f"{data}/PG_VERSION") as file:
+            return one_line(file.read(16).strip())
+    except (OSError, ValueError):
+        return ""
+
+
+def _programs(version: str = "", folder: str = "") -> str:
+    """Return the folder of the newest programs, or of those of a cluster's version. Raises Failure."""
     found = [place for pattern in _PLACES for place in glob.glob(pattern)]
-    found = [place for place in found if os.access(f"{place}/postgres", os.X_OK)]
-    if not found:
+    versions = {
+        re.findall(r"[0-9.]+", place)[-1]: place
+        for place in found
+        if os.access(f"{place}/postgres", os.X_OK)
+    }
+    if not versions:
         raise Failure(
             "no PostgreSQL is installed here: apt install postgresql, or --database with one elsewhere"
         )
-    # The newest; `9.6` before `15`.
-    return max(found, key=lambda place: float(re.findall(r"[0-9.]+", place)[-1]))
+    # `9.6` before `15`.
+    newest = max(versions, key=float)
+    if version and version not in versions:
+        raise Failure(
+            f"{folder}: its data is of PostgreSQL {version}, and here is {newest}: apt install "
+            f"postgresql-{version}; or move {folder}/data away, start again, and `vmapipe fleet rescan` makes "
+            "the catalogue anew from the archives"
+        )
+    return versions[version or newest]
 
 
 def _owner_name() -> str:

@@ -174,7 +174,12 @@ def test_all_machines_are_stored_though_the_server_is_killed_and_the_database_wi
 
 
 def test_the_catalogue_and_the_queue_of_a_private_postgres(state: Path) -> None:
+    # What an initdb has left that was killed.
+    state.mkdir(mode=0o700)
+    (state / "data.new").mkdir()
+    (state / "data.new" / "PG_VERSION").write_text("15\n")
     with PrivatePostgres(str(state)) as own:
+        assert not (state / "data.new").exists()
         assert oct(state.stat().st_mode)[-3:] == "700"
         catalogue = open_database(own.dsn)
         with (
@@ -197,6 +202,17 @@ def test_the_catalogue_and_the_queue_of_a_private_postgres(state: Path) -> None:
         own.stop()
         with pytest.raises(DatabaseLost, match="the fleet's database"):
             open_database(own.dsn)
+    (state / "data" / "PG_VERSION").write_text("9\n")
+    with pytest.raises(Failure, match=r"its data is of PostgreSQL 9, and here is .* apt install"):
+        PrivatePostgres(str(state))
+
+
+def test_a_folder_that_is_not_a_whole_cluster_is_told_and_left_as_it_is(state: Path) -> None:
+    (state / "data").mkdir(parents=True)
+    (state / "data" / "mine").write_text("x")
+    with pytest.raises(Failure, match="is not a whole PostgreSQL"):
+        PrivatePostgres(str(state)).start()
+    assert (state / "data" / "mine").read_text() == "x"
 
 
 def _the_database_does_what_the_file_does(catalogue: DatabaseCatalogue) -> None:
