@@ -197,6 +197,37 @@ def open_at_rest(name: str, path: str, sharing: Sharing) -> int:
     return fd
 
 
+def segments_of(fd: int, size_bytes: int) -> Iterator[Segment]:
+    """Yield the segments of a raw image or block device of this size. Behind the file's end is a hole.
+
+    Raises OSError for one that says where data begins, and not where it ends.
+    """
+    at = 0
+    while at < size_bytes:
+        data, hole = _next_data(fd, at, size_bytes)
+        # A cluster that is partly hole is read as a whole.
+        start = max(at, data - data % CLUSTER_BYTES)
+        end = min(size_bytes, -(-hole // CLUSTER_BYTES) * CLUSTER_BYTES)
+        if start > at:
+            yield Segment(at, start, is_data=False)
+        if end > start:
+            yield Segment(start, end, is_data=True)
+        at = max(end, start)
+
+
+def _next_data(fd: int, at: int, size_bytes: int) -> tuple[int, int]:
+    """The next data range [start, end) from `at` on; at the end both are the size."""
+    try:
+        data = os.lseek(fd, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return size_bytes, size_bytes
+        # Block devices and some file systems do not know holes: all is data.
+        return at, size_bytes
+    data = min(data, size_bytes)
+    return data, min(size_bytes, os.lseek(fd, data, os.SEEK_HOLE))
+
+
 class RawSource:
     """A raw image file or a block device."""
 
@@ -226,29 +257,7 @@ class RawSource:
         return os.lseek(self._fd, 0, os.SEEK_END)
 
     def segments(self) -> Iterator[Segment]:
-        at = 0
-        while at < self.size_bytes:
-            data, hole = self._next_data(at)
-            # A cluster that is partly hole is read as a whole.
-            start = max(at, data - data % CLUSTER_BYTES)
-            end = min(self.size_bytes, -(-hole // CLUSTER_BYTES) * CLUSTER_BYTES)
-            if start > at:
-                yield Segment(at, start, is_data=False)
-            if end > start:
-                yield Segment(start, end, is_data=True)
-            at = max(end, start)
-
-    def _next_data(self, at: int) -> tuple[int, int]:
-        """The next data range [start, end) from `at` on; at the end both are the size."""
-        try:
-            data = os.lseek(self._fd, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return self.size_bytes, self.size_bytes
-            # Block devices and some file systems do not know holes: all is data.
-            return at, self.size_bytes
-        data = min(data, self.size_bytes)
-        return data, min(self.size_bytes, os.lseek(self._fd, data, os.SEEK_HOLE))
+        return segments_of(self._fd, self.size_bytes)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         try:

@@ -9,7 +9,7 @@ whole, on the disk's own node, make an incremental backup. All else is a full on
 Two of them are there during a backup: the old one, which records all along, and the new one, which is
 added a little before the instant; QEMU never clears either. When the archive is on disk the old
 one goes, else the new one. The job itself reads a third one, which is the run's, and which has
-the sampled clusters besides (see sample.py). Pure.
+the sampled clusters besides (see bitmap_image.py). Pure.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def job_bitmap(run: str) -> str:
     return f"{run_prefix(run)}changed"
 
 
-def sample_name(run: str) -> str:
-    """Return the name of the node that has a sample of a disk's clusters."""
+def image_name(run: str) -> str:
+    """Return the name of the node that has a bitmap and nothing else (see bitmap_image.py)."""
     return f"{run_prefix(run)}sample"
 
 
@@ -218,7 +218,7 @@ def merge_bitmap(node: str, target: str, source: str | Mapping[str, str]) -> Com
 
 
 def add_image(name: str, path: str, *, read_only: bool) -> Command:
-    """Return the command that opens an image of sample.py."""
+    """Return the command that opens an image of bitmap_image.py."""
     # It is no matter what a crash of the host leaves of it, and syncing would hold the guest up.
     common = {"read-only": read_only, "cache": {"no-flush": True}}
     file = {"driver": "file", "filename": path, **common}

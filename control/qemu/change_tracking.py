@@ -13,29 +13,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vmapipe.clusters.sizes import cluster_count
+from vmapipe.control.qemu.bitmap_image import BITMAP, InvalidImage, bits_of, is_set, read_bits
+from vmapipe.control.qemu.bitmap_node import ImageNode
 from vmapipe.control.qemu.bitmaps import (
     BaseArchive,
     DiskMethod,
     add_bitmap,
-    add_image,
     add_job_bitmap,
     all_but,
     bitmap_name,
     choose_method,
+    image_name,
     job_bitmap,
     merge_bitmap,
     node_of,
     remove_bitmap,
-    sample_name,
     since,
     worthless,
 )
 from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.jobs import NodeBitmap
-from vmapipe.control.qemu.sample import BITMAP, InvalidImage, is_set, read_bits, sample_image
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qmp.connection import Answer, Command, Qmp, QmpRefused, ask_if_known
+from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import DoubtfulBase, os_error_text
+from vmapipe.runtime.events import sampled_commands
 
 
 class TrackingOptions(NamedTuple):
@@ -158,7 +160,7 @@ class ChangeTracking:
         refused = refused or self._do(merge_bitmap(node, name, method.since))
         sample = choose_sample(disk.size_bytes, method.dirty_bytes, self._options.sample_percent)
         if sample and not refused:
-            source = sample_name(self._run)
+            source = image_name(self._run)
             with self._image(disk, sample, folder, read_only=True):
                 refused = self._do(merge_bitmap(node, name, {"node": source, "name": BITMAP}))
         self._samples[disk.name] = sample
@@ -167,7 +169,15 @@ class ChangeTracking:
             return f"QEMU does not prepare an incremental backup of it: {refused}"
         return ""
 
-    def certain_sample(self, disk: MachineDisk, folder: SinkFolder) -> list[int]:
+    def tell_samples(
+        self, disks: Sequence[MachineDisk], producers: Sequence[Child], folder: SinkFolder
+    ) -> None:
+        """Let the producers compare what has not changed with the base. Raises Failure."""
+        for disk, producer in zip(disks, producers, strict=False):
+            for command in sampled_commands(self._certain_sample(disk, folder)):
+                producer.tell(command)
+
+    def _certain_sample(self, disk: MachineDisk, folder: SinkFolder) -> list[int]:
         """Return the sampled clusters that are as in the base, if QEMU's old record is right.
 
         What the guest has written since the instant is in that record, too, and is not looked at.
@@ -176,7 +186,7 @@ class ChangeTracking:
         sample = self._samples.get(disk.name, ())
         if not sample or not self._methods[disk.name].is_incremental:
             return []
-        target = sample_name(self._run)
+        target = image_name(self._run)
         source = {"node": self._nodes[disk.name], "name": self._methods[disk.name].since}
         refused, bits = "", b""
         with self._image(disk, (), folder, read_only=False) as fd:
@@ -201,15 +211,14 @@ class ChangeTracking:
 
         Raises DoubtfulBase.
         """
-        name = sample_name(self._run)
+        size_bytes = disk.size_bytes
+        bits = bits_of(size_bytes, ((cluster, 1) for cluster in clusters))
+        image = ImageNode(self._qmp, self._run, folder)
         try:
-            with folder.image(sample_image(disk.size_bytes, clusters)) as (path, fd):
-                if refused := self._do(add_image(name, path, read_only=read_only)):
-                    raise DoubtfulBase(f"disk {disk.name!r}: QEMU opens no sample: {refused}")
-                try:
-                    yield fd
-                finally:
-                    self._do(Command("blockdev-del", {"node-name": name}))
+            with image.open(size_bytes, bits, read_only=read_only) as fd:
+                yield fd
+        except QmpRefused as refused:
+            raise DoubtfulBase(f"disk {disk.name!r}: QEMU opens no sample: {refused}") from refused
         except OSError as error:
             text = f"disk {disk.name!r}: no sample of it can be made: {os_error_text(error)}"
             raise DoubtfulBase(text) from error

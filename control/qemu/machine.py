@@ -27,6 +27,7 @@ from vmapipe.control.qemu.disks import (
 from vmapipe.control.qemu.features import find_features
 from vmapipe.control.qemu.guardian import GuardianClient, SinkSocket, monitor_arguments
 from vmapipe.control.qemu.guest_latency import GuestLatency
+from vmapipe.control.qemu.holes import Holes
 from vmapipe.control.qemu.job_errors import JobErrors
 from vmapipe.control.qemu.jobs import (
     SLOW_BYTES_S,
@@ -66,7 +67,6 @@ from vmapipe.runtime.events import (
     JobCopied,
     Rest,
     copied_command,
-    sampled_commands,
 )
 
 # Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
@@ -84,9 +84,8 @@ _SHARED_POLL_S, _LATENCY_S, _SHARED_LATENCY_S = 0.5, 0.25, 1.0
 class RunningMachine:
     """One backup's connection to its QEMU.
 
-    Call in this order: `choose`, `prepare`, `protect`, `begin`, `poll` …, `end`.
-
-    All but `end` raise Failure.
+    Call in this order: `choose`, `prepare`, `protect`, `begin`, `poll` …, `end`. All but `end` raise
+    Failure.
     """
 
     def __init__(
@@ -115,8 +114,9 @@ class RunningMachine:
         self._producers: list[Child] = []
         self._handover: Handover | None = None
         self._tracking: ChangeTracking | None = None
-        # Disks whose producers know that QEMU's job has ended well, by index.
+        # Those whose producers know that QEMU's job has ended well, by index.
         self._reported: set[int] = set()
+        self._holes = Holes(self._link, self._run)
         self._errors = JobErrors(self._link)
         #: Texts for the user; the caller that prints them removes them.
         self.notices: list[str] = []
@@ -236,13 +236,7 @@ class RunningMachine:
         """
         features = find_features(self._link, absent_name(self._run))
         way = choose_method(self._link, self._run, features, self._disks, self._guest_wait_s)
-        bitmaps: Mapping[str, NodeBitmap] = {}
-        if self._tracking is not None and self._folder is not None:
-            made = [self._tpm.disk.name] if self._tpm else []
-            bitmaps = self._tracking.prepare(self._disks, made, self._folder)
-            self.notices += self._tracking.notices
-        else:
-            remove_worthless_records(self._link)
+        bitmaps = self._bitmaps()
         targets = [
             BackupTarget(
                 *(disk, sink.path, EXPORT_NAME, index in way.handed_over, way.timeout_s),
@@ -275,6 +269,20 @@ class RunningMachine:
         self._go_on()
         return instant
 
+    def _bitmaps(self) -> Mapping[str, NodeBitmap]:
+        """Return what is to be copied of those disks of which it is not all, by name."""
+        bitmaps: Mapping[str, NodeBitmap] = {}
+        if self._folder is None:
+            return bitmaps
+        if self._tracking is not None:
+            made = [self._tpm.disk.name] if self._tpm else []
+            bitmaps = self._tracking.prepare(self._disks, made, self._folder)
+            self.notices += self._tracking.notices
+        else:
+            remove_worthless_records(self._link)
+        rest = [disk for disk in self._disks if disk.name not in bitmaps]
+        return {**self._holes.leave_out(rest, qemu_pid(self._link), self._folder), **bitmaps}
+
     def _go_on(self) -> None:
         """Continue after the instant: from now on the jobs are as quick as they may be."""
         self._has_begun = True
@@ -282,22 +290,15 @@ class RunningMachine:
             self._tpm.check()
         if self._handover is not None:
             copied = self._handover.carry_out()
-            for index in self._handover.indices:
-                if self._tracking is not None and index not in copied:
+            for index in set(self._handover.indices).difference(copied):
+                self._holes.copies_all(self._disks[index].name)
+                if self._tracking is not None:
                     self._tracking.copies_all(self._disks[index])
         self.set_speed(self._speed_bytes_s)
-        self._tell_samples()
+        if self._tracking is not None and self._folder is not None:
+            self._tracking.tell_samples(self._disks, self._producers, self._folder)
         self._poweroff.begin(qemu_pid(self._link), self._folder_path)
         self._poll_jobs()  # short ones may have ended
-
-    def _tell_samples(self) -> None:
-        """Let the producers compare what has not changed with the base. Raises Failure."""
-        tracking, folder = self._tracking, self._folder
-        if tracking is None or folder is None:
-            return
-        for disk, producer in zip(self._disks, self._producers, strict=False):
-            for command in sampled_commands(tracking.certain_sample(disk, folder)):
-                producer.tell(command)
 
     def take_instant(self) -> Instant | None:
         """Return the instant of a backup with memory, once, as soon as it is known."""
@@ -391,11 +392,12 @@ class RunningMachine:
         """
         disk = self._disks[index]
         is_incremental = disk.name in self.methods and self.methods[disk.name].is_incremental
-        if copied_bytes is None and (disk.is_thin or is_incremental):
+        is_thin = disk.is_thin or self._holes.are_left_out(disk.name)
+        if copied_bytes is None and (is_thin or is_incremental):
             raise Failure(f"disk {disk.name!r}: QEMU does not tell how much its job has copied")
         if index not in self._reported:
             self._reported.add(index)
-            rest: Rest = "unchanged" if is_incremental else "zero" if disk.is_thin else "none"
+            rest: Rest = "unchanged" if is_incremental else "zero" if is_thin else "none"
             self._producers[index].tell(copied_command(JobCopied(copied_bytes or 0, rest)))
 
     def _clean_up(self) -> None:

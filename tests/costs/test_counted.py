@@ -159,6 +159,23 @@ def test_a_disk_in_use_by_qemu_is_received_once_and_stored_from_where_it_was_rec
     assert len(large) < 2 * SIZE_MIB * MIB // CLUSTER_BYTES
 
 
+def test_an_empty_raw_disk_in_use_by_qemu_costs_a_few_messages_whatever_its_size(
+    tmp_path: Path, need: Callable[..., list[str]]
+) -> None:
+    """QEMU sends a hole as a request for each megabyte: here it would be 65,536 of them."""
+    need("strace", "qemu-storage-daemon")
+    image, log = tmp_path / "d.raw", tmp_path / "calls"
+    with image.open("wb") as file:
+        file.truncate(64 << 30)
+    with storage_daemon(tmp_path, d=image) as daemon:
+        words = ["backup", "--quiet", "--qmp", str(daemon.qmp), "--disk", "d", "/dev/null"]
+        traced(log, words)
+    received = received_in(log)
+    # QEMU's answers to some sixty commands, and what the processes say to each other.
+    assert len(received) < 400
+    assert sum(received) < MIB
+
+
 def test_an_export_that_is_pulled_is_received_once_in_large_pieces_and_stored_from_there(
     dense: Path, tmp_path: Path, need: Callable[..., list[str]]
 ) -> None:

@@ -57,9 +57,10 @@ def check_one_instant(
 ) -> None:
     """Back up while two guests write: both disks come back as after so many of the writes of each."""
     archive = folder / "vm.vma"
+    sizes = {name: len(content) for name, content in contents.items()}
     with contextlib.ExitStack() as stack:
         hammers = [
-            stack.enter_context(Hammer(daemon.path, SIZES, lane, 2, pause_s=0.001))
+            stack.enter_context(Hammer(daemon.path, sizes, lane, 2, pause_s=0.001))
             for lane in range(2)
         ]
         for hammer in hammers:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from vmapipe.clusters.sizes import cluster_count
 
 #: The name of the bitmap in the image.
-BITMAP = "sample"
+BITMAP = "clusters"
 
 # QEMU writes whole clusters: small ones, of which there are few for any disk.
 _CLUSTER_BITS = 16
@@ -38,14 +38,27 @@ _IN_USE = 1
 _REFCOUNT_TABLE, _REFCOUNT_BLOCK, _DIRECTORY, _L1 = 1, 2, 3, 4
 
 
-def sample_image(size_bytes: int, clusters: Iterable[int]) -> list[tuple[int, bytes]]:
+def bits_of(size_bytes: int, runs: Iterable[tuple[int, int]]) -> bytearray:
+    """Return a bitmap of these runs (first cluster, count) of a disk: a bit a cluster, the lowest first."""
+    bits = bytearray(-(-cluster_count(size_bytes) // 8))
+    for first, count in runs:
+        end = first + count
+        low, high = -(-first // 8), end // 8
+        if low < high:
+            bits[low:high] = b"\xff" * (high - low)
+            single = (*range(first, 8 * low), *range(8 * high, end))
+        else:
+            single = tuple(range(first, end))
+        for cluster in single:
+            bits[cluster // 8] |= 1 << cluster % 8
+    return bits
+
+
+def bitmap_image(size_bytes: int, bits: bytes | bytearray) -> list[tuple[int, bytes]]:
     """Return the image for a disk of this size as pieces: offset and bytes; elsewhere it is holes.
 
-    The bitmap has these clusters of the disk.
+    The bitmap has the clusters of `bits`, as `bits_of` makes them.
     """
-    bits = bytearray(-(-cluster_count(size_bytes) // 8))
-    for cluster in clusters:
-        bits[cluster // 8] |= 1 << cluster % 8
     virtual_bytes = -(-size_bytes // 512) * 512
     l1_entries = max(1, -(-virtual_bytes // _L2_REACH))
     tables = -(-len(bits) // _CLUSTER)
