@@ -8,6 +8,7 @@ is the end of whoever asked, and then the job is ended in order.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import json
@@ -124,6 +125,16 @@ class _Progress:
                     if event.get("removed"):
                         removed.append(os.path.basename(str(event.get("archive"))))
 
+    def take_picture(self, archive: str) -> None:
+        """Put what the screen has shown into the result: who makes the report may not reach this host's files."""
+        # Imported here: no other job needs it.
+        from vmapipe.access.drill.result import PICTURE, read_picture
+
+        drilled = self.result.get("drilled", {})
+        png = read_picture(os.path.join(str(drilled.get("evidence")), PICTURE), archive)
+        if png is not None:
+            self.result["picture"] = base64.b64encode(png).decode()
+
     def rate(self) -> float:
         return self.done / max(0.1, time.monotonic() - self._began)
 
@@ -159,6 +170,8 @@ def run_job(
     finally:
         code = watched.end(_END_S)
     progress = watched.progress
+    if request["verb"] == "drill":
+        progress.take_picture(request["archive"])
     text = why or progress.text or ("" if code == 0 else watched.last_words)
     tell(
         {

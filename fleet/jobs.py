@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vmapipe.fleet.catalogue import VERBS
 from vmapipe.fleet.inventory import Fleet, FleetMachine, FleetTarget, Policy
 from vmapipe.fleet.planner import FleetTask
+from vmapipe.fleet.records import VERBS
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.text import name_text
 

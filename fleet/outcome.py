@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import os
 import secrets
@@ -10,19 +11,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from vmapipe.access.drill.result import PICTURE
-from vmapipe.fleet.catalogue import (
+from vmapipe.access.drill.screen import MAX_PNG_BYTES, is_png
+from vmapipe.fleet.catalogue import Catalogue
+from vmapipe.fleet.inventory import Fleet, FleetMachine
+from vmapipe.fleet.jobs import location_of
+from vmapipe.fleet.planner import FleetTask
+from vmapipe.fleet.records import (
     ArchiveRecord,
-    Catalogue,
     DrillRecord,
     DrillVerdict,
+    PictureRecord,
     Record,
     RunRecord,
     RunState,
     VerificationRecord,
 )
-from vmapipe.fleet.inventory import Fleet, FleetMachine
-from vmapipe.fleet.jobs import location_of
-from vmapipe.fleet.planner import FleetTask
 from vmapipe.runtime.errors import EXIT_DAMAGED
 from vmapipe.runtime.text import one_line
 
@@ -197,7 +200,24 @@ def _drilled(
         run.ended_s - run.started_s,
         one_line(str(drilled.get("reason") or run.text), _TEXT_CHARS),
     )
-    return run, [record]
+    picture = result.get("picture")
+    if decode_picture(picture) is None:
+        return run, [record]
+    return run, [
+        record,
+        PictureRecord(run.machine, run.target, run.archive, run.ended_s, str(picture)),
+    ]
+
+
+def decode_picture(told: object) -> bytes | None:
+    """Return a picture as it travels, and as the catalogue has it (base 64); None: it is not one of ours."""
+    if not isinstance(told, str) or len(told) > 2 * MAX_PNG_BYTES:
+        return None
+    try:
+        png = base64.b64decode(told, validate=True)
+    except ValueError:
+        return None
+    return png if is_png(png) else None
 
 
 def drill_verdict(told: object) -> DrillVerdict:

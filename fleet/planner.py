@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from vmapipe.fleet.catalogue import AHEAD_S, RunRecord, Standing, Verb
 from vmapipe.fleet.inventory import Fleet, FleetMachine, FleetTarget, Policy
+from vmapipe.fleet.records import AHEAD_S, RunRecord, Standing, Verb
 from vmapipe.fleet.windows import Window, latest_slot, opening
 
 Why = Literal[

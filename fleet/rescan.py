@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from vmapipe.access.drill.result import PICTURE, DrillResult
 from vmapipe.archiver.outputs.manifests import SUFFIX as MANIFEST_SUFFIX
-from vmapipe.fleet.catalogue import ArchiveRecord, DrillRecord, VerificationRecord
 from vmapipe.fleet.outcome import drill_verdict
+from vmapipe.fleet.records import ArchiveRecord, DrillRecord, VerificationRecord
 from vmapipe.places.archives import KeptArchive, drill_of, find_archives, verified_of
 from vmapipe.places.place import KeptPlace
 from vmapipe.places.verified import SUFFIX as VERIFIED_SUFFIX

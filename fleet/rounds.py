@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from vmapipe.fleet.carrier import SubprocessCarrier, ToldEvent
-from vmapipe.fleet.catalogue import CancelRecord, Catalogue, RunRecord
+from vmapipe.fleet.catalogue import Catalogue
 from vmapipe.fleet.inventory import Fleet, FleetMachine
 from vmapipe.fleet.jobs import request_of
 from vmapipe.fleet.outcome import ended, location_in, new_run
 from vmapipe.fleet.planner import FleetPlan, FleetTask, Waiting, plan
+from vmapipe.fleet.records import CancelRecord, RunRecord
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 

@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vmapipe.fleet.catalogue import Catalogue, MachineRecord
+from vmapipe.fleet.catalogue import Catalogue
 from vmapipe.fleet.inventory import Fleet, FleetHost, FleetMachine
+from vmapipe.fleet.records import MachineRecord
 from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
 
 # Hosts that are asked at the same time; each costs a thread and an ssh.

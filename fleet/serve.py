@@ -13,11 +13,11 @@ import json
 import time
 from collections.abc import Callable, Iterator
 
-from vmapipe.fleet.catalogue import CancelRecord, HostRecord, RunRecord
 from vmapipe.fleet.engine import DatabaseCatalogue, DatabaseLost, JobQueue, open_database, shown
 from vmapipe.fleet.inventory import Fleet, FleetMachine
 from vmapipe.fleet.planner import Waiting
 from vmapipe.fleet.postgres import PrivatePostgres
+from vmapipe.fleet.records import CancelRecord, HostRecord, RunRecord
 from vmapipe.fleet.rounds import Dispatcher
 from vmapipe.fleet.scan import known_machines, put_together
 from vmapipe.runtime.cancel import Cancel

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmapipe.fleet.carrier import call, probe
-from vmapipe.fleet.catalogue import CancelRecord, HostRecord, RunRecord
 from vmapipe.fleet.engine import (
     STALLED_S,
     DatabaseCatalogue,
@@ -29,6 +28,7 @@ from vmapipe.fleet.engine import (
 from vmapipe.fleet.inventory import Fleet
 from vmapipe.fleet.jobs import check
 from vmapipe.fleet.outcome import ended
+from vmapipe.fleet.records import CancelRecord, HostRecord, RunRecord
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.syscalls import readable

@@ -17,6 +17,7 @@ import uuid as uuids
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+from vmapipe.access.drill.screen import MAX_PNG_BYTES, is_png
 from vmapipe.access.machine.spec import Omission
 from vmapipe.control.coordinator.metrics import SUFFIX as METRICS_SUFFIX
 from vmapipe.control.coordinator.metrics import escaped_label, old_value
@@ -215,6 +216,25 @@ def keep_evidence(path: str, files: Mapping[str, bytes]) -> None:
                         file.write(data)
     except OSError as error:
         raise Failure(f"cannot keep the evidence in {path}: {os_error_text(error)}") from error
+
+
+def read_picture(path: str, archive: str) -> bytes | None:
+    """Return the screen of an archive's restore test, if it is a picture of ours (`is_png`).
+
+    The path may come from another host: no other file of this one is read, no link followed, nothing waited for.
+    """
+    place, evidence = os.path.split(os.path.dirname(path))
+    own = (os.path.basename(archive) + EVIDENCE_SUFFIX, PICTURE)
+    if (evidence, os.path.basename(path)) != own:
+        return None
+    try:
+        with HeldFolder(place) as held, held.folder(evidence) as inside:
+            fd = inside.open(PICTURE, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            with open(fd, "rb") as file:
+                raw = file.read(MAX_PNG_BYTES + 1)
+    except (OSError, ValueError):
+        return None
+    return raw if is_png(raw) else None
 
 
 def remove_evidence(above: HeldFolder, name: str) -> None:

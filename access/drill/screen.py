@@ -18,6 +18,9 @@ TEXT_ADDRESS, TEXT_BYTES = 0xB8000, 0x8000
 # The largest that QEMU's standard card can be told to show.
 _MAX_SIDE = 8192
 _MAX_PIXELS = 1 << 25
+_PNG = b"\x89PNG\r\n\x1a\n"
+#: A screen of 1280 x 800 in text mode has some 10 KiB, a desktop 300: larger ones are kept, but not shown in reports.
+MAX_PNG_BYTES = 1 << 20
 _HEAD = re.compile(rb"P6\s+(\d{1,5})\s+(\d{1,5})\s+255\s")
 _ROW_CHARS, _ROW_LINES = 80, 16
 _BLANKS = frozenset("\0 \xa0")
@@ -69,10 +72,35 @@ def encode_png(picture: Picture) -> bytes:
     data = zlib.compress(b"".join(b"\0" + line for line in lines), 6)
     header = struct.pack(">IIBBBBB", picture.width, picture.height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
+    return _PNG + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks
     )
+
+
+def is_png(raw: bytes) -> bool:
+    """Tell whether this is a whole picture as `encode_png` makes them, and nothing else.
+
+    It may come from another host, and goes to a browser: no other chunks, no endless size, no word too many.
+    """
+    if len(raw) > MAX_PNG_BYTES or not raw.startswith(_PNG):
+        return False
+    at, kinds = len(_PNG), list[bytes]()
+    while at + 12 <= len(raw):
+        (count,), kind = struct.unpack_from(">I", raw, at), raw[at + 4 : at + 8]
+        body, end = raw[at + 8 : at + 8 + count], at + 12 + count
+        if end > len(raw) or raw[end - 4 : end] != struct.pack(">I", zlib.crc32(kind + body)):
+            return False
+        kinds.append(kind)
+        if len(kinds) == 1:
+            if (kind, count) != (b"IHDR", 13):
+                return False
+            width, height, *how = struct.unpack(">IIBBBBB", body)
+            is_size = 0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE
+            if not is_size or width * height > _MAX_PIXELS or how != [8, 2, 0, 0, 0]:
+                return False
+        at = end
+    return at == len(raw) and kinds == [b"IHDR", b"IDAT", b"IEND"]
 
 
 def is_still(before: Picture, after: Picture) -> bool:

@@ -216,7 +216,7 @@ def _opened(options: argparse.Namespace) -> Iterator[tuple[Fleet, Catalogue]]:
 
 def _look(fleet: Fleet, catalogue: Catalogue) -> Scan:
     from vmapipe.fleet.carrier import probe
-    from vmapipe.fleet.catalogue import HostRecord
+    from vmapipe.fleet.records import HostRecord
     from vmapipe.fleet.scan import scan
 
     now = time.time()
@@ -278,8 +278,8 @@ def _scan(options: argparse.Namespace) -> int:
 def _planned(
     options: argparse.Namespace, fleet: Fleet, catalogue: Catalogue
 ) -> tuple[FleetPlan, Sequence[Any]]:
-    from vmapipe.fleet.catalogue import HostRecord
     from vmapipe.fleet.planner import plan
+    from vmapipe.fleet.records import HostRecord
     from vmapipe.fleet.scan import known_machines
 
     if options.no_scan or _dsn(options, fleet):
@@ -408,7 +408,7 @@ def _rescan(options: argparse.Namespace) -> int:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from vmapipe.fleet.catalogue import CancelRecord
+    from vmapipe.fleet.records import CancelRecord
 
     with _opened(options) as (_, catalogue):
         runs = catalogue.running()

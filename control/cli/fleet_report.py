@@ -11,21 +11,23 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 
-from vmapipe.control.cli.report import check_report_options, give_out
-from vmapipe.fleet.catalogue import (
+from vmapipe.control.cli.report import beside_archive, check_report_options, give_out
+from vmapipe.fleet.catalogue import Catalogue
+from vmapipe.fleet.inventory import Fleet, FleetTarget
+from vmapipe.fleet.jobs import directory_of, safe_name
+from vmapipe.fleet.outcome import decode_picture
+from vmapipe.fleet.records import (
     AHEAD_S,
     ArchiveRecord,
-    Catalogue,
     DrillRecord,
     HostRecord,
     MachineRecord,
+    PictureRecord,
     RunRecord,
     Standing,
     Verb,
     VerificationRecord,
 )
-from vmapipe.fleet.inventory import Fleet, FleetTarget
-from vmapipe.fleet.jobs import directory_of, safe_name
 from vmapipe.fleet.report.check import EXIT_CODES, judge, plugin_lines
 from vmapipe.fleet.report.facts import FleetReport, Promise, ReportInput, make_report, shown_from_s
 from vmapipe.fleet.rescan import PlaceRecords, read_place
@@ -46,7 +48,15 @@ def report(fleet: Fleet, catalogue: Catalogue, options: argparse.Namespace) -> N
     zone = check_report_options(options)
     with _without_collector():
         made = facts_of(fleet, catalogue, zone, options.days, options.title)
-        give_out(made, options)
+        give_out(made, options, lambda drill: _picture(catalogue, drill))
+
+
+def _picture(catalogue: Catalogue, drill: DrillRecord) -> bytes | None:
+    """Return what the screen showed: as the host of the test has told it, or from beside the archive."""
+    for record in catalogue.select(PictureRecord, machine=drill.machine, target=drill.target):
+        if record.archive == drill.archive and (png := decode_picture(record.png)):
+            return png
+    return beside_archive(drill)
 
 
 def show_check(fleet: Fleet, catalogue: Catalogue, *, as_json: bool) -> int:

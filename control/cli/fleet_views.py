@@ -9,13 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vmapipe.fleet.catalogue import (
-    ArchiveRecord,
-    Catalogue,
-    DrillRecord,
-    RunRecord,
-    VerificationRecord,
-)
+from vmapipe.fleet.catalogue import Catalogue
+from vmapipe.fleet.records import ArchiveRecord, DrillRecord, RunRecord, VerificationRecord
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.text import human_bytes, one_line
 

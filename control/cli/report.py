@@ -15,14 +15,14 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.errors import EXIT_DAMAGED, Failure, UsageError, os_error_text
-from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.process import run
 from vmapipe.runtime.side_files import write_whole
 from vmapipe.runtime.text import human_age, one_line
 
 if TYPE_CHECKING:
-    from vmapipe.fleet.catalogue import DrillRecord
+    from vmapipe.fleet.records import DrillRecord
     from vmapipe.fleet.report.facts import FleetReport
+    from vmapipe.fleet.report.page import PictureOf
 
 DESCRIPTION = """\
 Say of every machine whether it is safe: how old its newest archive is, on which days
@@ -160,12 +160,21 @@ def _interval(option: str, text: str) -> float:
         raise UsageError(f"{option}: {error}, or none") from error
 
 
-def give_out(report: FleetReport, options: argparse.Namespace) -> None:
+def beside_archive(drill: DrillRecord) -> bytes | None:
+    """Return the picture of a restore test from the folder of its evidence, where that can be read from here."""
+    from vmapipe.access.drill.result import read_picture
+
+    return read_picture(drill.picture, drill.archive)
+
+
+def give_out(
+    report: FleetReport, options: argparse.Namespace, picture_of: PictureOf = beside_archive
+) -> None:
     """Write and print what was asked for. Raises Failure, and NotSafe at the end."""
     if options.html:
         from vmapipe.fleet.report.page import render_page
 
-        _write(options.html, render_page(report, _picture))
+        _write(options.html, render_page(report, picture_of))
     if options.metrics:
         from vmapipe.fleet.report.metrics import render_metrics
 
@@ -185,25 +194,6 @@ def _write(path: str, text: str) -> None:
         write_whole(path, text.encode(errors="backslashreplace"), 0o644)
     except OSError as error:
         raise Failure(f"cannot write {path}: {os_error_text(error)}") from error
-
-
-def _picture(drill: DrillRecord) -> bytes | None:
-    """The screen of a restore test; links are not followed, and nothing is waited for."""
-    from vmapipe.access.drill.result import EVIDENCE_SUFFIX, PICTURE
-    from vmapipe.fleet.report.page import MAX_PICTURE_BYTES
-
-    place, evidence = os.path.split(os.path.dirname(drill.picture))
-    # The path may come from another host: no other file of this one is shown.
-    own = (os.path.basename(drill.archive) + EVIDENCE_SUFFIX, PICTURE)
-    if (evidence, os.path.basename(drill.picture)) != own:
-        return None
-    try:
-        with HeldFolder(place) as held, held.folder(evidence) as inside:
-            fd = inside.open(PICTURE, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            with open(fd, "rb") as file:
-                return file.read(MAX_PICTURE_BYTES + 1)
-    except (OSError, ValueError):
-        return None
 
 
 def _table(report: FleetReport) -> list[str]:

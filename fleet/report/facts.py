@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
-from vmapipe.fleet.catalogue import (
+from vmapipe.fleet.records import (
     AHEAD_S,
     ArchiveRecord,
     DrillRecord,

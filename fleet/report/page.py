@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 from zoneinfo import ZoneInfo
 
-from vmapipe.fleet.catalogue import DrillRecord
+from vmapipe.access.drill.screen import MAX_PNG_BYTES, is_png
+from vmapipe.fleet.records import DrillRecord
 from vmapipe.fleet.report.facts import Cell, FleetReport, MachineReport, Problem, Severity
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.text import human_age, human_bytes
@@ -23,9 +24,7 @@ from vmapipe.runtime.text import human_age, human_bytes
 #: Returns a picture (PNG) of a restore test, or None.
 PictureOf = Callable[[DrillRecord], bytes | None]
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-# A screen of 1280 x 800 in text mode has some 10 KiB, a desktop 300; mail takes a page of 20 MiB.
-MAX_PICTURE_BYTES = 1 << 20
+# Mail takes a page of 20 MiB.
 _MAX_PICTURES_BYTES = 12 << 20
 # What is wrong with more machines than that nobody reads; the table has them all.
 _MAX_PROBLEMS, _MAX_NAMED = 200, 12
@@ -170,12 +169,12 @@ def _pictures(report: FleetReport, picture_of: PictureOf) -> tuple[list[ShownPic
     shown: list[ShownPicture] = []
     left_bytes, left_out = _MAX_PICTURES_BYTES, 0
     for row, drill in tested:
-        if left_bytes < MAX_PICTURE_BYTES:
+        if left_bytes < MAX_PNG_BYTES:
             left_out += 1
             continue
         data = picture_of(drill)
         address = ""
-        if data is not None and data.startswith(_PNG) and len(data) <= MAX_PICTURE_BYTES:
+        if data is not None and is_png(data):
             left_bytes -= len(data)
             address = "data:image/png;base64," + base64.b64encode(data).decode()
         shown.append(ShownPicture(row, drill, address))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from vmapipe.fleet.catalogue import (
+from vmapipe.fleet.catalogue import Catalogue
+from vmapipe.fleet.records import (
     ArchiveRecord,
-    Catalogue,
     DrillRecord,
     MachineRecord,
     Record,

@@ -19,7 +19,6 @@ import pytest
 
 from tests.fleet.namespaces import need_postgres
 from tests.machine import LIMIT_S, Need
-from vmapipe.fleet.catalogue import ArchiveRecord, RunRecord
 from vmapipe.fleet.engine import (
     STALLED_S,
     DatabaseCatalogue,
@@ -31,6 +30,7 @@ from vmapipe.fleet.engine import (
 from vmapipe.fleet.outcome import new_run
 from vmapipe.fleet.planner import FleetTask
 from vmapipe.fleet.postgres import PrivatePostgres
+from vmapipe.fleet.records import ArchiveRecord, RunRecord
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 

@@ -19,10 +19,10 @@ from tests.fleet.namespaces import need_postgres
 from tests.machine import LIMIT_S, VMAPIPE, Need
 from vmapipe.fleet import serve, worker
 from vmapipe.fleet.carrier import Ending
-from vmapipe.fleet.catalogue import ArchiveRecord, RunRecord, Standing
 from vmapipe.fleet.configuration import parse
 from vmapipe.fleet.engine import open_database
 from vmapipe.fleet.postgres import PrivatePostgres, private_dsn
+from vmapipe.fleet.records import ArchiveRecord, RunRecord, Standing
 from vmapipe.runtime.cancel import Cancel
 
 # What a new PostgreSQL needs is some 38 MiB.

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from vmapipe.fleet.catalogue import RunRecord, Standing, Verb, after
+from vmapipe.fleet.catalogue import after
 from vmapipe.fleet.inventory import (
     Fleet,
     FleetHost,
@@ -24,6 +24,7 @@ from vmapipe.fleet.inventory import (
     SourceStorage,
 )
 from vmapipe.fleet.planner import FleetPlan, FleetTask, Waiting, back_off_s, plan
+from vmapipe.fleet.records import RunRecord, Standing, Verb
 from vmapipe.fleet.windows import DAY_S, parse_window
 
 NOW = 1_800_000_000.0

@@ -13,8 +13,8 @@ import pytest
 from tests.fleet.report.records import DAY_S, HOUR_S, NOW_S, archive, drill, machine, small_fleet
 from tests.fleet.test_run import HOSTILE, Site
 from vmapipe.control.cli import fleet_report
-from vmapipe.fleet.catalogue import ArchiveRecord
 from vmapipe.fleet.configuration import parse
+from vmapipe.fleet.records import ArchiveRecord
 from vmapipe.fleet.report.check import judge
 from vmapipe.fleet.report.facts import ReportInput
 from vmapipe.fleet.sqlite_file import open_file

@@ -22,9 +22,10 @@ from tests.machine import LIMIT_S
 from vmapipe.control.cli.fleet import main
 from vmapipe.fleet import rounds
 from vmapipe.fleet.carrier import agent_words, call, probe
-from vmapipe.fleet.catalogue import ArchiveRecord, Catalogue, MachineRecord, Record, RunRecord
+from vmapipe.fleet.catalogue import Catalogue
 from vmapipe.fleet.configuration import load, parse
 from vmapipe.fleet.inventory import FleetHost
+from vmapipe.fleet.records import ArchiveRecord, MachineRecord, Record, RunRecord
 from vmapipe.fleet.rounds import Round
 from vmapipe.fleet.scan import put_together, scan
 from vmapipe.fleet.sqlite_file import open_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.machine import good
 from tests.s3.server import BUCKET, S3Server
-from vmapipe.fleet.catalogue import ArchiveRecord
+from vmapipe.fleet.records import ArchiveRecord
 from vmapipe.fleet.sqlite_file import open_file
 
 MIB = 1 << 20

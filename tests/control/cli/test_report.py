@@ -13,8 +13,9 @@ import pytest
 
 from tests.machine import bad, good, make_disk, run
 from vmapipe.access.drill.result import DrillResult, encode_result
+from vmapipe.access.drill.screen import Picture, encode_png
 
-PNG = b"\x89PNG\r\n\x1a\n" + b"screen of web"
+PNG = encode_png(Picture(8, 4, bytes(96)))
 NOW = datetime.datetime.now(datetime.UTC)
 TODAY = f"{NOW:%Y_%m_%d-%H_%M_%S}"
 
@@ -111,7 +112,7 @@ def test_what_strangers_put_beside_an_archive_is_not_believed(kept: Path, tmp_pa
     page = tmp_path / "r.html"
     report(tmp_path, "--html", page, code=0)
     assert "no picture" not in page.read_text()
-    (tmp_path / "secret.png").write_bytes(PNG + b"secret")
+    (tmp_path / "secret.png").write_bytes(PNG)
     for file in kept.glob("vzdump*.drill.json"):
         shutil.copy(file, tmp_path / f"{name}.drill.json")
     evidence = next(kept.glob("vzdump*.drill")).name

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vmapipe.fleet.catalogue import (
+from vmapipe.fleet.records import (
     ArchiveRecord,
     DrillRecord,
     MachineRecord,

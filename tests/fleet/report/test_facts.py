@@ -22,7 +22,7 @@ from tests.fleet.report.records import (
     machine,
     small_fleet,
 )
-from vmapipe.fleet.catalogue import VerificationRecord
+from vmapipe.fleet.records import VerificationRecord
 from vmapipe.fleet.report.check import judge, plugin_lines
 from vmapipe.fleet.report.facts import FleetReport, MachineReport, Promise, ReportInput, make_report
 

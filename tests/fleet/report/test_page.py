@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import random
 import subprocess
 import zlib
 from pathlib import Path
@@ -24,13 +25,14 @@ from tests.fleet.report.records import (
     small_fleet,
 )
 from tests.machine import Need
-from vmapipe.fleet.catalogue import DrillRecord
+from vmapipe.access.drill.screen import Picture, encode_png
+from vmapipe.fleet.records import DrillRecord
 from vmapipe.fleet.report.facts import FleetReport, ReportInput, make_report
 from vmapipe.fleet.report.metrics import render_metrics
 from vmapipe.fleet.report.page import render_page
 from vmapipe.runtime.text import one_line
 
-PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
+PNG = encode_png(Picture(8, 4, bytes(96)))
 # What a page without scripts needs; a stranger's text can bring nothing else into it.
 TAGS = {
     "html",
@@ -127,7 +129,7 @@ def test_whatever_a_machine_is_called_the_page_has_the_same_elements(name: str) 
 
 def test_a_picture_that_is_none_or_too_large_is_left_out() -> None:
     report = make_report(small_fleet(), PROMISES, NOW_S)
-    for picture in (None, b"<svg onload=x()>", PNG + bytes(2 << 20)):
+    for picture in (None, b"<svg onload=x()>", PNG + b"x"):
         page = page_of(report, picture)
         assert "data:" not in page.replace("img-src data:", "")
         assert page.count("no picture") == 2
@@ -138,7 +140,8 @@ def test_pictures_have_a_limit_together_and_the_page_says_so() -> None:
     records = ReportInput(
         [], [archive(n, HOUR_S, n) for n in names], drills=[drill(n, n, "booted") for n in names]
     )
-    page = page_of(make_report(records, PROMISES, NOW_S), PNG + bytes(900 << 10))
+    large = encode_png(Picture(640, 480, random.randbytes(3 * 640 * 480)))
+    page = page_of(make_report(records, PROMISES, NOW_S), large)
     assert len(page) < 20 << 20
     assert "more have no room on this page" in page
 
