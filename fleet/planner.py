@@ -372,7 +372,8 @@ def _due(
         again_s = last.failed_s + back_off_s(last.failures, every_s)
         # A failure of the future was told by a wrong clock.
         if now_s < again_s and last.failed_s <= now_s + AHEAD_S:
-            text = f"it failed {last.failures} times, the last one: {last.text}"
+            times = f"{last.failures} times, the last one" if last.failures > 1 else "once"
+            text = f"it failed {times}: {last.text}"
             return Waiting(task, "back-off", text, again_s)
     state = opening(windows, policy.time_zone, now_s)
     if not state.is_open:

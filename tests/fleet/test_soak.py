@@ -6,7 +6,10 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +27,11 @@ speed = "64K"
 [vm."vm?"]
 keep = { last = 2 }
 verify_every = "20m"
+"""
+
+
+_TRY_ENDS = """
+for host in b1 pve1 pve2 pve3 lan; do ip netns pids try-$host | xargs -r kill -9; ip netns del try-$host; done
 """
 
 
@@ -132,6 +140,50 @@ def _kept(folder: Path, to: Path) -> Iterator[None]:
         yield
     finally:
         shutil.copytree(folder, to)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_the_commands_of_the_page_do_as_they_stand_what_it_says(tmp_path: Path, need: Need) -> None:
+    """In an empty home, with nothing but vmapipe and Debian's programs."""
+    need("ip")
+    page = Path(__file__).parent.parent.parent / "docs" / "operations" / "fleet.md"
+    first = page.read_text().partition("\n## fleet.toml")[0]
+    blocks = re.findall(r"^```\n(.*?)^```", first, re.MULTILINE | re.DOTALL)
+    script = "".join(block for block in blocks if not block.startswith("restrict,"))
+    home, programs = tmp_path / "home", tmp_path / "bin"
+    home.mkdir()
+    programs.mkdir()
+    (programs / "vmapipe").symlink_to(Path(sys.executable).parent / "vmapipe")
+    path = f"{programs}:/usr/sbin:/usr/bin:/sbin:/bin"
+    try:
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env={"HOME": str(home), "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+    finally:
+        # What its last lines do, should it not have come so far.
+        subprocess.run(["bash", "-c", _TRY_ENDS], capture_output=True)
+    said = done.stdout + done.stderr
+    told = iter(done.stdout.splitlines())
+    for words in (
+        "4 machines on 3 hosts",
+        "backup of web done",
+        "12 jobs done, 0 failed, 0 wait",
+        "FLEET OK - 4 machines, all as promised",
+        "backup of mail failed: tcp://10.99.0.1:7777: cannot be reached",
+        "9 jobs done, 1 failed, 1 wait",
+        "back-off: it failed once: tcp://10.99.0.1:7777",
+        "FLEET CRITICAL - 4 machines, 1 never: mail no archive of it",
+    ):
+        assert any(words in line for line in told), (words, said)
+    errors = done.stderr.splitlines()
+    assert errors == ["vmapipe fleet: 1 of 4 machines is not safe"], said
+    assert list(home.iterdir()) == []
+    assert "try-" not in subprocess.check_output(["ip", "netns"], text=True)
 
 
 def _lose_the_database(site: NamespaceFleet) -> None:
