@@ -27,8 +27,8 @@ from vmapipe.runtime.errors import os_error_text
 # One visit takes no more: others wait, too, and what is read next is to be asked for in time.
 _MOST_RECEIVES = 8
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
-# The kernel waits for the rest of an answer's data: a socket holds 200 KB, and Python would be
-# woken for each. Not for longer than this: another connection may have something, or the archiver.
+# From a network data comes by a few kilobytes, and Python would be woken for each: the kernel waits for
+# the rest of an answer's. Not for longer than this: another connection may have something, or the archiver.
 _REST_OF_DATA = struct.pack("@ll", 0, 10_000)
 
 
@@ -88,8 +88,11 @@ class ExportConnection:
         # What TLS holds the kernel cannot wait for.
         is_plain = not isinstance(opened.socket, ssl.SSLSocket)
         self._socket.setblocking(is_plain)
+        # A Unix socket holds 200 KB, and its server writes on as soon as they are taken: who waits here
+        # sleeps and wakes for every 32 KB, and the other connections' servers wait with full sockets.
+        is_remote = opened.socket.family != socket.AF_UNIX
         self._at_once = socket.MSG_DONTWAIT if is_plain else 0
-        self._whole = socket.MSG_WAITALL if is_plain else 0
+        self._for_data = socket.MSG_WAITALL if is_plain and is_remote else self._at_once
         if is_plain:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _REST_OF_DATA)
         self._codec = NbdClientTransmission(opened.session)
@@ -182,7 +185,7 @@ class ExportConnection:
                 task = self._tasks[payload.cookie]
                 start = payload.offset - task.offset
                 target = _target(task)[start : start + payload.length]
-                count = self._socket.recv_into(target, 0, self._whole)
+                count = self._socket.recv_into(target, 0, self._for_data)
                 self._is_stalled = count < payload.length
                 events = self._codec.took(count)
             else:

@@ -39,6 +39,8 @@ RECONNECT_S = 30.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # What connection after connection is lost over is what the server dies of.
 _MOST_TRIES = 3
+# Whether answers come in time is looked at so often: a fraction of the shortest limit.
+_CHECK_S = 0.1
 # Beyond what a loaded machine may oversleep: then we were stopped (Ctrl-Z).
 _STOPPED_S = 5.0
 
@@ -90,7 +92,7 @@ class ExportConnections:
         self._masks: dict[int, int] = {}
         self._wanted = 1
         # Of a lost export: since when, when to try again, and the pauses between.
-        self._lost_at = self._retry_at = self._pumped_at = 0.0
+        self._lost_at = self._retry_at = self._pumped_at = self._checked_at = 0.0
         self._pause_s = _FIRST_PAUSE_S
         self._last_words = ""
         #: Bytes of the disk, and their offset: whoever has others there is another disk.
@@ -171,7 +173,9 @@ class ExportConnections:
             for way in self._ways():
                 way.progress_at = now
         self._keep_connected(now)
-        self._dispatch()
+        # It is asked several thousand times a second, and mostly has nothing to send.
+        if self._queue or any(c.wants_out for c in self._by_fd.values()):
+            self._dispatch()
         if self._shared is not None:
             self._shared.flush()
         more = [c for c in self._by_fd.values() if c.has_more]
@@ -192,7 +196,9 @@ class ExportConnections:
         for connection in ready:
             answers += self._visit(connection)
         self._pumped_at = now = time.monotonic()
-        self._check_progress(now)
+        if now - self._checked_at >= _CHECK_S:
+            self._checked_at = now
+            self._check_progress(now)
         if not ready and not has_come:
             return None
         return [answer for answer in answers if not self._is_asked_again(answer)]
@@ -373,10 +379,12 @@ class ExportConnections:
 
     def _visit(self, connection: ExportConnection) -> list[Answer]:
         try:
-            return connection.receive()
+            answers = connection.receive()
         except (ConnectionLost, ProtocolError) as error:
             self._lose(connection, error)
             return []
+        self._watch(connection)
+        return answers
 
     def _watch(self, connection: ExportConnection) -> None:
         fd = connection.fileno()
