@@ -10,28 +10,26 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from vmapipe.access.live.carrier import Carrier
 from vmapipe.access.live.moves import (
     IO_ERROR,
     PAUSED,
     GiveUp,
     MachineView,
-    MirrorState,
     Note,
     Step,
     changes,
     is_finished,
     next_steps,
 )
-from vmapipe.access.live.qemu import check_policies
 from vmapipe.access.live.record import LiveNote, NoteFile
 from vmapipe.access.live.server import ArchiveServer
-from vmapipe.control.qemu.graph import Graph
-from vmapipe.control.qmp.connection import Answer, Command, QmpLink, QmpRefused
+from vmapipe.control.qmp.connection import Command, QmpGone, QmpRefused
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.syscalls import readable
 
@@ -53,7 +51,7 @@ class Relocation:
 
     def __init__(
         self,
-        qmp: QmpLink,
+        carrier: Carrier,
         server: ArchiveServer,
         note: LiveNote,
         note_file: NoteFile,
@@ -61,14 +59,14 @@ class Relocation:
         cancel: Cancel,
         speed_bytes_s: int = 0,
     ) -> None:
-        self._qmp = qmp
+        self._carrier = carrier
         self._server = server
         self._note = note
         self._note_file = note_file
         self._emit = emit
         self._cancel = cancel
         self._speed = speed_bytes_s
-        self._moves = [disk.move for disk in note.disks]
+        self._moves = carrier.moves(note.disks)
         self._before: MachineView | None = None
         self._retried = 0.0
         self._tries: dict[str, int] = {}
@@ -82,7 +80,8 @@ class Relocation:
 
         Raises Failure, QmpGone, Cancelled; the machine runs on then, or stands still unharmed.
         """
-        check_policies(self._qmp, [move.source for move in self._moves])
+        waiting = [move.source for move in self._moves if move.job not in self._note.noted.moved]
+        self._carrier.check_policies(waiting)
         while True:
             seen = self.look()
             self._tell(seen)
@@ -100,43 +99,20 @@ class Relocation:
     # --- Looking ---
 
     def look(self) -> MachineView:
-        """Ask QEMU for all that matters. Raises QmpGone."""
-        status = self._ask("query-status") or {}
-        block_jobs = {job["device"]: job for job in self._ask("query-block-jobs")}
-        jobs = {
-            job["id"]: _job(job, block_jobs.get(job["id"], {})) for job in self._ask("query-jobs")
-        }
-        nodes = self._qmp.execute(Command("query-named-block-nodes", {"flat": True}))
-        blocks = self._ask("query-block") or []
-        graph = Graph(nodes, self._ask("x-debug-query-block-graph"))
-        run_state = str(status.get("status", ""))
-        if status.get("running"):
-            run_state = "running"
-        broken = _broken(blocks, graph)
-        used = graph.in_use() | _inserted(blocks)
-        is_failing = run_state == IO_ERROR
-        self._mark("", is_failing, 0)
-        for name, job in jobs.items():
+        """See what is there. Raises QmpGone."""
+        sight = self._carrier.look()
+        self._mark("", sight.run_state == IO_ERROR, 0)
+        for name, job in sight.jobs.items():
             is_waiting = job.io_status != "ok" or job.status in PAUSED
             self._mark(name, is_waiting or bool(job.error), job.done)
         now = time.monotonic()
         return MachineView(
-            run_state,
-            jobs,
-            frozenset(str(node.get("node-name", "")) for node in nodes),
-            used,
-            broken,
+            *sight,
             {key: now - since for key, (since, _) in self._failing.items()},
             self._server.damage,
             frozenset(node for node, tries in self._tries.items() if tries > _DELETE_TRIES),
             now - self._retried >= _RETRY_S,
         )
-
-    def _ask(self, name: str) -> Any:
-        """None where this QEMU does not know the command, or does not give the answer."""
-        with contextlib.suppress(QmpRefused):
-            return self._qmp.execute(Command(name, {}))
-        return None
 
     def _mark(self, key: str, failing: bool, done: int) -> None:
         """Keep since when something fails without getting further."""
@@ -224,7 +200,7 @@ class Relocation:
         if command.name in ("cont", "block-job-resume", "blockdev-mirror"):
             self._retried = time.monotonic()
         try:
-            self._qmp.execute(command)
+            self._carrier.execute(command)
         except QmpRefused as error:
             if command.name in _MUST_SUCCEED:
                 raise Failure(f"QEMU refuses {command.name}: {error}") from error
@@ -240,7 +216,7 @@ class Relocation:
         """For an event of QEMU's, the server's end, a stop; `busy`: there is more to do."""
         began = time.monotonic()
         if not busy:
-            fds = [self._qmp.fd, self._server.fd]
+            fds = [self._carrier.fd, self._server.fd]
             if not self._note.noted.held:
                 fds.append(self._cancel.fd)
             limit_s = _LEAST_LOOK_S if self._note.noted.held else _LOOK_S
@@ -248,28 +224,40 @@ class Relocation:
             left_s = _LEAST_LOOK_S - (time.monotonic() - began)
             if left_s > 0:
                 readable([] if self._note.noted.held else [self._cancel.fd], left_s)
-        self._qmp.events()
+        self._carrier.drop_events()
         if self._note.noted.held and time.monotonic() - self._held_since > _SLOW_SWITCH_S:
             self._held_since = time.monotonic()
             self._notice("the machine stands still until its targets have what was written")
 
 
-def _job(job: Answer, block_job: Answer) -> MirrorState:
-    return MirrorState(
-        str(job["status"]),
-        str(job.get("error", "")),
-        str(block_job.get("io-status", "ok")),
-        int(block_job.get("speed", 0)),
-        int(block_job.get("offset", 0)),
-        int(block_job.get("len", 0)),
+def explained(
+    error: Failure, again: str, start_again: str, notice: Callable[[str], None]
+) -> Failure:
+    """Add to an error what has become of the machine, and the way on.
+
+    `again`, `start_again`: the commands that go on, while the machine runs and when it has ended.
+    """
+    if isinstance(error, Cancelled):
+        notice(f"the machine goes on, on its overlays; to go on: {again}")
+        return error
+    if isinstance(error, QmpGone):
+        return Failure(
+            f"{error}: its disks are not restored yet, and what it wrote is kept; to start it "
+            f"again where it was: {start_again}"
+        )
+    return Failure(
+        f"{error}; nothing is lost: the machine runs on its overlays, or stands still until it "
+        f"can be read again; to go on: {again}"
     )
 
 
-def _inserted(blocks: Sequence[Answer]) -> frozenset[str]:
-    return frozenset(str((block.get("inserted") or {}).get("node-name", "")) for block in blocks)
-
-
-def _broken(blocks: Sequence[Answer], graph: Graph) -> frozenset[str]:
-    """Return the nodes of devices whose last request failed, and all below."""
-    failed = [block for block in blocks if block.get("io-status", "ok") != "ok"]
-    return frozenset(node for top in _inserted(failed) for node in graph.tree(top))
+def done_event(note: LiveNote, began: float, speed_bytes_s: int) -> dict[str, Any]:
+    """Return the event of the end; `began`: by the monotonic clock."""
+    return {
+        "event": "done",
+        "seconds": round(time.monotonic() - began, 3),
+        "read_bytes": sum(disk.size_bytes for disk in note.disks),
+        "speed_bytes_s": speed_bytes_s,
+        "cpu_s": round(time.process_time(), 3),
+        "peak_rss_bytes": 0,
+    }

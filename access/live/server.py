@@ -41,11 +41,17 @@ class ArchiveServer:
     """The server at `path`, whoever has started it. A context manager: its end leaves it running."""
 
     def __init__(
-        self, path: str, words: Sequence[str], log: str, report: Callable[[str], None]
+        self,
+        path: str,
+        words: Sequence[str],
+        log: str,
+        report: Callable[[str], None],
+        owner: tuple[int, int] | None = None,
     ) -> None:
         """`words`: what starts it, behind `vmapipe serve`; `log`: the file that it writes to.
 
-        `report` is called with each line that a server of ours says of the archive.
+        `report` is called with each line that a server of ours says of the archive. `owner`: the
+        uid and gid that get its socket, if the machine runs as another user.
         """
         self.path = path
         #: The process that it ends with; None: it is not known.
@@ -55,6 +61,7 @@ class ArchiveServer:
         self._words = list(words)
         self._log = log
         self._report = report
+        self._owner = owner
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._heard_bytes = _size_of(log)
@@ -177,7 +184,14 @@ class ArchiveServer:
             if readable([self._pidfd, cancel.fd], _POLL_S):
                 cancel.check()
                 if readable([self._pidfd], 0):
-                    raise Failure(self._last_words())
+                    raise Failure(f"the archive cannot be served: {self._last_words()}")
+        if self._owner is not None:
+            try:
+                os.chown(self.path, *self._owner, follow_symlinks=False)
+            except OSError as error:
+                raise Failure(
+                    f"{self.path} cannot be given to the machine's user: {error.strerror}"
+                ) from error
 
     def _last_words(self) -> str:
         """What it said at its end."""

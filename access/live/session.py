@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vmapipe.access.live.carrier import MonitorCarrier
 from vmapipe.access.live.nodes import (
     LiveDisk,
     OverlaySource,
@@ -27,12 +28,12 @@ from vmapipe.access.live.nodes import (
 )
 from vmapipe.access.live.qemu import QemuProcess, check_policies, connect_if_alive, read_graph
 from vmapipe.access.live.record import NOTE_NAME, LiveNote, NoteFile
-from vmapipe.access.live.relocation import Relocation
+from vmapipe.access.live.relocation import Relocation, done_event, explained
 from vmapipe.access.live.server import ArchiveServer
 from vmapipe.access.overlay import archive_id
 from vmapipe.control.qemu.qemu_process import command_line
 from vmapipe.control.qmp.client import open_link
-from vmapipe.control.qmp.connection import QmpGone, QmpLink
+from vmapipe.control.qmp.connection import QmpLink
 from vmapipe.restore.archive.manifest import manifest_beside
 from vmapipe.restore.archive.reader import Archive
 from vmapipe.restore.targets.files import Folders, NewFile
@@ -40,7 +41,7 @@ from vmapipe.restore.targets.image import new_overlay
 from vmapipe.restore.targets.plan import Kind, Plan, TargetDefaults, disk_path, plan_folder
 from vmapipe.restore.targets.targets import OpenTargets
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import Cancelled, Failure, UsageError
+from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.folders import MAX_SOCKET_PATH_BYTES, HeldFolder
 from vmapipe.runtime.objectstore import is_object
@@ -124,7 +125,7 @@ class LiveSession:
             self._prepare(note, plan)
             note = self._note_file.read() or note
             Relocation(
-                qmp,
+                MonitorCarrier(qmp),
                 server,
                 note,
                 self._note_file,
@@ -137,18 +138,9 @@ class LiveSession:
         except Failure as error:
             if not has_begun:
                 raise
-            raise self._explained(error) from error
+            raise explained(error, request.again, request.start_again, self._notice) from error
         self._finish(note, server)
-        self._emit(
-            {
-                "event": "done",
-                "seconds": round(time.monotonic() - began, 3),
-                "read_bytes": sum(disk.size_bytes for disk in note.disks),
-                "speed_bytes_s": request.speed_bytes_s,
-                "cpu_s": round(time.process_time(), 3),
-                "peak_rss_bytes": 0,
-            }
-        )
+        self._emit(done_event(note, began, request.speed_bytes_s))
 
     # --- What is asked for ---
 
@@ -382,12 +374,7 @@ class LiveSession:
 
     def _serve(self, server: ArchiveServer) -> None:
         server.machine_pid = self._pid
-        try:
-            server.start(self._cancel)
-        except Cancelled:
-            raise
-        except Failure as error:
-            raise Failure(f"the archive cannot be served: {error}") from error
+        server.start(self._cancel)
 
     # --- Targets ---
 
@@ -447,22 +434,6 @@ class LiveSession:
             if disk.overlay:
                 self._remove(os.path.basename(disk.overlay))
         self._note_file.remove()
-
-    def _explained(self, error: Failure) -> Failure:
-        """Add what has become of the machine, and the way on."""
-        request = self._request
-        if isinstance(error, Cancelled):
-            self._notice(f"the machine goes on, on its overlays; to go on: {request.again}")
-            return error
-        if isinstance(error, QmpGone):
-            return Failure(
-                f"{error}: its disks are not restored yet, and what it wrote is kept; to start it "
-                f"again where it was: {request.start_again}"
-            )
-        return Failure(
-            f"{error}; nothing is lost: the machine runs on its overlays, or stands still until it "
-            f"can be read again; to go on: {request.again}"
-        )
 
     def _notice(self, text: str) -> None:
         self._emit({"event": "notice", "text": text})

@@ -91,12 +91,20 @@ class Draft(NamedTuple):
         return {disk.key: disk.source for disk in self.disks if disk.source}
 
 
+class ArchiveBelow(NamedTuple):
+    """What an overlay stands on: an export of an archive's server, by its Unix socket."""
+
+    export: str
+    socket: str
+
+
 class Placement(NamedTuple):
-    """Where a disk is on this host."""
+    """Where a disk is on this host. `below`: it is an overlay of a machine that is restored live."""
 
     kind: Literal["file", "block"]
     path: str
     image_format: str
+    below: ArchiveBelow | None = None
 
 
 class Network(NamedTuple):
@@ -418,7 +426,21 @@ def _disk(disk: DraftDisk, placement: Placement | None) -> Element:
         *element.children,
     ]
     element.children[0].attributes = {**element.children[0].attributes, **driver}
+    if placement.below is not None:
+        _set_below(element, placement.below)
     return element
+
+
+def _set_below(element: Element, below: ArchiveBelow) -> None:
+    """Where the archive cannot be read the machine stands still; zeroes take no room in its copy."""
+    driver = element.find("driver")
+    wishes = {"discard": "unmap", "error_policy": "stop", "rerror_policy": "stop"}
+    driver.attributes = {**driver.attributes, **wishes}
+    host = made("host", transport="unix", socket=below.socket)
+    source = made("source", host, protocol="nbd", name=below.export)
+    end = made("backingStore")
+    store = made("backingStore", made("format", type_="raw"), source, end, type_="network")
+    element.children.insert(2, store)
 
 
 def _card(
