@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vmapipe.access.live.carrier import Carrier
 from vmapipe.access.live.moves import (
@@ -32,6 +32,9 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.syscalls import readable
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.event_types import DoneEvent
 
 # A server that has ended, and an event of QEMU's, are seen at once.
 _LOOK_S = 1.0
@@ -72,7 +75,7 @@ class Relocation:
         self._tries: dict[str, int] = {}
         # By job, and "" for the machine: since when it fails, and how far it was then.
         self._failing: dict[str, tuple[float, int]] = {}
-        self._held_since = 0.0
+        self._held_since = time.monotonic()
         self._told = 0.0
 
     def run(self) -> None:
@@ -251,7 +254,7 @@ def explained(
     )
 
 
-def done_event(note: LiveNote, began: float, speed_bytes_s: int) -> dict[str, Any]:
+def done_event(note: LiveNote, began: float, speed_bytes_s: int) -> DoneEvent:
     """Return the event of the end; `began`: by the monotonic clock."""
     return {
         "event": "done",

@@ -11,7 +11,7 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from vmapipe.access.live.carrier import MonitorCarrier
@@ -117,7 +117,8 @@ class LiveSession:
                 raise UsageError("--qmp is for a machine that runs: leave out what is behind --")
         else:
             self._check_same(note, plan)
-        self._tell_begin(plan)
+        paths = {dev_id: spec.path for dev_id, spec in plan.targets.items()}
+        tell_begin(self._archive, request.archive, paths, self._emit, self._cancel)
         has_begun = note is not None
         try:
             qmp, note, server = self._machine(note, plan)
@@ -160,32 +161,6 @@ class LiveSession:
         return plan_folder(
             header, request.folder, chosen, configs=request.configs, wishes=request.wishes
         )
-
-    def _tell_begin(self, plan: Plan) -> None:
-        header = self._archive.header
-        name = self._request.archive
-        beside = manifest_beside(name, self._cancel)
-        self._emit(
-            {
-                "event": "restoring",
-                "archive": name,
-                "uuid": header.uuid.hex(),
-                "devices": [
-                    {
-                        "name": device.name,
-                        "bytes": device.size_bytes,
-                        "path": plan.targets[device.dev_id].path,
-                    }
-                    for device in header.devices
-                    if device.dev_id in plan.targets
-                ],
-                "digests_checked": beside is not None,
-            }
-        )
-        if any(device.is_vmstate for device in header.devices):
-            self._notice(
-                "the machine's memory in the archive is not used: the machine boots from its disks"
-            )
 
     def _check_same(self, note: LiveNote, plan: Plan) -> None:
         """Raises UsageError where the note belongs to something else."""
@@ -239,7 +214,7 @@ class LiveSession:
         """Make overlays and a note, and start the machine. Nothing is left where that fails."""
         disks = self._own_disks(plan)
         note = LiveNote(
-            _absolute(self._request.archive),
+            absolute_archive(self._request.archive),
             archive_id(self._archive.header).hex(),
             self._own(_MONITOR),
             self._own(_SERVER_SOCKET),
@@ -331,7 +306,7 @@ class LiveSession:
         check_policies(qmp, [disk.node for disk in disks])
         self._warn_of_reconnect(qmp)
         note = LiveNote(
-            _absolute(request.archive),
+            absolute_archive(request.archive),
             archive_id(self._archive.header).hex(),
             request.qmp,
             sockets[0],
@@ -368,7 +343,7 @@ class LiveSession:
     # --- The archive's server ---
 
     def _server(self, socket: str) -> ArchiveServer:
-        words = [*self._request.serve_options, _absolute(self._request.archive)]
+        words = [*self._request.serve_options, absolute_archive(self._request.archive)]
         server = ArchiveServer(socket, words, self._own(_SERVER_LOG), self._notice)
         return self._stack.enter_context(server)
 
@@ -446,7 +421,30 @@ class LiveSession:
             os.unlink(name, dir_fd=self._folder.fd)
 
 
-def _absolute(archive: str) -> str:
+def tell_begin(
+    archive: Archive, name: str, paths: Mapping[int, str], emit: Emit, cancel: Cancel
+) -> None:
+    """Tell what is restored, and where to. `paths`: by dev_id."""
+    header = archive.header
+    emit(
+        {
+            "event": "restoring",
+            "archive": name,
+            "uuid": header.uuid.hex(),
+            "devices": [
+                {"name": device.name, "bytes": device.size_bytes, "path": paths[device.dev_id]}
+                for device in header.devices
+                if device.dev_id in paths
+            ],
+            "digests_checked": manifest_beside(name, cancel) is not None,
+        }
+    )
+    if any(device.is_vmstate for device in header.devices):
+        text = "the machine's memory in the archive is not used: the machine boots from its disks"
+        emit({"event": "notice", "text": text})
+
+
+def absolute_archive(archive: str) -> str:
     """The archive as a process in another folder has to name it."""
     return archive if is_object(archive) else os.path.abspath(archive)
 

@@ -39,7 +39,8 @@ def add_live_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start the machine at once, from the archive, and bring its disks to DIR behind it: "
         "the command of QEMU follows --; its -device options name the archive's devices "
-        "(drive=drive-scsi0). Said again, it goes on where it was",
+        "(drive=drive-scsi0). With --libvirt it is the domain that starts. Said again, it goes on "
+        "where it was",
     )
     add_monitor_options(
         group,
@@ -48,7 +49,7 @@ def add_live_options(parser: argparse.ArgumentParser) -> None:
     add_cache_options(parser)
 
 
-def check_live(options: argparse.Namespace) -> None:
+def check_live(options: argparse.Namespace, machine: Sequence[str]) -> None:
     """Refuse, before anything is made, what does not belong together. Raises UsageError."""
     if not options.live:
         if options.qmp or options.qmp_share:
@@ -57,6 +58,8 @@ def check_live(options: argparse.Namespace) -> None:
     for name in _NOT_LIVE:
         if getattr(options, name):
             raise UsageError(f"--{name.replace('_', '-')} is not for --live")
+    if options.libvirt and machine:
+        raise UsageError("libvirt starts the domain: leave out what is behind --")
     # Late, here and below: most restores are not live, and that is a third of the modules.
     from vmapipe.access.archive import refuse_streams
 

@@ -66,6 +66,7 @@ examples:
   ssh backup.example cat vm.vma.zst | vmapipe restore - restored/
   vmapipe restore damaged.vma restored/ --salvage
   vmapipe restore vm.vma --libvirt --name web2 --pool default --start
+  vmapipe restore vm.vma --libvirt --start --live
   vmapipe restore --live vm.vma restored/ -- qemu-system-x86_64 -m 4G \\
       -device virtio-scsi-pci -device scsi-hd,drive=drive-scsi0
 
@@ -184,10 +185,10 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
 
 def _restore(options: argparse.Namespace, words: Sequence[str], machine: Sequence[str]) -> None:
     check_libvirt(options)
-    check_live(options)
+    check_live(options, machine)
     if options.libvirt:
         inherited_fds(options.archive)
-        restore_domain(options, _restore_options(options))
+        restore_domain(options, _restore_options(options), words)
         return
     chosen = _chosen(options)
     if options.live:

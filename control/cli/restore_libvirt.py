@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 
+from vmapipe.control.cli.caches import cache_words
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.inspect import open_signed
 from vmapipe.control.coordinator.priorities import priorities
@@ -64,7 +67,11 @@ def add_libvirt_options(parser: argparse.ArgumentParser) -> None:
         help="the machine's configuration, instead of the archive's: a domain's XML or a "
         "qemu-server.conf",
     )
-    group.add_argument("--start", action="store_true", help="start the domain when it is defined")
+    group.add_argument(
+        "--start",
+        action="store_true",
+        help="start the domain when it is restored; with --live, which starts it anyway, at once",
+    )
 
 
 def check_libvirt(options: argparse.Namespace) -> None:
@@ -74,11 +81,6 @@ def check_libvirt(options: argparse.Namespace) -> None:
             if getattr(options, name):
                 raise UsageError(f"--{name} is for --libvirt")
         return
-    if options.live:
-        raise UsageError(
-            "--live is not for --libvirt: `vmapipe restore --live ARCHIVE DIR -- qemu-system-x86_64 …` "
-            "starts a machine from the archive, without libvirt"
-        )
     for name in _NOT_HERE:
         if getattr(options, name):
             word = "DIR" if name == "folder" else f"--{name.replace('_', '-')}"
@@ -92,14 +94,17 @@ def check_libvirt(options: argparse.Namespace) -> None:
             raise UsageError(f"--{word} is empty")
 
 
-def restore_domain(options: argparse.Namespace, restore_options: Options) -> None:
-    """Run `vmapipe restore --libvirt`. Raises Failure."""
+def restore_domain(
+    options: argparse.Namespace, restore_options: Options, words: Sequence[str]
+) -> None:
+    """Run `vmapipe restore --libvirt`; `words`: the command line. Raises Failure."""
     # Here: a plain restore needs nothing of it.
     from vmapipe.access.machine.domain import Draft, draft_of_libvirt, is_domain_name, parse_network
     from vmapipe.access.machine.libvirt import looks_like_libvirt
     from vmapipe.access.machine.proxmox import config_without_one
     from vmapipe.access.machine.proxmox_domain import draft_of_proxmox
     from vmapipe.control.cli.configuration import config_text, configuration_of
+    from vmapipe.control.hosts.libvirt.live import LiveWords
     from vmapipe.control.hosts.libvirt.restore import DefineRequest, DomainRestore
 
     def draft_of(raw: bytes, names: list[str]) -> Draft:
@@ -130,6 +135,7 @@ def restore_domain(options: argparse.Namespace, restore_options: Options) -> Non
     priorities(options).apply_to_us()
     cancel = Cancel()
     cancel.on_signals()
+    again = shlex.join(["vmapipe", "restore", *words])
     request = DefineRequest(
         options.archive,
         options.connect,
@@ -142,6 +148,7 @@ def restore_domain(options: argparse.Namespace, restore_options: Options) -> Non
         options.start,
         network,
         restore_options,
+        LiveWords(options.speed, cache_words(options), again) if options.live else None,
     )
     with (
         renderer("restore", options, sys.stdout) as emit,

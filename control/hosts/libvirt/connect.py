@@ -12,13 +12,16 @@ import importlib
 import importlib.util
 import sys
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as LateError
 from importlib.machinery import PathFinder
 from typing import Any, TypeVar
 
+from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
+from vmapipe.runtime.syscalls import readable
 from vmapipe.runtime.text import MAX_NAME_CHARS, name_text, one_line
 from vmapipe.runtime.threads import DaemonPool
 
@@ -29,6 +32,9 @@ _DISTRIBUTION = "/usr/lib/python3/dist-packages"
 #: Libvirt itself waits 30 s for a machine that another of its commands is busy with.
 CALL_S = 45.0
 _OPEN_S = 15.0
+#: systemd starts a daemon again within seconds, and then it reads all its domains.
+DAEMON_S = 60.0
+_RETRY_S = 0.5
 # A daemon that answers nothing for 15 s is given up by the library: each call then ends.
 _KEEPALIVE_S, _KEEPALIVE_TRIES = 5, 3
 # Its event loop is woken so often, so that it sees what was added meanwhile.
@@ -227,6 +233,19 @@ class Host:
                 f"libvirt has not answered {what} within {limit_s:.0f} s: is its daemon stopped, or "
                 "the machine's QEMU or storage stuck?"
             ) from error
+
+
+def reconnected(uri: str, limit_s: float, cancel: Cancel) -> Host:
+    """Connect to a daemon that may be on its way up. Raises LibvirtFailure, Cancelled."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            return Host(uri)
+        except LibvirtFailure:
+            if time.monotonic() > deadline:
+                raise
+            cancel.check()
+            readable([cancel.fd], _RETRY_S)
 
 
 def words_of(error: Any) -> str:

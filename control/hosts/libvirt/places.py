@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import subprocess
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +12,7 @@ from vmapipe.access.machine.domain import Placement
 from vmapipe.access.machine.domain_xml import XmlError, made, parse_xml, render_xml
 from vmapipe.control.hosts.libvirt.connect import Host, LibvirtFailure
 from vmapipe.control.hosts.libvirt.host_facts import QemuUser
-from vmapipe.control.hosts.libvirt.undo import Made, MadeJournal, remove_file
+from vmapipe.control.hosts.libvirt.undo import Made, MadeJournal, made_of, remove_file
 from vmapipe.restore.targets.plan import Kind, Larger, TargetSpec
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 
@@ -60,6 +59,9 @@ class Place(Protocol):
     def folder(self) -> str:
         """Return a folder for files that are no disks (firmware's variables)."""
 
+    def live_folder(self) -> str:
+        """Return a folder for what a machine writes before its disks are there. Raises UsageError."""
+
     def find(self, path: str) -> Occupied | None:
         """Return a disk that is here; None: it is elsewhere, or there is none."""
 
@@ -84,6 +86,9 @@ class FolderPlace:
         check_reachable(self._path, user)
 
     def folder(self) -> str:
+        return self._path
+
+    def live_folder(self) -> str:
         return self._path
 
     def free(self, name: str, *, overwrite: bool) -> tuple[str, Occupied | None]:
@@ -163,6 +168,14 @@ class PoolPlace:
         raise UsageError(
             f"the pool {self.name} has no place for files (firmware's variables), nor is {_NVRAM} "
             "writable: use --dir, or a pool that is a folder"
+        )
+
+    def live_folder(self) -> str:
+        if not self._is_block:
+            return self._folder
+        raise UsageError(
+            f"the pool {self.name} has no place for what a machine writes before its disks are there: "
+            "use --dir, or a pool that is a folder, or leave --live out"
         )
 
     def _free(self, name: str, *, overwrite: bool) -> tuple[str, Occupied | None]:
@@ -250,15 +263,12 @@ class PoolPlace:
 def _made(path: str, pool: str, volume: str) -> Made:
     """Raises Failure."""
     try:
-        status = os.stat(path)
+        return made_of(path, pool, volume)
     except OSError as error:
         raise Failure(
             f"the volume {volume} of the pool {pool} is not on this host ({path}: "
             f"{os_error_text(error)})"
         ) from error
-    if stat.S_ISBLK(status.st_mode):
-        return Made(path, 0, 0, pool, volume)
-    return Made(path, status.st_dev, status.st_ino, pool, volume)
 
 
 def find_pool(host: Host, name: str) -> Any:

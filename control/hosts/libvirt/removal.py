@@ -18,9 +18,13 @@ from vmapipe.control.hosts.libvirt.undo import (
 from vmapipe.runtime.errors import Failure
 
 
-def description_of(host: Host, domain: Any) -> str:
-    """Return a domain's XML as it will be when it starts the next time. Raises LibvirtFailure."""
-    return str(host.call(domain.XMLDesc, host.lib.VIR_DOMAIN_XML_INACTIVE))
+def description_of(host: Host, domain: Any, *, secure: bool = False) -> str:
+    """Return a domain's XML as it will be when it starts the next time; `secure`: with passwords.
+
+    Raises LibvirtFailure.
+    """
+    flags = host.lib.VIR_DOMAIN_XML_SECURE if secure else 0
+    return str(host.call(domain.XMLDesc, host.lib.VIR_DOMAIN_XML_INACTIVE | flags))
 
 
 def paths_in_use(host: Host) -> frozenset[str]:
@@ -97,9 +101,10 @@ class Removal:
             return []
         used = paths_in_use(self._host)
         removed = []
-        for one in made:
+        # What is in a folder goes before it.
+        for one in reversed(made):
             if one.path in used:
                 self._notice(f"{one.words} is in use by a domain, and stays")
             elif remove_made(self._host, one):
                 removed.append(one)
-        return removed
+        return removed[::-1]

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import secrets
-import time
-import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,39 +23,58 @@ from vmapipe.access.machine.domain import (
 from vmapipe.access.machine.firmware import Firmware, find_firmware
 from vmapipe.access.machine.spec import Omission
 from vmapipe.control.hosts.libvirt.abilities import check_domain, facts_of, user_at
-from vmapipe.control.hosts.libvirt.connect import Host, LibvirtFailure, is_remote, shown_uri
-from vmapipe.control.hosts.libvirt.host_facts import QemuUser, paths_of
+from vmapipe.control.hosts.libvirt.connect import (
+    DAEMON_S,
+    Host,
+    LibvirtFailure,
+    is_remote,
+    reconnected,
+    shown_uri,
+)
+from vmapipe.control.hosts.libvirt.host_facts import QemuUser
+from vmapipe.control.hosts.libvirt.identity import identity_of, network_of
+from vmapipe.control.hosts.libvirt.live import (
+    SUFFIX,
+    LiveDomain,
+    LiveWords,
+    NewLiveFolder,
+    live_folder_of,
+)
+from vmapipe.control.hosts.libvirt.overwriting import (
+    OldDisks,
+    domain_to_overwrite,
+    drop_checkpoints,
+    find_domain,
+    take_back,
+)
 from vmapipe.control.hosts.libvirt.places import (
     ChosenPlace,
     FolderPlace,
-    Occupied,
     Place,
     PoolPlace,
     Wanted,
 )
-from vmapipe.control.hosts.libvirt.removal import Removal, description_of, paths_in_use
+from vmapipe.control.hosts.libvirt.removal import Removal, description_of
 from vmapipe.control.hosts.libvirt.tpm_state import put_state, read_state, tpm_folder
 from vmapipe.control.hosts.libvirt.undo import Made, MadeJournal
 from vmapipe.restore.archive.reader import Archive
 from vmapipe.restore.job import Options, restore
 from vmapipe.restore.targets.files import Folders
 from vmapipe.restore.targets.plan import Kind, Plan, TargetSpec, device_named
+from vmapipe.restore.targets.targets import OpenTargets
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.events import Emit
+from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.folders import HeldFolder, OwnFolder
 from vmapipe.runtime.text import one_line
 
 _USUAL_POOL = "default"
-# systemd starts a daemon again within seconds, and then it reads all its domains.
-_DAEMON_S = 60.0
-_RETRY_S = 0.5
 
 
 class DefineRequest(NamedTuple):
     """What a user asks for.
 
-    `archive`: as it was named; `uri`, `name`, `pool`, `folder`, `image_format`: empty: the usual
+    `live`: None: not live. `archive`: as it was named; `uri`, `name`, `pool`, `folder`, `image_format`: empty: the usual
     one. `network`: None: not said. `restore`: of the restore of the disks.
     """
 
@@ -74,6 +89,27 @@ class DefineRequest(NamedTuple):
     start: bool
     network: Network | None
     restore: Options
+    live: LiveWords | None = None
+
+
+class _Wish(NamedTuple):
+    """What the domain is to be. `existing`: the one that it overwrites, `before`: its XML."""
+
+    identity: Identity
+    existing: Any
+    before: str
+    facts: HostFacts
+    network: Network | None
+    firmware: Firmware | None
+
+
+class _MadeDisks(NamedTuple):
+    """What a domain is defined on. `first`: its text for now; `finished`: when all disks are there."""
+
+    chosen: dict[str, ChosenPlace]
+    finished: DomainText
+    first: DomainText
+    live: NewLiveFolder | None
 
 
 class DomainRestore:
@@ -99,8 +135,7 @@ class DomainRestore:
             self._host.close()
             raise
         self._removal = Removal(self._host, self._uri, self._notice)
-        self._old: list[tuple[Place, Occupied]] = []
-        self._stays: list[str] = []
+        self._old = OldDisks(self._notice)
         self._user = user_at(self._capabilities, self._uri)
         self._tpm_folder = tpm_folder(self._uri, self._user)
         self._tpm_state, self._tpm_trouble = b"", ""
@@ -117,111 +152,119 @@ class DomainRestore:
         name = self._request.name or draft.name
         if not name:
             raise UsageError("the archive's configuration has no name for the domain: say --name")
-        existing = self._existing(name)
-        identity = self._identity(name, draft, existing)
-        facts = facts_of(self._host, self._capabilities, draft, self._cancel)
-        network = self._network(facts)
-        firmware = None
-        if draft.firmware.kind == "uefi":
-            firmware = find_firmware(draft.firmware, is_q35=draft.is_q35)
+        if self._goes_on(archive, name):
+            return
+        wish = self._wish(name, draft)
         place = self._place()
-        with MadeJournal.new(self._uri, name, identity.uuid, self._request.archive) as journal:
+        identity = wish.identity
+        with contextlib.ExitStack() as stack:
+            journal = stack.enter_context(
+                MadeJournal.new(self._uri, name, identity.uuid, self._request.archive)
+            )
+            made, domain, session = None, None, None
             try:
-                chosen, variables = self._make_room(archive, draft, name, place, journal, firmware)
-                self._check_old(name, existing, place, chosen)
-                finished = domain_xml(
-                    draft,
-                    identity,
-                    {key: one.placement for key, one in chosen.items()},
-                    facts,
-                    network,
-                    firmware,
-                    variables.path if variables is not None else "",
-                )
-                # What libvirt does not take is better known now than when all is restored.
-                check_domain(self._host, finished.xml)
-                self._restore(archive, draft, chosen, variables, journal)
-                self._connect_again(place)
-                place.settle()
-                self._cancel.check()
-                # A restore takes hours: somebody may have made it, or started it, meanwhile.
-                self._existing(name)
-                if self._tpm_state:
-                    journal.plan(f"the state of {name}'s TPM")
-                domain = self._define(finished)
+                made = self._make(archive, draft, wish, place, journal)
+                domain = self._define(made.first)
+                self._put_tpm_state(draft, identity)
+                if made.live is not None:
+                    session = stack.enter_context(self._session(made.live.path))
+                    session.start()
             except BaseException:
+                if made is not None and domain is not None:
+                    take_back(self._host, domain, wish.before, self._notice)
                 self._undo(journal)
                 raise
-            self._put_tpm_state(draft, identity)
             journal.remove()
-        self._tell(archive, draft, identity, chosen, finished)
-        if existing is not None:
-            self._drop_checkpoints(domain)
-        self._remove_old()
+            self._tell(archive, draft, identity, made.chosen, made.finished)
+            if wish.existing is not None:
+                drop_checkpoints(self._host, domain, self._notice)
+            if session is not None:
+                self._old.tell_staying()
+                session.run(archive)
+                return
+        self._old.remove(self._host)
         if self._request.start:
             self._start(domain, name)
 
-    # --- Before anything is made ---
-
-    def _lookup(self, name: str) -> Any:
-        """Return the domain of a name; None: there is none."""
-        try:
-            return self._host.call(self._host.connection.lookupByName, name)
-        except LibvirtFailure as failure:
-            if failure.code != self._host.lib.VIR_ERR_NO_DOMAIN:
-                raise
-            return None
-
-    def _existing(self, name: str) -> Any:
-        """Return the domain that is to be overwritten; None: there is none. Raises Failure."""
-        domain = self._lookup(name)
-        if domain is None:
-            return None
-        if not self._request.overwrite:
-            raise UsageError(
-                f"libvirt has a domain {name} already, which is not touched: --name another, or "
-                "--overwrite"
-            )
-        call = self._host.call
-        if call(domain.isActive):
-            raise Failure(f"the domain {name} is running: `virsh shutdown {name}` first")
-        if call(domain.hasManagedSaveImage):
-            raise Failure(
-                f"the domain {name} has a saved memory, which would go on with other disks: `virsh "
-                f"managedsave-remove {name}` first"
-            )
-        if call(domain.snapshotNum):
-            raise Failure(
-                f"the domain {name} has snapshots, which are of its old disks: remove them first "
-                f"(`virsh snapshot-list {name}`), or --name another"
-            )
-        return domain
-
-    def _identity(self, name: str, draft: Draft, existing: Any) -> Identity:
-        macs = () if self._request.is_same else tuple(_new_mac() for _ in draft.cards)
-        own = draft.uuid if self._request.is_same and draft.uuid else str(uuid.uuid4())
+    def _wish(self, name: str, draft: Draft) -> _Wish:
+        """Raises Failure."""
+        request = self._request
+        existing = domain_to_overwrite(self._host, name, overwrite=request.overwrite)
+        identity = identity_of(self._host, name, draft, existing, is_same=request.is_same)
+        facts = facts_of(self._host, self._capabilities, draft, self._cancel)
+        network = network_of(request.network, facts, is_same=request.is_same)
+        firmware = None
+        if draft.firmware.kind == "uefi":
+            firmware = find_firmware(draft.firmware, is_q35=draft.is_q35)
+        before = ""
         if existing is not None:
-            # libvirt knows a domain by its uuid: another one would be a second domain.
-            return Identity(name, str(self._host.call(existing.UUIDString)), macs)
-        with contextlib.suppress(LibvirtFailure):
-            other = self._host.call(self._host.connection.lookupByUUIDString, own)
-            raise UsageError(
-                f"the domain {self._host.call(other.name)} has the uuid of the archive's: leave out "
-                "--same, or --name it and --overwrite"
-            )
-        return Identity(name, own, macs)
+            before = description_of(self._host, existing, secure=True)
+        return _Wish(identity, existing, before, facts, network, firmware)
 
-    def _network(self, facts: HostFacts) -> Network | None:
-        network = self._request.network
-        if network is None:
-            return None if self._request.is_same else Network()
-        if network.kind == "network" and network.name not in facts.networks:
-            known = ", ".join(sorted(facts.networks)) or "none"
+    def _make(
+        self, archive: Archive, draft: Draft, wish: _Wish, place: Place, journal: MadeJournal
+    ) -> _MadeDisks:
+        """Make all that the domain needs, so that it can be defined. Raises Failure."""
+        identity, name = wish.identity, wish.identity.name
+        chosen, variables = self._make_room(archive, draft, name, place, journal, wish.firmware)
+        self._old.check(self._host, name, wish.existing, place, chosen)
+        places = {key: one.placement for key, one in chosen.items()}
+        path = variables.path if variables is not None else ""
+        about = (wish.facts, wish.network, wish.firmware, path)
+        finished = first = domain_xml(draft, identity, places, *about)
+        live = None
+        if self._request.live is not None:
+            path = f"{place.live_folder()}/{name}{SUFFIX}"
+            live = NewLiveFolder(path, journal, self._given_user)
+            live.add_all(archive, draft.disks, chosen, self._notice)
+            first = domain_xml(draft, identity, {**places, **live.placements}, *about)
+        # What libvirt does not take is better known now than when all is restored.
+        check_domain(self._host, finished.xml)
+        self._restore(archive, draft, chosen, variables, journal, live)
+        self._connect_again(place)
+        place.settle()
+        self._cancel.check()
+        # A restore takes hours: somebody may have made it, or started it, meanwhile.
+        domain_to_overwrite(self._host, name, overwrite=self._request.overwrite)
+        if live is not None:
+            old = self._old.made()
+            live.write(self._request.archive, archive, identity.uuid, finished.xml, old)
+        if self._tpm_state:
+            journal.plan(f"the state of {name}'s TPM")
+        return _MadeDisks(chosen, finished, first, live)
+
+    @property
+    def _given_user(self) -> QemuUser | None:
+        """Who gets what we make; None: it is ours, or cannot be given."""
+        return self._user if os.geteuid() == 0 else None
+
+    # --- Live ---
+
+    def _session(self, folder: str) -> LiveDomain:
+        if self._request.live is None:
             raise UsageError(
-                f"libvirt has no network {network.name}; it has {known}; of the host's bridges say "
-                "bridge:NAME"
+                f"the domain is being restored live, and {folder} has what it wrote meanwhile: say "
+                "--live, and it goes on"
             )
-        return network
+        live, user = self._request.live, self._given_user
+        return LiveDomain(self._uri, folder, live, user, self._emit, self._cancel)
+
+    def _goes_on(self, archive: Archive, name: str) -> bool:
+        """Go on with a live restore of a domain; whether there was one to go on with."""
+        domain = find_domain(self._host, name)
+        if domain is None:
+            return False
+        call = self._host.call
+        texts = [description_of(self._host, domain), str(call(domain.XMLDesc, 0))]
+        folder = live_folder_of(name, str(call(domain.UUIDString)), texts)
+        if not folder:
+            return False
+        with self._session(folder) as session:
+            session.go_on(archive)
+            session.run(archive)
+        return True
+
+    # --- Before anything is made ---
 
     def _place(self) -> Place:
         if self._request.folder:
@@ -251,42 +294,14 @@ class DomainRestore:
             image_format = request.image_format or place.usual_format
             wanted = Wanted(f"{name}-{disk.key}", size_bytes, "raw" if is_drive else image_format)
             chosen[disk.key] = place.choose(wanted, journal, overwrite=request.overwrite)
-            if (old := chosen[disk.key].old) is not None:
-                self._old.append((place, old))
+            self._old.add(place, chosen[disk.key].old)
         if firmware is None or not draft.firmware.variables:
             return chosen, None
         files = FolderPlace(place.folder(), None)
         path, old = files.free(f"{name}_VARS.fd", overwrite=request.overwrite)
-        if old is not None:
-            self._old.append((files, old))
+        self._old.add(files, old)
         self._variables_bytes = firmware.variables_bytes
         return chosen, TargetSpec(path, Kind.NEW)
-
-    def _check_old(
-        self, name: str, existing: Any, place: Place, chosen: Mapping[str, ChosenPlace]
-    ) -> None:
-        """See what an overwritten domain's disks are. Raises UsageError: another domain uses one."""
-        known = {old.path for _, old in self._old}
-        old_paths = paths_of(description_of(self._host, existing)) if existing is not None else ()
-        names = "|".join(map(re.escape, chosen))
-        ours = re.compile(rf"{re.escape(name)}-(?:{names})(?:-\d+)?(?:\.raw|\.qcow2)?")
-        for path in sorted(set(old_paths) - known):
-            found = place.find(path) if ours.fullmatch(os.path.basename(path)) else None
-            if found is not None:
-                self._old.append((place, found))
-            elif os.path.exists(path):
-                self._stays.append(path)
-        if not self._old:
-            return
-        paths = {old.path for _, old in self._old}
-        for domain in self._host.call(self._host.connection.listAllDomains):
-            other = domain.name()
-            used = paths & paths_of(description_of(self._host, domain))
-            if used and other != name:
-                raise UsageError(
-                    f"{sorted(used)[0]} is a disk of the domain {other}, and is not overwritten: "
-                    "--name another"
-                )
 
     def _restore(
         self,
@@ -295,16 +310,23 @@ class DomainRestore:
         chosen: Mapping[str, ChosenPlace],
         variables: TargetSpec | None,
         journal: MadeJournal,
+        live: NewLiveFolder | None,
     ) -> None:
+        """Restore the disks; those that arrive later are made."""
         targets: dict[int, TargetSpec] = {}
         for key, source in draft.sources.items():
             targets[device_named(archive.header, source).dev_id] = chosen[key].target
+        later: dict[int, TargetSpec] = {}
+        for disk in live.disks if live is not None else ():
+            spec = targets.pop(disk.dev_id)
+            if spec.kind is Kind.NEW:
+                later[disk.dev_id] = spec
         variables_path = ""
         if variables is not None:
             device = device_named(archive.header, draft.firmware.variables)
             targets[device.dev_id] = variables
             variables_path = variables.path
-        user = self._user if os.geteuid() == 0 else None
+        user = self._given_user
 
         def before_publish(files: Mapping[str, int]) -> None:
             for path, fd in files.items():
@@ -326,14 +348,17 @@ class DomainRestore:
                 targets[device.dev_id] = TargetSpec(volume, Kind.NEW)
             held = stack.enter_context(HeldFolder(folder)) if folder else None
             folders = stack.enter_context(Folders(held))
-            restore(
-                archive,
-                Plan(targets, None, len(targets) < len(archive.header.devices)),
-                self._emit,
-                self._cancel,
-                self._request.restore._replace(before_publish=before_publish),
-                folders,
-            )
+            with OpenTargets(archive, Plan(later, is_chosen=True), folders) as made:
+                made.publish(before_publish)
+            if targets:
+                restore(
+                    archive,
+                    Plan(targets, None, len(targets) < len(archive.header.devices)),
+                    self._emit if live is None else self._only_notices,
+                    self._cancel,
+                    self._request.restore._replace(before_publish=before_publish),
+                    folders,
+                )
             if volume:
                 self._read_tpm_state(volume)
 
@@ -391,16 +416,8 @@ class DomainRestore:
         if self._host.is_alive:
             return
         lost = self._host
-        deadline = time.monotonic() + (_DAEMON_S if place is not None else 0)
-        while True:
-            try:
-                self._host = Host(self._request.uri)
-                break
-            except LibvirtFailure:
-                if time.monotonic() > deadline:
-                    raise
-                self._cancel.check()
-                time.sleep(_RETRY_S)
+        limit_s = DAEMON_S if place is not None else 0
+        self._host = reconnected(self._request.uri, limit_s, self._cancel)
         lost.close()
         self._removal = Removal(self._host, self._uri, self._notice)
         if place is not None:
@@ -417,32 +434,6 @@ class DomainRestore:
                 f"not everything is removed ({failure}): the next restore to libvirt does it "
                 f"({journal.path})"
             )
-
-    def _drop_checkpoints(self, domain: Any) -> None:
-        """Forget an overwritten domain's checkpoints: their bitmaps were on its old disks."""
-        lib = self._host.lib
-        try:
-            for checkpoint in self._host.call(domain.listAllCheckpoints):
-                self._host.call(checkpoint.delete, lib.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
-        except LibvirtFailure as failure:
-            self._notice(f"the old disks' checkpoints stay known to libvirt: {failure}")
-
-    def _remove_old(self) -> None:
-        try:
-            used = paths_in_use(self._host) if self._old else frozenset()
-        except LibvirtFailure:
-            used = frozenset(old.path for _, old in self._old)
-        for place, old in self._old:
-            if old.path in used:
-                self._stays.append(old.path)
-                continue
-            try:
-                place.remove_old(old)
-                self._notice(f"removed {old.path}, which the domain had before")
-            except Failure as failure:
-                self._notice(f"{old.path} is not needed any more, and stays: {failure}")
-        for path in self._stays:
-            self._notice(f"{path}, which the domain had before, stays")
 
     def _start(self, domain: Any, name: str) -> None:
         try:
@@ -490,10 +481,10 @@ class DomainRestore:
             lost.append(Omission("tpm", f"{why}; the machine has a new TPM: have its keys ready"))
         return lost
 
+    def _only_notices(self, event: Event) -> None:
+        """Of what is restored before the machine starts the rest is not worth telling."""
+        if event["event"] == "notice":
+            self._emit(event)
+
     def _notice(self, text: str) -> None:
         self._emit({"event": "notice", "text": one_line(text)})
-
-
-def _new_mac() -> str:
-    """A network card's address as libvirt makes them: QEMU's prefix, and chance."""
-    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in secrets.token_bytes(3))

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from vmapipe.runtime.folders import HeldFolder, made_path
 from vmapipe.runtime.text import one_line
 
 _SUFFIX = ".libvirt-restore"
+_DISK_SUFFIX = ".qcow2"
 # 254 disks with the longest paths, twice.
 _MOST_BYTES = 4 << 20
 _HEAD = Record({"version": SIZE, "uri": TEXT, "name": NAME, "uuid": NAME, "archive": TEXT})
@@ -39,6 +41,14 @@ class Made(NamedTuple):
     @property
     def words(self) -> str:
         return f"the volume {self.volume} of the pool {self.pool}" if self.pool else self.path
+
+
+def made_of(path: str, pool: str = "", volume: str = "") -> Made:
+    """Return what is at a path. Raises OSError."""
+    status = os.stat(path)
+    if stat.S_ISBLK(status.st_mode):
+        return Made(path, 0, 0, pool, volume)
+    return Made(path, status.st_dev, status.st_ino, pool, volume)
 
 
 _MADE = Record({"path": TEXT, "device": SIZE, "inode": SIZE, "pool": NAME, "volume": NAME})
@@ -188,12 +198,24 @@ def remove_file(made: Made) -> bool:
             status = folder.status(name)
             if status is None or (status.st_dev, status.st_ino) != (made.device, made.inode):
                 return False
-            os.unlink(name, dir_fd=folder.fd)
+            if stat.S_ISDIR(status.st_mode):
+                _remove_folder(folder, name)
+            else:
+                os.unlink(name, dir_fd=folder.fd)
             return True
     except FileNotFoundError:
         return False
     except OSError as error:
         raise Failure(f"cannot remove {made.path}: {os_error_text(error)}") from error
+
+
+def _remove_folder(above: HeldFolder, name: str) -> None:
+    """Remove a folder of ours, with all but disks: those are removed by themselves. Raises OSError."""
+    with HeldFolder.of_descriptor(name, above.open(name, os.O_RDONLY | os.O_DIRECTORY)) as folder:
+        for inner in folder.names():
+            if not inner.endswith(_DISK_SUFFIX):
+                os.unlink(inner, dir_fd=folder.fd)
+    os.rmdir(name, dir_fd=above.fd)
 
 
 def told_words(made: Sequence[Made]) -> str:
