@@ -27,7 +27,7 @@ class Sight(NamedTuple):
     broken: frozenset[str]
 
 
-class Carrier(Qmp, Protocol):
+class MoveCarrier(Qmp, Protocol):
     """The way to a machine. `execute` takes the commands of moves.py. Raises QmpRefused, QmpGone."""
 
     @property

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from vmapipe.access.live.carrier import Carrier
+from vmapipe.access.live.carrier import MoveCarrier
 from vmapipe.access.live.moves import (
     IO_ERROR,
     PAUSED,
@@ -54,7 +54,7 @@ class Relocation:
 
     def __init__(
         self,
-        carrier: Carrier,
+        carrier: MoveCarrier,
         server: ArchiveServer,
         note: LiveNote,
         note_file: NoteFile,

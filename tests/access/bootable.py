@@ -58,8 +58,13 @@ def _run(*words: str | Path, **more: object) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
-def make_bootable(need: Need, kernel: Kernel, folder: Path, disk: Path, *extra: str) -> None:
-    """`extra` goes to the kernel's command line. Skips where a program is missing."""
+def make_bootable(
+    need: Need, kernel: Kernel, folder: Path, disk: Path, *extra: str, script: str = ""
+) -> None:
+    """`extra` goes to the kernel's command line; with rdinit=/init it runs `script`, as a `Guest` does.
+
+    Skips where a program is missing.
+    """
     sfdisk, mkfs, mcopy, mmd, syslinux, mke2fs, busybox = need(
         "sfdisk", "mkfs.fat", "mcopy", "mmd", "syslinux", "mke2fs", "busybox"
     )
@@ -74,7 +79,7 @@ def make_bootable(need: Need, kernel: Kernel, folder: Path, disk: Path, *extra: 
     start = folder / "start"
     start.write_text(_START)
     files = {"bin/qemu-ga": agent, **libraries(agent), "start": start}
-    initrd = make_initramfs(kernel, Path(busybox), "", (*PORT_MODULES, *_NET_MODULES), files)
+    initrd = make_initramfs(kernel, Path(busybox), script, (*PORT_MODULES, *_NET_MODULES), files)
     (folder / "initrd").write_bytes(initrd)
     (folder / "syslinux.cfg").write_text(
         f"DEFAULT l\nLABEL l\n LINUX /vmlinuz\n INITRD /initrd\n APPEND {line}\n"

@@ -42,6 +42,8 @@ _LOOP_MS = 1000
 # Calls that hang keep a thread each: as many may before new ones have to wait for them.
 _THREADS = 4
 _WORDS_CHARS = 600
+# What the library says of a call during which its connection was lost.
+_LOST = "End of file while reading data"
 
 
 class LibvirtFailure(Failure):
@@ -250,7 +252,8 @@ def reconnected(uri: str, limit_s: float, cancel: Cancel) -> Host:
 
 def words_of(error: Any) -> str:
     """Return an error of libvirt's as one line."""
-    return one_line(str(error.get_error_message() or error), _WORDS_CHARS)
+    text = one_line(str(error.get_error_message() or error), _WORDS_CHARS)
+    return f"libvirt's daemon has ended ({text})" if _LOST in text else text
 
 
 def is_remote(uri: str) -> bool:

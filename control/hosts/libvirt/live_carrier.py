@@ -160,7 +160,7 @@ class DomainCarrier:
             except _Again:
                 self._cancel.check()
 
-    # --- As a Carrier ---
+    # --- As a MoveCarrier ---
 
     @property
     def fd(self) -> int:
@@ -338,7 +338,7 @@ class DomainCarrier:
         if one is None or one.source != disk.overlay or one.mirror:
             return
         top, archive = f"libvirt-{one.number}-format", own_nodes_below(disk.job)[0]
-        graph = read_graph(_Monitor(self._monitor))
+        graph = read_graph(_DomainMonitor(self._monitor))
         node = graph.node(top)
         if node is None:
             raise QmpRefused(f"it has no node {top}")
@@ -392,7 +392,7 @@ class DomainCarrier:
         self._guarded(lambda: self._host.call(define, render_xml(root)))
 
 
-class _Monitor(NamedTuple):
+class _DomainMonitor(NamedTuple):
     """Commands to QEMU, as a `Qmp`."""
 
     ask: Callable[[Command], Any]
