@@ -288,9 +288,9 @@ class LiveDomain:
         self._server.machine_pid = os.getpid()
         try:
             self._server.start(self._cancel)
-            self._carrier.start(paused=True)
+            self._served(lambda: self._carrier.start(paused=True))
             try:
-                self._carrier.stand_on(self._note.socket, self._note.noted.moved)
+                self._stand()
                 # Only now it is known with which process the server has to end.
                 self._server.stop()
                 self._serve()
@@ -306,6 +306,20 @@ class LiveDomain:
         self._server.machine_pid = pid_of_qemu(None, self._domain_note.uuid)
         self._server.start(self._cancel)
 
+    def _stand(self) -> None:
+        note = self._note
+        self._served(lambda: self._carrier.stand_on(note.socket, note.noted.moved))
+
+    def _served(self, job: Callable[[], None]) -> None:
+        """Do what needs the archive's server, again where that has ended meanwhile. Raises Failure."""
+        while True:
+            try:
+                job()
+                return
+            except Failure:
+                if not self._server.tend(self._cancel):
+                    raise
+
     def go_on(self, archive: Archive) -> None:
         """Go on where a process before us has ended, or the machine. Raises Failure."""
         note, path = self._note, self._note_file.path
@@ -319,7 +333,7 @@ class LiveDomain:
                 self._notice(f"the domain {self._carrier.name} is running: its restore goes on")
                 if not is_whole:
                     self._serve()
-                    self._carrier.stand_on(note.socket, note.noted.moved)
+                    self._stand()
             elif is_whole:
                 self._carrier.start(paused=False)
             else:

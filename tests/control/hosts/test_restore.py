@@ -516,7 +516,7 @@ def test_a_killed_restore_whose_domain_is_defined_is_complete(bench: Bench, smal
         (["--libvirt", "DIR"], "DIR is not for --libvirt"),
         (["--libvirt", "--device", "x"], "--device is not for --libvirt"),
         (["--libvirt", "--salvage"], "--salvage is not for --libvirt"),
-        (["--libvirt", "--live", "--resume"], "--resume is not for --live"),
+        (["--libvirt", "--live", "--workers", "2"], "--workers is not for --live"),
         (["--libvirt", "--live", "--", "qemu-system-x86_64"], "leave out what is behind --"),
         (["--libvirt", "--format", "vmdk"], "use raw or qcow2"),
         (["--libvirt", "--name", "../x"], "use up to 64 letters"),
