@@ -543,7 +543,7 @@ def test_the_manuals_commands_are_right(monkeypatch: pytest.MonkeyPatch) -> None
     commands = [shlex.split(line) for line in lines if line.startswith("    vmapipe restore ")]
     asked: list[argparse.Namespace] = []
     monkeypatch.setattr(
-        "vmapipe.control.cli.restore.restore_domain", lambda options, _: asked.append(options)
+        "vmapipe.control.cli.restore.restore_domain", lambda options, *_: asked.append(options)
     )
     for words in commands:
         assert main(words[2:], "vmapipe restore") == 0, words
