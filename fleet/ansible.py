@@ -279,5 +279,7 @@ def _host(path: str, name: str, values: Mapping[str, Any]) -> AnsibleHost:
                 f"{path}: host {name_text(name)}: {name_text(word)} is not an address, a user or a port "
                 "that can be used as it is; save the output of `ansible-inventory --list`, and name that"
             )
+    if port and ":" in address:
+        address = f"[{address}]"  # or the port would be a part of it
     who = f"{user}@{address}" if user else address
     return AnsibleHost(name, f"ssh://{who}:{port}" if port and port != "22" else who)

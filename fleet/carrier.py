@@ -99,9 +99,15 @@ def call(
             text = _talk(child, request, tell, stop, silence_s, errors)
         finally:
             _end(child)
-    said = one_line(bytes(errors[-4000:]).decode(errors="replace").strip().replace("\n", " "), 1000)
+    said = _last_words(bytes(errors[-4000:]))
     is_down = bool(host.ssh) and child.returncode == _SSH_FAILED
     return Ending(child.returncode, text or said, is_down or bool(text))
+
+
+def _last_words(raw: bytes) -> str:
+    """Return them in one line; ssh draws a frame of @ about what is important."""
+    lines = (line.strip(" \t\r@") for line in raw.decode(errors="replace").split("\n"))
+    return one_line(" ".join(filter(None, lines)), 1000)
 
 
 def _talk(

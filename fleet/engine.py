@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,8 @@ _CONNECT_S = 10
 _HOLD_S = 5.0
 # Numbers of ours among PostgreSQL's advisory locks.
 _LOCK_SCHEMA, _LOCK_SERVE, _LOCK_WORKER = 0x766D6131, 0x766D6132, 0x766D6133
+# The database's clock may be set, too.
+_CLOCK_S = 60.0
 # A host that has failed holds its worker's lock until the database misses it.
 _KEEPALIVES = (
     "SET tcp_keepalives_idle = 10",
@@ -63,6 +66,8 @@ def _failing() -> Iterator[None]:
     except (psycopg.Error, procrastinate.exceptions.ConnectorException) as error:
         words = str(error).strip().replace("\n", " ") or type(error).__name__
         cause = one_line(str(error.__cause__).strip().replace("\n", " "), 300)
+        # A password with an @ in it that is not written %40 is taken for a part of the host.
+        words = re.sub(r"'[^'@]*@", "'…@", words)
         more = f" ({cause})" if error.__cause__ is not None else ""
         if isinstance(error, psycopg.errors.DiskFull):
             words, more = words.partition(" HINT:")[0], f": {DISK_FULL}"
@@ -75,10 +80,22 @@ class _Postgres:
     """A connection as the catalogue wants it."""
 
     def __init__(self, dsn: str) -> None:
-        with _failing():
-            self.connection = psycopg.connect(
-                dsn, autocommit=True, connect_timeout=_CONNECT_S, application_name="vmapipe fleet"
-            )
+        try:
+            with _failing():
+                self.connection = psycopg.connect(
+                    dsn,
+                    autocommit=True,
+                    connect_timeout=_CONNECT_S,
+                    application_name="vmapipe fleet",
+                )
+        except DatabaseLost as failure:
+            if isinstance(failure.__cause__, psycopg.ProgrammingError):
+                # Its words may have the password; trying again would not help.
+                raise Failure(
+                    "what was given for a database cannot be understood: postgresql://USER@HOST/NAME, or "
+                    "words such as host=b1 dbname=fleet user=vmapipe; a password stands in ~/.pgpass"
+                ) from None
+            raise
 
     def execute(self, sql: str, values: Sequence[object] = ()) -> psycopg.Cursor[Any]:
         with _failing():
@@ -110,15 +127,25 @@ class DatabaseCatalogue(Catalogue):
             execute("SELECT pg_advisory_lock(?)", [_LOCK_SCHEMA])
             super().__init__(self.postgres)
             execute("SELECT pg_advisory_unlock(?)", [_LOCK_SCHEMA])
-            (now,) = execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchall()[0]
+            self._ask_clock()
         except BaseException:
             self.postgres.close()
             raise
-        self._ahead_s = float(now) - time.time()
 
     def now_s(self) -> float:
-        """Return the time by the database's clock, the same for all hosts however theirs differ."""
-        return time.time() + self._ahead_s
+        """Return the time by the database's clock, the same for all hosts however theirs differ, or are set."""
+        if time.clock_gettime(time.CLOCK_BOOTTIME) - self._asked_s >= _CLOCK_S:
+            # Else the last answer stands: an end must not be lost for want of its time.
+            with contextlib.suppress(Failure):
+                self._ask_clock()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) + self._ahead_s
+
+    def _ask_clock(self) -> None:
+        (now,) = self.postgres.execute(
+            "SELECT extract(epoch FROM clock_timestamp())::float8"
+        ).fetchall()[0]
+        self._asked_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._ahead_s = float(now) - self._asked_s
 
 
 def shown(dsn: str) -> str:

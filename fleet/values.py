@@ -16,8 +16,11 @@ from vmapipe.runtime.arguments import size
 
 #: A name of a host or a target: a part of folders' names, too.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-# USER@HOST, or ssh://USER@HOST:PORT; a dash at its begin would be an option of ssh's.
-_SSH = re.compile(r"(?:ssh://)?[A-Za-z0-9_\[][^\s'\"\\]*")
+# USER@HOST, or ssh://USER@HOST:PORT; a dash at the begin of either would be an option of ssh's.
+_SSH = re.compile(
+    r"(?:ssh://)?(?:[A-Za-z0-9_][A-Za-z0-9_.+@-]*@)?"
+    r"(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[A-Za-z0-9_:][A-Za-z0-9_.:%-]*)(?::\d{1,5})?/?"
+)
 _RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 _COMPRESS = re.compile(r"none|zstd(?::(?:[1-9]|1[0-9]))?")
 _TIME_MS = re.compile(r"[1-9][0-9]{0,4}(?:ms|s)")

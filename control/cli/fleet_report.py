@@ -10,6 +10,7 @@ import gc
 import json
 import time
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from vmapipe.control.cli.report import beside_archive, check_report_options, give_out
 from vmapipe.fleet.catalogue import Catalogue
@@ -156,6 +157,7 @@ def rescan(fleet: Fleet, catalogue: Catalogue) -> tuple[int, list[str]]:
     count, lines = 0, []
     for target in fleet.targets.values():
         try:
+            before = _known(catalogue, target)
             # All folders of a target at once: what is in one of them is not gone from another.
             found = [_read(place, target.name, names) for place in _places(fleet, target)]
             whole = PlaceRecords(
@@ -163,7 +165,7 @@ def rescan(fleet: Fleet, catalogue: Catalogue) -> tuple[int, list[str]]:
                 [look for one in found for look in one.verifications],
                 [test for one in found for test in one.drills],
             )
-            count += _take(catalogue, whole, target)
+            count += _take(catalogue, whole, target, before)
         except Failure as failure:
             lines.append(f"target {target.name}: {failure}")
     return count, lines
@@ -189,22 +191,43 @@ def _read(place: str, target: str, names: Mapping[str, str]) -> PlaceRecords:
         return read_place(opened, target, names, is_utc=True)
 
 
-def _take(catalogue: Catalogue, found: PlaceRecords, target: FleetTarget) -> int:
+class _Known(NamedTuple):
+    """What the catalogue has of a target."""
+
+    archives: dict[tuple[str, str], ArchiveRecord]
+    standings: dict[tuple[str, Verb, str], Standing]
+
+
+def _known(catalogue: Catalogue, target: FleetTarget) -> _Known:
+    archives = catalogue.select(ArchiveRecord, target=target.name)
+    return _Known({(a.machine, a.archive): a for a in archives}, catalogue.standings())
+
+
+def _take(catalogue: Catalogue, found: PlaceRecords, target: FleetTarget, before: _Known) -> int:
+    """Store what was found. `before`: as the catalogue was then; what a job has told since is newer, and stays."""
     with catalogue.transaction():
-        known = {
-            (a.machine, a.archive): a for a in catalogue.select(ArchiveRecord, target=target.name)
-        }
+        known = _known(catalogue, target)
         there = {(a.machine, a.archive) for a in found.archives}
         now = time.time()
         for archive in found.archives:
-            before = known.get((archive.machine, archive.archive))
-            if before is None or before.removed_s:
+            key = (archive.machine, archive.archive)
+            is_gone = key in known.archives and known.archives[key].removed_s
+            if key not in known.archives or (
+                is_gone and known.archives[key] == before.archives.get(key)
+            ):
                 catalogue.put(archive)
-        for key, archive in known.items():
-            if key not in there and not archive.removed_s:
+        for key, archive in known.archives.items():
+            if key not in there and not archive.removed_s and archive == before.archives.get(key):
                 catalogue.put(archive.removed(now))
         catalogue.put(*found.verifications, *found.drills)
-        catalogue.put(*_standings(catalogue.standings(), found, target, now))
+        catalogue.put(
+            *(
+                standing
+                for standing in _standings(known.standings, found, target, now)
+                if known.standings.get(at := (standing.machine, standing.verb, standing.target))
+                == before.standings.get(at)
+            )
+        )
     return len(found.archives)
 
 

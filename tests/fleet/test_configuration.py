@@ -91,6 +91,8 @@ def test_every_mistake_is_told_at_once_with_its_line() -> None:
     [
         ('[host."-oProxyCommand=x"]', "is not a name for a host"),
         ('[host.a]\nssh = "-oProxyCommand=touch /x"', "is not valid here"),
+        ('[host.a]\nssh = "root@-oProxyCommand=x"', "is not valid here"),
+        ('[host.a]\nssh = "root@b;reboot"', "is not valid here"),
         ('[host.a]\nguests = "exec:ls"', "is not a way to find machines"),
         ('[host.a]\ncommand = ["--x"]', "begin with a dash"),
         ('[target.a]\ndirectory = "srv"', "not an absolute path"),

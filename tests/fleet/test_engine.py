@@ -221,6 +221,16 @@ def _the_database_does_what_the_file_does(catalogue: DatabaseCatalogue) -> None:
     assert catalogue.select(RunRecord, run=run.run)[0].machine == "we'b\\x00%s"
     assert catalogue.select(ArchiveRecord, "-stored_s", 1)[0].size_bytes == 1 << 60
     assert abs(catalogue.now_s() - time.time()) < 60
+    with pytest.MonkeyPatch.context() as patch:
+        # Somebody sets this host's clock.
+        patch.setattr(time, "time", lambda: 5.0)
+        assert catalogue.now_s() > 1e9
+    with pytest.raises(Failure, match="cannot be understood") as told:
+        open_database("host=x password=a hunter2")
+    assert "hunter" not in str(told.value)
+    with pytest.raises(DatabaseLost, match="resolve") as told:
+        open_database("postgresql://vmapipe:hunt@er2@no.invalid/fleet")
+    assert "hunt" not in str(told.value)
     catalogue.remove(RunRecord)
 
 

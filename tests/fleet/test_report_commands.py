@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,12 @@ from tests.fleet.report.records import DAY_S, HOUR_S, NOW_S, archive, drill, mac
 from tests.fleet.test_run import HOSTILE, Site
 from vmapipe.control.cli import fleet_report
 from vmapipe.fleet.configuration import parse
+from vmapipe.fleet.outcome import new_run
+from vmapipe.fleet.planner import FleetTask
 from vmapipe.fleet.records import ArchiveRecord
 from vmapipe.fleet.report.check import judge
 from vmapipe.fleet.report.facts import ReportInput
+from vmapipe.fleet.rescan import read_place
 from vmapipe.fleet.sqlite_file import open_file
 
 
@@ -70,6 +74,46 @@ def test_a_lost_catalogue_is_made_again_and_what_is_gone_is_noticed(tmp_path: Pa
     catalogue.close()
     assert sum(row["newest"] is None for row in report(site, code=4).values()) == 1
     assert {verb for _, verb in due(site)} >= {"backup"}
+
+
+def test_what_jobs_tell_while_a_rescan_looks_is_newer_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a backup that ends meanwhile would count as removed, and be made once more."""
+    site = Site(tmp_path)
+    for name in ("kept", "pruned"):
+        (site.target / f"{name}-2026_01_01-00_00_00.vma").write_bytes(b"x")
+    site.fleet("rescan")
+    read = read_place
+    names = {"stored": "stored-2026_01_02-00_00_00.vma", "pruned": "pruned-2026_01_01-00_00_00.vma"}
+
+    def look(*words: Any, **more: Any) -> Any:
+        found = read(*words, **more)
+        catalogue = site.catalogue()
+        done = new_run(FleetTask("stored", "backup", "b", "pve1"), names["stored"], 5.0)
+        catalogue.finish(
+            dataclasses.replace(done, state="done", started_s=5.0, ended_s=6.0),
+            ArchiveRecord("stored", "b", names["stored"]),
+        )
+        (pruned,) = catalogue.select(ArchiveRecord, machine="pruned")
+        catalogue.put(pruned.removed(7.0))
+        catalogue.close()
+        return found
+
+    monkeypatch.setattr(fleet_report, "read_place", look)
+    site.fleet("rescan")
+    catalogue = site.catalogue()
+    left = {a.machine: a.removed_s for a in catalogue.select(ArchiveRecord)}
+    assert left == {"kept": 0.0, "pruned": 7.0, "stored": 0.0}
+    assert catalogue.standings()["stored", "backup", "b"].archive == names["stored"]
+    catalogue.close()
+    monkeypatch.undo()
+    # Nothing has changed meanwhile: what is there counts, and what is not.
+    site.fleet("rescan")
+    catalogue = site.catalogue()
+    left = {a.machine: bool(a.removed_s) for a in catalogue.select(ArchiveRecord)}
+    assert left == {"kept": False, "pruned": False, "stored": True}
+    catalogue.close()
 
 
 def test_check_reads_less_than_the_report_and_finds_the_same(

@@ -282,6 +282,20 @@ def test_through_ssh_a_command_line_is_always_the_same_and_names_are_not_in_it(
     assert (gone, why) == (None, "ssh root@gone: No route to host")
 
 
+def test_what_ssh_says_comes_in_one_line_without_its_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = "@" * 40
+    script = f"printf '{frame}\\r\\n@  WARNING: IT HAS CHANGED!   @\\r\\n{frame}\\r\\nHost key verification failed.\\r\\n' >&2"
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\n{script}\nexit 255\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert probe(FleetHost("pve1", ssh="root@pve1", guests=("libvirt",))) == (
+        None,
+        "ssh root@pve1: WARNING: IT HAS CHANGED! Host key verification failed.",
+    )
+
+
 def test_a_word_of_a_hosts_command_stays_one_word() -> None:
     host = FleetHost("a", "root@a", command=("/opt/my tools/vmapipe", "$(id)"))
     assert agent_words(host)[-1] == "'/opt/my tools/vmapipe' '$(id)' fleet agent"
