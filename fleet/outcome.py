@@ -7,7 +7,8 @@ import base64
 import dataclasses
 import os
 import secrets
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmapipe.access.drill.result import PICTURE
@@ -18,6 +19,7 @@ from vmapipe.fleet.jobs import location_of
 from vmapipe.fleet.planner import FleetTask
 from vmapipe.fleet.records import (
     ArchiveRecord,
+    CancelRecord,
     DrillRecord,
     DrillVerdict,
     PictureRecord,
@@ -26,7 +28,7 @@ from vmapipe.fleet.records import (
     RunState,
     VerificationRecord,
 )
-from vmapipe.runtime.errors import EXIT_DAMAGED
+from vmapipe.runtime.errors import EXIT_DAMAGED, Failure
 from vmapipe.runtime.text import one_line
 
 _TEXT_CHARS = 2000
@@ -91,6 +93,45 @@ def ended(
         "prune": _pruned,
     }
     return makers[run.verb](fleet, catalogue, run, result)
+
+
+class UntoldEnds:
+    """How jobs have ended, as long as the catalogue has not taken it: its disk is full, or it is away.
+
+    A job whose end is forgotten would be done again. Threads may share it. `said` hears of each that was taken;
+    `passes`: the failures after which it is tried again. One that fails otherwise would fail each time, and is let go.
+    """
+
+    def __init__(
+        self, fleet: Fleet, said: Callable[[RunRecord, str], None], passes: type[Failure] = Failure
+    ) -> None:
+        self._fleet, self._said, self._passes = fleet, said, passes
+        self._ends = list[tuple[RunRecord, Mapping[str, Any], float]]()
+        self._lock = threading.Lock()
+
+    def __bool__(self) -> bool:
+        return bool(self._ends)
+
+    def add(self, run: RunRecord, event: Mapping[str, Any], at_s: float) -> None:
+        self._ends.append((run, event, at_s))
+
+    def tell(self, catalogue: Catalogue) -> None:
+        """Store them, with what came of the jobs. Raises `passes`; none is forgotten by that."""
+        with self._lock:
+            while self._ends:
+                run, event, at_s = self._ends[0]
+                try:
+                    if event.get("cancelled") and not catalogue.select(CancelRecord, run=run.run):
+                        # Nobody has wished it: it ended with who ran it, and the machine has not failed.
+                        event = {**event, "cancelled": False, "lost": True}
+                    record, results = ended(self._fleet, catalogue, run, event, at_s)
+                    catalogue.finish(record, *results)
+                    self._said(record, record.text)
+                except self._passes:
+                    raise
+                except Failure as failure:
+                    self._said(dataclasses.replace(run, state="lost"), str(failure))
+                del self._ends[0]
 
 
 def _whole(value: object) -> int:

@@ -20,7 +20,7 @@ from vmapipe.fleet.carrier import SubprocessCarrier, ToldEvent
 from vmapipe.fleet.catalogue import Catalogue
 from vmapipe.fleet.inventory import Fleet, FleetMachine
 from vmapipe.fleet.jobs import request_of
-from vmapipe.fleet.outcome import ended, location_in, new_run
+from vmapipe.fleet.outcome import UntoldEnds, location_in, new_run
 from vmapipe.fleet.planner import FleetPlan, FleetTask, Waiting, plan
 from vmapipe.fleet.records import CancelRecord, RunRecord
 from vmapipe.runtime.cancel import Cancel
@@ -118,10 +118,9 @@ class Round:
         self._carrier = SubprocessCarrier(fleet.hosts)
         self._dispatcher = Dispatcher(fleet, catalogue, self._carrier)
         self._runs = dict[str, RunRecord]()
-        self._wished = set[str]()
         self._tried = set[tuple[str, str, str, str]]()
-        # Ends that are not in the catalogue yet, and why: what runs goes on without it, nothing new starts.
-        self._untold = list[tuple[RunRecord, Mapping[str, Any], float]]()
+        # Without the catalogue what runs goes on, and nothing new starts.
+        self._untold = UntoldEnds(fleet, self._say_end)
         self._trouble: Failure | None = None
         self.ended = list[RunRecord]()
         #: Tasks that no host would take.
@@ -142,12 +141,13 @@ class Round:
         planned, give_up = -_PLAN_S, 0.0
         with self._surviving():
             self._catalogue.forget_old(time.time())
+            self._catalogue.remove(CancelRecord)  # of jobs that have ended long ago
         try:
             while True:
                 self._cancel.check()
                 if time.monotonic() - planned >= _PLAN_S or not self._runs:
                     with self._surviving():
-                        self._tell_ends()
+                        self._untold.tell(self._catalogue)
                         if time.monotonic() < deadline:
                             waits = self._start_more(by_name)
                     planned = time.monotonic()
@@ -229,31 +229,22 @@ class Round:
     def _end(self, run: RunRecord, event: Mapping[str, Any], now: float) -> None:
         self._carrier.forget(run.run)
         del self._runs[run.run]
-        if event.get("cancelled") and run.run not in self._wished:
-            # It ends with this round: the machine has not failed.
-            event = {**event, "cancelled": False, "lost": True}
         if event.get("is_down") and run.state == "waiting":
             self._down[run.host] = str(event.get("text"))
         if not run.started_s:
             run = dataclasses.replace(run, started_s=run.planned_s)
-        self._untold.append((run, event, now))
+        self._untold.add(run, event, now)
         with self._surviving():
-            self._tell_ends()
+            self._untold.tell(self._catalogue)
 
-    def _tell_ends(self) -> None:
-        """Store how runs have ended, with what came of them. Raises Failure; none is lost by that."""
-        while self._untold:
-            run, results = ended(self._fleet, self._catalogue, *self._untold[0])
-            self._catalogue.finish(run, *results)
-            del self._untold[0]
-            self.ended.append(run)
-            words = f": {run.text}" if run.text else ""
-            self._say(f"{run.run}: {run.verb} of {run.machine} {run.state}{words}")
+    def _say_end(self, run: RunRecord, text: str) -> None:
+        self.ended.append(run)
+        words = f": {text}" if text else ""
+        self._say(f"{run.run}: {run.verb} of {run.machine} {run.state}{words}")
 
     def _cancel_wished(self) -> None:
         for record in self._catalogue.select(CancelRecord):
             if record.run in self._runs:
-                self._wished.add(record.run)
                 self._carrier.cancel(record.run)
 
     def _end_all(self) -> None:

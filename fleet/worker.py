@@ -27,8 +27,8 @@ from vmapipe.fleet.engine import (
 )
 from vmapipe.fleet.inventory import Fleet
 from vmapipe.fleet.jobs import check
-from vmapipe.fleet.outcome import ended
-from vmapipe.fleet.records import CancelRecord, HostRecord, RunRecord
+from vmapipe.fleet.outcome import UntoldEnds
+from vmapipe.fleet.records import HostRecord, RunRecord
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.syscalls import readable
@@ -74,15 +74,13 @@ class _HostWorker:
         # Whatever the server needs to reach it, this is the host.
         self._host = dataclasses.replace(fleet.hosts[host], ssh="")
         self.stop, self.at_work = threading.Event(), threading.Event()
-        # Ends that are not in the catalogue yet: its disk is full, or it is away.
-        self._untold = list[tuple[RunRecord, Mapping[str, Any], float]]()
-        self._telling = threading.Lock()
+        self._untold = UntoldEnds(fleet, self._say_end, DatabaseLost)
 
     def begin(self) -> None:
         """Be the host's only worker. Raises DatabaseLost as long as it cannot be told how jobs have ended."""
         if self._untold:
             with contextlib.closing(open_database(self._dsn)) as catalogue:
-                self._tell_ends(catalogue)
+                self._untold.tell(catalogue)
         self.at_work.set()
 
     def beat(self) -> None:
@@ -129,7 +127,7 @@ class _HostWorker:
                 contextlib.suppress(Failure),
                 contextlib.closing(open_database(self._dsn)) as catalogue,
             ):
-                self._tell_ends(catalogue)
+                self._untold.tell(catalogue)
 
     def _carry(
         self,
@@ -173,23 +171,8 @@ class _HostWorker:
         event: Mapping[str, Any] = (
             ends[0] if ends else {"exit_code": ending.code, "text": ending.text, "lost": True}
         )
-        self._untold.append((run, event, catalogue.now_s()))
-        self._tell_ends(catalogue)
+        self._untold.add(run, event, catalogue.now_s())
+        self._untold.tell(catalogue)
 
-    def _tell_ends(self, catalogue: DatabaseCatalogue) -> None:
-        """Store how jobs have ended, with what came of them. Raises DatabaseLost; none is forgotten by that."""
-        with self._telling:
-            while self._untold:
-                run, event, at_s = self._untold[0]
-                about = f"{run.run}: {run.verb} of {run.machine}"
-                try:
-                    if event.get("cancelled") and not catalogue.select(CancelRecord, run=run.run):
-                        event = {**event, "cancelled": False, "lost": True}
-                    record, results = ended(self._fleet, catalogue, run, event, at_s)
-                    catalogue.finish(record, *results)
-                    self._say(f"{about} {record.state}{': ' * bool(record.text)}{record.text}")
-                except DatabaseLost:
-                    raise
-                except Failure as failure:  # it would fail each time
-                    self._say(f"{about}: {failure}")
-                del self._untold[0]
+    def _say_end(self, run: RunRecord, text: str) -> None:
+        self._say(f"{run.run}: {run.verb} of {run.machine} {run.state}{': ' * bool(text)}{text}")
