@@ -426,55 +426,30 @@ def _cancel(options: argparse.Namespace) -> int:
 
 
 def _agent(options: argparse.Namespace) -> int:
-    from vmapipe.fleet.agent import serve_one
+    from vmapipe.control.cli.fleet_hosts import agent
 
     del options
-    cancel = Cancel()
-    cancel.on_signals()
-
-    def tell(event: Mapping[str, Any]) -> None:
-        # Whoever asked may have gone: then its end is seen on standard input, too.
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(event), flush=True)
-
-    def probe(rules: object) -> Mapping[str, Any]:
-        # Imported here: a job does not need it.
-        from vmapipe.control.hosts.probe import answer
-
-        return answer(rules)
-
-    return serve_one(sys.stdin.buffer, tell, cancel, probe)
+    return agent()
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from vmapipe.control.hosts.probe import answer
+    from vmapipe.control.cli.fleet_hosts import probe
 
-    print(json.dumps(answer((options.name or "").split()), indent=1))
-    return 0
+    return probe(options.name or "")
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from vmapipe.fleet.serve import serve
+    from vmapipe.control.cli.fleet_hosts import serve
 
     fleet = _fleet(options)
-    cancel = Cancel()
-    cancel.on_signals()
-    dsn = options.database or fleet.database
-    serve(fleet, dsn, options.state or STATE, _say, cancel)
-    return 0
+    return serve(fleet, options.database or fleet.database, options.state or STATE, _say)
 
 
 def _worker(options: argparse.Namespace) -> int:
-    from vmapipe.fleet.worker import work
+    from vmapipe.control.cli.fleet_hosts import work
 
     fleet = _fleet(options)
-    if not options.host or options.host not in fleet.hosts:
-        known = ", ".join(fleet.hosts)
-        raise UsageError(f"--host names one of the file's hosts ({known})")
-    cancel = Cancel()
-    cancel.on_signals()
-    work(fleet, options.host, _dsn(options, fleet), _say, cancel)
-    return 0
+    return work(fleet, options.host or "", _dsn(options, fleet), _say)
 
 
 _ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
