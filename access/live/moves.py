@@ -49,7 +49,10 @@ class Move(NamedTuple):
 
 
 class MirrorState(NamedTuple):
-    """A job as QEMU lists it. `io_status`: `ok`, `failed` or `nospace`."""
+    """A job as QEMU lists it. `io_status`: `ok`, `failed` or `nospace`.
+
+    `is_final`: of one that has ended with an error, another try does not help.
+    """
 
     status: str
     error: str = ""
@@ -57,6 +60,7 @@ class MirrorState(NamedTuple):
     speed: int = 0
     done: int = 0
     total: int = 0
+    is_final: bool = False
 
 
 class MachineView(NamedTuple):
@@ -225,7 +229,8 @@ def _ended(move: Move, job: MirrorState, seen: MachineView) -> list[Step]:
     """
     dismiss = Command("job-dismiss", {"id": move.job})
     is_cancelled = not job.error or job.error == os.strerror(errno.ECANCELED)
-    why = "somebody has cancelled it" if is_cancelled else _hopeless(move.job, seen) and job.error
+    is_hopeless = job.is_final or bool(_hopeless(move.job, seen))
+    why = "somebody has cancelled it" if is_cancelled else is_hopeless and job.error
     if why:
         return [dismiss, GiveUp(f"QEMU's copy of device {move.name!r} has ended too early: {why}")]
     return [dismiss] if seen.may_retry else []

@@ -26,6 +26,8 @@ from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.text import one_line
 
 _WORDS_CHARS = 600
+# libvirt's copies do not wait where a request fails, and each begins anew.
+_MOST_FAILURES = 5
 
 
 class DiskNow(NamedTuple):
@@ -72,6 +74,7 @@ class DomainCarrier:
         # By a disk's name: how its last copy ended, told by a thread of the library's.
         self._ended: dict[str, str] = {}
         self._begun: dict[str, int] = {}
+        self._failures: dict[str, int] = {}
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._host = Host(uri)
         try:
@@ -107,7 +110,8 @@ class DomainCarrier:
     ) -> None:
         lib = self._host.lib
         if status == lib.VIR_DOMAIN_BLOCK_JOB_FAILED:
-            self._ended[disk] = "a request failed"
+            self._ended[disk] = "a request failed: is there room for it, can the archive be read?"
+            self._failures[disk] = self._failures.get(disk, 0) + 1
         elif status == lib.VIR_DOMAIN_BLOCK_JOB_CANCELED:
             self._ended[disk] = os.strerror(errno.ECANCELED)
         self._hear()
@@ -160,6 +164,15 @@ class DomainCarrier:
             except _Again:
                 self._cancel.check()
 
+    def _while_active(self, job: Callable[[], Any]) -> Any:
+        """Return an answer of a machine that runs. Raises QmpGone where it has ended meanwhile."""
+        try:
+            return job()
+        except LibvirtFailure:
+            if self.is_active:
+                raise
+            raise QmpGone(f"the domain {self.name} has ended") from None
+
     # --- As a MoveCarrier ---
 
     @property
@@ -185,7 +198,7 @@ class DomainCarrier:
                 )
 
     def look(self) -> Sight:
-        sight: Sight = self._repeated(self._look)
+        sight: Sight = self._while_active(lambda: self._repeated(self._look))
         return sight
 
     def _look(self) -> Sight:
@@ -234,7 +247,8 @@ class DomainCarrier:
     def _ended_job(self, disk: LiveDisk) -> MirrorState | None:
         """A copy that has ended and left the disk where it was; None: there was none."""
         if disk.node in self._ended:
-            return MirrorState("concluded", self._ended[disk.node])
+            is_final = self._failures.get(disk.node, 0) > _MOST_FAILURES
+            return MirrorState("concluded", self._ended[disk.node], is_final=is_final)
         if disk.node not in self._begun:
             return None
         # Why it ended is told by an event, which may be on its way.
@@ -265,7 +279,7 @@ class DomainCarrier:
             "job-dismiss": lambda: self._forget(self._disk(words["id"])),
         }
         try:
-            return calls.get(command.name, lambda: self._monitor(command))()
+            return self._while_active(calls.get(command.name, lambda: self._monitor(command)))
         except _Again:
             return None  # it is seen whether it was done
         except LibvirtFailure as failure:

@@ -19,8 +19,9 @@ import pytest
 from tests.access.bootable import SYSTEM_OFFSET, make_bootable
 from tests.conftest import absent
 from tests.control.hosts.libvirtd import Libvirtd
-from tests.control.hosts.test_restore import WEB, Bench
+from tests.control.hosts.test_restore import BOOT_SECTOR, WEB, Bench
 from tests.control.hosts.test_restore import bench as bench  # a fixture
+from tests.control.qemu.running_guest import is_clean
 from tests.guest import find_kernel
 from tests.machine import (
     LIMIT_S,
@@ -73,10 +74,10 @@ def source(libvirt: Libvirtd, *flags: str) -> str:
     return disks_now(parse_xml(text.encode()))["vda"].source
 
 
-def apply(disk: Path, pattern: int, offset: int) -> None:
+def apply(disk: Path, data: bytes, offset: int) -> None:
     with disk.open("r+b") as file:
         file.seek(offset)
-        file.write(bytes([pattern]) * 65536)
+        file.write(data)
 
 
 def test_a_machine_that_does_not_start_leaves_the_one_before_as_it_was(
@@ -95,6 +96,8 @@ def test_a_machine_that_does_not_start_leaves_the_one_before_as_it_was(
 
 def test_a_machine_runs_from_its_archive_and_goes_on_whatever_ends(bench: Bench, old: Path) -> None:
     disk = make_disk(bench.folder / "live.raw", "ApA0h" * 50)
+    apply(disk, BOOT_SECTOR, 0)
+    apply(disk, bytes(512), 512)
     archive = bench.archive("live.vma", WEB, f"vda={disk}")
     libvirt, folder = bench.libvirt, bench.pool / "web.live"
     overlay, target = str(folder / "vda.qcow2"), str(bench.pool / "web-vda-1.qcow2")
@@ -132,7 +135,9 @@ def test_a_machine_runs_from_its_archive_and_goes_on_whatever_ends(bench: Bench,
     assert "error_policy" not in libvirt("dumpxml", "--inactive", "web")
     write(libvirt, 9, 12 * MIB)
     for pattern, offset in ((7, 65536 + 4096), (8, 8 * MIB), (9, 12 * MIB)):
-        apply(disk, pattern, offset)
+        apply(disk, bytes([pattern]) * 65536, offset)
+    # What the guest writes when it has booted.
+    apply(disk, BOOT_SECTOR, 512)
     nodes = libvirt("qemu-monitor-command", "web", '{"execute": "query-named-block-nodes"}')
     assert "live-restore" not in nodes
     libvirt("destroy", "web")
@@ -211,8 +216,10 @@ class Soak:
     def kill_machine(self) -> None:
         """As its host's power cut, but for what the host's kernel has not written yet."""
         for process in psutil.process_iter(["cmdline"]):
-            if any(word.startswith("guest=web,") for word in process.info["cmdline"] or []):
-                process.kill()
+            words = " ".join(process.info["cmdline"] or [])
+            if "guest=web," in words and f"{self.bench.libvirt.folder}/" in words:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     def has_ended(self, limit_s: float) -> bool:
         """Whether all is restored; a command that fails for another reason than a kill is an error."""
@@ -244,7 +251,7 @@ def test_a_machine_that_writes_is_moved_whole_whatever_is_killed_when(
     need: Need, bench: Bench, tmp_path: Path
 ) -> None:
     kernel = find_kernel()
-    e2fsck, debugfs = need("e2fsck", "debugfs")
+    (debugfs,) = need("debugfs")
     if kernel is None:
         absent("Debian's cloud kernel")
     chance = random.Random(os.environ.get("SOAK_SEED", "5"))
@@ -275,10 +282,11 @@ def test_a_machine_that_writes_is_moved_whole_whatever_is_killed_when(
     assert not servers(bench.pool)
     libvirt("destroy", "web")
     target = bench.pool / "web-vda.raw"
-    offset = f"{target}?offset={SYSTEM_OFFSET}"
-    assert subprocess.run([e2fsck, "-p", offset]).returncode in (0, 1)
-    assert subprocess.run([e2fsck, "-fn", offset]).returncode == 0
-    said = subprocess.run([debugfs, "-R", "cat /counter", offset], capture_output=True, check=True)
+    # By itself: e2fsck forgets an offset when it has replayed a journal.
+    part = tmp_path / "part.raw"
+    part.write_bytes(target.read_bytes()[SYSTEM_OFFSET:])
+    assert is_clean(need, part)
+    said = subprocess.run([debugfs, "-R", "cat /counter", part], capture_output=True, check=True)
     counter = (bench.pool / "web-vdb.raw").read_bytes()
     assert int(counter[:8]) - int(said.stdout) in (0, 1)
     assert int(counter[:8]) > 10
