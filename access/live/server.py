@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -91,7 +92,16 @@ class ArchiveServer:
         Raises Failure where it cannot serve the archive, Cancelled.
         """
         if self._adopt():
+            if self._owner is not None:
+                self._give(self._owner)
             return False
+        while not self._launch(cancel):
+            # Somebody has killed it on its way.
+            self._note_end(cancel)
+        return True
+
+    def _launch(self, cancel: Cancel) -> bool:
+        """Start a process; whether it listens: False: it was killed. As `start`."""
         self._forget()
         words = [sys.executable, "-P", "-m", "vmapipe.control.main", "serve", "--json"]
         if self.machine_pid is not None:
@@ -113,11 +123,10 @@ class ArchiveServer:
         self._started = time.monotonic()
         try:
             self._pidfd = os.pidfd_open(self._process.pid)
-            self._await(cancel)
+            return self._await(cancel)
         except BaseException:
             self.stop()
             raise
-        return True
 
     def tend(self, cancel: Cancel) -> bool:
         """Start it again if it has ended; return whether it had. As `start`."""
@@ -125,6 +134,11 @@ class ArchiveServer:
         is_gone = readable([self._pidfd], 0) if self._pidfd >= 0 else not _listens(self.path)
         if not is_gone:
             return False
+        self._note_end(cancel)
+        return self.start(cancel)
+
+    def _note_end(self, cancel: Cancel) -> None:
+        """Wait a moment where it ends again and again. Raises Failure, Cancelled."""
         early = time.monotonic() - self._started < _EARLY_S
         self._early_ends = self._early_ends + 1 if early else 0
         if self._early_ends > _MOST_EARLY_ENDS:
@@ -132,7 +146,6 @@ class ArchiveServer:
         if self._early_ends > 1:
             readable([cancel.fd], _PAUSE_S)
             cancel.check()
-        return self.start(cancel)
 
     def hear(self) -> None:
         """Report what it has written since the last time."""
@@ -178,20 +191,36 @@ class ArchiveServer:
             self._pidfd = os.pidfd_open(int(pid[0]))
         return True
 
-    def _await(self, cancel: Cancel) -> None:
-        """Wait until it listens, however long the archive's index takes. Raises Failure, Cancelled."""
+    def _await(self, cancel: Cancel) -> bool:
+        """Wait until it listens, however long the archive's index takes; False: it was killed.
+
+        Raises Failure, Cancelled.
+        """
         while not _listens(self.path):
             if readable([self._pidfd, cancel.fd], _POLL_S):
                 cancel.check()
                 if readable([self._pidfd], 0):
+                    if self._process is not None and self._process.wait() == -signal.SIGKILL:
+                        return False
                     raise Failure(f"the archive cannot be served: {self._last_words()}")
         if self._owner is not None:
+            self._give(self._owner)
+        return True
+
+    def _give(self, owner: tuple[int, int]) -> None:
+        """Give its socket away, and nothing that another program may have put there. Raises Failure."""
+        try:
+            fd = os.open(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                os.chown(self.path, *self._owner, follow_symlinks=False)
-            except OSError as error:
-                raise Failure(
-                    f"{self.path} cannot be given to the machine's user: {error.strerror}"
-                ) from error
+                status = os.fstat(fd)
+                if stat.S_ISSOCK(status.st_mode) and status.st_uid in (os.geteuid(), owner[0]):
+                    os.chown(f"/proc/self/fd/{fd}", *owner)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise Failure(
+                f"{self.path} cannot be given to the machine's user: {error.strerror}"
+            ) from error
 
     def _last_words(self) -> str:
         """What it said at its end."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from vmapipe.control.hosts.libvirt.host_facts import QemuUser, paths_of
 from vmapipe.control.hosts.libvirt.live_carrier import DomainCarrier
 from vmapipe.control.hosts.libvirt.places import ChosenPlace
 from vmapipe.control.hosts.libvirt.removal import Removal
-from vmapipe.control.hosts.libvirt.undo import Made, MadeJournal, made_of
+from vmapipe.control.hosts.libvirt.undo import Made, MadeJournal
 from vmapipe.control.qemu.qemu_process import pid_of_qemu
 from vmapipe.control.qmp.answers import NAME, SIZE, TEXT, List, Record
 from vmapipe.restore.archive.reader import Archive
@@ -100,24 +101,32 @@ class NewLiveFolder:
                 "folder with a shorter path, or a shorter --name"
             )
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path)
-            if not os.path.islink(path) and os.path.isdir(path):
-                self._take_over()
-            if os.path.islink(path) or not os.path.isdir(path) or os.listdir(path):
-                raise UsageError(
-                    f"{path} exists already: it is of a live restore whose domain is not there any "
-                    "more; remove it, or --name another"
-                )
-            os.chmod(path, _FOLDER_MODE)
-            journal.add(made_of(path))
+            with HeldFolder(os.path.dirname(path)) as above, self._made(above) as folder:
+                os.fchmod(folder.fd, _FOLDER_MODE)
+                status = os.fstat(folder.fd)
         except OSError as error:
             raise Failure(f"cannot make {path}: {os_error_text(error)}") from error
+        journal.add(Made(path, status.st_dev, status.st_ino))
 
-    def _take_over(self) -> None:
-        """Empty one whose restore was killed when all was restored. Raises OSError."""
-        if {*os.listdir(self.path)} == {_DOMAIN_NOTE}:
-            os.unlink(os.path.join(self.path, _DOMAIN_NOTE))
+    def _made(self, above: HeldFolder) -> HeldFolder:
+        """Make it, or take over one whose restore was killed when all was restored.
+
+        Raises OSError, UsageError.
+        """
+        name = os.path.basename(self.path)
+        try:
+            return above.make_folder(name)
+        except FileExistsError:
+            pass
+        with contextlib.suppress(OSError, Failure), _our_folder(self.path) as folder:
+            if folder.names() == [_DOMAIN_NOTE]:
+                os.unlink(_DOMAIN_NOTE, dir_fd=folder.fd)
+            if not folder.names():
+                return folder.duplicate()
+        raise UsageError(
+            f"{self.path} exists already: it is of a live restore whose domain is not there any more; "
+            "remove it, or --name another"
+        )
 
     def add_all(
         self,
@@ -184,7 +193,7 @@ class NewLiveFolder:
             "drivers": drivers,
             "old": [made._asdict() for made in old],
         }
-        with HeldFolder(self.path) as folder:
+        with _our_folder(self.path) as folder:
             try:
                 fd = folder.open(_DOMAIN_NOTE, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
                 with open(fd, "wb") as file:
@@ -209,10 +218,26 @@ def live_folder_of(name: str, domain_uuid: str, descriptions: Sequence[str]) -> 
         place = os.path.dirname(path)
         folder = place if place.endswith(SUFFIX) else os.path.join(place, f"{name}{SUFFIX}")
         if os.path.exists(os.path.join(folder, NOTE_NAME)):
-            with HeldFolder(folder) as held:
+            with _our_folder(folder) as held:
                 if _read_note(held).uuid == domain_uuid:
                     return folder
     return ""
+
+
+def _our_folder(path: str) -> HeldFolder:
+    """Open it, if nobody else can have written what is in it: a pool may be another user's.
+
+    Raises Failure.
+    """
+    try:
+        folder = HeldFolder(path)
+    except OSError as error:
+        raise Failure(f"cannot open {path}: {os_error_text(error)}") from error
+    status = os.fstat(folder.fd)
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & ~_FOLDER_MODE:
+        folder.close()
+        raise Failure(f"{path} belongs to another user, or others can write there: it is not used")
+    return folder
 
 
 def _read_note(folder: HeldFolder) -> _DomainNote:
@@ -252,7 +277,7 @@ class LiveDomain:
         """`user`: libvirt's QEMU's, where it is another one. Raises Failure."""
         self._uri, self._words, self._emit, self._cancel = uri, words, emit, cancel
         with contextlib.ExitStack() as stack:
-            self._folder = stack.enter_context(HeldFolder(path))
+            self._folder = stack.enter_context(_our_folder(path))
             self._note_file = stack.enter_context(NoteFile(self._folder))
             note = self._note_file.read()
             if note is None:

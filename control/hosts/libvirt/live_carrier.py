@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,9 +24,11 @@ from vmapipe.control.hosts.libvirt.connect import DAEMON_S, Host, LibvirtFailure
 from vmapipe.control.qmp.connection import Command, QmpGone, QmpRefused
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.syscalls import readable
 from vmapipe.runtime.text import one_line
 
 _WORDS_CHARS = 600
+_NOTICE_S, _POLL_S = 2.0, 0.05
 # libvirt's copies do not wait where a request fails, and each begins anew.
 _MOST_FAILURES = 5
 
@@ -168,9 +171,13 @@ class DomainCarrier:
         """Return an answer of a machine that runs. Raises QmpGone where it has ended meanwhile."""
         try:
             return job()
-        except LibvirtFailure:
-            if self.is_active:
-                raise
+        except LibvirtFailure as failure:
+            # libvirt notices a little later than its call that QEMU's monitor has gone.
+            deadline = time.monotonic() + (_NOTICE_S if "monitor" in str(failure) else 0.0)
+            while self.is_active:
+                if time.monotonic() >= deadline:
+                    raise
+                readable([self._cancel.fd], _POLL_S)
             raise QmpGone(f"the domain {self.name} has ended") from None
 
     # --- As a MoveCarrier ---
