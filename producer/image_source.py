@@ -25,7 +25,7 @@ from vmapipe.producer.shared_memory import RING_BYTES, Ring
 from vmapipe.producer.source import UNSHARED, DiskSourceError, Sharing, open_at_rest
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, os_error_text
-from vmapipe.runtime.image_bounds import lost
+from vmapipe.runtime.image_bounds import WITH_TABLES, lost
 from vmapipe.runtime.image_format import is_encrypted, references
 from vmapipe.runtime.storage_daemon import DaemonTooSlow, StorageDaemon, option_text
 from vmapipe.runtime.text import name_text
@@ -34,8 +34,6 @@ EXPORT = "disk"
 _NODE = "image"
 # Of the daemon's second socket, behind the path of its first one.
 _SHARED = ".shared"
-# Formats that say where in the file each block lies; each is known by its first bytes.
-_WITH_TABLES = ("qcow2", "qed", "vdi", "vmdk", "parallels")
 
 
 class HowToRead(NamedTuple):
@@ -182,7 +180,7 @@ class ImageReader(PullReader):
                     continue
                 size_bytes = file.seek(0, os.SEEK_END)
                 read = functools.partial(_read_at, file.fileno())
-                found = (lost(kind, read, size_bytes, check=cancel.check) for kind in _WITH_TABLES)
+                found = (lost(kind, read, size_bytes, check=cancel.check) for kind in WITH_TABLES)
                 if missing := next(filter(None, found), None):
                     sharing.tell(
                         f"disk {self.name!r}: {name_text(os.readlink(opened))}, to which the image refers, is "

@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 from vmapipe.runtime.image_format import Read
 
+#: Formats that say where in the file each block lies; each is known by its first bytes.
+WITH_TABLES = ("qcow2", "qed", "vdi", "vmdk", "parallels")
+
 # QEMU's own bounds: the bits of a cluster's size in qcow2, and the bytes of a table of tables.
 _QCOW_CLUSTER_BITS = range(9, 22)
 _MAX_TABLE_BYTES = 32 << 20
@@ -91,7 +94,7 @@ class _Map:
 def lost(
     image_format: str,
     read: Read,
-    size_bytes: int,
+    size_bytes: int | Callable[[], int],
     *,
     snapshot: str = "",
     check: Callable[[], None] = lambda: None,
@@ -100,7 +103,11 @@ def lost(
 
     None: nothing, or it cannot be told; what cannot be understood is QEMU's to refuse. `snapshot`: look at
     this internal one. `check` is called again and again, and may raise to give up.
+
+    Of a file that somebody writes to `size_bytes` returns the size: it is asked after each table was read, and
+    QEMU enters a block in a table when the block is in the file.
     """
+    size_now = size_bytes if callable(size_bytes) else lambda: size_bytes
     parse = {"qed": _qed, "vdi": _vdi, "parallels": _parallels, "vmdk": _vmdk}.get(image_format)
     try:
         if image_format == "qcow2":
@@ -109,14 +116,14 @@ def lost(
             found = parse(read) if parse is not None else None
     except struct.error:
         return None  # it ends in its header
-    return _behind(found, read, size_bytes, check) if found is not None else None
+    return _behind(found, read, size_now, check) if found is not None else None
 
 
 def _behind(
-    found: _Map, read: Read, size_bytes: int, check: Callable[[], None]
+    found: _Map, read: Read, size_now: Callable[[], int], check: Callable[[], None]
 ) -> Truncated | None:
     first, length, is_cut = found.disk_bytes, 0, True
-    for start, end, is_whole in _missing(found, read, size_bytes, check):
+    for start, end, is_whole in _missing(found, read, size_now, check):
         first = min(first, start)
         length += max(0, min(end, found.disk_bytes) - start)
         is_cut = is_cut and not is_whole
@@ -124,12 +131,13 @@ def _behind(
 
 
 def _missing(
-    found: _Map, read: Read, size_bytes: int, check: Callable[[], None]
+    found: _Map, read: Read, size_now: Callable[[], int], check: Callable[[], None]
 ) -> Iterator[tuple[int, int, bool]]:
     """Yield offsets [start, end) of the disk that the file does not have, and whether that is a whole block."""
     step = found.block_bytes
-    for block, entries, raw in _tables(found, read, size_bytes):
+    for block, entries, raw in _tables(found, read, size_now):
         check()
+        size_bytes = size_now()
         there = len(raw) // found.entry_bytes
         if there < entries:
             yield (block + there) * step, (block + entries) * step, True
@@ -143,20 +151,22 @@ def _missing(
                 yield (number + 1) * step - lacks, (number + 1) * step, is_whole
 
 
-def _tables(found: _Map, read: Read, size_bytes: int) -> Iterator[tuple[int, int, bytes]]:
+def _tables(
+    found: _Map, read: Read, size_now: Callable[[], int]
+) -> Iterator[tuple[int, int, bytes]]:
     """Yield each table of blocks: its first block, how many it has, and as much of it as there is."""
     width = min(found.entry_bytes, 8) if found.second_bytes else found.entry_bytes
     blocks = found.second_bytes // found.entry_bytes
     at_once = _SLICE_BYTES // width
     for first in range(0, found.first_entries, at_once):
         entries = min(at_once, found.first_entries - first)
-        raw = _read(read, found.first_at + first * width, entries * width, size_bytes)
+        raw = _read(read, found.first_at + first * width, entries * width, size_now())
         if not found.second_bytes:
             yield first, entries, raw
             continue
         for number, entry in enumerate(found.words(raw, width), first):
             if at := found.table_at(entry):
-                yield number * blocks, blocks, _read(read, at, found.second_bytes, size_bytes)
+                yield number * blocks, blocks, _read(read, at, found.second_bytes, size_now())
         there = len(raw) // width
         if there < entries:
             yield (first + there) * blocks, (entries - there) * blocks, b""
@@ -246,7 +256,7 @@ _QED_HEAD = struct.Struct("<4sII28xQQ")
 def _qed(read: Read) -> _Map | None:
     magic, cluster, clusters, first_at, disk = _QED_HEAD.unpack(read(0, _QED_HEAD.size))
     table = cluster * clusters
-    if magic != b"QED\0" or not 0 < table <= _MAX_TABLE_BYTES:
+    if magic != b"QED\0" or not 8 <= table <= _MAX_TABLE_BYTES:
         return None
     return _Map(
         disk_bytes=disk,

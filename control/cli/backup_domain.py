@@ -63,8 +63,8 @@ def choose_in_domain(
     disks, left_out = domain.choose()
     configs, fds = domain.configs()
     options.config = [*configs, *options.config]
-    for text in domain.notices:
-        emit({"event": "notice", "text": text})
+    while domain.notices:
+        emit({"event": "notice", "text": domain.notices.pop(0)})
     return disks, left_out, fds
 
 

@@ -382,18 +382,22 @@ class BackupJob:
             self._carry_out(command, children, emit)
         if self.machine:
             self.machine.poll()
-            for text in self.machine.notices:
-                emit({"event": "notice", "text": text})
-            self.machine.notices.clear()
+            self._tell(self.machine.notices, emit)
             if self.machine.is_done:
                 children.unwatch(self.machine.fd)
             self._report_instant(self.machine.take_instant(), emit)
         if self.snapshot:
             self.snapshot.poll()
+            self._tell(self.snapshot.notices, emit)
         if self._steering.poll(emit):
             self._send_share(children)
         if self.server:
             self.server.serve()
+
+    @staticmethod
+    def _tell(notices: list[str], emit: Emit) -> None:
+        while notices:
+            emit({"event": "notice", "text": notices.pop(0)})
 
     def _carry_out(self, command: Command, children: Children, emit: Emit) -> None:
         """While it runs: another speed, of all disks together."""
@@ -466,8 +470,11 @@ class BackupJob:
         """QEMU is rid of us, while the producers still serve it."""
         texts = [self.machine.end(stored=stored)] if self.machine else []
         texts += [self.snapshot.end(stored=stored)] if self.snapshot else []
-        for text in filter(None, texts):
-            emit({"event": "notice", "text": text})
+        for source in (self.machine, self.snapshot):
+            if source is not None:
+                texts += source.notices
+                source.notices.clear()
+        self._tell([text for text in texts if text], emit)
 
 
 def _has_failed(child: Child, event: Event | None) -> bool:

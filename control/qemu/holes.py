@@ -14,6 +14,7 @@ Any doubt means that all of the disk is copied. See docs/decisions/0037-holes.md
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -240,12 +241,31 @@ class OpenFiles:
 
     def is_at(self, fd: int, path: str) -> bool:
         """Tell whether the file is at this path, as QEMU sees it."""
-        # With an absolute path the working folder does not matter.
-        root = f"{self._process}/root" if path.startswith("/") else f"{self._process}/cwd/"
         try:
-            return os.path.samestat(os.stat(root + path), os.fstat(fd))
+            return os.path.samestat(self._status(path), os.fstat(fd))
         except OSError:
             return False
+
+    def open_at(self, path: str) -> int:
+        """Open the file or block device of it that is at this path, as QEMU sees it. Raises OSError."""
+        wanted = self._status(path)
+        for number in os.listdir(f"{self._process}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                name = f"{self._process}/fd/{number}"
+                status = os.stat(name)
+                is_data = stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
+                if not (is_data and os.path.samestat(status, wanted)):
+                    continue
+                fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                if os.path.samestat(os.fstat(fd), wanted):
+                    return fd
+                os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    def _status(self, path: str) -> os.stat_result:
+        # With an absolute path the working folder does not matter.
+        root = f"{self._process}/root" if path.startswith("/") else f"{self._process}/cwd/"
+        return os.stat(root + path)
 
     def _check_file_system(self, number: str) -> None:
         """Raise _Doubt for a file system that may tell data as a hole."""

@@ -28,6 +28,7 @@ from vmapipe.control.qemu.features import find_features
 from vmapipe.control.qemu.guardian import GuardianClient, SinkSocket, monitor_arguments
 from vmapipe.control.qemu.guest_latency import GuestLatency
 from vmapipe.control.qemu.holes import Holes
+from vmapipe.control.qemu.image_damage import TruncatedLook, used_images
 from vmapipe.control.qemu.job_errors import JobErrors
 from vmapipe.control.qemu.jobs import (
     SLOW_BYTES_S,
@@ -118,6 +119,7 @@ class RunningMachine:
         self._reported: set[int] = set()
         self._holes = Holes(self._link, self._run)
         self._errors = JobErrors(self._link)
+        self._look = TruncatedLook()
         #: Texts for the user; the caller that prints them removes them.
         self.notices: list[str] = []
         # Whose state is one of the disks.
@@ -126,6 +128,7 @@ class RunningMachine:
         self._latency: GuestLatency | None = None
         self._depth: Depth | None = None
         self._poll_at = 0.0
+        self._pid: int | None = None
         self._has_begun = self._jobs_ended = self._is_clean = self._link_closed = False
 
     @property
@@ -145,6 +148,7 @@ class RunningMachine:
         machine, self._tpm = see_machine(self._link, self._run)
         choice = choose_disks(machine, wishes)
         self._disks = choice.disks
+        self._look.expect(used_images(choice.disks, machine.blocks, machine.nodes, machine.graph))
         if self._tpm and not any(disk.device == self._tpm.disk.device for disk in self._disks):
             self._tpm = None
         return choice
@@ -297,7 +301,8 @@ class RunningMachine:
         self.set_speed(self._speed_bytes_s)
         if self._tracking is not None and self._folder is not None:
             self._tracking.tell_samples(self._disks, self._producers, self._folder)
-        self._poweroff.begin(qemu_pid(self._link), self._folder_path)
+        self._pid = qemu_pid(self._link)
+        self._poweroff.begin(self._pid, self._folder.path if self._folder else "")
         self._poll_jobs()  # short ones may have ended
 
     def take_instant(self) -> Instant | None:
@@ -354,13 +359,16 @@ class RunningMachine:
             self._errors.note(event)
         if self._poweroff.is_off_now(events, asks=is_due and self._link.is_shared):
             self.notices.append("the guest has powered off; QEMU ends when its backup is done")
+        if self._has_begun:
+            self._look.poll(self._pid, self.notices)
         if self._has_begun and is_due:
             self._poll_jobs()
         if self._jobs_ended and (self._saving is None or self._saving.is_done):
             self._clean_up()
 
     def _poll_jobs(self) -> None:
-        jobs = {job["id"]: job for job in self._ask("query-jobs")}
+        answer: list[dict[str, Any]] = self._link.execute(Command("query-jobs", {}))
+        jobs = {job["id"]: job for job in answer}
         done = 0
         for index, disk in enumerate(self._disks):
             job = jobs.get(job_name(self._run, index))
@@ -421,6 +429,7 @@ class RunningMachine:
         elif self._guardian is not None:
             self._guardian.dismiss()
         self._guardian = None
+        self._look.end(self.notices, stored=stored)
         self._settle_records(stored=stored)
         self._close_link()
         for sink in self._sinks:
@@ -479,10 +488,6 @@ class RunningMachine:
             self._link_closed = True
             self._link.close()
 
-    @property
-    def _folder_path(self) -> str:
-        return self._folder.path if self._folder else ""
-
     def _give_to_qemu(self, folder: SinkFolder) -> None:
         """Another user's QEMU, when we are root, has to reach the sockets."""
         owner = self._owner_of_qemu()
@@ -490,11 +495,4 @@ class RunningMachine:
             folder.give_to(owner)
 
     def _owner_of_qemu(self) -> int:
-        return uid_of_qemu(self._address.path, self._qemu_pid())
-
-    def _qemu_pid(self) -> int | None:
-        return qemu_pid(self._link)
-
-    def _ask(self, name: str) -> list[dict[str, Any]]:
-        answer: list[dict[str, Any]] = self._link.execute(Command(name, {}))
-        return answer
+        return uid_of_qemu(self._address.path, qemu_pid(self._link))

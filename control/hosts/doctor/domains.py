@@ -10,10 +10,12 @@ from typing import Any
 
 from vmapipe.control.hosts.doctor.findings import Diagnosis, DiskTaken, Finding
 from vmapipe.control.hosts.doctor.releases import Release, known_faults
+from vmapipe.control.hosts.doctor.running_qemu import image_findings
 from vmapipe.control.hosts.libvirt.connect import Host, LibvirtFailure, is_remote, shown_uri
 from vmapipe.control.hosts.libvirt.domain import (
     Domain,
     choose,
+    images_of,
     read_domain,
     why_not_at_rest,
     why_not_pulled,
@@ -73,6 +75,7 @@ class _DomainExamination:
         if not chosen:
             findings.append(Finding("problem", "disks", "nothing to back up: no disk can be taken"))
         if self._is_running:
+            findings += image_findings(images_of(chosen), pid_of_qemu(None, domain.uuid))
             findings += self._scratch(sum(disk.size_bytes for disk in disks))
             findings += self._state()
         return Diagnosis(about, findings, disks, left_out)

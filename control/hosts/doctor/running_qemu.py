@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from vmapipe.control.hosts.doctor.findings import Diagnosis, Finding, taken
@@ -20,6 +21,13 @@ from vmapipe.control.qemu.bitmaps import Bitmap, archive_of, bitmaps_in, uuid_te
 from vmapipe.control.qemu.cbw_filters import disks_to_hand_over, needed_release
 from vmapipe.control.qemu.disks import DiskChoice, DiskChoiceOptions, Machine, choose_disks
 from vmapipe.control.qemu.guest_agent import GuestAgent
+from vmapipe.control.qemu.image_damage import (
+    Deadline,
+    GivenUpError,
+    UsedImage,
+    find_truncated,
+    used_images,
+)
 from vmapipe.control.qemu.jobs import PREFIX, own_targets
 from vmapipe.control.qemu.machine_view import check_run_state, qemu_pid, see_machine
 from vmapipe.control.qemu.poweroff import find_poweroff_notes
@@ -37,6 +45,8 @@ _READING = frozenset({"qom-list", "qom-get", "x-debug-query-block-graph"})
 # What freezing needs; an agent's administrator may block commands.
 _FREEZING = ("guest-fsfreeze-freeze", "guest-fsfreeze-thaw", "guest-fsfreeze-status")
 _AGENT_S = 5.0
+# The tables of many TiB, from a slow disk, take minutes.
+_IMAGES_S = 10.0
 # A folder for sockets, and what is in it.
 _LONGEST_BELOW = 46
 
@@ -117,6 +127,8 @@ class _QemuExamination:
         except Failure as failure:
             findings.append(Finding("problem", "disks", str(failure)))
         findings += self._read_errors(machine, choice)
+        images = used_images(choice.disks, machine.blocks, machine.nodes, machine.graph)
+        findings += image_findings(images, qemu_pid(self._qmp))
         findings += self._rights()
         findings += self._agent()
         findings += _bitmap_findings(list(bitmaps_in(machine.nodes)))
@@ -247,6 +259,18 @@ class _QemuExamination:
             "guest agent",
             "none was found: a backup is as after a power cut, which journals are made for",
         )
+
+
+def image_findings(images: Iterable[UsedImage], pid: int | None) -> Iterator[Finding]:
+    """Say which images end before their data; of those that are well nothing."""
+    deadline = Deadline(_IMAGES_S)
+    with contextlib.suppress(GivenUpError):
+        for text in find_truncated(images, pid, deadline.check):
+            way_out = "restore the disk from an archive of before, or copy what is left of it"
+            yield Finding("warning", "images", text, way_out)
+        return
+    text = f"not all of their tables could be looked at within {_IMAGES_S:.0f} s"
+    yield Finding("info", "images", text, "a backup looks at the rest while it runs")
 
 
 def agent_finding(path: str) -> Finding:

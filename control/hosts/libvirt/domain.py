@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from vmapipe.access.machine.domain_xml import Element, XmlError, parse_xml
 from vmapipe.control.qemu.disks import NOT_CHOSEN, LeftOut, Level
+from vmapipe.control.qemu.image_damage import UsedImage
 from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.image_bounds import WITH_TABLES
 from vmapipe.runtime.text import name_text, one_line
 
 # What QEMU's block layer does not have, by the disk's type.
@@ -32,6 +34,9 @@ _TARGET = re.compile(r"[a-zA-Z]{2,4}?([a-z]{1,3})")
 NVRAM_NAME = "drive-efidisk0"
 #: A block job's error ends in the guest where its disk says so: no full scratch file may come to that.
 REPORTING = ("report", "ignore")
+
+# Longer chains of images are not looked at: libvirt itself allows 200.
+_MOST_BELOW = 200
 
 # With older ones a client that leaves ends the QEMU of a disk with an I/O thread (an assertion in
 # blockdev-nbd.c, seen with 7.2.22).
@@ -56,6 +61,8 @@ class DomainDisk(NamedTuple):
     has_io_thread: bool = False
     error_policy: str = ""
     is_encrypted: bool = False
+    #: Format and path of the image and of those below it, that are files or devices.
+    images: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -149,7 +156,21 @@ def _disk(disk: Element) -> DomainDisk:
         has_io_thread=bool(driver.get("iothread")) or driver.has("iothreads"),
         error_policy=driver.get("error_policy"),
         is_encrypted=disk.has("encryption") or source.has("encryption"),
+        images=tuple(_images(disk)),
     )
+
+
+def _images(disk: Element) -> Iterator[tuple[str, str]]:
+    """Yield format and path of a disk's image and of those below it, as far as the XML has them."""
+    here, image_format = disk, disk.find("driver").get("type", "raw")
+    for _ in range(_MOST_BELOW):
+        source = here.find("source")
+        if path := source.get("file") or source.get("dev"):
+            yield image_format, path
+        here = here.find("backingStore")
+        image_format = here.find("format").get("type", "raw")
+        if not here.has("source"):
+            return
 
 
 def _outside(devices: Element) -> Iterator[LeftOut]:
@@ -243,6 +264,16 @@ def why_not_at_rest(disk: DomainDisk) -> str:
     if disk.kind not in ("file", "block", "volume", "network"):
         return _ONLY_QEMU.format(disk.kind)
     return ""
+
+
+def images_of(taken: Sequence[Chosen]) -> list[UsedImage]:
+    """Return the images that these disks are made of, of formats with tables, under the archive's names."""
+    return [
+        UsedImage(name, image_format, path)
+        for name, disk in taken
+        for image_format, path in disk.images
+        if image_format in WITH_TABLES
+    ]
 
 
 def proxmox_map(taken: Sequence[Chosen]) -> str:

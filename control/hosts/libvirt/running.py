@@ -20,6 +20,7 @@ from vmapipe.control.hosts.libvirt.domain import (
     Chosen,
     DomainDisk,
     choose,
+    images_of,
     proxmox_map,
     read_domain,
     why_not_at_rest,
@@ -29,6 +30,7 @@ from vmapipe.control.hosts.libvirt.freezer import freezing_of
 from vmapipe.control.hosts.libvirt.guardian_client import DomainGuardianClient
 from vmapipe.control.qemu.disks import TPM_NAME, DiskChoiceOptions, LeftOut
 from vmapipe.control.qemu.freezing import Freezing, frozen_by
+from vmapipe.control.qemu.image_damage import TruncatedLook
 from vmapipe.control.qemu.vmstate import Instant
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
@@ -88,6 +90,7 @@ class DomainBackup:
         self._proxy: MonitorProxyClient | None = None
         self._machine: RunningMachine | None = None
         self._nvram = ""
+        self._look = TruncatedLook()
         self._has_tpm = self._has_ended = False
         #: Texts for the user; the caller that prints them removes them.
         self.notices: list[str] = []
@@ -152,6 +155,7 @@ class DomainBackup:
                 f"nothing to back up: the domain {name_text(self._domain.name)} has no writable disk with a medium"
             )
         self._check_pulled()
+        self._look.expect(images_of(self._taken))
         names = {chosen.disk.target for chosen in self._taken}
         self._others = [d.target for d in self._domain.disks if d.target not in names]
         places = self._guardian.ask("prepare", qemu=self._seen["qemu"])
@@ -257,6 +261,7 @@ class DomainBackup:
         self._guardian.take()
         if self._guardian.lost:
             raise Failure(self._guardian.lost)
+        self._look.poll(self._seen["qemu"], self.notices)
 
     def end(self, *, stored: bool = False) -> str:
         """End libvirt's job and remove all files; return a text when something remains. Never raises.
@@ -266,6 +271,7 @@ class DomainBackup:
         if self._has_ended:
             return ""
         self._has_ended = True
+        self._look.end(self.notices, stored=stored)
         if self._proxy is not None:
             self._proxy.close()
         text = ""

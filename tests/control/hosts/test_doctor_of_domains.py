@@ -3,21 +3,33 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+from pathlib import Path
+from xml.sax.saxutils import escape
+
 from tests.control.hosts.examined import examined, topics
 from tests.control.hosts.libvirtd import Libvirtd, disk_xml, domain_xml
-from tests.machine import Need, bad
+from tests.machine import LIMIT_S, Need, bad, good
 
 
 def test_a_domain_is_looked_at_over_a_connection_that_only_reads(
     libvirtd: Libvirtd, need: Need
 ) -> None:
-    (qemu,) = need("qemu-system-x86_64")
+    qemu, qemu_img = need("qemu-system-x86_64", "qemu-img")
     folder = libvirtd.folder / "doctor"
     folder.mkdir()
     for name in ("a.raw", "b.raw"):
-        (folder / name).write_bytes(bytes(1 << 20))
+        (folder / name).write_bytes(b"x" * (1 << 20))
+    base, top = folder / "base.qcow2", folder / "top & 'top'.qcow2"
+    convert = [qemu_img, "convert", "-O", "qcow2", folder / "a.raw", base]
+    create = [qemu_img, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, top]
+    for words in (convert, create):
+        subprocess.run(words, check=True, timeout=LIMIT_S)
+    os.truncate(base, base.stat().st_size - (1 << 19))
     libvirtd.give(folder)
-    devices = disk_xml("vda", folder / "a.raw")
+    devices = disk_xml("vda", Path(escape(str(top), {"'": "&apos;"})), "qcow2")
     devices += disk_xml("vdb", folder / "b.raw", more="<readonly/>")
     libvirtd.define(domain_xml(libvirtd, qemu, "patient", devices))
     # The socket for reading lies beside the other one.
@@ -31,6 +43,12 @@ def test_a_domain_is_looked_at_over_a_connection_that_only_reads(
         assert [(d["name"], d["bytes"]) for d in found["disks"]] == [("vda", 1 << 20)]
         assert [d["name"] for d in found["left_out"]] == ["vdb"]
         assert libvirtd("dumpxml", "patient") == before
+        assert "images" in topics(found, "warning")
+        (text,) = [f["text"] for f in found["findings"] if f["topic"] == "images"]
+        assert text.startswith(f"disk 'vda': the image '{base}', which QEMU has open, is truncated")
+        backup = good("backup", "--json", *words, folder / "patient.vma")
+        told = [e["text"] for e in map(json.loads, backup.splitlines()) if e["event"] == "notice"]
+        assert text in told
         missing = (*words[:-1], folder / "none")
         assert topics(examined(*missing, code=1), "problem") == ["scratch space"]
     finally:
