@@ -330,7 +330,7 @@ class _Producer:
 
     def _open_export(self, name: str, text: str) -> PullReader:
         """Raises ExportError, UsageError, Cancelled."""
-        # With OpenSSL, 15 ms of each start, which raw images and disks in use do without.
+        # Raw images and disks in use do without.
         from vmapipe.producer.pull.connections import Endpoint
         from vmapipe.producer.pull.export import open_export
         from vmapipe.producer.pull_reader import PullReader

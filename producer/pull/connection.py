@@ -6,13 +6,12 @@ from __future__ import annotations
 import os
 import select
 import socket
-import ssl
 import struct
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vmapipe.producer.pull.export import OpenExport
+from vmapipe.producer.pull.export import OpenExport, WantsToSend
 from vmapipe.protocol.errors import ProtocolError
 from vmapipe.protocol.nbd.client_transfer import NbdClientTransmission
 from vmapipe.protocol.nbd.constants import (
@@ -26,7 +25,6 @@ from vmapipe.runtime.errors import os_error_text
 
 # One visit takes no more: others wait, too, and what is read next is to be asked for in time.
 _MOST_RECEIVES = 8
-_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError)
 # From a network data comes by a few kilobytes, and Python would be woken for each: the kernel waits for
 # the rest of an answer's. Not for longer than this: another connection may have something, or the archiver.
 _REST_OF_DATA = struct.pack("@ll", 0, 10_000)
@@ -86,15 +84,15 @@ class ExportConnection:
         self.session = opened.session
         self._socket = opened.socket
         # What TLS holds the kernel cannot wait for.
-        is_plain = not isinstance(opened.socket, ssl.SSLSocket)
+        is_plain = isinstance(opened.socket, socket.socket)
         self._socket.setblocking(is_plain)
         # A Unix socket holds 200 KB, and its server writes on as soon as they are taken: who waits here
         # sleeps and wakes for every 32 KB, and the other connections' servers wait with full sockets.
         is_remote = opened.socket.family != socket.AF_UNIX
         self._at_once = socket.MSG_DONTWAIT if is_plain else 0
         self._for_data = socket.MSG_WAITALL if is_plain and is_remote else self._at_once
-        if is_plain:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _REST_OF_DATA)
+        if isinstance(opened.socket, socket.socket):
+            opened.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _REST_OF_DATA)
         self._codec = NbdClientTransmission(opened.session)
         self._tasks: dict[int, Task] = {}
         # Of the task whose answer is being read.
@@ -146,10 +144,10 @@ class ExportConnection:
         try:
             while self._out:
                 del self._out[: self._socket.send(self._out, self._at_once)]
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+        except (BlockingIOError, WantsToSend):
             return
         except OSError as error:
-            raise ConnectionLost(_text(error)) from error
+            raise ConnectionLost(os_error_text(error)) from error
 
     def receive(self) -> list[Answer]:
         """Take in what has come. Raises ConnectionLost, ProtocolError; what was answered before counts."""
@@ -165,9 +163,9 @@ class ExportConnection:
                     break
             else:
                 self.has_more = True
-        except _WOULD_BLOCK:
+        except BlockingIOError:
             pass
-        except ssl.SSLWantWriteError:
+        except WantsToSend:
             self._is_blocked = True
         except (ConnectionLost, ProtocolError) as fault:
             if not answers:
@@ -192,10 +190,10 @@ class ExportConnection:
                 head = self._socket.recv(self._codec.wanted_bytes, self._at_once)
                 count = len(head)
                 events = list(self._codec.feed(head))
-        except (*_WOULD_BLOCK, ssl.SSLWantWriteError):
+        except (BlockingIOError, WantsToSend):
             raise
         except OSError as error:
-            raise ConnectionLost(_text(error)) from error
+            raise ConnectionLost(os_error_text(error)) from error
         if not count:
             raise ConnectionLost("its server has hung up")
         return events
@@ -250,7 +248,7 @@ class ExportConnection:
         if politely and not self._out:
             try:
                 self._socket.send(self._codec.disconnect(), self._at_once)
-            except OSError:
+            except (OSError, WantsToSend):
                 pass  # it is closed anyway
         self._socket.close()
 
@@ -259,9 +257,3 @@ def _target(task: Task) -> memoryview:
     if task.into is None:
         raise RuntimeError("data for a request that has no place for it")
     return task.into
-
-
-def _text(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return f"TLS: {error.reason or 'it ended in mid-stream'}"
-    return os_error_text(error)
