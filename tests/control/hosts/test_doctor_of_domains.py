@@ -23,10 +23,10 @@ def test_a_domain_is_looked_at_over_a_connection_that_only_reads(
     for name in ("a.raw", "b.raw"):
         (folder / name).write_bytes(b"x" * (1 << 20))
     base, top = folder / "base.qcow2", folder / "top & 'top'.qcow2"
-    convert = [qemu_img, "convert", "-O", "qcow2", folder / "a.raw", base]
-    create = [qemu_img, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, top]
-    for words in (convert, create):
-        subprocess.run(words, check=True, timeout=LIMIT_S)
+    convert = ["convert", "-O", "qcow2", folder / "a.raw", base]
+    create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, top]
+    for image_words in (convert, create):
+        subprocess.run([qemu_img, *map(str, image_words)], check=True, timeout=LIMIT_S)
     os.truncate(base, base.stat().st_size - (1 << 19))
     libvirtd.give(folder)
     devices = disk_xml("vda", Path(escape(str(top), {"'": "&apos;"})), "qcow2")

@@ -61,8 +61,8 @@ def standing(libvirtd: Libvirtd, qemu: str, name: str, images: list[Path]) -> It
 
 def virtnbdbackup(program: str, domain: Domain, level: str, out: Path) -> None:
     libvirtd = domain.libvirtd
-    words = [program, "-U", libvirtd.uri, "-d", domain.name, "-l", level, "-o", out, "-n"]
-    words += ["-S", libvirtd.scratch, "-f", libvirtd.scratch / "other.sock"]
+    words = [program, "-U", libvirtd.uri, "-d", domain.name, "-l", level, "-o", str(out), "-n"]
+    words += ["-S", str(libvirtd.scratch), "-f", str(libvirtd.scratch / "other.sock")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -121,7 +121,7 @@ def test_data_is_read_where_virtnbdbackup_reads_it_in_full_and_incremental_backu
             file.seek(9 * MIB)
             file.write(chance.randbytes(MIB))
         images.append(tmp_path / f"{name}.qcow2")
-        words = [qemu_img, "convert", "-f", "raw", "-O", "qcow2", raw, images[-1]]
+        words = [qemu_img, "convert", "-f", "raw", "-O", "qcow2", str(raw), str(images[-1])]
         subprocess.run(words, check=True, timeout=LIMIT_S)
     with (
         standing(libvirtd, qemu, "ours", images) as ours,

@@ -25,7 +25,7 @@ MIB = 1 << 20
 def make_qcow2(qemu_img: str, path: Path, data: bytes, *options: str) -> Path:
     raw = path.with_suffix(".raw")
     raw.write_bytes(data)
-    words = [qemu_img, "convert", "-f", "raw", "-O", "qcow2", *options, raw, path]
+    words = [qemu_img, "convert", "-f", "raw", "-O", "qcow2", *options, str(raw), str(path)]
     subprocess.run(words, check=True, timeout=LIMIT_S)
     return path
 
@@ -43,7 +43,7 @@ def test_a_truncated_image_below_a_running_machine_is_told_of_by_backup_and_doct
     raw = tmp_path / "raw.raw"
     raw.write_bytes(base.read_bytes()[:MIB])
     above = tmp_path / "above.qcow2"
-    create = [qemu_img, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, above]
+    create = [qemu_img, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base), str(above)]
     subprocess.run(create, check=True, timeout=LIMIT_S)
     for image in (cut, base):
         os.truncate(image, image.stat().st_size - MIB)
@@ -81,7 +81,8 @@ def test_an_image_that_grows_while_it_is_looked_at_is_never_called_truncated(
         random.Random(3).randbytes(MIB) * (4 if "cluster_size=512" in options else 32)
     )
     image = tmp_path / "growing.qcow2"
-    create = [qemu_img, "create", "-q", "-f", "qcow2", *options, image, str(source.stat().st_size)]
+    create = [qemu_img, "create", "-q", "-f", "qcow2", *options, str(image)]
+    create += [str(source.stat().st_size)]
     subprocess.run(create, check=True, timeout=LIMIT_S)
     looks = 0
     with storage_daemon(tmp_path, growing=image) as machine, image.open("rb") as file:
