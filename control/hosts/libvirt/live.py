@@ -161,7 +161,13 @@ class NewLiveFolder:
             status = os.fstat(file.fd)
             self._journal.add(Made(path, status.st_dev, status.st_ino))
             if self._user is not None:
-                os.fchown(file.fd, self._user.uid, self._user.gid)
+                try:
+                    os.fchown(file.fd, self._user.uid, self._user.gid)
+                except OSError as error:
+                    raise Failure(
+                        f"{path} cannot be given to libvirt's QEMU (user {self._user.uid}: "
+                        f"{os_error_text(error)}): use another folder"
+                    ) from error
             file.publish()
         found = LiveDisk(
             device.dev_id,
@@ -314,16 +320,15 @@ class LiveDomain:
         try:
             self._server.start(self._cancel)
             self._served(lambda: self._carrier.start(paused=True))
-            try:
-                self._stand()
-                # Only now it is known with which process the server has to end.
-                self._server.stop()
-                self._serve()
-            except BaseException:
-                self._carrier.destroy()
-                raise
-        except BaseException:
+            self._stand()
+            # Only now it is known with which process the server has to end.
             self._server.stop()
+            self._serve()
+        except BaseException:
+            try:
+                self._carrier.destroy_paused()
+            finally:
+                self._server.stop()
             raise
         self._notice(f"the domain {self._carrier.name} is started")
 
@@ -403,12 +408,13 @@ class LiveDomain:
         for name in (_SERVER_LOG, _SOCKET):
             self._remove(name)
         self._note_file.remove()
-        path = self._folder.path
         self._remove(_DOMAIN_NOTE)
-        # The lock goes with the last that was held.
-        self._stack.close()
-        with contextlib.suppress(OSError):
-            os.rmdir(path)
+        with self._folder.duplicate() as folder:
+            # The lock goes with the last that was held.
+            self._stack.close()
+            place, name = os.path.split(folder.path)
+            with contextlib.suppress(OSError), HeldFolder(place) as above:
+                above.remove_folder(name, folder)
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(OSError):

@@ -336,9 +336,11 @@ class DomainCarrier:
             reason = str(error) or "libvirt's daemon was started again meanwhile"
             raise Failure(f"the domain {self.name} does not start: {reason}") from error
 
-    def destroy(self) -> None:
-        """End a machine that has not run yet. Raises Failure."""
-        self._repeated(lambda: self._call("destroy"))
+    def destroy_paused(self) -> None:
+        """End a machine that was started paused, and has not run yet. Raises Failure."""
+        state = self._repeated(lambda: self._call("state"))[0]
+        if state == self._host.lib.VIR_DOMAIN_PAUSED:
+            self._repeated(lambda: self._call("destroy"))
 
     def stand_on(self, socket: str, moved: frozenset[str]) -> None:
         """Put each overlay onto an export that waits for its server. Raises Failure.

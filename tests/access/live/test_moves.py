@@ -298,6 +298,8 @@ def test_a_job_that_an_error_has_ended_is_begun_again_as_long_as_there_is_hope()
     assert next_steps([ONE], failed._replace(may_retry=False), Noted()) == []
     steps = next_steps([ONE], failed._replace(failing_s={ONE.job: 61.0}), Noted())
     assert names(steps) == ["job-dismiss", "GiveUp"]
+    final = seen(job=MirrorState("concluded", "Input/output error", is_final=True))
+    assert names(next_steps([ONE], final, Noted())) == ["job-dismiss", "GiveUp"]
 
 
 def test_the_machine_goes_on_before_anything_is_given_up() -> None:
