@@ -41,7 +41,7 @@ def test_a_round_boots_what_it_has_stored_and_the_report_of_another_host_shows_t
     make_bootable(need, kernel, tmp_path / "made", tmp_path / "pve1" / "web.raw")
     file = tmp_path / "fleet.toml"
     file.write_text(file.read_text().replace('verify_every = "7d"', 'drill_every = "30d"'))
-    told = site.fleet("run").stdout
+    told = site.fleet("run", limit_s=300).stdout
     assert ": drill of web done" in told, told
     # The report's host has the catalogue, and not the target's folder.
     site.target.rename(tmp_path / "elsewhere")

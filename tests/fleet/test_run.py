@@ -65,12 +65,14 @@ class Site:
             *("--catalogue", str(self.folder / "fleet.db")),
         ]
 
-    def fleet(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def fleet(
+        self, *words: str, code: int = 0, limit_s: float = LIMIT_S
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command: in this process, where it has no signals to hear."""
         argv = self.words(*words)
         if words[0] == "run":
             done = subprocess.run(
-                argv, capture_output=True, text=True, timeout=LIMIT_S, cwd=self.folder
+                argv, capture_output=True, text=True, timeout=limit_s, cwd=self.folder
             )
         else:
             with (
