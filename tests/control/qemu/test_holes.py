@@ -185,8 +185,8 @@ def test_images_that_have_changed_their_names_are_not_taken_for_each_other(
 ) -> None:
     """Of a machine with devices (7.2 and 10.0 hand them over to filters), written to after the instant."""
     images = [
-        sparse(tmp_path / "0.raw", SIZES["b"], (5, b"\1"), (6, b"\1")),
-        sparse(tmp_path / "1.raw", SIZES["b"], (70, b"\2")),
+        sparse(tmp_path / "0.raw", SIZES["b"], (5, b"\1" * 30)),
+        sparse(tmp_path / "1.raw", SIZES["b"], (70, b"\2" * 30)),
     ]
     contents = [image.read_bytes() for image in images]
     archive = out / "vm.vma"
