@@ -102,3 +102,30 @@ def test_a_disk_that_is_unplugged_and_one_with_a_snapshot_by_its_node_are_backed
     for number in range(2):
         copy = (tmp_path / "restored" / f"disk-drive-scsi{number}.raw").read_bytes()
         assert copy == b"\x66" * SIZE
+
+
+@pytest.mark.every_qemu
+def test_disks_may_be_unplugged_one_after_the_other_while_what_their_guest_feels_steers(
+    qemu: str, need: Need, tmp_path: Path, out: Path
+) -> None:
+    """A device is gone, and with it its numbers; the node and its job are there to the end."""
+    words = ("backup", "--json", "--guest-latency", "20ms", "--latency-floor", "64K")
+    with paused_machine(need, tmp_path, *machine_options(tmp_path, with_drives=False)) as machine:
+        with started(*words, "--speed", "64K", "--qmp", machine.qmp, out / "vm.vma") as process:
+            next_event(process, "instant")
+            for name, other in (("scsi0", "scsi1"), ("scsi1", "")):
+                assert machine.can_write(name, "write -P 1 0 64k")
+                next_event(process, "progress")
+                machine.ask("device_del", id=name)
+                next_event(process, "progress")
+                assert not other or machine.can_write(other, "write -P 2 64k 64k")
+            without_limit(process)
+            code, text = end_of(process)
+        assert (code, machine.ours()) == (0, []), text
+        assert machine.ask("query-block") == []
+        for number in range(2):
+            machine.ask("blockdev-del", **{"node-name": f"d{number}"})
+    good("restore", out / "vm.vma", tmp_path / "restored")
+    for number in range(2):
+        copy = (tmp_path / "restored" / f"disk-drive-scsi{number}.raw").read_bytes()
+        assert copy == b"\x66" * SIZE
