@@ -11,6 +11,8 @@ from vmapipe.protocol.nbd.constants import string_fault
 DEFAULT_PORT = 10809
 # A Unix socket's path has 108 bytes in the kernel, with its NUL.
 _MAX_SOCKET_BYTES = 107
+# Paths are bytes, and Python's way to have them in a text.
+_NOT_UTF8 = "surrogateescape"
 _SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
 _TLS_PARAMETERS = ("tls-certificates", "tls-psk-file", "tls-hostname")
 
@@ -41,9 +43,10 @@ class NbdUri(NamedTuple):
     def shown(self) -> str:
         """The URI for people, logs and events: no user, no parameters but the socket."""
         scheme = "nbds" if self.tls else "nbd"
-        export = quote(self.export, safe="/:@!$&'()*+,;=")
+        export = quote(self.export, safe="/:@!$&'()*+,;=", errors=_NOT_UTF8)
         if self.socket:
-            return f"{scheme}+unix:///{export}?socket={quote(self.socket, safe='/:@+,')}"
+            socket = quote(self.socket, safe="/:@+,", errors=_NOT_UTF8)
+            return f"{scheme}+unix:///{export}?socket={socket}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         port = "" if self.port == DEFAULT_PORT else f":{self.port}"
         return f"{scheme}://{host}{port}/{export}"
@@ -74,9 +77,11 @@ def parse_nbd_uri(text: str) -> NbdUri:
         raise NbdUriError("# begins no part of an NBD URI; in a name it is %23")
     found = _parameters(parts, tls=scheme == "nbds")
     socket = found.pop("socket", "")
-    export = unquote(parts.path.removeprefix("/"))
+    export = unquote(parts.path.removeprefix("/"), errors=_NOT_UTF8)
     if string_fault(export):
-        raise NbdUriError("the export's name is longer than 4096 bytes, or has a NUL in it")
+        raise NbdUriError(
+            "the export's name is longer than 4096 bytes, has a NUL in it, or is not UTF-8"
+        )
     if transport:
         _check_socket(socket, host)
     elif socket:
@@ -100,7 +105,8 @@ def _parameters(parts: SplitResult, *, tls: bool) -> dict[str, str]:
     """Raises NbdUriError: a parameter that is not known may be a misspelt one about security."""
     found: dict[str, str] = {}
     # A "+" is no space here: it is common in paths.
-    for key, value in parse_qsl(parts.query.replace("+", "%2B"), keep_blank_values=True):
+    query = parts.query.replace("+", "%2B")
+    for key, value in parse_qsl(query, keep_blank_values=True, errors=_NOT_UTF8):
         if key not in ("socket", *_TLS_PARAMETERS):
             raise NbdUriError(
                 f"a parameter is not known: use {', '.join(('socket', *_TLS_PARAMETERS))}"

@@ -438,4 +438,4 @@ def _nbd_uri(disk: DomainDisk) -> str:
 
 
 def _quoted(text: str) -> str:
-    return urllib.parse.quote(text)
+    return urllib.parse.quote(text, errors="surrogateescape")

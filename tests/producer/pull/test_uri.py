@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+from urllib.parse import quote
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,3 +98,15 @@ def test_what_is_shown_is_a_uri_of_the_same_export(name: str, port: int, tls: bo
     assert parse_nbd_uri(uri.shown) == uri
     uri = NbdUri(name, socket="/run/a b.sock", tls=tls)
     assert parse_nbd_uri(uri.shown) == uri
+
+
+@given(st.binary(min_size=1, max_size=50).filter(lambda raw: b"\0" not in raw))
+def test_a_sockets_path_may_have_any_bytes_and_an_exports_name_is_utf_8(raw: bytes) -> None:
+    quoted = quote(raw)
+    uri = parse_nbd_uri(f"nbd+unix:///?socket={quoted}")
+    assert os.fsencode(uri.socket) == raw
+    assert uri.shown.isascii()
+    assert parse_nbd_uri(uri.shown) == uri
+    if not (name := raw.removeprefix(b"/")).isascii():
+        with pytest.raises(NbdUriError, match="is not UTF-8"):
+            parse_nbd_uri(f"nbd://host/{quote(name)}%ff")
