@@ -36,6 +36,7 @@ _CONNECT_S = 1.0
 # At its end it lets clients finish: see access/serve.py.
 _STOP_S = 10.0
 _TAIL_BYTES = 64 << 10
+_MOST_SAID = 1000
 
 
 class ArchiveServer:
@@ -63,6 +64,7 @@ class ArchiveServer:
         self._log = log
         self._report = report
         self._owner = owner
+        self._said: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._heard_bytes = _size_of(log)
@@ -162,7 +164,12 @@ class ArchiveServer:
             if text:
                 if "damaged" in text or "does not hold" in text:
                     self.damage = text
-                self._report(text)
+                # One that is started again says the same of the archive.
+                if text not in self._said:
+                    if len(self._said) >= _MOST_SAID:
+                        self._said.clear()
+                    self._said.add(text)
+                    self._report(text)
 
     def stop(self) -> None:
         """End it: nobody needs it any more."""

@@ -18,7 +18,7 @@ import pytest
 
 from tests.access.bootable import SYSTEM_OFFSET, make_bootable
 from tests.conftest import absent
-from tests.control.hosts.libvirtd import Libvirtd
+from tests.control.hosts.libvirtd import Libvirtd, disk_xml
 from tests.control.hosts.test_restore import BOOT_SECTOR, WEB, Bench
 from tests.control.hosts.test_restore import bench as bench  # a fixture
 from tests.control.qemu.running_guest import is_clean
@@ -36,7 +36,9 @@ from tests.machine import (
     started,
 )
 from vmapipe.access.machine.domain_xml import parse_xml
+from vmapipe.control.hosts.libvirt.live import live_folder_of
 from vmapipe.control.hosts.libvirt.live_carrier import disks_now
+from vmapipe.runtime.errors import Failure
 
 DEVICE = "/machine/peripheral/virtio-disk0/virtio-backend"
 MIB = 1 << 20
@@ -146,6 +148,21 @@ def test_a_machine_runs_from_its_archive_and_goes_on_whatever_ends(bench: Bench,
     assert bench.state() == ({"web"}, {"web-vda-1.qcow2"}, [])
     assert not servers(bench.pool)
     libvirt("undefine", "web")
+
+
+def test_notes_that_others_could_have_written_are_not_used(tmp_path: Path) -> None:
+    """They say what is written and removed, with root's rights; a pool may be QEMU's user's."""
+    folder = tmp_path / "web.live"
+    folder.mkdir(mode=0o711)
+    for name in ("live-restore.json", "domain.json"):
+        (folder / name).write_text('{"version": 1, "uuid": "u", "drivers": {}, "old": []}')
+    disk = disk_xml("vda", folder / "vda.qcow2")
+    text = f"<domain><devices>{disk}</devices></domain>"
+    assert live_folder_of("web", "u", [text]) == str(folder)
+    assert live_folder_of("web", "another", [text]) == ""
+    folder.chmod(0o777)
+    with pytest.raises(Failure, match="others can write there"):
+        live_folder_of("web", "u", [text])
 
 
 # A machine that finds its disks not as it left them powers off: see the prologue of `make_initramfs`.
