@@ -170,11 +170,13 @@ def _until_delete(qmp: QmpClient) -> Callable[[Command], object]:
 
 @contextlib.contextmanager
 def machine_of(need: Need, folder: Path, *images: Path) -> Iterator[PausedMachine]:
-    words = []
+    """The last disk is in an I/O thread."""
+    words = ["-object", "iothread,id=io"]
     for number, image in enumerate(images):
+        thread = ",iothread=io" if image == images[-1] else ""
         words += ["-blockdev", f"driver=file,node-name=file{number},filename={image}"]
         words += ["-blockdev", f"driver=raw,node-name=disk{number},file=file{number}"]
-        words += ["-device", f"virtio-blk-pci,drive=disk{number},id=virtio{number}"]
+        words += ["-device", f"virtio-blk-pci,drive=disk{number},id=virtio{number}{thread}"]
     with paused_machine(need, folder, *words) as machine:
         yield machine
 
