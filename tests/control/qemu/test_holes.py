@@ -79,6 +79,7 @@ def daemon(qemu: str, need: Need, tmp_path: Path) -> Iterator[StorageDaemon]:
         yield machine
 
 
+@pytest.mark.slow
 def test_disks_with_holes_that_guests_write_into_all_the_time_are_archived_as_of_one_instant(
     daemon: StorageDaemon, tmp_path: Path
 ) -> None:
