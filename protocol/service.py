@@ -172,10 +172,6 @@ KINDS: tuple[type[FromCoordinator] | type[FromService], ...] = (
 )
 
 
-def wire_name(kind: type[FromCoordinator] | type[FromService]) -> str:
-    return _NAMES.get(kind, kind.__name__.upper())
-
-
 def _most_bytes(name: str) -> int:
     return MAX_OPEN_BYTES if name == "OPEN" else MAX_TOLD_BYTES
 

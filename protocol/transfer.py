@@ -267,10 +267,6 @@ def sayable(text: str) -> str:
     return clipped.encode("utf-8", "backslashreplace").decode()[: limits.MAX_REASON_CHARS]
 
 
-def encode_cluster(seq: int, dev_id: int, cluster_num: int, data: Part) -> list[Part]:
-    return [pack(seq), pack([dev_id, cluster_num, data])]
-
-
 def encode_run(
     seq: int, dev_id: int, first_cluster: int, count: int, masks: bytes, payload: Part
 ) -> list[Part]:

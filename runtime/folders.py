@@ -23,10 +23,6 @@ from collections.abc import Callable, Iterator
 
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.syscalls import (
-    RESOLVE_BENEATH,
-    RESOLVE_NO_MAGICLINKS,
-    RESOLVE_NO_SYMLINKS,
-    openat2,
     rename_noreplace,
 )
 
@@ -37,8 +33,6 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # What a file system says that has no hard links, and one that cannot rename in that way.
 NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _NO_NOREPLACE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-# An old kernel, or a sandbox that does not know the call.
-_NO_OPENAT2 = frozenset({errno.ENOSYS, errno.EPERM, errno.E2BIG})
 # Each turn means that another process took a file of ours for a leftover in the moment
 # before its lock. So often in a row it is no chance any more.
 _TRIES = 100
@@ -114,28 +108,6 @@ class HeldFolder:
         """A descriptor; a link is never followed (ELOOP)."""
         flags |= os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(_checked(name), flags, mode, dir_fd=self.fd)
-
-    def open_below(self, path: str, flags: int, mode: int = _MODE) -> int:
-        """A descriptor of `path`, relative to the folder; no link on the way, never above it."""
-        flags |= os.O_NOFOLLOW | os.O_CLOEXEC
-        resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
-        try:
-            return openat2(self.fd, path, flags, mode if flags & os.O_CREAT else 0, resolve)
-        except OSError as error:
-            if error.errno not in _NO_OPENAT2:
-                raise
-        parts = [part for part in path.split("/") if part not in ("", ".")]
-        if path.startswith("/") or not parts:
-            raise _os_error(errno.EXDEV)
-        folder = self.duplicate()
-        try:
-            for part in parts[:-1]:
-                below = folder.folder(part)
-                folder.close()
-                folder = below
-            return folder.open(parts[-1], flags, mode)
-        finally:
-            folder.close()
 
     def folder(self, name: str) -> HeldFolder:
         """A folder in it, which must not be a link."""

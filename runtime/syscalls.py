@@ -33,12 +33,6 @@ FALLOC_FL_ZERO_RANGE = 0x10
 # linux/fs.h and fcntl.h
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
-# linux/openat2.h: struct open_how is flags, mode, resolve. The number is everywhere the same.
-_OPENAT2 = 437
-_OPEN_HOW = struct.Struct("=QQQ")
-RESOLVE_NO_MAGICLINKS = 0x02
-RESOLVE_NO_SYMLINKS = 0x04
-RESOLVE_BENEATH = 0x08
 # sched_setattr has no function in the C library of Debian 12. asm/unistd.h.
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}
 # malloc.h
@@ -85,15 +79,6 @@ def rename_noreplace(source: str, target: str, folder_fd: int = _AT_FDCWD) -> No
         folder_fd, os.fsencode(source), folder_fd, os.fsencode(target), _RENAME_NOREPLACE
     ):
         raise _os_error()
-
-
-def openat2(folder_fd: int, path: str, flags: int, mode: int, resolve: int) -> int:
-    """openat2(2): a descriptor, under the rules of `resolve`. Raises OSError (ENOSYS: no such call)."""
-    how = _OPEN_HOW.pack(flags, mode, resolve)
-    fd = _libc().syscall(_OPENAT2, folder_fd, os.fsencode(path), how, len(how))
-    if fd < 0:
-        raise _os_error()
-    return int(fd)
 
 
 def _read_or_lose(fd: int, block: memoryview, offset: int, lost: list[tuple[int, int]]) -> int:

@@ -72,7 +72,3 @@ def failure_in(text: str) -> Sign | None:
                 words = " ".join(match[0].split())
                 return Sign(weight, f"{reason}: {words!r}")
     return None
-
-
-def has_login(text: str) -> bool:
-    return LOGIN.search(text) is not None

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES, MAX_CLUSTERS
 from vmapipe.protocol import limits
-from vmapipe.protocol.schema import Part
+from vmapipe.protocol.schema import Part, pack
 from vmapipe.protocol.transfer import (
     Abort,
     Bye,
@@ -32,7 +32,6 @@ from vmapipe.protocol.transfer import (
     UnchangedRun,
     Want,
     Welcome,
-    encode_cluster,
     encode_control,
     encode_run,
     encode_scattered,
@@ -179,7 +178,8 @@ data_frames = cluster_frames | run_frames() | shared_runs() | scattered() | unch
 def encode(message: Message) -> list[Part]:
     match message:
         case ClusterFrame():
-            return encode_cluster(*message)
+            # Only other producers send them.
+            return [pack(message.seq), pack([message.dev_id, message.cluster_num, message.data])]
         case RunFrame():
             return encode_run(*message)
         case SharedRun():

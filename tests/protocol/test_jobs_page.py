@@ -11,7 +11,10 @@ import pytest
 from tests.protocol.page import PAGE, Example, literal, read_examples, table
 from vmapipe.protocol import service
 
-KINDS: dict[str, Any] = {service.wire_name(kind): kind for kind in service.KINDS}
+KINDS: dict[str, Any] = {
+    "REFUSE" if kind is service.JobRefused else kind.__name__.removeprefix("Job").upper(): kind
+    for kind in service.KINDS
+}
 EXAMPLES = list(read_examples("job"))
 
 

@@ -144,16 +144,6 @@ def test_a_tmpdir_in_which_others_can_rename_is_not_used_for_sockets(
 NOBODY = 65534
 
 
-@pytest.fixture(params=["openat2", "by component"])
-def way_down(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "by component":
-
-        def unknown(*words: object) -> int:
-            raise OSError(errno.ENOSYS, "no such call")
-
-        monkeypatch.setattr(folders, "openat2", unknown)
-
-
 def swapped_for_a_link(folder: Path, elsewhere: Path) -> None:
     folder.rename(folder.with_name("moved"))
     folder.symlink_to(elsewhere)
@@ -204,25 +194,6 @@ def test_a_name_is_a_single_component(tmp_path: Path, name: str) -> None:
             folder.open(name, os.O_RDONLY)
         with pytest.raises(OSError, match="not a name in a folder"):
             folder.rename_new("x", name)
-
-
-@pytest.mark.usefixtures("way_down")
-def test_a_path_below_a_folder_leads_neither_out_of_it_nor_over_a_link(tmp_path: Path) -> None:
-    (tmp_path / "in" / "deep").mkdir(parents=True)
-    (tmp_path / "in" / "deep" / "file").write_bytes(b"mine")
-    (tmp_path / "out").write_bytes(b"not mine")
-    (tmp_path / "in" / "up").symlink_to("..")
-    (tmp_path / "in" / "end").symlink_to("deep/file")
-    with HeldFolder(str(tmp_path / "in")) as folder:
-        fd = folder.open_below("deep/file", os.O_RDONLY)
-        assert os.read(fd, 9) == b"mine"
-        os.close(fd)
-        os.close(folder.open_below("deep/new", os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        refused = r"symbolic|cross-device|No such file|Not a directory|not a name"
-        for path in ("../out", "deep/../../out", "up/out", "end", "/etc/passwd", ""):
-            with pytest.raises(OSError, match=refused):
-                folder.open_below(path, os.O_RDONLY)
-    assert stat.S_IMODE((tmp_path / "in" / "deep" / "new").stat().st_mode) == 0o600
 
 
 def test_what_has_another_inode_is_not_removed(tmp_path: Path) -> None:

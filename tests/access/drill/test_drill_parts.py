@@ -22,7 +22,7 @@ from vmapipe.access.drill.screen import (
     parse_ppm,
     text_lines,
 )
-from vmapipe.access.drill.signs import failure_in, has_login, plain
+from vmapipe.access.drill.signs import LOGIN, failure_in, plain
 from vmapipe.access.drill.watch import PatternTooSlow, Transcript, bounded_search
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
@@ -164,14 +164,14 @@ def test_a_text_that_means_failure_is_known(text: str, weight: str, words: str) 
 )
 def test_what_a_good_boot_says_is_no_failure(text: str) -> None:
     assert failure_in(text) is None
-    assert not has_login(text)
+    assert not LOGIN.search(text)
 
 
 def test_a_login_prompt_is_known_in_colours_too() -> None:
-    assert has_login(plain("\x1b[1;32mweb\x1b[0m login: "))
-    assert has_login("\nDebian GNU/Linux 12 web tty1\n\nweb login:")
-    assert has_login("SAC>")
-    assert not has_login("Starting systemd-logind.service - User Login Management...")
+    assert LOGIN.search(plain("\x1b[1;32mweb\x1b[0m login: "))
+    assert LOGIN.search("\nDebian GNU/Linux 12 web tty1\n\nweb login:")
+    assert LOGIN.search("SAC>")
+    assert not LOGIN.search("Starting systemd-logind.service - User Login Management...")
 
 
 @given(st.binary(max_size=3000))
@@ -179,7 +179,7 @@ def test_signs_are_looked_for_in_any_bytes(raw: bytes) -> None:
     text = plain(raw.decode("latin-1"))
     assert all(c == "\n" or c.isprintable() for c in text)
     failure_in(text)
-    has_login(text)
+    LOGIN.search(text)
 
 
 @given(st.lists(st.binary(max_size=9000), max_size=6))
@@ -193,7 +193,7 @@ def test_a_transcript_has_each_byte_in_a_window_and_keeps_bounded_ends(pieces: l
 def test_what_floods_a_console_is_still_searched_and_not_kept() -> None:
     transcript = Transcript()
     flood = b"x" * (5 << 18)
-    found = [w for w in transcript.feed(flood + b"\nweb login: " + b"y" * 5000) if has_login(w)]
+    found = [w for w in transcript.feed(flood + b"\nweb login: " + b"y" * 5000) if LOGIN.search(w)]
     assert found
     assert len(transcript.kept()) < (1 << 20) + 100
     assert b"bytes are left out here" in transcript.kept()
