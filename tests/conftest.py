@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from hypothesis import settings
 
 from tests import leaks
 from tests.golden_archives import GoldenItem, read_digests, unpack_all
-from tests.machine import run
+from tests.machine import COPIES, run
 
 ON_CI = os.environ.get("CI") == "true"
 
@@ -31,6 +32,16 @@ settings.load_profile("ci" if ON_CI else "dev")
 # a test starts would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """The collector need not look through thousands of tests again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    COPIES.close()
 
 
 def absent(what: str) -> NoReturn:
@@ -146,10 +157,10 @@ class CopyHere(Protocol):
 
 @pytest.fixture
 def copy_here() -> CopyHere:
-    """`vmapipe copy`; returns what it says."""
+    """`vmapipe copy`, with what the test has replaced; returns what it says."""
 
     def copy(*words: str | Path, code: int = 0) -> str:
-        done = run("copy", *words)
+        done = run("copy", *words, as_patched=True)
         said = (done.stdout + done.stderr).decode()
         assert done.returncode == code, said
         return said

@@ -18,6 +18,8 @@ from typing import TypeVar
 
 import psutil
 
+from tests.machine import COPIES
+
 Left = TypeVar("Left", bound=Collection[object])
 
 # A tidy test never waits; a leaking one waits this long once and then fails.
@@ -28,19 +30,26 @@ RUN_VARIABLE = "VMAPIPE_TEST_RUN"
 
 
 def child_processes() -> set[psutil.Process]:
-    """All descendants, and children that have ended but were not waited for."""
+    """All descendants, and children that have ended but were not waited for: those of tests."""
     # Most tests have none. The kernel says so in microseconds, where a search through all
     # processes of the machine takes milliseconds, twice a test.
-    if not _has_children():
+    if not (_has_children("self", COPIES.pid) or _has_children(str(COPIES.pid))):
         return set()
-    return set(psutil.Process().children(recursive=True))
+    found = psutil.Process().children(recursive=True)
+    return {process for process in found if process.pid != COPIES.pid}
 
 
-def _has_children() -> bool:
-    for task in os.listdir("/proc/self/task"):
+def children() -> list[psutil.Process]:
+    """The children of this process which tests have started."""
+    return [child for child in psutil.Process().children() if child.pid != COPIES.pid]
+
+
+def _has_children(process: str, known_pid: int = 0) -> bool:
+    """Whether a process has children, beside a known one."""
+    for task in os.listdir(f"/proc/{process}/task"):
         try:
-            with open(f"/proc/self/task/{task}/children", "rb") as children:
-                if children.read(1):
+            with open(f"/proc/{process}/task/{task}/children", "rb") as children:
+                if {*map(int, children.read().split())} - {known_pid}:
                     return True
         except FileNotFoundError:
             # A thread that ended just now, or a kernel without this file.

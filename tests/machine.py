@@ -4,26 +4,23 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import psutil
 
-from vmapipe.control.cli.vma import main as vma_main
+from tests.copies import Copies
 from vmapipe.control.coordinator.status_socket import JobClient, sockets
-from vmapipe.control.main import COMMANDS, main
+from vmapipe.control.main import COMMANDS
 from vmapipe.runtime.errors import Failure
 
 VMAPIPE = (sys.executable, "-P", "-m", "vmapipe.control.main")
@@ -63,40 +60,44 @@ def sha256(path: Path) -> str:
 
 
 def run(
-    *words: str | Path, tool: Sequence[str] = VMAPIPE, **more: Any
+    *words: str | Path, tool: Sequence[str] = VMAPIPE, as_patched: bool = False, **more: Any
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a command to its end; never raises for its exit code.
 
-    Ours run in a copy of this process, without the half second that Python takes to start, unless
+    Ours run in a copy of a process, without the half second that Python takes to start, unless
     `more` asks for what only a new process has, or the variable VMAPIPE_TESTS_EXEC is set.
+    `as_patched`: what the test has replaced in our modules is replaced in the command.
     """
     entry = _ENTRIES.get(tuple(tool))
-    if entry is not None and more.keys() <= _FOR_A_COPY and not ALWAYS_NEW:
-        return _run_in_copy(entry, [*map(str, words)], **more)
+    if as_patched or (entry is not None and more.keys() <= _FOR_A_COPY and not ALWAYS_NEW):
+        return _run_in_copy(entry or "", [*map(str, words)], as_patched=as_patched, **more)
     options: dict[str, Any] = {"capture_output": True, "timeout": LIMIT_S, **more}
     if "stdout" in more or "stderr" in more:
         options.pop("capture_output")
     return subprocess.run([*tool, *map(str, words)], check=False, **options)
 
 
-Entry = Callable[[Sequence[str]], int]
-_ENTRIES: dict[tuple[str, ...], Entry] = {VMAPIPE: main, VMA: vma_main}
+# The modules whose `main` the tools are.
+_ENTRIES: dict[tuple[str, ...], str] = {
+    VMAPIPE: "vmapipe.control.main",
+    VMA: "vmapipe.control.cli.vma",
+}
 _FOR_A_COPY = {"stdin", "cwd", "env"}
 ALWAYS_NEW = bool(os.environ.get("VMAPIPE_TESTS_EXEC"))
-# The exit code of a command whose own error reached nobody: none of ours ends with it.
-_BROKEN = 99
+COPIES = Copies()
 
 
 def _run_in_copy(
-    entry: Entry,
+    entry: str,
     words: list[str],
     *,
     stdin: int | IO[bytes] = subprocess.DEVNULL,
     cwd: Path | str = ".",
     env: Mapping[str, str] | None = None,
+    as_patched: bool = False,
 ) -> subprocess.CompletedProcess[bytes]:
-    if entry is main and words and words[0] in COMMANDS:
-        importlib.import_module(COMMANDS[words[0]][0])  # once, for all that follow
+    is_command = entry == _ENTRIES[VMAPIPE] and words and words[0] in COMMANDS
+    loads = COMMANDS[words[0]][0] if is_command else entry
     with (
         tempfile.TemporaryFile() as out,
         tempfile.TemporaryFile() as err,
@@ -104,44 +105,12 @@ def _run_in_copy(
     ):
         given = null if stdin == subprocess.DEVNULL else stdin
         fds = [given if isinstance(given, int) else given.fileno(), out.fileno(), err.fileno()]
-        pid = os.fork()
-        if pid == 0:
-            _be_the_command(entry, words, fds, cwd, dict(os.environ if env is None else env))
-        _, status = os.waitpid(pid, 0)
+        folder = str(Path.cwd() / cwd)
+        environ = dict(os.environ if env is None else env)
+        code = COPIES.run(entry, loads, words, fds, int(LIMIT_S), folder, environ, as_patched)
         out.seek(0)
         err.seek(0)
-        code = os.waitstatus_to_exitcode(status)
         return subprocess.CompletedProcess(words, code, out.read(), err.read())
-
-
-def _be_the_command(
-    entry: Entry, words: list[str], fds: list[int], cwd: Path | str, env: dict[str, str]
-) -> NoReturn:
-    status = _BROKEN
-    try:
-        signal.alarm(int(LIMIT_S))
-        os.environ.clear()
-        os.environ.update(env)
-        os.chdir(cwd)
-        for number, fd in enumerate(fds):
-            os.dup2(fd, number)
-        for fd in map(int, os.listdir("/proc/self/fd")):
-            with suppress(OSError):  # the folder's own
-                if not os.get_inheritable(fd):
-                    os.close(fd)
-        # What pytest has put in their places is of its own.
-        sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")
-        try:
-            status = entry(words)
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else _BROKEN
-        sys.stdout.flush()
-    finally:
-        # Whatever it was: nothing of pytest's may go on in the copy.
-        if status == _BROKEN:
-            traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 def good(*words: str | Path, **more: Any) -> bytes:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests import leaks
 from tests.machine import LIMIT_S, Need, listens, make_disk
 from tests.producer.pull.reading import content, runs
 from vmapipe.producer.image_source import HowToRead, ImageReader
@@ -167,7 +167,7 @@ def test_a_daemon_that_dies_while_data_comes_through_shared_memory(
     with opened(image, HowToRead("qcow2")) as source:
         found = runs(source)
         next(found)
-        for child in psutil.Process().children():
+        for child in leaks.children():
             child.kill()
         with pytest.raises(
             ExportError, match=r"^disk 'd': .*qemu-storage-daemon was killed by SIG"
@@ -274,7 +274,7 @@ def test_a_missing_image_is_said_in_qemus_words(tmp_path: Path, need: Need) -> N
 def test_a_server_that_dies_is_an_error_with_device_and_offset(disk: Path, need: Need) -> None:
     need("qemu-nbd")
     with opened(disk, HowToRead("raw", offset=512)) as source:
-        for child in psutil.Process().children():
+        for child in leaks.children():
             child.kill()
         with pytest.raises(
             ExportError, match=r"^disk 'd': .* offset 0: .*qemu-nbd was killed by SIGKILL"
@@ -322,7 +322,7 @@ def test_a_server_that_says_much_is_not_held_up_by_a_pipe_that_nobody_reads(
     talker.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with opened(disk, HowToRead("raw", offset=512)) as source:
-        for child in psutil.Process().children():
+        for child in leaks.children():
             child.kill()
         with pytest.raises(ExportError) as raised:
             content(source)
@@ -345,7 +345,7 @@ def test_a_chain_of_images_that_is_a_circle_is_given_up_once(
         opened(image, how),
     ):
         pass
-    assert psutil.Process().children() == []
+    assert leaks.children() == []
 
 
 def test_without_qemu_nbd_the_message_names_the_package(

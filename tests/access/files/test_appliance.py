@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests import leaks
 from tests.access.images.make import KEY, many_files, unpack
 from tests.access.mounting import mounting
 from tests.conftest import absent
@@ -280,14 +281,14 @@ def test_a_killed_qemu_is_one_clear_line(archive: Path) -> None:
     def kill() -> None:
         deadline = time.monotonic() + LIMIT_S
         while not killed and time.monotonic() < deadline:
-            for child in psutil.Process().children():
+            for child in leaks.children():
                 with contextlib.suppress(psutil.Error):  # one that has ended
                     if child.pid not in others and "virtio-blk-pci" in " ".join(child.cmdline()):
                         child.kill()
                         killed.append(child.pid)
             time.sleep(0.05)
 
-    others = {child.pid for child in psutil.Process().children()}
+    others = {child.pid for child in leaks.children()}
     thread = threading.Thread(target=kill)
     thread.start()
     with (

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import leaks
 from tests.archiver.outputs.targets import LIMIT_S, in_thread
 from vmapipe.archiver.outputs import command
 from vmapipe.archiver.outputs.base import OutputFailure
@@ -162,7 +163,7 @@ def test_abandoning_ends_every_process_of_a_pipeline(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     output = open_output(f"exec:(echo $$ >> {pids}; exec cat) | (cat; sleep 1000) >/dev/null")
     _wait_for(pids.exists)
-    family = psutil.Process().children(recursive=True)
+    family = leaks.child_processes()
     output.abandon()
     _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
     assert alive == []
@@ -204,13 +205,13 @@ def test_a_command_that_is_none_is_refused(spec: str) -> None:
 
 def _shell(words: str) -> psutil.Process:
     """The shell that runs this command, which a test has just started."""
-    (shell,) = (each for each in psutil.Process().children() if each.cmdline()[-1:] == [words])
+    (shell,) = (each for each in leaks.children() if each.cmdline()[-1:] == [words])
     return shell
 
 
 def _sleeping() -> set[int]:
     found = set()
-    for child in psutil.Process().children():
+    for child in leaks.children():
         with contextlib.suppress(psutil.Error):
             if child.name() == "sleep":
                 found.add(child.pid)

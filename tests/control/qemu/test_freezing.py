@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from tests import leaks
 from tests.control.qemu.agent import be_killed_while_frozen
 from tests.control.qemu.played_agent import Agent
 from tests.control.qmp.hostile import Flood, hostile_qemu
@@ -217,7 +217,7 @@ def test_a_backup_that_is_cancelled_says_that_the_guest_may_be_frozen(
 
 
 def kill_the_freezer() -> None:
-    (child,) = psutil.Process().children()
+    (child,) = leaks.children()
     child.send_signal(signal.SIGKILL)
 
 
