@@ -13,7 +13,7 @@ import pytest
 
 from tests.access.bootable import make_bootable
 from tests.conftest import absent
-from tests.fleet.test_run import Site
+from tests.fleet.test_run import MIB, Site
 from tests.guest import find_kernel
 from tests.machine import Need
 from vmapipe.access.drill.screen import Picture, encode_png
@@ -26,30 +26,55 @@ from vmapipe.fleet.sqlite_file import open_file
 PNG = encode_png(Picture(720, 400, b"\x10\x20\x30" * 720 * 400))
 
 
-@pytest.mark.timeout(400)
-def test_a_round_boots_what_it_has_stored_and_the_report_of_another_host_shows_the_screen(
-    tmp_path: Path, need: Need, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def site(tmp_path: Path, need: Need, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """A fleet of one machine, `web`, whose disk is still to be made, and which is to be booted."""
     need("qemu-system-x86_64", "setpriv")
     monkeypatch.setenv(VARIABLE, TCG)
+    made = Site(tmp_path)
+    for disk in tmp_path.glob("pve*/*.raw"):
+        disk.unlink()
+    file = tmp_path / "fleet.toml"
+    file.write_text(file.read_text().replace('verify_every = "7d"', 'drill_every = "30d"'))
+    return made
+
+
+def _reported(site: Site, code: int) -> tuple[dict[str, Any], str]:
+    """The machine's row, and the page, where there is the catalogue, and not the target's folder."""
+    site.target.rename(site.folder / "elsewhere")
+    page = site.folder / "r.html"
+    done = site.fleet("report", "--json", "--html", str(page), code=code)
+    (row,) = json.loads(done.stdout)["machines"]
+    return row, page.read_text()
+
+
+def test_a_machine_that_does_not_boot_is_in_the_report_of_another_host_with_its_screen(
+    site: Site,
+) -> None:
+    (site.folder / "pve1" / "web.raw").write_bytes(b"x" + bytes(MIB))
+    told = site.fleet("run", code=1, limit_s=300).stdout
+    assert ": drill of web failed: " in told, told
+    row, text = _reported(site, code=4)
+    assert (row["drill"]["verdict"], row["days"][-1]) == ("not-booted", "damaged")
+    assert [problem["kind"] for problem in row["problems"]] == ["not-booted"]
+    assert text.count("data:image/png;base64,") == 1
+    assert "No bootable device" in text
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_round_boots_what_it_has_stored_and_the_report_of_another_host_shows_the_screen(
+    site: Site, need: Need
+) -> None:
     kernel = find_kernel()
     if kernel is None:
         absent("a kernel for a guest; scripts/setup unpacks Debian's into .venv/kernel")
-    site = Site(tmp_path)
-    for disk in tmp_path.glob("pve*/*.raw"):
-        disk.unlink()
-    make_bootable(need, kernel, tmp_path / "made", tmp_path / "pve1" / "web.raw")
-    file = tmp_path / "fleet.toml"
-    file.write_text(file.read_text().replace('verify_every = "7d"', 'drill_every = "30d"'))
+    make_bootable(need, kernel, site.folder / "made", site.folder / "pve1" / "web.raw")
     told = site.fleet("run", limit_s=300).stdout
     assert ": drill of web done" in told, told
-    # The report's host has the catalogue, and not the target's folder.
-    site.target.rename(tmp_path / "elsewhere")
-    page = tmp_path / "r.html"
-    (row,) = json.loads(site.fleet("report", "--json", "--html", str(page)).stdout)["machines"]
+    row, text = _reported(site, code=0)
     assert (row["drill"]["verdict"], row["days"][-1]) == ("booted", "booted")
     assert 0 < row["drill"]["boot_s"] < row["drill"]["seconds"] + 1
-    text = page.read_text()
     assert text.count("data:image/png;base64,") == 1
     assert f"booted</span> in {row['drill']['boot_s']:.0f} s" in text
 
