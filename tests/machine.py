@@ -191,7 +191,7 @@ def listens(path: Path) -> bool:
     Asked of the kernel: a connection would be some servers' only one.
     """
     listening = "00010000"  # SO_ACCEPTCON, in the column of flags
-    for line in Path("/proc/net/unix").read_text().splitlines():
+    for line in Path("/proc/net/unix").read_text(errors="replace").splitlines():
         columns = line.split(maxsplit=7)
         if columns[7:] == [str(path)] and columns[3] == listening:
             return True
