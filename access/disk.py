@@ -149,9 +149,17 @@ class ArchiveDisk:
             piece = target[at : at + length]
             if position is None:
                 _clear(piece)
-            elif self._archive.storage.read_into(piece, position) < length:
-                raise self._fault(offset, "the archive is shorter than it was")
+            else:
+                self._read_stored(piece, position, offset + at)
             at += length
+
+    def _read_stored(self, target: memoryview, position: int, offset: int) -> None:
+        try:
+            count = self._archive.storage.read_into(target, position)
+        except OSError as error:
+            raise self._fault(offset, error.strerror or str(error)) from error
+        if count < len(target):
+            raise self._fault(offset, "the archive is shorter than it was")
 
     def _fault(self, offset: int, why: str) -> OSError:
         return read_error(f"device {self._name!r}", offset, why)

@@ -65,7 +65,11 @@ def serve(
                 overlay = OverlayDisk(disk, path, archive_id(archive.header), device.dev_id)
                 overlays.append(overlay)
                 offers.append(writable_offer(export, overlay, device.name))
-        server = Server([listener], offers, lambda text: emit({"event": "notice", "text": text}))
+
+        def notice(text: str) -> None:
+            emit({"event": "notice", "text": text})
+
+        server = Server([listener], offers, notice, reports_failures=True)
         server.start()
         for item in shown:
             emit(

@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vmapipe.producer.nbd.backend import Backend, IncomingWrite, Mapped, Placing
 from vmapipe.producer.nbd.workers import Budget, Pool, Share, Workers
@@ -83,8 +83,12 @@ class Connection:
         workers: Workers,
         pool: Pool,
         request_limit_s: float | None = None,
+        report_failure: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`request_limit_s`: so long a request may take to come in; None: for ever."""
+        """`request_limit_s`: so long a request may take to come in; None: for ever.
+
+        `report_failure`: called by any thread with each request that the backend failed, and why.
+        """
         self._socket = sock
         self._session = session
         self._backend = backend
@@ -94,6 +98,7 @@ class Connection:
         self._apart_bytes = _BUFFER_BYTES + 1 if self._placing is None else _PLACED_BYTES
         self._workers = workers
         self._budget = Budget(pool)
+        self._report_failure = report_failure
         self._request_limit_s = math.inf if request_limit_s is None else request_limit_s
         # How long was waited for the rest of the request that is coming in.
         self._waited_s = 0.0
@@ -434,8 +439,12 @@ class Connection:
         return [success_reply(request)]
 
     def _failed(self, request: NbdRequest, failure: OSError) -> bytes:
-        error = error_of_errno(failure.errno)
-        return error_reply(self._session, request, error, os_error_text(failure))
+        error, reason = error_of_errno(failure.errno), os_error_text(failure)
+        # What an export cannot do is an answer, not a fault.
+        if failure.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            name = self._session.export.name
+            self._report_failure(f"export {name!r}, {request.describe()} failed: {reason}")
+        return error_reply(self._session, request, error, reason)
 
     def _send_replies(self) -> None:
         self._carry_out_writes()
@@ -471,6 +480,10 @@ class Connection:
                 # A part of an answer that was begun is not there. All that is left is to end it:
                 # whoever connects again is told by an error where.
                 self._mapped.distrust_views()
+                self._report_failure(
+                    f"export {self._session.export.name!r}: data of its file could not be sent: the file "
+                    "became shorter, or its disk fails; the client was disconnected"
+                )
                 raise ConnectionAbortedError from None
             if not isinstance(error, BlockingIOError):
                 raise

@@ -36,6 +36,9 @@ _PLACE_S = 2.0
 _LEAVE_S = 0.25
 # Words about strange clients: at most so often.
 _TELL_S = 1.0
+# Different failures that are told of in so long a time: more of them say nothing new, and a log has an end.
+_FAILURES_S = 60.0
+_MAX_FAILURES = 256
 # So long a server tries to get its first thread. QEMU tries to reconnect for 30 s.
 _THREAD_S = 10.0
 # After a moment without descriptors, memory or threads.
@@ -97,8 +100,13 @@ class Server:
         report: Callable[[str], None] = lambda text: None,
         pool: Pool | None = None,
         request_limit_s: float | None = None,
+        *,
+        reports_failures: bool = False,
     ) -> None:
-        """`pool`: shared with other servers; `request_limit_s`: see Connection."""
+        """`pool`: shared with other servers; `request_limit_s`: see Connection.
+
+        `reports_failures`: also call `report` with each request that a backend failed.
+        """
         self._listeners = listeners
         self._exports = [offer.export for offer in offers]
         self._backends = {offer.export.name: offer.backend for offer in offers}
@@ -111,6 +119,11 @@ class Server:
         self._clients: dict[threading.Thread, _Client] = {}
         self._tell_at = 0.0
         self._untold = 0
+        self._reports_failures = reports_failures
+        # Failures that were told of, since when, and how many were not.
+        self._failures: set[str] = set()
+        self._failures_since = 0.0
+        self._untold_failures = 0
         self._stopping = False
 
     def start(self) -> None:
@@ -227,6 +240,25 @@ class Server:
             untold, self._untold, self._tell_at = self._untold, 0, now + _TELL_S
         self._report(f"{text} (and {untold} such lines before it)" if untold else text)
 
+    def _tell_failure(self, text: str) -> None:
+        """A client may try the same again and again: each failure is told once in a while."""
+        if not self._reports_failures:
+            return
+        untold = 0
+        with self._lock:
+            now = time.monotonic()
+            if now >= self._failures_since + _FAILURES_S:
+                self._failures.clear()
+                self._failures_since = now
+                untold, self._untold_failures = self._untold_failures, 0
+            is_new = text not in self._failures and len(self._failures) < _MAX_FAILURES
+            if is_new:
+                self._failures.add(text)
+            else:
+                self._untold_failures += 1
+        if is_new:
+            self._report(f"{text} (and {untold} such lines before it)" if untold else text)
+
     def _serve(self, client: _Client) -> None:
         sock = client.sock
         try:
@@ -235,7 +267,13 @@ class Server:
             if session is not None:
                 backend = self._backends[session.export.name]
                 connection = Connection(
-                    sock, session, backend, self._workers, self._pool, self._request_limit_s
+                    sock,
+                    session,
+                    backend,
+                    self._workers,
+                    self._pool,
+                    self._request_limit_s,
+                    self._tell_failure,
                 )
                 with self._lock:
                     client.connection = connection

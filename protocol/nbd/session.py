@@ -150,6 +150,14 @@ class NbdRequest(NamedTuple):
     offset: int
     length: int
 
+    def describe(self) -> str:
+        """Return the request in words, for a line that says what became of it."""
+        name = COMMAND_NAMES.get(self.type, f"command {self.type}")
+        name = name.removeprefix("NBD_CMD_").lower().replace("_", " ")
+        if self.type == NBD_CMD_FLUSH:
+            return name
+        return f"byte {self.offset}: {name} of {self.length} bytes"
+
     @property
     def payload_bytes(self) -> int:
         """How many bytes of data follow the request."""

@@ -122,6 +122,23 @@ def test_an_archive_that_is_truncated_or_overwritten_meanwhile_is_an_io_error(
                 lost += 1
         assert 0 < lost < len(PATTERN)
     assert "is damaged" in served.said
+    assert served.said.count("read of 65536 bytes failed: ") == lost
+
+
+def test_an_archive_that_is_truncated_after_it_was_checked_is_told_of_at_each_read(
+    stored: Path, tmp_path: Path
+) -> None:
+    path = copied(stored, tmp_path, "vm.vma")
+    last = len(PATTERN) - 1
+    with serving(tmp_path / "s", path) as served, Client(tmp_path / "s", "a") as client:
+        client.read(last * 65536, 65536)  # its extent counts as checked from now on
+        os.truncate(path, path.stat().st_size - 100_000)
+        with pytest.raises(OSError) as caught:  # noqa: PT011  its number is looked at
+            client.read(last * 65536, 65536)
+    assert caught.value.errno == errno.EIO
+    line = f"export 'a', byte {last * 65536}: read of 65536 bytes failed: cannot read device 'a'"
+    assert line in served.said
+    assert "the archive is shorter than it was" in served.said
 
 
 def test_a_cache_disk_that_is_full_is_an_io_error_with_its_reason(
