@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from vmapipe.archiver.arguments import (
     add_output_options,
@@ -19,7 +20,6 @@ from vmapipe.archiver.arguments import (
     signing_key_of,
 )
 from vmapipe.archiver.base.check import Base, check_base, open_digests
-from vmapipe.archiver.base.choice import choose_base, usable_base
 from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.server import Listen, serve
 from vmapipe.archiver.job.spec import RECONNECT_S, JobSpec
@@ -65,13 +65,15 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.immutable import lock_files
-from vmapipe.runtime.keys import read_server_keys
 from vmapipe.runtime.objectlock import ObjectLock
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import lower_priority, run, run_child
 from vmapipe.runtime.text import one_line
 from vmapipe.vma.groups import HOLD_BYTES
 from vmapipe.vma.header import MAX_DEVICES
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.keys import ServerKeys
 
 DESCRIPTION = """\
 Receive the disks of one backup from their producers and store them as one VMA
@@ -262,7 +264,7 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
         start_timeout_s=options.start_timeout,
         base=_base_of(options, emit),
     )
-    keys = read_server_keys(options.keys) if options.keys else None
+    keys = _server_keys(options.keys) if options.keys else None
     at = Listen(options.listen, keys, from_afar=options.from_afar)
     digests = open_digests(spec.base) if isinstance(spec.base, Base) else None
     try:
@@ -279,10 +281,19 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
             digests.close()
 
 
+def _server_keys(folder: str) -> ServerKeys:
+    """Raises Failure, UsageError."""
+    from vmapipe.runtime.keys import read_server_keys
+
+    return read_server_keys(folder)
+
+
 def _base_of(options: argparse.Namespace, emit: Emit) -> Base | str | None:
     """Return the base, or why there is none; None: none was asked for. Tells of one that was chosen here."""
     if options.base != "auto":
         return check_base(options.base) if options.base else None
+    from vmapipe.archiver.base.choice import choose_base, usable_base
+
     found = choose_base(options.output, options.device, options.recorded)
     found = usable_base(found, options.full_every)
     emit(

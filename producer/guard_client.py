@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import struct
@@ -25,10 +24,10 @@ from vmapipe.protocol.guard import (
     encode,
 )
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.logs import TRACE, shown
+from vmapipe.runtime.logs import TRACE, Trace, shown
 from vmapipe.runtime.syscalls import receive_fds
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # A guard answers at once; only one that was stopped or hangs does not.
 _ANSWER_S = 10.0
@@ -99,7 +98,7 @@ class GuardClient:
             self._socket.close()
 
     def _send(self, message: ToGuard) -> None:
-        if _log.isEnabledFor(TRACE):
+        if _log.has(TRACE):
             _log.log(TRACE, "%s to the guard: %s", self._name, shown(message))
         try:
             self._socket.send(encode(message))
@@ -111,7 +110,7 @@ class GuardClient:
         if not packet:
             raise self._gone()
         message = decode_from_guard(packet)
-        if _log.isEnabledFor(TRACE):
+        if _log.has(TRACE):
             _log.log(TRACE, "%s from the guard: %s", self._name, shown(message))
         if isinstance(message, GuardRefused | GuardFailed):
             raise Failure(message.reason)

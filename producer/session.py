@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import time
 from collections import deque
@@ -31,9 +30,9 @@ from vmapipe.protocol.transfer import (
 from vmapipe.protocol.transfer_state import ProducerSide, ProducerState
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.logs import TRACE, shown
+from vmapipe.runtime.logs import DEBUG, TRACE, Trace, shown
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # The connection itself, and whether all is to end, is looked at at least so often while there is
 # always something to send or to read: well below any heartbeat, and far above the time of a read.
@@ -258,8 +257,8 @@ class Session:
         self._send(self._side.fail(reason))
 
     def _send(self, parts: list[Part]) -> None:
-        if _log.isEnabledFor(logging.DEBUG):
-            level = TRACE if len(parts) > 1 else logging.DEBUG
+        if _log.has(DEBUG):
+            level = TRACE if len(parts) > 1 else DEBUG
             _log.log(level, "%s sends %s", self._name, shown(parts))
         # While there is no answer, what is kept is sent again later, and the rest is worth nothing.
         if not self._away:
@@ -271,8 +270,8 @@ class Session:
         while (parts := self._connection.receive()) is not None:
             self._heard = time.monotonic()
             message = self._side.receive(parts)
-            if _log.isEnabledFor(logging.DEBUG):
-                level = TRACE if isinstance(message, Grant) else logging.DEBUG
+            if _log.has(DEBUG):
+                level = TRACE if isinstance(message, Grant) else DEBUG
                 _log.log(level, "%s receives %s", self._name, shown(message))
             match message:
                 case Refuse(code, reason):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import logging
 import os
 import selectors
 import signal
@@ -21,11 +20,11 @@ from collections.abc import Collection, Sequence
 from typing import NoReturn
 
 from vmapipe.runtime.events import Command, Event, LineSplitter, encode_line
-from vmapipe.runtime.logs import shown
+from vmapipe.runtime.logs import DEBUG, Trace, shown
 from vmapipe.runtime.process import leave
 from vmapipe.runtime.syscalls import readable
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # What a process of ours handles; the copy starts without its parent's handlers.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -180,7 +179,7 @@ class Child:
 
     def tell(self, order: Command) -> None:
         """Send a command to the child; dropped if it has exited or its buffer is full."""
-        if _log.isEnabledFor(logging.DEBUG):
+        if _log.has(DEBUG):
             _log.debug("command to child %d %s", self.pid, shown(order))
         with contextlib.suppress(OSError):
             self.socket.send(encode_line(order))

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -134,7 +133,7 @@ class HeldFolder:
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         for _ in range(_TRIES):
-            name = f"{prefix}{secrets.token_hex(8)}{suffix}"
+            name = f"{prefix}{os.urandom(8).hex()}{suffix}"
             fd = self.open(name, flags, mode)
             # Where files cannot be locked, leftovers cannot be told apart, and none is removed.
             with contextlib.suppress(OSError):

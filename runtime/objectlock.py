@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 # What a store says of an object without a lock.
@@ -24,6 +23,9 @@ class ObjectLock(NamedTuple):
 
     def fields(self) -> dict[str, Any]:
         """Return what a request that makes an object says of it."""
+        # Late: every archive's options load this module, and few archives are locked.
+        from datetime import UTC, datetime
+
         until = datetime.fromtimestamp(self.until_s, UTC)
         return {"ObjectLockMode": self.mode, "ObjectLockRetainUntilDate": until}
 
@@ -34,6 +36,8 @@ _FOR_EVER_S = 253_370_764_800.0
 
 def locked_until_s(found: Mapping[str, Any]) -> float:
     """Return what an answer of the store says, in seconds since 1970; 0: nothing of a lock."""
+    from datetime import datetime
+
     if found.get("ObjectLockLegalHoldStatus") == "ON":
         return _FOR_EVER_S
     until = found.get("ObjectLockRetainUntilDate") or found.get("Retention", {}).get(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import logging
 import os
 import resource
 import socket
@@ -21,11 +20,11 @@ from typing import NoReturn, cast
 from vmapipe.runtime.cancel import Cancel, ParentConnection
 from vmapipe.runtime.errors import EXIT_FAILED, EXIT_OK, Failure, os_error_text
 from vmapipe.runtime.events import Command, Emit, Event, encode_line, ignore
-from vmapipe.runtime.logs import shown, start_logging
+from vmapipe.runtime.logs import DEBUG, Trace, shown, start_logging
 from vmapipe.runtime.syscalls import set_time_slice, share_one_heap
 from vmapipe.runtime.text import one_line
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # The next one of its kind says as much and more.
 _DROPPABLE = frozenset({"progress", "buffer", "transfer", "carried"})
@@ -253,7 +252,7 @@ def run_child(
         if event["event"] == "notice" or event["event"] == "draining" or event["event"] == "error":
             # It may quote a stranger at any length; a parent takes no line without an end.
             event = cast("Event", {**event, "text": one_line(event["text"])})
-        if _log.isEnabledFor(logging.DEBUG):
+        if _log.has(DEBUG):
             _log.debug("%s event %s", program, shown(event))
         parent.send(encode_line(event), droppable=event["event"] in _DROPPABLE)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import select
 import stat
 
@@ -133,7 +132,7 @@ def write_whole(path: str, data: bytes, mode: int) -> None:
     place, name = os.path.split(path)
     with HeldFolder(place) as folder:
         # Under no name that a program looks for before it is whole.
-        partial = f".{name.partition('.')[0][:100]}.{secrets.token_hex(4)}"
+        partial = f".{name.partition('.')[0][:100]}.{os.urandom(4).hex()}"
         fd = folder.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             with open(fd, "wb") as file:

@@ -7,8 +7,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 Result = TypeVar("Result")
 
@@ -30,6 +32,9 @@ class DaemonPool:
 
     def submit(self, job: Callable[[], Result]) -> Future[Result]:
         """Do it as soon as a thread is free."""
+        # Late: it brings `logging` along, and few commands have threads.
+        from concurrent.futures import Future
+
         future: Future[Result] = Future()
         self._jobs.put((future, job))
         return future

@@ -9,7 +9,6 @@ a stranger's word, as the parser's is: whoever made the file system may have tak
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import selectors
 import socket
@@ -40,9 +39,10 @@ from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.folders import OwnFolder
+from vmapipe.runtime.logs import Trace
 from vmapipe.runtime.text import one_line
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # To the guest's first word: 4 s emulated, 1 s with KVM, on machines that have nothing else to do.
 _START_S = {TCG: 180.0, KVM: 30.0}

@@ -8,8 +8,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vmapipe.archiver.base.source import BaseSource, read_source
 from vmapipe.archiver.outputs.compress import Compressed, decompress
@@ -22,6 +21,9 @@ from vmapipe.vma.seektable import (
     seek_table_bytes,
     seek_table_entries,
 )
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 # Two of the largest extents: the next one is read together with what is left of this one.
 _BUFFER_BYTES = 2 * MAX_EXTENT_BYTES
@@ -135,6 +137,9 @@ class FrameContent:
         # The current frame's bytes, from `_start` to `_end` of the plain archive.
         self._plain = memoryview(b"")
         self._start = self._end = 0
+        # Late: it brings `logging` along, and most backups have no such base.
+        from concurrent.futures import ThreadPoolExecutor
+
         self._pool = ThreadPoolExecutor(threads, "base")
 
     def have(self, at: int, length: int) -> memoryview:

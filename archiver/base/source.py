@@ -7,7 +7,6 @@ import io
 import os
 import tempfile
 from collections.abc import Hashable
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from vmapipe.runtime.objectstore import StoredObject, StoreError, is_object
@@ -16,6 +15,8 @@ from vmapipe.runtime.syscalls import read_at
 from vmapipe.runtime.threads import DaemonPool
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from _typeshed import WriteableBuffer
 
 # One request of it takes as long as many answer times; with those that are ahead it is 32 MiB of memory.

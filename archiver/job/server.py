@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import logging
 import mmap
 import operator
 import os
@@ -13,7 +12,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.archiver.base.check import Base
 from vmapipe.archiver.job import spec as core
@@ -26,11 +25,13 @@ from vmapipe.archiver.outputs.cluster_digests import BaseDigests
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.keys import ServerKeys
-from vmapipe.runtime.logs import TRACE, shown
+from vmapipe.runtime.logs import DEBUG, TRACE, Trace, shown
 from vmapipe.runtime.process import yield_cpu
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from vmapipe.runtime.keys import ServerKeys
+
+_log = Trace(__name__)
 
 # Some frames of each producer, so that none of them waits for us between two turns.
 _RECEIVE_MARK = 32
@@ -154,7 +155,7 @@ class _Server:
             self._emit({"event": "notice", "text": text})
 
     def _handle(self, event: core.JobEvent) -> None:
-        is_traced, level = _log.isEnabledFor(logging.DEBUG), logging.DEBUG
+        is_traced, level = _log.has(DEBUG), DEBUG
         if is_traced:
             level = TRACE if _comes_with_data(event) else level
             _log.log(level, "event %s", shown(event))

@@ -15,10 +15,10 @@ import stat
 import struct
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import zmq
 
-from vmapipe.archiver.listener.curve import CurveAuthenticator
 from vmapipe.archiver.listener.tcp import DescriptorBudget, TcpPort
 from vmapipe.protocol import limits, unfinished
 from vmapipe.protocol.schema import Part
@@ -26,8 +26,11 @@ from vmapipe.protocol.unfinished import MessageLedger
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.events import Finished
 from vmapipe.runtime.folders import made_with
-from vmapipe.runtime.keys import ServerKeys
 from vmapipe.runtime.process import require_memory
+
+if TYPE_CHECKING:
+    from vmapipe.archiver.listener.curve import CurveAuthenticator
+    from vmapipe.runtime.keys import ServerKeys
 
 # How long a closing socket may still deliver its last words.
 LINGER_MS = 2000
@@ -116,8 +119,11 @@ class ListeningSocket:
             #: Among what `wait` returns when messages are there.
             self.socket = self._context.socket(zmq.ROUTER)
             self._set_options(receive_mark)
-            self._curve = CurveAuthenticator(self._context, keys) if keys else None
-            if self._curve:
+            self._curve: CurveAuthenticator | None = None
+            if keys:
+                from vmapipe.archiver.listener.curve import CurveAuthenticator
+
+                self._curve = CurveAuthenticator(self._context, keys)
                 self._curve.secure(self.socket)
             # On one host only its owner can open the socket's folder.
             self._connections = (

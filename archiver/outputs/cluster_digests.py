@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -164,7 +163,7 @@ class DigestFile:
     def begin(self, uuid: bytes, devices: tuple[Device, ...], based: Mapping[int, Device]) -> None:
         """`based`: the devices that have a base, by their dev_ids there. Raises OutputFailure."""
         base = self._base
-        key = base.key if base is not None else secrets.token_bytes(KEY_BYTES)
+        key = base.key if base is not None else os.urandom(KEY_BYTES)
         self._digest = cluster_digester(key)
         self._places = places(devices)
         if base is not None:

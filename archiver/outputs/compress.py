@@ -16,14 +16,16 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.archiver.outputs.base import Buffers, Output, OutputFailure, OutputWrapper
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, MAX_EXTENT_DATA_BYTES
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.process import keep_freed_memory
 from vmapipe.vma.seektable import seek_table_ends
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 DEFAULT_LEVEL = 3
 # zstd has 22; from 20 on a frame takes more than 100 MiB of memory to make,
@@ -101,6 +103,9 @@ class ZstdOutput(OutputWrapper):
         keep_freed_memory()  # before a thread has a heap of its own: 20 % fewer faults, 5 % of the processor time
         _compressor(self._level)  # loads the library here, and not in the middle of a backup
         self._over = False
+        # Late: most backups compress nothing, and it brings `logging` along.
+        from concurrent.futures import ThreadPoolExecutor
+
         self._pool = ThreadPoolExecutor(compression.threads, "zstd")
 
     def write(self, buffers: Buffers) -> None:

@@ -14,9 +14,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmapipe.archiver.outputs.base import (
     ABANDON_WAIT_S,
@@ -32,6 +30,9 @@ from vmapipe.runtime.objectlock import ObjectLock
 from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
 from vmapipe.runtime.text import human_bytes
 from vmapipe.runtime.threads import DaemonPool
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 # An upload has 10,000 parts of at least 5 MiB, and its length is not known in advance. The parts
 # double after two thousand and after every further one: an archive of 31 GiB goes in parts of
@@ -321,7 +322,9 @@ class ObjectOutput(AbortableOutput):
         if self.upload and not self._resume:
             abort(self._store, self.upload)
             if under_way:
-                wait_for(under_way)
+                from concurrent.futures import wait
+
+                wait(under_way)
                 abort(self._store, self.upload)
         if self._began is not None:
             self._remove_ours()

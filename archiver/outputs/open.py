@@ -9,7 +9,6 @@ import stat
 import time
 
 from vmapipe.archiver.outputs.base import Output, open_failure
-from vmapipe.archiver.outputs.command import CommandOutput
 from vmapipe.archiver.outputs.file import FileOutput, exists_failure
 from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.archiver.outputs.stream import (
@@ -52,6 +51,8 @@ def open_output(
     if spec == "-":
         return open_inherited(_STDOUT, "standard output", cancel, close=False)
     if spec.startswith("exec:"):
+        from vmapipe.archiver.outputs.command import CommandOutput
+
         return CommandOutput(spec.removeprefix("exec:"), cancel=cancel)
     if match := _DESCRIPTOR.fullmatch(spec):
         number = int(match[1])

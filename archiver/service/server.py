@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -34,13 +33,13 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.keys import ServerKeys
-from vmapipe.runtime.logs import TRACE, shown
+from vmapipe.runtime.logs import DEBUG, TRACE, Trace, shown
 from vmapipe.runtime.process import notify
 
 # Time passes for the core, and systemd's watchdog is fed, so often.
 _TICK_S = 0.5
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 
 class ServiceLoop:
@@ -124,7 +123,7 @@ class ServiceLoop:
         self._status = status
 
     def _handle(self, event: FrontEvent, frames: Frames = ()) -> None:
-        is_traced, level = _log.isEnabledFor(logging.DEBUG), logging.DEBUG
+        is_traced, level = _log.has(DEBUG), DEBUG
         if is_traced:
             is_data = isinstance(event, PeerMessage) and len(event.parts) > 1
             level = TRACE if is_data or isinstance(event, ServiceTicked) else level

@@ -8,7 +8,6 @@ so that the coordinator need not know the difference.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,11 +36,11 @@ from vmapipe.runtime.event_types import (
 )
 from vmapipe.runtime.events import BaseChosenEvent, Emit, Event
 from vmapipe.runtime.keys import read_client_keys
-from vmapipe.runtime.logs import debug
+from vmapipe.runtime.logs import Trace, debug
 from vmapipe.runtime.process import run_child
 from vmapipe.runtime.text import one_line
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # After CANCEL the service has so long to say how the job ended: its archiver
 # removes a partial file. Below the time that our parent gives us (children.STOP_S).

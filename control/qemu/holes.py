@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import re
 import stat
@@ -40,9 +39,9 @@ from vmapipe.control.qemu.jobs import NodeBitmap
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qmp.connection import Answer, Command, Qmp, QmpRefused, ask_if_known
 from vmapipe.producer.source import segments_of
-from vmapipe.runtime.logs import debug
+from vmapipe.runtime.logs import Trace, debug
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # Sending the zeroes of a MiB takes QEMU 0.15 ms; making a bitmap of where the data is takes 10 ms.
 _WORTH_BYTES = 64 << 20

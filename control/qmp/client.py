@@ -14,7 +14,6 @@ from __future__ import annotations
 import array
 import contextlib
 import json
-import logging
 import os
 import random
 import select
@@ -31,10 +30,10 @@ from vmapipe.control.qmp.connection import Command, QmpGone, QmpLink, QmpPeer
 from vmapipe.control.qmp.reader import JsonReader, Unreadable, decode
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.logs import shown
+from vmapipe.runtime.logs import DEBUG, Trace, shown
 from vmapipe.runtime.syscalls import readable, writable
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 _READ_BYTES = 1 << 16
 # One look at the events reads no more than this, so that the caller gets to other work, too.
@@ -286,7 +285,7 @@ class QmpClient:
             {"execute": each.name, "arguments": dict(each.arguments), "id": number}
             for number, each in enumerate(asked, first)
         ]
-        if _log.isEnabledFor(logging.DEBUG):
+        if _log.has(DEBUG):
             _log.debug("%s command %s %s", self.path, command.name, shown(dict(command.arguments)))
         try:
             data = b"".join(json.dumps(request).encode() + b"\n" for request in requests)
@@ -328,7 +327,7 @@ class QmpClient:
         what = f"answer to {name}"
         if message.get("id", self._number) != self._number:
             raise self._lose_invalid(what, "it belongs to another question")
-        if _log.isEnabledFor(logging.DEBUG):
+        if _log.has(DEBUG):
             _log.debug("%s answer to %s %s", self.path, name, shown(dict(message)))
         if "return" in message:
             if fault := answer_fault(name, message["return"]):
@@ -342,7 +341,7 @@ class QmpClient:
 
     def _keep(self, event: dict[str, Any]) -> None:
         """Raises QmpGone."""
-        if _log.isEnabledFor(logging.DEBUG):
+        if _log.has(DEBUG):
             _log.debug("%s event %s", self.path, shown(event))
         fault = event_fault(event)
         size_bytes = 0 if fault else len(json.dumps(event))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import socket
 import sys
 import threading
@@ -53,12 +52,12 @@ from vmapipe.runtime.arguments import add_child_options, make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.events import Emit, Event
-from vmapipe.runtime.logs import debug
+from vmapipe.runtime.logs import Trace, debug
 from vmapipe.runtime.process import run_child
 from vmapipe.runtime.syscalls import readable
 from vmapipe.runtime.text import one_line
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # A coordinator that holds the writes has so long to say go: longer would be
 # felt in a guest.

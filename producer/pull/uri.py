@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.protocol.nbd.constants import string_fault
+
+if TYPE_CHECKING:
+    from urllib.parse import SplitResult
 
 DEFAULT_PORT = 10809
 # A Unix socket's path has 108 bytes in the kernel, with its NUL.
@@ -42,6 +44,8 @@ class NbdUri(NamedTuple):
     @property
     def shown(self) -> str:
         """The URI for people, logs and events: no user, no parameters but the socket."""
+        from urllib.parse import quote
+
         scheme = "nbds" if self.tls else "nbd"
         export = quote(self.export, safe="/:@!$&'()*+,;=", errors=_NOT_UTF8)
         if self.socket:
@@ -61,6 +65,9 @@ def parse_nbd_uri(text: str) -> NbdUri:
     """Raises NbdUriError, whose text never holds a user, a password or a key."""
     if not is_nbd_uri(text):
         raise NbdUriError(f"an NBD URI begins with one of {', '.join(f'{s}://' for s in _SCHEMES)}")
+    # Late: every backup asks whether a word is such a URI, and few are.
+    from urllib.parse import unquote, urlsplit
+
     try:
         parts = urlsplit(text)
         port = parts.port
@@ -103,6 +110,8 @@ def parse_nbd_uri(text: str) -> NbdUri:
 
 def _parameters(parts: SplitResult, *, tls: bool) -> dict[str, str]:
     """Raises NbdUriError: a parameter that is not known may be a misspelt one about security."""
+    from urllib.parse import parse_qsl
+
     found: dict[str, str] = {}
     # A "+" is no space here: it is common in paths.
     query = parts.query.replace("+", "%2B")

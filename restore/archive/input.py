@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import IO, TYPE_CHECKING, Generic, TypeVar
 
 from vmapipe.restore.archive.errors import InputError
@@ -26,6 +25,8 @@ from vmapipe.runtime.folders import temporary_folder
 from vmapipe.runtime.threads import DaemonPool
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import psutil
     from _typeshed import WriteableBuffer
 

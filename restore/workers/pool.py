@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,9 +13,9 @@ from vmapipe.restore.workers.work import Feed, RateLimits, Work, WorkerTable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import STOP_S, Children
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.logs import shown
+from vmapipe.runtime.logs import DEBUG, Trace, shown
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # A Python process starts in a tenth of a second; on a stalled machine later.
 _START_S = 60.0
@@ -114,7 +113,7 @@ class WorkerPool:
         self._cancel.check()
         for worker, parts in self._link.receive():
             message = decode_for_reader(parts)
-            if _log.isEnabledFor(logging.DEBUG):
+            if _log.has(DEBUG):
                 _log.debug("%s answers %s", worker, shown(message))
             match message:
                 case Ready() if self._setup is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import mmap
 import os
 import sys
@@ -40,13 +39,13 @@ from vmapipe.restore.workers.writer import TargetWriter
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, os_error_text
 from vmapipe.runtime.events import Emit, ignore
-from vmapipe.runtime.logs import shown
+from vmapipe.runtime.logs import DEBUG, Trace, shown
 from vmapipe.runtime.process import run_child
 from vmapipe.runtime.syscalls import read_at
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import Extent, parse_extent_header, without
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # Only a bound: every reason to go on wakes us at once.
 _WAIT_S = 5.0
@@ -77,7 +76,7 @@ class Worker:
                 self._link.wait(_WAIT_S)
                 continue
             work = decode_for_worker(parts)
-            if _log.isEnabledFor(logging.DEBUG):
+            if _log.has(DEBUG):
                 _log.debug("work %s", shown(work))
             if isinstance(work, FinishWork):
                 return
