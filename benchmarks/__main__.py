@@ -21,7 +21,7 @@ from benchmarks import guard, incremental, memory, serve
 from benchmarks.cases import bound_cases
 from benchmarks.extras import extra_cases
 from benchmarks.live import live_cases
-from benchmarks.measure import Case, Result, forget, remove, run_case
+from benchmarks.measure import FEWEST_PAIRS, Case, Result, forget, remove, run_case
 from benchmarks.place import Place, make_images
 from benchmarks.report import Report, file_system, machine, spread, verdict, write_into
 
@@ -33,8 +33,6 @@ FIGURES = Path("docs/benchmarks")
 _BEGIN_UNTIL_S = 1380.0
 # What a case may fail with: it is told, and the others go on.
 _FAULTS = (Exception, SystemExit)
-# On one core, and without a bound: a median of three.
-_FEWER_PAIRS = 3
 _MIB = 1 << 20
 
 
@@ -106,7 +104,7 @@ class _Run:
         self._memory()
         self._guard()
         for case in extra_cases(self._place):
-            self._case(case, min(self._pairs, _FEWER_PAIRS))
+            self._case(case, min(self._pairs, FEWEST_PAIRS))
 
     def _is_wanted(self, name: str) -> bool:
         """Return whether it is to be measured; what there is no time for is noted."""
@@ -130,7 +128,7 @@ class _Run:
             self._report.results.append(result)
             _say(result, "")
             if case.pinned and len(os.sched_getaffinity(0)) > 1:
-                alone = run_case(case, min(pairs, _FEWER_PAIRS), pinned=True)
+                alone = run_case(case, min(pairs, FEWEST_PAIRS), pinned=True)
                 self._report.pinned[case.name] = alone
                 _say(alone, ", on one core")
         except _FAULTS as error:
@@ -166,7 +164,7 @@ class _Run:
             ("what is served", serve.run_serve),
         ):
             try:
-                felt = results(place.disk, place.size_mib, _FEWER_PAIRS, only)
+                felt = results(place.disk, place.size_mib, FEWEST_PAIRS, only)
                 self._take_felt(name, felt)
             except _FAULTS as error:
                 self._failed(name, error)
@@ -204,7 +202,7 @@ def _facts(place: Place, pairs: int) -> str:
     return (
         f"{machine()}; load average {load:.1f} at the beginning; {today}. Images of "
         f"{place.size_mib} MiB on {file_system(place.disk)}, all in the page cache; {pairs} pairs, "
-        f"{min(pairs, _FEWER_PAIRS)} on one core."
+        f"{min(pairs, FEWEST_PAIRS)} on one core and of what takes long."
     )
 
 

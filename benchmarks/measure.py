@@ -20,6 +20,11 @@ import psutil
 
 # A command of ours that takes longer hangs; the slowest here takes half a minute.
 LIMIT_S = 300.0
+#: On one core, and without a bound: a median of three.
+FEWEST_PAIRS = 3
+# What has taken this long by then has no more of them: all of it is to end within 25 minutes on a
+# slower machine or disk, too, with every row that has a bound.
+_CASE_S = 30.0
 OURS = "vmapipe"
 
 
@@ -251,13 +256,16 @@ def pinned_to_one_core(wanted: bool) -> Iterator[int]:
 
 
 def run_case(case: Case, pairs: int, *, pinned: bool = False, seed: int = 1) -> Result:
-    """A B A B ..., each round in an order of its own."""
+    """A B A B ..., each round in an order of its own; fewer than `pairs` where they take long."""
     commands = [command for command in case.commands if command.possible]
     timings = {command.name: Timing() for command in commands}
     chance = random.Random(seed)
+    begin = time.monotonic()
     start_beside = case.beside or (lambda: nullcontext(()))
     with pinned_to_one_core(pinned) as cores, start_beside() as beside:
         for turn in range(-1 if case.warm_up else 0, pairs):
+            if turn >= FEWEST_PAIRS and time.monotonic() - begin > _CASE_S:
+                break
             order = list(commands)
             chance.shuffle(order)
             for command in order:

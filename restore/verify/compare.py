@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from vmapipe.clusters.sizes import BLOCK_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.restore.archive.digest import Hasher, extent_digest, read_digest
@@ -22,6 +22,9 @@ from vmapipe.runtime.children import can_fork
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import ClusterRun, Extent
 
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
 
 class Comparer:
     """In processes where that can be (`MappedHashers`), else in threads. A context manager."""
@@ -32,8 +35,12 @@ class Comparer:
         self._processes: MappedHashers | None = None
         if needed and isinstance(archive.source, PlainFile) and can_fork():
             self._processes = MappedHashers(archive.source.fd, count, self._read_digest, cancel)
-        # Starts a thread only when it is given something to do.
-        self._threads = ThreadPoolExecutor(count, "digest")
+        self._threads: ThreadPoolExecutor | None = None
+        if needed and self._processes is None:
+            # Late: it brings `logging` along, and most archives are hashed in processes.
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._threads = ThreadPoolExecutor(count, "digest")
         # Each holds an extent of up to 3.7 MiB, except in processes that map the file: there,
         # many at a time mean fewer wake-ups, a tenth of all the work.
         self._limit, self._rest = 2 * count, 2 * count - 1
@@ -47,7 +54,8 @@ class Comparer:
     def __exit__(self, *exc: object) -> None:
         if self._processes is not None:
             self._processes.close()
-        self._threads.shutdown(cancel_futures=True)
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
     def compare(self, piece: FoundExtent) -> Iterator[Extent]:
         """Begin with a piece that has a digest; exhaust it: extents whose digest is wrong.
@@ -68,6 +76,8 @@ class Comparer:
         extent = piece.extent
         if self._processes is not None:
             return self._processes.submit(extent.offset, extent.total_bytes)
+        if self._threads is None:
+            raise RuntimeError("a digest where none was needed")
         return self._threads.submit(digest_of, self._archive, piece, piece.data).result
 
     def _read_digest(self, offset: int, length: int) -> bytes:
