@@ -12,7 +12,6 @@ what the file has by then. What is read while QEMU moves a table may be anything
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,11 +23,11 @@ from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.holes import OpenFiles
 from vmapipe.control.qmp.connection import Answer
 from vmapipe.runtime.image_bounds import WITH_TABLES, Truncated, lost
-from vmapipe.runtime.logs import debug
+from vmapipe.runtime.logs import Trace, debug
 from vmapipe.runtime.text import name_text
 from vmapipe.runtime.threads import DaemonPool
 
-_log = logging.getLogger(__name__)
+_log = Trace(__name__)
 
 # QEMU moves a table within milliseconds: three looks at it while it moves are not by chance.
 _LOOKS = 3
