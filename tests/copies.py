@@ -76,7 +76,7 @@ class Copies:
         All else it inherits as a program would: limits, umask, descriptors that are made for it.
         `as_patched`: with the modules as the test has changed them, in a copy of this process.
         """
-        kept = [fd for fd in _open_fds() if fd > 2 and os.get_inheritable(fd)]
+        kept = [fd for fd in _open_fds() if fd > 2 and _is_inheritable(fd)]
         umask = os.umask(0o77)
         os.umask(umask)
         limits = [resource.getrlimit(which) for which in _LIMITS]
@@ -115,14 +115,19 @@ def _end_of(command: _Command, fds: list[int]) -> int:
 
 def _open_fds() -> list[int]:
     listed = map(int, os.listdir("/proc/self/fd"))
-    return [fd for fd in listed if _is_open(fd)]  # not that of the listing
+    return [fd for fd in listed if _flags(fd) is not None]  # not that of the listing
 
 
-def _is_open(fd: int) -> bool:
+def _is_inheritable(fd: int) -> bool:
+    flags = _flags(fd)
+    return flags is not None and not flags & fcntl.FD_CLOEXEC
+
+
+def _flags(fd: int) -> int | None:
+    """None: it is closed, perhaps by another thread just now."""
     with suppress(OSError):
-        fcntl.fcntl(fd, fcntl.F_GETFD)
-        return True
-    return False
+        return fcntl.fcntl(fd, fcntl.F_GETFD)
+    return None
 
 
 def _serve(requests: socket.socket) -> NoReturn:

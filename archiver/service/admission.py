@@ -102,8 +102,11 @@ def _check_places(
 ) -> None:
     """A client may take half of what is left, and no place that a listed one without a job needs."""
     most = max_jobs or max(_USUAL_JOBS, 1 + len(place.others))
-    left = most - len(running)
-    mine = sum(job.client == client for job in running)
+    # The process of a stored archive lives on for a moment, and its client, who knows that it is stored,
+    # may come again: it takes no place, as long as there are not too many of them.
+    busy = [job for job in running if job.stored is None]
+    left = min(most - len(busy), 2 * most - len(running))
+    mine = sum(job.client == client for job in busy)
     if left <= 0:
         raise RemoteProtocolError("too-many-jobs", f"{len(running)} jobs are running; try later")
     if place.max_jobs and mine >= place.max_jobs:

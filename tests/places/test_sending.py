@@ -62,9 +62,9 @@ def keep(folder: Path, name: str, raw: bytes, *, vouched: bytes | None = None) -
     return folder / name
 
 
-def copied(*words: str | Path, code: int = 0) -> str:
+def copied(*words: str | Path, code: int = 0, as_patched: bool = False) -> str:
     """What `vmapipe copy` says. In a process of its own: the library of sockets keeps a thread for large messages."""
-    done = run("copy", *words)
+    done = run("copy", *words, as_patched=as_patched)
     text = (done.stdout + done.stderr).decode()
     assert done.returncode == code, text
     assert "Traceback" not in text
@@ -177,7 +177,7 @@ def test_of_a_source_that_is_damaged_or_changes_nothing_is_stored(
     path = keep(tmp_path / "source", "changing.vma", raw)
     states = iter([("a",), ("b",)])
     monkeypatch.setattr("vmapipe.places.reading.source_state", lambda name: next(states))
-    told = copied(*service.link, path, service.endpoint, code=1)
+    told = copied(*service.link, path, service.endpoint, code=1, as_patched=True)
     assert "was changed or replaced while it was read" in told
     assert service.stored() == before
 

@@ -126,8 +126,8 @@ def test_notes_that_cannot_be_written_are_told_and_the_archive_stays(tmp_path: P
     hook = tmp_path / "hook"
     # The archive has the name of one of these seconds.
     hook.write_text(
-        '#!/bin/sh\nif [ "$1" = backup-start ]; then for n in $(seq 0 60); do mkfifo '
-        '"$DUMPDIR/vzdump-qemu-100-$(date -d "-$n seconds" +%Y_%m_%d-%H_%M_%S).vma.notes"; done; fi\n'
+        '#!/bin/sh\nif [ "$1" = backup-start ]; then now=$(date +%s); for n in $(seq 0 60); do mkfifo '
+        '"$DUMPDIR/vzdump-qemu-100-$(date -d @$((now - n)) +%Y_%m_%d-%H_%M_%S).vma.notes"; done; fi\n'
     )
     hook.chmod(0o755)
     out = tmp_path / "out"

@@ -82,12 +82,13 @@ def test_a_store_that_passes_over_the_lock_is_told_and_nothing_is_published(
     """As a gateway does that knows the bucket's setting, and not what a request says of one object."""
     kept = keep_archive(tmp_path)
     monkeypatch.setattr(ObjectLock, "fields", lambda lock: {})
-    done = run("copy", "--lock=30d", kept, f"{bucket}/unlocked")
+    done = run("copy", "--lock=30d", kept, f"{bucket}/unlocked", as_patched=True)
     assert done.returncode == 1
     assert b"did not lock it for as long as was asked" in done.stderr
     shorter = ObjectLock("GOVERNANCE", time.time() + 60).fields()
     monkeypatch.setattr(ObjectLock, "fields", lambda lock: shorter)
-    assert b"did not lock it" in run("copy", "--lock=30d", kept, f"{bucket}/shorter").stderr
+    done = run("copy", "--lock=30d", kept, f"{bucket}/shorter", as_patched=True)
+    assert b"did not lock it" in done.stderr
     assert "Contents" not in s3.client.list_objects_v2(Bucket=BUCKET, Prefix="unlocked/")
     assert "Contents" not in s3.client.list_objects_v2(Bucket=BUCKET, Prefix="shorter/")
 
@@ -97,6 +98,7 @@ def test_credentials_that_may_not_see_a_lock_store_and_are_told(
 ) -> None:
     kept = keep_archive(tmp_path)
     monkeypatch.setattr(StoredObject, "is_locked", lambda store: None)
-    said = good("copy", "--lock=1h", "--lock-mode=governance", kept, f"{bucket}/unseen")
+    words = ("copy", "--lock=1h", "--lock-mode=governance", kept, f"{bucket}/unseen")
+    said = good(*words, as_patched=True)
     assert b"whether it is locked cannot be seen" in said
     assert "Contents" in s3.client.list_objects_v2(Bucket=BUCKET, Prefix="unseen/")

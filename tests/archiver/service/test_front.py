@@ -202,6 +202,19 @@ def test_a_coordinator_that_comes_back_is_told_again_what_holds(world: World) ->
     assert isinstance(world.heard_by(b"c3")[-1], service.JobStored)
 
 
+def test_a_client_whose_archive_is_stored_may_come_again_at_once(world: World) -> None:
+    """Its archiver lives on for a moment; how many of those there may be is bounded, too."""
+    world.client_jobs = 1
+    for number in range(2 * BOUNDS.max_jobs):
+        job = world.open(b"c%d" % number, "", f"{number}.vma")
+        world.ready(job)
+        world.open(b"d%d" % number, "", "other.vma")
+        assert refusal(world, b"d%d" % number) == "too-many-jobs"
+        world.tell_stored(job)
+    world.open(b"e", "", "other.vma")
+    assert refusal(world, b"e") == "too-many-jobs"
+
+
 def test_opening_a_job_twice_is_opening_it_once(world: World) -> None:
     job = world.open(b"c", "", "vm.vma")
     world.open(b"c", "", "vm.vma", job)

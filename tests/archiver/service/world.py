@@ -113,6 +113,11 @@ class World:
 
     def store(self, job: bytes) -> None:
         """The job's archiver ends well."""
+        self.tell_stored(job)
+        self.end(job, "")
+
+    def tell_stored(self, job: bytes) -> None:
+        """It has stored the archive, and lives on."""
         self.stored.add(self.front.jobs[job].place.path)
         uuid_hex = job.hex()
         event: StoredEvent = {
@@ -123,7 +128,6 @@ class World:
             "plain_bytes": 1,
         }
         self.handle(ArchiverEvent(job, event))
-        self.end(job, "")
 
     def end(self, job: bytes, words: str) -> None:
         self.archivers.remove(job)
