@@ -6,7 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vmapipe.access.live.moves import Noted
 from vmapipe.access.live.nodes import LiveDisk
@@ -67,6 +67,26 @@ class LiveNote(NamedTuple):
     noted: Noted = Noted()
 
 
+def read_members(folder: HeldFolder, name: str, shape: Record, version: int) -> Any:
+    """Return what a note of a live restore says, checked.
+
+    Raises FileNotFoundError, Failure; UsageError: it is of another version.
+    """
+    path = os.path.join(folder.path, name)
+    try:
+        with open(folder.open(name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            found = json.loads(file.read(_MOST_BYTES))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise Failure(f"cannot read {path}: {error}") from error
+    if fault := shape.fault(found):
+        raise Failure(f"{path} is not a note of a live restore: it{fault}")
+    if found["version"] != version:
+        raise UsageError(f"{path} was written by another version of vmapipe")
+    return found
+
+
 class NoteFile:
     """The note's place; one process at a time uses it. A context manager."""
 
@@ -100,17 +120,9 @@ class NoteFile:
     def read(self) -> LiveNote | None:
         """None: there is none. Raises Failure, UsageError."""
         try:
-            if self._folder.status(NOTE_NAME) is None:
-                return None
-            fd = self._folder.open(NOTE_NAME, os.O_RDONLY | os.O_NONBLOCK)
-            with open(fd, "rb") as file:
-                found = json.loads(file.read(_MOST_BYTES))
-        except (OSError, ValueError, RecursionError) as error:
-            raise Failure(f"cannot read {self.path}: {error}") from error
-        if fault := _SHAPE.fault(found):
-            raise Failure(f"{self.path} is not a note of a live restore: it{fault}")
-        if found["version"] != _VERSION:
-            raise UsageError(f"{self.path} was written by another version of vmapipe")
+            found = read_members(self._folder, NOTE_NAME, _SHAPE, _VERSION)
+        except FileNotFoundError:
+            return None
         disks = tuple(
             LiveDisk(**{**disk, "below": tuple(disk["below"])})
             for disk in ({key: disk[key] for key in LiveDisk._fields} for disk in found["disks"])

@@ -14,10 +14,10 @@ import os
 import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vmapipe.access.live.nodes import LiveDisk, export_uri, own_nodes_below, whole_sectors
-from vmapipe.access.live.record import NOTE_NAME, LiveNote, NoteFile
+from vmapipe.access.live.record import NOTE_NAME, LiveNote, NoteFile, read_members
 from vmapipe.access.live.relocation import Relocation, done_event, explained
 from vmapipe.access.live.server import ArchiveServer
 from vmapipe.access.live.session import absolute_archive, tell_begin
@@ -48,8 +48,6 @@ _BUSES = ("virtio", "scsi", "sata", "ide")
 # libvirt's QEMU has to enter it, and nobody else looks into it.
 _FOLDER_MODE = 0o711
 _VERSION = 1
-# 254 disks, with a path and options each.
-_MOST_BYTES = 4 << 20
 _MADE = Record({"path": TEXT, "device": SIZE, "inode": SIZE, "pool": TEXT, "volume": TEXT})
 _SHAPE = Record({"version": SIZE, "uuid": NAME, "old": List(_MADE)})
 
@@ -250,14 +248,9 @@ def _read_note(folder: HeldFolder) -> _DomainNote:
     """Raises Failure."""
     path = os.path.join(folder.path, _DOMAIN_NOTE)
     try:
-        with open(folder.open(_DOMAIN_NOTE, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            found: Any = json.loads(file.read(_MOST_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_members(folder, _DOMAIN_NOTE, _SHAPE, _VERSION)
+    except FileNotFoundError as error:
         raise Failure(f"cannot read {path}: {error}") from error
-    if fault := _SHAPE.fault(found):
-        raise Failure(f"{path} is not a note of a live restore: it{fault}")
-    if found["version"] != _VERSION:
-        raise UsageError(f"{path} was written by another version of vmapipe")
     drivers = found.get("drivers")
     if not isinstance(drivers, dict) or not all(
         isinstance(one, dict) and all(isinstance(value, str) for value in one.values())
