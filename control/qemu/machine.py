@@ -276,6 +276,7 @@ class RunningMachine:
     def _bitmaps(self) -> Mapping[str, NodeBitmap]:
         """Return what is to be copied of those disks of which it is not all, by name."""
         bitmaps: Mapping[str, NodeBitmap] = {}
+        self._pid = qemu_pid(self._link)
         if self._folder is None:
             return bitmaps
         if self._tracking is not None:
@@ -285,7 +286,7 @@ class RunningMachine:
         else:
             remove_worthless_records(self._link)
         rest = [disk for disk in self._disks if disk.name not in bitmaps]
-        return {**self._holes.leave_out(rest, qemu_pid(self._link), self._folder), **bitmaps}
+        return {**self._holes.leave_out(rest, self._pid, self._folder), **bitmaps}
 
     def _go_on(self) -> None:
         """Continue after the instant: from now on the jobs are as quick as they may be."""
@@ -301,7 +302,6 @@ class RunningMachine:
         self.set_speed(self._speed_bytes_s)
         if self._tracking is not None and self._folder is not None:
             self._tracking.tell_samples(self._disks, self._producers, self._folder)
-        self._pid = qemu_pid(self._link)
         self._poweroff.begin(self._pid, self._folder.path if self._folder else "")
         self._poll_jobs()  # short ones may have ended
 
