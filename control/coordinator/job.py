@@ -468,13 +468,11 @@ class BackupJob:
 
     def _release(self, emit: Emit, *, stored: bool = False) -> None:
         """QEMU is rid of us, while the producers still serve it."""
-        texts = [self.machine.end(stored=stored)] if self.machine else []
-        texts += [self.snapshot.end(stored=stored)] if self.snapshot else []
         for source in (self.machine, self.snapshot):
             if source is not None:
-                texts += source.notices
-                source.notices.clear()
-        self._tell([text for text in texts if text], emit)
+                text = source.end(stored=stored)
+                self._tell([text] if text else [], emit)
+                self._tell(source.notices, emit)
 
 
 def _has_failed(child: Child, event: Event | None) -> bool:
