@@ -84,13 +84,13 @@ class ExportConnection:
     def __init__(self, opened: OpenExport) -> None:
         self.session = opened.session
         self._socket = opened.socket
+        self._socket.setblocking(False)
+        self._at_once = self._whole = 0
         # What TLS holds the kernel cannot wait for.
-        is_plain = isinstance(opened.socket, socket.socket)
-        self._socket.setblocking(is_plain)
-        self._at_once = socket.MSG_DONTWAIT if is_plain else 0
-        self._for_data = socket.MSG_WAITALL if is_plain else self._at_once
         if isinstance(opened.socket, socket.socket):
+            opened.socket.setblocking(True)
             opened.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _REST_OF_DATA)
+            self._at_once, self._whole = socket.MSG_DONTWAIT, socket.MSG_WAITALL
         self._codec = NbdClientTransmission(opened.session)
         self._tasks: dict[int, Task] = {}
         # Of the task whose answer is being read.
@@ -181,7 +181,7 @@ class ExportConnection:
                 task = self._tasks[payload.cookie]
                 start = payload.offset - task.offset
                 target = _target(task)[start : start + payload.length]
-                count = self._socket.recv_into(target, 0, self._for_data)
+                count = self._socket.recv_into(target, 0, self._whole)
                 self._is_stalled = count < payload.length
                 events = self._codec.took(count)
             else:
