@@ -51,9 +51,14 @@ def running(words: Sequence[str | Path], **more: Any) -> Iterator[subprocess.Pop
             process.communicate()
 
 
-def holds_locks(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has an image open as a disk by now."""
+def holds_locks(process: subprocess.Popen[bytes], image: Path) -> bool:
+    """Whether it has the image open as a disk by now.
+
+    The image alone counts: a QEMU with snapshot=on locks its temporary overlay before it.
+    """
     for fd in psutil.Process(process.pid).open_files():
+        if fd.path != str(image):
+            continue
         with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
             info = Path(f"/proc/{process.pid}/fdinfo/{fd.fd}").read_text(encoding="utf-8")
             if "OFDLCK" in info:
@@ -126,7 +131,7 @@ def used(use: str, image: Path, folder: Path) -> Iterator[None]:
                 lambda: name in [f.path for f in psutil.Process(process.pid).open_files()],
             )
         else:
-            wait_until(process, lambda: holds_locks(process))
+            wait_until(process, lambda: holds_locks(process, image))
         yield
 
 
@@ -214,7 +219,7 @@ def test_an_image_of_another_format_is_neither_written_to_nor_read_while_a_guest
     words = machine("-drive", f"file={image},format={image_format},if=virtio")
     out = tmp_path / "out.vma"
     with running(words) as process:
-        wait_until(process, lambda: holds_locks(process))
+        wait_until(process, lambda: holds_locks(process, image))
         opened = image.read_bytes()
         for command in (
             ("--device", f"d={image},format={image_format}", "--overwrite"),
@@ -260,7 +265,7 @@ def half_a_restore(image: Path, tmp_path: Path) -> Iterator[subprocess.Popen[byt
     command = ["restore", str(fifo), str(tmp_path / "out"), "--device", f"d={image}"]
     with running([*VMAPIPE, *command]) as process, fifo.open("wb", buffering=0) as writer:
         writer.write(ARCHIVE[: len(ARCHIVE) // 2])
-        wait_until(process, lambda: holds_locks(process))
+        wait_until(process, lambda: holds_locks(process, image))
         yield process
         rest = ARCHIVE[len(ARCHIVE) // 2 :]
         while rest:
