@@ -24,12 +24,13 @@ from vmapipe.access.index import (
 from vmapipe.access.kept_index import keep_index, kept_index
 from vmapipe.access.lzo import MAGIC, can_read_lzo, lzo_blocks
 from vmapipe.access.storage import (
+    DamageError,
     LzoStorage,
     PlainStorage,
     RangeStorage,
     SpoolStorage,
     Storage,
-    read_error,
+    damage_error,
 )
 from vmapipe.clusters.sizes import CLUSTER_BYTES, EXTENT_HEADER_BYTES, MAX_EXTENT_CLUSTERS
 from vmapipe.crypt.magic import is_encrypted
@@ -43,8 +44,9 @@ from vmapipe.restore.archive.reader import check_opening
 from vmapipe.restore.archive.source import Source, Stream, open_source
 from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.errors import Failure, UsageError, os_error_text
+from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.process import failure_text
 from vmapipe.vma.errors import ArchiveError, ExtentError
 from vmapipe.vma.extent import Extent, parse_extent_header
 from vmapipe.vma.header import PEEK_BYTES, Header, parse_header, peek_header_bytes
@@ -61,6 +63,8 @@ _JOIN_S = 5.0
 # The largest extent that there can be; and how much memory for such is kept.
 _CHECK_BYTES = EXTENT_HEADER_BYTES + MAX_EXTENT_CLUSTERS * CLUSTER_BYTES
 _KEPT_BUFFERS = 4
+# The first of an archive's damages says that it is damaged; a log has all.
+_MAX_DAMAGE = 16
 Report = Callable[[str], None]
 
 
@@ -75,10 +79,12 @@ class OpenArchive:
         self.header = header
         self.storage = storage
         self.index = ArchiveIndex(header.uuid)
+        #: What was told of damage, the first of it.
+        self.damage: list[str] = []
         self._report = report
-        # By extent: whether it is good. Others are looked up in `_why`.
+        # By extent: whether it is good; and of those that are damaged, why.
         self._good = bytearray()
-        self._why: dict[int, str] = {}
+        self._damaged: dict[int, str] = {}
         self._checked = threading.Condition()
         self._under_check: set[int] = set()
         # For checks: fresh memory would cost more than the reading.
@@ -120,11 +126,14 @@ class OpenArchive:
         def work() -> None:
             try:
                 index = build(builder)
-            except (ArchiveError, Failure, OSError) as error:
-                if not self._is_closing:
-                    self.tell(str(error))
+            except Exception as error:  # noqa: BLE001  readers wait for it: they hear of any end
+                why = failure_text(error)
+                if isinstance(error, ArchiveError):
+                    self.tell_damage(why)
+                elif not self._is_closing:
+                    self.tell(why)
                 with self._grown:
-                    self._broken = str(error)
+                    self._broken = why
                     self._grown.notify_all()
             else:
                 self.use(index)
@@ -143,11 +152,17 @@ class OpenArchive:
         """A line for the log."""
         self._report(f"{self.name}: {text}")
 
+    def tell_damage(self, text: str) -> None:
+        """A line for the log, of what is wrong in the archive itself."""
+        if len(self.damage) < _MAX_DAMAGE:
+            self.damage.append(text)
+        self.tell(text)
+
     def is_checked(self, extent: int) -> bool:
         return extent < len(self._good) and bool(self._good[extent])
 
     def ensure(self, extent: int, wanted: str) -> None:
-        """Check this extent, once. Raises OSError (EIO) where it is damaged.
+        """Check this extent, once. Raises DamageError, or another OSError where it cannot be read now.
 
         `wanted`: what is to be read from it, for the line that says so.
         """
@@ -159,28 +174,30 @@ class OpenArchive:
                 self._checked.wait()
             if self.is_checked(extent):
                 return
-            if extent in self._why:
-                raise read_error(self.name, offset, self._why[extent])
+            if extent in self._damaged:
+                raise damage_error(self.name, offset, self._damaged[extent])
             self._under_check.add(extent)
-        why = "it could not be checked"
+        damage, is_good = "", False
         try:
             self._check(extent)
-            why = ""
-        except (ArchiveError, OSError) as error:
-            why = str(error)
+            is_good = True
+        except (ArchiveError, DamageError) as error:
+            damage = _damage_text(error)
         finally:
+            # What else may happen (a store that does not answer, no memory) says nothing of the
+            # archive: whoever reads next tries again.
             with self._checked:
                 self._under_check.discard(extent)
-                if why:
-                    self._why[extent] = why
-                else:
+                if is_good:
                     missing = max(0, len(self.index.offsets) - len(self._good))
                     self._good += bytes(missing)
                     self._good[extent] = 1
+                elif damage:
+                    self._damaged[extent] = damage
                 self._checked.notify_all()
-        if why:
-            self.tell(f"the extent at offset {offset} is damaged ({wanted}): {why}")
-            raise read_error(self.name, offset, why)
+        if damage:
+            self.tell_damage(f"the extent at offset {offset} is damaged ({wanted}): {damage}")
+            raise damage_error(self.name, offset, damage)
 
     def _check(self, extent: int) -> None:
         offset, size = self.index.offsets[extent], self.index.sizes[extent]
@@ -391,13 +408,16 @@ def _spool(name: str, source: Source, caches: Caches) -> Storage:
 
 
 def _read_header(storage: Storage) -> tuple[Header, bytes]:
-    start = _read(storage, PEEK_BYTES, 0)
-    raw = _read(storage, peek_header_bytes(start), 0)
+    try:
+        start = _read(storage, PEEK_BYTES, 0)
+        raw = _read(storage, peek_header_bytes(start), 0)
+    except DamageError as error:
+        raise InputError(os_error_text(error)) from error
     return parse_header(raw), raw
 
 
 def _read(storage: Storage, length: int, offset: int) -> bytes:
-    """Fewer bytes only at the end. Raises InputError."""
+    """Fewer bytes only at the end. Raises DamageError, InputError."""
     try:
         if isinstance(storage, FrameStorage):
             start = storage.read_start(length, offset)
@@ -405,8 +425,36 @@ def _read(storage: Storage, length: int, offset: int) -> bytes:
                 return start
         view = memoryview(bytearray(length))
         return bytes(view[: storage.read_into(view, offset)])
+    except DamageError:
+        raise
     except OSError as error:
-        raise InputError(error.strerror or str(error)) from error
+        raise InputError(os_error_text(error)) from error
+
+
+class _Headers:
+    """Extents' headers, from the first to the last. Those without data stand one behind the other."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._chunk = b""
+        self._chunk_at = 0
+
+    def read(self, at: int) -> bytes:
+        """Return the header at `at`, shorter only at the end. Raises DamageError, InputError."""
+        start = at - self._chunk_at
+        if not 0 <= start <= len(self._chunk) - EXTENT_HEADER_BYTES:
+            follows = bool(self._chunk) and start == len(self._chunk)
+            self._chunk, self._chunk_at, start = b"", at, 0
+            self._chunk = self._read_chunk(at, _HEADERS_BYTES if follows else EXTENT_HEADER_BYTES)
+        return self._chunk[start : start + EXTENT_HEADER_BYTES]
+
+    def _read_chunk(self, at: int, length: int) -> bytes:
+        try:
+            return _read(self._storage, length, at)
+        except DamageError:
+            if length == EXTENT_HEADER_BYTES:
+                raise
+            return _read(self._storage, EXTENT_HEADER_BYTES, at)  # it may lie behind this header
 
 
 def _manifest(
@@ -437,26 +485,21 @@ def _build(
     I/O error to their readers. With a manifest the walk goes on behind a damaged header.
     """
     header, storage = archive.header, archive.storage
-    chunk, chunk_at = b"", 0
+    headers = _Headers(storage)
     while at < storage.size_bytes:
         cancel.check()
-        start = at - chunk_at
-        if not 0 <= start <= len(chunk) - EXTENT_HEADER_BYTES:
-            # Headers of extents without data stand one behind the other.
-            length = _HEADERS_BYTES if chunk and start == len(chunk) else EXTENT_HEADER_BYTES
-            chunk, chunk_at, start = _read(storage, length, at), at, 0
-            if not chunk:
-                break  # the end of what had no known size
-        raw = chunk[start : start + EXTENT_HEADER_BYTES]
         line = manifest.next() if manifest is not None else None
         listed = line if isinstance(line, ExtentDigest) else None
         try:
+            raw = headers.read(at)
+            if not raw:
+                break  # the end of what had no known size
             extent = _parse(raw, header, at, listed, manifest is not None)
             if at + extent.total_bytes > storage.size_bytes:
                 _check_end(storage)
                 raise ExtentError("the archive ends inside an extent's data", offset=at)
-        except ArchiveError as error:
-            archive.tell(str(error))
+        except (ArchiveError, DamageError) as error:
+            archive.tell_damage(_damage_text(error))
             if listed is None:
                 break
             at += listed.total_bytes
@@ -467,12 +510,16 @@ def _build(
     _check_end(storage)
     index = builder.finish()
     for dev_id, cluster in builder.double.items():
-        archive.tell(f"cluster {cluster} of device {dev_id} comes twice: neither is served")
+        archive.tell_damage(f"cluster {cluster} of device {dev_id} comes twice: neither is served")
     return index
 
 
+def _damage_text(error: ArchiveError | DamageError) -> str:
+    return str(error) if isinstance(error, ArchiveError) else os_error_text(error)
+
+
 def _check_end(storage: Storage) -> None:
-    """Raises InputError where less came than there is: that is no damage of the archive."""
+    """Raises CompressionError or InputError where the stream ended before its end."""
     if isinstance(storage, SpoolStorage):
         storage.check_end()
 

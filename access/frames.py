@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 
-from vmapipe.access.storage import CACHE_BYTES, Cache, read_error, whole_read
+from vmapipe.access.storage import CACHE_BYTES, Cache, damage_error, read_error, whole_read
 from vmapipe.restore.archive.input import Pread
 from vmapipe.restore.archive.zstd import FrameReader, decompress_start
 from vmapipe.runtime.threads import DaemonPool
@@ -115,9 +115,12 @@ class FrameStorage:
         frame = self._cache.get(number, self._read_frame)
         try:
             frame.go_to(end if self._proved[number] else self._plain_bytes(number))
-        except ValueError as error:
+        except BaseException as error:
+            # Whatever it was, this reader cannot go on: the next one begins anew.
             self._cache.forget(number)
-            raise read_error(self._name, self._file_at[number], str(error)) from error
+            if not isinstance(error, ValueError):
+                raise
+            raise damage_error(self._name, self._file_at[number], str(error)) from error
         self._proved[number] = 1
         return frame
 
@@ -141,7 +144,7 @@ class FrameStorage:
         try:
             return decompress_start(pieces(), at + length)[at:]
         except ValueError as error:
-            raise read_error(self._name, offset, str(error)) from error
+            raise damage_error(self._name, offset, str(error)) from error
 
     def try_read_into(self, view: memoryview, offset: int) -> bool:
         number = bisect_right(self._plain_at, offset) - 1

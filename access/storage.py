@@ -21,10 +21,11 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from vmapipe.access.lzo import LzoBlocks, decompress_block
-from vmapipe.restore.archive.errors import InputError
+from vmapipe.restore.archive.errors import CompressionError, InputError
 from vmapipe.restore.archive.input import Pread
 from vmapipe.restore.archive.source import Stream
 from vmapipe.runtime.errors import Failure, os_error_text
+from vmapipe.runtime.process import failure_text
 from vmapipe.runtime.syscalls import read_at, try_read_at, write_at
 from vmapipe.vma.errors import ArchiveError
 
@@ -47,7 +48,10 @@ class Storage(Protocol):
     size_bytes: int
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill `view`; less only at the archive's end. Raises OSError (EIO) with the reason."""
+        """Fill `view`; less only at the archive's end.
+
+        Raises OSError (EIO) with the reason, a DamageError where the archive is damaged.
+        """
 
     def try_read_into(self, view: memoryview, offset: int) -> bool:
         """Like `read_into` if that need not wait; else return False and do nothing."""
@@ -55,8 +59,23 @@ class Storage(Protocol):
     def close(self) -> None: ...
 
 
+class DamageError(OSError):
+    """The archive's own bytes are wrong: reading them again gives the same.
+
+    Any other OSError (a store that does not answer, a disk's fault) may have passed by the next try.
+    """
+
+
 def read_error(name: str, offset: int, why: str) -> OSError:
-    return OSError(errno.EIO, f"cannot read {name} at offset {offset}: {why}")
+    return OSError(errno.EIO, _cannot_read(name, offset, why))
+
+
+def damage_error(name: str, offset: int, why: str) -> DamageError:
+    return DamageError(errno.EIO, _cannot_read(name, offset, why))
+
+
+def _cannot_read(name: str, offset: int, why: str) -> str:
+    return f"cannot read {name} at offset {offset}: {why}"
 
 
 # What is in the page cache is looked for once a second, for so much of a file: what is needed all
@@ -192,13 +211,14 @@ class LzoStorage:
         start, end = self._blocks.file_at[number], self._blocks.file_at[number + 1]
         try:
             raw = os.pread(self._fd, end - start, start)
-            if len(raw) < end - start:
-                raise ValueError("the file is shorter than it was")
-            return decompress_block(raw, self._blocks.flags)
         except OSError as error:
             raise read_error(self._name, start, os_error_text(error)) from error
+        if len(raw) < end - start:
+            raise read_error(self._name, start, "the file is shorter than it was")
+        try:
+            return decompress_block(raw, self._blocks.flags)
         except ValueError as error:
-            raise read_error(self._name, start, str(error)) from error
+            raise damage_error(self._name, start, str(error)) from error
 
     def close(self) -> None:
         os.close(self._fd)
@@ -220,6 +240,7 @@ class SpoolStorage:
         self._changed = threading.Condition()
         self._there = 0
         self._error = ""
+        self._is_damaged = False
         self._ended = False
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by close()
@@ -233,8 +254,8 @@ class SpoolStorage:
 
     def _fill(self) -> None:
         error = ""
-        view = memoryview(bytearray(_RANGE_BYTES))
         try:
+            view = memoryview(bytearray(_RANGE_BYTES))
             while got := self._source.readinto(view):
                 if self._there + got > self._limit_bytes:
                     raise InputError(
@@ -247,8 +268,9 @@ class SpoolStorage:
                     self._changed.notify_all()
         except OSError as failure:
             error = f"cannot keep what is decompressed: {os_error_text(failure)}"
-        except (Failure, ArchiveError) as failure:
-            error = str(failure)
+        except Exception as failure:  # noqa: BLE001  readers wait for it: they hear of any end
+            error = failure_text(failure)
+            self._is_damaged = isinstance(failure, ArchiveError)
         with self._changed:
             self._error, self._ended = error, True
             self.size_bytes = self._there
@@ -259,14 +281,16 @@ class SpoolStorage:
             while self._there < offset + len(view) and not self._ended:
                 self._changed.wait()
             if self._error and self._there < offset + len(view):
-                raise read_error(self._name, self._there, self._error)
+                error_of = damage_error if self._is_damaged else read_error
+                raise error_of(self._name, self._there, self._error)
         return read_at(self._file.fileno(), view, offset)
 
     def check_end(self) -> None:
-        """Raises InputError where the bytes ended for another reason than the stream's end."""
+        """Raise CompressionError or InputError where the bytes ended before the stream's end."""
         with self._changed:
             if self._error:
-                raise InputError(f"{self._name}: {self._error}")
+                kind = CompressionError if self._is_damaged else InputError
+                raise kind(f"{self._name}: {self._error}")
 
     def try_read_into(self, view: memoryview, offset: int) -> bool:
         there = offset + len(view) <= self._there
@@ -341,10 +365,12 @@ class Cache(Generic[_Piece]):
 
 
 def whole_read(name: str, pread: Pread, length: int, offset: int) -> bytes:
-    """Raises OSError (EIO) with the reason."""
+    """Raises OSError (EIO) with the reason; DamageError where what `pread` undoes is damaged."""
     try:
         return pread(length, offset)
     except OSError as error:
         raise read_error(name, offset, os_error_text(error)) from error
-    except (ArchiveError, Failure) as error:
+    except ArchiveError as error:
+        raise damage_error(name, offset, str(error)) from error
+    except Failure as error:
         raise read_error(name, offset, str(error)) from error

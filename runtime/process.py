@@ -52,6 +52,12 @@ def failure_of(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def failure_text(error: Exception) -> str:
+    """Return the line for whoever waits for a thread that `error` has ended; of a defect, its kind."""
+    failure = failure_of(error)
+    return failure[0] if failure is not None else f"{type(error).__name__}: {error}"
+
+
 def _system_failure(error: BaseException) -> str:
     """Return the sentence for what the system refuses or has run out of; empty: another error."""
     if isinstance(error, BrokenPipeError):

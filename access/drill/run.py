@@ -75,13 +75,9 @@ def drill(
     scratch: OwnFolder,
     cancel: Cancel,
     emit: Emit,
-    damage: list[str],
 ) -> Outcome:
-    """Boot the machine and return what came of it. Raises Failure, Cancelled.
-
-    `damage`: where the archive's reports of damage are put. Call it in the main thread.
-    """
-    return _Drill(archive, spec, options, scratch, cancel, emit, damage).run()
+    """Boot the machine and return what came of it. Raises Failure, Cancelled. Call it in the main thread."""
+    return _Drill(archive, spec, options, scratch, cancel, emit).run()
 
 
 class _Drill:
@@ -93,7 +89,6 @@ class _Drill:
         scratch: OwnFolder,
         cancel: Cancel,
         emit: Emit,
-        damage: list[str],
     ) -> None:
         self._archive = archive
         self._spec = spec
@@ -101,7 +96,6 @@ class _Drill:
         self._scratch = scratch
         self._cancel = cancel
         self._emit = emit
-        self._damage = damage
         self._omissions = list(spec.omissions)
         self._accelerator = TCG
         self._firmware: Firmware | None = None
@@ -232,7 +226,7 @@ class _Drill:
             bounds = Bounds(limit_s, self._options.scratch_bytes)
             watch = Watch(machine, consoles, plan, bounds, self._scratch.path)
             stack.callback(watch.close)
-            watch.damage = self._damage
+            watch.damage = self._archive.damage
             if is_resumed:
                 self._load_memory(machine)
             self._emit(
@@ -422,7 +416,7 @@ class DrillDisks:
                 )
                 self._overlays.append(overlay)
                 offers.append(writable_offer(DISK_NODE.format(index), overlay, name))
-            self._server = Server([listener], offers)
+            self._server = Server([listener], offers, archive.tell, reports_failures=True)
             self._server.start()
         except BaseException:
             for overlay in self._overlays:

@@ -226,7 +226,7 @@ class Watch:
         self._look_at = self._knock_at = 0.0
         self._bytes_read = 0
         #: What the archive has said of damage.
-        self.damage: list[str] = []
+        self.damage: Sequence[str] = ()
 
     def run(self, cancel: Cancel, written_bytes: Any, *, is_resumed: bool) -> Seen:
         """Raises Cancelled, QmpRefused."""

@@ -186,7 +186,7 @@ class Appliance(FileReader):
             read_only_offer(f"disk{number}", disk, self.names[number])
             for number, disk in enumerate(self._disks)
         ]
-        server = Server([listener], offers, notice)
+        server = Server([listener], offers, notice, reports_failures=True)
 
         def stop() -> None:
             server.close_intake()

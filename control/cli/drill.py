@@ -197,11 +197,8 @@ def judge_archive(
     """
     plan = _plan(options.plan, cancel)
     limits = _limits(options)
-    damage: list[str] = []
 
     def report(text: str) -> None:
-        if "damaged" in text:
-            damage.append(text)
         emit({"event": "notice", "text": text})
 
     with contextlib.ExitStack() as stack:
@@ -214,7 +211,7 @@ def judge_archive(
             spec = _machine(archive, options.config, limits, cancel)
         scratch = stack.enter_context(OwnFolder("drill", options.scratch))
         wishes = DrillOptions(plan, options.timeout, options.scratch_size, not options.no_resume)
-        outcome = drill(archive, spec, wishes, scratch, cancel, emit, damage)
+        outcome = drill(archive, spec, wishes, scratch, cancel, emit)
         hides = _is_file(name) and _is_encrypted_file(name)
     return _conclude(name, outcome, options, emit, hides=hides)
 

@@ -406,6 +406,9 @@ class Connection:
             answered = True
         except OSError:
             pass  # the client is gone: its connection's own thread sees that too
+        except MemoryError:
+            # No answer but this: the client may come back and ask again, a guest's QEMU does.
+            self._report(request, "out of memory; the client was disconnected")
         finally:
             if not answered:
                 # Close the connection rather than leave a request unanswered.
@@ -440,11 +443,14 @@ class Connection:
 
     def _failed(self, request: NbdRequest, failure: OSError) -> bytes:
         error, reason = error_of_errno(failure.errno), os_error_text(failure)
-        # What an export cannot do is an answer, not a fault.
-        if failure.errno not in (errno.EPERM, errno.EOPNOTSUPP):
-            name = self._session.export.name
-            self._report_failure(f"export {name!r}, {request.describe()} failed: {reason}")
+        # Zeroing that would be slow is declined, which is an answer and no fault.
+        if not (failure.errno == errno.EOPNOTSUPP and request.flags & NBD_CMD_FLAG_FAST_ZERO):
+            self._report(request, reason)
         return error_reply(self._session, request, error, reason)
+
+    def _report(self, request: NbdRequest, reason: str) -> None:
+        name = self._session.export.name
+        self._report_failure(f"export {name!r}, {request.describe()} failed: {reason}")
 
     def _send_replies(self) -> None:
         self._carry_out_writes()

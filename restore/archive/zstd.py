@@ -187,6 +187,7 @@ class ZstdFrame:
             try:
                 plain = decompressor.decompress(data, min(len(view), _PIECE_BYTES))
             except zstd.ZstdError as error:
+                _check_memory(error)
                 raise CompressionError(
                     f"{self._name}: the zstd data is damaged, in the {READ_BYTES} bytes before the "
                     f"file's offset {self._source.position}: {error}"
@@ -207,7 +208,7 @@ def decompress_frame(data: bytes | memoryview, plain_bytes: int) -> bytes:
         # One byte more than there may be, so that it goes on to the end and its checksum.
         plain = decompressor.decompress(data, plain_bytes + 1)
     except zstd.ZstdError as error:
-        raise ValueError(f"the zstd data is damaged: {error}") from error
+        raise _damaged(error) from error
     if len(plain) != plain_bytes or not decompressor.eof or decompressor.unused_data:
         raise ValueError(_WRONG_LENGTH)
     return plain
@@ -229,20 +230,31 @@ class FrameReader:
         self._chunks: list[bytes] = []
         self._data = data
         self._decompressor: zstd.ZstdDecompressor | None = None
+        self._failure: BaseException | None = None
         self._lock = threading.Lock()
 
     def go_to(self, end: int) -> None:
         """Decompress up to `end`; at the frame's end its length and checksum are compared.
 
         Raises ValueError where it is damaged, or not as long as it should be, and what `data` raises.
+        After any error it goes no further: the same is raised again, also for a thread that waited here.
         """
         with self._lock:
-            while self.done_bytes < end:
-                chunk = self._next(min(_CHUNK_BYTES, self.plain_bytes - self.done_bytes))
-                self._chunks.append(chunk)
-                if self.done_bytes + len(chunk) == self.plain_bytes:
-                    self._finish()
-                self.done_bytes += len(chunk)
+            if self.done_bytes < end and self._failure is not None:
+                raise self._failure
+            try:
+                self._go_to(end)
+            except BaseException as error:
+                self._failure = error
+                raise
+
+    def _go_to(self, end: int) -> None:
+        while self.done_bytes < end:
+            chunk = self._next(min(_CHUNK_BYTES, self.plain_bytes - self.done_bytes))
+            self._chunks.append(chunk)
+            if self.done_bytes + len(chunk) == self.plain_bytes:
+                self._finish()
+            self.done_bytes += len(chunk)
 
     def _next(self, length: int) -> bytes:
         if self._decompressor is None:
@@ -260,7 +272,7 @@ class FrameReader:
         try:
             return decompressor.decompress(data, most)
         except zstd.ZstdError as error:
-            raise ValueError(f"the zstd data is damaged: {error}") from error
+            raise _damaged(error) from error
 
     def _finish(self) -> None:
         decompressor, self._decompressor = self._decompressor, None
@@ -299,8 +311,21 @@ def decompress_start(pieces: Iterable[bytes], length: int) -> bytes:
             if len(plain) == length or decompressor.eof:
                 break
     except zstd.ZstdError as error:
-        raise ValueError(f"the zstd data is damaged: {error}") from error
+        raise _damaged(error) from error
     return plain
+
+
+def _damaged(error: zstd.ZstdError) -> ValueError:
+    """Make the error for data that is damaged. Raises MemoryError."""
+    _check_memory(error)
+    return ValueError(f"the zstd data is damaged: {error}")
+
+
+def _check_memory(error: zstd.ZstdError) -> None:
+    """Raise MemoryError where that is what the library means: then the data may be good."""
+    # zstd's common/error_private.c, ZSTD_error_memory_allocation; the library hands on the text only.
+    if "not enough memory" in str(error):
+        raise MemoryError(str(error)) from error
 
 
 def _cut_off(name: str, file_offset: int) -> CompressionError:

@@ -16,6 +16,8 @@ from tests.archives import archive, extents_of, in_order, manifest
 from tests.machine import make_disk
 from vmapipe.access.archive import Caches, OpenArchive, open_for_access
 from vmapipe.access.disk import ArchiveDisk
+from vmapipe.access.storage import Storage
+from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.errors import ArchiveError
@@ -109,6 +111,102 @@ def test_wherever_an_archive_is_damaged_what_is_read_is_right_or_an_error(
         assert not lost or len(said) > (0 if has_manifest else 1)
         told += bool(lost)
     assert told > SEEDS // 4
+
+
+class Faulty:
+    """A storage that another one stands behind, and that raises what it is given to raise."""
+
+    def __init__(self, below: Storage) -> None:
+        self.size_bytes = below.size_bytes
+        self.faults: list[BaseException] = []
+        self._below = below
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        if self.faults:
+            raise self.faults.pop()
+        return self._below.read_into(view, offset)
+
+    def try_read_into(self, view: memoryview, offset: int) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._below.close()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(errno.EIO, "the store did not answer"), MemoryError()],
+    ids=["store", "memory"],
+)
+def test_what_fails_for_a_moment_is_no_damage_and_is_read_the_next_time(
+    tmp_path: Path, fault: BaseException
+) -> None:
+    content = make_disk(tmp_path / "d", "AAp0hAAA" * 12, 700).read_bytes()
+    path, raw = tmp_path / "vm.vma", archive({"a": content})
+    path.write_bytes(raw)
+    (tmp_path / "vm.vma.manifest.json").write_bytes(manifest(raw))
+    found = opened(path)
+    assert found is not None
+    one, said = found
+    faulty = one.storage = Faulty(one.storage)
+    disk = ArchiveDisk(one, one.header.devices[0])
+    faulty.faults = [fault]
+    with pytest.raises(type(fault), match=r"did not answer|^$"):
+        disk.read(memoryview(bytearray(4096)), 0)
+    assert read_all(disk, content, random.Random(1)) == 0
+    assert one.damage == said == []
+    one.close()
+
+
+@pytest.mark.parametrize("name", ["damaged.vma", "sound.vma"])
+def test_an_archive_is_damaged_by_what_is_in_it_and_not_by_its_name(
+    tmp_path: Path, name: str
+) -> None:
+    path, raw = tmp_path / name, bytearray(archive({"a": b"x" * 65536}))
+    path.write_bytes(raw)
+    found = opened(path)
+    assert found is not None
+    one, said = found
+    assert len(said) == 1  # there is no manifest
+    assert one.damage == []
+    one.close()
+    raw[extents_of(bytes(raw))[0].offset + 100] ^= 1
+    path.write_bytes(raw)
+    found = opened(path)
+    assert found is not None
+    one, said = found
+    assert len(one.damage) == 1
+    one.close()
+
+
+@pytest.mark.parametrize("size", [1, 20])
+def test_the_extents_behind_a_frame_with_a_damaged_header_are_served(
+    tmp_path: Path, size: int
+) -> None:
+    """`size`: pieces of the disk before each hole; the headers of holes follow each other."""
+    content = make_disk(tmp_path / "d", ("A" * size + "0" * 600) * 6).read_bytes()
+    raw = archive({"a": content})
+    cuts = [0, *(extent.offset for extent in extents_of(raw)), len(raw)]
+    hit = cuts[len(cuts) // 2]
+    sound = as_frames(raw)
+    frames = seekable_frames(lambda n, at: sound[at : at + n], len(sound), ())
+    assert frames is not None
+    stored, at, plain = bytearray(sound), 0, 0
+    for frame in frames:
+        if plain == hit:
+            stored[at + 8] ^= 0xFF  # in its first block
+        at, plain = at + frame.compressed_bytes, plain + frame.plain_bytes
+    assert stored != sound
+    path = tmp_path / "vm.vma.zst"
+    path.write_bytes(stored)
+    (tmp_path / "vm.vma.zst.manifest.json").write_bytes(manifest(raw, bytes(sound)))
+    found = opened(path)
+    assert found is not None
+    one, _ = found
+    lost = read_all(ArchiveDisk(one, one.header.devices[0]), content, random.Random(2))
+    assert 0 < lost < len(content) // 2
+    assert len(one.damage) >= 1
+    one.close()
 
 
 def _is_data(raw: bytes, stored: bytearray) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import random
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 
 from tests.restore.support import one_frame
 from vmapipe.access.frames import FrameStorage
-from vmapipe.restore.archive.zstd import seekable_frames
+from vmapipe.access.storage import DamageError
+from vmapipe.restore.archive.zstd import FrameReader, seekable_frames
 from vmapipe.vma.seektable import Frame, encode_seek_table
 
 FRAME_BYTES = 3 << 20
@@ -22,6 +24,7 @@ HEADER_BYTES = 512
 # Of a dense extent, at level 1.
 THIRD_BYTES = 310 * 4096
 LIMIT_S = 60.0
+PIECE_BYTES = 64 << 10
 
 
 class Stored:
@@ -117,6 +120,41 @@ def test_a_frame_that_cannot_be_read_ahead_is_an_error_to_who_reads_it_alone(
     with pytest.raises(OSError, match="cannot read it at offset"):
         read(storage, stored.at(2), 4096)
     assert read(storage, stored.at(3), FRAME_BYTES) == stored.plain[3]
+
+
+@pytest.mark.parametrize("hit", [0, 1], ids=["its start", "its middle"])
+def test_a_frame_that_could_not_be_read_for_a_moment_is_not_damaged_and_is_read_the_next_time(
+    hit: int,
+) -> None:
+    plain = random.Random(1).randbytes(4 * PIECE_BYTES)
+    packed = one_frame(plain)
+    faults = [OSError(errno.ETIMEDOUT, "Connection timed out")]
+
+    def pread(length: int, offset: int) -> bytes:
+        if offset == hit * PIECE_BYTES and faults:
+            raise faults.pop()
+        return packed[offset : offset + length]
+
+    frames = [Frame(len(packed), len(plain))]
+    storage = FrameStorage("it", pread, lambda: None, frames, piece_bytes=PIECE_BYTES)
+    with pytest.raises(OSError, match="Connection timed out") as caught:
+        read(storage, 0, len(plain))
+    assert not isinstance(caught.value, DamageError)
+    assert read(storage, 0, len(plain)) == plain
+    storage.close()
+
+
+def test_all_who_wait_for_a_frame_hear_what_kept_it_from_being_read() -> None:
+    plain = random.Random(1).randbytes(4 * PIECE_BYTES)
+    reader = FrameReader(failing_once(one_frame(plain)), len(plain))
+    for _ in range(2):  # who comes later to the same reader, too
+        with pytest.raises(OSError, match="no answer"):
+            reader.go_to(len(plain))
+
+
+def failing_once(packed: bytes) -> Iterator[bytes]:
+    yield packed[: len(packed) // 2]
+    raise OSError(errno.EIO, "no answer")
 
 
 @pytest.mark.parametrize("opened", [[HEADER_BYTES] + [THIRD_BYTES] * 3], indirect=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.access.serving import serving
 from tests.access.sessions import FSTAB, make_archives, run_session, sessions
 from tests.machine import Need, bad, good, make_disk
 from tests.protocol.nbd.client import Client
+from tests.s3.proxy import FaultyProxy
 from tests.s3.server import BUCKET, S3Server
 from vmapipe.crypt.keys import X25519Identity, encode_bech32
 
@@ -32,6 +34,30 @@ def test_an_object_is_served_by_ranges_and_checked(
             assert client.read(start, length) == content[start : start + length]
         assert client.read_all(1 << 20) == content
     assert "no manifest" not in served.said
+
+
+@pytest.mark.parametrize("words", [(), ("--compress", "zstd")], ids=["plain", "zstd"])
+def test_a_store_that_fails_for_a_while_is_no_damage_and_is_read_when_it_is_back(
+    s3: S3Server,
+    proxy: FaultyProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(random.Random(3).randbytes(8 << 20))
+    archive = f"s3://{BUCKET}/away-{len(words)}.vma"
+    good("backup", "--quiet", "--disk", f"a={disk}", *words, archive)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with serving(tmp_path / "s", archive) as served, Client(tmp_path / "s", "a") as client:
+        proxy.plan(f"GET .*away-{len(words)}.vma ", "503", times=1000)
+        with pytest.raises(OSError) as caught:  # noqa: PT011  its number is looked at
+            client.read(5 << 20, 4096)
+        assert caught.value.errno == errno.EIO
+        proxy.faults[-1].times = 0
+        assert client.read_all(1 << 20) == disk.read_bytes()
+    assert "damaged" not in served.said
+    assert "503" in served.said
 
 
 def test_an_encrypted_and_signed_object_is_read_with_its_key_and_copied_with_all_that_proves_it(
