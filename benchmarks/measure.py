@@ -22,7 +22,7 @@ import psutil
 LIMIT_S = 300.0
 #: On one core, and without a bound: a median of three.
 FEWEST_PAIRS = 3
-# What has taken this long by then has no more of them: all of it is to end within 25 minutes on a
+# What has taken this long by then has no more of them: all of it is to end within 32 minutes on a
 # slower machine or disk, too, with every row that has a bound.
 _CASE_S = 30.0
 OURS = "vmapipe"
