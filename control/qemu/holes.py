@@ -14,9 +14,7 @@ Any doubt means that all of the disk is copied. See docs/decisions/0037-holes.md
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -36,6 +34,7 @@ from vmapipe.control.qemu.bitmaps import (
 from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.graph import Graph
 from vmapipe.control.qemu.jobs import NodeBitmap
+from vmapipe.control.qemu.qemu_process import OpenFiles
 from vmapipe.control.qemu.sink_folder import SinkFolder
 from vmapipe.control.qmp.connection import Answer, Command, Qmp, QmpRefused, ask_if_known
 from vmapipe.producer.source import segments_of
@@ -52,7 +51,6 @@ _SCAN_S = 0.25
 # (OpenZFS issue 15526), a FUSE daemon cannot know of it, and NFS has to write it back first.
 _FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs"})
 _SECTOR_BYTES = 512
-_MOUNT = re.compile(r"^mnt_id:\s*(\d+)$", re.MULTILINE)
 
 
 class _Doubt(Exception):
@@ -104,6 +102,9 @@ class Holes:
         disks = [disk for disk in disks if disk.size_bytes >= _WORTH_BYTES and not disk.is_thin]
         if not pid or not disks:
             return {}
+        # Not the answers that the disks were chosen by: since then the producers were started and the
+        # guest's file systems frozen, and with a snapshot taken meanwhile the bitmap would be added to
+        # a node below the disk's active one, where the job does not find it: no backup.
         blocks = ask_if_known(self._qmp, "query-block") or ()
         nodes = self._nodes()
         graph = Graph(nodes, ask_if_known(self._qmp, "x-debug-query-block-graph"))
@@ -165,7 +166,7 @@ class Holes:
         Raises OSError, _Doubt.
         """
         with contextlib.ExitStack() as stack:
-            fds = files.open(disk.size_bytes, stack)
+            fds = _open_candidates(files, disk.size_bytes, stack)
             own = [fd for fd in fds if files.is_at(fd, image.path)]
             if not own:
                 raise _Doubt("QEMU does not have the file open that is at its path")
@@ -180,6 +181,7 @@ class Holes:
         Another image of the same size may have been put in its place while QEMU had both open.
         """
         before = [os.fstat(fd).st_blocks for fd in fds]
+        # Asked again, in between: what the file takes changes with each write into a hole.
         node = next((n for n in self._nodes() if n.get("node-name") == image.file_node), {})
         used = (node.get("image") or {}).get("actual-size", -1) // _SECTOR_BYTES
         after = [os.fstat(fd).st_blocks for fd in fds]
@@ -207,73 +209,23 @@ def _data_runs(fd: int, size_bytes: int, until: float) -> Iterator[tuple[int, in
             yield first, cluster_count(segment.end) - first
 
 
-class OpenFiles:
-    """The files that a QEMU of this host has open."""
+def _open_candidates(files: OpenFiles, size_bytes: int, stack: contextlib.ExitStack) -> list[int]:
+    """Open all regular files that may be a raw disk of this size, each once.
 
-    def __init__(self, pid: int) -> None:
-        self._process = f"/proc/{pid}"
-
-    def open(self, size_bytes: int, stack: contextlib.ExitStack) -> list[int]:
-        """Open all regular files of it that may be a raw disk of this size, each once.
-
-        Raises OSError; _Doubt for a file system whose answers are not relied on.
-        """
-        found: dict[tuple[int, int], int] = {}
-        for number in os.listdir(f"{self._process}/fd"):
-            try:
-                status = os.stat(f"{self._process}/fd/{number}")
-            except FileNotFoundError:  # closed meanwhile
-                continue
-            same = -(-status.st_size // _SECTOR_BYTES) * _SECTOR_BYTES == size_bytes
-            if not (same and stat.S_ISREG(status.st_mode)):
-                continue
-            if (status.st_dev, status.st_ino) in found:
-                continue
-            self._check_file_system(number)
-            # O_NONBLOCK: by now the descriptor may be that of a FIFO.
-            fd = os.open(f"{self._process}/fd/{number}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            stack.callback(os.close, fd)
-            if not os.path.samestat(os.fstat(fd), status):
-                raise _Doubt("QEMU opens and closes its images just now")
-            found[status.st_dev, status.st_ino] = fd
-        return list(found.values())
-
-    def is_at(self, fd: int, path: str) -> bool:
-        """Tell whether the file is at this path, as QEMU sees it."""
-        try:
-            return os.path.samestat(self._status(path), os.fstat(fd))
-        except OSError:
-            return False
-
-    def open_at(self, path: str) -> int:
-        """Open the file or block device of it that is at this path, as QEMU sees it. Raises OSError."""
-        wanted = self._status(path)
-        for number in os.listdir(f"{self._process}/fd"):
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                name = f"{self._process}/fd/{number}"
-                status = os.stat(name)
-                is_data = stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
-                if not (is_data and os.path.samestat(status, wanted)):
-                    continue
-                fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-                if os.path.samestat(os.fstat(fd), wanted):
-                    return fd
-                os.close(fd)
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-
-    def _status(self, path: str) -> os.stat_result:
-        # With an absolute path the working folder does not matter.
-        root = f"{self._process}/root" if path.startswith("/") else f"{self._process}/cwd/"
-        return os.stat(root + path)
-
-    def _check_file_system(self, number: str) -> None:
-        """Raise _Doubt for a file system that may tell data as a hole."""
-        with open(f"{self._process}/fdinfo/{number}") as info:
-            match = _MOUNT.search(info.read())
-        mount = match[1] if match else ""
-        with open(f"{self._process}/mountinfo") as mounts:
-            lines = [line.split() for line in mounts]
-        # Behind a lone hyphen: the type (proc_pid_mountinfo(5)).
-        kinds = [words[words.index("-") + 1] for words in lines if words[0] == mount]
-        if not kinds or kinds[0] not in _FILE_SYSTEMS:
-            raise _Doubt(f"it lies on {kinds[0] if kinds else 'an unknown file system'}")
+    Raises OSError; _Doubt for a file system whose answers are not relied on.
+    """
+    found: dict[tuple[int, int], int] = {}
+    for file in files:
+        status = file.status
+        same = -(-status.st_size // _SECTOR_BYTES) * _SECTOR_BYTES == size_bytes
+        if not (same and stat.S_ISREG(status.st_mode)):
+            continue
+        if (status.st_dev, status.st_ino) in found:
+            continue
+        kind = files.file_system(file)
+        if kind not in _FILE_SYSTEMS:
+            raise _Doubt(f"it lies on {kind or 'an unknown file system'}")
+        fd = files.open(file)
+        stack.callback(os.close, fd)
+        found[status.st_dev, status.st_ino] = fd
+    return list(found.values())

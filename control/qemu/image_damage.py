@@ -20,7 +20,7 @@ from typing import NamedTuple
 from vmapipe.control.qemu.bitmaps import node_of
 from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.graph import Graph
-from vmapipe.control.qemu.holes import OpenFiles
+from vmapipe.control.qemu.qemu_process import OpenFiles
 from vmapipe.control.qmp.connection import Answer
 from vmapipe.runtime.image_bounds import WITH_TABLES, Truncated, lost
 from vmapipe.runtime.logs import Trace, debug

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process of a QEMU: found behind its monitor; its user, who must reach our sockets, and its
-argv.
+"""The process of a QEMU: found behind its monitor; its user, who must reach our sockets, its argv,
+and its open files.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple
 
 # QEMU's answer to query-uuid where the user gave none.
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
+_MOUNT = re.compile(r"^mnt_id:\s*(\d+)$", re.MULTILINE)
 
 
 def pid_of_qemu(peer_pid: int | None, uuid: str) -> int | None:
@@ -87,3 +93,71 @@ def _running(uuid: str) -> list[int]:
         for pid in pids
         if is_qemu(pid) and any(uuid.lower() in word.lower() for word in command_line(pid))
     ]
+
+
+class OpenFile(NamedTuple):
+    """A file that a process had open when it was looked at, and the number of its descriptor."""
+
+    number: str
+    status: os.stat_result
+
+
+class OpenFiles:
+    """The files that a QEMU of this host has open. All raise OSError but `is_at`."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = f"/proc/{pid}"
+
+    def __iter__(self) -> Iterator[OpenFile]:
+        for number in os.listdir(f"{self._process}/fd"):
+            try:
+                status = os.stat(f"{self._process}/fd/{number}")
+            except FileNotFoundError:  # closed meanwhile
+                continue
+            yield OpenFile(number, status)
+
+    def open(self, file: OpenFile) -> int:
+        """Open a file for reading. Raises FileNotFoundError when QEMU has closed it meanwhile."""
+        name = f"{self._process}/fd/{file.number}"
+        # O_NONBLOCK: by now the descriptor may be that of a FIFO.
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not os.path.samestat(os.fstat(fd), file.status):
+            os.close(fd)
+            raise FileNotFoundError(errno.ENOENT, "closed meanwhile", name)
+        return fd
+
+    def open_at(self, path: str) -> int:
+        """Open the file or block device that is at this path, as QEMU sees it, if QEMU has it open."""
+        wanted = self._status(path)
+        for file in self:
+            is_data = stat.S_ISREG(file.status.st_mode) or stat.S_ISBLK(file.status.st_mode)
+            if not (is_data and os.path.samestat(file.status, wanted)):
+                continue
+            try:
+                return self.open(file)
+            except FileNotFoundError:
+                continue  # it may have it open twice
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    def is_at(self, fd: int, path: str) -> bool:
+        """Tell whether the file is at this path, as QEMU sees it."""
+        try:
+            return os.path.samestat(self._status(path), os.fstat(fd))
+        except OSError:
+            return False
+
+    def file_system(self, file: OpenFile) -> str:
+        """Return the type of the file system that the file lies on; empty: it is not known."""
+        with open(f"{self._process}/fdinfo/{file.number}") as info:
+            match = _MOUNT.search(info.read())
+        mount = match[1] if match else ""
+        with open(f"{self._process}/mountinfo") as mounts:
+            lines = [line.split() for line in mounts]
+        # Behind a lone hyphen: the type (proc_pid_mountinfo(5)).
+        kinds = [words[words.index("-") + 1] for words in lines if words[0] == mount]
+        return kinds[0] if kinds else ""
+
+    def _status(self, path: str) -> os.stat_result:
+        # With an absolute path the working folder does not matter.
+        root = f"{self._process}/root" if path.startswith("/") else f"{self._process}/cwd/"
+        return os.stat(root + path)
