@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -141,10 +140,8 @@ def _leaves_no_descriptor(_leaves_no_process: None) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _leaves_no_orphan() -> Iterator[None]:
     """Processes whose parents died first escape the check after each test: look once at the end."""
-    run = str(uuid.uuid4())
-    os.environ[leaks.RUN_VARIABLE] = run
     yield
-    left = leaks.left_after_grace(lambda: leaks.processes_of_run(run))
+    left = leaks.left_after_grace(lambda: leaks.processes_of_run(COPIES.run_id))
     if left:
         report = "\n".join(f"{leaks.describe_process(p)}, from {test}" for p, test in left.items())
         leaks.kill(left)

@@ -3,11 +3,12 @@
 
 Thousands of collected tests are hundreds of megabytes, and each fork of a process that holds them takes
 some 40 ms of CPU time; so do the forks of the command itself. This process stays small, and has Python and
-the commands' modules loaded already.
+the commands' modules loaded already. Should pytest be killed, it ends all that the tests have started.
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -18,9 +19,11 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
+import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
@@ -31,6 +34,13 @@ _LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)
 _MOST_FDS = 64
 # How the copy ended is heard a moment after its own limit.
 _LATE_S = 20.0
+#: Every program that a test starts inherits this variable, and so do the programs that those start.
+RUN_VARIABLE = "VMAPIPE_TEST_RUN"
+# Killed processes are gone within milliseconds; while they are found, they may have started others.
+_KILL_S = 10.0
+_KILL_POLL_S = 0.02
+_END = b"end"
+_PR_SET_PDEATHSIG = 1
 
 
 class _Command(NamedTuple):
@@ -50,9 +60,13 @@ class _Command(NamedTuple):
 
 
 class Copies:
-    """The process that is copied: a child of this one, which ends with it."""
+    """The process that is copied: a child of this one, which ends with it.
+
+    `run_id`: the value of RUN_VARIABLE in what the tests start.
+    """
 
     def __init__(self) -> None:
+        self.run_id = os.environ[RUN_VARIABLE] = str(uuid.uuid4())
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.pid = os.fork()
@@ -100,8 +114,19 @@ class Copies:
 
     def close(self) -> None:
         """End it, when no copy runs any more."""
+        self._requests.send(_END)
         self._requests.close()
         os.waitpid(self.pid, 0)
+
+
+def pids_of_run(run_id: str) -> Iterator[int]:
+    """Yield the processes that tests of a run have started, and that still live."""
+    wanted = f"{RUN_VARIABLE}={run_id}".encode()
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        # Those of other users, and those that end just now.
+        with suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+            if wanted in file.read().split(b"\0"):
+                yield int(name)
 
 
 def _end_of(command: _Command, fds: list[int]) -> int:
@@ -130,9 +155,19 @@ def _flags(fd: int) -> int | None:
     return None
 
 
+class _KilledError(Exception):
+    """The parent has ended without a word."""
+
+
 def _serve(requests: socket.socket) -> NoReturn:
-    """Fork for each request, and say how the copy has ended; until the parent has ended."""
+    """Fork for each request, and say how the copy has ended; until the parent says that it is over.
+
+    When the parent was killed, end what it has started.
+    """
     try:
+        signal.signal(signal.SIGTERM, _raise_killed)
+        # Beside the end of the socket, which a process that was forked may hold open.
+        _die_with_parent(signal.SIGTERM)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
@@ -144,9 +179,29 @@ def _serve(requests: socket.socket) -> NoReturn:
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", kind)
         _fork_for_each(requests)
+    except _KilledError:
+        _kill_run(os.environ[RUN_VARIABLE])
     except BaseException:  # noqa: BLE001  nothing of pytest's may go on here
         traceback.print_exc()
     os._exit(0)
+
+
+def _raise_killed(number: int, frame: object) -> None:
+    raise _KilledError
+
+
+def _die_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this signal when the parent has ended (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def _kill_run(run_id: str) -> None:
+    until = time.monotonic() + _KILL_S
+    while (pids := [*pids_of_run(run_id)]) and time.monotonic() < until:
+        for pid in pids:
+            with suppress(OSError):  # it has just ended, or is another user's
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_KILL_POLL_S)
 
 
 def _fork_for_each(requests: socket.socket) -> None:
@@ -167,9 +222,11 @@ def _fork_for_each(requests: socket.socket) -> None:
             wake.recv(4096)
             _tell_ends(replies)
         if requests.fileno() in ready:
-            said, fds, _, _ = socket.recv_fds(requests, 1, _MOST_FDS)
-            if not said:
+            said, fds, _, _ = socket.recv_fds(requests, len(_END), _MOST_FDS)
+            if said == _END:
                 return
+            if not said:
+                raise _KilledError
             request, reply, *given = fds
             pid = _forked_for(request, given, (requests, wake, woken))
             replies[pid] = reply
@@ -210,7 +267,9 @@ def _be(command: _Command, given: list[int]) -> NoReturn:
     """Become the command, as a program that has just been started."""
     status = _BROKEN
     try:
+        _die_with_parent(signal.SIGKILL)
         signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(command.limit_s)

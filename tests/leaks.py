@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import psutil
 
+from tests.copies import pids_of_run
 from tests.machine import COPIES
 
 Left = TypeVar("Left", bound=Collection[object])
@@ -25,8 +26,6 @@ Left = TypeVar("Left", bound=Collection[object])
 # A tidy test never waits; a leaking one waits this long once and then fails.
 GRACE_S = 30.0
 _POLL_S = 0.02
-# Every process that a test starts inherits this variable, its grandchildren too.
-RUN_VARIABLE = "VMAPIPE_TEST_RUN"
 
 
 def child_processes() -> set[psutil.Process]:
@@ -64,12 +63,10 @@ def processes_of_run(run: str) -> dict[psutil.Process, str]:
     Here too are the orphans, which are nobody's children any more.
     """
     found = {}
-    for process in psutil.process_iter():
-        # Those of other users, and those that end just now.
-        with contextlib.suppress(psutil.Error):
-            environ = process.environ()
-            if environ.get(RUN_VARIABLE) == run:
-                found[process] = environ.get("PYTEST_CURRENT_TEST", "a test")
+    for pid in pids_of_run(run):
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            process = psutil.Process(pid)
+            found[process] = process.environ().get("PYTEST_CURRENT_TEST", "a test")
     return found
 
 
