@@ -3,7 +3,7 @@
 
 Thousands of collected tests are hundreds of megabytes, and each fork of a process that holds them takes
 some 40 ms of CPU time; so do the forks of the command itself. This process stays small, and has Python and
-the commands' modules loaded already. Should pytest be killed, it ends all that the tests have started.
+the commands' modules loaded already. When pytest has ended, it kills what the tests have left.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ RUN_VARIABLE = "VMAPIPE_TEST_RUN"
 # Killed processes are gone within milliseconds; while they are found, they may have started others.
 _KILL_S = 10.0
 _KILL_POLL_S = 0.02
-_END = b"end"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -66,7 +65,10 @@ class Copies:
     """
 
     def __init__(self) -> None:
-        self.run_id = os.environ[RUN_VARIABLE] = str(uuid.uuid4())
+        # That of pytest-xdist's workers begins with that of the process that has started them: when
+        # that one is killed, all of theirs has to end, also where they cannot do it any more.
+        self.run_id = f"{os.environ.get(RUN_VARIABLE, '')}/{uuid.uuid4()}"
+        os.environ[RUN_VARIABLE] = self.run_id
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.pid = os.fork()
@@ -114,18 +116,18 @@ class Copies:
 
     def close(self) -> None:
         """End it, when no copy runs any more."""
-        self._requests.send(_END)
         self._requests.close()
         os.waitpid(self.pid, 0)
 
 
 def pids_of_run(run_id: str) -> Iterator[int]:
-    """Yield the processes that tests of a run have started, and that still live."""
-    wanted = f"{RUN_VARIABLE}={run_id}".encode()
+    """Yield the processes that a run, or a run within it, has started, and that still live."""
+    run = f"{RUN_VARIABLE}={run_id}".encode()
     for name in filter(str.isdecimal, os.listdir("/proc")):
         # Those of other users, and those that end just now.
         with suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-            if wanted in file.read().split(b"\0"):
+            words = file.read().split(b"\0")
+            if any(word == run or word.startswith(run + b"/") for word in words):
                 yield int(name)
 
 
@@ -155,19 +157,12 @@ def _flags(fd: int) -> int | None:
     return None
 
 
-class _KilledError(Exception):
-    """The parent has ended without a word."""
-
-
 def _serve(requests: socket.socket) -> NoReturn:
-    """Fork for each request, and say how the copy has ended; until the parent says that it is over.
+    """Fork for each request, and say how the copy has ended; until the parent has ended.
 
-    When the parent was killed, end what it has started.
+    Then end what it has left: when it was killed, or did not come to the end of its fixtures.
     """
     try:
-        signal.signal(signal.SIGTERM, _raise_killed)
-        # Beside the end of the socket, which a process that was forked may hold open.
-        _die_with_parent(signal.SIGTERM)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
@@ -179,18 +174,13 @@ def _serve(requests: socket.socket) -> NoReturn:
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", kind)
         _fork_for_each(requests)
-    except _KilledError:
         _kill_run(os.environ[RUN_VARIABLE])
     except BaseException:  # noqa: BLE001  nothing of pytest's may go on here
         traceback.print_exc()
     os._exit(0)
 
 
-def _raise_killed(number: int, frame: object) -> None:
-    raise _KilledError
-
-
-def _die_with_parent(number: signal.Signals) -> None:
+def _send_at_parents_end(number: signal.Signals) -> None:
     """Have the kernel send this signal when the parent has ended (prctl(2))."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
@@ -208,10 +198,13 @@ def _fork_for_each(requests: socket.socket) -> None:
     wake, woken = socket.socketpair()
     wake.setblocking(False)
     woken.setblocking(False)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: None)
     # A terminal's Ctrl-C is pytest's, and we end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+    # Beside the end of the socket, which a process that was forked may hold open.
+    _send_at_parents_end(signal.SIGTERM)
     replies: dict[int, int] = {}
     poll = select.poll()
     poll.register(requests, select.POLLIN)
@@ -219,14 +212,13 @@ def _fork_for_each(requests: socket.socket) -> None:
     while True:
         ready = {fd for fd, _ in poll.poll()}
         if wake.fileno() in ready:
-            wake.recv(4096)
+            if signal.SIGTERM in wake.recv(4096):
+                return
             _tell_ends(replies)
         if requests.fileno() in ready:
-            said, fds, _, _ = socket.recv_fds(requests, len(_END), _MOST_FDS)
-            if said == _END:
-                return
+            said, fds, _, _ = socket.recv_fds(requests, 1, _MOST_FDS)
             if not said:
-                raise _KilledError
+                return
             request, reply, *given = fds
             pid = _forked_for(request, given, (requests, wake, woken))
             replies[pid] = reply
@@ -267,7 +259,7 @@ def _be(command: _Command, given: list[int]) -> NoReturn:
     """Become the command, as a program that has just been started."""
     status = _BROKEN
     try:
-        _die_with_parent(signal.SIGKILL)
+        _send_at_parents_end(signal.SIGKILL)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
