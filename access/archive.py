@@ -150,7 +150,7 @@ class OpenArchive:
 
     def tell(self, text: str) -> None:
         """A line for the log."""
-        self._report(f"{self.name}: {text}")
+        self._report(text if text.startswith(self.name) else f"{self.name}: {text}")
 
     def tell_damage(self, text: str) -> None:
         """A line for the log, of what is wrong in the archive itself."""
@@ -338,7 +338,8 @@ def _open(name: str, cancel: Cancel, caches: Caches) -> tuple[Storage, tuple[int
         )
         if blocks is not None:
             return LzoStorage(name, fd, blocks), identity
-        source = open_source(f"fd:{fd}", cancel, ReadOptions(identities=caches.identities))
+        options = ReadOptions(identities=caches.identities, called=name)
+        source = open_source(f"fd:{fd}", cancel, options)
     except OSError as error:
         os.close(fd)
         raise InputError(f"cannot read {name}: {os_error_text(error)}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vmapipe.access.archive import OpenArchive
 from vmapipe.access.index import StoredRun
@@ -14,17 +14,49 @@ from vmapipe.clusters.masks import mask_runs
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES, FULL_MASK
 from vmapipe.producer.nbd.backend import Write
 from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
+from vmapipe.runtime.text import name_text
 from vmapipe.vma.header import Device
 
+Report = Callable[[str], None]
 _ZEROES = memoryview(bytes(1 << 20))
 # Beyond that, copying the pieces costs less than one of them each.
 _MAX_VIEWS = 64
+
+
+def named_disks(
+    archive: OpenArchive, is_possible: Callable[[str], bool], report: Report
+) -> list[tuple[str, ArchiveDisk]]:
+    """Each disk under a name that no other one has; a machine's memory is none.
+
+    An archive that a stranger made may have two of a name, or one that `is_possible` denies: they are
+    called by their number, which `report` is told. No disk is out of reach for what another one is called.
+    """
+    devices = [device for device in archive.header.devices if not device.is_vmstate]
+    taken = {device.name for device in devices}
+    found: list[tuple[str, ArchiveDisk]] = []
+    done = set[str]()
+    for device in devices:
+        name = device.name
+        if name in done or not is_possible(name):
+            name = f"device-{device.dev_id}"
+            while name in taken:
+                name += "-"
+            why = "a name that another one has" if device.name in done else "no name for it here"
+            report(
+                f"{archive.name}: device {device.dev_id} is called {name_text(device.name)}, {why}: "
+                f"it is shown as {name}"
+            )
+        taken.add(name)
+        done.update((name, device.name))
+        found.append((name, ArchiveDisk(archive, device)))
+    return found
 
 
 class ArchiveDisk:
     """One device. Reads are checked; every write is refused. See `nbd.backend.Backend`."""
 
     def __init__(self, archive: OpenArchive, device: Device) -> None:
+        self.device = device
         self.size_bytes = device.size_bytes
         self._name = device.name
         self._archive = archive
@@ -208,7 +240,11 @@ class ArchiveDisk:
         end = offset + length
         hole = NBD_STATE_HOLE | NBD_STATE_ZERO
         while offset < end:
-            place = self._find(offset)
+            try:
+                place = self._find(offset)
+            except OSError:  # what is compressed ends before it: as if it were missing
+                yield end - offset, 0
+                return
             stop = min(end, place.end * CLUSTER_BYTES)
             if place.is_zero:
                 yield stop - offset, hole

@@ -21,12 +21,12 @@ from vmapipe.protocol.nbd.constants import (
     NBD_FLAG_SEND_FUA,
     NBD_FLAG_SEND_TRIM,
     NBD_FLAG_SEND_WRITE_ZEROES,
+    string_fault,
 )
 from vmapipe.protocol.nbd.session import Export
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.syscalls import readable
-from vmapipe.vma.header import Device
 
 _READ_ONLY = NBD_FLAG_READ_ONLY | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_DF
 # All connections write to the same file, so that one's flush is all's.
@@ -41,11 +41,11 @@ _WRITABLE = (
 
 
 class Shown(NamedTuple):
-    """A device and its export's name. `overlay`: the file for its writes; None: read-only."""
+    """A disk and its export's name. `overlay`: the file for its writes; None: read-only."""
 
     export: str
     archive: OpenArchive
-    device: Device
+    disk: ArchiveDisk
     overlay: str | None = None
 
 
@@ -57,8 +57,8 @@ def serve(
     overlays: list[OverlayDisk] = []
     try:
         offers = []
-        for export, archive, device, path in shown:
-            disk = ArchiveDisk(archive, device)
+        for export, archive, disk, path in shown:
+            device = disk.device
             if path is None:
                 offers.append(read_only_offer(export, disk, device.name))
             else:
@@ -76,8 +76,8 @@ def serve(
                 {
                     "event": "exported",
                     "archive": item.archive.name,
-                    "device": item.device.name,
-                    "bytes": item.device.size_bytes,
+                    "device": item.disk.device.name,
+                    "bytes": item.disk.size_bytes,
                     "writable": item.overlay is not None,
                     "uri": f"nbd+unix:///{quote(item.export)}?socket={quote(address)}",
                 }
@@ -103,4 +103,6 @@ def writable_offer(export: str, overlay: OverlayDisk, device_name: str) -> Offer
 
 def _offer(export: str, disk: ArchiveDisk | OverlayDisk, flags: int, device_name: str) -> Offer:
     text = f"vmapipe: {device_name}"
+    if string_fault(text) is not None:
+        text = "vmapipe"
     return Offer(Export(export, disk.size_bytes, flags, text, allocation=True), disk)

@@ -290,7 +290,7 @@ class SpoolStorage:
         with self._changed:
             if self._error:
                 kind = CompressionError if self._is_damaged else InputError
-                raise kind(f"{self._name}: {self._error}")
+                raise kind(self._error)
 
     def try_read_into(self, view: memoryview, offset: int) -> bool:
         there = offset + len(view) <= self._there

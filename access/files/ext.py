@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a parser of ext2, ext3 and ext4 leaves out: the journal, and an inode's further fields. Pure.
+"""What a parser of ext2, ext3 and ext4 leaves out: the journal, an inode's further fields, large folders. Pure.
 
 A file system that was in use when it was copied holds its last changes in its journal
 only. `replayed_blocks` says which of the journal's blocks belong where, as recovery would
@@ -18,6 +18,7 @@ _EXT_MAGIC = 0xEF53
 _JOURNAL_MAGIC = 0xC03B3998
 _DESCRIPTOR, _COMMIT, _REVOKE = 1, 2, 5
 _NEEDS_RECOVERY, _META_BG, _64BIT = 0x4, 0x10, 0x80
+_BIGALLOC = 0x200
 # Of the journal's own features: revoked blocks, 64-bit numbers, checksums in the tags.
 _JOURNAL_64BIT, _CSUM_V2, _CSUM_V3, _FAST_COMMIT = 0x2, 0x8, 0x10, 0x20
 _ESCAPED, _SAME_UUID, _LAST_TAG = 1, 2, 8
@@ -79,6 +80,11 @@ def parse_superblock(raw: bytes) -> Superblock:
         bool(struct.unpack_from("<I", raw, 92)[0] & 0x4 and struct.unpack_from("<I", raw, 228)[0]),
         bool(incompat & _META_BG),
     )
+
+
+def has_clusters(raw: bytes) -> bool:
+    """Whether a superblock says that space is given out in clusters of blocks (bigalloc)."""
+    return len(raw) >= SUPERBLOCK_BYTES and bool(struct.unpack_from("<I", raw, 100)[0] & _BIGALLOC)
 
 
 # --- The journal ---
@@ -211,6 +217,36 @@ def _revoked(journal: _Journal, raw: bytes) -> list[int]:
     used = min(struct.unpack_from(">I", raw, 12)[0], len(raw) - journal.tail_bytes)
     size = 8 if journal.features & _JOURNAL_64BIT else 4
     return [int.from_bytes(raw[at : at + size], "big") for at in range(16, used - size + 1, size)]
+
+
+# --- Folders ---
+
+# An entry's inode, length and name's length; the shortest one (a name has padding, and an end of checksums).
+_ENTRY = struct.Struct("<IHB")
+_ENTRY_BYTES = 12
+# The length in 16 bits that stands for a block of 64 KiB.
+_WHOLE_64K = (0, 0xFFFF)
+
+
+def folder_entries(block: bytes) -> Iterator[tuple[bytes, int]]:
+    """Names and inodes in a block of a folder. Raises ExtError behind those in front of damage.
+
+    A block of a folder's index is one entry without an inode: what is inside of it is no name.
+    """
+    at = 0
+    while at < len(block):
+        if at + _ENTRY_BYTES > len(block):
+            raise ExtError("the folder's last entry is cut off")
+        inode, length, name_bytes = _ENTRY.unpack_from(block, at)
+        if length in _WHOLE_64K and len(block) == 1 << 16:
+            length = 1 << 16
+        if length < _ENTRY_BYTES or length % 4 or length > len(block) - at:
+            raise ExtError("an entry of the folder is damaged")
+        if inode and name_bytes:
+            if 8 + name_bytes > length:
+                raise ExtError("an entry of the folder is damaged")
+            yield block[at + 8 : at + 8 + name_bytes], inode
+        at += length
 
 
 # --- Inodes ---

@@ -6,6 +6,7 @@ What it reads may be made by a stranger: run it only in a process without rights
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytsk3
 
 from vmapipe.access.files import ext
+from vmapipe.access.files.image import ParserImage
 from vmapipe.access.files.lookup import find_file
 from vmapipe.access.files.messages import (
     BLOCK_DEVICE,
@@ -24,7 +26,6 @@ from vmapipe.access.files.messages import (
     LINK,
     MAX_DATA_BYTES,
     MAX_PATH_BYTES,
-    MAX_READ_BYTES,
     MAX_WORD_BYTES,
     MAX_XATTRS,
     SOCKET,
@@ -79,9 +80,13 @@ _PARTITION = int(pytsk3.TSK_VS_PART_FLAG_ALLOC)
 _UNALLOCATED_NAME = int(pytsk3.TSK_FS_NAME_FLAG_UNALLOC)
 # No content on the disk: TSK_FS_ATTR_RUN_FLAG_FILLER and _SPARSE.
 _NO_CONTENT = 1 | 2
+_RESIDENT = int(pytsk3.TSK_FS_ATTR_RES)
 _NTFS_DATA = int(pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA)
-# How exactly a damaged place is found: a block of most file systems.
-_STEP_BYTES = 4096
+# Of tables of inodes, kept: as much as the library reads at a time, of several groups.
+_PIECE_BYTES = 64 << 10
+_KEPT_PIECES = 16
+# Names of a folder that are put in order at a time.
+_SORTED_ENTRIES = 64 << 10
 # Deeper than any real one; a folder that holds itself would go on for ever.
 _MAX_DEPTH = 256
 _MAX_NS = (1 << 63) - 1
@@ -94,75 +99,6 @@ _MAX_XATTR_BYTES = 56 << 10
 _MAX_KNOWN_FOLDERS = 4 << 20
 
 
-class _Image(pytsk3.Img_Info):  # type: ignore[misc]
-    """A volume, with blocks that a journal holds in place of the volume's."""
-
-    def __init__(self, source: ByteSource) -> None:
-        self._source = source
-        self._replayed: ext.Replayed | None = None
-        self._block_bytes = 0
-        self._journal: list[int] = []
-        super().__init__(url="", type=pytsk3.TSK_IMG_TYPE_EXTERNAL)
-
-    def use(self, replayed: ext.Replayed, journal: list[int], block_bytes: int) -> None:
-        """`journal`: the file system's blocks that the journal is in."""
-        self._replayed, self._journal, self._block_bytes = replayed, journal, block_bytes
-
-    def get_size(self) -> int:
-        return self._source.size_bytes
-
-    def close(self) -> None:
-        """There is nothing to close."""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Called by the parser, too. Raises OSError."""
-        length = max(0, min(length, self._source.size_bytes - offset))
-        raw = b"".join(self._pieces(offset, length))
-        if self._replayed is None or not self._replayed.blocks:
-            return raw
-        size, data = self._block_bytes, bytearray(raw)
-        for block in range(offset // size, (offset + len(raw) - 1) // size + 1):
-            place = self._replayed.blocks.get(block)
-            if place is None or place >= len(self._journal):
-                continue
-            start = self._journal[place] * size
-            new = self._replayed.content(block, b"".join(self._pieces(start, size)))
-            low, high = max(offset, block * size), min(offset + len(raw), (block + 1) * size)
-            data[low - offset : high - offset] = new[low - block * size : high - block * size]
-        return bytes(data)
-
-    def _pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        """What is there up to the end, or up to a damaged place. Raises OSError for that itself.
-
-        The parser reads ahead, 64 KiB at a time: damage behind what it needs must not cost it that.
-        """
-        done = 0
-        while done < length:
-            at, size = offset + done, min(length - done, MAX_READ_BYTES)
-            try:
-                piece = self._source.read(at, size)
-            except OSError:
-                piece = self._before_damage(at, size)
-                if not piece and not done:
-                    raise
-                yield piece
-                return
-            if not piece:
-                return
-            yield piece
-            done += len(piece)
-
-    def _before_damage(self, at: int, size: int) -> bytes:
-        found = b""
-        try:
-            while len(found) < size:
-                step = _STEP_BYTES - (at + len(found)) % _STEP_BYTES
-                found += self._source.read(at + len(found), min(step, size - len(found)))
-        except OSError:
-            pass
-        return found
-
-
 class FileSystem:
     """One that could be opened, its log replayed in memory where that can be done."""
 
@@ -170,11 +106,12 @@ class FileSystem:
         """Raises OSError where there is none that the parser knows."""
         self.notices: list[str] = []
         self._source = source
-        self._image = _Image(source)
+        self._image = ParserImage(source)
         self._fs = pytsk3.FS_Info(self._image)
         kind = int(self._fs.info.ftype)
         self.kind = _NAMES.get(kind, b"other")
         self._superblock: ext.Superblock | None = None
+        self._kept_piece = functools.lru_cache(_KEPT_PIECES)(self._read_piece)
         if kind in _EXT:
             self._replay()
         elif kind == _NTFS:
@@ -203,7 +140,7 @@ class FileSystem:
 
         replayed = ext.replayed_blocks(read_block)
         # The parser keeps what it has read: with a new image it reads anew.
-        self._image = _Image(self._source)
+        self._image = ParserImage(self._source)
         self._image.use(replayed, journal, size)
         self._fs = pytsk3.FS_Info(self._image)
 
@@ -240,14 +177,18 @@ class FileSystem:
 
     def _named(self, folder: Any) -> Iterator[tuple[bytes, Any]]:
         if _KINDS.get(int(folder.info.meta.type)) == FOLDER:
-            yield from ((child.info.name.name, child) for child in self._children(folder))
+            found = self._children(folder)
+            yield from (item for item in found if not isinstance(item, EntryFailed))
 
     def _target(self, file: Any) -> bytes | None:
         meta = file.info.meta
         return self._link_target(file, meta) if _KINDS.get(int(meta.type)) == LINK else None
 
-    def _children(self, folder: Any) -> Iterator[Any]:
+    def _children(self, folder: Any) -> Iterator[tuple[bytes, Any] | EntryFailed]:
         """Raises OSError where it is not a folder or cannot be read."""
+        if self.kind in _EXT.values() and not _is_resident(folder):
+            yield from self._ext_children(folder)
+            return
         for child in folder.as_directory():
             name, meta = child.info.name, child.info.meta
             if name is None or meta is None or name.name in (b".", b"..", b""):
@@ -257,7 +198,34 @@ class FileSystem:
             # NTFS keeps its own tables as files, 0 to 23; 5 is the root.
             if self.kind == b"ntfs" and int(meta.addr) < 24:
                 continue
-            yield child
+            yield name.name, child
+
+    def _ext_children(self, folder: Any) -> Iterator[tuple[bytes, Any] | EntryFailed]:
+        """The library takes the hashes in a large folder's index for names of files."""
+        block = int(self._fs.info.block_size)
+        places = (at for part in self.stretches(folder) for at in range(*part, block))
+        found: list[tuple[int, bytes]] = []
+        for at in places:
+            try:
+                for name, inode in ext.folder_entries(bytes(folder.read_random(at, block))):
+                    found.append((inode, name))
+            except (ext.ExtError, *PARSER_ERRORS) as error:
+                text = f"names in its block at byte {at} are missing: "
+                yield EntryFailed(b"", text.encode() + reason_of(error))
+            if len(found) >= _SORTED_ENTRIES:
+                yield from self._opened(found)
+                found = []
+        yield from self._opened(found)
+
+    def _opened(self, found: list[tuple[int, bytes]]) -> Iterator[tuple[bytes, Any] | EntryFailed]:
+        """In the order of their inodes: in that of their names, by hash, each would be a read of its own."""
+        for inode, name in sorted(found):
+            if name in (b".", b".."):
+                continue
+            try:
+                yield name, self._fs.open_meta(inode=inode)
+            except PARSER_ERRORS as error:
+                yield EntryFailed(name, reason_of(error))
 
     def entry(self, path: bytes, file: Any) -> Entry:
         """Raises OSError."""
@@ -270,7 +238,7 @@ class FileSystem:
         device, xattrs = 0, {}
         if self._superblock is not None:
             try:
-                inode = ext.read_inode(self._image.read, self._superblock, int(meta.addr))
+                inode = ext.read_inode(self._read_inodes, self._superblock, int(meta.addr))
             except (ext.ExtError, struct.error):
                 self._tell_once("extended attributes and numbers of device nodes are missing")
                 self._superblock = None
@@ -300,6 +268,18 @@ class FileSystem:
             tuple(flat),
         )
 
+    def _read_inodes(self, offset: int, length: int) -> bytes:
+        """Inodes of one folder lie side by side: each would cost a question to the other process."""
+        number, at = divmod(offset, _PIECE_BYTES)
+        if at + length <= _PIECE_BYTES:
+            piece = self._kept_piece(number)[at : at + length]
+            if len(piece) == length:
+                return piece
+        return self._image.read(offset, length)
+
+    def _read_piece(self, number: int) -> bytes:
+        return self._image.read(number * _PIECE_BYTES, _PIECE_BYTES)
+
     def _flat(self, xattrs: dict[bytes, bytes]) -> list[bytes]:
         """Names and values one after the other, as many as fit into a message."""
         words: list[bytes] = []
@@ -322,17 +302,20 @@ class FileSystem:
         size = min(int(meta.size), MAX_WORD_BYTES)
         return bytes(file.read_random(0, size)) if size else b""
 
-    def children(self, path: bytes, folder: Any) -> Iterator[tuple[bytes, Any]]:
+    def children(self, path: bytes, folder: Any) -> Iterator[tuple[bytes, Any] | EntryFailed]:
         """Its entries, by name. Raises OSError."""
         seen: set[bytes] = set()
         prefix = path.rstrip(b"/") + b"/"
-        for child in self._children(folder):
-            name = child.info.name.name
-            # A name with a slash would lead elsewhere; the parser's own folders are not the disk's.
-            if b"/" in name or name in seen or name == b"$OrphanFiles":
-                continue
-            seen.add(name)
-            yield prefix + name, child
+        for item in self._children(folder):
+            name = item[0]
+            if b"/" in name or b"\0" in name:  # it would lead elsewhere
+                yield EntryFailed(prefix + re.sub(rb"[/\0]", b"?", name), _NO_NAME.encode())
+            elif isinstance(item, EntryFailed):
+                yield item._replace(path=prefix + name if name else path)
+            # The parser's own folder is not the disk's.
+            elif name not in seen and name != b"$OrphanFiles":
+                seen.add(name)
+                yield prefix + name, item[1]
 
     def walk(self, path: bytes, file: Any) -> Iterator[tuple[bytes, Any] | EntryFailed]:
         """The entry and all below it, a folder before what is in it."""
@@ -420,6 +403,13 @@ class FileSystem:
             yield covered, size
 
 
+def _is_resident(file: Any) -> bool:
+    """Whether its content lies in its inode."""
+    attribute = next(iter(file), None)
+    return attribute is not None and bool(int(attribute.info.flags) & _RESIDENT)
+
+
+_NO_NAME = "its name has a slash or a zero byte in it, which none can have here: it is left out"
 _TWICE = "the folder is there twice, inside itself, or too deep"
 _TOO_MUCH = "it says that it has more content than its file system has room for"
 _UNTRUE = (
@@ -442,7 +432,7 @@ def reason_of(error: Exception) -> bytes:
 def other_tables(source: ByteSource) -> list[Partition]:
     """The partitions of disks of BSD, Sun and Macintosh machines, by their place."""
     try:
-        table = pytsk3.Volume_Info(_Image(source))
+        table = pytsk3.Volume_Info(ParserImage(source))
         if int(table.info.vstype) not in _OTHER_TABLES:
             return []
         block = int(table.info.block_size)
@@ -493,5 +483,9 @@ def _other_kind(source: ByteSource) -> bytes:
         kind = signature(source)
     except OSError:
         return b"damaged"
+    if kind == b"ext4" and ext.has_clusters(
+        source.read(ext.SUPERBLOCK_OFFSET, ext.SUPERBLOCK_BYTES)
+    ):
+        return kind  # whole, and read by kernels only
     # The parser would have opened it.
     return kind + b", damaged" if kind in _NAMES.values() else kind

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file systems of one disk, read path by path as a kernel asks for them.
 
-The engines are those of `vmapipe files`: a parser for each disk, in a process without rights, and
+The engines are those of `vmapipe files`: parsers, each in a process without rights, and
 one virtual machine for all disks, for what the parsers do not read. Their answers are a
 stranger's: names that no folder can hold are left out, and ranges are checked.
 """

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vmapipe.access.archive import OpenArchive
@@ -24,6 +24,8 @@ from vmapipe.access.files.messages import (
 )
 from vmapipe.access.mount.guest import GuestDisk
 from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE
+from vmapipe.runtime.text import name_text
+from vmapipe.vma.errors import HeaderError
 from vmapipe.vma.names import safe_file_name
 
 _KINDS = {
@@ -41,6 +43,15 @@ WHOLE = b"whole"
 _MAX_SIZE = (1 << 63) - 1
 # st_blocks counts these.
 _STAT_BLOCK_BYTES = 512
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a disk or a configuration of this name can be a file here, by the rules of a restore."""
+    try:
+        safe_file_name(name, "", suffix=".raw")
+    except HeaderError:
+        return False
+    return True
 
 
 class Attributes(NamedTuple):
@@ -91,25 +102,37 @@ class ArchiveTree:
     Any thread may call it. A path is bytes, absolute, without `.` and `..`.
     """
 
-    def __init__(self, archive: OpenArchive, guests: Mapping[str, GuestDisk]) -> None:
-        """`guests`: the file systems of each disk, by its name; none: they are not shown."""
+    def __init__(
+        self,
+        archive: OpenArchive,
+        named: Sequence[tuple[str, ArchiveDisk]],
+        guests: Mapping[str, GuestDisk],
+        report: Callable[[str], None],
+    ) -> None:
+        """`named`: the disks, by names that files can have.
+
+        `guests`: the file systems of each, by its name; none: they are not shown. `report` is told of
+        configurations that no file here can be called as.
+        """
         self._mtime_ns = archive.header.ctime_s * 10**9
         self._made_ns = time.time_ns()
         disks, files, config = _Folder(), _Folder(), _Folder()
-        for device in archive.header.devices:
-            if device.is_vmstate:
+        for name, disk in named:
+            disks[os.fsencode(f"{name}.raw")] = disk
+            if name in guests:
+                files[os.fsencode(name)] = guests[name]
+        for one in archive.header.configs:
+            if not is_file_name(one.name) or os.fsencode(one.name) in config:
+                report(
+                    f"{archive.name}: the configuration {name_text(one.name)} is not shown: no file "
+                    "here can have this name, or another one has it (vmapipe config shows it)"
+                )
                 continue
-            what = f"device {device.dev_id}"
-            name = os.fsencode(safe_file_name(device.name, what, suffix=".raw"))
-            disks[name] = ArchiveDisk(archive, device)
-            if device.name in guests:
-                files[os.fsencode(device.name)] = guests[device.name]
-        for index, one in enumerate(archive.header.configs):
-            config[os.fsencode(safe_file_name(one.name, f"config {index}"))] = one.data
+            config[os.fsencode(one.name)] = one.data
         self._root = _Folder({b"disks": disks, b"config": config})
         if guests:
             self._root[b"files"] = files
-        self.size_bytes = sum(d.size_bytes for d in archive.header.devices if not d.is_vmstate)
+        self.size_bytes = sum(disk.size_bytes for _, disk in named)
 
     def attributes(self, path: bytes) -> Attributes:
         node = self._node(path)

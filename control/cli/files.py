@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vmapipe.access.archive import OpenArchive, open_for_access
-from vmapipe.access.disk import ArchiveDisk
+from vmapipe.access.archive import open_for_access
+from vmapipe.access.disk import named_disks
 from vmapipe.access.files.copies import FileWriter, FolderWriter, TarWriter, shown
 from vmapipe.access.files.engines import AUTO, ENGINES, Engines
 from vmapipe.access.files.messages import (
@@ -170,7 +170,11 @@ def _files(options: argparse.Namespace) -> None:
             check_signed(options.archive, options, cancel, _signed_notice)
             archive = open_for_access(options.archive, cancel, _notice, caches)
         stack.callback(archive.close)
-        disks = disks_of(archive)
+        disks = named_disks(archive, bool, _notice)
+        if not disks:
+            raise Failure(
+                f"{options.archive} has no disk: only configurations, or a machine's memory"
+            )
         names = [name for name, _ in disks]
         place = None if options.place is None else _parse_place(options.place, names)
         keys = read_keys(options, names)
@@ -215,15 +219,6 @@ def _tell(message: FromParser) -> int:
             _notice(f"{shown(path)}: {os.fsdecode(reason)}" if path else os.fsdecode(reason))
             return 1
     return 0
-
-
-def disks_of(archive: OpenArchive) -> list[tuple[str, ArchiveDisk]]:
-    """Its disks by name; a machine's memory has no files."""
-    return [
-        (device.name, ArchiveDisk(archive, device))
-        for device in archive.header.devices
-        if not device.is_vmstate
-    ]
 
 
 def _parse_place(text: str, disks: Sequence[str]) -> _Place:

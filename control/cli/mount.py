@@ -13,15 +13,16 @@ import sys
 from collections.abc import Callable, Sequence
 from ctypes.util import find_library
 
-from vmapipe.access.archive import OpenArchive, Report, open_for_access
+from vmapipe.access.archive import Report, open_for_access
+from vmapipe.access.disk import ArchiveDisk, named_disks
 from vmapipe.access.files.appliance import Appliance
 from vmapipe.access.files.engines import PARSER, VM, obstacle
 from vmapipe.access.files.session import FileReader, FileSession
 from vmapipe.access.mount.guest import GuestDisk, GuestReader
-from vmapipe.access.mount.tree import ArchiveTree
+from vmapipe.access.mount.tree import ArchiveTree, is_file_name
 from vmapipe.control.cli.caches import add_cache_options, caches_of
 from vmapipe.control.cli.errors import naming
-from vmapipe.control.cli.files import add_engine_options, add_key_option, disks_of, read_keys
+from vmapipe.control.cli.files import add_engine_options, add_key_option, read_keys
 from vmapipe.control.cli.identity import (
     add_identity_option,
     add_signed_by_option,
@@ -54,6 +55,9 @@ examples:
 _NOT_ASKED_FOR = "it was not asked for"
 _NO_EXTRA = "archives are mounted with mfusepy: pip install 'vmapipe[mount]'"
 _OTHER_WAYS = "vmapipe serve and vmapipe files do without"
+
+# Processes that parse, some 50 MiB each: of more disks, several share one.
+_MAX_PARSERS = 4
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -97,9 +101,9 @@ def _mount(options: argparse.Namespace) -> None:
             check_signed(options.archive, options, cancel, emit)
             archive = open_for_access(options.archive, cancel, report, caches)
         stack.callback(archive.close)
-        guests = _guests(archive, options, cancel, report, stack)
-        with naming(options.archive):
-            tree = ArchiveTree(archive, guests)
+        disks = named_disks(archive, is_file_name, report)
+        guests = _guests(disks, options, cancel, report, stack)
+        tree = ArchiveTree(archive, disks, guests, report)
 
         def tell_mounted() -> None:
             emit({"event": "mounted", "archive": archive.name, "folder": folder})
@@ -110,14 +114,13 @@ def _mount(options: argparse.Namespace) -> None:
 
 
 def _guests(
-    archive: OpenArchive,
+    disks: Sequence[tuple[str, ArchiveDisk]],
     options: argparse.Namespace,
     cancel: Cancel,
     report: Report,
     stack: contextlib.ExitStack,
 ) -> dict[str, GuestDisk]:
     """The file systems of each disk; `stack` ends what reads them. Raises Failure, UsageError."""
-    disks = disks_of(archive)
     keys = read_keys(options, [name for name, _ in disks])
     has_parser = options.engine != VM and importlib.util.find_spec("pytsk3") is not None
     why_no_vm = _NOT_ASKED_FOR if options.engine == PARSER else obstacle(options.appliance)
@@ -139,13 +142,19 @@ def _guests(
         return Appliance(disks, cancel, keys, options.appliance, report)
 
     vm = None if why_no_vm else reader("the virtual machine", start_vm)
-    guests = {}
-    for index, (name, _) in enumerate(disks):
-        parser = None
-        if has_parser:
-            parser = reader(name, lambda: FileSession(disks, cancel, keys))
-        guests[name] = GuestDisk(name, index, report, parser, vm)
-    return guests
+
+    def start_parser() -> FileReader:
+        return FileSession(disks, cancel, keys)
+
+    # Each knows all disks, and is started when it is first asked.
+    parsers: list[GuestReader | None] = [None]
+    if has_parser and disks:
+        count = min(_MAX_PARSERS, len(disks))
+        parsers = [reader("the parser", start_parser) for _ in range(count)]
+    return {
+        name: GuestDisk(name, index, report, parsers[index % len(parsers)], vm)
+        for index, (name, _) in enumerate(disks)
+    }
 
 
 def _empty_folder(name: str) -> str:

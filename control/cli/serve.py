@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import socket
 import sys
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Sequence
 
 from vmapipe.access.archive import OpenArchive, open_for_access
+from vmapipe.access.disk import named_disks
 from vmapipe.access.serve import Shown, serve
 from vmapipe.control.cli.caches import add_cache_options, caches_of
 from vmapipe.control.cli.errors import naming
@@ -23,6 +25,7 @@ from vmapipe.control.cli.identity import (
 )
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.control.qmp.sockets import listen_unix
+from vmapipe.protocol.nbd.constants import string_fault
 from vmapipe.runtime.arguments import make_parser
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure, UsageError
@@ -98,7 +101,7 @@ def _serve(options: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         emit = stack.enter_context(renderer("serve", options, sys.stdout))
         opened = _open_all(names, options, cancel, emit, stack)
-        shown = _shown(opened, options)
+        shown = _shown(opened, options, emit)
         listener = listen_unix(options.listen, 0o600, socket.SOCK_STREAM)
         stack.callback(listener.close)
         try:
@@ -165,17 +168,24 @@ def _open_all(
     return opened
 
 
-def _shown(opened: Sequence[OpenArchive], options: argparse.Namespace) -> list[Shown]:
+def _shown(opened: Sequence[OpenArchive], options: argparse.Namespace, emit: Emit) -> list[Shown]:
     alone = options.all is None and len(opened) == 1
+    prefixes: list[str] = []
     shown = []
+
+    def is_possible(name: str) -> bool:
+        return string_fault(f"{prefixes[-1]}{name}") is None
+
+    def report(text: str) -> None:
+        emit({"event": "notice", "text": text})
+
     for archive in opened:
-        for device in archive.header.devices:
-            if device.is_vmstate or (options.device and device.name not in options.device):
-                continue
-            name = device.name if alone else f"{os.path.basename(archive.name)}/{device.name}"
-            shown.append(Shown(name, archive, device, options.cow))
+        prefixes.append("" if alone else _prefix(archive.name, prefixes))
+        for name, disk in named_disks(archive, is_possible, report):
+            if not options.device or disk.device.name in options.device or name in options.device:
+                shown.append(Shown(f"{prefixes[-1]}{name}", archive, disk, options.cow))
     for name in options.device:
-        if not any(item.device.name == name for item in shown):
+        if not any(name in (item.disk.device.name, item.export) for item in shown):
             there = ", ".join(name_text(d.name) for a in opened for d in a.header.devices)
             raise UsageError(f"there is no device {name_text(name)}; there is {there or 'none'}")
     if not shown:
@@ -183,3 +193,10 @@ def _shown(opened: Sequence[OpenArchive], options: argparse.Namespace) -> list[S
     if options.cow is not None and len(shown) > 1:
         raise UsageError("--cow keeps the writes of one device: choose it with --device")
     return shown
+
+
+def _prefix(name: str, taken: Sequence[str]) -> str:
+    """`ARCHIVE/`, which no other archive has."""
+    base = os.fsencode(os.path.basename(name)).decode(errors="backslashreplace")
+    tries = (f"{base}-{number}/" for number in itertools.count(2))
+    return next(prefix for prefix in itertools.chain([f"{base}/"], tries) if prefix not in taken)

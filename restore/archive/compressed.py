@@ -213,13 +213,14 @@ class ReadOptions(NamedTuple):
 
     `salvage`: where the beginning is damaged, a file is compressed with what its name says.
     `past_errors`: sectors of a plain file that its disk cannot read are zeroes, and are remembered.
-    `identities`: secret keys for what is encrypted.
+    `identities`: secret keys for what is encrypted. `called`: what errors call a descriptor's file.
     """
 
     max_window_bytes: int = 0
     salvage: bool = False
     past_errors: bool = False
     identities: tuple[AgeIdentity, ...] = ()
+    called: str = ""
 
 
 def compression_of(start: bytes) -> str:

@@ -283,7 +283,7 @@ def _descriptor_number(archive: str) -> int | None:
 
 
 def _open_descriptor(archive: str, number: int, cancel: Cancel, options: ReadOptions) -> Source:
-    name = "standard input" if archive == "-" else archive
+    name = options.called or ("standard input" if archive == "-" else archive)
     try:
         fd = os.dup(number)
     except OSError as error:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from tests.machine import Need
 from vmapipe.access.files.ext import (
     ExtError,
     Superblock,
+    folder_entries,
     parse_superblock,
     read_inode,
     replayed_blocks,
@@ -140,3 +142,34 @@ def test_a_replay_is_what_e2fsck_makes_of_the_same_journal(need: Need, tmp_path:
     }
     # Recovery also empties the journal and clears its flag in the superblock.
     assert differing - set(places) <= {1024 // size}
+
+
+def _entry(inode: int, name: bytes, length: int = 0) -> bytes:
+    length = length or (8 + len(name) + 3) & ~3
+    return struct.pack("<IHBB", inode, length, len(name), 1) + name.ljust(length - 8, b"\0")
+
+
+def test_what_is_inside_of_a_folders_index_is_no_name() -> None:
+    names = _entry(12, b"one") + _entry(0, b"deleted") + _entry(13, b"two", BLOCK - 12 - 16)
+    assert list(folder_entries(names)) == [(b"one", 12), (b"two", 13)]
+    index = _entry(0, _entry(12, b"no name") * 8, BLOCK)[: 8 + 16 * 8]
+    index = struct.pack("<IHBB", 0, BLOCK, 0, 0) + index[8:].ljust(BLOCK - 8, b"\1")
+    assert list(folder_entries(index)) == []
+    whole = struct.pack("<IHBB", 14, 0xFFFF, 3, 1) + b"all".ljust((64 << 10) - 8, b"\0")
+    assert list(folder_entries(whole)) == [(b"all", 14)]
+
+
+def test_names_in_front_of_damage_in_a_folder_are_told_and_then_the_damage() -> None:
+    for bad in (bytes(12), _entry(7, b"x", 13 << 2)[:20], struct.pack("<IHBB", 7, 12, 9, 1)):
+        found = folder_entries(_entry(12, b"one") + bad)
+        assert next(found) == (b"one", 12)
+        with pytest.raises(ExtError, match="folder"):
+            next(found)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_of_a_folder_bring_more_than_our_own_error(raw: bytes) -> None:
+    with contextlib.suppress(ExtError):
+        for name, inode in folder_entries(raw):
+            assert 0 < len(name) < 256
+            assert inode

@@ -223,6 +223,15 @@ def test_a_file_system_that_is_not_read_here_is_named_with_a_way_out(tmp_path: P
     assert "guestfish" in text
 
 
+def test_what_only_kernels_read_of_ext4_is_not_called_damaged(need: Need, tmp_path: Path) -> None:
+    (mke2fs,) = need("mke2fs")
+    disk = tmp_path / "disk"
+    subprocess.run([mke2fs, "-q", "-t", "ext4", "-O", "bigalloc", disk, "40M"], check=True)
+    good("backup", "--quiet", "--disk", disk, tmp_path / "vm.vma")
+    (row,) = files("ls", "--json", tmp_path / "vm.vma").splitlines()
+    assert json.loads(row)["kind"] == "ext4"
+
+
 def test_damage_costs_the_files_that_it_is_in_and_no_other(need: Need, tmp_path: Path) -> None:
     (mke2fs,) = need("mke2fs")
     tree, disk, archive = tmp_path / "tree", tmp_path / "disk", tmp_path / "vm.vma"

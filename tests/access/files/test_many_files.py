@@ -186,6 +186,26 @@ def test_all_files_of_ntfs_are_those_that_ntfs_3g_reads(
     assert good("files", "cat", archive, f"/{one}") == content
 
 
+def test_a_folder_with_an_index_of_two_levels_has_its_names_and_no_others(
+    need: Need, tmp_path: Path
+) -> None:
+    """What is in an index (hashes, numbers of blocks) can look like an entry of a folder."""
+    mke2fs, e2fsck = need("mke2fs", "e2fsck")
+    many = tmp_path / "tree/many"
+    many.mkdir(parents=True)
+    names = {f"{number:04}".ljust(200, "n") for number in range(2000)}
+    for name in names:
+        (many / name).touch()
+    disk = tmp_path / "disk"
+    words = ["-q", "-t", "ext4", "-b", "1024", "-N", "4000", "-d", str(tmp_path / "tree")]
+    subprocess.run([mke2fs, *words, disk, "16M"], check=True)
+    assert subprocess.run([e2fsck, "-fyD", disk], capture_output=True).returncode <= 1
+    archive = backup(disk)
+    listed = good("files", "ls", "-0", archive, "/many").decode().split("\0")[:-1]
+    assert len(listed) == len(names)
+    assert set(listed) == names
+
+
 def test_one_file_of_a_large_disk_costs_little_reading(need: Need, tmp_path: Path) -> None:
     """50 GiB with 200 MiB on it: of the archive its headers, and the extents that hold the file."""
     (mke2fs,) = need("mke2fs")

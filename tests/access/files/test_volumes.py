@@ -220,7 +220,7 @@ def test_a_mount_shows_logical_volumes_on_all_their_disks(group: Path) -> None:
         for index, (name, _) in enumerate(disks)
     }
     try:
-        tree = ArchiveTree(archive, guests)
+        tree = ArchiveTree(archive, disks, guests, told.append)
         assert sorted(name for name, _ in tree.names(b"/files/sda/vg0")) == [b"root", b"striped"]
         path = b"/files/sdb/vg0/span/span"
         assert tree.read(path, 0, tree.attributes(path).size_bytes) == b"this is span\n"
