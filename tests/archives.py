@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -17,7 +18,14 @@ from vmapipe.clusters.sizes import (
     EXTENT_HEADER_BYTES,
     cluster_count,
 )
-from vmapipe.vma.header import Config, Device, Header, encode_header
+from vmapipe.vma.header import (
+    MAX_HEADER_BYTES,
+    Config,
+    Device,
+    Header,
+    encode_header,
+    parse_header,
+)
 from vmapipe.vma.manifest import (
     DeviceTotals,
     ExtentDigest,
@@ -187,3 +195,15 @@ def resealed(raw: bytes, offset: int) -> bytes:
     header = bytes(fixed[offset : offset + EXTENT_HEADER_BYTES])
     fixed[offset + 24 : offset + 40] = hashlib.md5(header, usedforsecurity=False).digest()
     return bytes(fixed)
+
+
+def renamed(raw: bytes, names: Mapping[bytes, bytes]) -> bytes:
+    """The archive with other names of the same lengths, which our writer would refuse."""
+    head = bytearray(raw[: parse_header(raw[:MAX_HEADER_BYTES]).header_bytes])
+    for old, new in names.items():
+        assert head.count(old + b"\0") == 1
+        assert len(old) == len(new)
+        head = head.replace(old + b"\0", new + b"\0")
+    head[32:48] = bytes(16)
+    head[32:48] = hashlib.md5(head, usedforsecurity=False).digest()
+    return bytes(head) + raw[len(head) :]
