@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from vmapipe.runtime.errors import EXIT_USAGE
 from vmapipe.runtime.process import (
     keep_standard_descriptors,
     leave,
     program_version,
     raise_descriptor_limit,
 )
+from vmapipe.runtime.text import name_text, one_line
 
 DESCRIPTION = """\
 Back up disks of virtual machines into one VMA archive, the format of Proxmox
@@ -136,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"vmapipe {program_version()}")
         return 0
+    if arguments[0] not in (*COMMANDS, "-h", "--help"):
+        parser.exit(EXIT_USAGE, _not_a_command(arguments[0]))
     # Only the first word is ours: whatever follows belongs to the command.
     options = parser.parse_args(arguments[:1])
     module, function = COMMANDS[options.command]
@@ -143,6 +147,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(module), function
     )
     return command(arguments[1:], f"vmapipe {options.command}")
+
+
+def _not_a_command(word: str) -> str:
+    import difflib  # late: a command that is one needs none of it
+
+    kind = "option" if word.startswith("-") else "command"
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    guess = f": did you mean {near[0]}?" if near else ""
+    return (
+        one_line(f"vmapipe: there is no {kind} {name_text(word)}{guess} (see vmapipe --help)")
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ class ConfigurationMistakes(UsageError):
             for m in sorted(mistakes)
         ]
         count = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
-        super().__init__(f"{count} in {path}: {self.lines[0]}")
+        # The line names the file, and where in it.
+        super().__init__(f"{count}: {self.lines[0]}")
 
 
 class AnsibleSource(NamedTuple):

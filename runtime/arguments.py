@@ -14,6 +14,8 @@ from vmapipe.runtime.errors import EXIT_USAGE, UsageError
 from vmapipe.runtime.logs import LEVELS, TRACE_LEVELS, LogLevel
 from vmapipe.runtime.text import one_line, without_user
 
+# Longer lines are hard to read, however wide the terminal is.
+_PROSE_CHARS = 100
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 # An archiver holds up to 3.6 MiB of a disk's data back until its extent is full;
@@ -31,7 +33,7 @@ _SERVICES = ("tcp://", "ipc://")
 def make_parser(
     prog: str, description: str, epilog: str, *, has_log: bool = False
 ) -> argparse.ArgumentParser:
-    """Return a parser whose texts keep their line breaks, and that says in one line what is wrong.
+    """Return a parser whose examples keep their line breaks, and that says in one line what is wrong.
 
     `has_log`: the program writes a log, and `--log-level` chooses its least level, too.
     """
@@ -39,7 +41,7 @@ def make_parser(
         prog=prog,
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--log-level",
@@ -50,6 +52,43 @@ def make_parser(
         + ("; or the least level of the --log (default: info)" if has_log else ""),
     )
     return parser
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Fills prose to the terminal's width, and lets lines that are indented, as examples are, be."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        import textwrap  # late, as argparse itself: few commands are asked for help
+
+        filled: list[str] = []
+        prose: list[str] = []
+
+        def end_prose() -> None:
+            # Not at hyphens: an option, a path and a command stay whole.
+            filled.append(
+                textwrap.fill(
+                    " ".join(prose),
+                    min(width, _PROSE_CHARS),
+                    initial_indent=indent,
+                    subsequent_indent=indent,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+            )
+            prose.clear()
+
+        for line in text.splitlines():
+            is_prose = bool(line) and not line[0].isspace()
+            if is_prose:
+                prose.append(line)
+            # What ends with a colon stands above what it speaks of.
+            if prose and (not is_prose or line.endswith(":")):
+                end_prose()
+            if not is_prose:
+                filled.append(indent + line if line else "")
+        if prose:
+            end_prose()
+        return "\n".join(filled)
 
 
 def add_first_group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:

@@ -81,8 +81,27 @@ def _os_failure(error: OSError) -> str:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         # Which file it was has nothing to do with it.
         return "no more files can be opened here: raise the limit (`ulimit -n`, LimitNOFILE= of a unit)"
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{os_error_text(error)}"
+    if error.filename:
+        return f"{error.filename}: {os_error_text(error)}"
+    if error.errno == errno.ENOENT and _folder_is_gone():
+        return "the folder that this was started in has been removed: change to another one (cd)"
+    if error.errno == errno.ENOSPC:
+        # A file that has a name is named by whoever writes it; what is left has none.
+        return (
+            f"{os_error_text(error)}: where our output goes, or in the folder for temporary files "
+            "(TMPDIR, else /tmp)"
+        )
+    return os_error_text(error)
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _is_library(error: ImportError) -> bool:
@@ -105,6 +124,13 @@ def keep_standard_descriptors() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for good
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for good
+
+
+def escape_what_cannot_be_shown() -> None:
+    """Let a letter that the terminal's encoding does not have, in a name or in `--help`, end no work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def raise_descriptor_limit() -> None:
@@ -177,6 +203,7 @@ def leave(program: str, work: Callable[[], object]) -> NoReturn:
     code: object = 1
     try:
         _check_memory_limit()
+        escape_what_cannot_be_shown()
         code = work()
     except SystemExit as end:
         code = end.code
@@ -203,10 +230,7 @@ def leave(program: str, work: Callable[[], object]) -> NoReturn:
 def run(program: str, work: Callable[[], None]) -> int:
     """Run `work`; print the line for what went wrong to stderr; return the exit code."""
     start_logging()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A name that a terminal's encoding does not have must not end the work.
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_cannot_be_shown()
     try:
         _check_descriptor_limit()
         work()

@@ -66,6 +66,11 @@ def _shortened(text: str, limit_chars: int) -> str:
 
 def escaped(text: str) -> str:
     """Escape what could move a cursor or begin a line, whatever the length."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    return "".join(char if char.isprintable() else _escape_of(char) for char in text)
+
+
+def _escape_of(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":
+        # A byte of a file's name that is no letter in the encoding of names: as it is there.
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode()

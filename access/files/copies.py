@@ -388,7 +388,7 @@ class FolderWriter:
             write_at(self._fd, memoryview(data.data), data.offset)
         except OSError as error:
             path = shown(self._content.entry.path)
-            raise Failure(f"cannot write {path}: {os_error_text(error)}") from error
+            raise Failure(f"cannot write the copy of {path}: {os_error_text(error)}") from error
 
     def failed(self, text: str) -> None:
         """The file that came last is not whole; it stays, and is told."""
@@ -412,7 +412,8 @@ class FolderWriter:
             os.fchmod(fd, entry.mode & 0o777)
             os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
         except OSError as error:
-            raise Failure(f"cannot write {shown(entry.path)}: {os_error_text(error)}") from error
+            path = shown(entry.path)
+            raise Failure(f"cannot write the copy of {path}: {os_error_text(error)}") from error
         finally:
             os.close(fd)
         if content.missing_bytes:

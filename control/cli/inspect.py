@@ -356,6 +356,9 @@ def _verify_one(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
         read=read_options(options),
     )
     started_s, kept = time.time(), options.kept_verdicts[name]
+    if kept is not None and not kept.archive:
+        # What verifies each night would say for ever that all is well with a folder that is not mounted.
+        raise Failure(f"there is no archive in {name}: nothing was verified; is it mounted?")
     with renderer("verify", options, sys.stdout) as emit:
         check_signed(name, options, cancel, emit)
         try:

@@ -83,7 +83,7 @@ class KeptVerdict(NamedTuple):
 def expand(names: Sequence[str], options: argparse.Namespace) -> dict[str, KeptVerdict | None]:
     """Each place as those of its archives that are to be verified now; None: it was named itself.
 
-    Raises Failure, UsageError.
+    A place without any archive stands for itself, with a verdict that names none. Raises Failure, UsageError.
     """
     chosen: dict[str, KeptVerdict | None] = {}
     told: set[str] = set()
@@ -99,9 +99,11 @@ def expand(names: Sequence[str], options: argparse.Namespace) -> dict[str, KeptV
             archives = {each.name: each for each in find_archives(place)}
             candidates = [Candidate(each.name, _whole_s(place, each)) for each in archives.values()]
             due = choose_due(candidates, options.older_than, options.sample, time.time())
-            if not options.json and not options.quiet:
+            if archives and not options.json and not options.quiet:
                 print(f"{one_line(place.name)}: {len(due)} of {len(archives)} archives are due")
                 sys.stdout.flush()
+            if not archives:
+                chosen[name] = KeptVerdict(name, "", "", told)
             for each in due:
                 identity = archives[each].file.identity
                 chosen[place.full_name(each)] = KeptVerdict(name, each, identity, told)

@@ -93,6 +93,11 @@ def _serve(options: argparse.Namespace) -> None:
         names += _archives_of(options.all)
     if not names:
         raise UsageError("say which archive to serve, or --all DIR")
+    if options.listen.startswith("tcp:"):
+        raise UsageError(
+            f"--listen {options.listen}: archives are served on a Unix socket only: name its path; for "
+            "another host let ssh carry it (ssh -L SOCKET:SOCKET HOST)"
+        )
     identities_of(options)  # a wrong one is told before anything is read
     cancel = Cancel()
     cancel.on_signals()

@@ -282,7 +282,10 @@ class BackupJob:
 
     def _check(self) -> None:
         if not self.disks and not any("--config" in word for word in self.archiver_options):
-            raise UsageError("nothing to back up: name a disk with --disk or --nbd")
+            raise UsageError(
+                "nothing to back up: name a disk with --disk or --nbd, or a machine that runs with "
+                "--qmp, --libvirt, --pve or --monitor"
+            )
         try:
             check_disk_names([disk.name for disk in self.disks], int(self.with_memory))
         except LimitError as error:

@@ -59,6 +59,8 @@ _MESSAGES_A_TURN = 1000
 # A service that lives and stores nothing: as long as its longest silence, and again what
 # its disk or object store may take for the end of a large archive.
 _IDLE_S = 2.0 * limits.MAX_HEARTBEAT_S
+# The first attempt after a lost connection is made at once; this one when a pause has gone by.
+_TOLD_ATTEMPT = 2
 # See producer/session.py: after a longer sleep we ourselves were stopped.
 _STOPPED_S = 5.0
 
@@ -153,6 +155,7 @@ class RemoteJob:
         self._devices = options.device
         self._name = options.output
         self._notices = 0
+        self._attempts = 0
         self._link = link
         self._cancel = cancel
         self._emit = emit
@@ -174,6 +177,7 @@ class RemoteJob:
                 wait_s = min(wait_s, max(0.0, self._connected + _PAUSE_S - before))
             self._link.wait(wait_s)
             for message in self._messages():
+                self._tell_of_return()
                 if self._take(message):
                     return
             now = time.monotonic()
@@ -190,6 +194,7 @@ class RemoteJob:
                 self._connected = now
                 self._link.reconnect()
                 self._say_who_we_are()
+                self._tell_of_loss()
             self._keep_alive(now)
 
     @property
@@ -349,6 +354,18 @@ class RemoteJob:
             "plain_bytes": progress.plain,
             "devices": devices,
         }
+
+    def _tell_of_loss(self) -> None:
+        """Whoever looks on learns why nothing goes on; not of a loss that the first attempt mends."""
+        self._attempts += 1
+        if self._opened is not None and self._attempts == _TOLD_ATTEMPT:
+            text = f"{self._at}: the connection is lost, and tried again (--reconnect-limit)"
+            self._emit({"event": "notice", "text": text})
+
+    def _tell_of_return(self) -> None:
+        if self._opened is not None and self._attempts >= _TOLD_ATTEMPT:
+            self._emit({"event": "notice", "text": f"{self._at}: the connection is there again"})
+        self._attempts = 0
 
     def _say(self, parts: list[Part]) -> None:
         self._link.send(parts)

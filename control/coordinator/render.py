@@ -215,9 +215,12 @@ class _Text:
     def _stored_text(self, event: StoredEvent) -> str:
         text = (
             f"stored {one_line(event['archive'])}: {human_bytes(event['stored_bytes'])} for "
-            f"{human_bytes(self.total_bytes)} of disks ({human_bytes(self.zero_bytes)} of them zero)"
+            f"{human_bytes(self.total_bytes)} of disks"
         )
-        if event.get("base_bytes"):
+        if not event.get("base_bytes"):
+            # With a base, how much of what has not changed is zero is not known.
+            text += f" ({human_bytes(self.zero_bytes)} of them zero)"
+        else:
             shared = event.get("shared_bytes", 0)
             also = f", {human_bytes(shared)} shared with it" if shared else ""
             text += f"; {human_bytes(event['base_bytes'])} from the base{also}"

@@ -5,6 +5,8 @@ common.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -101,7 +103,12 @@ class QmpPeer:
     limits: JsonLimits = QMP_LIMITS
 
     def not_reached(self, path: str, why: str) -> QmpGone:
-        return QmpGone(f"cannot reach QEMU's monitor at {path}: {why}; is the machine running?")
+        way_out = (
+            "run it as root, or as the user that QEMU runs as"
+            if why == os.strerror(errno.EACCES)
+            else "is the machine running?"
+        )
+        return QmpGone(f"cannot reach QEMU's monitor at {path}: {why}; {way_out}")
 
     def no_greeting(self, path: str) -> QmpGone:
         return QmpGone(

@@ -73,7 +73,8 @@ def open_archive(name: str, cancel: Cancel, options: ReadOptions | None = None) 
     try:
         archive = Archive(source, *_read_header(source))
     except HeaderError as error:
-        error.advice = "; what its extents hold: vmapipe restore --salvage"
+        if options is None or not options.salvage:
+            error.advice = "; what its extents hold: vmapipe restore --salvage"
         source.close()
         raise
     except BaseException:

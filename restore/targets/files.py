@@ -128,7 +128,10 @@ class NewFile:
         try:
             self.folder, self._name = folders.of(path)
             if self.folder.status(self._name) is not None:
-                raise TargetError(f"{path} exists already and is not overwritten")
+                raise TargetError(
+                    f"{path} exists already and is not overwritten: remove it, choose another folder, "
+                    "or name it with --device NAME=TARGET to have the disk in it overwritten"
+                )
             self.fd = self._open_unnamed(folders)
         except OSError as error:
             raise TargetError(f"cannot create {path}: {os_error_text(error)}") from error

@@ -102,6 +102,11 @@ def test_damage_is_an_io_error_with_its_place_and_never_other_data(
     assert f"the extent at offset {hit.offset} is damaged" in served.said
 
 
+def test_another_address_than_a_sockets_path_is_refused_with_the_way_out(disk: Path) -> None:
+    text = bad("serve", disk, "--listen", "tcp://127.0.0.1:10809", code=2)
+    assert "on a Unix socket only" in text
+
+
 def test_an_archive_that_is_cut_serves_what_there_is(
     tmp_path: Path, disk: Path, sock: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import socket
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -45,6 +46,30 @@ def test_a_job_at_a_service_goes_on_after_lost_connections(tmp_path: Path, seed:
     good("restore", archive, tmp_path / "restored")
     for name, disk in disks.items():
         assert sha256(tmp_path / "restored" / f"disk-{name}.raw") == sha256(disk)
+
+
+def test_a_connection_that_stays_away_is_told_and_its_return_too(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk", "A" * 40)
+    server, clients = make_keys(tmp_path, "host1")
+    with (
+        serving(tmp_path / "store", keys=(server, clients["host1"])) as served,
+        cable_to(served.endpoint) as cable,
+    ):
+        cable.bytes_s = MIB
+        words = ("backup", "--json", "--archiver", cable.endpoint, *served.link)
+        with started(*words, "--disk", f"a={disk}", "vm.vma") as backup:
+            next_event(backup, "begun")
+            cable.drop()
+            assert "the connection is lost, and tried again" in next_notice(backup)
+            cable.refusing, cable.bytes_s = False, 0.0
+            assert "the connection is there again" in next_notice(backup)
+            code, text = end_of(backup)
+            assert code == 0, text
+
+
+def next_notice(backup: subprocess.Popen[bytes]) -> str:
+    text: str = next_event(backup, "notice")["text"]
+    return text
 
 
 def test_what_is_said_of_a_base_is_said_again_after_lost_connections(tmp_path: Path) -> None:

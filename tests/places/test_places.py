@@ -124,6 +124,20 @@ def test_a_damaged_archive_does_not_end_the_walk_and_verdicts_stay_beside_them(
     assert "one archive" in bad("verify", "--sample=5%", tmp_path / "vm-2026-01-01.vma", code=2)
 
 
+def test_a_place_without_any_archive_is_no_success_of_a_verification(tmp_path: Path) -> None:
+    """Else a folder that is not mounted would be sound each night."""
+    whole, empty = tmp_path / "whole", tmp_path / "empty"
+    for folder in (whole, empty):
+        folder.mkdir()
+    (whole / "vm-2026-01-01.vma").write_bytes(RAW)
+    good("verify", whole)
+    assert f"there is no archive in {empty}" in bad("verify", "--older-than", "7d", empty)
+    done = run("verify", empty, whole)
+    assert done.returncode == 1
+    assert b"1 of 1 archives are due" in done.stdout
+    assert b"something is wrong with 1 of 2 archives" in done.stderr
+
+
 @given(
     st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(0, 100), max_size=9),
     st.one_of(st.none(), st.integers(0, 100)),

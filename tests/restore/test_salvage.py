@@ -264,6 +264,10 @@ def test_what_is_no_archive_is_not_salvaged(path: Path, tmp_path: Path) -> None:
     assert "not a vma file" in bad("restore", "--salvage", path, tmp_path / "out")
     path.write_bytes(b"")
     assert "is empty" in bad("restore", "--salvage", path, tmp_path / "out")
+    path.write_bytes(b"VMA")
+    text = bad("restore", "--salvage", path, tmp_path / "out")
+    assert "ends inside its header" in text
+    assert "--salvage" not in text  # it is what was tried
     assert not (tmp_path / "out").exists()
 
 

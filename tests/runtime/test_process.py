@@ -36,7 +36,12 @@ def failing(error: BaseException) -> int:
         (LimitError("too many drives"), 1, "too many drives"),
         (HeaderError("bad", offset=7), 1, "bad (archive offset 7)"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/x"), 1, "/x: No such file"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "No space left on device: where our output goes, or in the folder for temporary files "
+            "(TMPDIR, else /tmp)",
+        ),
         (Failure("x\x1b[2Jy\nz"), 1, "x\\x1b[2Jy\\nz"),
         (KeyboardInterrupt(), 130, "cancelled by SIGINT"),
         (MemoryError(), 1, "out of memory (see ulimit -v, and MemoryMax= of systemd)"),
@@ -53,6 +58,17 @@ def test_what_a_user_can_cause_is_one_line_and_an_exit_code(
 ) -> None:
     assert failing(error) == code
     assert capsys.readouterr().err == f"vmapipe test: {line}\n"
+
+
+def test_a_folder_that_was_removed_meanwhile_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert run("vmapipe test", lambda: print(os.path.abspath("vm.vma"))) == 1
+    assert "has been removed: change to another one (cd)" in capsys.readouterr().err
 
 
 def test_a_defect_of_ours_is_not_hidden() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import os
 
 import pytest
 from hypothesis import given
@@ -41,6 +42,10 @@ def test_a_long_text_keeps_its_begin_and_its_end() -> None:
     assert shown.endswith("; wait for its end")
     assert "characters left out" in shown
     assert len(shown) <= MAX_LINE_CHARS
+
+
+def test_a_byte_that_is_no_letter_is_shown_as_that_byte() -> None:
+    assert one_line(os.fsdecode(b"vm\xe4.vma")) == "vm\\xe4.vma"
 
 
 @pytest.mark.parametrize(

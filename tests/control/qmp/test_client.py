@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -387,6 +388,11 @@ def test_a_file_or_folder_is_told_as_not_a_socket(tmp_path: Path) -> None:
     for place in (file, tmp_path):
         with pytest.raises(QmpGone, match="it is not a socket; is the machine running"):
             QmpClient(str(place))
+
+
+def test_a_socket_that_one_may_not_use_is_told_with_who_may() -> None:
+    text = str(QmpPeer().not_reached("qmp.sock", os.strerror(errno.EACCES)))
+    assert text.endswith("Permission denied; run it as root, or as the user that QEMU runs as")
 
 
 @pytest.mark.parametrize("kind", ["tcp", "pretty", "unix"])
