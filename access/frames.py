@@ -14,7 +14,7 @@ from vmapipe.access.storage import CACHE_BYTES, Cache, damage_error, read_error,
 from vmapipe.restore.archive.input import Pread
 from vmapipe.restore.archive.zstd import FrameReader, decompress_start
 from vmapipe.runtime.threads import DaemonPool
-from vmapipe.vma.seektable import Frame
+from vmapipe.vma.seektable import Frame, usual_frame_bytes
 
 # Of a compressed frame in a file at a time: a read of its start does not need all.
 _PIECE_BYTES = 256 << 10
@@ -106,6 +106,10 @@ class FrameStorage:
             stop = min(end, self._plain_at[number + 1])
             yield number, offset - start, stop - start
             offset = stop
+
+    def usual_frame_bytes(self) -> int:
+        """What a random read decompresses half of."""
+        return usual_frame_bytes(map(self._plain_bytes, range(len(self._proved))))
 
     def _plain_bytes(self, number: int) -> int:
         return self._plain_at[number + 1] - self._plain_at[number]

@@ -31,7 +31,7 @@ from vmapipe.vma.errors import ArchiveError
 
 # (length, offset): fewer bytes only at the end.
 
-# Of decompressed frames that are kept: 32 of ours, which hold an extent each. A guest
+# Of decompressed frames that are kept: those of 32 extents. A guest
 # that boots comes back to the same few dozen.
 CACHE_BYTES = 128 << 20
 # Of an object at a time: a third of an extent, so that a small read does not cost a whole one.

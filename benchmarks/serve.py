@@ -47,7 +47,7 @@ def _random_reads(of: str, depth: int) -> Load:
     return Load(f"4K random reads of {of}, depth {depth}", words)
 
 
-# Each of these decompresses half of a frame, of 3.6 MiB or at level 1 a third of it, so that what counts is how many are
+# Each of these decompresses half of a frame, which holds a half of 3.6 MiB, or at level 1 a third, so that what counts is how many are
 # decompressed at a time: no more than there are processors. The rates are those that two idle ones can give.
 _COMPRESSED = (
     _Compressed(_random_reads("a .zst", 1), 3, 300),

@@ -8,7 +8,7 @@ that a reader can jump; `zstd -d` skips it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from vmapipe.vma.errors import ArchiveError, LimitError
@@ -51,6 +51,18 @@ class SeekTable:
 
     def __iter__(self) -> Iterator[Frame]:
         return map(Frame._make, self._entry.iter_unpack(self._entries))
+
+
+def usual_frame_bytes(plain_bytes: Iterable[int]) -> int:
+    """Plain bytes of the frame that a byte of the archive, chosen at random, lies in on average; 0: there are none.
+
+    `plain_bytes`: of each frame. A plain mean would count the headers between two extents' data as much as the data.
+    """
+    total = squares = 0
+    for length in plain_bytes:
+        total += length
+        squares += length * length
+    return squares // total if total else 0
 
 
 def is_zstd(start: bytes) -> bool:

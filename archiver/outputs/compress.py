@@ -2,7 +2,7 @@
 """zstd between the store and an output: independent frames, and a seek table at the end.
 
 `zstd -dc` reads the result, and a reader that knows the table
-(vma/seektable.py) jumps into it. The data of an extent is a frame of its own, or three, which do not
+(vma/seektable.py) jumps into it. The data of an extent is one to three frames of its own, which do not
 depend on the archive's uuid: a later archive takes them as they are. Only this file of the room imports
 the zstd library.
 """
@@ -54,19 +54,19 @@ def parse_compression(text: str, threads: int) -> Compression:
     return Compression(level=level, threads=threads)
 
 
-# A frame is closed at the end of the write that brings it to this length. The data of a
-# dense extent (3.6 MiB) is a frame of its own, and jumping to any extent
-# costs one such frame. Measured at level 3: 2 MiB frames are 0.9 % larger than
+# A frame is closed at the end of the write that brings it to this length, where extents have little
+# data. Measured at level 3: 2 MiB frames are 0.9 % larger than
 # 8 MiB ones, 4 MiB frames 0.3 %; the speed is the same.
 FRAME_BYTES = 3 << 20
-# The data of an extent is a frame of its own from this length on, and its header ends the frame before.
+# The data of an extent is frames of its own from this length on, and its header ends the frame before.
 # Measured at level 3: an archive of dense extents is 0.004 % larger so; one of a disk with many holes 0.25 %,
 # and 0.8 % if extents with 1 MiB were cut, too: they compress better together.
 CUT_BYTES = 2 << 20
-# At level 1 a match reaches 512 KiB back, and not far beyond that anything is gained: there the data of an extent is three
-# frames, and a random read costs a third. Measured at level 1: 0.7 % larger for a system's files, 0.3 % for
-# texts, 0.1 % for a database (four frames 1.4 %), and no slower. At level 3 two frames cost 0.2 to 3.4 %, three up to 7.8 %.
-_PIECE_BYTES = {1: 20 * CLUSTER_BYTES}
+# Of such data a frame holds no more than this, so that a random read of a served archive, which decompresses half of a frame on
+# average, costs less: by level (docs/decisions/0038-frames.md has the figures). A match reaches back 512 KiB at level 1, where three frames for an
+# extent cost 0.1 to 0.9 % of room; at levels 2 and 3 two cost 0.1 to 2.5 %, and three up to 4.8 %. Higher levels are for whoever wants
+# a small archive: one frame.
+_PIECE_BYTES = {1: 20 * CLUSTER_BYTES, 2: 30 * CLUSTER_BYTES, 3: 30 * CLUSTER_BYTES}
 # Frames that wait for a thread or to be written, beyond one for each thread:
 # enough that no thread stands still while a frame is being written.
 _SPARE_FRAMES = 2
@@ -95,6 +95,8 @@ class ZstdOutput(OutputWrapper):
             raise UsageError("compression needs at least one thread")
         super().__init__(inner)
         self._level = compression.level
+        self._piece_bytes = _PIECE_BYTES.get(compression.level, MAX_EXTENT_DATA_BYTES)
+        self._frame_bytes = min(FRAME_BYTES, self._piece_bytes)
         self._limit = compression.threads + _SPARE_FRAMES
         self._plain = bytearray()
         self._frames: deque[Future[list[Compressed]]] = deque()
@@ -117,14 +119,13 @@ class ZstdOutput(OutputWrapper):
             return
         for buffer in buffers:
             self._plain += buffer
-        if len(self._plain) >= FRAME_BYTES:
+        if len(self._plain) >= self._frame_bytes:
             self._close_frame()
 
     def _pieces(self, data: bytes) -> list[memoryview]:
         """The data of an extent, a frame each: as few as the level allows, of about the same length."""
-        most = _PIECE_BYTES.get(self._level, MAX_EXTENT_DATA_BYTES)
         blocks = -(-len(data) // BLOCK_BYTES)
-        step = BLOCK_BYTES * -(-blocks // -(-len(data) // most))
+        step = BLOCK_BYTES * -(-blocks // -(-len(data) // self._piece_bytes))
         return [memoryview(data)[at : at + step] for at in range(0, len(data), step)]
 
     def write_kept(self, header: bytes | memoryview, kept: Sequence[Compressed]) -> None:

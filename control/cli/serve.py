@@ -14,8 +14,10 @@ from collections.abc import Sequence
 
 from vmapipe.access.archive import OpenArchive, open_for_access
 from vmapipe.access.disk import named_disks
+from vmapipe.access.frames import FrameStorage
 from vmapipe.access.serve import Shown, serve
 from vmapipe.control.cli.caches import add_cache_options, caches_of
+from vmapipe.control.cli.condition import why_slow
 from vmapipe.control.cli.errors import naming
 from vmapipe.control.cli.identity import (
     add_identity_option,
@@ -169,6 +171,10 @@ def _open_all(
             report(f"left out: {error}")
             continue
         stack.callback(archive.close)
+        if isinstance(archive.storage, FrameStorage):
+            slow = why_slow(archive.storage.usual_frame_bytes())
+            if slow:
+                archive.tell(slow)
         opened.append(archive)
     return opened
 

@@ -65,7 +65,7 @@ _MAX_FRAME_BYTES = 32 << 20
 # With less than an extent's data at a time, a store would be asked more often, too.
 _JOB_BYTES = 3 << 20
 _JOB_FRAMES = 16
-# 4 million frames, two or four for each 3.6 MiB, are an archive of 3.6 to 7 TiB, and as much memory, or twice that where any
+# 4 million frames, two to four for each 3.6 MiB, are an archive of 3.6 to 7 TiB, and as much memory, or twice that where any
 # place is read: a longer table is left unused.
 _MAX_TABLE_BYTES = 32 << 20
 

@@ -79,6 +79,14 @@ def read(storage: FrameStorage, offset: int, length: int) -> bytes:
 WITH_HEADERS = [HEADER_BYTES, FRAME_BYTES] * 5
 
 
+@pytest.mark.parametrize("opened", [WITH_HEADERS], indirect=True)
+def test_what_a_random_read_decompresses_half_of_is_a_frame_of_data(
+    opened: tuple[Stored, FrameStorage],
+) -> None:
+    usual_bytes = opened[1].usual_frame_bytes()
+    assert FRAME_BYTES - HEADER_BYTES <= usual_bytes <= FRAME_BYTES
+
+
 @pytest.mark.parametrize("opened", [[FRAME_BYTES] * 8, WITH_HEADERS], indirect=True)
 def test_who_comes_from_the_end_of_a_frame_finds_the_one_behind_the_next_under_way(
     opened: tuple[Stored, FrameStorage],

@@ -81,6 +81,18 @@ def test_clients_that_we_did_not_write_see_the_disk(
     assert (tmp_path / "copy.raw").read_bytes() == disk.read_bytes()
 
 
+@pytest.mark.parametrize(("level", "is_slow"), [(3, False), (9, True)])
+def test_of_slow_random_reads_it_tells_why_and_the_way_out(
+    tmp_path: Path, sock: Path, level: int, is_slow: bool
+) -> None:
+    disk = make_disk(tmp_path / "a.raw", "A" * 58 * 3)
+    path = stored(tmp_path, disk, "--compress", f"zstd:{level}")
+    with serving(sock, path) as served:
+        pass
+    assert ("random reads are slow" in served.said) == is_slow
+    assert ("`vmapipe repack --compress zstd`" in served.said) == is_slow
+
+
 def test_damage_is_an_io_error_with_its_place_and_never_other_data(
     tmp_path: Path, disk: Path, sock: Path
 ) -> None:

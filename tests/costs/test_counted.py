@@ -243,7 +243,7 @@ def test_a_restore_of_a_zst_reads_each_frame_once_in_few_system_calls_and_starts
     _, written, calls = traced(tmp_path / "calls", words)
     assert target.read_bytes() == dense.read_bytes()
     assert SIZE_MIB * MIB <= written < SIZE_MIB * MIB + 4096
-    # A read for an extent, of both its frames, a write for 256 KiB; and a few of the import's.
+    # A read for an extent, of all its frames, a write for 256 KiB; and a few of the import's.
     extents = SIZE_MIB * MIB // EXTENT_BYTES + 1
     assert calls < extents + (SIZE_MIB * MIB >> 18) + extents + 40
     # An interpreter of their own would cost each worker a tenth of a second of imports.

@@ -21,6 +21,7 @@ from vmapipe.vma.seektable import (
     encode_seek_table,
     parse_seek_table,
     seek_table_bytes,
+    usual_frame_bytes,
 )
 
 frames = st.lists(
@@ -40,6 +41,16 @@ def test_parsing_an_encoded_seek_table_gives_its_frames(table: list[Frame]) -> N
 def test_the_bytes_are_those_of_the_seekable_format() -> None:
     raw = encode_seek_table([Frame(0x01020304, 0x05060708)])
     assert raw == bytes.fromhex("5e2a4d18 11000000 04030201 08070605 01000000 00 b1ea928f")
+
+
+def test_the_usual_frame_is_the_one_that_most_bytes_lie_in() -> None:
+    assert usual_frame_bytes([]) == 0
+    assert usual_frame_bytes([0]) == 0
+    assert usual_frame_bytes([1000] * 7) == 1000
+    # As many headers as frames of data, and a short one at the end.
+    assert 3_700_000 < usual_frame_bytes([512, 3_800_000] * 50 + [512, 60_000]) < 3_800_000
+    # One piece among small ones.
+    assert usual_frame_bytes([9000] + [10] * 100) > 8000
 
 
 def test_a_table_with_checksums_is_read() -> None:

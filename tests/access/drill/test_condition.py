@@ -48,9 +48,27 @@ def test_plain_archives_and_those_of_frames_are_seekable_and_those_of_one_piece_
         found = listed(path)
         assert (found["compression"], found["seekable"], found["digests"]) == wanted, path
         assert found["drill"] is None
+        assert (found["frame_bytes"] is not None) == (wanted[:2] == ("zstd", True)), path
     text = good("list", tmp_path / "gzip").decode()
     assert "no, gzip in one piece" in text
     assert "its data cannot be checked" in text
+
+
+def test_of_slow_random_reads_it_tells_why_and_the_way_out(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "a", "A" * 58 * 4)
+    sizes = {}
+    for level in (1, 3, 9):
+        path = tmp_path / f"{level}.vma.zst"
+        good("backup", "--quiet", "--compress", f"zstd:{level}", "--disk", disk, path)
+        sizes[level] = listed(path)["frame_bytes"]
+        said = good("list", path).decode()
+        assert ("random reads are slow" in said) == (level == 9)
+    assert 2.5 * sizes[1] < sizes[9] < 2.1 * sizes[3]
+    assert "half of 3.6 MiB: `vmapipe repack --compress zstd` makes" in said
+    # The way out is one.
+    good("repack", "--quiet", "--compress", "zstd", path, tmp_path / "again.vma.zst")
+    assert listed(tmp_path / "again.vma.zst")["frame_bytes"] == sizes[3]
+    assert "random reads" not in good("list", tmp_path / "again.vma.zst").decode()
 
 
 def test_of_a_pipe_it_says_what_the_header_says_and_no_more(folder: Path) -> None:

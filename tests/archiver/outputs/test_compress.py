@@ -31,6 +31,8 @@ from vmapipe.vma.seektable import (
 
 MIB = 1 << 20
 CHANCE = random.Random(3)
+# By level: of an extent's data, the most that a frame holds.
+LONGEST = {1: 20 * 65536, 2: 30 * 65536, 3: 30 * 65536, 4: FRAME_BYTES}
 # Half of it compresses, half does not.
 MIXED = (CHANCE.randbytes(512) + bytes(512)) * (4 * MIB // 1024)
 
@@ -89,9 +91,12 @@ def test_frames_are_independent_checked_and_listed_in_the_seek_table() -> None:
     assert (at + length, plain_at) == (len(raw), len(plain))
 
 
-def test_a_frame_of_small_writes_ends_only_where_a_write_ended_and_is_not_short() -> None:
+@pytest.mark.parametrize(("level", "least_bytes"), LONGEST.items())
+def test_a_frame_of_small_writes_ends_only_where_a_write_ended_and_is_not_short(
+    level: int, least_bytes: int
+) -> None:
     writes = [data[:MIB] for data in pieces(40)]
-    raw, _ = compressed(writes)
+    raw, _ = compressed(writes, level=level)
     length = seek_table_bytes(raw[-FOOTER_BYTES:])
     assert length is not None
     ends, at = set(), 0
@@ -101,7 +106,7 @@ def test_a_frame_of_small_writes_ends_only_where_a_write_ended_and_is_not_short(
     at = 0
     *full, last = parse_seek_table(raw[-length:])
     for frame in full:
-        assert FRAME_BYTES <= frame.plain_bytes < FRAME_BYTES + max(map(len, writes))
+        assert least_bytes <= frame.plain_bytes < least_bytes + max(map(len, writes))
         at += frame.plain_bytes
         assert at in ends
     assert at + last.plain_bytes in ends
@@ -109,7 +114,7 @@ def test_a_frame_of_small_writes_ends_only_where_a_write_ended_and_is_not_short(
 
 def test_the_data_of_a_large_extent_is_a_frame_of_its_own() -> None:
     writes = [MIXED[:MIB], MIXED[: CUT_BYTES + 99], MIXED[: CUT_BYTES + 100], MIXED[:512]]
-    raw, _ = compressed(writes, level=2)
+    raw, _ = compressed(writes, level=4)
     length = seek_table_bytes(raw[-FOOTER_BYTES:])
     assert length is not None
     assert is_cut(raw[-FOOTER_BYTES:])
@@ -118,16 +123,21 @@ def test_the_data_of_a_large_extent_is_a_frame_of_its_own() -> None:
     assert sizes == [small, 100, CUT_BYTES, 512]
 
 
-def test_at_level_1_it_is_frames_of_about_the_same_length_and_in_whole_blocks() -> None:
+@pytest.mark.parametrize(
+    ("level", "blocks"), [(1, [310, 310, 308]), (2, [464, 464]), (3, [464, 464])]
+)
+def test_up_to_level_3_it_is_frames_of_about_the_same_length_and_in_whole_blocks(
+    level: int, blocks: list[int]
+) -> None:
     extent = MIXED[: 100 + 58 * 65536]
     writes = [extent, extent[: 100 + CUT_BYTES + 7]]
-    raw, _ = compressed(writes)
+    raw, _ = compressed(writes, level=level)
     assert decompressed(raw) == b"".join(writes)
     length = seek_table_bytes(raw[-FOOTER_BYTES:])
     assert length is not None
     sizes = [frame.plain_bytes for frame in parse_seek_table(raw[-length:])]
-    third, half = 310 * 4096, 257 * 4096
-    assert sizes == [100, third, third, 308 * 4096, 100, half, CUT_BYTES + 7 - half]
+    half = 257 * 4096
+    assert sizes == [100, *(4096 * count for count in blocks), 100, half, CUT_BYTES + 7 - half]
     assert decompressed(raw) == b"".join(writes)
 
 
