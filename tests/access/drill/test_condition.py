@@ -56,7 +56,7 @@ def test_plain_archives_and_those_of_frames_are_seekable_and_those_of_one_piece_
 
 def test_of_slow_random_reads_it_tells_why_and_the_way_out(tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "a", "A" * 58 * 4)
-    sizes = {}
+    sizes, said, path = dict[int, int](), "", tmp_path
     for level in (1, 3, 9):
         path = tmp_path / f"{level}.vma.zst"
         good("backup", "--quiet", "--compress", f"zstd:{level}", "--disk", disk, path)
