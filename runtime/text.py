@@ -28,6 +28,17 @@ def name_text(name: str) -> str:
     return repr(_shortened(name, MAX_NAME_CHARS))
 
 
+def file_lines(text: str) -> list[str]:
+    """The lines of a file as Unix programs count them, without their ends, LF or CR LF.
+
+    `str.splitlines` also ends one at U+2028, a form feed and more: a comment's second half would count.
+    """
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
 def without_user(text: str) -> str:
     """A text that may hold a URI, without the user and the password that the URI may have."""
     before, scheme, rest = text.partition("://")

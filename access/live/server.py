@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vmapipe.control.qmp.connection import QmpGone
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.side_files import open_to_append
@@ -209,6 +210,9 @@ class ArchiveServer:
                 if readable([self._pidfd], 0):
                     if self._process is not None and self._process.wait() == -signal.SIGKILL:
                         return False
+                    if self.machine_pid is not None and _has_ended(self.machine_pid):
+                        # It ends with the machine: that is the reason, whatever it says itself.
+                        raise QmpGone("the machine has ended")
                     raise Failure(f"the archive cannot be served: {self._last_words()}")
         if self._owner is not None:
             self._give(self._owner)
@@ -278,3 +282,15 @@ def _notice(line: bytes) -> str:
     if not isinstance(event, dict) or event.get("event") != "notice":
         return ""
     return str(event.get("text", ""))
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process has gone, or has only not been waited for yet."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return readable([pidfd], 0)
+    finally:
+        os.close(pidfd)

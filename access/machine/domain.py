@@ -32,7 +32,12 @@ from vmapipe.access.machine.spec import (
     known_type,
 )
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}")
+#: What a domain may be called, for messages: its disks' files have the name, with -vda-99.qcow2 behind it.
+NAME_RULE = (
+    "a name has up to 64 characters (200 bytes), no slash, no '..', nothing that does not print, and "
+    "begins with neither a sign nor a space"
+)
+_MAX_NAME_CHARS, _MAX_NAME_BYTES = 64, 200
 # Names of libvirt's networks and of bridges; a bridge's has 15 letters.
 _NETWORK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]{0,63}")
 _AGENT, _SPICE = "org.qemu.guest_agent.0", "com.redhat.spice.0"
@@ -134,7 +139,15 @@ class Identity(NamedTuple):
 
 def is_domain_name(text: str) -> bool:
     """Tell whether a domain, and the files of its disks, can be called so."""
-    return bool(_NAME.fullmatch(text)) and ".." not in text
+    return (
+        0 < len(text) <= _MAX_NAME_CHARS
+        and text.isprintable()  # no stray byte is, so it can be encoded
+        and len(text.encode()) <= _MAX_NAME_BYTES
+        and text[0] not in "-.+ "
+        and not text.endswith(" ")
+        and "/" not in text
+        and ".." not in text
+    )
 
 
 def parse_network(text: str) -> Network | None:
@@ -212,7 +225,6 @@ def checked(draft: Draft, notes: Notes) -> Draft:
     devices.children = [*_devices(others, notes)]
     _check_boot(kept, disks, draft.cards, notes)
     return draft._replace(
-        name=draft.name if is_domain_name(draft.name) else "",
         tpm_model=tpm_model,
         uuid=draft.uuid if is_uuid(draft.uuid) else "",
         omissions=notes.all(),

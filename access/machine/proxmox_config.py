@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from vmapipe.access.machine.spec import MAX_CONFIG_BYTES
+from vmapipe.runtime.text import file_lines
 
 _LINE = re.compile(r"([a-zA-Z][a-zA-Z0-9_-]*):\s*(.*)")
 
@@ -15,13 +16,13 @@ _LINE = re.compile(r"([a-zA-Z][a-zA-Z0-9_-]*):\s*(.*)")
 def looks_like_proxmox(text: str) -> bool:
     """Tell whether a text has a line that only such a configuration has."""
     wanted = re.compile(r"(?:memory|cores|ostype|scsihw|(?:ide|sata|scsi|virtio|net)\d+):\s*\S")
-    return any(wanted.match(line) for line in text[:MAX_CONFIG_BYTES].splitlines())
+    return any(wanted.match(line) for line in file_lines(text[:MAX_CONFIG_BYTES]))
 
 
 def parse_config(text: str) -> dict[str, str]:
     """Return the values of the machine as it is: snapshots and pending changes come behind it."""
     found: dict[str, str] = {}
-    for line in text[:MAX_CONFIG_BYTES].splitlines():
+    for line in file_lines(text[:MAX_CONFIG_BYTES]):
         if line.startswith("["):
             break
         if match := _LINE.fullmatch(line.rstrip()):

@@ -16,6 +16,7 @@ from vmapipe.control.coordinator.render import renderer
 from vmapipe.restore.job import Options
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
+from vmapipe.runtime.text import name_text
 
 _FORMATS = ("", "raw", "qcow2")
 # Of a restore's options those that belong to files of one's own choice.
@@ -99,7 +100,13 @@ def restore_domain(
 ) -> None:
     """Run `vmapipe restore --libvirt`; `words`: the command line. Raises Failure."""
     # Here: a plain restore needs nothing of it.
-    from vmapipe.access.machine.domain import Draft, draft_of_libvirt, is_domain_name, parse_network
+    from vmapipe.access.machine.domain import (
+        NAME_RULE,
+        Draft,
+        draft_of_libvirt,
+        is_domain_name,
+        parse_network,
+    )
     from vmapipe.access.machine.libvirt import looks_like_libvirt
     from vmapipe.access.machine.proxmox import config_without_one
     from vmapipe.access.machine.proxmox_domain import draft_of_proxmox
@@ -121,10 +128,7 @@ def restore_domain(
         return draft_of_proxmox(config_text(raw) or config_without_one(names), names)
 
     if options.name is not None and not is_domain_name(options.name):
-        raise UsageError(
-            f"--name {options.name!r}: use up to 64 letters, digits and . _ + -, not beginning with "
-            "a sign"
-        )
+        raise UsageError(f"--name {name_text(options.name)}: {NAME_RULE}")
     network = None
     if options.network is not None:
         network = parse_network(options.network)

@@ -17,6 +17,7 @@ from vmapipe.runtime.arguments import split_named
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.side_files import open_new, read_awaited
+from vmapipe.runtime.text import file_lines
 from vmapipe.vma.names import CONFIG_NAME, FIREWALL_NAME
 
 # Proxmox VE's own bounds.
@@ -81,7 +82,7 @@ def config_disks(text: str) -> list[ConfigDisk]:
 
 
 def _main_section(text: str) -> Iterator[str]:
-    for line in text.splitlines():
+    for line in file_lines(text):
         if _SECTION.fullmatch(line):
             return
         yield line

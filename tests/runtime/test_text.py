@@ -10,9 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmapipe.runtime.text import MAX_LINE_CHARS, MAX_NAME_CHARS, human_bytes, name_text, one_line
+from vmapipe.runtime.text import (
+    MAX_LINE_CHARS,
+    MAX_NAME_CHARS,
+    file_lines,
+    human_bytes,
+    name_text,
+    one_line,
+)
 
 ANYTHING = st.text(st.characters(codec=None), max_size=400)
+
+
+def test_a_files_lines_end_where_unix_programs_end_them_and_nowhere_else() -> None:
+    odd = "a\u2028b\x85c\x0cd\x1ee\rf"
+    assert file_lines(f"{odd}\n\r\nlast\r\n") == [odd, "", "last"]
+    assert file_lines("no end") == ["no end"]
+    assert file_lines("") == []
 
 
 @given(ANYTHING, st.integers(101, 500))

@@ -136,12 +136,20 @@ class DomainCarrier:
             if failure.code == self._host.lib.VIR_ERR_NO_DOMAIN:
                 raise QmpGone(f"libvirt has no domain {self.name} any more") from failure
             if self._host.is_alive:
+                if failure.code == self._host.lib.VIR_ERR_OPERATION_INVALID and not self._runs():
+                    raise QmpGone(f"the domain {self.name} has ended") from failure
                 raise
         lost = self._host
         self._host = reconnected(self._uri, DAEMON_S, self._cancel)
         lost.close()
         self._connect()
         raise _Again
+
+    def _runs(self) -> bool:
+        """Whether it runs, as far as libvirt tells at once."""
+        with contextlib.suppress(LibvirtFailure):
+            return bool(self._host.call(self._domain.isActive))
+        return True
 
     def _monitor(self, command: Command) -> Any:
         words = {"execute": command.name, "arguments": dict(command.arguments)}
@@ -340,7 +348,8 @@ class DomainCarrier:
         """End a machine that was started paused, and has not run yet. Raises Failure."""
         state = self._repeated(lambda: self._call("state"))[0]
         if state == self._host.lib.VIR_DOMAIN_PAUSED:
-            self._repeated(lambda: self._call("destroy"))
+            with contextlib.suppress(QmpGone):  # it has ended by itself
+                self._repeated(lambda: self._call("destroy"))
 
     def stand_on(self, socket: str, moved: frozenset[str]) -> None:
         """Put each overlay onto an export that waits for its server. Raises Failure.

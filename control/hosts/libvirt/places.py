@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,8 @@ _FILE_POOLS = ("dir", "fs", "netfs")
 _BLOCK_POOLS = ("logical",)
 #: Where libvirt itself has firmware's variables, if the disks are in no folder.
 _NVRAM = "/var/lib/libvirt/qemu/nvram"
+# What XML has no way to write, and what it may read back as spaces (line ends, tabs).
+_NOT_IN_XML = re.compile("[\0-\x1f\ud800-\udfff\ufffe\uffff]")
 # One that fills up with names of files that exist was filled on purpose.
 _MOST_NAMES = 100
 
@@ -313,7 +316,12 @@ def remove_volume(host: Host, pool: str, volume: str) -> bool:
 
 
 def check_reachable(folder: str, user: QemuUser | None) -> None:
-    """Raises UsageError for a folder that is not there, or that libvirt's QEMU cannot enter."""
+    """Raises UsageError for a folder that is not there, or that libvirt or its QEMU cannot use."""
+    if _NOT_IN_XML.search(folder):
+        raise UsageError(
+            f"{folder}: libvirt cannot have a path with control characters or bytes that are no UTF-8 "
+            "(its XML has none): use another folder"
+        )
     if not os.path.isdir(folder):
         raise UsageError(f"{folder} is not a folder: make it first")
     if user is None or user.uid in (0, os.geteuid()) or os.geteuid() != 0:

@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vmapipe.access.machine.domain import (
+    NAME_RULE,
     DomainText,
     Draft,
     HostFacts,
     Identity,
     Network,
     domain_xml,
+    is_domain_name,
 )
 from vmapipe.access.machine.firmware import Firmware, find_firmware
 from vmapipe.access.machine.spec import Omission
@@ -66,7 +68,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.folders import HeldFolder, OwnFolder
-from vmapipe.runtime.text import one_line
+from vmapipe.runtime.text import name_text, one_line
 
 _USUAL_POOL = "default"
 
@@ -152,6 +154,8 @@ class DomainRestore:
         name = self._request.name or draft.name
         if not name:
             raise UsageError("the archive's configuration has no name for the domain: say --name")
+        if not is_domain_name(name):
+            raise UsageError(f"the machine is called {name_text(name)}: say --name ({NAME_RULE})")
         if self._goes_on(archive, name):
             return
         wish = self._wish(name, draft)

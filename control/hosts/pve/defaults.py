@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from vmapipe.runtime.text import file_lines
+
 # What vzdump knows and has no meaning here; said, so that nobody relies on it.
 _WITHOUT_USE = {
     "exclude-path": "it is for containers",
@@ -55,7 +57,7 @@ def parse_defaults(text: str) -> Defaults:
     """Return the defaults. Nothing in the file is an error: what is not understood is a remark."""
     found = Defaults()
     remarks = list[str]()
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(file_lines(text), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _LINE.fullmatch(line)

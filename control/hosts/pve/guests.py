@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from urllib.parse import unquote
 
 from vmapipe.runtime.errors import UsageError
-from vmapipe.runtime.text import name_text
+from vmapipe.runtime.text import file_lines, name_text
 
 Kind = Literal["qemu", "lxc"]
 
@@ -57,7 +57,7 @@ class Selection(NamedTuple):
 def parse_pools(text: str) -> dict[str, frozenset[int]]:
     """Return the pools of /etc/pve/user.cfg: `pool:NAME:COMMENT:VMIDS:STORAGES:`."""
     pools = {}
-    for line in text.splitlines():
+    for line in file_lines(text):
         kind, _, rest = line.partition(":")
         fields = rest.split(":")
         if kind == "pool" and len(fields) >= 3 and _POOL.fullmatch(unquote(fields[0])):

@@ -34,12 +34,14 @@ _AGAIN_S = 0.05
 _SAME_MOMENT_S = 10.0
 # The longest path (4096 bytes), each of its bytes escaped (six characters), and the rest.
 _MAX_NOTE_BYTES = 32 << 10
+# As Perl counts them: in a comment there may be ends of lines of Unicode's.
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _KEY = re.compile(r"([a-z][a-z0-9_-]*):")
 
 
 def locked_text(text: str) -> str:
     """Return a configuration with our lock, at the place where Proxmox VE writes it. Pure."""
-    lines = text.splitlines(keepends=True)
+    lines = _LINE.findall(text)
     end = next((n for n, line in enumerate(lines) if line.startswith("[")), len(lines))
     while end and not lines[end - 1].strip():
         end -= 1
@@ -52,7 +54,7 @@ def locked_text(text: str) -> str:
 
 def unlocked_text(text: str) -> str:
     """Return a configuration without the lock of the machine as it is. Pure."""
-    lines = text.splitlines(keepends=True)
+    lines = _LINE.findall(text)
     for number, line in enumerate(lines):
         if line.startswith("["):
             break

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from vmapipe.runtime.errors import Failure, UsageError
-from vmapipe.runtime.text import name_text
+from vmapipe.runtime.text import file_lines, name_text
 
 # What is mounted by Proxmox VE itself, at /mnt/pve/ID where nothing else is said.
 _MOUNTED = frozenset({"nfs", "cifs", "cephfs", "glusterfs"})
@@ -88,7 +88,7 @@ def parse_storages(text: str) -> dict[str, PveStorage]:
     """Return the storages by their ids. Lines that are none of a storage's are passed over."""
     found = {_LOCAL.id: _LOCAL}
     options: dict[str, str] | None = None
-    for line in text.splitlines():
+    for line in file_lines(text):
         if match := _HEAD.fullmatch(line):
             options = {}
             found[match[2]] = PveStorage(match[2], match[1], options)

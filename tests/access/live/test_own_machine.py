@@ -18,9 +18,11 @@ from tests.access.live.machines import cleared, live, processes, server_below, s
 from tests.control.coordinator.test_events import events
 from tests.machine import LIMIT_S, VMAPIPE, Need, bad, eventually, good, make_disk
 from tests.protocol.nbd.client import Client
+from vmapipe.access.live.server import ArchiveServer
 from vmapipe.control.qmp.client import QmpClient
-from vmapipe.control.qmp.connection import Command
+from vmapipe.control.qmp.connection import Command, QmpGone
 from vmapipe.protocol.nbd.constants import NBD_CMD_FLUSH
+from vmapipe.runtime.cancel import Cancel
 
 PATTERN = "AAh0ApAA" * 32
 TAIL_BYTES = 700
@@ -230,6 +232,23 @@ def test_an_encrypted_archive_is_gone_on_with_by_the_command_that_the_first_one_
         command.succeeds()
     content = (stored / "a.raw").read_bytes()
     assert (target / "disk-drive-scsi0.raw").read_bytes()[: len(content)] == content
+
+
+@pytest.mark.parametrize("is_waited_for", [True, False])
+def test_a_server_of_a_machine_that_has_ended_meanwhile_says_so(
+    is_waited_for: bool, archive: Path, tmp_path: Path
+) -> None:
+    """Not that the archive could not be served: how the machine goes on is another command then."""
+    with subprocess.Popen(["true"]) as machine:
+        os.waitid(os.P_PID, machine.pid, os.WEXITED | os.WNOWAIT)
+        if is_waited_for:
+            machine.wait()
+        log = str(tmp_path / "server.log")
+        socket = str(tmp_path / "archive.sock")
+        with ArchiveServer(socket, [str(archive)], log, print) as server:
+            server.machine_pid = machine.pid
+            with pytest.raises(QmpGone, match="the machine has ended"):
+                server.start(Cancel())
 
 
 def test_a_damaged_note_is_named(archive: Path, target: Path) -> None:

@@ -519,7 +519,7 @@ def test_a_killed_restore_whose_domain_is_defined_is_complete(bench: Bench, smal
         (["--libvirt", "--live", "--workers", "2"], "--workers is not for --live"),
         (["--libvirt", "--live", "--", "qemu-system-x86_64"], "leave out what is behind --"),
         (["--libvirt", "--format", "vmdk"], "use raw or qcow2"),
-        (["--libvirt", "--name", "../x"], "use up to 64 letters"),
+        (["--libvirt", "--name", "../x"], "a name has up to 64 characters"),
         (["--libvirt", "--network", "a/b"], "bridge:NAME"),
         (["--libvirt", "--resume"], "--dir and --format raw"),
         (["--libvirt", "--pool", ""], "--pool is empty"),

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import absent
 from tests.control.qemu.paused_machine import PausedMachine, paused_machine
-from tests.machine import Need, end_of, good, next_event, started, without_limit
+from tests.control.qemu.running_guest import OBEY, Extra, make_images, running_guest
+from tests.guest import find_kernel
+from tests.machine import Need, end_of, eventually, good, next_event, started, without_limit
 from vmapipe.control.qmp.connection import QmpRefused
 
 MIB = 1 << 20
@@ -129,3 +132,68 @@ def test_disks_may_be_unplugged_one_after_the_other_while_what_their_guest_feels
     for number in range(2):
         copy = (tmp_path / "restored" / f"disk-drive-scsi{number}.raw").read_bytes()
         assert copy == b"\x66" * SIZE
+
+
+# The guest's driver has let go of a disk.
+_IS_GONE = "while [ -e /sys/block/{} ]; do true; done"
+
+
+def _spare_disk(folder: Path, name: str) -> Path:
+    path = folder / f"{name}.raw"
+    path.write_bytes(b"\x66" * SIZE)
+    return path
+
+
+@pytest.mark.parametrize("felt", [(), ("--guest-latency", "10s")])
+def test_a_guest_that_gives_a_disk_back_meanwhile_goes_on(
+    felt: tuple[str, ...], need: Need, tmp_path: Path, out: Path
+) -> None:
+    """A virtio disk goes only when the guest's driver lets it."""
+    kernel = find_kernel()
+    if kernel is None:
+        absent("a kernel for a guest; scripts/setup unpacks Debian's into .venv/kernel")
+    node, drive = (_spare_disk(tmp_path, name) for name in ("node", "drive"))
+    options = (
+        *("-device", "pcie-root-port,id=port0,chassis=2,slot=2"),
+        *("-device", "pcie-root-port,id=port1,chassis=3,slot=3"),
+        *("-blockdev", f"driver=file,node-name=spare,filename={node}"),
+        *("-device", "virtio-blk-pci,drive=spare,id=virtio2,bus=port0"),
+        *("-drive", f"if=none,id=drive,format=raw,file={drive}"),
+        *("-device", "virtio-blk-pci,drive=drive,id=virtio3,bus=port1"),
+    )
+    words = ("backup", "--json", "--speed", "64K", *felt, "--qmp")
+    extra = Extra(options, script=OBEY)
+    with running_guest(need, kernel, tmp_path, make_images(need, tmp_path), extra=extra) as guest:
+        guest.console.hear("round 1")
+
+        def backed_up_without(device: str, disk: str, archive: Path) -> tuple[int, str]:
+            with started(*words, guest.qmp, archive) as process:
+                next_event(process, "instant")
+                guest.ask("device_del", id=device)
+                guest.does(_IS_GONE.format(disk))
+                assert eventually(lambda: device not in str(guest.ask("query-block")))
+                guest.goes_on(1)
+                without_limit(process)
+                code, text = end_of(process)
+            guest.is_untouched()
+            guest.goes_on(1)
+            return code, text
+
+        code, text = backed_up_without("virtio2", "vdc", out / "node.vma")
+        assert code == 0, text
+        guest.ask("blockdev-del", **{"node-name": "spare"})
+        code, text = backed_up_without("virtio3", "vdd", out / "drive.vma")
+        # QEMU may have ended the job of a -drive with it.
+        was_ended = "'drive-virtio3': it was removed from the machine" in text
+        assert (code, was_ended) in ((0, False), (1, True)), text
+        assert (out / "drive.vma").exists() is not was_ended
+        good("backup", "--qmp", guest.qmp, out / "next.vma")
+        guest.is_untouched()
+    for archive, numbers in ((out / "node.vma", (2, 3)), (out / "drive.vma", (3,))):
+        if archive.exists():
+            folder = tmp_path / archive.stem
+            good("restore", archive, folder)
+            copies = {
+                path.name: path.read_bytes() for path in folder.glob("disk-drive-virtio[23]*")
+            }
+            assert copies == {f"disk-drive-virtio{n}.raw": b"\x66" * SIZE for n in numbers}

@@ -383,6 +383,21 @@ def test_a_node_without_a_cluster_has_its_machines_in_one_folder(tmp_path: Path)
     assert inventory.guests == {100: PveGuest(100, "qemu", "alone", is_template=True)}
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
+def test_a_line_ends_nowhere_but_at_its_end(end: str) -> None:
+    """What a user has pasted into a comment is no second line, whatever Unicode calls it."""
+    config = MachineConfig(f"#a{end}lock: x{end}scsi5: l:6{end}[b]\r\nscsi0: l:1\r\nname: é\r\n")
+    assert (config.lock, config.name, [disk.key for disk in config.disks]) == ("", "é", ["scsi0"])
+    assert parse_pools(f"pool:a:x{end}pool:b::7:y:100:l:\r\npool:c::101::\r\n").keys() == {"a", "c"}
+    assert parse_storages(f"dir: a\r\n\tpath /a{end}dir: b\r\n\tcontent images\r\n").keys() == {
+        "a",
+        "local",
+    }
+    assert (
+        parse_defaults(f"#x{end}mode: stop\r\nstorage: s\r\n")[:] == parse_defaults("storage: s")[:]
+    )
+
+
 def test_notes_have_the_variables_of_vzdump() -> None:
     text = notes_of(
         r"{{guestname}}\n{{vmid}} {{node}} {{cluster}} \\n {{else}}",

@@ -43,7 +43,19 @@ def test_the_lock_stands_where_proxmox_writes_it() -> None:
 
 
 _LINE = st.sampled_from(
-    ["#text", "boot: a", "memory: 1", "scsi0: x", "name: y", "", "[snap]", "[PENDING]", "zz"]
+    [
+        "#text",
+        "boot: a",
+        "memory: 1",
+        "scsi0: x",
+        "name: y",
+        "",
+        "[snap]",
+        "[PENDING]",
+        "zz",
+        "cr\r",
+        "#a\u2028lock: x",
+    ]
 )
 
 
