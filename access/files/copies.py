@@ -134,7 +134,8 @@ class TarWriter:
             if known is None and len(self._names) < _MAX_LINKED:
                 self._names[entry.inode] = name
             if known is not None:
-                info.type, info.linkname = tarfile.LNKTYPE, known
+                # With a size bsdtar takes what comes next for the file's content.
+                info.type, info.linkname, info.size = tarfile.LNKTYPE, known, 0
                 self._write(_header(info))
                 return
         if entry.kind == FILE:

@@ -44,7 +44,7 @@ from vmapipe.runtime.folders import OwnFolder
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import run
 from vmapipe.runtime.side_files import read_awaited
-from vmapipe.runtime.text import one_line
+from vmapipe.runtime.text import name_text, one_line
 
 DESCRIPTION = """\
 Boot the machine in an archive, and say whether it came up: the restore test. Nothing is restored,
@@ -249,6 +249,11 @@ def _machine(archive: OpenArchive, path: str | None, limits: Limits, cancel: Can
     devices = [device.name for device in header.devices if not device.is_vmstate]
     if not devices:
         raise Failure("there is no disk in it that could boot")
+    twins = sorted({name for name in devices if devices.count(name) > 1})
+    if twins:
+        raise Failure(
+            f"two disks have the name {name_text(twins[0])}: which of them the machine had is not known"
+        )
     raw = configuration_of(header, path, cancel)
     if looks_like_libvirt(raw):
         return machine_of_libvirt(raw, devices, limits)

@@ -104,3 +104,11 @@ def test_an_archive_without_a_disk_has_no_files_and_that_is_said(tmp_path: Path)
     (tmp_path / "vm.vma.manifest.json").write_bytes(manifest(raw))
     assert "has no disk: only configurations" in bad("files", "ls", tmp_path / "vm.vma")
     assert "has no disk: only configurations" in bad("files", "cat", tmp_path / "vm.vma", "/etc")
+
+
+def test_which_of_two_disks_of_one_name_a_machine_had_is_not_guessed(odd: Path) -> None:
+    done = run("drill", odd)
+    assert done.returncode == 1
+    assert b"two disks have the name 'same'" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert not odd.with_name("vm.vma.drill.json").exists()

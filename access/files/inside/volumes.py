@@ -36,6 +36,8 @@ _BTRFS_SCAN = 0x50009404  # BTRFS_IOC_SCAN_DEV
 # How file systems are mounted. xfs: the same one may be on two disks of an archive. btrfs: all
 # subvolumes, and not the one that is mounted by default.
 _MOUNT_OPTIONS = {b"xfs": b"nouuid", b"btrfs": b"subvolid=5"}
+# What cryptsetup's exit status says where a key opens no slot; 3: its memory costs more than there is.
+_NO_PERMISSION = 2
 
 
 class FoundVolume:
@@ -207,7 +209,7 @@ class Guest:
             volume.remark = "the host has no cryptsetup (Debian: cryptsetup-bin)"
             return
         self._load("crypt")
-        said = b""
+        said, status = b"", 0
         for secret in wanted:
             name = f"open{volume.disk}-{os.fsdecode(volume.name) or 'disk'}"
             words = ("open", "--type", "luks", "--key-file", "-", "--disable-locks", "--batch-mode")
@@ -217,7 +219,8 @@ class Guest:
                 volume.device, volume.kind = f"/dev/mapper/{name}", b""
                 self._look(volume)
                 return
-        volume.remark = f"wrong key: {_last_line(said) or 'no key opens it'}"
+        what = "wrong key" if status == _NO_PERMISSION else "it cannot be opened here"
+        volume.remark = f"{what}: {_last_line(said) or 'no key opens it'}"
 
     def _activate(self, found: list[FoundVolume]) -> None:
         """Find the logical volumes on what was found."""

@@ -117,6 +117,14 @@ def test_gnu_tar_makes_of_the_stream_what_was_there(
     assert (tmp_path / "large").samefile(tmp_path / "second")
 
 
+def test_hard_links_in_the_stream_have_no_content(archive: Path) -> None:
+    """bsdtar would take the next entry for it."""
+    with tarfile.open(fileobj=io.BytesIO(files("tar", archive, "whole:/"))) as tar:
+        links = [member for member in tar if member.islnk()]
+    assert links
+    assert not any(member.size for member in links)
+
+
 def test_a_folder_is_copied_with_modes_times_links_and_holes(
     archive: Path, tree: Path, tmp_path: Path
 ) -> None:
