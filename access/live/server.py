@@ -291,6 +291,6 @@ def _has_ended(pid: int) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return readable([pidfd], 0)
+        return bool(readable([pidfd], 0))
     finally:
         os.close(pidfd)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -245,10 +246,13 @@ def test_a_server_of_a_machine_that_has_ended_meanwhile_says_so(
             machine.wait()
         log = str(tmp_path / "server.log")
         socket = str(tmp_path / "archive.sock")
-        with ArchiveServer(socket, [str(archive)], log, print) as server:
+        with (
+            contextlib.closing(Cancel()) as cancel,
+            ArchiveServer(socket, [str(archive)], log, print) as server,
+        ):
             server.machine_pid = machine.pid
             with pytest.raises(QmpGone, match="the machine has ended"):
-                server.start(Cancel())
+                server.start(cancel)
 
 
 def test_a_damaged_note_is_named(archive: Path, target: Path) -> None:
