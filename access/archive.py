@@ -114,7 +114,7 @@ class OpenArchive:
                 if place is not None:
                     return place
                 if self._broken:
-                    raise OSError(errno.EIO, f"{self.name}: {self._broken}")
+                    raise OSError(errno.EIO, self._named(self._broken))
                 self._grown.wait()
         return self.index.disks[dev_id].find(cluster)
 
@@ -150,7 +150,10 @@ class OpenArchive:
 
     def tell(self, text: str) -> None:
         """A line for the log."""
-        self._report(text if text.startswith(self.name) else f"{self.name}: {text}")
+        self._report(self._named(text))
+
+    def _named(self, text: str) -> str:
+        return text if text.startswith(self.name) else f"{self.name}: {text}"
 
     def tell_damage(self, text: str) -> None:
         """A line for the log, of what is wrong in the archive itself."""

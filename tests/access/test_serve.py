@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import random
@@ -219,6 +220,26 @@ def test_a_compressed_piece_that_is_damaged_or_too_large_is_an_io_error(
         with pytest.raises(OSError) as caught:  # noqa: PT011
             client.read_all(1 << 20)
         assert caught.value.errno == errno.EIO
+
+
+def test_of_a_compressed_piece_that_is_cut_off_is_served_what_came_and_the_rest_is_data(
+    tmp_path: Path, need: Need
+) -> None:
+    """Programs that ask for holes first come to what there is."""
+    (info,) = need("nbdinfo")
+    disk = make_disk(tmp_path / "disk", "A" * 200)
+    good("backup", "--quiet", "--disk", f"a={disk}", tmp_path / "vm.vma")
+    packed = gzip.compress((tmp_path / "vm.vma").read_bytes(), 1)
+    (tmp_path / "vm.vma.gz").write_bytes(packed[: len(packed) // 2])
+    with serving(tmp_path / "s", tmp_path / "vm.vma.gz") as served:
+        subprocess.run([info, "--map", served.uri("a")], check=True, stdout=subprocess.DEVNULL)
+        with Client(tmp_path / "s", "a") as client:
+            assert client.read(0, 65536) == disk.read_bytes()[:65536]
+            with pytest.raises(OSError, match="cut off"):
+                client.read(199 * 65536, 65536)
+    # Called by its name, and once.
+    assert f"{tmp_path}/vm.vma.gz is cut off inside its gzip data" in served.said
+    assert "fd:" not in served.said
 
 
 def test_all_archives_of_a_folder_are_served_and_a_damaged_one_is_left_out(
