@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.producer.guard_client import GuardClient
@@ -36,10 +36,13 @@ from vmapipe.protocol.guard import (
 )
 from vmapipe.protocol.transfer import SharedCluster
 from vmapipe.runtime.errors import Failure, os_error_text
-from vmapipe.runtime.events import Emit, FeltEvent, ignore
+from vmapipe.runtime.events import Emit, ignore
 from vmapipe.runtime.process import yield_cpu
 from vmapipe.runtime.rate_limit import RateLimiter
 from vmapipe.runtime.syscalls import read_at
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.child_event_types import FeltEvent
 
 # What a cluster takes of a frame's charge when all of it is data.
 _FULL_CHARGE = limits.CHARGE_PER_CLUSTER + CLUSTER_BYTES

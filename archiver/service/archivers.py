@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmapipe.archiver.outputs.base import ABANDON_WAIT_S
 from vmapipe.archiver.outputs.file import remove_leftover
@@ -20,9 +21,12 @@ from vmapipe.archiver.outputs.manifests import beside, files_of
 from vmapipe.archiver.service.jobs import StartArchiver
 from vmapipe.archiver.service.storage import abort_uploads
 from vmapipe.runtime.children import STOP_S, Child
-from vmapipe.runtime.events import Event, UsageFields
+from vmapipe.runtime.events import Event
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.runtime.objectstore import is_object
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.child_event_types import UsageFields
 
 # An archiver that has closed its end is looked at so often until it is gone.
 REAP_S = 0.02

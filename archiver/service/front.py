@@ -8,7 +8,7 @@ producer's messages go. It does not look into these messages.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.archiver.service.admission import ServiceLimits, ServiceStorage, admit
 from vmapipe.archiver.service.jobs import (
@@ -36,8 +36,11 @@ from vmapipe.archiver.service.peers import (
 from vmapipe.protocol import service
 from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.schema import Part
-from vmapipe.runtime.events import BaseChosenEvent, Event, JobRefusedEvent, UsageFields
+from vmapipe.runtime.events import Event
 from vmapipe.runtime.text import one_line
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.child_event_types import BaseChosenEvent, JobRefusedEvent, UsageFields
 
 # How long the last answers of an archiver that has ended may take to arrive.
 DRAIN_S = 2.0

@@ -9,20 +9,22 @@ from __future__ import annotations
 import enum
 import os
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.protocol import limits, service, transfer
 from vmapipe.protocol.schema import Part
 from vmapipe.protocol.service import Open
 from vmapipe.protocol.transfer import Abort
-from vmapipe.runtime.events import (
-    BaseChosenEvent,
-    Event,
-    JobEndFields,
-    ServiceJobFields,
-    UsageFields,
-)
+from vmapipe.runtime.events import Event
 from vmapipe.runtime.text import one_line
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.child_event_types import (
+        BaseChosenEvent,
+        JobEndFields,
+        ServiceJobFields,
+        UsageFields,
+    )
 
 
 class SendAnswer(NamedTuple):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vmapipe.control.hosts.libvirt.running import DomainBackup
     from vmapipe.control.qemu.bitmaps import BaseArchive
     from vmapipe.control.qemu.machine import RunningMachine
-    from vmapipe.runtime.events import BaseChosenEvent
+    from vmapipe.runtime.child_event_types import BaseChosenEvent
 
 #: So many incremental archives follow a full one: what no check finds ends with it.
 FULL_EVERY = 30

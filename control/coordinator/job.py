@@ -18,15 +18,7 @@ from vmapipe.control.coordinator.steering import LatencyWish, Measurable, Steeri
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, DoubtfulBase, Failure, UsageError
-from vmapipe.runtime.events import (
-    BaseChosenEvent,
-    ChildCommands,
-    Command,
-    Emit,
-    Event,
-    speed_command,
-    speed_in,
-)
+from vmapipe.runtime.events import ChildCommands, Command, Emit, Event, speed_command, speed_in
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import check_disk_names
@@ -37,6 +29,7 @@ if TYPE_CHECKING:
     from vmapipe.control.qemu.freezing import Freezing
     from vmapipe.control.qemu.machine import RunningMachine
     from vmapipe.control.qemu.vmstate import Instant
+    from vmapipe.runtime.child_event_types import BaseChosenEvent
     from vmapipe.runtime.event_types import BaseEvent, DoneEvent, InstantEvent
 
 

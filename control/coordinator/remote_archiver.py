@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vmapipe.archiver.arguments import read_configs
 from vmapipe.producer.connection import ArchiverConnection
@@ -34,11 +34,14 @@ from vmapipe.runtime.event_types import (
     BegunEvent,
     ProgressDevice,
 )
-from vmapipe.runtime.events import BaseChosenEvent, Emit, Event
+from vmapipe.runtime.events import Emit, Event
 from vmapipe.runtime.keys import read_client_keys
 from vmapipe.runtime.logs import Trace, debug
 from vmapipe.runtime.process import run_child
 from vmapipe.runtime.text import one_line
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.child_event_types import BaseChosenEvent
 
 _log = Trace(__name__)
 

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.children import Child, Children
 from vmapipe.runtime.errors import EXIT_USAGE, Cancelled, Failure, UsageError
-from vmapipe.runtime.events import BaseChosenEvent, Emit
+from vmapipe.runtime.events import Emit
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.child_event_types import BaseChosenEvent
 
 
 class Service(NamedTuple):

@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmapipe.control.qemu.bitmaps import DiskMethod, archive_of, records_in
 from vmapipe.control.qemu.cbw_filters import (
@@ -63,12 +63,10 @@ from vmapipe.control.qmp.connection import Command, QmpRefused
 from vmapipe.producer.nbd.backend import EXPORT_NAME
 from vmapipe.runtime.children import Child
 from vmapipe.runtime.errors import Failure
-from vmapipe.runtime.events import (
-    JOB_SPEED_SET,
-    JobCopied,
-    Rest,
-    copied_command,
-)
+from vmapipe.runtime.events import JOB_SPEED_SET, JobCopied, copied_command
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.child_event_types import Rest
 
 # Any of these may mean that a job of ours has changed; what it is, QEMU is asked.
 _JOB_EVENTS = frozenset(
