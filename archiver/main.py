@@ -7,7 +7,6 @@ import argparse
 import os
 import sys
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -69,6 +68,7 @@ from vmapipe.runtime.objectlock import ObjectLock
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import lower_priority, run, run_child
 from vmapipe.runtime.text import one_line
+from vmapipe.runtime.uuids import random_uuid
 from vmapipe.vma.groups import HOLD_BYTES
 from vmapipe.vma.header import MAX_DEVICES
 
@@ -249,8 +249,7 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     if options.stand_back:
         lower_priority()
     spec = JobSpec(
-        uuid=options.uuid
-        or (b"" if options.reproducible or options.stable else uuid.uuid4().bytes),
+        uuid=options.uuid or (b"" if options.reproducible or options.stable else random_uuid()),
         ctime_s=options.time or archive_time(reproducible=options.reproducible),
         configs=read_configs(options.config, cancel),
         devices=tuple(options.device),

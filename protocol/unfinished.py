@@ -9,8 +9,6 @@ first one reads no further than the other has answered, so that the bounds hold 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 # The other process hears so often how much a connection has sent ...
 TOLD_BYTES = 4 << 20
 # ... and a connection is read so much further than it has answered: two of these, so that honest
@@ -95,16 +93,18 @@ class Unfinished:
         self._finished_bytes = self._sent_bytes
 
 
-@dataclass(slots=True)
 class _Came:
     """Bytes that came in over a connection, and that came out of it as messages. `since`: when the first was told."""
 
-    in_bytes: int = 0
-    out_bytes: int = 0
-    since: float = 0.0
-    #: At the last message: what had come in by then.
-    message_at: float = 0.0
-    in_before_message_bytes: int = 0
+    __slots__ = ("in_before_message_bytes", "in_bytes", "message_at", "out_bytes", "since")
+
+    def __init__(self) -> None:
+        self.in_bytes = 0
+        self.out_bytes = 0
+        self.since = 0.0
+        #: At the last message: what had come in by then.
+        self.message_at = 0.0
+        self.in_before_message_bytes = 0
 
     def unfinished_bytes(self, now: float) -> int:
         beats = int(_HEARTBEAT_BYTES_S * (now - self.since)) if self.since else 0

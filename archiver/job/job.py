@@ -175,7 +175,7 @@ class Job:
             case Ping():
                 instructions = [Send(peer, side.pong())]
             case Hello():
-                newcomer = JobProducer(side, now, client, attempt=message.attempt)
+                newcomer = JobProducer(side, now, client, message.attempt)
                 instructions = self._greet(peer, newcomer, message)
             case Resume():
                 instructions += self._admission.resume(peer, message, client, now, self.uuid)

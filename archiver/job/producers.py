@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from vmapipe.archiver.job.device import DeviceState
@@ -26,18 +25,20 @@ class Lost(NamedTuple):
     reason: str
 
 
-@dataclass(slots=True)
 class JobProducer:
     """One producer. `client`: the name that its key has proved; empty: no keys are asked for."""
 
-    side: ArchiverSide
-    heard: float
-    client: str
-    device: DeviceState | None = None
-    #: Its connection's number: an older one is left behind.
-    attempt: int = 0
-    #: It was said that nothing comes from it.
-    missed: bool = False
+    __slots__ = ("attempt", "client", "device", "heard", "missed", "side")
+
+    def __init__(self, side: ArchiverSide, heard: float, client: str, attempt: int) -> None:
+        self.side = side
+        self.heard = heard
+        self.client = client
+        self.device: DeviceState | None = None
+        #: Its connection's number: an older one is left behind.
+        self.attempt = attempt
+        #: It was said that nothing comes from it.
+        self.missed = False
 
     def check_silence(self, silence_s: float, heartbeat_s: int, *, gathering: bool) -> Lost | str:
         """Return what follows from its silence: the job's end, a line in the log, or nothing (empty)."""

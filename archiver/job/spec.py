@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from vmapipe.vma.packer import PackedExtent
 # A switch or a router that is started again is back by then.
 RECONNECT_S = 60
 # Drawn once at random; it makes our name-based uuids ours.
-_NAMESPACE = uuid.UUID("5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7")
+_NAMESPACE = "5e2b5dc0-6a3f-4d0b-9a7e-3b8f1c64a2d7"
 
 
 class JobSpec(NamedTuple):
@@ -61,7 +60,10 @@ def uuid_of(spec: JobSpec, devices: tuple[Device, ...]) -> bytes:
         contents = repr((sorted(device.name for device in devices), configs))
     else:
         contents = repr((spec.ctime_s, devices, configs))
-    return uuid.uuid5(_NAMESPACE, contents).bytes
+    # Here: most archives have a random one.
+    import uuid
+
+    return uuid.uuid5(uuid.UUID(_NAMESPACE), contents).bytes
 
 
 def base_use(base: Base | str | None, device: Device) -> BaseUse:

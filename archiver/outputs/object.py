@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import threading
-import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +29,7 @@ from vmapipe.runtime.objectlock import ObjectLock
 from vmapipe.runtime.objectstore import ConflictError, StoredObject, StoreError
 from vmapipe.runtime.text import human_bytes
 from vmapipe.runtime.threads import DaemonPool
+from vmapipe.runtime.uuids import random_uuid
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -84,7 +84,7 @@ class ObjectOutput(AbortableOutput):
         self.upload = ""
         self._emit = emit
         self._first_part_bytes = first_part_bytes
-        self._mark = resume or uuid.uuid4().hex
+        self._mark = resume or random_uuid().hex()
         self._resume = bool(resume)
         # What an earlier upload has brought, by part: length and MD5.
         self._there: dict[int, tuple[int, str]] = {}

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -52,7 +50,7 @@ from vmapipe.control.cli.backup_domain import (
     track_domain,
 )
 from vmapipe.control.cli.backup_sealing import archive_ending, check_sealing
-from vmapipe.control.coordinator.job import BackupJob, Disk
+from vmapipe.control.coordinator.job import BackupJob, Disk, JobPlan
 from vmapipe.control.coordinator.observers import (
     JobContext,
     ParentContext,
@@ -81,6 +79,7 @@ from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import ChildCommands, ignore
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import run, run_child
+from vmapipe.runtime.uuids import random_uuid
 
 if TYPE_CHECKING:
     from vmapipe.control.qemu.disks import LeftOut
@@ -300,7 +299,8 @@ def run_job(
         if base is not None and options.nbd:
             disks = without_foreign_bitmaps(disks, options.nbd, base.uuid, around.emit)
         disks = disks if machine else track_domain(options, domain, disks, base)
-        job = BackupJob(
+        plan = JobPlan(
+            job_id=around.job_id,
             disks=disks,
             base=base.archive if base else "auto" if chosen_there else "",
             base_options=service_base_options(options, machine) if chosen_there else (),
@@ -321,8 +321,8 @@ def run_job(
             in_turn=in_turn(options),
             priorities=priorities(options),
             server=around.server,
-            job_id=around.job_id,
         )
+        job = BackupJob(plan)
         try:
             job.run(around.emit, around.cancel, around.commands)
         except Failure:
@@ -347,33 +347,30 @@ def _run_full(
     around.emit({"event": "notice", "text": text})
     machine, domain = open_machine(options), open_domain(options)
     try:
-        disks = list(failed.disks)
+        disks = list(failed.plan.disks)
         if domain:
             machine = push_machine(options, domain)
             disks, _ = domain.choose()
         elif machine:
             disks, _ = choose_disks(options, configured, machine)
-        if machine and disks != failed.disks:
+        if machine and disks != failed.plan.disks:
             raise Failure(f"{failed.base_damage}; and the machine's disks have changed meanwhile")
         if machine:
             track(options, machine, failed.base_damage)
         elif domain:
             options.uuid = None
             disks = track_domain(options, domain, disks, None)
-        job = dataclasses.replace(
-            failed,
+        plan = failed.plan._replace(
             disks=disks,
             base="",
-            base_damage="",
             on_base=None,
             # A service knows the one before by its id.
-            job_id=uuid.uuid4().bytes,
+            job_id=random_uuid(),
             machine=machine,
             snapshot=None if machine else domain,
             archiver_options=archiver_options(options),
-            _base_event=None,
         )
-        job.run(around.emit, around.cancel, around.commands)
+        BackupJob(plan).run(around.emit, around.cancel, around.commands)
     finally:
         if machine:
             machine.end()

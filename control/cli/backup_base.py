@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import os
 import stat
-import uuid
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from vmapipe.producer.pull.arguments import parse_nbd_disk
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.uuids import random_uuid
 
 if TYPE_CHECKING:
     from vmapipe.archiver.base.check import Base
@@ -150,7 +150,7 @@ def track(options: argparse.Namespace, machine: RunningMachine, found: Base | st
     """Let QEMU record from this archive's instant on, under its uuid, and use what it has recorded."""
     from vmapipe.control.coordinator.live_base import base_archive
 
-    options.uuid = uuid.uuid4().bytes
+    options.uuid = random_uuid()
     _track_since(options, machine, found if isinstance(found, str) else base_archive(found))
 
 

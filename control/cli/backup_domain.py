@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import uuid
 from typing import TYPE_CHECKING
 
 from vmapipe.control.coordinator.job import Disk
 from vmapipe.runtime.events import Emit
+from vmapipe.runtime.uuids import random_uuid
 
 if TYPE_CHECKING:
     from vmapipe.archiver.base.check import Base
@@ -77,5 +77,5 @@ def track_domain(
     """Let libvirt record from this archive's instant on, if --base asks for that; return the disks."""
     if domain is None or options.base == "none":
         return disks
-    options.uuid = options.uuid or uuid.uuid4().bytes
+    options.uuid = options.uuid or random_uuid()
     return domain.track(options.uuid, base.uuid if base else None)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from vmapipe.control.cli.backup import run_job
 from vmapipe.control.cli.backup_base import check_base_options
 from vmapipe.control.cli.backup_sealing import archive_ending, check_sealing
-from vmapipe.control.coordinator.hooks import Hooks
+from vmapipe.control.coordinator.hooks import HookOptions, Hooks
 from vmapipe.control.coordinator.observers import (
     JobContext,
     ParentContext,
@@ -163,16 +163,12 @@ class _Session:
         places = {"DUMPDIR": options.archive}
         if target.storage:
             places["STOREID"] = target.storage
-        return Hooks(
+        hook = HookOptions(
             os.path.abspath(options.hook) if "/" in options.hook else options.hook,
             options.hook_timeout,
-            "",
-            "",
-            JobState(options.archive, now_s()),
-            self._cancel,
-            places,
-            self._emit,
+            environment=places,
         )
+        return Hooks(hook, JobState(options.archive, now_s()), self._cancel, self._emit)
 
     def _one(self, vmid: int) -> None:
         """Back up one machine. Raises Failure, Cancelled."""

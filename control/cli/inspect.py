@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,6 +31,7 @@ from vmapipe.runtime.events import Emit
 from vmapipe.runtime.objectstore import is_object
 from vmapipe.runtime.process import failure_of, run
 from vmapipe.runtime.text import MAX_NAME_CHARS, human_bytes, name_text, one_line
+from vmapipe.runtime.uuids import uuid_text
 from vmapipe.vma.errors import ArchiveError, VmaError
 from vmapipe.vma.header import Config, Header
 
@@ -240,9 +240,7 @@ def _list(name: str, options: argparse.Namespace, cancel: Cancel) -> None:
             print(json.dumps({**listing(header), **condition_json(condition)}))
             return
         made = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(header.ctime_s))
-        print(
-            f"{one_line(source_name(name))}: VMA archive {uuid.UUID(bytes=header.uuid)}, made {made}"
-        )
+        print(f"{one_line(source_name(name))}: VMA archive {uuid_text(header.uuid)}, made {made}")
         for device in header.devices:
             size = human_bytes(device.size_bytes)
             kind = "memory" if device.is_vmstate else "device"

@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from vmapipe.control.coordinator.job import BackupJob, Disk
+from vmapipe.control.coordinator.job import BackupJob, Disk, JobPlan
 from vmapipe.control.coordinator.output_spec import goes_to_stdout, inherited_fds
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.event_types import BackupProgressEvent
 from vmapipe.runtime.events import Event
 from vmapipe.runtime.text import MAX_NAME_CHARS, one_line
+from vmapipe.runtime.uuids import random_uuid
 from vmapipe.vma.header import MAX_BLOB_BYTES
 
 
@@ -36,14 +37,15 @@ def create(argv: Sequence[str]) -> None:
     stream = sys.stderr if goes_to_stdout(archive) else sys.stdout
     cancel = Cancel()
     cancel.on_signals()
-    job = BackupJob(
+    plan = JobPlan(
+        job_id=random_uuid(),
         disks=disks,
         archive=archive,
         archiver_options=["--no-manifest", *_config_options(configs)],
         pass_fds=pass_fds,
     )
     report = _CreateReport(print_to=stream.write if verbose else _nowhere)
-    job.run(report, cancel)
+    BackupJob(plan).run(report, cancel)
     report.images()
     stream.flush()
 

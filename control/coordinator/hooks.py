@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from vmapipe.control.coordinator.status import JobState, now_s
@@ -44,30 +43,38 @@ class _Running(NamedTuple):
     deadline: float
 
 
-@dataclass
-class Hooks:
-    """`program` empty: there is none. `emit` is told what hooks say, and which of them failed."""
+class HookOptions(NamedTuple):
+    """`program` empty: there is none."""
 
     program: str
     timeout_s: int
-    mode: str
-    vmid: str
-    state: JobState
-    cancel: Cancel
+    mode: str = ""
+    vmid: str = ""
     #: More variables: DUMPDIR, LOGFILE, … as vzdump has them.
-    environment: Mapping[str, str] = field(default_factory=dict)
-    emit: Emit = ignore
-    _running: _Running | None = None
+    environment: Mapping[str, str] = {}
+
+
+class Hooks:
+    """Runs the program at each phase. `emit` is told what it says, and at which phases it failed."""
+
+    def __init__(
+        self, options: HookOptions, state: JobState, cancel: Cancel, emit: Emit = ignore
+    ) -> None:
+        self.options = options
+        self.state = state
+        self.cancel = cancel
+        self.emit = emit
+        self._running: _Running | None = None
 
     def check(self) -> None:
         """Raises UsageError, before anything has begun."""
-        if not self.program:
+        if not self.options.program:
             return
         # Imported here, as all that only hooks need: a backup starts sooner without.
         import shutil
 
-        if shutil.which(self.program) is None:
-            raise UsageError(f"--hook {self.program}: no program of this name can be run")
+        if shutil.which(self.options.program) is None:
+            raise UsageError(f"--hook {self.options.program}: no program of this name can be run")
 
     @contextlib.contextmanager
     def job(self) -> Iterator[None]:
@@ -120,7 +127,7 @@ class Hooks:
 
     def take(self, event: Event) -> None:
         """At the instant its hook is started; the backup goes on meanwhile."""
-        if event["event"] == "instant" and self.program:
+        if event["event"] == "instant" and self.options.program:
             try:
                 self._running = self._start("snapshot-taken")
             except Failure as failure:
@@ -130,12 +137,12 @@ class Hooks:
 
     def must(self, phase: str) -> None:
         """Run one of the phases in between. Raises Failure, Cancelled."""
-        if self.program:
+        if self.options.program:
             self._finish(self._start(phase), self.cancel)
 
     def may(self, phase: str) -> None:
         """The same; a failure is told, and changes nothing: the archive is stored, or is not."""
-        if self.program:
+        if self.options.program:
             with self._told():
                 self._finish(self._start(phase), None)
 
@@ -157,9 +164,9 @@ class Hooks:
         import subprocess
         import tempfile
 
-        argv = [self.program, phase]
+        argv = [self.options.program, phase]
         if not phase.startswith("job-"):
-            argv += [self.mode, self.vmid]
+            argv += [self.options.mode, self.options.vmid]
         said = tempfile.TemporaryFile(dir=temporary_folder())  # noqa: SIM115  closed by _finish
         reading, lifeline = os.pipe()
         try:
@@ -175,16 +182,18 @@ class Hooks:
         except OSError as error:
             said.close()
             os.close(lifeline)
-            raise Failure(f"hook {phase}: {self.program}: {os_error_text(error)}") from error
+            raise Failure(
+                f"hook {phase}: {self.options.program}: {os_error_text(error)}"
+            ) from error
         finally:
             os.close(reading)
-        return _Running(phase, process, said, lifeline, time.monotonic() + self.timeout_s)
+        return _Running(phase, process, said, lifeline, time.monotonic() + self.options.timeout_s)
 
     def _variables(self, phase: str) -> dict[str, str]:
         state = self.state
         seconds = round((state.ended or now_s()) - state.started)
         variables = {
-            **self.environment,
+            **self.options.environment,
             "VMTYPE": "qemu",
             "VMAPIPE_PHASE": phase,
             "VMAPIPE_JOB": state.job,
@@ -224,7 +233,9 @@ class Hooks:
         if cancel and cancel.asked:
             raise Cancelled(cancel.reason, cancel.signum)
         if not in_time:
-            raise Failure(f"hook {phase}: not done within {self.timeout_s} s, so it was ended")
+            raise Failure(
+                f"hook {phase}: not done within {self.options.timeout_s} s, so it was ended"
+            )
         if code:
             how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
             raise Failure(f"hook {phase} failed: {how}")

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.clusters.sizes import VMSTATE_NAME
@@ -97,10 +95,10 @@ class Disk(NamedTuple):
     size_bytes: int = 0
 
 
-@dataclass
-class BackupJob:
+class JobPlan(NamedTuple):
     """`archive` is an output as the archiver takes it; `speed_bytes_s` 0: no limit."""
 
+    job_id: bytes
     disks: Sequence[Disk]
     archive: str
     archiver_options: Sequence[str]
@@ -132,26 +130,34 @@ class BackupJob:
     on_base: Callable[[BaseChosenEvent], None] | None = None
     #: The archive can be the base of a later one that reads all: digests of its clusters are made.
     with_digests: bool = False
-    #: What is wrong with the base, where that is why this backup failed: a full one would do.
-    base_damage: str = ""
-    #: What the archiver says of the base, until QEMU has said what it knows of the disks.
-    _base_event: BaseEvent | None = None
     #: Answers questions about the job from outside.
     server: JobServer | None = None
-    job_id: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
-    #: Uploads to object stores that the archiver has begun: name and id.
-    uploads: list[tuple[str, str]] = field(default_factory=list)
-    #: Devices of which all is sent.
-    _ending: set[str] = field(default_factory=set)
-    #: When the producers of what a service has stored must have heard so.
-    _told_by: float = float("inf")
+
+
+class BackupJob:
+    """Runs once what its plan says."""
+
+    def __init__(self, plan: JobPlan) -> None:
+        self.plan = plan
+        #: What is wrong with the base, where that is why this backup failed: a full one would do.
+        self.base_damage = ""
+        #: Uploads to object stores that the archiver has begun: name and id.
+        self.uploads: list[tuple[str, str]] = []
+        # What the archiver says of the base, until QEMU has said what it knows of the disks.
+        self._base_event: BaseEvent | None = None
+        # Devices of which all is sent.
+        self._ending = set[str]()
+        # When the producers of what a service has stored must have heard so.
+        self._told_by = float("inf")
 
     def run(self, emit: Emit, cancel: Cancel, commands: ChildCommands | None = None) -> None:
         """Raises Failure when nothing was stored. `commands` may change the speed meanwhile."""
         commands = commands or ChildCommands()
         self._check()
-        names = [disk.name for disk in self.disks]
-        self._steering = Steering(self.speed_bytes_s, names, self.latency, in_turn=self.in_turn)
+        names = [disk.name for disk in self.plan.disks]
+        self._steering = Steering(
+            self.plan.speed_bytes_s, names, self.plan.latency, in_turn=self.plan.in_turn
+        )
         started = time.monotonic()
         with OwnFolder("job") as folder:
             children = Children(fork=True)
@@ -161,14 +167,14 @@ class BackupJob:
                     children.watch(commands.fd)
                     try:
                         self._start_archiver(children, folder, emit, cancel)
-                        if self.snapshot:
-                            self._report_instant(self.snapshot.begin(emit, cancel), emit)
-                            children.watch(self.snapshot.fd)
-                            self._steer(self.snapshot, children, emit)
+                        if self.plan.snapshot:
+                            self._report_instant(self.plan.snapshot.begin(emit, cancel), emit)
+                            children.watch(self.plan.snapshot.fd)
+                            self._steer(self.plan.snapshot, children, emit)
                         self._start_producers(children, folder, self._steering.share)
-                        if self.server:
-                            self.server.begin(self.speed_bytes_s, children.pids)
-                            children.watch(self.server.fd)
+                        if self.plan.server:
+                            self.plan.server.begin(self.plan.speed_bytes_s, children.pids)
+                            children.watch(self.plan.server.fd)
                         self._watch(children, emit, cancel, folder, commands)
                         self._release(emit, stored=children.all[0].exit_code == 0)
                     except DoubtfulBase as doubt:
@@ -193,68 +199,68 @@ class BackupJob:
     def _start_archiver(
         self, children: Children, folder: OwnFolder, emit: Emit, cancel: Cancel
     ) -> None:
-        if self.service:
+        if self.plan.service:
             module = "vmapipe.control.coordinator.remote_archiver"
-            args = [f"--archiver={self.service.endpoint}", *self.service.link_options]
+            args = [f"--archiver={self.plan.service.endpoint}", *self.plan.service.link_options]
         else:
             module = "vmapipe.archiver.main"
             args = [f"--listen=ipc://{folder.path}/sock"]
-            if self.priorities.nice is None and any(disk.guard for disk in self.disks):
+            if self.plan.priorities.nice is None and any(disk.guard for disk in self.plan.disks):
                 args.append("--stand-back")
         # With "=", because a name may begin with a dash.
-        args += [f"--output={self.archive}", f"--job={self.job_id.hex()}"]
+        args += [f"--output={self.plan.archive}", f"--job={self.plan.job_id.hex()}"]
         args += [f"--device={name}" for name in self.names]
-        args += self.archiver_options
-        if self.with_digests:
+        args += self.plan.archiver_options
+        if self.plan.with_digests:
             args.append("--digests")
-        if self.base:
-            args += [f"--base={self.base}", *self.base_options]
-        archiver = children.start("the archiver", module, args, self.pass_fds)
-        self.priorities.apply(archiver.pid, guest_waits=False)
-        if self.service:
-            await_opened(children, archiver, emit, cancel, self.on_base)
+        if self.plan.base:
+            args += [f"--base={self.plan.base}", *self.plan.base_options]
+        archiver = children.start("the archiver", module, args, self.plan.pass_fds)
+        self.plan.priorities.apply(archiver.pid, guest_waits=False)
+        if self.plan.service:
+            await_opened(children, archiver, emit, cancel, self.plan.on_base)
 
     def _start_producers(self, children: Children, folder: OwnFolder, speed: int) -> None:
-        if self.machine:
-            self.machine.prepare(speed)
-        if self.service:
-            common = [f"--archiver={self.service.endpoint}", *self.service.link_options]
+        if self.plan.machine:
+            self.plan.machine.prepare(speed)
+        if self.plan.service:
+            common = [f"--archiver={self.plan.service.endpoint}", *self.plan.service.link_options]
         else:
             common = [f"--archiver=ipc://{folder.path}/sock"]
-        common.append(f"--job={self.job_id.hex()}")
-        for index, disk in enumerate(self.disks):
+        common.append(f"--job={self.plan.job_id.hex()}")
+        for index, disk in enumerate(self.plan.disks):
             args = [*common, f"--name={disk.name}"]
             more, fds = self._source_args(index, disk)
             args += [f"--speed={speed}", *more]
             name = f"the producer of {disk.name!r}"
             child = children.start(name, "vmapipe.producer.main", args, fds)
-            self.priorities.apply(child.pid, guest_waits=bool(disk.guard or self.machine))
-        if self.machine and self.with_memory:
-            args = [*common, *self.buffer_options]
-            more, fds = self.machine.stream_arguments()
+            self.plan.priorities.apply(child.pid, guest_waits=bool(disk.guard or self.plan.machine))
+        if self.plan.machine and self.plan.with_memory:
+            args = [*common, *self.plan.buffer_options]
+            more, fds = self.plan.machine.stream_arguments()
             name = "the producer of the machine's memory"
             child = children.start(name, "vmapipe.producer.main", [*args, *more], fds)
-            self.priorities.apply(child.pid, guest_waits=True)
-        if self.machine:
-            self.machine.protect(children.all[1:])
-            children.watch(self.machine.fd)
+            self.plan.priorities.apply(child.pid, guest_waits=True)
+        if self.plan.machine:
+            self.plan.machine.protect(children.all[1:])
+            children.watch(self.plan.machine.fd)
 
     def _source_args(self, index: int, disk: Disk) -> tuple[list[str], list[int]]:
         """Return a producer's options for its disk, and the descriptors that it needs for them."""
-        if self.machine:
-            fd = self.machine.sink_fd(index)
+        if self.plan.machine:
+            fd = self.plan.machine.sink_fd(index)
             args = [f"--disk={disk.name}", f"--sink-fd={fd}", f"--size={disk.size_bytes}"]
-            args += ["--await-sample"] if self.machine.takes_samples else []
-            return [*args, "--await-job", *self.buffer_options], [fd]
+            args += ["--await-sample"] if self.plan.machine.takes_samples else []
+            return [*args, "--await-job", *self.plan.buffer_options], [fd]
         args = [f"--disk={disk.path}", *disk.reading]
         if disk.guard:
-            args += [f"--guard={disk.guard}", *self.buffer_options, *self._steering.options]
+            args += [f"--guard={disk.guard}", *self.plan.buffer_options, *self._steering.options]
         return args, []
 
     def _remove_leftovers(self, children: Children) -> None:
         """Remove what an archiver that failed or was killed could not remove itself."""
         exit_code = (children.all and children.all[0].exit_code) or 0
-        if not exit_code or self.service:
+        if not exit_code or self.plan.service:
             return
         # Also where the archiver has done so: it waits for few seconds only, and a part
         # that was still on its way then may have reached the store after that.
@@ -268,19 +274,23 @@ class BackupJob:
         from vmapipe.archiver.outputs.file import remove_leftover
         from vmapipe.archiver.outputs.manifests import files_of
 
-        named = [w.removeprefix("--manifest=") for w in self.archiver_options if "--manifest=" in w]
-        ours = files_of(self.archive) if is_path(self.archive) else []
+        named = [
+            w.removeprefix("--manifest=") for w in self.plan.archiver_options if "--manifest=" in w
+        ]
+        ours = files_of(self.plan.archive) if is_path(self.plan.archive) else []
         for path in (*ours, *filter(is_path, named)):
             remove_leftover(path)
 
     def _check(self) -> None:
-        if not self.disks and not any("--config" in word for word in self.archiver_options):
+        if not self.plan.disks and not any(
+            "--config" in word for word in self.plan.archiver_options
+        ):
             raise UsageError(
                 "nothing to back up: name a disk with --disk or --nbd, or a machine that runs with "
                 "--qmp, --libvirt, --pve or --monitor"
             )
         try:
-            check_disk_names([disk.name for disk in self.disks], int(self.with_memory))
+            check_disk_names([disk.name for disk in self.plan.disks], int(self.plan.with_memory))
         except LimitError as error:
             raise UsageError(str(error)) from error
 
@@ -294,8 +304,8 @@ class BackupJob:
     ) -> None:
         """Return when all processes have ended well. Raises Failure with the best reason there is."""
         first = _FirstFailure(children.all[0])
-        unattached = {disk.name for disk in self.disks if disk.guard}
-        if self.machine:
+        unattached = {disk.name for disk in self.plan.disks if disk.guard}
+        if self.plan.machine:
             unattached = set(self.names)
         while any(child.running for child in children.all):
             for child, event in children.wait(min(first.wait_s, self._steering.wait_s)):
@@ -319,7 +329,7 @@ class BackupJob:
         """Stop all processes. Raises Cancelled unless the archive was stored before."""
         self._release(emit)
         children.stop()
-        if children.all[0].exit_code != 0 or (self.service and self._unsent):
+        if children.all[0].exit_code != 0 or (self.plan.service and self._unsent):
             raise Cancelled(cancel.reason, cancel.signum)
         emit({"event": "notice", "text": f"{cancel.reason}: too late, it is stored"})
 
@@ -332,11 +342,11 @@ class BackupJob:
 
         What a producer told before that has been heard by then. Raises Failure if it lies.
         """
-        if not self.service or archiver.exit_code != 0:
+        if not self.plan.service or archiver.exit_code != 0:
             return False
         if self._unsent:
             raise Failure(
-                f"{self.service.endpoint}: this is not a vmapipe archiver: it stored all before "
+                f"{self.plan.service.endpoint}: this is not a vmapipe archiver: it stored all before "
                 f"{self._unsent[0]!r} was sent"
             )
         self._told_by = min(self._told_by, time.monotonic() + _ALL_TOLD_S)
@@ -354,19 +364,19 @@ class BackupJob:
         if event["event"] == "attached":
             unattached.discard(event["device"])
             if not unattached:
-                self._steer(self.machine or self._steering.told, children, emit)
+                self._steer(self.plan.machine or self._steering.told, children, emit)
                 self._begin(emit, cancel)
         elif event["event"] == "ending":
             self._ending.add(event["device"])
-        elif event["event"] == "base" and self.machine:
+        elif event["event"] == "base" and self.plan.machine:
             self._base_event = event
         elif event["event"] == "base-damaged":
             self.base_damage = event["text"]
         elif event["event"] == "upload":
             self.uploads.append((event["archive"], event["upload"]))
         elif event["event"] == "job-speed":
-            if self.machine:
-                self.machine.set_job_speed(event["device"], event["bytes_per_s"])
+            if self.plan.machine:
+                self.plan.machine.set_job_speed(event["device"], event["bytes_per_s"])
         elif event["event"] not in ("draining", "error", "felt"):
             emit(event)
         if self._steering.take(event):
@@ -376,19 +386,19 @@ class BackupJob:
         """Take what others say: QEMU, and who asks or steers us. Raises Failure."""
         for command in commands.take():
             self._carry_out(command, children, emit)
-        if self.machine:
-            self.machine.poll()
-            self._tell(self.machine.notices, emit)
-            if self.machine.is_done:
-                children.unwatch(self.machine.fd)
-            self._report_instant(self.machine.take_instant(), emit)
-        if self.snapshot:
-            self.snapshot.poll()
-            self._tell(self.snapshot.notices, emit)
+        if self.plan.machine:
+            self.plan.machine.poll()
+            self._tell(self.plan.machine.notices, emit)
+            if self.plan.machine.is_done:
+                children.unwatch(self.plan.machine.fd)
+            self._report_instant(self.plan.machine.take_instant(), emit)
+        if self.plan.snapshot:
+            self.plan.snapshot.poll()
+            self._tell(self.plan.snapshot.notices, emit)
         if self._steering.poll(emit):
             self._send_share(children)
-        if self.server:
-            self.server.serve()
+        if self.plan.server:
+            self.plan.server.serve()
 
     @staticmethod
     def _tell(notices: list[str], emit: Emit) -> None:
@@ -411,28 +421,28 @@ class BackupJob:
 
     def _send_share(self, children: Children) -> None:
         share = self._steering.share
-        if self.machine:
-            self.machine.set_speed(share)
+        if self.plan.machine:
+            self.plan.machine.set_speed(share)
         for child in children.all[1:]:
             child.tell(speed_command(share))
 
     @property
     def names(self) -> list[str]:
         """The names of all devices of the archive."""
-        return [disk.name for disk in self.disks] + [VMSTATE_NAME] * self.with_memory
+        return [disk.name for disk in self.plan.disks] + [VMSTATE_NAME] * self.plan.with_memory
 
     def _begin(self, emit: Emit, cancel: Cancel) -> None:
         """All disks in use are ready: choose the instant. Raises Failure."""
-        if self.freezing and self.machine and not self.machine.is_running:
+        if self.plan.freezing and self.plan.machine and not self.plan.machine.is_running:
             # The guest is paused: nothing in it can answer, nor write.
             text = "the guest is not running: its file systems are backed up without its agent"
             emit({"event": "notice", "text": text})
             held = self._choose_instant()
-        elif self.freezing:
+        elif self.plan.freezing:
             # Imported here: it takes as long as all the rest of a start.
             from vmapipe.control.qemu.freezing import frozen_by
 
-            with frozen_by(self.freezing, emit, cancel):
+            with frozen_by(self.plan.freezing, emit, cancel):
                 held = self._choose_instant()
         else:
             held = self._choose_instant()
@@ -445,26 +455,26 @@ class BackupJob:
         if held.how:
             instant["memory"] = held.how
         emit(instant)
-        if self.machine and self.machine.methods:
-            emit(base_report(self._base_event, self.machine.methods))
+        if self.plan.machine and self.plan.machine.methods:
+            emit(base_report(self._base_event, self.plan.machine.methods))
 
     def _choose_instant(self) -> Instant | None:
         """For how long disks, or the machine, were held; None: it will be known later."""
-        if self.machine:
-            return self.machine.begin()
+        if self.plan.machine:
+            return self.plan.machine.begin()
         # Imported here, as all that only disks in use need: a backup starts sooner without.
         from vmapipe.control.monitor.client import begin_together
         from vmapipe.control.qemu.vmstate import Instant
 
         guards: dict[str, list[str]] = {}
-        for disk in self.disks:
+        for disk in self.plan.disks:
             if disk.guard:
                 guards.setdefault(disk.guard, []).append(disk.name)
-        return Instant("", begin_together(guards, self.job_id))
+        return Instant("", begin_together(guards, self.plan.job_id))
 
     def _release(self, emit: Emit, *, stored: bool = False) -> None:
         """QEMU is rid of us, while the producers still serve it."""
-        for source in (self.machine, self.snapshot):
+        for source in (self.plan.machine, self.plan.snapshot):
             if source is not None:
                 text = source.end(stored=stored)
                 self._tell([text] if text else [], emit)

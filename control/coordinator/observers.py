@@ -6,11 +6,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from vmapipe.control.coordinator.hooks import Hooks
+from vmapipe.control.coordinator.hooks import HookOptions, Hooks
 from vmapipe.control.coordinator.log import JobLog
 from vmapipe.control.coordinator.status import JobState, now_s
 from vmapipe.control.coordinator.status_socket import JobServer
@@ -20,6 +19,7 @@ from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import ChildCommands, Emit, Event
 from vmapipe.runtime.immutable import lock_beside
 from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.uuids import random_uuid
 
 # Long enough to mount a share or to wake a host.
 _HOOK_S = 300
@@ -95,7 +95,7 @@ def job_context(
     """
     report, cancel, commands = around
     _check(options)
-    job_id = uuid.uuid4().bytes
+    job_id = random_uuid()
     log_path = options.log
     # Beside an encrypted archive nothing stands that tells of what is in it.
     if options.vmid is not None and not log_path and not options.encrypt_to:
@@ -201,15 +201,13 @@ def _hooks(
     if os.path.isabs(state.archive):
         places["DUMPDIR"] = os.path.dirname(state.archive)
     runs = options.qmp or options.monitor or options.libvirt
-    hooks = Hooks(
+    hook = HookOptions(
         os.path.abspath(options.hook) if "/" in options.hook else options.hook,
         options.hook_timeout,
         options.mode or "snapshot" if runs else "stop",
         "" if options.vmid is None else str(options.vmid),
-        state,
-        cancel,
         places,
-        emit,
     )
+    hooks = Hooks(hook, state, cancel, emit)
     hooks.check()
     return hooks

@@ -6,10 +6,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vmapipe.control.monitor.backups import BackupStatus
+from vmapipe.control.qmp.backup_status import BackupStatus
 from vmapipe.runtime.events import Event
 
 if TYPE_CHECKING:
@@ -43,32 +42,31 @@ def _new_device(name: str, size_bytes: int) -> dict[str, Any]:
     return {"name": name, "bytes": size_bytes, **counts}
 
 
-@dataclass
 class JobState(BackupStatus):
     """`now` is seconds since 1970 everywhere. `job` is the job's id, in hex."""
 
-    job: str = ""
-    speed_bytes_s: int = 0
-    stored_bytes: int = 0
-    cpu_s: float = 0.0
-    peak_rss_bytes: int = 0
-    plain_bytes: int = 0
-    #: The archive that this one builds on, empty if none; what came from it, and what is shared on disk.
-    base: str = ""
-    base_bytes: int = 0
-    shared_bytes: int = 0
-    #: Why a device is backed up in full all the same, by its name; empty: it is not.
-    full_reasons: dict[str, str] = field(default_factory=dict)
-    devices: dict[str, dict[str, Any]] = field(default_factory=dict)
-    #: What the guest has felt in all, when the backup is done; None: it was not measured.
-    felt: FeltByGuest | None = None
-    #: The same of each of the last seconds, the newest last.
-    _felt_seconds: deque[GuestLatencyEvent] = field(
-        default_factory=lambda: deque(maxlen=_FELT_SECONDS)
-    )
-    _worst_s: float = 0.0
-    #: (when, bytes done, bytes read), of the last seconds.
-    _history: deque[tuple[float, int, int]] = field(default_factory=deque)
+    def __init__(self, archive: str, started: float = 0.0, *, job: str = "") -> None:
+        super().__init__(archive, started)
+        self.job = job
+        self.speed_bytes_s = 0
+        self.stored_bytes = 0
+        self.cpu_s = 0.0
+        self.peak_rss_bytes = 0
+        self.plain_bytes = 0
+        #: The archive that this one builds on, empty if none; what came from it, and what is shared on disk.
+        self.base = ""
+        self.base_bytes = 0
+        self.shared_bytes = 0
+        #: Why a device is backed up in full all the same, by its name; empty: it is not.
+        self.full_reasons: dict[str, str] = {}
+        self.devices: dict[str, dict[str, Any]] = {}
+        #: What the guest has felt in all, when the backup is done; None: it was not measured.
+        self.felt: FeltByGuest | None = None
+        # The same of each of the last seconds, the newest last.
+        self._felt_seconds: deque[GuestLatencyEvent] = deque(maxlen=_FELT_SECONDS)
+        self._worst_s = 0.0
+        # (when, bytes done, bytes read), of the last seconds.
+        self._history = deque[tuple[float, int, int]]()
 
     @property
     def read_bytes(self) -> int:

@@ -7,86 +7,11 @@ those of the RFC's BackupStatus, which a running backup's own socket answers, to
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from vmapipe.control.qmp.backup_status import BackupStatus
 from vmapipe.control.qmp.server import QmpError
 from vmapipe.runtime.events import Event
-from vmapipe.runtime.text import one_line
-
-
-@dataclass
-class BackupStatus:
-    """Times are seconds since 1970; `archive` is called as its user called it."""
-
-    archive: str
-    started: float = 0.0
-    #: In hex; empty until the archive's header is written.
-    uuid: str = ""
-    #: The first error.
-    errmsg: str = ""
-    #: 0: it is running.
-    ended: float = 0.0
-    total_bytes: int = 0
-    done_bytes: int = 0
-    zero_bytes: int = 0
-
-    @property
-    def status(self) -> str:
-        if not self.ended:
-            return "active"
-        return "error" if self.errmsg else "done"
-
-    def take(self, event: Event, now: float) -> None:
-        """Take an event of the backup's coordinator into account."""
-        match event["event"]:
-            case "begun":
-                self.uuid = event["uuid"]
-                self._count(event["devices"])
-            case "progress" if "devices" in event:
-                self._count(event["devices"])
-
-    def fail(self, reason: str, now: float) -> None:
-        """Record a failure, unless it has ended already."""
-        if not self.ended:
-            self.errmsg = self.errmsg or one_line(reason)
-            self.ended = max(now, self.started)
-
-    def succeed(self, now: float) -> None:
-        """Record success, whatever was reported on the way."""
-        self.errmsg = ""
-        self.done_bytes = self.total_bytes
-        self.ended = max(now, self.started)
-
-    def members(self) -> dict[str, Any]:
-        """The answer to `query-backup`; what is not known yet is left out."""
-        members: dict[str, Any] = {"status": self.status}
-        if members["status"] == "error":
-            members["errmsg"] = self.errmsg
-        members |= self.counts()
-        members["start-time"] = int(self.started)
-        if self.ended:
-            members["end-time"] = int(self.ended)
-        members["backupfile"] = self.archive
-        if self.uuid:
-            members["uuid"] = str(uuid.UUID(self.uuid))
-        return members
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "total": self.total_bytes,
-            "transferred": self.done_bytes,
-            "zero-bytes": self.zero_bytes,
-        }
-
-    def _count(self, devices: Sequence[Mapping[str, Any]]) -> None:
-        self.done_bytes = sum(device.get("done_bytes", 0) for device in devices)
-        # A memory's size is an estimate, and may be exceeded.
-        self.total_bytes = max(self.done_bytes, sum(device["bytes"] for device in devices))
-        self.zero_bytes = sum(device.get("zero_bytes", 0) for device in devices)
-
 
 CANCELED = "backup canceled"
 # A client draws a bar from them; more would only be work.
@@ -130,14 +55,15 @@ EVENTS = (
 )
 
 
-@dataclass
 class _Backup(BackupStatus):
     """A backup and its state. `starts_with`: the event at which the archive's instant is behind us."""
 
-    starts_with: str = ""
-    canceled: bool = False
-    at_instant: bool = False
-    next_progress_s: float = 0.0
+    def __init__(self, archive: str, starts_with: str) -> None:
+        super().__init__(archive)
+        self.starts_with = starts_with
+        self.canceled = False
+        self.at_instant = False
+        self.next_progress_s = 0.0
 
 
 class Backups:
@@ -168,7 +94,7 @@ class Backups:
         """
         if self._running is not None:
             raise QmpError("previous backup not finished")
-        self._running = _Backup(file, starts_with="begun" if with_state else "instant")
+        self._running = _Backup(file, "begun" if with_state else "instant")
 
     def handle_event(self, event: Event, now: Moment) -> list[Outcome]:
         """Take an event of the coordinator; return what follows from it."""

@@ -15,7 +15,6 @@ the sampled clusters besides (see bitmap_image.py). Pure.
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from vmapipe.control.qemu.disks import MachineDisk
 from vmapipe.control.qemu.jobs import PREFIX, run_prefix
 from vmapipe.control.qmp.connection import Answer, Command
 from vmapipe.runtime.text import name_text
+from vmapipe.runtime.uuids import uuid_text
 
 _JOBS = re.compile(re.escape(PREFIX) + r"[0-9a-f]{8}-changed")
 _ARCHIVES = re.compile(re.escape(PREFIX) + r"([0-9a-f]{32})(?:-(.*))?", re.DOTALL)
@@ -49,10 +49,6 @@ def disk_of(name: str) -> str:
     """Return the disk that a bitmap of ours is named after; empty: none."""
     match = _ARCHIVES.fullmatch(name)
     return match[2] or "" if match else ""
-
-
-def uuid_text(archive: bytes) -> str:
-    return str(uuid.UUID(bytes=archive))
 
 
 def job_bitmap(run: str) -> str:

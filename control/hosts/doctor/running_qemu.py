@@ -17,7 +17,7 @@ from vmapipe.control.hosts.doctor.releases import (
     known_faults,
     release_of,
 )
-from vmapipe.control.qemu.bitmaps import Bitmap, archive_of, bitmaps_in, uuid_text
+from vmapipe.control.qemu.bitmaps import Bitmap, archive_of, bitmaps_in
 from vmapipe.control.qemu.cbw_filters import disks_to_hand_over, needed_release
 from vmapipe.control.qemu.disks import DiskChoice, DiskChoiceOptions, Machine, choose_disks
 from vmapipe.control.qemu.guest_agent import GuestAgent
@@ -39,6 +39,7 @@ from vmapipe.control.qmp.connection import Command, QmpLink, ask_if_known
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import temporary_folder
 from vmapipe.runtime.text import human_bytes, name_text
+from vmapipe.runtime.uuids import uuid_text
 
 # Commands that only read, beside all whose name begins with "query-".
 _READING = frozenset({"qom-list", "qom-get", "x-debug-query-block-graph"})
