@@ -45,7 +45,7 @@ from vmapipe.restore.archive.source import Source, Stream, open_source
 from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.process import failure_text
 from vmapipe.vma.errors import ArchiveError, ExtentError
 from vmapipe.vma.extent import Extent, parse_extent_header

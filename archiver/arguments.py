@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vmapipe.archiver.outputs.compress import MAX_THREADS
+from vmapipe.archiver.outputs.base import MAX_THREADS
 from vmapipe.runtime.arguments import (
     job_id,
     lock_time_s,

@@ -18,7 +18,6 @@ from vmapipe.archiver.arguments import (
     recipients_of,
     signing_key_of,
 )
-from vmapipe.archiver.base.check import Base, check_base, open_digests
 from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.server import Listen, serve
 from vmapipe.archiver.job.spec import RECONNECT_S, JobSpec
@@ -26,12 +25,10 @@ from vmapipe.archiver.job.writer import ArchiveWriter
 from vmapipe.archiver.outputs.base import Output
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
 from vmapipe.archiver.outputs.cluster_digests import (
-    BaseDigests,
     DigestFile,
     DigestObject,
     DigestPlace,
 )
-from vmapipe.archiver.outputs.compress import parse_compression
 from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.manifests import (
     SIGNATURE_SUFFIX,
@@ -44,7 +41,6 @@ from vmapipe.archiver.outputs.manifests import (
     beside,
     files_of,
 )
-from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.archiver.outputs.open import (
     check_lockable,
     is_stream,
@@ -63,17 +59,18 @@ from vmapipe.runtime.arguments import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, Event
-from vmapipe.runtime.immutable import lock_files
-from vmapipe.runtime.objectlock import ObjectLock
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.process import lower_priority, run, run_child
 from vmapipe.runtime.text import one_line
 from vmapipe.runtime.uuids import random_uuid
-from vmapipe.vma.groups import HOLD_BYTES
 from vmapipe.vma.header import MAX_DEVICES
+from vmapipe.vma.packer import HOLD_BYTES
 
 if TYPE_CHECKING:
+    from vmapipe.archiver.base.check import Base
+    from vmapipe.archiver.outputs.cluster_digests import BaseDigests
     from vmapipe.runtime.keys import ServerKeys
+    from vmapipe.runtime.objectlock import ObjectLock
 
 DESCRIPTION = """\
 Receive the disks of one backup from their producers and store them as one VMA
@@ -265,7 +262,7 @@ def _archive(options: argparse.Namespace, cancel: Cancel, emit: Emit) -> None:
     )
     keys = _server_keys(options.keys) if options.keys else None
     at = Listen(options.listen, keys, from_afar=options.from_afar)
-    digests = open_digests(spec.base) if isinstance(spec.base, Base) else None
+    digests = _digests_of(spec.base)
     try:
         serve(
             spec,
@@ -289,8 +286,13 @@ def _server_keys(folder: str) -> ServerKeys:
 
 def _base_of(options: argparse.Namespace, emit: Emit) -> Base | str | None:
     """Return the base, or why there is none; None: none was asked for. Tells of one that was chosen here."""
+    if not options.base:
+        return None
+    # Imported here, as all that only bases need: a backup starts sooner without.
+    from vmapipe.archiver.base.check import Base, check_base
+
     if options.base != "auto":
-        return check_base(options.base) if options.base else None
+        return check_base(options.base)
     from vmapipe.archiver.base.choice import choose_base, usable_base
 
     found = choose_base(options.output, options.device, options.recorded)
@@ -309,6 +311,15 @@ def _base_of(options: argparse.Namespace, emit: Emit) -> Base | str | None:
         }
     )
     return found
+
+
+def _digests_of(base: Base | str | None) -> BaseDigests | None:
+    """Return the open digests of the base, if there is one and it has some."""
+    if base is None or isinstance(base, str):
+        return None
+    from vmapipe.archiver.base.check import open_digests
+
+    return open_digests(base)
 
 
 def archive_time(*, reproducible: bool) -> int:
@@ -345,6 +356,8 @@ def store_for(
     """Open the output and what goes beside it. Raises Failure; nothing is then left."""
     compression = None
     if options.compress:
+        from vmapipe.archiver.outputs.compress import parse_compression
+
         compression = parse_compression(options.compress, options.threads)
     if options.manifest and options.no_manifest:
         raise UsageError("--manifest and --no-manifest exclude each other")
@@ -375,11 +388,13 @@ def store_for(
         output.abandon()
         raise
     digests = Digests(sink, clusters, recipients, to_be_signed=bool(seed)) if sink else None
-    found = base if isinstance(base, Base) else None
+    found = None if isinstance(base, str) else base
     writer: ArchiveWriter[FrameMark] = ArchiveWriter(
         output, digests, wake, compression, found, recipients
     )
     if lock is not None and isinstance(output, FileOutput):
+        from vmapipe.runtime.immutable import lock_files
+
         files, until_s = files_of(options.output), lock.until_s
         writer.after_commit = lambda: lock_files(files[0], files[1:], until_s)
     return writer
@@ -388,7 +403,9 @@ def store_for(
 def _place_of_digests(
     name: str, output: Output, cancel: Cancel, emit: Emit, lock: ObjectLock | None
 ) -> DigestPlace | None:
-    if isinstance(output, ObjectOutput):
+    if is_object(name):
+        from vmapipe.archiver.outputs.object import ObjectOutput
+
         return DigestObject(ObjectOutput(name, cancel=cancel, emit=emit, replace=True, lock=lock))
     return FileOutput(name, replace=True) if isinstance(output, FileOutput) else None
 
@@ -452,6 +469,8 @@ def _manifest_object(
     emit: Emit,
     lock: ObjectLock | None,
 ) -> ManifestSink:
+    from vmapipe.archiver.outputs.object import ObjectOutput
+
     prepare = output.prepare if isinstance(output, ObjectOutput) else lambda: None
     made = ObjectOutput(name, cancel=cancel, emit=emit, replace=replace, lock=lock)
     return ManifestObject(made, prepare)

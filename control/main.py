@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vmapipe.runtime.errors import EXIT_USAGE
 from vmapipe.runtime.process import (
@@ -18,6 +17,9 @@ from vmapipe.runtime.process import (
     raise_descriptor_limit,
 )
 from vmapipe.runtime.text import name_text, one_line
+
+if TYPE_CHECKING:
+    import argparse
 
 DESCRIPTION = """\
 Back up disks of virtual machines into one VMA archive, the format of Proxmox
@@ -121,6 +123,36 @@ def program() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     keep_standard_descriptors()
     raise_descriptor_limit()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        # Whatever follows belongs to the command.
+        return _command(arguments[0])(arguments[1:], f"vmapipe {arguments[0]}")
+    if arguments and arguments[0] == "--version":
+        print(f"vmapipe {program_version()}")
+        return 0
+    parser = _parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    if arguments[0] not in ("-h", "--help"):
+        parser.exit(EXIT_USAGE, _not_a_command(arguments[0]))
+    parser.parse_args(arguments[:1])  # shows the help, and ends
+    return 0
+
+
+def _command(name: str) -> Callable[[Sequence[str], str], int]:
+    module, function = COMMANDS[name]
+    command: Callable[[Sequence[str], str], int] = getattr(
+        importlib.import_module(module), function
+    )
+    return command
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of what is no command: it shows the help."""
+    # Imported here: --version does without.
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="vmapipe",
         description=DESCRIPTION,
@@ -131,22 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     parser.add_argument("command", choices=sorted(COMMANDS), help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments:
-        parser.print_help(sys.stderr)
-        return 2
-    if arguments[0] == "--version":
-        print(f"vmapipe {program_version()}")
-        return 0
-    if arguments[0] not in (*COMMANDS, "-h", "--help"):
-        parser.exit(EXIT_USAGE, _not_a_command(arguments[0]))
-    # Only the first word is ours: whatever follows belongs to the command.
-    options = parser.parse_args(arguments[:1])
-    module, function = COMMANDS[options.command]
-    command: Callable[[Sequence[str], str], int] = getattr(
-        importlib.import_module(module), function
-    )
-    return command(arguments[1:], f"vmapipe {options.command}")
+    return parser
 
 
 def _not_a_command(word: str) -> str:

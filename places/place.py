@@ -19,7 +19,8 @@ from vmapipe.runtime.arguments import check_readable
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.immutable import lift, locked_until
-from vmapipe.runtime.objectstore import SCHEME, StoredFolder, StoredObject, is_object
+from vmapipe.runtime.object_names import SCHEME, is_object
+from vmapipe.runtime.objectstore import StoredFolder, StoredObject
 from vmapipe.runtime.side_files import write_whole
 
 # linux/fs.h and linux/fiemap.h: _IOWR('f', 11, struct fiemap)

@@ -18,7 +18,8 @@ from vmapipe.restore.archive.survey import Gap, survey
 from vmapipe.runtime.arguments import check_readable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.objectstore import StoredObject, StoreError, is_object
+from vmapipe.runtime.object_names import is_object
+from vmapipe.runtime.objectstore import StoredObject, StoreError
 from vmapipe.vma.coverage import Coverage
 from vmapipe.vma.errors import ArchiveError
 

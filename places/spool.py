@@ -16,7 +16,7 @@ from vmapipe.restore.archive.source import PlainFile, Source
 from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.syscalls import read_at, write_at
 from vmapipe.runtime.text import human_bytes
 

@@ -7,11 +7,11 @@ import argparse
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 from vmapipe.runtime.errors import EXIT_USAGE, UsageError
-from vmapipe.runtime.logs import LEVELS, TRACE_LEVELS, LogLevel
+from vmapipe.runtime.logs import LEVELS, TRACE_LEVELS, VARIABLE, start_logging
 from vmapipe.runtime.text import one_line, without_user
 
 # Longer lines are hard to read, however wide the terminal is.
@@ -46,7 +46,7 @@ def make_parser(
     parser.add_argument(
         "--log-level",
         choices=LEVELS if has_log else TRACE_LEVELS,
-        action=LogLevel,
+        action=_LogLevel,
         help="show on stderr what processes, peers and QEMU tell each other (debug), and what comes "
         "with each piece of data (trace)"
         + ("; or the least level of the --log (default: info)" if has_log else ""),
@@ -99,6 +99,21 @@ def add_first_group(parser: argparse.ArgumentParser, title: str) -> argparse._Ar
     return group
 
 
+class _LogLevel(argparse.Action):
+    """Applies `--log-level` as soon as it is read: also to what the other options start."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        os.environ[VARIABLE] = str(values)
+        setattr(namespace, self.dest, values)
+        start_logging()
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line: the usage above it would hide them (see --help)."""
 
@@ -147,7 +162,7 @@ def wait_time(text: str) -> int:
     return int(text)
 
 
-_LATENCY = re.compile(r"([0-9]+(?:\.[0-9]+)?)(us|ms|s)")
+_LATENCY = r"([0-9]+(?:\.[0-9]+)?)(us|ms|s)"
 _LATENCY_PARTS = {"us": 1e6, "ms": 1e3, "s": 1.0}
 # Below, no disk answers; above, guests give up a disk.
 _LEAST_LATENCY_S, _MOST_LATENCY_S = 0.0001, 10.0
@@ -155,7 +170,7 @@ _LEAST_LATENCY_S, _MOST_LATENCY_S = 0.0001, 10.0
 
 def latency(text: str) -> float:
     """`20ms` to seconds; from 100us to 10s."""
-    match = _LATENCY.fullmatch(text.strip())
+    match = re.fullmatch(_LATENCY, text.strip())
     value_s = float(match[1]) / _LATENCY_PARTS[match[2]] if match else 0.0
     if not _LEAST_LATENCY_S <= value_s <= _MOST_LATENCY_S:
         raise argparse.ArgumentTypeError(

@@ -109,9 +109,9 @@ _MAX_NAMED = 3
 _PROBES = 5
 _PROBE_AGAIN_S = 0.05
 # fdinfo: `lock:	1: OFDLCK  ADVISORY  READ -1 fe:01:1234 100 101`.
-_LOCK = re.compile(r"^lock:\s.*\s(\d+) (\d+|EOF)$", re.MULTILINE)
-_FLAGS = re.compile(r"^flags:\s*([0-7]+)$", re.MULTILINE)
-_ESCAPED = re.compile(r"\\([0-7]{3})")
+_LOCK = r"(?m)^lock:\s.*\s(\d+) (\d+|EOF)$"
+_FLAGS = r"(?m)^flags:\s*([0-7]+)$"
+_ESCAPED = r"\\([0-7]{3})"
 
 
 class User(NamedTuple):
@@ -331,9 +331,9 @@ def _users(status: os.stat_result) -> Iterator[User]:
 
 def _user(pid: str, fd: str) -> User:
     info = "".join(_lines(f"/proc/{pid}/fdinfo/{fd}"))
-    flags = _FLAGS.search(info)
+    flags = re.search(_FLAGS, info)
     writes = flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
-    locks = [int(found[1]) for found in _LOCK.finditer(info)]
+    locks = [int(found[1]) for found in re.finditer(_LOCK, info)]
     # Who has the byte of a disk's writer writes, whatever it has opened.
     writes = writes or HELD_BASE + WRITE in locks
     return User(int(pid), "".join(_lines(f"/proc/{pid}/comm")).strip(), writes, bool(locks))
@@ -387,4 +387,4 @@ def _rdev(path: str) -> int:
 
 def _unescaped(text: str) -> str:
     """Spaces and the like are \\040 in these files."""
-    return _ESCAPED.sub(lambda found: chr(int(found[1], 8)), text)
+    return re.sub(_ESCAPED, lambda found: chr(int(found[1], 8)), text)

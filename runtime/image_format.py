@@ -112,8 +112,8 @@ _QED_HEAD = struct.Struct("<4sIIIQQQQQII")
 _QED_BACKING_FEATURE = 0x01
 _VMDK4_HEAD = struct.Struct("<4sIIQQQQ")
 # `parentFileNameHint="base.vmdk"`, and an extent: `RW 4192256 SPARSE "disk-s001.vmdk"`.
-_VMDK_PARENT = re.compile(rb'parentFileNameHint\s*=\s*"?([^"\n\0]*)')
-_VMDK_EXTENT = re.compile(rb'^(?:RW|RDONLY|NOACCESS)[^\n"]*"([^"\n]*)"', re.MULTILINE)
+_VMDK_PARENT = rb'parentFileNameHint\s*=\s*"?([^"\n\0]*)'
+_VMDK_EXTENT = rb'(?m)^(?:RW|RDONLY|NOACCESS)[^\n"]*"([^"\n]*)"'
 
 
 class Reference(NamedTuple):
@@ -198,9 +198,11 @@ def _vmdk(read: Read) -> list[Reference]:
             descriptor += read(descriptor_sector * _SECTOR_BYTES, _VMDK_DESCRIPTOR_BYTES)
         # Then QEMU goes by the descriptor alone.
         has_own_data = capacity != 0
-    found = [Reference("parent", _text(name)) for name in _VMDK_PARENT.findall(descriptor) if name]
+    found = [
+        Reference("parent", _text(name)) for name in re.findall(_VMDK_PARENT, descriptor) if name
+    ]
     if not has_own_data:
-        found += [Reference("extent", _text(name)) for name in _VMDK_EXTENT.findall(descriptor)]
+        found += [Reference("extent", _text(name)) for name in re.findall(_VMDK_EXTENT, descriptor)]
     return list(dict.fromkeys(found))
 
 

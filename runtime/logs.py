@@ -9,9 +9,8 @@ length only, so that neither a guest's data nor a key is ever in the trace.
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 #: The level of `logging.DEBUG`, which is not loaded for its number.
@@ -28,21 +27,6 @@ _MOST_ITEMS = 6
 _MOST_CHARS = 200
 # Members of commands and events whose values must not be logged.
 _SECRET = frozenset({"data", "password", "secret", "key", "keys", "iv"})
-
-
-class LogLevel(argparse.Action):
-    """Applies `--log-level` as soon as it is read: also to what the other options start."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        os.environ[VARIABLE] = str(values)
-        setattr(namespace, self.dest, values)
-        start_logging()
 
 
 class Trace:

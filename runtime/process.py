@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import resource
@@ -297,6 +298,7 @@ def run_child(
     return EXIT_OK
 
 
+@functools.cache
 def program_version() -> str:
     """Return the version of the installed package, or `unknown` in a checkout without one."""
     # Imported here: it takes as long as all the rest of a start.

@@ -9,7 +9,6 @@ sees to it)."""
 from __future__ import annotations
 
 import array
-import ctypes
 import errno
 import functools
 import math
@@ -18,6 +17,10 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
 
 # What the kernel says of sectors that a disk cannot give: those around them may be readable.
 _SECTORS_LOST = frozenset(
@@ -44,6 +47,9 @@ _SCHED_ATTR = struct.Struct("=IIQiIQQQ")
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
+    # Imported here: few processes call what is below, and it takes 2 ms of a start.
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     # off64_t on every architecture, unlike off_t.
     libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -61,7 +67,7 @@ def share_one_heap() -> None:
     """Have all threads take memory from one heap, those that have taken none yet; glibc's mallopt(3)."""
     mallopt = getattr(_libc(), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
-        mallopt(ctypes.c_int(_M_ARENA_MAX), ctypes.c_int(1))
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -169,6 +175,8 @@ def set_time_slice(policy: int, nice: int, slice_ns: int) -> None:
 
 
 def _os_error() -> OSError:
+    import ctypes
+
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number))
 

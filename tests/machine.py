@@ -19,7 +19,8 @@ from typing import IO, Any
 import psutil
 
 from tests.copies import Copies
-from vmapipe.control.coordinator.status_socket import JobClient, sockets
+from vmapipe.control.coordinator.job_client import JobClient
+from vmapipe.control.coordinator.status_socket import sockets
 from vmapipe.control.main import COMMANDS
 from vmapipe.runtime.errors import Failure
 

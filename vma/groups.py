@@ -25,6 +25,7 @@ from vmapipe.clusters.sizes import (
 from vmapipe.vma.extent import encode_extent_header, slot_word
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.packer import (
+    HOLD_BYTES,
     ZERO_EXTENTS,
     Note,
     PackedExtent,
@@ -33,8 +34,6 @@ from vmapipe.vma.packer import (
     pack_zeroes,
 )
 
-# Of all devices together. Backups of a database that was written to all the time held 15 MiB.
-HOLD_BYTES = 64 << 20
 # What a held part takes beside its data, roughly: a disk of zeroes that come one by one is bounded, too.
 _PART_BYTES = 512
 # A cluster with so many of its 16 blocks is stored whole where that is asked for: a block that is

@@ -19,6 +19,9 @@ from vmapipe.vma.errors import LimitError
 from vmapipe.vma.extent import encode_extent_header, encode_zero_extents, slot_word
 from vmapipe.vma.header import MAX_DEVICES, UUID_BYTES
 
+#: Of extents that wait for more of their clusters (groups.py), of all devices together. Backups of a
+#: database that was written to all the time held 15 MiB.
+HOLD_BYTES = 64 << 20
 _FULL = FULL_MASK.to_bytes(2, "big")
 # Extents of zeroes that are handed on as one: each is only a header, and what is
 # done with each of them costs more than making it. 32 KiB, so that writes are

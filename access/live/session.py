@@ -44,7 +44,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.folders import MAX_SOCKET_PATH_BYTES, HeldFolder
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.text import name_text
 from vmapipe.vma.header import Device, Header
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from vmapipe.archiver.base.check import Base, check_base
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.folders import HeldFolder
-from vmapipe.runtime.objectstore import StoredFolder, is_object
+from vmapipe.runtime.object_names import is_object
+from vmapipe.runtime.objectstore import StoredFolder
 
 # Year to second, of the clock on the wall where the archive was made.
 When = tuple[int, int, int, int, int, int]

@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from vmapipe.runtime.objectstore import StoredObject, StoreError, is_object
+from vmapipe.runtime.object_names import is_object
+from vmapipe.runtime.objectstore import StoredObject, StoreError
 from vmapipe.runtime.side_files import open_regular
 from vmapipe.runtime.syscalls import read_at
 from vmapipe.runtime.threads import DaemonPool

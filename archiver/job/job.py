@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vmapipe.archiver.job.device import DeviceState, FillRun, FrameMark
 from vmapipe.archiver.job.producers import Admission, JobProducer, JobProducers, Lost
@@ -34,7 +35,6 @@ from vmapipe.archiver.job.spec import (
     base_use,
     uuid_of,
 )
-from vmapipe.archiver.outputs.cluster_digests import BaseDigests
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.protocol import limits
 from vmapipe.protocol.errors import RemoteProtocolError
@@ -55,9 +55,12 @@ from vmapipe.protocol.transfer import (
 )
 from vmapipe.protocol.transfer_state import ArchiverSide, ArchiverState
 from vmapipe.vma.errors import LimitError
-from vmapipe.vma.groups import GroupPacker
 from vmapipe.vma.header import Device, Header, encode_header
 from vmapipe.vma.packer import PackedExtent, Packer
+
+if TYPE_CHECKING:
+    from vmapipe.archiver.outputs.cluster_digests import BaseDigests
+    from vmapipe.vma.groups import GroupPacker
 
 # `Ticked` comes several times a second. After a longer gap this process itself
 # was stopped (Ctrl-Z, a stalled machine), and the silence of peers does not count.
@@ -305,9 +308,14 @@ class JobDevices:
     def __init__(self, spec: JobSpec, header: Header) -> None:
         self.devices: list[DeviceState] = []
         self._spec = spec
-        self._packer: Packer[FrameMark] | GroupPacker[FrameMark] = (
-            GroupPacker(header, spec.hold_bytes, whole=True) if spec.stable else Packer(header.uuid)
-        )
+        self._packer: Packer[FrameMark] | GroupPacker[FrameMark]
+        if spec.stable:
+            # Imported here: other backups start sooner without.
+            from vmapipe.vma.groups import GroupPacker
+
+            self._packer = GroupPacker(header, spec.hold_bytes, whole=True)
+        else:
+            self._packer = Packer(header.uuid)
         share_bytes = WINDOW_TOTAL_BYTES // max(1, len(header.devices))
         self._share_bytes = max(limits.MIN_WINDOW_BYTES, share_bytes)
 

@@ -14,14 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmapipe.archiver.base.check import Base
 from vmapipe.archiver.job import spec as core
 from vmapipe.archiver.job.device import FrameMark
 from vmapipe.archiver.job.job import Job, JobPhase
 from vmapipe.archiver.job.spec import JobSpec
 from vmapipe.archiver.job.writer import ArchiveWriter, WriterState
 from vmapipe.archiver.listener.socket import TURN, ListeningSocket
-from vmapipe.archiver.outputs.cluster_digests import BaseDigests
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 from vmapipe.runtime.events import Emit
@@ -29,6 +27,8 @@ from vmapipe.runtime.logs import DEBUG, TRACE, Trace, shown
 from vmapipe.runtime.process import yield_cpu
 
 if TYPE_CHECKING:
+    from vmapipe.archiver.base.check import Base
+    from vmapipe.archiver.outputs.cluster_digests import BaseDigests
     from vmapipe.runtime.keys import ServerKeys
 
 _log = Trace(__name__)
@@ -65,7 +65,9 @@ def serve(
     try:
         store = make_store(functools.partial(os.eventfd_write, wake_fd, 1))
         try:
-            link = ListeningSocket(at.endpoint, at.keys, receive_mark=_RECEIVE_MARK)
+            link = ListeningSocket(
+                at.endpoint, at.keys, receive_mark=_RECEIVE_MARK, from_afar=at.from_afar
+            )
             link.watch(wake_fd)
             link.watch(cancel.fd)
             emit({"event": "listening", "endpoint": link.endpoint})
@@ -193,12 +195,13 @@ class _Server:
     def _emit_bases(self, bases: Sequence[core.BaseUse]) -> None:
         """Tell which devices are filled from the base, and why others are not."""
         base = self._base
+        found = None if isinstance(base, str) else base
         if bases:
             self._emit(
                 {
                     "event": "base",
-                    "archive": base.archive if isinstance(base, Base) else "",
-                    "uuid": base.uuid.hex() if isinstance(base, Base) else "",
+                    "archive": found.archive if found else "",
+                    "uuid": found.uuid.hex() if found else "",
                     "devices": [
                         {
                             "name": use.device.name,

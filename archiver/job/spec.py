@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vmapipe.archiver.base.check import Base
 from vmapipe.archiver.job.device import FillRun, FrameMark
 from vmapipe.protocol.schema import Part
-from vmapipe.vma.groups import HOLD_BYTES
 from vmapipe.vma.header import Config, Device, Header
-from vmapipe.vma.packer import PackedExtent
+from vmapipe.vma.packer import HOLD_BYTES, PackedExtent
+
+if TYPE_CHECKING:
+    from vmapipe.archiver.base.check import Base
 
 # A switch or a router that is started again is back by then.
 RECONNECT_S = 60
@@ -68,7 +69,7 @@ def uuid_of(spec: JobSpec, devices: tuple[Device, ...]) -> bytes:
 
 def base_use(base: Base | str | None, device: Device) -> BaseUse:
     """Whether unchanged clusters of a device can be taken from the base."""
-    if not isinstance(base, Base):
+    if base is None or isinstance(base, str):
         return BaseUse(device, 0, base or "no base was asked for")
     there = base.device(device.name)
     if device.is_vmstate:

@@ -11,13 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from vmapipe.archiver.base.check import Base
-from vmapipe.archiver.base.extents import BaseExtents, DamagedBase
 from vmapipe.archiver.job.device import FillRun
-from vmapipe.archiver.job.fill import FilledExtent, Filler
 from vmapipe.archiver.job.spec import BaseUse
 from vmapipe.archiver.outputs.base import IOV_MAX, Output, OutputFailure
-from vmapipe.archiver.outputs.compress import Compression, ZstdOutput
 from vmapipe.archiver.outputs.file import FileOutput
 from vmapipe.archiver.outputs.manifests import DigestedOutput, Digests
 from vmapipe.clusters.sizes import BLOCK_BYTES, EXTENT_HEADER_BYTES
@@ -28,6 +24,9 @@ from vmapipe.vma.manifest import VERSION, VERSION_WITH_BASE
 from vmapipe.vma.packer import PackedExtent
 
 if TYPE_CHECKING:
+    from vmapipe.archiver.base.check import Base
+    from vmapipe.archiver.job.fill import FilledExtent, Filler
+    from vmapipe.archiver.outputs.compress import Compression, ZstdOutput
     from vmapipe.crypt.age import Recipient
 
 Note = TypeVar("Note")
@@ -93,8 +92,11 @@ class ArchiveWriter(Generic[Note]):
             from vmapipe.archiver.outputs.encrypt import AgeOutput
 
             output = AgeOutput(output, recipients)
+        self._zstd: ZstdOutput | None = None
         if compression is not None:
-            output = ZstdOutput(output, compression)
+            from vmapipe.archiver.outputs.compress import ZstdOutput
+
+            output = self._zstd = ZstdOutput(output, compression)
         self.state = WriterState.RUNNING
         self.error: Exception | None = None
         #: Called when the archive has its name; what it raises is the archive's failure, which stays all the same.
@@ -192,8 +194,12 @@ class ArchiveWriter(Generic[Note]):
         try:
             self._work()
         except Exception as error:  # noqa: BLE001  a defect, too, must reach the main loop
-            if isinstance(error, DamagedBase) and not self._stopping:
-                self.base_damage = str(error)
+            if self._base is not None and not self._stopping:
+                # Imported here, as all that only bases need: a backup starts sooner without.
+                from vmapipe.archiver.base.extents import DamagedBase
+
+                if isinstance(error, DamagedBase):
+                    self.base_damage = str(error)
             # After `abandon`, errors are only how the output lets go of us.
             self._end(WriterState.FAILED, _abandoned() if self._stopping else error)
             self._report()
@@ -266,8 +272,8 @@ class ArchiveWriter(Generic[Note]):
         if self._digests is not None:
             self._digests.extents([extent])
             self._digests.changed(filled.changed)
-        if isinstance(self._output, ZstdOutput) and filled.frames:
-            self._output.write_kept(extent.buffers[0], filled.frames)
+        if self._zstd is not None and filled.frames:
+            self._zstd.write_kept(extent.buffers[0], filled.frames)
         elif isinstance(self._output, FileOutput | DigestedOutput) and self._filler is not None:
             self._output.write_shared(extent.buffers, filled.places, self._filler.fd)
         else:
@@ -289,6 +295,8 @@ class ArchiveWriter(Generic[Note]):
         if first < 0 or self._uuid is None:
             return
         missing = (first - EXTENT_HEADER_BYTES - self._file.written_bytes) % BLOCK_BYTES
+        from vmapipe.archiver.job.fill import FilledExtent
+
         for _ in range(missing // EXTENT_HEADER_BYTES):
             header = encode_extent_header(self._uuid, [], 0)
             extent: PackedExtent[None] = PackedExtent([header], len(header), [], {}, set())
@@ -302,6 +310,9 @@ class ArchiveWriter(Generic[Note]):
         self._output.write([begin.raw_header])
         self.plain_bytes += len(begin.raw_header)
         if self._base is not None and devices:
+            from vmapipe.archiver.base.extents import BaseExtents
+            from vmapipe.archiver.job.fill import Filler
+
             self._uuid = begin.header.uuid
             self._filler = Filler(BaseExtents(self._base), begin.header.uuid, devices)
 

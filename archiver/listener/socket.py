@@ -8,7 +8,6 @@ curve.py, unfinished.py and in the process that takes the connections (acceptor.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import socket
 import stat
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from vmapipe.archiver.listener.tcp import DescriptorBudget, TcpPort
 from vmapipe.protocol import limits, unfinished
 from vmapipe.protocol.schema import Part
 from vmapipe.protocol.unfinished import MessageLedger
@@ -30,6 +28,7 @@ from vmapipe.runtime.process import require_memory
 
 if TYPE_CHECKING:
     from vmapipe.archiver.listener.curve import CurveAuthenticator
+    from vmapipe.archiver.listener.tcp import DescriptorBudget, TcpPort
     from vmapipe.runtime.keys import ServerKeys
 
 # How long a closing socket may still deliver its last words.
@@ -91,27 +90,24 @@ class ListeningSocket:
         receive_mark: int,
         io_threads: int = 1,
         max_sockets: int = 0,
+        from_afar: bool = False,
     ) -> None:
-        """Raises Failure. `max_sockets`: of the context; 0: as ZeroMQ has it."""
+        """Raises Failure. `max_sockets`: of the context; 0: as ZeroMQ has it.
+
+        `from_afar`: behind ipc:// there is a relay, whose peers are on other hosts.
+        """
         self._asked = endpoint
         #: True: peers are on this host, so that memory can be shared.
         self.is_local = endpoint.startswith("ipc://")
         if self.is_local:
             make_way(endpoint.removeprefix("ipc://"))
         # Before libzmq has threads: a copy of this process would lack them.
-        self._port = (
-            None
-            if self.is_local
-            else TcpPort(
-                endpoint,
-                curve=keys is not None,
-                most_unfinished_bytes=unfinished.MOST_TOGETHER_BYTES,
-            )
-        )
+        self._port = None if self.is_local else _tcp_port(endpoint, keys)
         #: How this process divides its descriptors; None for a socket of this host only.
         self.budget: DescriptorBudget | None = self._port.budget if self._port else None
         try:
-            _seed_names()
+            if not self.is_local or from_afar:
+                _seed_names()
             require_memory(1 + io_threads)
             self._context = zmq.Context(io_threads)
             if max_sockets:
@@ -262,12 +258,27 @@ class ListeningSocket:
             raise Failure(f"cannot listen on {endpoint}: {error.strerror}") from error
 
 
+def _tcp_port(endpoint: str, keys: ServerKeys | None) -> TcpPort:
+    """Raises Failure."""
+    # Imported here: a backup on one host starts sooner without.
+    from vmapipe.archiver.listener.tcp import TcpPort
+
+    return TcpPort(
+        endpoint,
+        curve=keys is not None,
+        most_unfinished_bytes=unfinished.MOST_TOGETHER_BYTES,
+    )
+
+
 def _seed_names() -> None:
     """Make the names that libzmq gives to peers unpredictable.
 
     It counts from what rand() of the C library gives first, which is always the same
-    without a seed; and a peer that knows the next name can take it.
+    without a seed; and a peer that knows the next name can take it. On one host all peers are ours.
     """
+    # Imported here: only a listener for other hosts needs it.
+    import ctypes
+
     ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4), "big")))
 
 

@@ -266,6 +266,8 @@ class WriteBehind:
             self._works = False  # a file system without it: only slower
 
 
+# Of threads that compress: more only take memory, 4 MiB in and 4 MiB out for each.
+MAX_THREADS = 64
 # More buffers in one call are refused (EINVAL); Linux has had this number for ever.
 IOV_MAX = 1024
 

@@ -13,14 +13,16 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from vmapipe.archiver.outputs.base import write_failure
-from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.clusters.digests import DIGEST_BYTES, UNKNOWN, cluster_digester, cluster_digests
 from vmapipe.runtime.syscalls import read_at, write_at
 from vmapipe.vma.header import Device
 from vmapipe.vma.packer import PackedRun
+
+if TYPE_CHECKING:
+    from vmapipe.archiver.outputs.object import ObjectOutput
 
 SUFFIX = ".digests"
 KEY_BYTES = 32

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmapipe.archiver.outputs.base import Buffers, Output, OutputFailure, OutputWrapper
+from vmapipe.archiver.outputs.base import MAX_THREADS, Buffers, Output, OutputFailure, OutputWrapper
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, MAX_EXTENT_DATA_BYTES
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.process import keep_freed_memory
@@ -31,9 +31,7 @@ DEFAULT_LEVEL = 3
 # zstd has 22; from 20 on a frame takes more than 100 MiB of memory to make,
 # which is a poor trade for a few per cent.
 MAX_LEVEL = 19
-# More threads than this only take memory: 4 MiB in and 4 MiB out for each.
-MAX_THREADS = 64
-_OPTION = re.compile(r"zstd(?::([0-9]{1,2}))?")
+_OPTION = r"zstd(?::([0-9]{1,2}))?"
 
 
 class Compression(NamedTuple):
@@ -45,7 +43,7 @@ class Compression(NamedTuple):
 
 def parse_compression(text: str, threads: int) -> Compression:
     """`zstd` or `zstd:LEVEL`. Raises UsageError."""
-    match = _OPTION.fullmatch(text)
+    match = re.fullmatch(_OPTION, text)
     level = int(match[1] or DEFAULT_LEVEL) if match else 0
     if not 1 <= level <= MAX_LEVEL:
         raise UsageError(f"--compress {text}: use zstd or zstd:1 to zstd:{MAX_LEVEL}")

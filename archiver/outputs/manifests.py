@@ -18,7 +18,6 @@ from vmapipe.archiver.outputs.base import Buffers, Output, OutputWrapper
 from vmapipe.archiver.outputs.cluster_digests import SUFFIX as DIGESTS_SUFFIX
 from vmapipe.archiver.outputs.cluster_digests import DigestFile, file_bytes
 from vmapipe.archiver.outputs.file import FileOutput
-from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.clusters.sizes import BLOCK_BYTES, CLUSTER_BYTES, EXTENT_HEADER_BYTES
 from vmapipe.vma.header import Device, Header
 from vmapipe.vma.manifest import (
@@ -34,10 +33,11 @@ from vmapipe.vma.manifest import (
     totals_line,
 )
 from vmapipe.vma.packer import PackedExtent, PackedRun
-from vmapipe.vma.sealed import StoredFile
 
 if TYPE_CHECKING:
+    from vmapipe.archiver.outputs.object import ObjectOutput
     from vmapipe.crypt.age import Recipient
+    from vmapipe.vma.sealed import StoredFile
 
 SUFFIX = ".manifest.json"
 #: Behind a manifest's name.
@@ -261,6 +261,9 @@ class Digests:
             self._clusters.commit()
         self._line(totals_line(totals))
         if self._seal is not None:
+            # Imported here: few archives are encrypted.
+            from vmapipe.vma.sealed import StoredFile
+
             self._seal(StoredFile(totals.file_bytes, totals.file_digest, totals.file_sha256))
         self._sink.commit()
 

@@ -7,10 +7,10 @@ import os
 import re
 import stat
 import time
+from typing import TYPE_CHECKING
 
 from vmapipe.archiver.outputs.base import Output, open_failure
 from vmapipe.archiver.outputs.file import FileOutput, exists_failure
-from vmapipe.archiver.outputs.object import ObjectOutput
 from vmapipe.archiver.outputs.stream import (
     check_kind,
     connect,
@@ -22,9 +22,10 @@ from vmapipe.runtime.arguments import check_storable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit, ignore
-from vmapipe.runtime.immutable import check_folder
-from vmapipe.runtime.objectlock import ObjectLock
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
+
+if TYPE_CHECKING:
+    from vmapipe.runtime.objectlock import ObjectLock
 
 _STDOUT = 1
 # Digits alone, so that int() cannot be surprised by "+1", "1_0" or a thousand of them.
@@ -58,6 +59,9 @@ def open_output(
         number = int(match[1])
         return open_inherited(number, spec, cancel, close=number > 2)
     if is_object(spec):
+        # Imported here, as what only locks need: other archives are begun sooner without.
+        from vmapipe.archiver.outputs.object import ObjectOutput
+
         return ObjectOutput(spec, cancel=cancel, emit=emit, lock=lock)
     if spec.startswith("fd:"):
         raise UsageError(f"{spec!r}: after fd: comes the number of an open descriptor")
@@ -71,6 +75,8 @@ def object_lock(lock_s: int | None, mode: str | None) -> ObjectLock | None:
     """The lock that `--lock` and `--lock-mode` say, from now on."""
     if lock_s is None:
         return None
+    from vmapipe.runtime.objectlock import ObjectLock
+
     return ObjectLock((mode or "compliance").upper(), time.time() + lock_s)
 
 
@@ -82,6 +88,8 @@ def check_lockable(spec: str, mode: str | None) -> None:
         raise UsageError("--lock: what goes into a stream cannot be locked; name a file, or s3://")
     if mode:
         raise UsageError("--lock-mode is of s3://: files are immutable, or they are not")
+    from vmapipe.runtime.immutable import check_folder
+
     check_folder(spec if os.path.isdir(spec) else os.path.dirname(spec))
 
 

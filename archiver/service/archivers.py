@@ -23,7 +23,7 @@ from vmapipe.archiver.service.storage import abort_uploads
 from vmapipe.runtime.children import STOP_S, Child
 from vmapipe.runtime.events import Event
 from vmapipe.runtime.folders import OwnFolder
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 
 if TYPE_CHECKING:
     from vmapipe.runtime.child_event_types import UsageFields

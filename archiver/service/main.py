@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vmapipe.archiver.job.spec import RECONNECT_S
-from vmapipe.archiver.outputs.compress import MAX_THREADS
+from vmapipe.archiver.outputs.base import MAX_THREADS
 from vmapipe.archiver.service.admission import ServiceLimits
 from vmapipe.archiver.service.archivers import ArchiverProcesses
 from vmapipe.archiver.service.front import Front
@@ -31,7 +31,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Event, encode_line
 from vmapipe.runtime.keys import read_server_keys
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.process import notify
 from vmapipe.runtime.syscalls import writable
 from vmapipe.runtime.text import one_line

@@ -25,7 +25,8 @@ from vmapipe.runtime.arguments import size
 from vmapipe.runtime.errors import Failure, UsageError, os_error_text
 from vmapipe.runtime.folders import HeldFolder
 from vmapipe.runtime.keys import client_names, read_trusted
-from vmapipe.runtime.objectstore import StoredObject, check_prefix
+from vmapipe.runtime.object_names import check_prefix
+from vmapipe.runtime.objectstore import StoredObject
 from vmapipe.vma.errors import LimitError
 from vmapipe.vma.header import Config, Device, check_contents
 

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vmapipe.archiver.arguments import add_output_options
@@ -59,14 +59,6 @@ from vmapipe.control.coordinator.observers import (
 )
 from vmapipe.control.coordinator.output_spec import goes_to_stdout, inherited_fds, is_path
 from vmapipe.control.coordinator.priorities import add_priority_options, priorities
-from vmapipe.control.coordinator.proxmox import (
-    NO_CONFIGS,
-    NOT_THERE,
-    ConfigDisk,
-    Configs,
-    archive_name,
-    read_configs,
-)
 from vmapipe.control.coordinator.render import add_report_options, renderer
 from vmapipe.control.coordinator.service import Service
 from vmapipe.runtime.arguments import (
@@ -77,11 +69,12 @@ from vmapipe.runtime.arguments import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import ChildCommands, ignore
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.process import run, run_child
 from vmapipe.runtime.uuids import random_uuid
 
 if TYPE_CHECKING:
+    from vmapipe.control.coordinator.proxmox import ConfigDisk, Configs
     from vmapipe.control.qemu.disks import LeftOut
     from vmapipe.control.qemu.machine import RunningMachine
 
@@ -172,6 +165,9 @@ def _backup(options: argparse.Namespace, parent: ParentContext | None = None) ->
     service = service_of(options)
     _check(options)
     if options.vmid is not None:
+        # Imported here, as all that only these archives need: other backups start sooner without.
+        from vmapipe.control.coordinator.proxmox import archive_name
+
         name = archive_name(options.vmid, time.time(), archive_ending(options))
         options.archive = os.path.join(options.archive, name)
     # First of all, before we open descriptors of our own.
@@ -275,22 +271,24 @@ def run_job(
     service: Service | None,
     pass_fds: list[int],
     around: JobContext,
-    configs: Configs = NO_CONFIGS,
+    configs: Configs | None = None,
 ) -> None:
     """Run one backup to its end. `configs`: of --vmid, if they have been read. Raises Failure."""
     machine, domain = open_machine(options), open_domain(options)
     try:
-        if options.vmid is not None and configs is NO_CONFIGS:
+        if options.vmid is not None and configs is None:
+            from vmapipe.control.coordinator.proxmox import read_configs
+
             configs = read_configs(options.config, options.vmid, around.cancel)
         if domain:
             machine = push_machine(options, domain)
             disks, left_out, fds = choose_in_domain(options, domain, around.emit)
             pass_fds = pass_fds + fds
         else:
-            disks, left_out = choose_disks(options, configs.disks, machine)
+            disks, left_out = choose_disks(options, configs.disks if configs else (), machine)
         for name, reason, level in left_out:
             around.emit({"event": "skipped", "device": name, "reason": reason, "level": level})
-        if options.vmid is not None:
+        if configs:
             options.config, fds = configs.stored([disk.name for disk in disks])
             pass_fds = pass_fds + fds
         names = [disk.name for disk in disks]
@@ -328,7 +326,7 @@ def run_job(
         except Failure:
             if not job.base_damage or not can_run_again(options, pass_fds):
                 raise
-            _run_full(options, configs.disks, job, around)
+            _run_full(options, configs.disks if configs else (), job, around)
     finally:
         if machine:
             machine.end()
@@ -418,7 +416,7 @@ def choose_disks(
     if machine is None and options.monitor is None and not configured:
         return _disks_at_rest(options), []
     # Imported here: a backup of disks at rest starts sooner without.
-    from vmapipe.control.qemu.disks import DiskChoiceOptions, LeftOut
+    from vmapipe.control.qemu.disks import DiskChoiceOptions
 
     if machine:
         read_only = {d.device for d in configured if d.options.get("media") != "cdrom"}
@@ -432,12 +430,28 @@ def choose_disks(
         disks, left_out = _choose_served(options, excluded)
     else:
         disks, left_out = _disks_at_rest(options), []
-    known = {disk.name for disk in disks} | {out.device for out in left_out}
-    for disk in configured:
-        if disk.device not in known:
-            reason = excluded.get(disk.device, NOT_THERE)
-            left_out.append(LeftOut(disk.device, reason, "warn" if disk.is_backed_up else "info"))
+    if configured:
+        known = {disk.name for disk in disks} | {out.device for out in left_out}
+        left_out += _not_there(configured, known, excluded)
     return disks, left_out
+
+
+def _not_there(
+    configured: Sequence[ConfigDisk], known: Collection[str], excluded: Mapping[str, str]
+) -> list[LeftOut]:
+    """Return the disks of the configuration that the machine does not have."""
+    from vmapipe.control.coordinator.proxmox import NOT_THERE
+    from vmapipe.control.qemu.disks import LeftOut
+
+    return [
+        LeftOut(
+            disk.device,
+            excluded.get(disk.device, NOT_THERE),
+            "warn" if disk.is_backed_up else "info",
+        )
+        for disk in configured
+        if disk.device not in known
+    ]
 
 
 def _choose_served(

@@ -359,7 +359,7 @@ def check_order(options: argparse.Namespace) -> None:
 
 # What may follow an image's path, and what a format's name looks like.
 _READING = ("format", "snapshot", "offset", "others")
-_WORD = re.compile(r"[a-z0-9][a-z0-9-]*")
+_WORD = r"[a-z0-9][a-z0-9-]*"
 
 
 def parse_nbd(text: str, options: argparse.Namespace) -> Disk:
@@ -392,7 +392,7 @@ def parse_disk(text: str) -> Disk:
     if is_nbd_uri(disk.path):
         parse_uri(disk.name, disk.path)
     if "format" in found:
-        if not _WORD.fullmatch(found["format"]):
+        if not re.fullmatch(_WORD, found["format"]):
             raise UsageError(f"{text}: {found['format']!r} is not a valid format")
         return Disk(disk.name, disk.path, reading=_reading_words(text, found))
     if found:

@@ -14,7 +14,7 @@ from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.producer.pull.arguments import parse_nbd_disk
 from vmapipe.runtime.errors import UsageError
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.uuids import random_uuid
 
 if TYPE_CHECKING:

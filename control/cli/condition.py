@@ -15,7 +15,7 @@ from vmapipe.restore.archive.manifest import Manifest, manifest_beside
 from vmapipe.restore.archive.object import RemoteObject
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.side_files import DRILL_SUFFIX
 from vmapipe.runtime.text import human_bytes, one_line
 from vmapipe.vma.errors import ArchiveError

@@ -41,7 +41,7 @@ from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import EXIT_DAMAGED, Failure, UsageError, os_error_text
 from vmapipe.runtime.events import Emit
 from vmapipe.runtime.folders import OwnFolder
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.process import run
 from vmapipe.runtime.side_files import read_awaited
 from vmapipe.runtime.text import name_text, one_line

@@ -28,7 +28,7 @@ from vmapipe.runtime.arguments import age_s, make_parser, share, size
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Damaged, Failure, UsageError
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.process import failure_of, run
 from vmapipe.runtime.text import MAX_NAME_CHARS, human_bytes, name_text, one_line
 from vmapipe.runtime.uuids import uuid_text

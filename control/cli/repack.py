@@ -45,7 +45,7 @@ from vmapipe.runtime.arguments import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Damaged, UsageError
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.process import run
 from vmapipe.runtime.text import human_bytes
 from vmapipe.vma.errors import ArchiveError

@@ -12,8 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vmapipe.control.coordinator.job_client import JobClient
 from vmapipe.control.coordinator.render import human_time
-from vmapipe.control.coordinator.status_socket import JobClient, sockets
+from vmapipe.control.coordinator.status_socket import sockets
 from vmapipe.runtime.arguments import make_parser, size
 from vmapipe.runtime.errors import Failure
 from vmapipe.runtime.process import run

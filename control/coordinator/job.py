@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmapipe.clusters.sizes import VMSTATE_NAME
-from vmapipe.control.coordinator.live_base import base_report
 from vmapipe.control.coordinator.output_spec import is_path
 from vmapipe.control.coordinator.priorities import AS_INHERITED, Priorities
 from vmapipe.control.coordinator.service import Service, await_opened
@@ -456,6 +455,8 @@ class BackupJob:
             instant["memory"] = held.how
         emit(instant)
         if self.plan.machine and self.plan.machine.methods:
+            from vmapipe.control.coordinator.live_base import base_report
+
             emit(base_report(self._base_event, self.plan.machine.methods))
 
     def _choose_instant(self) -> Instant | None:

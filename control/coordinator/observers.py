@@ -10,15 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from vmapipe.control.coordinator.hooks import HookOptions, Hooks
-from vmapipe.control.coordinator.log import JobLog
 from vmapipe.control.coordinator.status import JobState, now_s
 from vmapipe.control.coordinator.status_socket import JobServer
 from vmapipe.runtime.arguments import wait_time
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure, UsageError
 from vmapipe.runtime.events import ChildCommands, Emit, Event
-from vmapipe.runtime.immutable import lock_beside
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.uuids import random_uuid
 
 # Long enough to mount a share or to wake a host.
@@ -111,6 +109,9 @@ def job_context(
         hooks = _hooks(options, server.state, cancel, log_path, emit, variables)
         stack.enter_context(hooks.log() if surroundings else hooks.job())
         if log_path:
+            # Imported here: other backups start sooner without.
+            from vmapipe.control.coordinator.log import JobLog
+
             named = options.vmid is not None
             what, kind = (f"VM {options.vmid}", "qemu") if named else (place, "")
             log = JobLog(
@@ -146,6 +147,8 @@ def _lock_along(archive: str, names: list[str], report: Emit) -> None:
     """Lock what this command has put beside the archive, where that is a file."""
     if is_object(archive) or not os.path.isfile(archive):
         return
+    from vmapipe.runtime.immutable import lock_beside
+
     try:
         lock_beside(archive, names)
     except Failure as failure:

@@ -10,7 +10,7 @@ import os
 import re
 
 from vmapipe.runtime.errors import UsageError
-from vmapipe.runtime.objectstore import SCHEME
+from vmapipe.runtime.object_names import SCHEME
 
 _DESCRIPTOR = re.compile(r"(?:fd:|/dev/fdset/|/dev/fd/)([0-9]{1,9})")
 

@@ -193,9 +193,6 @@ class Configs(NamedTuple):
         return words, fds
 
 
-NO_CONFIGS = Configs((), {})
-
-
 def read_configs(configs: Sequence[str], vmid: int, cancel: Cancel) -> Configs:
     """Raises Failure, Cancelled."""
     words, texts = [], {}

@@ -19,7 +19,7 @@ from vmapipe.runtime.errors import UsageError
 # One that does not listen is refused at once; a queue that is full becomes free when the client
 # that is served leaves.
 _AGAIN_S = 0.05
-_HOST_AND_PORT = re.compile(r"(?:\[([^][]+)\]|([^][:]*)):([0-9]{1,5})")
+_HOST_AND_PORT = r"(?:\[([^][]+)\]|([^][:]*)):([0-9]{1,5})"
 _COMMA = "\0"
 
 
@@ -51,12 +51,12 @@ def parse_address(text: str) -> Address:
             raise UsageError(f"{text!r}: a Unix socket is named by its path: unix:/run/vm/qmp.sock")
         return Address(path)
     if colon and kind == "tcp":
-        match = _HOST_AND_PORT.fullmatch(_words(rest.removeprefix("//"))[0])
+        match = re.fullmatch(_HOST_AND_PORT, _words(rest.removeprefix("//"))[0])
         if match is None or not 0 < int(match[3]) < 65536:
             raise UsageError(f"{text!r} is not a valid address like tcp:127.0.0.1:4444")
         # QEMU listens on all addresses then.
         return Address("", match[1] or match[2] or "localhost", int(match[3]))
-    match = _HOST_AND_PORT.fullmatch(text)
+    match = re.fullmatch(_HOST_AND_PORT, text)
     if match and "/" not in text and not os.path.exists(text):
         raise UsageError(f"there is no socket {text!r}; for a TCP port say tcp:{text}")
     return Address(text)

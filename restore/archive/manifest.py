@@ -16,7 +16,7 @@ from vmapipe.restore.archive.object import ObjectInput, RemoteObject, object_exi
 from vmapipe.restore.archive.source import command_input
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import os_error_text
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.side_files import open_regular
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.extent import Extent

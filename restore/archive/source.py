@@ -26,7 +26,7 @@ from vmapipe.restore.archive.parts import Proof
 from vmapipe.runtime.arguments import check_readable
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.syscalls import read_at
 from vmapipe.vma.errors import ArchiveError
 from vmapipe.vma.seektable import is_zstd

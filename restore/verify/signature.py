@@ -24,7 +24,7 @@ from vmapipe.restore.archive.manifest import manifest_beside, open_manifest_file
 from vmapipe.restore.archive.object import object_exists
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Damaged, UsageError, os_error_text
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.runtime.side_files import read_keys
 from vmapipe.vma.manifest import MAX_LINE_BYTES, read_totals
 from vmapipe.vma.sealed import StoredFile

@@ -26,7 +26,7 @@ from vmapipe.restore.verify.report import Damage, Report
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import UsageError, os_error_text
 from vmapipe.runtime.events import Emit
-from vmapipe.runtime.objectstore import is_object
+from vmapipe.runtime.object_names import is_object
 from vmapipe.vma.manifest import Totals
 
 # Hashing is quicker than any disk; beyond four threads nothing was gained.

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from vmapipe.archiver.arguments import add_output_options
-from vmapipe.archiver.outputs.compress import MAX_THREADS
+from vmapipe.archiver.outputs.base import MAX_THREADS
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (3, 3), (200, MAX_THREADS)])

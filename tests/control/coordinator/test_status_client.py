@@ -14,8 +14,8 @@ import pytest
 
 from tests.machine import LIMIT_S
 from vmapipe.control.cli.running import latency_lines
-from vmapipe.control.coordinator import status_socket as jobs_module
-from vmapipe.control.coordinator.status_socket import JobClient
+from vmapipe.control.coordinator import job_client as jobs_module
+from vmapipe.control.coordinator.job_client import JobClient
 from vmapipe.control.monitor import client as monitor_module
 from vmapipe.control.monitor.client import guarded_disks
 from vmapipe.control.qmp.client import QmpClient

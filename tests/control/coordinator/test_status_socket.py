@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.machine import LIMIT_S, end_of, good, make_disk, next_event, started
-from vmapipe.control.coordinator.status_socket import JobClient, process_usage, sockets
+from vmapipe.control.coordinator.job_client import JobClient
+from vmapipe.control.coordinator.status_socket import process_usage, sockets
 from vmapipe.runtime.errors import Failure
 
 DISK_BYTES = 128 * 65536

@@ -16,7 +16,8 @@ from tests.control.qemu.daemon_backup import (
 )
 from tests.control.qemu.storage_daemon import StorageDaemon
 from tests.machine import end_of, eventually, good
-from vmapipe.control.coordinator.status_socket import JobClient, sockets
+from vmapipe.control.coordinator.job_client import JobClient
+from vmapipe.control.coordinator.status_socket import sockets
 from vmapipe.control.qmp.client import QmpClient
 from vmapipe.control.qmp.connection import Command
 
