@@ -294,7 +294,10 @@ def test_a_dense_extents_header_is_read_in_few_steps() -> None:
 
 
 #: Each costs a start some 3 to 14 ms, and comes along with others that are easily imported.
-_COSTLY = "logging concurrent.futures secrets hmac email importlib.metadata asyncio"
+_COSTLY = (
+    "logging concurrent.futures secrets hmac email importlib.metadata asyncio http urllib.request sqlite3 "
+    "ctypes dataclasses inspect uuid vmapipe.runtime.event_types vmapipe.runtime.child_event_types"
+)
 
 
 @pytest.mark.parametrize(
@@ -302,42 +305,45 @@ _COSTLY = "logging concurrent.futures secrets hmac email importlib.metadata asyn
     [
         (
             "vmapipe.control.cli.inspect",
-            128,
+            124,
             "zmq msgpack backports.zstd vmapipe.control.coordinator.job vmapipe.access "
             "vmapipe.places vmapipe.fleet vmapipe.crypt.age",
         ),
         (
             "vmapipe.control.cli.backup",
-            135,
+            105,
             "backports.zstd xxhash qemu vmapipe.restore vmapipe.protocol.service psutil subprocess "
             "vmapipe.runtime.event_types vmapipe.protocol.guard vmapipe.protocol.nbd.session "
-            "vmapipe.control.qemu vmapipe.control.monitor.client vmapipe.access vmapipe.places vmapipe.fleet vmapipe.crypt",
+            "vmapipe.control.qemu vmapipe.control.monitor vmapipe.control.qmp.client vmapipe.runtime.objectstore "
+            "vmapipe.control.coordinator.proxmox vmapipe.archiver.outputs.compress vmapipe.access vmapipe.places vmapipe.fleet vmapipe.crypt",
         ),
         (
             "vmapipe.producer.main",
-            130,
+            116,
             "backports.zstd xxhash ssl vmapipe.vma vmapipe.producer.guard_feed "
             "vmapipe.producer.qemu_feed vmapipe.producer.vmstate_feed",
         ),
         (
             "vmapipe.archiver.main",
-            178,
-            "backports.zstd qemu vmapipe.restore vmapipe.access vmapipe.places vmapipe.fleet vmapipe.crypt.age",
+            141,
+            "backports.zstd qemu vmapipe.restore vmapipe.access vmapipe.places vmapipe.fleet vmapipe.crypt "
+            "vmapipe.archiver.base vmapipe.archiver.job.fill vmapipe.archiver.listener.tcp vmapipe.vma.groups "
+            "vmapipe.archiver.outputs.object vmapipe.archiver.outputs.compress vmapipe.runtime.objectstore",
         ),
         (
             "vmapipe.control.cli.restore",
-            192,
+            189,
             "backports.zstd qemu lzallright psutil vmapipe.access vmapipe.places vmapipe.fleet "
             "vmapipe.crypt.age vmapipe.protocol.nbd vmapipe.runtime.event_types",
         ),
         (
             "vmapipe.restore.verify.verify",
-            117,
+            115,
             "backports.zstd qemu psutil vmapipe.runtime.event_types",
         ),
         (
             "vmapipe.restore.workers.worker",
-            119,
+            116,
             "backports.zstd qemu psutil vmapipe.protocol.nbd vmapipe.runtime.event_types",
         ),
     ],
