@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ _WORDS_CHARS = 600
 _NOTICE_S, _POLL_S = 2.0, 0.05
 # libvirt's copies do not wait where a request fails, and each begins anew.
 _MOST_FAILURES = 5
+# A daemon that was killed between QEMU's new node and its own note of it numbers the next one alike; with
+# each try it counts on. A kill leaves the nodes of one copy, so this is several kills at the same place.
+_STALE = re.compile(r"Duplicate nodes with node-name='libvirt-(\d+)-")
+_MOST_STALE = 8
 
 
 class DiskNow(NamedTuple):
@@ -323,8 +328,22 @@ class DomainCarrier:
             | lib.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
             | lib.VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES
         )
-        self._call("blockCopy", disk.node, render_xml(target), options, flags)
+        for tries in range(_MOST_STALE, -1, -1):
+            try:
+                self._call("blockCopy", disk.node, render_xml(target), options, flags)
+                break
+            except LibvirtFailure as failure:
+                stale = _STALE.search(str(failure))
+                if stale is None or not tries:
+                    raise
+                self._remove_stale(stale[1])
         self._begun[disk.node] = 0
+
+    def _remove_stale(self, number: str) -> None:
+        """Remove nodes whose number libvirt takes for free; QEMU keeps those that something uses."""
+        for kind in ("format", "storage"):
+            with contextlib.suppress(QmpRefused):
+                self._monitor(Command("blockdev-del", {"node-name": f"libvirt-{number}-{kind}"}))
 
     # --- The domain ---
 

@@ -301,6 +301,16 @@ def test_a_tpm_knows_in_the_restored_machine_what_it_knew(
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "tpm2-00.permall").write_bytes((kept / "tpm2-00.permall").read_bytes())
     assert KEY in asked(need, tmp_path, f"dir={tmp_path / 'new'}", READ)
+    # So does a machine that starts while its disk is restored.
+    live = bench.words(archive, "--pool", "p", "--name", "tpmlive", "--start", "--live")
+    assert "not as it was: tpm" not in good(*live).decode()
+    bench.libvirt("destroy", "tpmlive")
+    (uuid,) = attributes(bench, "tpmlive", r"<uuid>(.*)</uuid>")
+    bench.libvirt("undefine", "--keep-tpm", "tpmlive")
+    kept = bench.libvirt.folder / "config/libvirt/qemu/swtpm" / uuid / "tpm2"
+    (tmp_path / "live").mkdir()
+    (tmp_path / "live" / "tpm2-00.permall").write_bytes((kept / "tpm2-00.permall").read_bytes())
+    assert KEY in asked(need, tmp_path, f"dir={tmp_path / 'live'}", READ)
     # Where it cannot be put, the machine has a new one, and somebody is told.
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     said = good(*words, "--overwrite").decode()
