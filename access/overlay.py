@@ -21,7 +21,6 @@ from uuid import UUID, uuid5
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.clusters.sizes import BLOCK_BYTES
 from vmapipe.producer.nbd.backend import Write, one_by_one
-from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
 from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.side_files import open_to_change
 from vmapipe.runtime.syscalls import (
@@ -38,7 +37,6 @@ _TRAILER = struct.Struct("<16s16sIQ")
 _MAGIC = b"vmapipe-cow-1\n\0\0"
 # The table is written in pieces of this size, those that changed.
 _PAGE_BYTES = 4096
-_HOLE = NBD_STATE_HOLE | NBD_STATE_ZERO
 # So long a run of blocks is looked at in one step.
 _ZEROES_BYTES = 1 << 20
 

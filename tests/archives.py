@@ -37,6 +37,7 @@ from vmapipe.vma.manifest import (
 )
 from vmapipe.vma.packer import Packer
 from vmapipe.vma.scanner import ExtentRead, HeaderRead, Scanner
+from vmapipe.vma.seektable import Frame, seek_table_ends
 
 UUID = bytes(range(16))
 CTIME_S = 1353949200
@@ -207,3 +208,9 @@ def renamed(raw: bytes, names: Mapping[bytes, bytes]) -> bytes:
     head[32:48] = bytes(16)
     head[32:48] = hashlib.md5(head, usedforsecurity=False).digest()
     return bytes(head) + raw[len(head) :]
+
+
+def encode_seek_table(frames: Sequence[Frame]) -> bytes:
+    """The seek table to append to a zstd file of these frames, without checksums."""
+    head, foot = seek_table_ends(len(frames))
+    return head + b"".join(struct.pack("<II", *frame) for frame in frames) + foot

@@ -27,9 +27,8 @@ _CHECKSUM_FLAG = 0x80
 _RESERVED_BITS = 0x7C
 # One of the two bits that the format leaves unused and has every reader pass over.
 _CUT_FLAG = 0x01
-# The format's own limits on the number of frames and on what one holds.
+# The format's own limit.
 MAX_FRAMES = 0x8000000
-MAX_FRAME_PLAIN_BYTES = 0x40000000
 
 
 class Frame(NamedTuple):
@@ -75,18 +74,6 @@ def is_skippable(start: bytes) -> bool:
     return len(start) >= 4 and (
         _SKIPPABLE_LOW <= int.from_bytes(start[:4], "little") <= _SKIPPABLE_HIGH
     )
-
-
-def encode_seek_table(frames: list[Frame]) -> bytes:
-    """The skippable frame to append. Our entries carry no checksum: the frames do.
-
-    Raises LimitError.
-    """
-    head, foot = seek_table_ends(len(frames))
-    for frame in frames:
-        if not 0 < frame.compressed_bytes < 1 << 32 or frame.plain_bytes > MAX_FRAME_PLAIN_BYTES:
-            raise LimitError(f"a seek table cannot hold {frame}")
-    return head + b"".join(_ENTRY.pack(*frame) for frame in frames) + foot
 
 
 def seek_table_ends(frame_count: int, *, is_cut: bool = False) -> tuple[bytes, bytes]:

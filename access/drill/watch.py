@@ -224,7 +224,6 @@ class Watch:
         self._still_since = 0.0
         self._screen_text = ""
         self._look_at = self._knock_at = 0.0
-        self._bytes_read = 0
         #: What the archive has said of damage.
         self.damage: Sequence[str] = ()
 

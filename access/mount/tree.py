@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -115,7 +114,6 @@ class ArchiveTree:
         configurations that no file here can be called as.
         """
         self._mtime_ns = archive.header.ctime_s * 10**9
-        self._made_ns = time.time_ns()
         disks, files, config = _Folder(), _Folder(), _Folder()
         for name, disk in named:
             disks[os.fsencode(f"{name}.raw")] = disk

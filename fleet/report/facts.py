@@ -108,10 +108,6 @@ class MachineReport:
     days: list[Cell]
     sizes: list[int]
 
-    @property
-    def is_late(self) -> bool:
-        return bool(self.promised_s) and self.age_s > LATE * self.promised_s and not self.skip
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TargetReport:

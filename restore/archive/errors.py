@@ -48,8 +48,7 @@ class CompressionError(ArchiveError):
     `cut`: it ends too early, and nothing says that what came is wrong. `resumes`: reading again
     goes on behind the damage, `lost_bytes` of plain data further on (None: unknown).
     `unproven_from`: what came from this plain position on is covered by a checksum that was
-    wrong or was not reached (None: all that came was checked). `sound_bytes`: of the piece that
-    was looked at, what stands before the damage.
+    wrong or was not reached (None: all that came was checked).
     """
 
     def __init__(self, text: str, *, file_offset: int | None = None, cut: bool = False) -> None:
@@ -58,7 +57,6 @@ class CompressionError(ArchiveError):
         self.resumes = False
         self.lost_bytes: int | None = None
         self.unproven_from: int | None = None
-        self.sound_bytes = 0
         super().__init__(text if file_offset is None else f"{text} (file offset {file_offset})")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.archives import archive, extents_of, in_order, manifest
+from tests.archives import archive, encode_seek_table, extents_of, in_order, manifest
 from tests.machine import make_disk
 from vmapipe.access.archive import Caches, OpenArchive, open_for_access
 from vmapipe.access.disk import ArchiveDisk
@@ -21,7 +21,7 @@ from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Failure
 from vmapipe.vma.errors import ArchiveError
-from vmapipe.vma.seektable import Frame, encode_seek_table
+from vmapipe.vma.seektable import Frame
 
 SEEDS = 40
 

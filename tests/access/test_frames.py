@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from tests.archives import encode_seek_table
 from tests.restore.support import one_frame
 from vmapipe.access.frames import FrameStorage
 from vmapipe.access.storage import DamageError
 from vmapipe.restore.archive.zstd import FrameReader, seekable_frames
-from vmapipe.vma.seektable import Frame, encode_seek_table
+from vmapipe.vma.seektable import Frame
 
 FRAME_BYTES = 3 << 20
 HEADER_BYTES = 512

@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 from tests import archives
+from tests.archives import encode_seek_table
 from tests.fuzz.choices import Bytes
 from tests.vma.archives import with_md5
 from vmapipe.access.archive import Caches, OpenArchive, open_for_access
@@ -43,7 +44,7 @@ from vmapipe.vma.manifest import (
     opening_line,
     totals_line,
 )
-from vmapipe.vma.seektable import Frame, encode_seek_table
+from vmapipe.vma.seektable import Frame
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import zstandard
 
+from tests.archives import encode_seek_table
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.reader import Archive, open_archive
 from vmapipe.restore.job import Options, Result, restore
@@ -21,7 +22,7 @@ from vmapipe.restore.targets.plan import Plan, plan_folder
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.events import Event
 from vmapipe.vma.header import Header
-from vmapipe.vma.seektable import Frame, encode_seek_table
+from vmapipe.vma.seektable import Frame
 
 MakePlan = Callable[[Header], Plan]
 

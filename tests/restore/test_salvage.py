@@ -14,14 +14,7 @@ import zstandard
 
 from tests.archives import ClusterAt, archive, extents_of, in_order, manifest
 from tests.machine import VMA, Need, bad, good, run
-from tests.restore.support import (
-    CHANCE,
-    a_cancel,
-    contents,
-    flipped,
-    frames_with_table,
-    lzop,
-)
+from tests.restore.support import CHANCE, a_cancel, contents, flipped, frames_with_table, lzop
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.restore.archive.compressed import ReadOptions
 from vmapipe.restore.archive.survey import open_damaged
@@ -280,7 +273,8 @@ def test_a_damaged_zstd_frame_costs_what_it_holds(
     frames = [pack(RAW[start:end]) for start, end in itertools.pairwise(bounds)]
     data = b"".join([*frames[:4], flipped(frames[4], 900), *frames[5:]])
     if with_table:
-        from vmapipe.vma.seektable import Frame, encode_seek_table
+        from tests.archives import encode_seek_table
+        from vmapipe.vma.seektable import Frame
 
         sizes = [end - start for start, end in itertools.pairwise(bounds)]
         data += encode_seek_table(
