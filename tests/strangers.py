@@ -7,6 +7,7 @@ wrong in the same way would not be noticed otherwise.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import struct
@@ -18,6 +19,8 @@ CLUSTER = 65536
 UUID = bytes(range(100, 116))
 #: dev_id, name, contents. `vmstate` is whole clusters.
 Disk = tuple[int, str, bytes]
+#: The same; large contents are made when they are asked for.
+LazyDisk = tuple[int, str, bytes | Callable[[], bytes]]
 #: dev_id, cluster number; or None: an empty slot.
 Slot = tuple[int, int] | None
 
@@ -132,7 +135,12 @@ def _extent(shape: Shape, contents: dict[int, tuple[str, bytes]], slots: Sequenc
     return bytes(raw) + b"".join(stored)
 
 
-def _disk(seed: int, size: int) -> bytes:
+def _disk(seed: int, size: int) -> Callable[[], bytes]:
+    return functools.partial(_contents, seed, size)
+
+
+@functools.cache
+def _contents(seed: int, size: int) -> bytes:
     """Random clusters, zero ones, and mixed ones."""
     chance = random.Random(seed)
     out = bytearray()
@@ -175,26 +183,26 @@ def _with_empty_extents(slots: list[Slot]) -> Iterable[Sequence[Slot]]:
 
 
 MEMORY_ID = 99
-SCSI: Disk = (1, "drive-scsi0", _disk(1, 70 * CLUSTER))
-ODD: Disk = (2, "drive-ide0", _disk(2, 3 * CLUSTER + 70_001))
-TINY: Disk = (3, "drive-tpmstate0-backup", b"\x01")
-TAIL: Disk = (4, "drive-efidisk0", _disk(4, 2 * CLUSTER + 512))
-ZERO: Disk = (5, "drive-virtio0", bytes(61 * CLUSTER + 1))
-MEMORY: Disk = (MEMORY_ID, "vmstate", _disk(6, 5 * CLUSTER) + bytes(CLUSTER))
+SCSI: LazyDisk = (1, "drive-scsi0", _disk(1, 70 * CLUSTER))
+ODD: LazyDisk = (2, "drive-ide0", _disk(2, 3 * CLUSTER + 70_001))
+TINY: LazyDisk = (3, "drive-tpmstate0-backup", b"\x01")
+TAIL: LazyDisk = (4, "drive-efidisk0", _disk(4, 2 * CLUSTER + 512))
+ZERO: LazyDisk = (5, "drive-virtio0", functools.partial(bytes, 61 * CLUSTER + 1))
+MEMORY: LazyDisk = (MEMORY_ID, "vmstate", lambda: _contents(6, 5 * CLUSTER) + bytes(CLUSTER))
 USUAL = [SCSI, ODD, TINY, TAIL, ZERO]
 CONFIGS = [("qemu-server.conf", b"memory: 512\n"), ("qemu-server.fw", b""), ("x", bytes(65535))]
 
 
-def _renumbered(*ids: int) -> list[Disk]:
+def _renumbered(*ids: int) -> list[LazyDisk]:
     return [(dev_id, name, data) for dev_id, (_, name, data) in zip(ids, USUAL, strict=True)]
 
 
-def _many() -> list[Disk]:
+def _many() -> list[LazyDisk]:
     return [(n, f"drive-scsi{n}", _disk(n, n * 30_011)) for n in range(1, 41)]
 
 
 #: What it is: how it is written, and what is in it.
-ARCHIVES: dict[str, tuple[Shape, list[Disk], list[tuple[str, bytes]]]] = {
+ARCHIVES: dict[str, tuple[Shape, list[LazyDisk], list[tuple[str, bytes]]]] = {
     "as the reference": (Shape(), USUAL, CONFIGS),
     "59 clusters an extent": (Shape(extents=lambda s: pieces(s, 59)), USUAL, CONFIGS),
     "one cluster an extent": (Shape(extents=lambda s: pieces(s, 1)), USUAL, CONFIGS),
@@ -230,7 +238,10 @@ ARCHIVES: dict[str, tuple[Shape, list[Disk], list[tuple[str, bytes]]]] = {
 
 def archive_of(name: str) -> tuple[bytes, dict[str, bytes]]:
     """The archive, and the files that a restore of it makes."""
-    shape, disks, configs = ARCHIVES[name]
+    shape, lazy, configs = ARCHIVES[name]
+    disks: list[Disk] = [
+        (dev_id, disk, data if isinstance(data, bytes) else data()) for dev_id, disk, data in lazy
+    ]
     files = dict(configs)
     for _, disk, data in disks:
         files["vmstate.bin" if disk == "vmstate" else f"disk-{disk}.raw"] = data

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import random
 from collections.abc import Iterator
@@ -28,12 +29,18 @@ from vmapipe.protocol import limits
 from vmapipe.runtime.cancel import Cancel
 
 MIB = 1 << 20
-DISKS = {
-    "drive-scsi0": random.Random(1).randbytes(40 * CLUSTER_BYTES + 5000),
-    "efidisk": bytes(3 * CLUSTER_BYTES),
-    "drive-scsi1": bytes(300 * CLUSTER_BYTES) + random.Random(2).randbytes(77777),
-    "vmstate": random.Random(3).randbytes(2 * CLUSTER_BYTES),
-}
+
+
+@functools.cache
+def all_disks() -> dict[str, bytes]:
+    return {
+        "drive-scsi0": random.Random(1).randbytes(40 * CLUSTER_BYTES + 5000),
+        "efidisk": bytes(3 * CLUSTER_BYTES),
+        "drive-scsi1": bytes(300 * CLUSTER_BYTES) + random.Random(2).randbytes(77777),
+        "vmstate": random.Random(3).randbytes(2 * CLUSTER_BYTES),
+    }
+
+
 CONFIGS = {"qemu-server.conf": b"name: web\n"}
 
 
@@ -47,11 +54,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def shuffled(seed: int) -> bytes:
     """An archive whose clusters came in any order; those of the memory in theirs."""
-    order = in_order(DISKS)
+    order = in_order(all_disks())
     random.Random(seed).shuffle(order)
-    memory = iter([each for each in in_order(DISKS) if each.name == "vmstate"])
+    memory = iter([each for each in in_order(all_disks()) if each.name == "vmstate"])
     order = [next(memory) if each.name == "vmstate" else each for each in order]
-    return archive(DISKS, CONFIGS, order=order, slots=20)
+    return archive(all_disks(), CONFIGS, order=order, slots=20)
 
 
 def keep(folder: Path, name: str, raw: bytes, *, vouched: bytes | None = None) -> Path:
@@ -73,7 +80,7 @@ def copied(*words: str | Path, code: int = 0, as_patched: bool = False) -> str:
 
 def contents(path: Path) -> tuple[object, ...]:
     """What another reader of ours finds: names, sizes, configurations, time, uuid, and all blocks."""
-    images = {name: bytearray(len(data)) for name, data in DISKS.items()}
+    images = {name: bytearray(len(data)) for name, data in all_disks().items()}
     with closing(Cancel()) as cancel, SoundArchive(str(path), cancel) as sound:
         header = sound.archive.header
         names = {device.dev_id: device.name for device in header.devices}
@@ -87,7 +94,7 @@ def contents(path: Path) -> tuple[object, ...]:
                             image = images[names[run.dev_id]]
                             image[start : start + 4096] = data[at : at + 4096]
                             at += 4096
-    cut = {name: bytes(image[: len(DISKS[name])]) for name, image in images.items()}
+    cut = {name: bytes(image[: len(all_disks()[name])]) for name, image in images.items()}
     return header.uuid, header.ctime_s, header.configs, [d.name for d in header.devices], cut
 
 
@@ -109,7 +116,7 @@ def test_what_a_service_stores_is_the_archive_whatever_its_order_and_compression
     expected = contents(source / "vm-2026-01-01.vma")
     assert expected[0] == UUID
     assert expected[1] == CTIME_S
-    assert expected[4] == DISKS
+    assert expected[4] == all_disks()
     for name in ("vm-2026-01-01.vma", "vm-2026-01-02.vma.zst"):
         assert contents(service.folder / name) == expected
         good("verify", "--require-manifest", service.folder / name)
@@ -148,7 +155,7 @@ def test_repacked_into_a_service_an_archive_is_changed_on_the_way(
     new_names = {"efidisk": "efidisk0"}
     assert disks == {
         f"disk-{new_names.get(name, name)}.raw": data
-        for name, data in DISKS.items()
+        for name, data in all_disks().items()
         if name != "vmstate"
     }
     bare = bad("repack", *service.link, path, service.endpoint, code=2)
@@ -165,7 +172,7 @@ def test_of_a_source_that_is_damaged_or_changes_nothing_is_stored(
     before = service.stored()
     flipped = bytearray(raw)
     flipped[-70_000] ^= 4
-    missing = archive(DISKS, CONFIGS, order=in_order(DISKS)[1:])
+    missing = archive(all_disks(), CONFIGS, order=in_order(all_disks())[1:])
     for name, data in (("flipped", bytes(flipped)), ("cut", raw[:-9000]), ("missing", missing)):
         path = keep(
             tmp_path / "source", f"{name}.vma", data, vouched=None if name == "missing" else raw

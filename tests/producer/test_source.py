@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
@@ -173,13 +174,17 @@ def test_a_read_error_of_a_block_device_names_device_and_offset(
 
 MIB = 1 << 20
 SIZE = 3 * MIB + 4096 + 17
-DATA = random.Random(1).randbytes(SIZE)
+
+
+@functools.cache
+def source_data() -> bytes:
+    return random.Random(1).randbytes(SIZE)
 
 
 @pytest.fixture
 def fd(tmp_path: Path) -> Iterator[int]:
     path = tmp_path / "image"
-    path.write_bytes(DATA)
+    path.write_bytes(source_data())
     number = os.open(path, os.O_RDONLY)
     yield number
     os.close(number)
@@ -201,7 +206,7 @@ def test_a_piece_is_read_whole_whatever_its_length(reader: PairReader, length: i
         buffer = bytearray(length + 8)
         with memoryview(buffer) as view, view[:length] as wanted:
             reader.read_into(wanted, offset)
-        assert buffer == DATA[offset : offset + length] + bytes(8)
+        assert buffer == source_data()[offset : offset + length] + bytes(8)
 
 
 @pytest.mark.parametrize("missing", [1, MIB // 2, 2 * MIB + 4096])
@@ -214,7 +219,7 @@ def test_a_file_that_ends_in_either_half_is_short_where_it_ends(
         assert caught.value.offset == SIZE
         # And it goes on after that.
         reader.read_into(view, 0)
-        assert view == DATA[: 3 * MIB]
+        assert view == source_data()[: 3 * MIB]
 
 
 def test_a_read_that_fails_names_its_first_offset_and_the_reason(tmp_path: Path) -> None:

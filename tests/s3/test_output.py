@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import ssl
@@ -40,7 +41,12 @@ NAME = f"s3://{BUCKET}/folder/vm.vma"
 KEY = "folder/vm.vma"
 # The least that S3 takes for a part that is not the last.
 LEAST = 5 << 20
-DATA = random.Random(5).randbytes(2 * LEAST + 12345)
+DATA_BYTES = 2 * LEAST + 12345
+
+
+@functools.cache
+def sent_data() -> bytes:
+    return random.Random(5).randbytes(DATA_BYTES)
 
 
 class ObjectTarget:
@@ -71,14 +77,14 @@ def small_parts(**more: object) -> ObjectOutput:
 def test_parts_arrive_whole_and_in_order_and_only_the_commit_shows_the_object(s3: S3Server) -> None:
     events: list[dict[str, object]] = []
     output = small_parts(emit=events.append)
-    for at in range(0, len(DATA), 1_000_003):
-        output.write([DATA[at : at + 1_000_003]])
+    for at in range(0, DATA_BYTES, 1_000_003):
+        output.write([sent_data()[at : at + 1_000_003]])
     assert s3.objects() == {}
     assert s3.uploads() == [KEY]
     output.commit()
-    assert s3.data(KEY) == DATA
+    assert s3.data(KEY) == sent_data()
     assert s3.uploads() == []
-    assert output.written_bytes == len(DATA)
+    assert output.written_bytes == DATA_BYTES
     assert events == [{"event": "upload", "archive": NAME, "upload": output.upload}]
     assert s3.client.head_object(Bucket=BUCKET, Key=KEY)["ETag"].endswith('-3"')
 
@@ -90,25 +96,25 @@ def test_an_archive_that_exists_is_refused_before_anything_is_sent(s3: S3Server)
     assert s3.data(KEY) == b"the backup of yesterday"
 
 
-@pytest.mark.parametrize("size", [100, len(DATA)], ids=["in one request", "in parts"])
+@pytest.mark.parametrize("size", [100, DATA_BYTES], ids=["in one request", "in parts"])
 def test_of_two_writers_to_one_name_the_first_to_commit_wins(s3: S3Server, size: int) -> None:
     first, second = small_parts(), small_parts()
-    first.write([DATA[:size]])
+    first.write([sent_data()[:size]])
     second.write([bytes(size)])
     first.commit()
     with pytest.raises(OutputFailure, match="exists; vmapipe does not overwrite archives"):
         second.commit()
     second.abandon()
-    assert s3.data(KEY) == DATA[:size]
+    assert s3.data(KEY) == sent_data()[:size]
     assert s3.uploads() == []
 
 
-@pytest.mark.parametrize("size", [100, len(DATA)], ids=["in one request", "in parts"])
+@pytest.mark.parametrize("size", [100, DATA_BYTES], ids=["in one request", "in parts"])
 def test_the_store_itself_refuses_to_replace_what_came_in_the_last_moment(
     s3: S3Server, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = small_parts()
-    output.write([DATA[:size]])
+    output.write([sent_data()[:size]])
     # The look before the commit sees nothing.
     monkeypatch.setattr(output, "check_free", lambda: s3.put(KEY, b"another's"))
     with pytest.raises(OutputFailure, match="exists; vmapipe does not overwrite archives"):
@@ -162,10 +168,10 @@ def test_a_fault_that_passes_is_survived(
 ) -> None:
     proxy.plan(where, what)
     output = small_parts()
-    output.write([DATA])
+    output.write([sent_data()])
     output.commit()
-    assert s3.data(KEY) == DATA
-    assert output.written_bytes == len(DATA)
+    assert s3.data(KEY) == sent_data()
+    assert output.written_bytes == DATA_BYTES
 
 
 def test_an_answer_that_is_lost_is_asked_for_again_when_all_went_in_one_request(
@@ -202,7 +208,7 @@ def test_a_fault_that_stays_fails_with_its_place_and_nothing_is_left(
     output = small_parts()
 
     def work() -> None:
-        output.write([DATA])
+        output.write([sent_data()])
         output.commit()
 
     with pytest.raises(OutputFailure, match=words) as caught:
@@ -246,7 +252,7 @@ def test_a_store_that_does_not_answer_keeps_nobody_waiting(
 
     def work() -> None:
         made.append(small_parts(cancel=cancel))
-        made[0].write([DATA])
+        made[0].write([sent_data()])
         made[0].commit()
 
     with in_thread(work) as errors:
@@ -271,11 +277,11 @@ def test_what_is_published_while_it_is_given_up_is_taken_back(
     s3: S3Server, proxy: FaultyProxy
 ) -> None:
     output = small_parts()
-    output.write([DATA])
+    output.write([sent_data()])
     proxy.plan("POST .*uploadId=", "late answer")
     with in_thread(output.commit) as errors:
         assert eventually(lambda: bool(s3.objects()))
-        assert s3.data(KEY) == DATA
+        assert s3.data(KEY) == sent_data()
         with in_thread(output.abandon):
             proxy.released.set()
     assert [type(error) for error in errors] == [OutputFailure]
@@ -314,9 +320,9 @@ def test_a_store_that_knows_no_conditions_gets_none_after_a_look(
 ) -> None:
     proxy.plan("POST .*uploadId=", "501")
     output = small_parts()
-    output.write([DATA])
+    output.write([sent_data()])
     output.commit()
-    assert s3.data(KEY) == DATA
+    assert s3.data(KEY) == sent_data()
 
 
 def test_a_store_that_talks_much_is_cut_short(s3: S3Server, proxy: FaultyProxy) -> None:
@@ -332,9 +338,9 @@ def test_a_store_that_talks_much_is_cut_short(s3: S3Server, proxy: FaultyProxy) 
 @pytest.mark.parametrize("key", ["a b+c%20d/ü?x=1&y#z.vma", "(a)*'!;:@$,=~/..vma"])
 def test_a_key_may_have_any_letters(s3: S3Server, key: str) -> None:
     output = ObjectOutput(f"s3://{BUCKET}/{key}", first_part_bytes=LEAST)
-    output.write([DATA])
+    output.write([sent_data()])
     output.commit()
-    assert s3.data(key) == DATA
+    assert s3.data(key) == sent_data()
     with pytest.raises(OutputFailure, match="exists"):
         ObjectOutput(f"s3://{BUCKET}/{key}")
 
@@ -364,9 +370,9 @@ def test_over_https_the_stores_certificate_counts(
         assert proxy.requests == []
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
         output = small_parts()
-        output.write([DATA])
+        output.write([sent_data()])
         output.commit()
-    assert s3.data(KEY) == DATA
+    assert s3.data(KEY) == sent_data()
 
 
 @pytest.mark.parametrize(
@@ -408,7 +414,7 @@ def test_what_does_not_fit_into_an_upload_fails_in_words(
     monkeypatch.setattr(object_module, "MAX_PARTS", 1)
     output = small_parts()
     with pytest.raises(Failure, match="is larger than an upload of 1 parts can be"):
-        output.write([DATA])
+        output.write([sent_data()])
     output.abandon()
     assert s3.uploads() == []
 

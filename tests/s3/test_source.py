@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import threading
@@ -10,17 +11,9 @@ import threading
 import pytest
 
 from tests.archiver.outputs.targets import LIMIT_S, in_thread
-from tests.archives import archive
 from tests.machine import Need
-from tests.restore.support import (
-    CONFIGS,
-    DISKS,
-    a_cancel,
-    frames_with_table,
-    lzop,
-    members,
-    one_frame,
-)
+from tests.restore.archive.stored import RAW, STORED
+from tests.restore.support import DISKS, a_cancel, frames_with_table, lzop
 from tests.s3.proxy import FaultyProxy
 from tests.s3.server import BUCKET, S3Server
 from vmapipe.restore.archive import input as input_module
@@ -34,16 +27,15 @@ from vmapipe.vma.errors import ArchiveError
 
 NAME = f"s3://{BUCKET}/a/vm.vma"
 KEY = "a/vm.vma"
-RAW = archive(DISKS, CONFIGS)
-# Several ranges of 8 MiB.
-LONG = random.Random(6).randbytes((20 << 20) + 77)
 
-STORED = {
-    "none": RAW,
-    "zstd, one frame": one_frame(RAW),
-    "zstd, seek table": frames_with_table(RAW),
-    "gzip": members(RAW),
-}
+
+@functools.cache
+def long_data() -> bytes:
+    # Several ranges of 8 MiB.
+    return random.Random(6).randbytes((20 << 20) + 77)
+
+
+KINDS = ("none", "zstd, one frame", "zstd, seek table", "gzip")
 
 
 def bytes_of(name: str, piece_bytes: int = 50_001) -> bytes:
@@ -59,7 +51,7 @@ def bytes_of(name: str, piece_bytes: int = 50_001) -> bytes:
     return b"".join(pieces)
 
 
-@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_object_is_recognised_by_its_content_and_gives_the_same_bytes(
     kind: str, s3: S3Server
 ) -> None:
@@ -78,15 +70,18 @@ def test_lzo_comes_through_lzop(s3: S3Server, need: Need) -> None:
 
 
 def test_a_long_object_comes_in_order_whatever_the_pieces(s3: S3Server) -> None:
-    s3.put(KEY, LONG)
-    assert bytes_of(NAME, 3_000_001) == LONG
-    assert bytes_of(NAME, len(LONG) + 5) == LONG
+    s3.put(KEY, long_data())
+    assert bytes_of(NAME, 3_000_001) == long_data()
+    assert bytes_of(NAME, len(long_data()) + 5) == long_data()
 
 
 def test_only_the_start_is_asked_for_when_the_header_is_all_that_is_wanted(
     s3: S3Server, proxy: FaultyProxy
 ) -> None:
-    for raw, most in ((RAW + LONG, 100_000), (frames_with_table(RAW + LONG), 8 << 20)):
+    for raw, most in (
+        (RAW + long_data(), 100_000),
+        (frames_with_table(RAW + long_data()), 8 << 20),
+    ):
         proxy.requests.clear()
         proxy.body_bytes_out = 0
         s3.put(KEY, raw)
@@ -113,7 +108,7 @@ def test_a_fault_that_stays_names_the_object_and_the_offset(
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     monkeypatch.setattr(objectstore, "ATTEMPTS", 2)
-    s3.put(KEY, LONG)
+    s3.put(KEY, long_data())
     # The second range begins where the first, of 64 KiB, has ended.
     proxy.plan("GET .*bytes=65536-", what, times=100)
     with pytest.raises(InputError, match=rf"cannot read {NAME} at offset 65536: .*, 2 times"):
@@ -123,14 +118,14 @@ def test_a_fault_that_stays_names_the_object_and_the_offset(
 def test_an_object_that_is_replaced_while_it_is_read_is_no_archive_of_two_halves(
     s3: S3Server,
 ) -> None:
-    s3.put(KEY, LONG)
+    s3.put(KEY, long_data())
     with a_cancel() as cancel:
         opened = open_source(NAME, cancel)
         assert not isinstance(opened, PlainFile)
-        assert opened.read(10) == LONG[:10]
-        s3.put(KEY, bytes(len(LONG)))
+        assert opened.read(10) == long_data()[:10]
+        s3.put(KEY, bytes(len(long_data())))
         with pytest.raises(InputError, match=f"{NAME} was replaced while it was read"):
-            opened.read(len(LONG))
+            opened.read(len(long_data()))
         opened.close()
 
 
@@ -154,7 +149,7 @@ def test_a_store_that_does_not_answer_does_not_keep_a_stop_waiting(
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(input_module, "_END_WAIT_S", 0.1)
-    s3.put(KEY, LONG)
+    s3.put(KEY, long_data())
     stalled = proxy.plan(where, "stall")
 
     def work() -> None:
@@ -177,12 +172,12 @@ def test_memory_for_ranges_is_bounded_whatever_the_reader_does(
     s3: S3Server, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(object_module, "_RANGE_BYTES", 100_000)
-    s3.put(KEY, LONG)
+    s3.put(KEY, long_data())
     with a_cancel() as cancel:
         opened = open_source(NAME, cancel)
         assert not isinstance(opened, PlainFile)
         for at in range(10):
-            assert opened.read(100_000) == LONG[at * 100_000 : (at + 1) * 100_000]
+            assert opened.read(100_000) == long_data()[at * 100_000 : (at + 1) * 100_000]
             ends = [int(n) for n in re.findall(r"bytes=\d+-(\d+)", "\n".join(proxy.requests))]
             # What was taken, a buffer, and four ranges.
             assert max(ends) <= (at + 1) * 100_000 + (64 << 10) + 5 * 100_000
@@ -190,7 +185,7 @@ def test_memory_for_ranges_is_bounded_whatever_the_reader_does(
 
 
 def test_closing_in_the_middle_leaves_no_thread(s3: S3Server) -> None:
-    s3.put(KEY, LONG)
+    s3.put(KEY, long_data())
     before = threading.active_count()
     with a_cancel() as cancel:
         opened = open_source(NAME, cancel)

@@ -20,8 +20,8 @@ from vmapipe.vma.seektable import (
     Frame,
     parse_seek_table,
     seek_table_bytes,
-    usual_frame_bytes,
     seek_table_ends,
+    usual_frame_bytes,
 )
 
 frames = st.lists(

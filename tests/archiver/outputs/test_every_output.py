@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -22,8 +23,12 @@ from tests.archiver.outputs.targets import (
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 
-CHANCE = random.Random(7)
-RANDOM = CHANCE.randbytes(3 << 20)
+
+@functools.cache
+def random_data() -> bytes:
+    return random.Random(7).randbytes(3 << 20)
+
+
 # More than any pipe or socket holds.
 TOO_MUCH = bytes(64 << 20)
 
@@ -40,16 +45,16 @@ def slow_target(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
 
 def test_what_is_written_arrives_whole_and_in_order(target: Target) -> None:
     output = target.open()
-    output.write([b"begin", b"", memoryview(RANDOM)[1:]])
+    output.write([b"begin", b"", memoryview(random_data())[1:]])
     output.write([])
     output.write([b"end"])
     output.commit()
-    assert target.received() == b"begin" + RANDOM[1:] + b"end"
+    assert target.received() == b"begin" + random_data()[1:] + b"end"
 
 
 def test_any_number_of_buffers_goes_in_one_write(target: Target) -> None:
     # More than the kernel takes in one call (1024), of all lengths.
-    pieces = [RANDOM[i * 97 : i * 97 + i % 700] for i in range(5000)]
+    pieces = [random_data()[i * 97 : i * 97 + i % 700] for i in range(5000)]
     output = target.open()
     output.write(pieces)
     output.commit()
@@ -74,18 +79,18 @@ def test_an_empty_archive_can_be_committed(target: Target) -> None:
 def test_the_bytes_that_have_left_are_counted(target: Target) -> None:
     output = target.open()
     assert output.written_bytes == 0
-    output.write([RANDOM])
-    output.write([RANDOM])
+    output.write([random_data()])
+    output.write([random_data()])
     output.commit()
     received = len(target.received())
-    assert received == 2 * len(RANDOM)
+    assert received == 2 * len(random_data())
     # Random data does not get shorter; compressed, it has some bytes more.
     assert 0 <= output.written_bytes - received < 1000
 
 
 def test_an_abandoned_archive_leaves_nothing(target: Target) -> None:
     output = target.open()
-    output.write([RANDOM])
+    output.write([random_data()])
     output.abandon()
     assert target.left() == b""
 
@@ -99,11 +104,11 @@ def test_abandoning_at_once_and_twice_is_no_error(target: Target) -> None:
 
 def test_abandoning_after_the_commit_does_nothing(target: Target) -> None:
     output = target.open()
-    output.write([RANDOM])
+    output.write([random_data()])
     output.commit()
     output.abandon()
     output.abandon()
-    assert target.received() == RANDOM
+    assert target.received() == random_data()
 
 
 @pytest.mark.parametrize("end", ["commit", "abandon"])
@@ -166,9 +171,9 @@ def test_a_reader_that_was_asleep_gets_everything(
     slow_target = KINDS[kind](tmp_path)
     assert isinstance(slow_target, ReaderTarget)
     output = slow_target.open(asleep=True)
-    with in_thread(lambda: output.write([RANDOM])) as errors:
+    with in_thread(lambda: output.write([random_data()])) as errors:
         assert stuck.wait(LIMIT_S)
         slow_target.wake()
     output.commit()
     assert errors == []
-    assert slow_target.received() == RANDOM
+    assert slow_target.received() == random_data()

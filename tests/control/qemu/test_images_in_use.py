@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -21,23 +22,37 @@ from tests.machine import LIMIT_S, VMA, VMAPIPE, Need, bad, good, run, without_l
 from tests.producer.guard.serving import serving
 
 MIB = 1 << 20
-OLD = b"\x55" * (4 * MIB)
-NEW = b"\xaa" * (4 * MIB)
-ARCHIVE = archive({"d": NEW})
+
+
+@functools.cache
+def old_data() -> bytes:
+    return b"\x55" * (4 * MIB)
+
+
+@functools.cache
+def new_data() -> bytes:
+    return b"\xaa" * (4 * MIB)
+
+
+@functools.cache
+def new_archive() -> bytes:
+    return archive({"d": new_data()})
+
+
 IN_USE = "is in use: "
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.raw"
-    path.write_bytes(OLD)
+    path.write_bytes(old_data())
     return path
 
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
     path = tmp_path / "vm.vma"
-    path.write_bytes(ARCHIVE)
+    path.write_bytes(new_archive())
     return path
 
 
@@ -165,11 +180,11 @@ def test_an_image_that_is_open_as_a_disk_is_never_overwritten(
         for name in ("map", "format-map") if everything else ("format-map",):
             text = bad("extract", "-r", tmp_path / name, stored, tmp_path / "b", tool=VMA)
             assert IN_USE in text
-        assert image.read_bytes() == OLD
+        assert image.read_bytes() == old_data()
         assert not (tmp_path / "a").exists()
         assert not (tmp_path / "b").exists()
     good("restore", stored, tmp_path / "a", "--device", f"d={image}")
-    assert image.read_bytes() == NEW
+    assert image.read_bytes() == new_data()
 
 
 @pytest.mark.usefixtures("programs")
@@ -194,9 +209,9 @@ def test_an_image_that_may_be_written_to_is_not_read_as_if_at_rest(
         done = run("backup", "--force-share", "--disk", f"d={image}", out)
         assert done.returncode == 0, done.stderr
         assert "is read all the same (--force-share)" in (done.stdout + done.stderr).decode()
-    assert NEW not in out.read_bytes()
+    assert new_data() not in out.read_bytes()
     good("restore", out, tmp_path / "back")
-    assert (tmp_path / "back" / "disk-d.raw").read_bytes() == OLD
+    assert (tmp_path / "back" / "disk-d.raw").read_bytes() == old_data()
 
 
 @pytest.mark.usefixtures("programs")
@@ -246,7 +261,7 @@ def test_a_program_that_has_it_open_for_writing_is_found_without_locks(
         who = f"(process {process.pid})"
         assert who in bad("backup", "--disk", f"d={image}", tmp_path / "out.vma")
         assert who in bad("restore", stored, tmp_path / "a", "--device", f"d={image}")
-    assert image.read_bytes() == OLD
+    assert image.read_bytes() == old_data()
 
 
 def test_a_disk_that_a_monitor_serves_is_not_read_or_overwritten_beside_it(
@@ -264,10 +279,10 @@ def half_a_restore(image: Path, tmp_path: Path) -> Iterator[subprocess.Popen[byt
     os.mkfifo(fifo)
     command = ["restore", str(fifo), str(tmp_path / "out"), "--device", f"d={image}"]
     with running([*VMAPIPE, *command]) as process, fifo.open("wb", buffering=0) as writer:
-        writer.write(ARCHIVE[: len(ARCHIVE) // 2])
+        writer.write(new_archive()[: len(new_archive()) // 2])
         wait_until(process, lambda: holds_locks(process, image))
         yield process
-        rest = ARCHIVE[len(ARCHIVE) // 2 :]
+        rest = new_archive()[len(new_archive()) // 2 :]
         while rest:
             rest = rest[writer.write(rest) :]
         writer.close()
@@ -291,7 +306,7 @@ def test_nobody_opens_an_image_that_is_being_restored_onto(
         assert "lock" in refused(["qemu-img", "convert", "-f", "raw", "-O", "raw", image, "/x"])
         assert IN_USE in bad("backup", "--disk", f"d={image}", tmp_path / "b.vma")
         assert IN_USE in bad("restore", stored, tmp_path / "c", "--device", f"d={image}")
-    assert image.read_bytes() == NEW
+    assert image.read_bytes() == new_data()
 
 
 @pytest.mark.every_qemu
@@ -299,7 +314,7 @@ def test_nobody_opens_an_image_that_is_being_restored_onto(
 def test_no_writer_opens_an_image_that_is_being_backed_up(
     tmp_path: Path, image: Path, stored: Path
 ) -> None:
-    image.write_bytes(OLD * 8)
+    image.write_bytes(old_data() * 8)
     words = ["backup", "--speed", "64K", "--disk", f"d={image}", str(tmp_path / "slow.vma")]
     with running([*VMAPIPE, *words], stdout=subprocess.DEVNULL) as process:
         partial = tmp_path / "slow.vma.partial"
@@ -318,7 +333,7 @@ def test_no_writer_opens_an_image_that_is_being_backed_up(
 def test_an_image_that_is_written_to_while_it_is_read_is_not_called_stored(
     tmp_path: Path, image: Path
 ) -> None:
-    image.write_bytes(OLD * 8)
+    image.write_bytes(old_data() * 8)
     words = ["backup", "--speed", "64K", "--disk", f"d={image}", str(tmp_path / "slow.vma")]
     with running([*VMAPIPE, *words], stdout=subprocess.DEVNULL) as process:
         partial = tmp_path / "slow.vma.partial"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Iterator
@@ -42,7 +43,11 @@ BOOT_SECTOR = (
     ).ljust(510, b"\0")
     + b"\x55\xaa"
 )
-CONTENT = BOOT_SECTOR + b"\x66" * (SIZE - 512)
+
+
+@functools.cache
+def content() -> bytes:
+    return BOOT_SECTOR + b"\x66" * (SIZE - 512)
 
 
 class Booted:
@@ -66,7 +71,7 @@ class Booted:
 
 @contextmanager
 def booted(need: Need, folder: Path, *options: str) -> Iterator[Booted]:
-    (folder / "a.raw").write_bytes(CONTENT)
+    (folder / "a.raw").write_bytes(content())
     said = folder / "said"
     said.touch()
     words = (
@@ -88,7 +93,7 @@ def slow(guest: Booted, folder: Path) -> tuple[str | Path, ...]:
 
 def is_right(folder: Path) -> bool:
     good("restore", folder / "vm.vma", folder / "out")
-    return (folder / "out" / "disk-drive-virtio0.raw").read_bytes() == CONTENT
+    return (folder / "out" / "disk-drive-virtio0.raw").read_bytes() == content()
 
 
 @pytest.mark.every_qemu

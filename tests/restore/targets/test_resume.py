@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -20,14 +21,28 @@ from tests.machine import LIMIT_S, VMAPIPE, Need, bad, good, next_event
 from vmapipe.restore.workers.work import Marks, Work
 
 MIB = 1 << 20
-CHANCE = random.Random(11)
-# Data, holes and mixed clusters; an end that is not a whole block.
-DISK = b"".join(
-    CHANCE.randbytes(5 * 65536) + bytes(3 * 65536) + (bytes(4096) + b"x" * 4096) * 8
-    for _ in range(48)
-) + CHANCE.randbytes(70_001)
-SMALL = CHANCE.randbytes(3 * MIB)
-DISKS = {"d": DISK, "e": SMALL}
+
+
+@functools.cache
+def mixed_disk() -> bytes:
+    # Data, holes and mixed clusters; an end that is not a whole block.
+    chance = random.Random(11)
+    return b"".join(
+        chance.randbytes(5 * 65536) + bytes(3 * 65536) + (bytes(4096) + b"x" * 4096) * 8
+        for _ in range(48)
+    ) + chance.randbytes(70_001)
+
+
+@functools.cache
+def random_disk() -> bytes:
+    return random.Random(12).randbytes(3 * MIB)
+
+
+@functools.cache
+def both_disks() -> dict[str, bytes]:
+    return {"d": mixed_disk(), "e": random_disk()}
+
+
 CONFIG = b"name: web\n"
 DATA_BYTES = 8 * MIB
 
@@ -36,10 +51,10 @@ DATA_BYTES = 8 * MIB
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An archive whose disks are mixed, with its manifest."""
     folder = tmp_path_factory.mktemp("stored")
-    for name, data in DISKS.items():
+    for name, data in both_disks().items():
         (folder / name).write_bytes(data)
     (folder / "vm.conf").write_bytes(CONFIG)
-    disks = [word for name in DISKS for word in ("--disk", f"{name}={folder / name}")]
+    disks = [word for name in both_disks() for word in ("--disk", f"{name}={folder / name}")]
     good("backup", *disks, "--config", folder / "vm.conf", folder / "vm.vma")
     return folder / "vm.vma"
 
@@ -87,7 +102,7 @@ def resumed(*words: str | Path, **more: Any) -> tuple[dict[str, Any], list[str]]
 
 def check_folder(out: Path) -> None:
     found = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert found == {"disk-d.raw": DISK, "disk-e.raw": SMALL, "vm.conf": CONFIG}
+    assert found == {"disk-d.raw": mixed_disk(), "disk-e.raw": random_disk(), "vm.conf": CONFIG}
 
 
 def test_new_files_are_kept_and_gone_on_with(tmp_path: Path, stored: Path) -> None:
@@ -152,7 +167,7 @@ def test_a_journal_that_lies_is_not_believed(tmp_path: Path, stored: Path, mark:
     lines = journal.read_text().split("\n")
     journal.write_text("\n".join([*lines[:2], f"{mark:020d}", ""]))
     with (out / "disk-e.raw.unfinished").open("r+b") as file:
-        file.write(os.urandom(len(SMALL)))
+        file.write(os.urandom(len(random_disk())))
     resumed(stored, out)
     check_folder(out)
 
@@ -161,13 +176,13 @@ def test_an_existing_file_and_a_block_device_are_gone_on_with(
     tmp_path: Path, stored: Path, loop: str
 ) -> None:
     target = tmp_path / "old.raw"
-    target.write_bytes(b"\x77" * len(DISK))
+    target.write_bytes(b"\x77" * len(mixed_disk()))
     words = ("--device", f"d={target}", "--device", f"e={loop}")
     interrupted(stored, tmp_path / "out", *words, after_bytes=12 * MIB)
     end, _ = resumed(stored, tmp_path / "out", *words)
     assert end["kept_bytes"] > 0
-    assert target.read_bytes() == DISK
-    assert Path(loop).read_bytes()[: len(SMALL)] == SMALL
+    assert target.read_bytes() == mixed_disk()
+    assert Path(loop).read_bytes()[: len(random_disk())] == random_disk()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["vm.conf"]
 
 
@@ -184,15 +199,15 @@ def test_nothing_that_is_complete_is_written_again(tmp_path: Path, stored: Path)
     whole = json.loads(lines[-1])
     # Once more over existing files: every byte of data is there.
     words = ["--no-configs"]
-    words += [w for n in DISKS for w in ("--device", f"{n}={out / f'disk-{n}.raw'}")]
+    words += [w for n in both_disks() for w in ("--device", f"{n}={out / f'disk-{n}.raw'}")]
     interrupted(stored, out, *words, after_bytes=1)
     journal = out / ".vmapipe-resume"
     first, second, _, _ = journal.read_text().split("\n")
     journal.write_text(f"{first}\n{second}\n{10**18:020d}\n")
-    before = {name: (out / f"disk-{name}.raw").stat().st_mtime_ns for name in DISKS}
+    before = {name: (out / f"disk-{name}.raw").stat().st_mtime_ns for name in both_disks()}
     end, _ = resumed(stored, out, *words)
     assert end["kept_bytes"] == whole["data_bytes"]
-    assert before == {name: (out / f"disk-{name}.raw").stat().st_mtime_ns for name in DISKS}
+    assert before == {name: (out / f"disk-{name}.raw").stat().st_mtime_ns for name in both_disks()}
     check_folder(out)
 
 
@@ -225,7 +240,7 @@ def test_another_archive_or_other_targets_do_not_go_on_with_it(
 ) -> None:
     out = tmp_path / "out"
     interrupted(stored, out)
-    (tmp_path / "other.vma").write_bytes(archive(DISKS, {"vm.conf": CONFIG}))
+    (tmp_path / "other.vma").write_bytes(archive(both_disks(), {"vm.conf": CONFIG}))
     kept = (out / "disk-d.raw.unfinished").read_bytes()
     for words in ([tmp_path / "other.vma", out], [stored, out, "--device", "d"]):
         text = bad("restore", "--resume", *words, code=2)
@@ -317,8 +332,8 @@ def test_images_of_other_formats_are_begun_anew(tmp_path: Path, stored: Path, ne
     raw = tmp_path / "raw"
     convert = [qemu_img, "convert", "-O", "raw", str(image), str(raw)]
     subprocess.run(convert, check=True, timeout=LIMIT_S)
-    assert raw.read_bytes()[: len(DISK)] == DISK
-    assert (out / "disk-e.raw").read_bytes() == SMALL
+    assert raw.read_bytes()[: len(mixed_disk())] == mixed_disk()
+    assert (out / "disk-e.raw").read_bytes() == random_disk()
 
 
 def test_without_the_option_nothing_is_kept(tmp_path: Path, stored: Path) -> None:

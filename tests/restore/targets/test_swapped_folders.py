@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import stat
@@ -23,10 +24,23 @@ from vmapipe.restore.archive.errors import TargetError
 from vmapipe.restore.targets.files import Folders, NewFile, publish_all
 from vmapipe.runtime.folders import HeldFolder
 
-DISK = b"\xaa" * (64 * 65536)
-ARCHIVE = archive({"d": DISK}, {"passwd": b"stranger::0:0\n", "cron-job": b"* * * * * evil\n"})
-# All of the first extent, which is worked on then, and some of the second.
-CUT = len(ARCHIVE) - 2 * 65536
+
+@functools.cache
+def disk_data() -> bytes:
+    return b"\xaa" * (64 * 65536)
+
+
+@functools.cache
+def whole_archive() -> bytes:
+    return archive(
+        {"d": disk_data()}, {"passwd": b"stranger::0:0\n", "cron-job": b"* * * * * evil\n"}
+    )
+
+
+@functools.cache
+def cut() -> int:
+    # All of the first extent, which is worked on then, and some of the second.
+    return len(whole_archive()) - 2 * 65536
 
 
 class Home:
@@ -90,16 +104,16 @@ def test_a_restore_goes_on_into_the_folder_that_it_was_given(tmp_path: Path, hom
         send,
         end,
     ):
-        send(ARCHIVE[:CUT])
+        send(whole_archive()[: cut()])
         wait_for(home.target.is_dir)
         home.swap()
-        send(ARCHIVE[CUT:])
+        send(whole_archive()[cut() :])
         end()
         _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, errors
     home.check_other()
     moved = home.user / "moved"
-    assert (moved / "disk-d.raw").read_bytes() == DISK
+    assert (moved / "disk-d.raw").read_bytes() == disk_data()
     assert (moved / "passwd").read_bytes() == b"stranger::0:0\n"
 
 
@@ -107,7 +121,7 @@ def test_an_extract_that_fails_takes_back_its_own_and_nothing_elsewhere(
     tmp_path: Path, home: Home
 ) -> None:
     with reading_a_fifo(VMA, ["extract", "ARCHIVE", home.target], tmp_path) as (process, send, end):
-        send(ARCHIVE[:CUT])
+        send(whole_archive()[: cut()])
         wait_for((home.target / "passwd").exists)
         home.swap()
         end()
@@ -126,7 +140,7 @@ def test_a_restore_that_fails_removes_its_own_and_nothing_elsewhere(
     home.target.mkdir()
     with program(fifo, home.target, way, tmp_path) as process:
         with fifo.open("wb", buffering=0) as writer:
-            writer.write(ARCHIVE[:CUT])
+            writer.write(whole_archive()[: cut()])
             next_event(process, "progress")
             hidden = [path.name for path in home.target.iterdir()]
             assert bool(hidden) == (way == "partial")
@@ -150,7 +164,7 @@ def test_a_killed_readers_workers_remove_its_own_and_nothing_elsewhere(
     home.target.mkdir()
     with program(fifo, home.target, "partial", tmp_path) as process:
         with fifo.open("wb", buffering=0) as writer:
-            writer.write(ARCHIVE[:CUT])
+            writer.write(whole_archive()[: cut()])
             next_event(process, "progress")
             hidden = [path.name for path in home.target.iterdir()]
             assert len(hidden) == 3
@@ -208,7 +222,7 @@ def test_without_unnamed_files_the_next_restore_removes_what_killed_ones_have_le
         program(fifo, out, "partial", tmp_path) as process,
         fifo.open("wb", buffering=0) as writer,
     ):
-        writer.write(ARCHIVE[:CUT])
+        writer.write(whole_archive()[: cut()])
         next_event(process, "progress")
         workers = psutil.Process(process.pid).children()
         assert len(workers) > len(workers_of(process.pid)) > 0
@@ -221,7 +235,7 @@ def test_without_unnamed_files_the_next_restore_removes_what_killed_ones_have_le
         process.communicate(timeout=LIMIT_S)
     left = list(out.iterdir())
     assert len(left) == 3
-    (tmp_path / "vm.vma").write_bytes(ARCHIVE)
+    (tmp_path / "vm.vma").write_bytes(whole_archive())
     said = good("restore", tmp_path / "vm.vma", out).decode()
     for path in left:
         assert f"removed {path}, which a killed restore had left" in said
@@ -234,7 +248,7 @@ def test_a_reader_killed_before_its_workers_know_of_the_files_leaves_none(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (tmp_path / "vm.vma").write_bytes(ARCHIVE)
+    (tmp_path / "vm.vma").write_bytes(whole_archive())
     with program(tmp_path / "vm.vma", out, moment, tmp_path) as process:
         assert process.wait(LIMIT_S) == -signal.SIGKILL
         wait_for(lambda: list(out.iterdir()) == [])
@@ -244,24 +258,24 @@ def test_a_partial_file_of_a_restore_under_way_is_let_be(tmp_path: Path) -> None
     fifo, out = tmp_path / "fifo", tmp_path / "out"
     os.mkfifo(fifo)
     out.mkdir()
-    (tmp_path / "other.vma").write_bytes(archive({"e": DISK}))
+    (tmp_path / "other.vma").write_bytes(archive({"e": disk_data()}))
     with program(fifo, out, "partial", tmp_path) as process:
         with fifo.open("wb", buffering=0) as writer:
-            writer.write(ARCHIVE[:CUT])
+            writer.write(whole_archive()[: cut()])
             next_event(process, "progress")
             good("restore", tmp_path / "other.vma", out)
-            rest = ARCHIVE[CUT:]
+            rest = whole_archive()[cut() :]
             while rest:
                 rest = rest[writer.write(rest) :]
         process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0
-    assert (out / "disk-d.raw").read_bytes() == DISK
-    assert (out / "disk-e.raw").read_bytes() == DISK
+    assert (out / "disk-d.raw").read_bytes() == disk_data()
+    assert (out / "disk-e.raw").read_bytes() == disk_data()
 
 
 @pytest.mark.parametrize("umask", [0, 0o22])
 def test_the_folder_that_is_made_is_its_owners_alone(tmp_path: Path, umask: int) -> None:
-    (tmp_path / "vm.vma").write_bytes(ARCHIVE)
+    (tmp_path / "vm.vma").write_bytes(whole_archive())
     for number, (tool, word) in enumerate(((VMAPIPE, "restore"), (VMA, "extract"))):
         out = tmp_path / str(number)
         good(word, tmp_path / "vm.vma", out, tool=tool, umask=umask)
@@ -269,7 +283,7 @@ def test_the_folder_that_is_made_is_its_owners_alone(tmp_path: Path, umask: int)
 
 
 def test_a_folder_below_one_that_others_can_change_is_named(tmp_path: Path) -> None:
-    (tmp_path / "vm.vma").write_bytes(ARCHIVE)
+    (tmp_path / "vm.vma").write_bytes(whole_archive())
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     text = f"other users can change {tmp_path / 'open'}"
@@ -280,7 +294,7 @@ def test_a_folder_below_one_that_others_can_change_is_named(tmp_path: Path) -> N
     assert done.returncode == 0
     assert text in done.stderr.decode()
     target = tmp_path / "open" / "old.raw"
-    target.write_bytes(bytes(len(DISK)))
+    target.write_bytes(bytes(len(disk_data())))
     done = run("restore", tmp_path / "vm.vma", tmp_path / "c", "--device", f"d={target}")
     assert done.returncode == 0
     assert text in done.stdout.decode()
@@ -330,7 +344,7 @@ def test_as_root_below_a_users_folder_nothing_is_made_by_a_path_of_theirs(
     (strace,) = need("strace")
     if not is_root():
         pytest.skip("restoring into another user's folder needs root")
-    (tmp_path / "vm.vma").write_bytes(ARCHIVE)
+    (tmp_path / "vm.vma").write_bytes(whole_archive())
     user = tmp_path / "home"
     user.mkdir()
     os.chown(user, 65534, 65534)
