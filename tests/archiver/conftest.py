@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.archiver.changing import PATTERN
 from tests.archiver.memory import Fault, MemoryOutput
+from tests.machine import good, make_disk
 from vmapipe.archiver.outputs.base import DescriptorOutput
 
 
@@ -38,3 +41,14 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     monkeypatch.setattr(DescriptorOutput, "_wait_writable", wait)
     return event
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return make_disk(tmp_path / "disk", PATTERN, tail_bytes=5000)
+
+
+@pytest.fixture
+def base(disk: Path, tmp_path: Path) -> Path:
+    good("backup", "--disk", f"a={disk}", tmp_path / "vm-2026-01-01.vma")
+    return tmp_path / "vm-2026-01-01.vma"

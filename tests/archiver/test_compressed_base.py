@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.archiver.changing import change, restored
 from tests.archiver.job.world import read_images
-from tests.archiver.test_base import change, restored
 from tests.machine import good, make_disk
 from vmapipe.archiver.base import extents
 from vmapipe.archiver.base.check import Base, check_base

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgpack
+import pytest
 from hypothesis import strategies as st
 
 from vmapipe.clusters.sizes import CLUSTER_BYTES, MAX_CLUSTERS
 from vmapipe.protocol import limits
+from vmapipe.protocol.errors import RemoteProtocolError
 from vmapipe.protocol.schema import Part, pack
 from vmapipe.protocol.transfer import (
     Abort,
@@ -32,6 +37,7 @@ from vmapipe.protocol.transfer import (
     UnchangedRun,
     Want,
     Welcome,
+    decode,
     encode_control,
     encode_run,
     encode_scattered,
@@ -66,6 +72,13 @@ EXAMPLES: dict[str, Message] = {
     "SCATTERED": Scattered(1, 1, (SharedCluster(7, 8192, 1), SharedCluster(3, 0, 0))),
     "UNCHANGED": UnchangedRun(1, 1, 0, 3),
 }
+
+CONTROLS: list[Control] = [
+    message
+    for message in EXAMPLES.values()
+    if not isinstance(message, ClusterFrame | RunFrame | SharedRun | Scattered | UnchangedRun)
+]
+
 
 uints = st.integers(0, U64)
 uuids = st.binary(min_size=16, max_size=16)
@@ -190,3 +203,15 @@ def encode(message: Message) -> list[Part]:
             return encode_unchanged(*message)
         case _:
             return encode_control(message)
+
+
+def refusal(*parts: Part) -> RemoteProtocolError:
+    with pytest.raises(RemoteProtocolError) as caught:
+        decode(parts)
+    assert caught.value.code in ("malformed", "too-large", "version")
+    assert f"[{caught.value.code}]" in str(caught.value)
+    return caught.value
+
+
+def data(number: Any, frame: Any, *payload: bytes) -> list[Part]:
+    return [msgpack.packb(number), msgpack.packb(frame), *payload]

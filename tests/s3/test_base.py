@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.archiver.changing import change
 from tests.archiver.job.world import read_images
 from tests.archiver.service.serving import make_keys, serving
-from tests.archiver.test_base import change
 from tests.machine import good, make_disk
 from tests.s3.server import BUCKET, S3Server
 from vmapipe.archiver.base.check import check_base

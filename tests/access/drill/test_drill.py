@@ -9,35 +9,32 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import uuid
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import jsonschema
 import psutil
 import pytest
 
-from tests.access.bootable import OVMF, break_system, config, make_bootable, zero_kernel
+from tests.access.bootable import OVMF, config
+from tests.access.drill.lab import (
+    BOOT_LIMIT_S,
+    EVENTS,
+    HANG_LIMIT_S,
+    MISPLACED,
+    PLAN,
+    Drilled,
+    Lab,
+    damage,
+    picture_in,
+    uuid_in,
+)
 from tests.conftest import absent
 from tests.guest import Kernel, find_kernel
-from tests.machine import (
-    LIMIT_S,
-    VMAPIPE,
-    Need,
-    bad,
-    eventually,
-    good,
-    make_disk,
-    next_event,
-    run,
-    started,
-)
+from tests.machine import LIMIT_S, Need, bad, eventually, good, make_disk, next_event, run, started
 from vmapipe.access.drill.result import keep_evidence, read_result
-from vmapipe.access.drill.screen import Picture, looks_graphical
+from vmapipe.access.drill.screen import looks_graphical
 from vmapipe.access.machine.accelerator import TCG, VARIABLE
 from vmapipe.access.machine.argv import Wiring, qemu_words
 from vmapipe.access.machine.process import OwnQemu
@@ -47,14 +44,6 @@ from vmapipe.control.qmp.connection import Command
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.folders import OwnFolder
 from vmapipe.runtime.syscalls import readable
-
-DOCS = Path(__file__).parent.parent.parent.parent / "docs"
-EVENTS = jsonschema.Draft202012Validator(json.loads((DOCS / "events.schema.json").read_text()))
-# An emulated machine is up within 4 s (UEFI: 8) on an idle host.
-_BOOT_LIMIT_S = 80
-# More than a good one needs on a busy host to show what it hangs at; nobody has to wait for more.
-_HANG_LIMIT_S = 20
-
 
 # The fixture boots several machines, emulated, on a host that may be busy.
 pytestmark = pytest.mark.timeout(400)
@@ -76,116 +65,6 @@ def kernel() -> Kernel:
     return found
 
 
-class Drilled(NamedTuple):
-    """One finished test: its exit code, its events, its error, and the archive."""
-
-    code: int
-    events: list[dict[str, Any]]
-    error: str
-    archive: Path
-
-    @property
-    def last(self) -> dict[str, Any]:
-        return next(event for event in self.events if event["event"] == "drilled")
-
-    def evidence(self, name: str) -> bytes:
-        return (self.archive.parent / f"{self.archive.name}.drill" / name).read_bytes()
-
-
-class Lab:
-    """Disks to boot from, archives of them, and tests that run side by side."""
-
-    def __init__(self, need: Need, kernel: Kernel, folder: Path) -> None:
-        need("qemu-system-x86_64", "setpriv")
-        self.folder = folder
-        self._running: list[tuple[subprocess.Popen[bytes], Path]] = []
-        self.disks = {
-            name: folder / f"{name}.raw" for name in ("good", "hang", "zeroed", "broken", "empty")
-        }
-        make_bootable(need, kernel, folder / "good", self.disks["good"])
-        make_bootable(need, kernel, folder / "hang", self.disks["hang"], "hang")
-        for name in ("zeroed", "broken"):
-            shutil.copy(self.disks["good"], self.disks[name])
-        zero_kernel(need, self.disks["zeroed"])
-        break_system(self.disks["broken"])
-        with self.disks["empty"].open("wb") as file:
-            file.truncate(8 << 20)
-
-    def archive(self, name: str, disk: str, *lines: str) -> Path:
-        archive, conf = self.folder / f"{name}.vma", self.folder / f"{name}.conf"
-        conf.write_text(config(*lines))
-        words = (
-            "--disk",
-            f"drive-virtio0={self.disks[disk]}",
-            "--config",
-            f"qemu-server.conf={conf}",
-        )
-        good("backup", "--quiet", *words, archive)
-        return archive
-
-    def start(self, archive: Path, *words: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [*VMAPIPE, "drill", "--json", "--no-index-cache", *words, str(archive)],
-            # With a buffer, what _is_booting has read ahead would be lost to finish().
-            bufsize=0,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        self._running.append((process, archive))
-        return process
-
-    def finish(self, process: subprocess.Popen[bytes], archive: Path) -> Drilled:
-        stdout, stderr = process.communicate(timeout=LIMIT_S + _BOOT_LIMIT_S)
-        events = [json.loads(line) for line in stdout.decode().splitlines()]
-        for event in events:
-            EVENTS.validate(event)
-        error = stderr.decode()
-        assert "Traceback" not in error, error
-        return Drilled(process.returncode, events, error, archive)
-
-    def close(self) -> None:
-        for process, _ in self._running:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-
-
-PLAN = """
-[[step]]
-kind = "command"
-run = ["/bin/cat", "/proc/version"]
-output = "^Linux version [0-9]"
-[[step]]
-kind = "tcp"
-port = 80
-send = "GET / HTTP/1.0\\r\\n\\r\\n"
-text = "hello from the guest"
-required = true
-[[step]]
-kind = "serial"
-regex = "restored login:"
-[[step]]
-kind = "screen"
-text = "restored login:"
-"""
-
-
-# Where QEMU itself has the bridge to ISA.
-MISPLACED = """
-<domain type='kvm'><memory unit='MiB'>128</memory><os><type machine='pc'>hvm</type></os><devices>
-<disk device='disk'><target dev='vda' bus='virtio'/>
-  <address type='pci' bus='0x00' slot='0x01' function='0x0'/></disk></devices></domain>
-"""
-
-
-def _damaged(archive: Path) -> Path:
-    """Within the first extent with data: the boot sector and the boot loader."""
-    with archive.open("r+b") as file:
-        file.seek(40_000)
-        file.write(b"damage" * 100)
-    return archive
-
-
 @pytest.fixture(scope="module")
 def lab(need: Need, kernel: Kernel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     made = Lab(need, kernel, tmp_path_factory.mktemp("drill"))
@@ -203,7 +82,7 @@ def drilled(lab: Lab) -> Mapping[str, Drilled]:
     domain = lab.folder / "domain.xml"
     domain.write_text(MISPLACED)
     uefi = ("bios: ovmf", "machine: q35", "agent: 1")
-    slow, quick = f"--timeout={_BOOT_LIMIT_S}", f"--timeout={_HANG_LIMIT_S}"
+    slow, quick = f"--timeout={BOOT_LIMIT_S}", f"--timeout={HANG_LIMIT_S}"
     cases: dict[str, tuple[Path, Sequence[str]]] = {
         "bios": (
             lab.archive("bios", "good", "agent: 1", "args: -device evil", "hostpci0: 01:00"),
@@ -214,25 +93,11 @@ def drilled(lab: Lab) -> Mapping[str, Drilled]:
         "broken": (lab.archive("broken", "broken", "agent: 1"), (slow,)),
         "empty": (lab.archive("empty", "empty"), (slow,)),
         "hung": (lab.archive("hung", "hang"), (quick,)),
-        "damaged": (_damaged(lab.archive("damaged", "good")), (slow,)),
+        "damaged": (damage(lab.archive("damaged", "good")), (slow,)),
         "misplaced": (lab.archive("misplaced", "empty"), (slow, f"--config={domain}")),
     }
     running = {name: (lab.start(a, *words), a) for name, (a, words) in cases.items()}
     return {name: lab.finish(process, archive) for name, (process, archive) in running.items()}
-
-
-def _uuid(archive: Path) -> bytes:
-    return archive.read_bytes()[8:24]
-
-
-def _picture(raw: bytes) -> Picture:
-    """A PNG of ours: one chunk of data, no filters."""
-    width, height = struct.unpack(">II", raw[16:24])
-    rows = zlib.decompress(raw[raw.index(b"IDAT") + 4 : -16])
-    step = 3 * width + 1
-    return Picture(
-        width, height, b"".join(rows[at + 1 : at + step] for at in range(0, len(rows), step))
-    )
 
 
 def test_a_good_machine_has_booted_and_each_step_of_the_plan_has_its_answer(
@@ -248,7 +113,7 @@ def test_a_good_machine_has_booted_and_each_step_of_the_plan_has_its_answer(
     assert 8 << 20 < done.last["bytes_read"] < 50 << 20
     begun = next(event for event in done.events if event["event"] == "drilling")
     assert {one["key"] for one in begun["left_out"]} == {"args", "hostpci0"}
-    result = read_result(str(done.archive), _uuid(done.archive))
+    result = read_result(str(done.archive), uuid_in(done.archive))
     assert result is not None
     assert (result.verdict, result.proof, result.evidence) == (
         "booted",
@@ -257,7 +122,7 @@ def test_a_good_machine_has_booted_and_each_step_of_the_plan_has_its_answer(
     )
     assert "restored login:" in done.evidence("screen.txt").decode()
     assert b"restored login:" in done.evidence("serial.log")
-    assert not _picture(done.evidence("screen.png")).is_blank
+    assert not picture_in(done.evidence("screen.png")).is_blank
     metrics = (lab.folder / "vm.prom").read_text()
     assert 'vmapipe_drill_success{drill="vm"} 1' in metrics
 
@@ -269,7 +134,7 @@ def test_a_good_machine_with_uefi_has_booted(drilled: Mapping[str, Drilled]) -> 
     begun = next(event for event in done.events if event["event"] == "drilling")
     assert begun["firmware"] == "uefi"
     assert b"BdsDxe: starting Boot0001" in done.evidence("serial.log")
-    assert not looks_graphical(_picture(done.evidence("screen.png")))
+    assert not looks_graphical(picture_in(done.evidence("screen.png")))
 
 
 @pytest.mark.parametrize(
@@ -291,8 +156,8 @@ def test_a_machine_that_does_not_boot_is_told_with_the_reason(
     assert reason in done.last["reason"]
     assert done.error.count("\n") == 1
     assert reason in done.error
-    assert not _picture(done.evidence("screen.png")).is_blank
-    result = read_result(str(done.archive), _uuid(done.archive))
+    assert not picture_in(done.evidence("screen.png")).is_blank
+    result = read_result(str(done.archive), uuid_in(done.archive))
     assert result is not None
     assert (result.verdict, result.seconds) == ("not booted", None)
 
@@ -356,7 +221,7 @@ def test_a_qemu_that_is_killed_says_nothing_about_the_archive(lab: Lab) -> None:
 @pytest.mark.soak  # one more boot
 def test_a_machine_that_writes_too_much_is_stopped(lab: Lab) -> None:
     archive = lab.archive("writer", "good")
-    process = lab.start(archive, f"--timeout={_BOOT_LIMIT_S}", "--scratch-size=4K")
+    process = lab.start(archive, f"--timeout={BOOT_LIMIT_S}", "--scratch-size=4K")
     done = lab.finish(process, archive)
     assert (done.code, done.last["verdict"]) == (1, "undecided")
     assert "--scratch-size" in done.last["reason"]
@@ -399,7 +264,7 @@ def _running(lab: Lab, folder: Path) -> Iterator[Path]:
         machine.qmp.execute(Command("cont", {}))
         said = b""
         while b"login:" not in said:
-            assert readable([serial.fileno(), firmware.fileno()], _BOOT_LIMIT_S)
+            assert readable([serial.fileno(), firmware.fileno()], BOOT_LIMIT_S)
             for console in (serial, firmware):
                 if readable([console.fileno()], 0):
                     data = console.recv(65536)
@@ -416,7 +281,7 @@ def test_a_machine_with_its_memory_goes_on_and_one_that_cannot_is_booted(
     with _running(lab, short_folder) as monitor:
         words = ("--qmp", monitor, "--state", "--config", f"qemu-server.conf={conf}")
         good("backup", "--quiet", *words, archive)
-    slow = f"--timeout={_BOOT_LIMIT_S}"
+    slow = f"--timeout={BOOT_LIMIT_S}"
     # The other one has another machine's configuration: QEMU does not take the memory.
     other = lab.folder / "other.conf"
     other.write_text(config("agent: 1", "scsihw: pvscsi", "machine: q35"))

@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tests.archiver.changing import change, restored
 from tests.archiver.job.world import read_images
 from tests.archiver.service.serving import make_keys, serving
-from tests.archiver.test_base import change, restored
 from tests.machine import Need, bad, good, make_disk
 
 

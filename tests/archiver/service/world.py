@@ -23,6 +23,10 @@ from vmapipe.protocol.transfer import Hello, Message
 from vmapipe.runtime.event_types import BackupProgressEvent, BegunDevice, StoredEvent
 
 MANY = 1 << 40
+HEARTBEAT_S = 20
+BOUNDS = ServiceLimits(
+    max_jobs=3, min_free_bytes=1000, min_memory_bytes=1000, heartbeat_s=HEARTBEAT_S
+)
 
 
 class World:
@@ -180,3 +184,14 @@ def read(parts: list[Part]) -> service.FromService | Message:
         return service.decode_of_service(parts)
     except RemoteProtocolError:
         return transfer.decode(parts)
+
+
+def refusal(world: World, peer: bytes) -> str:
+    heard = world.heard_by(peer)
+    assert len(heard) == 1
+    assert isinstance(heard[0], service.JobRefused)
+    return heard[0].code
+
+
+def beat(world: World, peer: bytes, job: bytes, client: str = "") -> None:
+    world.say(peer, client, service.encode(service.Beat(job)))

@@ -5,21 +5,26 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
-import psutil
 import pytest
-from _pytest.mark import ParameterSet
 
+from tests.control.hosts.domain_backups import (
+    PROXY,
+    everybody,
+    frozen_status,
+    instant_of,
+    kill_together,
+    processes_with,
+    qemus_own,
+    seldom,
+    words_for,
+)
 from tests.control.hosts.libvirtd import DomainGuest, Libvirtd, disk_xml, domain_xml
-from tests.control.qemu.running_guest import is_clean
 from tests.machine import (
     LIMIT_S,
     Need,
@@ -33,61 +38,6 @@ from tests.machine import (
     started,
     without_limit,
 )
-
-GUARDIAN = "vmapipe.control.hosts.libvirt.guardian"
-PROXY = "vmapipe.control.hosts.libvirt.monitor_proxy"
-
-
-def seldom(*cases: str | tuple[str, str]) -> list[ParameterSet]:
-    """Cases of which the others are the harder ones: they are for `make soak`."""
-    each = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*values, marks=pytest.mark.soak) for values in each]
-
-
-def words_for(domain: DomainGuest, *more: str | Path) -> tuple[str | Path, ...]:
-    libvirtd = domain.libvirtd
-    where = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
-    return ("backup", "--libvirt", domain.name, *where, *more)
-
-
-def processes_with(word: str) -> list[psutil.Process]:
-    """All of this test's run with `word` in their command line: a guardian is nobody's child later."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if any(word in part for part in process.cmdline()):
-                found.append(process)
-    return found
-
-
-def everybody(backup: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """All processes of a backup."""
-    found = set(processes_with(GUARDIAN))
-    with suppress(psutil.NoSuchProcess):  # it may be done
-        ours = psutil.Process(backup.pid)
-        found |= {ours, *ours.children(recursive=True)}
-    return sorted(found, key=lambda process: process.pid)
-
-
-def kill_together(victims: list[psutil.Process]) -> None:
-    """None of them has a moment to see that another is dead."""
-    for act in (psutil.Process.suspend, psutil.Process.kill):
-        for victim in victims:
-            with suppress(psutil.NoSuchProcess):  # it has just ended by itself
-                act(victim)
-
-
-def instant_of(need: Need, archive: Path, folder: Path) -> int:
-    """The round that both disks show, and the file system is sound."""
-    (debugfs,) = need("debugfs")
-    good("restore", archive, folder)
-    system, counter = (folder / f"disk-{name}.raw" for name in ("vda", "vdb"))
-    assert is_clean(need, system)
-    words = [debugfs, "-R", "cat /counter", str(system)]
-    file = int(subprocess.run(words, capture_output=True, check=True).stdout)
-    sector = int(counter.read_bytes()[:8])
-    assert file in (sector, sector - 1)
-    return sector
 
 
 @contextmanager
@@ -136,41 +86,6 @@ def test_a_running_domain_is_backed_up_at_one_instant_and_is_as_before(
     assert lines == ["#qmdump#map:virtio0:vda::raw:", "#qmdump#map:virtio1:vdb::raw:"]
 
 
-@pytest.mark.parametrize("victim", [*seldom("producer", "guardian"), "coordinator", "all"])
-def test_a_domain_does_not_notice_that_its_backup_is_killed(
-    domain: DomainGuest, tmp_path: Path, victim: str
-) -> None:
-    """Only what is killed as a whole leaves anything, which is found and removed."""
-    archive = tmp_path / "vm.vma"
-    with started(*words_for(domain, "--json", "--speed", "64K", archive)) as process:
-        next_event(process, "begun")
-        domain.goes_on(1)
-        all_of_them = everybody(process)
-        match victim:
-            case "all":
-                victims = all_of_them
-            case "coordinator":
-                victims = [psutil.Process(process.pid)]
-            case "guardian":
-                victims = [p for p in all_of_them if GUARDIAN in str(p.cmdline())]
-            case _:
-                victims = [p for p in all_of_them if "vmapipe.producer.main" in str(p.cmdline())]
-        assert victims
-        kill_together(victims)
-        domain.goes_on(2)
-        assert end_of(process)[0] != 0
-    _, alive = psutil.wait_procs(all_of_them, timeout=LIMIT_S)
-    assert alive == []
-    if victim == "all":
-        libvirtd = domain.libvirtd
-        where = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
-        said = good("cleanup", "--libvirt", domain.name, *where).decode()
-        assert said.startswith("removed a backup job, ")
-        assert good("cleanup", "--libvirt", domain.name, *where) == b"there was nothing to remove\n"
-    domain.is_untouched()
-    domain.goes_on(1)
-
-
 def test_a_second_backup_of_a_domain_is_refused_ours_and_another_programs(
     domain: DomainGuest, tmp_path: Path
 ) -> None:
@@ -192,45 +107,6 @@ def test_a_second_backup_of_a_domain_is_refused_ours_and_another_programs(
     domain.is_untouched()
 
 
-@pytest.mark.soak
-def test_a_domain_does_not_notice_a_hundred_backups_that_are_killed_at_random(
-    domain: DomainGuest, tmp_path: Path
-) -> None:
-    """At any moment, some or all of the processes; each next backup removes what the one before has left."""
-    chance = random.Random(16)
-    libvirtd = domain.libvirtd
-    xml = libvirtd("dumpxml", domain.name)
-    for number in range(100):
-        archive = tmp_path / f"{number}.vma"
-        more = ("--freeze",) if chance.random() < 0.3 else ()
-        words = words_for(domain, "--json", "--speed", "8M", *more, archive)
-        with started(*words) as process:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(0.0, 4.0))
-            there = everybody(process)
-            count = len(there) if chance.random() < 0.4 else 1
-            kill_together(chance.sample(there, min(count, len(there))))
-            if count > 1:
-                # Nobody is left who could thaw a guest that was just being frozen.
-                good("cleanup", *words[1:7])
-            domain.goes_on(1)
-            end_of(process)
-        archive.unlink(missing_ok=True)
-    good(*words_for(domain, tmp_path / "last.vma"))
-    assert eventually(lambda: not processes_with(GUARDIAN))
-    assert frozen_status(domain) == "thawed"
-    assert libvirtd("dumpxml", domain.name) == xml
-    domain.goes_on(2)
-    domain.is_untouched()
-
-
-def frozen_status(domain: DomainGuest) -> str:
-    """As the agent sees it."""
-    line = '{"execute": "guest-fsfreeze-status"}'
-    answer = json.loads(domain.libvirtd("qemu-agent-command", domain.name, line))
-    return str(answer["return"])
-
-
 def test_with_freeze_the_archived_file_system_needs_no_recovery(
     need: Need, domain: DomainGuest, tmp_path: Path
 ) -> None:
@@ -246,42 +122,6 @@ def test_with_freeze_the_archived_file_system_needs_no_recovery(
     words = [dumpe2fs, "-h", str(tmp_path / "restored" / "disk-vda.raw")]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert "needs_recovery" not in said
-    domain.is_untouched()
-
-
-@pytest.mark.parametrize("who", ["the backup", "everybody"])
-def test_a_guest_is_thawed_whoever_is_killed_while_it_is_frozen(
-    domain: DomainGuest, who: str
-) -> None:
-    """Where everybody was killed at once, by the next one that comes."""
-    libvirtd = domain.libvirtd
-    victims = "others + [me]" if who == "everybody" else "[me]"
-    program = f"""
-import os, psutil
-from vmapipe.control.hosts.libvirt.running import DomainBackup, Wishes
-from vmapipe.runtime.cancel import Cancel
-from vmapipe.runtime.events import ignore
-scratch = {str(libvirtd.scratch)!r}
-backup = DomainBackup(Wishes({domain.name!r}, {libvirtd.uri!r}, scratch, freezes=True))
-backup.choose()
-with backup._frozen(ignore, Cancel()):
-    print("frozen", flush=True)
-    me = psutil.Process()
-    others = me.children()
-    for process in {victims}:
-        process.kill()
-"""
-    words = [sys.executable, "-P", "-c", program]
-    done = subprocess.run(words, timeout=LIMIT_S, capture_output=True)
-    assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"frozen\n"), done.stderr
-    if who == "everybody":
-        assert frozen_status(domain) == "frozen"
-        where = ("--connect", libvirtd.uri, "--scratch", libvirtd.scratch)
-        said = good("cleanup", "--libvirt", domain.name, *where).decode()
-        assert said.startswith("removed the freezing of the guest's file systems, ")
-    assert eventually(lambda: frozen_status(domain) == "thawed")
-    domain.goes_on(2)
-    assert eventually(lambda: not list(libvirtd.scratch.iterdir()))
     domain.is_untouched()
 
 
@@ -334,23 +174,6 @@ def test_a_guest_that_was_paused_by_a_full_scratch_file_goes_on_without_an_error
         libvirtd.try_virsh("domjobabort", domain.name)
         subprocess.run([umount, "-l", str(small)], check=True)
         small.rmdir()
-    domain.is_untouched()
-
-
-def test_a_libvirtd_that_is_killed_and_started_again_costs_nothing(
-    domain: DomainGuest, tmp_path: Path
-) -> None:
-    libvirtd, archive = domain.libvirtd, tmp_path / "vm.vma"
-    with started(*words_for(domain, "--json", "--speed", "64K", archive)) as process:
-        next_event(process, "instant")
-        libvirtd.kill()
-        domain.goes_on(1)
-        libvirtd.start()
-        domain.goes_on(1)
-        assert process.poll() is None
-        without_limit(process)
-        assert end_of(process) == (0, "")
-    good("verify", archive)
     domain.is_untouched()
 
 
@@ -422,14 +245,6 @@ def test_with_a_base_only_what_has_changed_since_its_checkpoint_is_read(
     domain.is_untouched()
 
 
-def qemus_own(domain: DomainGuest) -> str:
-    """All names of jobs, nodes and objects in its QEMU."""
-    commands = ("query-jobs", "query-named-block-nodes", "query-block-exports")
-    lines = [f'{{"execute": "{command}"}}' for command in commands]
-    lines.append('{"execute": "qom-list", "arguments": {"path": "/objects"}}')
-    return "".join(domain.libvirtd("qemu-monitor-command", domain.name, line) for line in lines)
-
-
 def test_with_push_qemu_sends_the_disks_itself_and_the_guest_is_frozen_and_thawed(
     need: Need, domain: DomainGuest, tmp_path: Path
 ) -> None:
@@ -448,29 +263,6 @@ def test_with_push_qemu_sends_the_disks_itself_and_the_guest_is_frozen_and_thawe
     asked = '{"execute": "query-blockstats"}'
     assert "histogram" not in domain.libvirtd("qemu-monitor-command", domain.name, asked)
     assert eventually(lambda: not processes_with(PROXY))
-    domain.is_untouched()
-
-
-@pytest.mark.parametrize("victim", ["coordinator", *seldom("proxy")])
-def test_with_push_too_a_domain_does_not_notice_that_its_backup_is_killed(
-    domain: DomainGuest, tmp_path: Path, victim: str
-) -> None:
-    archive = tmp_path / "vm.vma"
-    with started(*words_for(domain, "--json", "--push", "--speed", "64K", archive)) as process:
-        next_event(process, "begun")
-        domain.goes_on(1)
-        if victim == "coordinator":
-            process.kill()
-        else:
-            kill_together(processes_with(PROXY))
-        domain.goes_on(2)
-        assert end_of(process)[0] != 0
-    if victim == "proxy":
-        # The jobs end by themselves, their data dropped; the next backup removes what is left.
-        good(*words_for(domain, "--push", tmp_path / "next.vma"))
-    assert eventually(lambda: '"vmapipe-' not in qemus_own(domain))
-    assert eventually(lambda: not processes_with(PROXY))
-    domain.goes_on(1)
     domain.is_untouched()
 
 

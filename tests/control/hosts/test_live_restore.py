@@ -18,9 +18,8 @@ import pytest
 
 from tests.access.bootable import SYSTEM_OFFSET, make_bootable
 from tests.conftest import absent
+from tests.control.hosts.bench import BOOT_SECTOR, WEB, Bench
 from tests.control.hosts.libvirtd import Libvirtd, disk_xml
-from tests.control.hosts.test_restore import BOOT_SECTOR, WEB, Bench
-from tests.control.hosts.test_restore import bench as bench  # a fixture
 from tests.control.qemu.running_guest import is_clean
 from tests.guest import find_kernel
 from tests.machine import (

@@ -9,17 +9,28 @@ do not know `-id`, and their machine types have no `+pve0`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import random
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from tests.control.qemu.neighbour import Neighbour, visiting
 from tests.control.qemu.paused_machine import PausedMachine
-from tests.machine import Need
+from tests.machine import Need, good
 from vmapipe.control.qmp.client import QmpClient
 from vmapipe.control.qmp.connection import Command, QmpRefused
+
+MIB = 1 << 20
+
+
+@functools.cache
+def content() -> bytes:
+    return random.Random(7).randbytes(4 * MIB)
+
 
 NODE = "one"
 STORAGES = """\
@@ -152,3 +163,45 @@ class Pvestatd(Neighbour):
 
 def pvestatd(qmp: Path, pause_s: float = 0.2) -> AbstractContextManager[Pvestatd]:
     return visiting(Pvestatd(qmp, pause_s))
+
+
+def conf(vmid: int, *lines: str) -> str:
+    own = [
+        f"scsi0: local:{vmid}/vm-{vmid}-disk-0.raw,size=4M",
+        "memory: 64",
+        f"name: vm{vmid}",
+        *lines,
+    ]
+    return "\n".join(sorted(own)) + "\n"
+
+
+def stopped(node: SimulatedNode, vmid: int, *lines: str) -> None:
+    """A machine with one disk, which does not run."""
+    node.configure(vmid, conf(vmid, *lines))
+    node.image(vmid, f"vm-{vmid}-disk-0.raw", content())
+
+
+@contextmanager
+def running(
+    node: SimulatedNode, need: Need, tmp_path: Path, vmid: int, *lines: str
+) -> Iterator[PausedMachine]:
+    stopped(node, vmid, *lines)
+    folder = tmp_path / f"m{vmid}"
+    folder.mkdir()
+    path = node.root / f"var/lib/vz/images/{vmid}/vm-{vmid}-disk-0.raw"
+    with node.running(need, folder, vmid, scsi(0, path)) as machine:
+        yield machine
+
+
+def archive_of(node: SimulatedNode, vmid: int) -> Path:
+    (found,) = [
+        p
+        for p in node.dump.iterdir()
+        if re.fullmatch(rf"vzdump-qemu-{vmid}-.*\.vma(\.zst)?", p.name)
+    ]
+    return found
+
+
+def restored(archive: Path, folder: Path) -> dict[str, bytes]:
+    good("restore", archive, folder)
+    return {path.name: path.read_bytes() for path in folder.glob("disk-*")}

@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.control.hosts.pve.simulated import SimulatedNode
-from tests.control.hosts.pve.test_machines import CONTENT, conf, restored, stopped
+from tests.control.hosts.pve.simulated import SimulatedNode, conf, content, restored, stopped
 from tests.control.hosts.pve.test_standstill import STANDSTILL, Host, hosted
 from tests.machine import LIMIT_S, Need, eventually, run, started
 
@@ -118,7 +117,7 @@ class Rounds:
         for path in self._node.dump.iterdir():
             if path.suffix == ".vma":
                 folder = self._node.root / "restored"
-                assert restored(path, folder) == {"disk-drive-scsi0.raw": CONTENT}, told
+                assert restored(path, folder) == {"disk-drive-scsi0.raw": content()}, told
                 shutil.rmtree(folder)
                 self.stored += 1
             assert path.suffix in (".vma", ".json", ".log"), (told, path)

@@ -6,80 +6,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
-import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.control.hosts.pve.simulated import SimulatedNode, scsi
-from tests.control.qemu.paused_machine import PausedMachine
-from tests.control.qemu.played_agent import Agent
-from tests.machine import (
-    Need,
-    bad,
-    end_of,
-    eventually,
-    good,
-    next_event,
-    run,
-    started,
+from tests.control.hosts.pve.simulated import (
+    MIB,
+    SimulatedNode,
+    archive_of,
+    conf,
+    content,
+    restored,
+    running,
+    stopped,
 )
+from tests.control.qemu.played_agent import Agent
+from tests.machine import Need, bad, end_of, eventually, good, next_event, run, started
 from vmapipe.crypt.keys import X25519Identity, encode_bech32
 from vmapipe.vma.header import Config, Header, parse_header, peek_header_bytes
-
-MIB = 1 << 20
-CONTENT = random.Random(7).randbytes(4 * MIB)
-
-
-def conf(vmid: int, *lines: str) -> str:
-    own = [
-        f"scsi0: local:{vmid}/vm-{vmid}-disk-0.raw,size=4M",
-        "memory: 64",
-        f"name: vm{vmid}",
-        *lines,
-    ]
-    return "\n".join(sorted(own)) + "\n"
-
-
-def stopped(node: SimulatedNode, vmid: int, *lines: str) -> None:
-    """A machine with one disk, which does not run."""
-    node.configure(vmid, conf(vmid, *lines))
-    node.image(vmid, f"vm-{vmid}-disk-0.raw", CONTENT)
-
-
-@contextmanager
-def running(
-    node: SimulatedNode, need: Need, tmp_path: Path, vmid: int, *lines: str
-) -> Iterator[PausedMachine]:
-    stopped(node, vmid, *lines)
-    folder = tmp_path / f"m{vmid}"
-    folder.mkdir()
-    path = node.root / f"var/lib/vz/images/{vmid}/vm-{vmid}-disk-0.raw"
-    with node.running(need, folder, vmid, scsi(0, path)) as machine:
-        yield machine
-
-
-def archive_of(node: SimulatedNode, vmid: int) -> Path:
-    (found,) = [
-        p
-        for p in node.dump.iterdir()
-        if re.fullmatch(rf"vzdump-qemu-{vmid}-.*\.vma(\.zst)?", p.name)
-    ]
-    return found
-
-
-def restored(archive: Path, folder: Path) -> dict[str, bytes]:
-    good("restore", archive, folder)
-    return {path.name: path.read_bytes() for path in folder.glob("disk-*")}
 
 
 def machines(output: bytes) -> dict[str, Any]:
@@ -129,7 +79,7 @@ def test_machines_come_one_after_the_other_and_one_that_fails_does_not_stop_the_
     assert [one["vmid"] for one in told["left_out"]] == [103, 104, 105]
     for vmid in (100, 102):
         archive = archive_of(node, vmid)
-        assert restored(archive, tmp_path / f"out{vmid}") == {"disk-drive-scsi0.raw": CONTENT}
+        assert restored(archive, tmp_path / f"out{vmid}") == {"disk-drive-scsi0.raw": content()}
         assert Path(f"{archive}.notes").read_text() == f"vm{vmid}\n{vmid} one\n"
         assert Path(f"{archive}.protected").read_bytes() == b""
         log = archive.with_suffix(".log").read_text()
@@ -203,7 +153,7 @@ def test_a_machine_that_does_not_run_is_read_from_its_volumes_whatever_holds_the
     (tmp_path / "bin").mkdir()
     tool = tmp_path / "bin/lvchange"
     stored = tmp_path / "lv"
-    stored.write_bytes(CONTENT)
+    stored.write_bytes(content())
     tool.write_text(
         f'#!/bin/sh\necho "$@" >>{tmp_path}/lvm\ncase $1 in -ay) cp {stored} {lv};; -an) rm {lv};; esac\n'
     )
@@ -212,7 +162,7 @@ def test_a_machine_that_does_not_run_is_read_from_its_volumes_whatever_holds_the
     good(*node.words("--pve", "100", "--compress", "zstd"), node.dump)
     assert (tmp_path / "lvm").read_text() == "-ay -K pve/vm-100-disk-1\n-an pve/vm-100-disk-1\n"
     disks = restored(archive_of(node, 100), tmp_path / "out")
-    assert disks["disk-drive-efidisk0.raw"] == CONTENT
+    assert disks["disk-drive-efidisk0.raw"] == content()
     assert disks["disk-drive-scsi0.raw"] == b"\1" * 65536 + b"\2" * 65536 + b"\1" * (
         MIB - 131072
     ) + bytes(3 * MIB)
@@ -303,8 +253,8 @@ def test_with_a_base_only_what_has_changed_is_sent_over_the_shared_monitor(
     (base,) = [e for e in map(json.loads, said.splitlines()) if e["event"] == "base"]
     assert base["archive"] == str(first)
     assert base["devices"][0]["changed_bytes"] == 65536
-    content = CONTENT[:131072] + b"\x09" * 65536 + CONTENT[196608:]
-    assert restored(second, tmp_path / "out") == {"disk-drive-scsi0.raw": content}
+    changed = content()[:131072] + b"\x09" * 65536 + content()[196608:]
+    assert restored(second, tmp_path / "out") == {"disk-drive-scsi0.raw": changed}
 
 
 def test_a_machine_without_disks_is_its_configuration(
@@ -380,88 +330,6 @@ def test_an_agent_that_does_not_answer_is_told_and_the_machine_is_backed_up(
     assert archive_of(node, 100).exists()
 
 
-def test_the_defaults_of_vzdump_conf_hold_where_the_command_line_says_nothing(
-    node: SimulatedNode, tmp_path: Path
-) -> None:
-    stopped(node, 100)
-    stopped(node, 101)
-    old = [f"vzdump-qemu-100-2026_01_0{day}-00_00_00.vma.zst" for day in (1, 2, 3)]
-    for name in (
-        *old,
-        "vzdump-qemu-101-2026_01_01-00_00_00.vma",
-        "vzdump-qemu-1001-2026_01_01-00_00_00.vma",
-        "mine.vma",
-    ):
-        (node.dump / name).write_bytes(b"")
-    (node.dump / f"{old[0]}.protected").write_bytes(b"")
-    (node.root / "etc/vzdump.conf").write_text(
-        "storage: local\ncompress: gzip\nmode: stop\nbwlimit: 102400\nexclude: 101\nprune-backups: keep-last=2\n"
-        "notes-template: {{vmid}}\nfrobnicate: 1\nmailto: root\n"
-    )
-    said = good(*node.words("--pve", "all")).decode()
-    for text in (
-        "etc/vzdump.conf: line 8 is not understood, and not used: frobnicate: 1",
-        "etc/vzdump.conf: 'mailto' has no use here",
-        "compress: gzip: archives are compressed with zstd",
-        "VM 101 is left out: it is excluded",
-        f"VM 100: pruned {old[1]}",
-        "1 machine stored, 1 left out",
-    ):
-        assert text in said
-    left = sorted(p.name for p in node.dump.glob("*.vma*") if p.suffix in (".vma", ".zst"))
-    assert [n for n in left if n in old] == [old[0], old[2]]
-    assert {
-        "vzdump-qemu-101-2026_01_01-00_00_00.vma",
-        "vzdump-qemu-1001-2026_01_01-00_00_00.vma",
-        "mine.vma",
-    } < set(left)
-
-
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        (["--pve", "100"], "say where the archives go"),
-        (["--pve", "100", "--disk", "a", "local"], "--disk and --pve do not go together"),
-        (["--pve", "100", "--state", "local"], "--state and --pve do not go together"),
-        (["--pve", "web", "local"], "'web' is not a machine's number, a pool or a tag"),
-        (["--pve", "100", "local-lvm"], "of type lvmthin: it cannot hold archives"),
-        (["--pve", "100", "/no/such/folder"], "there is no such folder for the archives"),
-        (["--pve", "100", "--bwlimit", "1M", "local"], "'1M' is not a number of KiB a second"),
-        (["--pve", "100", "--bwlimit", "1", "--speed", "1M", "local"], "the same in two units"),
-        (["--pve", "100", "--base", "a.vma", "local"], "--base with --pve is auto"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_before_anything_is_touched(
-    node: SimulatedNode, words: list[str], text: str
-) -> None:
-    stopped(node, 100)
-    assert text in bad(*node.words(*words), code=2)
-    assert node.config(100) == conf(100)
-
-
-@pytest.mark.parametrize(
-    "word", ["--exclude=100", "--mode=stop", "--protected", "--bwlimit=1", "--pve-root=/"]
-)
-def test_options_of_a_node_are_refused_without_one(tmp_path: Path, word: str) -> None:
-    text = bad("backup", word, "--disk", "a", tmp_path / "a.vma", code=2)
-    assert f"{word.partition('=')[0]} belongs to --pve" in text
-
-
-def test_a_host_that_is_no_node_is_named(tmp_path: Path) -> None:
-    text = bad("backup", "--pve", "all", "--pve-root", tmp_path, tmp_path)
-    assert "no Proxmox VE is here" in text
-
-
-def test_a_storage_that_is_not_mounted_is_refused(node: SimulatedNode) -> None:
-    stopped(node, 100)
-    (node.pve / "storage.cfg").write_text(
-        "dir: usb\n\tpath /mnt/usb\n\tcontent backup\n\tis_mountpoint 1\n"
-    )
-    (node.root / "mnt/usb/dump").mkdir(parents=True)
-    text = bad(*node.words("--pve", "100"), "usb", code=2)
-    assert "is not mounted: the archives would fill the host's own disk" in text
-
-
 def test_header_and_configuration_are_those_of_the_reference_tool(
     node: SimulatedNode, golden: Path
 ) -> None:
@@ -522,6 +390,6 @@ def test_a_dead_nodes_machines_are_found_in_its_database(
     (node.root / "etc/hostname").write_text("one.example.org\n")
     good("backup", "--pve", "gold", "local", env={**os.environ, "VMAPIPE_PVE_ROOT": str(node.root)})
     archive = archive_of(node, 100)
-    assert restored(archive, tmp_path / "out") == {"disk-drive-scsi0.raw": CONTENT}
+    assert restored(archive, tmp_path / "out") == {"disk-drive-scsi0.raw": content()}
     assert good("config", archive, "--name", "qemu-server.fw") == b"[OPTIONS]\n"
     assert list(node.pve.iterdir()) == []

@@ -18,8 +18,14 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.control.hosts.pve.simulated import SimulatedNode
-from tests.control.hosts.pve.test_machines import CONTENT, archive_of, conf, restored, running
+from tests.control.hosts.pve.simulated import (
+    SimulatedNode,
+    archive_of,
+    conf,
+    content,
+    restored,
+    running,
+)
 from tests.control.qemu.paused_machine import PausedMachine
 from tests.machine import Need, bad, end_of, eventually, good, next_event, started, without_limit
 from vmapipe.control.hosts.pve import standstill
@@ -155,7 +161,7 @@ def test_the_machine_stands_still_until_the_instant_and_runs_while_it_is_read(
             "start 100 --skiplock 1",
         ]
         assert host.asked() == (wanted if mode == "stop" else [])
-    assert restored(archive_of(node, 100), tmp_path / "out")["disk-drive-scsi0.raw"] == CONTENT
+    assert restored(archive_of(node, 100), tmp_path / "out")["disk-drive-scsi0.raw"] == content()
     phases = ["backup-start", "pre-stop", "snapshot-taken", "pre-restart", "post-restart"]
     found = [line.split()[0] for line in log.read_text().splitlines()]
     assert [phase for phase in found if phase in phases] == phases
