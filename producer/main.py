@@ -45,12 +45,11 @@ if TYPE_CHECKING:
     from vmapipe.producer.pull_reader import PullReader
 
 DESCRIPTION = """\
-Send the clusters of one disk to an archiver: of a disk at rest (a raw image
-file or a block device), of one that an NBD server exports, of one that a monitor
-serves to a guest, or of one that QEMU's backup job writes to a socket of ours; or
-a machine's memory. Ends with
-exit code 0 when the archiver has stored the whole archive, and with 1 when this
-device or the job failed.
+Send the clusters of one disk to an archiver: of a disk at rest (a raw image file or a
+block device), of one that an NBD server exports, of one that a monitor serves to a
+guest, or of one that QEMU's backup job writes to a socket of ours; or a machine's
+memory. Ends with exit code 0 when the archiver has stored the whole archive, and with 1
+when this device or the job failed.
 """
 
 EPILOG = """\
@@ -68,7 +67,7 @@ _PROG = "vmapipe producer"
 def add_options(parser: argparse.ArgumentParser) -> None:
     _add_job_options(parser)
     _add_disk_options(parser)
-    add_nbd_options(parser.add_argument_group("an NBD export"))
+    add_nbd_options(parser.add_argument_group("an NBD export"), several=False)
     _add_live_options(parser)
     add_buffer_options(parser)
     tcp = parser.add_argument_group("over tcp://")

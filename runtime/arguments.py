@@ -316,8 +316,8 @@ def add_connect_option(parser: argparse._ActionsContainer) -> None:
         # A service that is being started again is back within it.
         default=5,
         metavar="SECONDS",
-        help="how long an archiver at tcp:// that cannot be reached is tried before the backup "
-        "fails (default: 5); once connected, a lost connection has the archiver's own limit",
+        help="how long an archiver at tcp:// that cannot be reached is tried before it is given "
+        "up (default: 5); once connected, a lost connection has the archiver's own limit",
     )
 
 

@@ -44,7 +44,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "raw need their format (qcow2, vmdk, vhdx, vdi, ...), and ,snapshot=NAME or ,offset=BYTES "
         "may follow; may be repeated",
     )
-    add_nbd_options(what)
+    add_nbd_options(what, several=True)
     what.add_argument(
         "--force-share",
         action="store_true",

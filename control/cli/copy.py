@@ -67,10 +67,12 @@ from vmapipe.runtime.text import human_bytes, one_line
 from vmapipe.vma.errors import ArchiveError, VmaError
 
 DESCRIPTION = """\
-Copy archives, with all that belongs to them (manifest, digests, notes, log, protected mark), from folders
-and object stores into a folder, an object store or an archiver service. Each is held against its manifest on the way: what
-arrives is what the manifest says, or has no name there. What is there already is passed over; a copy
-that was cut goes on where it was. Nobody reads archives from a service: its folder or bucket is the source.
+Copy archives, with all that belongs to them (manifest, digests, notes, log, protected
+mark), from folders and object stores into a folder, an object store or an archiver
+service. Each is held against its manifest on the way: what arrives is what the manifest
+says, or has no name there. What is there already is passed over; a copy that was cut
+goes on where it was. Nobody reads archives from a service: its folder or bucket is the
+source.
 """
 
 EPILOG = """\

@@ -155,7 +155,7 @@ def add_key_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[PLACE=]FILE",
-        help="a key for encrypted volumes (LUKS1), all bytes of the file, as cryptsetup's option takes "
+        help="a key for encrypted volumes (LUKS), all bytes of the file, as cryptsetup's option takes "
         "it (- is standard input); with DISK[:PARTITION|/GROUP/VOLUME]= for that place, otherwise for any; may be repeated",
     )
 

@@ -39,13 +39,20 @@ if TYPE_CHECKING:
     from vmapipe.control.cli.places import KeptVerdict
 
 
+LIST_DESCRIPTION = """\
+Tell what an archive holds: its devices with their sizes, and its configs; whether any
+place of it can be read at once, whether its data is checked by digests, and how its
+latest restore test ended. Of a folder, or of a bucket's prefix, a table of its
+archives: machine, time, size, when it was verified, how much of it others share,
+whether it is protected, encrypted or locked.
+"""
 VERIFY_DESCRIPTION = """\
-Check an archive without writing anything: header, checksums, uuid, counts,
-clusters that are missing, double or beyond the end, vmstate's order, trailing
-bytes. The format has no checksum for its data; with the manifest that `vmapipe
-backup` leaves beside an archive, every byte of data is checked, too. Goes on
-after damage, and names every device and range of bytes that is affected. Of a folder, or of a
-bucket's prefix, all archives; when each was verified is kept beside it, in ARCHIVE.verified.json.
+Check an archive without writing anything: header, checksums, uuid, counts, clusters
+that are missing, double or beyond the end, vmstate's order, trailing bytes. The format
+has no checksum for its data; with the manifest that `vmapipe backup` leaves beside an
+archive, every byte of data is checked, too. Goes on after damage, and names every
+device and range of bytes that is affected. Of a folder, or of a bucket's prefix, all
+archives; when each was verified is kept beside it, in ARCHIVE.verified.json.
 """
 VERIFY_EPILOG = """\
 examples:
@@ -70,10 +77,7 @@ DEFAULT_CONFIG = "qemu-server.conf"
 def main_list(argv: Sequence[str], prog: str) -> int:
     parser = make_parser(
         prog,
-        "Tell what an archive holds: its devices with their sizes, and its configs; whether any place "
-        "of it can be read at once, whether its data is checked by digests, and how its latest "
-        "restore test ended. Of a folder, or of a bucket's prefix, a table of its archives: machine, time, "
-        "size, when it was verified, how much of it others share, whether it is protected, encrypted or locked.",
+        LIST_DESCRIPTION,
         "examples:\n  vmapipe list vm.vma.zst\n  vmapipe list /backup s3://backups/vms",
     )
     parser.add_argument(

@@ -37,13 +37,13 @@ from vmapipe.runtime.process import run
 DESCRIPTION = """\
 Show an archive as a folder, read-only, without restoring it: disks/NAME.raw is each
 disk, config/NAME each configuration, and files/DISK/PARTITION/ the files of each file
-system that `vmapipe files` reads, with the same engines (`whole` where a disk has no partitions, GROUP/VOLUME/ for
-a logical volume). What is read is
-compared with the manifest when it is first touched: damage is an I/O error, with a line here
-that says where. It runs until the folder is unmounted (fusermount3 -u DIR) or until Ctrl-C.
+system that `vmapipe files` reads, with the same engines (`whole` where a disk has no
+partitions, GROUP/VOLUME/ for a logical volume). What is read is compared with the
+manifest when it is first touched: damage is an I/O error, with a line here that says
+where. It runs until the folder is unmounted (fusermount3 -u DIR) or until Ctrl-C.
 
-Links of a file system in the archive are shown as they are: an absolute one leads to a file of
-this machine. Only the user who mounts can look into the folder.
+Links of a file system in the archive are shown as they are: an absolute one leads to a
+file of this machine. Only the user who mounts can look into the folder.
 """
 EPILOG = """\
 examples:

@@ -30,13 +30,15 @@ from vmapipe.runtime.process import run
 from vmapipe.runtime.text import human_bytes, name_text, one_line
 
 DESCRIPTION = """\
-Say which archives in a folder or a bucket are no longer needed, and with --yes remove them,
-each with its log, notes, manifest, digests and what `vmapipe drill` has kept. The rules are those of
-Proxmox VE and Proxmox Backup Server. An incremental archive needs no other one: any may go. An archive belongs to the machine, and is from the time,
-that its name says: vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma.
-Other files are left alone; so is an archive with a file ARCHIVE.protected beside it,
-one whose name is a time to come, and one that is locked (--lock), until that is over. In a folder where a service stores, nothing goes
-for a week after it was stored, nor pushes anything out.
+Say which archives in a folder or a bucket are no longer needed, and with --yes remove
+them, each with its log, notes, manifest, digests and what `vmapipe drill` has kept. The
+rules are those of Proxmox VE and Proxmox Backup Server. An incremental archive needs no
+other one: any may go. An archive belongs to the machine, and is from the time, that its
+name says: vzdump-qemu-100-2026_01_31-02_00_00.vma.zst, vm-2026-01-31.vma. Other files
+are left alone; so is an archive with a file ARCHIVE.protected beside it, one whose name
+says a time to come, and one that is locked (--lock), until that is over. In a folder
+where a service stores, nothing goes for a week after it was stored, nor pushes anything
+out.
 """
 
 EPILOG = """\

@@ -44,13 +44,13 @@ from vmapipe.runtime.process import run
 from vmapipe.vma.header import Header
 
 DESCRIPTION = """\
-Bring the disks and configs of an archive back into DIR: disk-NAME.raw for each
-disk, the configs by their names, vmstate.bin for the machine's memory. New
-files get their names when all of them are complete and on disk. Where the
-archive has a manifest beside it, every byte is checked on the way. A damaged
-archive is refused, but for disks of it that are whole and named with --device;
---salvage brings back what there is of the others. With --libvirt the machine itself comes
-back: its disks in a pool or a folder, and its domain.
+Bring the disks and configs of an archive back into DIR: disk-NAME.raw for each disk,
+the configs by their names, vmstate.bin for the machine's memory. New files get their
+names when all of them are complete and on disk. Where the archive has a manifest beside
+it, every byte is checked on the way. A damaged archive is refused, but for disks of it
+that are whole and named with --device; --salvage brings back what there is of the
+others. With --libvirt the machine itself comes back: its disks in a pool or a folder,
+and its domain.
 """
 
 EPILOG = """\

@@ -17,7 +17,7 @@ _BITMAP = ",bitmap="
 ANSWER_S = 120
 
 
-def add_nbd_options(parser: argparse._ActionsContainer) -> None:
+def add_nbd_options(parser: argparse._ActionsContainer, *, several: bool) -> None:
     parser.add_argument(
         "--nbd",
         action="append",
@@ -25,8 +25,8 @@ def add_nbd_options(parser: argparse._ActionsContainer) -> None:
         metavar="NAME=URI[,bitmap=B]",
         help="the disk of an NBD export, and its name in the archive: nbd://HOST[:PORT]/EXPORT, "
         "nbd+unix:///EXPORT?socket=PATH, or with TLS nbds:// and nbds+unix:// "
-        "(?tls-certificates=DIR, ?tls-psk-file=FILE, &tls-hostname=NAME); may be repeated. B: the "
-        "dirty bitmap that the export offers, which has recorded since --base (without it: all is read)",
+        "(?tls-certificates=DIR, ?tls-psk-file=FILE, &tls-hostname=NAME)"
+        f"{'; may be repeated' if several else ''}. B: the dirty bitmap that the export offers, which has recorded since --base (without it: all is read)",
     )
     parser.add_argument(
         "--nbd-timeout",
