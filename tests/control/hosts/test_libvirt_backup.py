@@ -107,8 +107,6 @@ def test_a_second_backup_of_a_domain_is_refused_ours_and_another_programs(
     domain.is_untouched()
 
 
-<<<<<<< HEAD
-=======
 def test_what_would_disturb_a_backup_is_refused_and_an_undefined_domain_is_backed_up(
     need: Need, domain: DomainGuest, tmp_path: Path
 ) -> None:
@@ -174,7 +172,6 @@ def frozen_status(domain: DomainGuest) -> str:
     return str(answer["return"])
 
 
->>>>>>> fce8ff4 (tests: what libvirt refuses during its backup, and a domain that is undefined meanwhile)
 def test_with_freeze_the_archived_file_system_needs_no_recovery(
     need: Need, domain: DomainGuest, tmp_path: Path
 ) -> None:
