@@ -133,45 +133,6 @@ def test_what_would_disturb_a_backup_is_refused_and_an_undefined_domain_is_backe
     instant_of(need, archive, tmp_path / "restored")
 
 
-@pytest.mark.soak
-def test_a_domain_does_not_notice_a_hundred_backups_that_are_killed_at_random(
-    domain: DomainGuest, tmp_path: Path
-) -> None:
-    """At any moment, some or all of the processes; each next backup removes what the one before has left."""
-    chance = random.Random(16)
-    libvirtd = domain.libvirtd
-    xml = libvirtd("dumpxml", domain.name)
-    for number in range(100):
-        archive = tmp_path / f"{number}.vma"
-        more = ("--freeze",) if chance.random() < 0.3 else ()
-        words = words_for(domain, "--json", "--speed", "8M", *more, archive)
-        with started(*words) as process:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(0.0, 4.0))
-            there = everybody(process)
-            count = len(there) if chance.random() < 0.4 else 1
-            kill_together(chance.sample(there, min(count, len(there))))
-            if count > 1:
-                # Nobody is left who could thaw a guest that was just being frozen.
-                good("cleanup", *words[1:7])
-            domain.goes_on(1)
-            end_of(process)
-        archive.unlink(missing_ok=True)
-    good(*words_for(domain, tmp_path / "last.vma"))
-    assert eventually(lambda: not processes_with(GUARDIAN))
-    assert frozen_status(domain) == "thawed"
-    assert libvirtd("dumpxml", domain.name) == xml
-    domain.goes_on(2)
-    domain.is_untouched()
-
-
-def frozen_status(domain: DomainGuest) -> str:
-    """As the agent sees it."""
-    line = '{"execute": "guest-fsfreeze-status"}'
-    answer = json.loads(domain.libvirtd("qemu-agent-command", domain.name, line))
-    return str(answer["return"])
-
-
 def test_with_freeze_the_archived_file_system_needs_no_recovery(
     need: Need, domain: DomainGuest, tmp_path: Path
 ) -> None:
