@@ -14,7 +14,7 @@ from vmapipe.runtime.errors import Failure, os_error_text
 from vmapipe.runtime.folders import temporary_folder
 
 if TYPE_CHECKING:
-    from vmapipe.access.archive import Caches
+    from vmapipe.access.open_storage import Caches
 
 
 def _default_index_folder() -> str:
@@ -65,7 +65,7 @@ def cache_words(options: argparse.Namespace) -> list[str]:
 def caches_of(options: argparse.Namespace) -> Caches:
     """Return the caches that the options ask for. Raises Failure."""
     # Late: a restore has these options, too, and mostly no use for all that opens an archive for access.
-    from vmapipe.access.archive import Caches
+    from vmapipe.access.open_storage import Caches
 
     folder = options.cache or temporary_folder()
     limit = options.cache_size

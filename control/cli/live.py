@@ -61,7 +61,7 @@ def check_live(options: argparse.Namespace, machine: Sequence[str]) -> None:
     if options.libvirt and machine:
         raise UsageError("libvirt starts the domain: leave out what is behind --")
     # Late, here and below: most restores are not live, and that is a third of the modules.
-    from vmapipe.access.archive import refuse_streams
+    from vmapipe.access.open_storage import refuse_streams
 
     refuse_streams(options.archive)
 

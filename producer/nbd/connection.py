@@ -54,8 +54,7 @@ _MAX_PIECES = 1000
 # all, 6 gave the most operations a second. So many small writes are carried out together.
 _REPLIES_AT_ONCE = 6
 # An answer that is sent from where it lies took no time to make: one system call for 16 of them is
-# worth more than an early start (4K at depth 16: 9 us of CPU a read, and 16 with 3 of them).
-# Larger ones go at once.
+# worth more than an early start (4K at depth 16: 9 us of CPU, with 3 of them 16). Larger ones go at once.
 _PIECES_AT_ONCE = 32
 _VIEWED_AT_ONCE_BYTES = 256 << 10
 # From here on the data of a write is received where it is to lie, by a system call of its own: that

@@ -14,8 +14,9 @@ import zstandard
 
 from tests.archives import archive, encode_seek_table, extents_of, in_order, manifest
 from tests.machine import make_disk
-from vmapipe.access.archive import Caches, OpenArchive, open_for_access
+from vmapipe.access.archive import OpenArchive, open_for_access
 from vmapipe.access.disk import ArchiveDisk
+from vmapipe.access.open_storage import Caches
 from vmapipe.access.storage import Storage
 from vmapipe.restore.archive.zstd import seekable_frames
 from vmapipe.runtime.cancel import Cancel

@@ -14,8 +14,9 @@ from tests.access.mounting import mounting
 from tests.access.serving import serving
 from tests.archives import archive, manifest, renamed
 from tests.machine import Need, bad, run
-from vmapipe.access.archive import Caches, open_for_access
+from vmapipe.access.archive import open_for_access
 from vmapipe.access.mount.tree import ArchiveTree
+from vmapipe.access.open_storage import Caches
 from vmapipe.runtime.cancel import Cancel
 
 DISKS = {name: name.encode() * 30_000 for name in ("same", "sama", "a_b", "xx", "n_l", "good")}

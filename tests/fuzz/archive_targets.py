@@ -19,8 +19,9 @@ from tests import archives
 from tests.archives import encode_seek_table
 from tests.fuzz.choices import Bytes
 from tests.vma.archives import with_md5
-from vmapipe.access.archive import Caches, OpenArchive, open_for_access
+from vmapipe.access.archive import OpenArchive, open_for_access
 from vmapipe.access.disk import ArchiveDisk
+from vmapipe.access.open_storage import Caches
 from vmapipe.clusters.sizes import CLUSTER_BYTES
 from vmapipe.control.cli.inspect import listing
 from vmapipe.restore.archive.compressed import ReadOptions

@@ -27,7 +27,7 @@ from tests.access.mounting import mounting
 from tests.conftest import absent
 from tests.guest import find_kernel
 from tests.machine import LIMIT_S, VMAPIPE, Need, bad, good
-from vmapipe.access.archive import Caches, open_for_access
+from vmapipe.access.archive import open_for_access
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files import engines as module
 from vmapipe.access.files.appliance import Appliance
@@ -44,6 +44,7 @@ from vmapipe.access.files.messages import (
 )
 from vmapipe.access.files.session import FileSession
 from vmapipe.access.machine import accelerator, kernels
+from vmapipe.access.open_storage import Caches
 from vmapipe.runtime.cancel import Cancel
 from vmapipe.runtime.errors import Cancelled, Failure
 

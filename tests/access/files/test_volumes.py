@@ -22,11 +22,12 @@ from tests.access.volumes import (
     put_striped,
 )
 from tests.machine import Need, bad, good, run
-from vmapipe.access.archive import Caches, open_for_access
+from vmapipe.access.archive import open_for_access
 from vmapipe.access.disk import ArchiveDisk
 from vmapipe.access.files.session import FileSession
 from vmapipe.access.mount.guest import GuestDisk, GuestReader
 from vmapipe.access.mount.tree import ArchiveTree
+from vmapipe.access.open_storage import Caches
 from vmapipe.runtime.cancel import Cancel
 
 LARGE = random.Random(4).randbytes(900_001)

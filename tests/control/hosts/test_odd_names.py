@@ -11,9 +11,7 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-from tests.control.hosts.test_restore import WEB, Bench
-from tests.control.hosts.test_restore import bench as bench  # a fixture
-from tests.control.hosts.test_restore import small as small  # a fixture
+from tests.control.hosts.bench import WEB, Bench
 from tests.machine import bad, good, make_disk
 from vmapipe.runtime.text import escaped
 
