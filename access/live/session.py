@@ -238,7 +238,7 @@ class LiveSession:
                 undo.callback(overlay.close)
                 overlay.publish()
                 undo.callback(overlay.withdraw)
-            for name in (_SERVER_LOG, _MACHINE_LOG, _MONITOR):
+            for name in (_SERVER_LOG, _SERVER_SOCKET, _MACHINE_LOG, _MONITOR):
                 undo.callback(self._remove, name)
             self._note_file.write(note)
             undo.callback(self._note_file.remove)
@@ -255,13 +255,18 @@ class LiveSession:
             self._request.machine, note.disks, note.noted.moved, note.socket, note.qmp
         )
         server = self._server(note.socket)
-        with QemuProcess(command, self._own(_MACHINE_LOG)) as process:
+        with (
+            contextlib.ExitStack() as undo,  # after the machine's end: who serves it waits for clients
+            QemuProcess(command, self._own(_MACHINE_LOG)) as process,
+        ):
             self._pid = process.pid
+            undo.callback(server.stop)
             self._serve(server)
             qmp = process.connect(note.qmp, self._cancel)
             self._stack.callback(qmp.close)
             check_policies(qmp, [disk.node for disk in note.disks])
             process.leave()
+            undo.pop_all()
         # A program around QEMU (sudo, taskset) may have been the one that was started.
         self._pid = server.machine_pid = _living(qmp.peer_pid) or self._pid
         self._notice(f"the machine is started (process {self._pid}); its monitor is {note.qmp}")

@@ -108,6 +108,11 @@ class MachineReport:
     days: list[Cell]
     sizes: list[int]
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the promise is broken by now; for the page's template."""
+        return bool(self.promised_s) and self.age_s > LATE * self.promised_s and not self.skip
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TargetReport:

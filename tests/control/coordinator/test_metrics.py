@@ -59,7 +59,7 @@ def test_names_with_every_odd_character_stay_one_label() -> None:
     device: BegunDevice = {"dev_id": 1, "name": name, "bytes": 7}
     state.take({"event": "begun", "uuid": "2" * 32, "devices": [device]}, 2.0)
     text = render(name, state, 0.0)
-    assert samples(text)["vmapipe_backup_disk_size_bytes", 'a"b\\c\\nd\\udcff'] == 7
+    assert samples(text)["vmapipe_backup_disk_size_bytes", 'a"b\\c\\nd\\xff'] == 7
     assert "last_success" not in text
 
 
