@@ -107,32 +107,6 @@ def test_a_second_backup_of_a_domain_is_refused_ours_and_another_programs(
     domain.is_untouched()
 
 
-def test_what_would_disturb_a_backup_is_refused_and_an_undefined_domain_is_backed_up(
-    need: Need, domain: DomainGuest, tmp_path: Path
-) -> None:
-    libvirtd, archive = domain.libvirtd, tmp_path / "vm.vma"
-    inactive = libvirtd("dumpxml", "--inactive", "--security-info", domain.name)
-    with started(*words_for(domain, "--json", "--speed", "64K", archive)) as process:
-        next_event(process, "instant")
-        for words in (
-            ("detach-disk", domain.name, "vdb", "--live"),
-            ("snapshot-create-as", domain.name, "--disk-only", "--no-metadata"),
-            ("managedsave", domain.name),
-        ):
-            assert libvirtd.try_virsh(*words).returncode == 1, words
-        try:
-            libvirtd("undefine", domain.name)
-            domain.goes_on(1)
-            without_limit(process)
-            code, said = end_of(process)
-        finally:
-            libvirtd.define(inactive)
-        assert code == 0, said
-    domain.is_untouched()
-    domain.goes_on(1)
-    instant_of(need, archive, tmp_path / "restored")
-
-
 def test_with_freeze_the_archived_file_system_needs_no_recovery(
     need: Need, domain: DomainGuest, tmp_path: Path
 ) -> None:
