@@ -32,19 +32,24 @@ def words_for(domain: DomainGuest, *more: str | Path) -> tuple[str | Path, ...]:
     return ("backup", "--libvirt", domain.name, *where, *more)
 
 
-def processes_with(word: str) -> list[psutil.Process]:
-    """All of this test's run with `word` in their command line: a guardian is nobody's child later."""
+def processes_with(word: str, domain: DomainGuest) -> list[psutil.Process]:
+    """All with `word` in their command line, for this domain: a guardian is nobody's child later.
+
+    Other tests, which run beside this one, have domains of the same name behind other daemons.
+    """
+    where = f"--connect={domain.libvirtd.uri}"
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if any(word in part for part in process.cmdline()):
+            words = process.cmdline()
+            if where in words and any(word in part for part in words):
                 found.append(process)
     return found
 
 
-def everybody(backup: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def everybody(backup: subprocess.Popen[bytes], domain: DomainGuest) -> list[psutil.Process]:
     """All processes of a backup."""
-    found = set(processes_with(GUARDIAN))
+    found = set(processes_with(GUARDIAN, domain))
     with suppress(psutil.NoSuchProcess):  # it may be done
         ours = psutil.Process(backup.pid)
         found |= {ours, *ours.children(recursive=True)}

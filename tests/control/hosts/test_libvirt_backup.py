@@ -62,8 +62,10 @@ def test_a_running_domain_is_backed_up_at_one_instant_and_is_as_before(
     need: Need, domain: DomainGuest, tmp_path: Path
 ) -> None:
     libvirtd, archive = domain.libvirtd, tmp_path / "vm.vma"
-    xml = libvirtd("dumpxml", domain.name)
     domain.goes_on(2)
+    # libvirt writes there whether the guest's agent has come, which starts beside what makes rounds.
+    assert eventually(lambda: "state='connected'" in libvirtd("dumpxml", domain.name))
+    xml = libvirtd("dumpxml", domain.name)
     before = domain.rounds
     felt = ("--guest-latency", "10s")
     with started(*words_for(domain, "--json", "--speed", "64K", *felt, archive)) as process:
@@ -229,7 +231,7 @@ def test_with_a_base_only_what_has_changed_since_its_checkpoint_is_read(
     assert checkpoints() == stored
     with started(*words, "--speed", "4K", names[2]) as process:
         next_event(process, "begun")
-        kill_together(everybody(process))
+        kill_together(everybody(process, domain))
     assert len(checkpoints()) == 2
     with started(*words, names[3]) as process:
         assert next_event(process, "base")["archive"] == str(names[1])
@@ -262,7 +264,7 @@ def test_with_push_qemu_sends_the_disks_itself_and_the_guest_is_frozen_and_thawe
     assert '"vmapipe-' not in qemus_own(domain)
     asked = '{"execute": "query-blockstats"}'
     assert "histogram" not in domain.libvirtd("qemu-monitor-command", domain.name, asked)
-    assert eventually(lambda: not processes_with(PROXY))
+    assert eventually(lambda: not processes_with(PROXY, domain))
     domain.is_untouched()
 
 

@@ -37,7 +37,7 @@ def test_a_domain_does_not_notice_that_its_backup_is_killed(
     with started(*words_for(domain, "--json", "--speed", "64K", archive)) as process:
         next_event(process, "begun")
         domain.goes_on(1)
-        all_of_them = everybody(process)
+        all_of_them = everybody(process, domain)
         match victim:
             case "all":
                 victims = all_of_them
@@ -78,7 +78,7 @@ def test_a_domain_does_not_notice_a_hundred_backups_that_are_killed_at_random(
         with started(*words) as process:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(chance.uniform(0.0, 4.0))
-            there = everybody(process)
+            there = everybody(process, domain)
             count = len(there) if chance.random() < 0.4 else 1
             kill_together(chance.sample(there, min(count, len(there))))
             if count > 1:
@@ -88,7 +88,7 @@ def test_a_domain_does_not_notice_a_hundred_backups_that_are_killed_at_random(
             end_of(process)
         archive.unlink(missing_ok=True)
     good(*words_for(domain, tmp_path / "last.vma"))
-    assert eventually(lambda: not processes_with(GUARDIAN))
+    assert eventually(lambda: not processes_with(GUARDIAN, domain))
     assert frozen_status(domain) == "thawed"
     assert libvirtd("dumpxml", domain.name) == xml
     domain.goes_on(2)
@@ -159,13 +159,13 @@ def test_with_push_too_a_domain_does_not_notice_that_its_backup_is_killed(
         if victim == "coordinator":
             process.kill()
         else:
-            kill_together(processes_with(PROXY))
+            kill_together(processes_with(PROXY, domain))
         domain.goes_on(2)
         assert end_of(process)[0] != 0
     if victim == "proxy":
         # The jobs end by themselves, their data dropped; the next backup removes what is left.
         good(*words_for(domain, "--push", tmp_path / "next.vma"))
     assert eventually(lambda: '"vmapipe-' not in qemus_own(domain))
-    assert eventually(lambda: not processes_with(PROXY))
+    assert eventually(lambda: not processes_with(PROXY, domain))
     domain.goes_on(1)
     domain.is_untouched()
