@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from vmapipe.access.archive import OpenArchive
+from vmapipe.access.archive import OpenArchive, Report
 from vmapipe.access.index import StoredRun
 from vmapipe.access.storage import PlainStorage, read_error
 from vmapipe.clusters.masks import mask_runs
@@ -17,7 +17,6 @@ from vmapipe.protocol.nbd.constants import NBD_STATE_HOLE, NBD_STATE_ZERO
 from vmapipe.runtime.text import name_text
 from vmapipe.vma.header import Device
 
-Report = Callable[[str], None]
 _ZEROES = memoryview(bytes(1 << 20))
 # Beyond that, copying the pieces costs less than one of them each.
 _MAX_VIEWS = 64
